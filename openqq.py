@@ -1,0 +1,6899 @@
+#!/usr/bin/env python3
+"""OpenQQ: many QQ accounts behind one small HTTP API, in one file, with nothing but Python.
+
+    python openqq.py controller               many accounts, API on port 4000
+    python openqq.py client --account NAME    one account alone, API on port 5000
+
+The API is that of Mojo-Webqq and its controller. As a library: openqq.Controller and openqq.Client.
+
+Map of this file (a section uses only what stands above it):
+     0  map, version, limits
+     1  errors
+     2  tools: clock, names, JSON, log, loop
+     3  settings
+     4  flavours
+     5  model: what an account knows
+     6  files
+     7  HTTP in
+     8  HTTP out
+     A  QR encoder
+     B  pages
+     9  events
+    10  local network
+    11  links
+    12  client
+    13  plugins
+    14  controller
+    15  command line
+
+Threads: whoever owns state has a Loop, one thread that everybody else hands calls to; what blocks
+is done by a Crew, threads that come when there is work and leave when there is none; each HTTP
+connection has a thread of the server's Crew. Nothing else holds state that two threads write,
+and where something does, a lock stands beside it with the names of the fields that it guards.
+"""
+from __future__ import annotations
+
+import base64
+import binascii
+import collections
+import errno
+import fcntl
+import heapq
+import itertools
+import json
+import logging
+import logging.handlers
+import os
+import re
+import selectors
+import signal
+import socket
+import stat
+import struct
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from _operator import _compare_digest  # what hmac exports, without hmac's imports
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+# ------------------------------------------------------------------------------------------------
+# 0. Map, version, limits
+# ------------------------------------------------------------------------------------------------
+
+VERSION = "1.0.0"
+
+TYPE_CHECKING = False  # so that no process pays for the import of typing
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+    from typing import (IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping,
+                        NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+    Address = Tuple[str, int]
+    Json = Any                   # what the json module reads and writes
+    Row = Dict[str, Any]         # a JSON object
+    Fields = Dict[str, str]      # header fields, the names in lower case
+    Params = Dict[str, str]      # the parameters of a call
+    Addresses = List[Tuple[int, Any]]
+
+# One request, after RFC 9112. Without a bound on each part a caller fills the memory with one of
+# them, and without a total deadline it holds a thread for ever with a byte now and then.
+LINE_LIMIT = 8 * 1024            # request line; 414 beyond it
+FIELD_LIMIT = 100                # header fields; 431
+HEAD_LIMIT = 32 * 1024           # all header fields together; 431
+BODY_LIMIT = 8 * 1024 * 1024     # body; 413
+CHUNK_LINE_LIMIT = 256           # a chunk's size with its extensions; 400
+HEAD_SECONDS = 10.0              # from a head's first byte to its last
+BODY_SECONDS = 30.0
+IDLE_SECONDS = 60.0              # between two requests of a connection
+WRITE_SECONDS = 30.0
+
+NAME_LIMIT = 64                  # characters of an account's name
+CONTENT_LIMIT = 64 * 1024        # bytes of a message's text; QQ itself takes far less
+ANSWER_LIMIT = 1024 * 1024       # bytes read of what a post_api or poll_api answers
+PROXY_SECONDS = 120.0            # without a byte from a client (CONTRACT 2)
+EVENT_SECONDS = 30.0             # check_event's wait (000)
+
+POST_SECONDS = 30.0              # one try at post_api (DESIGN, "Nothing is lost")
+POST_QUEUE_LIMIT = 10_000
+POST_LANES = 4                   # conversations posted at once
+POST_TRIES = 5                   # after answers that say "later"
+POST_DAY = 86_400.0              # how long no connection is borne
+STOP_SECONDS = 3.0               # what stop_client promises, and what the queue gets on a stop
+KILL_SECONDS = 10.0              # between TERM and KILL
+ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
+START_TRIES = 7                  # starts without reaching running
+WAITING_SECONDS = 600.0          # scaning for so long is worth a client_waiting
+
+TICKET_SECONDS = 120.0           # a login's QR code
+COOKIE_SECONDS = 3 * 86_400.0
+WAIT_LIMIT = 1_000               # messages that wait for one account on the local network
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Errors
+# ------------------------------------------------------------------------------------------------
+
+class OpenQQError(Exception):
+    """The root: an error that is an answer.
+
+    `code` and `status` are those of CONTRACT 1, `http` the status line's number; `extra` holds
+    further members of the JSON answer. Errors that the original knows answer with HTTP 200.
+    """
+
+    code = 1
+    status = "failure"
+    http = 200
+
+    def __init__(self, status: Optional[str] = None, **extra: Any) -> None:
+        super().__init__(status or self.status)
+        self.status = status or self.status
+        self.extra = extra
+
+    def answer(self) -> Row:
+        """The JSON object that a caller gets."""
+        return dict(self.extra, code=self.code, status=self.status)
+
+
+class AuthFailure(OpenQQError):
+    """The caller may not (DESIGN, "Who may call")."""
+
+    code, status, http = -6, "auth failure", 403
+
+
+class ApiNotFound(OpenQQError):
+    """No such path, or not with this method."""
+
+    code, status, http = -1, "api not found", 403
+
+
+class ClientMissing(OpenQQError):
+    """A call to the controller without `client`, or with one that it does not know."""
+
+    code, status = 1, "client not found"
+
+
+class NoPort(OpenQQError):
+    """start_client found nothing free above backend_start_port."""
+
+    code, status = 2, "no available port"
+
+
+class StartFailure(OpenQQError):
+    """start_client: no process came of it."""
+
+    code, status = 3, "failure"
+
+
+class ClientDied(OpenQQError):
+    """start_client: it died at once, or its template does not compile."""
+
+    code, status = 4, "client pid not ok"
+
+
+class TooManyClients(OpenQQError):
+    """max_clients are alive."""
+
+    code, status = 5, "max clients exceed"
+
+
+class NotAllowed(OpenQQError):
+    """A name, parameter, path or callback that callers may not give."""
+
+    code, status, http = 6, "not allowed", 400
+
+
+class Unreachable(OpenQQError):
+    """No connection, or one that broke before an answer was complete.
+
+    `sent` tells whether a part of the request may have been acted upon.
+    """
+
+    code, status, http = 7, "client not reachable", 502
+
+    def __init__(self, status: Optional[str] = None, sent: bool = False, **extra: Any) -> None:
+        super().__init__(status, **extra)
+        self.sent = sent
+
+
+class TooSlow(Unreachable):
+    """The other side took longer than it was given."""
+
+    http = 504
+
+
+class NotFound(OpenQQError):
+    """`/local/*`: nothing of that name."""
+
+    code, status, http = 8, "not found", 404
+
+
+class NotRunning(OpenQQError):
+    """An API that needs the state running, in another one."""
+
+    code, status, http = 300, "client not running", 503
+
+
+class BadRequest(OpenQQError):
+    """What came is not a request, or not one that is taken; code and http are one number."""
+
+    def __init__(self, http: int, status: str) -> None:
+        super().__init__(status)
+        self.code = self.http = http
+
+
+class Hangup(OpenQQError):
+    """The caller is gone: there is nobody to answer."""
+
+
+class Refusal(OpenQQError):
+    """Why the program does not start; its text says what to do. Exit status 1, or `exit`."""
+
+    def __init__(self, status: str, exit_status: int = 1) -> None:
+        super().__init__(status)
+        self.exit = exit_status
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Tools: clock, names, JSON, log, loop
+# ------------------------------------------------------------------------------------------------
+
+NAME = re.compile(r"(?!\.)[A-Za-z0-9_.@\-\u3400-\u4dbf\u4e00-\u9fff]{1,%d}" % NAME_LIMIT)
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+ID_KEY = re.compile(r"(?:.*_)?u?id")
+encode_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
+decode_json = json.JSONDecoder().decode
+
+
+def to_bytes(value: Json) -> bytes:
+    """JSON as every answer has it: sorted keys, no blanks, UTF-8 (CONTRACT 1).
+
+    A lone surrogate, which JSON text can spell and UTF-8 cannot, becomes a question mark.
+    """
+    return encode_json(value).encode("utf-8", "replace")
+
+
+def from_bytes(data: bytes) -> Json:
+    """JSON read; ValueError for anything else, also for nesting too deep to read."""
+    try:
+        return decode_json(data.decode("utf-8-sig").strip())
+    except RecursionError:
+        raise ValueError("JSON nested too deep") from None
+
+
+def check_name(name: str) -> str:
+    """An account's name as it came, or NotAllowed: names become file names (DESIGN)."""
+    if not NAME.fullmatch(name):
+        raise NotAllowed("client name not allowed")
+    return name
+
+
+def numbered(value: Json) -> Json:
+    """A copy with ids, uids and a message's time as numbers where they are digits (CONTRACT 1)."""
+    if isinstance(value, list):
+        return [numbered(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _digits(item) if ID_KEY.fullmatch(key) or key == "time" else numbered(item)
+                for key, item in value.items()}
+    return value
+
+
+def _digits(value: Json) -> Json:
+    is_number = isinstance(value, str) and value.isascii() and value.isdigit()
+    return int(value) if is_number else numbered(value)
+
+
+def own_opener(path: str, flags: int) -> int:
+    """open()'s opener for files in a directory where others may write, such as /tmp.
+
+    Opens only a regular file of ours (or root's) with one name, made 0600 if it is new; OSError
+    for a symlink, a FIFO, a device, a second link or somebody else's file.
+    """
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    found = os.fstat(handle)
+    if stat.S_ISREG(found.st_mode) and found.st_uid in (0, os.geteuid()) and found.st_nlink == 1:
+        return handle
+    os.close(handle)
+    raise OSError(errno.EPERM, "not a plain file of this user", path)
+
+
+LEVELS = {"debug": 10, "info": 20, "msg": 25, "warn": 30, "error": 40, "fatal": 50}
+COLORS = {10: "34", 25: "32", 30: "33", 40: "31", 50: "35"}
+
+
+class LogFormat(logging.Formatter):
+    """`HEAD[yy/mm/dd HH:MM:SS] [level] text`, the prefix on every line of the text (CONTRACT 9)."""
+
+    names = {number: name for name, number in LEVELS.items()}
+
+    def __init__(self, head: str, colored: bool) -> None:
+        super().__init__()
+        self.head, self.colored = head, colored
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record as one or more lines; control characters cannot reach the terminal."""
+        when = time.strftime("%y/%m/%d %H:%M:%S", time.localtime(record.created))
+        title = getattr(record, "title", "") or self.names.get(record.levelno, "info")
+        prefix = f"{self.head}[{when}] [{title}] {getattr(record, 'who', '')}"
+        text = CONTROLS.sub(lambda found: repr(found.group())[1:-1], record.getMessage())
+        lines = "\n".join(prefix + line for line in text.split("\n"))
+        color = COLORS.get(record.levelno) if self.colored else None
+        return f"\x1b[{color}m{lines}\x1b[0m" if color else lines
+
+
+class LogFile(logging.handlers.WatchedFileHandler):
+    """A log file that is opened again when it was moved away, and never through a symlink."""
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, errors="replace",
+                    opener=own_opener)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk must not stop what the log tells about."""
+
+
+class LogStream(logging.StreamHandler):  # type: ignore[type-arg]
+    """The terminal, or wherever stderr goes; one write per record, so that lines stay whole."""
+
+    def __init__(self, stream: Any, encoding: str) -> None:
+        super().__init__(stream)
+        self.encoding = encoding
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write past the text layer: it would split and buffer, and know only one encoding."""
+        try:
+            data = (self.format(record) + "\n").encode(self.encoding, "replace")
+            os.write(self.stream.fileno(), data)
+        except (OSError, ValueError):
+            pass  # nobody reads any more
+
+
+class Log:
+    """The log of one controller or client, in the documents' levels.
+
+    `keep` is called with the text of each warning or worse.
+    """
+
+    def __init__(self, head: str = "", level: str = "info", path: Optional[str] = None,
+                 encoding: str = "utf-8", console: bool = True, colored: bool = False) -> None:
+        self.keep: Callable[[str], None] = lambda text: None
+        self._logger = logging.Logger("openqq", LEVELS[level])
+        if path:
+            self._add(LogFile(path, encoding=encoding, delay=False), head, False)
+        if console or not path:
+            self._add(LogStream(sys.stderr, encoding), head, colored)
+
+    def _add(self, handler: logging.Handler, head: str, colored: bool) -> None:
+        handler.setFormatter(LogFormat(head, colored))
+        self._logger.addHandler(handler)
+
+    def debugging(self) -> bool:
+        """Whether debug lines are wanted, for those that cost something to make."""
+        return self._logger.level <= LEVELS["debug"]
+
+    def debug(self, text: str) -> None:
+        """Say what only somebody who looks for a fault wants to know."""
+        self._logger.log(LEVELS["debug"], "%s", text)
+
+    def info(self, text: str) -> None:
+        """Say what happens."""
+        self._logger.log(LEVELS["info"], "%s", text)
+
+    def msg(self, title: str, who: str, text: str) -> None:
+        """Show a chat message: its title stands where the level would (CONTRACT 9)."""
+        self._logger.log(LEVELS["msg"], "%s", text, extra={"title": title, "who": who})
+
+    def warn(self, text: str) -> None:
+        """Say what may need somebody's eye."""
+        self._worse("warn", text)
+
+    def error(self, text: str) -> None:
+        """Say what went wrong."""
+        self._worse("error", text)
+
+    def fatal(self, text: str) -> None:
+        """Say why the program ends."""
+        self._worse("fatal", text)
+
+    def _worse(self, level: str, text: str) -> None:
+        self._logger.log(LEVELS[level], "%s", text)
+        self.keep(text)
+
+    def failure(self, doing: str) -> None:
+        """Report the exception being handled, with its place: a fault of this program."""
+        import traceback
+        self.error(f"{doing} failed, which is a fault of this program:\n"
+                   + traceback.format_exc().rstrip())
+
+
+def spawn(function: Callable[..., None], *args: Any, name: str = "openqq") -> threading.Thread:
+    """Start a thread that does not keep the process alive."""
+    thread = threading.Thread(target=function, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+class Promise:
+    """A result that another thread brings: one waits, one keeps or breaks it, once."""
+
+    __slots__ = ("_gate", "_value", "_error", "kept")
+
+    def __init__(self) -> None:
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self._value: Any = None
+        self._error: Optional[BaseException] = None
+        self.kept = False
+
+    def keep(self, value: Any = None) -> None:
+        """Bring the result. Only the first result counts."""
+        self._settle(value, None)
+
+    def fail(self, error: BaseException) -> None:
+        """Bring an exception; wait() raises it."""
+        self._settle(None, error)
+
+    def _settle(self, value: Any, error: Optional[BaseException]) -> None:
+        if self.kept:
+            return
+        self.kept = True
+        self._value, self._error = value, error
+        try:
+            self._gate.release()
+        except RuntimeError:
+            pass  # two settled it in the same moment
+
+    def wait(self, seconds: float = -1.0) -> Any:
+        """The result; TimeoutError when it has not come within `seconds` (-1: for ever)."""
+        if not self._gate.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
+            raise TimeoutError(f"nothing came within {seconds} s")
+        self._gate.release()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class Crew:
+    """At most `size` threads; one more comes when there is work, one leaves that has been idle."""
+
+    def __init__(self, size: int, name: str, log: Log, linger: float = 10.0) -> None:
+        self.size, self.name, self.log, self.linger = size, name, log, linger
+        self._changed = threading.Condition()  # guards _jobs, _idle, _threads
+        self._jobs: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
+        self._idle = self._threads = 0
+
+    def submit(self, function: Callable[..., None], *args: Any) -> None:
+        """Have function(*args) run by one of the threads, in the order of the calls."""
+        with self._changed:
+            self._jobs.append((function, args))
+            if self._idle:
+                self._changed.notify()
+            grow = len(self._jobs) > self._idle and self._threads < self.size
+            self._threads += grow
+        if grow:
+            spawn(self._work, name=self.name)
+
+    def _work(self) -> None:
+        while True:
+            job = self._next()
+            if job is None:
+                return
+            try:
+                job[0](*job[1])
+            except Exception:
+                self.log.failure(f"a job of {self.name}")
+            del job  # an idle thread must not keep what it worked on alive
+
+    def _next(self) -> Optional[Tuple[Callable[..., None], Tuple[Any, ...]]]:
+        with self._changed:
+            self._idle += 1
+            self._changed.wait_for(self._jobs.__len__, self.linger)
+            self._idle -= 1
+            if self._jobs:
+                return self._jobs.popleft()
+            self._threads -= 1
+            return None
+
+
+class Timer:
+    """A call to come; cancel() takes it back."""
+
+    __slots__ = ("job",)
+
+    def __init__(self, job: Callable[[], None]) -> None:
+        self.job: Optional[Callable[[], None]] = job
+
+    def cancel(self) -> None:
+        """Let it not happen."""
+        self.job = None
+
+
+class Loop:
+    """One thread that owns state: the others hand it calls, timers and sockets to watch.
+
+    It sleeps in a selector until there is something to do; there is no polling in it.
+    `clock` gives seconds that never go back; `log` tells of calls that failed.
+    """
+
+    def __init__(self, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
+        self.log, self.clock = log, clock
+        self._calls: Deque[Tuple[Callable[..., Any], Tuple[Any, ...]]] = collections.deque()
+        self._timers: List[Tuple[float, int, Timer]] = []
+        self._count = itertools.count()
+        self._selector = selectors.DefaultSelector()
+        self._ear, self._mouth = socket.socketpair()
+        self._ear.setblocking(False)
+        self._mouth.setblocking(False)
+        self._selector.register(self._ear, selectors.EVENT_READ, self._hear)
+        self._asleep = False
+        self._ended = False
+        self._thread: Optional[int] = None
+
+    def call(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have function(*args) called in the loop's thread. From any thread or signal handler."""
+        self._calls.append((function, args))
+        if self._asleep:
+            self._asleep = False
+            try:
+                self._mouth.send(b"!")
+            except OSError:
+                pass  # full, so it will wake; or closed
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What function(*args) returns or raises in the loop's thread. NotRunning at its end."""
+        if threading.get_ident() == self._thread:
+            return function(*args)
+        promise = Promise()
+        self.call(self._answer, promise, function, args)
+        if self._ended:
+            promise.fail(NotRunning("stopping"))
+        return promise.wait()
+
+    def later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Timer:
+        """Have function(*args) called in `seconds`. In the loop's own thread only."""
+        timer = Timer(lambda: function(*args))
+        heapq.heappush(self._timers, (self.clock() + seconds, next(self._count), timer))
+        return timer
+
+    def watch(self, sock: socket.socket, function: Callable[[], None]) -> None:
+        """Have function() called whenever the socket can be read. In the loop's thread only."""
+        self._selector.register(sock, selectors.EVENT_READ, function)
+
+    def unwatch(self, sock: socket.socket) -> None:
+        """Take a watch() back."""
+        self._selector.unregister(sock)
+
+    def run(self) -> None:
+        """Work until stop()."""
+        self._thread = threading.get_ident()
+        while not self._ended:
+            self.step()
+        self._close()
+
+    def stop(self) -> None:
+        """Let run() return after what it is doing. From any thread."""
+        self.call(self._end)
+
+    def step(self) -> None:
+        """Do what there is to do, after waiting for it if need be."""
+        self._asleep = True
+        wait = 0.0 if self._calls else self._until_timer()
+        ready = self._selector.select(wait)
+        self._asleep = False
+        for key, _ in ready:
+            self._run(key.data)
+        for _ in range(len(self._calls)):
+            function, args = self._calls.popleft()
+            self._run(function, *args)
+        self._run_timers()
+
+    def _until_timer(self) -> Optional[float]:
+        while self._timers and self._timers[0][2].job is None:
+            heapq.heappop(self._timers)
+        return max(0.0, self._timers[0][0] - self.clock()) if self._timers else None
+
+    def _run_timers(self) -> None:
+        while self._timers and self._timers[0][0] <= self.clock():
+            job = heapq.heappop(self._timers)[2].job
+            if job is not None:
+                self._run(job)
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            function(*args)
+        except Exception:
+            self.log.failure(f"the call of {getattr(function, '__qualname__', function)}")
+
+    def _answer(self, promise: Promise, function: Callable[..., Any],
+                args: Tuple[Any, ...]) -> None:
+        try:
+            promise.keep(function(*args))
+        except Exception as error:
+            promise.fail(error)
+
+    def _hear(self) -> None:
+        self._ear.recv(4096)
+
+    def _end(self) -> None:
+        self._ended = True
+
+    def _close(self) -> None:
+        while self._calls:
+            function, args = self._calls.popleft()
+            if function == self._answer:
+                args[0].fail(NotRunning("stopping"))
+        self._selector.close()
+        self._ear.close()
+        self._mouth.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Settings
+# ------------------------------------------------------------------------------------------------
+
+def _flag(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off", ""):
+        return False
+    raise ValueError("must be 0 or 1")
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError("must be a whole number")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if _whole(text) > 65_535:
+        raise ValueError("must be a port, 0 to 65535")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise ValueError("must be a number of seconds")
+    return float(text)
+
+
+def _text(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not hold a NUL")
+    return text
+
+
+def _path(text: str) -> str:
+    return os.path.abspath(os.path.expanduser(_text(text))) if text else text
+
+
+def _words(text: str) -> List[str]:
+    return [word for word in re.split(r"[\s,]+", text) if word]
+
+
+def _level(text: str) -> str:
+    if text not in LEVELS:
+        raise ValueError("must be one of " + " ".join(LEVELS))
+    return text
+
+
+def _encoding(text: str) -> str:
+    try:
+        "".encode(text)
+    except LookupError:
+        raise ValueError("must be an encoding that Python knows") from None
+    return text
+
+
+def _url(text: str) -> str:
+    parts = urllib.parse.urlsplit(text)
+    if text and (parts.scheme not in ("http", "https") or not parts.hostname):
+        raise ValueError("must be an http:// or https:// URL")
+    if not re.fullmatch(r"[\x21-\x7e\u0080-\U0010ffff]*", text):
+        raise ValueError("must not hold blanks or control characters")
+    return text
+
+
+def _choice(*words: str) -> Callable[[str], str]:
+    def choose(text: str) -> str:
+        if text not in words:
+            raise ValueError("must be " + " or ".join(words))
+        return text
+    return choose
+
+
+class Setting:
+    """One row of the settings table.
+
+    `default` is what holds when nobody says anything (None: see the help text), `read` makes a
+    value of a text or raises ValueError, `whose` is "controller", "client" or "both", `caller`
+    tells whether start_client takes it, `secret` that it is never shown, `plugin` that it travels
+    to a client under the API plugin's name (000), `idle` that it has no effect any more.
+    """
+
+    def __init__(self, name: str, default: Json, read: Callable[[str], Json], whose: str,
+                 help: str, *, caller: bool = True, secret: bool = False, plugin: bool = False,
+                 idle: bool = False) -> None:
+        self.name, self.default, self.read, self.whose = name, default, read, whose
+        self.help, self.caller, self.secret = help, caller and whose != "controller", secret
+        self.plugin, self.idle = plugin, idle
+
+    def parse(self, value: Json) -> Json:
+        """A value from a text, a number, a bool or a list; ValueError names the setting."""
+        if isinstance(value, bool):
+            value = int(value)
+        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        try:
+            return self.read(text)
+        except ValueError as error:
+            shown = "" if self.secret else f" {text!r}"
+            raise ValueError(f"{self.name}{shown} {error}") from None
+
+    def shown(self) -> str:
+        """The default as help and README show it."""
+        if self.default is None or self.default == "":
+            return ""
+        if isinstance(self.default, bool):
+            return str(int(self.default))
+        if isinstance(self.default, list):
+            return ",".join(self.default)
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+
+
+def _idle(*names: str) -> List[Setting]:
+    """Attributes of the documented `new` that are taken and change nothing."""
+    return [Setting(name, "", _text, "client", "taken, without effect", idle=True)
+            for name in names]
+
+
+SETTINGS = {setting.name: setting for setting in [
+    Setting("account", "default", _text, "client", "the account's name", caller=False),
+    Setting("host", "0.0.0.0", _text, "both", "address to listen on", caller=False),
+    Setting("port", None, _port, "both",
+            "port to listen on: 4000 controller, 5000 client (weixin 2000, 3000); 0: any",
+            caller=False, plugin=True),
+    Setting("flavor", "qq", _choice("qq"), "both", "which of the two systems", caller=False),
+    Setting("token", "", _text, "both", "what callers must know; also $OPENQQ_TOKEN",
+            caller=False, secret=True),
+    Setting("public_url", "", _url, "both",
+            "how a phone reaches this server: http://127.0.0.1:PORT", caller=False),
+    Setting("max_connections", 2048, _whole, "both", "connections at once", caller=False),
+    Setting("tmpdir", "", _path, "both", "directory of all files: the system's for such"),
+    Setting("log_path", "", _path, "both", "log file: none, the log goes to stderr"),
+    Setting("log_encoding", "", _encoding, "both", "encoding of the log: utf-8"),
+    Setting("log_level", "info", _level, "both", " ".join(LEVELS)),
+    Setting("log_head", None, _text, "both", "before each line: [wqc][PID] or [ACCOUNT][PID]"),
+    Setting("log_console", False, _flag, "both", "log to stderr besides log_path"),
+    Setting("disable_color", False, _flag, "both", "no colours on a terminal"),
+    Setting("http_debug", False, _flag, "both", "log every call at level debug"),
+    Setting("world", "", _path, "both", "JSON file that the local network starts with",
+            caller=False),
+    Setting("pid_path", "", _path, "both", "pid file: in tmpdir"),
+    Setting("post_api", "", _url, "both", "URL that gets every message and event", plugin=True),
+    Setting("post_secret", "", _text, "both", "signs what is posted: X-Signature", secret=True),
+    Setting("poll_api", "", _url, "both", "URL of the heartbeat and tunnel", plugin=True),
+    Setting("poll_interval", 5.0, _number, "both", "seconds between two heartbeats",
+            plugin=True),
+
+    Setting("backend_start_port", None, _port, "controller",
+            "first port for clients: 5000 (weixin 3000)"),
+    Setting("max_clients", 100, _whole, "controller", "clients alive at once"),
+    Setting("check_interval", 5.0, _number, "controller",
+            "taken, without effect: a dead client is noticed at once", idle=True),
+    Setting("template_path", "", _path, "controller", "the script that clients run: in tmpdir"),
+    Setting("backend_path", "", _path, "controller", "file with the clients: in tmpdir"),
+    Setting("accounts", "", _path, "controller", "JSON file, name to settings, started at boot"),
+    Setting("resume", True, _flag, "controller", "start the clients that ran when it ended"),
+    Setting("restart", "on-failure", _choice("on-failure", "never"), "controller",
+            "whether dead clients are started again: on-failure or never"),
+
+    Setting("post_event", True, _flag, "client", "post events besides messages", plugin=True),
+    Setting("post_media_data", True, _flag, "client", "post a picture's bytes too",
+            plugin=True),
+    Setting("post_stdout", False, _flag, "client", "one JSON line per event on stdout"),
+    Setting("post_event_list", None, _words, "client", "the events to post: see Events"),
+    Setting("check_event_list_max_size", 20, _whole, "client", "events that check_event keeps"),
+    Setting("numeric_ids", False, _flag, "client", "ids as JSON numbers"),
+    Setting("cookie_path", "", _path, "client", "cookie file: in tmpdir"),
+    Setting("qrcode_path", "", _path, "client", "QR code file: in tmpdir"),
+    Setting("state_path", "", _path, "client", "state file: in tmpdir"),
+    Setting("keep_cookie", True, _flag, "client", "keep the login for the next start"),
+    Setting("login_type", "qrlogin", _choice("qrlogin", "login"), "client",
+            "qrlogin: scan a code; login: with pwd, on the local network"),
+    Setting("pwd", "", _text, "client", "password for login_type=login", secret=True),
+    Setting("qrcode_count_max", 10, _whole, "client", "QR codes shown before the client stops"),
+    Setting("send_interval", None, _number, "client",
+            "seconds between two messages: 3, on the local network 0"),
+    Setting("msg_ttl", 3, _whole, "client", "tries to send one message"),
+    Setting("mode", "online", _choice("online", "away", "busy", "silent", "hidden", "offline",
+                                      "callme"), "client", "the account's own state"),
+    Setting("update_interval", 600.0, _number, "client",
+            "seconds between two refreshes of friends, groups and discusses"),
+    Setting("is_init_friend", True, _flag, "client", "load friends at login"),
+    Setting("is_init_group", True, _flag, "client", "load groups at login"),
+    Setting("is_init_discuss", True, _flag, "client", "load discusses at login"),
+    Setting("is_update_user", False, _flag, "client", "refresh the user too"),
+    Setting("is_update_friend", True, _flag, "client", "refresh friends"),
+    Setting("is_update_group", True, _flag, "client", "refresh groups"),
+    Setting("is_update_discuss", True, _flag, "client", "refresh discusses"),
+    Setting("allow_message_sync", False, _flag, "client",
+            "report one's own messages from other devices"),
+    Setting("ignore_unknown_id", False, _flag, "client", "drop messages from strangers"),
+    Setting("ua_retry_times", 5, _whole, "client", "taken, without effect", idle=True),
+    *_idle("verifycode_path", "pic_dir", "ignore_retcode", "type", "check_account", "domain",
+           "ignore_poll_http_code", "default_send_real_comp_sign", "model_update_timeout",
+           "group_member_card_cut_length", "group_member_identify_callback",
+           "ua_debug_req_body", "ua_debug_res_body",
+           "ua_debug", "ua_connect_timeout", "ua_request_timeout", "ua_inactivity_timeout",
+           "is_init_recent", "is_update_group_ext", "is_update_friend_ext", "security",
+           "encrypt_method", "send_failure_count_max", "poll_failure_count_max",
+           "ignore_send_retcode", "ignore_poll_retcode", "log_unicode", "http_max_message_size",
+           "group_member_card_ext_only", "group_member_card_cut", "group_member_use_fullcard"),
+]}
+
+
+def setting_named(name: str) -> Optional[Setting]:
+    """The row for a name as flags, the environment and callers spell it, or None.
+
+    `plugin_openqq_post_event` is `post_event`: the environment's names work everywhere (002).
+    """
+    plain = re.sub(r"^plugin_open(qq|wx)_", "", name.replace("-", "_"))
+    return SETTINGS.get(plain)
+
+
+class Settings:
+    """The settings of one server, each an attribute: given, else from the environment, else default.
+
+    `given` maps names to values of any sort; ValueError for an unknown name or a bad value.
+    """
+
+    def __init__(self, whose: str, given: Mapping[str, Json], environ: Mapping[str, str],
+                 prefix: str) -> None:
+        self._given: Row = {}
+        for name, value in [*from_environment(environ, prefix).items(), *given.items()]:
+            setting = setting_named(name)
+            if setting is None or setting.whose not in (whose, "both"):
+                raise ValueError(f"{name} is not a setting of a {whose}")
+            if value is not None:
+                self._given[setting.name] = setting.parse(value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in SETTINGS:
+            raise AttributeError(name)
+        return self._given.get(name, SETTINGS[name].default)
+
+    def given(self, name: str) -> Json:
+        """The value that somebody gave, or None."""
+        return self._given.get(name)
+
+    def with_(self, given: Mapping[str, Json]) -> Settings:
+        """A copy in which some are given anew; ValueError as above."""
+        copy = Settings.__new__(Settings)
+        copy._given = dict(self._given)
+        for name, value in given.items():
+            setting = setting_named(name)
+            if setting is None:
+                raise ValueError(f"{name} is not a setting")
+            if value is not None:
+                copy._given[setting.name] = setting.parse(value)
+        return copy
+
+    def fill(self, **values: Json) -> None:
+        """Set what nobody gave, for defaults that are known only while running."""
+        for name, value in values.items():
+            if self._given.get(name) in (None, ""):
+                self._given[name] = value
+
+    def secrets(self) -> Row:
+        """The secrets that outlive the process: in the cookie file only (DESIGN)."""
+        return {name: value for name, value in self._given.items()
+                if SETTINGS[name].secret and name not in ("pwd", "token")}
+
+
+def from_environment(environ: Mapping[str, str], prefix: str) -> Dict[str, str]:
+    """Settings in an environment: MOJO_WEBQQ_X and, stronger, MOJO_WEBQQ_PLUGIN_OPENQQ_X.
+
+    Names that are no setting are left to whom they belong; an empty value counts as none.
+    """
+    found = {key[len(prefix):].lower(): value for key, value in sorted(environ.items())
+             if key.startswith(prefix) and value}
+    plain = {name: value for name, value in found.items() if name in SETTINGS}
+    plugin = {setting.name: value for name, value in found.items()
+              for setting in [setting_named(name)] if setting and name != setting.name}
+    token = {"token": environ["OPENQQ_TOKEN"]} if environ.get("OPENQQ_TOKEN") else {}
+    return {**plain, **plugin, **token}
+
+
+def to_environment(values: Mapping[str, str], prefix: str, plugin: str) -> Dict[str, str]:
+    """What from_environment() reads back, under the names that templates expect (000)."""
+    return {(f"{prefix}PLUGIN_{plugin.upper()}_" if SETTINGS[name].plugin else prefix)
+            + name.upper(): value for name, value in values.items()}
+
+
+def open_log(settings: Settings, head: str) -> Log:
+    """The log that settings describe; Refusal if its file cannot be opened."""
+    colored = not settings.disable_color and sys.stderr is not None and sys.stderr.isatty()
+    given_head = settings.given("log_head")
+    try:
+        return Log(head if given_head is None else given_head, settings.log_level,
+                   settings.log_path or None, settings.log_encoding or "utf-8",
+                   settings.log_console, colored)
+    except OSError as error:
+        raise Refusal(f"log_path {settings.log_path} cannot be used: {error.strerror}") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Flavours
+# ------------------------------------------------------------------------------------------------
+
+class Flavour:
+    """What one of the two systems calls things: names, ports, files, wording. Data only."""
+
+    name: str
+    prefix: str                  # of the API's paths
+    port: int                    # controller
+    client_port: int             # a client alone, and the first under a controller
+    file_prefix: str
+    environ: str                 # prefix of the settings in the environment
+    program: str                 # the Perl program's name, in plugin names
+    plugin: str                  # the API plugin
+    ps: str                      # wqcontroller, wqclient(NAME)
+    qrcode_type: str
+    post_event_list: List[str]
+    fields: Dict[str, Tuple[str, ...]]  # kind of thing -> members of its JSON object
+    titles: Dict[str, str]       # type of a message -> what ShowMsg calls it
+    sent: Row                    # a send that worked
+    not_sent: str                # the status of one that did not
+
+
+class QQ(Flavour):
+    """Mojo-Webqq (000, 002, 003, 004; fields as CONTRACT 3 has them)."""
+
+    name = "qq"
+    prefix = "/openqq/"
+    port = 4000
+    client_port = 5000
+    file_prefix = "mojo_webqq_"
+    environ = "MOJO_WEBQQ_"
+    program = "Mojo::Webqq"
+    plugin = "Openqq"
+    ps = "wq"
+    qrcode_type = "image/png"
+    post_event_list = ["login", "stop", "state_change", "input_qrcode", "new_group",
+                       "new_friend", "new_group_member", "lose_group", "lose_friend",
+                       "lose_group_member"]
+    fields = {
+        "user": ("account", "allow", "birthday", "blood", "city", "client_type", "college",
+                 "constel", "country", "email", "face", "homepage", "id", "mobile", "name",
+                 "occupation", "personal", "phone", "province", "sex", "shengxiao", "signature",
+                 "state", "uid"),
+        "friend": ("category", "client_type", "face", "flag", "id", "is_vip", "markname",
+                   "name", "state", "uid", "vip_level"),
+        "group": ("code", "createtime", "id", "level", "markname", "max_admin", "max_member",
+                  "memo", "name", "owner_id", "owner_uid", "role", "uid"),
+        "group_member": ("bad_record", "card", "city", "client_type", "country", "id",
+                         "join_time", "last_speak_time", "level", "name", "province", "qage",
+                         "role", "sex", "state", "uid"),
+        "discuss": ("id", "name", "owner_id"),
+        "discuss_member": ("client_type", "id", "name", "state", "uid"),
+    }
+    titles = {"friend_message": "好友消息", "group_message": "群消息",
+              "discuss_message": "讨论组消息", "sess_message": "群临时消息",
+              "sess_message/discuss": "讨论组临时消息"}
+    sent = {"code": 0, "info": "发送正常", "status": "发送成功"}
+    not_sent = "发送失败"
+
+
+FLAVOURS: Dict[str, Type[Flavour]] = {flavour.name: flavour for flavour in [QQ]}
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Model: what an account knows
+# ------------------------------------------------------------------------------------------------
+
+class Thing:
+    """A contact, a group or a message: attributes inside, a JSON object outside.
+
+    `kind` names the row of Flavour.fields that lists the members of the JSON object; what is not
+    known is None.
+    """
+
+    kind = ""
+
+    def __init__(self, values: Row) -> None:
+        self.__dict__.update(values)
+
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    @property
+    def displayname(self) -> str:
+        """How it is shown: its markname, else its card, else its name."""
+        get = self.__dict__.get
+        return get("markname") or get("card") or get("name") or ""
+
+    def value(self, name: str) -> Any:
+        """An attribute by its documented name, or None."""
+        return self.displayname if name == "displayname" else self.__dict__.get(name)
+
+    def to_json(self, fields: Mapping[str, Tuple[str, ...]]) -> Row:
+        """The documented JSON object, without members of a group or discuss."""
+        get = self.__dict__.get
+        return {name: get(name) for name in fields[self.kind]}
+
+
+class User(Thing):
+    """Oneself."""
+
+    kind = "user"
+
+
+class Friend(Thing):
+    """Somebody on the friend list."""
+
+    kind = "friend"
+
+
+class GroupMember(Thing):
+    """Somebody in a group; role is owner, admin or member."""
+
+    kind = "group_member"
+
+
+class DiscussMember(Thing):
+    """Somebody in a discuss."""
+
+    kind = "discuss_member"
+
+
+class Circle(Thing):
+    """A group or a discuss: `member` maps a uid to who it is."""
+
+    member_class: Type[Thing]
+
+    def __init__(self, values: Row) -> None:
+        super().__init__(values)
+        self.member: Dict[str, Thing] = {row["uid"]: self.member_class(row)
+                                         for row in values.get("member") or []}
+
+    def full_json(self, fields: Mapping[str, Tuple[str, ...]]) -> Row:
+        """The documented JSON object, members included."""
+        return dict(self.to_json(fields),
+                    member=[member.to_json(fields) for member in self.member.values()])
+
+
+class Group(Circle):
+    """A group; role, one's own in it, is create, manage or attend."""
+
+    kind = "group"
+    member_class = GroupMember
+
+
+class Discuss(Circle):
+    """A discuss, QQ's light sort of group."""
+
+    kind = "discuss"
+    member_class = DiscussMember
+
+
+class Message(Thing):
+    """A message, received (`class` recv) or sent; its fields (CONTRACT 6) are attributes.
+
+    `sender_thing`, `group_thing` and so on are the objects behind the names; `answer` is how
+    reply() sends, set by the client that the message belongs to.
+    """
+
+    kind = "message"
+    HIDDEN = ("answer", "sender_thing", "receiver_thing", "circle", "peer_uid")
+
+    def to_json(self, fields: Mapping[str, Tuple[str, ...]]) -> Row:
+        """The documented JSON object; `fields` plays no part, all messages have their own."""
+        return {name: value for name, value in self.__dict__.items()
+                if name not in self.HIDDEN}
+
+    def conversation(self) -> str:
+        """Where its order counts: the friend, group or discuss that it belongs to."""
+        return f"{self.type}/{self.circle.uid if self.circle else ''}/{self.peer_uid or ''}"
+
+    def reply(self, text: str) -> None:
+        """Send text to where the message came from; does not wait for the outcome."""
+        self.answer(self, text)
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Files
+# ------------------------------------------------------------------------------------------------
+
+def read_file(path: str, limit: int = 64 * 1024 * 1024) -> Optional[bytes]:
+    """A file's bytes, or None where there is no plain file of ours; OSError if it is too large."""
+    try:
+        with open(path, "rb", opener=own_opener) as file:
+            data = file.read(limit + 1)
+    except OSError:
+        return None
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, "too large to be read", path)
+    return data
+
+
+def read_json(path: str, log: Log) -> Row:
+    """A state file's JSON object; {} where there is none.
+
+    What is there but cannot be read (the Perl programs wrote Storable) is set aside as
+    `<path>.old` with a warning: it is the user's, and it must not stop a start.
+    """
+    data = read_file(path)
+    if not data:
+        return {}
+    try:
+        value = from_bytes(data)
+        if isinstance(value, dict):
+            return value
+    except ValueError:
+        pass
+    log.warn(f"{path} is not a file of this program; it is kept as {path}.old")
+    try:
+        os.replace(path, path + ".old")
+    except OSError as error:
+        log.warn(f"{path} could not be set aside: {error.strerror}")
+    return {}
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Replace a file at once: another process sees the old bytes or the new, never a part.
+
+    The file is 0600 from the start; what lies at `path`, be it a symlink, is replaced and not
+    followed. OSError when the disk is full or the directory cannot be written.
+    """
+    handle, temporary = tempfile.mkstemp(prefix=".openqq_", dir=os.path.dirname(path))
+    try:
+        with open(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def remove_file(path: str) -> None:
+    """Remove a file if it is there."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def check_tmpdir(path: str) -> str:
+    """The directory that all files go to, made if need be; Refusal if it cannot be used."""
+    path = path or tempfile.gettempdir()
+    try:
+        os.makedirs(path, exist_ok=True)
+        handle, probe = tempfile.mkstemp(prefix=".openqq_", dir=path)
+        try:
+            os.write(handle, b"can this be written?")
+        finally:
+            os.close(handle)
+            os.unlink(probe)
+    except OSError as error:
+        raise Refusal(f"tmpdir {path} cannot be used: {error.strerror}; "
+                      "give another one with --tmpdir") from None
+    return os.path.realpath(path)
+
+
+def inside(path: str, directory: str) -> bool:
+    """Whether a path, symlinks followed, lies in a directory (which exists)."""
+    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(directory), ""))
+
+
+class PidFile:
+    """A pid file that is a lock besides: held by an open descriptor, so it ends with its process.
+
+    A number that is left in the file by a dead process, or that belongs to some other program by
+    now, therefore stands in nobody's way.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file: Optional[IO[str]] = None
+
+    def take(self, who: str) -> None:
+        """Write our pid; Refusal, naming the holder, when another process has it."""
+        while self._file is None:
+            file = self._open(who)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = file.read(20).strip() or "unknown"
+                file.close()
+                raise Refusal(f"{who} is running already, with pid {holder}; "
+                              f"{self.path} says so") from None
+            if self._is_current(file):
+                self._file = file
+            else:
+                file.close()  # removed by its holder between our open and our lock
+        self._write(f"{os.getpid()}\n")
+
+    def await_end(self) -> None:
+        """Return when no living process has it."""
+        try:
+            with open(self.path, opener=own_opener) as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+        except OSError:
+            pass  # there is none
+
+    def drop(self) -> None:
+        """Remove the file; harmless if it was never taken."""
+        if self._file is not None:
+            remove_file(self.path)
+            self._file.close()
+            self._file = None
+
+    def _open(self, who: str) -> IO[str]:
+        try:
+            return open(self.path, "r+", encoding="utf-8", errors="replace",
+                        opener=lambda path, flags: own_opener(path, flags | os.O_CREAT))
+        except OSError as error:
+            raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
+                          "remove it, or give another --tmpdir") from None
+
+    def _is_current(self, file: IO[str]) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path))
+        except OSError:
+            return False
+
+    def _write(self, text: str) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(text)
+        self._file.flush()
+
+
+class Journal:
+    """A file that only grows: one JSON value per line, and a torn last line is no line.
+
+    write() appends in one system call; a process that is killed loses nothing that was written
+    before. There is no fsync here (36 µs against 0.5): a machine that loses power may lose the
+    last moments. `rewrite` replaces the file by fewer lines. Errors of the disk are told once.
+    """
+
+    def __init__(self, path: str, log: Log) -> None:
+        self.path, self.log = path, log
+        self._handle: Optional[int] = None
+        self._broken = False
+        self.size = 0            # bytes
+
+    def read(self) -> Iterator[Json]:
+        """The values, in order; lines that are not JSON are passed over."""
+        for line in (read_file(self.path) or b"").split(b"\n"):
+            try:
+                yield from_bytes(line)
+            except ValueError:
+                pass
+
+    def write(self, values: Iterable[Json]) -> None:
+        """Append values; a full disk costs a warning and their survival, not the program."""
+        data = b"".join(to_bytes(value) + b"\n" for value in values)
+        try:
+            if self._handle is None:
+                self._handle = self._open()
+            if os.write(self._handle, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.size += len(data)
+            self._broken = False
+        except OSError as error:
+            self._complain(error)
+
+    def rewrite(self, values: Iterable[Json]) -> None:
+        """Replace all there is."""
+        data = b"".join(to_bytes(value) + b"\n" for value in values)
+        try:
+            write_file(self.path, data)
+            self.close()
+            self.size = len(data)
+        except OSError as error:
+            self._complain(error)
+
+    def close(self) -> None:
+        """Give the descriptor back; a later write opens the file anew."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _open(self) -> int:
+        handle = own_opener(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        self.size = os.fstat(handle).st_size
+        if self.size and os.pread(handle, 1, self.size - 1) != b"\n":
+            os.write(handle, b"\n")  # what a kill tore off must not spoil the next line
+        return handle
+
+    def _complain(self, error: OSError) -> None:
+        if not self._broken:
+            self.log.warn(f"{self.path} cannot be written: {error.strerror}; going on without")
+        self._broken = True
+        self.close()
+
+
+class Spool:
+    """A bounded queue on disk, and beside it a mark: how far its source has been read.
+
+    Items are JSON values under keys that grow. `pending` maps keys to items, oldest first. One
+    thread uses it. An item and the mark that belongs to it are one line, so that a kill at any
+    moment neither loses nor doubles.
+    """
+
+    def __init__(self, path: str, limit: int, log: Log) -> None:
+        self._journal = Journal(path, log)
+        self._limit = limit
+        self.pending: Dict[int, Json] = {}
+        self.mark: Json = None
+        self.last = 0            # the newest key ever given
+        self._lines = 0
+        self._batch: List[Json] = []
+        for line in self._journal.read():
+            self._replay(line)
+
+    def _replay(self, line: Json) -> None:
+        if not isinstance(line, dict):
+            return
+        self._lines += 1
+        key = line.get("key", 0)
+        if "item" in line:
+            self.pending[key] = line["item"]
+        elif "done" in line:
+            self.pending.pop(line["done"], None)
+        self.last = max(self.last, key)
+        self.mark = line.get("mark", self.mark)
+
+    def add(self, item: Json, mark: Json = None) -> int:
+        """Queue an item, with the mark after it if its source has one; its key."""
+        self.last += 1
+        self.pending[self.last] = item
+        self._put({"key": self.last, "item": item}, mark)
+        return self.last
+
+    def advance(self, mark: Json) -> None:
+        """Move the mark without an item."""
+        self._put({"key": self.last}, mark)
+
+    def done(self, key: int) -> None:
+        """Take an item out."""
+        if self.pending.pop(key, None) is not None:
+            self._put({"done": key}, None)
+
+    def excess(self) -> List[int]:
+        """The keys beyond the limit, oldest first: what their owner has to drop."""
+        over = len(self.pending) - self._limit
+        return list(itertools.islice(self.pending, over)) if over > 0 else []
+
+    def flush(self) -> None:
+        """Write what add(), advance() and done() collected."""
+        if self._lines > 1000 + 2 * len(self.pending):
+            self._compact()
+        elif self._batch:
+            self._journal.write(self._batch)
+        self._batch = []
+
+    def close(self) -> None:
+        """Flush, and give the descriptor back."""
+        self.flush()
+        self._journal.close()
+
+    def _put(self, line: Row, mark: Json) -> None:
+        if mark is not None:
+            self.mark = line["mark"] = mark
+        self._batch.append(line)
+        self._lines += 1
+
+    def _compact(self) -> None:
+        head = {"key": self.last, "mark": self.mark}
+        lines = [head, *({"key": key, "item": item} for key, item in self.pending.items())]
+        self._journal.rewrite(lines)
+        self._lines = len(lines)
+
+
+class Ledger:
+    """A tree of JSON objects that survives: a file with all of it, and a journal of changes.
+
+    One thread uses it. put() changes one place; commit() writes all changes since the last one as
+    one line, so they hold together or not at all.
+    """
+
+    COMPACT = 4 * 1024 * 1024    # bytes of journal that are worth writing everything anew
+
+    def __init__(self, path: str, journal_path: str, log: Log) -> None:
+        self.path, self.log = path, log
+        self._journal = Journal(journal_path, log)
+        self.root: Row = read_json(path, log)
+        self._changes: List[Json] = []
+        for line in self._journal.read():
+            for change in line if isinstance(line, list) else []:
+                self._set(change[0], change[1:])
+
+    def put(self, value: Json, *path: str) -> None:
+        """Set the place that `path` leads to, making objects on the way; None removes it."""
+        self._set(value, path)
+        self._changes.append([value, *path])
+
+    def table(self, *path: str) -> Row:
+        """The object at a place; an empty one where there is none. To be read, not changed."""
+        node = self.root
+        for step in path:
+            node = node.get(step) or {}
+        return node
+
+    def commit(self) -> None:
+        """Let the changes survive."""
+        if not self._changes:
+            return
+        self._journal.write([self._changes])
+        self._changes = []
+        if self._journal.size > self.COMPACT:
+            self.save()
+
+    def save(self) -> None:
+        """Write everything into the one file and empty the journal."""
+        try:
+            write_file(self.path, to_bytes(self.root))
+            self._journal.rewrite([])
+        except OSError as error:
+            self.log.warn(f"{self.path} cannot be written: {error.strerror}")
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.root = {}
+        self._changes = []
+        self.save()
+
+    def _set(self, value: Json, path: Sequence[str]) -> None:
+        node = self.root
+        for step in path[:-1]:
+            node = node.setdefault(step, {})
+        if value is None:
+            node.pop(path[-1], None)
+        else:
+            node[path[-1]] = value
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. HTTP in
+# ------------------------------------------------------------------------------------------------
+
+REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[\x21-\x7e\x80-\xff]*) HTTP/1\.([01])")
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")
+FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e]*)?")
+LENGTH = re.compile(r"[0-9]{1,15}")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::([0-9]{1,5}))?")
+BROKEN_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+CALLBACK = re.compile(r"(?=.{1,64}\Z)[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)*", re.ASCII)
+SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "content-type",
+              "origin", "expect")
+REASONS = {100: "Continue", 200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
+           408: "Request Timeout", 411: "Length Required", 413: "Content Too Large",
+           414: "URI Too Long", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
+           500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
+           503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported"}
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
+
+
+class Stream:
+    """Bytes from a socket: one buffer, one total deadline at a time. Serves both directions.
+
+    Deadlines of a plain socket are SO_RCVTIMEO: settimeout() would poll before each call and give
+    the interpreter away, a quarter of the throughput (measured); TLS works with settimeout() only.
+    """
+
+    __slots__ = ("sock", "buffer", "_patience", "_until", "_first", "_plain")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.buffer = b""
+        self._patience = -1.0
+        self._until = 0.0
+        self._first = True
+        self._plain = type(sock) is socket.socket
+
+    def allow(self, seconds: float) -> None:
+        """From now on all reading together may take so long."""
+        self._until = time.monotonic() + seconds
+        self._first = True
+        if seconds != self._patience:
+            self._be_patient(seconds)
+
+    def _be_patient(self, seconds: float) -> None:
+        self._patience = seconds
+        if self._plain:
+            whole = int(seconds)
+            packed = struct.pack("ll", whole, max(1, int((seconds - whole) * 1e6)))
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)
+        else:
+            self.sock.settimeout(seconds)
+
+    def more(self) -> bytes:
+        """What comes next from the socket, b"" at its end; TimeoutError, OSError."""
+        if not self._first:
+            left = self._until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._be_patient(left)
+        self._first = False
+        try:
+            return self.sock.recv(65_536)
+        except (BlockingIOError, socket.timeout):
+            raise TimeoutError from None
+
+    def head(self) -> bytes:
+        """A message's first line and fields, without the blank line; b"" if nothing came at all.
+
+        BadRequest as soon as it is too long or cannot become right; EOFError if it ends within.
+        """
+        end = self.buffer.find(b"\r\n\r\n")
+        while end < 0:
+            self._check_growing()
+            data = self.more()
+            if not data:
+                if self.buffer:
+                    raise EOFError
+                return b""
+            start = max(0, len(self.buffer) - 3)
+            self.buffer += data
+            end = self.buffer.find(b"\r\n\r\n", start)
+        head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
+        return head
+
+    def _check_growing(self) -> None:
+        if b"\r\n" not in self.buffer[:LINE_LIMIT + 2]:
+            if len(self.buffer) > LINE_LIMIT:
+                raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
+            if b"\n" in self.buffer:
+                raise BadRequest(400, "lines must end with CR LF")
+        if len(self.buffer) > LINE_LIMIT + HEAD_LIMIT:
+            raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
+
+    def exactly(self, length: int) -> bytes:
+        """So many bytes; EOFError if there are fewer."""
+        if len(self.buffer) >= length:
+            data, self.buffer = self.buffer[:length], self.buffer[length:]
+            return data
+        pieces, have = [self.buffer], len(self.buffer)
+        while have < length:
+            data = self.more()
+            if not data:
+                raise EOFError
+            pieces.append(data)
+            have += len(data)
+        data = b"".join(pieces)
+        self.buffer = data[length:]
+        return data[:length]
+
+    def line(self) -> bytes:
+        """A line of the chunked coding, without its CR LF."""
+        while b"\r\n" not in self.buffer:
+            if len(self.buffer) > CHUNK_LINE_LIMIT:
+                raise BadRequest(400, "chunk line too long")
+            data = self.more()
+            if not data:
+                raise EOFError
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\r\n")
+        return line
+
+    def chunks(self) -> Iterator[bytes]:
+        """The pieces of a chunked body, trailer read and dropped (RFC 9112 7.1)."""
+        while True:
+            found = CHUNK_LINE.fullmatch(self.line())
+            if not found:
+                raise BadRequest(400, "broken chunk size")
+            size = int(found.group(1), 16)
+            if size == 0:
+                break
+            if size > BODY_LIMIT:
+                raise BadRequest(413, "chunk too large")
+            yield self.exactly(size)
+            if self.exactly(2) != b"\r\n":
+                raise BadRequest(400, "chunk longer than its size")
+        for _ in range(FIELD_LIMIT):
+            if not self.line():
+                return
+        raise BadRequest(431, "trailer too long")
+
+
+class Heads:
+    """Field blocks parsed; those seen before and short are remembered, as browsers repeat them."""
+
+    def __init__(self) -> None:
+        self._known: Dict[bytes, Fields] = {}
+
+    def parse(self, block: bytes) -> Fields:
+        """Header fields of a block, to be read and not changed; BadRequest.
+
+        A field given twice is joined with a comma, unless that could be read in two ways.
+        """
+        known = self._known.get(block)
+        if known is not None:
+            return known
+        fields: Fields = {}
+        lines = block.split(b"\r\n") if block else []
+        if len(lines) > FIELD_LIMIT:
+            raise BadRequest(431, f"over {FIELD_LIMIT} header fields")
+        for line in lines:
+            self._add(fields, line)
+        if len(block) <= 2048:
+            if len(self._known) >= 256:
+                self._known = {}
+            self._known[block] = fields
+        return fields
+
+    def _add(self, fields: Fields, line: bytes) -> None:
+        found = FIELD.fullmatch(line)
+        if not found:
+            raise BadRequest(400, "broken header field")
+        name = found.group(1).decode("ascii").lower()
+        value = found.group(2).decode("latin-1").rstrip(" \t")
+        if name in fields:
+            if name in SINGLE:
+                raise BadRequest(400, f"two {name} fields")
+            value = fields[name] + ", " + value
+        fields[name] = value
+
+
+HEADS = Heads()
+
+
+def body_length(fields: Fields) -> int:
+    """A body's length by RFC 9112 6.3, -1 for a chunked one; BadRequest.
+
+    Whatever two readers could take for two different lengths is refused: that is how a second
+    request is smuggled past the first.
+    """
+    coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise BadRequest(400, "both content-length and transfer-encoding")
+        if coding.lower() != "chunked":
+            raise BadRequest(501, "transfer-encoding other than chunked")
+        return -1
+    if length is None:
+        return 0
+    if not LENGTH.fullmatch(length):
+        raise BadRequest(400, "broken content-length")
+    return int(length)
+
+
+def parse_form(text: str) -> Params:
+    """Parameters of a query or form; the last of a name counts. BadRequest for a broken percent.
+
+    Bytes that are no UTF-8 become U+FFFD: 003 shows such a call, and it just finds nothing.
+    """
+    if BROKEN_PERCENT.search(text):
+        raise BadRequest(400, "broken percent-encoding; a % itself is written %25")
+    params = {}
+    for pair in text.split("&"):
+        if pair:
+            name, _, value = pair.partition("=")
+            params[_unquote(name)] = _unquote(value)
+    return params
+
+
+def _unquote(text: str) -> str:
+    return urllib.parse.unquote(text.replace("+", " "), errors="replace")
+
+
+def parse_multipart(kind: str, body: bytes) -> Params:
+    """Parameters of a multipart/form-data body (RFC 7578); a file's bytes become base64."""
+    found = re.search(r'boundary="?([!-!#-~]{1,70})"?', kind)
+    if not found:
+        raise BadRequest(400, "multipart without a boundary")
+    params = {}
+    pieces = (b"\r\n" + body).split(b"\r\n--" + found.group(1).encode())
+    if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
+        raise BadRequest(400, "broken multipart body")
+    for piece in pieces[1:-1]:
+        head, _, value = piece.partition(b"\r\n\r\n")
+        name = re.search(rb'[;\s]name="([^"\r\n]*)"', head)
+        if not name:
+            raise BadRequest(400, "multipart part without a name")
+        is_file = re.search(rb'[;\s]filename="', head)
+        params[name.group(1).decode("utf-8", "replace")] = (
+            base64.b64encode(value).decode() if is_file else value.decode("utf-8", "replace"))
+    return params
+
+
+def parse_json_params(body: bytes) -> Params:
+    """Parameters of a JSON object: scalars as text, lists joined by commas, null left out."""
+    try:
+        value = from_bytes(body)
+    except ValueError as error:
+        raise BadRequest(400, f"broken JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadRequest(400, "JSON must be an object")
+    return {name: _scalar(name, item) for name, item in value.items() if item is not None}
+
+
+def _scalar(name: str, value: Json) -> str:
+    if isinstance(value, list):
+        return ",".join(_scalar(name, item) for item in value)
+    if isinstance(value, dict) or value is None:
+        raise BadRequest(400, f"{name} must be text, a number or a list of them")
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+class Request:
+    """One request, framed and whole: method, path (decoded), query (raw), fields, body, peer.
+
+    `wait(promise, seconds)` is how a handler waits for what may take long: it raises Hangup when
+    the caller goes away and TimeoutError after `seconds`, and gives None when the server ends.
+    `sock` is the caller's socket, for those that watch it themselves.
+    """
+
+    def __init__(self, method: str, target: str, fields: Fields, body: bytes, peer: str,
+                 sock: Optional[socket.socket] = None,
+                 wait: Callable[[Promise, float], Any] = Promise.wait) -> None:
+        path, _, self.query = target.partition("?")
+        self.method, self.fields, self.body, self.peer = method, fields, body, peer
+        self.path = urllib.parse.unquote(path) if "%" in path else path
+        self.target = target
+        self.sock, self.wait = sock, wait
+        self._params: Optional[Params] = None
+
+    @property
+    def params(self) -> Params:
+        """Query and body parameters, merged (CONTRACT 1); BadRequest if they cannot be read."""
+        if self._params is None:
+            params = parse_form(self.query) if self.query else {}
+            if self.body:
+                params.update(self._body_params())
+            for name, value in params.items():
+                if "\0" in name or "\0" in value:
+                    raise BadRequest(400, f"NUL in {name!r}")
+            self._params = params
+        return self._params
+
+    def _body_params(self) -> Params:
+        kind = self.fields.get("content-type", "")
+        plain = kind.partition(";")[0].strip().lower()
+        if plain == "application/x-www-form-urlencoded":
+            return parse_form(self.body.decode("utf-8", "replace").strip("\r\n"))
+        if plain == "multipart/form-data":
+            return parse_multipart(kind, self.body)
+        if plain in ("application/json", "text/json"):
+            return parse_json_params(self.body)
+        return {}
+
+    def keys(self) -> Params:
+        """The parameters that describe what is looked for: without those about the call."""
+        return {name: value for name, value in self.params.items() if name not in NOT_KEYS}
+
+
+class Response:
+    """An answer: body bytes, or for a stream the pieces that it will consist of."""
+
+    __slots__ = ("status", "kind", "body", "fields", "pieces")
+
+    def __init__(self, body: bytes = b"", kind: str = "application/json", status: int = 200,
+                 fields: Optional[Mapping[str, str]] = None,
+                 pieces: Optional[Iterator[bytes]] = None) -> None:
+        self.body, self.kind, self.status = body, kind, status
+        self.fields = fields or {}
+        self.pieces = pieces
+
+    def head(self, close: bool, chunked: bool) -> bytes:
+        """Status line and fields; no value can bring a line of its own."""
+        lines = [f"HTTP/1.1 {self.status} {REASONS.get(self.status, 'Status')}",
+                 f"Date: {http_date()}"]
+        if self.kind:
+            lines.append(f"Content-Type: {self.kind}")
+        if self.pieces is None:
+            lines.append(f"Content-Length: {len(self.body)}")
+        elif chunked:
+            lines.append("Transfer-Encoding: chunked")
+        lines += [f"{name}: {value}" for name, value in self.fields.items()]
+        if close:
+            lines.append("Connection: close")
+        text = "\r\n".join(lines)
+        assert text.count("\n") == len(lines) - 1 == text.count("\r")
+        return text.encode("latin-1", "replace") + b"\r\n\r\n"
+
+
+def json_response(value: Json, status: int = 200) -> Response:
+    """The usual answer."""
+    return Response(to_bytes(value), status=status)
+
+
+def error_response(error: OpenQQError) -> Response:
+    """An error as its answer."""
+    return json_response(error.answer(), error.http)
+
+
+class Dates:
+    """The Date field's value, made once a second."""
+
+    def __init__(self) -> None:
+        self._made = (0, "")
+
+    def __call__(self) -> str:
+        """RFC 9110 5.6.7, whatever the locale."""
+        second, text = self._made
+        now = int(time.time())
+        if now != second:
+            when = time.gmtime(now)
+            day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[when.tm_wday]
+            month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov",
+                     "Dec")[when.tm_mon - 1]
+            text = time.strftime(f"{day}, %d {month} %Y %H:%M:%S GMT", when)
+            self._made = (now, text)
+        return text
+
+
+http_date = Dates()
+
+
+class Gate:
+    """Who may call (DESIGN): one decision, made for each request before anything is done for it."""
+
+    def __init__(self, token: str = "") -> None:
+        self._token = token.encode()
+
+    def check(self, request: Request) -> None:
+        """AuthFailure unless this caller may."""
+        if self._token:
+            if not self._knows_token(request):
+                raise AuthFailure()
+        elif not self._is_local(request) or is_cross_site(request.fields):
+            raise AuthFailure()
+
+    def _knows_token(self, request: Request) -> bool:
+        scheme, _, given = request.fields.get("authorization", "").partition(" ")
+        offers = [given.strip().encode("latin-1", "replace")] if scheme.lower() == "bearer" else []
+        try:
+            offers += [request.params[name].encode("utf-8", "replace")
+                       for name in ("access_token", "token") if name in request.params]
+        except BadRequest:
+            pass  # what cannot be read holds no token
+        return any([same_bytes(offer, self._token) for offer in offers])
+
+    def _is_local(self, request: Request) -> bool:
+        found = HOST.fullmatch(request.fields.get("host", ""))
+        return (is_loopback(request.peer) and found is not None and is_loopback(found.group(1))
+                and not any(name in request.fields for name in FORWARDED))
+
+
+def same_bytes(one: bytes, other: bytes) -> bool:
+    """Whether they are equal, in a time that does not tell where they differ."""
+    return _compare_digest(one, other)
+
+
+def is_cross_site(fields: Fields) -> bool:
+    """Whether a browser says that a page of another site made this request."""
+    if fields.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        return True
+    origin = fields.get("origin")
+    return origin is not None and origin.partition("://")[2].lower() != fields["host"].lower()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address, in brackets or not, can only mean this machine.
+
+    `127.1` counts, as the documents' own examples call it; 0.0.0.0 does not, since browsers send
+    no Sec-Fetch fields to it.
+    """
+    host = host.lower().strip("[]").rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        if ":" in host:
+            packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+            return packed == b"\0" * 15 + b"\1" or packed[:13] == b"\0" * 10 + b"\xff\xff\x7f"
+        return re.fullmatch("[0-9a-fx.]+", host) is not None and socket.inet_aton(host)[0] == 127
+    except OSError:
+        return False
+
+
+class Route:
+    """One API: its path's last part, the methods that it takes, and what it calls.
+
+    `handler(request)` returns a Response, or a JSON value; `any_state` is for those that answer
+    before the account is running; `open` for those that anybody may call.
+    """
+
+    __slots__ = ("path", "methods", "handler", "any_state", "open")
+
+    def __init__(self, path: str, methods: str, handler: Callable[[Request], Any],
+                 any_state: bool = False, open: bool = False) -> None:
+        self.path, self.handler, self.any_state, self.open = path, handler, any_state, open
+        self.methods = methods.split("|")
+        if "GET" in self.methods:
+            self.methods.append("HEAD")
+
+
+class App:
+    """What a server serves: routes by path, behind a gate.
+
+    `fallback(request)` answers what no route takes, ApiNotFound if it is None.
+    """
+
+    def __init__(self, gate: Gate, log: Log, routes: Iterable[Route],
+                 fallback: Optional[Callable[[Request], Any]] = None) -> None:
+        self.gate, self.log = gate, log
+        self.routes = {route.path: route for route in routes}
+        self.fallback = fallback
+
+    def answer(self, request: Request) -> Response:
+        """The response to a request, whatever happens; only Hangup gets out."""
+        try:
+            return self._answer(request)
+        except Hangup:
+            raise
+        except OpenQQError as error:
+            return error_response(error)
+        except Exception:
+            self.log.failure(f"{request.method} {request.path}")
+            return error_response(BadRequest(500, "a fault of this program; its log says more"))
+
+    def _answer(self, request: Request) -> Response:
+        route = self.routes.get(request.path)
+        if request.method != "OPTIONS" and not (route and route.open):
+            self.gate.check(request)
+        if route and request.method in route.methods:
+            value = route.handler(request)
+        elif self.fallback:
+            value = self.fallback(request)
+        else:
+            raise ApiNotFound()
+        return value if isinstance(value, Response) else json_response(value)
+
+
+class Watcher:
+    """Tells when a caller who waits has gone: one thread, that watches their sockets.
+
+    Only callers who wait long are watched; the thread sleeps while nobody hangs up.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._loop = Loop(log)
+        self._start = threading.Lock()  # guards _started
+        self._started = False
+
+    def watch(self, sock: socket.socket, gone: Callable[[], None]) -> Callable[[], None]:
+        """Have gone() called if the peer closes; the function returned takes that back."""
+        with self._start:
+            start, self._started = not self._started, True
+        if start:
+            spawn(self._loop.run, name="watcher")
+        self._loop.call(self._watch, sock, gone)
+        return lambda: self._loop.call(self._unwatch, sock)
+
+    def _watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
+        self._loop.watch(sock, lambda: self._look(sock, gone))
+
+    def _look(self, sock: socket.socket, gone: Callable[[], None]) -> None:
+        self._unwatch(sock)  # bytes that wait are the next request: there is no more to see then
+        if has_ended(sock):
+            gone()
+
+    def _unwatch(self, sock: socket.socket) -> None:
+        try:
+            self._loop.unwatch(sock)
+        except (KeyError, ValueError):
+            pass  # it went off before
+
+
+def has_ended(sock: socket.socket) -> bool:
+    """Whether the peer has closed its side, as far as is known here."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except (BlockingIOError, InterruptedError):
+        return False
+    except OSError:
+        return True
+
+
+class Connection(BaseHTTPRequestHandler):
+    """One connection to a Server: reads requests strictly, one after the other, and answers each.
+
+    Of the base class it keeps the life cycle; its parser lets several ways of smuggling pass and
+    spends ten times as long.
+    """
+
+    server: Server
+
+    def setup(self) -> None:
+        """One write per answer must not wait for an ACK: without this 44 ms each (measured)."""
+        self.connection = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        packed = struct.pack("ll", int(WRITE_SECONDS), 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, packed)
+        self.stream = Stream(self.connection)
+
+    def finish(self) -> None:
+        """Nothing is buffered that would have to be flushed."""
+
+    def handle(self) -> None:
+        """Serve requests until one side has had enough."""
+        try:
+            while self._serve_one():
+                pass
+        except (Hangup, TimeoutError, EOFError, OSError):
+            pass  # the caller went away, or took too long to matter
+
+    def _serve_one(self) -> bool:
+        try:
+            request, keep = self._read()
+        except BadRequest as error:
+            self._refuse(error)
+            return False
+        if request is None:
+            return False
+        keep = keep and not self.server.ending
+        response = self.server.app.answer(request)
+        if self.server.debug is not None:
+            self.server.debug(f"{request.peer} {request.method} {request.path} "
+                              f"{response.status} {len(response.body)} bytes")
+        return self._write(request, response, keep)
+
+    def _read(self) -> Tuple[Optional[Request], bool]:
+        head = self._read_head()
+        if not head:
+            return None, False
+        line, _, block = head.partition(b"\r\n")
+        if len(line) > LINE_LIMIT:
+            raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
+        if len(block) > HEAD_LIMIT:
+            raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
+        found = REQUEST_LINE.fullmatch(line)
+        if not found:
+            raise self._line_error(line)
+        method, target, minor = found.groups()
+        fields = HEADS.parse(block)
+        if not HOST.fullmatch(fields.get("host", "")):
+            raise BadRequest(400, "no host field, or a broken one")
+        body = self._read_body(fields, minor)
+        wish = fields.get("connection", "").lower()
+        keep = "close" not in wish and (minor == b"1" or "keep-alive" in wish)
+        return Request(method.decode(), target.decode("utf-8", "replace"), fields, body,
+                       self.client_address[0], self.connection, self._wait), keep
+
+    def _read_head(self) -> bytes:
+        """The next head; the wait for its first byte and the time for the rest are two things."""
+        self.stream.allow(IDLE_SECONDS)
+        if not self.stream.buffer:
+            self.server.idle.add(self.connection)
+            try:
+                self.stream.buffer = b"" if self.server.ending else self.stream.more()
+            except TimeoutError:
+                return b""
+            finally:
+                self.server.idle.discard(self.connection)
+            if b"\r\n\r\n" not in self.stream.buffer:
+                self.stream.allow(HEAD_SECONDS)
+        if self.stream.buffer.startswith(b"\r\n"):
+            self.stream.buffer = self.stream.buffer[2:]  # RFC 9112 2.2: old clients' extra line
+        try:
+            return self.stream.head()
+        except TimeoutError:
+            raise BadRequest(408, f"request head took over {HEAD_SECONDS:g} s") from None
+
+    def _line_error(self, line: bytes) -> BadRequest:
+        if re.fullmatch(rb"\S+ \S+ HTTP/[0-9]\.[0-9]", line) and b" HTTP/1." not in line:
+            return BadRequest(505, "only HTTP/1.0 and HTTP/1.1")
+        return BadRequest(400, "broken request line")
+
+    def _read_body(self, fields: Fields, minor: bytes) -> bytes:
+        length = body_length(fields)
+        if length == 0:
+            return b""
+        if length > BODY_LIMIT:
+            raise BadRequest(413, f"body over {BODY_LIMIT} bytes")
+        if length < 0 and minor == b"0":
+            raise BadRequest(400, "transfer-encoding in HTTP/1.0")
+        if "expect" in fields:
+            if fields["expect"].lower() != "100-continue":
+                raise BadRequest(417, "expect other than 100-continue")
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.stream.allow(BODY_SECONDS)
+        try:
+            return self.stream.exactly(length) if length > 0 else self._read_chunked()
+        except TimeoutError:
+            raise BadRequest(408, f"request body took over {BODY_SECONDS:g} s") from None
+
+    def _read_chunked(self) -> bytes:
+        pieces, size = [], 0
+        for piece in self.stream.chunks():
+            pieces.append(piece)
+            size += len(piece)
+            if size > BODY_LIMIT:
+                raise BadRequest(413, f"body over {BODY_LIMIT} bytes")
+        return b"".join(pieces)
+
+    def _wait(self, promise: Promise, seconds: float) -> Any:
+        unwatch = self.server.watcher.watch(self.connection, lambda: promise.fail(Hangup()))
+        self.server.crowd.add(promise)
+        try:
+            if self.server.ending:
+                return None
+            return promise.wait(seconds)
+        finally:
+            self.server.crowd.discard(promise)
+            unwatch()
+
+    def _write(self, request: Request, response: Response, keep: bool) -> bool:
+        if response.pieces is not None:
+            return self._write_stream(response, keep and request.method != "HEAD")
+        head = response.head(not keep, False)
+        self.connection.sendall(head if request.method == "HEAD" else head + response.body)
+        return keep
+
+    def _write_stream(self, response: Response, chunked: bool) -> bool:
+        assert response.pieces is not None
+        self.connection.sendall(response.head(not chunked, chunked))
+        for piece in response.pieces:
+            if piece:
+                self.connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece)
+                                        if chunked else piece)
+        if chunked:
+            self.connection.sendall(b"0\r\n\r\n")
+        return chunked
+
+    def _refuse(self, error: BadRequest) -> None:
+        """Answer what cannot be served, and let the caller read it before the connection ends."""
+        response = error_response(error)
+        self.connection.sendall(response.head(True, False) + response.body)
+        self.connection.shutdown(socket.SHUT_WR)
+        self.stream.allow(1.0)
+        for _ in range(256):
+            if not self.stream.more():
+                return
+
+
+class Server(ThreadingHTTPServer):
+    """The HTTP server: a thread per connection, taken from a crew that lingers a moment.
+
+    `listener` is an open listening socket, which it takes over. serve_forever() sleeps until a
+    connection comes or shutdown() is called; the stock one looks twice a second, which makes a
+    hundred idle processes use 1.5 % of a core.
+    """
+
+    def __init__(self, listener: socket.socket, app: App, log: Log, watcher: Watcher,
+                 max_connections: int) -> None:
+        super().__init__(listener.getsockname(), Connection, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.socket.setblocking(False)
+        self.app, self.watcher, self.log = app, watcher, log
+        self.debug: Optional[Callable[[str], None]] = None
+        self.ending = False
+        self.crowd: Set[Promise] = set()       # of callers who wait long; add and discard only
+        self.idle: Set[socket.socket] = set()  # between two requests; add and discard only
+        self._max = max_connections
+        self._crew = Crew(max_connections, "http", log, linger=3.0)
+        self._open: Set[socket.socket] = set()  # all connections; add and discard only
+        self._ear, self._mouth = socket.socketpair()
+
+    def serve_forever(self, poll_interval: float = 0.0) -> None:
+        """Take connections until shutdown(); `poll_interval` is of no use here."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            selector.register(self._ear, selectors.EVENT_READ)
+            while not self.ending:
+                selector.select()
+                self._take_all()
+
+    def _take_all(self) -> None:
+        while not self.ending:
+            try:
+                sock, address = self.socket.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if not self.ending:
+                    self.log.warn(f"a connection could not be taken: {error.strerror}")
+                    time.sleep(0.1)  # out of descriptors: the selector would spin
+                return
+            self.process_request(sock, address)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Hand a new connection to a thread, or turn it away when there are too many."""
+        if len(self._open) >= self._max:
+            self._turn_away(request)
+            return
+        self._open.add(request)
+        self._crew.submit(self._serve, request, client_address)
+
+    def _turn_away(self, request: socket.socket) -> None:
+        busy = error_response(BadRequest(503, "too many connections"))
+        request.setblocking(False)
+        try:
+            request.send(busy.head(True, False) + busy.body)
+        except OSError:
+            pass
+        request.close()
+
+    def _serve(self, request: socket.socket, client_address: Any) -> None:
+        try:
+            Connection(request, client_address, self)
+        except OSError:
+            pass  # it was gone before it began
+        except Exception:
+            self.log.failure("a connection")
+        finally:
+            self._open.discard(request)
+            request.close()
+
+    def shutdown(self) -> None:
+        """Take no more connections, answer those who wait for events, end the idle ones."""
+        self.ending = True
+        self._mouth.send(b"!")
+        self.socket.close()
+        for promise in list(self.crowd):
+            promise.keep(None)
+        for sock in list(self.idle):
+            try:
+                sock.shutdown(socket.SHUT_RD)
+            except OSError:
+                pass
+
+
+def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
+    """A listening socket; OSError if the address is taken or not ours.
+
+    The backlog is long because 1,000 callers may come at once: 128 would make them wait 7 s.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host.strip("[]"), port))
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. HTTP out
+# ------------------------------------------------------------------------------------------------
+
+IDLE_LINES = 64                  # kept connections per host
+LINE_SECONDS = 50.0              # how long; servers of this program end them after 60
+CONNECT_SECONDS = 10.0
+PATIENCE_SECONDS = 1.0           # before a proxied call watches its caller as well
+# Where a cloud tells a machine its secrets; link-local addresses besides (DESIGN).
+METADATA = [socket.inet_aton("100.100.100.200"), socket.inet_aton("192.0.0.192"),
+            socket.inet_pton(socket.AF_INET6, "fd00:ec2::254"),
+            socket.inet_pton(socket.AF_INET6, "fd20:ce::254")]
+V4_IN_V6 = ("::ffff:0:0", "::", "64:ff9b::")  # prefixes of 96 bits that hold an IPv4 address
+
+
+def is_forbidden(address: str) -> bool:
+    """Whether a numeric address is link-local or a metadata service, in whatever spelling."""
+    if ":" not in address:
+        return _forbidden_v4(socket.inet_aton(address))
+    packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
+    prefixes = [socket.inet_pton(socket.AF_INET6, prefix)[:12] for prefix in V4_IN_V6]
+    embedded = packed[12:] if packed[:12] in prefixes else packed[2:6]  # 6to4: 2002:v4::
+    if packed[:12] in prefixes or packed[:2] == b"\x20\x02":
+        return _forbidden_v4(embedded)
+    return packed in METADATA or (packed[0] == 0xfe and packed[1] & 0xc0 == 0x80)
+
+
+def _forbidden_v4(packed: bytes) -> bool:
+    return packed[:2] == b"\xa9\xfe" or packed in METADATA
+
+
+def origin_of(url: str) -> Tuple[str, str, int]:
+    """Scheme, host and port that a URL leads to; ValueError if it is none of http(s)."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("not an http(s) URL")
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+
+
+def with_params(url: str, **params: str) -> str:
+    """A URL with parameters merged into its query."""
+    parts = urllib.parse.urlsplit(url)
+    query = "&".join(filter(None, [parts.query, urllib.parse.urlencode(params)]))
+    return urllib.parse.urlunsplit(parts._replace(query=query))
+
+
+class Call(urllib.request.Request):
+    """One request out, with the words of fetch()."""
+
+    SAFE = "!#$%&'()*+,/:;=?@[]~|^`{}\"<>"
+
+    def __init__(self, url: str, method: str, fields: Mapping[str, str], body: Optional[bytes],
+                 seconds: float, caller: Optional[socket.socket], repeat: bool) -> None:
+        parts = urllib.parse.urlsplit(url)
+        user, _, host = parts.netloc.rpartition("@")
+        plain = parts._replace(netloc=host.encode("idna").decode(), fragment="")
+        super().__init__(urllib.parse.quote(urllib.parse.urlunsplit(plain), safe=self.SAFE),
+                         data=body, method=method)
+        self.fields = dict(fields)
+        if user:
+            secret = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+            self.fields.setdefault("Authorization", "Basic " + secret)
+        self.seconds, self.caller, self.repeat = seconds, caller, repeat
+
+    def to_bytes(self) -> bytes:
+        """Head and body as they go out; Unreachable if a field would become two."""
+        body = self.data if isinstance(self.data, bytes) else b""
+        lines = [f"{self.get_method()} {self.selector or '/'} HTTP/1.1",
+                 f"Host: {getattr(self, '_tunnel_host', None) or self._own_host()}"]
+        lines += [f"{name}: {value}" for name, value in {**self.headers, **self.fields}.items()]
+        if body or self.get_method() not in ("GET", "HEAD", "OPTIONS"):
+            lines.append(f"Content-Length: {len(body)}")
+        text = "\r\n".join(lines)
+        if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
+            raise Unreachable("a line break within a header field")
+        return text.encode("latin-1", "replace") + b"\r\n\r\n" + body
+
+    def _own_host(self) -> str:
+        return urllib.parse.urlsplit(self.full_url).netloc
+
+
+class Line:
+    """A connection to a server, and its stream."""
+
+    __slots__ = ("stream", "key", "since", "used")
+
+    def __init__(self, sock: socket.socket, key: Tuple[Any, ...]) -> None:
+        self.stream = Stream(sock)
+        self.key = key
+        self.since = 0.0
+        self.used = False
+
+    def close(self) -> None:
+        """Hang up."""
+        self.stream.sock.close()
+
+
+class Pool:
+    """Connections that wait for the next request to the same server, the last used first."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lock = threading.Lock()  # guards _idle
+        self._idle: Dict[Tuple[Any, ...], List[Line]] = {}
+        self._clock = clock
+
+    def take(self, key: Tuple[Any, ...]) -> Optional[Line]:
+        """A connection that still seems alive, or None."""
+        while True:
+            with self._lock:
+                lines = self._idle.get(key)
+                line = lines.pop() if lines else None
+            if line is None:
+                return None
+            if self._clock() - line.since < LINE_SECONDS and not has_ended(line.stream.sock):
+                return line
+            line.close()
+
+    def give(self, line: Line) -> None:
+        """Take back a connection whose answer was read to its end."""
+        line.since, line.used = self._clock(), True
+        with self._lock:
+            lines = self._idle.setdefault(line.key, [])
+            lines.append(line)
+            old = lines[:1] if (len(lines) > IDLE_LINES
+                                or line.since - lines[0].since > LINE_SECONDS) else []
+            del lines[:len(old)]
+        for stale in old:
+            stale.close()
+
+
+class Reply:
+    """An answer: status, fields, and a body that is read once."""
+
+    def __init__(self, line: Line, pool: Pool, method: str) -> None:
+        self._line, self._pool = line, pool
+        stream = line.stream
+        self.status, minor, self.fields = self._read_head(stream)
+        empty = method == "HEAD" or self.status in (204, 304)
+        self._length = 0 if empty else self._body_length()
+        wish = self.fields.get("connection", "").lower()
+        self._keep = (minor == b"1" or "keep-alive" in wish) and "close" not in wish
+        if self._length == 0:
+            self._finish()
+
+    def _read_head(self, stream: Stream) -> Tuple[int, bytes, Fields]:
+        while True:
+            head = stream.head()
+            if not head:
+                raise EOFError
+            line, _, block = head.partition(b"\r\n")
+            found = STATUS_LINE.fullmatch(line)
+            if not found:
+                raise BadRequest(400, "the answer is not HTTP")
+            if found.group(2)[:1] != b"1":  # 100 Continue and its like announce another head
+                return int(found.group(2)), found.group(1), HEADS.parse(block)
+
+    def _body_length(self) -> Optional[int]:
+        """None: as long as the connection lasts (RFC 9112 6.3)."""
+        if "content-length" not in self.fields and "transfer-encoding" not in self.fields:
+            return None
+        return body_length(self.fields)
+
+    @property
+    def kind(self) -> str:
+        """The media type, without parameters."""
+        return self.fields.get("content-type", "").partition(";")[0].strip().lower()
+
+    @property
+    def length(self) -> Optional[int]:
+        """The body's length if it was told, else None."""
+        return None if self._length is None or self._length < 0 else self._length
+
+    def read(self, limit: int = ANSWER_LIMIT) -> bytes:
+        """The body, at most `limit` bytes of it; Unreachable if it breaks off."""
+        pieces, size = [], 0
+        for piece in self.pieces():
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                self.close()
+                break
+        return b"".join(pieces)[:limit]
+
+    def pieces(self, seconds: Optional[float] = None) -> Iterator[bytes]:
+        """The body as it comes; with `seconds` each piece may take so long, else all together."""
+        try:
+            for piece in self._raw_pieces():
+                yield piece
+                if seconds is not None:
+                    self._line.stream.allow(seconds)
+        except (TimeoutError, EOFError, OSError, BadRequest) as error:
+            self.close()
+            raise _out_error(error, True) from None
+
+    def _raw_pieces(self) -> Iterator[bytes]:
+        stream = self._line.stream
+        if self._length is None:
+            yield stream.buffer
+            yield from iter(stream.more, b"")
+            self.close()
+        elif self._length < 0:
+            yield from stream.chunks()
+            self._finish()
+        elif self._length > 0:
+            yield from self._measured(stream, self._length)
+            self._finish()
+
+    def _measured(self, stream: Stream, left: int) -> Iterator[bytes]:
+        while left > 0:
+            data = stream.buffer or stream.more()
+            if not data:
+                raise EOFError
+            stream.buffer = data[left:]
+            yield data[:left]
+            left -= len(data[:left])
+
+    def _finish(self) -> None:
+        if self._keep and not self._line.stream.buffer:
+            self._pool.give(self._line)
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Hang up; for an answer that is not wanted to its end."""
+        self._line.close()
+
+
+def _out_error(error: Exception, sent: bool) -> Unreachable:
+    """What went wrong on the way out, in words for a log."""
+    if isinstance(error, Unreachable):
+        return error
+    if isinstance(error, TimeoutError):
+        return TooSlow("no answer in time", sent)
+    if isinstance(error, EOFError):
+        return Unreachable("the connection ended before the answer did", sent)
+    if isinstance(error, socket.gaierror):
+        return Unreachable("unknown host", sent)
+    if isinstance(error, OSError):
+        return Unreachable(error.strerror or str(error), sent)
+    return Unreachable(str(error), sent)
+
+
+class Transport(urllib.request.BaseHandler):
+    """How the opener reaches servers: kept connections, checked addresses, deadlines that hold.
+
+    urllib's own handler asks for `Connection: close` each time: 3,300 proxied calls a second
+    against 15,400 (measured).
+    """
+
+    def __init__(self) -> None:
+        self.pool = Pool()
+        self._tls: Any = None
+
+    def http_open(self, call: Call) -> Reply:
+        """The answer to a call; Unreachable, TooSlow, or Hangup when its caller went away.
+
+        A kept connection may turn out dead. The call is then repeated on a fresh one only if it
+        is a read, and not a byte of an answer came: of a send it is not known whether it was done.
+        """
+        key = (call.type, call.host, getattr(call, "_tunnel_host", None))
+        data = call.to_bytes()
+        line = self.pool.take(key)
+        if line is not None:
+            try:
+                return self._exchange(line, call, data)
+            except TooSlow:
+                raise
+            except Unreachable:
+                if not call.repeat or line.stream.buffer:
+                    raise
+        return self._exchange(self._connect(call, key), call, data)
+
+    https_open = http_open
+
+    def _exchange(self, line: Line, call: Call, data: bytes) -> Reply:
+        stream = line.stream
+        try:
+            if call.caller is None:
+                stream.allow(call.seconds)
+                stream.sock.sendall(data)
+            else:
+                stream.allow(PATIENCE_SECONDS)
+                stream.sock.sendall(data)
+                self._await(stream, call, call.caller)
+            return Reply(line, self.pool, call.get_method())
+        except (TimeoutError, EOFError, OSError, BadRequest) as error:
+            line.close()
+            raise _out_error(error, True) from None
+        except Hangup:
+            line.close()
+            raise
+
+    def _await(self, stream: Stream, call: Call, caller: socket.socket) -> None:
+        """Wait for the answer's first bytes, and after a while for the caller's farewell too."""
+        try:
+            stream.buffer = stream.more()
+        except TimeoutError:
+            self._await_both(stream, call, caller)
+        if b"\r\n\r\n" not in stream.buffer:
+            stream.allow(call.seconds)
+
+    def _await_both(self, stream: Stream, call: Call, caller: socket.socket) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream.sock, selectors.EVENT_READ)
+            selector.register(caller, selectors.EVENT_READ)
+            ready = [key.fileobj for key, _ in selector.select(call.seconds)]
+            if ready == [caller] and not has_ended(caller):
+                selector.unregister(caller)  # it sent its next request already
+                ready = [key.fileobj for key, _ in selector.select(call.seconds)]
+        if not ready:
+            raise TimeoutError
+        if stream.sock not in ready:
+            raise Hangup()
+
+    def _connect(self, call: Call, key: Tuple[Any, ...]) -> Line:
+        until = time.monotonic() + min(CONNECT_SECONDS, call.seconds)
+        try:
+            sock = self._open(call, until)
+            if call.type == "https":
+                sock = self._secure(sock, call, until)
+            return Line(sock, key)
+        except OSError as error:
+            raise _out_error(error, False) from None
+
+    def _open(self, call: Call, until: float) -> socket.socket:
+        parts = urllib.parse.urlsplit("//" + call.host)
+        default = 443 if call.type == "https" else 80
+        if not parts.hostname:
+            raise Unreachable("a URL without a host")
+        return connect(parts.hostname, parts.port or default, until)
+
+    def _secure(self, sock: socket.socket, call: Call, until: float) -> socket.socket:
+        import ssl
+        tunnel = getattr(call, "_tunnel_host", None)
+        try:
+            sock.settimeout(max(0.1, until - time.monotonic()))
+            if tunnel:
+                self._tunnel(sock, call, tunnel)
+            self._tls = self._tls or ssl.create_default_context()
+            name = urllib.parse.urlsplit("//" + (tunnel or call.host)).hostname
+            wrapped: socket.socket = self._tls.wrap_socket(sock, server_hostname=name)
+            return wrapped
+        except BaseException:
+            sock.close()
+            raise
+
+    def _tunnel(self, sock: socket.socket, call: Call, target: str) -> None:
+        """RFC 9110 9.3.6; the proxy's credentials were left in the call's headers by urllib."""
+        where = target if re.search(r":[0-9]+$", target) else target + ":443"
+        secret = call.headers.pop("Proxy-authorization", None)
+        proof = f"Proxy-Authorization: {secret}\r\n" if secret else ""
+        sock.sendall(f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n{proof}\r\n".encode("latin-1"))
+        head = b""
+        while b"\r\n\r\n" not in head and len(head) < HEAD_LIMIT:
+            data = sock.recv(1)
+            if not data:
+                break
+            head += data
+        if not re.match(rb"HTTP/1\.[01] 2", head):
+            raise Unreachable("the proxy does not let through")
+
+
+def connect(host: str, port: int, until: float) -> socket.socket:
+    """A connected socket to the first address that answers; never to a forbidden one.
+
+    The addresses are checked after the name was looked up and then used themselves, so that no
+    second look-up can give another answer. OSError, Unreachable.
+    """
+    failure: Exception = Unreachable("unknown host")
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0,
+                                                                 socket.SOCK_STREAM):
+        if is_forbidden(str(address[0])):
+            failure = Unreachable("link-local and metadata addresses are not called")
+            continue
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(max(0.1, until - time.monotonic()))
+            sock.connect(address)
+            sock.settimeout(None)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = TimeoutError() if isinstance(error, socket.timeout) else error
+    raise failure
+
+
+class Proxies(urllib.request.ProxyHandler):
+    """The environment's proxies, but never on the way to this machine itself."""
+
+    def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> None:
+        """None, so that Transport goes on with what was set in the request."""
+        if not is_loopback(urllib.parse.urlsplit("//" + req.host).hostname or ""):
+            super().proxy_open(req, proxy, type)
+
+
+TRANSPORT = Transport()
+OPENER = urllib.request.OpenerDirector()
+OPENER.add_handler(Proxies())
+OPENER.add_handler(TRANSPORT)
+
+
+def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = None,
+          body: Optional[bytes] = None, seconds: float = 30.0,
+          caller: Optional[socket.socket] = None, repeat: bool = False) -> Reply:
+    """Call a URL and give its answer, whatever its status; redirects are the asker's affair.
+
+    `seconds` bounds all of it, the body included; with `caller` only the wait for each piece, and
+    Hangup is raised when that socket's peer goes away. `repeat` is for reads: asking twice is
+    asking once. Unreachable, with `sent` telling whether the server may have acted; TooSlow.
+    """
+    try:
+        origin_of(url)
+        call = Call(url, method, fields or {}, body, seconds, caller, repeat)
+    except ValueError as error:
+        raise Unreachable(str(error)) from None
+    reply: Reply = OPENER.open(call, timeout=seconds)
+    return reply
+
+
+# ------------------------------------------------------------------------------------------------
+# A. QR encoder
+# ------------------------------------------------------------------------------------------------
+
+# A symbol is thought of in two ways.  While it is drawn it is a grid: rows of modules, each
+# light (0), dark (1) or still free (2).  While it is masked and scored it is a plane: one int
+# whose bit y * (side + 1) + x stands for the module in row y, column x.  The spare column at
+# each row's end is always 0, so a shift never carries a module into the neighbouring row, and
+# one big-int operation treats all modules at once: that is what makes eight masks cheap.
+_QR_LIGHT, _QR_DARK, _QR_FREE = range(3)
+
+# Error correction level M, versions 1..40 (ISO/IEC 18004:2015, table 9): the number of error
+# correction codewords in each block, and the number of blocks.
+_QR_CHECKS = bytes((
+    10, 16, 26, 18, 24, 16, 18, 22, 22, 26, 30, 22, 22, 24, 24, 28, 28, 26, 26, 26,
+    26, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28,
+))
+_QR_BLOCKS = bytes((
+    1, 1, 1, 2, 2, 4, 4, 4, 5, 5, 5, 8, 9, 9, 10, 10, 11, 13, 14, 16,
+    17, 17, 18, 20, 21, 23, 25, 26, 28, 29, 31, 33, 35, 37, 38, 40, 43, 45, 47, 49,
+))
+
+
+def qr_matrix(text: str) -> list[bytearray]:
+    """Draw `text` as a QR code at error correction level M (ISO/IEC 18004:2015, clause 7).
+
+    In: any text.  It is stored in byte mode as UTF-8.  No ECI header says so, though the
+    standard's default is ISO 8859-1: scanners detect UTF-8, but not all know the header.
+    Out: the rows of the symbol, top first, without quiet zone: `side` bytearrays of `side`
+    modules, 1 for dark and 0 for light, where side = 17 + 4 * version.  The version is the
+    smallest of 1..40 that holds the text, the mask the one of least penalty (clause 7.8.3),
+    the lower number on a tie.
+
+    ValueError: the text exceeds 2331 bytes, or holds half of a surrogate pair.
+    """
+    payload = text.encode("utf-8")
+    version = _qr_version(len(payload))
+    grid = _qr_patterns(version)
+    free = _qr_plane(grid, _QR_FREE)
+    _qr_place(grid, _qr_codewords(payload, version))
+    data, side = _qr_plane(grid, _QR_DARK), len(grid)
+    assert side == 17 + 4 * version
+    masks = enumerate(_qr_masks(side))
+    drawn = [data ^ (flips & free) ^ _qr_format(mask, side) for mask, flips in masks]
+    return _qr_grid(min(drawn, key=lambda plane: _qr_penalty(plane, side)), side)
+
+
+def qr_png(matrix: list[bytearray], scale: int = 8, quiet: int = 4) -> bytes:
+    """Render a symbol as a PNG file: greyscale, one bit per pixel, not interlaced.
+
+    In: the rows of `qr_matrix`; the pixels per module (`scale` >= 1); the width in modules of
+    the light border (`quiet` >= 0; ISO/IEC 18004:2015, clause 6.3.8 demands 4).  Out: the
+    bytes of the file, (side + 2 * quiet) * scale pixels square.
+    """
+    assert scale >= 1 and quiet >= 0
+    rows = _qr_bordered(matrix, quiet)
+    width = len(rows) * scale
+    lines = b"".join(_qr_scanline(row, scale) * scale for row in rows)
+    header = struct.pack(">IIBBBBB", width, width, 1, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_qr_chunk(kind, body) for kind, body in chunks)
+
+
+def qr_text(matrix: list[bytearray], quiet: int = 2) -> str:
+    """Render a symbol for a terminal: two rows of modules per line, each line ended by \\n.
+
+    In: the rows of `qr_matrix`; the width in modules of the light border (`quiet` >= 0).  Two
+    are enough on a screen, though ISO/IEC 18004:2015, clause 6.3.8 demands 4.  Out: the text,
+    lines of half blocks, each of which sets black on white by itself and resets at its end,
+    so that a dark theme does not turn the code into its negative.
+    """
+    assert quiet >= 0
+    rows = _qr_bordered(matrix, quiet)
+    # The number of rows is odd: the last line needs a light row for its lower half.
+    rows.append(bytearray(len(rows)))
+    lines = (
+        "".join(" ▀▄█"[upper + 2 * lower] for upper, lower in zip(*pair))
+        for pair in zip(rows[::2], rows[1::2])
+    )
+    return "".join("\x1b[30;47m" + line + "\x1b[0m\n" for line in lines)
+
+
+def _qr_bordered(matrix: list[bytearray], quiet: int) -> list[bytearray]:
+    """Copy the rows with `quiet` light modules on each of the four sides."""
+    blank, side = bytes(quiet), len(matrix) + 2 * quiet
+    above = [bytearray(side) for _ in range(quiet)]
+    return above + [bytearray(blank + row + blank) for row in matrix] + above
+
+
+def _qr_scanline(row: bytearray, scale: int) -> bytes:
+    """Pack one row of pixels as PNG does: filter type 0, eight pixels a byte, first is high."""
+    # PNG counts light, QR counts dark: a set bit is white.
+    pixels = "".join("01"[not dark] * scale for dark in row)
+    size = (len(pixels) + 7) // 8
+    return b"\0" + int(pixels.ljust(8 * size, "0"), 2).to_bytes(size, "big")
+
+
+def _qr_chunk(kind: bytes, body: bytes) -> bytes:
+    """Frame one PNG chunk: length, type, body, CRC over type and body."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def _qr_version(size: int) -> int:
+    """Find the smallest version (1..40) that holds `size` bytes in byte mode."""
+    for version in range(1, 41):
+        if size <= _qr_room(version):
+            return version
+    raise ValueError(
+        f"text of {size} bytes does not fit into a QR code:"
+        f" shorten it to {_qr_room(40)} bytes of UTF-8 or fewer"
+    )
+
+
+def _qr_room(version: int) -> int:
+    """Count the payload bytes of a version: what mode, count and terminator leave of the data."""
+    checks = _QR_CHECKS[version - 1] * _QR_BLOCKS[version - 1]
+    return _qr_capacity(version) - checks - (4 + _qr_count_bits(version) + 4) // 8
+
+
+def _qr_count_bits(version: int) -> int:
+    """Give the width of the character count in byte mode (table 3)."""
+    return 8 if version < 10 else 16
+
+
+def _qr_capacity(version: int) -> int:
+    """Count all codewords of a version (table 1): the modules no function pattern takes, by 8."""
+    side = 17 + 4 * version
+    # Three finders with separators; two timing patterns; twice the format, and the dark module.
+    free = side * side - 3 * 8 * 8 - 2 * (side - 16) - (2 * 15 + 1)
+    if version > 1:
+        # Of the lattice three are left out for the finders; those on a timing line share 5.
+        lattice = len(_qr_centres(version))
+        free -= 25 * (lattice * lattice - 3) - 2 * 5 * (lattice - 2)
+    if version > 6:
+        free -= 2 * 18
+    return free // 8
+
+
+def _qr_codewords(payload: bytes, version: int) -> bytes:
+    """Encode the payload as the final codeword sequence: data blocks, then checks (7.6)."""
+    blocks = _qr_split(_qr_data(payload, version), _QR_BLOCKS[version - 1])
+    divisor = _qr_divisor(_QR_CHECKS[version - 1])
+    checks = [_qr_remainder(block, divisor) for block in blocks]
+    codewords = _qr_interleave(blocks) + _qr_interleave(checks)
+    assert len(codewords) == _qr_capacity(version)
+    return codewords
+
+
+def _qr_data(payload: bytes, version: int) -> bytes:
+    """Encode the data codewords: byte mode, count, payload, terminator, padding (7.4)."""
+    size, room = len(payload), _qr_room(version)
+    assert size <= room
+    width = _qr_count_bits(version)
+    head = (0b0100 << width | size) << 4
+    # Mode (4 bits) and terminator (4 bits) together fill a byte, so no bit is left to align.
+    stream = head << 8 * size | int.from_bytes(payload, "big") << 4
+    padding = (b"\xec\x11" * (room - size))[: room - size]
+    return stream.to_bytes(1 + width // 8 + size, "big") + padding
+
+
+def _qr_split(data: bytes, count: int) -> list[bytes]:
+    """Cut the data into `count` blocks, of which the last may be one byte longer (7.5.1)."""
+    short, longer = divmod(len(data), count)
+    sizes = [short] * (count - longer) + [short + 1] * longer
+    starts = [sum(sizes[:index]) for index in range(count)]
+    return [data[start:start + size] for start, size in zip(starts, sizes)]
+
+
+def _qr_interleave(blocks: list[bytes]) -> bytes:
+    """Take the first byte of every block, then every second byte, and so on (7.6)."""
+    longest = max(map(len, blocks))
+    return bytes(block[at] for at in range(longest) for block in blocks if at < len(block))
+
+
+def _qr_powers() -> tuple[bytes, bytes]:
+    """Tabulate the field GF(256) modulo x^8 + x^4 + x^3 + x^2 + 1 (7.5.2): 2^n, and its log."""
+    powers, logs, value = bytearray(2 * 255), bytearray(256), 1
+    for exponent in range(255):
+        powers[exponent] = powers[exponent + 255] = value
+        logs[value] = exponent
+        value = value << 1 ^ (value >> 7) * 0x11D
+    assert value == 1
+    return bytes(powers), bytes(logs)
+
+
+# The powers are given twice over, so that a sum of two logs needs no reduction modulo 255.
+_QR_POWERS, _QR_LOGS = _qr_powers()
+
+
+def _qr_divisor(degree: int) -> bytes:
+    """Multiply out (x - 2^0) ... (x - 2^(degree - 1)) (annex A): logs, without the leading 1."""
+    terms = bytearray(b"\x01")
+    for exponent in range(degree):
+        terms.append(0)
+        for at in range(exponent + 1, 0, -1):
+            if terms[at - 1]:
+                terms[at] ^= _QR_POWERS[_QR_LOGS[terms[at - 1]] + exponent]
+    assert all(terms), "a log exists for each term"
+    return bytes(_QR_LOGS[term] for term in terms[1:])
+
+
+def _qr_remainder(block: bytes, divisor: bytes) -> bytes:
+    """Divide a data block by the divisor: the remainder is its check codewords (7.5.2)."""
+    rest = bytearray(block) + bytes(len(divisor))
+    for at in range(len(block)):
+        if rest[at]:
+            factor = _QR_LOGS[rest[at]]
+            for below, term in enumerate(divisor, at + 1):
+                rest[below] ^= _QR_POWERS[factor + term]
+    return bytes(rest[len(block):])
+
+
+def _qr_patterns(version: int) -> list[bytearray]:
+    """Draw the function patterns of a version (6.3) on a free grid; format stays light."""
+    side = 17 + 4 * version
+    grid = [bytearray([_QR_FREE]) * side for _ in range(side)]
+    for at in range(side):
+        grid[6][at] = grid[at][6] = (at + 1) % 2
+    for y, x in ((3, 3), (3, side - 4), (side - 4, 3)):
+        _qr_rings(grid, y, x, (1, 1, 0, 1, 0))
+    centres = _qr_centres(version)
+    for y in centres:
+        for x in centres:
+            if (y, x) not in ((6, 6), (6, side - 7), (side - 7, 6)):
+                _qr_rings(grid, y, x, (1, 0, 1))
+    _qr_reserve(grid, version)
+    return grid
+
+
+def _qr_rings(grid: list[bytearray], y: int, x: int, rings: tuple[int, ...]) -> None:
+    """Draw concentric squares around (y, x), innermost first, cut off at the grid's edge."""
+    side, reach = len(grid), range(1 - len(rings), len(rings))
+    for down in reach:
+        for right in reach:
+            if 0 <= y + down < side and 0 <= x + right < side:
+                grid[y + down][x + right] = rings[max(abs(down), abs(right))]
+
+
+def _qr_centres(version: int) -> list[int]:
+    """List the rows (and columns) of the alignment patterns' centres, ascending (annex E)."""
+    if version == 1:
+        return []
+    gaps, last = version // 7 + 1, 4 * version + 10
+    # Even steps, as short as reach the first gap; only version 32 of the annex departs from it.
+    step = 26 if version == 32 else -(-(last - 6) // (2 * gaps)) * 2
+    return [6] + [last - step * gap for gap in reversed(range(gaps))]
+
+
+def _qr_reserve(grid: list[bytearray], version: int) -> None:
+    """Take the modules of format (7.9) and version information (7.10); draw the latter."""
+    side = len(grid)
+    for y, x in _qr_format_places(side):
+        grid[y][x] = _QR_LIGHT
+    grid[side - 8][8] = _QR_DARK
+    if version > 6:
+        bits = _qr_bch(version, 0x1F25)
+        for at in range(18):
+            long, short = at // 3, side - 11 + at % 3
+            grid[long][short] = grid[short][long] = bits >> at & 1
+
+
+def _qr_bch(value: int, divisor: int) -> int:
+    """Append to `value` its remainder modulo `divisor`, both over GF(2) (annexes C, D)."""
+    degree = divisor.bit_length() - 1
+    rest = value << degree
+    while rest.bit_length() > degree:
+        rest ^= divisor << rest.bit_length() - 1 - degree
+    return value << degree | rest
+
+
+def _qr_format_places(side: int) -> list[tuple[int, int]]:
+    """List row and column of the format's bits 0..14, then of their copy (figure 25)."""
+    down = [(y, 8) for y in (0, 1, 2, 3, 4, 5, 7, 8)]
+    left = [(8, x) for x in (7, 5, 4, 3, 2, 1, 0)]
+    right = [(8, side - 1 - bit) for bit in range(8)]
+    bottom = [(side - 7 + bit, 8) for bit in range(7)]
+    return down + left + right + bottom
+
+
+def _qr_format(mask: int, side: int) -> int:
+    """Give the plane of the dark modules of the format information (7.9)."""
+    # Level M is 00, so the five data bits are those of the mask.
+    bits = _qr_bch(mask, 0x537) ^ 0x5412
+    places = enumerate(_qr_format_places(side))
+    return sum((bits >> (at % 15) & 1) << (y * (side + 1) + x) for at, (y, x) in places)
+
+
+def _qr_place(grid: list[bytearray], codewords: bytes) -> None:
+    """Fill the free modules, in columns of two from the right, first upwards (7.7.3)."""
+    side = len(grid)
+    bits = (codeword >> at & 1 for codeword in codewords for at in range(7, -1, -1))
+    # The vertical timing pattern in column 6 belongs to no column of two.
+    for turn, right in enumerate((*range(side - 1, 6, -2), 5, 3, 1)):
+        for row in grid if turn % 2 else grid[::-1]:
+            for x in (right, right - 1):
+                if row[x] == _QR_FREE:
+                    row[x] = next(bits, 0)
+    assert next(bits, None) is None
+
+
+def _qr_masks(side: int) -> list[int]:
+    """Give for each mask the plane of all it flips (7.8.2), function patterns included."""
+    # Every condition repeats after 12 rows and after 6 columns.
+    terms = [[_qr_mask_terms(i, j) for j in range(6)] for i in range(12)]
+    planes = []
+    for mask in range(8):
+        tile = [bytes(not cell[mask] for cell in row) * (side // 6 + 1) for row in terms]
+        grid = [bytearray(tile[i % 12][:side]) for i in range(side)]
+        planes.append(_qr_plane(grid, _QR_DARK))
+    return planes
+
+
+def _qr_mask_terms(i: int, j: int) -> tuple[int, ...]:
+    """Evaluate table 10 in row i, column j: a mask flips the module where its term is 0."""
+    odd, third = i * j % 2, i * j % 3
+    return (
+        (i + j) % 2,
+        i % 2,
+        j % 3,
+        (i + j) % 3,
+        (i // 2 + j // 3) % 2,
+        odd + third,
+        (odd + third) % 2,
+        (i + j + third) % 2,
+    )
+
+
+def _qr_plane(grid: list[bytearray], state: int) -> int:
+    """Turn a grid into the plane of the modules in the given state."""
+    digits = bytearray(b"000")
+    digits[state] = ord("1")
+    table = bytes.maketrans(bytes(range(3)), digits)
+    return int(b"0".join(grid).translate(table)[::-1], 2)
+
+
+def _qr_grid(plane: int, side: int) -> list[bytearray]:
+    """Turn a plane back into a grid of `side` rows."""
+    width = side + 1
+    bits = format(plane, "b").zfill(side * width)[::-1]
+    return [bytearray(map(int, bits[y * width:y * width + side])) for y in range(side)]
+
+
+def _qr_penalty(dark: int, side: int) -> int:
+    """Score a masked symbol by the four rules of clause 7.8.3; the lower the better."""
+    down = side + 1
+    light = dark ^ _qr_plane([bytearray(side)] * side, _QR_LIGHT)
+    colours = (dark, light)
+    score = sum(_qr_runs(plane, step) for plane in colours for step in (1, down))
+    score += sum(_qr_squares(plane, down) for plane in colours)
+    score += sum(_qr_finders(dark, light, step) for step in (1, down))
+    return score + _qr_imbalance(dark, side * side)
+
+
+def _qr_popcount(plane: int) -> int:
+    """Count the modules of a plane (int.bit_count is missing before Python 3.10)."""
+    return bin(plane).count("1")
+
+
+def _qr_stretch(plane: int, step: int, length: int) -> int:
+    """Give the plane of the modules at which `length` modules, `step` apart, begin."""
+    begins = plane
+    for at in range(1, length):
+        begins &= plane >> at * step
+    return begins
+
+
+def _qr_runs(plane: int, step: int) -> int:
+    """Rule 1: a run of n >= 5 modules of one colour costs 3 + (n - 5)."""
+    # Such a run is n - 4 stretches of five, only the first of which has none before it.
+    fives = _qr_stretch(plane, step, 5)
+    return _qr_popcount(fives) + 2 * _qr_popcount(fives & ~(fives << step))
+
+
+def _qr_squares(plane: int, down: int) -> int:
+    """Rule 2: each block of 2 x 2 modules of one colour costs 3, overlapping ones too."""
+    return 3 * _qr_popcount(_qr_stretch(_qr_stretch(plane, 1, 2), down, 2))
+
+
+def _qr_finders(dark: int, light: int, step: int) -> int:
+    """Rule 3: dark 1:1:3:1:1, with 4 light modules before or after it, costs 40."""
+    # The clause scores "the whole symbol", so the quiet zone does not count as light here.
+    found, fours = -1, _qr_stretch(light, step, 4)
+    for at, plane in enumerate((dark, light, dark, dark, dark, light, dark)):
+        found &= plane >> at * step
+    return 40 * _qr_popcount(found & (fours << 4 * step | fours >> 7 * step))
+
+
+def _qr_imbalance(dark: int, total: int) -> int:
+    """Rule 4: each full 5 % by which the dark share of the symbol departs from 50 % costs 10."""
+    return abs(20 * _qr_popcount(dark) - 10 * total) // total * 10
+
+
+# ------------------------------------------------------------------------------------------------
+# B. Pages
+# ------------------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html><html lang="{lang}"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>OpenQQ</title>
+<style nonce="{nonce}">body{{font:1.1em system-ui,sans-serif;max-width:40em;margin:2em auto;
+padding:0 1em;color-scheme:light dark}}button{{font:inherit;padding:.6em 2em}}
+pre{{overflow:auto;padding:1em;border:1px solid}}</style>{body}</html>"""
+
+SCAN_BODY = """<h1>{account}</h1><p>登录确认 · Log in on this network as <b>{account}</b>?</p>
+<form method="post" action="/local/confirm"><input type="hidden" name="ticket" value="{ticket}">
+<button>登录 · Log in</button></form>"""
+
+SAY_BODY = "<h1>{title}</h1><p>{text}</p>"
+
+INDEX_BODY = """<h1>OpenQQ</h1><p>{what} It serves the HTTP API below; the README has the rest.</p>
+<pre>{lines}</pre>"""
+
+
+def page(body: str, values: Mapping[str, str], status: int = 200) -> Response:
+    """An HTML page that may load nothing and run nothing; values are escaped into the body."""
+    nonce = base64.b64encode(os.urandom(12)).decode()
+    safe = {name: escape(value) for name, value in values.items()}
+    text = PAGE.format(lang="zh", nonce=nonce, body=body.format(**safe))
+    policy = (f"default-src 'none'; style-src 'nonce-{nonce}'; form-action 'self'; "
+              "frame-ancestors 'none'; base-uri 'none'")
+    return Response(text.encode(), "text/html; charset=utf-8", status, {
+        "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"})
+
+
+def escape(text: str) -> str:
+    """Text as HTML text or within a quoted attribute."""
+    for plain, coded in ("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;"):
+        text = text.replace(plain, coded)
+    return text
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Events
+# ------------------------------------------------------------------------------------------------
+
+class Store:
+    """The ring of the newest events, for check_event (CONTRACT 6).
+
+    Each event gets a `seq` that starts at the clock's milliseconds, so that a number from before
+    a restart is older than all that is kept. Bare calls share one mark; `since` only reads.
+    """
+
+    def __init__(self, size: int, clock: Callable[[], float] = time.time) -> None:
+        self._lock = threading.Lock()  # guards _ring, _seq, _mark, _waiting
+        self._ring: Deque[Tuple[int, bytes]] = collections.deque(maxlen=max(1, size))
+        self._seq = self._mark = int(clock() * 1000)
+        self._waiting: Set[Promise] = set()
+
+    def add(self, event: Row) -> None:
+        """Keep an event, and wake everybody who waits for one."""
+        with self._lock:
+            self._seq += 1
+            self._ring.append((self._seq, to_bytes(dict(event, seq=self._seq))))
+            waiting, self._waiting = self._waiting, set()
+        for promise in waiting:
+            promise.keep()
+
+    def take(self, since: Optional[int], wait: Callable[[Promise, float], Any],
+             seconds: float = EVENT_SECONDS) -> bytes:
+        """A JSON list of the events after `since`, or after the mark (None), which then moves.
+
+        Waits up to `seconds` for the first one by `wait(promise, seconds)`; Hangup, raised by
+        that, leaves everything for the next caller.
+        """
+        promise = Promise()
+        with self._lock:
+            mark = self._mark if since is None else since if since <= self._seq else 0
+            events = self._after(mark)
+            if not events:
+                self._waiting.add(promise)
+        if not events:
+            events = self._await(promise, mark, wait, seconds)
+        if events and since is None:
+            with self._lock:
+                self._mark = max(self._mark, events[-1][0])
+        return b"[" + b",".join([data for _, data in events]) + b"]"
+
+    def _await(self, promise: Promise, mark: int, wait: Callable[[Promise, float], Any],
+               seconds: float) -> List[Tuple[int, bytes]]:
+        try:
+            wait(promise, seconds)
+        except TimeoutError:
+            pass
+        finally:
+            with self._lock:
+                self._waiting.discard(promise)
+        with self._lock:
+            return self._after(mark)
+
+    def _after(self, mark: int) -> List[Tuple[int, bytes]]:
+        found: List[Tuple[int, bytes]] = []
+        for item in reversed(self._ring):
+            if item[0] <= mark:
+                break
+            found.append(item)
+        return found[::-1]
+
+
+class Reporter:
+    """Posts events to post_api, each conversation in order, through a queue that survives.
+
+    Everything here happens in the loop's thread; only the posting itself is done by a crew. A
+    second conversation is posted beside the first once that has taken PATIENCE: so a slow answer
+    holds up one chat only, and a kill finds one event on its way, not four, as long as the
+    receiver is quick. `answered(event, answer)` gets each JSON object that a receiver answers.
+    """
+
+    PATIENCE = 0.05
+    LATER = (408, 425, 429)
+
+    def __init__(self, url: str, secret: str, spool: Spool, loop: Loop, log: Log,
+                 answered: Callable[[Row, Row], None],
+                 fetch: Callable[..., Reply] = fetch) -> None:
+        self._url, self._secret, self._spool, self._loop = url, secret, spool, loop
+        self._log, self._answered, self._fetch = log, answered, fetch
+        self._crew = Crew(POST_LANES, "post", log)
+        self._queues: Dict[str, Deque[int]] = {}       # conversation -> keys in the spool
+        self._ready: Deque[str] = collections.deque()  # conversations that may go
+        self._flying: Dict[str, float] = {}            # conversation -> when its post began
+        self._tries: Dict[int, Tuple[int, float]] = {}  # key -> tries, time of the first
+        self._allowed = 1                              # posts at once, up to POST_LANES
+        self._widening: Optional[Timer] = None
+        self._pause: Optional[Timer] = None            # nobody can be reached at all
+        self._outage = 0                               # tries in a row that found nobody
+        self._emptied: Optional[Callable[[], None]] = None
+        self._gone = False                             # the receiver said so
+        self.counts = {"posted": 0, "retried": 0, "dropped": 0}
+        for key, item in spool.pending.items():
+            self._enqueue(key, item["in"])
+
+    def start(self) -> None:
+        """Go on with what a former process left."""
+        self._pump()
+
+    def add(self, event: Row, conversation: str, mark: Json = None) -> None:
+        """Queue an event for posting, together with its source's mark (Spool)."""
+        if self._gone:
+            return self._spool.advance(mark)
+        name = f"{int(time.time() * 1000):x}-{self._spool.last + 1:x}"
+        key = self._spool.add({"id": name, "in": conversation, "event": event}, mark)
+        self._enqueue(key, conversation)
+        for old in self._spool.excess():
+            self._forget(old)
+
+    def flush(self) -> None:
+        """Write what add() queued, then post it: in this order, or a kill could lose it."""
+        self._spool.flush()
+        self._pump()
+
+    def drain(self, emptied: Callable[[], None]) -> None:
+        """Have emptied() called once nothing is left to post."""
+        self._emptied = emptied
+        self._pump()
+
+    def waiting(self) -> int:
+        """How many events are not delivered yet."""
+        return len(self._spool.pending)
+
+    def _enqueue(self, key: int, conversation: str) -> None:
+        queue = self._queues.get(conversation)
+        if queue is None:
+            self._queues[conversation] = collections.deque([key])
+            self._ready.append(conversation)
+        else:
+            queue.append(key)
+
+    def _forget(self, key: int) -> None:
+        conversation = self._spool.pending[key]["in"]
+        queue = self._queues[conversation]
+        if queue[0] == key and conversation in self._flying:
+            return  # on its way already
+        queue.remove(key)
+        self._drop(key, "over the limit of the queue")
+        if not queue:
+            del self._queues[conversation]
+            self._ready = collections.deque(c for c in self._ready if c != conversation)
+
+    def _drop(self, key: int, why: str) -> None:
+        self.counts["dropped"] += 1
+        if self.counts["dropped"] & (self.counts["dropped"] - 1) == 0:  # 1, 2, 4, 8 …
+            self._log.warn(f"{self.counts['dropped']} event(s) dropped, not posted to "
+                           f"{shown_url(self._url)}: {why}")
+        self._tries.pop(key, None)
+        self._spool.done(key)
+
+    def _pump(self) -> None:
+        while self._ready and self._pause is None and len(self._flying) < self._allowed:
+            conversation = self._ready.popleft()
+            key = self._queues[conversation][0]
+            self._flying[conversation] = self._loop.clock()
+            self._crew.submit(self._post, conversation, key, self._spool.pending[key])
+        if self._ready and self._widening is None and self._allowed < POST_LANES:
+            self._widening = self._loop.later(self.PATIENCE, self._widen)
+        if not self._queues and self._emptied is not None:
+            emptied, self._emptied = self._emptied, None
+            emptied()
+
+    def _widen(self) -> None:
+        self._widening = None
+        if len(self._flying) >= self._allowed:
+            self._allowed = min(POST_LANES, self._allowed + 1)
+        self._pump()
+
+    def _post(self, conversation: str, key: int, item: Row) -> None:
+        """In a thread of the crew: one try."""
+        body = to_bytes(item["event"])
+        fields = {"Content-Type": "application/json", "X-Event-ID": item["id"],
+                  "User-Agent": "openqq/" + VERSION}
+        if self._secret:
+            import hmac
+            digest = hmac.new(self._secret.encode(), body, "sha1").hexdigest()
+            fields["X-Signature"] = "sha1=" + digest
+        status, answer, error = self._try(fields, body)
+        self._loop.call(self._landed, conversation, key, item, status, answer, error)
+
+    def _try(self, fields: Fields, body: bytes) -> Tuple[int, Optional[Row],
+                                                         Optional[Unreachable]]:
+        url, until = self._url, self._loop.clock() + POST_SECONDS
+        try:
+            for _ in range(4):
+                reply = self._fetch(url, "POST", fields, body,
+                                    max(0.1, until - self._loop.clock()))
+                data = reply.read()
+                url = same_origin(url, reply)
+                if not url:
+                    break
+            return reply.status, _json_object(reply.kind, data), None
+        except Unreachable as error:
+            return 0, None, error
+
+    def _landed(self, conversation: str, key: int, item: Row, status: int,
+                answer: Optional[Row], error: Optional[Unreachable]) -> None:
+        started = self._flying.pop(conversation, None)
+        if started is None:
+            return  # another answer said meanwhile that the receiver is gone
+        if self._loop.clock() - started < self.PATIENCE:
+            self._allowed = max(1, self._allowed - 1)
+        if error is not None:
+            self._failed(conversation, key, error)
+        elif status == 410:
+            self._stop_for_good()
+        elif status in self.LATER or status >= 500:
+            self._refused(conversation, key, status)
+        else:
+            self._delivered(conversation, key, item, answer)
+        self._spool.flush()
+        self._pump()
+
+    def _delivered(self, conversation: str, key: int, item: Row, answer: Optional[Row]) -> None:
+        if self._outage > 1:
+            self._log.info(f"{shown_url(self._url)} takes events again")
+        self._outage = 0
+        self.counts["posted"] += 1
+        if answer is not None:
+            self._answered(item["event"], answer)
+        self._spool.done(key)
+        self._next(conversation, key)
+
+    def _next(self, conversation: str, key: int) -> None:
+        """Whatever became of the first of a conversation, the second is now the first."""
+        self._tries.pop(key, None)
+        queue = self._queues[conversation]
+        queue.popleft()
+        if queue:
+            self._ready.append(conversation)
+        else:
+            del self._queues[conversation]
+
+    def _refused(self, conversation: str, key: int, status: int) -> None:
+        tries, first = self._tries.get(key, (0, self._loop.clock()))
+        self._tries[key] = tries + 1, first
+        if tries + 1 >= POST_TRIES:
+            self._drop(key, f"answered {status} {POST_TRIES} times")
+            self._next(conversation, key)
+        else:
+            self._again(conversation, 2.0 ** tries)
+
+    def _failed(self, conversation: str, key: int, error: Unreachable) -> None:
+        tries, first = self._tries.get(key, (0, self._loop.clock()))
+        self._tries[key] = tries + 1, first
+        if self._loop.clock() - first > POST_DAY:
+            self._drop(key, "nobody there for a day")
+            self._next(conversation, key)
+        elif error.sent:
+            self._again(conversation, backoff(tries))
+        else:
+            self._nobody(conversation, error)
+
+    def _again(self, conversation: str, seconds: float) -> None:
+        self.counts["retried"] += 1
+        self._loop.later(seconds, self._retry, conversation)
+
+    def _retry(self, conversation: str) -> None:
+        self._ready.appendleft(conversation)
+        self._pump()
+
+    def _nobody(self, conversation: str, error: Unreachable) -> None:
+        """No connection: it would fare no better with the others, so all wait."""
+        self.counts["retried"] += 1
+        self._ready.appendleft(conversation)
+        self._allowed = 1
+        if self._pause is None:
+            if self._outage == 1:
+                self._log.warn(f"{shown_url(self._url)} cannot be reached ({error.status}); "
+                               "events wait for it")
+            self._pause = self._loop.later(backoff(self._outage), self._resume)
+            self._outage += 1
+
+    def _resume(self) -> None:
+        self._pause = None
+        self._pump()
+
+    def _stop_for_good(self) -> None:
+        self._log.warn(f"{shown_url(self._url)} answered 410 Gone: nothing more is posted to it")
+        self._gone = True
+        for key in list(self._spool.pending):
+            self._drop(key, "the receiver is gone")
+        self._queues.clear()
+        self._ready.clear()
+        self._flying.clear()
+        self._pump()
+
+
+def backoff(tries: int, most: float = 60.0) -> float:
+    """Seconds before the next try: 0, 1, 2, 4 … most."""
+    return min(most, 2.0 ** (tries - 1)) if tries else 0.0
+
+
+def shown_url(url: str) -> str:
+    """A URL for the log: a password or a token in it stays out."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2],
+                                                  query="", fragment=""))
+
+
+def redirect_of(url: str, reply: Reply) -> str:
+    """Where a redirect leads, as an absolute URL; empty if it is none."""
+    location = reply.fields.get("location", "")
+    if reply.status not in (301, 302, 303, 307, 308) or not location:
+        return ""
+    return urllib.parse.urljoin(url, location)
+
+
+def same_origin(url: str, reply: Reply) -> str:
+    """Where a redirect leads if it stays with the same server, else empty."""
+    target = redirect_of(url, reply)
+    try:
+        return target if target and origin_of(target) == origin_of(url) else ""
+    except ValueError:
+        return ""
+
+
+def _json_object(kind: str, data: bytes) -> Optional[Row]:
+    if kind not in ("application/json", "text/json"):
+        return None
+    try:
+        value = from_bytes(data)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class Outlet:
+    """Where an account's events go: the ring, post_api, stdout; each what is meant for it."""
+
+    KEPT = re.compile("(new|lose)_")  # in the ring whatever post_event_list says (CONTRACT 6)
+    KEPT_IF_LISTED = re.compile(".*_property_change|friend_request|revoke_message")
+
+    def __init__(self, store: Store, reporter: Optional[Reporter], listed: Iterable[str],
+                 stdout: bool, numeric: bool) -> None:
+        self.store, self.reporter = store, reporter
+        self._listed, self._stdout, self._numeric = set(listed), stdout, numeric
+
+    def start(self) -> None:
+        """Go on with what a former process left."""
+        if self.reporter:
+            self.reporter.start()
+
+    def put(self, event: str, row: Row, conversation: str, mark: str) -> bool:
+        """Pass an event on; whether its mark went into the queue on disk with it."""
+        row = numbered(row) if self._numeric else row
+        message = row["post_type"] != "event"
+        listed = event in self._listed
+        if message or self.KEPT.match(event) or (listed and self.KEPT_IF_LISTED.match(event)):
+            self.store.add(row)
+        if not message and not listed:
+            return False
+        if self._stdout:
+            self._print(row)
+        if self.reporter:
+            self.reporter.add(row, conversation, mark or None)
+        return self.reporter is not None
+
+    def _print(self, row: Row) -> None:
+        try:
+            os.write(1, to_bytes(row) + b"\n")
+        except OSError:
+            self._stdout = False  # nobody reads it any more
+
+    def flush(self) -> None:
+        """Let what was put go on its way."""
+        if self.reporter:
+            self.reporter.flush()
+
+    def waiting(self) -> int:
+        """How many events are still to be posted."""
+        return self.reporter.waiting() if self.reporter else 0
+
+    def drain(self, emptied: Callable[[], None]) -> None:
+        """Have emptied() called once all is posted."""
+        assert self.reporter is not None
+        self.reporter.drain(emptied)
+
+
+class Heartbeat:
+    """Asks poll_api again and again, and does what its redirects say (CONTRACT 7).
+
+    So a server outside can drive a program inside: it lets the request hang, and answers it with
+    a redirect to an API of ours. `own` maps the ports of our servers to their URLs.
+    """
+
+    HOPS = 7
+    HANG_SECONDS = 86_400.0
+
+    def __init__(self, url: str, interval: float, own: Dict[int, str], token: str, log: Log,
+                 fetch: Callable[..., Reply] = fetch) -> None:
+        self._url, self._interval, self._own, self._token = url, interval, own, token
+        self._log, self._fetch = log, fetch
+        self._ended = threading.Event()
+        self._quiet = self._started = False
+
+    def start(self) -> None:
+        """Beat in a thread of its own, until stop(); a second call changes nothing."""
+        if not self._started:
+            self._started = True
+            spawn(self._run, name="heartbeat")
+
+    def stop(self) -> None:
+        """No further beat."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                self.beat()
+                self._quiet = False
+            except Unreachable as error:
+                if not self._quiet:
+                    self._log.warn(f"{shown_url(self._url)} (poll_api): {error.status}")
+                self._quiet = True
+            self._ended.wait(self._interval)
+
+    def beat(self) -> None:
+        """Ask once, and follow where the answer leads. Unreachable."""
+        url = self._url
+        for _ in range(self.HOPS + 1):
+            reply = self._fetch(url, seconds=self.HANG_SECONDS)
+            reply.read()
+            target = redirect_of(url, reply)
+            if not target:
+                return
+            own = self._own_call(target)
+            if own:
+                return self._call(own)
+            url = same_origin(self._url, reply) and target
+            if not url:
+                return self._log.warn(f"poll_api leads to {shown_url(target)}, which is neither "
+                                      "our own API nor its own server: not followed")
+        self._log.warn(f"poll_api leads on after {self.HOPS} redirects: given up")
+
+    def _own_call(self, target: str) -> str:
+        """The call that a redirect asks for, at our own address whatever it called us."""
+        try:
+            parts = urllib.parse.urlsplit(target)
+            _, host, port = origin_of(target)
+        except ValueError:
+            return ""
+        base = self._own.get(port) if is_loopback(host) else None
+        if base is None or not re.match("/open(qq|wx)/", parts.path):
+            return ""
+        return base + urllib.parse.urlunsplit(parts._replace(scheme="", netloc="", fragment=""))
+
+    def _call(self, url: str) -> None:
+        fields = {"Authorization": "Bearer " + self._token} if self._token else {}
+        reply = self._fetch(url, "GET", fields, seconds=PROXY_SECONDS)
+        reply.read()
+        self._log.info(f"poll_api had us call {shown_url(url)}: {reply.status}")
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Local network
+# ------------------------------------------------------------------------------------------------
+
+FIRST_WORLD: Row = {
+    "people": [{"uid": "2854196301", "name": "小冰", "echo": 1},
+               {"uid": "2854196302", "name": "小灰", "echo": 0}],
+    "groups": [{"uid": "20260001", "name": "OpenQQ", "owner_uid": "",
+                "member": [{"uid": "2854196301"}, {"uid": "2854196302"}]}],
+    "discuss": [{"uid": "30260001", "name": "OpenQQ", "owner_uid": "",
+                 "member": ["2854196301", "2854196302"]}],
+    "friends": [["2854196301", "2854196302"]],
+}
+COMMON = "OpenQQ"   # the group and the discuss that everybody who logs in joins
+# What a thing's members are when nobody said otherwise; None for those not named here.
+USUAL: Row = {
+    "category": "我的好友", "client_type": "pc", "face": "0", "flag": "0", "is_vip": "0",
+    "vip_level": "0", "sex": "unknown", "country": "中国", "province": "", "city": "",
+    "qage": "0", "bad_record": "0", "level": "0", "max_member": 2000, "max_admin": 10,
+    "memo": "", "birthday": "", "blood": "0", "signature": "", "personal": "", "allow": "0",
+    "college": "", "constel": "0", "email": "", "homepage": "", "mobile": "", "occupation": "",
+    "phone": "", "shengxiao": "0", "last_speak_time": "0", "join_time": "0", "createtime": "0"}
+ROLES = {"owner": "create", "admin": "manage", "member": "attend"}
+
+
+def name_to_uid(name: str) -> str:
+    """An account's number: itself if it is all digits, else one made from its name."""
+    if name.isascii() and name.isdigit():
+        return name
+    return str(1_000_000_000 + zlib.crc32(name.encode()))
+
+
+class World:
+    """Who and what there is on the local network: tables in a ledger, by uid.
+
+    people: uid -> row. friend: uid -> friend's uid -> how the first sees the second. group and
+    discuss: uid -> row; group_member and discuss_member: uid -> member's uid -> row. login:
+    account -> uid, nonce, cookie, time.
+    """
+
+    def __init__(self, ledger: Ledger, fields: Dict[str, Tuple[str, ...]]) -> None:
+        self.ledger, self.fields = ledger, fields
+        self.online: Set[str] = set()  # accounts
+        self.account_of = {row["uid"]: account
+                           for account, row in ledger.table("login").items()}
+
+    def begin(self, spec: Row, digest: str) -> None:
+        """Start anew with the people of a world file; ValueError or KeyError if it is none."""
+        self.ledger.clear()
+        self.account_of = {}
+        put = self.ledger.put
+        put(binascii.hexlify(os.urandom(4)).decode(), "about", "era")
+        put(digest, "about", "world")
+        for person in spec["people"]:
+            put(dict(person), "people", str(person["uid"]))
+        for what, member in ("groups", "group_member"), ("discuss", "discuss_member"):
+            for circle in spec.get(what, []):
+                self._begin_circle(what.rstrip("s") if what == "groups" else what, member, circle)
+        for one, other in spec.get("friends", []):
+            put({}, "friend", str(one), str(other))
+            put({}, "friend", str(other), str(one))
+        self.ledger.commit()
+        self.ledger.save()
+
+    def _begin_circle(self, what: str, member: str, circle: Row) -> None:
+        uid = str(circle["uid"])
+        self.ledger.put({key: value for key, value in circle.items() if key != "member"},
+                        what, uid)
+        for row in circle["member"]:
+            row = dict(row) if isinstance(row, dict) else {"uid": str(row)}
+            if str(row["uid"]) == str(circle.get("owner_uid")):
+                row["role"] = "owner"
+            self.ledger.put(row, member, uid, str(row["uid"]))
+
+    def dump(self) -> Row:
+        """What begin() reads, and /local/world shows."""
+        table = self.ledger.table
+        return {
+            "people": list(table("people").values()),
+            "groups": [dict(row, member=[
+                {"uid": m, "role": member.get("role", "member"), "card": member.get("card")}
+                for m, member in table("group_member", uid).items()])
+                for uid, row in table("group").items()],
+            "discuss": [dict(row, member=list(table("discuss_member", uid)))
+                        for uid, row in table("discuss").items()],
+            "friends": [[one, other] for one, others in table("friend").items()
+                        for other in others if one < other]}
+
+    def find(self, table: str, who: str, viewer: str = "") -> str:
+        """The uid of a person, group or discuss by uid, account, name or the viewer's id."""
+        rows = self.ledger.table(table)
+        if who in rows:
+            return who
+        if table == "people" and who in self.ledger.table("login"):
+            return str(self.ledger.table("login", who)["uid"])
+        for uid, row in rows.items():
+            if row.get("name") == who or (viewer and self.id_for(viewer, uid) == who):
+                return uid
+        raise NotFound(f"{who or table} not found")
+
+    def id_for(self, account: str, uid: str) -> str:
+        """How an account's login calls a uid: another number, a new one after each scan."""
+        import hashlib
+        nonce = self.ledger.table("login", account).get("nonce", "")
+        digest = hashlib.blake2b(f"{nonce}/{uid}".encode(), digest_size=8).digest()
+        return str(10 ** 14 + int.from_bytes(digest, "big") % (9 * 10 ** 14))
+
+    def _seen(self, kind: str, account: str, uid: str, *rows: Row) -> Row:
+        """The documented members of a thing as an account sees it; later rows win."""
+        merged: Row = {**USUAL, "state": self.state_of(uid)}
+        for row in rows:
+            merged.update(row)
+        merged.update(uid=uid, id=self.id_for(account, uid))
+        return {name: merged.get(name) for name in self.fields[kind]}
+
+    def state_of(self, uid: str) -> str:
+        """Residents are always there, accounts while they are logged in."""
+        account = self.account_of.get(uid)
+        return "online" if account is None or account in self.online else "offline"
+
+    def user(self, account: str) -> Row:
+        """An account's own row."""
+        uid = self.ledger.table("login", account)["uid"]
+        row = self._seen("user", account, uid, {"account": account},
+                         self.ledger.table("people", uid))
+        return row
+
+    def friend(self, account: str, uid: str) -> Row:
+        """Somebody as on an account's friend list."""
+        me = self.ledger.table("login", account)["uid"]
+        return self._seen("friend", account, uid, self.ledger.table("people", uid),
+                          self.ledger.table("friend", me, uid))
+
+    def member(self, table: str, account: str, circle: str, uid: str) -> Row:
+        """Somebody in a group or discuss (`table` group_member or discuss_member)."""
+        row = {"role": "member", **self.ledger.table(table, circle, uid)}
+        return self._seen(table, account, uid, self.ledger.table("people", uid), row)
+
+    def circle(self, table: str, account: str, uid: str, members: bool = True) -> Row:
+        """A group or discuss (`table`), with or without its members."""
+        me = self.ledger.table("login", account)["uid"]
+        row = dict(self.ledger.table(table, uid))
+        owner = str(row.get("owner_uid") or "")
+        own = self.ledger.table(table + "_member", uid, me)
+        seen = self._seen(table, account, uid, row, {
+            "role": ROLES[own.get("role", "member")], "owner_uid": owner or None,
+            "owner_id": self.id_for(account, owner) if owner else None, "code": uid})
+        seen["uid"] = uid  # a discuss shows none, but its members are found by it
+        if members:
+            seen["member"] = [self.member(table + "_member", account, uid, member)
+                              for member in self.ledger.table(table + "_member", uid)]
+        return seen
+
+    def roster(self, account: str) -> Row:
+        """All that an account loads at login."""
+        me = self.ledger.table("login", account)["uid"]
+        table = self.ledger.table
+        return {"user": self.user(account),
+                "friend": [self.friend(account, uid) for uid in table("friend", me)],
+                **{what: [self.circle(what, account, uid) for uid in table(what)
+                          if me in table(what + "_member", uid)]
+                   for what in ("group", "discuss")}}
+
+    def role(self, group: str, uid: str) -> str:
+        """owner, admin or member; empty for somebody who is not in the group."""
+        row = self.ledger.table("group_member", group).get(uid)
+        return "" if row is None else str(row.get("role", "member"))
+
+
+class Tickets:
+    """The QR codes on show: each holds a number that nobody can guess, and works once."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._open: Dict[str, Tuple[str, float]] = {}  # ticket -> account, end of life
+
+    def issue(self, account: str) -> str:
+        """A new one; the account's former one is void."""
+        self.cancel(account)
+        ticket = binascii.hexlify(os.urandom(16)).decode()
+        self._open[ticket] = account, self._clock() + TICKET_SECONDS
+        return ticket
+
+    def account(self, ticket: str) -> str:
+        """Whose it is, or empty if it is unknown, used or too old."""
+        account, end = self._open.get(ticket, ("", 0.0))
+        return account if self._clock() < end else ""
+
+    def of(self, account: str) -> str:
+        """The ticket that an account shows now, or empty."""
+        return next((ticket for ticket in self._open if self.account(ticket) == account), "")
+
+    def cancel(self, account: str) -> None:
+        """Let an account's ticket be void."""
+        self._open = {ticket: entry for ticket, entry in self._open.items()
+                      if entry[0] != account and self._clock() < entry[1]}
+
+
+class Outboxes:
+    """What waits for each account: numbered, and kept until the account says that it has it.
+
+    Messages wait for an account that is away, up to WAIT_LIMIT of them; everything else is
+    only for those who are there. What belongs to the login itself is not numbered.
+    """
+
+    BATCH = 256
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._notes: Dict[str, List[Row]] = {}     # about the login: no need to survive
+        self._pulls: Dict[str, Promise] = {}       # those who wait
+        self._woken: Set[str] = set()
+        for waiting in ledger.table("wait").values():
+            items = sorted(waiting.items(), key=lambda item: int(item[0]))
+            waiting.clear()
+            waiting.update(items)
+
+    def era(self) -> str:
+        """The name of this world: numbers of another one mean nothing here."""
+        return str(self._ledger.table("about").get("era", ""))
+
+    def put(self, account: str, item: Row) -> None:
+        """Let an item wait for an account."""
+        number = int(self._ledger.table("seq").get(account, 0)) + 1
+        self._ledger.put(number, "seq", account)
+        self._ledger.put(item, "wait", account, str(number))
+        waiting = self._ledger.table("wait", account)
+        if len(waiting) > WAIT_LIMIT:
+            self._ledger.put(None, "wait", account, next(iter(waiting)))
+        self._woken.add(account)
+
+    def note(self, account: str, item: Row) -> None:
+        """Tell an account something about its login, if it is there."""
+        self._notes.setdefault(account, []).append(item)
+        self._woken.add(account)
+
+    def acknowledge(self, account: str, mark: str) -> None:
+        """Forget what an account has: all up to its mark, `ERA:NUMBER`."""
+        era, _, number = mark.partition(":")
+        if era != self.era() or not number.isdigit():
+            return
+        waiting = self._ledger.table("wait", account)
+        for key in list(itertools.takewhile(lambda key: int(key) <= int(number), waiting)):
+            self._ledger.put(None, "wait", account, key)
+
+    def take(self, account: str, ready: bool) -> List[Row]:
+        """What waits, oldest first, each numbered item with the mark that acknowledges it.
+
+        Those are only for an account that is ready: it has loaded its roster.
+        """
+        notes = self._notes.pop(account, [])
+        if not ready:
+            return notes
+        era = self.era()
+        waiting = itertools.islice(self._ledger.table("wait", account).items(), self.BATCH)
+        return notes + [dict(item, mark=f"{era}:{number}") for number, item in waiting]
+
+    def wait(self, account: str) -> Promise:
+        """A promise that is kept when something comes; whoever waited before waits no more."""
+        former = self._pulls.pop(account, None)
+        if former:
+            former.keep()
+        self._pulls[account] = Promise()
+        return self._pulls[account]
+
+    def forget_notes(self, account: str) -> None:
+        """At a new beginning: what was said about the last login."""
+        self._notes.pop(account, None)
+
+    def wake_up(self, account: str) -> None:
+        """Let an account look again what there is."""
+        self._woken.add(account)
+
+    def wake(self) -> None:
+        """Let those have their items who wait for them; to be called after a commit."""
+        woken, self._woken = self._woken, set()
+        for account in woken:
+            promise = self._pulls.pop(account, None)
+            if promise:
+                promise.keep()
+
+
+class Society:
+    """Changes of the world, each told to those accounts that see it and are there."""
+
+    def __init__(self, world: World, outboxes: Outboxes, clock: Callable[[], float]) -> None:
+        self.world, self.clock = world, clock
+        self._ledger, self._outboxes = world.ledger, outboxes
+
+    def befriend(self, one: str, other: str, row: Optional[Row] = None) -> None:
+        """Make two people friends; `row` is how `other` sees `one`."""
+        self._ledger.put(row or {}, "friend", other, one)
+        self._ledger.put(self._ledger.table("friend", one).get(other) or {},
+                         "friend", one, other)
+        for viewer, seen in (other, one), (one, other):
+            self.tell(viewer, "new_friend",
+                      {"object": lambda to, uid=seen: self.world.friend(to, uid)})
+
+    def unfriend(self, one: str, other: str) -> None:
+        """End a friendship."""
+        for viewer, seen in (other, one), (one, other):
+            self.tell(viewer, "lose_friend",
+                      {"object": lambda to, uid=seen: self.world.friend(to, uid)})
+            self._ledger.put(None, "friend", viewer, seen)
+
+    def enter(self, table: str, circle: str, uid: str, row: Row) -> None:
+        """Let somebody into a group or discuss; its first account owns it."""
+        members = table + "_member"
+        owner = self._ledger.table(table, circle).get("owner_uid")
+        if not owner and uid in self.world.account_of:
+            self._ledger.put(dict(self._ledger.table(table, circle), owner_uid=uid),
+                             table, circle)
+            row = dict(row, role="owner")
+        self._ledger.put(dict(row, uid=uid, join_time=str(int(self.clock()))),
+                         members, circle, uid)
+        self.tell(uid, "new_" + table,
+                  {"object": lambda to: self.world.circle(table, to, circle)})
+        self.tell_circle(table, circle, "new_" + members, {
+            "circle": circle,
+            "object": lambda to: self.world.member(members, to, circle, uid)}, besides=uid)
+
+    def leave(self, table: str, circle: str, uid: str) -> None:
+        """Take somebody out of a group or discuss."""
+        members = table + "_member"
+        self.tell(uid, "lose_" + table, {
+            "object": lambda to: self.world.circle(table, to, circle, members=False)})
+        self.tell_circle(table, circle, "lose_" + members, {
+            "circle": circle,
+            "object": lambda to: self.world.member(members, to, circle, uid)}, besides=uid)
+        self._ledger.put(None, members, circle, uid)
+
+    def tell_circle(self, table: str, circle: str, event: str, parts: Row,
+                    besides: str = "") -> None:
+        """Tell everybody in a group or discuss."""
+        for uid in self._ledger.table(table + "_member", circle):
+            if uid != besides:
+                self.tell(uid, event, parts)
+
+    def tell(self, uid: str, event: str, parts: Row) -> None:
+        """Tell somebody who is there; parts that are callable are called with the account."""
+        account = self.world.account_of.get(uid)
+        if account in self.world.online and account is not None:
+            self._outboxes.put(account, {"do": "event", "event": event, **{
+                name: part(account) if callable(part) else part for name, part in parts.items()}})
+
+
+class LocalNetwork:
+    """A small chat network inside the program (DESIGN). Its loop's thread owns all of it.
+
+    `known(account)` tells whether there is a client of that name; `url()` is how a phone
+    reaches the host.
+    """
+
+    def __init__(self, path: str, world_file: str, fields: Dict[str, Tuple[str, ...]], log: Log,
+                 url: Callable[[], str], known: Callable[[str], bool] = lambda account: True,
+                 clock: Callable[[], float] = time.time) -> None:
+        self.log, self.url, self.known, self.clock = log, url, known, clock
+        self.loop = Loop(log)
+        self._ledger = Ledger(path + ".json", path + ".jsonl", log)
+        self.world = World(self._ledger, fields)
+        self._open_world(world_file)
+        self.outboxes = Outboxes(self._ledger)
+        self.society = Society(self.world, self.outboxes, clock)
+        self.tickets = Tickets()
+        self._ready: Set[str] = set()                        # accounts that are running
+        self._hopes: Dict[str, List[Promise]] = {}           # /local/login's that wait for that
+        self._last_id = int(clock() * 1000)
+
+    def _open_world(self, path: str) -> None:
+        data = read_file(path) if path else to_bytes(FIRST_WORLD)
+        digest = f"{zlib.crc32(data):08x}" if path and data else ""
+        about = self._ledger.table("about")
+        if about and digest in ("", about.get("world")):
+            return
+        try:
+            spec = from_bytes(data or b"")
+            self.world.begin(spec, digest)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise Refusal(f"world file {path} cannot be read: it must hold what /local/world "
+                          "shows") from None
+
+    def start(self) -> None:
+        """Begin to work."""
+        spawn(self.loop.run, name="network")
+
+    def stop(self) -> None:
+        """Let everything survive, and end."""
+        try:
+            self.loop.ask(self._ledger.save)
+        except NotRunning:
+            pass
+        self.loop.stop()
+
+    def call(self, account: str, verb: str, arguments: Row,
+             wait: Callable[[Promise, float], Any] = Promise.wait) -> Json:
+        """What a link asks in the name of its account: a verb of VERBS with its arguments."""
+        if verb == "pull":
+            return self._pull(account, str(arguments.get("mark", "")), wait)
+        if verb not in self.VERBS:
+            raise NotFound(f"{verb} not found")
+        return self.loop.ask(self.settle, lambda: getattr(self, verb)(account, **arguments))
+
+    def settle(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function in the loop; what it changed survives before anybody hears of it."""
+        try:
+            return function(*args)
+        finally:
+            self._ledger.commit()
+            self.outboxes.wake()
+
+    def _pull(self, account: str, mark: str, wait: Callable[[Promise, float], Any]) -> List[Row]:
+        items, promise = self.loop.ask(self.settle, self._take, account, mark)
+        if not items:
+            try:
+                wait(promise, 300.0)
+            except TimeoutError:
+                pass
+            items, _ = self.loop.ask(self.settle, self._take, account, "")
+        return items  # type: ignore[no-any-return]
+
+    def _take(self, account: str, mark: str) -> Tuple[List[Row], Promise]:
+        self.outboxes.acknowledge(account, mark)
+        return (self.outboxes.take(account, account in self._ready),
+                self.outboxes.wait(account))
+
+    # -- logging in
+
+    def attach(self, account: str, mark: str, cookie: str, password: bool) -> Row:
+        """An account's client is there. {"login": …} if it is logged in by that, else {}."""
+        self.outboxes.forget_notes(account)
+        self.outboxes.acknowledge(account, mark)
+        row = self._ledger.table("login", account)
+        age = self.clock() - float(row.get("time", 0))
+        if cookie and cookie == row.get("cookie") and 0 <= age < COOKIE_SECONDS:
+            return {"login": self._log_in(account, row["nonce"])}
+        if password:
+            return {"login": self._log_in(account, row.get("nonce") or new_secret())}
+        return {}
+
+    def ticket(self, account: str) -> Row:
+        """A new QR code's text, and how many seconds it holds."""
+        ticket = self.tickets.issue(account)
+        if account in self._hopes:
+            self.confirm(ticket)
+        return {"text": f"{self.url()}/local/scan?ticket={ticket}", "seconds": TICKET_SECONDS}
+
+    def scan(self, ticket: str) -> str:
+        """Somebody opened the code's URL: whose it is, or NotFound."""
+        account = self.tickets.account(ticket)
+        if not account:
+            raise NotFound("ticket not found")
+        self.outboxes.note(account, {"do": "scanned"})
+        return account
+
+    def confirm(self, ticket: str) -> str:
+        """Somebody pressed the button: whose it is, or NotFound."""
+        account = self.scan(ticket)
+        self.tickets.cancel(account)
+        login = self._log_in(account, new_secret())
+        self.outboxes.note(account, {"do": "confirmed", "login": login})
+        return account
+
+    def hope(self, account: str) -> Promise:
+        """Log an account in, now or as soon as it shows a code; kept when it is running."""
+        promise = Promise()
+        if account in self._ready:
+            promise.keep()
+            return promise
+        self._hopes.setdefault(account, []).append(promise)
+        ticket = self.tickets.of(account)
+        if ticket:
+            self.confirm(ticket)
+        return promise
+
+    def despair(self, account: str) -> None:
+        """No longer wait to log an account in."""
+        self._hopes.pop(account, None)
+
+    def ready(self, account: str) -> None:
+        """An account's client is running."""
+        self._ready.add(account)
+        self.outboxes.wake_up(account)
+        for promise in self._hopes.pop(account, []):
+            promise.keep()
+
+    def detach(self, account: str) -> None:
+        """An account's client is gone."""
+        self.tickets.cancel(account)
+        self._ready.discard(account)
+        self.world.online.discard(account)
+
+    def logout(self, account: str) -> None:
+        """The account wants to be scanned anew."""
+        self.detach(account)
+        row = self._ledger.table("login", account)
+        if row:
+            self._ledger.put(dict(row, cookie=""), "login", account)
+
+    def delete(self, account: str) -> None:
+        """Forget an account's login and what waits for it; the person stays in the world."""
+        self.logout(account)
+        self._ledger.put(None, "wait", account)
+
+    def roster(self, account: str) -> Row:
+        """All that an account loads at login."""
+        return self.world.roster(account)
+
+    def _log_in(self, account: str, nonce: str) -> Row:
+        row = self._ledger.table("login", account)
+        uid = row.get("uid") or self._new_uid(account)
+        cookie = new_secret()
+        self._ledger.put({"uid": uid, "nonce": nonce, "cookie": cookie, "time": self.clock()},
+                         "login", account)
+        if not row:
+            self.world.account_of[uid] = account
+            self._join(account, uid)
+        self.world.online.add(account)  # only now: it hears of no friend that it will load
+        return {"uid": uid, "cookie": cookie}
+
+    def _new_uid(self, account: str) -> str:
+        people = self._ledger.table("people")
+        for uid, row in people.items():
+            if row.get("name") == account and uid not in self.world.account_of:
+                return uid
+        uid = name_to_uid(account)
+        while uid in self.world.account_of:
+            uid = str(int(uid) + 1)
+        return uid
+
+    def _join(self, account: str, uid: str) -> None:
+        """An account's very first login: it becomes everybody's friend, once and for all."""
+        if uid in self._ledger.table("people"):
+            return  # a world file knows it, and whose friend it is
+        self._ledger.put({"uid": uid, "name": account}, "people", uid)
+        for other in list(self._ledger.table("people")):
+            if other != uid:
+                self.society.befriend(uid, other)
+        for table in "group", "discuss":
+            for circle, row in list(self._ledger.table(table).items()):
+                if row.get("name") == COMMON:
+                    self.society.enter(table, circle, uid, {})
+
+    # -- messages
+
+    def send(self, account: str, messages: List[Row]) -> List[Row]:
+        """Deliver messages, in order; for each {"code", "info"} as CONTRACT 4 has them."""
+        uid = self._ledger.table("login", account)["uid"]
+        return [self._send(uid, message) for message in messages]
+
+    def _send(self, uid: str, message: Row) -> Row:
+        try:
+            self.speak(uid, message)
+        except NotFound as error:
+            return {"code": -4, "info": f"响应未知: {error.status}"}
+        return {"code": 0, "info": "发送正常"}
+
+    def speak(self, uid: str, message: Row) -> int:
+        """Say something as anybody: a message has type, content, and uid, group, discuss.
+
+        Its number; NotFound if the one who speaks has no business there.
+        """
+        receivers = self._receivers(uid, message)
+        self._last_id += 1
+        item = {"do": "message", "type": message["type"], "content": message["content"],
+                "time": str(int(self.clock())), "id": str(self._last_id), "uid": uid,
+                "name": self._ledger.table("people", uid)["name"],
+                "group": message.get("group"), "discuss": message.get("discuss")}
+        for receiver in receivers:
+            account = self.world.account_of.get(receiver)
+            if account is not None:
+                self.outboxes.put(account, dict(item, sender_id=self.world.id_for(account, uid)))
+            elif uid in self.world.account_of:
+                self._echo(receiver, uid, message)
+        return self._last_id
+
+    def _receivers(self, uid: str, message: Row) -> List[str]:
+        kind, target = message["type"], message.get("uid")
+        if kind == "friend_message":
+            if target not in self._ledger.table("friend", uid):
+                raise NotFound("friend not found")
+            return [str(target)]
+        table = "group" if message.get("group") else "discuss"
+        circle = str(message.get(table))
+        members = self._ledger.table(table + "_member", circle)
+        if uid not in members or (kind == "sess_message" and target not in members):
+            raise NotFound(f"{table} member not found")
+        if kind == "sess_message":
+            return [str(target)]
+        if float(members[uid].get("muted", 0)) > self.clock():
+            raise NotFound("muted, not heard")
+        members[uid]["last_speak_time"] = str(int(self.clock()))  # not worth a line of its own
+        return [member for member in members if member != uid]
+
+    def _echo(self, resident: str, uid: str, message: Row) -> None:
+        """An echo says what accounts say to it; in company only when its name is called."""
+        row = self._ledger.table("people", resident)
+        alone = message["type"] in ("friend_message", "sess_message")
+        if int(row.get("echo") or 0) and (alone or row["name"] in message["content"]):
+            self.speak(resident, dict(message, uid=uid if alone else None))
+
+    # -- group control
+
+    def kick(self, account: str, group: str, uids: List[str]) -> bool:
+        """Remove members; False, and nothing done, without the right to it."""
+        if not self._may(account, group, uids):
+            return False
+        for uid in uids:
+            self.society.leave("group", group, uid)
+        return True
+
+    def mute(self, account: str, group: str, uids: List[str], seconds: int) -> bool:
+        """Silence members for a time; False, and nothing done, without the right to it."""
+        if not self._may(account, group, uids):
+            return False
+        for uid in uids:
+            row = self._ledger.table("group_member", group, uid)
+            self._ledger.put(dict(row, muted=self.clock() + seconds), "group_member", group, uid)
+        return True
+
+    def _may(self, account: str, group: str, uids: List[str]) -> bool:
+        """Owners may with all others, admins with plain members."""
+        rank = {"": 9, "owner": 3, "admin": 2, "member": 1}
+        me = self.world.role(group, self._ledger.table("login", account)["uid"])
+        return me in ("owner", "admin") and all(
+            rank[self.world.role(group, uid)] < rank[me] for uid in uids)
+
+    VERBS = ("attach", "ticket", "ready", "logout", "roster", "send", "kick", "mute")
+
+
+def new_secret() -> str:
+    """Something that nobody can guess."""
+    return binascii.hexlify(os.urandom(16)).decode()
+
+
+class Changes:
+    """/local/change: `do` add, remove or set, `what` of the world; each a method `do_what`.
+
+    A method gets the uid, the place (`in`) and the properties, as the caller gave them.
+    """
+
+    def __init__(self, society: Society) -> None:
+        self._society, self._world = society, society.world
+        self._ledger = society.world.ledger
+
+    def make(self, params: Params) -> Row:
+        """Do what the parameters say; {"uid": …}. NotFound for whatever is not there."""
+        rest = dict(params)
+        do, what, uid, place = [rest.pop(name, "") for name in ("do", "what", "uid", "in")]
+        method = getattr(self, f"{do}_{what}", None)
+        if method is None or do not in ("add", "remove", "set"):
+            raise NotFound(f"do={do} what={what} not found")
+        return {"uid": method(uid, place, rest)}
+
+    def add_person(self, uid: str, place: str, row: Row) -> str:
+        """Somebody new, whom nobody knows yet."""
+        name = str(row.get("name") or uid)
+        uid = uid or name_to_uid(name)
+        if not uid.isdigit():
+            raise NotFound("uid as a number not found")
+        self._ledger.put({**row, "uid": uid, "name": name}, "people", uid)
+        return uid
+
+    def remove_person(self, uid: str, place: str, row: Row) -> str:
+        """Somebody is gone, from all friends, groups and discusses."""
+        uid = self._world.find("people", uid)
+        for friend in list(self._ledger.table("friend", uid)):
+            self._society.unfriend(uid, friend)
+        for table in "group", "discuss":
+            for circle in list(self._ledger.table(table)):
+                if uid in self._ledger.table(table + "_member", circle):
+                    self._society.leave(table, circle, uid)
+        self._ledger.put(None, "people", uid)
+        return uid
+
+    def set_person(self, uid: str, place: str, row: Row) -> str:
+        """Properties of a person, which all who see it hear of."""
+        uid = self._world.find("people", uid)
+        self._ledger.put({**self._ledger.table("people", uid), **row}, "people", uid)
+        tell = self._society.tell
+        for name, value in row.items():
+            parts = {"uid": uid, "property": name, "value": value}
+            tell(uid, "user_property_change", parts)
+            for friend in self._ledger.table("friend", uid):
+                tell(friend, "friend_property_change", parts)
+            for table in "group", "discuss":
+                self._tell_fellows(table, parts)
+        return uid
+
+    def _tell_fellows(self, table: str, parts: Row) -> None:
+        for circle in self._ledger.table(table):
+            if parts["uid"] in self._ledger.table(table + "_member", circle):
+                self._society.tell_circle(table, circle, f"{table}_member_property_change",
+                                          {**parts, "circle": circle})
+
+    def add_friend(self, uid: str, place: str, row: Row) -> str:
+        """`uid` becomes a friend of `in`, who sees it with the properties (markname …)."""
+        uid, place = self._world.find("people", uid), self._world.find("people", place)
+        self._society.befriend(uid, place, row)
+        return uid
+
+    def remove_friend(self, uid: str, place: str, row: Row) -> str:
+        """`uid` and `in` are friends no more."""
+        uid, place = self._friends(uid, place)
+        self._society.unfriend(uid, place)
+        return uid
+
+    def set_friend(self, uid: str, place: str, row: Row) -> str:
+        """How `in` sees its friend `uid`."""
+        uid, place = self._friends(uid, place)
+        self._ledger.put({**self._ledger.table("friend", place, uid), **row},
+                         "friend", place, uid)
+        for name, value in row.items():
+            self._society.tell(place, "friend_property_change",
+                               {"uid": uid, "property": name, "value": value})
+        return uid
+
+    def _friends(self, uid: str, place: str) -> Tuple[str, str]:
+        one, other = self._world.find("people", uid), self._world.find("people", place)
+        if one not in self._ledger.table("friend", other):
+            raise NotFound(f"friend {uid} not found")
+        return one, other
+
+    def add_group(self, uid: str, place: str, row: Row) -> str:
+        """A new group, with its owner in it if `owner_uid` names one."""
+        return self._add_circle("group", uid, row)
+
+    def add_discuss(self, uid: str, place: str, row: Row) -> str:
+        """A new discuss."""
+        return self._add_circle("discuss", uid, row)
+
+    def _add_circle(self, table: str, uid: str, row: Row) -> str:
+        name = str(row.get("name") or uid)
+        uid = uid or name_to_uid(table + name)
+        if not uid.isdigit():
+            raise NotFound("uid as a number not found")
+        owner = row.get("owner_uid") and self._world.find("people", row["owner_uid"])
+        self._ledger.put({**row, "uid": uid, "name": name, "owner_uid": owner or ""}, table, uid)
+        if owner:
+            self._society.enter(table, uid, owner, {"role": "owner"})
+        return uid
+
+    def remove_group(self, uid: str, place: str, row: Row) -> str:
+        """A group is no more."""
+        return self._remove_circle("group", uid)
+
+    def remove_discuss(self, uid: str, place: str, row: Row) -> str:
+        """A discuss is no more."""
+        return self._remove_circle("discuss", uid)
+
+    def _remove_circle(self, table: str, uid: str) -> str:
+        uid = self._world.find(table, uid)
+        self._society.tell_circle(table, uid, "lose_" + table, {
+            "object": lambda to: self._world.circle(table, to, uid, members=False)})
+        self._ledger.put(None, table + "_member", uid)
+        self._ledger.put(None, table, uid)
+        return uid
+
+    def set_group(self, uid: str, place: str, row: Row) -> str:
+        """Properties of a group."""
+        return self._set_circle("group", uid, row)
+
+    def set_discuss(self, uid: str, place: str, row: Row) -> str:
+        """Properties of a discuss."""
+        return self._set_circle("discuss", uid, row)
+
+    def _set_circle(self, table: str, uid: str, row: Row) -> str:
+        uid = self._world.find(table, uid)
+        self._ledger.put({**self._ledger.table(table, uid), **row}, table, uid)
+        for name, value in row.items():
+            self._society.tell_circle(table, uid, f"{table}_property_change",
+                                      {"uid": uid, "property": name, "value": value})
+        return uid
+
+    def add_group_member(self, uid: str, place: str, row: Row) -> str:
+        """Somebody enters a group."""
+        return self._add_member("group", uid, place, row)
+
+    def add_discuss_member(self, uid: str, place: str, row: Row) -> str:
+        """Somebody enters a discuss."""
+        return self._add_member("discuss", uid, place, row)
+
+    def _add_member(self, table: str, uid: str, place: str, row: Row) -> str:
+        uid, place = self._world.find("people", uid), self._world.find(table, place)
+        self._society.enter(table, place, uid, row)
+        return uid
+
+    def remove_group_member(self, uid: str, place: str, row: Row) -> str:
+        """Somebody leaves a group."""
+        return self._remove_member("group", uid, place)
+
+    def remove_discuss_member(self, uid: str, place: str, row: Row) -> str:
+        """Somebody leaves a discuss."""
+        return self._remove_member("discuss", uid, place)
+
+    def _remove_member(self, table: str, uid: str, place: str) -> str:
+        uid, place = self._member(table, uid, place)
+        self._society.leave(table, place, uid)
+        return uid
+
+    def set_group_member(self, uid: str, place: str, row: Row) -> str:
+        """Somebody's card or role in a group; one's own role is the group's `role` as well."""
+        uid, place = self._member("group", uid, place)
+        if row.get("role", "member") not in ROLES:
+            raise NotFound(f"role {row['role']} not found")
+        self._ledger.put({**self._ledger.table("group_member", place, uid), **row},
+                         "group_member", place, uid)
+        for name, value in row.items():
+            self._society.tell_circle(
+                "group", place, "group_member_property_change",
+                {"circle": place, "uid": uid, "property": name, "value": value})
+        if "role" in row:
+            self._society.tell(uid, "group_property_change", {
+                "uid": place, "property": "role", "value": ROLES[row["role"]]})
+        return uid
+
+    def _member(self, table: str, uid: str, place: str) -> Tuple[str, str]:
+        uid, place = self._world.find("people", uid), self._world.find(table, place)
+        if uid not in self._ledger.table(table + "_member", place):
+            raise NotFound(f"member {uid} not found")
+        return uid, place
+
+
+class LocalPages:
+    """What the network's host serves under /local/: for phones, for scripts, for clients."""
+
+    LOGIN_SECONDS = 15.0         # a client that was just started needs a moment
+
+    def __init__(self, network: LocalNetwork) -> None:
+        self._network = network
+        self._changes = Changes(network.society)
+        self._keys: Dict[str, str] = {}  # key -> account; written by key_for only
+
+    def routes(self) -> List[Route]:
+        """The routes of /local/; a ticket or a key protects those that are open."""
+        return [Route("/local/scan", "GET", self.scan, open=True),
+                Route("/local/confirm", "POST", self.confirm, open=True),
+                Route("/local/link", "POST", self.link, open=True),
+                Route("/local/login", "GET|POST", self.login),
+                Route("/local/say", "GET|POST", self.say),
+                Route("/local/change", "GET|POST", self.change),
+                Route("/local/world", "GET", self.world)]
+
+    def key_for(self, account: str) -> str:
+        """What a client proves with that it speaks for its account."""
+        key = new_secret()
+        self._keys = {old: name for old, name in self._keys.items() if name != account}
+        self._keys[key] = account
+        return key
+
+    def scan(self, request: Request) -> Response:
+        """The QR code's URL, opened by a phone: a page with a button."""
+        ticket = request.params.get("ticket", "")
+        return self._page(request, self._network.scan, SCAN_BODY, {"ticket": ticket})
+
+    def confirm(self, request: Request) -> Response:
+        """The button."""
+        return self._page(request, self._network.confirm, SAY_BODY, {
+            "title": "✓ 登录成功", "text": "You are logged in; this page can be closed."})
+
+    def _page(self, request: Request, step: Callable[[str], str], body: str,
+              values: Dict[str, str]) -> Response:
+        ticket = request.params.get("ticket", "")
+        try:
+            account = self._ask(step, ticket)
+        except NotFound:
+            return page(SAY_BODY, {"title": "二维码已失效", "text": "This code is no longer valid: "
+                        "it was used, or is too old. Scan the one that is shown now."}, 404)
+        return page(body, {"account": account, **values})
+
+    def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self._network.loop.ask(self._network.settle, function, *args)
+
+    def link(self, request: Request) -> Json:
+        """A client's own calls, in the name of the account that its key stands for."""
+        account = self._keys.get(request.fields.get("x-openqq-key", ""))
+        if account is None:
+            raise AuthFailure()
+        call = from_bytes(request.body)
+        return self._network.call(account, call["verb"], call["arguments"], request.wait)
+
+    def login(self, request: Request) -> Row:
+        """Log an account in as if somebody had scanned and pressed; answers when it runs."""
+        account = check_name(request.params.get("client", ""))
+        if not self._network.known(account):
+            raise NotFound(f"{account} not found")
+        promise = self._ask(self._network.hope, account)
+        try:
+            request.wait(promise, self.LOGIN_SECONDS)
+        except TimeoutError:
+            raise NotFound(f"{account}, waiting to be scanned, not found") from None
+        finally:
+            self._ask(self._network.despair, account)
+        return {"account": account, "code": 0, "status": "success"}
+
+    def say(self, request: Request) -> Row:
+        """Let a resident speak to an account, or in a group or discuss."""
+        number = self._ask(self._say, request.params)
+        return {"code": 0, "id": number, "status": "success"}
+
+    def _say(self, params: Params) -> int:
+        world = self._network.world
+        who = world.find("people", params.get("from", ""))
+        account, kind = params.get("client", ""), params.get("type", "friend_message")
+        if account not in world.ledger.table("login"):
+            raise NotFound(f"{account or 'client'} not found")
+        message = {"type": kind, "content": check_content(params)}
+        if kind in ("friend_message", "sess_message"):
+            message["uid"] = world.ledger.table("login", account)["uid"]
+        elif kind not in ("group_message", "discuss_message"):
+            raise NotFound(f"type {kind} not found")
+        if kind != "friend_message":
+            table = "discuss" if kind == "discuss_message" else "group"
+            message[table] = world.find(table, params.get("to", ""), account)
+        return self._network.speak(who, message)
+
+    def change(self, request: Request) -> Row:
+        """Change the world: every documented event can be made to happen."""
+        return {**self._ask(self._changes.make, request.keys()), "code": 0, "status": "success"}
+
+    def world(self, request: Request) -> Row:
+        """Who and what there is, as --world reads it."""
+        return {**self._ask(self._network.world.dump), "code": 0}
+
+
+def check_content(params: Params) -> str:
+    """A message's text; BadRequest when there is none, or too much."""
+    content = params.get("content", "")
+    if not content:
+        raise BadRequest(400, "content missing")
+    if len(content) > CONTENT_LIMIT or len(content.encode("utf-8", "replace")) > CONTENT_LIMIT:
+        raise BadRequest(400, f"content over {CONTENT_LIMIT} bytes")
+    return content
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. Links
+# ------------------------------------------------------------------------------------------------
+
+class Hooks:
+    """What a link tells its client; each may be called from any thread.
+
+    `qrcode(text, seconds)`: to be scanned, and how long it holds. `scanned()`. `confirmed(cookie,
+    fresh)`: logged in, `fresh` if ids may have changed. `received(items)`: what happened; returns
+    the mark of what is safe on disk. `lost(error)`: the connection is gone, in words.
+    """
+
+    def __init__(self, qrcode: Callable[[str, float], None], scanned: Callable[[], None],
+                 confirmed: Callable[[str, bool], None],
+                 received: Callable[[List[Row]], str], lost: Callable[[str], None]) -> None:
+        self.qrcode, self.scanned, self.confirmed = qrcode, scanned, confirmed
+        self.received, self.lost = received, lost
+
+
+class Link:
+    """Where an account's messages come from and go to: the face that every link has.
+
+    All methods may block and are called in threads of a crew; they raise Unreachable.
+    """
+
+    send_interval = 3.0          # seconds between two messages unless settings say otherwise
+    batch = 1                    # messages that send() takes at once where there is no interval
+
+    def login(self, cookie: str, mark: str) -> None:
+        """Begin to log in, with a former login's cookie if there is one; hooks tell the rest."""
+        raise NotImplementedError
+
+    def renew(self) -> None:
+        """Show a new QR code."""
+        raise NotImplementedError
+
+    def ready(self) -> None:
+        """The account is running."""
+
+    def roster(self) -> Row:
+        """{"user": …, "friend": […], "group": […], "discuss": […]}, the lists with members."""
+        raise NotImplementedError
+
+    def send(self, messages: List[Row]) -> List[Row]:
+        """Send messages {type, content, uid, group, discuss}; for each {"code", "info"}."""
+        raise NotImplementedError
+
+    def kick(self, group: str, uids: List[str]) -> bool:
+        """Remove members of a group; False without the right to it."""
+        raise NotImplementedError
+
+    def mute(self, group: str, uids: List[str], seconds: int) -> bool:
+        """Silence members of a group; False without the right to it."""
+        raise NotImplementedError
+
+    def logout(self) -> None:
+        """End the login, so that the next one needs a scan."""
+
+    def close(self) -> None:
+        """The client stops; the login stays."""
+
+
+class LocalLink(Link):
+    """An account on the local network; `host(verb, arguments)` is LocalNetwork.call.
+
+    What happens is fetched by a thread that asks, and waits for an answer as long as nothing
+    happens; asking again acknowledges what was stored.
+    """
+
+    send_interval = 0.0
+    batch = 64
+
+    def __init__(self, host: Callable[[str, Row], Json], hooks: Hooks, password: bool,
+                 log: Log) -> None:
+        self._host, self._hooks, self._password, self._log = host, hooks, password, log
+        self._closed = threading.Event()
+        self._mark = ""
+        self._pulling = False
+
+    def login(self, cookie: str, mark: str) -> None:
+        self._mark = mark
+        answer = self._host("attach", {"mark": mark, "cookie": cookie,
+                                       "password": self._password})
+        if not self._pulling:
+            self._pulling = True
+            spawn(self._pull, name="link")
+        if answer.get("login"):
+            self._hooks.confirmed(answer["login"]["cookie"], False)
+        else:
+            self.renew()
+
+    def renew(self) -> None:
+        answer = self._host("ticket", {})
+        self._hooks.qrcode(answer["text"], answer["seconds"])
+
+    def ready(self) -> None:
+        self._host("ready", {})
+
+    def roster(self) -> Row:
+        return dict(self._host("roster", {}))
+
+    def send(self, messages: List[Row]) -> List[Row]:
+        return list(self._host("send", {"messages": messages}))
+
+    def kick(self, group: str, uids: List[str]) -> bool:
+        return bool(self._host("kick", {"group": group, "uids": uids}))
+
+    def mute(self, group: str, uids: List[str], seconds: int) -> bool:
+        return bool(self._host("mute", {"group": group, "uids": uids, "seconds": seconds}))
+
+    def logout(self) -> None:
+        self._host("logout", {})
+
+    def close(self) -> None:
+        self._closed.set()  # the host notices by itself
+
+    def _pull(self) -> None:
+        failures = 0
+        while not self._closed.is_set():
+            try:
+                self._take(self._host("pull", {"mark": self._mark}))
+                failures = 0
+            except NotRunning:
+                return  # we stop, or the host does
+            except OpenQQError as error:
+                if failures == 1:
+                    self._hooks.lost(f"local network: {error.status}")
+                self._closed.wait(backoff(failures, 30.0))
+                failures += 1
+
+    def _take(self, items: List[Row]) -> None:
+        numbered_items = [item for item in items if "mark" in item]
+        for item in items:
+            if item["do"] == "scanned":
+                self._hooks.scanned()
+            elif item["do"] == "confirmed":
+                self._hooks.confirmed(item["login"]["cookie"], True)
+        if numbered_items:
+            self._mark = self._hooks.received(numbered_items)
+
+
+class RemoteHost:
+    """LocalNetwork.call, in another process, for one account."""
+
+    SECONDS = {"pull": 330.0}    # longer than one may wait; 30 for all others
+
+    def __init__(self, url: str, key: str, fetch: Callable[..., Reply] = fetch) -> None:
+        self._url, self._fetch = url + "/local/link", fetch
+        self._fields = {"X-OpenQQ-Key": key, "Content-Type": "application/json"}
+
+    def __call__(self, verb: str, arguments: Row) -> Json:
+        """What the host answers; Unreachable, also for what it refuses."""
+        body = to_bytes({"verb": verb, "arguments": arguments})
+        reply = self._fetch(self._url, "POST", self._fields, body, self.SECONDS.get(verb, 30.0))
+        data = reply.read(BODY_LIMIT * 8)
+        value = from_bytes(data)
+        if reply.status != 200:
+            raise Unreachable(str(value.get("status", reply.status)), True)
+        return value
+
+
+# ------------------------------------------------------------------------------------------------
+# 12. Client
+# ------------------------------------------------------------------------------------------------
+
+# The states of 002, each with those that may follow; `scaning` is how the documents spell it.
+NEXT_STATES = {
+    "": ("init",),
+    "init": ("loading", "stop"),
+    "loading": ("scaning", "updating", "stop"),
+    "scaning": ("confirming", "updating", "stop"),
+    "confirming": ("scaning", "updating", "stop"),
+    "updating": ("running", "scaning", "stop"),
+    "running": ("updating", "scaning", "stop"),
+    "stop": (),
+}
+LOGGING_IN = ("scaning", "confirming")
+THINGS: Dict[str, Type[Thing]] = {cls.kind: cls for cls in (Friend, Group, Discuss, GroupMember,
+                                                          DiscussMember)}
+
+
+class Parent:
+    """What a controller gave to its client: a line that ends with it, a socket, a network."""
+
+    def __init__(self, life: socket.socket, listener: Optional[socket.socket], local: str,
+                 key: str) -> None:
+        self.life, self.listener, self.local, self.key = life, listener, local, key
+        life.setblocking(False)
+
+    @classmethod
+    def find(cls) -> Optional[Parent]:
+        """That of this process, or None; what said so leaves the environment."""
+        names = ("OPENQQ_LIFE", "OPENQQ_LISTEN", "OPENQQ_LOCAL", "OPENQQ_KEY")
+        life, listener, local, key = [os.environ.pop(name, "") for name in names]
+        if not life:
+            return None
+        return cls(socket.socket(fileno=int(life)), socket.socket(fileno=int(listener)),
+                   local, key)
+
+    def tell(self, **news: str) -> None:
+        """Let the controller know; it may be gone, and must never be waited for."""
+        try:
+            self.life.send(to_bytes(news) + b"\n")
+        except OSError:
+            pass
+
+
+class Papers:
+    """A client's files: pid, cookie, QR code, state (000). Writing never stops the client."""
+
+    def __init__(self, settings: Settings, flavour: Type[Flavour], log: Log) -> None:
+        self.settings, self.log = settings, log
+        start = os.path.join(settings.tmpdir, flavour.file_prefix)
+        account = settings.account
+        settings.fill(cookie_path=f"{start}cookie_{account}.dat",
+                      qrcode_path=f"{start}qrcode_{account}.jpg",
+                      state_path=f"{start}state_{account}.json",
+                      pid_path=f"{start}pid_{account}.pid")
+        self.pid = PidFile(settings.pid_path)
+        self.spool_path = f"{start}post_{account}.jsonl"
+        self.local_path = f"{start}local_{account}"
+
+    def write_state(self, row: Row) -> None:
+        """Replace the state file."""
+        self._write(self.settings.state_path, to_bytes(row))
+
+    def write_qrcode(self, data: bytes) -> None:
+        """Replace the picture."""
+        self._write(self.settings.qrcode_path, data)
+
+    def read_qrcode(self) -> Optional[bytes]:
+        """The picture, or None while there is none."""
+        return read_file(self.settings.qrcode_path)
+
+    def remove_qrcode(self) -> None:
+        """There is nothing to scan any more."""
+        remove_file(self.settings.qrcode_path)
+
+    def read_cookie(self) -> Row:
+        """The last login's cookie file; {} if there is none, or it is another account's."""
+        row = read_json(self.settings.cookie_path, self.log)
+        return row if row.get("account") == self.settings.account else {}
+
+    def write_cookie(self, cookie: str) -> None:
+        """Keep a login, and with it the secrets that a resumed client needs (DESIGN)."""
+        if self.settings.keep_cookie:
+            row = {"account": self.settings.account, "cookie": cookie, "time": int(time.time()),
+                   "secrets": self.settings.secrets()}
+            self._write(self.settings.cookie_path, to_bytes(row))
+
+    def remove_cookie(self) -> None:
+        """The login is over."""
+        remove_file(self.settings.cookie_path)
+
+    def _write(self, path: str, data: bytes) -> None:
+        try:
+            write_file(path, data)
+        except OSError as error:
+            self.log.warn(f"{path} cannot be written: {error.strerror}; going on without")
+
+
+class Roster:
+    """Who the account knows. Written by the client's loop, read by everybody."""
+
+    def __init__(self, fields: Mapping[str, Tuple[str, ...]]) -> None:
+        self.fields = fields
+        self.lock = threading.Lock()  # guards user, the three dicts, and what is in them
+        self.user = User({})
+        self.friend: Dict[str, Friend] = {}
+        self.group: Dict[str, Group] = {}
+        self.discuss: Dict[str, Discuss] = {}
+
+    def table(self, kind: str) -> Dict[str, Any]:
+        """The things of a kind (friend, group, discuss) by uid."""
+        table: Dict[str, Any] = getattr(self, kind)
+        return table
+
+    def load(self, row: Row, kinds: Iterable[str]) -> None:
+        """Take over what a link told; only the kinds that are wanted."""
+        with self.lock:
+            for kind in kinds:
+                if kind == "user":
+                    self.user = User(row["user"])
+                else:
+                    setattr(self, kind, {item["uid"]: THINGS[kind](item) for item in row[kind]})
+
+    def to_json(self, kind: str, members: bool = True) -> List[Row]:
+        """The list of a kind, as documented."""
+        with self.lock:
+            return [thing.full_json(self.fields) if members and isinstance(thing, Circle)
+                    else thing.to_json(self.fields) for thing in self.table(kind).values()]
+
+    def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
+        """The things of a kind whose attributes equal all the keys; none without keys."""
+        with self.lock:
+            return match(self.table(kind).values(), keys)
+
+    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
+        """The members of a group or discuss whose attributes equal all the keys."""
+        with self.lock:
+            return match(circle.member.values(), keys)
+
+    def apply(self, item: Row) -> Optional[Tuple[str, List[Any]]]:
+        """Let an event of a link change the roster: its name and params, or None if it is void."""
+        event = str(item["event"])
+        with self.lock:
+            if event.endswith("_property_change"):
+                return self._change(event, item)
+            action, _, kind = event.partition("_")
+            table, circle = self._place(kind, item)
+            if table is None:
+                return None
+            uid = item["object"]["uid"]
+            thing = THINGS[kind](item["object"])
+            if action == "new":
+                table[uid] = thing
+            else:
+                thing = table.pop(uid, thing)
+            return event, [thing] + ([circle] if circle else [])
+
+    def _place(self, kind: str, item: Row) -> Tuple[Optional[Dict[str, Any]], Optional[Circle]]:
+        if not kind.endswith("_member"):
+            return self.table(kind), None
+        circle = self.table(kind[:-7]).get(item["circle"])
+        return (circle.member, circle) if circle else (None, None)
+
+    def _change(self, event: str, item: Row) -> Optional[Tuple[str, List[Any]]]:
+        kind, name = event[:-len("_property_change")], item["property"]
+        if kind == "user":
+            thing: Any = self.user
+        else:
+            table, _ = self._place(kind, item)
+            thing = table.get(item["uid"]) if table else None
+        if thing is None or name not in self.fields[kind]:
+            return None
+        old = thing.value(name)
+        setattr(thing, name, item["value"])
+        return (event, [thing, name, old, item["value"]]) if old != item["value"] else None
+
+    def differences(self, row: Row, kinds: Iterable[str]) -> List[Row]:
+        """What happened between the roster and what a link tells now, as events of a link."""
+        found: List[Row] = []
+        for kind in kinds:
+            if kind == "user":
+                found += property_changes("user", self.user, row["user"], {})
+                continue
+            old, new = self.table(kind), {item["uid"]: item for item in row[kind]}
+            found += table_changes(kind, old, new, {})
+            if kind != "friend":
+                for uid in old.keys() & new.keys():
+                    members = {item["uid"]: item for item in new[uid]["member"]}
+                    found += table_changes(kind + "_member", old[uid].member, members,
+                                           {"circle": uid})
+        return found
+
+
+def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
+    """Those whose attributes equal all the keys, as text; none without keys."""
+    wanted = list(keys.items())
+    return [thing for thing in things
+            if wanted and all(str(thing.value(name)) == value for name, value in wanted
+                              ) and None not in [thing.value(name) for name in keys]]
+
+
+def table_changes(kind: str, old: Mapping[str, Thing], new: Mapping[str, Row],
+                  where: Row) -> List[Row]:
+    """new_, lose_ and property_change events that lead from one table to another."""
+    found: List[Row] = []
+    for uid, item in new.items():
+        if uid not in old:
+            found.append({"event": "new_" + kind, "object": item, **where})
+        else:
+            found += property_changes(kind, old[uid], item, where)
+    return found + [{"event": "lose_" + kind, "object": {"uid": uid}, **where}
+                    for uid in old if uid not in new]
+
+
+def property_changes(kind: str, old: Thing, new: Row, where: Row) -> List[Row]:
+    """The property_change events that lead from one thing to another."""
+    return [{"event": kind + "_property_change", "uid": new["uid"], "property": name,
+             "value": value, **where}
+            for name, value in new.items() if name != "member" and old.value(name) != value]
+
+
+class Job:
+    """A message to be sent: what the link gets, and who waits for the outcome."""
+
+    __slots__ = ("message", "row", "promise", "tries")
+
+    def __init__(self, message: Message, row: Row, promise: Promise) -> None:
+        self.message, self.row, self.promise, self.tries = message, row, promise, 0
+
+
+class SendQueue:
+    """One queue for all that an account sends: first in, first out (CONTRACT 4).
+
+    Used in the loop's thread only. `sent(job, code, info)` tells each outcome.
+    """
+
+    def __init__(self, loop: Loop, send: Callable[[List[Row]], List[Row]], interval: float,
+                 batch: int, ttl: int, sent: Callable[[Job, int, str], None], log: Log) -> None:
+        self._loop, self._send, self._interval = loop, send, interval
+        self._batch = 1 if interval else batch
+        self._ttl, self._sent = ttl, sent
+        self._jobs: Deque[Job] = collections.deque()
+        self._crew = Crew(1, "send", log)
+        self._busy = False
+
+    def put(self, job: Job) -> None:
+        """Queue a message; the first goes at once."""
+        self._jobs.append(job)
+        self._pump()
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def _pump(self) -> None:
+        if self._busy or not self._jobs:
+            return
+        self._busy = True
+        batch = [self._jobs.popleft() for _ in range(min(self._batch, len(self._jobs)))]
+        self._crew.submit(self._try, batch, self._loop.clock())
+
+    def _try(self, batch: List[Job], began: float) -> None:
+        """In the crew's thread."""
+        results: List[Row] = []
+        error: Optional[OpenQQError] = None
+        try:
+            results = self._send([job.row for job in batch])
+        except OpenQQError as failure:
+            error = failure
+        self._loop.call(self._tried, batch, began, results, error)
+
+    def _tried(self, batch: List[Job], began: float, results: List[Row],
+               error: Optional[OpenQQError]) -> None:
+        wait = max(0.0, began + self._interval - self._loop.clock())
+        if error is None:
+            for job, result in zip(batch, results):
+                self._sent(job, result["code"], result["info"])
+        elif getattr(error, "sent", True):
+            for job in batch:
+                self._sent(job, -4, f"响应未知: {error.status}")
+        else:
+            wait = max(wait, backoff(batch[0].tries))
+            self._put_back(batch)
+        if wait:
+            self._loop.later(wait, self._free)
+        else:
+            self._free()
+
+    def _put_back(self, batch: List[Job]) -> None:
+        """Surely not sent: once more, in the same order, until the tries are used up."""
+        for job in reversed(batch):
+            job.tries += 1
+            if job.tries < self._ttl:
+                self._jobs.appendleft(job)
+            else:
+                self._sent(job, -5, "TTL失效")
+
+    def _free(self) -> None:
+        self._busy = False
+        self._pump()
+
+
+class Plugin:
+    """Something that a client runs: `call(client, data)`, and what the state file says of it."""
+
+    def __init__(self, name: str, call: Callable[[Any, Row], None], priority: int = 0) -> None:
+        self.name, self.call, self.priority = name, call, priority
+        self.data: Row = {}
+        self.call_on_load = False
+
+    def to_json(self, prefix: str) -> Row:
+        """A row of the state file's `plugin` (000)."""
+        return {"auto_call": None if self.call_on_load else 1, "priority": self.priority,
+                "call_on_load": int(self.call_on_load),
+                "name": self.name if self.name.startswith("+") else prefix + self.name}
+
+
+PLUGINS: Dict[str, Tuple[Callable[[Any, Row], None], int]] = {}  # name -> call, priority
+
+
+def find_plugin(name: str) -> Plugin:
+    """A built-in plugin, or `+name`: a module with call(client, data). Refusal if there is none."""
+    if name in PLUGINS:
+        return Plugin(name, *PLUGINS[name])
+    if not name.startswith("+"):
+        raise Refusal(f"there is no plugin {name}; there are {', '.join(sorted(PLUGINS))}, "
+                      "and +NAME for a module of your own")
+    try:
+        import importlib
+        module = importlib.import_module(name[1:])
+        return Plugin(name, module.call, getattr(module, "PRIORITY", 0))
+    except (ImportError, AttributeError) as error:
+        raise Refusal(f"plugin {name} cannot be loaded: {error}") from None
+
+
+class Login:
+    """How an account gets to running: cookie, QR codes, roster. In its client's loop."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._crew = Crew(2, "login", client.log)
+        self._codes = 0
+        self._tries = 0
+        self._timer: Optional[Timer] = None      # the QR code's end
+        self._refresh: Optional[Timer] = None
+        self.network: Optional[LocalNetwork] = None  # of a client alone
+        self.link = self._make_link()
+
+    def _make_link(self) -> Link:
+        client, hooks = self._client, self._hooks()
+        password = client.settings.login_type == "login"
+        if client.parent:
+            host: Callable[[str, Row], Json] = RemoteHost(client.parent.local, client.parent.key)
+        else:
+            self.network = LocalNetwork(client.papers.local_path, client.settings.world,
+                                        client.flavour.fields, client.log, client.public_url,
+                                        lambda account: account == client.account)
+            self.network.start()
+            host = lambda verb, row: self.network and self.network.call(  # noqa: E731
+                client.account, verb, row)
+        return LocalLink(host, hooks, password, client.log)
+
+    def _hooks(self) -> Hooks:
+        call, ask = self._client.loop.call, self._client.loop.ask
+        return Hooks(lambda text, seconds: call(self._show, text, seconds),
+                     lambda: call(self._scanned),
+                     lambda cookie, fresh: call(self._confirmed, cookie, fresh),
+                     lambda items: str(ask(self._client.receive, items)),
+                     lambda error: self._client.log.warn(error))
+
+    def begin(self) -> None:
+        """Log in, by the cookie if there is one."""
+        cookie = self._client.papers.read_cookie()
+        self._client.settings.fill(**cookie.get("secrets", {}))
+        self._work(self.link.login, str(cookie.get("cookie", "")),
+                   str(self._client.spool.mark or ""))
+
+    def anew(self) -> None:
+        """Drop the login, and begin with a new QR code."""
+        if self._client.state == "stop":
+            return
+        self._client.papers.remove_cookie()
+        self._codes = 0
+        self._cancel()
+        self._work(self._leave)
+
+    def _leave(self) -> None:
+        self.link.logout()
+        self._client.loop.call(self.begin)
+
+    def end(self) -> None:
+        """The client stops."""
+        self._cancel()
+        self.link.close()
+        if self.network:
+            self.network.stop()
+
+    def _cancel(self) -> None:
+        for timer in self._timer, self._refresh:
+            if timer:
+                timer.cancel()
+
+    def _work(self, function: Callable[..., None], *args: Any) -> None:
+        self._crew.submit(self._try, function, args)
+
+    def _try(self, function: Callable[..., None], args: Tuple[Any, ...]) -> None:
+        try:
+            function(*args)
+        except NotRunning:
+            pass  # we stop
+        except OpenQQError as error:
+            self._client.loop.call(self._failed, error.status)
+
+    def _failed(self, error: str) -> None:
+        """Whatever step it was: begin again, the cookie makes it short."""
+        if self._client.state != "stop":
+            self._client.log.warn(f"logging in failed: {error}; trying again")
+            self._client.loop.later(backoff(self._tries, 30.0), self.begin)
+            self._tries += 1
+
+    def _show(self, text: str, seconds: float) -> None:
+        """A QR code: the file lies there before anybody hears of it."""
+        client = self._client
+        self._codes += 1
+        if client.state == "stop":
+            return
+        if self._codes > client.settings.qrcode_count_max:
+            client.log.error(f"nobody scanned {self._codes - 1} QR codes: giving up")
+            return client.stop()
+        picture = qr_png(qr_matrix(text))
+        client.papers.write_qrcode(picture)
+        path = client.settings.qrcode_path
+        client.log.info(f"二维码已下载到本地[ {path} ]")
+        client.log.info(f"等待手机QQ扫描二维码... ({text})")
+        client.enter("scaning")
+        client.qrcode_text = text
+        client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
+                                     client.qrcode_url()])
+        self._cancel()
+        self._timer = client.loop.later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        self._client.log.info("登录二维码已失效,重新获取二维码")
+        self._work(self.link.renew)
+
+    def _scanned(self) -> None:
+        if self._client.state == "scaning":
+            self._client.log.info("手机QQ扫码成功,请在手机上点击[登录]按钮...")
+            self._client.enter("confirming")
+
+    def _confirmed(self, cookie: str, fresh: bool) -> None:
+        if self._client.state == "stop":
+            return
+        self._cancel()
+        self._codes = self._tries = 0
+        self._client.papers.write_cookie(cookie)
+        self._client.enter("updating")
+        self._client.papers.remove_qrcode()
+        self._work(self._load, fresh)
+
+    def _load(self, fresh: bool) -> None:
+        self._client.loop.call(self._loaded, self.link.roster(), fresh)
+
+    def _loaded(self, row: Row, fresh: bool) -> None:
+        client = self._client
+        if client.state != "updating":
+            return
+        client.roster.load(row, ["user"] + self._kinds("is_init_"))
+        self._report_update(["user", "friend", "group"])
+        client.log.info(f"帐号({client.account})登录成功")
+        client.enter("running")
+        client.emit("login", [int(fresh)])
+        self._work(self.link.ready)
+        self._plan_refresh()
+
+    def _kinds(self, setting: str) -> List[str]:
+        return [kind for kind in ("friend", "group", "discuss")
+                if getattr(self._client.settings, setting + kind)]
+
+    def _report_update(self, kinds: Iterable[str]) -> None:
+        roster = self._client.roster
+        if "user" in kinds:
+            self._client.emit("update_user", [roster.user.to_json(roster.fields)])
+        for kind in ("friend", "group"):
+            if kind in kinds:
+                self._client.emit("update_" + kind, [roster.to_json(kind, members=False)])
+
+    def _plan_refresh(self) -> None:
+        interval = self._client.settings.update_interval
+        if interval:
+            self._refresh = self._client.loop.later(max(1.0, interval), self._work, self._update)
+
+    def _update(self) -> None:
+        self._client.loop.call(self._updated, self.link.roster())
+
+    def _updated(self, row: Row) -> None:
+        client = self._client
+        if client.state != "running":
+            return
+        kinds = (["user"] if client.settings.is_update_user else []) + self._kinds("is_update_")
+        for item in client.roster.differences(row, kinds):
+            client.happen(item)
+        self._report_update(kinds)
+        self._plan_refresh()
+
+
+class Talk:
+    """What an account says and hears. In its client's loop."""
+
+    def __init__(self, client: Client, link: Link) -> None:
+        self._client = client
+        settings, interval = client.settings, client.settings.send_interval
+        self.queue = SendQueue(client.loop, link.send,
+                               link.send_interval if interval is None else interval, link.batch,
+                               settings.msg_ttl, self._sent, client.log)
+        self._last_id = int(time.time()) % 200_000 * 10_000  # fits the 31 bits of typed clients
+
+    def put(self, type: str, content: str, uid: Optional[str], circle: str, origin: str,
+            via: str, promise: Promise) -> None:
+        """Make a message and queue it."""
+        if self._client.state != "running":
+            return promise.fail(NotRunning(state=self._client.state))
+        kind = {"group_message": "group", "discuss_message": "discuss"}.get(type, via)
+        self._last_id += 1
+        message = self._compose(type, kind, circle, content, str(self._last_id))
+        user = self._client.roster.user
+        message.__dict__.update({
+            "class": "send", "post_type": "send_message", "from": origin, "source": "local",
+            "sender": user.displayname, "sender_id": user.id, "sender_uid": user.uid,
+            "time": str(int(time.time())), "ttl": self._client.settings.msg_ttl})
+        if uid is not None:
+            message.peer_uid = uid
+            self._name(message, "receiver", self._find(uid, message.circle), {"uid": uid})
+        row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None}
+        self.queue.put(Job(message, row, promise))
+
+    def _compose(self, type: str, kind: str, circle_uid: str, content: str, id: str) -> Message:
+        circle = self._client.roster.table(kind).get(circle_uid) if kind else None
+        message = Message({"type": type, "content": content, "id": id, "circle": circle,
+                           "peer_uid": None, "answer": self._answer})
+        if circle:
+            message.__dict__.update({kind: circle.displayname, kind + "_id": circle.id})
+            if kind == "group":
+                message.group_uid = circle.uid
+        if type == "sess_message":
+            message.via = kind
+        return message
+
+    def _find(self, uid: str, circle: Optional[Circle]) -> Optional[Thing]:
+        """Somebody by uid: a friend's markname counts before a member's card (CONTRACT 6)."""
+        friend = self._client.roster.friend.get(uid)
+        member = circle.member.get(uid) if circle else None
+        return friend if friend and (friend.markname or not member) else member
+
+    def _name(self, message: Message, role: str, thing: Optional[Thing], row: Row) -> None:
+        message.__dict__.update({
+            role: thing.displayname if thing else row.get("name"),
+            role + "_id": thing.id if thing else row.get("sender_id"),
+            role + "_uid": row["uid"], role + "_thing": thing})
+
+    def _sent(self, job: Job, code: int, info: str) -> None:
+        message = job.message
+        message.code, message.info, message.ttl = code, info, message.ttl - job.tries
+        sent = self._client.flavour.sent
+        message.msg = sent["status"] if code == 0 else self._client.flavour.not_sent
+        self._client.emit_message(message)
+        job.promise.keep(message)
+
+    def hear(self, item: Row, mark: str) -> None:
+        """A message came: report it."""
+        kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
+        message = self._compose(item["type"], kind, str(item.get(kind)), item["content"],
+                                item["id"])
+        thing = self._find(item["uid"], message.circle)
+        if thing is None and self._client.settings.ignore_unknown_id:
+            return self._client.spool.advance(mark)
+        if not kind or item["type"] == "sess_message":
+            message.peer_uid = item["uid"]
+        user = self._client.roster.user
+        message.__dict__.update({
+            "class": "recv", "post_type": "receive_message", "time": item["time"],
+            "receiver": user.displayname, "receiver_id": user.id, "receiver_uid": user.uid})
+        self._name(message, "sender", thing, item)
+        self._client.emit_message(message, mark)
+
+    def _answer(self, message: Message, text: str) -> None:
+        self.reply(message.to_json({}), text, "code")
+
+    def reply(self, row: Row, text: str, origin: str) -> None:
+        """Send text to where a message, as it was reported, came from or went to."""
+        uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
+        kind = {"group_message": "group", "discuss_message": "discuss"}.get(
+            row["type"], str(row.get("via") or ""))
+        alone = row["type"] in ("friend_message", "sess_message")
+        self._client.send(row["type"], text, str(uid) if alone else None,
+                          self._circle_uid(kind, row), origin, kind if alone else "")
+
+    def _circle_uid(self, kind: str, row: Row) -> str:
+        if kind == "discuss":  # shows no uid, and its id changes with a scan
+            found = self._client.roster.search(kind, {"id": str(row["discuss_id"])})
+            return str(found[0].uid) if found else ""
+        return str(row["group_uid"]) if kind else ""
+
+
+class Client:
+    """One account: its states, its roster, its messages. The public face is that of Mojo::Webqq.
+
+    Settings are given as keyword arguments, else taken from the environment. run() works in the
+    thread that calls it, which owns the state; the other methods may be called from anywhere.
+    Refusal if it cannot start.
+    """
+
+    def __init__(self, **given: Any) -> None:
+        self.flavour = FLAVOURS[given.get("flavor") or os.environ.get("OPENQQ_FLAVOR") or "qq"]
+        self.parent = Parent.find()
+        try:
+            self.settings = Settings("client", given, os.environ, self.flavour.environ)
+            self.account = check_name(self.settings.account)
+        except (ValueError, NotAllowed) as error:
+            raise Refusal(str(error), 2) from None
+        self.settings.fill(tmpdir=check_tmpdir(self.settings.tmpdir))
+        self.log = open_log(self.settings, f"[{self.account}][{os.getpid()}]")
+        if self.parent:
+            self.log.keep = self._tell_parent
+        self.papers = Papers(self.settings, self.flavour, self.log)
+        self.papers.pid.take(f"client {self.account}")
+        self.start_time = int(time.time())
+        self.loop = Loop(self.log)
+        self.state = self.previous_state = ""
+        self.error = self.qrcode_text = ""
+        self.port = 0                                # of the API, once it is there
+        self.roster = Roster(self.flavour.fields)
+        self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log)
+        self.outlets: List[Outlet] = []
+        self.plugins: List[Plugin] = []
+        self.closing: List[Callable[[], None]] = []  # what plugins want done at the end
+        self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
+        self._crew = Crew(1, "callbacks", self.log)
+        self._login = Login(self)
+        self._talk = Talk(self, self._login.link)
+        self.enter("init")
+
+    # -- the public face
+
+    def on(self, event: str, callback: Callable[..., Any]) -> None:
+        """Have callback(client, *params) called for an event, or (client, message) for
+        receive_message and send_message; one after the other, in a thread of their own."""
+        self._callbacks.setdefault(event, []).append(callback)
+
+    def load(self, names: Union[str, Sequence[str]], data: Optional[Row] = None,
+             call_on_load: bool = False) -> None:
+        """Load plugins by name: a built-in one, or `+name` for a module of sys.path.
+
+        With call_on_load it is called now, else when run() begins. Refusal if there is none.
+        """
+        for name in [names] if isinstance(names, str) else names:
+            plugin = find_plugin(name)
+            plugin.data, plugin.call_on_load = data or {}, call_on_load
+            self.plugins.append(plugin)
+            if call_on_load:
+                plugin.call(self, plugin.data)
+
+    def run(self) -> int:
+        """Log in and work until somebody says stop; the process's exit status."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, self._signal)
+        if self.parent:
+            self.loop.watch(self.parent.life, self._orphaned)
+        self.loop.call(self._begin)
+        self.loop.run()
+        return 0
+
+    def _tell_parent(self, text: str) -> None:
+        if self.parent:
+            self.parent.tell(log=text[-1000:])
+
+    def take_listener(self) -> Optional[socket.socket]:
+        """The listening socket that a controller handed down, once; else None."""
+        if not self.parent:
+            return None
+        listener, self.parent.listener = self.parent.listener, None
+        return listener
+
+    def local_pages(self) -> Optional[LocalPages]:
+        """What /local/ serves here, if this client hosts its own network."""
+        return LocalPages(self._login.network) if self._login.network else None
+
+    def stop(self) -> None:
+        """End cleanly: report it, give the queue a moment, remove pid and QR code."""
+        self.loop.call(self._stop)
+
+    def relogin(self) -> None:
+        """Drop the login and ask to be scanned anew."""
+        self.loop.call(self._login.anew)
+
+    def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
+             origin: str = "api", via: str = "") -> Promise:
+        """Queue a message to a uid, or to a group or discuss (`circle`, its uid).
+
+        `type` is a message's type, `via` group or discuss for a sess_message. The promise brings
+        the Message, with code, info and msg set.
+        """
+        promise = Promise()
+        self.loop.call(self._talk.put, type, content, uid, circle, origin, via, promise)
+        return promise
+
+    def send_friend_message(self, friend: Friend, content: str) -> Promise:
+        """Queue a message to a friend."""
+        return self.send("friend_message", content, friend.uid, origin="code")
+
+    def send_group_message(self, group: Group, content: str) -> Promise:
+        """Queue a message to a group."""
+        return self.send("group_message", content, circle=group.uid, origin="code")
+
+    def send_discuss_message(self, discuss: Discuss, content: str) -> Promise:
+        """Queue a message to a discuss."""
+        return self.send("discuss_message", content, circle=discuss.uid, origin="code")
+
+    def send_sess_message(self, member: Thing, circle: Circle, content: str) -> Promise:
+        """Queue a temporary session's message to a member of a group or discuss."""
+        return self.send("sess_message", content, member.uid, circle.uid, "code", circle.kind)
+
+    @property
+    def link(self) -> Link:
+        """The account's link."""
+        return self._login.link
+
+    def pending_sends(self) -> int:
+        """How many messages wait to be sent."""
+        return len(self._talk.queue)
+
+    def public_url(self) -> str:
+        """How this server is reached from outside, or its controller."""
+        return self.settings.public_url or f"http://127.0.0.1:{self.port}"
+
+    def qrcode_url(self) -> str:
+        """Where the QR code's picture can be fetched."""
+        query = f"?client={urllib.parse.quote(self.account)}" if self.parent else ""
+        return f"{self.public_url()}{self.flavour.prefix}get_qrcode{query}"
+
+    # -- the state, in the loop's thread
+
+    def _begin(self) -> None:
+        self.enter("loading")
+        for plugin in sorted(self.plugins, key=lambda plugin: -plugin.priority):
+            if not plugin.call_on_load:
+                plugin.call(self, plugin.data)
+        for outlet in self.outlets:
+            outlet.start()
+        self._login.begin()
+
+    def enter(self, state: str, error: str = "") -> None:
+        """The one door for a change of state: the file first, then everybody hears of it."""
+        if state == self.state:
+            return
+        assert state in NEXT_STATES[self.state], f"{self.state} -> {state}"
+        self.previous_state, self.state, self.error = self.state, state, error
+        self.papers.write_state(self.state_row())
+        if self.parent:
+            self.parent.tell(state=state)
+        if self.previous_state:
+            self.emit("state_change", [self.previous_state, state])
+
+    def state_row(self) -> Row:
+        """The state file's content (000, CONTRACT 8)."""
+        given, settings = self.settings.given, self.settings
+        row: Row = {name: getattr(settings, name) for name in (
+            "cookie_path", "mode", "pid_path", "qrcode_path", "state_path", "tmpdir")}
+        row.update({name: str(int(getattr(settings, name))) for name in (
+            "disable_color", "http_debug", "keep_cookie", "log_console", "qrcode_count_max",
+            "ua_retry_times")})
+        row.update({name: given(name) or None for name in ("log_encoding", "log_path")})
+        row.update(account=self.account, log_level=settings.log_level, os=sys.platform,
+                   pid=os.getpid(), previous_state=self.previous_state or None,
+                   start_time=str(self.start_time), state=self.state, version=VERSION,
+                   plugin=[plugin.to_json(self.flavour.program + "::Plugin::")
+                           for plugin in sorted(self.plugins, key=lambda p: p.name)])
+        return dict(row, error=self.error) if self.error else row
+
+    def _stop(self) -> None:
+        if self.state == "stop":
+            return
+        self.log.info("客户端停止运行 (stopping)")
+        self.enter("stop")
+        self.emit("stop", [])
+        self.loop.later(STOP_SECONDS, self._end)
+        waiting = [outlet for outlet in self.outlets if outlet.waiting()]
+        for outlet in waiting:
+            outlet.drain(self._drained)
+        if not waiting:
+            self._end()
+
+    def _drained(self) -> None:
+        if not any(outlet.waiting() for outlet in self.outlets):
+            self._end()
+
+    def _end(self) -> None:
+        closing, self.closing = self.closing, []
+        for close in closing:
+            close()
+        self._login.end()
+        self.spool.close()
+        self.papers.remove_qrcode()
+        self.papers.pid.drop()
+        self.loop.stop()
+
+    def _signal(self, number: int, frame: Optional[FrameType]) -> None:
+        self.loop.call(self._signalled, number)
+
+    def _signalled(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if number == signal.SIGINT and not os.isatty(0):
+            self.log.warn("INT without a terminal is ignored; TERM stops this client")
+        elif self.state == "stop":
+            self._end()  # a second one hurries
+        else:
+            self.log.info(f"捕获到停止信号[{name[3:]}],准备停止...")
+            self._stop()
+
+    def _orphaned(self) -> None:
+        parent = self.parent
+        if parent and has_ended(parent.life):
+            self.loop.unwatch(parent.life)
+            self.parent = None
+            self.log.warn("the controller is gone: stopping")
+            self._stop()
+
+    # -- events, in the loop's thread
+
+    def receive(self, items: List[Row]) -> str:
+        """Take over what a link brought: the mark of what is safe on disk afterwards."""
+        for item in items:
+            mark = item["mark"]
+            if self._is_old(mark):
+                continue
+            if item["do"] == "message":
+                self._talk.hear(item, mark)
+            elif not self.happen(item, mark):
+                self.spool.advance(mark)
+        self._flush()
+        return str(self.spool.mark)
+
+    def _is_old(self, mark: str) -> bool:
+        """Whether it came before: our answer to that was lost with a connection."""
+        era, _, number = mark.partition(":")
+        old_era, _, old_number = str(self.spool.mark or "").partition(":")
+        return era == old_era and int(number) <= int(old_number)
+
+    def happen(self, item: Row, mark: str = "") -> bool:
+        """Let an event of the link change the roster, and report it; False if it is void."""
+        found = self.roster.apply(item)
+        if found:
+            self.emit(*found, mark)
+        return found is not None
+
+    def answered(self, row: Row, answer: Row) -> None:
+        """What a receiver of an event wants done (003): reply, shutup."""
+        reply = answer.get("reply")
+        if row["post_type"] == "event":
+            return
+        if isinstance(reply, (str, int, float)) and str(reply):
+            self._talk.reply(row, str(reply), "api")
+        if answer.get("shutup") in (1, "1") and row["type"] == "group_message":
+            self._silence(row, answer.get("shutup_time", 60))
+
+    def _silence(self, row: Row, seconds: Json) -> None:
+        wanted = int(seconds) if re.fullmatch("[0-9]{1,9}", str(seconds)) else 60
+        if row["class"] == "recv":
+            spawn(self._mute, str(row["group_uid"]), str(row["sender_uid"]), max(60, wanted))
+
+    def _mute(self, group: str, uid: str, seconds: int) -> None:
+        try:
+            if not self.link.mute(group, [uid], seconds):
+                self.log.warn(f"no right to silence {uid} in group {group}")
+        except OpenQQError as error:
+            self.log.warn(f"silencing {uid} in group {group} failed: {error.status}")
+
+    def emit(self, event: str, params: List[Any], mark: str = "") -> None:
+        """Let everybody know of an event; with the mark that its source gave it."""
+        fields = self.flavour.fields
+        shown = [thing.full_json(fields) if isinstance(thing, Circle) and number == 0
+                 else thing.to_json(fields) if isinstance(thing, Thing) else thing
+                 for number, thing in enumerate(params)]
+        row = {"event": event, "params": shown, "post_type": "event"}
+        self._tell(event, row, "", [self, *params], mark)
+
+    def emit_message(self, message: Message, mark: str = "") -> None:
+        """Let everybody know of a message, received or sent."""
+        row = message.to_json(self.flavour.fields)
+        self._tell(message.post_type, row, message.conversation(), [self, message], mark)
+
+    def _tell(self, event: str, row: Row, conversation: str, args: List[Any],
+              mark: str) -> None:
+        taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
+        if mark and not any(taken):
+            self.spool.advance(mark)
+        for callback in self._callbacks.get(event, []):
+            self._crew.submit(self._call_back, event, callback, args)
+        self.loop.call(self._flush)
+
+    def _flush(self) -> None:
+        self.spool.flush()
+        for outlet in self.outlets:
+            outlet.flush()
+
+    def _call_back(self, event: str, callback: Callable[..., Any], args: List[Any]) -> None:
+        try:
+            callback(*args)
+        except Exception:
+            self.log.failure(f"a callback of {event}")
+
+
+# ------------------------------------------------------------------------------------------------
+# 13. Plugins
+# ------------------------------------------------------------------------------------------------
+
+def show_msg(client: Client, data: Row) -> None:
+    """ShowMsg: every message in the log, in the form that tools parse (CONTRACT 9)."""
+    client.on("receive_message", _show_message)
+    client.on("send_message", _show_message)
+
+
+def _show_message(client: Client, message: Message) -> None:
+    kind = message.type if message.value("via") != "discuss" else message.type + "/discuss"
+    fields = message.to_json({})
+    circle = fields.get("group") or fields.get("discuss")
+    if fields["class"] == "send":
+        who = f"我->{fields.get('receiver') or circle} : "
+        failed = "" if message.code == 0 else f"[{message.msg}({message.info})]"
+    else:
+        category = getattr(message.sender_thing, "category", None) or "陌生人"
+        who, failed = f"{message.sender}|{circle or category} : ", ""
+    client.log.msg(client.flavour.titles[kind], one_line(who), message.content + failed)
+
+
+def one_line(text: str) -> str:
+    """A name as one line of a log."""
+    return CONTROLS.sub(" ", text).replace("\n", " ")
+
+
+def upload_qrcode(client: Client, data: Row) -> None:
+    """UploadQRcode: says where the picture is; it uploads nowhere, for nothing has to."""
+    client.on("input_qrcode", lambda client, path, picture, url: client.log.info(
+        f"二维码图片地址[ {url} ]"))
+
+
+def show_qrcode(client: Client, data: Row) -> None:
+    """ShowQRcode: draws the code where somebody sees it, on a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        client.on("input_qrcode", lambda client, *params: os.write(
+            sys.stderr.fileno(), qr_text(qr_matrix(client.qrcode_text)).encode()))
+
+
+class Api:
+    """The client server's API (CONTRACT 3 to 6 and 8): each method answers one path."""
+
+    def __init__(self, client: Client, store: Store, numeric: bool) -> None:
+        self.client, self.store, self.numeric = client, store, numeric
+
+    def routes(self) -> List[Route]:
+        """The route table, under both prefixes."""
+        table = [
+            ("get_user_info", "GET", self.get_user_info, False),
+            ("get_friend_info", "GET", lambda r: self._list("friend"), False),
+            ("get_group_info", "GET", lambda r: self._list("group"), False),
+            ("get_group_basic_info", "GET", lambda r: self._list("group", False), False),
+            ("get_discuss_info", "GET", lambda r: self._list("discuss"), False),
+            ("search_friend", "GET|POST", lambda r: self._search("friend", r), False),
+            ("search_group", "GET|POST", lambda r: self._search("group", r), False),
+            ("send_friend_message", "GET|POST", self.send_friend_message, False),
+            ("send_group_message", "GET|POST", self.send_group_message, False),
+            ("send_discuss_message", "GET|POST", self.send_discuss_message, False),
+            ("send_sess_message", "GET|POST", self.send_sess_message, False),
+            ("kick_group_member", "GET|POST", self.kick_group_member, False),
+            ("shutup_group_member", "GET|POST", self.shutup_group_member, False),
+            ("check_event", "GET|POST", self.check_event, True),
+            ("get_client_info", "GET|POST", self.get_client_info, True),
+            ("stop_client", "GET|POST", self.stop_client, True),
+            ("relogin", "GET|POST", self.relogin, True),
+            ("get_qrcode", "GET", self.get_qrcode, True),
+        ]
+        return [Route(prefix + path, methods,
+                      handler if any_state else self._when_running(handler))
+                for prefix in ("/openqq/", "/openwx/")
+                for path, methods, handler, any_state in table]
+
+    def _when_running(self, handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        def handle(request: Request) -> Any:
+            if self.client.state != "running":
+                raise NotRunning(state=self.client.state)
+            return handler(request)
+        return handle
+
+    def _show(self, value: Json) -> Json:
+        return numbered(value) if self.numeric else value
+
+    # -- reading
+
+    def get_user_info(self, request: Request) -> Json:
+        """Oneself."""
+        roster = self.client.roster
+        return self._show(roster.user.to_json(roster.fields))
+
+    def _list(self, kind: str, members: bool = True) -> Json:
+        return self._show(self.client.roster.to_json(kind, members))
+
+    def _search(self, kind: str, request: Request) -> Json:
+        roster = self.client.roster
+        found = roster.search(kind, request.keys())
+        if not found:
+            return {"code": 100, "status": "object not found"}
+        return self._show([thing.full_json(roster.fields) if isinstance(thing, Circle)
+                           else thing.to_json(roster.fields) for thing in found])
+
+    def get_client_info(self, request: Request) -> Json:
+        """The program, not the account (003)."""
+        client, row = self.client, self.client.state_row()
+        return {**{name: row[name] for name in ("account", "http_debug", "log_encoding",
+                                                "log_level", "log_path", "os", "pid", "version")},
+                "code": 0, "status": "success", "starttime": client.start_time,
+                "runtime": int(time.time()) - client.start_time}
+
+    # -- sending
+
+    def send_friend_message(self, request: Request) -> Json:
+        """By id, uid, name or displayname."""
+        found = self._find("friend", request, ("id", "uid", "name", "displayname"))
+        if not found:
+            return {"code": 100, "id": None, "status": "friend not found"}
+        return self._send(request, "friend_message", found[0].uid)
+
+    def send_group_message(self, request: Request) -> Json:
+        """By id, uid, name or displayname."""
+        found = self._find("group", request, ("id", "uid", "name", "displayname"))
+        if not found:
+            return {"code": 101, "id": None, "status": "group not found"}
+        return self._send(request, "group_message", circle=found[0].uid)
+
+    def send_discuss_message(self, request: Request) -> Json:
+        """By id or name."""
+        found = self._find("discuss", request, ("id", "name"))
+        if not found:
+            return {"code": 102, "id": None, "status": "discuss not found"}
+        return self._send(request, "discuss_message", circle=found[0].uid)
+
+    def send_sess_message(self, request: Request) -> Json:
+        """To a member, by id or uid, of a group (group_id, group_uid) or discuss (discuss_id)."""
+        params = request.params
+        if params.get("group_id") or params.get("group_uid"):
+            kind, code = "group", 103
+        elif params.get("discuss_id"):
+            kind, code = "discuss", 104
+        else:
+            return {"code": 105, "id": None,
+                    "status": "discuss member or group member  not found"}
+        for circle in self._find(kind, request, (kind + "_id", kind + "_uid")):
+            keys = {name: params[name] for name in ("id", "uid") if params.get(name)}
+            for member in self.client.roster.members(circle, keys):
+                return self._send(request, "sess_message", member.uid, circle.uid, kind)
+        return {"code": code, "id": None, "status": f"{kind} member not found"}
+
+    def _find(self, kind: str, request: Request, names: Sequence[str]) -> List[Any]:
+        keys = {name.replace(kind + "_", ""): request.params[name] for name in names
+                if request.params.get(name)}
+        return self.client.roster.search(kind, keys)
+
+    def _send(self, request: Request, type: str, uid: Optional[str] = None, circle: str = "",
+              via: str = "") -> Json:
+        promise = self.client.send(type, check_content(request.params), uid, circle, via=via)
+        if request.params.get("async") == "1":
+            return {"code": 0, "status": "request already in execution"}
+        message = wait_patiently(request, promise)
+        if message is None:
+            raise NotRunning(state=self.client.state)
+        return {"code": message.code, "id": int(message.id), "info": message.info,
+                "status": message.msg}
+
+    # -- group control
+
+    def kick_group_member(self, request: Request) -> Json:
+        """Remove members from a group."""
+        return self._control(request, lambda r: True, lambda group, uids: self.client.link.kick(
+            group.uid, uids))
+
+    def shutup_group_member(self, request: Request) -> Json:
+        """Silence members of a group for `time` minutes (004 and the program; 003 erred)."""
+        minutes = request.params.get("time", "")
+        good = minutes.isascii() and minutes.isdigit() and 1 <= int(minutes[:9])
+        return self._control(request, lambda r: good, lambda group, uids: self.client.link.mute(
+            group.uid, uids, int(minutes[:9]) * 60))
+
+    def _control(self, request: Request, check: Callable[[Request], bool],
+                 act: Callable[[Group, List[str]], bool]) -> Json:
+        """The checks in the order of CONTRACT 5, then the act."""
+        params = request.params
+        groups = self._find("group", request, ("group_id", "group_uid"))
+        if not groups:
+            return {"code": 100, "status": "object not found"}
+        if not check(request):
+            return {"code": 400, "status": "shutup time missing or error"}
+        key = "id" if params.get("member_id") else "uid"
+        names = [name for name in params.get("member_" + key, "").split(",") if name]
+        if not names:
+            return {"code": 200, "status": "member id empty"}
+        uids = []
+        for name in names:
+            found = self.client.roster.members(groups[0], {key: name})
+            if not found:
+                return {"code": 100, "status": f"member {name} not found"}
+            uids.append(found[0].uid)
+        if act(groups[0], uids):
+            return {"code": 0, "status": "success"}
+        return {"code": 201, "status": "failure"}
+
+    # -- events, life cycle
+
+    def check_event(self, request: Request) -> Response:
+        """The events since the last call, or the next one (CONTRACT 6)."""
+        since = request.params.get("since")
+        if since is not None and not re.fullmatch("[0-9]{1,18}", since):
+            raise BadRequest(400, "since must be a seq, a whole number")
+        return Response(self.store.take(None if since is None else int(since), request.wait))
+
+    def stop_client(self, request: Request) -> Json:
+        """End, in a moment: the caller is to get the answer first."""
+        return self._soon("stop", self.client.stop, {
+            "runtime": int(time.time()) - self.client.start_time,
+            "starttime": self.client.start_time, "pid": os.getpid()})
+
+    def relogin(self, request: Request) -> Json:
+        """Drop the login and show a new QR code, in a moment."""
+        return self._soon("relogin", self.client.relogin, {})
+
+    def _soon(self, what: str, act: Callable[[], None], row: Row) -> Row:
+        loop = self.client.loop
+        loop.call(lambda: loop.later(STOP_SECONDS, act))
+        return {**row, "account": self.client.account, "code": 0,
+                "status": f"success, client({os.getpid()}) will {what} in 3 seconds"}
+
+    def get_qrcode(self, request: Request) -> Response:
+        """The picture to be scanned; 404 while there is none."""
+        return qrcode_response(self.client.papers.read_qrcode(), self.client.flavour)
+
+
+def wait_patiently(request: Request, promise: Promise) -> Any:
+    """What a promise brings; only if that takes more than a moment is the caller watched."""
+    try:
+        return promise.wait(1.0)
+    except TimeoutError:
+        return request.wait(promise, 86_400.0)
+
+
+def qrcode_response(picture: Optional[bytes], flavour: Type[Flavour]) -> Response:
+    """get_qrcode's answer, on both servers (002)."""
+    if picture is None:
+        return Response(b"", "", 404)
+    return Response(picture, flavour.qrcode_type, fields={"Cache-Control": "no-cache"})
+
+
+class ClientApp(App):
+    """A client server: CORS on every answer, JSONP where it is asked for (CONTRACT 1)."""
+
+    CORS = {"Access-Control-Allow-Origin": "*"}
+
+    def answer(self, request: Request) -> Response:
+        """As App.answer, wrapped."""
+        response = super().answer(request)
+        if "jsonp" in request.query or request.body:
+            response = self._wrap(request, response)
+        response.fields = {**response.fields, **self.CORS}
+        return response
+
+    def _wrap(self, request: Request, response: Response) -> Response:
+        try:
+            params = request.params
+        except BadRequest:
+            return response
+        if params.get("datatype") != "jsonp" or response.kind != "application/json":
+            return response
+        name = params.get("callback") or f"jsoncallback{int(time.time())}"
+        if not CALLBACK.fullmatch(name):
+            return error_response(NotAllowed("callback not allowed"))
+        body = name.encode() + b"(" + response.body + b")"
+        return Response(body, "application/javascript", response.status,
+                        {**response.fields, "X-Content-Type-Options": "nosniff"})
+
+
+OPTIONS_FIELDS = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Methods": "OPTIONS, HEAD, GET, POST",
+    "Access-Control-Allow-Headers": "X-Requested-With, X-Auth-Token, Content-Type, "
+                                    "Content-Length, Authorization"}
+
+
+def client_fallback(request: Request) -> Response:
+    """What a client server says to paths and methods that it has not."""
+    if request.method == "OPTIONS":
+        return Response(b"", "", fields=OPTIONS_FIELDS)
+    return Response(b"api not found", "text/html;charset=UTF-8", 403)
+
+
+def openqq_plugin(client: Client, data: Row) -> None:
+    """Openqq: the HTTP API, and what is posted and asked of others.
+
+    `data` may hold `listen`, a list of {"host", "port"}, and any setting (003: post_api …); what
+    it does not name is as the client's settings say. Refusal if an address cannot be had.
+    """
+    given = {name: value for name, value in data.items() if name != "listen"}
+    settings = client.settings.with_(given)
+    store = Store(settings.check_event_list_max_size)
+    reporter = Reporter(settings.post_api, settings.post_secret, client.spool, client.loop,
+                        client.log, client.answered) if settings.post_api else None
+    listed = settings.post_event_list
+    if listed is None:
+        listed = client.flavour.post_event_list
+    client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
+                                 settings.post_stdout, settings.numeric_ids))
+    _serve_api(client, Api(client, store, settings.numeric_ids), settings,
+               data.get("listen") or [{"host": settings.host, "port": settings.port}])
+    if settings.poll_api:
+        _beat_when_running(client, settings)
+
+
+def _serve_api(client: Client, api: Api, settings: Settings, addresses: List[Row]) -> None:
+    routes = api.routes() + [Route("/", "GET", lambda request: client_page(client), open=True)]
+    pages = client.local_pages()
+    app = ClientApp(Gate(settings.token), client.log, routes + (pages.routes() if pages else []),
+                    client_fallback)
+    watcher = Watcher(client.log)
+    for address in addresses:
+        listener = client.take_listener() or open_listener(
+            address.get("host") or settings.host,
+            client.flavour.client_port if address.get("port") in (None, "")
+            else int(address["port"]))
+        server = Server(listener, app, client.log, watcher, settings.max_connections)
+        if settings.http_debug:
+            server.debug = client.log.debug
+        client.port = client.port or server.server_address[1]
+        client.closing.append(server.shutdown)
+        spawn(server.serve_forever, name="server")
+        client.log.info(f"插件[{client.flavour.program}::Plugin::{client.flavour.plugin}]监听地址: "
+                        f"[ http://{listener.getsockname()[0]}:{listener.getsockname()[1]} ]")
+    if not client.parent:
+        client.log.info(gate_hint(settings))
+
+
+def gate_hint(settings: Settings) -> str:
+    """Who is served, and how to change that: the first thing that an operator must know."""
+    if settings.token:
+        return "callers need the token"
+    return "only callers on this machine are served; to serve others, start with --token SECRET"
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """A listening socket; Refusal with the remedy."""
+    try:
+        return listen(host, port)
+    except OSError as error:
+        raise Refusal(f"cannot listen on {host} port {port}: {error.strerror or error}; "
+                      "give another with --host or --port") from None
+
+
+def client_page(client: Client) -> Response:
+    """What a browser sees at / of a client alone."""
+    base, prefix = client.public_url(), client.flavour.prefix
+    lines = "\n".join(f"{base}{prefix}{call}" for call in (
+        "get_client_info", "get_qrcode", "get_friend_info",
+        "send_friend_message?uid=…&content=hello", "check_event"))
+    return page(INDEX_BODY, {"what": f"This is the client of the account {client.account}.",
+                             "lines": lines})
+
+
+def _beat_when_running(client: Client, settings: Settings) -> None:
+    own = {client.port: f"http://127.0.0.1:{client.port}"}
+    if client.parent and client.parent.local:
+        own[origin_of(client.parent.local)[2]] = client.parent.local
+    heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, own, settings.token,
+                          client.log)
+    client.on("login", lambda client, fresh: heartbeat.start())
+    client.closing.append(heartbeat.stop)
+
+
+PLUGINS.update({"ShowMsg": (show_msg, 100), "UploadQRcode": (upload_qrcode, 0),
+                "ShowQRcode": (show_qrcode, 0), "Openqq": (openqq_plugin, 98)})
+
+
+# ------------------------------------------------------------------------------------------------
+# 14. Controller
+# ------------------------------------------------------------------------------------------------
+
+# What a client's environment takes over from the controller's; all else would be a way in.
+KEPT_ENVIRONMENT = re.compile(r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|TERM|VIRTUAL_ENV|"
+                              r"LD_LIBRARY_PATH|SSL_CERT_(FILE|DIR)|PYTHONDONTWRITEBYTECODE|"
+                              r"(https?|no|all)_proxy|(HTTPS?|NO|ALL)_PROXY")
+HOP_BY_HOP = ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te",
+              "proxy-connection", "trailer", "transfer-encoding", "upgrade", "content-length",
+              "expect", "host", "date")
+ABOUT_THE_CALLER = re.compile("origin|authorization|cookie|forwarded|via|x-real-ip|"
+                              "(sec-fetch|x-forwarded)-.*")
+READS = re.compile("/open(qq|wx)/(get|search)_")
+
+
+class Child:
+    """One client as its controller sees it. In the controller's loop only."""
+
+    def __init__(self, name: str, given: Dict[str, str], listener: socket.socket) -> None:
+        self.name, self.given = name, given          # settings as text, secrets included
+        self.listener = listener                     # ours too, so that the port stays taken
+        self.port: int = listener.getsockname()[1]
+        self.process: Any = None                     # subprocess.Popen while it lives
+        self.pid = 0
+        self.life: Optional[socket.socket] = None
+        self.heard = b""                             # of a line that is not complete yet
+        self.state = "init"
+        self.lines: Deque[str] = collections.deque(maxlen=5)  # the last warnings of its log
+        self.tries = 0                               # starts without reaching running
+        self.since_running = 0.0
+        self.failed = False
+        self.stopping: List[Promise] = []            # who waits for its end
+        self.timer: Optional[Timer] = None           # a start, or a KILL, to come
+        self.waiting: Optional[Timer] = None         # client_waiting
+
+    def alive(self) -> bool:
+        """Whether it runs, or will again in a moment."""
+        return self.process is not None or (self.timer is not None
+                                            and self.timer.job is not None)
+
+    def shown(self) -> Row:
+        """What start_client and stop_client tell: the parameters without the secrets."""
+        return {**{name: value for name, value in self.given.items()
+                   if not SETTINGS[name].secret},
+                "client": self.name, "code": 0, "pid": self.pid, "port": self.port,
+                "status": "success"}
+
+
+class Launcher:
+    """Makes client processes: this file once more, with an environment built from scratch."""
+
+    def __init__(self, flavour: Type[Flavour], settings: Settings, url: str,
+                 key_for: Callable[[str], str], spawn_process: Any = None) -> None:
+        import subprocess
+        self._spawn = spawn_process or subprocess.Popen
+        self._null = subprocess.DEVNULL
+        self._flavour, self._settings = flavour, settings
+        self._url, self._key_for = url, key_for
+
+    def launch(self, child: Child) -> socket.socket:
+        """Start a child's process, with its port's socket: its life line. OSError."""
+        ours, theirs = socket.socketpair()
+        name = f"{self._flavour.ps}client({child.name})"
+        python = os.environ.get("OPENQQ_PYTHON", sys.executable)
+        environment = {**self._environment(child), "OPENQQ_LIFE": str(theirs.fileno()),
+                       "OPENQQ_LISTEN": str(child.listener.fileno()), "OPENQQ_PYTHON": python}
+        try:
+            child.process = self._spawn(
+                [os.path.join(os.path.dirname(python), name), "-X", "utf8",
+                 os.path.abspath(__file__), "--client"],
+                executable=python, env=environment, stdin=self._null, start_new_session=True,
+                pass_fds=(theirs.fileno(), child.listener.fileno()))
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        child.life, child.heard, child.state, child.pid = ours, b"", "init", child.process.pid
+        return ours
+
+    def _environment(self, child: Child) -> Dict[str, str]:
+        kept = {name: value for name, value in os.environ.items()
+                if KEPT_ENVIRONMENT.fullmatch(name)}
+        flavour, settings = self._flavour, self._settings
+        given = {"log_level": settings.log_level, "tmpdir": settings.tmpdir,
+                 "log_encoding": settings.log_encoding, "public_url": settings.public_url,
+                 "disable_color": str(int(settings.disable_color)),
+                 "http_debug": str(int(settings.http_debug)),
+                 **inherited(flavour), **child.given,
+                 "account": child.name, "port": str(child.port)}
+        for name in "post_api", "poll_api":
+            url = child.given.get(name) or (settings.post_api if name == "post_api" else "")
+            given[name] = with_params(url, client=child.name) if url else ""
+        secret = {"OPENQQ_TOKEN": settings.token} if settings.token else {}
+        return {**kept, **to_environment({name: value for name, value in given.items() if value},
+                                         flavour.environ, flavour.plugin), **secret,
+                "OPENQQ_FLAVOR": flavour.name, "OPENQQ_LOCAL": self._url,
+                "OPENQQ_KEY": self._key_for(child.name),
+                "OPENQQ_TEMPLATE": settings.template_path}
+
+
+def inherited(flavour: Type[Flavour]) -> Dict[str, str]:
+    """Client settings in the controller's own environment: defaults for all its clients."""
+    return {name: value for name, value in from_environment(os.environ, flavour.environ).items()
+            if SETTINGS[name].whose == "client" and name != "account"}
+
+
+class Supervisor:
+    """Keeps the children alive. Everything happens in the controller's loop.
+
+    A child's life line tells its end at once, whatever ended it; `changed()` is called when the
+    backend file has to be written, `report(event, *params)` posts an event.
+    """
+
+    YOUNG_SECONDS = 1.0
+
+    def __init__(self, loop: Loop, launcher: Launcher, log: Log, restart: bool,
+                 changed: Callable[[], None], report: Callable[..., None],
+                 gone: Callable[[str], None]) -> None:
+        self.children: Dict[str, Child] = {}
+        self._loop, self._launcher, self._log, self._restart = loop, launcher, log, restart
+        self._changed, self._report, self._gone = changed, report, gone
+        self._crew = Crew(16, "resume", log)
+        self.restarts = 0
+        self.ending = False
+
+    def start(self, child: Child) -> None:
+        """Start a new child's process. StartFailure."""
+        try:
+            self._launch(child)
+        except OSError as error:
+            self._log.error(f"client {child.name} cannot be started: {error.strerror}")
+            child.listener.close()
+            raise StartFailure() from None
+        self.children[child.name] = child
+        self._changed()
+
+    def resume(self, child: Child, pid_file: PidFile) -> None:
+        """Start a child of a former controller, once its former process is gone."""
+        self.children[child.name] = child
+        child.timer = Timer(lambda: None)  # counts as alive meanwhile
+        self._crew.submit(self._await_end, child, pid_file)
+
+    def _await_end(self, child: Child, pid_file: PidFile) -> None:
+        pid_file.await_end()
+        self._loop.call(self._try_again, child)
+
+    def _launch(self, child: Child) -> None:
+        child.tries += 1
+        life = self._launcher.launch(child)
+        self._loop.watch(life, lambda: self._listen(child))
+        self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
+
+    def _listen(self, child: Child) -> None:
+        assert child.life is not None
+        try:
+            data = child.life.recv(65_536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            return self._ended(child)
+        *lines, child.heard = (child.heard + data).split(b"\n")
+        for line in lines:
+            try:
+                self._hear(child, from_bytes(line))
+            except ValueError:
+                pass
+
+    def _hear(self, child: Child, news: Row) -> None:
+        if "log" in news:
+            child.lines.append(str(news["log"]))
+        if "state" in news:
+            child.state = str(news["state"])
+            if child.state == "running":
+                child.tries, child.since_running = 0, self._loop.clock()
+                child.failed = False
+                child.lines.clear()
+            self._watch_waiting(child)
+
+    def _watch_waiting(self, child: Child) -> None:
+        """Somebody should be told when nobody scans (CONTRACT 2)."""
+        if child.state not in LOGGING_IN and child.waiting:
+            child.waiting.cancel()
+            child.waiting = None
+        elif child.state in LOGGING_IN and child.waiting is None:
+            child.waiting = self._loop.later(WAITING_SECONDS, self._report, "client_waiting",
+                                             child.name)
+
+    def _ended(self, child: Child) -> None:
+        """A child's process ended, or at least let go of its life line."""
+        assert child.life is not None
+        self._loop.unwatch(child.life)
+        child.life.close()
+        child.life = None
+        status = self._reap(child.process)
+        child.process = None
+        child.state = "stop"
+        self._watch_waiting(child)
+        self._gone(child.name)
+        if child.timer:
+            child.timer.cancel()
+        if child.stopping or status == 0 or self.ending:
+            self._log.info(f"client {child.name} stopped")
+            self._stopped(child)
+        else:
+            self._crashed(child, status)
+        self._changed()
+
+    def _reap(self, process: Any) -> int:
+        try:
+            return int(process.wait(1.0))
+        except Exception:  # subprocess.TimeoutExpired, which is not imported here
+            process.kill()
+            return int(process.wait())
+
+    def _stopped(self, child: Child) -> None:
+        waiting, child.stopping = child.stopping, []
+        for promise in waiting:
+            promise.keep()
+
+    def _crashed(self, child: Child, status: int) -> None:
+        how = f"exit status {status}" if status > 0 else f"signal {-status}"
+        child.lines.append(f"client {child.name} died: {how}")
+        if not self._restart or child.tries >= START_TRIES:
+            child.failed = True
+            self._log.error(f"client {child.name} died ({how}) and is not started again")
+            self._report("client_failed", child.name, "\n".join(child.lines))
+            return
+        young = self._loop.clock() - child.since_running < self.YOUNG_SECONDS
+        wait = backoff(child.tries - 1) if child.tries else 1.0 if young else 0.0
+        self._log.warn(f"client {child.name} died ({how}); starting it again"
+                       + (f" in {wait:g} s" if wait else ""))
+        child.timer = self._loop.later(wait, self._try_again, child)
+
+    def _try_again(self, child: Child) -> None:
+        child.timer = None
+        if self.ending or self.children.get(child.name) is not child:
+            return self._stopped(child)
+        try:
+            self.restarts += 1
+            self._launch(child)
+        except OSError as error:
+            child.lines.append(f"cannot be started: {error.strerror}")
+            self._crashed(child, 127)
+        self._changed()
+
+    def stop(self, child: Child, forget: bool = True) -> Promise:
+        """End a child: TERM, and KILL after a while; kept when it is gone."""
+        promise = Promise()
+        if forget:
+            self.children.pop(child.name, None)
+            self._changed()
+        if child.process is None:
+            if child.timer:
+                child.timer.cancel()
+                child.timer = None
+            promise.keep()
+        else:
+            child.stopping.append(promise)
+            self._signal(child, signal.SIGTERM)
+            child.timer = self._loop.later(KILL_SECONDS, self._signal, child, signal.SIGKILL)
+        return promise
+
+    def _signal(self, child: Child, number: int) -> None:
+        if child.process is not None:
+            child.process.send_signal(number)
+
+    def stop_all(self, number: int, done: Callable[[], None]) -> None:
+        """End all children at once; done() when the last one is gone."""
+        self.ending = True
+        left = [child for child in self.children.values() if child.process is not None]
+        for child in left:
+            promise = self.stop(child, forget=False)
+            if number == signal.SIGKILL:
+                self._signal(child, number)
+            spawn(self._await, promise, left, child, done)
+        if not left:
+            done()
+
+    def _await(self, promise: Promise, left: List[Child], child: Child,
+               done: Callable[[], None]) -> None:
+        promise.wait()
+        self._loop.call(self._one_less, left, child, done)
+
+    def _one_less(self, left: List[Child], child: Child, done: Callable[[], None]) -> None:
+        if child in left:
+            left.remove(child)
+            if not left:
+                done()
+
+
+class Ports:
+    """Hands out clients' ports: open sockets, so that no two starts can get the same."""
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+
+    def open(self, wish: int = 0) -> socket.socket:
+        """A listening socket at the port that is wished for, else at the first free one. NoPort."""
+        for port in itertools.chain([wish] if wish else [], range(self._first, 65_536)):
+            try:
+                return listen("127.0.0.1", port)
+            except OSError as error:
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                    raise NoPort() from None
+        raise NoPort()
+
+
+class Proxy:
+    """Passes calls on to clients: rebuilt from what was parsed, answers as they come."""
+
+    def __init__(self, token: str, fetch: Callable[..., Reply] = fetch) -> None:
+        self._token, self._fetch = token, fetch
+
+    def forward(self, request: Request, port: int) -> Response:
+        """A client's answer to a request; Unreachable, TooSlow, Hangup."""
+        fields = {name: value for name, value in request.fields.items()
+                  if name not in HOP_BY_HOP and not ABOUT_THE_CALLER.fullmatch(name)}
+        if self._token:
+            fields["authorization"] = "Bearer " + self._token
+        method = "GET" if request.method == "HEAD" else request.method
+        try:
+            reply = self._fetch(f"http://127.0.0.1:{port}{request.target}", method, fields,
+                                request.body or None, PROXY_SECONDS, request.sock,
+                                READS.match(request.path) is not None)
+            return self._response(reply)
+        except TooSlow:
+            raise TooSlow("client not reachable") from None
+        except Unreachable:
+            raise Unreachable("client not reachable") from None
+
+    def _response(self, reply: Reply) -> Response:
+        fields = {name.title(): value for name, value in reply.fields.items()
+                  if name not in HOP_BY_HOP and name != "content-type"}
+        kind = reply.fields.get("content-type", "")
+        if reply.length is None:
+            return Response(b"", kind, reply.status, fields, reply.pieces(PROXY_SECONDS))
+        return Response(reply.read(reply.length), kind, reply.status, fields)
+
+
+TEMPLATE = '''\
+# What the controller's clients run. It may be edited: new clients then do what it says.
+# The settings that start_client was given come in the environment ({environ}*).
+import os
+import openqq
+
+client = openqq.Client(log_head="[%s][%s]" % (os.environ["{environ}ACCOUNT"], os.getpid()))
+client.load(["ShowMsg", "UploadQRcode", "ShowQRcode"])
+client.load("{plugin}", data={{
+    "listen": [{{"host": "127.0.0.1",
+                "port": os.environ["{environ}PLUGIN_{PLUGIN}_PORT"]}}],
+    "post_api": os.environ.get("{environ}PLUGIN_{PLUGIN}_POST_API") or None,
+    "post_event": os.environ.get("{environ}PLUGIN_{PLUGIN}_POST_EVENT", "1"),
+    "post_media_data": os.environ.get("{environ}PLUGIN_{PLUGIN}_POST_MEDIA_DATA", "1"),
+    "poll_api": os.environ.get("{environ}PLUGIN_{PLUGIN}_POLL_API") or None,
+    "poll_interval": os.environ.get("{environ}PLUGIN_{PLUGIN}_POLL_INTERVAL"),
+}}, call_on_load=True)
+client.run()
+'''
+
+
+def default_template(flavour: Type[Flavour]) -> str:
+    """The template as it is written: it does what clients do without one."""
+    return TEMPLATE.format(environ=flavour.environ, plugin=flavour.plugin,
+                           PLUGIN=flavour.plugin.upper())
+
+
+def check_params(params: Params, tmpdir: str, own_files: str) -> Dict[str, str]:
+    """start_client's parameters as settings; NotAllowed for what callers may not give.
+
+    `own_files` matches the names of this program's own files that the client may have.
+    """
+    given = {}
+    for name, value in params.items():
+        setting = setting_named(name)
+        if setting is None or not setting.caller:
+            raise NotAllowed(f"{name} not allowed")
+        try:
+            parsed = setting.parse(value)
+        except ValueError as error:
+            raise NotAllowed(f"{error}: not allowed") from None
+        if setting.read is _path and value:
+            check_path(name, parsed, tmpdir, own_files)
+        given[setting.name] = value
+    return given
+
+
+def check_path(name: str, path: str, tmpdir: str, own_files: str) -> None:
+    """NotAllowed unless a caller's path stays in the controller's tmpdir, off others' files."""
+    base = os.path.basename(os.path.realpath(path))
+    foreign = re.match("mojo_|[.]", base) and not re.fullmatch(own_files, base)
+    same = name == "tmpdir" and os.path.realpath(path) == os.path.realpath(tmpdir)
+    if not same and (foreign or not inside(path, tmpdir)):
+        raise NotAllowed(f"{name} not allowed")
+
+
+class Controller:
+    """Many accounts, one process each, behind one API (002). run() works in the calling thread.
+
+    Settings are given as keyword arguments, `listen` among them, else taken from the environment.
+    Refusal if it cannot start.
+    """
+
+    def __init__(self, listen: Optional[List[Row]] = None, **given: Any) -> None:
+        self.flavour = FLAVOURS[given.get("flavor") or os.environ.get("OPENQQ_FLAVOR") or "qq"]
+        try:
+            known = {name: value for name, value in os.environ.items()
+                     if (setting_named(name[len(self.flavour.environ):].lower())
+                         or SETTINGS["account"]).whose != "client"}
+            self.settings = Settings("controller", given, known, self.flavour.environ)
+        except ValueError as error:
+            raise Refusal(str(error), 2) from None
+        settings, flavour = self.settings, self.flavour
+        settings.fill(tmpdir=check_tmpdir(settings.tmpdir), port=flavour.port,
+                      backend_start_port=flavour.client_port)
+        start = os.path.join(settings.tmpdir, flavour.file_prefix)
+        settings.fill(pid_path=start + "controller_process.pid",
+                      backend_path=start + "controller_backend.dat",
+                      template_path=start + "controller_template.py")
+        self._addresses = listen or [{"host": settings.host, "port": settings.port}]
+        self.log = open_log(settings, f"[{flavour.ps}c][{os.getpid()}]")
+        self.loop = Loop(self.log)
+        self.pid = PidFile(settings.pid_path)
+        self._servers: List[Server] = []
+        self._dirty = False
+        self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
+        self._reporter: Optional[Reporter] = None
+        self._closing: List[Callable[[], None]] = []
+
+    def run(self) -> int:
+        """Serve until somebody says stop; the process's exit status."""
+        self.pid.take("controller")
+        try:
+            self._open()
+            self._serve()
+            self._catch_signals()
+            self.loop.call(self._begin)
+            self.loop.run()
+        finally:
+            self.network.stop()
+            self.pid.drop()
+        return 0
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End the clients, then everything."""
+        self.loop.call(self._stop, number)
+
+    # -- beginning
+
+    def _open(self) -> None:
+        """Everything that a child needs, before there is one."""
+        settings, log = self.settings, self.log
+        self._listeners = [open_listener(str(address.get("host") or settings.host),
+                                         int(address.get("port", settings.port)))
+                           for address in self._addresses]
+        host, port = self._listeners[0].getsockname()[:2]
+        local = "127.0.0.1" if host == "0.0.0.0" else "[::1]" if host == "::" else host
+        self.url = f"http://{local}:{port}"
+        settings.fill(public_url=f"http://127.0.0.1:{port}")
+        self.network = LocalNetwork(
+            os.path.join(settings.tmpdir, self.flavour.file_prefix + "local"), settings.world,
+            self.flavour.fields, log, lambda: str(settings.public_url),
+            lambda name: name in self.supervisor.children)
+        self.network.start()
+        self.pages = LocalPages(self.network)
+        launcher = Launcher(self.flavour, settings, self.url, self.pages.key_for)
+        self.supervisor = Supervisor(self.loop, launcher, log, settings.restart != "never",
+                                     self._changed, self._report, self._child_gone)
+        self.ports = Ports(settings.backend_start_port)
+        if settings.post_api:
+            self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
+                                      self.loop, log, lambda event, answer: None)
+        self._write_template()
+
+    def _write_template(self) -> None:
+        path = self.settings.template_path
+        if not read_file(path):
+            try:
+                write_file(path, default_template(self.flavour).encode())
+            except OSError as error:
+                raise Refusal(f"the template {path} cannot be written: "
+                              f"{error.strerror}") from None
+
+    def _serve(self) -> None:
+        settings, log = self.settings, self.log
+        api = ControllerApi(self)
+        app = App(Gate(settings.token), log, api.routes() + self.pages.routes(), api.proxy)
+        watcher = Watcher(log)
+        log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
+        for listener in self._listeners:
+            server = Server(listener, app, log, watcher, settings.max_connections)
+            if settings.http_debug:
+                server.debug = log.debug
+            self._servers.append(server)
+            spawn(server.serve_forever, name="server")
+            host, port = listener.getsockname()[:2]
+            log.info(f"Listening at http://{host}:{port}")
+        log.info(gate_hint(settings))
+        log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
+                 "start_client?client=NAME")
+
+    def _catch_signals(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, frame: self.stop(number))
+
+    def _begin(self) -> None:
+        if self._reporter:
+            self._reporter.start()
+        if self.settings.poll_api:
+            port = self._listeners[0].getsockname()[1]
+            heartbeat = Heartbeat(self.settings.poll_api, self.settings.poll_interval,
+                                  {port: self.url}, self.settings.token, self.log)
+            heartbeat.start()
+            self._closing.append(heartbeat.stop)
+        backend = read_json(self.settings.backend_path, self.log)
+        for name, row in backend.items():
+            self._resume(name, row)
+        for name, given in self._accounts().items():
+            if name not in self.supervisor.children:
+                self._start_known(name, given)
+
+    def _resume(self, name: str, row: Row) -> None:
+        if not (self.settings.resume and isinstance(row, dict) and row.get("run")):
+            return
+        try:
+            child = Child(check_name(name), dict(row["given"]), self.ports.open(int(row["port"])))
+        except (OpenQQError, KeyError, ValueError, TypeError) as error:
+            return self.log.warn(f"client {name} cannot be resumed: {error}")
+        self.supervisor.resume(child, PidFile(self.path_of(child, "pid_path")))
+
+    def _accounts(self) -> Dict[str, Row]:
+        path = self.settings.accounts
+        if not path:
+            return {}
+        try:
+            with open(path, "rb") as file:
+                accounts = from_bytes(file.read())
+            return {check_name(name): dict(given) for name, given in accounts.items()}
+        except (OSError, ValueError, TypeError, AttributeError, NotAllowed) as error:
+            self.log.error(f"accounts file {path} cannot be used: {error}; it must hold a JSON "
+                           'object such as {"alice": {"post_api": "http://…"}}')
+            return {}
+
+    def _start_known(self, name: str, given: Row) -> None:
+        texts = {}
+        for key, value in given.items():
+            setting = setting_named(key)
+            if setting is None or setting.whose == "controller":
+                self.log.error(f"accounts file: {key} of {name} is not a setting of a client")
+                return
+            texts[setting.name] = ",".join(map(str, value)) if isinstance(value, list) else (
+                str(int(value)) if isinstance(value, bool) else str(value))
+        try:
+            self.start_client(name, texts)
+        except OpenQQError as error:
+            self.log.error(f"accounts file: {name} cannot be started: {error.status}")
+
+    # -- clients, in the loop
+
+    def start_client(self, name: str, given: Dict[str, str]) -> Child:
+        """Start a client that is not alive; TooManyClients, NoPort, StartFailure, ClientDied."""
+        children = self.supervisor.children
+        if sum(child.alive() for child in children.values()) >= self.settings.max_clients:
+            raise TooManyClients()
+        self._check_template()
+        former = children.pop(name, None)
+        if former:
+            former.listener.close()
+        child = Child(name, given, self.ports.open(former.port if former else 0))
+        self.supervisor.start(child)
+        return child
+
+    def _check_template(self) -> None:
+        data = read_file(self.settings.template_path) or b""
+        try:
+            compile(data, self.settings.template_path, "exec")
+        except (SyntaxError, ValueError) as error:
+            self.log.error(f"the template does not compile: {error}")
+            raise ClientDied() from None
+
+    def path_of(self, child: Child, setting: str) -> str:
+        """Where a child's state, QR code or pid file is."""
+        given = child.given.get(setting)
+        if given:
+            return str(_path(given))
+        what, end = {"state_path": ("state", "json"), "qrcode_path": ("qrcode", "jpg"),
+                     "pid_path": ("pid", "pid"), "cookie_path": ("cookie", "dat"),
+                     "spool_path": ("post", "jsonl")}[setting]
+        directory = _path(child.given.get("tmpdir", "")) or self.settings.tmpdir
+        return os.path.join(directory, f"{self.flavour.file_prefix}{what}_{child.name}.{end}")
+
+    def _changed(self) -> None:
+        if not self._dirty:
+            self._dirty = True
+            self.loop.call(self._save)
+
+    def _save(self) -> None:
+        """The backend file: what a later controller resumes. Secrets are not in it."""
+        self._dirty = False
+        children = self.supervisor.children
+        rows = {name: {"pid": child.pid, "port": child.port,
+                       "run": child.alive() or self.supervisor.ending,
+                       "given": {key: value for key, value in child.given.items()
+                                 if not SETTINGS[key].secret}}
+                for name, child in children.items() if child.alive() or child.failed
+                or child.state == "stop"}
+        try:
+            write_file(self.settings.backend_path, to_bytes(rows))
+        except OSError as error:
+            self.log.warn(f"{self.settings.backend_path} cannot be written: {error.strerror}")
+
+    def _report(self, event: str, *params: Json) -> None:
+        if self._reporter:
+            row = {"event": event, "params": list(params), "post_type": "event"}
+            self._reporter.add(row, "")
+            self._reporter.flush()
+
+    def _child_gone(self, name: str) -> None:
+        self.network.loop.call(self.network.settle, self.network.detach, name)
+
+    # -- ending
+
+    def _stop(self, number: int) -> None:
+        if self.supervisor.ending:
+            return self.supervisor.stop_all(signal.SIGKILL, self._end)  # a second one hurries
+        self.log.info(f"stopping ({signal.Signals(number).name})")
+        self._save_running()
+        for server in self._servers:
+            server.shutdown()
+        for close in self._closing:
+            close()
+        self.supervisor.stop_all(signal.SIGTERM, self._end)
+
+    def _save_running(self) -> None:
+        """What runs now is what is resumed, though it will have stopped before we do."""
+        self._save()
+        self._dirty = True  # and nothing is written after this
+
+    def _end(self) -> None:
+        self.log.info("stopped")
+        self._spool.close()
+        self.loop.later(0.1, self.loop.stop)  # those whom clients answered may read it
+
+
+class ControllerApi:
+    """The controller's own API (CONTRACT 2), and the way to the clients' for all else."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._proxy = Proxy(controller.settings.token)
+
+    def routes(self) -> List[Route]:
+        """The route table, under both prefixes."""
+        table = [("start_client", "GET|POST", self.start_client),
+                 ("stop_client", "GET|POST", self.stop_client),
+                 ("delete_client", "GET|POST", self.delete_client),
+                 ("check_client", "GET", self.check_client),
+                 ("get_qrcode", "GET", self.get_qrcode)]
+        return [Route(prefix + path, methods, handler)
+                for prefix in ("/openqq/", "/openwx/") for path, methods, handler in table
+                ] + [Route("/", "GET", self.index, open=True)]
+
+    def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self._controller.loop.ask(function, *args)
+
+    def _name(self, request: Request) -> str:
+        name = request.params.get("client", "")
+        if not name:
+            raise ClientMissing()
+        return check_name(name)
+
+    def _child(self, request: Request) -> Child:
+        child = self._controller.supervisor.children.get(self._name(request))
+        if child is None:
+            raise ClientMissing("client not exists")
+        return child
+
+    def start_client(self, request: Request) -> Row:
+        """Start a client; answers before it has logged in."""
+        name = self._name(request)
+        settings = self._controller.settings
+        own = rf"{self._controller.flavour.file_prefix}(cookie|qrcode|state|pid)_" \
+              rf"{re.escape(name)}\.\w+"
+        given = check_params(request.keys(), settings.tmpdir, own)
+        return {**request_echo(request), **self._ask(self._start, name, given)}
+
+    def _start(self, name: str, given: Dict[str, str]) -> Row:
+        controller = self._controller
+        child = controller.supervisor.children.get(name)
+        if child and child.alive():
+            return {**child.shown(), "account": name, "status": "client already exists"}
+        return {**controller.start_client(name, given).shown(), "account": name}
+
+    def stop_client(self, request: Request) -> Row:
+        """Stop a client, and answer when it has stopped: it can be started again at once."""
+        child = self._child(request)
+        row = child.shown()
+        self._stop(child, request)
+        return row
+
+    def _stop(self, child: Child, request: Request) -> None:
+        promise = self._ask(self._controller.supervisor.stop, child)
+        promise.wait(KILL_SECONDS + 5.0)
+        self._ask(child.listener.close)
+
+    def delete_client(self, request: Request) -> Row:
+        """Stop a client and forget its login, its state and what waits to be posted."""
+        controller, child = self._controller, self._child(request)
+        row = child.shown()
+        self._stop(child, request)
+        controller.network.loop.ask(controller.network.settle, controller.network.delete,
+                                    child.name)
+        for name in "cookie_path", "state_path", "spool_path", "qrcode_path":
+            remove_file(controller.path_of(child, name))
+        return row
+
+    def check_client(self, request: Request) -> Row:
+        """One client's state or all clients'."""
+        if request.params.get("client"):
+            children = [self._child(request)]
+        else:
+            known = self._controller.supervisor.children
+            children = [known[name] for name in sorted(known)]
+        return {"code": 0, "client": [self._state(child) for child in children]}
+
+    def _state(self, child: Child) -> Row:
+        """The state file's content, unless it is of a process that is no more."""
+        controller = self._controller
+        row = read_json(controller.path_of(child, "state_path"), controller.log)
+        row = {"account": child.name, "pid": child.pid, **row, "port": child.port}
+        if child.failed:
+            return {**row, "state": "stop", "failed": True, "error": "\n".join(child.lines)}
+        if row.get("pid") != child.pid or (child.process is None and child.alive()):
+            row.update(state="init", pid=child.pid)
+            if child.lines:
+                row["error"] = "\n".join(child.lines)
+        elif child.process is None:
+            row["state"] = "stop"
+        return row
+
+    def get_qrcode(self, request: Request) -> Response:
+        """The picture to be scanned; 404 while there is none."""
+        child = self._child(request)
+        path = self._controller.path_of(child, "qrcode_path")
+        return qrcode_response(read_file(path) if child.process else None,
+                               self._controller.flavour)
+
+    def proxy(self, request: Request) -> Response:
+        """Everything else goes to the client that is named."""
+        if request.method == "OPTIONS":
+            return Response(b"", "", fields=OPTIONS_FIELDS)
+        if not re.match("/open(qq|wx)/.", request.path) or request.path in self._own_paths:
+            raise ApiNotFound()
+        child = self._child(request)
+        if child.process is None:
+            raise Unreachable()
+        return self._proxy.forward(request, child.port)
+
+    @property
+    def _own_paths(self) -> Set[str]:
+        """Paths that are the controller's, whatever the method."""
+        return {route.path for route in self.routes()}
+
+    def index(self, request: Request) -> Response:
+        """What a browser sees at /."""
+        settings, prefix = self._controller.settings, self._controller.flavour.prefix
+        lines = "\n".join(f"{settings.public_url}{prefix}{call}" for call in (
+            "start_client?client=NAME", "get_qrcode?client=NAME", "check_client",
+            "get_friend_info?client=NAME", "send_friend_message?client=NAME&uid=…&content=hello",
+            "check_event?client=NAME", "stop_client?client=NAME"))
+        return page(INDEX_BODY, {"what": "This is the controller, for many accounts.",
+                                 "lines": lines})
+
+
+def request_echo(request: Request) -> Row:
+    """The parameters that start_client tells again, as they were spelt; secrets stay out."""
+    return {name: value for name, value in request.keys().items()
+            if not (setting_named(name) or SETTINGS["token"]).secret}
+
+
+# ------------------------------------------------------------------------------------------------
+# 15. Command line
+# ------------------------------------------------------------------------------------------------
+
+USAGE = """\
+usage: python openqq.py controller [--setting value …]    many accounts, API on port 4000
+       python openqq.py client [--account NAME] [--setting value …]    one account, port 5000
+       python openqq.py controller --help                 all settings
+       python openqq.py --version
+"""
+
+
+def help_text(whose: str) -> str:
+    """All settings of a controller or client, as --help shows them."""
+    lines = [f"usage: python openqq.py {whose} [--setting value …]", "",
+             "Each setting takes a value; booleans are 0 and 1, lists have commas. In the",
+             "environment a setting is MOJO_WEBQQ_ and its name in capitals.", ""]
+    for setting in SETTINGS.values():
+        if setting.whose in (whose, "both") and not setting.idle:
+            default = f" [{setting.shown()}]" if setting.shown() else ""
+            flag = "--" + setting.name.replace("_", "-")
+            lines.append(f"  {flag:27} {setting.help}{default}")
+    return "\n".join(lines) + "\n"
+
+
+def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
+    """--setting value and --setting=value as settings; Refusal with exit status 2."""
+    given: Dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        setting = setting_named(name[2:]) if name.startswith("--") else None
+        if setting is None or setting.whose not in (whose, "both"):
+            raise Refusal(f"{name} is not a setting of a {whose}; "
+                          f"python openqq.py {whose} --help shows them", 2)
+        if not equals:
+            if not rest:
+                raise Refusal(f"{name} needs a value", 2)
+            value = rest.pop(0)
+        given[setting.name] = value
+    return given
+
+
+def flavour_of(given: Mapping[str, str]) -> Type[Flavour]:
+    """The flavour that flags ask for."""
+    name = given.get("flavor") or "qq"
+    if name not in FLAVOURS:
+        raise Refusal(f"--flavor {name} must be one of {' '.join(FLAVOURS)}", 2)
+    return FLAVOURS[name]
+
+
+def rename_process(whose: str, given: Dict[str, str]) -> None:
+    """Begin once more under the name that ps is to show, with the secrets off the command line.
+
+    Only argv[0] makes a name that all of ps's forms show; its directory must stay Python's own,
+    or a virtual environment would be lost.
+    """
+    python = os.environ.pop("OPENQQ_PYTHON", "")
+    if python:
+        sys.executable = python
+        return
+    if not sys.executable:
+        return
+    flavour = flavour_of(given)
+    account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
+    name = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
+    hidden = {setting: value for setting, value in given.items() if SETTINGS[setting].secret}
+    flags = [f"--{setting}={value}" for setting, value in given.items() if setting not in hidden]
+    environment = {**os.environ, "OPENQQ_PYTHON": sys.executable,
+                   **{flavour.environ + setting.upper(): value
+                      for setting, value in hidden.items()}}
+    if "token" in hidden:
+        environment["OPENQQ_TOKEN"] = hidden["token"]
+    os.execve(sys.executable,
+              [os.path.join(os.path.dirname(sys.executable), name.replace("/", "_")),
+               "-X", "utf8", os.path.abspath(__file__), whose, *flags], environment)
+
+
+def run_controller(given: Dict[str, str]) -> int:
+    """`controller`: many accounts."""
+    rename_process("controller", given)
+    return Controller(None, **given).run()
+
+
+def run_client(given: Dict[str, str]) -> int:
+    """`client`: one account alone."""
+    rename_process("client", given)
+    client = Client(**given)
+    load_usual_plugins(client)
+    return client.run()
+
+
+def load_usual_plugins(client: Client) -> None:
+    """What the written template does too."""
+    client.load(["ShowMsg", "UploadQRcode", "ShowQRcode"])
+    client.load(client.flavour.plugin, call_on_load=True)
+
+
+def run_child() -> int:
+    """`--client`: what a controller starts."""
+    sys.executable = os.environ.pop("OPENQQ_PYTHON", sys.executable)
+    sys.modules.setdefault("openqq", sys.modules[__name__])
+    life = os.environ.get("OPENQQ_LIFE", "")
+    try:
+        return run_template()
+    except Exception as error:
+        leave_last_words(life, f"{type(error).__name__}: {error}")
+        raise
+
+
+def leave_last_words(life: str, text: str) -> None:
+    """Let the controller know why its client ends; check_client shows it."""
+    try:
+        os.write(int(life), to_bytes({"log": text[-1000:]}) + b"\n")
+    except (OSError, ValueError):
+        pass  # there is no controller any more
+
+
+def run_template() -> int:
+    """Do what the template says; what the written one says is built in, and so is quicker."""
+    path = os.environ.pop("OPENQQ_TEMPLATE", "")
+    flavour = FLAVOURS[os.environ.get("OPENQQ_FLAVOR", "qq")]
+    text = (read_file(path) or b"").decode("utf-8", "replace") if path else ""
+    if text and text != default_template(flavour):
+        exec(compile(text, path, "exec"), {"__name__": "__main__", "__file__": path})
+        return 0
+    client = Client()
+    load_usual_plugins(client)
+    return client.run()
+
+
+def main(words: Sequence[str]) -> int:
+    """The program; its exit status: 0, 1 for a refusal, 2 for a wrong call."""
+    command, rest = (words[0], words[1:]) if words else ("", [])
+    whose = command
+    try:
+        if command == "--client":
+            return run_child()
+        if command == "--version":
+            print("OpenQQ " + VERSION)
+        elif command in ("controller", "client") and {"-h", "--help"} & set(rest):
+            print(help_text(whose), end="")
+        elif command == "controller":
+            return run_controller(parse_flags(whose, rest))
+        elif command == "client":
+            return run_client(parse_flags(whose, rest))
+        else:
+            print(USAGE, end="", file=sys.stdout if command in ("-h", "--help") else sys.stderr)
+            return 0 if command in ("-h", "--help") else 2
+    except Refusal as refusal:
+        print(f"openqq: {refusal.status}", file=sys.stderr)
+        return refusal.exit
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
