@@ -845,7 +845,7 @@ def setting_named(name: str) -> Optional[Setting]:
 
 
 class Settings:
-    """The settings of one server, each an attribute: given, else from the environment, else default.
+    """One server's settings, each an attribute: given, else from the environment, else default.
 
     `given` maps names to values of any sort; ValueError for an unknown name or a bad value.
     """
@@ -3826,7 +3826,7 @@ class Outboxes:
         return notes + [dict(item, mark=f"{era}:{number}") for number, item in waiting]
 
     def wait(self, account: str) -> Promise:
-        """A promise that is kept when something comes; whoever waited before waits no more."""
+        """A promise that brings True when something comes, or None when somebody waits anew."""
         former = self._pulls.pop(account, None)
         if former:
             former.keep()
@@ -3847,7 +3847,7 @@ class Outboxes:
         for account in woken:
             promise = self._pulls.pop(account, None)
             if promise:
-                promise.keep()
+                promise.keep(True)
 
 
 class Society:
@@ -3914,27 +3914,157 @@ class Society:
                 name: part(account) if callable(part) else part for name, part in parts.items()}})
 
 
+class Logins:
+    """Who is logged in on the local network, and how one gets there.
+
+    `url()` is how a phone reaches the host.
+    """
+
+    def __init__(self, society: Society, outboxes: Outboxes, url: Callable[[], str],
+                 clock: Callable[[], float]) -> None:
+        self.world, self._society, self._outboxes = society.world, society, outboxes
+        self._ledger, self._url, self._clock = society.world.ledger, url, clock
+        self._tickets = Tickets()
+        self.running: Set[str] = set()                       # accounts
+        self._hopes: Dict[str, List[Promise]] = {}           # /local/login's that wait for that
+
+    def attach(self, account: str, mark: str, cookie: str, password: bool) -> Row:
+        """An account's client is there. {"login": …} if it is logged in by that, else {}."""
+        self._outboxes.forget_notes(account)
+        self._outboxes.acknowledge(account, mark)
+        row = self._ledger.table("login", account)
+        age = self._clock() - float(row.get("time", 0))
+        if cookie and cookie == row.get("cookie") and 0 <= age < COOKIE_SECONDS:
+            return {"login": self._log_in(account, row["nonce"], cookie)}
+        if password:
+            return {"login": self._log_in(account, row.get("nonce") or new_secret())}
+        return {}
+
+    def ticket(self, account: str) -> Row:
+        """A new QR code's text, and how many seconds it holds."""
+        ticket = self._tickets.issue(account)
+        if account in self._hopes:
+            self.confirm(ticket)
+        return {"text": f"{self._url()}/local/scan?ticket={ticket}", "seconds": TICKET_SECONDS}
+
+    def scan(self, ticket: str) -> str:
+        """Somebody opened the code's URL: whose it is, or NotFound."""
+        account = self._tickets.account(ticket)
+        if not account:
+            raise NotFound("ticket not found")
+        self._outboxes.note(account, {"do": "scanned"})
+        return account
+
+    def confirm(self, ticket: str) -> str:
+        """Somebody pressed the button: whose it is, or NotFound."""
+        account = self.scan(ticket)
+        self._tickets.cancel(account)
+        login = self._log_in(account, new_secret())
+        self._outboxes.note(account, {"do": "confirmed", "login": login})
+        return account
+
+    def hope(self, account: str) -> Promise:
+        """Log an account in, now or as soon as it shows a code; kept when it is running."""
+        promise = Promise()
+        if account in self.running:
+            promise.keep()
+            return promise
+        self._hopes.setdefault(account, []).append(promise)
+        ticket = self._tickets.of(account)
+        if ticket:
+            self.confirm(ticket)
+        return promise
+
+    def despair(self, account: str) -> None:
+        """No longer wait to log an account in."""
+        self._hopes.pop(account, None)
+
+    def ready(self, account: str) -> None:
+        """An account's client is running."""
+        self.running.add(account)
+        self._outboxes.wake_up(account)
+        for promise in self._hopes.pop(account, []):
+            promise.keep()
+
+    def detach(self, account: str) -> None:
+        """An account's client is gone."""
+        self._tickets.cancel(account)
+        self.running.discard(account)
+        self.world.online.discard(account)
+
+    def logout(self, account: str) -> None:
+        """The account wants to be scanned anew."""
+        self.detach(account)
+        row = self._ledger.table("login", account)
+        if row:
+            self._ledger.put(dict(row, cookie=""), "login", account)
+
+    def delete(self, account: str) -> None:
+        """Forget an account's login and what waits for it; the person stays in the world."""
+        self.logout(account)
+        self._ledger.put(None, "wait", account)
+
+    def _log_in(self, account: str, nonce: str, cookie: str = "") -> Row:
+        """A login by cookie leaves that valid: a kill may come before a new one is written."""
+        row = self._ledger.table("login", account)
+        uid = row.get("uid") or self._new_uid(account)
+        cookie = cookie or new_secret()
+        self._ledger.put({"uid": uid, "nonce": nonce, "cookie": cookie, "time": self._clock()},
+                         "login", account)
+        if not row:
+            self.world.account_of[uid] = account
+            self._join(account, uid)
+        self.world.online.add(account)  # only now: it hears of no friend that it will load
+        return {"uid": uid, "cookie": cookie}
+
+    def _new_uid(self, account: str) -> str:
+        people = self._ledger.table("people")
+        for uid, row in people.items():
+            if row.get("name") == account and uid not in self.world.account_of:
+                return uid
+        uid = name_to_uid(account)
+        while uid in self.world.account_of:
+            uid = str(int(uid) + 1)
+        return uid
+
+    def _join(self, account: str, uid: str) -> None:
+        """An account's very first login: it becomes everybody's friend, once and for all."""
+        if uid in self._ledger.table("people"):
+            return  # a world file knows it, and whose friend it is
+        self._ledger.put({"uid": uid, "name": account}, "people", uid)
+        for other in list(self._ledger.table("people")):
+            if other != uid:
+                self._society.befriend(uid, other)
+        for table in "group", "discuss":
+            for circle, row in list(self._ledger.table(table).items()):
+                if row.get("name") == COMMON:
+                    self._society.enter(table, circle, uid, {})
+
+
 class LocalNetwork:
     """A small chat network inside the program (DESIGN). Its loop's thread owns all of it.
 
-    `known(account)` tells whether there is a client of that name; `url()` is how a phone
-    reaches the host.
+    `known(account)` tells whether there is a client of that name, for /local/login; `url()` is
+    how a phone reaches the host.
     """
 
     def __init__(self, path: str, world_file: str, fields: Dict[str, Tuple[str, ...]], log: Log,
                  url: Callable[[], str], known: Callable[[str], bool] = lambda account: True,
                  clock: Callable[[], float] = time.time) -> None:
-        self.log, self.url, self.known, self.clock = log, url, known, clock
+        self.known, self.clock = known, clock
         self.loop = Loop(log)
         self._ledger = Ledger(path + ".json", path + ".jsonl", log)
         self.world = World(self._ledger, fields)
         self._open_world(world_file)
         self.outboxes = Outboxes(self._ledger)
         self.society = Society(self.world, self.outboxes, clock)
-        self.tickets = Tickets()
-        self._ready: Set[str] = set()                        # accounts that are running
-        self._hopes: Dict[str, List[Promise]] = {}           # /local/login's that wait for that
+        self.logins = Logins(self.society, self.outboxes, url, clock)
         self._last_id = int(clock() * 1000)
+        self._verbs: Dict[str, Callable[..., Any]] = {
+            "attach": self.logins.attach, "ticket": self.logins.ticket,
+            "ready": self.logins.ready, "logout": self.logins.logout,
+            "roster": self.world.roster, "send": self.send, "kick": self.kick,
+            "mute": self.mute}
 
     def _open_world(self, path: str) -> None:
         data = read_file(path) if path else to_bytes(FIRST_WORLD)
@@ -3963,12 +4093,13 @@ class LocalNetwork:
 
     def call(self, account: str, verb: str, arguments: Row,
              wait: Callable[[Promise, float], Any] = Promise.wait) -> Json:
-        """What a link asks in the name of its account: a verb of VERBS with its arguments."""
+        """What a link asks in the name of its account: a verb with its arguments."""
         if verb == "pull":
             return self._pull(account, str(arguments.get("mark", "")), wait)
-        if verb not in self.VERBS:
+        function = self._verbs.get(verb)
+        if function is None:
             raise NotFound(f"{verb} not found")
-        return self.loop.ask(self.settle, lambda: getattr(self, verb)(account, **arguments))
+        return self.loop.ask(self.settle, lambda: function(account, **arguments))
 
     def settle(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function in the loop; what it changed survives before anybody hears of it."""
@@ -3979,136 +4110,22 @@ class LocalNetwork:
             self.outboxes.wake()
 
     def _pull(self, account: str, mark: str, wait: Callable[[Promise, float], Any]) -> List[Row]:
-        items, promise = self.loop.ask(self.settle, self._take, account, mark)
-        if not items:
-            try:
-                wait(promise, 300.0)
-            except TimeoutError:
-                pass
-            items, _ = self.loop.ask(self.settle, self._take, account, "")
-        return items  # type: ignore[no-any-return]
+        items, promise = self.loop.ask(self.settle, self._take_or_wait, account, mark)
+        if promise is None:
+            return list(items)
+        try:
+            woken = wait(promise, 300.0)
+        except TimeoutError:
+            woken = True
+        return list(self.loop.ask(self._take, account)) if woken else []
 
-    def _take(self, account: str, mark: str) -> Tuple[List[Row], Promise]:
+    def _take_or_wait(self, account: str, mark: str) -> Tuple[List[Row], Optional[Promise]]:
         self.outboxes.acknowledge(account, mark)
-        return (self.outboxes.take(account, account in self._ready),
-                self.outboxes.wait(account))
+        items = self._take(account)
+        return items, None if items else self.outboxes.wait(account)
 
-    # -- logging in
-
-    def attach(self, account: str, mark: str, cookie: str, password: bool) -> Row:
-        """An account's client is there. {"login": …} if it is logged in by that, else {}."""
-        self.outboxes.forget_notes(account)
-        self.outboxes.acknowledge(account, mark)
-        row = self._ledger.table("login", account)
-        age = self.clock() - float(row.get("time", 0))
-        if cookie and cookie == row.get("cookie") and 0 <= age < COOKIE_SECONDS:
-            return {"login": self._log_in(account, row["nonce"])}
-        if password:
-            return {"login": self._log_in(account, row.get("nonce") or new_secret())}
-        return {}
-
-    def ticket(self, account: str) -> Row:
-        """A new QR code's text, and how many seconds it holds."""
-        ticket = self.tickets.issue(account)
-        if account in self._hopes:
-            self.confirm(ticket)
-        return {"text": f"{self.url()}/local/scan?ticket={ticket}", "seconds": TICKET_SECONDS}
-
-    def scan(self, ticket: str) -> str:
-        """Somebody opened the code's URL: whose it is, or NotFound."""
-        account = self.tickets.account(ticket)
-        if not account:
-            raise NotFound("ticket not found")
-        self.outboxes.note(account, {"do": "scanned"})
-        return account
-
-    def confirm(self, ticket: str) -> str:
-        """Somebody pressed the button: whose it is, or NotFound."""
-        account = self.scan(ticket)
-        self.tickets.cancel(account)
-        login = self._log_in(account, new_secret())
-        self.outboxes.note(account, {"do": "confirmed", "login": login})
-        return account
-
-    def hope(self, account: str) -> Promise:
-        """Log an account in, now or as soon as it shows a code; kept when it is running."""
-        promise = Promise()
-        if account in self._ready:
-            promise.keep()
-            return promise
-        self._hopes.setdefault(account, []).append(promise)
-        ticket = self.tickets.of(account)
-        if ticket:
-            self.confirm(ticket)
-        return promise
-
-    def despair(self, account: str) -> None:
-        """No longer wait to log an account in."""
-        self._hopes.pop(account, None)
-
-    def ready(self, account: str) -> None:
-        """An account's client is running."""
-        self._ready.add(account)
-        self.outboxes.wake_up(account)
-        for promise in self._hopes.pop(account, []):
-            promise.keep()
-
-    def detach(self, account: str) -> None:
-        """An account's client is gone."""
-        self.tickets.cancel(account)
-        self._ready.discard(account)
-        self.world.online.discard(account)
-
-    def logout(self, account: str) -> None:
-        """The account wants to be scanned anew."""
-        self.detach(account)
-        row = self._ledger.table("login", account)
-        if row:
-            self._ledger.put(dict(row, cookie=""), "login", account)
-
-    def delete(self, account: str) -> None:
-        """Forget an account's login and what waits for it; the person stays in the world."""
-        self.logout(account)
-        self._ledger.put(None, "wait", account)
-
-    def roster(self, account: str) -> Row:
-        """All that an account loads at login."""
-        return self.world.roster(account)
-
-    def _log_in(self, account: str, nonce: str) -> Row:
-        row = self._ledger.table("login", account)
-        uid = row.get("uid") or self._new_uid(account)
-        cookie = new_secret()
-        self._ledger.put({"uid": uid, "nonce": nonce, "cookie": cookie, "time": self.clock()},
-                         "login", account)
-        if not row:
-            self.world.account_of[uid] = account
-            self._join(account, uid)
-        self.world.online.add(account)  # only now: it hears of no friend that it will load
-        return {"uid": uid, "cookie": cookie}
-
-    def _new_uid(self, account: str) -> str:
-        people = self._ledger.table("people")
-        for uid, row in people.items():
-            if row.get("name") == account and uid not in self.world.account_of:
-                return uid
-        uid = name_to_uid(account)
-        while uid in self.world.account_of:
-            uid = str(int(uid) + 1)
-        return uid
-
-    def _join(self, account: str, uid: str) -> None:
-        """An account's very first login: it becomes everybody's friend, once and for all."""
-        if uid in self._ledger.table("people"):
-            return  # a world file knows it, and whose friend it is
-        self._ledger.put({"uid": uid, "name": account}, "people", uid)
-        for other in list(self._ledger.table("people")):
-            if other != uid:
-                self.society.befriend(uid, other)
-        for table in "group", "discuss":
-            for circle, row in list(self._ledger.table(table).items()):
-                if row.get("name") == COMMON:
-                    self.society.enter(table, circle, uid, {})
+    def _take(self, account: str) -> List[Row]:
+        return self.outboxes.take(account, account in self.logins.running)
 
     # -- messages
 
@@ -4193,8 +4210,6 @@ class LocalNetwork:
         me = self.world.role(group, self._ledger.table("login", account)["uid"])
         return me in ("owner", "admin") and all(
             rank[self.world.role(group, uid)] < rank[me] for uid in uids)
-
-    VERBS = ("attach", "ticket", "ready", "logout", "roster", "send", "kick", "mute")
 
 
 def new_secret() -> str:
@@ -4420,11 +4435,11 @@ class LocalPages:
     def scan(self, request: Request) -> Response:
         """The QR code's URL, opened by a phone: a page with a button."""
         ticket = request.params.get("ticket", "")
-        return self._page(request, self._network.scan, SCAN_BODY, {"ticket": ticket})
+        return self._page(request, self._network.logins.scan, SCAN_BODY, {"ticket": ticket})
 
     def confirm(self, request: Request) -> Response:
         """The button."""
-        return self._page(request, self._network.confirm, SAY_BODY, {
+        return self._page(request, self._network.logins.confirm, SAY_BODY, {
             "title": "✓ 登录成功", "text": "You are logged in; this page can be closed."})
 
     def _page(self, request: Request, step: Callable[[str], str], body: str,
@@ -4453,13 +4468,13 @@ class LocalPages:
         account = check_name(request.params.get("client", ""))
         if not self._network.known(account):
             raise NotFound(f"{account} not found")
-        promise = self._ask(self._network.hope, account)
+        promise = self._ask(self._network.logins.hope, account)
         try:
             request.wait(promise, self.LOGIN_SECONDS)
         except TimeoutError:
             raise NotFound(f"{account}, waiting to be scanned, not found") from None
         finally:
-            self._ask(self._network.despair, account)
+            self._ask(self._network.logins.despair, account)
         return {"account": account, "code": 0, "status": "success"}
 
     def say(self, request: Request) -> Row:
@@ -4724,9 +4739,27 @@ class Papers:
         self.spool_path = f"{start}post_{account}.jsonl"
         self.local_path = f"{start}local_{account}"
 
-    def write_state(self, row: Row) -> None:
+    def state_row(self, client: Client) -> Row:
+        """The state file's content (000, CONTRACT 8)."""
+        given, settings = self.settings.given, self.settings
+        row: Row = {name: getattr(settings, name) for name in (
+            "cookie_path", "log_level", "mode", "pid_path", "qrcode_path", "state_path",
+            "tmpdir")}
+        row.update({name: str(int(getattr(settings, name))) for name in (
+            "disable_color", "http_debug", "keep_cookie", "log_console", "qrcode_count_max",
+            "ua_retry_times")})
+        row.update({name: given(name) or None for name in ("log_encoding", "log_path")})
+        prefix = client.flavour.program + "::Plugin::"
+        row.update(account=client.account, os=sys.platform, pid=os.getpid(),
+                   previous_state=client.previous_state or None,
+                   start_time=str(client.start_time), state=client.state, version=VERSION,
+                   plugin=[plugin.to_json(prefix)
+                           for plugin in sorted(client.plugins, key=lambda p: p.name)])
+        return dict(row, error=client.error) if client.error else row
+
+    def write_state(self, client: Client) -> None:
         """Replace the state file."""
-        self._write(self.settings.state_path, to_bytes(row))
+        self._write(self.settings.state_path, to_bytes(self.state_row(client)))
 
     def write_qrcode(self, data: bytes) -> None:
         """Replace the picture."""
@@ -4915,9 +4948,6 @@ class SendQueue:
         self._jobs.append(job)
         self._pump()
 
-    def __len__(self) -> int:
-        return len(self._jobs)
-
     def _pump(self) -> None:
         if self._busy or not self._jobs:
             return
@@ -5031,7 +5061,7 @@ class Login:
         return Hooks(lambda text, seconds: call(self._show, text, seconds),
                      lambda: call(self._scanned),
                      lambda cookie, fresh: call(self._confirmed, cookie, fresh),
-                     lambda items: str(ask(self._client.receive, items)),
+                     lambda items: str(ask(self._client.talk.receive, items)),
                      lambda error: self._client.log.warn(error))
 
     def begin(self) -> None:
@@ -5165,7 +5195,7 @@ class Login:
             return
         kinds = (["user"] if client.settings.is_update_user else []) + self._kinds("is_update_")
         for item in client.roster.differences(row, kinds):
-            client.happen(item)
+            client.talk.happen(item)
         self._report_update(kinds)
         self._plan_refresh()
 
@@ -5174,7 +5204,7 @@ class Talk:
     """What an account says and hears. In its client's loop."""
 
     def __init__(self, client: Client, link: Link) -> None:
-        self._client = client
+        self._client, self._link = client, link
         settings, interval = client.settings, client.settings.send_interval
         self.queue = SendQueue(client.loop, link.send,
                                link.send_interval if interval is None else interval, link.batch,
@@ -5230,9 +5260,9 @@ class Talk:
         sent = self._client.flavour.sent
         message.msg = sent["status"] if code == 0 else self._client.flavour.not_sent
         self._client.emit_message(message)
-        job.promise.keep(message)
+        self._client.loop.call(job.promise.keep, message)  # after the flush that emit asked for
 
-    def hear(self, item: Row, mark: str) -> None:
+    def _hear(self, item: Row, mark: str) -> None:
         """A message came: report it."""
         kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
         message = self._compose(item["type"], kind, str(item.get(kind)), item["content"],
@@ -5248,6 +5278,54 @@ class Talk:
             "receiver": user.displayname, "receiver_id": user.id, "receiver_uid": user.uid})
         self._name(message, "sender", thing, item)
         self._client.emit_message(message, mark)
+
+    def receive(self, items: List[Row]) -> str:
+        """Take over what a link brought: the mark of what is safe on disk afterwards."""
+        for item in items:
+            mark = item["mark"]
+            if self._is_old(mark):
+                continue
+            if item["do"] == "message":
+                self._hear(item, mark)
+            elif not self.happen(item, mark):
+                self._client.spool.advance(mark)
+        self._client.flush()
+        return str(self._client.spool.mark)
+
+    def _is_old(self, mark: str) -> bool:
+        """Whether it came before: our answer to that was lost with a connection."""
+        era, _, number = mark.partition(":")
+        old_era, _, old_number = str(self._client.spool.mark or "").partition(":")
+        return era == old_era and int(number) <= int(old_number)
+
+    def happen(self, item: Row, mark: str = "") -> bool:
+        """Let an event of the link change the roster, and report it; False if it is void."""
+        found = self._client.roster.apply(item)
+        if found:
+            self._client.emit(*found, mark)
+        return found is not None
+
+    def answered(self, row: Row, answer: Row) -> None:
+        """What a receiver of an event wants done (003): reply, shutup."""
+        reply = answer.get("reply")
+        if row["post_type"] == "event":
+            return
+        if isinstance(reply, (str, int, float)) and str(reply):
+            self.reply(row, str(reply), "api")
+        if answer.get("shutup") in (1, "1") and row["type"] == "group_message":
+            self._silence(row, answer.get("shutup_time", 60))
+
+    def _silence(self, row: Row, seconds: Json) -> None:
+        wanted = int(seconds) if re.fullmatch("[0-9]{1,9}", str(seconds)) else 60
+        if row["class"] == "recv":
+            spawn(self._mute, str(row["group_uid"]), str(row["sender_uid"]), max(60, wanted))
+
+    def _mute(self, group: str, uid: str, seconds: int) -> None:
+        try:
+            if not self._link.mute(group, [uid], seconds):
+                self._client.log.warn(f"no right to silence {uid} in group {group}")
+        except OpenQQError as error:
+            self._client.log.warn(f"silencing {uid} in group {group} failed: {error.status}")
 
     def _answer(self, message: Message, text: str) -> None:
         self.reply(message.to_json({}), text, "code")
@@ -5303,7 +5381,7 @@ class Client:
         self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
         self._crew = Crew(1, "callbacks", self.log)
         self._login = Login(self)
-        self._talk = Talk(self, self._login.link)
+        self.talk = Talk(self, self._login.link)
         self.enter("init")
 
     # -- the public face
@@ -5369,7 +5447,7 @@ class Client:
         the Message, with code, info and msg set.
         """
         promise = Promise()
-        self.loop.call(self._talk.put, type, content, uid, circle, origin, via, promise)
+        self.loop.call(self.talk.put, type, content, uid, circle, origin, via, promise)
         return promise
 
     def send_friend_message(self, friend: Friend, content: str) -> Promise:
@@ -5392,10 +5470,6 @@ class Client:
     def link(self) -> Link:
         """The account's link."""
         return self._login.link
-
-    def pending_sends(self) -> int:
-        """How many messages wait to be sent."""
-        return len(self._talk.queue)
 
     def public_url(self) -> str:
         """How this server is reached from outside, or its controller."""
@@ -5423,27 +5497,11 @@ class Client:
             return
         assert state in NEXT_STATES[self.state], f"{self.state} -> {state}"
         self.previous_state, self.state, self.error = self.state, state, error
-        self.papers.write_state(self.state_row())
+        self.papers.write_state(self)
         if self.parent:
             self.parent.tell(state=state)
         if self.previous_state:
             self.emit("state_change", [self.previous_state, state])
-
-    def state_row(self) -> Row:
-        """The state file's content (000, CONTRACT 8)."""
-        given, settings = self.settings.given, self.settings
-        row: Row = {name: getattr(settings, name) for name in (
-            "cookie_path", "mode", "pid_path", "qrcode_path", "state_path", "tmpdir")}
-        row.update({name: str(int(getattr(settings, name))) for name in (
-            "disable_color", "http_debug", "keep_cookie", "log_console", "qrcode_count_max",
-            "ua_retry_times")})
-        row.update({name: given(name) or None for name in ("log_encoding", "log_path")})
-        row.update(account=self.account, log_level=settings.log_level, os=sys.platform,
-                   pid=os.getpid(), previous_state=self.previous_state or None,
-                   start_time=str(self.start_time), state=self.state, version=VERSION,
-                   plugin=[plugin.to_json(self.flavour.program + "::Plugin::")
-                           for plugin in sorted(self.plugins, key=lambda p: p.name)])
-        return dict(row, error=self.error) if self.error else row
 
     def _stop(self) -> None:
         if self.state == "stop":
@@ -5495,54 +5553,6 @@ class Client:
 
     # -- events, in the loop's thread
 
-    def receive(self, items: List[Row]) -> str:
-        """Take over what a link brought: the mark of what is safe on disk afterwards."""
-        for item in items:
-            mark = item["mark"]
-            if self._is_old(mark):
-                continue
-            if item["do"] == "message":
-                self._talk.hear(item, mark)
-            elif not self.happen(item, mark):
-                self.spool.advance(mark)
-        self._flush()
-        return str(self.spool.mark)
-
-    def _is_old(self, mark: str) -> bool:
-        """Whether it came before: our answer to that was lost with a connection."""
-        era, _, number = mark.partition(":")
-        old_era, _, old_number = str(self.spool.mark or "").partition(":")
-        return era == old_era and int(number) <= int(old_number)
-
-    def happen(self, item: Row, mark: str = "") -> bool:
-        """Let an event of the link change the roster, and report it; False if it is void."""
-        found = self.roster.apply(item)
-        if found:
-            self.emit(*found, mark)
-        return found is not None
-
-    def answered(self, row: Row, answer: Row) -> None:
-        """What a receiver of an event wants done (003): reply, shutup."""
-        reply = answer.get("reply")
-        if row["post_type"] == "event":
-            return
-        if isinstance(reply, (str, int, float)) and str(reply):
-            self._talk.reply(row, str(reply), "api")
-        if answer.get("shutup") in (1, "1") and row["type"] == "group_message":
-            self._silence(row, answer.get("shutup_time", 60))
-
-    def _silence(self, row: Row, seconds: Json) -> None:
-        wanted = int(seconds) if re.fullmatch("[0-9]{1,9}", str(seconds)) else 60
-        if row["class"] == "recv":
-            spawn(self._mute, str(row["group_uid"]), str(row["sender_uid"]), max(60, wanted))
-
-    def _mute(self, group: str, uid: str, seconds: int) -> None:
-        try:
-            if not self.link.mute(group, [uid], seconds):
-                self.log.warn(f"no right to silence {uid} in group {group}")
-        except OpenQQError as error:
-            self.log.warn(f"silencing {uid} in group {group} failed: {error.status}")
-
     def emit(self, event: str, params: List[Any], mark: str = "") -> None:
         """Let everybody know of an event; with the mark that its source gave it."""
         fields = self.flavour.fields
@@ -5564,9 +5574,10 @@ class Client:
             self.spool.advance(mark)
         for callback in self._callbacks.get(event, []):
             self._crew.submit(self._call_back, event, callback, args)
-        self.loop.call(self._flush)
+        self.loop.call(self.flush)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Let what was reported survive, then go on its way."""
         self.spool.flush()
         for outlet in self.outlets:
             outlet.flush()
@@ -5682,7 +5693,8 @@ class Api:
 
     def get_client_info(self, request: Request) -> Json:
         """The program, not the account (003)."""
-        client, row = self.client, self.client.state_row()
+        client = self.client
+        row = client.papers.state_row(client)
         return {**{name: row[name] for name in ("account", "http_debug", "log_encoding",
                                                 "log_level", "log_path", "os", "pid", "version")},
                 "code": 0, "status": "success", "starttime": client.start_time,
@@ -5877,7 +5889,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
     settings = client.settings.with_(given)
     store = Store(settings.check_event_list_max_size)
     reporter = Reporter(settings.post_api, settings.post_secret, client.spool, client.loop,
-                        client.log, client.answered) if settings.post_api else None
+                        client.log, client.talk.answered) if settings.post_api else None
     listed = settings.post_event_list
     if listed is None:
         listed = client.flavour.post_event_list
@@ -6077,8 +6089,10 @@ class Supervisor:
         self._loop, self._launcher, self._log, self._restart = loop, launcher, log, restart
         self._changed, self._report, self._gone = changed, report, gone
         self._crew = Crew(16, "resume", log)
+        self.leaving: Dict[str, Child] = {}  # told to stop, not gone yet
         self.restarts = 0
         self.ending = False
+        self._done: Callable[[], None] = lambda: None
 
     def start(self, child: Child) -> None:
         """Start a new child's process. StartFailure."""
@@ -6163,6 +6177,7 @@ class Supervisor:
         else:
             self._crashed(child, status)
         self._changed()
+        self._check_done()
 
     def _reap(self, process: Any) -> int:
         try:
@@ -6172,6 +6187,7 @@ class Supervisor:
             return int(process.wait())
 
     def _stopped(self, child: Child) -> None:
+        self.leaving.pop(child.name, None)
         waiting, child.stopping = child.stopping, []
         for promise in waiting:
             promise.keep()
@@ -6214,9 +6230,19 @@ class Supervisor:
                 child.timer = None
             promise.keep()
         else:
+            self.leaving[child.name] = child
             child.stopping.append(promise)
             self._signal(child, signal.SIGTERM)
             child.timer = self._loop.later(KILL_SECONDS, self._signal, child, signal.SIGKILL)
+        return promise
+
+    def farewell(self, name: str) -> Promise:
+        """Kept when a client that was told to stop is gone: its name is free then."""
+        promise = Promise()
+        if name in self.leaving:
+            self.leaving[name].stopping.append(promise)
+        else:
+            promise.keep()
         return promise
 
     def _signal(self, child: Child, number: int) -> None:
@@ -6225,26 +6251,17 @@ class Supervisor:
 
     def stop_all(self, number: int, done: Callable[[], None]) -> None:
         """End all children at once; done() when the last one is gone."""
-        self.ending = True
-        left = [child for child in self.children.values() if child.process is not None]
-        for child in left:
-            promise = self.stop(child, forget=False)
+        self.ending, self._done = True, done
+        for child in list(self.children.values()):
+            self.stop(child, forget=False)
             if number == signal.SIGKILL:
                 self._signal(child, number)
-            spawn(self._await, promise, left, child, done)
-        if not left:
-            done()
+        self._check_done()
 
-    def _await(self, promise: Promise, left: List[Child], child: Child,
-               done: Callable[[], None]) -> None:
-        promise.wait()
-        self._loop.call(self._one_less, left, child, done)
-
-    def _one_less(self, left: List[Child], child: Child, done: Callable[[], None]) -> None:
-        if child in left:
-            left.remove(child)
-            if not left:
-                done()
+    def _check_done(self) -> None:
+        if self.ending and not self.leaving and not any(
+                child.process for child in self.children.values()):
+            self._done()
 
 
 class Ports:
@@ -6577,7 +6594,7 @@ class Controller:
             self._reporter.flush()
 
     def _child_gone(self, name: str) -> None:
-        self.network.loop.call(self.network.settle, self.network.detach, name)
+        self.network.loop.call(self.network.settle, self.network.logins.detach, name)
 
     # -- ending
 
@@ -6609,6 +6626,7 @@ class ControllerApi:
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
         self._proxy = Proxy(controller.settings.token)
+        self._own_paths = {route.path for route in self.routes()}  # whatever the method
 
     def routes(self) -> List[Route]:
         """The route table, under both prefixes."""
@@ -6643,6 +6661,7 @@ class ControllerApi:
         own = rf"{self._controller.flavour.file_prefix}(cookie|qrcode|state|pid)_" \
               rf"{re.escape(name)}\.\w+"
         given = check_params(request.keys(), settings.tmpdir, own)
+        self._ask(self._controller.supervisor.farewell, name).wait(KILL_SECONDS + 5.0)
         return {**request_echo(request), **self._ask(self._start, name, given)}
 
     def _start(self, name: str, given: Dict[str, str]) -> Row:
@@ -6669,8 +6688,8 @@ class ControllerApi:
         controller, child = self._controller, self._child(request)
         row = child.shown()
         self._stop(child, request)
-        controller.network.loop.ask(controller.network.settle, controller.network.delete,
-                                    child.name)
+        controller.network.loop.ask(controller.network.settle,
+                                    controller.network.logins.delete, child.name)
         for name in "cookie_path", "state_path", "spool_path", "qrcode_path":
             remove_file(controller.path_of(child, name))
         return row
@@ -6680,8 +6699,8 @@ class ControllerApi:
         if request.params.get("client"):
             children = [self._child(request)]
         else:
-            known = self._controller.supervisor.children
-            children = [known[name] for name in sorted(known)]
+            children = list(self._controller.supervisor.children.values())
+            children.sort(key=lambda child: child.name)
         return {"code": 0, "client": [self._state(child) for child in children]}
 
     def _state(self, child: Child) -> Row:
@@ -6716,11 +6735,6 @@ class ControllerApi:
         if child.process is None:
             raise Unreachable()
         return self._proxy.forward(request, child.port)
-
-    @property
-    def _own_paths(self) -> Set[str]:
-        """Paths that are the controller's, whatever the method."""
-        return {route.path for route in self.routes()}
 
     def index(self, request: Request) -> Response:
         """What a browser sees at /."""
