@@ -794,7 +794,8 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("post_media_data", True, _flag, "client", "post a picture's bytes too",
             plugin=True),
     Setting("post_stdout", False, _flag, "client", "one JSON line per event on stdout"),
-    Setting("post_event_list", None, _words, "client", "the events to post: see Events"),
+    Setting("post_event_list", None, _words, "client", "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of "
+            "friend, group, group_member"),
     Setting("check_event_list_max_size", 20, _whole, "client", "events that check_event keeps"),
     Setting("numeric_ids", False, _flag, "client", "ids as JSON numbers"),
     Setting("cookie_path", "", _path, "client", "cookie file: in tmpdir"),
@@ -5161,6 +5162,7 @@ class Login:
         client = self._client
         if client.state != "updating":
             return
+        row["user"]["state"] = client.settings.mode
         client.roster.load(row, ["user"] + self._kinds("is_init_"))
         self._report_update(["user", "friend", "group"])
         client.log.info(f"帐号({client.account})登录成功")
