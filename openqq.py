@@ -1733,17 +1733,17 @@ class Request:
 
     `wait(promise, seconds)` is how a handler waits for what may take long: it raises Hangup when
     the caller goes away and TimeoutError after `seconds`, and gives None when the server ends.
-    `sock` is the caller's socket, for those that watch it themselves.
+    `sock` is the caller's socket, for those that watch it themselves; `old` tells HTTP/1.0.
     """
 
     def __init__(self, method: str, target: str, fields: Fields, body: bytes, peer: str,
-                 sock: Optional[socket.socket] = None,
+                 sock: Optional[socket.socket] = None, old: bool = False,
                  wait: Callable[[Promise, float], Any] = Promise.wait) -> None:
         path, _, self.query = target.partition("?")
         self.method, self.fields, self.body, self.peer = method, fields, body, peer
         self.path = urllib.parse.unquote(path) if "%" in path else path
         self.target = target
-        self.sock, self.wait = sock, wait
+        self.sock, self.old, self.wait = sock, old, wait
         self._params: Optional[Params] = None
 
     @property
@@ -1787,8 +1787,11 @@ class Response:
         self.fields = fields or {}
         self.pieces = pieces
 
-    def head(self, close: bool, chunked: bool) -> bytes:
-        """Status line and fields; no value can bring a line of its own."""
+    def head(self, connection: str, chunked: bool = False) -> bytes:
+        """Status line and fields; no value can bring a line of its own.
+
+        `connection` is that field's value, or empty where HTTP/1.1 needs none.
+        """
         lines = [f"HTTP/1.1 {self.status} {REASONS.get(self.status, 'Status')}",
                  f"Date: {http_date()}"]
         if self.kind:
@@ -1798,8 +1801,8 @@ class Response:
         elif chunked:
             lines.append("Transfer-Encoding: chunked")
         lines += [f"{name}: {value}" for name, value in self.fields.items()]
-        if close:
-            lines.append("Connection: close")
+        if connection:
+            lines.append("Connection: " + connection)
         text = "\r\n".join(lines)
         assert text.count("\n") == len(lines) - 1 == text.count("\r")
         return text.encode("latin-1", "replace") + b"\r\n\r\n"
@@ -1899,6 +1902,10 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+# The methods of routes. HEAD only where GET does nothing but read.
+READ, READ_OR_POST, ACT = "GET|HEAD", "GET|HEAD|POST", "GET|POST"
+
+
 class Route:
     """One API: its path's last part, the methods that it takes, and what it calls.
 
@@ -1912,8 +1919,6 @@ class Route:
                  any_state: bool = False, open: bool = False) -> None:
         self.path, self.handler, self.any_state, self.open = path, handler, any_state, open
         self.methods = methods.split("|")
-        if "GET" in self.methods:
-            self.methods.append("HEAD")
 
 
 class App:
@@ -2023,8 +2028,8 @@ class Connection(BaseHTTPRequestHandler):
         try:
             while self._serve_one():
                 pass
-        except (Hangup, TimeoutError, EOFError, OSError):
-            pass  # the caller went away, or took too long to matter
+        except (OpenQQError, EOFError, OSError):
+            pass  # the caller went away, or what was passed on to it broke off
 
     def _serve_one(self) -> bool:
         try:
@@ -2061,7 +2066,8 @@ class Connection(BaseHTTPRequestHandler):
         wish = fields.get("connection", "").lower()
         keep = "close" not in wish and (minor == b"1" or "keep-alive" in wish)
         return Request(method.decode(), target.decode("utf-8", "replace"), fields, body,
-                       self.client_address[0], self.connection, self._wait), keep
+                       self.client_address[0], self.connection, minor == b"0",
+                       self._wait), keep
 
     def _read_head(self) -> bytes:
         """The next head; the wait for its first byte and the time for the rest are two things."""
@@ -2074,8 +2080,8 @@ class Connection(BaseHTTPRequestHandler):
                 return b""
             finally:
                 self.server.idle.discard(self.connection)
-            if b"\r\n\r\n" not in self.stream.buffer:
-                self.stream.allow(HEAD_SECONDS)
+        if b"\r\n\r\n" not in self.stream.buffer:
+            self.stream.allow(HEAD_SECONDS)
         if self.stream.buffer.startswith(b"\r\n"):
             self.stream.buffer = self.stream.buffer[2:]  # RFC 9112 2.2: old clients' extra line
         try:
@@ -2128,14 +2134,15 @@ class Connection(BaseHTTPRequestHandler):
 
     def _write(self, request: Request, response: Response, keep: bool) -> bool:
         if response.pieces is not None:
-            return self._write_stream(response, keep and request.method != "HEAD")
-        head = response.head(not keep, False)
+            return self._write_stream(request, response, keep)
+        head = response.head("close" if not keep else "keep-alive" if request.old else "")
         self.connection.sendall(head if request.method == "HEAD" else head + response.body)
         return keep
 
-    def _write_stream(self, response: Response, chunked: bool) -> bool:
+    def _write_stream(self, request: Request, response: Response, keep: bool) -> bool:
         assert response.pieces is not None
-        self.connection.sendall(response.head(not chunked, chunked))
+        chunked = keep and not request.old
+        self.connection.sendall(response.head("" if chunked else "close", chunked))
         for piece in response.pieces:
             if piece:
                 self.connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece)
@@ -2147,7 +2154,7 @@ class Connection(BaseHTTPRequestHandler):
     def _refuse(self, error: BadRequest) -> None:
         """Answer what cannot be served, and let the caller read it before the connection ends."""
         response = error_response(error)
-        self.connection.sendall(response.head(True, False) + response.body)
+        self.connection.sendall(response.head("close") + response.body)
         self.connection.shutdown(socket.SHUT_WR)
         self.stream.allow(1.0)
         for _ in range(256):
@@ -2213,7 +2220,7 @@ class Server(ThreadingHTTPServer):
         busy = error_response(BadRequest(503, "too many connections"))
         request.setblocking(False)
         try:
-            request.send(busy.head(True, False) + busy.body)
+            request.send(busy.head("close") + busy.body)
         except OSError:
             pass
         request.close()
@@ -2558,11 +2565,10 @@ class Transport(urllib.request.BaseHandler):
             stream.buffer = stream.more()
         except TimeoutError:
             self._await_both(stream, call, caller)
-        if b"\r\n\r\n" not in stream.buffer:
-            stream.allow(call.seconds)
+        stream.allow(call.seconds)
 
     def _await_both(self, stream: Stream, call: Call, caller: socket.socket) -> None:
-        with selectors.DefaultSelector() as selector:
+        with selectors.PollSelector() as selector:  # takes no descriptor, of which it may be short
             selector.register(stream.sock, selectors.EVENT_READ)
             selector.register(caller, selectors.EVENT_READ)
             ready = [key.fileobj for key, _ in selector.select(call.seconds)]
@@ -4421,10 +4427,10 @@ class LocalPages:
         return [Route("/local/scan", "GET", self.scan, open=True),
                 Route("/local/confirm", "POST", self.confirm, open=True),
                 Route("/local/link", "POST", self.link, open=True),
-                Route("/local/login", "GET|POST", self.login),
-                Route("/local/say", "GET|POST", self.say),
-                Route("/local/change", "GET|POST", self.change),
-                Route("/local/world", "GET", self.world)]
+                Route("/local/login", ACT, self.login),
+                Route("/local/say", ACT, self.say),
+                Route("/local/change", ACT, self.change),
+                Route("/local/world", READ, self.world)]
 
     def key_for(self, account: str) -> str:
         """What a client proves with that it speaks for its account."""
@@ -5404,7 +5410,14 @@ class Client:
             plugin.data, plugin.call_on_load = data or {}, call_on_load
             self.plugins.append(plugin)
             if call_on_load:
-                plugin.call(self, plugin.data)
+                self._call_now(plugin)
+
+    def _call_now(self, plugin: Plugin) -> None:
+        try:
+            plugin.call(self, plugin.data)
+        except Refusal:
+            self.papers.pid.drop()
+            raise
 
     def run(self) -> int:
         """Log in and work until somebody says stop; the process's exit status."""
@@ -5641,24 +5654,24 @@ class Api:
     def routes(self) -> List[Route]:
         """The route table, under both prefixes."""
         table = [
-            ("get_user_info", "GET", self.get_user_info, False),
-            ("get_friend_info", "GET", lambda r: self._list("friend"), False),
-            ("get_group_info", "GET", lambda r: self._list("group"), False),
-            ("get_group_basic_info", "GET", lambda r: self._list("group", False), False),
-            ("get_discuss_info", "GET", lambda r: self._list("discuss"), False),
-            ("search_friend", "GET|POST", lambda r: self._search("friend", r), False),
-            ("search_group", "GET|POST", lambda r: self._search("group", r), False),
-            ("send_friend_message", "GET|POST", self.send_friend_message, False),
-            ("send_group_message", "GET|POST", self.send_group_message, False),
-            ("send_discuss_message", "GET|POST", self.send_discuss_message, False),
-            ("send_sess_message", "GET|POST", self.send_sess_message, False),
-            ("kick_group_member", "GET|POST", self.kick_group_member, False),
-            ("shutup_group_member", "GET|POST", self.shutup_group_member, False),
-            ("check_event", "GET|POST", self.check_event, True),
-            ("get_client_info", "GET|POST", self.get_client_info, True),
-            ("stop_client", "GET|POST", self.stop_client, True),
-            ("relogin", "GET|POST", self.relogin, True),
-            ("get_qrcode", "GET", self.get_qrcode, True),
+            ("get_user_info", READ, self.get_user_info, False),
+            ("get_friend_info", READ, lambda r: self._list("friend"), False),
+            ("get_group_info", READ, lambda r: self._list("group"), False),
+            ("get_group_basic_info", READ, lambda r: self._list("group", False), False),
+            ("get_discuss_info", READ, lambda r: self._list("discuss"), False),
+            ("search_friend", READ_OR_POST, lambda r: self._search("friend", r), False),
+            ("search_group", READ_OR_POST, lambda r: self._search("group", r), False),
+            ("send_friend_message", ACT, self.send_friend_message, False),
+            ("send_group_message", ACT, self.send_group_message, False),
+            ("send_discuss_message", ACT, self.send_discuss_message, False),
+            ("send_sess_message", ACT, self.send_sess_message, False),
+            ("kick_group_member", ACT, self.kick_group_member, False),
+            ("shutup_group_member", ACT, self.shutup_group_member, False),
+            ("check_event", ACT, self.check_event, True),
+            ("get_client_info", READ_OR_POST, self.get_client_info, True),
+            ("stop_client", ACT, self.stop_client, True),
+            ("relogin", ACT, self.relogin, True),
+            ("get_qrcode", READ, self.get_qrcode, True),
         ]
         return [Route(prefix + path, methods,
                       handler if any_state else self._when_running(handler))
@@ -5904,7 +5917,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
 
 
 def _serve_api(client: Client, api: Api, settings: Settings, addresses: List[Row]) -> None:
-    routes = api.routes() + [Route("/", "GET", lambda request: client_page(client), open=True)]
+    routes = api.routes() + [Route("/", READ, lambda request: client_page(client), open=True)]
     pages = client.local_pages()
     app = ClientApp(Gate(settings.token), client.log, routes + (pages.routes() if pages else []),
                     client_fallback)
@@ -6414,7 +6427,8 @@ class Controller:
             self.loop.call(self._begin)
             self.loop.run()
         finally:
-            self.network.stop()
+            for close in self._closing:
+                close()
             self.pid.drop()
         return 0
 
@@ -6439,6 +6453,7 @@ class Controller:
             self.flavour.fields, log, lambda: str(settings.public_url),
             lambda name: name in self.supervisor.children)
         self.network.start()
+        self._closing.append(self.network.stop)
         self.pages = LocalPages(self.network)
         launcher = Launcher(self.flavour, settings, self.url, self.pages.key_for)
         self.supervisor = Supervisor(self.loop, launcher, log, settings.restart != "never",
@@ -6607,8 +6622,6 @@ class Controller:
         self._save_running()
         for server in self._servers:
             server.shutdown()
-        for close in self._closing:
-            close()
         self.supervisor.stop_all(signal.SIGTERM, self._end)
 
     def _save_running(self) -> None:
@@ -6632,14 +6645,14 @@ class ControllerApi:
 
     def routes(self) -> List[Route]:
         """The route table, under both prefixes."""
-        table = [("start_client", "GET|POST", self.start_client),
-                 ("stop_client", "GET|POST", self.stop_client),
-                 ("delete_client", "GET|POST", self.delete_client),
-                 ("check_client", "GET", self.check_client),
-                 ("get_qrcode", "GET", self.get_qrcode)]
+        table = [("start_client", ACT, self.start_client),
+                 ("stop_client", ACT, self.stop_client),
+                 ("delete_client", ACT, self.delete_client),
+                 ("check_client", READ, self.check_client),
+                 ("get_qrcode", READ, self.get_qrcode)]
         return [Route(prefix + path, methods, handler)
                 for prefix in ("/openqq/", "/openwx/") for path, methods, handler in table
-                ] + [Route("/", "GET", self.index, open=True)]
+                ] + [Route("/", READ, self.index, open=True)]
 
     def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._controller.loop.ask(function, *args)
@@ -6861,6 +6874,9 @@ def run_child() -> int:
     life = os.environ.get("OPENQQ_LIFE", "")
     try:
         return run_template()
+    except OpenQQError as error:
+        leave_last_words(life, error.status)
+        raise
     except Exception as error:
         leave_last_words(life, f"{type(error).__name__}: {error}")
         raise
