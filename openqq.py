@@ -661,8 +661,8 @@ def _number(text: str) -> float:
 
 
 def _text(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not hold a NUL")
+    if CONTROLS.search(text) or "\n" in text:
+        raise ValueError("must not hold control characters")
     return text
 
 
@@ -1717,15 +1717,25 @@ def parse_json_params(body: bytes) -> Params:
         raise BadRequest(400, f"broken JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadRequest(400, "JSON must be an object")
-    return {name: _scalar(name, item) for name, item in value.items() if item is not None}
+    return {_whole_text("a name", name): ",".join([_scalar(name, part) for part in item])
+            if isinstance(item, list) else _scalar(name, item)
+            for name, item in value.items() if item is not None}
 
 
 def _scalar(name: str, value: Json) -> str:
-    if isinstance(value, list):
-        return ",".join(_scalar(name, item) for item in value)
-    if isinstance(value, dict) or value is None:
+    if isinstance(value, (list, dict)) or value is None:
         raise BadRequest(400, f"{name} must be text, a number or a list of them")
-    return str(int(value)) if isinstance(value, bool) else str(value)
+    return str(int(value)) if isinstance(value, bool) else _whole_text(name, str(value))
+
+
+def _whole_text(name: str, text: str) -> str:
+    """Text that UTF-8 can hold: JSON can spell half a character, and nothing else can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRequest(400, f"half a character in {name.encode('ascii', 'replace').decode()}"
+                         ) from None
+    return text
 
 
 class Request:
@@ -2102,7 +2112,7 @@ class Connection(BaseHTTPRequestHandler):
             raise BadRequest(413, f"body over {BODY_LIMIT} bytes")
         if length < 0 and minor == b"0":
             raise BadRequest(400, "transfer-encoding in HTTP/1.0")
-        if "expect" in fields:
+        if "expect" in fields and minor == b"1":
             if fields["expect"].lower() != "100-continue":
                 raise BadRequest(417, "expect other than 100-continue")
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -5858,26 +5868,33 @@ class ClientApp(App):
     CORS = {"Access-Control-Allow-Origin": "*"}
 
     def answer(self, request: Request) -> Response:
-        """As App.answer, wrapped."""
-        response = super().answer(request)
-        if "jsonp" in request.query or request.body:
-            response = self._wrap(request, response)
+        """As App.answer, wrapped; a bad callback is refused before anything is done."""
+        try:
+            callback = self._callback(request)
+            response = super().answer(request)
+            if callback and response.kind == "application/json":
+                response = Response(callback.encode() + b"(" + response.body + b")",
+                                    "application/javascript", response.status,
+                                    {"X-Content-Type-Options": "nosniff"})
+        except NotAllowed as error:
+            response = error_response(error)
         response.fields = {**response.fields, **self.CORS}
         return response
 
-    def _wrap(self, request: Request, response: Response) -> Response:
+    def _callback(self, request: Request) -> str:
+        """The function that the answer is to be wrapped in, or empty. NotAllowed."""
+        if "jsonp" not in request.query and b"jsonp" not in request.body:
+            return ""
         try:
             params = request.params
         except BadRequest:
-            return response
-        if params.get("datatype") != "jsonp" or response.kind != "application/json":
-            return response
+            return ""  # it will be said elsewhere
         name = params.get("callback") or f"jsoncallback{int(time.time())}"
+        if params.get("datatype") != "jsonp":
+            return ""
         if not CALLBACK.fullmatch(name):
-            return error_response(NotAllowed("callback not allowed"))
-        body = name.encode() + b"(" + response.body + b")"
-        return Response(body, "application/javascript", response.status,
-                        {**response.fields, "X-Content-Type-Options": "nosniff"})
+            raise NotAllowed("callback not allowed")
+        return name
 
 
 OPTIONS_FIELDS = {
@@ -6308,11 +6325,12 @@ class Proxy:
                   if name not in HOP_BY_HOP and not ABOUT_THE_CALLER.fullmatch(name)}
         if self._token:
             fields["authorization"] = "Bearer " + self._token
-        method = "GET" if request.method == "HEAD" else request.method
+        reads = READS.match(request.path) is not None
+        method = "GET" if request.method == "HEAD" and reads else request.method
+        target = request.target.replace("#", "%23")  # a fragment to us, a letter to its caller
         try:
-            reply = self._fetch(f"http://127.0.0.1:{port}{request.target}", method, fields,
-                                request.body or None, PROXY_SECONDS, request.sock,
-                                READS.match(request.path) is not None)
+            reply = self._fetch(f"http://127.0.0.1:{port}{target}", method, fields,
+                                request.body or None, PROXY_SECONDS, request.sock, reads)
             return self._response(reply)
         except TooSlow:
             raise TooSlow("client not reachable") from None
@@ -6722,16 +6740,15 @@ class ControllerApi:
         """The state file's content, unless it is of a process that is no more."""
         controller = self._controller
         row = read_json(controller.path_of(child, "state_path"), controller.log)
-        row = {"account": child.name, "pid": child.pid, **row, "port": child.port}
-        if child.failed:
-            return {**row, "state": "stop", "failed": True, "error": "\n".join(child.lines)}
-        if row.get("pid") != child.pid or (child.process is None and child.alive()):
-            row.update(state="init", pid=child.pid)
-            if child.lines:
-                row["error"] = "\n".join(child.lines)
-        elif child.process is None:
-            row["state"] = "stop"
-        return row
+        lives = child.process is not None and row.get("pid") == child.pid
+        row = {**row, "account": child.name, "pid": child.pid, "port": child.port}
+        if lives:
+            return row
+        if child.alive():
+            row["state"] = "init"
+        else:
+            row.update({"state": "stop", "failed": True} if child.failed else {"state": "stop"})
+        return {**row, "error": "\n".join(child.lines)} if child.lines else row
 
     def get_qrcode(self, request: Request) -> Response:
         """The picture to be scanned; 404 while there is none."""
