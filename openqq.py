@@ -2317,9 +2317,11 @@ def origin_of(url: str) -> Tuple[str, str, int]:
 
 
 def with_params(url: str, **params: str) -> str:
-    """A URL with parameters merged into its query."""
+    """A URL with parameters merged into its query; one that is there already is replaced."""
     parts = urllib.parse.urlsplit(url)
-    query = "&".join(filter(None, [parts.query, urllib.parse.urlencode(params)]))
+    kept = [pair for pair in parts.query.split("&")
+            if pair and pair.partition("=")[0] not in params]
+    query = "&".join([*kept, urllib.parse.urlencode(params)])
     return urllib.parse.urlunsplit(parts._replace(query=query))
 
 
