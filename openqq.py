@@ -848,13 +848,16 @@ def setting_named(name: str) -> Optional[Setting]:
 class Settings:
     """One server's settings, each an attribute: given, else from the environment, else default.
 
-    `given` maps names to values of any sort; ValueError for an unknown name or a bad value.
+    `given` maps names to values of any sort; ValueError for an unknown name or a bad value. What
+    the environment sets for others is left alone.
     """
 
     def __init__(self, whose: str, given: Mapping[str, Json], environ: Mapping[str, str],
                  prefix: str) -> None:
-        self._given: Row = {}
-        for name, value in [*from_environment(environ, prefix).items(), *given.items()]:
+        self._given: Row = {name: SETTINGS[name].parse(value)
+                            for name, value in from_environment(environ, prefix).items()
+                            if SETTINGS[name].whose in (whose, "both")}
+        for name, value in given.items():
             setting = setting_named(name)
             if setting is None or setting.whose not in (whose, "both"):
                 raise ValueError(f"{name} is not a setting of a {whose}")
@@ -3438,7 +3441,10 @@ def redirect_of(url: str, reply: Reply) -> str:
     location = reply.fields.get("location", "")
     if reply.status not in (301, 302, 303, 307, 308) or not location:
         return ""
-    return urllib.parse.urljoin(url, location)
+    try:
+        return urllib.parse.urljoin(url, location)
+    except ValueError:
+        return "nowhere:"  # what cannot be read leads to nobody's server
 
 
 def same_origin(url: str, reply: Reply) -> str:
@@ -3959,12 +3965,13 @@ class Logins:
             return {"login": self._log_in(account, row.get("nonce") or new_secret())}
         return {}
 
-    def ticket(self, account: str) -> Row:
-        """A new QR code's text, and how many seconds it holds."""
+    def ticket(self, account: str) -> None:
+        """A new QR code. It goes to the client as a note, so that no later note overtakes it."""
         ticket = self._tickets.issue(account)
+        self._outboxes.note(account, {"do": "qrcode", "seconds": TICKET_SECONDS,
+                                      "text": f"{self._url()}/local/scan?ticket={ticket}"})
         if account in self._hopes:
             self.confirm(ticket)
-        return {"text": f"{self._url()}/local/scan?ticket={ticket}", "seconds": TICKET_SECONDS}
 
     def scan(self, ticket: str) -> str:
         """Somebody opened the code's URL: whose it is, or NotFound."""
@@ -4628,8 +4635,7 @@ class LocalLink(Link):
             self.renew()
 
     def renew(self) -> None:
-        answer = self._host("ticket", {})
-        self._hooks.qrcode(answer["text"], answer["seconds"])
+        self._host("ticket", {})
 
     def ready(self) -> None:
         self._host("ready", {})
@@ -4669,7 +4675,9 @@ class LocalLink(Link):
     def _take(self, items: List[Row]) -> None:
         numbered_items = [item for item in items if "mark" in item]
         for item in items:
-            if item["do"] == "scanned":
+            if item["do"] == "qrcode":
+                self._hooks.qrcode(item["text"], item["seconds"])
+            elif item["do"] == "scanned":
                 self._hooks.scanned()
             elif item["do"] == "confirmed":
                 self._hooks.confirmed(item["login"]["cookie"], True)
@@ -5422,12 +5430,12 @@ class Client:
             plugin.data, plugin.call_on_load = data or {}, call_on_load
             self.plugins.append(plugin)
             if call_on_load:
-                self._call_now(plugin)
+                self._call_plugin(plugin)
 
-    def _call_now(self, plugin: Plugin) -> None:
+    def _call_plugin(self, plugin: Plugin) -> None:
         try:
             plugin.call(self, plugin.data)
-        except Refusal:
+        except BaseException:
             self.papers.pid.drop()
             raise
 
@@ -5439,6 +5447,10 @@ class Client:
                     signal.signal(number, self._signal)
         if self.parent:
             self.loop.watch(self.parent.life, self._orphaned)
+        self.enter("loading")
+        for plugin in sorted(self.plugins, key=lambda plugin: -plugin.priority):
+            if not plugin.call_on_load:
+                self._call_plugin(plugin)
         self.loop.call(self._begin)
         self.loop.run()
         return 0
@@ -5510,10 +5522,6 @@ class Client:
     # -- the state, in the loop's thread
 
     def _begin(self) -> None:
-        self.enter("loading")
-        for plugin in sorted(self.plugins, key=lambda plugin: -plugin.priority):
-            if not plugin.call_on_load:
-                plugin.call(self, plugin.data)
         for outlet in self.outlets:
             outlet.start()
         self._login.begin()
@@ -6414,10 +6422,7 @@ class Controller:
     def __init__(self, listen: Optional[List[Row]] = None, **given: Any) -> None:
         self.flavour = FLAVOURS[given.get("flavor") or os.environ.get("OPENQQ_FLAVOR") or "qq"]
         try:
-            known = {name: value for name, value in os.environ.items()
-                     if (setting_named(name[len(self.flavour.environ):].lower())
-                         or SETTINGS["account"]).whose != "client"}
-            self.settings = Settings("controller", given, known, self.flavour.environ)
+            self.settings = Settings("controller", given, os.environ, self.flavour.environ)
         except ValueError as error:
             raise Refusal(str(error), 2) from None
         settings, flavour = self.settings, self.flavour

@@ -277,3 +277,100 @@ def test_four_lines_of_curl_start_an_account_and_read_the_echo(start):
     echo = controller.call("check_event", client="alice")[-1]
     assert (echo["class"], echo["content"], echo["sender"]) == ("recv", "你好", "小冰")
     assert controller.stop() == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# The README
+# ------------------------------------------------------------------------------------------------
+
+with open(os.path.join(HERE, "README.md"), encoding="utf-8") as _readme:
+    README = _readme.read()
+
+
+def blocks(kind):
+    """The fenced blocks of a kind in the README, in their order."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def type_in(line, ports):
+    """What a shell prints for a line of the README, with other ports."""
+    for plain, port in ports.items():
+        line = line.replace(f":{plain}/", f":{port}/")
+    return subprocess.run(["sh", "-c", line], cwd=HERE, stdout=subprocess.PIPE, timeout=60,
+                          check=True).stdout.decode()
+
+
+def test_readme_commands_do_what_the_readme_says(start, tmp_path):
+    """All shell blocks: the program, the first four lines, the tests, the bot's four lines."""
+    program, first_minute, tests, bot_lines = blocks("sh")
+    assert program == "python openqq.py controller\n"
+    assert tests == "python -m pip install pytest && python -m pytest -q\n"
+    controller = start("controller")
+    ports = {4000: controller.port}
+    *beginning, events = first_minute.splitlines()
+    for line in beginning:
+        assert json.loads(type_in(line, ports))["code"] == 0
+    assert json.loads(type_in(events, ports))[-1]["content"] == "hello"
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        ports[8000] = free.getsockname()[1]
+    code = next(block for block in blocks("python") if "class Bot" in block)
+    (tmp_path / "bot.py").write_text(code.replace("8000", str(ports[8000])), encoding="utf-8")
+    bot = subprocess.Popen([sys.executable, str(tmp_path / "bot.py")], stderr=subprocess.DEVNULL)
+    try:
+        *beginning, events = bot_lines.splitlines()
+        for line in beginning:
+            assert json.loads(type_in(line, ports))["code"] == 0
+        answers = []
+        while "pong" not in [event.get("content") for event in answers]:
+            answers += json.loads(type_in(events, ports))
+    finally:
+        bot.terminate()
+        bot.wait()
+
+
+def test_readme_library_example_runs(tmp_path, start):
+    code = next(block for block in blocks("python") if "openqq.Client" in block)
+    script = tmp_path / "example.py"
+    script.write_text(code.replace("5000", "0").replace(
+        'account="alice"', f"account=\"alice\", tmpdir={str(tmp_path)!r}"), encoding="utf-8")
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE,
+                               stdin=subprocess.DEVNULL, env=dict(os.environ, PYTHONPATH=HERE))
+    log = Log(process.stderr)
+    try:
+        base = log.wait(r"监听地址: \[ (http://[0-9.:]+)").group(1)
+        assert call(base, "/local/login", client="alice")["code"] == 0
+        said = call(base, "/local/say", client="alice", **{"from": "小灰"}, content="hi")
+        assert said["code"] == 0
+        log.wait(r"\[好友消息\] 我->小灰 : you said hi")
+    finally:
+        process.terminate()
+        assert process.wait(WAIT) == 0
+
+
+def test_readme_settings_table_is_the_settings_table():
+    rows = [f"| {setting.name} | {setting.shown()} | {setting.whose} | "
+            f"{'yes' if setting.caller else ''} | {setting.help} |"
+            for setting in openqq.SETTINGS.values() if not setting.idle]
+    head = "| setting | default | whose | caller | what |\n|---|---|---|---|---|\n"
+    assert head + "\n".join(rows) + "\n\n" in README
+
+
+@pytest.mark.parametrize("words", [["controller", "--help"], ["client", "--help"]])
+def test_readme_help_shows_every_setting(words):
+    assert f"`python openqq.py {' '.join(words)}`" in README
+    text = subprocess.run([sys.executable, FILE, *words], stdout=subprocess.PIPE,
+                          check=True).stdout.decode()
+    for setting in openqq.SETTINGS.values():
+        if setting.whose in (words[0], "both") and not setting.idle:
+            assert "--" + setting.name.replace("_", "-") in text
+
+
+def test_readme_names_every_file_of_a_life(start):
+    """What lies in tmpdir while a controller and a client run is in the README's table."""
+    controller = start("controller")
+    controller.login("alice", post_api="http://127.0.0.1:9/")
+    for name in os.listdir(controller.tmpdir):
+        plain = name.replace("alice", "NAME")
+        named = f"`{plain}`" in README or plain.endswith(".jsonl") and f"`{plain[:-1]}`" in README
+        assert named, name
