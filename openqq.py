@@ -1992,7 +1992,10 @@ class Watcher:
         return lambda: self._loop.call(self._unwatch, sock)
 
     def _watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
-        self._loop.watch(sock, lambda: self._look(sock, gone))
+        try:
+            self._loop.watch(sock, lambda: self._look(sock, gone))
+        except (KeyError, ValueError):
+            pass  # it was answered and closed before we came to it
 
     def _look(self, sock: socket.socket, gone: Callable[[], None]) -> None:
         self._unwatch(sock)  # bytes that wait are the next request: there is no more to see then
@@ -4667,7 +4670,7 @@ class LocalLink(Link):
             except NotRunning:
                 return  # we stop, or the host does
             except OpenQQError as error:
-                if failures == 1:
+                if failures == 2:  # not at a stop, when the host goes a moment before us
                     self._hooks.lost(f"local network: {error.status}")
                 self._closed.wait(backoff(failures, 30.0))
                 failures += 1
