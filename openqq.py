@@ -1345,14 +1345,15 @@ class Spool:
             self._replay(line)
 
     def _replay(self, line: Json) -> None:
+        self._lines += 1
         if not isinstance(line, dict):
             return
-        self._lines += 1
-        key = line.get("key", 0)
+        key, done = line.get("key", 0), line.get("done", 0)
+        if not isinstance(key, int) or not isinstance(done, int):
+            return
         if "item" in line:
             self.pending[key] = line["item"]
-        elif "done" in line:
-            self.pending.pop(line["done"], None)
+        self.pending.pop(done, None)
         self.last = max(self.last, key)
         self.mark = line.get("mark", self.mark)
 
@@ -1418,8 +1419,7 @@ class Ledger:
         self.root: Row = read_json(path, log)
         self._changes: List[Json] = []
         for line in self._journal.read():
-            for change in line if isinstance(line, list) else []:
-                self._set(change[0], change[1:])
+            self._replay(line)
 
     def put(self, value: Json, *path: str) -> None:
         """Set the place that `path` leads to, making objects on the way; None removes it."""
@@ -1449,6 +1449,13 @@ class Ledger:
             self._journal.rewrite([])
         except OSError as error:
             self.log.warn(f"{self.path} cannot be written: {error.strerror}")
+
+    def _replay(self, line: Json) -> None:
+        try:
+            for change in line:
+                self._set(change[0], change[1:])
+        except (TypeError, IndexError, KeyError, AttributeError):
+            self.log.warn(f"a line of {self._journal.path} is none of this program's: passed over")
 
     def clear(self) -> None:
         """Forget everything."""
@@ -3231,8 +3238,11 @@ class Reporter:
         self._emptied: Optional[Callable[[], None]] = None
         self._gone = False                             # the receiver said so
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
-        for key, item in spool.pending.items():
-            self._enqueue(key, item["in"])
+        for key, item in list(spool.pending.items()):
+            if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
+                self._enqueue(key, str(item["in"]))
+            else:
+                spool.done(key)  # no event: whoever wrote that into the file
 
     def start(self) -> None:
         """Go on with what a former process left."""
@@ -4808,6 +4818,11 @@ class Papers:
         row = read_json(self.settings.cookie_path, self.log)
         return row if row.get("account") == self.settings.account else {}
 
+    def kept_secrets(self) -> Dict[str, str]:
+        """The secrets that a client was first started with; a resumed one has no others."""
+        secrets = self.read_cookie().get("secrets")
+        return {name: str(value) for name, value in (secrets or {}).items() if name in SETTINGS}
+
     def write_cookie(self, cookie: str) -> None:
         """Keep a login, and with it the secrets that a resumed client needs (DESIGN)."""
         if self.settings.keep_cookie:
@@ -5097,7 +5112,6 @@ class Login:
     def begin(self) -> None:
         """Log in, by the cookie if there is one."""
         cookie = self._client.papers.read_cookie()
-        self._client.settings.fill(**cookie.get("secrets", {}))
         self._work(self.link.login, str(cookie.get("cookie", "")),
                    str(self._client.spool.mark or ""))
 
@@ -5399,6 +5413,7 @@ class Client:
             self.log.keep = self._tell_parent
         self.papers = Papers(self.settings, self.flavour, self.log)
         self.papers.pid.take(f"client {self.account}")
+        self.settings.fill(**self.papers.kept_secrets())
         self.start_time = int(time.time())
         self.loop = Loop(self.log)
         self.state = self.previous_state = ""
@@ -6101,9 +6116,10 @@ class Launcher:
                  "http_debug": str(int(settings.http_debug)),
                  **inherited(flavour), **child.given,
                  "account": child.name, "port": str(child.port)}
+        if not given.get("post_api") and settings.post_api:
+            given["post_api"], given["post_secret"] = settings.post_api, settings.post_secret
         for name in "post_api", "poll_api":
-            url = child.given.get(name) or (settings.post_api if name == "post_api" else "")
-            given[name] = with_params(url, client=child.name) if url else ""
+            given[name] = with_params(given[name], client=child.name) if given.get(name) else ""
         secret = {"OPENQQ_TOKEN": settings.token} if settings.token else {}
         return {**kept, **to_environment({name: value for name, value in given.items() if value},
                                          flavour.environ, flavour.plugin), **secret,
@@ -6546,8 +6562,10 @@ class Controller:
         if not (self.settings.resume and isinstance(row, dict) and row.get("run")):
             return
         try:
-            child = Child(check_name(name), dict(row["given"]), self.ports.open(int(row["port"])))
-        except (OpenQQError, KeyError, ValueError, TypeError) as error:
+            given = {key: str(value) for key, value in row["given"].items()
+                     if key in SETTINGS and SETTINGS[key].whose != "controller"}
+            child = Child(check_name(name), given, self.ports.open(_port(str(row["port"]))))
+        except (OpenQQError, KeyError, ValueError, TypeError, AttributeError) as error:
             return self.log.warn(f"client {name} cannot be resumed: {error}")
         self.supervisor.resume(child, PidFile(self.path_of(child, "pid_path")))
 
