@@ -3638,6 +3638,14 @@ def name_to_uid(name: str) -> str:
     return str(1_000_000_000 + zlib.crc32(name.encode()))
 
 
+def typed(name: str, value: Json) -> Json:
+    """A property as CONTRACT 1 types it: text, or a number for the two that are numbers."""
+    if value is None:
+        return None
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    return int(text) if name in ("max_member", "max_admin") and LENGTH.fullmatch(text) else text
+
+
 class World:
     """Who and what there is on the local network: tables in a ledger, by uid.
 
@@ -3719,7 +3727,7 @@ class World:
         for row in rows:
             merged.update(row)
         merged.update(uid=uid, id=self.id_for(account, uid))
-        return {name: merged.get(name) for name in self.fields[kind]}
+        return {name: typed(name, merged.get(name)) for name in self.fields[kind]}
 
     def state_of(self, uid: str) -> str:
         """Residents are always there, accounts while they are logged in."""
@@ -3947,6 +3955,8 @@ class Society:
     def tell(self, uid: str, event: str, parts: Row) -> None:
         """Tell somebody who is there; parts that are callable are called with the account."""
         account = self.world.account_of.get(uid)
+        if "value" in parts:
+            parts = {**parts, "value": typed(parts["property"], parts["value"])}
         if account in self.world.online and account is not None:
             self._outboxes.put(account, {"do": "event", "event": event, **{
                 name: part(account) if callable(part) else part for name, part in parts.items()}})
