@@ -1496,6 +1496,11 @@ FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "v
 NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
 
 
+def timeval(seconds: float) -> bytes:
+    """Seconds as SO_RCVTIMEO and SO_SNDTIMEO take them; never 0, which would mean for ever."""
+    return struct.pack("ll", int(seconds), max(1, int((seconds - int(seconds)) * 1e6)))
+
+
 class Stream:
     """Bytes from a socket: one buffer, one total deadline at a time. Serves both directions.
 
@@ -1523,9 +1528,7 @@ class Stream:
     def _be_patient(self, seconds: float) -> None:
         self._patience = seconds
         if self._plain:
-            whole = int(seconds)
-            packed = struct.pack("ll", whole, max(1, int((seconds - whole) * 1e6)))
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
         else:
             self.sock.settimeout(seconds)
 
@@ -1891,6 +1894,11 @@ class Gate:
                 and not any(name in request.fields for name in FORWARDED))
 
 
+def bearer(token: str) -> str:
+    """The Authorization field that offers a token; fields carry bytes as latin-1."""
+    return "Bearer " + token.encode().decode("latin-1")
+
+
 def same_bytes(one: bytes, other: bytes) -> bool:
     """Whether they are equal, in a time that does not tell where they differ."""
     return _compare_digest(one, other)
@@ -2039,8 +2047,7 @@ class Connection(BaseHTTPRequestHandler):
         """One write per answer must not wait for an ACK: without this 44 ms each (measured)."""
         self.connection = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        packed = struct.pack("ll", int(WRITE_SECONDS), 0)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, packed)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(WRITE_SECONDS))
         self.stream = Stream(self.connection)
 
     def finish(self) -> None:
@@ -2569,12 +2576,9 @@ class Transport(urllib.request.BaseHandler):
     def _exchange(self, line: Line, call: Call, data: bytes) -> Reply:
         stream = line.stream
         try:
-            if call.caller is None:
-                stream.allow(call.seconds)
-                stream.sock.sendall(data)
-            else:
-                stream.allow(PATIENCE_SECONDS)
-                stream.sock.sendall(data)
+            stream.allow(call.seconds if call.caller is None else PATIENCE_SECONDS)
+            self._send(stream.sock, data, call.seconds)
+            if call.caller is not None:
                 self._await(stream, call, call.caller)
             return Reply(line, self.pool, call.get_method())
         except (TimeoutError, EOFError, OSError, BadRequest) as error:
@@ -2583,6 +2587,15 @@ class Transport(urllib.request.BaseHandler):
         except Hangup:
             line.close()
             raise
+
+    def _send(self, sock: socket.socket, data: bytes, seconds: float) -> None:
+        """What fits into the socket's buffer goes at once; a peer that does not read is given up."""
+        if len(data) > 4096:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(seconds))
+        try:
+            sock.sendall(data)
+        except BlockingIOError:
+            raise TimeoutError from None
 
     def _await(self, stream: Stream, call: Call, caller: socket.socket) -> None:
         """Wait for the answer's first bytes, and after a while for the caller's farewell too."""
@@ -3230,6 +3243,7 @@ class Reporter:
         self._queues: Dict[str, Deque[int]] = {}       # conversation -> keys in the spool
         self._ready: Deque[str] = collections.deque()  # conversations that may go
         self._flying: Dict[str, float] = {}            # conversation -> when its post began
+        self._waiting: Dict[str, Timer] = {}           # conversation -> its retry to come
         self._tries: Dict[int, Tuple[int, float]] = {}  # key -> tries, time of the first
         self._allowed = 1                              # posts at once, up to POST_LANES
         self._widening: Optional[Timer] = None
@@ -3290,6 +3304,12 @@ class Reporter:
         if not queue:
             del self._queues[conversation]
             self._ready = collections.deque(c for c in self._ready if c != conversation)
+            self._stop_waiting(conversation)
+
+    def _stop_waiting(self, conversation: str) -> None:
+        timer = self._waiting.pop(conversation, None)
+        if timer:
+            timer.cancel()
 
     def _drop(self, key: int, why: str) -> None:
         self.counts["dropped"] += 1
@@ -3349,8 +3369,8 @@ class Reporter:
         started = self._flying.pop(conversation, None)
         if started is None:
             return  # another answer said meanwhile that the receiver is gone
-        if self._loop.clock() - started < self.PATIENCE:
-            self._allowed = max(1, self._allowed - 1)
+        if self._loop.clock() - started < self.PATIENCE:  # but the slow ones keep their lanes
+            self._allowed = max(min(len(self._flying) + 1, POST_LANES), self._allowed - 1)
         if error is not None:
             self._failed(conversation, key, error)
         elif status == 410:
@@ -3404,9 +3424,10 @@ class Reporter:
 
     def _again(self, conversation: str, seconds: float) -> None:
         self.counts["retried"] += 1
-        self._loop.later(seconds, self._retry, conversation)
+        self._waiting[conversation] = self._loop.later(seconds, self._retry, conversation)
 
     def _retry(self, conversation: str) -> None:
+        del self._waiting[conversation]
         self._ready.appendleft(conversation)
         self._pump()
 
@@ -3431,10 +3452,11 @@ class Reporter:
         self._gone = True
         for key in list(self._spool.pending):
             self._drop(key, "the receiver is gone")
+        for conversation in list(self._waiting):
+            self._stop_waiting(conversation)
         self._queues.clear()
         self._ready.clear()
         self._flying.clear()
-        self._pump()
 
 
 def backoff(tries: int, most: float = 60.0) -> float:
@@ -3600,7 +3622,7 @@ class Heartbeat:
         return base + urllib.parse.urlunsplit(parts._replace(scheme="", netloc="", fragment=""))
 
     def _call(self, url: str) -> None:
-        fields = {"Authorization": "Bearer " + self._token} if self._token else {}
+        fields = {"Authorization": bearer(self._token)} if self._token else {}
         reply = self._fetch(url, "GET", fields, seconds=PROXY_SECONDS)
         reply.read()
         self._log.info(f"poll_api had us call {shown_url(url)}: {reply.status}")
@@ -6238,6 +6260,7 @@ class Supervisor:
         status = self._reap(child.process)
         child.process = None
         child.state = "stop"
+        hang_up_waiting(child.listener)
         self._watch_waiting(child)
         self._gone(child.name)
         if child.timer:
@@ -6335,6 +6358,16 @@ class Supervisor:
             self._done()
 
 
+def hang_up_waiting(listener: socket.socket) -> None:
+    """End the connections that nobody took any more: their callers get 502 instead of waiting."""
+    try:
+        listener.setblocking(False)
+        while True:
+            listener.accept()[0].close()
+    except OSError:
+        pass  # that was the last one
+
+
 class Ports:
     """Hands out clients' ports: open sockets, so that no two starts can get the same."""
 
@@ -6363,7 +6396,7 @@ class Proxy:
         fields = {name: value for name, value in request.fields.items()
                   if name not in HOP_BY_HOP and not ABOUT_THE_CALLER.fullmatch(name)}
         if self._token:
-            fields["authorization"] = "Bearer " + self._token
+            fields["authorization"] = bearer(self._token)
         reads = READS.match(request.path) is not None
         method = "GET" if request.method == "HEAD" and reads else request.method
         target = request.target.replace("#", "%23")  # a fragment to us, a letter to its caller
@@ -6412,10 +6445,12 @@ def default_template(flavour: Type[Flavour]) -> str:
                            PLUGIN=flavour.plugin.upper())
 
 
-def check_params(params: Params, tmpdir: str, own_files: str) -> Dict[str, str]:
+def check_params(params: Params, tmpdir: str, own_files: str,
+                 taken: Iterable[str]) -> Dict[str, str]:
     """start_client's parameters as settings; NotAllowed for what callers may not give.
 
-    `own_files` matches the names of this program's own files that the client may have.
+    `own_files` matches the names of this program's own files that the client may have, `taken`
+    are paths that are the controller's.
     """
     given = {}
     for name, value in params.items():
@@ -6428,6 +6463,8 @@ def check_params(params: Params, tmpdir: str, own_files: str) -> Dict[str, str]:
             raise NotAllowed(f"{error}: not allowed") from None
         if setting.read is _path and value:
             check_path(name, parsed, tmpdir, own_files)
+            if os.path.realpath(parsed) in map(os.path.realpath, taken):
+                raise NotAllowed(f"{name} not allowed")
         given[setting.name] = value
     return given
 
@@ -6731,7 +6768,10 @@ class ControllerApi:
         settings = self._controller.settings
         own = rf"{self._controller.flavour.file_prefix}(cookie|qrcode|state|pid)_" \
               rf"{re.escape(name)}\.\w+"
-        given = check_params(request.keys(), settings.tmpdir, own)
+        taken = [path for path in (settings.template_path, settings.backend_path,
+                                   settings.pid_path, settings.log_path, settings.accounts,
+                                   settings.world) if path]
+        given = check_params(request.keys(), settings.tmpdir, own, taken)
         self._ask(self._controller.supervisor.farewell, name).wait(KILL_SECONDS + 5.0)
         return {**request_echo(request), **self._ask(self._start, name, given)}
 
