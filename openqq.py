@@ -69,7 +69,6 @@ VERSION = "1.0.0"
 
 TYPE_CHECKING = False  # so that no process pays for the import of typing
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
     from typing import (IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping,
                         NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
     Address = Tuple[str, int]
@@ -498,6 +497,18 @@ class Crew:
             return None
 
 
+def catch_signals(act: Callable[[int], None]) -> None:
+    """Have act(number) called for TERM, INT and HUP, unless they were ignored at start (nohup).
+
+    It may only queue: it runs between any two steps of the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: act(number))
+
+
 class Timer:
     """A call to come; cancel() takes it back."""
 
@@ -794,8 +805,9 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("post_media_data", True, _flag, "client", "post a picture's bytes too",
             plugin=True),
     Setting("post_stdout", False, _flag, "client", "one JSON line per event on stdout"),
-    Setting("post_event_list", None, _words, "client", "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of "
-            "friend, group, group_member"),
+    Setting("post_event_list", None, _words, "client",
+            "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of friend, "
+            "group, group_member"),
     Setting("check_event_list_max_size", 20, _whole, "client", "events that check_event keeps"),
     Setting("numeric_ids", False, _flag, "client", "ids as JSON numbers"),
     Setting("cookie_path", "", _path, "client", "cookie file: in tmpdir"),
@@ -1445,7 +1457,9 @@ class Ledger:
     def save(self) -> None:
         """Write everything into the one file and empty the journal."""
         try:
-            write_file(self.path, to_bytes(self.root))
+            # Not sorted: the order of lists is the order in which things came.
+            text = json.dumps(self.root, ensure_ascii=False, separators=(",", ":"))
+            write_file(self.path, text.encode("utf-8", "replace"))
             self._journal.rewrite([])
         except OSError as error:
             self.log.warn(f"{self.path} cannot be written: {error.strerror}")
@@ -2351,7 +2365,8 @@ class Call(urllib.request.Request):
     SAFE = "!#$%&'()*+,/:;=?@[]~|^`{}\"<>"
 
     def __init__(self, url: str, method: str, fields: Mapping[str, str], body: Optional[bytes],
-                 seconds: float, caller: Optional[socket.socket], repeat: bool) -> None:
+                 seconds: float, caller: Optional[socket.socket], repeat: bool,
+                 patience: float) -> None:
         parts = urllib.parse.urlsplit(url)
         user, _, host = parts.netloc.rpartition("@")
         plain = parts._replace(netloc=host.encode("idna").decode(), fragment="")
@@ -2361,7 +2376,7 @@ class Call(urllib.request.Request):
         if user:
             secret = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
             self.fields.setdefault("Authorization", "Basic " + secret)
-        self.seconds, self.caller, self.repeat = seconds, caller, repeat
+        self.seconds, self.caller, self.repeat, self.patience = seconds, caller, repeat, patience
 
     def to_bytes(self) -> bytes:
         """Head and body as they go out; Unreachable if a field would become two."""
@@ -2576,7 +2591,7 @@ class Transport(urllib.request.BaseHandler):
     def _exchange(self, line: Line, call: Call, data: bytes) -> Reply:
         stream = line.stream
         try:
-            stream.allow(call.seconds if call.caller is None else PATIENCE_SECONDS)
+            stream.allow(call.seconds if call.caller is None else call.patience or call.seconds)
             self._send(stream.sock, data, call.seconds)
             if call.caller is not None:
                 self._await(stream, call, call.caller)
@@ -2599,11 +2614,16 @@ class Transport(urllib.request.BaseHandler):
 
     def _await(self, stream: Stream, call: Call, caller: socket.socket) -> None:
         """Wait for the answer's first bytes, and after a while for the caller's farewell too."""
-        try:
-            stream.buffer = stream.more()
-        except TimeoutError:
+        if not self._comes_soon(stream, call.patience):
             self._await_both(stream, call, caller)
         stream.allow(call.seconds)
+
+    def _comes_soon(self, stream: Stream, patience: float) -> bool:
+        try:
+            stream.buffer = stream.more() if patience else b""
+        except TimeoutError:
+            return False
+        return patience > 0
 
     def _await_both(self, stream: Stream, call: Call, caller: socket.socket) -> None:
         with selectors.PollSelector() as selector:  # takes no descriptor, of which it may be short
@@ -2708,16 +2728,17 @@ OPENER.add_handler(TRANSPORT)
 
 def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = None,
           body: Optional[bytes] = None, seconds: float = 30.0,
-          caller: Optional[socket.socket] = None, repeat: bool = False) -> Reply:
+          caller: Optional[socket.socket] = None, repeat: bool = False,
+          patience: float = PATIENCE_SECONDS) -> Reply:
     """Call a URL and give its answer, whatever its status; redirects are the asker's affair.
 
     `seconds` bounds all of it, the body included; with `caller` only the wait for each piece, and
-    Hangup is raised when that socket's peer goes away. `repeat` is for reads: asking twice is
-    asking once. Unreachable, with `sent` telling whether the server may have acted; TooSlow.
+    Hangup is raised when that socket's peer goes away, which is looked for after `patience`
+    seconds. `repeat` is for reads: asking twice is asking once. Unreachable, with `sent` telling whether the server may have acted; TooSlow.
     """
     try:
         origin_of(url)
-        call = Call(url, method, fields or {}, body, seconds, caller, repeat)
+        call = Call(url, method, fields or {}, body, seconds, caller, repeat, patience)
     except ValueError as error:
         raise Unreachable(str(error)) from None
     reply: Reply = OPENER.open(call, timeout=seconds)
@@ -5480,6 +5501,7 @@ class Client:
             plugin.data, plugin.call_on_load = data or {}, call_on_load
             self.plugins.append(plugin)
             if call_on_load:
+                catch_signals(self._signal)  # it may serve from now on
                 self._call_plugin(plugin)
 
     def _call_plugin(self, plugin: Plugin) -> None:
@@ -5491,10 +5513,7 @@ class Client:
 
     def run(self) -> int:
         """Log in and work until somebody says stop; the process's exit status."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    signal.signal(number, self._signal)
+        catch_signals(self._signal)
         if self.parent:
             self.loop.watch(self.parent.life, self._orphaned)
         self.enter("loading")
@@ -5572,6 +5591,8 @@ class Client:
     # -- the state, in the loop's thread
 
     def _begin(self) -> None:
+        if self.state == "stop":
+            return  # a signal came first
         for outlet in self.outlets:
             outlet.start()
         self._login.begin()
@@ -5615,7 +5636,7 @@ class Client:
         self.papers.pid.drop()
         self.loop.stop()
 
-    def _signal(self, number: int, frame: Optional[FrameType]) -> None:
+    def _signal(self, number: int) -> None:
         self.loop.call(self._signalled, number)
 
     def _signalled(self, number: int) -> None:
@@ -6070,6 +6091,7 @@ HOP_BY_HOP = ("connection", "keep-alive", "proxy-authenticate", "proxy-authoriza
 ABOUT_THE_CALLER = re.compile("origin|authorization|cookie|forwarded|via|x-real-ip|"
                               "(sec-fetch|x-forwarded)-.*")
 READS = re.compile("/open(qq|wx)/(get|search)_")
+WAITS = re.compile("/open(qq|wx)/(check_event|consult)")
 
 
 class Child:
@@ -6402,7 +6424,8 @@ class Proxy:
         target = request.target.replace("#", "%23")  # a fragment to us, a letter to its caller
         try:
             reply = self._fetch(f"http://127.0.0.1:{port}{target}", method, fields,
-                                request.body or None, PROXY_SECONDS, request.sock, reads)
+                                request.body or None, PROXY_SECONDS, request.sock, reads,
+                                0.0 if WAITS.match(request.path) else PATIENCE_SECONDS)
             return self._response(reply)
         except TooSlow:
             raise TooSlow("client not reachable") from None
@@ -6513,9 +6536,9 @@ class Controller:
         self.pid.take("controller")
         try:
             self._open()
+            catch_signals(self.stop)
+            self._begin()  # before anybody is served: those to be resumed are known from the start
             self._serve()
-            self._catch_signals()
-            self.loop.call(self._begin)
             self.loop.run()
         finally:
             for close in self._closing:
@@ -6581,13 +6604,6 @@ class Controller:
         log.info(gate_hint(settings))
         log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
                  "start_client?client=NAME")
-
-    def _catch_signals(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: self.stop(number))
 
     def _begin(self) -> None:
         if self._reporter:
