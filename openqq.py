@@ -70,7 +70,7 @@ VERSION = "1.0.0"
 TYPE_CHECKING = False  # so that no process pays for the import of typing
 if TYPE_CHECKING:
     from typing import (IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping,
-                        NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+                        Optional, Sequence, Set, Tuple, Type)
     Address = Tuple[str, int]
     Json = Any                   # what the json module reads and writes
     Row = Dict[str, Any]         # a JSON object
@@ -5112,8 +5112,11 @@ class Plugin:
 PLUGINS: Dict[str, Tuple[Callable[[Any, Row], None], int]] = {}  # name -> call, priority
 
 
-def find_plugin(name: str) -> Plugin:
-    """A built-in plugin, or `+name`: a module with call(client, data). Refusal if there is none."""
+def find_plugin(name: Any) -> Plugin:
+    """The plugin that Client.load() is given. Refusal if there is none."""
+    if not isinstance(name, str):
+        return Plugin("+" + getattr(name, "__name__", "plugin"), getattr(name, "call", name),
+                      getattr(name, "PRIORITY", 0))
     if name in PLUGINS:
         return Plugin(name, *PLUGINS[name])
     if not name.startswith("+"):
@@ -5490,13 +5493,13 @@ class Client:
         receive_message and send_message; one after the other, in a thread of their own."""
         self._callbacks.setdefault(event, []).append(callback)
 
-    def load(self, names: Union[str, Sequence[str]], data: Optional[Row] = None,
-             call_on_load: bool = False) -> None:
-        """Load plugins by name: a built-in one, or `+name` for a module of sys.path.
+    def load(self, names: Any, data: Optional[Row] = None, call_on_load: bool = False) -> None:
+        """Load a plugin, or a list of them: a built-in one by name, `+name` for a module of
+        sys.path, a module with call(client, data), or such a function itself.
 
         With call_on_load it is called now, else when run() begins. Refusal if there is none.
         """
-        for name in [names] if isinstance(names, str) else names:
+        for name in names if isinstance(names, (list, tuple)) else [names]:
             plugin = find_plugin(name)
             plugin.data, plugin.call_on_load = data or {}, call_on_load
             self.plugins.append(plugin)
@@ -6022,9 +6025,9 @@ def _serve_api(client: Client, api: Api, settings: Settings, addresses: List[Row
     watcher = Watcher(client.log)
     for address in addresses:
         listener = client.take_listener() or open_listener(
-            address.get("host") or settings.host,
-            client.flavour.client_port if address.get("port") in (None, "")
-            else int(address["port"]))
+            address.get("host") or settings.host, int(next(
+                port for port in (address.get("port"), settings.port, client.flavour.client_port)
+                if port not in (None, ""))))
         server = Server(listener, app, client.log, watcher, settings.max_connections)
         if settings.http_debug:
             server.debug = client.log.debug
