@@ -101,6 +101,7 @@ POST_QUEUE_LIMIT = 10_000
 POST_LANES = 4                   # conversations posted at once
 POST_TRIES = 5                   # after answers that say "later"
 POST_DAY = 86_400.0              # how long no connection is borne
+ECHO_SECONDS = 1.0               # how long a send waits for what it was answered on the spot
 STOP_SECONDS = 3.0               # what stop_client promises, and what the queue gets on a stop
 KILL_SECONDS = 10.0              # between TERM and KILL
 ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
@@ -3880,13 +3881,17 @@ class Outboxes:
 
     def put(self, account: str, item: Row) -> None:
         """Let an item wait for an account."""
-        number = int(self._ledger.table("seq").get(account, 0)) + 1
+        number = self.last(account) + 1
         self._ledger.put(number, "seq", account)
         self._ledger.put(item, "wait", account, str(number))
         waiting = self._ledger.table("wait", account)
         if len(waiting) > WAIT_LIMIT:
             self._ledger.put(None, "wait", account, next(iter(waiting)))
         self._woken.add(account)
+
+    def last(self, account: str) -> int:
+        """The number of an account's newest item."""
+        return int(self._ledger.table("seq").get(account, 0))
 
     def note(self, account: str, item: Row) -> None:
         """Tell an account something about its login, if it is there."""
@@ -4223,15 +4228,19 @@ class LocalNetwork:
 
     def send(self, account: str, messages: List[Row]) -> List[Row]:
         """Deliver messages, in order; for each {"code", "info"} as CONTRACT 4 has them."""
-        uid = self._ledger.table("login", account)["uid"]
-        return [self._send(uid, message) for message in messages]
+        return [self._send(account, message) for message in messages]
 
-    def _send(self, uid: str, message: Row) -> Row:
+    def _send(self, account: str, message: Row) -> Row:
+        """`mark` comes with it when somebody answered on the spot: what the answer is known by."""
+        before = self.outboxes.last(account)
         try:
-            self.speak(uid, message)
+            self.speak(str(self._ledger.table("login", account)["uid"]), message)
         except NotFound as error:
             return {"code": -4, "info": f"响应未知: {error.status}"}
-        return {"code": 0, "info": "发送正常"}
+        answered, now = {}, self.outboxes.last(account)
+        if now > before:
+            answered["mark"] = f"{self.outboxes.era()}:{now}"
+        return {"code": 0, "info": "发送正常", **answered}
 
     def speak(self, uid: str, message: Row) -> int:
         """Say something as anybody: a message has type, content, and uid, group, discuss.
@@ -4653,7 +4662,10 @@ class Link:
         raise NotImplementedError
 
     def send(self, messages: List[Row]) -> List[Row]:
-        """Send messages {type, content, uid, group, discuss}; for each {"code", "info"}."""
+        """Send messages {type, content, uid, group, discuss}; for each {"code", "info"}.
+
+        `mark` besides, if an answer came with it: that of an item that hooks.received() will get.
+        """
         raise NotImplementedError
 
     def kick(self, group: str, uids: List[str]) -> bool:
@@ -5029,17 +5041,20 @@ class Job:
 class SendQueue:
     """One queue for all that an account sends: first in, first out (CONTRACT 4).
 
-    Used in the loop's thread only. `sent(job, code, info)` tells each outcome.
+    Used in the loop's thread only. `sent(job, result)` tells each outcome, as Link.send() does;
+    `settled()` is called after those of one call. `busy` while a call is under way.
     """
 
     def __init__(self, loop: Loop, send: Callable[[List[Row]], List[Row]], interval: float,
-                 batch: int, ttl: int, sent: Callable[[Job, int, str], None], log: Log) -> None:
+                 batch: int, ttl: int, sent: Callable[[Job, Row], None],
+                 settled: Callable[[], None], log: Log) -> None:
         self._loop, self._send, self._interval = loop, send, interval
         self._batch = 1 if interval else batch
-        self._ttl, self._sent = ttl, sent
+        self._ttl, self._sent, self._settled = ttl, sent, settled
         self._jobs: Deque[Job] = collections.deque()
         self._crew = Crew(1, "send", log)
-        self._busy = False
+        self.busy = False
+        self._resting = False    # busy, or the interval is not over
 
     def put(self, job: Job) -> None:
         """Queue a message; the first goes at once."""
@@ -5047,9 +5062,9 @@ class SendQueue:
         self._pump()
 
     def _pump(self) -> None:
-        if self._busy or not self._jobs:
+        if self._resting or not self._jobs:
             return
-        self._busy = True
+        self._resting = self.busy = True
         batch = [self._jobs.popleft() for _ in range(min(self._batch, len(self._jobs)))]
         self._crew.submit(self._try, batch, self._loop.clock())
 
@@ -5068,13 +5083,15 @@ class SendQueue:
         wait = max(0.0, began + self._interval - self._loop.clock())
         if error is None:
             for job, result in zip(batch, results):
-                self._sent(job, result["code"], result["info"])
+                self._sent(job, result)
         elif getattr(error, "sent", True):
             for job in batch:
-                self._sent(job, -4, f"响应未知: {error.status}")
+                self._sent(job, {"code": -4, "info": f"响应未知: {error.status}"})
         else:
             wait = max(wait, backoff(batch[0].tries))
             self._put_back(batch)
+        self.busy = False
+        self._settled()
         if wait:
             self._loop.later(wait, self._free)
         else:
@@ -5087,10 +5104,10 @@ class SendQueue:
             if job.tries < self._ttl:
                 self._jobs.appendleft(job)
             else:
-                self._sent(job, -5, "TTL失效")
+                self._sent(job, {"code": -5, "info": "TTL失效"})
 
     def _free(self) -> None:
-        self._busy = False
+        self._resting = False
         self._pump()
 
 
@@ -5162,7 +5179,7 @@ class Login:
         return Hooks(lambda text, seconds: call(self._show, text, seconds),
                      lambda: call(self._scanned),
                      lambda cookie, fresh: call(self._confirmed, cookie, fresh),
-                     lambda items: str(ask(self._client.talk.receive, items)),
+                     lambda items: str(ask(self._client.talk.receive, items).wait()),
                      lambda error: self._client.log.warn(error))
 
     def begin(self) -> None:
@@ -5309,8 +5326,10 @@ class Talk:
         settings, interval = client.settings, client.settings.send_interval
         self.queue = SendQueue(client.loop, link.send,
                                link.send_interval if interval is None else interval, link.batch,
-                               settings.msg_ttl, self._sent, client.log)
+                               settings.msg_ttl, self._sent, self._release, client.log)
+        self._held: List[Tuple[List[Row], Promise]] = []  # what came while a send was under way
         self._last_id = int(time.time()) % 200_000 * 10_000  # fits the 31 bits of typed clients
+        self._answered_later: List[Tuple[str, Promise, Message]] = []  # mark, who waits, for what
 
     def put(self, type: str, content: str, uid: Optional[str], circle: str, origin: str,
             via: str, promise: Promise) -> None:
@@ -5355,13 +5374,28 @@ class Talk:
             role + "_id": thing.id if thing else row.get("sender_id"),
             role + "_uid": row["uid"], role + "_thing": thing})
 
-    def _sent(self, job: Job, code: int, info: str) -> None:
-        message = job.message
-        message.code, message.info, message.ttl = code, info, message.ttl - job.tries
+    def _sent(self, job: Job, result: Row) -> None:
+        """Whoever waits for the outcome hears of it when what was answered on the spot is there."""
+        message, loop = job.message, self._client.loop
+        message.code, message.info = result["code"], result["info"]
+        message.ttl -= job.tries
         sent = self._client.flavour.sent
-        message.msg = sent["status"] if code == 0 else self._client.flavour.not_sent
+        message.msg = sent["status"] if message.code == 0 else self._client.flavour.not_sent
         self._client.emit_message(message)
-        self._client.loop.call(job.promise.keep, message)  # after the flush that emit asked for
+        mark = result.get("mark", "")
+        if mark and not self._is_old(mark):
+            self._answered_later.append((mark, job.promise, message))
+            loop.later(ECHO_SECONDS, job.promise.keep, message)
+        else:
+            loop.call(job.promise.keep, message)  # after the flush that emit asked for
+
+    def _answer_those_who_wait(self) -> None:
+        waiting, self._answered_later = self._answered_later, []
+        for mark, promise, message in waiting:
+            if self._is_old(mark):
+                promise.keep(message)
+            elif not promise.kept:
+                self._answered_later.append((mark, promise, message))
 
     def _hear(self, item: Row, mark: str) -> None:
         """A message came: report it."""
@@ -5380,18 +5414,41 @@ class Talk:
         self._name(message, "sender", thing, item)
         self._client.emit_message(message, mark)
 
-    def receive(self, items: List[Row]) -> str:
-        """Take over what a link brought: the mark of what is safe on disk afterwards."""
+    def receive(self, items: List[Row]) -> Promise:
+        """Take over what a link brought; brings the mark of what is safe on disk then.
+
+        While a send is under way it waits for that: nobody is to hear the echo before the call.
+        """
+        promise = Promise()
+        self._held.append((items, promise))
+        if self.queue.busy:
+            self._client.loop.later(ECHO_SECONDS, self._release)
+        else:
+            self._release()
+        return promise
+
+    def _release(self) -> None:
+        held, self._held = self._held, []
+        for items, promise in held:
+            promise.keep(self._take(items))
+
+    def _take(self, items: List[Row]) -> str:
         for item in items:
-            mark = item["mark"]
-            if self._is_old(mark):
-                continue
-            if item["do"] == "message":
-                self._hear(item, mark)
-            elif not self.happen(item, mark):
-                self._client.spool.advance(mark)
+            if not self._is_old(item["mark"]):
+                try:
+                    self._take_one(item, item["mark"])
+                except Exception:  # one that cannot be understood must not stop all others
+                    self._client.log.failure("an item of the link")
+                    self._client.spool.advance(item["mark"])
         self._client.flush()
+        self._answer_those_who_wait()
         return str(self._client.spool.mark)
+
+    def _take_one(self, item: Row, mark: str) -> None:
+        if item["do"] == "message":
+            self._hear(item, mark)
+        elif not self.happen(item, mark):
+            self._client.spool.advance(mark)
 
     def _is_old(self, mark: str) -> bool:
         """Whether it came before: our answer to that was lost with a connection."""
