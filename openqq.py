@@ -498,18 +498,6 @@ class Crew:
             return None
 
 
-def catch_signals(act: Callable[[int], None]) -> None:
-    """Have act(number) called for TERM, INT and HUP, unless they were ignored at start (nohup).
-
-    It may only queue: it runs between any two steps of the main thread.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: act(number))
-
-
 class Timer:
     """A call to come; cancel() takes it back."""
 
@@ -542,6 +530,7 @@ class Loop:
         self._selector.register(self._ear, selectors.EVENT_READ, self._hear)
         self._asleep = False
         self._ended = False
+        self._signals = False
         self._thread: Optional[int] = None
 
     def call(self, function: Callable[..., Any], *args: Any) -> None:
@@ -584,6 +573,21 @@ class Loop:
         while not self._ended:
             self.step()
         self._close()
+
+    def catch_signals(self, act: Callable[[int], None]) -> None:
+        """Have act(number) called in the loop for TERM, INT and HUP, in the main thread's loop.
+
+        Those that were ignored at start stay so (nohup). The wake-up descriptor matters: without
+        it a signal that comes just before the selector sleeps, or that another thread gets,
+        is not noticed until something else happens.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._signals = True
+        signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, frame: self.call(act, number))
 
     def stop(self) -> None:
         """Let run() return after what it is doing. From any thread."""
@@ -637,6 +641,8 @@ class Loop:
             function, args = self._calls.popleft()
             if function == self._answer:
                 args[0].fail(NotRunning("stopping"))
+        if self._signals:
+            signal.set_wakeup_fd(-1)
         self._selector.close()
         self._ear.close()
         self._mouth.close()
@@ -5561,7 +5567,7 @@ class Client:
             plugin.data, plugin.call_on_load = data or {}, call_on_load
             self.plugins.append(plugin)
             if call_on_load:
-                catch_signals(self._signal)  # it may serve from now on
+                self.loop.catch_signals(self._signalled)  # it may serve from now on
                 self._call_plugin(plugin)
 
     def _call_plugin(self, plugin: Plugin) -> None:
@@ -5573,7 +5579,7 @@ class Client:
 
     def run(self) -> int:
         """Log in and work until somebody says stop; the process's exit status."""
-        catch_signals(self._signal)
+        self.loop.catch_signals(self._signalled)
         if self.parent:
             self.loop.watch(self.parent.life, self._orphaned)
         self.enter("loading")
@@ -5695,9 +5701,6 @@ class Client:
         self.papers.remove_qrcode()
         self.papers.pid.drop()
         self.loop.stop()
-
-    def _signal(self, number: int) -> None:
-        self.loop.call(self._signalled, number)
 
     def _signalled(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -6596,7 +6599,7 @@ class Controller:
         self.pid.take("controller")
         try:
             self._open()
-            catch_signals(self.stop)
+            self.loop.catch_signals(self._stop)
             self._begin()  # before anybody is served: those to be resumed are known from the start
             self._serve()
             self.loop.run()
