@@ -2611,7 +2611,7 @@ class Transport(urllib.request.BaseHandler):
             raise
 
     def _send(self, sock: socket.socket, data: bytes, seconds: float) -> None:
-        """What fits into the socket's buffer goes at once; a peer that does not read is given up."""
+        """What fits into the socket's buffer goes at once; who does not read is given up."""
         if len(data) > 4096:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(seconds))
         try:
@@ -2741,7 +2741,8 @@ def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = N
 
     `seconds` bounds all of it, the body included; with `caller` only the wait for each piece, and
     Hangup is raised when that socket's peer goes away, which is looked for after `patience`
-    seconds. `repeat` is for reads: asking twice is asking once. Unreachable, with `sent` telling whether the server may have acted; TooSlow.
+    seconds. `repeat` is for reads: asking twice is asking once. Unreachable, with `sent` telling
+    whether the server may have acted; TooSlow.
     """
     try:
         origin_of(url)
@@ -6173,6 +6174,7 @@ class Child:
         self.tries = 0                               # starts without reaching running
         self.since_running = 0.0
         self.failed = False
+        self.unserved = False                        # the loop hangs up on its port's callers
         self.stopping: List[Promise] = []            # who waits for its end
         self.timer: Optional[Timer] = None           # a start, or a KILL, to come
         self.waiting: Optional[Timer] = None         # client_waiting
@@ -6293,8 +6295,19 @@ class Supervisor:
         pid_file.await_end()
         self._loop.call(self._try_again, child)
 
+    def _serve_again(self, child: Child) -> None:
+        if child.unserved:
+            self._loop.unwatch(child.listener)
+            child.unserved = False
+
+    def release(self, child: Child) -> None:
+        """Give a child's port back."""
+        self._serve_again(child)
+        child.listener.close()
+
     def _launch(self, child: Child) -> None:
         child.tries += 1
+        self._serve_again(child)
         life = self._launcher.launch(child)
         self._loop.watch(life, lambda: self._listen(child))
         self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
@@ -6345,7 +6358,8 @@ class Supervisor:
         status = self._reap(child.process)
         child.process = None
         child.state = "stop"
-        hang_up_waiting(child.listener)
+        self._loop.watch(child.listener, lambda: hang_up_waiting(child.listener))
+        child.unserved = True
         self._watch_waiting(child)
         self._gone(child.name)
         if child.timer:
@@ -6444,7 +6458,7 @@ class Supervisor:
 
 
 def hang_up_waiting(listener: socket.socket) -> None:
-    """End the connections that nobody took any more: their callers get 502 instead of waiting."""
+    """End the connections that nobody takes: their callers get 502 instead of waiting."""
     try:
         listener.setblocking(False)
         while True:
@@ -6732,7 +6746,7 @@ class Controller:
         self._check_template()
         former = children.pop(name, None)
         if former:
-            former.listener.close()
+            self.supervisor.release(former)
         child = Child(name, given, self.ports.open(former.port if former else 0))
         self.supervisor.start(child)
         return child
@@ -6871,7 +6885,7 @@ class ControllerApi:
     def _stop(self, child: Child, request: Request) -> None:
         promise = self._ask(self._controller.supervisor.stop, child)
         promise.wait(KILL_SECONDS + 5.0)
-        self._ask(child.listener.close)
+        self._ask(self._controller.supervisor.release, child)
 
     def delete_client(self, request: Request) -> Row:
         """Stop a client and forget its login, its state and what waits to be posted."""

@@ -256,11 +256,15 @@ def receive():
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
     """A controller with alice and bob, running; for tests that leave it as it was."""
-    program = Program(tmp_path_factory.mktemp("pair"), "controller").ready()
-    program.login("alice")
-    program.login("bob")
-    yield program
-    assert program.stop() == 0
+    program = Program(tmp_path_factory.mktemp("pair"), "controller")
+    try:
+        program.ready()
+        program.login("alice")
+        program.login("bob")
+        yield program
+    finally:
+        status = program.stop()
+    assert status == 0
     assert "Traceback" not in program.log.text()
 
 
