@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import ast
 import base64
+import hmac
 import http.client
 import http.server
+import importlib.util
+import inspect
+import itertools
 import json
 import os
+import pty
 import queue
+import random
 import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import urllib.error
@@ -281,6 +289,4234 @@ def test_four_lines_of_curl_start_an_account_and_read_the_echo(start):
     echo = controller.call("check_event", client="alice")[-1]
     assert (echo["class"], echo["content"], echo["sender"]) == ("recv", "你好", "小冰")
     assert controller.stop() == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# HTTP in, HTTP out, who may call, bad input
+# ------------------------------------------------------------------------------------------------
+
+
+ICE = urllib.parse.quote("小冰")  # everybody's friend on the local network
+INFO = b"GET /openqq/get_client_info HTTP/1.1\r\n"
+HOST = b"Host: localhost\r\n"
+FORM = "application/x-www-form-urlencoded"
+
+
+def until_closed(port, data, ending=False):
+    """All that a server answers to some bytes; it must close the connection of its own accord.
+
+    With `ending` we close our side first, so that it need not wait for more.
+    """
+    with socket.create_connection(("127.0.0.1", port), WAIT) as sock:
+        try:
+            sock.sendall(data)
+            if ending:
+                sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # it has seen enough
+        answer = b""
+        while True:
+            try:
+                piece = sock.recv(65536)
+            except ConnectionError:
+                return answer
+            if not piece:
+                return answer
+            answer += piece
+
+
+def split_answers(data, heads=()):
+    """[(status, fields, body)] of a row of answers; those numbered in `heads` have no body."""
+    found = []
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        lines = head.decode("latin-1").split("\r\n")
+        fields = dict(line.lower().split(": ", 1) for line in lines[1:])
+        length = 0 if len(found) in heads else int(fields.get("content-length", 0))
+        found.append((int(lines[0].split()[1]), fields, data[:length]))
+        data = data[length:]
+    return found
+
+
+def ports_of(program, name="alice", **params):
+    """The two ways to an account's API: (port, what its query begins with)."""
+    [row] = program.call("check_client", client=name, **params)["client"]
+    return [(row["port"], ""), (program.port, f"client={name}&")]
+
+
+def heard(program, name="alice"):
+    """The contents that an account sent or got since the last time."""
+    mark = os.urandom(8).hex()
+    sent = program.call("send_friend_message", client=name, name="小冰", content=mark)
+    assert sent["code"] == 0, sent
+    contents = []
+    while contents.count(mark) < 2:  # what was sent, and 小冰's echo of it
+        contents += [event.get("content") for event in program.call("check_event", client=name)]
+    return [content for content in contents if content != mark]
+
+
+def eventually(check):
+    """Wait for what no event tells of; the last value of check()."""
+    end = time.monotonic() + WAIT
+    while not check() and time.monotonic() < end:
+        time.sleep(0.02)
+    return check()
+
+
+def asking(*fields, line=INFO):
+    return line + HOST + b"".join(field + b"\r\n" for field in fields) + b"\r\n"
+
+
+def chunked(body):
+    return asking(b"Transfer-Encoding: chunked", b"Content-Type: " + FORM.encode(),
+                  line=b"POST /openqq/search_friend HTTP/1.1\r\n") + body
+
+
+HOSTILE = {
+    "two lengths": (400, asking(b"Content-Length: 0", b"Content-Length: 5")),
+    "two equal lengths": (400, asking(b"Content-Length: 0", b"Content-Length: 0")),
+    "a list of lengths": (400, asking(b"Content-Length: 5, 5")),
+    "length and coding": (400, asking(b"Content-Length: 5", b"Transfer-Encoding: chunked")),
+    "coding and length": (400, asking(b"Transfer-Encoding: chunked", b"Content-Length: 5")),
+    "plus": (400, asking(b"Content-Length: +4")),
+    "minus": (400, asking(b"Content-Length: -1")),
+    "underscore": (400, asking(b"Content-Length: 1_0")),
+    "hexadecimal": (400, asking(b"Content-Length: 0x4")),
+    "no digits": (400, asking(b"Content-Length:")),
+    "superscript": (400, asking(b"Content-Length: \xb2")),
+    "Arabic digits": (400, asking("Content-Length: ٤".encode())),
+    "fraction": (400, asking(b"Content-Length: 4.0")),
+    "too many digits": (400, asking(b"Content-Length: " + b"9" * 20)),
+    "other coding": (501, asking(b"Transfer-Encoding: gzip, chunked")),
+    "identity": (501, asking(b"Transfer-Encoding: identity")),
+    "chunked twice": (501, asking(b"Transfer-Encoding: chunked, chunked")),
+    "vertical tab": (400, asking(b"Transfer-Encoding: \x0bchunked")),
+    "two codings": (400, asking(b"Transfer-Encoding: chunked", b"Transfer-Encoding: x")),
+    "coding in 1.0": (400, asking(b"Transfer-Encoding: chunked", line=INFO[:-3] + b"0\r\n")),
+    "bare CR in a value": (400, asking(b"X: a\rContent-Length: 5")),
+    "bare LF in a value": (400, asking(b"X: a\nContent-Length: 5")),
+    "bare CR in the line": (400, INFO[:-2] + b"\r" + HOST + b"\r\n"),
+    "bare LF after the line": (400, INFO[:-2] + b"\n" + HOST + b"\r\n"),
+    "bare LF everywhere": (400, asking().replace(b"\r\n", b"\n")),
+    "folded line": (400, asking(b"X: a", b" b")),
+    "folded with a tab": (400, asking(b"X: a", b"\tContent-Length: 5")),
+    "blank before the first field": (400, INFO + b" " + HOST + b"\r\n"),
+    "blank before the colon": (400, asking(b"Content-Length : 5")),
+    "tab before the colon": (400, asking(b"Content-Length\t: 5")),
+    "no name": (400, asking(b": 5")),
+    "no colon": (400, asking(b"Content-Length 5")),
+    "name that is no token": (400, asking(b"X(y): 5")),
+    "NUL in a value": (400, asking(b"X: a\0b")),
+    "NUL in a name": (400, asking(b"X\0: a")),
+    "NUL in the target": (400, asking(line=b"GET /\0 HTTP/1.1\r\n")),
+    "HTTP/0.9": (400, b"GET /openqq/get_client_info\r\n\r\n"),
+    "HTTP/0.9 with a version": (505, asking(line=b"GET / HTTP/0.9\r\n")),
+    "HTTP/2.0": (505, asking(line=b"GET / HTTP/2.0\r\n")),
+    "HTTP/2's greeting": (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    "HTTP/1.10": (400, asking(line=b"GET / HTTP/1.10\r\n")),
+    "small letters": (400, asking(line=b"GET / http/1.1\r\n")),
+    "method in small letters": (400, asking(line=b"get / HTTP/1.1\r\n")),
+    "no Host": (400, INFO + b"\r\n"),
+    "two Hosts": (400, INFO + HOST * 2 + b"\r\n"),
+    "two different Hosts": (400, INFO + HOST + b"Host: evil.example\r\n\r\n"),
+    "empty Host": (400, INFO + b"Host:\r\n\r\n"),
+    "Host with a path": (400, INFO + b"Host: localhost/x\r\n\r\n"),
+    "Host with a user": (400, INFO + b"Host: evil@localhost\r\n\r\n"),
+    "two names in a Host": (400, INFO + b"Host: localhost, evil.example\r\n\r\n"),
+    "absolute target": (400, asking(line=b"GET http://localhost/ HTTP/1.1\r\n")),
+    "no slash": (400, asking(line=b"GET openqq HTTP/1.1\r\n")),
+    "authority": (400, asking(line=b"CONNECT localhost:80 HTTP/1.1\r\n")),
+    "two blanks": (400, asking(line=b"GET  / HTTP/1.1\r\n")),
+    "blank in the target": (400, asking(line=b"GET /a b HTTP/1.1\r\n")),
+    "tabs": (400, asking(line=b"GET\t/\tHTTP/1.1\r\n")),
+    "blank after the line": (400, asking(line=b"GET / HTTP/1.1 \r\n")),
+    "blank before the line": (400, asking(line=b" GET / HTTP/1.1\r\n")),
+    "no request": (400, b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n"),
+    "chunk with a plus": (400, chunked(b"+5\r\nname=\r\n0\r\n\r\n")),
+    "chunk with a minus": (400, chunked(b"-5\r\nname=\r\n0\r\n\r\n")),
+    "chunk with 0x": (400, chunked(b"0x5\r\nname=\r\n0\r\n\r\n")),
+    "chunk with an underscore": (400, chunked(b"0_5\r\nname=\r\n0\r\n\r\n")),
+    "chunk with a blank": (400, chunked(b"5 \r\nname=\r\n0\r\n\r\n")),
+    "chunk without a size": (400, chunked(b"\r\nname=\r\n0\r\n\r\n")),
+    "chunk with junk": (400, chunked(b"5g\r\nname=\r\n0\r\n\r\n")),
+    "chunk with nine digits": (400, chunked(b"000000005\r\nname=\r\n0\r\n\r\n")),
+    "chunk with a bare LF": (400, chunked(b"5\nname=\r\n0\r\n\r\n")),
+    "chunk extension with a bare LF": (400, chunked(b"5;a\nb\r\nname=\r\n0\r\n\r\n")),
+    "chunk longer than said": (400, chunked(b"4\r\nname=\r\n0\r\n\r\n")),
+    "chunk shorter than said": (400, chunked(b"6\r\nname=\r\n0\r\n\r\n")),
+    "endless chunk line": (400, chunked(b"5;" + b"a" * 9000)),
+    "huge chunk": (413, chunked(b"7fffffff\r\nname=")),
+    "huge body": (413, asking(b"Content-Length: 999999999999")),
+}
+
+
+def test_hostile_framing_is_refused_and_smuggles_nothing(pair):
+    for port, query in ports_of(pair):
+        path = f"/openqq/send_friend_message?{query}name={ICE}&content=smuggled"
+        second = asking(line=b"GET " + path.encode() + b" HTTP/1.1\r\n")
+        for name, (status, data) in HOSTILE.items():
+            [(got, fields, body)] = split_answers(until_closed(port, data + second))
+            assert (name, got, fields["connection"]) == (name, status, "close")
+            assert json.loads(body)["code"] == status
+    assert "smuggled" not in heard(pair)
+
+
+def test_a_body_is_never_taken_for_the_next_request(pair):
+    for port, query in ports_of(pair):
+        path = f"/openqq/send_friend_message?{query}name={ICE}&content=smuggled"
+        body = asking(line=b"GET " + path.encode() + b" HTTP/1.1\r\n")
+        sized = asking(b"Content-Length: %d" % len(body)) + body
+        pieces = asking(b"Transfer-Encoding: chunked") + b"%x\r\n%b\r\n0\r\nTrailer: x\r\n\r\n" % (
+            len(body), body)
+        nope = asking(b"Content-Length: %d" % len(body), line=b"PUT /nope HTTP/1.1\r\n") + body
+        last = asking(b"Connection: close", line=b"OPTIONS / HTTP/1.1\r\n")
+        found = split_answers(until_closed(port, sized + pieces + nope + last))
+        expected = [200, 200, 403, 200]
+        assert [status for status, _, _ in found] == expected
+    assert "smuggled" not in heard(pair)
+
+
+LIMITS = {
+    "a long line": (414, b"GET /" + b"a" * 8200 + b" HTTP/1.1\r\n" + HOST + b"\r\n"),
+    "an endless line": (414, b"GET /" + b"a" * 20_000),
+    "many fields": (431, asking(*[b"X-%d: 1" % n for n in range(100)])),
+    "long fields": (431, asking(*[b"X-%d: " % n + b"a" * 4000 for n in range(9)])),
+    "an endless field": (431, INFO + HOST + b"X: " + b"a" * 60_000),
+    "a large body": (413, asking(b"Content-Length: %d" % (8 * 1024 * 1024 + 1))),
+    "a large body that waits": (413, asking(b"Expect: 100-continue",
+                                            b"Content-Length: 8388609")),
+    "large chunks": (413, chunked(b"fffff\r\n" + b"a" * 0xfffff + b"\r\n") + (
+        b"fffff\r\n" + b"a" * 0xfffff + b"\r\n") * 8 + b"0\r\n\r\n"),
+}
+
+
+def test_what_exceeds_a_limit_is_refused_before_it_is_read(pair):
+    port = pair.state("alice")["port"]
+    for name, (status, data) in LIMITS.items():
+        [(got, fields, _)] = split_answers(until_closed(port, data))
+        assert (name, got, fields["connection"]) == (name, status, "close")
+
+
+def test_what_is_just_within_the_limits_is_served(pair):
+    port = pair.state("alice")["port"]
+    line = b"GET /openqq/get_client_info?" + b"a" * 8150 + b" HTTP/1.1\r\n"
+    long_line = asking(line=line)
+    fields = asking(*[b"X-%d: 1" % n for n in range(99)])
+    long_fields = asking(*[b"X-%d: " % n + b"a" * 4000 for n in range(8)])
+    body = b"_=" + b"a" * (8 * 1024 * 1024 - 2)
+    large = asking(b"Content-Length: %d" % len(body), b"Content-Type: " + FORM.encode(),
+                   b"Connection: close", line=INFO.replace(b"GET", b"POST")) + body
+    found = split_answers(until_closed(port, long_line + fields + long_fields + large))
+    assert [status for status, _, _ in found] == [200, 200, 200, 200]
+
+
+def test_connections_beyond_the_limit_are_told_so(start):
+    client = start("client", "--account", "alone", "--max_connections", "2")
+    kept = [http.client.HTTPConnection("127.0.0.1", client.port, timeout=WAIT) for _ in range(2)]
+    for connection in kept:
+        connection.request("GET", "/openqq/get_client_info")
+        assert connection.getresponse().read()
+    [(status, _, body)] = split_answers(until_closed(client.port, b""))
+    assert (status, json.loads(body)["status"]) == (503, "too many connections")
+    kept[0].close()
+    assert eventually(lambda: b"HTTP/1.1 200" in exchange(
+        client.port, asking(b"Connection: close")))
+    kept[1].close()
+
+
+def test_a_body_that_waits_for_leave_gets_it(pair):
+    body = f"name={ICE}".encode()
+    for port, query in ports_of(pair):
+        line = f"POST /openqq/search_friend?{query} HTTP/1.1\r\n".encode()
+        head = asking(b"Expect: 100-Continue", b"Content-Length: %d" % len(body),
+                      b"Content-Type: " + FORM.encode(), b"Connection: close", line=line)
+        with socket.create_connection(("127.0.0.1", port), WAIT) as sock:
+            sock.sendall(head)
+            assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            sock.sendall(body)
+            answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        [(status, _, found)] = split_answers(answer)
+        assert (status, json.loads(found)[0]["name"]) == (200, "小冰")
+        other = head.replace(b"100-Continue", b"200-ok")
+        assert [row[0] for row in split_answers(until_closed(port, other))] == [417]
+        old = head.replace(b"HTTP/1.1", b"HTTP/1.0") + body
+        assert [row[0] for row in split_answers(until_closed(port, old))] == [200], \
+            "RFC 9110 10.1.1: an HTTP/1.0 caller takes a 100 for its answer"
+
+
+def test_a_body_may_come_in_chunks(pair):
+    for port, query in ports_of(pair):
+        head = asking(b"Transfer-Encoding: Chunked", b"Content-Type: " + FORM.encode(),
+                      line=f"POST /openqq/search_friend?{query} HTTP/1.1\r\n".encode())
+        data = f"name={ICE}".encode()
+        one = b"%X\r\n%b\r\n0\r\n\r\n" % (len(data), data)
+        each = b"".join(b"01;some=\"ext\"\r\n%c\r\n" % byte for byte in data) + (
+            b"000\r\nTrailer: one\r\nAnother: two\r\n\r\n")
+        found = split_answers(until_closed(port, head + one + head + each + asking(
+            b"Connection: close", line=b"OPTIONS / HTTP/1.1\r\n")))
+        assert [status for status, _, _ in found] == [200, 200, 200]
+        assert json.loads(found[0][2])[0]["name"] == json.loads(found[1][2])[0]["name"] == "小冰"
+
+
+def test_pipelined_requests_are_answered_in_their_order(pair):
+    names = ["小冰", "nobody", "bob", "nobody", "小冰", "bob"] * 3
+    for port, query in ports_of(pair):
+        requests = [asking(line=(f"GET /openqq/search_friend?{query}name="
+                                 f"{urllib.parse.quote(name)} HTTP/1.1\r\n").encode())
+                    for name in names]
+        data = b"\r\n".join(requests) + asking(b"Connection: close")
+        found = [json.loads(body) for _, _, body in split_answers(until_closed(port, data))]
+        assert [row[0]["name"] if isinstance(row, list) else "nobody"
+                for row in found[:-1]] == names
+
+
+def test_a_connection_lasts_as_long_as_its_caller_wishes(pair):
+    last = asking(b"Connection: close")
+    old = last.replace(b"HTTP/1.1", b"HTTP/1.0")
+    for port, _ in ports_of(pair):
+        assert len(split_answers(until_closed(port, asking() + last + last))) == 2
+        plain = old.replace(b"Connection: close\r\n", b"")
+        assert len(split_answers(until_closed(port, plain + plain))) == 1
+        kept = old.replace(b"close", b"Keep-Alive")
+        found = split_answers(until_closed(port, kept + kept + old))
+        assert len(found) == 3
+        # RFC 9112 C.2.2: else an HTTP/1.0 caller (ab -k) waits for the end of the connection
+        assert [fields.get("connection") for _, fields, _ in found] == [
+            "keep-alive", "keep-alive", "close"]
+
+
+def test_head_answers_as_get_without_the_body(pair):
+    for port, query in ports_of(pair):
+        for path in ("get_friend_info?", f"search_friend?name={ICE}&", "get_nothing?"):
+            line = f"GET /openqq/{path}{query} HTTP/1.1\r\n".encode()
+            data = (asking(line=line.replace(b"GET", b"HEAD")) + asking(line=line)
+                    + asking(b"Connection: close", line=b"OPTIONS / HTTP/1.1\r\n"))
+            head, get, options = split_answers(until_closed(port, data), heads=[0])
+            head[1].pop("date"), get[1].pop("date")
+            assert head[:2] == get[:2] and get[2] and options[0] == 200
+
+
+def test_head_carries_nothing_out(pair):
+    say = f"send_friend_message?name={ICE}&content=by-head&"
+    for port, query in ports_of(pair):
+        for path in (say, "check_event?", "relogin?", "stop_client?"):
+            got = request(f"http://127.0.0.1:{port}", f"/openqq/{path}{query}", "HEAD")
+            assert (path, got[0]) == (path, 403)
+    for path in ("/openqq/start_client?client=by-head", "/openqq/stop_client?client=alice",
+                 "/openqq/delete_client?client=alice", "/local/login?client=alice",
+                 f"/local/say?client=alice&from={ICE}&content=by-head",
+                 "/local/change?do=add&what=person&uid=77&name=by-head"):
+        assert (path, request(pair.base, path, "HEAD")[0]) == (path, 403)
+    assert "by-head" not in heard(pair)
+    assert "by-head" not in json.dumps([pair.call("check_client"), pair.call("/local/world")])
+    assert pair.state("alice")["state"] == "running"
+
+
+def test_a_client_answers_cors(pair):
+    port = pair.state("alice")["port"]
+    base = f"http://127.0.0.1:{port}"
+    for path in ("/", "/openqq/send_friend_message", "/nowhere"):
+        status, fields, body = request(base, path, "OPTIONS", headers={
+            "Origin": "http://elsewhere.example", "Sec-Fetch-Site": "cross-site",
+            "Access-Control-Request-Method": "POST"})
+        assert (status, body, fields["access-control-allow-origin"]) == (200, b"", "*")
+        assert fields["access-control-allow-methods"] == "OPTIONS, HEAD, GET, POST"
+        assert fields["access-control-allow-headers"] == (
+            "X-Requested-With, X-Auth-Token, Content-Type, Content-Length, Authorization")
+    for path in ("/openqq/get_user_info", "/openqq/nope", "/openqq/send_friend_message?name=%zz"):
+        assert request(base, path)[1]["access-control-allow-origin"] == "*"
+
+
+GOOD_CALLBACKS = ["show", "$", "_x1", "jQuery311.cb_2", "a" * 64]
+BAD_CALLBACKS = ["alert(1)", "a;b", "a b", "1a", "a.", ".a", "a..b", "<script>", "a\n", "a[0]",
+                 "a" * 65, "é", "小冰", "a/*", "a\u2028", "a%0d%0aX: y"]
+
+
+def test_jsonp_wraps_for_sound_names_only(pair):
+    for port, query in ports_of(pair):
+        base = f"http://127.0.0.1:{port}"
+        path = f"/openqq/search_friend?{query}name={ICE}&"
+        plain = request(base, path)[2]
+        for name in GOOD_CALLBACKS:
+            status, fields, body = request(base, f"{path}datatype=jsonp&callback={name}")
+            assert (status, body) == (200, name.encode() + b"(" + plain + b")")
+            assert fields["content-type"] == "application/javascript"
+            assert fields["x-content-type-options"] == "nosniff"
+            status, fields, body = request(base, f"{path}callback={name}")
+            assert (fields["content-type"], body) == ("application/json", plain)
+        unnamed = request(base, path + "datatype=jsonp")[2]
+        assert re.fullmatch(rb"jsoncallback1[0-9]{9}\(.*\)", unnamed, re.DOTALL)
+        for name in BAD_CALLBACKS:
+            status, fields, body = request(
+                base, f"{path}datatype=jsonp&callback={urllib.parse.quote(name)}")
+            assert (name, status, json.loads(body)["code"]) == (name, 400, 6)
+            assert fields["content-type"] == "application/json"
+
+
+def test_a_call_with_a_bad_callback_is_not_carried_out(pair):
+    for port, query in ports_of(pair):
+        status, _, _ = request(
+            f"http://127.0.0.1:{port}", f"/openqq/send_friend_message?{query}name={ICE}"
+            "&content=half-done&datatype=jsonp&callback=alert(1)")
+        assert status == 400
+    assert "half-done" not in heard(pair)
+
+
+def multipart(*parts, boundary="----x1"):
+    return "".join(f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'
+                   f"{value}\r\n" for name, value in parts) + f"--{boundary}--\r\n"
+
+
+SPELLINGS = [  # query, type of the body, body; each means name=小冰
+    (f"name={ICE}", None, None),
+    (f"name={ICE.lower()}", None, None),
+    ("name=小冰", None, None),
+    ("%6Eame=小" + ICE[9:], None, None),
+    (f"name=nobody&name={ICE}", None, None),
+    (f"_=1&callback=x&access_token=y&token=z&datatype=json&name={ICE}", None, None),
+    ("", FORM, f"name={ICE.lower()}"),
+    ("", FORM + "; charset=UTF-8", "name=小冰"),
+    ("", FORM.upper(), f"name=nobody&name={ICE}\r\n"),
+    ("name=nobody", FORM, f"name={ICE}"),
+    ("name=nobody", "multipart/form-data; boundary=----x1", multipart(("name", "小冰"))),
+    ("", 'multipart/form-data; boundary="a:b"', multipart(("name", "x"), ("name", "小冰"),
+                                                          boundary="a:b")),
+    ("name=nobody", "application/json", '{"name": "小冰"}'),
+    ("", "application/json; charset=utf-8", '\ufeff {"name":"x","name":"\\u5c0f\\u51b0"} \n'),
+    ("", "application/json", '{"name":"小冰","uid":2854196301,"sex":null}'),
+]
+
+
+@pytest.mark.parametrize("query, kind, body", SPELLINGS)
+def test_parameters_are_read_however_they_come(pair, query, kind, body):
+    for port, prefix in ports_of(pair):
+        line = f"{'POST' if kind else 'GET'} /openqq/search_friend?{prefix}{query} HTTP/1.1\r\n"
+        data = (body or "").encode()
+        extra = [f"Content-Type: {kind}".encode()] if kind else []
+        answer = until_closed(port, asking(b"Connection: close", b"Content-Length: %d" % len(data),
+                                           *extra, line=line.encode()) + data)
+        [(status, _, found)] = split_answers(answer)
+        assert status == 200 and json.loads(found)[0]["name"] == "小冰"
+
+
+def test_the_account_may_be_named_wherever_parameters_stand(pair):
+    for query, kind, body in [
+            ("?client=bob&client=alice", None, None), ("", FORM, "client=alice"),
+            ("", "multipart/form-data; boundary=----x1", multipart(("client", "alice"))),
+            ("?client=bob", "application/json", '{"client":"alice"}')]:
+        answer = request(pair.base, "/openqq/get_client_info" + query, "POST",
+                         body, {"Content-Type": kind} if kind else {})
+        assert json.loads(answer[2])["account"] == "alice"
+
+
+def test_a_hash_in_a_query_reaches_the_client_as_it_came(pair):
+    for port, query in ports_of(pair):
+        path = f"/openqq/send_friend_message?{query}name={ICE}&content=a#b"
+        until_closed(port, asking(b"Connection: close", line=f"GET {path} HTTP/1.1\r\n".encode()))
+    assert [content for content in heard(pair) if content.startswith("a")] == ["a#b"] * 4
+
+
+NESTED = '{"name":' + "[" * 500 + "]" * 500 + "}"
+BAD_PARAMETERS = [  # query, type of the body, body
+    ("name=%zz", None, None),
+    ("name=%", None, None),
+    ("name=%E5%B", None, None),
+    ("%2=a", None, None),
+    ("name=a%00", None, None),
+    ("na%00me=a", None, None),
+    ("", FORM, "name=100%"),
+    ("", FORM, "name=a\0"),
+    ("", "application/json", '{"name":'),
+    ("", "application/json", "[1]"),
+    ("", "application/json", '"name"'),
+    ("", "application/json", b'{"name":"\xff"}'),
+    ("", "application/json", '{"name":{"a":1}}'),
+    ("", "application/json", '{"name":"\\u0000"}'),
+    ("", "application/json", "[" * 100_000),
+    ("", "application/json", NESTED),
+    ("", "application/json", '{"name":%s}' % ("1" * 5000 + "x")),
+    ("", "multipart/form-data", multipart(("name", "a"))),
+    ("", "multipart/form-data; boundary=other", multipart(("name", "a"))),
+    ("", "multipart/form-data; boundary=----x1", multipart(("name", "a"))[:-8]),
+    ("", "multipart/form-data; boundary=----x1", "------x1\r\n\r\na\r\n------x1--\r\n"),
+]
+
+
+@pytest.mark.parametrize("query, kind, body", BAD_PARAMETERS)
+def test_parameters_that_cannot_be_read_are_refused(pair, query, kind, body):
+    for port, prefix in ports_of(pair):
+        status, fields, answer = request(
+            f"http://127.0.0.1:{port}", f"/openqq/search_friend?{prefix}{query}",
+            "POST" if kind else "GET", body.encode() if isinstance(body, str) else body,
+            {"Content-Type": kind} if kind else {})
+        answer = json.loads(answer)
+        assert (status, answer["code"]) == (400, 400) and answer["status"]
+        assert fields["content-type"] == "application/json"
+
+
+def test_text_that_is_no_utf_8_just_finds_nothing(pair):
+    for port, query in ports_of(pair):
+        base = f"http://127.0.0.1:{port}"
+        assert call(base, f"search_friend?{query}name=%D0%A1%B1%F9") == {
+            "code": 100, "status": "object not found"}
+
+
+def test_a_message_must_hold_something_and_not_too_much(pair):
+    for port, query in ports_of(pair):
+        base = f"http://127.0.0.1:{port}"
+        path = f"/openqq/send_friend_message?{query}name={ICE}"
+        for body, text in [("", "missing"), ("content=", "missing"),
+                           ("content=" + "x" * (1 << 20), "over"),
+                           ("content=" + "小" * 30_000, "over")]:
+            status, _, answer = request(base, path, "POST", body.encode(), {"Content-Type": FORM})
+            assert status == 400 and text in json.loads(answer)["status"]
+        long = "小" * 20_000
+        answer = request(base, path, "POST", ("content=" + long).encode(), {"Content-Type": FORM})
+        assert json.loads(answer[2])["code"] == 0
+        assert heard(pair) == [long, long]
+
+
+def test_half_a_character_in_json_harms_nobody(pair):
+    """A lone surrogate, which JSON can spell and UTF-8 cannot, where files and a process follow."""
+    for path in ("/openqq/start_client", "/openqq/send_friend_message", "/openqq/search_group",
+                 "/local/say", "/openqq/check_event"):
+        for half in ("\\ud800", "\\udfff", "\\udc80"):
+            body = ('{"client":"%s","from":"小冰","uid":"2854196301","log_head":"%s",'
+                    '"content":"%s","name":"%s","since":"%s"}' % (
+                        "half" if "start" in path else "alice", half, half, half, half))
+            status, _, answer = request(pair.base, path, "POST", body.encode(),
+                                        {"Content-Type": "application/json"})
+            assert (path, half, status) != (path, half, 500), answer
+    if "half" in [row["account"] for row in pair.call("check_client")["client"]]:
+        pair.call("delete_client", client="half")
+    assert "Traceback" not in pair.log.text()
+
+
+UNKNOWN = [("GET", "nope"), ("POST", "nope"), ("GET", "/nope"), ("POST", "get_friend_info"),
+           ("PUT", "send_friend_message"), ("DELETE", "stop_client"), ("PATCH", "relogin"),
+           ("TRACE", "get_client_info"), ("GET", "get_friend_info/"), ("GET", "GET_friend_info"),
+           ("GET", "../openqq/get_friend_info"), ("GET", "%00")]
+
+
+def test_unknown_paths_and_methods_are_answered_as_ever(pair):
+    for port, query in ports_of(pair):
+        for method, name in UNKNOWN:
+            path = name if name.startswith("/") else "/openqq/" + name
+            status, fields, body = request(f"http://127.0.0.1:{port}", f"{path}?{query}", method)
+            if port == pair.port and (path == "/nope" or name == "stop_client"):
+                assert json.loads(body) == {"code": -1, "status": "api not found"}
+                assert fields["content-type"] == "application/json"
+            else:
+                assert body == b"api not found", (method, path)
+                assert fields["content-type"] == "text/html;charset=UTF-8"
+            assert status == 403
+    for method, path in [("POST", "check_client"), ("PUT", "start_client"), ("GET", ""),
+                         ("DELETE", "delete_client"), ("POST", "get_qrcode")]:
+        status, _, body = request(pair.base, f"/openqq/{path}?client=alice", method)
+        assert (status, json.loads(body)) == (403, {"code": -1, "status": "api not found"})
+    assert pair.call("nope") == {"code": 1, "status": "client not found"}
+    assert pair.call("nope", client="nobody") == {"code": 1, "status": "client not exists"}
+
+
+# -- who may call
+
+LOCAL_HOSTS = ["localhost", "LocalHost:4000", "localhost.", "127.0.0.1", "127.0.0.1:1", "127.1",
+               "127.1:4000", "127.8.9.10", "[::1]", "[::1]:4000", "[::ffff:127.0.0.1]",
+               "bot.localhost"]
+OTHER_HOSTS = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0",
+               "0", "[::]", "10.0.0.1", "[fe80::1]", "[::ffff:10.0.0.1]", "xn--localhost",
+               "128.0.0.1", "localhost.evil.example:4000"]
+OUTSIDERS = [("Forwarded", "for=1.2.3.4"), ("X-Forwarded-For", "127.0.0.1"),
+             ("x-forwarded-host", "localhost"), ("X-Real-IP", ""), ("VIA", "1.1 proxy"),
+             ("Origin", "http://evil.example"), ("Origin", "null"), ("Origin", ""),
+             ("Origin", "http://127.0.0.1:1"), ("Origin", "http://127.0.0.1"),
+             ("Sec-Fetch-Site", "cross-site"), ("Sec-Fetch-Site", "same-site"),
+             ("Sec-Fetch-Site", "same-origin, cross-site")]
+FAILURE = {"code": -6, "status": "auth failure"}
+
+
+def test_without_a_token_only_this_machine_is_served(pair):
+    for port, query in ports_of(pair):
+        base, path = f"http://127.0.0.1:{port}", f"/openqq/get_client_info?{query}"
+        for host in LOCAL_HOSTS:
+            assert (host, request(base, path, headers={"Host": host})[0]) == (host, 200)
+        for host in OTHER_HOSTS:
+            status, _, body = request(base, path, headers={"Host": host})
+            assert (host, status, json.loads(body)) == (host, 403, FAILURE)
+        for name, value in OUTSIDERS:
+            status, _, body = request(base, path, headers={name: value})
+            assert (name, value, status, json.loads(body)) == (name, value, 403, FAILURE)
+        assert call(f"http://127.1:{port}", path)["account"] == "alice"  # as the documents call it
+        for name, value in [("Origin", base), ("Sec-Fetch-Site", "none"),
+                            ("Sec-Fetch-Site", "same-origin"), ("Referer", "http://evil.example")]:
+            assert (name, request(base, path, headers={name: value})[0]) == (name, 200)
+
+
+def test_strangers_change_nothing_and_see_only_what_is_open(pair):
+    alien = {"Host": "evil.example", "Sec-Fetch-Site": "cross-site",
+             "Origin": "http://evil.example", "X-Forwarded-For": "9.9.9.9"}
+    for port, query in ports_of(pair):
+        for path in (f"/openqq/send_friend_message?{query}name={ICE}&content=alien",
+                     f"/openqq/stop_client?{query}", f"/openqq/nope?{query}", "/nope"):
+            status, _, body = request(f"http://127.0.0.1:{port}", path, headers=alien)
+            assert (path, status, json.loads(body)) == (path, 403, FAILURE)
+    for path in ("/openqq/start_client?client=alien", "/local/login?client=alice", "/local/world",
+                 f"/local/say?client=alice&from={ICE}&content=alien",
+                 "/local/change?do=add&what=person&uid=77&name=alien"):
+        assert (path, request(pair.base, path, headers=alien)[0]) == (path, 403)
+    for path, status in [("/", 200), ("/local/scan?ticket=0", 404)]:
+        assert (path, request(pair.base, path, headers=alien)[0]) == (path, status)
+    assert request(pair.base, "/local/confirm", "POST", "ticket=0",
+                   {**alien, "Content-Type": FORM})[0] == 404
+    assert request(pair.base, "/local/link", "POST", b"{}", alien)[0] == 403
+    assert "alien" not in heard(pair)
+    assert "alien" not in json.dumps([pair.call("check_client"), pair.call("/local/world")])
+
+
+@pytest.mark.parametrize("peer, served", [
+    ("127.0.0.1", True), ("127.3.2.1", True), ("::1", True), ("::ffff:127.0.0.1", True),
+    ("10.0.0.1", False), ("192.0.2.1", False), ("::ffff:10.0.0.1", False), ("fe80::1%lo", False),
+    ("2001:db8::1", False), ("", False)])
+def test_the_peer_must_be_this_machine(peer, served):
+    asked = openqq.Request("GET", "/", {"host": "localhost"}, b"", peer)
+    if served:
+        openqq.Gate("").check(asked)
+    else:
+        with pytest.raises(openqq.AuthFailure):
+            openqq.Gate("").check(asked)
+
+
+TOKEN = "s3cr3t&=%密"
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory):
+    """A controller with a token, that logs all it can, with files at places of its own; alice
+    runs on it. `guarded.proxied` is what came to the HTTP proxy of its environment."""
+    tmpdir = tmp_path_factory.mktemp("guarded")
+    proxy = Upstream([[]])
+    words = ["--token", TOKEN, "--log_level", "debug", "--http_debug", "1",
+             "--template_path", str(tmpdir / "ours.py"), "--backend_path", str(tmpdir / "ours.dat")]
+    program = Program(tmpdir, "controller", *words, env={
+        "http_proxy": proxy.url, "HTTP_PROXY": proxy.url, "all_proxy": proxy.url}).ready()
+    program.proxied = proxy.seen
+    try:
+        assert program.call("start_client", client="alice", token=TOKEN)["code"] == 0
+        assert program.call("/local/login", client="alice", token=TOKEN)["code"] == 0
+        yield program
+    finally:
+        assert program.stop() == 0
+        proxy.close()
+    assert "Traceback" not in program.log.text()
+    assert program.proxied == []
+
+
+def ways_to_show(token):
+    """(query, fields, type of the body, body) of each way to give a token."""
+    quoted = urllib.parse.quote(token, safe="")
+    return [("", {"Authorization": b"Bearer " + token.encode()}, None, None),
+            ("", {"authorization": b"bearer  " + token.encode()}, None, None),
+            ("access_token=" + quoted, {}, None, None), ("token=" + quoted, {}, None, None),
+            ("", {}, FORM, "access_token=" + quoted),
+            ("", {}, "application/json", json.dumps({"token": token})),
+            ("", {}, "multipart/form-data; boundary=----x1", multipart(("access_token", token)))]
+
+
+def show_token(base, path, way, **more):
+    query, fields, kind, body = way
+    fields = {**fields, **more, **({"Content-Type": kind} if kind else {})}
+    return request(base, path + query, "POST", body.encode() if body else None, fields)
+
+
+def test_with_a_token_who_knows_it_is_served_from_anywhere(guarded):
+    alien = {"Host": "evil.example", "Sec-Fetch-Site": "cross-site", "X-Real-IP": "9.9.9.9",
+             "Origin": "http://evil.example", "Via": "1.1 x"}
+    for port, query in ports_of(guarded, token=TOKEN):
+        for way in ways_to_show(TOKEN):
+            status, _, body = show_token(f"http://127.0.0.1:{port}",
+                                         f"/openqq/get_client_info?{query}", way, **alien)
+            assert (way, status, json.loads(body).get("account")) == (way, 200, "alice")
+
+
+def test_with_a_token_nobody_else_is_served(guarded):
+    wrong = ["", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "null", "s3cr3t"]
+    quoted = urllib.parse.quote(TOKEN, safe="")
+    others = [("", {name: value.encode()}, None, None) for name, value in [
+        ("Authorization", TOKEN), ("Authorization", "Basic " + TOKEN), ("X-Auth-Token", TOKEN),
+        ("Cookie", "token=" + TOKEN), ("Authorization", "Bearer"), ("X", "y")]]
+    others += [("token=" + quoted + "%FF", {}, None, None), ("tokens=" + quoted, {}, None, None)]
+    for port, query in ports_of(guarded, token=TOKEN):
+        base, path = f"http://127.0.0.1:{port}", f"/openqq/get_client_info?{query}"
+        ways = others + [way for token in wrong for way in ways_to_show(token)]
+        for way in ways:
+            status, _, body = show_token(base, path, way)
+            assert (way, status, json.loads(body)) == (way, 403, FAILURE)
+        for kind, body in [("application/json", NESTED), ("application/json", "{"),
+                           (FORM, "%"), ("multipart/form-data", "x")]:
+            status, _, answer = show_token(base, path, ("", {}, kind, body))
+            assert (body[:9], status, json.loads(answer)) == (body[:9], 403, FAILURE)
+    for path in ("/openqq/start_client?client=alien", "/openqq/check_client", "/local/world",
+                 "/local/login?client=alice", "/openqq/nope", "/nope"):
+        status, _, body = request(guarded.base, path)
+        assert (path, status, json.loads(body)) == (path, 403, FAILURE)
+    for method, path, status in [("GET", "/", 200), ("OPTIONS", "/openqq/start_client", 200),
+                                 ("GET", "/local/scan?ticket=0", 404)]:
+        assert (path, request(guarded.base, path, method)[0]) == (path, status)
+
+
+def test_the_token_shows_nowhere(guarded):
+    spellings = [TOKEN.encode(), urllib.parse.quote(TOKEN).encode(), b"s3cr3t"]
+    answers = []
+    for port, query in ports_of(guarded, token=TOKEN):
+        for path in ("get_client_info", "check_client", "start_client", "nope", "search_friend",
+                     "send_friend_message", "start_client?tokens=x"):
+            answers.append(request(
+                f"http://127.0.0.1:{port}", f"/openqq/{path}{'&' if '?' in path else '?'}{query}"
+                f"access_token={urllib.parse.quote(TOKEN)}&token={urllib.parse.quote(TOKEN)}"))
+    pids = [guarded.pid, json.loads(answers[0][2])["pid"]]
+    places = {f"answer {n}": repr(answer[1]).encode() + answer[2]
+              for n, answer in enumerate(answers)}
+    places["log"] = guarded.log.text().encode() + guarded.out.text().encode()
+    for pid in pids:
+        places[f"ps {pid}"] = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)],
+                                             stdout=subprocess.PIPE, check=True).stdout
+        assert places[f"ps {pid}"].strip()
+    for folder, _, names in os.walk(guarded.tmpdir):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                places[name] = file.read()
+    assert len(places) > 20 and "get_client_info" in places["log"].decode()
+    assert [place for place, data in places.items()
+            if any(spelling in data for spelling in spellings)] == []
+
+
+# -- names and settings that callers may not give
+
+BAD_NAMES = ["..", ".", "../x", "../../x", "/etc/x", "a/b", "a\\b", ".hidden", "a b", "a\nb",
+             "a" * 65, "a:b", "a*", "é", "a\u202eb", "%2e%2e%2fx", "a;b", "$(id)", "a\x7f"]
+
+
+def files_beside(tmpdir):
+    """Files around a tmpdir, none of which may come or go."""
+    above = os.path.dirname(tmpdir)
+    return sorted(os.listdir(above)), sorted(os.listdir(os.path.dirname(above)))
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_is_no_path(pair, name):
+    before = files_beside(pair.tmpdir)
+    for path in ("start_client", "stop_client", "delete_client", "check_client", "get_qrcode",
+                 "get_friend_info", "/local/login"):
+        answer = pair.call(path, client=name)
+        assert (path, answer) == (path, {"code": 6, "status": "client name not allowed"})
+    assert files_beside(pair.tmpdir) == before
+
+
+NOT_FOR_CALLERS = [
+    ("LD_PRELOAD", "/tmp/x.so"), ("PYTHONPATH", "/tmp"), ("PATH", "/tmp"), ("http_proxy", "x"),
+    ("host", "0.0.0.0"), ("port", "1"), ("plugin_openqq_port", "1"), ("plugin-openqq-token", "x"),
+    ("template_path", "x.py"), ("template-path", "x.py"), ("backend_path", "x"), ("account", "x"),
+    ("max_clients", "9"), ("flavor", "qq"), ("public_url", "http://x/"), ("world", "x.json"),
+    ("max_connections", "1"), ("accounts", "x"), ("nonsense", "1"), ("OPENQQ_TOKEN", "x"),
+    ("MOJO_WEBQQ_PWD", "x"), ("__class__", "x"), ("", "x"),
+    ("log_level", "loud"), ("post_api", "file:///etc/passwd"), ("post_api", "http://x/\r\nA: b"),
+    ("log_encoding", "klingon"), ("mode", "asleep"), ("qrcode_count_max", "-1"),
+    ("check_event_list_max_size", "²"), ("keep_cookie", "maybe"), ("send_interval", "1e9"),
+    ("log_head", "a\nb"), ("log_head", "\x1b[31m")]
+
+
+@pytest.mark.parametrize("name, value", NOT_FOR_CALLERS)
+def test_start_client_refuses_what_callers_may_not_set(pair, name, value):
+    answer = pair.call("start_client", **{"client": "mallory", name: value})
+    assert answer["code"] == 6 and "not allowed" in answer["status"], answer
+    assert "mallory" not in [row["account"] for row in pair.call("check_client")["client"]]
+
+
+BAD_PATHS = ["/etc/x", "{tmpdir}/../x", "{tmpdir}", "../x", "~/x", "{tmpdir}x/y", "{tmpdir}/out/x",
+             "{tmpdir}/.x", "{tmpdir}/mojo_webqq_controller_process.pid",
+             "{tmpdir}/mojo_webqq_controller_backend.dat", "{tmpdir}/mojo_webqq_local.json",
+             "{tmpdir}/mojo_webqq_controller_template.py", "{tmpdir}/mojo_webqq_cookie_alice.dat",
+             "{tmpdir}/sub/../mojo_webqq_state_alice.json",
+             "{tmpdir}/mojo_webqq_post_mallory.jsonl",
+             "{tmpdir}/mojo_webqq_cookie_mallory.dat/../../x", "{tmpdir}/ours.py",
+             "{tmpdir}/ours.dat", "{tmpdir}/in"]
+
+
+def test_paths_of_callers_stay_in_tmpdir_and_off_the_programs_own_files(guarded, tmp_path):
+    os.symlink(str(tmp_path), os.path.join(guarded.tmpdir, "out"))
+    os.symlink("ours.py", os.path.join(guarded.tmpdir, "in"))
+    before = files_beside(guarded.tmpdir)
+    with open(os.path.join(guarded.tmpdir, "ours.py"), "rb") as file:
+        template = file.read()
+    taken = []
+    for name in ("log_path", "cookie_path", "state_path", "qrcode_path", "pid_path", "tmpdir"):
+        for path in BAD_PATHS:
+            path = path.format(tmpdir=guarded.tmpdir)
+            if (name, path) == ("tmpdir", guarded.tmpdir):
+                continue
+            answer = guarded.call("start_client", client="mallory", token=TOKEN, **{name: path})
+            if answer["code"] != 6:
+                taken.append((name, path))
+                guarded.call("delete_client", client="mallory", token=TOKEN)
+    assert taken == []
+    with open(os.path.join(guarded.tmpdir, "ours.py"), "rb") as file:
+        assert file.read() == template
+    assert files_beside(guarded.tmpdir) == before and os.listdir(str(tmp_path)) == []
+
+
+# -- HTTP out
+
+class Upstream:
+    """A server that answers as a script says: for each connection the answers to its requests.
+
+    An answer is bytes, None for none, or a function that gets the socket; when a connection's
+    answers are used up it is closed. `seen` are the requests, as (connection, bytes).
+    """
+
+    def __init__(self, script):
+        self.seen = []
+        self.ended = threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._accept, args=(script,), daemon=True).start()
+
+    def _accept(self, script):
+        for number, answers in enumerate(script):
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(number, sock, answers),
+                             daemon=True).start()
+
+    def _serve(self, number, sock, answers):
+        with sock:
+            try:
+                for answer in answers:
+                    asked = self._read(sock)
+                    if not asked:
+                        return
+                    self.seen.append((number, asked))
+                    if callable(answer):
+                        answer(sock)
+                    elif answer:
+                        sock.sendall(answer)
+            except OSError:
+                pass
+
+    def _read(self, sock):
+        data = b""
+        while b"\r\n\r\n" not in data:
+            piece = sock.recv(65536)
+            if not piece:
+                return b""
+            data += piece
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+        while length and len(body) < min(int(length.group(1)), 65536):
+            body += sock.recv(65536)
+        return head + b"\r\n\r\n" + body
+
+    def close(self):
+        self.ended.set()
+        self.listener.close()
+
+
+@pytest.fixture
+def upstream():
+    """upstream([answer, …], …) makes an Upstream that ends with the test."""
+    servers = []
+
+    def begin(*script):
+        servers.append(Upstream(script))
+        return servers[-1]
+
+    yield begin
+    for server in servers:
+        server.close()
+
+
+def good(body, *fields):
+    return (b"HTTP/1.1 200 OK\r\n" + b"".join(field + b"\r\n" for field in fields)
+            + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+
+def test_connections_out_are_used_again(upstream):
+    server = upstream([good(b"one"), good(b""), good(b"three")])
+    for expected in (b"one", b"", b"three"):
+        assert openqq.fetch(server.url + "/x").read() == expected
+    assert [number for number, _ in server.seen] == [0, 0, 0]
+
+
+ANSWERS = [
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n4;a=b\r\n two\r\n"
+     b"0\r\nTrailer: x\r\n\r\n", 200, b"one two"),
+    (b"HTTP/1.1 201 Made\r\nContent-Length: 3\r\nConnection: close\r\n\r\none", 201, b"one"),
+    (b"HTTP/1.1 200\r\n\r\nuntil the end", 200, b"until the end"),
+    (b"HTTP/1.0 200 OK\r\n\r\nuntil the end", 200, b"until the end"),
+    (b"HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\none", 200, b"one"),
+    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + good(b"one"),
+     200, b"one"),
+    (b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
+    (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 3\r\n\r\n", 304, b""),
+    (b"HTTP/1.1 500 \xe9\r\nContent-Length: 4\r\n\r\noops", 500, b"oops"),
+    (b"HTTP/1.1 302 Found\r\nLocation: /y\r\nContent-Length: 0\r\n\r\n", 302, b"")]
+
+
+@pytest.mark.parametrize("answer, status, body", ANSWERS)
+def test_answers_are_read_however_they_are_framed(upstream, answer, status, body):
+    reply = openqq.fetch(upstream([answer]).url)
+    assert (reply.status, reply.read()) == (status, body)
+
+
+GARBAGE = [b"SSH-2.0-OpenSSH_9.6\r\n\r\n", b"HTTP/2 200\r\n\r\n", b"", b"HTTP/1.1 200 OK\r\n",
+           b"HTTP/1.1 20 OK\r\n\r\n", b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
+           b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+           b"HTTP/1.1 200 OK\r\nContent-Length: +3\r\n\r\nabc",
+           b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nabc",
+           b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nabc",
+           b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-3\r\nabc\r\n0\r\n\r\n",
+           b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n0\r\n\r\n",
+           b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
+           b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabc", b"\0" * 100_000,
+           b"HTTP/1.1 200 OK\r\nX: a\0b\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 9000]
+
+
+@pytest.mark.parametrize("answer", GARBAGE, ids=range(len(GARBAGE)))
+def test_answers_that_are_none_are_an_error(upstream, answer):
+    with pytest.raises(openqq.Unreachable) as caught:
+        openqq.fetch(upstream([answer]).url).read()
+    assert caught.value.sent
+
+
+def test_only_reads_are_repeated_on_a_fresh_connection(upstream):
+    died = upstream([good(b"one"), None], [good(b"two")])
+    assert openqq.fetch(died.url).read() == b"one"
+    assert openqq.fetch(died.url, repeat=True).read() == b"two"
+    assert [number for number, _ in died.seen] == [0, 0, 1]
+
+    sent = upstream([good(b"one"), None], [good(b"two")])
+    assert openqq.fetch(sent.url).read() == b"one"
+    with pytest.raises(openqq.Unreachable) as caught:
+        openqq.fetch(sent.url, "POST", body=b"x")
+    assert caught.value.sent and len(sent.seen) == 2
+
+    half = upstream([good(b"one"), b"HTTP/1.1 200 OK\r\nCont"], [good(b"two")])
+    assert openqq.fetch(half.url).read() == b"one"
+    with pytest.raises(openqq.Unreachable):
+        openqq.fetch(half.url, repeat=True)
+    assert len(half.seen) == 2
+
+    fresh = upstream([None], [good(b"two")])
+    with pytest.raises(openqq.Unreachable):
+        openqq.fetch(fresh.url, repeat=True)
+    assert len(fresh.seen) == 1
+
+
+def test_a_connection_that_the_server_has_ended_is_not_used(upstream):
+    server = upstream([good(b"one")], [good(b"two")])
+    assert openqq.fetch(server.url).read() == b"one"
+    assert eventually(lambda: openqq.has_ended(
+        openqq.TRANSPORT.pool._idle[("http", f"127.0.0.1:{server.port}", None)][0].stream.sock))
+    assert openqq.fetch(server.url, "POST", body=b"x").read() == b"two"
+
+
+def test_nobody_there_means_nothing_was_sent(upstream):
+    server = upstream()
+    server.close()
+    with pytest.raises(openqq.Unreachable) as caught:
+        openqq.fetch(server.url)
+    assert not caught.value.sent
+
+
+@pytest.mark.parametrize("begin, drip", [
+    (b"", b"H"), (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", b"x"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    (b"HTTP/1.1 200 OK\r\n\r\n", b"x"), (b"", b"HTTP/1.1 100 Continue\r\n\r\n")])
+def test_a_drip_ends_at_the_deadline(upstream, begin, drip):
+    def drop(sock):
+        sock.sendall(begin)
+        for _ in range(99):  # less than a second's fields and more than 0.4 seconds' worth
+            sock.sendall(drip)
+            if server.ended.wait(0.05):
+                return
+
+    server = upstream([drop])
+    with pytest.raises(openqq.TooSlow):
+        openqq.fetch(server.url, seconds=0.4).read()
+
+
+def test_a_peer_that_does_not_read_ends_at_the_deadline(upstream):
+    server = upstream([lambda sock: server.ended.wait(8.0)])
+    with pytest.raises(openqq.TooSlow):
+        openqq.fetch(server.url, "POST", body=b"x" * (32 << 20), seconds=0.5)
+
+
+def test_an_answer_is_read_up_to_its_limit_only(upstream):
+    server = upstream([good(b"x" * 300_000)])
+    assert openqq.fetch(server.url).read(1000) == b"x" * 1000
+
+
+FORBIDDEN = ["169.254.169.254", "169.254.0.1", "100.100.100.200", "192.0.0.192", "fe80::1",
+             "fe80::1%lo", "febf::1", "FE80:0:0:0::1", "fd00:ec2::254", "fd20:ce::254",
+             "::ffff:169.254.169.254", "::ffff:a9fe:a9fe", "::169.254.169.254",
+             "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "0:0:0:0:0:ffff:6464:64c8"]
+OTHER_SPELLINGS = ["2852039166", "0xa9fea9fe", "0xA9.0xfe.43518", "169.254.43518",
+                   "0251.0376.0251.0376", "169.16689662"]
+
+
+@pytest.mark.parametrize("address", FORBIDDEN)
+def test_forbidden_addresses_are_known_in_every_spelling(address):
+    assert openqq.is_forbidden(address)
+
+
+@pytest.mark.parametrize("host", [host for host in FORBIDDEN if "%" not in host]
+                         + OTHER_SPELLINGS)
+def test_forbidden_addresses_are_never_called(host):
+    until = time.monotonic() + 0.2
+    with pytest.raises(openqq.Unreachable, match="link-local and metadata"):
+        openqq.connect(host, 80, until)
+    with pytest.raises(openqq.Unreachable, match="link-local and metadata"):
+        openqq.fetch(f"http://[{host}]/" if ":" in host else f"http://{host}/", seconds=0.2)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "10.0.0.1", "169.253.1.1", "fec0::1",
+                                     "169.255.1.1", "::ffff:127.0.0.1", "2002:7f00:1::"])
+def test_other_addresses_may_be_called(address):
+    assert not openqq.is_forbidden(address)
+
+
+@pytest.mark.parametrize("url", [
+    "file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x", "//127.0.0.1/", "127.0.0.1", "",
+    "http://", "http:///x", "http://127.0.0.1:99999/", "http://[::1/", "gopher://x/",
+    "http://" + "a" * 70 + ".example/", "jar:http://x/"])
+def test_only_http_is_called(url):
+    with pytest.raises(openqq.Unreachable) as caught:
+        openqq.fetch(url, seconds=1.0)
+    assert not caught.value.sent
+
+
+def test_a_call_goes_out_as_its_url_says(upstream):
+    server = upstream([good(b"")] * 2)
+    openqq.fetch(f"http://us%40er:p%2Fw@127.0.0.1:{server.port}/小?q=冰%20 x&y=%E5#part").read()
+    asked = server.seen[0][1].decode()
+    assert asked.startswith("GET /%E5%B0%8F?q=%E5%86%B0%20%20x&y=%E5 HTTP/1.1\r\n")
+    assert f"\r\nHost: 127.0.0.1:{server.port}\r\n" in asked
+    secret = base64.b64encode(b"us@er:p/w").decode()
+    assert f"\r\nAuthorization: Basic {secret}\r\n" in asked
+    with pytest.raises(openqq.Unreachable):
+        openqq.fetch(server.url, fields={"X": "a\r\nY: b"})
+    assert len(server.seen) == 1
+
+
+def test_posts_are_not_redirected_to_others(guarded, receive):
+    other = receive()
+    for location, followed in [(other.url, False), ("/moved", True),
+                               (f"http://localhost:{other.port}/x", False)]:
+        first = receive(lambda event: (307, {"Location": location}, b""))
+        started = guarded.call("start_client", client="poster", token=TOKEN, post_api=first.url)
+        assert started["code"] == 0, started
+        first.next(lambda event: event.get("event") == "input_qrcode")
+        assert guarded.call("delete_client", client="poster", token=TOKEN)["code"] == 0
+        assert any(post[0] == "/moved" for post in first.posts) is followed
+    assert other.posts == []
+
+
+def test_the_environments_proxy_serves_others_but_not_this_machine(upstream):
+    server, proxy = upstream(*[[good(b"direct")]] * 2), upstream([good(b"by proxy")])
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import openqq\n"
+            "for url in sys.argv[2:]: print(openqq.fetch(url).read().decode())")
+    done = subprocess.run(
+        [sys.executable, "-c", code, HERE, server.url, f"http://localhost:{server.port}/",
+         "http://bot.example/x?y"],
+        env={**{name: value for name, value in os.environ.items()
+                if not name.lower().endswith("_proxy")}, "http_proxy": proxy.url},
+        stdout=subprocess.PIPE, check=True, timeout=WAIT)
+    assert done.stdout.decode().splitlines() == ["direct", "direct", "by proxy"]
+    assert proxy.seen[0][1].startswith(b"GET http://bot.example/x?y HTTP/1.1\r\n"
+                                       b"Host: bot.example\r\n")
+
+
+# -- the proxy to the clients
+
+SAME = ["get_user_info", "get_friend_info", "get_group_info", "get_discuss_info", "nope",
+        "search_friend", f"search_friend?name={ICE}", f"search_friend?name={ICE}&datatype=jsonp"
+        "&callback=f", "search_friend?datatype=jsonp&callback=1", "search_group?name=OpenQQ",
+        "send_friend_message?name=nobody&content=x", f"send_friend_message?name={ICE}",
+        "kick_group_member", "shutup_group_member?group_id=1", "send_sess_message?content=x"]
+
+
+def test_the_controller_gives_a_clients_answers_byte_for_byte(pair):
+    (direct, _), (through, query) = ports_of(pair)
+    for path in SAME:
+        for prefix, method in [("openqq", "GET"), ("openwx", "GET"), ("openqq", "POST"),
+                               ("openqq", "HEAD")]:
+            path = path + ("" if "?" in path else "?")
+            one = request(f"http://127.0.0.1:{direct}", f"/{prefix}/{path}", method)
+            two = request(f"http://127.0.0.1:{through}", f"/{prefix}/{path}&{query}", method)
+            assert one[0] == two[0] and one[2] == two[2], path
+            for fields in (one[1], two[1]):
+                fields.pop("date")
+                if method == "HEAD" and one[0] == 403:  # there is no GET to compare it with
+                    fields.pop("content-length")
+            assert one[1] == two[1], path
+
+
+def connections(port, states=("01",)):
+    """How many connections a server on this machine has: 01 established, 08 left by the peer."""
+    with open("/proc/net/tcp") as file:
+        rows = [line.split()[1:4] for line in file]
+    return sum(local.endswith(":%04X" % port) and state in states for local, _, state in rows)
+
+
+def test_a_caller_who_leaves_frees_the_clients_waiter(pair):
+    port = pair.state("alice")["port"]
+    line = b"GET /openqq/check_event?client=alice HTTP/1.1\r\n"
+    for where in (port, pair.port):
+        heard(pair)
+        kept = connections(port) if where == port else 0  # the controller uses its own again
+        callers = [socket.create_connection(("127.0.0.1", where), WAIT) for _ in range(8)]
+        for caller in callers:
+            caller.sendall(asking(line=line))
+        assert eventually(lambda: connections(port) >= kept + 8)
+        for caller in callers:
+            caller.close()
+        assert eventually(lambda: connections(port, ("01", "08")) <= kept)
+        pair.call("send_friend_message", client="alice", name="小冰", content="after")
+        assert "after" in [event["content"] for event in pair.call("check_event", client="alice")]
+
+
+def test_a_dead_client_is_a_502(start):
+    controller = start("controller", "--restart", "never")
+    pid = controller.login("alice")["pid"]
+    port = controller.state("alice")["port"]
+    heard(controller)
+    with socket.create_connection(("127.0.0.1", controller.port), WAIT) as waiter:
+        waiter.sendall(asking(b"Connection: close",
+                              line=b"GET /openqq/check_event?client=alice HTTP/1.1\r\n"))
+        assert eventually(lambda: connections(port))
+        os.kill(pid, signal.SIGKILL)
+        answer = b"".join(iter(lambda: waiter.recv(65536), b""))
+    [(status, _, body)] = split_answers(answer)
+    gone = {"code": 7, "status": "client not reachable"}
+    assert (status, json.loads(body)) == (502, gone)
+    for method, path in [("GET", "get_friend_info"), ("POST", "send_friend_message")]:
+        status, _, body = request(controller.base, f"/openqq/{path}?client=alice", method)
+        assert (status, json.loads(body)) == (502, gone)
+    assert "Traceback" not in controller.log.text()
+
+
+class Gateway:
+    """A server of the program's own that passes all on to an Upstream; `said` are its warnings."""
+
+    def __init__(self, port):
+        self.said = []
+        log = openqq.Log("", "fatal")
+        log.keep = self.said.append
+        proxy = openqq.Proxy("")
+        app = openqq.App(openqq.Gate(""), log, [], lambda request: proxy.forward(request, port))
+        self.server = openqq.Server(openqq.listen("127.0.0.1", 0), app, log,
+                                    openqq.Watcher(log), 9)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def gateway(upstream):
+    """gateway(script …) makes an Upstream and a Gateway to it, which end with the test."""
+    gateways = []
+
+    def begin(*script):
+        server = upstream(*script)
+        gateways.append(Gateway(server.port))
+        return server, gateways[-1]
+
+    yield begin
+    for one in gateways:
+        one.server.shutdown()
+
+
+def test_the_proxy_passes_on_what_belongs_to_the_call_only(gateway):
+    server, gate = gateway([good(b"\0\xff", b"Content-Type: image/x", b"X-Own: 1",
+                                 b"Keep-Alive: timeout=5")])
+    body = b"\xff\0a=b"
+    path = b"/openqq/x?a=%2f&b=+&c=%"
+    asked = asking(b"Content-Length: %d" % len(body), b"Content-Type: text/odd", b"X-Mine: 2",
+                   b"TE: trailers", b"Connection: close, X-Mine", b"Cookie: c", b"Sec-Fetch-Site:"
+                   b" same-origin", line=b"POST " + path + b" HTTP/1.1\r\n") + body
+    [(status, fields, answer)] = split_answers(until_closed(gate.port, asked))
+    assert (status, fields["content-type"], fields["x-own"], answer) == (
+        200, "image/x", "1", b"\0\xff")
+    assert "keep-alive" not in fields
+    head, _, came = server.seen[0][1].partition(b"\r\n\r\n")
+    lines = head.lower().split(b"\r\n")
+    assert came == body and lines[0] == b"post " + path + b" http/1.1"
+    assert b"content-type: text/odd" in lines and b"content-length: 5" in lines
+    assert not [line for line in lines if re.match(b"te:|cookie|sec-|connection: close", line)]
+
+
+def test_streams_are_passed_on_piece_by_piece(gateway):
+    go = threading.Event()
+
+    def stream(sock):
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                     b"Transfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n")
+        assert go.wait(WAIT)
+        sock.sendall(b"6\r\nsecond\r\n0\r\n\r\n")
+
+    server, gate = gateway([stream, good(b"next")])
+    connection = http.client.HTTPConnection("127.0.0.1", gate.port, timeout=WAIT)
+    connection.request("GET", "/openqq/stream")
+    reply = connection.getresponse()
+    assert reply.getheader("Content-Type") == "text/event-stream"
+    assert reply.read(5) == b"first"
+    go.set()
+    assert reply.read() == b"second"
+    connection.request("GET", "/openqq/x")
+    assert connection.getresponse().read() == b"next"
+    connection.close()
+    assert [number for number, _ in server.seen] == [0, 0] and gate.said == []
+
+
+def test_a_stream_that_breaks_off_is_seen_to_break_off(gateway):
+    _, gate = gateway([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n"],
+                      [good(b"")])
+    connection = http.client.HTTPConnection("127.0.0.1", gate.port, timeout=WAIT)
+    connection.request("GET", "/openqq/stream")
+    with pytest.raises(http.client.IncompleteRead):
+        connection.getresponse().read()
+    connection.close()
+    until_closed(gate.port, asking(b"Connection: close"))
+    assert gate.said == []
+
+
+def test_an_http_1_0_caller_gets_a_stream_without_chunks(gateway):
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n0\r\n\r\n"
+    _, gate = gateway([answer] * 2)
+    for fields in ([], [b"Connection: keep-alive"]):
+        came = until_closed(gate.port, asking(*fields, line=INFO.replace(b"1.1", b"1.0")))
+        assert came.partition(b"\r\n\r\n")[2] == b"first"
+
+
+# -- whatever comes
+
+FUZZ_SEEDS = [
+    asking(), asking(line=b"HEAD /openqq/get_friend_info?client=alice HTTP/1.0\r\n"),
+    asking(line=f"GET /openqq/search_friend?client=alice&name={ICE} HTTP/1.1\r\n".encode()),
+    asking(b"Content-Length: 27", b"Content-Type: " + FORM.encode(),
+           line=b"POST /openqq/search_group HTTP/1.1\r\n") + b"client=alice&name=OpenQQ%20",
+    asking(b"Transfer-Encoding: chunked", b"Content-Type: application/json",
+           line=b"POST /openqq/send_group_message HTTP/1.1\r\n")
+    + b'19\r\n{"client":"alice","name":1\r\nd\r\n,"content":1}\r\n0\r\n\r\n',
+    asking(b"Expect: 100-continue", b"Content-Length: 93", b"Content-Type: multipart/form-data; "
+           b"boundary=----x1", line=b"POST /openqq/search_friend?client=bob HTTP/1.1\r\n")
+    + multipart(("name", "小冰"), ("client", "alice")).encode(),
+    asking(b"Authorization: Bearer x", b"Origin: http://localhost", b"Sec-Fetch-Site: same-origin",
+           line=b"GET /local/world?x=%E5%B0&datatype=jsonp&callback=f HTTP/1.1\r\n"),
+]
+SPICE = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"%", b"%00", b"\xff", b"0", b"-1", b"+",
+         b"/", b"?", b"&", b"=", b"#", b";", b'"', b"{", b"}", b"[", b",", b"\xe5\xb0\x8f",
+         b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n",
+         b"\\ud800", b"A" * 300, b"\r\n\r\n", b"HTTP/1.0", b"OPTIONS", b"callback=("]
+
+
+def mutated(chance):
+    """A request with one to six small faults."""
+    data = chance.choice(FUZZ_SEEDS)
+    for _ in range(chance.randint(1, 6)):
+        where = chance.randrange(len(data) + 1)
+        much = chance.choice([0, 0, 1, 1, 4, 30])
+        put = chance.choice([b"", chance.choice(SPICE), bytes([chance.randrange(256)]),
+                             data[where:where + 9]])
+        data = data[:where] + put + data[where + much:]
+    return data * chance.choice([1, 1, 1, 2])
+
+
+def test_whatever_comes_the_servers_live_on(pair):
+    """A fixed seed, so that what fails once fails again; the seeds name nothing that stops."""
+    chance = random.Random(4000)
+    [(client, _), (controller, _)] = ports_of(pair)
+    pids = [pair.pid, pair.state("alice")["pid"], pair.state("bob")["pid"]]
+
+    def burden():
+        return [len(os.listdir(f"/proc/{pid}/{what}")) for pid in pids for what in ("fd", "task")]
+
+    for name in ("alice", "bob"):
+        heard(pair, name)
+    before = burden()
+    for _ in range(200):
+        for port in (client, controller):
+            answer = until_closed(port, mutated(chance), ending=True)
+            assert not answer or re.match(rb"HTTP/1\.1 [1-5][0-9][0-9] ", answer)
+            assert b"HTTP/1.1 500" not in answer
+    for name in ("alice", "bob"):
+        heard(pair, name)
+    assert eventually(lambda: all(now <= then for now, then in zip(burden(), before))), (
+        before, burden())
+    assert "Traceback" not in pair.log.text()
+
+
+# ------------------------------------------------------------------------------------------------
+# The API, on a client alone and through a controller
+# ------------------------------------------------------------------------------------------------
+
+XIAOBING, XIAOHUI = "2854196301", "2854196302"   # 小冰, the echo, and 小灰
+OPENQQ_GROUP = "20260001"
+ALL_EVENTS = ",".join(
+    ["login", "stop", "state_change", "input_qrcode", "update_user", "update_friend",
+     "update_group", "user_property_change", "friend_property_change", "group_property_change",
+     "group_member_property_change"]
+    + [way + kind for way in ("new_", "lose_")
+       for kind in ("friend", "group", "discuss", "group_member", "discuss_member")])
+FIELDS = {
+    "user": "account allow birthday blood city client_type college constel country email face "
+            "homepage id mobile name occupation personal phone province sex shengxiao signature "
+            "state uid",
+    "friend": "category client_type face flag id is_vip markname name state uid vip_level",
+    "group": "code createtime id level markname max_admin max_member memo name owner_id "
+             "owner_uid role uid",
+    "group_member": "bad_record card city client_type country id join_time last_speak_time level "
+                    "name province qage role sex state uid",
+    "discuss": "id name owner_id",
+    "discuss_member": "client_type id name state uid",
+}
+STATES = ("online", "offline", "away", "hidden", "busy", "callme", "silent")
+CLIENT_TYPES = ("pc", "mobile", "iphone", "web", "unknown")
+NUMBERS = ("pid", "port", "runtime", "starttime", "max_member", "max_admin", "priority", "code",
+           "call_on_load", "auto_call")
+ECHO_KEYS = "class content id post_type receiver receiver_id receiver_uid sender sender_id " \
+            "sender_uid time type"
+SENT_KEYS = "class code content from id info msg post_type sender sender_id sender_uid source " \
+            "time ttl type"
+PEER_KEYS = " receiver receiver_id receiver_uid"
+CIRCLE_KEYS = {"group": " group group_id group_uid", "discuss": " discuss discuss_id"}
+
+
+class Face:
+    """One account's API: on its client, or on the controller with client=. `receiver` gets its
+    events, `path` names one of its files."""
+
+    def __init__(self, program, account, receiver=None, controlled=False):
+        self.program, self.account, self.receiver = program, account, receiver
+        self.base, self.path, self.controlled = program.base, program.path, controlled
+
+    def raw(self, api, method="GET", timeout=60.0, **params):
+        """(status, headers, body); a POST carries its parameters in a form."""
+        path = api if api.startswith("/") else "/openqq/" + api
+        if self.controlled and path.startswith("/open"):
+            params["client"] = self.account
+        query = urllib.parse.urlencode(params)
+        if method == "GET":
+            return request(self.base, f"{path}?{query}", timeout=timeout)
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        return request(self.base, path, method, query, form, timeout)
+
+    def call(self, api, method="GET", **params):
+        return json.loads(self.raw(api, method, **params)[2])
+
+    def change(self, do, what, uid="", place="", **properties):
+        """A change of the world, which must work."""
+        answer = self.program.call("/local/change", **dict(
+            properties, do=do, what=what, uid=uid, **({"in": place} if place else {})))
+        assert answer["code"] == 0, answer
+        return answer["uid"]
+
+    def say(self, content, who=XIAOHUI, **params):
+        """Let somebody of the world speak."""
+        return self.program.call("/local/say", **dict(
+            {"client": self.account, "content": content, "from": who}, **params))
+
+    def friend(self, name):
+        return self.call("search_friend", name=name)[0]
+
+    def group(self, name="OpenQQ"):
+        return self.call("search_group", name=name)[0]
+
+    def discuss(self, name="OpenQQ"):
+        return [row for row in self.call("get_discuss_info") if row["name"] == name][0]
+
+    def event(self, name):
+        """The params of the next event of that name that is posted."""
+        row = self.receiver.next(lambda event: event.get("event") == name)
+        assert set(row) == {"event", "params", "post_type"} and row["post_type"] == "event"
+        return row["params"]
+
+    def sent(self, content):
+        return self.receiver.next(lambda event: event.get("content") == content
+                                  and event["post_type"] == "send_message")
+
+    def both(self, content):
+        """A message as it was sent and its echo as it was received, as they are posted."""
+        found = {}
+        while len(found) < 2:
+            event = self.receiver.next(lambda event: event.get("content") == content)
+            found[event["class"]] = event
+        return found["send"], found["recv"]
+
+    def mark(self):
+        """The seq of the newest event; nothing is taken from anybody."""
+        content = f"mark {time.monotonic_ns()}"
+        assert self.say(content)["code"] == 0
+        return self.since(0, content)[-1]["seq"]
+
+    def forget(self):
+        """Pass over all that was posted so far."""
+        while not self.receiver.events.empty():
+            self.receiver.events.get()
+
+    def since(self, seq, content):
+        """The events after seq, up to the message with this content."""
+        found = []
+        while content not in [event.get("content") for event in found]:
+            found += self.call("check_event", since=found[-1]["seq"] if found else seq)
+        last = [event.get("content") for event in found].index(content)
+        return found[:last + 1]
+
+    def state(self):
+        if self.controlled:
+            return self.program.state(self.account)
+        with open(self.path(f"state_{self.account}.json"), encoding="utf-8") as file:
+            return json.load(file)
+
+    def wait_for(self, state):
+        """Until the account is in this state, by the events that it posts."""
+        self.receiver.next(lambda event: event.get("event") == "state_change"
+                           and event["params"][1] == state)
+
+    def ticket(self, count=1):
+        """The ticket of the count-th QR code that the account showed."""
+        return self.program.log.wait(rf"\[{self.account}\].*ticket=(\w+)", count).group(1)
+
+
+def begin_face(controlled, tmpdir, receiver, **settings):
+    """alice, in a program of her own kind; she shows a QR code."""
+    words = [f"--{name}={value}" for name, value in settings.items()]
+    if not controlled:
+        program = Program(tmpdir, "client", "--account", "alice", "--post-api", receiver.url,
+                          *words).ready()
+        return Face(program, "alice", receiver)
+    program = Program(tmpdir, "controller").ready()
+    started = program.call("start_client", client="alice", post_api=receiver.url, **settings)
+    assert started["code"] == 0, started
+    return Face(program, "alice", receiver, True)
+
+
+def logged_in(face):
+    assert face.program.call("/local/login", client=face.account)["code"] == 0
+    return face
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """A client alone, alice running."""
+    receiver = Receiver()
+    face = logged_in(begin_face(False, tmp_path_factory.mktemp("alone"), receiver,
+                                post_event_list=ALL_EVENTS))
+    yield face
+    assert face.program.stop() == 0
+    assert "Traceback" not in face.program.log.text()
+    receiver.close()
+
+
+@pytest.fixture(scope="session")
+def together(tmp_path_factory):
+    """A controller with alice (all events posted) and bob (the usual ones): their faces."""
+    receivers = [Receiver(), Receiver()]
+    alice = logged_in(begin_face(True, tmp_path_factory.mktemp("together"), receivers[0],
+                                 post_event_list=ALL_EVENTS))
+    alice.program.login("bob", post_api=receivers[1].url)
+    yield alice, Face(alice.program, "bob", receivers[1], True)
+    assert alice.program.stop() == 0
+    assert "Traceback" not in alice.program.log.text()
+    for receiver in receivers:
+        receiver.close()
+
+
+@pytest.fixture(params=["alone", "controller"])
+def face(request):
+    """alice's API on a client alone and through a controller."""
+    if request.param == "alone":
+        return request.getfixturevalue("alone")
+    return request.getfixturevalue("together")[0]
+
+
+@pytest.fixture(params=["alone", "controller"])
+def fresh(request, tmp_path, receive):
+    """fresh(**settings): alice of a new program, not logged in; again: of the same tmpdir."""
+    faces = []
+
+    def begin(**settings):
+        faces.append(begin_face(request.param == "controller", tmp_path, receive(), **settings))
+        return faces[-1]
+
+    yield begin
+    for one in faces:
+        one.program.stop()
+
+
+def assert_object(row, kind, numeric=False):
+    """A row has the documented members of a kind, and these are of the documented types."""
+    members = row.get("member") if kind in ("group", "discuss") else None
+    assert set(row) - {"member"} == set(FIELDS[kind].split()), kind
+    for name, value in row.items():
+        if name == "member" or value is None:
+            continue
+        is_id = re.fullmatch("(.*_)?u?id", name)
+        wanted = int if name in NUMBERS and name != "code" or (numeric and is_id) else str
+        assert type(value) is wanted, f"{kind} {name} {value!r}"
+        assert not is_id or str(value).isdigit(), f"{kind} {name} {value!r}"
+    assert row["id"] is not None and row["name"]
+    for name, words in ("state", STATES), ("client_type", CLIENT_TYPES):
+        assert row.get(name, words[0]) in words, f"{kind} {name}"
+    for member in members or []:
+        assert_object(member, kind + "_member", numeric)
+
+
+# -- reading
+
+LISTS = [("get_friend_info", "friend", None), ("get_group_info", "group", True),
+         ("get_group_basic_info", "group", False), ("get_discuss_info", "discuss", True)]
+
+
+def test_everything_that_is_read_has_the_documented_fields_and_types(face):
+    user = face.call("get_user_info")
+    assert_object(user, "user")
+    assert (user["account"], user["name"], user["state"]) == ("alice", "alice", "online")
+    assert user["uid"] != user["id"]
+    for api, kind, with_members in LISTS:
+        rows = face.call(api)
+        assert rows, api
+        for row in rows:
+            assert_object(row, kind)
+            assert bool(row.get("member")) == bool(with_members), api
+    names = [row["name"] for row in face.call("get_friend_info")]
+    assert {"小冰", "小灰"} <= set(names) and "alice" not in names
+    assert all(row["uid"] != row["id"] for row in face.call("get_friend_info"))
+
+
+def test_the_first_account_owns_the_group_openqq(face):
+    group, user = face.group(), face.call("get_user_info")
+    assert (group["owner_uid"], group["owner_id"], group["role"]) == (
+        user["uid"], user["id"], "create")
+    roles = {row["name"]: row["role"] for row in group["member"]}
+    assert (roles["alice"], roles["小冰"]) == ("owner", "member")
+    assert [row["name"] for row in group["member"]].count("alice") == 1
+    assert face.discuss()["owner_id"] == user["id"]
+
+
+def test_the_second_account_attends_what_the_first_one_owns(together):
+    alice, bob = together
+    group = bob.group()
+    assert (group["role"], group["owner_uid"]) == (
+        "attend", alice.call("get_user_info")["uid"])
+    assert group["id"] != alice.group()["id"]  # ids are the viewer's own
+
+
+SEARCHES = [
+    ("friend", {"name": "小冰"}, 1), ("friend", {"uid": XIAOBING}, 1),
+    ("friend", {"uid": XIAOBING, "name": "小冰", "category": "我的好友"}, 1),
+    ("friend", {"displayname": "小灰"}, 1), ("friend", {"id": "{friend[id]}"}, 1),
+    ("friend", {"uid": XIAOBING, "name": "小灰"}, 0), ("friend", {"name": "小"}, 0),
+    ("friend", {}, 0), ("friend", {"nonsense": "1"}, 0), ("friend", {"markname": ""}, 0),
+    ("friend", {"markname": "None"}, 0), ("friend", {"uid": XIAOBING, "nonsense": "1"}, 0),
+    ("group", {"name": "OpenQQ"}, 1), ("group", {"uid": OPENQQ_GROUP, "role": "create"}, 1),
+    ("group", {"id": "{group[id]}"}, 1), ("group", {"max_member": "2000", "name": "OpenQQ"}, 1),
+    ("group", {"uid": "1"}, 0), ("group", {}, 0), ("group", {"member": "1"}, 0),
+]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_search_finds_what_equals_every_attribute(face, method):
+    known = {"friend": face.friend("小冰"), "group": face.group()}
+    for kind, keys, count in SEARCHES:
+        keys = {name: value.format(**known) for name, value in keys.items()}
+        found = face.call("search_" + kind, method, **keys)
+        if not count:
+            assert found == {"code": 100, "status": "object not found"}, keys
+            continue
+        assert len(found) == count, keys
+        assert_object(found[0], kind)
+        assert kind != "group" or found[0]["member"]
+
+
+def test_parameters_about_the_call_are_no_search_keys(face):
+    about = {"client": "alice", "_": "1", "datatype": "json", "callback": "f", "token": "x",
+             "access_token": "y"}
+    found = face.call("search_friend", uid=XIAOBING, **about)
+    assert [row["name"] for row in found] == ["小冰"]
+    assert face.call("search_friend", **about)["code"] == 100
+
+
+def test_get_client_info_tells_about_the_program(face):
+    for method in "GET", "POST":
+        row = face.call("get_client_info", method)
+        assert set(row) == set("account code http_debug log_encoding log_level log_path os pid "
+                               "runtime starttime status version".split())
+        assert (row["account"], row["code"], row["status"]) == ("alice", 0, "success")
+        assert (row["http_debug"], row["log_encoding"], row["log_path"]) == ("0", None, None)
+        assert row["version"] == openqq.VERSION and row["os"] == sys.platform
+        assert row["pid"] == face.state()["pid"]
+        assert all(type(row[name]) is int for name in ("pid", "runtime", "starttime", "code"))
+        assert 0 <= row["runtime"] <= time.time() - row["starttime"] + 1
+
+
+def test_numeric_ids_makes_numbers_of_all_ids_at_once(fresh):
+    face = logged_in(fresh(numeric_ids=1))
+    assert_object(face.call("get_user_info"), "user", True)
+    for api, kind, _ in LISTS:
+        for row in face.call(api):
+            assert_object(row, kind, True)
+    friend = face.friend("小冰")
+    assert_object(friend, "friend", True)
+    sent = face.call("send_friend_message", id=friend["id"], content="数")
+    own, echo = face.both("数")
+    for message in echo, own:
+        assert all(type(message[name]) is int for name in (
+            "id", "time", "sender_id", "sender_uid", "receiver_id", "receiver_uid"))
+    assert (own["id"], echo["sender_id"], echo["sender_uid"]) == (
+        sent["id"], friend["id"], friend["uid"])
+
+
+# -- sending
+
+FOUND = [
+    ("friend", {"id": "{friend[id]}"}), ("friend", {"uid": "{friend[uid]}"}),
+    ("friend", {"name": "小灰"}), ("friend", {"displayname": "小灰"}),
+    ("friend", {"id": "{friend[id]}", "uid": "{friend[uid]}", "name": "小灰",
+                "displayname": "小灰"}),
+    ("friend", {"id": "", "uid": "{friend[uid]}"}),
+    ("group", {"id": "{group[id]}"}), ("group", {"uid": "{group[uid]}"}),
+    ("group", {"name": "OpenQQ"}), ("group", {"displayname": "OpenQQ"}),
+    ("group", {"id": "{group[id]}", "name": "OpenQQ"}),
+    ("discuss", {"id": "{discuss[id]}"}), ("discuss", {"name": "OpenQQ"}),
+    ("discuss", {"id": "{discuss[id]}", "name": "OpenQQ"}),
+    ("sess", {"group_id": "{group[id]}", "id": "{friend[id]}"}),
+    ("sess", {"group_id": "{group[id]}", "uid": "{friend[uid]}"}),
+    ("sess", {"group_uid": "{group[uid]}", "id": "{friend[id]}"}),
+    ("sess", {"group_uid": "{group[uid]}", "uid": "{friend[uid]}"}),
+    ("sess", {"group_id": "{group[id]}", "group_uid": "{group[uid]}", "id": "{friend[id]}",
+              "uid": "{friend[uid]}"}),
+    ("sess", {"discuss_id": "{discuss[id]}", "id": "{friend[id]}"}),
+    ("sess", {"discuss_id": "{discuss[id]}", "uid": "{friend[uid]}"}),
+]
+NO_FRIEND, NO_GROUP, NO_DISCUSS = (100, "friend not found"), (101, "group not found"), (
+    102, "discuss not found")
+NO_GROUP_MEMBER, NO_DISCUSS_MEMBER = (103, "group member not found"), (
+    104, "discuss member not found")
+NEITHER = 105, "discuss member or group member  not found"
+NOT_FOUND = [
+    ("friend", {}, NO_FRIEND), ("friend", {"id": "1"}, NO_FRIEND),
+    ("friend", {"uid": "{friend[id]}"}, NO_FRIEND),
+    ("friend", {"uid": "{friend[uid]}", "name": "小冰"}, NO_FRIEND),
+    ("friend", {"category": "我的好友"}, NO_FRIEND), ("friend", {"uid": "{user[uid]}"}, NO_FRIEND),
+    ("group", {}, NO_GROUP), ("group", {"uid": "1"}, NO_GROUP),
+    ("group", {"uid": "{group[uid]}", "displayname": "x"}, NO_GROUP),
+    ("group", {"role": "create"}, NO_GROUP),
+    ("discuss", {}, NO_DISCUSS), ("discuss", {"id": "1"}, NO_DISCUSS),
+    ("discuss", {"id": "{discuss[id]}", "name": "x"}, NO_DISCUSS),
+    ("discuss", {"uid": "30260001"}, NO_DISCUSS),
+    ("sess", {"group_id": "{group[id]}"}, NO_GROUP_MEMBER),
+    ("sess", {"group_id": "1", "id": "{friend[id]}"}, NO_GROUP_MEMBER),
+    ("sess", {"group_uid": "{group[uid]}", "uid": "1"}, NO_GROUP_MEMBER),
+    ("sess", {"group_uid": "{group[uid]}", "uid": "{friend[uid]}", "id": "1"}, NO_GROUP_MEMBER),
+    ("sess", {"discuss_id": "{discuss[id]}"}, NO_DISCUSS_MEMBER),
+    ("sess", {"discuss_id": "1", "id": "{friend[id]}"}, NO_DISCUSS_MEMBER),
+    ("sess", {"discuss_id": "{discuss[id]}", "uid": "1"}, NO_DISCUSS_MEMBER),
+    ("sess", {}, NEITHER), ("sess", {"id": "{friend[id]}", "uid": "{friend[uid]}"}, NEITHER),
+]
+
+
+def those_known(face):
+    """What the tables name: oneself, 小灰, the group and the discuss."""
+    return {"user": face.call("get_user_info"), "friend": face.friend("小灰"),
+            "group": face.group(), "discuss": face.discuss()}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_receiver_is_found_by_every_documented_key(face, method):
+    known, ids = those_known(face), []
+    for number, (kind, keys) in enumerate(FOUND):
+        keys = {name: value.format(**known) for name, value in keys.items()}
+        content = f"{method} {number} <{kind}> & 你好"
+        sent = face.call(f"send_{kind}_message", method, content=content, **keys)
+        assert sent == {"code": 0, "id": sent["id"], "info": "发送正常", "status": "发送成功"}, keys
+        assert type(sent["id"]) is int
+        ids.append(sent["id"])
+        message = face.sent(content)
+        assert (message["type"], message["id"]) == (kind + "_message", str(sent["id"]))
+        if "receiver_uid" in message:
+            assert message["receiver_uid"] == known["friend"]["uid"]
+    assert ids == list(range(ids[0], ids[0] + len(ids)))
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_what_is_not_found_is_told_in_the_documented_words(face, method):
+    known = those_known(face)
+    for kind, keys, (code, status) in NOT_FOUND:
+        keys = {name: value.format(**known) for name, value in keys.items()}
+        for extra in {}, {"async": "1"}:
+            answer = face.call(f"send_{kind}_message", method, content="x", **dict(keys, **extra))
+            assert answer == {"code": code, "id": None, "status": status}, (kind, keys)
+
+
+EACH_KIND = [("friend", {"uid": "{friend[uid]}"}), ("group", {"uid": "{group[uid]}"}),
+             ("discuss", {"id": "{discuss[id]}"}),
+             ("sess", {"group_uid": "{group[uid]}", "uid": "{friend[uid]}"}),
+             ("sess", {"discuss_id": "{discuss[id]}", "uid": "{friend[uid]}"})]
+
+
+def test_async_answers_at_once_and_sends_all_the_same(face):
+    known = those_known(face)
+    for number, (kind, keys) in enumerate(EACH_KIND):
+        keys = {name: value.format(**known) for name, value in keys.items()}
+        answer = face.call(f"send_{kind}_message", content=f"async {number}",
+                           **dict(keys, **{"async": 1}))
+        assert answer == {"code": 0, "status": "request already in execution"}
+    for number in range(len(EACH_KIND)):
+        assert face.sent(f"async {number}")["code"] == 0
+
+
+def test_without_content_a_send_is_refused_at_once(face):
+    known = those_known(face)
+    for kind, keys in EACH_KIND:
+        keys = {name: value.format(**known) for name, value in keys.items()}
+        for extra in {}, {"content": ""}, {"async": "1"}:
+            status, _, body = face.raw(f"send_{kind}_message", **dict(keys, **extra))
+            assert (status, json.loads(body)) == (
+                400, {"code": 400, "status": "content missing"}), (kind, extra)
+
+
+def test_messages_of_all_kinds_go_out_in_the_order_of_their_coming(face):
+    known, seq, contents = those_known(face), face.mark(), []
+    for number in range(15):
+        kind, keys = EACH_KIND[number % len(EACH_KIND)]
+        keys = {name: value.format(**known) for name, value in keys.items()}
+        contents.append(f"order {number}")
+        face.call(f"send_{kind}_message", content=contents[-1], **dict(keys, **{"async": 1}))
+    events = face.since(seq, contents[-1])
+    assert [event["content"] for event in events] == contents
+    ids = [int(event["id"]) for event in events]
+    assert ids == list(range(ids[0], ids[0] + len(ids)))
+
+
+# -- messages
+
+def test_messages_received_and_sent_have_exactly_the_documented_members(face):
+    known = those_known(face)
+    user, echo = known["user"], face.friend("小冰")
+    known["friend"] = echo
+    for number, (kind, keys) in enumerate(EACH_KIND):
+        via = {"group": "group", "discuss": "discuss"}.get(
+            kind, "" if kind == "friend" else "group" if "group_uid" in keys else "discuss")
+        keys = {name: value.format(**known) for name, value in keys.items()}
+        content, before = f"小冰 {number}", int(time.time())
+        answer = face.call(f"send_{kind}_message", content=content, **keys)
+        sent, heard = face.both(content)
+        own = CIRCLE_KEYS.get(via, "") + (" via" if kind == "sess" else "")
+        peer = PEER_KEYS if kind in ("friend", "sess") else ""
+        assert set(sent) == set((SENT_KEYS + peer + own).split()), kind
+        assert set(heard) == set((ECHO_KEYS + own).split()), kind
+        wanted = {"class": "send", "code": 0, "content": content, "from": "api",
+                  "info": "发送正常", "msg": "发送成功", "source": "local", "sender": "alice",
+                  "sender_id": user["id"], "sender_uid": user["uid"], "id": str(answer["id"]),
+                  "type": kind + "_message", "post_type": "send_message"}
+        assert {name: sent[name] for name in wanted} == wanted
+        wanted = {"class": "recv", "content": content, "receiver": "alice", "sender": "小冰",
+                  "receiver_id": user["id"], "receiver_uid": user["uid"],
+                  "sender_id": echo["id"], "sender_uid": XIAOBING, "type": kind + "_message",
+                  "post_type": "receive_message"}
+        assert {name: heard[name] for name in wanted} == wanted
+        for message in sent, heard:
+            assert before <= int(message["time"]) <= time.time()
+            assert all(type(value) is (int if name in ("code", "ttl") else str)
+                       for name, value in message.items()), message
+            assert message.get("via") == (via if kind == "sess" else None)
+            if via:
+                assert message[via] == "OpenQQ" and message[via + "_id"] == known[via]["id"]
+                assert message.get("group_uid") == (OPENQQ_GROUP if via == "group" else None)
+            if peer and message is sent:
+                assert (message["receiver"], message["receiver_uid"]) == ("小冰", XIAOBING)
+
+
+def test_a_message_is_told_before_what_answers_it(face):
+    for number in range(10):
+        face.call("send_friend_message", uid=XIAOBING, content=f"turn {number}")
+        told = [face.receiver.next(lambda event: event.get("content") == f"turn {number}")["class"]
+                for _ in range(2)]
+        assert told == ["send", "recv"], number
+
+
+def test_the_echo_answers_friends_always_and_a_group_only_when_it_is_named(face):
+    seq = face.mark()
+    face.call("send_group_message", uid=OPENQQ_GROUP, content="谁在?")
+    face.call("send_discuss_message", name="OpenQQ", content="谁在呢?")
+    face.call("send_group_message", uid=OPENQQ_GROUP, content="小冰在?")
+    face.call("send_friend_message", uid=XIAOHUI, content="小冰在吗?")
+    face.call("send_friend_message", uid=XIAOBING, content="在")
+    echoes = [(event["type"], event["content"]) for event in face.since(seq, "在")
+              if event["class"] == "recv"]
+    if ("friend_message", "在") not in echoes:  # the call came between the message and its echo
+        echoes += [("friend_message", event["content"]) for event in face.call(
+            "check_event", since=seq) if event["class"] == "recv" and event["content"] == "在"]
+    assert echoes == [("group_message", "小冰在?"), ("friend_message", "在")]
+
+
+def test_a_resident_speaks_in_every_kind_of_conversation(face):
+    group, discuss = face.group(), face.discuss()
+    for content, params, wanted in [
+            ("a", {}, ("friend_message", None, None)),
+            ("b", {"from": "小灰", "type": "friend_message"}, ("friend_message", None, None)),
+            ("c", {"type": "group_message", "to": OPENQQ_GROUP},
+             ("group_message", "OpenQQ", None)),
+            ("d", {"type": "group_message", "to": "OpenQQ"}, ("group_message", "OpenQQ", None)),
+            ("e", {"type": "group_message", "to": group["id"]},
+             ("group_message", "OpenQQ", None)),
+            ("f", {"type": "discuss_message", "to": discuss["id"]},
+             ("discuss_message", None, "OpenQQ")),
+            ("g", {"type": "sess_message", "to": "OpenQQ"}, ("sess_message", "OpenQQ", None))]:
+        answer = face.say("say " + content, **params)
+        assert answer["code"] == 0, (content, answer)
+        message = face.receiver.message("say " + content)
+        assert (message["type"], message.get("group"), message.get("discuss")) == wanted
+        assert (message["sender"], message["sender_uid"]) == ("小灰", XIAOHUI)
+
+
+LOCAL_MISSES = [
+    ("say", {"client": "nobody", "from": XIAOHUI, "content": "x"}, "nobody"),
+    ("say", {"client": "alice", "from": "nobody", "content": "x"}, "nobody"),
+    ("say", {"client": "alice", "from": XIAOHUI, "content": "x", "type": "group_message",
+             "to": "nowhere"}, "nowhere"),
+    ("say", {"client": "alice", "from": XIAOHUI, "content": "x", "type": "strange"}, "strange"),
+    ("change", {"do": "add", "what": "nonsense"}, "nonsense"),
+    ("change", {"do": "set", "what": "person", "uid": "nobody", "name": "x"}, "nobody"),
+    ("change", {"do": "remove", "what": "group", "uid": "nowhere"}, "nowhere"),
+    ("change", {"do": "remove", "what": "group_member", "uid": "小灰", "in": "nowhere"},
+     "nowhere"),
+    ("change", {"do": "remove", "what": "friend", "uid": "nobody", "in": "alice"}, "nobody"),
+    ("login", {"client": "nobody"}, "nobody"),
+]
+
+
+def test_what_the_network_does_not_know_is_code_8_with_its_name(face):
+    for api, params, name in LOCAL_MISSES:
+        status, _, body = face.raw("/local/" + api, **params)
+        answer = json.loads(body)
+        assert (status, answer["code"]) == (404, 8), (params, answer)
+        assert name in answer["status"] and answer["status"].endswith("not found"), answer
+
+
+def test_a_markname_is_shown_before_a_card_and_that_before_a_name(face):
+    uid = face.change("add", "person", name="小名")
+    face.change("add", "group_member", uid, OPENQQ_GROUP, card="名片")
+    params = {"who": uid, "type": "group_message", "to": OPENQQ_GROUP}
+    face.say("by card", **params)
+    assert face.receiver.message("by card")["sender"] == "名片"
+    face.change("add", "friend", uid, "alice", markname="备注")
+    face.say("by markname", **params)
+    assert face.receiver.message("by markname")["sender"] == "备注"
+    assert face.call("search_friend", displayname="备注")[0]["uid"] == uid
+    face.call("send_friend_message", displayname="备注", content="to the markname")
+    assert face.sent("to the markname")["receiver"] == "备注"
+    face.change("remove", "person", uid)
+    assert face.event("lose_friend")[0]["uid"] == uid
+    assert uid not in [row["uid"] for row in face.group()["member"]]
+
+
+# -- events
+
+PERSON, GROUP, DISCUSS = "90001", "80001", "70001"
+STEPS = [  # do, what, uid, in, properties, event, its params: a kind, or a value
+    ("add", "person", PERSON, "", {"name": "阿一"}, None, ()),
+    ("add", "friend", PERSON, "alice", {"markname": "一号"}, "new_friend", ("friend",)),
+    ("set", "friend", PERSON, "alice", {"markname": "二号"},
+     "friend_property_change", ("friend", ["markname"], ["一号"], ["二号"])),
+    ("set", "person", PERSON, "", {"name": "阿二"},
+     "friend_property_change", ("friend", ["name"], ["阿一"], ["阿二"])),
+    ("set", "person", "alice", "", {"signature": "嗨"},
+     "user_property_change", ("user", ["signature"], [""], ["嗨"])),
+    ("set", "person", "alice", "", {"signature": ""},
+     "user_property_change", ("user", ["signature"], ["嗨"], [""])),
+    ("add", "group", GROUP, "", {"name": "新群", "owner_uid": XIAOHUI}, None, ()),
+    ("add", "group_member", "alice", GROUP, {}, "new_group", ("group",)),
+    ("add", "group_member", PERSON, GROUP, {"card": "旧片"},
+     "new_group_member", ("group_member", "group")),
+    ("set", "group_member", PERSON, GROUP, {"card": "新片"},
+     "group_member_property_change", ("group_member", ["card"], ["旧片"], ["新片"])),
+    ("set", "group_member", "alice", GROUP, {"role": "admin"},
+     "group_property_change", ("group", ["role"], ["attend"], ["manage"])),
+    ("set", "group", GROUP, "", {"name": "老群"},
+     "group_property_change", ("group", ["name"], ["新群"], ["老群"])),
+    ("remove", "group_member", PERSON, GROUP, {},
+     "lose_group_member", ("group_member", "group")),
+    ("remove", "group_member", "alice", GROUP, {}, "lose_group", ("group",)),
+    ("add", "group_member", "alice", GROUP, {}, "new_group", ("group",)),
+    ("remove", "group", GROUP, "", {}, "lose_group", ("group",)),
+    ("add", "discuss", DISCUSS, "", {"name": "闲聊", "owner_uid": XIAOHUI}, None, ()),
+    ("add", "discuss_member", "alice", DISCUSS, {}, "new_discuss", ("discuss",)),
+    ("add", "discuss_member", PERSON, DISCUSS, {},
+     "new_discuss_member", ("discuss_member", "discuss")),
+    ("remove", "discuss_member", PERSON, DISCUSS, {},
+     "lose_discuss_member", ("discuss_member", "discuss")),
+    ("remove", "discuss", DISCUSS, "", {}, "lose_discuss", ("discuss",)),
+    ("remove", "friend", PERSON, "alice", {}, "lose_friend", ("friend",)),
+    ("remove", "person", PERSON, "", {}, None, ()),
+]
+
+
+STEP_NAMES = {  # of the objects in the params
+    "new_friend": [["阿一"]], "friend_property_change": [["阿一"], ["阿二"]],
+    "user_property_change": [["alice"]], "new_group": [["新群"], ["老群"]],
+    "new_group_member": [["阿二", "新群"]], "group_member_property_change": [["阿二"]],
+    "group_property_change": [["新群"], ["老群"]], "lose_group_member": [["阿二", "老群"]],
+    "lose_group": [["老群"]], "new_discuss": [["闲聊"]], "lose_discuss": [["闲聊"]],
+    "new_discuss_member": [["阿二", "闲聊"]], "lose_discuss_member": [["阿二", "闲聊"]],
+    "lose_friend": [["阿二"]]}
+
+
+def test_every_documented_event_can_be_made_to_happen(face):
+    seq = face.mark()
+    for do, what, uid, place, properties, event, shapes in STEPS:
+        face.change(do, what, uid, place, **properties)
+        if not event:
+            continue
+        params = face.event(event)
+        assert len(params) == len(shapes), event
+        for param, shape in zip(params, shapes):
+            if isinstance(shape, list):
+                assert [param] == shape, event
+            else:
+                assert_object(param, shape)
+        names = [param["name"] for param in params if isinstance(param, dict)]
+        assert names in STEP_NAMES[event], event
+        kept = face.call("check_event", since=seq)  # the same, and nothing else of that name
+        seq = kept[-1]["seq"]
+        kept = [row for row in kept if row["event"] == event and row["params"] == params]
+        assert kept == [{"event": event, "params": params, "post_type": "event",
+                         "seq": kept[0]["seq"]}]
+
+
+@pytest.mark.parametrize("what", ["friend", "group", "discuss"])
+def test_lists_follow_the_events(face, what):
+    place = {"friend": "alice"}.get(what, "")
+    uid = "60001"
+    if what == "friend":
+        face.change("add", "person", uid, name="随从")
+    face.change("add", what, uid, place, name="随从", owner_uid="alice")
+    face.event("new_" + what)
+    names = lambda: [row["name"] for row in face.call(f"get_{what}_info")]  # noqa: E731
+    assert names().count("随从") == 1
+    if what != "friend":
+        face.change("add", what + "_member", XIAOHUI, uid)
+        face.event(f"new_{what}_member")
+        row = [row for row in face.call(f"get_{what}_info") if row["name"] == "随从"][0]
+        assert [member["name"] for member in row["member"]] == ["alice", "小灰"]
+    face.change("remove", what, uid, place)
+    face.event("lose_" + what)
+    assert "随从" not in names()
+    if what == "friend":
+        face.change("remove", "person", uid)
+
+
+def test_property_changes_are_told_only_where_they_are_listed(together):
+    alice, bob = together
+    seq = bob.mark()
+    alice.change("set", "person", XIAOHUI, face="7")
+    assert alice.event("friend_property_change")[1:] == ["face", "0", "7"]
+    assert bob.say("after the change")["code"] == 0
+    events = []
+    while not events or events[-1].get("content") != "after the change":
+        events.append(bob.receiver.next())
+    assert not [event for event in events if "property" in event.get("event", "")]
+    assert [event["content"] for event in bob.since(seq, "after the change")] == [
+        "after the change"]
+    assert bob.friend("小灰")["face"] == "7"  # known all the same
+    alice.change("set", "person", XIAOHUI, face="0")
+
+
+def test_numbers_stay_numbers_when_they_change(face):
+    uid = face.change("add", "group", name="数群", owner_uid="alice", max_member="100")
+    assert face.event("new_group")[0]["max_member"] == 100
+    face.change("set", "group", uid, max_member="500")
+    assert face.event("group_property_change")[1:] == ["max_member", 100, 500]
+    assert face.group("数群")["max_member"] == 500
+    face.change("remove", "group", uid)
+
+
+def test_check_event_answers_at_once_what_came_since_the_last_call(face):
+    seq = face.mark()
+    assert face.call("check_event")[-1]["content"].startswith("mark ")
+    for content in "one", "two":
+        assert face.say(content)["code"] == 0
+    assert [event["content"] for event in face.since(seq, "two")] == ["one", "two"]
+    for _ in range(2):  # `since` only reads
+        events = face.call("check_event", since=seq)
+        assert [event["content"] for event in events] == ["one", "two"]
+    assert events[1]["seq"] == events[0]["seq"] + 1 == seq + 2
+    assert face.call("check_event", "POST") == events
+    face.say("three")
+    assert [event["content"] for event in face.call("check_event")] == ["three"]
+    assert face.call("check_event", since=events[1]["seq"])[0]["content"] == "three"
+
+
+def test_check_event_keeps_the_newest_20(face):
+    seq = face.mark()
+    for number in range(23):
+        face.say(f"many {number}")
+    face.since(seq, "many 22")
+    for since in 0, 1, 10 ** 17:  # of another time: all that is kept
+        events = face.call("check_event", since=since)
+        assert [event["content"] for event in events] == [f"many {n}" for n in range(3, 23)]
+    assert face.call("check_event") == events
+    assert abs(events[0]["seq"] / 1000 - time.time()) < 600  # begins at the clock's milliseconds
+    assert face.raw("check_event", since="x")[0] == 400
+
+
+def test_a_waiting_check_event_is_answered_by_the_next_event(face):
+    face.mark()
+    face.call("check_event")
+    answers = queue.Queue()
+    for _ in range(2):
+        threading.Thread(target=lambda: answers.put(face.call("check_event")),
+                         daemon=True).start()
+    got = []
+    while len(got) < 2:  # whoever began to wait is woken; nobody gets the original's [null]
+        face.say("wake")
+        try:
+            got.append(answers.get(timeout=0.3))
+        except queue.Empty:
+            pass
+    assert all(events and {event["content"] for event in events} == {"wake"} for events in got)
+
+
+def test_every_waiting_caller_gets_the_event():
+    store, waiting, answers = openqq.Store(20), threading.Barrier(3), queue.Queue()
+
+    def wait(promise, seconds):
+        waiting.wait(WAIT)
+        return promise.wait(seconds)
+
+    for _ in range(2):
+        threading.Thread(target=lambda: answers.put(store.take(None, wait)), daemon=True).start()
+    waiting.wait(WAIT)
+    store.add({"event": "new_friend"})
+    both = [json.loads(answers.get(timeout=WAIT)) for _ in range(2)]
+    assert both[0] == both[1] == [{"event": "new_friend", "seq": both[0][0]["seq"]}]
+    assert store.take(None, openqq.Promise.wait, 0.01) == b"[]"  # and it is told once only
+
+
+def test_a_caller_that_went_away_takes_no_event_with_it(face):
+    face.mark()
+    face.call("check_event")
+    query = "?client=alice" if face.controlled else ""
+    for number in range(5):
+        with socket.create_connection(("127.0.0.1", face.program.port)) as caller:
+            caller.sendall(f"GET /openqq/check_event{query} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                           .encode())
+            face.call("get_client_info")
+        for _ in range(5):  # time enough for the news to reach the client
+            face.call("get_client_info")
+        face.say(f"for whoever asks {number}")
+        events = face.call("check_event")
+        assert [event["content"] for event in events] == [f"for whoever asks {number}"]
+
+
+# -- group control
+
+CONTROL_REFUSED = [  # in the order in which they are checked
+    ({}, (100, "object not found")),
+    ({"group_id": "1", "member_id": "1", "time": "x"}, (100, "object not found")),
+    ({"group_uid": "1"}, (100, "object not found")),
+    ({"group_uid": OPENQQ_GROUP, "group_id": "1"}, (100, "object not found")),
+    ({"group_uid": OPENQQ_GROUP}, (200, "member id empty")),
+    ({"group_uid": OPENQQ_GROUP, "member_id": ""}, (200, "member id empty")),
+    ({"group_uid": OPENQQ_GROUP, "member_uid": ",,"}, (200, "member id empty")),
+    ({"group_id": "{group[id]}", "member_uid": "1"}, (100, "member 1 not found")),
+    ({"group_id": "{group[id]}", "member_id": "{friend[uid]}"},
+     (100, "member {friend[uid]} not found")),
+    ({"group_uid": OPENQQ_GROUP, "member_uid": "{friend[uid]},7,8"}, (100, "member 7 not found")),
+    ({"group_uid": OPENQQ_GROUP, "member_id": "9", "member_uid": "{friend[uid]}"},
+     (100, "member 9 not found")),
+    ({"group_uid": OPENQQ_GROUP, "member_uid": "{user[uid]}"}, (201, "failure")),
+]
+BAD_TIMES = [{}, {"time": ""}, {"time": "0"}, {"time": "-1"}, {"time": "1.5"}, {"time": "x"},
+             {"time": "²"}]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_group_control_checks_in_the_documented_order(face, method):
+    known = those_known(face)
+    for params, (code, status) in CONTROL_REFUSED:
+        params = {name: value.format(**known) for name, value in params.items()}
+        wanted = {"code": code, "status": status.format(**known)}
+        assert face.call("kick_group_member", method, **params) == wanted, params
+        assert face.call("shutup_group_member", method, **dict({"time": "1"}, **params)) == wanted
+        if status == "object not found":
+            continue
+        for time_ in BAD_TIMES:  # comes before the members
+            asked = {name: value for name, value in params.items() if name != "time"}
+            assert face.call("shutup_group_member", method, **dict(asked, **time_)) == {
+                "code": 400, "status": "shutup time missing or error"}, (params, time_)
+    assert {"小冰", "小灰"} <= {row["name"] for row in face.group()["member"]}
+
+
+def test_the_owner_kicks_members_by_id_and_by_uid(face):
+    uids = [face.change("add", "person", name=name) for name in ("甲", "乙", "丙")]
+    for uid in uids:
+        face.change("add", "group_member", uid, OPENQQ_GROUP)
+        assert face.event("new_group_member")[0]["uid"] == uid
+    ids = {row["uid"]: row["id"] for row in face.group()["member"]}
+    assert face.call("kick_group_member", group_uid=OPENQQ_GROUP, member_uid=",".join(uids[:2])
+                     ) == {"code": 0, "status": "success"}
+    assert face.call("kick_group_member", group_id=face.group()["id"], member_id=ids[uids[2]],
+                     member_uid=XIAOBING)["code"] == 0  # member_id wins
+    lost = [face.event("lose_group_member") for _ in uids]
+    assert [params[0]["uid"] for params in lost] == uids
+    assert all(params[1]["uid"] == OPENQQ_GROUP for params in lost)
+    here = {row["uid"] for row in face.group()["member"]}
+    assert not here & set(uids) and XIAOBING in here
+    for uid in uids:
+        face.change("remove", "person", uid)
+
+
+def test_only_owner_and_admins_may_and_only_with_those_below_them(face):
+    face.change("add", "group", "80002", name="规矩", owner_uid=XIAOHUI)
+    for uid, role in ("alice", "member"), (XIAOBING, "admin"), ("90002", "member"):
+        if uid == "90002":
+            face.change("add", "person", uid, name="路人")
+        face.change("add", "group_member", uid, "80002", role=role)
+    face.event("new_group_member"), face.event("new_group_member")
+
+    def may(uid):
+        muted = face.call("shutup_group_member", group_uid="80002", member_uid=uid, time=1)
+        kicked = face.call("kick_group_member", group_uid="80002", member_uid=uid)
+        assert muted == kicked
+        assert muted in ({"code": 0, "status": "success"}, {"code": 201, "status": "failure"})
+        return muted["code"] == 0
+
+    assert not may("90002")
+    face.change("set", "group_member", "alice", "80002", role="admin")
+    assert face.event("group_property_change")[3] == "manage"
+    assert not may(XIAOHUI) and not may(XIAOBING)
+    assert not may(face.call("get_user_info")["uid"])
+    assert not may(f"90002,{XIAOHUI}")  # all or none
+    assert face.say("still here", "90002", type="group_message", to="80002")["code"] == 0
+    assert may("90002")
+    assert face.event("lose_group_member")[0]["uid"] == "90002"
+    assert face.say("gone", "90002", type="group_message", to="80002")["code"] == 8
+    face.change("remove", "group", "80002")
+    face.change("remove", "person", "90002")
+
+
+def test_muted_members_cannot_speak(face):
+    face.change("add", "group", "80003", name="静", owner_uid="alice")
+    face.change("add", "group_member", XIAOHUI, "80003")
+    face.event("new_group_member")
+    params = {"type": "group_message", "to": "80003"}
+    assert face.say("before", **params)["code"] == 0
+    answer = face.call("shutup_group_member", group_uid="80003", member_uid=XIAOHUI, time=1)
+    assert answer == {"code": 0, "status": "success"}
+    assert face.say("muted", **params)["code"] == 8
+    assert face.say("elsewhere")["code"] == 0  # in that group only
+    face.change("remove", "group", "80003")
+
+
+def test_a_muted_account_s_message_fails_and_says_so(together):
+    alice, bob = together
+    alice.change("add", "group", "80004", name="禁", owner_uid="alice")
+    alice.change("add", "group_member", "bob", "80004")
+    assert bob.event("new_group")[0]["role"] == "attend"
+    assert alice.event("new_group_member")[0]["name"] == "bob"
+    assert bob.call("kick_group_member", group_uid="80004", member_uid=bob.call(
+        "get_user_info")["uid"])["code"] == 201
+    member = [row for row in alice.group("禁")["member"] if row["name"] == "bob"][0]
+    assert alice.call("shutup_group_member", group_uid="80004", member_id=member["id"],
+                      time=10)["code"] == 0
+    answer = bob.call("send_group_message", uid="80004", content="嗯")
+    assert set(answer) == {"code", "id", "info", "status"}
+    assert answer["code"] in (-1, -3, -4, -5) and answer["status"] == "发送失败"
+    failed = bob.sent("嗯")
+    assert (failed["code"], failed["msg"], failed["info"], failed["id"]) == (
+        answer["code"], "发送失败", answer["info"], str(answer["id"]))
+    alice.change("remove", "group", "80004")
+
+
+# -- two accounts
+
+def test_two_accounts_chat_in_every_kind_of_conversation(together):
+    alice, bob = together
+    for one, other in (alice, bob), (bob, alice):
+        known = those_known(one)
+        known["friend"] = one.friend(other.account)
+        for number, (kind, keys) in enumerate(EACH_KIND):
+            keys = {name: value.format(**known) for name, value in keys.items()}
+            content = f"{one.account} to {other.account} {number}"
+            assert one.call(f"send_{kind}_message", content=content, **keys)["code"] == 0
+            heard = other.receiver.message(content)
+            sender = other.friend(one.account)
+            assert (heard["type"], heard["sender"], heard["sender_id"], heard["sender_uid"]) == (
+                kind + "_message", one.account, sender["id"], sender["uid"])
+            assert (heard["receiver"], heard["receiver_id"]) == (
+                other.account, other.call("get_user_info")["id"])
+
+
+def test_what_is_sent_while_somebody_is_away_arrives_once_and_in_order(together):
+    alice, bob = together
+    before = [row["id"] for row in bob.call("get_friend_info")]
+    assert bob.call("stop_client")["code"] == 0
+    bob.forget()
+    contents = [f"wait {number}" for number in range(12)]
+    known = those_known(alice)
+    known["friend"] = alice.friend("bob")
+    for number, content in enumerate(contents):
+        kind, keys = EACH_KIND[number % len(EACH_KIND)]
+        keys = {name: value.format(**known) for name, value in keys.items()}
+        assert alice.call(f"send_{kind}_message", content=content, **keys)["code"] == 0
+    started = bob.call("start_client", post_api=bob.receiver.url)
+    assert started["code"] == 0
+    alice.call("send_friend_message", name="bob", content="all now")
+    told = []  # conversations are posted side by side: in any order
+    while len([event for event in told if "content" in event]) <= len(contents):
+        told.append(bob.receiver.next())
+    assert [event["params"] for event in told if event.get("event") == "login"] == [[0]]
+    assert sorted(event["content"] for event in told if "content" in event) == sorted(
+        contents + ["all now"])
+    heard = [event["content"] for event in bob.since(0, "all now")]
+    assert heard == contents + ["all now"]
+    assert [row["id"] for row in bob.call("get_friend_info")] == before  # by its cookie: no scan
+
+
+def test_accounts_started_side_by_side_all_log_in(start):
+    controller = start("controller")
+    names, answers = [f"side{number}" for number in range(6)], queue.Queue()
+
+    def begin(name):
+        controller.call("start_client", client=name)
+        answers.put(controller.call("/local/login", client=name))
+
+    for name in names:
+        threading.Thread(target=begin, args=(name,), daemon=True).start()
+    assert [answers.get(timeout=WAIT)["code"] for _ in names] == [0] * len(names)
+    states = [row["state"] for row in controller.call("check_client")["client"]]
+    assert states == ["running"] * len(names)
+
+
+# -- the life cycle
+
+RUNNING_ONLY = "get_user_info get_friend_info get_group_info get_group_basic_info " \
+    "get_discuss_info search_friend search_group send_friend_message send_group_message " \
+    "send_discuss_message send_sess_message kick_group_member shutup_group_member".split()
+STATE_KEYS = "account cookie_path disable_color http_debug keep_cookie log_console log_encoding " \
+    "log_level log_path mode os pid pid_path plugin previous_state qrcode_count_max qrcode_path " \
+    "start_time state state_path tmpdir ua_retry_times version".split()
+PLUGINS = [
+    {"auto_call": None, "call_on_load": 1, "name": "Mojo::Webqq::Plugin::Openqq", "priority": 98},
+    {"auto_call": 1, "call_on_load": 0, "name": "Mojo::Webqq::Plugin::ShowMsg", "priority": 100}]
+
+
+def assert_state_row(row, face):
+    """The state file's content, or check_client's."""
+    assert set(row) == set(STATE_KEYS + ["port"] * face.controlled)
+    assert (row["account"], row["mode"], row["os"]) == ("alice", "online", sys.platform)
+    for name, value in row.items():
+        if name not in ("plugin", "log_encoding", "log_path", "previous_state"):
+            assert type(value) is (int if name in ("pid", "port") else str), name
+    assert (row["log_encoding"], row["log_path"]) == (None, None)
+    for kind, end in ("cookie", "dat"), ("pid", "pid"), ("qrcode", "jpg"), ("state", "json"):
+        assert row[kind + "_path"] == face.path(f"{kind}_alice.{end}")
+    assert row["tmpdir"] == face.program.tmpdir and row["version"] == openqq.VERSION
+    assert [plugin for plugin in row["plugin"] if plugin in PLUGINS] == PLUGINS
+    assert (row["qrcode_count_max"], row["keep_cookie"], row["http_debug"]) == ("10", "1", "0")
+    assert re.fullmatch("[0-9]{10}", row["start_time"])
+
+
+def files(face):
+    """Which of alice's files are there."""
+    return {kind for kind, end in [("cookie", "dat"), ("pid", "pid"), ("qrcode", "jpg"),
+                                   ("state", "json")]
+            if os.path.exists(face.path(f"{kind}_alice.{end}"))}
+
+
+def assert_waiting_for_a_scan(face):
+    """All that scaning promises."""
+    assert files(face) == {"pid", "qrcode", "state"}
+    row = face.state()
+    assert_state_row(row, face)
+    assert (row["state"], row["previous_state"]) == ("scaning", "loading")
+    for api in RUNNING_ONLY:
+        status, _, body = face.raw(api, content="x")
+        assert (status, json.loads(body)) == (
+            503, {"code": 300, "state": "scaning", "status": "client not running"}), api
+    assert face.call("get_client_info")["code"] == 0
+    path, picture, url = face.event("input_qrcode")
+    with open(path, "rb") as file:
+        data = file.read()
+    assert path == row["qrcode_path"] and data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert base64.b64decode(picture) == data and picture.endswith("\n")
+    assert max(map(len, picture.split("\n"))) == 76
+    status, headers, body = face.raw("get_qrcode")
+    assert (status, body) == (200, data)
+    assert (headers["content-type"], headers["cache-control"]) == ("image/png", "no-cache")
+    parts = urllib.parse.urlsplit(url)
+    assert request(face.base, f"{parts.path}?{parts.query}")[2] == data
+    assert f"{parts.scheme}://{parts.netloc}" == face.base
+
+
+def confirm(face, ticket, method="POST"):
+    """(status, page) of the button on a phone."""
+    status, headers, body = request(
+        face.base, "/local/confirm", method, "ticket=" + ticket,
+        {"Content-Type": "application/x-www-form-urlencoded"})
+    return status, body.decode()
+
+
+def scan(face, ticket):
+    """(status, page) of what a phone opens."""
+    query = urllib.parse.urlencode({"ticket": ticket})
+    status, headers, body = request(face.base, "/local/scan?" + query)
+    assert headers["content-type"].lower().startswith("text/html")
+    assert "default-src 'none'" in headers["content-security-policy"]
+    return status, body.decode()
+
+
+def test_a_whole_life_from_scan_to_stop_and_back_by_the_cookie(fresh):
+    face = fresh()
+    face.wait_for("scaning")
+    ticket = face.ticket()
+    assert_waiting_for_a_scan(face)
+    for unknown in "", "x", ticket[:-1], "<script>alert(1)</script>":
+        for status, text in scan(face, unknown), confirm(face, unknown):
+            assert status == 404 and "<script" not in text
+    assert face.state()["state"] == "scaning"
+    for _ in range(2):  # looking is free
+        status, text = scan(face, ticket)
+        assert status == 200 and "alice" in text and ticket in text and "<form" in text
+    assert face.event("state_change") == ["scaning", "confirming"]
+    assert face.state()["state"] == "confirming"
+    assert face.raw("get_user_info")[0] == 503
+    assert confirm(face, ticket)[0] == 200
+    assert face.event("state_change") == ["confirming", "updating"]
+    assert face.event("state_change") == ["updating", "running"]
+    assert face.event("login") == [1]
+    for status, text in scan(face, ticket), confirm(face, ticket):  # once only
+        assert status == 404
+    assert (face.state()["state"], face.state()["previous_state"]) == ("running", "updating")
+    assert files(face) == {"pid", "cookie", "state"}
+    status, _, body = face.raw("get_qrcode")
+    assert (status, body) == (404, b"")
+    ids = [face.call("get_user_info")["id"]] + [row["id"] for row in face.call("get_friend_info")]
+
+    assert face.program.stop() == 0
+    assert face.event("state_change") == ["running", "stop"]
+    assert face.event("stop") == []
+    assert files(face) == {"cookie", "state"}
+    with open(face.path("state_alice.json"), encoding="utf-8") as file:
+        assert json.load(file)["state"] == "stop"
+    names = os.listdir(face.program.tmpdir)
+    assert not [name for name in names if name.endswith((".pid", ".tmp"))]
+
+    again = fresh()  # under a controller: started again before anybody asks for it
+    again.receiver = again.receiver if not again.controlled else face.receiver
+    assert again.event("login") == [0]
+    assert files(again) == {"pid", "cookie", "state"}
+    assert "ticket=" not in again.program.log.text()
+    assert ids == [again.call("get_user_info")["id"]] + [
+        row["id"] for row in again.call("get_friend_info")]
+
+
+def test_relogin_shows_a_new_code_and_changes_the_ids(alone, together):
+    faces = [alone, together[0]]
+    before = []
+    for face in faces:  # side by side, for it takes its 3 seconds
+        before.append([row["id"] for row in face.call("get_friend_info")])
+        answer = face.call("relogin", "POST" if face.controlled else "GET")
+        pid = face.call("get_client_info")["pid"]
+        assert answer == {"account": "alice", "code": 0,
+                          "status": f"success, client({pid}) will relogin in 3 seconds"}
+        assert face.call("get_user_info")["name"] == "alice"  # until then it works
+    for face, ids in zip(faces, before):
+        assert face.event("state_change") == ["running", "scaning"]
+        assert not os.path.exists(face.path("cookie_alice.dat"))
+        assert face.raw("get_qrcode")[0] == 200
+        assert face.raw("get_friend_info")[0] == 503
+        logged_in(face)
+        assert face.event("login") == [1]
+        assert not set(ids) & {row["id"] for row in face.call("get_friend_info")}
+        assert face.say("back")["code"] == 0
+        assert face.receiver.message("back")["sender_id"] == face.friend("小灰")["id"]
+
+
+def test_stop_client_on_a_client_stops_it_in_3_seconds(start, tmp_path):
+    clients = {method: start("client", "--account", "alice", tmpdir=tmp_path / method)
+               for method in ("GET", "POST")}
+    for method, client in clients.items():  # in any state: nobody has scanned yet
+        before = time.time()
+        answer = json.loads(request(client.base, "/openqq/stop_client", method)[2])
+        assert answer == {
+            "account": "alice", "code": 0, "pid": client.pid, "runtime": answer["runtime"],
+            "starttime": answer["starttime"],
+            "status": f"success, client({client.pid}) will stop in 3 seconds"}
+        assert type(answer["runtime"]) is int and type(answer["starttime"]) is int
+        assert answer["starttime"] <= before and client.process.poll() is None
+    for client in clients.values():
+        assert client.process.wait(WAIT) == 0
+        assert sorted(os.listdir(client.tmpdir))
+        assert not os.path.exists(client.path("pid_alice.pid"))
+        assert not os.path.exists(client.path("qrcode_alice.jpg"))
+
+
+def test_login_by_password_needs_no_scan(fresh):
+    face = fresh(login_type="login", pwd="whatever")
+    assert face.event("login") in ([0], [1])
+    assert face.call("get_user_info")["account"] == "alice"
+    assert "ticket=" not in face.program.log.text()
+    for name in os.listdir(face.program.tmpdir):
+        with open(os.path.join(face.program.tmpdir, name), "rb") as file:
+            assert b"whatever" not in file.read(), name
+
+
+def test_a_client_that_may_show_no_code_stops(start):
+    client = start("client", "--account", "alice", "--qrcode-count-max", "0")
+    assert client.process.wait(WAIT) == 0
+    with open(client.path("state_alice.json"), encoding="utf-8") as file:
+        assert json.load(file)["state"] == "stop"
+
+
+def test_lists_that_are_not_wanted_stay_empty(start):
+    client = start("client", "--account", "alice", "--is-init-friend", "0", "--is-init-group",
+                   "0", "--is-init-discuss=0")
+    assert client.call("/local/login", client="alice")["code"] == 0
+    for api, _, _ in LISTS:
+        assert client.call(api) == []
+    assert client.call("get_user_info")["name"] == "alice"
+
+
+# -- the world
+
+def everything(controller):
+    world = controller.call("/local/world")
+    assert world.pop("code") == 0
+    return world
+
+
+def in_any_order(value):
+    """A copy with all lists sorted."""
+    if isinstance(value, dict):
+        return {name: in_any_order(item) for name, item in value.items()}
+    return sorted(map(in_any_order, value), key=repr) if isinstance(value, list) else value
+
+
+def test_a_world_is_read_back_as_it_was_shown(start, tmp_path):
+    first = start("controller", tmpdir=tmp_path / "first")
+    first.login("alice")
+    for row in [{"what": "person", "uid": "4711", "name": "老王", "echo": "1", "sex": "male"},
+                {"what": "group", "uid": "4712", "name": "棋", "owner_uid": "4711"},
+                {"what": "group_member", "uid": "alice", "in": "棋", "card": "马", "role": "admin"},
+                {"what": "discuss", "uid": "4713", "name": "茶", "owner_uid": "alice"},
+                {"what": "friend", "uid": "4711", "in": "alice"}]:
+        assert first.call("/local/change", do="add", **row)["code"] == 0
+    world = everything(first)
+    path = tmp_path / "world.json"
+    path.write_text(json.dumps(first.call("/local/world")), encoding="utf-8")
+    assert first.stop() == 0
+    second = start("controller", "--world", str(path), tmpdir=tmp_path / "second")
+    assert everything(second) == world
+    second.login("alice")
+    assert everything(second) == world  # somebody it knows joins nothing anew
+    alice = Face(second, "alice", controlled=True)
+    assert {row["name"] for row in alice.call("get_friend_info")} == {"小冰", "小灰", "老王"}
+    group = alice.group("棋")
+    assert group["role"] == "manage"
+    assert {(row["name"], row["role"], row["card"]) for row in group["member"]} == {
+        ("老王", "owner", None), ("alice", "admin", "马")}
+    alice.call("send_friend_message", uid="4711", content="喂")
+    assert alice.since(0, "喂") and [event for event in alice.call("check_event", since=0)
+                                    if event["class"] == "recv"][:1]
+    second.login("carol")  # new to that world: everybody's friend, in OpenQQ
+    carol = Face(second, "carol", controlled=True)
+    assert {row["name"] for row in carol.call("get_friend_info")} == {
+        "小冰", "小灰", "老王", "alice"}
+    assert [row["name"] for row in carol.call("get_group_info")] == ["OpenQQ"]
+
+
+def test_a_group_of_2000_members_works_and_its_numbers_are_strings(start, tmp_path):
+    people = [{"uid": 500_000 + number, "name": f"人{number}", "is_vip": 1, "qage": 9}
+              for number in range(2_000)]
+    world = {"people": people + [{"uid": "99077", "name": "alice"}],
+             "groups": [{"uid": 77, "name": "大群", "owner_uid": 500_000, "max_member": 2_000,
+                         "createtime": 1_500_000_000,
+                         "member": [{"uid": row["uid"]} for row in people]}],
+             "discuss": [], "friends": []}
+    alice_uid = world["people"][-1]["uid"]
+    world["groups"][0]["member"].append({"uid": alice_uid, "role": "admin"})
+    world["friends"] = [[500_000, alice_uid]]
+    path = tmp_path / "world.json"
+    path.write_text(json.dumps(world), encoding="utf-8")
+    program = start("client", "--account", "alice", "--world", str(path))
+    face = logged_in(Face(program, "alice"))
+    group = face.group("大群")
+    assert len(group["member"]) == 2_001
+    assert_object(group, "group")
+    assert (group["owner_uid"], group["role"], group["createtime"]) == (
+        "500000", "manage", "1500000000")
+    assert_object(face.call("get_friend_info")[0], "friend")
+    assert face.call("send_group_message", name="大群", content="大家好")["code"] == 0
+    assert face.say("好", "人1999", type="group_message", to="大群")["code"] == 0
+    assert face.since(0, "好")[-1]["sender"] == "人1999"
+    assert face.call("kick_group_member", group_uid=77, member_uid=500_001)["code"] == 0
+    event = face.call("check_event", since=face.since(0, "好")[-1]["seq"])[0]
+    assert event["event"] == "lose_group_member" and len(face.group("大群")["member"]) == 2_000
+
+
+def test_what_the_world_became_survives_a_restart(start):
+    first = start("controller")
+    for name in "alice", "bob":
+        first.login(name)
+    alice, bob = [Face(first, name, controlled=True) for name in ("alice", "bob")]
+    uid = bob.call("get_user_info")["uid"]
+    assert alice.call("kick_group_member", group_uid=OPENQQ_GROUP, member_uid=uid)["code"] == 0
+    assert bob.call("check_event")[0]["event"] == "lose_group"
+    alice.change("add", "person", "90009", name="新人")
+    alice.change("add", "friend", "90009", "alice", markname="记住")
+    friend_id = alice.friend("小冰")["id"]
+    world = everything(first)
+    assert first.stop() == 0
+    second = start("controller")
+    for name in "alice", "bob":  # started again by itself; waits until it runs
+        assert second.call("/local/login", client=name)["code"] == 0
+    alice, bob = [Face(second, name, controlled=True) for name in ("alice", "bob")]
+    assert in_any_order(everything(second)) == in_any_order(world)
+    assert bob.call("get_group_info") == []
+    assert "bob" not in [row["name"] for row in alice.group()["member"]]
+    assert alice.group()["role"] == "create"
+    assert alice.friend("新人")["markname"] == "记住"
+    assert alice.friend("小冰")["id"] == friend_id
+    assert [row["name"] for row in bob.call("get_discuss_info")] == ["OpenQQ"]
+
+
+@pytest.fixture
+def network(tmp_path):
+    """A local network in this process, with a clock of its own: network.now[0] is the time."""
+    now = [1_600_000_000.0]
+    made = openqq.LocalNetwork(str(tmp_path / "net"), "", openqq.QQ.fields, openqq.Log(),
+                               lambda: "http://x", clock=lambda: now[0])
+    made.now = now
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def enter(network):
+    """enter(account) logs it in by a code: its row of the login."""
+    def log_in(account):
+        assert network.call(account, "attach", {"mark": "", "cookie": "", "password": False}) == {}
+        network.loop.ask(network.settle, network.logins.hope, account)
+        network.call(account, "ticket", {})
+        network.call(account, "ready", {})
+        return [item["login"] for item in network.call(account, "pull", {"mark": ""})
+                if item["do"] == "confirmed"][0]
+    return log_in
+
+
+def test_a_cookie_spares_the_scan_for_3_days(network, enter):
+    cookie = enter("alice")["cookie"]
+    arguments = {"mark": "", "cookie": cookie, "password": False}
+    network.now[0] += openqq.COOKIE_SECONDS - 1
+    renewed = network.call("alice", "attach", arguments)["login"]["cookie"]
+    assert network.call("alice", "attach", dict(arguments, cookie="x")) == {}
+    network.now[0] += openqq.COOKIE_SECONDS + 1
+    assert network.call("alice", "attach", dict(arguments, cookie=renewed)) == {}
+    assert openqq.COOKIE_SECONDS == 3 * 24 * 3600
+
+
+def test_a_muted_member_speaks_again_when_the_time_is_up(network, enter):
+    enter("alice")
+    mute = {"group": OPENQQ_GROUP, "uids": [XIAOHUI], "seconds": 60}
+    assert network.call("alice", "mute", mute) is True
+    message = {"type": "group_message", "content": "x", "group": OPENQQ_GROUP}
+    speak = lambda: network.loop.ask(network.speak, XIAOHUI, message)  # noqa: E731
+    network.now[0] += 59
+    with pytest.raises(openqq.NotFound):
+        speak()
+    network.now[0] += 2
+    assert speak() > 0
+
+
+def test_a_ticket_works_once_and_for_120_seconds():
+    now = [0.0]
+    tickets = openqq.Tickets(lambda: now[0])
+    first = tickets.issue("alice")
+    assert (tickets.account(first), tickets.of("alice")) == ("alice", first)
+    second = tickets.issue("alice")
+    assert first != second and len(second) >= 32
+    assert (tickets.account(first), tickets.account(second)) == ("", "alice")
+    now[0] = 119.9
+    assert tickets.account(second) == "alice"
+    now[0] = 120.0
+    assert (tickets.account(second), tickets.of("alice")) == ("", "")
+
+
+def test_a_thousand_messages_wait_for_somebody_who_is_away(network, enter):
+    for account in "alice", "bob":
+        uid = enter(account)["uid"]
+    network.loop.ask(network.logins.detach, "bob")
+    messages = [{"type": "friend_message", "uid": uid, "content": str(number)}
+                for number in range(1_003)]
+    assert {row["code"] for row in network.call("alice", "send", {"messages": messages})} == {0}
+    network.call("bob", "ready", {})
+    heard, mark = [], ""
+    while len(heard) < 1_000:
+        items = network.call("bob", "pull", {"mark": mark})
+        mark = items[-1]["mark"]
+        heard += [item["content"] for item in items if item["do"] == "message"]
+    assert heard == [str(number) for number in range(3, 1_003)]  # the oldest gave way
+
+
+# -- the examples of the documents
+
+FRIEND = {"is_vip": "1", "uid": "123456", "markname": "xxx", "flag": "0", "name": "测试帐号1",
+          "state": "offline", "client_type": "unknown", "face": "153", "vip_level": "6",
+          "category": "我的网友", "id": "2457053936"}
+GROUP_MEMBER = {"qage": "16", "name": "xxx", "join_time": "0", "state": "offline",
+                "client_type": "unknown", "city": "大连", "province": "辽宁", "id": "2832277643",
+                "sex": "male", "bad_record": "0", "country": "中国", "uid": "45678",
+                "last_speak_time": "1453449884", "role": "attend"}
+EXAMPLES = [  # of 003 and 004; ids are strings everywhere (CONTRACT 1), where those sent numbers
+    ("get_user_info", {}, {
+        "name": "小灰", "mobile": "188********", "state": "online", "client_type": "web",
+        "email": "", "city": "北京", "personal": "这是我的个性签名", "province": "北京",
+        "id": "1234567", "birthday": "1990-01-01", "sex": "male", "country": "中国",
+        "uid": "1234567", "account": "1234567", "college": "",
+        "occupation": "计算机/互联网/IT", "phone": "", "homepage": "", "blood": "3",
+        "signature": " "}),
+    ("get_friend_info", {}, [FRIEND]),
+    ("search_friend", {"uid": XIAOBING}, [FRIEND]),
+    ("get_group_info", {}, [{
+        "markname": "xxx", "id": "", "uid": "552603", "code": "", "name": "", "role": "",
+        "createtime": "", "owner_id": "12345", "owner_uid": "123456", "max_member": 2000,
+        "max_admin": 10, "member": [GROUP_MEMBER]}]),
+    ("get_discuss_info", {}, [{  # its second member, with did, nick and dname, is a slip
+        "name": "测试", "id": "4118239384", "owner_id": "4118239384", "member": [{
+            "id": "4118239384", "name": "小灰", "state": "offline", "client_type": "unknown",
+            "uid": "123456"}]}]),
+    ("send_friend_message", {"uid": XIAOHUI, "content": "你好"},
+     {"status": "发送成功", "id": 23910327, "code": 0}),
+    ("send_group_message", {"uid": OPENQQ_GROUP, "content": "hello"},
+     {"status": "发送成功", "id": 23910327, "code": 0}),
+    ("send_discuss_message", {"name": "OpenQQ", "content": "hello"},
+     {"status": "发送成功", "id": 23910327, "code": 0}),
+    ("send_sess_message", {"group_uid": OPENQQ_GROUP, "uid": XIAOHUI, "content": "hello"},
+     {"status": "发送成功", "id": 23910327, "code": 0}),
+    ("get_client_info", {}, {
+        "code": 0, "account": "default", "log_encoding": None, "log_level": "debug",
+        "log_path": None, "os": "linux", "pid": 15497, "runtime": 3096, "starttime": 1475135588,
+        "status": "success", "http_debug": "0", "version": "1.2.0"}),
+]
+SENT_EXAMPLE = {
+    "class": "send", "content": " hello world", "id": "2647366348175870091",
+    "post_type": "send_message", "receiver": "小灰", "receiver_id": "xxxxxx",
+    "receiver_uid": "12345", "sender": "灰灰", "time": "1479787946", "type": "friend_message"}
+HEARD_EXAMPLE = {
+    "time": "1442542632", "content": "测试一下", "class": "recv", "sender": "灰灰",
+    "sender_id": "2372835507", "sender_uid": "456789", "receiver": "小灰",
+    "receiver_id": "4072574066", "receiver_uid": "123456", "group": "PERL学习交流",
+    "group_id": "2617047292", "group_uid": "67890", "id": "10856", "type": "group_message",
+    "post_type": "receive_message"}
+CHECK_EXAMPLE = {"code": 0, "client": [{  # 000
+    "account": "123", "state": "scaning", "tmpdir": "/tmp", "cookie_path": "/tmp/x",
+    "pid_path": "/tmp/x", "qrcode_path": "/tmp/x", "state_path": "/tmp/x", "http_debug": "0",
+    "log_encoding": None, "log_level": "info", "log_path": None, "os": "linux", "pid": 2380,
+    "plugin": PLUGINS, "port": 5000, "start_time": "1477273654", "version": "1.2.2"}]}
+START_EXAMPLE = {"client": "webqq_client_01", "code": 0, "pid": 32294, "port": 5000,
+                 "status": "success"}
+
+
+def assert_like(example, answer, where=""):
+    """The answer has what the example has, of the same types; what is absent is null."""
+    if isinstance(example, dict):
+        assert set(example) <= set(answer), where
+        for name, value in example.items():
+            assert_like(value, answer[name], f"{where}.{name}")
+    elif isinstance(example, list):
+        assert isinstance(answer, list) and answer, where
+        for row in answer:
+            assert_like(example[0], row, where + "[]") if len(example) == 1 else None
+    else:
+        assert answer is None or type(answer) is type(example) or example is None, (
+            where, example, answer)
+
+
+def test_answers_are_like_the_examples_of_the_documents(face):
+    for api, params, example in EXAMPLES:
+        assert_like(example, face.call(api, **params), api)
+    seq = face.mark()
+    face.call("send_friend_message", name="小灰", content=" hello world")
+    assert_like(SENT_EXAMPLE, face.since(seq, " hello world")[-1])
+    face.say("测试一下", type="group_message", to="OpenQQ")
+    assert_like(HEARD_EXAMPLE, face.receiver.message("测试一下"))
+
+
+def test_the_controller_answers_like_the_examples_of_its_document(together):
+    alice, bob = together
+    answer = alice.program.call("check_client")
+    assert_like(CHECK_EXAMPLE, answer)
+    assert [row["account"] for row in answer["client"]] == ["alice", "bob"]
+    assert_like(START_EXAMPLE, alice.call("start_client"))
+    assert alice.call("start_client")["status"] == "client already exists"
+
+
+# ------------------------------------------------------------------------------------------------
+# What is posted, and what its answer does
+# ------------------------------------------------------------------------------------------------
+
+NORMAL = ["login", "stop", "state_change", "input_qrcode", "new_group", "new_friend",
+          "new_group_member", "lose_group", "lose_friend", "lose_group_member"]
+
+
+class Poll:
+    """A poll_api: lets each GET hang until the test says what it gets, by reply().
+
+    With several askers, `?for=WHO` in their URLs tells them apart.
+    """
+
+    def __init__(self):
+        self.asked = queue.Queue()     # (path, headers) of each GET
+        self._answers = {"": queue.Queue(), "hugo": queue.Queue()}
+        poll = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                poll.asked.put((self.path, self.headers))
+                status, location = poll._answers[query_of(self.path).get("for", [""])[0]].get()
+                if not status:
+                    return             # hangs up without a word
+                self.send_response(status)
+                if location:
+                    self.send_header("Location", location)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.base = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.url = self.base + "/beat"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def ask(self):
+        """The path of the next GET, when it has come."""
+        return self.asked.get(timeout=WAIT)[0]
+
+    def reply(self, status=200, location="", who=""):
+        """Answer the GET that hangs, or the next one; status 0 hangs up."""
+        self._answers[who].put((status, location))
+
+    def close(self):
+        for who in self._answers:
+            for _ in range(8):
+                self.reply(0, who=who)
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Tower:
+    """A controller with a post_api and a poll_api, its accounts gina and hugo running.
+
+    gina came first, so the group OpenQQ is hers: she may silence. `says` maps (client, class,
+    content) of a message to what the receiver answers to it.
+    """
+
+    def __init__(self, tmpdir):
+        self.says = {}
+        self.receiver = Receiver(self._answer)
+        self.poll = Poll()
+        self.program = Program(
+            tmpdir, "controller", "--post-api", self.receiver.url + "?key=a%20b",
+            "--poll_api", self.poll.url, "--poll-interval", "0").ready()
+        self.call, self.log = self.program.call, self.program.log
+        self.program.login("gina")
+        self.program.login("hugo", poll_api=self.poll.url + "?for=hugo", poll_interval="0")
+
+    def _answer(self, event):
+        kind = event.get("class")
+        name = event.get("receiver" if kind == "recv" else "sender")
+        return self.says.pop((name, kind, event.get("content")), None)
+
+    def say(self, content, name="gina", answer=None, **params):
+        """Let 小灰 speak; the message as it was posted, once it was."""
+        if answer is not None:
+            self.says[name, "recv", content] = answer
+        said = self.call("/local/say", client=name, content=content, **{"from": "小灰", **params})
+        assert said["code"] == 0, said
+        return self.posted(name, lambda event: event.get("content") == content
+                           and event["class"] == "recv")
+
+    def posts(self, name):
+        """(path, headers, body, event) of all that was posted in a client's name so far."""
+        return [post for post in list(self.receiver.posts)
+                if query_of(post[0]).get("client") == [name]]
+
+    def posted(self, name, wanted):
+        """The first event of a client that is wanted, once it was posted."""
+        end = time.monotonic() + WAIT
+        while True:
+            for _, _, _, event in self.posts(name):
+                if wanted(event):
+                    return event
+            self.receiver.events.get(timeout=max(0.01, end - time.monotonic()))
+
+    def close(self):
+        status = self.program.stop()
+        self.poll.close()
+        self.receiver.close()
+        assert status == 0 and "Traceback" not in self.log.text(), self.log.text()
+
+
+def query_of(url):
+    return urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory):
+    """For tests that end what they start in it, and leave gina and hugo running."""
+    found = Tower(tmp_path_factory.mktemp("tower"))
+    yield found
+    found.close()
+
+
+def test_each_post_is_one_json_event_with_the_clients_name_in_the_url(tower):
+    tower.say("一个", "gina")
+    posts = tower.posts("gina")
+    for path, headers, body, event in posts:
+        assert path == "/post_message?key=a%20b&client=gina"
+        assert headers["Content-Type"] == "application/json"
+        assert isinstance(event, dict) and event["post_type"] in (
+            "event", "receive_message", "send_message")
+        assert body == json.dumps(event, ensure_ascii=False, sort_keys=True,
+                                  separators=(",", ":")).encode()
+    ids = [headers["X-Event-ID"] for _, headers, _, _ in posts]
+    assert len(set(ids)) == len(ids)
+    events = [event for _, _, _, event in posts if event["post_type"] == "event"]
+    assert [event["params"] for event in events if event["event"] == "state_change"] == [
+        ["init", "loading"], ["loading", "scaning"], ["scaning", "confirming"],
+        ["confirming", "updating"], ["updating", "running"]]
+    assert [event["params"] for event in events if event["event"] == "login"] == [[1]]
+    (qrcode,) = [event["params"] for event in events if event["event"] == "input_qrcode"]
+    assert qrcode[0] == tower.program.path("qrcode_gina.jpg")
+    assert qrcode[2] == tower.program.base + "/openqq/get_qrcode?client=gina"
+    assert base64.decodebytes(qrcode[1].encode())[:4] == b"\x89PNG"
+    assert max(map(len, qrcode[1].split("\n"))) == 76
+
+
+@pytest.mark.parametrize("query, wanted", [
+    ("", {"client": ["ivan"]}),
+    ("?a=1&b=%26", {"a": ["1"], "b": ["&"], "client": ["ivan"]}),
+    ("?client=old&a=1", {"a": ["1"], "client": ["ivan"]}),
+], ids=["none", "other words", "a client already"])
+def test_client_is_merged_into_the_query_of_a_clients_own_post_api(tower, receive, query, wanted):
+    receiver = receive()
+    tower.call("start_client", client="ivan", post_api=receiver.url + query)
+    receiver.next()
+    tower.call("delete_client", client="ivan")
+    assert query_of(receiver.posts[0][0]) == wanted
+
+
+def test_a_post_secret_signs_the_body_and_is_told_to_nobody(tower, receive):
+    receiver = receive()
+    started = tower.call("start_client", client="sign", post_api=receiver.url, post_secret="k3y")
+    receiver.next()
+    tower.call("delete_client", client="sign")
+    _, headers, body, _ = receiver.posts[0]
+    assert headers["X-Signature"] == "sha1=" + hmac.new(b"k3y", body, "sha1").hexdigest()
+    assert "k3y" not in str(started) + tower.log.text()
+    assert not [post for post in tower.receiver.posts if "X-Signature" in post[1]]
+
+
+# Settings of a client -> the events that are posted when everything happens to it.
+EVENT_SETTINGS = {
+    "defaults": ({}, set(NORMAL)),
+    "post_event": ({"post_event": "0"}, set()),
+    "as the environment spells it": ({"plugin_openqq_post_event": "0"}, set()),
+    "list": ({"post_event_list": "login,friend_property_change,new_discuss,update_user"},
+             {"login", "friend_property_change", "new_discuss", "update_user"}),
+}
+
+
+def test_messages_are_always_posted_and_events_as_the_settings_say(tower):
+    names = {f"ev{number}": case for number, case in enumerate(EVENT_SETTINGS.values())}
+    for name, (settings, _) in names.items():
+        assert tower.call("start_client", client=name, **settings)["code"] == 0
+    for name in names:
+        assert tower.call("/local/login", client=name)["code"] == 0
+    change = [("add", "person", {"uid": "777"})]
+    for name in names:
+        change += [("add", "friend", {"uid": "777", "in": name}),
+                   ("set", "friend", {"uid": "777", "in": name, "markname": "新"}),
+                   ("remove", "friend", {"uid": "777", "in": name})]
+    change += [("add", "group_member", {"uid": "777", "in": "OpenQQ"}),
+               ("remove", "group_member", {"uid": "777", "in": "OpenQQ"})]
+    for number, name in enumerate(names):
+        change += [("add", "group", {"uid": f"99{number}", "owner_uid": name}),
+                   ("add", "discuss", {"uid": f"88{number}", "owner_uid": name}),
+                   ("remove", "group", {"uid": f"99{number}"})]
+    for do, what, row in change + [("remove", "person", {"uid": "777"})]:
+        assert tower.call("/local/change", do=do, what=what, **row)["code"] == 0, (do, what, row)
+    for name in names:
+        tower.say("消息 " + name, name)
+        assert tower.call("stop_client", client=name)["code"] == 0   # waits for what is queued
+    seen = {name: {event["event"] for _, _, _, event in tower.posts(name)
+                   if event["post_type"] == "event"} for name in names}
+    assert seen == {name: wanted for name, (_, wanted) in names.items()}
+    for name in names:
+        tower.call("delete_client", client=name)
+
+
+POST_ANSWERS = {
+    "the documents' type": ("application/json;charset=UTF-8", '{"reply":"%s","code":0}', True),
+    "application/json": ("application/json", '{"reply":"%s"}', True),
+    "text/json": ("text/json", ' {"reply": "%s", "shutup": 0}\n', True),
+    "upper case": ("Application/JSON", '{"reply":"%s"}', True),
+    "another type": ("text/html", '{"reply":"%s"}', False),
+    "plain text": ("text/plain", "%s", False),
+    "malformed": ("application/json", '{"reply":"%s"', False),
+    "a list": ("application/json", '["reply","%s"]', False),
+    "a string": ("application/json", '"%s"', False),
+    "nothing": ("application/json", "", False),
+    "another word": ("application/json", '{"answer":"%s"}', False),
+    "empty": ("application/json", '{"reply":"","x":"%s"}', False),
+    "null": ("application/json", '{"reply":null,"x":"%s"}', False),
+    "an object": ("application/json", '{"reply":{"text":"%s"}}', False),
+    "deeply nested": ("application/json", "[" * 100_000, False),
+}
+
+
+def test_only_a_json_answer_with_a_reply_replies(tower):
+    """All of it in one conversation, whose order is kept: the last reply comes after all others."""
+    wanted, since = [], len(tower.posts("gina"))
+    for number, (kind, body, replies) in enumerate(POST_ANSWERS.values()):
+        text = f"答{number}"
+        data = (body % text if "%s" in body else body).encode()
+        tower.say(f"问{number}", answer=(200, {"Content-Type": kind}, data))
+        wanted += [text] * replies
+    tower.say("问完了", answer=(200, {}, {"reply": "答完了"}))
+    tower.posted("gina", lambda event: event.get("content") == "答完了")
+    assert [event["content"] for _, _, _, event in tower.posts("gina")[since:]
+            if event["post_type"] == "send_message"] == wanted + ["答完了"]
+
+
+@pytest.mark.parametrize("type, to, where", [
+    ("friend_message", {}, {"receiver": "小灰"}),
+    ("group_message", {"to": "OpenQQ"}, {"group": "OpenQQ"}),
+    ("discuss_message", {"to": "OpenQQ"}, {"discuss": "OpenQQ"}),
+    ("sess_message", {"to": "OpenQQ"}, {"receiver": "小灰", "group": "OpenQQ", "via": "group"}),
+])
+def test_a_reply_goes_to_where_the_message_came_from(tower, type, to, where):
+    tower.say("来自 " + type, type=type, answer=(200, {}, {"reply": "致 " + type}), **to)
+    sent = tower.posted("gina", lambda event: event.get("content") == "致 " + type)
+    assert (sent["type"], sent["class"], sent["code"]) == (type, "send", 0)
+    assert {name: sent[name] for name in where} == where
+
+
+def test_a_reply_to_a_discuss_members_message_reaches_that_member(tower):
+    discuss = tower.call("get_discuss_info", client="hugo")[0]
+    gina = [row for row in discuss["member"] if row["name"] == "gina"][0]
+    tower.says["gina", "recv", "悄悄话"] = (200, {}, {"reply": "悄悄的回答"})
+    tower.call("send_sess_message", client="hugo", discuss_id=discuss["id"], id=gina["id"],
+               content="悄悄话")
+    heard = tower.posted("hugo", lambda event: event.get("content") == "悄悄的回答")
+    assert (heard["type"], heard["via"], heard["sender"]) == ("sess_message", "discuss", "gina")
+
+
+def test_a_reply_to_the_report_of_a_sent_message_goes_to_the_same_receiver(tower):
+    tower.say("准备")
+    tower.says["gina", "send", "第一句"] = (200, {}, {"reply": "第二句"})
+    tower.call("send_friend_message", client="gina", name="小灰", content="第一句")
+    sent = tower.posted("gina", lambda event: event.get("content") == "第二句")
+    assert (sent["receiver"], sent["type"]) == ("小灰", "friend_message")
+
+
+@pytest.mark.parametrize("answer, seconds", [
+    ({"shutup": 1}, 60), ({"shutup": 1, "shutup_time": 1}, 60),
+    ({"shutup": 1, "shutup_time": 3600, "reply": "安静"}, 3600),
+    ({"shutup": "1", "shutup_time": "600"}, 600),
+], ids=["default", "at least 60", "with a reply", "as text"])
+def test_shutup_in_the_answer_silences_the_sender_for_shutup_time(tower, answer, seconds):
+    who = str(1_000_000 + seconds + len(answer))
+    tower.call("/local/change", do="add", what="person", uid=who)
+    tower.call("/local/change", do="add", what="group_member", uid=who, **{"in": "OpenQQ"})
+    group = {"type": "group_message", "to": "OpenQQ", "from": who}
+    before = time.time()
+    tower.say("吵 " + who, answer=(200, {}, answer), **group)
+    until = poll_until(lambda: muted_until(tower, who))
+    assert before + seconds <= until <= time.time() + seconds
+    again = tower.call("/local/say", client="gina", content="还吵", **group)
+    assert again["code"] == 8
+    tower.call("/local/change", do="remove", what="person", uid=who)
+
+
+def muted_until(tower, who):
+    """When a member may speak again, by the network's own files: no API tells it."""
+    found = ""
+    for name in os.listdir(tower.program.tmpdir):
+        if name.startswith("mojo_webqq_local"):
+            with open(os.path.join(tower.program.tmpdir, name), encoding="utf-8") as file:
+                found += file.read()
+    times = [float(time) for row in re.findall(r"\{[^{}]*\"muted\":[^{}]*\}", found)
+             if f'"{who}"' in row for time in re.findall(r"\"muted\":([0-9.]+)", row)]
+    return max(times, default=0)
+
+
+def poll_until(look, seconds=WAIT):
+    """What look() finds, for things that tell nobody when they have happened."""
+    end = time.monotonic() + seconds
+    while not look():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+    return look()
+
+
+def test_a_receivers_malformed_redirect_changes_nothing(tower):
+    tower.say("带路", answer=(302, {"Location": "http://[bad"}, b""))
+    tower.say("之后", answer=(200, {}, {"reply": "还在"}))
+    tower.posted("gina", lambda event: event.get("content") == "还在")
+
+
+def test_shutup_silences_nobody_for_a_friends_message_or_another_value(tower):
+    tower.say("私下", answer=(200, {}, {"shutup": 1}))
+    group = {"type": "group_message", "to": "OpenQQ"}
+    for number, value in enumerate((0, 2, "yes", None, [1])):
+        tower.say(f"群里{number}", answer=(200, {}, {"shutup": value}), **group)
+    tower.say("还能说话", **group)
+
+
+class Mouthpiece:
+    """Gives every connection the same bytes, as they stand in the documents."""
+
+    def __init__(self, data):
+        self.requests = queue.Queue()
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.url = "http://127.0.0.1:%d/post_api" % self.sock.getsockname()[1]
+        threading.Thread(target=self._serve, args=(data,), daemon=True).start()
+
+    def _serve(self, data):
+        while True:
+            try:
+                connection, _ = self.sock.accept()
+            except OSError:
+                return
+            request = b""
+            while not re.search(rb"\r\n\r\n\{.*\}$", request, re.S):
+                request += connection.recv(65536)
+            self.requests.put(request)
+            connection.sendall(data if b"receive_message" in request else
+                               b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            connection.close()
+
+
+def test_the_documents_answer_replies_and_stdout_carries_the_events(start):
+    """003's answer, byte for byte; post_stdout=1 says on stdout what is posted, a line each."""
+    mouthpiece = Mouthpiece(
+        "HTTP/1.1 200 OK\r\nConnection: close\r\n"
+        "Content-Type: application/json;charset=UTF-8\r\n"
+        "Date: Mon, 29 Feb 2016 05:53:31 GMT\r\nContent-Length: 27\r\n"
+        "Server: Mojolicious (Perl)\r\n\r\n{\"reply\":\"你好\",\"code\":0}".encode())
+    client = start("client", "--account", "solo", "--post_api", mouthpiece.url,
+                   "--post-stdout", "1", "--login_type", "login", "--pwd", "x")
+    client.out.wait('"login"')
+    said = client.call("/local/say", client="solo", content="问", **{"from": "小灰"})
+    assert said["code"] == 0
+    client.out.wait('"post_type":"send_message"')
+    assert client.stop() == 0
+    client.out.wait('"event":"stop"')
+    lines = [json.loads(line) for line in client.out.lines]
+    posted = []
+    while not mouthpiece.requests.empty():
+        request = mouthpiece.requests.get()
+        assert request.startswith(b"POST /post_api HTTP/1.1\r\n")
+        posted.append(json.loads(request.partition(b"\r\n\r\n")[2]))
+    mouthpiece.sock.close()
+    sort = lambda events: sorted(events, key=str)  # noqa: E731 - lanes do not keep one order
+    assert sort(lines) == sort(posted)
+    (reply,) = [event for event in lines if event["post_type"] == "send_message"]
+    assert (reply["content"], reply["receiver"], reply["from"]) == ("你好", "小灰", "api")
+    assert "x-signature" not in request.decode().lower()
+
+
+# ------------------------------------------------------------------------------------------------
+# Heartbeat and tunnel
+# ------------------------------------------------------------------------------------------------
+
+def send_url(base, **params):
+    return base + "/openqq/send_friend_message?" + urllib.parse.urlencode(params)
+
+
+@pytest.fixture(scope="session")
+def beater(tmp_path_factory):
+    """A client alone, running, with a token and a poll_api that hangs."""
+    poll = Poll()
+    client = Program(tmp_path_factory.mktemp("beater"), "client", "--account", "tom",
+                     "--poll-api", poll.url, "--poll-interval", "0", "--token", "s3cret").ready()
+    client.log.wait("等待手机QQ扫描二维码")
+    client.early = poll.asked.qsize()   # asked before it was running
+    client.call("/local/login", client="tom", token="s3cret")
+    yield client, poll
+    poll.close()
+    assert client.stop() == 0
+    assert "Traceback" not in client.log.text() and "s3cret" not in client.log.text()
+
+
+def test_poll_api_is_asked_once_running_and_again_whatever_came_of_it(beater):
+    client, poll = beater
+    assert client.early == 0
+    path, headers = poll.asked.get(timeout=WAIT)
+    assert path == "/beat" and poll.asked.empty(), "one request hangs, a second is not made"
+    assert "Authorization" not in headers, "the token is for our own API only"
+    for answer in [(200, ""), (500, ""), (0, ""), (404, ""), (302, "")]:
+        poll.reply(*answer)
+        assert poll.ask() == "/beat"
+    poll.reply()   # leaves the server with a request hanging, as the other tests expect
+
+
+def test_a_redirect_to_its_own_api_is_called_with_its_own_token(beater):
+    client, poll = beater
+    assert poll.ask() == "/beat"
+    for host in ("127.0.0.1", "localhost"):
+        base = f"http://{host}:{client.port}"
+        poll.reply(302, send_url(base, name="小冰", content="隧道 " + host))
+        client.log.wait(f"小冰.* : 隧道 {host}")
+        client.log.wait("poll_api had us call http://.*/openqq/send_friend_message: 200")
+        assert poll.ask() == "/beat"
+    poll.reply()
+
+
+def test_redirects_within_its_own_server_are_followed_up_to_seven_times(beater):
+    client, poll = beater
+    assert poll.ask() == "/beat"
+    for hop in range(1, 8):
+        poll.reply(302, f"/hop{hop}" if hop % 2 else f"{poll.base}/hop{hop}?x=%20")
+        assert poll.ask() == (f"/hop{hop}" if hop % 2 else f"/hop{hop}?x=%20")
+    poll.reply(302, send_url(client.base, name="小冰", content="七步"))
+    client.log.wait("小冰.* : 七步")
+    assert poll.ask() == "/beat"
+    for hop in range(1, 8):
+        poll.reply(302, f"/again{hop}")
+        assert poll.ask() == f"/again{hop}"
+    poll.reply(302, "/again8")
+    client.log.wait("after 7 redirects: given up")
+    assert poll.ask() == "/beat"
+    poll.reply()
+
+
+def test_other_locations_are_logged_and_dropped(beater):
+    client, poll = beater
+    other = Poll()
+    assert poll.ask() == "/beat"
+    targets = [other.base + "/elsewhere", other.base + "/openqq/get_user_info",
+               f"http://127.0.0.1:{client.port}/local/login?client=tom",
+               f"http://127.0.0.1:{client.port}/", f"http://example.invalid:{client.port}/openqq/x",
+               f"https://127.0.0.1:{poll.server.server_address[1]}/beat", "file:///etc/passwd",
+               f"http://127.0.0.1@example.invalid:{client.port}/openqq/get_user_info",
+               "http://169.254.169.254/latest/meta-data", "http://[bad", "http://127.0.0.1:x/"]
+    for count, target in enumerate(targets, 1):
+        poll.reply(302, target)
+        client.log.wait(r"\[warn\] .*poll_api", count + 1)   # one came of "given up"
+        assert poll.ask() == "/beat", target
+    poll.reply()
+    assert other.asked.empty()
+    other.close()
+
+
+def test_after_an_answer_it_waits_for_poll_interval():
+    """A lower bound, so that a busy machine cannot break it."""
+    times = []
+
+    class Answer:
+        status, fields = 200, {}
+
+        def read(self):
+            times.append(time.monotonic())
+
+    def ask(url, seconds):
+        times.append(time.monotonic())
+        if len(times) > 3:
+            heart.stop()
+            done.set()
+        return Answer()
+
+    done = threading.Event()
+    heart = openqq.Heartbeat("http://127.0.0.1:9/", 0.3, {}, "", openqq.Log(), fetch=ask)
+    heart.start()
+    assert done.wait(WAIT)
+    assert times[2] - times[1] >= 0.29
+
+
+def test_a_client_under_a_controller_asks_in_its_name_and_calls_the_controllers_api(tower):
+    asked = ["/beat", "/beat?for=hugo&client=hugo"]
+    assert sorted([tower.poll.ask(), tower.poll.ask()]) == asked
+    for who in "", "hugo":   # both, the controller and the client, may call the controller
+        tower.poll.reply(302, send_url(tower.program.base, client="hugo", name="小灰",
+                                       content="绕道" + who), who)
+        tower.posted("hugo", lambda event: event.get("content") == "绕道" + who)
+        assert tower.poll.ask() == asked[who == "hugo"]
+    # Its own API, at the port that the controller gave it, is the client's to call only.
+    own = send_url(f"http://127.0.0.1:{tower.program.state('hugo')['port']}", name="小灰",
+                   content="直达")
+    tower.poll.reply(302, own)
+    tower.log.wait(r"\[wqc\].* \[warn\] poll_api leads to .*not followed")
+    tower.poll.reply(302, own, "hugo")
+    tower.posted("hugo", lambda event: event.get("content") == "直达")
+    assert sorted([tower.poll.ask(), tower.poll.ask()]) == asked
+    for who in "", "hugo":
+        tower.poll.reply(who=who)
+
+
+def test_the_controllers_own_heartbeat_can_start_a_client(start):
+    poll = Poll()
+    controller = start("controller", "--poll-api", poll.url, "--poll-interval", "0")
+    assert poll.ask() == "/beat"
+    poll.reply(302, controller.base + "/openqq/start_client?client=remote&log_level=warn")
+    assert poll.ask() == "/beat"
+    assert controller.state("remote")["account"] == "remote"
+    poll.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# The log
+# ------------------------------------------------------------------------------------------------
+
+STAMP = r"\[\d\d/\d\d/\d\d \d\d:\d\d:\d\d\]"
+LOG_LINE = re.compile(r"\[(wqc|[\w.@-]+)\]\[(\d+)\]" + STAMP + r" \[(debug|info|warn|error|fatal|"
+                      "好友消息|群消息|讨论组消息|群临时消息|讨论组临时消息)\\] .+")
+
+
+def shown(tower, name, text):
+    """Wait until a client has logged a line with just this text after head and time."""
+    tower.log.wait(rf"^\[{name}\]\[\d+\]{STAMP} {re.escape(text)}$")
+
+
+def test_every_line_has_head_time_and_level(tower):
+    tower.log.wait(r"\[gina\].*帐号\(gina\)登录成功")
+    pids = {row["account"]: row["pid"] for row in tower.call("check_client")["client"]}
+    lines = tower.log.text().split("\n")
+    assert len(lines) > 10
+    for line in lines:
+        found = LOG_LINE.fullmatch(line)
+        assert found, line
+        head, pid = found.group(1), int(found.group(2))
+        assert pid == pids.get(head, pid) and (head != "wqc" or pid == tower.program.pid)
+
+
+def test_messages_are_shown_as_tools_parse_them(tower):
+    """The kinds, `sender|category or group`, `我->receiver`; a prefix on each line of the text."""
+    discuss = tower.call("get_discuss_info", client="hugo")[0]
+    gina = [row["id"] for row in discuss["member"] if row["name"] == "gina"][0]
+    tower.say("一行")
+    tower.say("一\n二\n三")
+    for kind in "group", "discuss", "sess":
+        tower.say("在 " + kind, type=kind + "_message", to="OpenQQ")
+    tower.call("send_sess_message", client="hugo", discuss_id=discuss["id"], id=gina,
+               content="讨论组里")
+    member = tower.call("search_group", client="gina", name="OpenQQ")[0]
+    ash = [row["id"] for row in member["member"] if row["name"] == "小灰"][0]
+    send = lambda api, **row: tower.call(api, client="gina", **row)  # noqa: E731
+    send("send_friend_message", name="小灰", content="发出\n两行")
+    send("send_group_message", name="OpenQQ", content="群里")
+    send("send_discuss_message", name="OpenQQ", content="组里")
+    send("send_sess_message", group_id=member["id"], id=ash, content="临时")
+    for text in (
+            "[好友消息] 小灰|我的好友 : 一行", "[好友消息] 小灰|我的好友 : 一",
+            "[好友消息] 小灰|我的好友 : 二", "[好友消息] 小灰|我的好友 : 三",
+            "[群消息] 小灰|OpenQQ : 在 group", "[讨论组消息] 小灰|OpenQQ : 在 discuss",
+            "[群临时消息] 小灰|OpenQQ : 在 sess", "[讨论组临时消息] hugo|OpenQQ : 讨论组里",
+            "[好友消息] 我->小灰 : 发出", "[好友消息] 我->小灰 : 两行",
+            "[群消息] 我->OpenQQ : 群里", "[讨论组消息] 我->OpenQQ : 组里",
+            "[群临时消息] 我->小灰 : 临时"):
+        shown(tower, "gina", text)
+    shown(tower, "hugo", "[讨论组临时消息] 我->gina : 讨论组里")
+
+
+def test_a_failed_send_is_marked_in_the_log(tower):
+    """gina silences hugo, whose words in the group then reach nobody."""
+    group = tower.call("search_group", client="gina", name="OpenQQ")[0]
+    hugo = [row["uid"] for row in group["member"] if row["name"] == "hugo"][0]
+    muted = {"client": "gina", "group_uid": group["uid"], "member_uid": hugo, "time": 1}
+    assert tower.call("shutup_group_member", **muted)["code"] == 0
+    failed = tower.call("send_group_message", client="hugo", uid=group["uid"], content="听不见")
+    assert (failed["code"], failed["status"]) == (-4, "发送失败")
+    shown(tower, "hugo", f"[群消息] 我->OpenQQ : 听不见[发送失败({failed['info']})]")
+
+
+HOSTILE_NAME = "坏\n[gina][1][26/01/01 00:00:00] [群消息] 假|冒 : 钱\r\x1b[2J\x07\x9b31m\u2028尾"
+
+
+def test_no_control_character_of_a_name_or_a_text_reaches_the_log(tower):
+    tower.call("/local/change", do="add", what="person", uid="666", name=HOSTILE_NAME)
+    tower.call("/local/change", do="add", what="friend", uid="666", **{"in": "gina"})
+    tower.call("/local/change", do="add", what="group", uid="6660", name=HOSTILE_NAME,
+               owner_uid="gina")
+    tower.call("/local/change", do="add", what="group_member", uid="666", card=HOSTILE_NAME,
+               **{"in": "6660"})
+    since = len(tower.log.lines)
+    tower.say("招呼", **{"from": "666"})
+    tower.say("招呼\x1b[31m\r假", type="group_message", to="6660", **{"from": "666"})
+    tower.call("send_friend_message", client="gina", uid="666", content="回")
+    tower.call("send_group_message", client="gina", uid="6660", content="回群")
+    tower.log.wait("我->坏.*回群")
+    lines = [line for line in tower.log.lines[since:] if line.startswith("[gina]")]
+    assert len(lines) == 4, "one line each, though the names hold line breaks"
+    for line in tower.log.lines:
+        assert LOG_LINE.fullmatch(line), line
+        assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", line), ascii(line)
+    for what, uid in ("group", "6660"), ("person", "666"):
+        tower.call("/local/change", do="remove", what=what, uid=uid)
+
+
+def test_a_log_file_is_kept_to_itself_unless_console_is_wanted_and_reopened_when_moved(tower):
+    where = os.path.join(tower.program.tmpdir, "logs")
+    os.mkdir(where)
+    for name, console in ("quiet", "0"), ("loud", "1"):
+        path = os.path.join(where, name + ".log")
+        tower.program.login(name, log_path=path, log_console=console)
+        tower.say("第一 " + name, name)
+        poll_until(lambda: "第一 " + name in read_text(path))
+        os.rename(path, path + ".1")
+        tower.say("第二 " + name, name)
+        poll_until(lambda: os.path.exists(path) and "第二 " + name in read_text(path))
+        assert "第一" not in read_text(path) and "第二" not in read_text(path + ".1")
+        for line in read_text(path + ".1").splitlines():
+            assert LOG_LINE.fullmatch(line), line
+        assert os.stat(path).st_mode & 0o777 == 0o600
+        info = tower.call("get_client_info", client=name)
+        assert info["log_path"] == path
+        tower.call("delete_client", client=name)
+    shown(tower, "loud", "[好友消息] 小灰|我的好友 : 第二 loud")
+    assert "第一 quiet" not in tower.log.text() and "[quiet]" not in tower.log.text()
+
+
+def read_text(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def test_a_log_in_gbk_is_in_gbk(tower):
+    path = os.path.join(tower.program.tmpdir, "gbk.log")
+    tower.program.login("gbk", log_path=path, log_encoding="gbk")
+    tower.say("编码", "gbk")
+    poll_until(lambda: os.path.exists(path) and "小灰|我的好友 : 编码".encode("gbk")
+               in open_bytes(path))
+    assert tower.call("get_client_info", client="gbk")["log_encoding"] == "gbk"
+    tower.call("delete_client", client="gbk")
+
+
+def open_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def test_a_callers_log_level_wins_over_the_controllers(tower):
+    for name, settings in (("curt", {"log_level": "warn"}),
+                           ("wordy", {"log_level": "debug", "http_debug": "1"})):
+        tower.program.login(name, **settings)
+        tower.say("级别", name)
+        info = tower.call("get_client_info", client=name)
+        assert info["log_level"] == settings["log_level"]
+        tower.call("delete_client", client=name)
+    tower.log.wait(rf"^\[wordy\]\[\d+\]{STAMP} \[debug\] .*GET /openqq/get_client_info 200")
+    shown(tower, "wordy", "[好友消息] 小灰|我的好友 : 级别")
+    assert not re.search(r"^\[curt\].*\] \[(debug|info|好友消息)\]", tower.log.text(), re.M)
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings and the command line
+# ------------------------------------------------------------------------------------------------
+
+# Every attribute that Webqq.pod documents, and what the source of 2.1.4 takes besides (000:
+# "other parameters that Mojo-Webqq's new supports").
+DOCUMENTED_NEW = {
+    "security": "1", "mode": "hidden", "http_debug": "1", "keep_cookie": "0",
+    "disable_color": "1", "ignore_retcode": "1202,100100", "log_console": "1",
+    "log_level": "debug", "log_path": "{tmpdir}/all.log", "log_encoding": "utf8",
+    "tmpdir": "{tmpdir}", "pic_dir": "{tmpdir}", "verifycode_path": "{tmpdir}/verify.jpg",
+    "qrcode_path": "{tmpdir}/all.png", "cookie_path": "{tmpdir}/all.dat",
+    "pid_path": "{tmpdir}/all.pid", "state_path": "{tmpdir}/all.json",
+    "is_init_friend": "1", "is_init_group": "1", "is_init_discuss": "1", "is_update_user": "0",
+    "is_update_group": "1", "is_update_friend": "1", "is_update_discuss": "1",
+    "update_interval": "600", "msg_ttl": "5", "qrcode_count_max": "10", "login_type": "qrlogin",
+    "pwd": "x", "type": "smartqq", "ua_debug": "0", "ua_debug_req_body": "0",
+    "ua_debug_res_body": "0", "log_head": "[all]", "log_unicode": "0", "send_interval": "3",
+    "check_account": "0", "ignore_poll_http_code": "504,502", "ignore_unknown_id": "1",
+    "default_send_real_comp_sign": "0", "group_member_card_cut_length": "21",
+    "group_member_card_ext_only": "0", "group_member_use_fullcard": "0",
+    "group_member_identify_callback": "x", "encrypt_method": "perl", "ua_retry_times": "5",
+    "send_failure_count_max": "5", "poll_failure_count_max": "3", "model_update_timeout": "15",
+    "domain": "w.qq.com",
+}
+
+
+def test_every_attribute_of_the_documented_new_is_taken(tower):
+    params = {name: value.format(tmpdir=tower.program.tmpdir)
+              for name, value in DOCUMENTED_NEW.items()}
+    started = tower.call("start_client", client="all", **params)
+    assert (started["code"], started["status"]) == (0, "success")
+    assert {name: started[name] for name in params if name != "pwd"} == {
+        name: value for name, value in params.items() if name != "pwd"}
+    assert "pwd" not in started
+    assert tower.call("/local/login", client="all")["code"] == 0
+    for name in "all.log", "all.dat", "all.pid", "all.json":
+        assert os.path.exists(os.path.join(tower.program.tmpdir, name)) == (name != "all.dat")
+    state = tower.program.state("all")
+    assert (state["mode"], state["keep_cookie"], state["log_level"], state["state"]) == (
+        "hidden", "0", "debug", "running")
+    assert tower.call("delete_client", client="all")["code"] == 0
+
+
+# A text that a setting takes, by the function that reads it: for each row of the table.
+SAMPLES = {"_flag": ("1", "maybe"), "_whole": ("7", "7.5"), "_port": ("65535", "65536"),
+           "_number": ("0.5", "-1"), "_text": ("x y", "a\0b"), "_path": ("/tmp/x", "a\0b"),
+           "_words": ("a, b", None), "_level": ("fatal", "loud"), "_encoding": ("gbk", "klingon"),
+           "_url": ("http://h/a?b=1", "gopher://h/")}
+CHOICES = {"flavor": "qq", "restart": "never", "login_type": "login", "mode": "busy"}
+
+
+def sample(setting):
+    """(a text that it takes, one that it does not)."""
+    if setting.name in CHOICES:
+        return CHOICES[setting.name], "nonsense"
+    return SAMPLES[setting.read.__name__]
+
+
+@pytest.mark.parametrize("whose", ["controller", "client"])
+def test_each_setting_can_be_given_in_every_way_and_helped_with(whose):
+    done = run_openqq(whose, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [row for row in openqq.SETTINGS.values() if row.whose in (whose, "both")]
+    assert len(rows) > 20
+    for row in rows:
+        good, _ = sample(row)
+        dashed, spelt = "--" + row.name.replace("_", "-"), "--" + row.name
+        (line,) = [text for text in done.stdout.split("\n")
+                   if text.split()[:1] == [dashed]] or [None]
+        assert bool(line) != row.idle, row.name
+        assert not line or row.help in line and (not row.shown() or f"[{row.shown()}]" in line)
+        for words in ([dashed, good], [spelt, good], [f"{dashed}={good}"], [f"{spelt}={good}"]):
+            assert openqq.parse_flags(whose, words) == {row.name: good}
+        wanted = row.parse(good)
+        names = ["MOJO_WEBQQ_" + row.name.upper()]
+        names += ["MOJO_WEBQQ_PLUGIN_OPENQQ_" + row.name.upper()] if row.plugin else []
+        for name in names:
+            found = openqq.Settings(whose, {}, {name: good}, "MOJO_WEBQQ_")
+            assert getattr(found, row.name) == wanted, name
+        found = openqq.Settings(whose, {row.name: wanted}, {}, "MOJO_WEBQQ_")
+        assert getattr(found, row.name) == wanted, f"{row.name} by keyword"
+    assert not re.search("[^ -~\n]{200}", done.stdout)
+
+
+@pytest.mark.parametrize("row", openqq.SETTINGS.values(), ids=list(openqq.SETTINGS))
+def test_a_bad_value_is_refused_with_the_settings_name(row):
+    _, bad = sample(row)
+    if bad is None:
+        assert row.read("anything, at all") == ["anything", "at", "all"]
+        return
+    whose = "client" if row.whose == "both" else row.whose
+    with pytest.raises(ValueError, match=row.name):
+        openqq.Settings(whose, {row.name: bad}, {}, "MOJO_WEBQQ_")
+    with pytest.raises(ValueError, match=row.name):
+        openqq.Settings(whose, {}, {"MOJO_WEBQQ_" + row.name.upper(): bad}, "MOJO_WEBQQ_")
+
+
+def test_the_plugins_name_is_stronger_than_the_plain_one_and_strangers_are_let_be():
+    environ = {"MOJO_WEBQQ_POST_API": "http://a/", "MOJO_WEBQQ_PLUGIN_OPENQQ_POST_API": "http://b/",
+               "MOJO_WEBQQ_NOTHING_KNOWN": "1", "MOJO_WEBQQ_LOG_LEVEL": "", "LOG_LEVEL": "fatal",
+               "MOJO_WEIXIN_LOG_LEVEL": "fatal"}
+    found = openqq.Settings("client", {}, environ, "MOJO_WEBQQ_")
+    assert (found.post_api, found.log_level) == ("http://b/", "info")
+    given = openqq.Settings("client", {"post_api": "http://c/"}, environ, "MOJO_WEBQQ_")
+    assert given.post_api == "http://c/"
+
+
+def run_openqq(*words, **env):
+    """The program run to its end; (returncode, stdout, stderr)."""
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(("MOJO_", "OPENQQ_"))}
+    return subprocess.run([sys.executable, FILE, *words], env={**environment, **env},
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=WAIT, encoding="utf-8")
+
+
+WRONG_CALLS = {
+    "nothing": ([], {}, "usage: python openqq.py controller"),
+    "another word": (["serve"], {}, "usage: python openqq.py controller"),
+    "unknown flag": (["client", "--nope", "1"], {}, "--nope .*client --help"),
+    "a client's at a controller": (["controller", "--account", "x"], {}, "--account .*--help"),
+    "a controller's at a client": (["client", "--max-clients=3"], {}, "--max-clients .*--help"),
+    "no value": (["client", "--log-level"], {}, "--log-level needs a value"),
+    "bare word": (["client", "alice"], {}, "alice .*--help"),
+    "bad value": (["client", "--log_level", "loud"], {}, "log_level 'loud' .*info"),
+    "bad value in the environment": (["controller"], {"MOJO_WEBQQ_PORT": "http"}, "port 'http'"),
+    "bad name": (["client", "--account", "../x"], {}, "name not allowed"),
+    "bad flavor": (["controller", "--flavor", "icq"], {}, "flavor .*qq"),
+}
+
+
+@pytest.mark.parametrize("words, env, said", WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_a_wrong_call_exits_with_2_and_helps(tmp_path, words, env, said):
+    done = run_openqq(*words, TMPDIR=str(tmp_path), **env)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.search(said, done.stderr) and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--version"], rf"OpenQQ {re.escape(openqq.VERSION)}\n"), (["--help"], openqq.USAGE),
+    (["-h"], openqq.USAGE)], ids=["--version", "--help", "-h"])
+def test_version_and_help_are_answered_on_stdout(words, said):
+    done = run_openqq(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(said, done.stdout) or done.stdout == said
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--log-path", "{tmp}/file/x.log"], "log_path .*cannot be used"),
+    (["--tmpdir", "{tmp}/file"], "tmpdir|{tmp}/file"),
+    (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1 .*--host or --port"),
+], ids=["log file", "tmpdir", "address"])
+def test_what_cannot_be_had_is_said_in_one_line_with_status_1(tmp_path, words, said):
+    (tmp_path / "file").write_text("")
+    words = [word.format(tmp=tmp_path) for word in words]
+    done = run_openqq("client", "--port", "0", *words, TMPDIR=str(tmp_path))
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "[info]" not in line]
+    assert re.match("openqq: .*(" + said.format(tmp=re.escape(str(tmp_path))) + ")", line)
+
+
+def test_a_token_in_the_environment_is_needed_by_every_call(start, tmp_path):
+    for number, name in enumerate(("OPENQQ_TOKEN", "MOJO_WEBQQ_TOKEN")):
+        controller = start("controller", tmpdir=tmp_path / str(number), env={name: "s3cret"})
+        assert controller.call("check_client") == {"code": -6, "status": "auth failure"}, name
+        assert controller.call("check_client", token="s3cret") == {"client": [], "code": 0}
+
+
+# ------------------------------------------------------------------------------------------------
+# As a library
+# ------------------------------------------------------------------------------------------------
+
+class Script(Program):
+    """A script that imports openqq, run as a process in its own directory."""
+
+    def __init__(self, tmpdir, text):
+        self.tmpdir = str(tmpdir)
+        path = os.path.join(self.tmpdir, "script.py")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("import openqq\n" + text)
+        environment = {name: value for name, value in os.environ.items()
+                       if not name.startswith(("MOJO_", "OPENQQ_"))}
+        environment.update(PYTHONPATH=HERE, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+        self.process = subprocess.Popen([sys.executable, path], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        env=environment)
+        self.pid = self.process.pid
+        self.log, self.out, self.port = Log(self.process.stderr), Log(self.process.stdout), 0
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script(text) runs it until the test's end; `{tmpdir}` in it is a directory of its own."""
+    scripts = []
+
+    def begin(text):
+        scripts.append(Script(tmp_path, text.replace("{tmpdir}", str(tmp_path))))
+        return scripts[-1]
+
+    yield begin
+    for program in scripts:
+        program.stop()
+
+
+def test_the_documents_controller_script_works_in_python(script):
+    controller = script("""
+controller = openqq.Controller(
+    listen=[{"host": "127.0.0.1", "port": 0}, {"host": "127.0.0.1", "port": 0}],
+    backend_start_port=5000, post_api=None, poll_api=None, poll_interval=5, max_clients=1,
+    tmpdir="{tmpdir}", check_interval=5, log_level="debug")
+controller.run()
+print("ended")
+""").ready()
+    second = controller.log.wait(r"Listening at (http://127\.0\.0\.1:\d+)", 2).group(1)
+    assert second != controller.base and "0.0.0.0" not in controller.log.text()
+    controller.login("a1")
+    assert call(second, "check_client")["client"][0]["account"] == "a1"
+    assert controller.call("start_client", client="a2")["code"] == 5
+    assert controller.call("get_user_info", client="a1")["name"] == "a1"
+    assert controller.stop() == 0
+    controller.out.wait("^ended$")
+
+
+BOT = """
+client = openqq.Client(account="bot", tmpdir="{tmpdir}", login_type="login", pwd="x")
+client.load(["ShowMsg", "UploadQRcode"])
+client.load("Openqq", data={"listen": [{"host": "127.0.0.1", "port": 0}],
+                            "check_event_list_max_size": 3}, call_on_load=True)
+client.load("+shout", data={"loud": 2})
+
+def change(client, old, new):
+    print("state", client.account, old, new)
+
+def login(client, fresh):
+    print("login", client.account, fresh)
+    for friend in client.roster.search("friend", {"name": "小灰"}):
+        print("sent", client.send_friend_message(friend, "我来了").wait(10).code)
+
+def receive(client, message):
+    print("got", message.type, message.sender, message.content, message.receiver,
+          message.post_type, message.id.isdigit())
+    message.reply("你说：" + message.content)
+
+def fail(client, message):
+    raise ValueError("of a bot")
+
+client.on("state_change", change)
+client.on("login", login)
+client.on("receive_message", fail)
+client.on("receive_message", receive)
+client.on("send_message", lambda client, message: print(
+    "told", message.type, message.content, message.info, getattr(message, "group", None)))
+print("ended", client.run())
+"""
+
+SHOUT = """
+PRIORITY = 50
+
+def call(client, data):
+    client.on("new_friend", lambda client, friend: print("SHOUT" * data["loud"], friend.name))
+"""
+
+
+def test_a_bot_hears_answers_and_sends_by_callbacks(script, tmp_path):
+    (tmp_path / "shout.py").write_text(SHOUT)
+    bot = script(BOT).ready()
+    bot.out.wait("^state bot updating running$")
+    bot.out.wait("^login bot 0$")   # not by a scan
+    bot.out.wait("^sent 0$")
+    bot.out.wait("^told friend_message 我来了 发送正常 None$")
+    plugins = json.loads(read_text(bot.path("state_bot.json")))["plugin"]
+    assert {row["name"]: (row["priority"], row["call_on_load"], row["auto_call"])
+            for row in plugins} == {
+        "Mojo::Webqq::Plugin::Openqq": (98, 1, None), "Mojo::Webqq::Plugin::ShowMsg": (100, 0, 1),
+        "Mojo::Webqq::Plugin::UploadQRcode": (0, 0, 1), "+shout": (50, 0, 1)}
+    say = {"client": "bot", "from": "小灰"}
+    bot.call("/local/say", content="好", **say)
+    bot.out.wait("^got friend_message 小灰 好 bot receive_message True$")
+    bot.out.wait("^told friend_message 你说：好 发送正常 None$")
+    bot.call("/local/say", content="群", type="group_message", to="OpenQQ", **say)
+    bot.out.wait("^told group_message 你说：群 发送正常 OpenQQ$")
+    bot.call("/local/change", do="add", what="person", uid="321", name="新人")
+    bot.call("/local/change", do="add", what="friend", uid="321", **{"in": "bot"})
+    bot.out.wait("^SHOUTSHOUT 新人$")
+    assert len(bot.call("check_event")) == 3, "check_event_list_max_size came by data"
+    bot.log.wait("ValueError: of a bot")   # and the next callback was called all the same
+    assert bot.stop() == 0
+    bot.out.wait("^ended 0$")
+    assert len(re.findall("fault of this program", bot.log.text())) <= 2
+
+
+def test_a_plugin_that_cannot_start_ends_the_program_and_says_why(script):
+    """003's own script, without call_on_load, when the port is taken."""
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    program = script("""
+client = openqq.Client(account="late", tmpdir="{tmpdir}")
+client.load("ShowMsg")
+client.load("Openqq", data={"listen": [{"host": "127.0.0.1", "port": %d}]})
+client.run()
+""" % port)
+    assert program.process.wait(WAIT) == 1
+    program.log.wait(f"cannot listen on 127.0.0.1 port {port}")
+    assert not os.path.exists(program.path("pid_late.pid"))
+    taken.close()
+
+
+@pytest.mark.parametrize("line, said", [
+    ('client.load("Nope")', "there is no plugin Nope"),
+    ('client.load("+nope_nope")', r"plugin \+nope_nope cannot be loaded"),
+    ('openqq.Client(account="b", no_such=1)', "no_such is not a setting of a client"),
+    ('openqq.Controller(listen=[], port="x")', "port 'x' must be a whole number"),
+    ('client.load("Openqq", data={"nope": 1}, call_on_load=True)', "nope is not a setting"),
+])
+def test_a_mistake_in_a_script_is_named(script, line, said):
+    program = script('client = openqq.Client(account="a", tmpdir="{tmpdir}")\n' + line)
+    assert program.process.wait(WAIT) == 1
+    program.log.wait(said)
+
+
+# ------------------------------------------------------------------------------------------------
+# QR codes
+# ------------------------------------------------------------------------------------------------
+
+# What reads them here is not ours: zbarimg (zbar-tools) and zxing-cpp (pip), whichever there is.
+# zxing-cpp gets the pixels as decoded here from scratch, zbarimg the file itself.
+try:
+    import zxingcpp
+except ImportError:
+    zxingcpp = None
+ZBAR = shutil.which("zbarimg")
+decoder_needed = pytest.mark.skipif(not (ZBAR or zxingcpp),
+                                    reason="neither zbarimg nor zxing-cpp is installed")
+
+# ISO/IEC 18004:2015, table 7, column M, byte mode: versions 1..40.
+QR_CAPACITIES = (
+    14, 26, 42, 62, 84, 106, 122, 152, 180, 213, 251, 287, 331, 362, 412, 450, 504, 560, 624, 666,
+    711, 779, 857, 911, 997, 1059, 1125, 1190, 1264, 1370, 1452, 1538, 1628, 1722, 1809, 1911,
+    1989, 2099, 2213, 2331)
+# Those that are drawn: each change of the count's width, of block structure, and the ends.
+QR_DRAWN = [(version, QR_CAPACITIES[version - 1]) for version in (1, 2, 4, 6, 7, 9, 10, 14, 21, 27,
+                                                               32, 40)]
+
+# Table C.1, level M (00), masks 0..7: the fifteen bits after their own masking, bit 14 first.
+QR_FORMATS = (
+    "101010000010010", "101000100100101", "101111001111100", "101101101001011",
+    "100010111111001", "100000011001110", "100111110010111", "100101010100000")
+
+# Table D.1: the eighteen bits.
+QR_VERSION_BITS = {7: 0x07C94, 9: 0x09A99, 10: 0x0A4D3, 14: 0x0E60D, 21: 0x15683, 27: 0x1B08E,
+                   32: 0x209D5, 40: 0x28C69}
+
+# Table E.1: rows and columns of alignment pattern centres.
+QR_CENTRES = {
+    2: (6, 18), 4: (6, 26), 6: (6, 34), 7: (6, 22, 38), 9: (6, 26, 46), 10: (6, 28, 50),
+    14: (6, 26, 46, 66), 21: (6, 28, 50, 72, 94), 27: (6, 34, 62, 90, 118),
+    32: (6, 34, 60, 86, 112, 138), 40: (6, 30, 58, 86, 114, 142, 170)}
+
+QR_TEXTS = {
+    "url": "http://127.0.0.1:4000/local/scan?ticket=3f2a91c07b",
+    "url with escapes": "https://example.org/a%20b?x=1&y=%E4%B8%AD#top",
+    "long url": "http://127.0.0.1:4000/local/scan?ticket=" + "0123456789abcdef" * 8,
+    "Chinese": "请用手机扫描二维码登录",
+    "Chinese in url": "http://127.0.0.1:4000/扫码?名=张三",
+    "Latin with accents": "é ü ß Ångström",
+    "beyond the BMP": "登录😀🀄",
+    "one letter": "a",
+    "digits": "01234567",
+    "capitals": "HTTP://EXAMPLE.ORG/A",
+    "control characters": "\0tab\tline\nend\n",
+    "blank": " ",
+}
+
+
+def filler(size):
+    """A text of `size` small letters, always the same for one size."""
+    return "".join(random.Random(size).choices("abcdefghijklmnopqrstuvwxyz", k=size))
+
+
+def pixels_of_png(png):
+    """Decode a 1-bit greyscale PNG, distrusting it: one byte per pixel, 0 or 255."""
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = [], 8
+    while at < len(png):
+        size, kind = struct.unpack_from(">I4s", png, at)
+        body, (crc,) = png[at + 8:at + 8 + size], struct.unpack_from(">I", png, at + 8 + size)
+        assert crc == zlib.crc32(kind + body)
+        chunks.append((kind, body))
+        at += 12 + size
+    assert [kind for kind, _ in chunks] == [b"IHDR", b"IDAT", b"IEND"]
+    width, height, *rest = struct.unpack(">IIBBBBB", chunks[0][1])
+    assert (width, rest) == (height, [1, 0, 0, 0, 0])
+    stride, data = 1 + (width + 7) // 8, zlib.decompress(chunks[1][1])
+    assert len(data) == stride * height and not any(data[::stride])
+    grey = {"0": 0, "1": 255}
+    return [bytes(grey[bit] for bit in f"{int.from_bytes(line, 'big'):0{8 * len(line)}b}"[:width])
+            for line in (data[y * stride + 1:(y + 1) * stride] for y in range(height))]
+
+
+def modules_of_text(text):
+    """Read terminal text as a terminal would: two rows of modules from each line."""
+    rows = []
+    for line in text.splitlines():
+        assert line.startswith("\x1b[30;47m") and line.endswith("\x1b[0m")
+        blocks = line[len("\x1b[30;47m"):-len("\x1b[0m")]
+        rows += [bytearray(block in "▀█" for block in blocks)]
+        rows += [bytearray(block in "▄█" for block in blocks)]
+        assert set(blocks) <= set(" ▀▄█")
+    return rows
+
+
+def pixels_of_modules(rows, scale, around):
+    """Blow modules up to pixels, on a wide background of the grey `around`."""
+    edge = bytes([around]) * 10 * scale
+    grey = (b"".join(bytes([255 * (not dark)]) * scale for dark in row) for row in rows)
+    lines = [edge + line + edge for line in grey for _ in range(scale)]
+    background = [bytes([around]) * len(lines[0])] * 10 * scale
+    return background + lines + background
+
+
+def read_pixels(pixels):
+    """The text that each decoder finds in rows of grey bytes, as a set."""
+    found = set()
+    if ZBAR:  # zbarimg reads PGM too
+        found.add(read_file_by_zbar(b"P5 %d %d 255\n" % (len(pixels[0]), len(pixels))
+                                    + b"".join(pixels)))
+    if zxingcpp:
+        # zxing-cpp takes any two-dimensional buffer of bytes, which is what cast() makes.
+        image = memoryview(b"".join(pixels)).cast("B", (len(pixels), len(pixels[0])))
+        (code,) = zxingcpp.read_barcodes(image, zxingcpp.BarcodeFormat.QRCode, try_invert=False,
+                                         text_mode=zxingcpp.TextMode.Plain)
+        found.add(code.text)
+    return found
+
+
+def read_file_by_zbar(data):
+    # Without -Sbinary zbar guesses a charset and appends a newline; "-" is standard input.
+    words = [ZBAR, "--nodbus", "--raw", "-q", "-Sdisable", "-Sqrcode.enable", "-Sbinary", "-"]
+    return subprocess.run(words, input=data, stdout=subprocess.PIPE, check=True).stdout.decode()
+
+
+def read_png(png):
+    """The text that each decoder finds in a PNG file, as a set."""
+    found = {read_file_by_zbar(png)} if ZBAR else set()
+    return found | (read_pixels(pixels_of_png(png)) if zxingcpp else set())
+
+
+def qr_occupied(version):
+    """Row and column of every module of a version that carries no codeword."""
+    side, found = 17 + 4 * version, set()
+    for y, x in itertools.product(range(side), repeat=2):
+        near = [at < 9 for at in (y, x)]
+        far = [at >= side - 8 for at in (y, x)]
+        if near[0] and (near[1] or far[1]) or near[1] and far[0] or 6 in (y, x):
+            found.add((y, x))
+        if version > 6 and min(y, x) < 6 and side - 11 <= max(y, x) < side - 8:
+            found.add((y, x))
+    spans = itertools.product(range(-2, 3), repeat=2)
+    return found | {(y + down, x + right) for down, right in spans for y, x in qr_centres(version)}
+
+
+def qr_centres(version):
+    """The alignment pattern centres of a version, those under a finder left out."""
+    lattice, last = QR_CENTRES.get(version, ()), 10 + 4 * version
+    corners = ((6, 6), (6, last), (last, 6))
+    return [(y, x) for y in lattice for x in lattice if (y, x) not in corners]
+
+
+def qr_format_places(side):
+    """Row and column of both copies of the format information, bit 14 first (figure 25)."""
+    first = [(8, x) for x in (0, 1, 2, 3, 4, 5, 7, 8)] + [(y, 8) for y in (7, 5, 4, 3, 2, 1, 0)]
+    second = [(side - 1 - at, 8) for at in range(7)] + [(8, side - 8 + at) for at in range(8)]
+    return first, second
+
+
+def qr_format_bits(rows):
+    return ["".join(str(rows[y][x]) for y, x in places) for places in qr_format_places(len(rows))]
+
+
+def qr_flips(mask, i, j):
+    """Whether a mask flips row i, column j (table 10)."""
+    return ((i + j) % 2 == 0, i % 2 == 0, j % 3 == 0, (i + j) % 3 == 0,
+            (i // 2 + j // 3) % 2 == 0, (i * j) % 2 + (i * j) % 3 == 0,
+            ((i * j) % 2 + (i * j) % 3) % 2 == 0, ((i + j) % 2 + (i * j) % 3) % 2 == 0)[mask]
+
+
+def qr_remasked(rows, mask):
+    """A symbol redrawn with another mask and the format information of that mask."""
+    side, old = len(rows), QR_FORMATS.index(qr_format_bits(rows)[0])
+    fixed, copy = qr_occupied((side - 17) // 4), [bytearray(row) for row in rows]
+    for y, x in itertools.product(range(side), repeat=2):
+        if (y, x) not in fixed:
+            copy[y][x] ^= qr_flips(old, y, x) ^ qr_flips(mask, y, x)
+    for places in qr_format_places(side):
+        for bit, (y, x) in zip(QR_FORMATS[mask], places):
+            copy[y][x] = int(bit)
+    return copy
+
+
+def qr_slow_penalty(rows):
+    """The score of a symbol by table 11, module by module."""
+    side = len(rows)
+    lines = ["".join("01"[module] for module in row) for row in rows]
+    lines += ["".join("01"[row[x]] for row in rows) for x in range(side)]
+    runs = [len(list(run)) for line in lines for _, run in itertools.groupby(line)]
+    score = sum(length - 2 for length in runs if length >= 5)
+    for y, x in itertools.product(range(side - 1), repeat=2):
+        score += 3 * (len({*rows[y][x:x + 2], *rows[y + 1][x:x + 2]}) == 1)
+    for line, at in itertools.product(lines, range(side - 6)):
+        if line[at:at + 7] == "1011101":
+            score += 40 * ("0000" in (line[max(at - 4, 0):at], line[at + 7:at + 11]))
+    percent = 100 * sum(map(sum, rows)) / side ** 2
+    return score + 10 * int(abs(percent - 50) / 5)
+
+
+def qr_fast_penalty(rows):
+    return openqq._qr_penalty(openqq._qr_plane(rows, 1), len(rows))
+
+
+def picture(*lines):
+    """A symbol from lines of # (dark) and . (light)."""
+    return [bytearray(mark == "#" for mark in line) for line in lines]
+
+
+FINDER = picture("#######", "#.....#", "#.###.#", "#.###.#", "#.###.#", "#.....#", "#######")
+ALIGNMENT = picture("#####", "#...#", "#.#.#", "#...#", "#####")
+
+
+@decoder_needed
+@pytest.mark.parametrize("text", QR_TEXTS.values(), ids=QR_TEXTS)
+def test_every_text_is_read_back_from_its_qr_code(text):
+    assert read_png(openqq.qr_png(openqq.qr_matrix(text))) == {text}
+
+
+@decoder_needed
+@pytest.mark.parametrize("version, size", QR_DRAWN)
+def test_a_qr_version_filled_to_its_edge_is_read_back(version, size):
+    assert read_png(openqq.qr_png(openqq.qr_matrix(filler(size)), 3)) == {filler(size)}
+
+
+def test_the_smallest_qr_version_that_fits_is_drawn():
+    for version, size in enumerate(QR_CAPACITIES, 1):
+        below = QR_CAPACITIES[version - 2] if version > 1 else -1
+        assert {openqq._qr_version(fitting) for fitting in (below + 1, size)} == {version}
+
+
+@pytest.mark.parametrize("text, size", [
+    ("x" * 2332, 2332), ("登" * 778, 2334), ("x" * 100_000, 100_000)], ids=["x", "登", "long"])
+def test_a_text_too_long_for_a_qr_code_is_refused_with_the_remedy(text, size):
+    with pytest.raises(ValueError, match=f"{size} bytes .* shorten it to 2331 bytes"):
+        openqq.qr_matrix(text)
+
+
+def test_half_a_surrogate_pair_is_refused_in_a_qr_code():
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        openqq.qr_matrix("\ud83d")
+
+
+@pytest.mark.parametrize("version, size", QR_DRAWN)
+def test_qr_function_patterns_lie_where_the_standard_puts_them(version, size):
+    rows, side = openqq.qr_matrix(filler(size)), 17 + 4 * version
+    assert {len(rows), *map(len, rows)} == {side} and {*itertools.chain(*rows)} == {0, 1}
+    for y, x in ((0, 0), (0, side - 7), (side - 7, 0)):
+        assert [row[x:x + 7] for row in rows[y:y + 7]] == FINDER
+    for at in range(8):
+        assert not rows[7][at] | rows[at][7] | rows[7][side - 1 - at] | rows[side - 1 - at][7]
+        assert not rows[at][side - 8] | rows[side - 8][at]
+    assert rows[side - 8][8] == 1
+    for at in range(8, side - 8):
+        assert rows[6][at] == rows[at][6] == (at + 1) % 2
+    for y, x in qr_centres(version):
+        assert [row[x - 2:x + 3] for row in rows[y - 2:y + 3]] == ALIGNMENT
+    first, second = qr_format_bits(rows)
+    assert first == second and first in QR_FORMATS, "format information of level M (annex C)"
+    places = [(at // 3, 6 + 4 * version + at % 3) for at in range(17, -1, -1)]
+    right = "".join(str(rows[y][x]) for y, x in places)
+    below = "".join(str(rows[x][y]) for y, x in places)
+    if version > 6:
+        assert right == below == f"{QR_VERSION_BITS[version]:018b}", "annex D"
+
+
+@pytest.mark.parametrize("mask, bits", list(enumerate(QR_FORMATS)))
+def test_qr_format_information_is_that_of_annex_c_in_both_copies(mask, bits):
+    assert qr_format_bits(openqq._qr_grid(openqq._qr_format(mask, 45), 45)) == [bits, bits]
+
+
+def test_qr_check_codewords_are_those_of_the_example_in_annex_i():
+    data = bytes.fromhex("10 20 0C 56 61 80 EC 11 EC 11 EC 11 EC 11 EC 11")
+    checks = bytes.fromhex("A5 24 D4 C1 ED 36 C7 87 2C 55")
+    assert openqq._qr_remainder(data, openqq._qr_divisor(10)) == checks
+
+
+@pytest.mark.parametrize("payload, version, data", [
+    (b"", 1, "40 0 EC 11 EC 11 EC 11 EC 11 EC 11 EC 11 EC 11"),
+    (b"a", 1, "40 16 10 EC 11 EC 11 EC 11 EC 11 EC 11 EC 11 EC"),
+    (b"\xff" * 13, 1, "40 DF" + " FF" * 12 + " F0 EC"),
+    (b"\xff" * 14, 1, "40 EF" + " FF" * 13 + " F0"),
+    (b"\0" * 213, 10, "40 0D 50" + " 00" * 213),
+], ids=["empty", "one", "13", "14", "count of two bytes"])
+def test_qr_data_are_mode_count_text_terminator_and_pads(payload, version, data):
+    assert openqq._qr_data(payload, version) == bytes(int(byte, 16) for byte in data.split())
+
+
+QR_PENALTIES = {
+    # No runs, no blocks, half of it dark: every rule is at rest.
+    "checkerboard": (picture("#.#.#.", ".#.#.#") * 3, 0),
+    # Rule 1: 6 rows and 6 columns of 6; rule 2: 25 blocks; rule 4: 50 % off.
+    "all dark": (picture("######") * 6, 12 * 4 + 25 * 3 + 100),
+    "all light": (picture("......") * 6, 12 * 4 + 25 * 3 + 100),
+    # Rule 1: 5 columns of 5; rule 4: 60 % is dark.
+    "stripes of 5": (picture("#.#.#") * 5, 5 * 3 + 20),
+    # Rule 1 begins above 4 modules.
+    "stripes of 4": (picture("#.#.") * 4, 0),
+    # Rule 2: of each colour 2 blocks, which overlap.
+    "overlapping blocks": (picture("##..", "##..", "##..", ".#.#"), 4 * 3),
+}
+
+
+@pytest.mark.parametrize("rows, penalty", QR_PENALTIES.values(), ids=QR_PENALTIES)
+def test_qr_penalties_are_those_counted_by_hand(rows, penalty):
+    assert qr_fast_penalty(rows) == qr_slow_penalty(rows) == penalty
+
+
+@pytest.mark.parametrize("line, patterns", [
+    ("#.###.#....", 1), ("....#.###.#", 1), ("....#.###.#....", 1),
+    ("#.###.#", 0), ("...#.###.#...", 0), ("....#.##.#....", 0), (".#.###.#.#...", 0),
+    ("....#.###.#....#.###.#", 2), ("#.###.#...", 0), ("..#.###.#....#", 1)])
+def test_a_finder_like_qr_pattern_costs_40_once_with_4_light_modules_beside_it(line, patterns):
+    side = len(line)
+    for rows in (picture(*[line] + ["." * side] * (side - 1)),
+                 picture(*[mark + "." * (side - 1) for mark in line])):
+        dark, light = openqq._qr_plane(rows, 1), openqq._qr_plane(rows, 0)
+        assert sum(openqq._qr_finders(dark, light, step)
+                   for step in (1, side + 1)) == 40 * patterns
+        assert qr_fast_penalty(rows) == qr_slow_penalty(rows)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8, 0.95])
+def test_qr_penalties_agree_with_a_count_module_by_module(share):
+    dice = random.Random(share)
+    side = dice.randrange(11, 40)
+    rows = [bytearray(dice.random() < share for _ in range(side)) for _ in range(side)]
+    assert qr_fast_penalty(rows) == qr_slow_penalty(rows)
+
+
+@pytest.mark.parametrize("text", ["", QR_TEXTS["url"], QR_TEXTS["Chinese"], filler(122)],
+                         ids=["empty", "url", "Chinese", "version 7"])
+def test_the_qr_mask_drawn_is_the_one_of_least_penalty(text):
+    rows = openqq.qr_matrix(text)
+    drawn = [qr_remasked(rows, mask) for mask in range(8)]
+    penalties = [qr_slow_penalty(candidate) for candidate in drawn]
+    assert rows == drawn[penalties.index(min(penalties))]
+
+
+@decoder_needed
+@pytest.mark.parametrize("size", [14, 180])
+def test_a_qr_code_with_a_blot_is_still_read_for_its_check_codewords(size):
+    rows = openqq.qr_matrix(filler(size))
+    side = len(rows)
+    for y in range(9, 9 + side // 7):
+        for x in range(side - 1 - side // 7, side):
+            rows[y][x] ^= 1
+    assert read_png(openqq.qr_png(rows)) == {filler(size)}
+
+
+@pytest.mark.parametrize("scale, quiet", [(1, 0), (1, 4), (3, 1), (7, 2)])
+def test_a_qr_png_shows_every_module_as_a_square_of_pixels(scale, quiet):
+    rows = openqq.qr_matrix("abc")
+    pixels = pixels_of_png(openqq.qr_png(rows, scale, quiet))
+    assert {len(pixels), *map(len, pixels)} == {(len(rows) + 2 * quiet) * scale}
+    for y, line in enumerate(pixels):
+        for x, grey in enumerate(line):
+            row, column = y // scale - quiet, x // scale - quiet
+            inside = 0 <= row < len(rows) and 0 <= column < len(rows)
+            assert grey == (0 if inside and rows[row][column] else 255)
+
+
+def test_by_default_a_module_has_8_pixels_and_the_border_4_modules_in_a_png_2_in_text():
+    rows = openqq.qr_matrix("abc")
+    assert openqq.qr_png(rows) == openqq.qr_png(rows, scale=8, quiet=4)
+    assert openqq.qr_text(rows) == openqq.qr_text(rows, quiet=2)
+
+
+@pytest.mark.parametrize("quiet, lines, columns", [(0, 11, 21), (1, 12, 23), (2, 13, 25),
+                                                   (3, 14, 27)])
+def test_terminal_text_of_a_qr_code_shows_two_rows_of_modules_a_line(quiet, lines, columns):
+    rows = openqq.qr_matrix("abc")
+    text = openqq.qr_text(rows, quiet)
+    edge, side = bytearray(quiet), len(rows) + 2 * quiet
+    above = [bytearray(side)] * quiet
+    expected = above + [edge + row + edge for row in rows] + above + [bytearray(side)]
+    assert modules_of_text(text) == expected
+    assert text.endswith("\n") and len(text.splitlines()) == lines
+    assert {len(line) for line in text.splitlines()} == {columns + len("\x1b[30;47m\x1b[0m")}
+
+
+@decoder_needed
+@pytest.mark.parametrize("around", [0, 40, 215, 255], ids="black dark light white".split())
+@pytest.mark.parametrize("name", ["url", "Chinese"])
+def test_terminal_text_of_a_qr_code_scans_on_every_background(name, around):
+    rows = modules_of_text(openqq.qr_text(openqq.qr_matrix(QR_TEXTS[name])))
+    assert read_pixels(pixels_of_modules(rows, 6, around)) == {QR_TEXTS[name]}
+
+
+@decoder_needed
+def test_a_clients_picture_holds_its_scan_url_and_opening_it_logs_in(tower):
+    assert tower.call("start_client", client="phone")["code"] == 0
+    tower.posted("phone", lambda event: event.get("event") == "input_qrcode")
+    with open(tower.program.path("qrcode_phone.jpg"), "rb") as file:
+        picture = file.read()
+    (url,) = read_png(picture)
+    ticket = query_of(url)["ticket"][0]
+    assert url == f"{tower.program.base}/local/scan?ticket={ticket}"
+    fetched = request(tower.program.base, "/openqq/get_qrcode?client=phone")
+    assert (fetched[1]["content-type"], fetched[2]) == ("image/png", picture)
+    status, fields, body = request(tower.program.base, url[len(tower.program.base):])
+    assert status == 200 and fields["content-type"].startswith("text/html")
+    assert f'name="ticket" value="{ticket}"' in body.decode() and "phone" in body.decode()
+    tower.posted("phone", lambda event: event.get("params") == ["scaning", "confirming"])
+    status, _, _ = request(tower.program.base, "/local/confirm", "POST", "ticket=" + ticket,
+                           {"Content-Type": "application/x-www-form-urlencoded"})
+    assert status == 200
+    login = tower.posted("phone", lambda event: event.get("event") == "login")
+    assert login["params"] == [1]
+    assert not os.path.exists(tower.program.path("qrcode_phone.jpg"))
+    tower.call("delete_client", client="phone")
+
+
+class Terminal(Program):
+    """The program with a terminal as its stderr."""
+
+    def __init__(self, tmpdir, *words):
+        self.tmpdir = str(tmpdir)
+        master, slave = pty.openpty()
+        environment = {name: value for name, value in os.environ.items()
+                       if not name.startswith(("MOJO_", "OPENQQ_"))}
+        self.process = subprocess.Popen(
+            [sys.executable, FILE, *words, "--tmpdir", self.tmpdir, "--port", "0"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=slave, env=environment)
+        os.close(slave)
+        self.pid, self.port, self.log = self.process.pid, 0, Log(self._lines(master))
+
+    @staticmethod
+    def _lines(master):
+        with open(master, "rb") as stream:
+            try:
+                yield from stream
+            except OSError:
+                return  # a terminal whose other side is closed says EIO
+
+
+@pytest.mark.parametrize("setting", ["0", "1"], ids=["colours", "none"])
+def test_on_a_terminal_the_qr_code_is_drawn_and_the_levels_have_colours(tmp_path, setting):
+    terminal = Terminal(tmp_path, "client", "--account", "eye", "--disable-color", setting)
+    try:
+        terminal.ready()
+        url = terminal.log.wait(r"二维码\.\.\. \((http://[^)]*/local/scan\?[^)]*)\)").group(1)
+        drawn = openqq.qr_text(openqq.qr_matrix(url)).replace("\n", "\r\n")
+        height = drawn.count("\n")
+        terminal.log.wait("\x1b\\[30;47m", height)
+        assert drawn.rstrip() in terminal.log.text()
+        terminal.call("/local/login", client="eye")
+        terminal.call("send_friend_message", name="小灰", content="绿")
+        line = terminal.log.wait("^.*我->小灰 : 绿").group()
+        assert line.startswith("\x1b[32m[eye]" if setting == "0" else "[eye]")
+    finally:
+        assert terminal.stop() == 0
+
+
+def test_without_a_terminal_neither_qr_code_nor_colour_is_written(beater):
+    client, _ = beater
+    assert client.log.wait("等待手机QQ扫描二维码")
+    assert not re.search("\x1b|[▀▄█]", client.log.text() + client.out.text())
+
+
+# ------------------------------------------------------------------------------------------------
+# The house
+# ------------------------------------------------------------------------------------------------
+
+with open(FILE, encoding="utf-8") as source:
+    LINES = source.read().split("\n")
+TREE = ast.parse("\n".join(LINES))
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def banners():
+    """(line, title) of each section; the first line of the file is line 1."""
+    rule = "# " + "-" * 96
+    return [(number, LINES[number - 1][2:]) for number in range(2, len(LINES))
+            if LINES[number - 2] == LINES[number] == rule]
+
+
+def test_the_list_of_sections_in_the_docstring_is_that_of_the_banners():
+    docstring = ast.get_docstring(TREE)
+    listed = re.findall(r"^ {4,5}([0-9AB]+) {2}(\S.*)$", docstring, re.M)
+    titled = [title.partition(". ")[::2] for _, title in banners()]
+    assert [(number, title.lower()) for number, title in titled] == [
+        (number, title.lower()) for number, title in listed]
+    assert len(titled) == 18
+
+
+def names_of(node):
+    """What a statement of the top level defines."""
+    if isinstance(node, DEFINITIONS):
+        return [node.name]
+    if isinstance(node, ast.If):  # TYPE_CHECKING: types for annotations only
+        return []
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    return [leaf.id for target in targets if target is not None for leaf in ast.walk(target)
+            if isinstance(leaf, ast.Name)]
+
+
+def uses_of(node):
+    """(name, line) of the names that a statement reads and does not bind itself."""
+    found = []
+    is_class = isinstance(node, ast.ClassDef)
+    for part in node.body + node.decorator_list + node.bases if is_class else [node]:
+        leaves = list(ast.walk(part))
+        bound = {leaf.arg for leaf in leaves if isinstance(leaf, ast.arg)}
+        if isinstance(part, DEFINITIONS):
+            bound |= {leaf.id for leaf in leaves
+                      if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store)}
+        found += [(leaf.id, leaf.lineno) for leaf in leaves if isinstance(leaf, ast.Name)
+                  and isinstance(leaf.ctx, ast.Load) and leaf.id not in bound]
+    return found
+
+
+def test_a_section_uses_only_what_stands_above_it():
+    starts = [start for start, _ in banners()]
+    section = lambda line: sum(start <= line for start in starts)  # noqa: E731
+    home = {name: section(node.lineno) for node in TREE.body for name in names_of(node)}
+    assert len(home) > 200 and {"Client", "SETTINGS", "qr_png"} <= set(home)
+    downward = [f"line {line}: {name}" for node in TREE.body for name, line in uses_of(node)
+                if home.get(name, 0) > section(line)]
+    assert not downward
+
+
+def test_every_public_class_and_function_has_a_docstring():
+    """An override is documented by what it overrides, which inspect.getdoc() knows."""
+    assert ast.get_docstring(TREE)
+    bare = []
+    for node in TREE.body:
+        if not isinstance(node, DEFINITIONS) or node.name.startswith("_"):
+            continue
+        found = getattr(openqq, node.name)
+        bare += [node.name] if not ast.get_docstring(node) else []
+        bare += [f"{node.name}.{part.name}" for part in getattr(found, "__mro__", ()) and node.body
+                 if isinstance(part, DEFINITIONS) and not part.name.startswith("_")
+                 and not inspect.getdoc(inspect.getattr_static(found, part.name))]
+    assert not bare
+
+
+def test_no_function_is_longer_than_40_lines_and_no_line_wider_than_100_columns():
+    long = [f"line {node.lineno}: {node.name}" for node in ast.walk(TREE)
+            if isinstance(node, DEFINITIONS[:2]) and node.end_lineno - node.lineno + 1 > 40]
+    wide = [number for number, line in enumerate(LINES, 1) if len(line) > 100]
+    assert (long, wide) == ([], [])
+    assert not [number for number, line in enumerate(LINES, 1) if line != line.rstrip()]
+
+
+def test_only_the_standard_library_is_imported():
+    standard = {os.path.realpath(path) for path in (
+        sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])}
+    names = set()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names.add(node.module)
+    assert {"json", "selectors", "urllib.request"} <= names
+    for name in names:
+        root = name.partition(".")[0]
+        spec = importlib.util.find_spec(root)
+        assert spec is not None, f"{name} is not there in Python {sys.version}"
+        where = os.path.realpath(spec.origin or "")
+        assert root in sys.builtin_module_names or spec.origin == "frozen" or (
+            "site-packages" not in where
+            and any(where.startswith(path + os.sep) for path in standard)), (name, where)
+    assert "stdlib_module_names" not in "\n".join(LINES), "3.8 and 3.9 do not know it"
+
+
+def test_nothing_sleeps_without_a_comment_that_says_why():
+    sleeps = [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Call)
+              and getattr(node.func, "attr", getattr(node.func, "id", "")) == "sleep"]
+    assert not [line for line in sleeps if "#" not in LINES[line - 1] + LINES[line - 2]]
 
 
 # ------------------------------------------------------------------------------------------------
