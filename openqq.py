@@ -4079,9 +4079,11 @@ class Logins:
             self.confirm(ticket)
         return promise
 
-    def despair(self, account: str) -> None:
-        """No longer wait to log an account in."""
-        self._hopes.pop(account, None)
+    def despair(self, account: str, promise: Promise) -> None:
+        """One of those who hope() for an account gives up."""
+        hopes = [hope for hope in self._hopes.pop(account, []) if hope is not promise]
+        if hopes:
+            self._hopes[account] = hopes
 
     def ready(self, account: str) -> None:
         """An account's client is running."""
@@ -4495,6 +4497,11 @@ class Changes:
         uid, place = self._member("group", uid, place)
         if row.get("role", "member") not in ROLES:
             raise NotFound(f"role {row['role']} not found")
+        owner = str(self._ledger.table("group", place).get("owner_uid") or "")
+        if row.get("role") == "owner" and owner != uid:
+            self._set_circle("group", place, {"owner_uid": uid})
+            if self._world.role(place, owner):
+                self.set_group_member(owner, place, {"role": "member"})  # there is but one
         self._ledger.put({**self._ledger.table("group_member", place, uid), **row},
                          "group_member", place, uid)
         for name, value in row.items():
@@ -4582,7 +4589,7 @@ class LocalPages:
         except TimeoutError:
             raise NotFound(f"{account}, waiting to be scanned, not found") from None
         finally:
-            self._ask(self._network.logins.despair, account)
+            self._ask(self._network.logins.despair, account, promise)
         return {"account": account, "code": 0, "status": "success"}
 
     def say(self, request: Request) -> Row:
