@@ -2030,7 +2030,7 @@ class Watcher:
     def _watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
         try:
             self._loop.watch(sock, lambda: self._look(sock, gone))
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OSError):
             pass  # it was answered and closed before we came to it
 
     def _look(self, sock: socket.socket, gone: Callable[[], None]) -> None:
@@ -4173,7 +4173,7 @@ class LocalNetwork:
             "mute": self.mute}
 
     def _open_world(self, path: str) -> None:
-        data = read_file(path) if path else to_bytes(FIRST_WORLD)
+        data = read_file(os.path.realpath(path)) if path else to_bytes(FIRST_WORLD)
         digest = f"{zlib.crc32(data):08x}" if path and data else ""
         about = self._ledger.table("about")
         if about and digest in ("", about.get("world")):
@@ -6598,6 +6598,7 @@ class Controller:
             self.settings = Settings("controller", given, os.environ, self.flavour.environ)
         except ValueError as error:
             raise Refusal(str(error), 2) from None
+        self._resolve_template()
         settings, flavour = self.settings, self.flavour
         settings.fill(tmpdir=check_tmpdir(settings.tmpdir), port=flavour.port,
                       backend_start_port=flavour.client_port)
@@ -6614,6 +6615,12 @@ class Controller:
         self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
         self._reporter: Optional[Reporter] = None
         self._closing: List[Callable[[], None]] = []
+
+    def _resolve_template(self) -> None:
+        """What the operator names may be a symlink; what merely lies in tmpdir may not."""
+        given = self.settings.given("template_path")
+        if given:
+            self.settings = self.settings.with_({"template_path": os.path.realpath(given)})
 
     def run(self) -> int:
         """Serve until somebody says stop; the process's exit status."""

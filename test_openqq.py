@@ -4520,6 +4520,1381 @@ def test_nothing_sleeps_without_a_comment_that_says_why():
 
 
 # ------------------------------------------------------------------------------------------------
+# Controller, processes and files
+# ------------------------------------------------------------------------------------------------
+
+def at_once(number, function):
+    """What function(0) … function(number - 1) return, all called in the same moment."""
+    gate, results = threading.Barrier(number), [None] * number
+
+    def work(index):
+        gate.wait(WAIT)
+        results[index] = function(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    return results
+
+
+def user(program, name):
+    """Who an account is once it runs; its id is another one after each scan."""
+    assert program.call("/local/login", client=name)["code"] == 0
+    return program.call("get_user_info", client=name)
+
+
+def is_login(event):
+    return event.get("event") == "login"
+
+
+def is_qrcode(event):
+    return event.get("event") == "input_qrcode"
+
+
+def all_gone(log, seconds=openqq.ORPHAN_SECONDS):
+    """Wait for the end of every process that writes to a log: then its pipe ends."""
+    with log._changed:
+        return log._changed.wait_for(lambda: log._ended, seconds)
+
+
+def run_once(*words, env=None):
+    """(exit status, what it said) of a program that is expected to end by itself."""
+    done = subprocess.run([sys.executable, FILE, *map(str, words)], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=WAIT,
+                          env={**os.environ, **(env or {})})
+    return done.returncode, done.stdout.decode()
+
+
+def left_files(program):
+    """Names of what lies in its tmpdir, without the prefix that all of them must have; what is
+    just being written, and renamed in a moment, is not counted."""
+    names = [name for name in os.listdir(program.tmpdir) if not name.startswith(".openqq_")]
+    assert all(name.startswith("mojo_webqq_") for name in names), names
+    return {name[len("mojo_webqq_"):] for name in names}
+
+
+def content(path):
+    with open(str(path), "rb") as file:
+        return file.read()
+
+
+def put(path, data):
+    with open(str(path), "wb") as file:
+        file.write(data if isinstance(data, bytes) else data.encode())
+    return str(path)
+
+
+def reserve():
+    """A port at which nobody listens, and nobody else will: kept by a socket."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    return sock
+
+
+def test_twenty_starts_in_the_same_moment_give_twenty_running_clients(start):
+    controller = start("controller")
+    names = [f"c{index:02}" for index in range(20)]
+    started = at_once(20, lambda index: controller.call(
+        "start_client", client=names[index], login_type="login", pwd="x"))
+    assert [row["code"] for row in started] == [0] * 20
+    assert len({row["port"] for row in started}) == len({row["pid"] for row in started}) == 20
+    at_once(20, lambda index: controller.call("/local/login", client=names[index]))
+    listed = controller.call("check_client")["client"]
+    assert [row["account"] for row in listed] == names
+    assert {row["state"] for row in listed} == {"running"}
+    assert {row["pid"]: row["port"] for row in listed} == {
+        row["pid"]: row["port"] for row in started}
+    for name, row in zip(names, started):
+        direct = call(f"http://127.0.0.1:{row['port']}", "get_user_info")
+        assert direct["account"] == name
+
+
+def test_start_of_a_living_client_tells_of_it_and_starts_none(pair):
+    before = pair.state("alice")
+    again = pair.call("start_client", client="alice", log_level="debug")
+    assert (again["code"], again["status"]) == (0, "client already exists")
+    assert (again["pid"], again["port"]) == (before["pid"], before["port"])
+    assert pair.state("alice") == before
+
+
+def test_stopped_client_keeps_cookie_and_state_and_starts_at_once_without_a_scan(start):
+    controller = start("controller")
+    first = controller.login("alice")
+    who = user(controller, "alice")
+    assert left_files(controller) >= {"pid_alice.pid", "cookie_alice.dat", "state_alice.json"}
+    stopped = controller.call("stop_client", client="alice")
+    assert {key: stopped[key] for key in ("client", "code", "pid", "port", "status")} == {
+        "client": "alice", "code": 0, "pid": first["pid"], "port": first["port"],
+        "status": "success"}
+    left = {name for name in left_files(controller) if "alice" in name}
+    assert left - {"post_alice.jsonl"} == {"cookie_alice.dat", "state_alice.json"}
+    state = json.loads(content(controller.path("state_alice.json")))
+    assert (state["state"], state["previous_state"]) == ("stop", "running")
+    second = controller.call("start_client", client="alice")
+    assert (second["code"], second["status"]) == (0, "success")
+    assert second["pid"] != first["pid"]
+    assert user(controller, "alice")["id"] == who["id"]
+    assert controller.state("alice")["state"] == "running"
+
+
+def test_client_stopped_while_it_waits_for_a_scan_takes_its_qr_code_away(start, receive):
+    receiver = receive()
+    controller = start("controller")
+    controller.call("start_client", client="alice", post_api=receiver.url)
+    receiver.next(is_qrcode)
+    assert content(controller.path("qrcode_alice.jpg")).startswith(b"\x89PNG")
+    assert json.loads(content(controller.path("state_alice.json")))["state"] == "scaning"
+    assert controller.call("stop_client", client="alice")["code"] == 0
+    assert not {"qrcode_alice.jpg", "pid_alice.pid"} & left_files(controller)
+    assert controller.call("get_qrcode", client="alice")["status"] == "client not exists"
+
+
+def test_deleted_client_leaves_nothing_and_must_be_scanned_again(start, receive):
+    controller = start("controller")
+    controller.login("alice", post_api=receive().url)
+    who = user(controller, "alice")
+    assert controller.call("delete_client", client="alice")["code"] == 0
+    assert not [name for name in left_files(controller) if "alice" in name]
+    assert controller.call("check_client") == {"client": [], "code": 0}
+    controller.call("start_client", client="alice")
+    controller.log.wait(r"^\[alice\].*等待手机QQ扫描二维码", count=2)
+    again = user(controller, "alice")
+    assert again["uid"] == who["uid"] and again["id"] != who["id"]
+
+
+@pytest.mark.parametrize("api", ["stop_client", "delete_client", "check_client", "get_qrcode"])
+def test_calls_for_a_client_that_is_none_say_so(pair, api):
+    if api != "check_client":
+        assert pair.call(api) == {"code": 1, "status": "client not found"}
+    assert pair.call(api, client="nobody") == {"code": 1, "status": "client not exists"}
+
+
+def test_no_more_clients_than_max_clients(start):
+    controller = start("controller", "--max-clients", "1")
+    assert controller.call("start_client", client="alice")["code"] == 0
+    status, _, body = request(controller.base, "/openqq/start_client?client=bob")
+    answer = json.loads(body)
+    assert (status, answer["code"], answer["status"]) == (200, 5, "max clients exceed")
+    assert controller.call("start_client", client="alice")["status"] == "client already exists"
+    controller.call("stop_client", client="alice")
+    assert controller.call("start_client", client="bob")["code"] == 0
+
+
+def test_no_port_left_is_code_2(start):
+    with socket.socket() as sock:
+        try:
+            sock.bind(("127.0.0.1", 65535))
+            sock.listen(1)
+        except OSError:
+            pass  # somebody has it already: as good
+        controller = start("controller", "--backend-start-port", "65535")
+        answer = controller.call("start_client", client="alice")
+        assert (answer["code"], answer["status"]) == (2, "no available port")
+        assert controller.call("check_client") == {"client": [], "code": 0}
+
+
+def test_killed_client_comes_back_without_a_scan_on_its_old_port(start, receive):
+    receiver = receive()
+    controller = start("controller", "--post-api", receiver.url)
+    first = controller.login("alice")
+    who = user(controller, "alice")
+    assert receiver.next(is_login)["params"] == [1]
+    os.kill(first["pid"], signal.SIGKILL)
+    receiver.next(lambda event: is_login(event) and event["params"] == [0])
+    state = controller.state("alice")
+    assert (state["state"], state["port"]) == ("running", first["port"])
+    assert state["pid"] != first["pid"]
+    assert controller.call("get_user_info", client="alice")["id"] == who["id"]
+
+
+def test_client_ended_on_purpose_is_not_started_again(start):
+    controller = start("controller")
+    for name, end in [("alice", lambda pid: controller.call("/openqq/stop_client?client=" + name)),
+                      ("bob", lambda pid: os.kill(pid, signal.SIGTERM))]:
+        first = controller.login(name)
+        end(first["pid"])
+        controller.log.wait(f"client {name} stopped")
+    assert controller.state("bob")["state"] == "stop"
+    assert "starting it again" not in controller.log.text()
+    assert controller.call("start_client", client="bob")["code"] == 0
+
+
+def test_killed_controller_takes_its_clients_along_and_a_new_one_brings_them_back(start):
+    controller = start("controller")
+    pids = {name: controller.login(name)["pid"] for name in ("alice", "bob")}
+    ids = {name: user(controller, name)["id"] for name in pids}
+    controller.call("stop_client", client="bob")
+    controller.process.kill()
+    assert all_gone(controller.log), "a client outlived its controller"
+    second = start("controller")
+    assert user(second, "alice")["id"] == ids["alice"]
+    listed = second.call("check_client")["client"]
+    assert [(row["account"], row["state"]) for row in listed] == [("alice", "running")]
+    assert listed[0]["pid"] != pids["alice"]
+
+
+def test_new_controller_waits_for_the_clients_of_a_killed_one(start):
+    """A stopped process stands for one that takes long to end: it keeps its pid file."""
+    controller = start("controller")
+    pid = controller.login("alice")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        controller.process.kill()
+        controller.process.wait(WAIT)
+        second = start("controller")
+        assert second.state("alice")["state"] != "running"
+        assert "client alice started" not in second.log.text()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    second.log.wait("client alice started")
+    assert "running already" not in second.log.text()
+    assert user(second, "alice")["account"] == "alice"
+
+
+@pytest.mark.parametrize("resume, expected", [("1", ["alice"]), ("0", [])])
+def test_controller_resumes_unless_told_otherwise(start, resume, expected):
+    first = start("controller")
+    first.call("start_client", client="alice")
+    assert first.stop() == 0
+    second = start("controller", "--resume", resume)
+    listed = second.call("check_client")["client"]
+    assert [row["account"] for row in listed] == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_controller_ends_cleanly_at_a_signal(start, number):
+    controller = start("controller")
+    controller.login("alice")
+    assert controller.stop(number) == 0
+    assert all_gone(controller.log)
+    assert not [name for name in left_files(controller) if "pid" in name or "qrcode" in name]
+    assert "cookie_alice.dat" in left_files(controller)
+    assert json.loads(content(controller.path("state_alice.json")))["state"] == "stop"
+    assert "Traceback" not in controller.log.text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_client_alone_ends_cleanly_at_a_signal(start, receive, number):
+    receiver = receive()
+    client = start("client", "--account", "alice", "--post-api", receiver.url)
+    receiver.next(is_qrcode)
+    assert {"pid_alice.pid", "qrcode_alice.jpg"} <= left_files(client)
+    assert client.stop(number) == 0
+    assert not {"pid_alice.pid", "qrcode_alice.jpg"} & left_files(client)
+    assert json.loads(content(client.path("state_alice.json")))["state"] == "stop"
+    assert "Traceback" not in client.log.text()
+
+
+@pytest.mark.parametrize("whose", ["controller", "client"])
+def test_signal_right_after_the_first_line_ends_a_program_cleanly(start, whose):
+    for _ in range(2):
+        program = start(whose)
+        assert program.stop() == 0
+        assert not [name for name in left_files(program) if name.endswith(".pid")]
+
+
+def test_client_without_a_terminal_ignores_int_with_a_warning(start):
+    client = start("client", "--account", "alice")
+    client.log.wait("等待手机QQ扫描二维码")
+    client.process.send_signal(signal.SIGINT)
+    client.log.wait(r"\[warn\] .*INT")
+    assert client.call("get_client_info")["account"] == "alice"
+
+
+def test_int_at_a_terminal_ends_a_client(tmp_path):
+    master, slave = os.openpty()
+    client = subprocess.Popen(
+        [sys.executable, FILE, "client", "--tmpdir", str(tmp_path), "--port", "0"],
+        stdin=slave, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        Log(client.stderr).wait("等待手机QQ扫描二维码")
+        client.send_signal(signal.SIGINT)
+        assert client.wait(WAIT) == 0
+    finally:
+        client.kill()
+        client.wait()
+        os.close(master)
+        os.close(slave)
+
+
+@pytest.mark.parametrize("whose", ["controller", "client"])
+def test_hup_that_was_ignored_at_the_start_stays_ignored(start, whose):
+    """So does nohup. HUP has the smaller number: of two that came it would be seen first."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        program = start(whose)
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    program.process.send_signal(signal.SIGHUP)
+    assert program.stop(signal.SIGTERM) == 0
+    assert re.search(r"stopping \(SIGTERM\)|停止信号\[TERM\]", program.log.text())
+    assert "HUP" not in program.log.text()
+
+
+def test_second_controller_and_second_client_name_the_holder_and_harm_nothing(pair):
+    for words, holder in [(["controller"], pair.pid),
+                          (["client", "--account", "alice"], pair.state("alice")["pid"])]:
+        before = pair.state("alice"), left_files(pair), content(pair.path("controller_backend.dat"))
+        status, said = run_once(*words, "--tmpdir", pair.tmpdir, "--port", "0")
+        assert status == 1
+        assert re.search(rf"\b{holder}\b", said) and "Traceback" not in said
+        assert before == (pair.state("alice"), left_files(pair),
+                          content(pair.path("controller_backend.dat")))
+    assert pair.call("get_user_info", client="alice")["account"] == "alice"
+
+
+def test_pid_files_without_a_living_holder_block_nobody(start, receive, tmp_path):
+    receiver, foreign = receive(), str(os.getpid())
+    left = {"a": b"", "b": b"garbage\n", "c": b"2147483647\n", "d": foreign.encode() + b"\n",
+            "e": b"\xff\xfe"}
+    for name in left:
+        put(tmp_path / f"mojo_webqq_pid_{name}.pid", left[name])
+    put(tmp_path / "mojo_webqq_controller_process.pid", foreign)
+    controller = start("controller", "--post-api", receiver.url)
+    assert content(controller.path("controller_process.pid")) == f"{controller.pid}\n".encode()
+    for name in left:
+        started = controller.call("start_client", client=name)
+        receiver.next(is_qrcode)
+        assert content(controller.path(f"pid_{name}.pid")) == f"{started['pid']}\n".encode()
+
+
+def test_storable_files_of_the_perl_programs_are_set_aside(start, tmp_path):
+    storable = b"pst0\x05\x0b\x0412345678\x04\x08\x08\x03\x00\x00\x00\xff\xfe"
+    names = ["mojo_webqq_controller_backend.dat", "mojo_webqq_cookie_alice.dat"]
+    for name in names:
+        put(tmp_path / name, storable)
+    controller = start("controller")
+    controller.login("alice")
+    for name in names:
+        controller.log.wait(r"\[warn\].*" + re.escape(name))
+        assert content(tmp_path / (name + ".old")) == storable
+        assert json.loads(content(tmp_path / name))
+
+
+# What a crash, a full disk or another program may leave in a file that only grows.
+GARBAGE_LINES = (b'\n\n\x00\xff\xfe\n1\n"x"\nnull\n[]\n{}\n[[]]\n[1]\n["x"]\n[[1]]\n[[1,2]]\n'
+           b'[[1,"a"],[1,"a","b"]]\n{"key":"x","item":1}\n{"key":3,"item":{}}\n{"done":[]}\n'
+           b'{"mark":{}}\n{"key":4,"item":{"id":"x","in":[],"event":{}}}\n'
+           b'{"key":5,"item":{"id":"x-1","in":"","eve')
+
+
+def test_garbage_in_queues_and_journals_stops_nobody(start, receive, tmp_path):
+    receiver = receive()
+    for name in "post_alice.jsonl", "local.jsonl", "controller_post.jsonl":
+        put(tmp_path / ("mojo_webqq_" + name), GARBAGE_LINES)
+    controller = start("controller", "--post-api", receiver.url)
+    controller.login("alice")
+    who = user(controller, "alice")
+    controller.call("/local/say", **{"from": "小灰", "client": "alice", "content": "hello"})
+    assert receiver.message("hello")["sender"] == "小灰"
+    assert controller.stop() == 0
+    second = start("controller", "--post-api", receiver.url)
+    assert user(second, "alice")["id"] == who["id"]
+    assert "fault of this program" not in controller.log.text() + second.log.text()
+
+
+@pytest.mark.parametrize("backend", ["[]", json.dumps({
+    "alice": 1, "../x": {"run": True, "port": 5000, "given": {}},
+    "carol": {"run": True, "port": 99999999, "given": {}},
+    "dave": {"run": True, "port": 0, "given": {"setting_of_another_version": "1"}},
+    "erin": {"run": True, "port": 0, "given": {"log_level": 7}},
+    "frank": {"run": True, "port": None, "given": []}})], ids=["no object", "bad rows"])
+def test_garbage_in_the_backend_file_stops_no_controller(start, tmp_path, backend):
+    put(tmp_path / "mojo_webqq_controller_backend.dat", backend)
+    controller = start("controller")
+    assert controller.call("start_client", client="bob")["code"] == 0
+    names = [row["account"] for row in controller.call("check_client")["client"]]
+    assert "bob" in names and not {"alice", "../x"} & set(names)
+    assert controller.stop() == 0
+    assert "fault of this program" not in controller.log.text()
+    assert json.loads(content(controller.path("controller_backend.dat")))["bob"]["run"]
+
+
+def test_accounts_file_is_started_at_boot(start, tmp_path):
+    accounts = put(tmp_path / "accounts.json", json.dumps({
+        "alice": {"login_type": "login", "pwd": "x", "numeric_ids": True,
+                  "post_event_list": ["login", "stop"]}, "bob": {}, "../x": {}}))
+    bad = start("controller", "--accounts", accounts, tmpdir=tmp_path / "bad")
+    bad.log.wait(r"\[error\].*accounts")
+    assert bad.call("check_client") == {"client": [], "code": 0}
+    put(accounts, json.dumps({"alice": {"login_type": "login", "pwd": "x", "numeric_ids": True},
+                              "bob": {"nonsense": 1}}))
+    controller = start("controller", "--accounts", accounts, tmpdir=tmp_path / "good")
+    controller.log.wait(r"\[error\].*nonsense")
+    assert isinstance(user(controller, "alice")["uid"], int)
+    listed = controller.call("check_client")["client"]
+    assert [(row["account"], row["state"]) for row in listed] == [("alice", "running")]
+
+
+def test_clients_have_the_documented_names_in_ps(pair):
+    for pid, name in [(pair.pid, "wqcontroller"), (pair.state("alice")["pid"], "wqclient(alice)")]:
+        shown = subprocess.check_output(["ps", "-o", "args=", "-p", str(pid)]).decode()
+        assert os.path.basename(shown.split()[0]) == name
+
+
+def test_clients_environment_is_built_from_scratch(start):
+    controller = start("controller", env={
+        "PYTHONSTARTUP": "/x", "LD_PRELOAD": "", "BASH_ENV": "/x", "AWS_SECRET_ACCESS_KEY": "s",
+        "OPENQQ_TOKEN": "t0ken", "MOJO_WEBQQ_MSG_TTL": "7", "MOJO_WEBQQ_ACCOUNT": "mallory"})
+    port = {"Authorization": "Bearer t0ken"}
+    body = request(controller.base, "/openqq/start_client?client=alice&mode=away", headers=port)[2]
+    pid = json.loads(body)["pid"]
+    with open(f"/proc/{pid}/environ", "rb") as file:
+        environment = dict(entry.split("=", 1) for entry in file.read().decode().split("\0")
+                           if entry)
+    foreign = {name for name in environment if not name.startswith(("MOJO_WEBQQ_", "OPENQQ_"))}
+    assert foreign <= {"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "TERM",
+                       "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR",
+                       "PYTHONDONTWRITEBYTECODE"} | {
+        name for name in foreign if name.startswith("LC_") or name.lower().endswith("_proxy")}
+    assert environment["MOJO_WEBQQ_ACCOUNT"] == "alice"
+    assert (environment["MOJO_WEBQQ_MODE"], environment["MOJO_WEBQQ_MSG_TTL"]) == ("away", "7")
+
+
+def test_secrets_stand_in_no_file_answer_or_log_but_the_cookie(start, receive, tmp_path):
+    receiver = receive()
+    controller = start("controller", "--token", "S3CRET-token")
+    query = urllib.parse.urlencode({"client": "alice", "pwd": "S3CRET-pwd", "login_type": "login",
+                                    "post_secret": "S3CRET-post", "post_api": receiver.url})
+    token = {"Authorization": "Bearer S3CRET-token"}
+    answers = [request(controller.base, path, headers=token)[2] for path in (
+        "/openqq/start_client?" + query, "/local/login?client=alice",
+        "/openqq/start_client?" + query, "/openqq/check_client", "/local/world",
+        "/openqq/get_client_info?client=alice")]
+    receiver.next(is_login)
+    body, signature = receiver.posts[-1][2], receiver.posts[-1][1]["X-Signature"]
+    assert signature == "sha1=" + hmac_sha1("S3CRET-post", body)
+    for name in left_files(controller):
+        answers.append(content(controller.path(name)).replace(
+            b"S3CRET-post", b"") if name == "cookie_alice.dat" else content(controller.path(name)))
+    shown = subprocess.check_output(["ps", "-o", "args=", "-p", str(controller.pid)])
+    assert b"S3CRET" not in b"".join(answers) + shown
+    answers = [request(controller.base, "/openqq/stop_client?client=alice", headers=token)[2]]
+    assert b"S3CRET" not in answers[0] and "S3CRET" not in controller.log.text()
+    assert os.stat(controller.path("cookie_alice.dat")).st_mode & 0o777 == 0o600
+
+
+def hmac_sha1(secret, body):
+    import hmac
+    return hmac.new(secret.encode(), body, "sha1").hexdigest()
+
+
+def test_resumed_client_signs_as_before(start, receive):
+    receiver = receive()
+    first = start("controller")
+    first.login("alice", post_api=receiver.url, post_secret="s")
+    assert receiver.next(is_login)
+    assert first.stop() == 0
+    seen = len(receiver.posts)
+    second = start("controller")
+    user(second, "alice")
+    assert receiver.next(is_login)["params"] == [0]
+    assert len(receiver.posts) > seen
+    for _, headers, body, _ in receiver.posts:
+        assert headers["X-Signature"] == "sha1=" + hmac_sha1("s", body)
+
+
+def test_controllers_secret_signs_what_its_clients_post_to_its_post_api(start, receive):
+    receiver, other = receive(), receive()
+    controller = start("controller", "--post-api", receiver.url, "--post-secret", "s")
+    controller.login("alice")
+    controller.login("bob", post_api=other.url)
+    receiver.next(is_login)
+    other.next(is_login)
+    for _, headers, body, _ in list(receiver.posts):
+        assert headers["X-Signature"] == "sha1=" + hmac_sha1("s", body)
+    assert not [1 for _, headers, _, _ in list(other.posts) if headers["X-Signature"]]
+
+
+def test_only_documented_files_with_mode_0600(start, receive):
+    controller = start("controller", "--post-api", receive().url)
+    controller.login("alice")
+    controller.call("start_client", client="bob")
+    controller.log.wait(r"^\[bob\].*等待手机QQ扫描二维码")
+    controller.call("send_friend_message", client="alice", name="小冰", content="x")
+    accounts = [f"{what}_{name}" for name in ("alice", "bob") for what in (
+        "cookie", "pid", "qrcode", "state", "post")]
+    ends = {"cookie": ".dat", "pid": ".pid", "qrcode": ".jpg", "state": ".json", "post": ".jsonl"}
+    documented = {name + ends[name.split("_")[0]] for name in accounts} | {
+        "controller_process.pid", "controller_backend.dat", "controller_template.py",
+        "controller_post.jsonl", "local.json", "local.jsonl"}
+    found = left_files(controller)
+    assert found <= documented
+    assert {"cookie_alice.dat", "qrcode_bob.jpg", "post_alice.jsonl", "local.json"} <= found
+    for name in found:
+        assert os.stat(controller.path(name)).st_mode & 0o777 == 0o600, name
+
+
+def test_chinese_names_and_texts_work_in_the_c_locale(start, receive):
+    receiver, locale = receive(), {"LANG": "C", "LC_ALL": "C"}
+    controller = start("controller", env=locale)
+    started = controller.login("小明", post_api=receiver.url)
+    shown = subprocess.check_output(["ps", "-ww", "-o", "args=", "-p", str(started["pid"])],
+                                    env={**os.environ, "LC_ALL": "C.UTF-8"}).decode()
+    assert os.path.basename(shown.split()[0]) == "wqclient(小明)"
+    sent = controller.call("send_friend_message", client="小明", name="小冰", content="你好🐧")
+    assert sent["code"] == 0
+    assert receiver.message("你好🐧")["receiver"] == "小明"
+    controller.log.wait(r"\[好友消息\] 小冰\|我的好友 : 你好🐧")
+    assert {"state_小明.json", "cookie_小明.dat"} <= left_files(controller)
+    assert controller.stop() == 0
+    again = start("controller", env=locale)
+    assert user(again, "小明")["account"] == "小明"
+
+
+PLANTED = ["controller_backend.dat", "controller_template.py", "controller_post.jsonl",
+           "local.json", "local.jsonl", "cookie_alice.dat", "state_alice.json",
+           "qrcode_alice.jpg", "post_alice.jsonl"]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["to a file", "to nothing"])
+def test_planted_symlinks_lead_nowhere(start, receive, tmp_path, there):
+    outside, tmpdir, receiver = tmp_path / "outside", tmp_path / "tmp", receive()
+    outside.mkdir()
+    tmpdir.mkdir()
+    precious = {"mallory": {"run": True, "port": 0, "given": {}}, "account": "alice",
+                "precious": "MINE", "people": {"1": {"name": "MINE"}}}
+    for name in PLANTED:
+        if there:
+            put(outside / name, json.dumps(precious))
+        os.symlink(str(outside / name), str(tmpdir / ("mojo_webqq_" + name)))
+    controller = start("controller", "--post-api", receiver.url, tmpdir=tmpdir)
+    controller.call("start_client", client="alice")
+    controller.log.wait(r"^\[alice\].*等待手机QQ扫描二维码")
+    answers = [request(controller.base, "/openqq/" + path)[2] for path in (
+        "get_qrcode?client=alice", "check_client", "../local/world")]
+    user(controller, "alice")
+    controller.call("send_friend_message", client="alice", name="小冰", content="x")
+    receiver.message("x")
+    assert controller.call("stop_client", client="alice")["code"] == 0
+    assert controller.stop() == 0
+    assert b"MINE" not in b"".join(answers) and "mallory" not in controller.log.text()
+    assert sorted(os.listdir(str(outside))) == (sorted(PLANTED) if there else [])
+    for name in os.listdir(str(outside)):
+        assert json.loads(content(outside / name)) == precious, name
+
+
+@pytest.mark.parametrize("words, name, plant", [
+    (["controller"], "controller_process.pid", os.symlink),
+    (["client", "--account", "alice"], "pid_alice.pid", os.link),
+    (["client", "--log-path", "{}/mojo_webqq_log"], "log", os.symlink)])
+def test_planted_link_at_a_pid_or_log_file_is_refused(tmp_path, words, name, plant):
+    precious = put(tmp_path / "precious", "1\n")
+    path = str(tmp_path / ("mojo_webqq_" + name))
+    plant(precious, path)
+    status, said = run_once(*[word.format(tmp_path) for word in words],
+                            "--tmpdir", tmp_path, "--port", "0")
+    assert status == 1
+    assert path in said and "Traceback" not in said
+    assert content(precious) == b"1\n"
+
+
+def test_fifo_in_the_place_of_a_file_holds_nobody_up(start, tmp_path):
+    for name in PLANTED:
+        os.mkfifo(str(tmp_path / ("mojo_webqq_" + name)))
+    controller = start("controller")
+    controller.login("alice")
+    assert controller.state("alice")["state"] == "running"
+
+
+@pytest.mark.parametrize("words", [["controller"], ["client", "--account", "alice"]])
+def test_tmpdir_that_cannot_be_written_is_a_clear_refusal(tmp_path, words):
+    blocked = os.path.join(put(tmp_path / "file", ""), "below")
+    status, said = run_once(*words, "--tmpdir", blocked, "--port", "0")
+    assert status == 1
+    assert blocked in said and "--tmpdir" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("words", [["controller"], ["client"]])
+def test_port_that_is_taken_is_a_clear_refusal_and_leaves_no_pid_file(tmp_path, words):
+    with reserve() as sock:
+        sock.listen(1)
+        port = str(sock.getsockname()[1])
+        status, said = run_once(*words, "--tmpdir", tmp_path, "--host", "127.0.0.1",
+                                "--port", port)
+    assert status == 1
+    assert port in said and "--port" in said and "Traceback" not in said
+    assert not [name for name in os.listdir(str(tmp_path)) if name.endswith(".pid")]
+
+
+# ------------------------------------------------------------------------------------------------
+# Nothing is lost
+# ------------------------------------------------------------------------------------------------
+
+class Bench:
+    """A loop that the test turns, with a clock that stands still unless the test moves it."""
+
+    def __init__(self):
+        self.now = 1000.0
+        self.warnings = []
+        self.log = openqq.Log(level="fatal")
+        self.log.keep = self.warnings.append
+        self.loop = openqq.Loop(self.log, lambda: self.now)
+
+    def turn(self):
+        """Do all that can be done now, without waiting."""
+        self.loop.call(int)
+        self.loop.step()
+
+    def until(self, condition, pace=0.0):
+        """Turn until something has come true by what other threads and processes do; each turn
+        lets `pace` seconds go by."""
+        end = time.monotonic() + WAIT
+        while not condition():
+            assert time.monotonic() < end, self.warnings
+            alarm = threading.Timer(0.05, self.loop.call, (int,))  # the clock wakes nobody here
+            alarm.start()
+            self.loop.step()
+            alarm.cancel()
+            self.now += pace
+
+    def move(self, seconds):
+        """Let time go by."""
+        self.now += seconds
+        self.turn()
+
+
+class Far:
+    """What a Reporter's fetch finds: the test says when, and what it answers."""
+
+    class Reply:
+        kind, fields = "", {}
+
+        def __init__(self, status):
+            self.status = status
+
+        def read(self):
+            return b""
+
+    def __init__(self, bench, path):
+        self.bench = bench
+        self.posts = []          # (time, content, X-Event-ID) of every try
+        self.said = {}           # content -> the statuses to come, or exceptions; then 200
+        self.gates = {}          # content -> Event to wait for
+        self.spool = openqq.Spool(str(path), 1000, bench.log)
+        self.reporter = openqq.Reporter("http://127.0.0.1:1/x", "", self.spool, bench.loop,
+                                        bench.log, lambda event, answer: None, self.fetch)
+
+    def fetch(self, url, method, fields, body, seconds):
+        what = json.loads(body)["content"]
+        self.posts.append((self.bench.now, what, fields["X-Event-ID"]))
+        if what in self.gates:
+            self.gates[what].wait(WAIT)
+        said = self.said.get(what) or [200]
+        answer = said.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return self.Reply(answer)
+
+    def add(self, *contents, chat="c"):
+        for what in contents:
+            self.reporter.add({"content": what}, chat)
+        self.reporter.flush()
+
+    def tried(self):
+        return [what for _, what, _ in self.posts]
+
+    def settle(self, tries):
+        """Until so many tries were made, and their outcome is known."""
+        self.bench.until(lambda: len(self.posts) >= tries and not self.reporter._flying)
+
+    def times(self, what):
+        return [when - 1000.0 for when, tried, _ in self.posts if tried == what]
+
+
+@pytest.fixture
+def far(tmp_path):
+    return Far(Bench(), tmp_path / "post.jsonl")
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 503, 599])
+def test_answer_later_is_tried_five_times_under_one_id_and_dropped(far, status):
+    far.said["a"] = [status] * 9
+    far.add("a", "b")
+    far.settle(1)
+    for tries, wait in enumerate([1, 2, 4, 8], 2):
+        far.bench.move(wait - 0.01)
+        assert len(far.posts) == tries - 1, "too early"
+        far.bench.move(0.01)
+        far.bench.until(lambda: len(far.posts) >= tries)
+        if tries < 5:
+            far.settle(tries)
+    far.settle(6)
+    assert far.tried() == ["a"] * 5 + ["b"]
+    assert len({id for _, _, id in far.posts}) == 2
+    assert far.reporter.counts["dropped"] == 1 and far.reporter.waiting() == 0
+    assert "dropped" in far.bench.warnings[0]
+
+
+@pytest.mark.parametrize("status", [200, 204, 302, 400, 404, 413])
+def test_any_other_answer_is_a_delivery(far, status):
+    far.said["a"] = [status]
+    far.add("a", "b")
+    far.settle(2)
+    assert far.tried() == ["a", "b"]
+    assert far.reporter.counts == {"posted": 2, "retried": 0, "dropped": 0}
+
+
+def test_answer_410_ends_the_posting(far):
+    far.said["a"], far.said["c"] = [500], [410]
+    far.add("a", "b")
+    far.settle(1)
+    far.add("c", "d", chat="other")
+    far.settle(2)
+    far.add("e")
+    far.bench.move(100)
+    far.bench.move(100)
+    assert far.tried() == ["a", "c"]
+    assert far.reporter.waiting() == 0
+    assert "410" in " ".join(far.bench.warnings)
+    assert "fault of this program" not in " ".join(far.bench.warnings)
+
+
+def test_without_connection_tries_come_after_0_1_2_4_to_60_seconds_for_a_day(far):
+    far.said["a"] = [openqq.Unreachable("refused")] * 2000
+    far.add("a")
+    far.settle(2)
+    for wait in [1, 2, 4, 8, 16, 32, 60, 60]:
+        tries = len(far.posts)
+        far.bench.move(wait - 0.01)
+        assert len(far.posts) == tries, "too early"
+        far.bench.move(0.01)
+        far.settle(tries + 1)
+    assert len({id for _, _, id in far.posts}) == 1 and far.reporter.waiting() == 1
+    far.bench.move(openqq.POST_DAY)
+    far.bench.until(lambda: far.reporter.waiting() == 0)
+    assert far.reporter.counts["dropped"] == 1
+
+
+def test_slow_answer_holds_up_its_own_conversation_only_and_four_go_at_once(far):
+    far.gates = {what: threading.Event() for what in ("a1", "b1", "c1", "d1")}
+    for chat in "abcdef":
+        far.add(chat + "1", chat + "2", chat=chat)
+    for lanes in 1, 2, 3, 4:
+        far.bench.until(lambda: len(far.posts) == lanes)
+        far.bench.move(1)
+    far.bench.move(1)
+    assert sorted(far.tried()) == ["a1", "b1", "c1", "d1"], "four at once"
+    far.gates["d1"].set()
+    far.bench.until(lambda: len(far.posts) == 9, pace=0.1)
+    assert sorted(far.tried()[4:]) == ["d2", "e1", "e2", "f1", "f2"]
+    for gate in far.gates.values():
+        gate.set()
+    far.bench.until(lambda: not far.reporter.waiting(), pace=0.1)
+    for chat in "abcdef":
+        assert [what for what in far.tried() if what[0] == chat] == [chat + "1", chat + "2"]
+
+
+def test_while_one_answer_is_slow_the_others_go_on_without_a_pause(far):
+    far.gates["a"] = threading.Event()
+    far.add("a", chat="slow")
+    far.add(*"0123456789", chat="quick")
+    far.bench.until(lambda: len(far.posts) == 1)
+    far.bench.move(1)
+    far.bench.until(lambda: len(far.posts) == 11)
+    far.gates["a"].set()
+    far.bench.until(lambda: not far.reporter.waiting())
+
+
+def test_queue_over_its_limit_drops_the_oldest_and_counts_them(far):
+    far.spool._limit = 3
+    far.said["a"] = [500]
+    far.add("a", chat="x")
+    far.settle(1)
+    far.gates["b"] = threading.Event()
+    far.add("b", chat="y")
+    far.bench.until(lambda: len(far.posts) == 2)
+    for what in "cdef":
+        far.add(what, chat="y")
+    far.add("g", chat="x")
+    far.bench.move(10)  # when the first would have been tried again
+    far.gates["b"].set()
+    far.bench.until(lambda: not far.reporter.waiting(), pace=0.1)
+    assert sorted(far.tried()) == ["a", "b", "e", "f", "g"]
+    assert far.reporter.counts["dropped"] == 3
+    assert "fault of this program" not in " ".join(far.bench.warnings)
+
+
+def test_what_a_process_left_is_posted_by_the_next_in_order_under_the_same_ids(far, tmp_path):
+    far.said["a"] = [openqq.Unreachable("refused")] * 2
+    far.add("a", "b", "c")
+    far.settle(2)
+    again = Far(Bench(), tmp_path / "post.jsonl")
+    again.reporter.start()
+    again.settle(3)
+    assert again.tried() == ["a", "b", "c"]
+    assert again.posts[0][2] == far.posts[0][2]
+    last = Far(Bench(), tmp_path / "post.jsonl")
+    assert last.reporter.waiting() == 0 and last.spool.last == 3
+
+
+def test_messages_for_a_receiver_that_is_away_come_all_in_order_whatever_is_killed(
+        start, receive):
+    """The port is closed while they arrive, and before the last ten come the client is killed."""
+    with reserve() as sock:
+        port = sock.getsockname()[1]
+        controller = start("controller", "--post-api", f"http://127.0.0.1:{port}/")
+        pid = controller.login("alice")["pid"]
+        expected = [f"m{number}" for number in range(200)]
+        for number, what in enumerate(expected):
+            said = controller.call("/local/say", client="alice", content=what, **{"from": "小灰"})
+            assert said["code"] == 0
+            if number == 190:
+                os.kill(pid, signal.SIGKILL)
+        receiver = receive(port=port)
+        receiver.message(expected[-1])
+        got = [event["content"] for _, _, _, event in receiver.posts if "content" in event]
+        assert got == expected
+
+
+def test_killed_client_posts_twice_at_most_what_was_on_its_way(start, receive):
+    seen = threading.Event()
+
+    def answer(event):
+        if event.get("content") == "m20":
+            seen.set()
+
+    receiver = receive(answer)
+    controller = start("controller", "--post-api", receiver.url)
+    pid = controller.login("alice")["pid"]
+    expected = [f"m{number}" for number in range(60)]
+
+    def say():
+        for what in expected:
+            controller.call("/local/say", client="alice", content=what, **{"from": "小灰"})
+
+    thread = threading.Thread(target=say)
+    thread.start()
+    assert seen.wait(WAIT)
+    os.kill(pid, signal.SIGKILL)
+    thread.join(WAIT)
+    receiver.message("m59")
+    posts = [(headers["X-Event-ID"], event["content"])
+             for _, headers, _, event in receiver.posts if "content" in event]
+    assert list(dict.fromkeys(what for _, what in posts)) == expected
+    assert len(posts) <= len(expected) + 1
+    assert len(set(posts)) == len(expected), "a repeated event has its old id"
+
+
+def sorted_world(controller):
+    """What /local/world shows, in an order of its own."""
+    def ordered(value):
+        if isinstance(value, dict):
+            return {key: ordered(item) for key, item in value.items()}
+        return sorted(map(ordered, value), key=repr) if isinstance(value, list) else value
+    return ordered(controller.call("/local/world"))
+
+
+def test_host_that_starts_again_keeps_the_world_the_logins_and_what_waits(start):
+    controller = start("controller")
+    for name in "alice", "bob":
+        controller.call("start_client", client=name)
+    for number in signal.SIGTERM, signal.SIGKILL:
+        ids = {name: user(controller, name)["id"] for name in ("alice", "bob")}
+        controller.call("/local/change", do="add", what="person", uid=f"77{number}", name="小红")
+        controller.call("stop_client", client="bob")
+        sent = controller.call("send_friend_message", client="alice", name="bob",
+                               content=f"waits {number}")
+        assert sent["code"] == 0
+        world = sorted_world(controller)
+        controller.process.send_signal(number)
+        assert all_gone(controller.log, WAIT)
+        controller = start("controller")
+        assert sorted_world(controller) == world
+        assert user(controller, "alice")["id"] == ids["alice"]
+        controller.call("start_client", client="bob")
+        assert user(controller, "bob")["id"] == ids["bob"]
+        kept = []
+        while f"waits {number}" not in [event.get("content") for event in kept]:
+            kept += controller.call("check_event", client="bob")
+        assert [event.get("content") for event in kept].count(f"waits {number}") == 1
+
+
+def test_disk_that_takes_no_more_is_a_warning_and_the_api_goes_on(start, receive):
+    import resource
+    receiver = receive()
+    controller = start("controller", "--post-api", receiver.url)
+    pids = [controller.pid, controller.login("alice")["pid"]]
+    receiver.next(is_login)
+    for pid in pids:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    for what in "one", "two":
+        controller.call("/local/say", client="alice", content=what, **{"from": "小灰"})
+        assert receiver.message(what)["sender"] == "小灰"
+    assert controller.call("send_friend_message", client="alice", name="小冰",
+                           content="x")["code"] == 0
+    assert controller.call("check_client")["client"][0]["state"] == "running"
+    controller.log.wait(r"^\[alice\].*\[warn\].*post_alice.jsonl cannot be written")
+    controller.log.wait(r"^\[wqc\].*\[warn\].*local.jsonl cannot be written")
+    controller.call("start_client", client="bob")
+    controller.log.wait(r"\[warn\].*controller_backend.dat cannot be written")
+    for pid in pids:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE,
+                         (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    controller.call("/local/say", client="alice", content="three", **{"from": "小灰"})
+    receiver.message("three")
+    assert b"three" in content(controller.path("local.jsonl"))
+    assert controller.stop() == 0
+    assert not [name for name in os.listdir(controller.tmpdir) if name.startswith(".")]
+    assert "Traceback" not in controller.log.text()
+
+
+def test_spool_survives_a_kill_at_any_byte(tmp_path):
+    """Cut off anywhere, what was written before is there, and the mark fits to it."""
+    path, log = str(tmp_path / "spool"), Bench().log
+    spool = openqq.Spool(path, 100, log)
+    for number in range(1, 6):
+        spool.add(f"item {number}", f"era:{number}")
+        spool.flush()
+    spool.done(2)
+    spool.close()
+    whole = content(path)
+    for end in range(len(whole) + 1):
+        put(path, whole[:end])
+        cut = openqq.Spool(path, 100, log)
+        lines = whole[:end + 1 if whole[end:end + 1] == b"\n" else end].count(b"\n")
+        items = [f"item {number}" for number in range(1, min(lines, 5) + 1)
+                 if number != 2 or lines < 6]
+        assert list(cut.pending.values()) == items
+        assert cut.mark == (f"era:{min(lines, 5)}" if lines else None)
+        cut.add("next", "era:9")
+        cut.close()
+        assert list(openqq.Spool(path, 100, log).pending.values()) == items + ["next"]
+
+
+def test_spool_grows_no_longer_than_what_it_holds(tmp_path):
+    path, log = str(tmp_path / "spool"), Bench().log
+    spool = openqq.Spool(path, 100, log)
+    for number in range(5000):
+        key = spool.add("x" * 100, f"era:{number}")
+        if number != 7:
+            spool.done(key)
+        spool.flush()
+    spool.close()
+    assert os.path.getsize(path) < 1000 * 400
+    again = openqq.Spool(path, 100, log)
+    assert (len(again.pending), again.mark, again.last) == (1, "era:4999", 5000)
+
+
+def test_ledger_holds_what_was_committed_and_nothing_else(tmp_path):
+    paths, log = (str(tmp_path / "l.json"), str(tmp_path / "l.jsonl")), Bench().log
+    ledger = openqq.Ledger(*paths, log)
+    ledger.put({"name": "a"}, "people", "1")
+    ledger.put(5, "seq", "a")
+    ledger.commit()
+    ledger.put(None, "people", "1")  # never committed
+    assert openqq.Ledger(*paths, log).root == {"people": {"1": {"name": "a"}}, "seq": {"a": 5}}
+    ledger.commit()
+    ledger.save()
+    assert content(paths[1]) == b""
+    assert openqq.Ledger(*paths, log).root == {"people": {}, "seq": {"a": 5}}
+    put(paths[1], b'[[6,"seq","a"],[7,"seq","b"]]\n[[8,"seq","a"],[9,"se')
+    assert openqq.Ledger(*paths, log).table("seq") == {"a": 6, "b": 7}
+
+
+def test_written_file_is_the_old_or_the_new_one_and_never_follows_a_symlink(tmp_path):
+    path, precious = str(tmp_path / "state"), put(tmp_path / "precious", "MINE")
+    os.symlink(precious, path)
+    openqq.write_file(path, b"new")
+    assert (content(path), content(precious)) == (b"new", b"MINE")
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    os.mkdir(str(tmp_path / "directory"))
+    with pytest.raises(OSError):
+        openqq.write_file(str(tmp_path / "directory"), b"new")
+    assert sorted(os.listdir(str(tmp_path))) == ["directory", "precious", "state"]
+
+
+def test_pid_file_passes_from_holder_to_holder(tmp_path):
+    path = str(tmp_path / "pid")
+    first, second = openqq.PidFile(path), openqq.PidFile(path)
+    first.take("client a")
+    with pytest.raises(openqq.Refusal, match=rf"client a .* {os.getpid()};"):
+        second.take("client a")
+    waiting = threading.Thread(target=openqq.PidFile(path).await_end, daemon=True)
+    waiting.start()
+    second.drop()
+    assert os.path.exists(path), "only its holder removes it"
+    first.drop()
+    waiting.join(WAIT)
+    assert not waiting.is_alive() and not os.path.exists(path)
+    second.take("client a")
+    assert content(path) == f"{os.getpid()}\n".encode()
+    second.drop()
+
+
+def test_ring_gives_each_event_once_to_bare_calls_and_again_to_since():
+    store = openqq.Store(3, clock=lambda: 1000.0)
+    never = lambda promise, seconds: promise.wait(0)  # noqa: E731
+
+    def take(since=None):
+        return [(event["seq"], event["n"]) for event in json.loads(store.take(since, never))]
+
+    assert take() == []
+    for number in range(5):
+        store.add({"n": number})
+    newest = [(1000003, 2), (1000004, 3), (1000005, 4)]
+    assert take(0) == newest and take(1000004) == newest[-1:]
+    assert take() == newest
+    assert take() == [] and take(0) == newest
+    assert take(2000000) == newest, "a number from before a restart"
+
+
+def test_everybody_who_waits_gets_the_event_and_who_goes_away_takes_none():
+    store, answers, waiting = openqq.Store(3), queue.Queue(), queue.Queue()
+
+    def wait(promise, seconds):
+        waiting.put(seconds)
+        return promise.wait(WAIT)
+
+    def hang_up(promise, seconds):
+        raise openqq.Hangup()
+
+    with pytest.raises(openqq.Hangup):
+        store.take(None, hang_up)
+    for _ in range(3):
+        threading.Thread(target=lambda: answers.put(store.take(None, wait))).start()
+    assert [waiting.get(timeout=WAIT) for _ in range(3)] == [openqq.EVENT_SECONDS] * 3
+    store.add({"n": 1})
+    assert [json.loads(answers.get(timeout=WAIT))[0]["n"] for _ in range(3)] == [1, 1, 1]
+
+
+class Outgoing:
+    """A SendQueue on a bench; `results` are what the link says, 0 or an exception."""
+
+    def __init__(self, interval=0.0, ttl=3, batch=1):
+        self.bench, self.sends, self.outcomes, self.results = Bench(), [], [], []
+        self.queue = openqq.SendQueue(self.bench.loop, self._send, interval, batch, ttl,
+                                      self._sent, lambda: None, self.bench.log)
+
+    def _send(self, rows):
+        self.sends.append((self.bench.now - 1000.0, [row["n"] for row in rows]))
+        result = self.results.pop(0) if self.results else 0
+        if isinstance(result, Exception):
+            raise result
+        return [{"code": result, "info": ""} for _ in rows]
+
+    def _sent(self, job, result):
+        self.outcomes.append((job.row["n"], result["code"], result["info"]))
+
+    def put(self, *numbers):
+        for number in numbers:
+            self.queue.put(openqq.Job(None, {"n": number}, None))
+
+    def settle(self, sends):
+        self.bench.until(lambda: len(self.sends) >= sends)
+        self.bench.until(lambda: not self.queue.busy)
+
+
+def test_messages_go_send_interval_apart_and_the_first_at_once():
+    out = Outgoing(interval=3.0)
+    out.put(1, 2, 3)
+    out.settle(1)
+    for sends in 2, 3:
+        out.bench.move(2.99)
+        assert len(out.sends) == sends - 1, "too early"
+        out.bench.move(0.01)
+        out.settle(sends)
+    assert [(round(when, 3), rows) for when, rows in out.sends] == [(0, [1]), (3, [2]), (6, [3])]
+    out.bench.move(60)
+    out.put(4)
+    out.settle(4)
+    assert out.sends[-1] == (66, [4]), "at once again"
+
+
+def test_message_that_surely_was_not_sent_is_tried_msg_ttl_times_before_the_next():
+    for ttl in 1, 3:
+        out = Outgoing(ttl=ttl)
+        out.results = [openqq.Unreachable("refused")] * ttl
+        out.put(1, 2)
+        for sends in range(1, ttl + 2):
+            out.settle(sends)
+            out.bench.move(60)
+        assert [rows for _, rows in out.sends] == [[1]] * ttl + [[2]]
+        assert out.outcomes == [(1, -5, "TTL失效"), (2, 0, "")]
+
+
+@pytest.mark.parametrize("error", [openqq.Unreachable("reset", sent=True),
+                                   openqq.OpenQQError("what?")])
+def test_message_whose_answer_was_lost_ends_as_minus_4_and_is_not_repeated(error):
+    out = Outgoing()
+    out.results = [error]
+    out.put(1, 2)
+    out.settle(2)
+    out.bench.until(lambda: len(out.outcomes) == 2)
+    out.bench.move(60)
+    assert [rows for _, rows in out.sends] == [[1], [2]]
+    assert out.outcomes == [(1, -4, f"响应未知: {error.status}"), (2, 0, "")]
+
+
+def test_loop_runs_timers_in_their_order_and_cancelled_ones_never():
+    bench, done = Bench(), []
+    for seconds in 3, 1, 2:
+        bench.loop.later(seconds, done.append, seconds)
+    bench.loop.later(1.5, done.append, "never").cancel()
+    bench.loop.later(1, lambda: 1 / 0)
+    for expected in [], [1], [1, 2], [1, 2, 3]:
+        bench.turn()
+        assert done == expected
+        bench.now += 1
+    assert len(bench.warnings) == 1 and "ZeroDivisionError" in bench.warnings[0]
+
+
+def test_loop_that_ended_leaves_nobody_waiting():
+    bench = Bench()
+    thread = threading.Thread(target=bench.loop.run, daemon=True)
+    thread.start()
+    assert bench.loop.ask(lambda: 5) == 5
+    bench.loop.stop()
+    thread.join(WAIT)
+    with pytest.raises(openqq.NotRunning):
+        bench.loop.ask(lambda: 5)
+
+
+def test_crew_works_with_so_many_threads_at_most_and_survives_a_bad_job():
+    bench, gate, running = Bench(), threading.Semaphore(0), queue.Queue()
+    crew = openqq.Crew(3, "test", bench.log, linger=0.01)
+
+    def job(number):
+        running.put(number)
+        gate.acquire(timeout=WAIT)
+        1 / number
+
+    for number in range(7):
+        crew.submit(job, number)
+    assert sorted(running.get(timeout=WAIT) for _ in range(3)) == [0, 1, 2]
+    with pytest.raises(queue.Empty):
+        running.get(timeout=0.05)
+    for _ in range(7):
+        gate.release()
+    assert [running.get(timeout=WAIT) for _ in range(4)] == [3, 4, 5, 6]
+    crew.submit(running.put, "more")
+    assert running.get(timeout=WAIT) == "more"
+    bench.until(lambda: bench.warnings)
+    assert len(bench.warnings) == 1 and "ZeroDivisionError" in bench.warnings[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Clients that die, and the template
+# ------------------------------------------------------------------------------------------------
+
+class Nursery:
+    """A Supervisor on a bench, with real but cheap processes instead of clients."""
+
+    def __init__(self, tmp_path, program, restart=True):
+        self.bench, self.program = Bench(), program
+        self.starts, self.reports, self.processes = [], [], []
+        settings = openqq.Settings("controller", {"tmpdir": str(tmp_path)}, {}, "MOJO_WEBQQ_")
+        launcher = openqq.Launcher(openqq.QQ, settings, "http://127.0.0.1:1",
+                                   lambda name: "key", self._spawn)
+        self.supervisor = openqq.Supervisor(
+            self.bench.loop, launcher, self.bench.log, restart, lambda: None,
+            lambda event, *params: self.reports.append((self.bench.now, event, *params)),
+            lambda name: None)
+        self.child = openqq.Child("alice", {}, openqq.listen("127.0.0.1", 0))
+
+    def _spawn(self, words, executable, **kwargs):
+        self.starts.append(self.bench.now - 1000.0)
+        self.processes.append(subprocess.Popen(
+            [sys.executable, "-ISc", "import os, signal, sys, time\n"
+             "say = lambda text: os.write(int(os.environ['OPENQQ_LIFE']), text.encode())\n"
+             + self.program], **kwargs))
+        return self.processes[-1]
+
+    def end(self):
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        self.child.listener.close()
+
+
+@pytest.fixture
+def nursery(tmp_path):
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(Nursery(tmp_path, *args, **kwargs))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
+
+
+def test_client_that_dies_at_once_is_started_seven_times_ever_later_then_reported(nursery):
+    home = nursery("say('{\"log\":\"the reason\"}\\n'); sys.exit(3)")
+    home.supervisor.start(home.child)
+    for starts, wait in enumerate([1, 2, 4, 8, 16], 2):
+        home.bench.until(lambda: len(home.starts) == starts and home.child.process is None)
+        assert home.child.alive() and not home.child.failed
+        home.bench.move(wait - 0.01)
+        assert len(home.starts) == starts, "too early"
+        home.bench.move(0.01)
+        home.bench.turn()
+    home.bench.until(lambda: home.child.failed)
+    assert [round(when, 3) for when in home.starts] == [0, 0, 1, 3, 7, 15, 31]
+    assert not home.child.alive()
+    (when, event, name, error), = home.reports
+    assert (event, name) == ("client_failed", "alice")
+    assert "the reason" in error and "exit status 3" in error
+
+
+def test_client_that_was_running_for_a_while_starts_again_at_once_any_number_of_times(nursery):
+    home = nursery("say('{\"state\":\"running\"}\\n'); time.sleep(60)")
+    home.supervisor.start(home.child)
+    for number in range(1, 10):
+        home.bench.until(lambda: home.child.state == "running")
+        home.bench.move(100)
+        home.processes[-1].kill()
+        home.bench.until(lambda: len(home.starts) == number + 1)
+        assert home.starts[-1] == number * 100
+    assert not home.reports and not home.child.failed
+
+
+def test_client_that_nobody_scans_for_ten_minutes_is_reported_once(nursery):
+    home = nursery("say('{\"state\":\"scaning\"}\\n'); time.sleep(60)")
+    home.supervisor.start(home.child)
+    home.bench.until(lambda: home.child.state == "scaning")
+    home.bench.move(599.9)
+    assert not home.reports
+    home.bench.move(0.1)
+    assert home.reports == [(1600.0, "client_waiting", "alice")]
+
+
+def test_client_that_was_scanned_in_time_is_not_reported(nursery):
+    home = nursery("signal.signal(signal.SIGUSR1, lambda *_: say('{\"state\":\"running\"}\\n'))\n"
+                   "say('{\"state\":\"scaning\"}\\n')\nwhile 1: signal.pause()")
+    home.supervisor.start(home.child)
+    home.bench.until(lambda: home.child.state == "scaning")
+    home.bench.move(599)
+    home.processes[0].send_signal(signal.SIGUSR1)
+    home.bench.until(lambda: home.child.state == "running")
+    home.bench.move(600)
+    assert not home.reports
+
+
+def test_client_that_does_not_heed_term_is_killed_after_a_while_or_at_a_second_signal(nursery):
+    stubborn = ("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+                "say('{\"state\":\"running\"}\\n')\nwhile 1: signal.pause()")
+    home = nursery(stubborn)
+    home.supervisor.start(home.child)
+    home.bench.until(lambda: home.child.state == "running")
+    promise = home.supervisor.stop(home.child)
+    home.bench.move(openqq.KILL_SECONDS - 0.1)
+    assert home.processes[0].poll() is None and not promise.kept
+    home.bench.move(0.1)
+    home.bench.until(lambda: promise.kept)
+    assert home.processes[0].returncode == -signal.SIGKILL
+
+    home, ended = nursery(stubborn), []
+    home.supervisor.start(home.child)
+    home.bench.until(lambda: home.child.state == "running")
+    home.supervisor.stop_all(signal.SIGTERM, lambda: ended.append(1))
+    home.supervisor.stop_all(signal.SIGKILL, lambda: ended.append(2))
+    home.bench.until(lambda: ended)
+    assert home.processes[0].returncode == -signal.SIGKILL and home.bench.now == 1000.0
+
+
+def edit_template(controller, text):
+    put(controller.path("controller_template.py"), text)
+
+
+TEMPLATE = """
+import os, sys, openqq
+{}
+client = openqq.Client()
+client.load(["ShowMsg"])
+client.load("Openqq", data={{"listen": [{{"host": "127.0.0.1",
+            "port": os.environ["MOJO_WEBQQ_PLUGIN_OPENQQ_PORT"]}}]}}, call_on_load=True)
+{}
+client.run()
+"""
+
+
+def test_edited_template_is_what_new_clients_run(start):
+    controller = start("controller")
+    controller.login("alice")
+    written = content(controller.path("controller_template.py")).decode()
+    assert "client.run()" in written and written == openqq.default_template(openqq.QQ)
+    edit_template(controller, TEMPLATE.format("", "client.log.info('edited')"))
+    controller.login("bob")
+    assert [row["name"] for row in controller.state("bob")["plugin"]] == [
+        "Mojo::Webqq::Plugin::Openqq", "Mojo::Webqq::Plugin::ShowMsg"]
+    controller.log.wait(r"^\[bob\].*edited")
+    assert len(controller.state("alice")["plugin"]) > 2, "alice is as she was"
+    assert controller.call("get_user_info", client="bob")["account"] == "bob"
+
+
+def test_template_that_does_not_compile_is_code_4_and_harms_nobody(start):
+    controller = start("controller")
+    controller.login("alice")
+    good = content(controller.path("controller_template.py"))
+    for bad in "def (:\n", "\0", "print('", "# coding: nonsense\n":
+        edit_template(controller, bad)
+        answer = controller.call("start_client", client="bob")
+        assert (answer["code"], answer["status"]) == (4, "client pid not ok"), bad
+    controller.log.wait(r"\[error\].*template")
+    assert [row["account"] for row in controller.call("check_client")["client"]] == ["alice"]
+    put(controller.path("controller_template.py"), good)
+    assert controller.call("start_client", client="bob")["code"] == 0
+
+
+def test_template_that_fails_is_told_by_log_check_client_and_post_api(start, receive):
+    receiver = receive()
+    controller = start("controller", "--restart", "never", "--post-api", receiver.url)
+    edit_template(controller, "import openqq\nraise RuntimeError('no such thing')\n")
+    assert controller.call("start_client", client="alice")["code"] == 0
+    failed = receiver.next(lambda event: event.get("event") == "client_failed")
+    assert failed["post_type"] == "event" and failed["params"][0] == "alice"
+    state = controller.state("alice")
+    assert (state["state"], state["failed"]) == ("stop", True)
+    assert "no such thing" in state["error"] and "no such thing" in failed["params"][1]
+    assert "no such thing" in controller.log.text()
+    edit_template(controller, "")
+    assert controller.call("start_client", client="alice")["status"] == "success"
+    assert user(controller, "alice")["account"] == "alice"
+    assert not controller.state("alice").get("failed")
+
+
+def test_second_term_hurries_a_client_that_still_has_something_to_post(start):
+    """By the template the client would wait an hour for its receiver."""
+    with reserve() as sock:
+        controller = start("controller", "--post-api",
+                           f"http://127.0.0.1:{sock.getsockname()[1]}/")
+        edit_template(controller, TEMPLATE.format("openqq.STOP_SECONDS = 3600.0", ""))
+        pid = controller.login("alice")["pid"]
+        os.kill(pid, signal.SIGTERM)
+        controller.log.wait(r"停止信号\[TERM\]")
+        os.kill(pid, signal.SIGTERM)
+        controller.log.wait("client alice stopped")
+        assert controller.state("alice")["state"] == "stop"
+    posts = [line for line in content(controller.path("post_alice.jsonl")).splitlines()]
+    assert b'"stop"' in posts[-1], "and what was not posted waits for the next start"
+
+
+def test_signal_that_another_thread_gets_ends_a_client_too(start, receive):
+    """As one does that comes just before the main thread falls asleep: nothing interrupts that."""
+    receiver = receive()
+    controller = start("controller", "--post-api", receiver.url)
+    edit_template(controller, TEMPLATE.format("""
+import signal, threading
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+def relay():
+    signal.sigwait([signal.SIGUSR1])
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+threading.Thread(target=relay, daemon=True).start()
+""", ""))
+    pid = controller.login("alice")["pid"]
+    receiver.next(is_login)
+    controller.call("get_client_info", client="alice")
+    os.kill(pid, signal.SIGUSR1)
+    controller.log.wait("client alice stopped")
+
+
+# ------------------------------------------------------------------------------------------------
 # The README
 # ------------------------------------------------------------------------------------------------
 
