@@ -5939,6 +5939,7 @@ def test_readme_commands_do_what_the_readme_says(start, tmp_path):
         answers = []
         while "pong" not in [event.get("content") for event in answers]:
             answers += json.loads(type_in(events, ports))
+        controller.stop()  # while there is somebody who takes its last events
     finally:
         bot.terminate()
         bot.wait()
@@ -5981,10 +5982,10 @@ def test_readme_help_shows_every_setting(words):
             assert "--" + setting.name.replace("_", "-") in text
 
 
-def test_readme_names_every_file_of_a_life(start):
+def test_readme_names_every_file_of_a_life(start, receive):
     """What lies in tmpdir while a controller and a client run is in the README's table."""
     controller = start("controller")
-    controller.login("alice", post_api="http://127.0.0.1:9/")
+    controller.login("alice", post_api=receive().url)
     for name in os.listdir(controller.tmpdir):
         plain = name.replace("alice", "NAME")
         named = f"`{plain}`" in README or plain.endswith(".jsonl") and f"`{plain[:-1]}`" in README
