@@ -351,7 +351,8 @@ def heard(program, name="alice"):
     assert sent["code"] == 0, sent
     contents = []
     while contents.count(mark) < 2:  # what was sent, and 小冰's echo of it
-        contents += [event.get("content") for event in program.call("check_event", client=name)]
+        contents += [event["content"] for event in program.call("check_event", client=name)
+                     if "content" in event]
     return [content for content in contents if content != mark]
 
 
