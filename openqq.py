@@ -92,6 +92,8 @@ WRITE_SECONDS = 30.0
 
 NAME_LIMIT = 64                  # characters of an account's name
 CONTENT_LIMIT = 64 * 1024        # bytes of a message's text; QQ itself takes far less
+MEDIA_LIMIT = 5 * 1024 * 1024    # bytes of a picture: in base64 it still fits into a body
+BATCH_LIMIT = 1024 * 1024        # bytes that are handed on at once; a larger one goes alone
 ANSWER_LIMIT = 1024 * 1024       # bytes read of what a post_api or poll_api answers
 PROXY_SECONDS = 120.0            # without a byte from a client (CONTRACT 2)
 EVENT_SECONDS = 30.0             # check_event's wait (000)
@@ -225,6 +227,18 @@ class BadRequest(OpenQQError):
         self.code = self.http = http
 
 
+class Answer(OpenQQError):
+    """A documented answer that ends a call from within; its members are given."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(str(row["status"]))
+        self.row = row
+
+    def answer(self) -> Row:
+        """What was given."""
+        return self.row
+
+
 class Hangup(OpenQQError):
     """The caller is gone: there is nobody to answer."""
 
@@ -269,6 +283,11 @@ def check_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise NotAllowed("client name not allowed")
     return name
+
+
+def new_secret() -> str:
+    """Something that nobody can guess: 32 hex digits."""
+    return binascii.hexlify(os.urandom(16)).decode()
 
 
 def numbered(value: Json) -> Json:
@@ -773,7 +792,7 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("port", None, _port, "both",
             "port to listen on: 4000 controller, 5000 client (weixin 2000, 3000); 0: any",
             caller=False, plugin=True),
-    Setting("flavor", "qq", _choice("qq"), "both", "which of the two systems", caller=False),
+    Setting("flavor", "qq", _choice("qq", "weixin"), "both", "qq or weixin", caller=False),
     Setting("token", "", _text, "both", "what callers must know; also $OPENQQ_TOKEN",
             caller=False, secret=True),
     Setting("public_url", "", _url, "both",
@@ -816,6 +835,7 @@ SETTINGS = {setting.name: setting for setting in [
             "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of friend, "
             "group, group_member"),
     Setting("check_event_list_max_size", 20, _whole, "client", "events that check_event keeps"),
+    Setting("download_media", True, _flag, "client", "weixin: keep received media as files"),
     Setting("numeric_ids", False, _flag, "client", "ids as JSON numbers"),
     Setting("cookie_path", "", _path, "client", "cookie file: in tmpdir"),
     Setting("qrcode_path", "", _path, "client", "QR code file: in tmpdir"),
@@ -952,6 +972,18 @@ def open_log(settings: Settings, head: str) -> Log:
 # 4. Flavours
 # ------------------------------------------------------------------------------------------------
 
+# The methods of routes. HEAD only where GET does nothing but read.
+READ, READ_OR_POST, ACT = "GET|HEAD", "GET|HEAD|POST", "GET|POST"
+
+PERSON = {"category": "我的好友", "client_type": "pc", "face": "0", "flag": "0", "is_vip": "0",
+          "vip_level": "0", "sex": "unknown", "country": "中国", "province": "", "city": "",
+          "qage": "0", "bad_record": "0", "level": "0", "birthday": "", "blood": "0",
+          "signature": "", "personal": "", "allow": "0", "college": "", "constel": "0",
+          "email": "", "homepage": "", "mobile": "", "occupation": "", "phone": "",
+          "shengxiao": "0", "last_speak_time": "0", "join_time": "0"}
+CIRCLE = {"max_member": 2000, "max_admin": 10, "memo": "", "createtime": "0", "level": "0"}
+
+
 class Flavour:
     """What one of the two systems calls things: names, ports, files, wording. Data only."""
 
@@ -964,12 +996,26 @@ class Flavour:
     program: str                 # the Perl program's name, in plugin names
     plugin: str                  # the API plugin
     ps: str                      # wqcontroller, wqclient(NAME)
+    phone: str                   # what one scans with
     qrcode_type: str
     post_event_list: List[str]
+    state_flags: Tuple[str, ...]  # settings that the state file shows as 0 or 1
+    apis: Dict[str, Tuple[str, str]]  # path -> its methods, and the API plugin's method
+    any_state: Tuple[str, ...]   # those that answer before the account is running
     fields: Dict[str, Tuple[str, ...]]  # kind of thing -> members of its JSON object
+    keys: Dict[str, Tuple[str, ...]]    # kind of thing -> what send_* finds it by
+    missing: Dict[str, Row]      # kind of thing -> the answer when send_* does not find it
+    parts: Dict[str, Tuple[str, ...]]   # role in a message -> what it tells of it (sender_id …)
     titles: Dict[str, str]       # type of a message -> what ShowMsg calls it
-    sent: Row                    # a send that worked
+    sent: Row                    # the answer to a send that worked, without its id
     not_sent: str                # the status of one that did not
+    sent_id: str                 # the id in that answer
+    text_format: Row             # what a message of plain text has besides
+    media_members: Tuple[str, ...]  # what a message with a picture has besides
+    media_content: str           # its content, made of {content}, {label} and {either}
+    ids: Dict[str, str]          # people, group or discuss -> the shape of an id
+    usual: Row                   # members of things on the local network, unless told otherwise
+    world: Row                   # who is there at the beginning
 
 
 class QQ(Flavour):
@@ -984,10 +1030,37 @@ class QQ(Flavour):
     program = "Mojo::Webqq"
     plugin = "Openqq"
     ps = "wq"
+    phone = "手机QQ"
     qrcode_type = "image/png"
     post_event_list = ["login", "stop", "state_change", "input_qrcode", "new_group",
                        "new_friend", "new_group_member", "lose_group", "lose_friend",
                        "lose_group_member"]
+    state_flags = ("disable_color", "http_debug", "keep_cookie", "log_console")
+    apis = {
+        "get_user_info": (READ, "get_user_info"),
+        "get_friend_info": (READ, "get_friend_info"),
+        "get_group_info": (READ, "get_group_info"),
+        "get_group_basic_info": (READ, "get_group_basic_info"),
+        "get_discuss_info": (READ, "get_discuss_info"),
+        "search_friend": (READ_OR_POST, "search_friend"),
+        "search_group": (READ_OR_POST, "search_group"),
+        "send_friend_message": (ACT, "send_friend_message"),
+        "send_group_message": (ACT, "send_group_message"),
+        "send_discuss_message": (ACT, "send_discuss_message"),
+        "send_sess_message": (ACT, "send_sess_message"),
+        "revoke_message": (ACT, "revoke_message"),
+        "accept_friend_request": (ACT, "accept_friend_request"),
+        "kick_group_member": (ACT, "kick_group_member"),
+        "shutup_group_member": (ACT, "shutup_group_member"),
+        "check_event": (ACT, "check_event"),
+        "get_client_info": (READ_OR_POST, "get_client_info"),
+        "stop_client": (ACT, "stop_client"),
+        "relogin": (ACT, "relogin"),
+        "get_qrcode": (READ, "get_qrcode"),
+        "get_media": (READ, "get_media"),
+    }
+    any_state = ("check_event", "get_client_info", "stop_client", "relogin", "get_qrcode",
+                 "get_media")
     fields = {
         "user": ("account", "allow", "birthday", "blood", "city", "client_type", "college",
                  "constel", "country", "email", "face", "homepage", "id", "mobile", "name",
@@ -1002,15 +1075,114 @@ class QQ(Flavour):
                          "role", "sex", "state", "uid"),
         "discuss": ("id", "name", "owner_id"),
         "discuss_member": ("client_type", "id", "name", "state", "uid"),
+        "friend_request": ("id", "name", "verify", "ticket"),
+        "media": ("type", "url", "name", "size"),
     }
+    keys = {"friend": ("id", "uid", "name", "displayname"),
+            "group": ("id", "uid", "name", "displayname"), "discuss": ("id", "name")}
+    missing = {"friend": {"code": 100, "id": None, "status": "friend not found"},
+               "group": {"code": 101, "id": None, "status": "group not found"},
+               "discuss": {"code": 102, "id": None, "status": "discuss not found"}}
+    parts = {"sender": ("id", "uid"), "receiver": ("id", "uid"), "group": ("id", "uid"),
+             "discuss": ("id",)}
     titles = {"friend_message": "好友消息", "group_message": "群消息",
               "discuss_message": "讨论组消息", "sess_message": "群临时消息",
               "sess_message/discuss": "讨论组临时消息"}
     sent = {"code": 0, "info": "发送正常", "status": "发送成功"}
     not_sent = "发送失败"
+    sent_id = "{id}"
+    text_format: Row = {}
+    media_members = ("media",)
+    media_content = "{content}{label}"
+    ids = {"people": "{number}", "group": "{number}", "discuss": "{number}"}
+    usual = {**PERSON, **CIRCLE}
+    world = {
+        "people": [{"uid": "2854196301", "name": "小冰", "echo": 1},
+                   {"uid": "2854196302", "name": "小灰", "echo": 0}],
+        "groups": [{"uid": "20260001", "name": "OpenQQ", "owner_uid": "",
+                    "member": [{"uid": "2854196301"}, {"uid": "2854196302"}]}],
+        "discuss": [{"uid": "30260001", "name": "OpenQQ", "owner_uid": "",
+                     "member": ["2854196301", "2854196302"]}],
+        "friends": [["2854196301", "2854196302"]],
+    }
 
 
-FLAVOURS: Dict[str, Type[Flavour]] = {flavour.name: flavour for flavour in [QQ]}
+class Weixin(Flavour):
+    """Mojo-Weixin (001, CONTRACT 10)."""
+
+    name = "weixin"
+    prefix = "/openwx/"
+    port = 2000
+    client_port = 3000
+    file_prefix = "mojo_weixin_"
+    environ = "MOJO_WEIXIN_"
+    program = "Mojo::Weixin"
+    plugin = "Openwx"
+    ps = "wx"
+    phone = "手机微信"
+    qrcode_type = "image/jpg"
+    post_event_list = QQ.post_event_list + ["friend_request"]
+    state_flags = QQ.state_flags + ("download_media",)
+    apis = {
+        **{path: QQ.apis[path] for path in (
+            "get_user_info", "get_friend_info", "get_group_info", "get_group_basic_info",
+            "search_friend", "search_group", "send_friend_message", "send_group_message",
+            "revoke_message", "accept_friend_request", "check_event", "get_client_info",
+            "stop_client", "get_qrcode", "get_media")},
+        "consult": (ACT, "consult"),
+        "create_group": (ACT, "create_group"),
+        "invite_friend": (ACT, "invite_friend"),
+        "kick_group_member": (ACT, "kick_members"),
+        "set_group_displayname": (ACT, "set_group_displayname"),
+        "stick": (ACT, "stick"),
+        "set_friend_markname": (ACT, "set_markname"),
+        "set_markname": (ACT, "set_markname"),
+        "make_friend": (ACT, "make_friend"),
+        "get_avatar": (READ, "get_avatar"),
+        "upload_media": (ACT, "upload_media"),
+    }
+    any_state = ("check_event", "get_client_info", "stop_client", "get_qrcode", "get_media")
+    fields = {
+        "user": ("account", "city", "display", "displayname", "id", "markname", "name",
+                 "province", "sex", "signature", "uid"),
+        "friend": ("account", "category", "city", "display", "displayname", "id", "markname",
+                   "name", "province", "sex", "signature", "uid"),
+        "group": ("displayname", "id", "name", "owner_uid", "uid"),
+        "group_member": ("account", "city", "display", "displayname", "id", "markname", "name",
+                         "province", "role", "sex", "signature", "uid"),
+        "friend_request": ("id", "displayname", "verify", "ticket"),
+        "media": ("type", "url", "name", "size"),
+    }
+    keys = {"friend": ("id", "account", "displayname", "markname"),
+            "group": ("id", "displayname")}
+    missing = dict.fromkeys(("friend", "group"),
+                            {"code": 100, "id": None, "status": "object not found"})
+    parts = {"sender": ("id", "uid", "account", "name", "markname", "category"),
+             "receiver": ("id", "uid", "account", "name", "markname"),
+             "group": ("id", "uid", "name")}
+    titles = QQ.titles
+    sent = {"code": 0, "status": "success"}
+    not_sent = "failure"
+    sent_id = "{id}:{target}"
+    text_format = {"format": "text"}
+    media_members = ("format", "media_code", "media_data", "media_ext", "media_id", "media_mime",
+                     "media_mtime", "media_name", "media_path", "media_size")
+    media_content = "{either}"
+    ids = {"people": "@{hex}", "group": "@@{hex}"}
+    usual = {**PERSON, **CIRCLE, "category": "好友", "sex": "0", "country": ""}
+    world = {
+        "people": [{"uid": "2854196301", "name": "小冰", "echo": 1},
+                   {"uid": "2854196302", "name": "小灰", "echo": 0},
+                   {"uid": "2854196303", "name": "OpenQQ订阅号", "echo": 0, "category": "公众号"},
+                   {"uid": "2854196304", "name": "文件传输助手", "echo": 0, "id": "filehelper",
+                    "account": "filehelper", "category": "系统帐号"}],
+        "groups": [QQ.world["groups"][0]],
+        "discuss": [],
+        "friends": [["2854196301", "2854196302"]],
+    }
+
+
+FLAVOURS: Dict[str, Type[Flavour]] = {flavour.name: flavour for flavour in (QQ, Weixin)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1046,7 +1218,10 @@ class Thing:
     def to_json(self, fields: Mapping[str, Tuple[str, ...]]) -> Row:
         """The documented JSON object, without members of a group or discuss."""
         get = self.__dict__.get
-        return {name: get(name) for name in fields[self.kind]}
+        row = {name: get(name) for name in fields[self.kind]}
+        if "displayname" in row:
+            row["displayname"] = self.displayname
+        return row
 
 
 class User(Thing):
@@ -1212,6 +1387,80 @@ def check_tmpdir(path: str) -> str:
 def inside(path: str, directory: str) -> bool:
     """Whether a path, symlinks followed, lies in a directory (which exists)."""
     return os.path.realpath(path).startswith(os.path.join(os.path.realpath(directory), ""))
+
+
+def check_path(name: str, path: str, tmpdir: str, own_files: str) -> None:
+    """NotAllowed unless a caller's path stays in the controller's tmpdir, off others' files."""
+    base = os.path.basename(os.path.realpath(path))
+    foreign = re.match("mojo_|[.]", base) and not re.fullmatch(own_files, base)
+    same = name == "tmpdir" and os.path.realpath(path) == os.path.realpath(tmpdir)
+    if not same and (foreign or not inside(path, tmpdir)):
+        raise NotAllowed(f"{name} not allowed")
+
+
+class Shelf:
+    """Pictures and other media of an account: files in tmpdir, each with an id (CONTRACT 10).
+
+    Those older than a week are cleared away at the next start.
+    """
+
+    KEEP_SECONDS = 7 * 86_400.0
+    CODES = {"image": "3", "audio": "34", "video": "43"}  # what the original called them
+    NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
+
+    def __init__(self, start: str, log: Log) -> None:
+        self._start, self._log = start, log
+        self._names: Dict[str, str] = {}  # id -> the name that its giver gave it
+        for path in self._paths():
+            if time.time() - os.lstat(path).st_mtime > self.KEEP_SECONDS:
+                remove_file(path)
+
+    def _paths(self) -> List[str]:
+        directory, start = os.path.split(self._start)
+        return [os.path.join(directory, name) for name in os.listdir(directory)
+                if name.startswith(start) and self.NAME.fullmatch(name[len(start):])]
+
+    def put(self, data: bytes, name: str) -> Row:
+        """Keep bytes under a new id: the row that get() gives. OSError."""
+        mime = media_type(data, name)
+        import mimetypes
+        found = re.search(r"\.([a-z0-9]{1,8})$", name.lower())
+        end = "." + found.group(1) if found else mimetypes.guess_extension(mime) or ".dat"
+        key = new_secret()
+        write_file(f"{self._start}{key}{end}", data)
+        self._names[key] = name
+        return self._row(key, f"{self._start}{key}{end}", mime)
+
+    def get(self, key: str) -> Optional[Row]:
+        """media_id, media_path, media_name, media_mime, media_ext, media_code, media_size (bytes)
+        and media_mtime of what is kept under an id; None if that is nothing."""
+        for path in self._paths():
+            if os.path.basename(path)[len(os.path.basename(self._start)):].startswith(key + "."):
+                return self._row(key, path, media_type(read_file(path) or b"", path))
+        return None
+
+    def _row(self, key: str, path: str, mime: str) -> Row:
+        about = os.stat(path)
+        return {"media_id": key, "media_path": path, "media_mime": mime,
+                "media_name": self._names.get(key, os.path.basename(path)),
+                "media_ext": path.rpartition(".")[2], "media_size": str(about.st_size),
+                "media_mtime": str(int(about.st_mtime)),
+                "media_code": self.CODES.get(mime.partition("/")[0], "49")}
+
+
+def unkept_media(data: bytes, name: str) -> Row:
+    """What a Shelf tells of media, for those that are not put there."""
+    return {**dict.fromkeys(("media_id", "media_path", "media_ext", "media_mtime", "media_code")),
+            "media_name": name, "media_size": str(len(data)), "media_mime": media_type(data, name)}
+
+
+def media_type(data: bytes, name: str) -> str:
+    """The media type of bytes: by how pictures begin, else by the name's ending."""
+    for begin, kind in ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpeg"), (b"GIF8", "gif")):
+        if data.startswith(begin):
+            return "image/" + kind
+    import mimetypes
+    return mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
 class PidFile:
@@ -1949,10 +2198,6 @@ def is_loopback(host: str) -> bool:
         return re.fullmatch("[0-9a-fx.]+", host) is not None and socket.inet_aton(host)[0] == 127
     except OSError:
         return False
-
-
-# The methods of routes. HEAD only where GET does nothing but read.
-READ, READ_OR_POST, ACT = "GET|HEAD", "GET|HEAD|POST", "GET|POST"
 
 
 class Route:
@@ -3537,9 +3782,10 @@ class Outlet:
     KEPT_IF_LISTED = re.compile(".*_property_change|friend_request|revoke_message")
 
     def __init__(self, store: Store, reporter: Optional[Reporter], listed: Iterable[str],
-                 stdout: bool, numeric: bool) -> None:
+                 stdout: bool, numeric: bool, bytes_too: bool) -> None:
         self.store, self.reporter = store, reporter
         self._listed, self._stdout, self._numeric = set(listed), stdout, numeric
+        self._bytes_too = bytes_too
 
     def start(self) -> None:
         """Go on with what a former process left."""
@@ -3549,6 +3795,8 @@ class Outlet:
     def put(self, event: str, row: Row, conversation: str, mark: str) -> bool:
         """Pass an event on; whether its mark went into the queue on disk with it."""
         row = numbered(row) if self._numeric else row
+        if "media_data" in row and not self._bytes_too:
+            row = {name: value for name, value in row.items() if name != "media_data"}
         message = row["post_type"] != "event"
         listed = event in self._listed
         if message or self.KEPT.match(event) or (listed and self.KEPT_IF_LISTED.match(event)):
@@ -3661,25 +3909,13 @@ class Heartbeat:
 # 10. Local network
 # ------------------------------------------------------------------------------------------------
 
-FIRST_WORLD: Row = {
-    "people": [{"uid": "2854196301", "name": "小冰", "echo": 1},
-               {"uid": "2854196302", "name": "小灰", "echo": 0}],
-    "groups": [{"uid": "20260001", "name": "OpenQQ", "owner_uid": "",
-                "member": [{"uid": "2854196301"}, {"uid": "2854196302"}]}],
-    "discuss": [{"uid": "30260001", "name": "OpenQQ", "owner_uid": "",
-                 "member": ["2854196301", "2854196302"]}],
-    "friends": [["2854196301", "2854196302"]],
-}
 COMMON = "OpenQQ"   # the group and the discuss that everybody who logs in joins
-# What a thing's members are when nobody said otherwise; None for those not named here.
-USUAL: Row = {
-    "category": "我的好友", "client_type": "pc", "face": "0", "flag": "0", "is_vip": "0",
-    "vip_level": "0", "sex": "unknown", "country": "中国", "province": "", "city": "",
-    "qage": "0", "bad_record": "0", "level": "0", "max_member": 2000, "max_admin": 10,
-    "memo": "", "birthday": "", "blood": "0", "signature": "", "personal": "", "allow": "0",
-    "college": "", "constel": "0", "email": "", "homepage": "", "mobile": "", "occupation": "",
-    "phone": "", "shengxiao": "0", "last_speak_time": "0", "join_time": "0", "createtime": "0"}
 ROLES = {"owner": "create", "admin": "manage", "member": "attend"}
+
+
+def weight(row: Row) -> int:
+    """About how many bytes a message takes on its way."""
+    return 4 * len(row["content"]) + len((row.get("media") or {}).get("data", ""))
 
 
 def name_to_uid(name: str) -> str:
@@ -3705,8 +3941,8 @@ class World:
     account -> uid, nonce, cookie, time.
     """
 
-    def __init__(self, ledger: Ledger, fields: Dict[str, Tuple[str, ...]]) -> None:
-        self.ledger, self.fields = ledger, fields
+    def __init__(self, ledger: Ledger, flavour: Type[Flavour]) -> None:
+        self.ledger, self.flavour = ledger, flavour
         self.online: Set[str] = set()  # accounts
         self.account_of = {row["uid"]: account
                            for account, row in ledger.table("login").items()}
@@ -3718,7 +3954,7 @@ class World:
         put = self.ledger.put
         put(binascii.hexlify(os.urandom(4)).decode(), "about", "era")
         put(digest, "about", "world")
-        for person in spec["people"]:
+        for person in [*self.fixtures(), *spec["people"]]:
             put(dict(person), "people", str(person["uid"]))
         for what, member in ("groups", "group_member"), ("discuss", "discuss_member"):
             for circle in spec.get(what, []):
@@ -3728,6 +3964,10 @@ class World:
             put({}, "friend", str(other), str(one))
         self.ledger.commit()
         self.ledger.save()
+
+    def fixtures(self) -> List[Row]:
+        """Those who are in every world: they have an id of their own (filehelper)."""
+        return [person for person in self.flavour.world["people"] if "id" in person]
 
     def _begin_circle(self, what: str, member: str, circle: Row) -> None:
         uid = str(circle["uid"])
@@ -3761,24 +4001,30 @@ class World:
         if table == "people" and who in self.ledger.table("login"):
             return str(self.ledger.table("login", who)["uid"])
         for uid, row in rows.items():
-            if row.get("name") == who or (viewer and self.id_for(viewer, uid) == who):
+            if row.get("name") == who or (viewer and self.id_for(viewer, uid, table) == who):
                 return uid
         raise NotFound(f"{who or table} not found")
 
-    def id_for(self, account: str, uid: str) -> str:
-        """How an account's login calls a uid: another number, a new one after each scan."""
+    def id_for(self, account: str, uid: str, table: str = "people") -> str:
+        """How an account's login calls a uid: another id than that, a new one after each scan."""
         import hashlib
+        fixed = self.ledger.table(table, uid).get("id")
+        if fixed:
+            return str(fixed)
         nonce = self.ledger.table("login", account).get("nonce", "")
-        digest = hashlib.blake2b(f"{nonce}/{uid}".encode(), digest_size=8).digest()
-        return str(10 ** 14 + int.from_bytes(digest, "big") % (9 * 10 ** 14))
+        digest = hashlib.blake2b(f"{nonce}/{uid}".encode(), digest_size=16)
+        number = 10 ** 14 + int.from_bytes(digest.digest()[:8], "big") % (9 * 10 ** 14)
+        return self.flavour.ids[table].format(number=number, hex=digest.hexdigest())
 
     def _seen(self, kind: str, account: str, uid: str, *rows: Row) -> Row:
         """The documented members of a thing as an account sees it; later rows win."""
-        merged: Row = {**USUAL, "state": self.state_of(uid)}
+        merged: Row = {**self.flavour.usual, "state": self.state_of(uid),
+                       "account": self.account_of.get(uid, uid)}
         for row in rows:
             merged.update(row)
-        merged.update(uid=uid, id=self.id_for(account, uid))
-        return {name: typed(name, merged.get(name)) for name in self.fields[kind]}
+        table = kind if kind in ("group", "discuss") else "people"
+        merged.update(uid=uid, id=self.id_for(account, uid, table), display=merged.get("card"))
+        return {name: typed(name, merged.get(name)) for name in self.flavour.fields[kind]}
 
     def state_of(self, uid: str) -> str:
         """Residents are always there, accounts while they are logged in."""
@@ -3801,7 +4047,9 @@ class World:
     def member(self, table: str, account: str, circle: str, uid: str) -> Row:
         """Somebody in a group or discuss (`table` group_member or discuss_member)."""
         row = {"role": "member", **self.ledger.table(table, circle, uid)}
-        return self._seen(table, account, uid, self.ledger.table("people", uid), row)
+        me = self.ledger.table("login", account)["uid"]
+        return self._seen(table, account, uid, self.ledger.table("people", uid), row,
+                          self.ledger.table("mark", me, uid))
 
     def circle(self, table: str, account: str, uid: str, members: bool = True) -> Row:
         """A group or discuss (`table`), with or without its members."""
@@ -3811,7 +4059,8 @@ class World:
         own = self.ledger.table(table + "_member", uid, me)
         seen = self._seen(table, account, uid, row, {
             "role": ROLES[own.get("role", "member")], "owner_uid": owner or None,
-            "owner_id": self.id_for(account, owner) if owner else None, "code": uid})
+            "owner_id": self.id_for(account, owner) if owner else None, "code": uid,
+            })
         seen["uid"] = uid  # a discuss shows none, but its members are found by it
         if members:
             seen["member"] = [self.member(table + "_member", account, uid, member)
@@ -3922,9 +4171,14 @@ class Outboxes:
         notes = self._notes.pop(account, [])
         if not ready:
             return notes
-        era = self.era()
-        waiting = itertools.islice(self._ledger.table("wait", account).items(), self.BATCH)
-        return notes + [dict(item, mark=f"{era}:{number}") for number, item in waiting]
+        era, size = self.era(), 0
+        for number, item in itertools.islice(self._ledger.table("wait", account).items(),
+                                             self.BATCH):
+            notes.append(dict(item, mark=f"{era}:{number}"))
+            size += weight(item) if item["do"] == "message" else 0
+            if size > BATCH_LIMIT:
+                break
+        return notes
 
     def wait(self, account: str) -> Promise:
         """A promise that brings True when something comes, or None when somebody waits anew."""
@@ -4135,8 +4389,10 @@ class Logins:
 
     def _join(self, account: str, uid: str) -> None:
         """An account's very first login: it becomes everybody's friend, once and for all."""
-        if uid in self._ledger.table("people"):
-            return  # a world file knows it, and whose friend it is
+        if uid in self._ledger.table("people"):  # a world file says whose friend it is
+            for person in self.world.fixtures():
+                self._society.befriend(uid, person["uid"])
+            return
         self._ledger.put({"uid": uid, "name": account}, "people", uid)
         for other in list(self._ledger.table("people")):
             if other != uid:
@@ -4147,6 +4403,110 @@ class Logins:
                     self._society.enter(table, circle, uid, {})
 
 
+class Dealings:
+    """What accounts do with each other besides talking: revoke, befriend, found groups.
+
+    `sent` holds the newest messages by number: uid, group, receivers. Each verb is called in the
+    name of an account and tells by what it returns whether it was done.
+    """
+
+    def __init__(self, society: Society, sent: Dict[int, Row]) -> None:
+        self._society, self._world, self._sent = society, society.world, sent
+        self._ledger = society.world.ledger
+
+    def verbs(self) -> Dict[str, Callable[..., Any]]:
+        """Verb -> what it calls."""
+        return {"revoke": self.revoke, "make_friend": self.make_friend,
+                "answer_request": self.answer_request, "create_group": self.create_group,
+                "invite": self.invite, "rename": self.rename, "set_markname": self.set_markname}
+
+    def _me(self, account: str) -> str:
+        return str(self._ledger.table("login", account)["uid"])
+
+    def revoke(self, account: str, number: int) -> bool:
+        """Take a message back; its receivers hear of it. Only one's own, and only once."""
+        found, me = self._sent.get(number), self._me(account)
+        if found is None or found["uid"] != me:
+            return False
+        del self._sent[number]
+        for uid in found["receivers"]:
+            self._society.tell(uid, "revoke_message", {"params": [
+                str(number), me, me, found["group"]]})
+        return True
+
+    def make_friend(self, account: str, uid: str, verify: str) -> bool:
+        """Ask somebody to be a friend; residents agree at once."""
+        me = self._me(account)
+        if uid not in self._ledger.table("people"):
+            return False
+        if uid in self._world.account_of:
+            self.request(me, uid, verify)
+        else:
+            self._society.befriend(me, uid)
+        return True
+
+    def request(self, asker: str, uid: str, verify: str) -> str:
+        """Let somebody ask another to be a friend: the ticket of that."""
+        ticket = new_secret()
+        self._ledger.put({"from": asker, "to": uid}, "request", ticket)
+        row = self._ledger.table("people", asker)
+        self._society.tell(uid, "friend_request", {"request": lambda to: {
+            "id": self._world.id_for(to, asker), "name": row["name"],
+            "displayname": row["name"], "verify": verify, "ticket": ticket}})
+        return ticket
+
+    def answer_request(self, account: str, ticket: str, accept: bool, markname: str) -> bool:
+        """Agree to a friend_request, or not; a ticket is good for one answer."""
+        request, me = self._ledger.table("request", ticket), self._me(account)
+        if request.get("to") != me:
+            return False
+        self._ledger.put(None, "request", ticket)
+        if accept:
+            self._society.befriend(request["from"], me,
+                                   {"markname": markname} if markname else {})
+        return True
+
+    def create_group(self, account: str, uids: List[str], name: str) -> str:
+        """Found a group with friends in it: its uid."""
+        uid = name_to_uid(f"{name}/{new_secret()}")
+        self._ledger.put({"uid": uid, "name": name, "owner_uid": ""}, "group", uid)
+        for member in [self._me(account), *uids]:
+            self._society.enter("group", uid, member, {})
+        return uid
+
+    def invite(self, account: str, group: str, uids: List[str]) -> bool:
+        """Bring friends into a group; those who are there stay."""
+        if not self._world.role(group, self._me(account)):
+            return False
+        for uid in uids:
+            if not self._world.role(group, uid):
+                self._society.enter("group", group, uid, {})
+        return True
+
+    def rename(self, account: str, group: str, name: str) -> bool:
+        """Give a group another name, for all of its members."""
+        if not self._world.role(group, self._me(account)):
+            return False
+        self._ledger.put({**self._ledger.table("group", group), "name": name}, "group", group)
+        self._society.tell_circle("group", group, "group_property_change",
+                                  {"uid": group, "property": "name", "value": name})
+        return True
+
+    def set_markname(self, account: str, uid: str, markname: str) -> bool:
+        """What one calls somebody, friend or member of a group; nobody else sees it."""
+        me, parts = self._me(account), {"uid": uid, "property": "markname", "value": markname}
+        row = self._ledger.table("friend", me)
+        if uid in row:
+            self._ledger.put({**row[uid], "markname": markname}, "friend", me, uid)
+            self._society.tell(me, "friend_property_change", parts)
+        self._ledger.put({"markname": markname}, "mark", me, uid)
+        for circle, members in self._ledger.table("group_member").items():
+            if me in members and uid in members:
+                self._society.tell(me, "group_member_property_change",
+                                   {**parts, "circle": circle})
+        return True
+
+
 class LocalNetwork:
     """A small chat network inside the program (DESIGN). Its loop's thread owns all of it.
 
@@ -4154,26 +4514,29 @@ class LocalNetwork:
     how a phone reaches the host.
     """
 
-    def __init__(self, path: str, world_file: str, fields: Dict[str, Tuple[str, ...]], log: Log,
+    def __init__(self, path: str, world_file: str, flavour: Type[Flavour], log: Log,
                  url: Callable[[], str], known: Callable[[str], bool] = lambda account: True,
                  clock: Callable[[], float] = time.time) -> None:
         self.known, self.clock = known, clock
         self.loop = Loop(log)
         self._ledger = Ledger(path + ".json", path + ".jsonl", log)
-        self.world = World(self._ledger, fields)
+        self.world = World(self._ledger, flavour)
         self._open_world(world_file)
         self.outboxes = Outboxes(self._ledger)
         self.society = Society(self.world, self.outboxes, clock)
         self.logins = Logins(self.society, self.outboxes, url, clock)
         self._last_id = int(clock() * 1000)
+        self._sent: Dict[int, Row] = {}                      # the newest messages, by number
         self._verbs: Dict[str, Callable[..., Any]] = {
             "attach": self.logins.attach, "ticket": self.logins.ticket,
             "ready": self.logins.ready, "logout": self.logins.logout,
             "roster": self.world.roster, "send": self.send, "kick": self.kick,
             "mute": self.mute}
+        self._verbs.update(Dealings(self.society, self._sent).verbs())
 
     def _open_world(self, path: str) -> None:
-        data = read_file(os.path.realpath(path)) if path else to_bytes(FIRST_WORLD)
+        data = (read_file(os.path.realpath(path)) if path
+                else to_bytes(self.world.flavour.world))
         digest = f"{zlib.crc32(data):08x}" if path and data else ""
         about = self._ledger.table("about")
         if about and digest in ("", about.get("world")):
@@ -4243,13 +4606,14 @@ class LocalNetwork:
         """`mark` comes with it when somebody answered on the spot: what the answer is known by."""
         before = self.outboxes.last(account)
         try:
-            self.speak(str(self._ledger.table("login", account)["uid"]), message)
+            number = self.speak(str(self._ledger.table("login", account)["uid"]), message)
         except NotFound as error:
             return {"code": -4, "info": f"响应未知: {error.status}"}
-        answered, now = {}, self.outboxes.last(account)
+        answered: Row = {}
+        now = self.outboxes.last(account)
         if now > before:
             answered["mark"] = f"{self.outboxes.era()}:{now}"
-        return {"code": 0, "info": "发送正常", **answered}
+        return {"code": 0, "info": "发送正常", "number": number, **answered}
 
     def speak(self, uid: str, message: Row) -> int:
         """Say something as anybody: a message has type, content, and uid, group, discuss.
@@ -4261,7 +4625,9 @@ class LocalNetwork:
         item = {"do": "message", "type": message["type"], "content": message["content"],
                 "time": str(int(self.clock())), "id": str(self._last_id), "uid": uid,
                 "name": self._ledger.table("people", uid)["name"],
-                "group": message.get("group"), "discuss": message.get("discuss")}
+                "group": message.get("group"), "discuss": message.get("discuss"),
+                "media": message.get("media")}
+        self._remember({**item, "receivers": receivers})
         for receiver in receivers:
             account = self.world.account_of.get(receiver)
             if account is not None:
@@ -4269,6 +4635,12 @@ class LocalNetwork:
             elif uid in self.world.account_of:
                 self._echo(receiver, uid, message)
         return self._last_id
+
+    def _remember(self, item: Row) -> None:
+        """For revoking; who asks later than WAIT_LIMIT messages after it comes too late."""
+        self._sent[self._last_id] = {name: item[name] for name in ("uid", "group", "receivers")}
+        if len(self._sent) > WAIT_LIMIT:
+            del self._sent[next(iter(self._sent))]
 
     def _receivers(self, uid: str, message: Row) -> List[str]:
         kind, target = message["type"], message.get("uid")
@@ -4322,11 +4694,6 @@ class LocalNetwork:
             rank[self.world.role(group, uid)] < rank[me] for uid in uids)
 
 
-def new_secret() -> str:
-    """Something that nobody can guess."""
-    return binascii.hexlify(os.urandom(16)).decode()
-
-
 class Changes:
     """/local/change: `do` add, remove or set, `what` of the world; each a method `do_what`.
 
@@ -4336,6 +4703,7 @@ class Changes:
     def __init__(self, society: Society) -> None:
         self._society, self._world = society, society.world
         self._ledger = society.world.ledger
+        self._dealings = Dealings(society, {})
 
     def make(self, params: Params) -> Row:
         """Do what the parameters say; {"uid": …}. NotFound for whatever is not there."""
@@ -4391,6 +4759,12 @@ class Changes:
         """`uid` becomes a friend of `in`, who sees it with the properties (markname …)."""
         uid, place = self._world.find("people", uid), self._world.find("people", place)
         self._society.befriend(uid, place, row)
+        return uid
+
+    def add_friend_request(self, uid: str, place: str, row: Row) -> str:
+        """`uid` asks `in` to be a friend, in the words of `verify`."""
+        uid, place = self._world.find("people", uid), self._world.find("people", place)
+        self._dealings.request(uid, place, str(row.get("verify", "")))
         return uid
 
     def remove_friend(self, uid: str, place: str, row: Row) -> str:
@@ -4690,6 +5064,34 @@ class Link:
         """Silence members of a group; False without the right to it."""
         raise NotImplementedError
 
+    def revoke(self, number: int) -> bool:
+        """Take back a message, by the `number` in send()'s result."""
+        return False
+
+    def answer_request(self, ticket: str, accept: bool, markname: str) -> bool:
+        """Answer a friend_request."""
+        return False
+
+    def make_friend(self, uid: str, verify: str) -> bool:
+        """Ask somebody to be a friend."""
+        return False
+
+    def create_group(self, uids: List[str], name: str) -> str:
+        """Found a group: its uid, empty if that cannot be."""
+        return ""
+
+    def invite(self, group: str, uids: List[str]) -> bool:
+        """Bring friends into a group."""
+        return False
+
+    def rename(self, group: str, name: str) -> bool:
+        """Give a group another name."""
+        return False
+
+    def set_markname(self, uid: str, markname: str) -> bool:
+        """What one calls somebody."""
+        return False
+
     def logout(self) -> None:
         """End the login, so that the next one needs a scan."""
 
@@ -4744,6 +5146,28 @@ class LocalLink(Link):
     def mute(self, group: str, uids: List[str], seconds: int) -> bool:
         return bool(self._host("mute", {"group": group, "uids": uids, "seconds": seconds}))
 
+    def revoke(self, number: int) -> bool:
+        return bool(self._host("revoke", {"number": number}))
+
+    def answer_request(self, ticket: str, accept: bool, markname: str) -> bool:
+        return bool(self._host("answer_request", {"ticket": ticket, "accept": accept,
+                                                  "markname": markname}))
+
+    def make_friend(self, uid: str, verify: str) -> bool:
+        return bool(self._host("make_friend", {"uid": uid, "verify": verify}))
+
+    def create_group(self, uids: List[str], name: str) -> str:
+        return str(self._host("create_group", {"uids": uids, "name": name}))
+
+    def invite(self, group: str, uids: List[str]) -> bool:
+        return bool(self._host("invite", {"group": group, "uids": uids}))
+
+    def rename(self, group: str, name: str) -> bool:
+        return bool(self._host("rename", {"group": group, "name": name}))
+
+    def set_markname(self, uid: str, markname: str) -> bool:
+        return bool(self._host("set_markname", {"uid": uid, "markname": markname}))
+
     def logout(self) -> None:
         self._host("logout", {})
 
@@ -4790,8 +5214,11 @@ class RemoteHost:
         """What the host answers; Unreachable, also for what it refuses."""
         body = to_bytes({"verb": verb, "arguments": arguments})
         reply = self._fetch(self._url, "POST", self._fields, body, self.SECONDS.get(verb, 30.0))
-        data = reply.read(BODY_LIMIT * 8)
-        value = from_bytes(data)
+        data = reply.read(4 * BODY_LIMIT)
+        try:
+            value = from_bytes(data)
+        except ValueError:
+            raise Unreachable("not an answer of a host", True) from None
         if reply.status != 200:
             raise Unreachable(str(value.get("status", reply.status)), True)
         return value
@@ -4855,6 +5282,7 @@ class Papers:
                       state_path=f"{start}state_{account}.json",
                       pid_path=f"{start}pid_{account}.pid")
         self.pid = PidFile(settings.pid_path)
+        self.shelf = Shelf(f"{start}media_{account}_", log)
         self.spool_path = f"{start}post_{account}.jsonl"
         self.local_path = f"{start}local_{account}"
 
@@ -4865,8 +5293,7 @@ class Papers:
             "cookie_path", "log_level", "mode", "pid_path", "qrcode_path", "state_path",
             "tmpdir")}
         row.update({name: str(int(getattr(settings, name))) for name in (
-            "disable_color", "http_debug", "keep_cookie", "log_console", "qrcode_count_max",
-            "ua_retry_times")})
+            *client.flavour.state_flags, "qrcode_count_max", "ua_retry_times")})
         row.update({name: given(name) or None for name in ("log_encoding", "log_path")})
         prefix = client.flavour.program + "::Plugin::"
         row.update(account=client.account, os=sys.platform, pid=os.getpid(),
@@ -4964,6 +5391,8 @@ class Roster:
     def apply(self, item: Row) -> Optional[Tuple[str, List[Any]]]:
         """Let an event of a link change the roster: its name and params, or None if it is void."""
         event = str(item["event"])
+        if event in ("friend_request", "revoke_message"):
+            return self._pass_on(event, item)
         with self.lock:
             if event.endswith("_property_change"):
                 return self._change(event, item)
@@ -4978,6 +5407,13 @@ class Roster:
             else:
                 thing = table.pop(uid, thing)
             return event, [thing] + ([circle] if circle else [])
+
+    def _pass_on(self, event: str, item: Row) -> Tuple[str, List[Any]]:
+        """Events that change nothing here; a request shows what the flavour's documents say."""
+        if event == "revoke_message":
+            return event, list(item["params"])
+        return event, [{name: item["request"].get(name)
+                        for name in self.fields["friend_request"]}]
 
     def _place(self, kind: str, item: Row) -> Tuple[Optional[Dict[str, Any]], Optional[Circle]]:
         if not kind.endswith("_member"):
@@ -5079,8 +5515,17 @@ class SendQueue:
         if self._resting or not self._jobs:
             return
         self._resting = self.busy = True
-        batch = [self._jobs.popleft() for _ in range(min(self._batch, len(self._jobs)))]
-        self._crew.submit(self._try, batch, self._loop.clock())
+        self._crew.submit(self._try, self._take_batch(), self._loop.clock())
+
+    def _take_batch(self) -> List[Job]:
+        batch: List[Job] = []
+        size = 0
+        while self._jobs and len(batch) < self._batch:
+            size += weight(self._jobs[0].row)
+            if batch and size > BATCH_LIMIT:
+                break
+            batch.append(self._jobs.popleft())
+        return batch
 
     def _try(self, batch: List[Job], began: float) -> None:
         """In the crew's thread."""
@@ -5181,7 +5626,7 @@ class Login:
             host: Callable[[str, Row], Json] = RemoteHost(client.parent.local, client.parent.key)
         else:
             self.network = LocalNetwork(client.papers.local_path, client.settings.world,
-                                        client.flavour.fields, client.log, client.public_url,
+                                        client.flavour, client.log, client.public_url,
                                         lambda account: account == client.account)
             self.network.start()
             host = lambda verb, row: self.network and self.network.call(  # noqa: E731
@@ -5258,7 +5703,7 @@ class Login:
         client.papers.write_qrcode(picture)
         path = client.settings.qrcode_path
         client.log.info(f"二维码已下载到本地[ {path} ]")
-        client.log.info(f"等待手机QQ扫描二维码... ({text})")
+        client.log.info(f"等待{client.flavour.phone}扫描二维码... ({text})")
         client.enter("scaning")
         client.qrcode_text = text
         client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
@@ -5272,7 +5717,8 @@ class Login:
 
     def _scanned(self) -> None:
         if self._client.state == "scaning":
-            self._client.log.info("手机QQ扫码成功,请在手机上点击[登录]按钮...")
+            phone = self._client.flavour.phone
+            self._client.log.info(f"{phone}扫码成功,请在手机上点击[登录]按钮...")
             self._client.enter("confirming")
 
     def _confirmed(self, cookie: str, fresh: bool) -> None:
@@ -5343,35 +5789,55 @@ class Talk:
                                settings.msg_ttl, self._sent, self._release, client.log)
         self._held: List[Tuple[List[Row], Promise]] = []  # what came while a send was under way
         self._last_id = int(time.time()) % 200_000 * 10_000  # fits the 31 bits of typed clients
+        self._expected: Dict[str, List[Promise]] = {}  # friend's uid -> who waits for its word
+        self._founded: Dict[str, List[Promise]] = {}   # group's uid -> who waits for it
+        self.numbers: Dict[str, int] = {}  # id of a sent message -> the link's number for it
         self._answered_later: List[Tuple[str, Promise, Message]] = []  # mark, who waits, for what
 
     def put(self, type: str, content: str, uid: Optional[str], circle: str, origin: str,
-            via: str, promise: Promise) -> None:
-        """Make a message and queue it."""
+            via: str, media: Optional[Row], promise: Promise) -> None:
+        """Make a message and queue it; `media` is a row of the shelf, or None."""
         if self._client.state != "running":
             return promise.fail(NotRunning(state=self._client.state))
         kind = {"group_message": "group", "discuss_message": "discuss"}.get(type, via)
         self._last_id += 1
         message = self._compose(type, kind, circle, content, str(self._last_id))
-        user = self._client.roster.user
+        self._name(message, "sender", self._client.roster.user, {})
         message.__dict__.update({
             "class": "send", "post_type": "send_message", "from": origin, "source": "local",
-            "sender": user.displayname, "sender_id": user.id, "sender_uid": user.uid,
             "time": str(int(time.time())), "ttl": self._client.settings.msg_ttl})
         if uid is not None:
             message.peer_uid = uid
             self._name(message, "receiver", self._find(uid, message.circle), {"uid": uid})
-        row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None}
+        row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None}
+        if media:
+            data = base64.b64encode(read_file(media["media_path"]) or b"").decode()
+            row["media"] = {"name": media["media_name"], "data": data}
+            self._add_media(message, media, data)
         self.queue.put(Job(message, row, promise))
+
+    def _add_media(self, message: Message, media: Row, data: str) -> None:
+        """Give a message what its flavour tells of a picture: shelf's row, bytes in base64."""
+        kind = media["media_mime"].partition("/")[0]
+        label = {"image": "[图片]", "audio": "[语音]", "video": "[视频]"}.get(kind, "[文件]")
+        flavour = self._client.flavour
+        message.content = flavour.media_content.format(
+            content=message.content, label=label,
+            either=message.content or f"[media]({media['media_path'] or media['media_name']})")
+        url = self._client.api_url("get_media", id=str(media["media_id"]))
+        shown = {**media, "format": "media", "media_data": data, "media": [{
+            "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
+        message.__dict__.update({name: shown[name] for name in flavour.media_members})
 
     def _compose(self, type: str, kind: str, circle_uid: str, content: str, id: str) -> Message:
         circle = self._client.roster.table(kind).get(circle_uid) if kind else None
+        flavour = self._client.flavour
         message = Message({"type": type, "content": content, "id": id, "circle": circle,
-                           "peer_uid": None, "answer": self._answer})
+                           "peer_uid": None, "answer": self._answer, **flavour.text_format})
         if circle:
-            message.__dict__.update({kind: circle.displayname, kind + "_id": circle.id})
-            if kind == "group":
-                message.group_uid = circle.uid
+            message.__dict__[kind] = circle.displayname
+            message.__dict__.update({f"{kind}_{part}": circle.value(part)
+                                     for part in flavour.parts[kind]})
         if type == "sess_message":
             message.via = kind
         return message
@@ -5384,13 +5850,16 @@ class Talk:
 
     def _name(self, message: Message, role: str, thing: Optional[Thing], row: Row) -> None:
         message.__dict__.update({
-            role: thing.displayname if thing else row.get("name"),
-            role + "_id": thing.id if thing else row.get("sender_id"),
-            role + "_uid": row["uid"], role + "_thing": thing})
+            role: thing.displayname if thing else row.get("name"), role + "_thing": thing,
+            **{f"{role}_{part}": thing.value(part) if thing else row.get(part)
+               for part in self._client.flavour.parts[role]}})
 
     def _sent(self, job: Job, result: Row) -> None:
         """Whoever waits for the outcome hears of it when what was answered on the spot is there."""
         message, loop = job.message, self._client.loop
+        self.numbers[message.id] = result.get("number", 0)
+        if len(self.numbers) > WAIT_LIMIT:
+            del self.numbers[next(iter(self.numbers))]
         message.code, message.info = result["code"], result["info"]
         message.ttl -= job.tries
         sent = self._client.flavour.sent
@@ -5421,12 +5890,43 @@ class Talk:
             return self._client.spool.advance(mark)
         if not kind or item["type"] == "sess_message":
             message.peer_uid = item["uid"]
-        user = self._client.roster.user
-        message.__dict__.update({
-            "class": "recv", "post_type": "receive_message", "time": item["time"],
-            "receiver": user.displayname, "receiver_id": user.id, "receiver_uid": user.uid})
-        self._name(message, "sender", thing, item)
+        message.__dict__.update({"class": "recv", "post_type": "receive_message",
+                                 "time": item["time"]})
+        self._name(message, "receiver", self._client.roster.user, {})
+        self._name(message, "sender", thing, {**item, "id": item.get("sender_id")})
+        if item.get("media"):
+            self._keep_media(message, item["media"])
+        for promise in self._expected.pop(item["uid"], []) if not kind else []:
+            promise.keep(message.content)
         self._client.emit_message(message, mark)
+
+    def _keep_media(self, message: Message, media: Row) -> None:
+        data, name = base64.b64decode(media["data"]), str(media["name"])
+        try:
+            keep = self._client.settings.download_media
+            row = self._client.papers.shelf.put(data, name) if keep else unkept_media(data, name)
+            self._add_media(message, row, media["data"])
+        except OSError as error:
+            self._client.log.warn(f"a picture could not be kept: {error}")
+
+    def expect_group(self, uid: str) -> Promise:
+        """A group that was just founded, once the roster has it."""
+        promise = Promise()
+        self._client.loop.call(self._meet_group, uid, promise)
+        return promise
+
+    def _meet_group(self, uid: str, promise: Promise) -> None:
+        group = self._client.roster.group.get(uid)
+        if group:
+            promise.keep(group)
+        else:
+            self._founded.setdefault(uid, []).append(promise)
+
+    def expect(self, uid: str) -> Promise:
+        """What the next message from a friend says."""
+        promise = Promise()
+        self._expected.setdefault(uid, []).append(promise)
+        return promise
 
     def receive(self, items: List[Row]) -> Promise:
         """Take over what a link brought; brings the mark of what is safe on disk then.
@@ -5475,6 +5975,8 @@ class Talk:
         found = self._client.roster.apply(item)
         if found:
             self._client.emit(*found, mark)
+            for promise in self._founded.pop(item.get("object", {}).get("uid"), []):
+                promise.keep(found[1][0])
         return found is not None
 
     def answered(self, row: Row, answer: Row) -> None:
@@ -5622,14 +6124,14 @@ class Client:
         self.loop.call(self._login.anew)
 
     def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
-             origin: str = "api", via: str = "") -> Promise:
+             origin: str = "api", via: str = "", media: Optional[Row] = None) -> Promise:
         """Queue a message to a uid, or to a group or discuss (`circle`, its uid).
 
-        `type` is a message's type, `via` group or discuss for a sess_message. The promise brings
-        the Message, with code, info and msg set.
+        `type` is a message's type, `via` group or discuss for a sess_message, `media` a row of the
+        client's shelf. The promise brings the Message, with code, info and msg set.
         """
         promise = Promise()
-        self.loop.call(self.talk.put, type, content, uid, circle, origin, via, promise)
+        self.loop.call(self.talk.put, type, content, uid, circle, origin, via, media, promise)
         return promise
 
     def send_friend_message(self, friend: Friend, content: str) -> Promise:
@@ -5659,8 +6161,14 @@ class Client:
 
     def qrcode_url(self) -> str:
         """Where the QR code's picture can be fetched."""
-        query = f"?client={urllib.parse.quote(self.account)}" if self.parent else ""
-        return f"{self.public_url()}{self.flavour.prefix}get_qrcode{query}"
+        return self.api_url("get_qrcode")
+
+    def api_url(self, api: str, **params: str) -> str:
+        """How an API of this account is reached from outside."""
+        if self.parent:
+            params["client"] = self.account
+        query = "?" + urllib.parse.urlencode(params) if params else ""
+        return f"{self.public_url()}{self.flavour.prefix}{api}{query}"
 
     # -- the state, in the loop's thread
 
@@ -5807,66 +6315,59 @@ def show_qrcode(client: Client, data: Row) -> None:
             sys.stderr.fileno(), qr_text(qr_matrix(client.qrcode_text)).encode()))
 
 
-class Api:
-    """The client server's API (CONTRACT 3 to 6 and 8): each method answers one path."""
+class ReadApi:
+    """The client server's API, the part that reads (CONTRACT 3). Flavour.apis names the methods."""
 
     def __init__(self, client: Client, store: Store, numeric: bool) -> None:
         self.client, self.store, self.numeric = client, store, numeric
+        self.flavour = client.flavour
 
-    def routes(self) -> List[Route]:
-        """The route table, under both prefixes."""
-        table = [
-            ("get_user_info", READ, self.get_user_info, False),
-            ("get_friend_info", READ, lambda r: self._list("friend"), False),
-            ("get_group_info", READ, lambda r: self._list("group"), False),
-            ("get_group_basic_info", READ, lambda r: self._list("group", False), False),
-            ("get_discuss_info", READ, lambda r: self._list("discuss"), False),
-            ("search_friend", READ_OR_POST, lambda r: self._search("friend", r), False),
-            ("search_group", READ_OR_POST, lambda r: self._search("group", r), False),
-            ("send_friend_message", ACT, self.send_friend_message, False),
-            ("send_group_message", ACT, self.send_group_message, False),
-            ("send_discuss_message", ACT, self.send_discuss_message, False),
-            ("send_sess_message", ACT, self.send_sess_message, False),
-            ("kick_group_member", ACT, self.kick_group_member, False),
-            ("shutup_group_member", ACT, self.shutup_group_member, False),
-            ("check_event", ACT, self.check_event, True),
-            ("get_client_info", READ_OR_POST, self.get_client_info, True),
-            ("stop_client", ACT, self.stop_client, True),
-            ("relogin", ACT, self.relogin, True),
-            ("get_qrcode", READ, self.get_qrcode, True),
-        ]
-        return [Route(prefix + path, methods,
-                      handler if any_state else self._when_running(handler))
-                for prefix in ("/openqq/", "/openwx/")
-                for path, methods, handler, any_state in table]
-
-    def _when_running(self, handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
-        def handle(request: Request) -> Any:
-            if self.client.state != "running":
-                raise NotRunning(state=self.client.state)
-            return handler(request)
-        return handle
-
-    def _show(self, value: Json) -> Json:
+    def show(self, value: Json) -> Json:
+        """An answer with ids as the setting numeric_ids wants them."""
         return numbered(value) if self.numeric else value
 
-    # -- reading
+    def find(self, kind: str, request: Request, names: Sequence[str]) -> List[Any]:
+        """The friends, groups or discusses that all the parameters of these names fit."""
+        keys = {name.replace(kind + "_", ""): request.params[name] for name in names
+                if request.params.get(name)}
+        return self.client.roster.search(kind, keys)
 
     def get_user_info(self, request: Request) -> Json:
         """Oneself."""
         roster = self.client.roster
-        return self._show(roster.user.to_json(roster.fields))
+        return self.show(roster.user.to_json(roster.fields))
 
-    def _list(self, kind: str, members: bool = True) -> Json:
-        return self._show(self.client.roster.to_json(kind, members))
+    def get_friend_info(self, request: Request) -> Json:
+        """All friends."""
+        return self.show(self.client.roster.to_json("friend"))
+
+    def get_group_info(self, request: Request) -> Json:
+        """All groups with their members."""
+        return self.show(self.client.roster.to_json("group"))
+
+    def get_group_basic_info(self, request: Request) -> Json:
+        """All groups without their members."""
+        return self.show(self.client.roster.to_json("group", members=False))
+
+    def get_discuss_info(self, request: Request) -> Json:
+        """All discusses with their members."""
+        return self.show(self.client.roster.to_json("discuss"))
+
+    def search_friend(self, request: Request) -> Json:
+        """Friends by any attributes."""
+        return self._search("friend", request)
+
+    def search_group(self, request: Request) -> Json:
+        """Groups by any attributes."""
+        return self._search("group", request)
 
     def _search(self, kind: str, request: Request) -> Json:
         roster = self.client.roster
         found = roster.search(kind, request.keys())
         if not found:
             return {"code": 100, "status": "object not found"}
-        return self._show([thing.full_json(roster.fields) if isinstance(thing, Circle)
-                           else thing.to_json(roster.fields) for thing in found])
+        return self.show([thing.full_json(roster.fields) if isinstance(thing, Circle)
+                          else thing.to_json(roster.fields) for thing in found])
 
     def get_client_info(self, request: Request) -> Json:
         """The program, not the account (003)."""
@@ -5877,28 +6378,73 @@ class Api:
                 "code": 0, "status": "success", "starttime": client.start_time,
                 "runtime": int(time.time()) - client.start_time}
 
-    # -- sending
+    def get_qrcode(self, request: Request) -> Response:
+        """The picture to be scanned; 404 while there is none."""
+        return qrcode_response(self.client.papers.read_qrcode(), self.flavour)
+
+    def get_media(self, request: Request) -> Response:
+        """The bytes of a picture that came or went; 404 if there is none of that id."""
+        row = self.client.papers.shelf.get(request.params.get("id", ""))
+        data = read_file(row["media_path"]) if row else None
+        if row is None or data is None:
+            return Response(b"", "", 404)
+        return Response(data, row["media_mime"], fields={
+            "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"})
+
+    def get_avatar(self, request: Request) -> Response:
+        """A picture of a friend, of a group or of somebody in it (CONTRACT 10)."""
+        params = request.params
+        found: List[Any] = self.find("friend", request, self.flavour.keys["friend"])
+        if params.get("group_id"):
+            found = self.find("group", request, ("group_id",))
+            if found and params.get("id"):
+                found = self.client.roster.members(found[0], {"id": params["id"]})
+        elif params.get("id") == self.client.roster.user.id:
+            found = [self.client.roster.user]
+        if not found:
+            return json_response(self.flavour.missing["friend"])
+        return Response(avatar(found[0].uid), "image/png",
+                        fields={"Cache-Control": "max-age=3600"})
+
+
+def avatar(uid: str) -> bytes:
+    """A small PNG that is the same for the same uid: a pattern of 5 by 5, left like right."""
+    bits = zlib.crc32(uid.encode())
+    rows = [bytearray(bits >> (3 * y + min(x, 4 - x)) & 1 for x in range(5)) for y in range(5)]
+    return qr_png(rows, scale=16, quiet=1)
+
+
+class SendApi(ReadApi):
+    """The part that sends (CONTRACT 4)."""
 
     def send_friend_message(self, request: Request) -> Json:
-        """By id, uid, name or displayname."""
-        found = self._find("friend", request, ("id", "uid", "name", "displayname"))
+        """To a friend, by Flavour.keys; `@all` in weixin is all of them."""
+        if request.params.get("id") == "@all":
+            return self._send_to_all(request)
+        found = self.find("friend", request, self.flavour.keys["friend"])
         if not found:
-            return {"code": 100, "id": None, "status": "friend not found"}
-        return self._send(request, "friend_message", found[0].uid)
+            return self.flavour.missing["friend"]
+        return self._send(request, "friend_message", found[0], found[0].uid)
+
+    def _send_to_all(self, request: Request) -> Json:
+        content = check_content(request.params)
+        for friend in list(self.client.roster.friend.values()):
+            self.client.send("friend_message", content, friend.uid)
+        return {"code": 0, "id": 0, "status": "request already executed"}
 
     def send_group_message(self, request: Request) -> Json:
-        """By id, uid, name or displayname."""
-        found = self._find("group", request, ("id", "uid", "name", "displayname"))
+        """To a group, by Flavour.keys."""
+        found = self.find("group", request, self.flavour.keys["group"])
         if not found:
-            return {"code": 101, "id": None, "status": "group not found"}
-        return self._send(request, "group_message", circle=found[0].uid)
+            return self.flavour.missing["group"]
+        return self._send(request, "group_message", found[0], circle=found[0].uid)
 
     def send_discuss_message(self, request: Request) -> Json:
-        """By id or name."""
-        found = self._find("discuss", request, ("id", "name"))
+        """To a discuss, by Flavour.keys."""
+        found = self.find("discuss", request, self.flavour.keys["discuss"])
         if not found:
-            return {"code": 102, "id": None, "status": "discuss not found"}
-        return self._send(request, "discuss_message", circle=found[0].uid)
+            return self.flavour.missing["discuss"]
+        return self._send(request, "discuss_message", found[0], circle=found[0].uid)
 
     def send_sess_message(self, request: Request) -> Json:
         """To a member, by id or uid, of a group (group_id, group_uid) or discuss (discuss_id)."""
@@ -5910,27 +6456,129 @@ class Api:
         else:
             return {"code": 105, "id": None,
                     "status": "discuss member or group member  not found"}
-        for circle in self._find(kind, request, (kind + "_id", kind + "_uid")):
+        for circle in self.find(kind, request, (kind + "_id", kind + "_uid")):
             keys = {name: params[name] for name in ("id", "uid") if params.get(name)}
             for member in self.client.roster.members(circle, keys):
-                return self._send(request, "sess_message", member.uid, circle.uid, kind)
+                return self._send(request, "sess_message", member, member.uid, circle.uid, kind)
         return {"code": code, "id": None, "status": f"{kind} member not found"}
 
-    def _find(self, kind: str, request: Request, names: Sequence[str]) -> List[Any]:
-        keys = {name.replace(kind + "_", ""): request.params[name] for name in names
-                if request.params.get(name)}
-        return self.client.roster.search(kind, keys)
-
-    def _send(self, request: Request, type: str, uid: Optional[str] = None, circle: str = "",
-              via: str = "") -> Json:
-        promise = self.client.send(type, check_content(request.params), uid, circle, via=via)
+    def _send(self, request: Request, type: str, target: Thing, uid: Optional[str] = None,
+              circle: str = "", via: str = "") -> Json:
+        media = self.media(request)
+        content = request.params.get("content", "") if media else check_content(request.params)
+        promise = self.client.send(type, content, uid, circle, via=via, media=media)
         if request.params.get("async") == "1":
             return {"code": 0, "status": "request already in execution"}
-        message = wait_patiently(request, promise)
+        return self._outcome(wait_patiently(request, promise), target)
+
+    def _outcome(self, message: Optional[Message], target: Thing) -> Row:
         if message is None:
             raise NotRunning(state=self.client.state)
-        return {"code": message.code, "id": int(message.id), "info": message.info,
-                "status": message.msg}
+        name = self.flavour.sent_id.format(id=message.id, target=target.id)
+        row = {**self.flavour.sent, "code": message.code, "status": message.msg,
+               "id": int(name) if name.isdigit() else name}
+        if "info" in row:
+            row["info"] = message.info
+        return row
+
+    def consult(self, request: Request) -> Json:
+        """Send to a friend, and wait `timeout` (30) seconds for what it answers."""
+        found = self.find("friend", request, self.flavour.keys["friend"])
+        if not found:
+            return self.flavour.missing["friend"]
+        seconds = request.params.get("timeout", "30")
+        if not re.fullmatch("[0-9]{1,4}", seconds):
+            raise BadRequest(400, "timeout must be a number of seconds")
+        answer = self.client.talk.expect(found[0].uid)
+        row = self._send(request, "friend_message", found[0], found[0].uid)
+        try:
+            return {**row, "reply": request.wait(answer, float(seconds))}
+        except TimeoutError:
+            return {**row, "reply": None, "reply_status": "reply timeout"}
+
+    def revoke_message(self, request: Request) -> Json:
+        """Take back a message by the id that its sending answered."""
+        name = request.params.get("id", "").partition(":")[0]
+        if name not in self.client.talk.numbers:
+            return {"code": -1, "status": "msg id not found"}
+        done = self.client.link.revoke(self.client.talk.numbers[name])
+        return {"code": 0, "status": "revoke success" if done else "revoke failure"}
+
+    # -- media
+
+    def media(self, request: Request) -> Optional[Row]:
+        """The shelf's row of the picture that a call brings, by whichever media_* it is."""
+        params, shelf = request.params, self.client.papers.shelf
+        if params.get("media_id"):
+            row = shelf.get(params["media_id"])
+            if row is None:
+                raise BadRequest(400, "media_id not found")
+            return row
+        for name, read in (("media_path", self._read_path), ("media_data", self._read_base64),
+                           ("media_url", self._read_url)):
+            if params.get(name):
+                data, title = read(params[name])
+                if len(data) > MEDIA_LIMIT:
+                    raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
+                return shelf.put(data, params.get("media_name") or title)
+        return None
+
+    def _read_path(self, path: str) -> Tuple[bytes, str]:
+        settings = self.client.settings
+        check_path("media_path", path, settings.tmpdir,
+                   re.escape(f"{self.flavour.file_prefix}media_{self.client.account}_") + ".*")
+        try:
+            data = read_file(path, MEDIA_LIMIT)
+        except OSError:
+            raise BadRequest(400, f"media_path over {MEDIA_LIMIT} bytes") from None
+        if not data:
+            raise BadRequest(400, "media_path cannot be read")
+        return data, os.path.basename(path)
+
+    def _read_base64(self, text: str) -> Tuple[bytes, str]:
+        try:
+            data = base64.b64decode(re.sub(r"\s", "", text), validate=True)
+        except ValueError:
+            raise BadRequest(400, "media_data is not base64") from None
+        return data, "picture"
+
+    def _read_url(self, url: str) -> Tuple[bytes, str]:
+        try:
+            reply = fetch(url)
+            data = reply.read(MEDIA_LIMIT + 1)
+        except Unreachable as error:
+            raise BadRequest(400, f"media_url: {error.status}") from None
+        if reply.status != 200 or not data:
+            raise BadRequest(400, f"media_url answers {reply.status}")
+        return data, urllib.parse.urlsplit(url).path.rpartition("/")[2] or "picture"
+
+    def upload_media(self, request: Request) -> Json:
+        """Keep a picture for a later media_id."""
+        row = self.media(request)
+        if row is None:
+            raise BadRequest(400, "media_path, media_data or media_url missing")
+        return {**row, "code": 0, "status": "success"}
+
+
+class Api(SendApi):
+    """The whole of the client server's API: groups, friends, events, the life cycle besides."""
+
+    def routes(self) -> List[Route]:
+        """The route table, under both prefixes."""
+        return [Route(prefix + path, methods, self._handler(path, name))
+                for prefix in ("/openqq/", "/openwx/")
+                for path, (methods, name) in self.flavour.apis.items()]
+
+    def _handler(self, path: str, name: str) -> Callable[[Request], Any]:
+        method: Callable[[Request], Any] = getattr(self, name)
+        return method if path in self.flavour.any_state else self._when_running(method)
+
+    def _when_running(self, handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        def handle(request: Request) -> Any:
+            if self.client.state != "running":
+                raise NotRunning(state=self.client.state)
+            return handler(request)
+        return handle
 
     # -- group control
 
@@ -5950,7 +6598,7 @@ class Api:
                  act: Callable[[Group, List[str]], bool]) -> Json:
         """The checks in the order of CONTRACT 5, then the act."""
         params = request.params
-        groups = self._find("group", request, ("group_id", "group_uid"))
+        groups = self.find("group", request, ("group_id", "group_uid"))
         if not groups:
             return {"code": 100, "status": "object not found"}
         if not check(request):
@@ -5994,9 +6642,107 @@ class Api:
         return {**row, "account": self.client.account, "code": 0,
                 "status": f"success, client({os.getpid()}) will {what} in 3 seconds"}
 
-    def get_qrcode(self, request: Request) -> Response:
-        """The picture to be scanned; 404 while there is none."""
-        return qrcode_response(self.client.papers.read_qrcode(), self.client.flavour)
+    # -- friends and groups as weixin has them (CONTRACT 10)
+
+    NOT_FOUND = {"code": 100, "status": "object not found"}
+
+    def _done(self, done: object) -> Row:
+        return {"code": 0, "status": "success"} if done else {"code": 201, "status": "failure"}
+
+    def _people(self, text: str, what: str, known: Callable[[str], List[Any]]) -> List[str]:
+        """The uids of people by their ids, with commas; or an answer, as an exception."""
+        names = [name for name in text.split(",") if name]
+        if not names:
+            raise Answer({"code": 200, "status": f"{what} id empty"})
+        uids = []
+        for name in names:
+            found = known(name)
+            if not found:
+                raise Answer({"code": 100, "status": f"{what} id {name} not found"})
+            uids.append(found[0].uid)
+        return uids
+
+    def _friend(self, name: str) -> List[Any]:
+        return self.client.roster.search("friend", {"id": name})
+
+    def create_group(self, request: Request) -> Json:
+        """Found a group with friends in it."""
+        uids = self._people(request.params.get("friends", ""), "friend", self._friend)
+        name = request.params.get("displayname") or "群聊"
+        uid = self.client.link.create_group(uids, name)
+        if not uid:
+            return self._done(False)
+        group = wait_patiently(request, self.client.talk.expect_group(uid))
+        if group is None:
+            raise NotRunning(state=self.client.state)
+        return {"code": 0, "group_id": group.id, "status": "success"}
+
+    def invite_friend(self, request: Request) -> Json:
+        """Bring friends into a group."""
+        groups = self.find("group", request, self.flavour.keys["group"])
+        if not groups:
+            return self.NOT_FOUND
+        uids = self._people(request.params.get("friends", ""), "friend", self._friend)
+        return self._done(self.client.link.invite(groups[0].uid, uids))
+
+    def kick_members(self, request: Request) -> Json:
+        """Remove members from a group."""
+        groups = self.find("group", request, self.flavour.keys["group"])
+        if not groups:
+            return self.NOT_FOUND
+        uids = self._people(request.params.get("members", ""), "member", lambda name:
+                            self.client.roster.members(groups[0], {"id": name}))
+        return self._done(self.client.link.kick(groups[0].uid, uids))
+
+    def set_group_displayname(self, request: Request) -> Json:
+        """Give a group another name."""
+        groups = self.find("group", request, self.flavour.keys["group"])
+        name = request.params.get("new_displayname", "")
+        if not groups:
+            return self.NOT_FOUND
+        return self._done(name and self.client.link.rename(groups[0].uid, name))
+
+    def stick(self, request: Request) -> Json:
+        """Put a friend or group on top of the list; there is no list here, so that is all."""
+        found = (self.find("friend", request, self.flavour.keys["friend"])
+                 or self.find("group", request, self.flavour.keys["group"]))
+        return self._done(request.params.get("op", "1") in ("0", "1")) if found else self.NOT_FOUND
+
+    def set_markname(self, request: Request) -> Json:
+        """What one calls a friend, or with group_id somebody in a group."""
+        names = ("id", "account", "displayname", "markname")
+        found: List[Any] = self.find("friend", request, names)
+        if request.params.get("group_id"):
+            found = [member for group in self.find("group", request, ("group_id",))
+                     for member in self.client.roster.members(group, {
+                         name: request.params[name] for name in names
+                         if request.params.get(name)})]
+        name = request.params.get("new_markname", "")
+        return self._done(self.client.link.set_markname(found[0].uid, name)
+                          ) if found else self.NOT_FOUND
+
+    def make_friend(self, request: Request) -> Json:
+        """Ask somebody whom one shares a group with to be a friend."""
+        name, roster = request.params.get("id", ""), self.client.roster
+        if name and name == roster.user.id:
+            return {"code": 101, "status": "can not be yourself"}
+        if self._friend(name):
+            return {"code": 101, "status": "already a friend"}
+        found = [member for group in list(roster.group.values())
+                 for member in roster.members(group, {"id": name})]
+        if not found:
+            return self.NOT_FOUND
+        return self._done(self.client.link.make_friend(found[0].uid,
+                                                       request.params.get("verify", "")))
+
+    def accept_friend_request(self, request: Request) -> Json:
+        """Answer a friend_request by its ticket; accept=0 declines."""
+        params = request.params
+        done = self.client.link.answer_request(params.get("ticket", ""),
+                                               params.get("accept", "1") != "0",
+                                               params.get("markname", ""))
+        return {**{name: params.get(name) for name in ("id", "displayname", "ticket")},
+                "code": 0 if done else -1, "status": "success" if done else "failure"}
 
 
 def wait_patiently(request: Request, promise: Promise) -> Any:
@@ -6078,7 +6824,8 @@ def openqq_plugin(client: Client, data: Row) -> None:
     if listed is None:
         listed = client.flavour.post_event_list
     client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
-                                 settings.post_stdout, settings.numeric_ids))
+                                 settings.post_stdout, settings.numeric_ids,
+                                 settings.post_media_data))
     _serve_api(client, Api(client, store, settings.numeric_ids), settings,
                data.get("listen") or [{"host": settings.host, "port": settings.port}])
     if settings.poll_api:
@@ -6145,7 +6892,8 @@ def _beat_when_running(client: Client, settings: Settings) -> None:
 
 
 PLUGINS.update({"ShowMsg": (show_msg, 100), "UploadQRcode": (upload_qrcode, 0),
-                "ShowQRcode": (show_qrcode, 0), "Openqq": (openqq_plugin, 98)})
+                "ShowQRcode": (show_qrcode, 0), "Openqq": (openqq_plugin, 98),
+                "Openwx": (openqq_plugin, 98)})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6576,15 +7324,6 @@ def check_params(params: Params, tmpdir: str, own_files: str,
     return given
 
 
-def check_path(name: str, path: str, tmpdir: str, own_files: str) -> None:
-    """NotAllowed unless a caller's path stays in the controller's tmpdir, off others' files."""
-    base = os.path.basename(os.path.realpath(path))
-    foreign = re.match("mojo_|[.]", base) and not re.fullmatch(own_files, base)
-    same = name == "tmpdir" and os.path.realpath(path) == os.path.realpath(tmpdir)
-    if not same and (foreign or not inside(path, tmpdir)):
-        raise NotAllowed(f"{name} not allowed")
-
-
 class Controller:
     """Many accounts, one process each, behind one API (002). run() works in the calling thread.
 
@@ -6655,7 +7394,7 @@ class Controller:
         settings.fill(public_url=f"http://127.0.0.1:{port}")
         self.network = LocalNetwork(
             os.path.join(settings.tmpdir, self.flavour.file_prefix + "local"), settings.world,
-            self.flavour.fields, log, lambda: str(settings.public_url),
+            self.flavour, log, lambda: str(settings.public_url),
             lambda name: name in self.supervisor.children)
         self.network.start()
         self._closing.append(self.network.stop)

@@ -2800,7 +2800,7 @@ def test_what_the_world_became_survives_a_restart(start):
 def network(tmp_path):
     """A local network in this process, with a clock of its own: network.now[0] is the time."""
     now = [1_600_000_000.0]
-    made = openqq.LocalNetwork(str(tmp_path / "net"), "", openqq.QQ.fields, openqq.Log(),
+    made = openqq.LocalNetwork(str(tmp_path / "net"), "", openqq.QQ, openqq.Log(),
                                lambda: "http://x", clock=lambda: now[0])
     made.now = now
     made.start()
@@ -5582,7 +5582,7 @@ class Outgoing:
 
     def put(self, *numbers):
         for number in numbers:
-            self.queue.put(openqq.Job(None, {"n": number}, None))
+            self.queue.put(openqq.Job(None, {"n": number, "content": ""}, None))
 
     def settle(self, sends):
         self.bench.until(lambda: len(self.sends) >= sends)
