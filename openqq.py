@@ -113,6 +113,8 @@ WAITING_SECONDS = 600.0          # scaning for so long is worth a client_waiting
 TICKET_SECONDS = 120.0           # a login's QR code
 COOKIE_SECONDS = 3 * 86_400.0
 WAIT_LIMIT = 1_000               # messages that wait for one account on the local network
+WAIT_BYTES = 64 * 1024 * 1024    # and how much they may take, pictures included
+POST_BYTES = 256 * 1024 * 1024   # of pictures in events that wait to be posted
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1010,6 +1012,7 @@ class Flavour:
     sent: Row                    # the answer to a send that worked, without its id
     not_sent: str                # the status of one that did not
     sent_id: str                 # the id in that answer
+    everybody: str               # the id that means all friends, or empty
     text_format: Row             # what a message of plain text has besides
     media_members: Tuple[str, ...]  # what a message with a picture has besides
     media_content: str           # its content, made of {content}, {label} and {either}
@@ -1091,6 +1094,7 @@ class QQ(Flavour):
     sent = {"code": 0, "info": "发送正常", "status": "发送成功"}
     not_sent = "发送失败"
     sent_id = "{id}"
+    everybody = ""
     text_format: Row = {}
     media_members = ("media",)
     media_content = "{content}{label}"
@@ -1164,6 +1168,7 @@ class Weixin(Flavour):
     sent = {"code": 0, "status": "success"}
     not_sent = "failure"
     sent_id = "{id}:{target}"
+    everybody = "@all"
     text_format = {"format": "text"}
     media_members = ("format", "media_code", "media_data", "media_ext", "media_id", "media_mime",
                      "media_mtime", "media_name", "media_path", "media_size")
@@ -1306,14 +1311,14 @@ class Message(Thing):
 # 6. Files
 # ------------------------------------------------------------------------------------------------
 
-def read_file(path: str, limit: int = 64 * 1024 * 1024) -> Optional[bytes]:
+def read_file(path: str, limit: Optional[int] = None) -> Optional[bytes]:
     """A file's bytes, or None where there is no plain file of ours; OSError if it is too large."""
     try:
         with open(path, "rb", opener=own_opener) as file:
-            data = file.read(limit + 1)
+            data = file.read() if limit is None else file.read(limit + 1)
     except OSError:
         return None
-    if len(data) > limit:
+    if limit is not None and len(data) > limit:
         raise OSError(errno.EFBIG, "too large to be read", path)
     return data
 
@@ -1533,14 +1538,21 @@ class Journal:
 
     write() appends in one system call; a process that is killed loses nothing that was written
     before. There is no fsync here (36 µs against 0.5): a machine that loses power may lose the
-    last moments. `rewrite` replaces the file by fewer lines. Errors of the disk are told once.
+    last moments. `rewrite` replaces the file by fewer lines, which is worth it when it has grown()
+    to twice what was left then. Errors of the disk are told once.
     """
+
+    COMPACT = 4 * 1024 * 1024    # bytes below which it is left alone
 
     def __init__(self, path: str, log: Log) -> None:
         self.path, self.log = path, log
         self._handle: Optional[int] = None
         self._broken = False
-        self.size = 0            # bytes
+        self.size = self.base = 0    # bytes: now, and of what lasts
+
+    def grown(self) -> bool:
+        """Whether most of it is past."""
+        return self.size > max(self.COMPACT, 2 * self.base)
 
     def read(self) -> Iterator[Json]:
         """The values, in order; lines that are not JSON are passed over."""
@@ -1569,7 +1581,7 @@ class Journal:
         try:
             write_file(self.path, data)
             self.close()
-            self.size = len(data)
+            self.size = self.base = len(data)
         except OSError as error:
             self._complain(error)
 
@@ -1581,9 +1593,13 @@ class Journal:
 
     def _open(self) -> int:
         handle = own_opener(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-        self.size = os.fstat(handle).st_size
-        if self.size and os.pread(handle, 1, self.size - 1) != b"\n":
-            os.write(handle, b"\n")  # what a kill tore off must not spoil the next line
+        try:
+            self.size = os.fstat(handle).st_size
+            if self.size and os.pread(handle, 1, self.size - 1) != b"\n":
+                os.write(handle, b"\n")  # what a kill tore off must not spoil the next line
+        except OSError:
+            os.close(handle)
+            raise
         return handle
 
     def _complain(self, error: OSError) -> None:
@@ -1598,22 +1614,24 @@ class Spool:
 
     Items are JSON values under keys that grow. `pending` maps keys to items, oldest first. One
     thread uses it. An item and the mark that belongs to it are one line, so that a kill at any
-    moment neither loses nor doubles.
+    moment neither loses nor doubles. `bulk(item)` is how many bytes of an item count against
+    POST_BYTES.
     """
 
-    def __init__(self, path: str, limit: int, log: Log) -> None:
+    def __init__(self, path: str, limit: int, log: Log,
+                 bulk: Callable[[Json], int] = lambda item: 0) -> None:
         self._journal = Journal(path, log)
-        self._limit = limit
+        self._limit, self._bulk = limit, bulk
+        self._bytes = 0
         self.pending: Dict[int, Json] = {}
         self.mark: Json = None
         self.last = 0            # the newest key ever given
-        self._lines = 0
         self._batch: List[Json] = []
         for line in self._journal.read():
             self._replay(line)
+        self._bytes = sum(map(bulk, self.pending.values()))
 
     def _replay(self, line: Json) -> None:
-        self._lines += 1
         if not isinstance(line, dict):
             return
         key, done = line.get("key", 0), line.get("done", 0)
@@ -1629,6 +1647,7 @@ class Spool:
         """Queue an item, with the mark after it if its source has one; its key."""
         self.last += 1
         self.pending[self.last] = item
+        self._bytes += self._bulk(item)
         self._put({"key": self.last, "item": item}, mark)
         return self.last
 
@@ -1638,21 +1657,29 @@ class Spool:
 
     def done(self, key: int) -> None:
         """Take an item out."""
-        if self.pending.pop(key, None) is not None:
+        item = self.pending.pop(key, None)
+        if item is not None:
+            self._bytes -= self._bulk(item)
             self._put({"done": key}, None)
 
     def excess(self) -> List[int]:
         """The keys beyond the limit, oldest first: what their owner has to drop."""
-        over = len(self.pending) - self._limit
-        return list(itertools.islice(self.pending, over)) if over > 0 else []
+        over, size = len(self.pending) - self._limit, self._bytes - POST_BYTES
+        keys: List[int] = []
+        for key, item in self.pending.items():
+            if len(keys) >= over and size <= 0:
+                break
+            keys.append(key)
+            size -= self._bulk(item)
+        return keys
 
     def flush(self) -> None:
         """Write what add(), advance() and done() collected."""
-        if self._lines > 1000 + 2 * len(self.pending):
-            self._compact()
-        elif self._batch:
+        if self._batch:
             self._journal.write(self._batch)
         self._batch = []
+        if self._journal.grown():
+            self._compact()
 
     def close(self) -> None:
         """Flush, and give the descriptor back."""
@@ -1663,13 +1690,11 @@ class Spool:
         if mark is not None:
             self.mark = line["mark"] = mark
         self._batch.append(line)
-        self._lines += 1
 
     def _compact(self) -> None:
         head = {"key": self.last, "mark": self.mark}
         lines = [head, *({"key": key, "item": item} for key, item in self.pending.items())]
         self._journal.rewrite(lines)
-        self._lines = len(lines)
 
 
 class Ledger:
@@ -1678,8 +1703,6 @@ class Ledger:
     One thread uses it. put() changes one place; commit() writes all changes since the last one as
     one line, so they hold together or not at all.
     """
-
-    COMPACT = 4 * 1024 * 1024    # bytes of journal that are worth writing everything anew
 
     def __init__(self, path: str, journal_path: str, log: Log) -> None:
         self.path, self.log = path, log
@@ -1707,7 +1730,7 @@ class Ledger:
             return
         self._journal.write([self._changes])
         self._changes = []
-        if self._journal.size > self.COMPACT:
+        if self._journal.grown():
             self.save()
 
     def save(self) -> None:
@@ -1715,8 +1738,10 @@ class Ledger:
         try:
             # Not sorted: the order of lists is the order in which things came.
             text = json.dumps(self.root, ensure_ascii=False, separators=(",", ":"))
-            write_file(self.path, text.encode("utf-8", "replace"))
+            data = text.encode("utf-8", "replace")
+            write_file(self.path, data)
             self._journal.rewrite([])
+            self._journal.base = len(data)
         except OSError as error:
             self.log.warn(f"{self.path} cannot be written: {error.strerror}")
 
@@ -3496,6 +3521,12 @@ class Store:
         return found[::-1]
 
 
+def bulk_of(item: Json) -> int:
+    """How many bytes of a picture a queued event carries."""
+    event = item.get("event") if isinstance(item, dict) else None
+    return len(event.get("media_data") or "") if isinstance(event, dict) else 0
+
+
 class Reporter:
     """Posts events to post_api, each conversation in order, through a queue that survives.
 
@@ -3915,7 +3946,7 @@ ROLES = {"owner": "create", "admin": "manage", "member": "attend"}
 
 def weight(row: Row) -> int:
     """About how many bytes a message takes on its way."""
-    return 4 * len(row["content"]) + len((row.get("media") or {}).get("data", ""))
+    return 6 * len(row["content"]) + len((row.get("media") or {}).get("data", ""))
 
 
 def name_to_uid(name: str) -> str:
@@ -4140,10 +4171,17 @@ class Outboxes:
         number = self.last(account) + 1
         self._ledger.put(number, "seq", account)
         self._ledger.put(item, "wait", account, str(number))
-        waiting = self._ledger.table("wait", account)
-        if len(waiting) > WAIT_LIMIT:
-            self._ledger.put(None, "wait", account, next(iter(waiting)))
+        self._drop_excess(account)
         self._woken.add(account)
+
+    def _drop_excess(self, account: str) -> None:
+        """Only a large item is worth counting what all weigh."""
+        waiting = self._ledger.table("wait", account)
+        newest = waiting[next(reversed(waiting))]
+        heavy = newest["do"] == "message" and weight(newest) > BATCH_LIMIT
+        while len(waiting) > WAIT_LIMIT or heavy and WAIT_BYTES < sum(
+                weight(item) for item in waiting.values() if item["do"] == "message"):
+            self._ledger.put(None, "wait", account, next(iter(waiting)))
 
     def last(self, account: str) -> int:
         """The number of an account's newest item."""
@@ -4996,12 +5034,17 @@ class LocalPages:
         return {**self._ask(self._network.world.dump), "code": 0}
 
 
+def is_sendable(content: str) -> bool:
+    """Whether a message's text is there and not too long."""
+    return 0 < len(content) and len(content.encode("utf-8", "replace")) <= CONTENT_LIMIT
+
+
 def check_content(params: Params) -> str:
     """A message's text; BadRequest when there is none, or too much."""
     content = params.get("content", "")
     if not content:
         raise BadRequest(400, "content missing")
-    if len(content) > CONTENT_LIMIT or len(content.encode("utf-8", "replace")) > CONTENT_LIMIT:
+    if not is_sendable(content):
         raise BadRequest(400, f"content over {CONTENT_LIMIT} bytes")
     return content
 
@@ -5814,7 +5857,11 @@ class Talk:
             data = base64.b64encode(read_file(media["media_path"]) or b"").decode()
             row["media"] = {"name": media["media_name"], "data": data}
             self._add_media(message, media, data)
-        self.queue.put(Job(message, row, promise))
+        job = Job(message, row, promise)
+        if is_sendable(message.content):
+            self.queue.put(job)
+        else:
+            self._sent(job, {"code": -1, "info": "数据格式错误"})
 
     def _add_media(self, message: Message, media: Row, data: str) -> None:
         """Give a message what its flavour tells of a picture: shelf's row, bytes in base64."""
@@ -6049,7 +6096,7 @@ class Client:
         self.error = self.qrcode_text = ""
         self.port = 0                                # of the API, once it is there
         self.roster = Roster(self.flavour.fields)
-        self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log)
+        self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log, bulk_of)
         self.outlets: List[Outlet] = []
         self.plugins: List[Plugin] = []
         self.closing: List[Callable[[], None]] = []  # what plugins want done at the end
@@ -6418,8 +6465,8 @@ class SendApi(ReadApi):
     """The part that sends (CONTRACT 4)."""
 
     def send_friend_message(self, request: Request) -> Json:
-        """To a friend, by Flavour.keys; `@all` in weixin is all of them."""
-        if request.params.get("id") == "@all":
+        """To a friend, by Flavour.keys; Flavour.everybody is all of them."""
+        if self.flavour.everybody and request.params.get("id") == self.flavour.everybody:
             return self._send_to_all(request)
         found = self.find("friend", request, self.flavour.keys["friend"])
         if not found:
@@ -6427,9 +6474,9 @@ class SendApi(ReadApi):
         return self._send(request, "friend_message", found[0], found[0].uid)
 
     def _send_to_all(self, request: Request) -> Json:
-        content = check_content(request.params)
+        content, media = self._what(request)
         for friend in list(self.client.roster.friend.values()):
-            self.client.send("friend_message", content, friend.uid)
+            self.client.send("friend_message", content, friend.uid, media=media)
         return {"code": 0, "id": 0, "status": "request already executed"}
 
     def send_group_message(self, request: Request) -> Json:
@@ -6464,12 +6511,16 @@ class SendApi(ReadApi):
 
     def _send(self, request: Request, type: str, target: Thing, uid: Optional[str] = None,
               circle: str = "", via: str = "") -> Json:
-        media = self.media(request)
-        content = request.params.get("content", "") if media else check_content(request.params)
+        content, media = self._what(request)
         promise = self.client.send(type, content, uid, circle, via=via, media=media)
         if request.params.get("async") == "1":
             return {"code": 0, "status": "request already in execution"}
         return self._outcome(wait_patiently(request, promise), target)
+
+    def _what(self, request: Request) -> Tuple[str, Optional[Row]]:
+        """Text and picture that a call brings, one of them at least."""
+        media, content = self.media(request), request.params.get("content", "")
+        return check_content(request.params) if content or not media else "", media
 
     def _outcome(self, message: Optional[Message], target: Thing) -> Row:
         if message is None:
@@ -7169,8 +7220,8 @@ class Supervisor:
     def stop(self, child: Child, forget: bool = True) -> Promise:
         """End a child: TERM, and KILL after a while; kept when it is gone."""
         promise = Promise()
-        if forget:
-            self.children.pop(child.name, None)
+        if forget and self.children.get(child.name) is child:
+            del self.children[child.name]  # not a newer one of the same name
             self._changed()
         if child.process is None:
             if child.timer:
@@ -7618,11 +7669,17 @@ class ControllerApi:
                                    settings.pid_path, settings.log_path, settings.accounts,
                                    settings.world) if path]
         given = check_params(request.keys(), settings.tmpdir, own, taken)
-        self._ask(self._controller.supervisor.farewell, name).wait(KILL_SECONDS + 5.0)
-        return {**request_echo(request), **self._ask(self._start, name, given)}
+        row = None
+        while row is None:
+            self._ask(self._controller.supervisor.farewell, name).wait(KILL_SECONDS + 5.0)
+            row = self._ask(self._start, name, given)
+        return {**request_echo(request), **row}
 
-    def _start(self, name: str, given: Dict[str, str]) -> Row:
+    def _start(self, name: str, given: Dict[str, str]) -> Optional[Row]:
+        """None if somebody stopped a client of that name meanwhile, which is not gone yet."""
         controller = self._controller
+        if name in controller.supervisor.leaving:
+            return None
         child = controller.supervisor.children.get(name)
         if child and child.alive():
             return {**child.shown(), "account": name, "status": "client already exists"}
