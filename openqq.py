@@ -85,6 +85,7 @@ FIELD_LIMIT = 100                # header fields; 431
 HEAD_LIMIT = 32 * 1024           # all header fields together; 431
 BODY_LIMIT = 8 * 1024 * 1024     # body; 413
 CHUNK_LINE_LIMIT = 256           # a chunk's size with its extensions; 400
+PARAM_LIMIT = 1_000              # parameters of a query or a form; 400
 HEAD_SECONDS = 10.0              # from a head's first byte to its last
 BODY_SECONDS = 30.0
 IDLE_SECONDS = 60.0              # between two requests of a connection
@@ -821,7 +822,7 @@ SETTINGS = {setting.name: setting for setting in [
             "first port for clients: 5000 (weixin 3000)"),
     Setting("max_clients", 100, _whole, "controller", "clients alive at once"),
     Setting("check_interval", 5.0, _number, "controller",
-            "taken, without effect: a dead client is noticed at once", idle=True),
+            "seconds between two looks at clients' processes, besides noticing their end at once"),
     Setting("template_path", "", _path, "controller", "the script that clients run: in tmpdir"),
     Setting("backend_path", "", _path, "controller", "file with the clients: in tmpdir"),
     Setting("accounts", "", _path, "controller", "JSON file, name to settings, started at boot"),
@@ -1436,6 +1437,11 @@ class Shelf:
         self._names[key] = name
         return self._row(key, f"{self._start}{key}{end}", mime)
 
+    def clear(self) -> None:
+        """Remove all."""
+        for path in self._paths():
+            remove_file(path)
+
     def get(self, key: str) -> Optional[Row]:
         """media_id, media_path, media_name, media_mime, media_ext, media_code, media_size (bytes)
         and media_mtime of what is kept under an id; None if that is nothing."""
@@ -1985,6 +1991,8 @@ def parse_form(text: str) -> Params:
     """
     if BROKEN_PERCENT.search(text):
         raise BadRequest(400, "broken percent-encoding; a % itself is written %25")
+    if text.count("&") > PARAM_LIMIT:
+        raise BadRequest(400, f"over {PARAM_LIMIT} parameters")
     params = {}
     for pair in text.split("&"):
         if pair:
@@ -2011,9 +2019,11 @@ def parse_multipart(kind: str, body: bytes) -> Params:
         name = re.search(rb'[;\s]name="([^"\r\n]*)"', head)
         if not name:
             raise BadRequest(400, "multipart part without a name")
-        is_file = re.search(rb'[;\s]filename="', head)
-        params[name.group(1).decode("utf-8", "replace")] = (
-            base64.b64encode(value).decode() if is_file else value.decode("utf-8", "replace"))
+        key = name.group(1).decode("utf-8", "replace")
+        file = re.search(rb'[;\s]filename="([^"\r\n]*)', head)
+        params[key] = (base64.b64encode(value) if file else value).decode("utf-8", "replace")
+        if file:
+            params[key + ".filename"] = file.group(1).decode("utf-8", "replace")
     return params
 
 
@@ -2238,6 +2248,9 @@ class Route:
                  any_state: bool = False, open: bool = False) -> None:
         self.path, self.handler, self.any_state, self.open = path, handler, any_state, open
         self.methods = methods.split("|")
+
+
+HEALTH = Route("/healthz", READ, lambda request: {"code": 0, "status": "success"}, open=True)
 
 
 class App:
@@ -3964,6 +3977,13 @@ def typed(name: str, value: Json) -> Json:
     return int(text) if name in ("max_member", "max_admin") and LENGTH.fullmatch(text) else text
 
 
+def check_properties(row: Row) -> None:
+    """NotFound for a property that the network itself reads and could not."""
+    for name, good in ("role", "owner|admin|member"), ("echo", "[01]"), ("muted", r"[0-9.]{1,15}"):
+        if name in row and not re.fullmatch(good, str(row[name])):
+            raise NotFound(f"{name} {row[name]} not found")
+
+
 class World:
     """Who and what there is on the local network: tables in a ledger, by uid.
 
@@ -3986,6 +4006,7 @@ class World:
         put(binascii.hexlify(os.urandom(4)).decode(), "about", "era")
         put(digest, "about", "world")
         for person in [*self.fixtures(), *spec["people"]]:
+            check_properties(person)
             put(dict(person), "people", str(person["uid"]))
         for what, member in ("groups", "group_member"), ("discuss", "discuss_member"):
             for circle in spec.get(what, []):
@@ -4006,6 +4027,7 @@ class World:
                         what, uid)
         for row in circle["member"]:
             row = dict(row) if isinstance(row, dict) else {"uid": str(row)}
+            check_properties(row)
             if str(row["uid"]) == str(circle.get("owner_uid")):
                 row["role"] = "owner"
             self.ledger.put(row, member, uid, str(row["uid"]))
@@ -4175,13 +4197,29 @@ class Outboxes:
         self._woken.add(account)
 
     def _drop_excess(self, account: str) -> None:
-        """Only a large item is worth counting what all weigh."""
+        """The oldest of too many; of too heavy ones only the pictures, oldest first."""
         waiting = self._ledger.table("wait", account)
-        newest = waiting[next(reversed(waiting))]
-        heavy = newest["do"] == "message" and weight(newest) > BATCH_LIMIT
-        while len(waiting) > WAIT_LIMIT or heavy and WAIT_BYTES < sum(
-                weight(item) for item in waiting.values() if item["do"] == "message"):
+        if len(waiting) > WAIT_LIMIT:
             self._ledger.put(None, "wait", account, next(iter(waiting)))
+        if not waiting[next(reversed(waiting))].get("media"):
+            return
+        pictures = [(key, weight(item)) for key, item in waiting.items() if item.get("media")]
+        excess = sum(size for _, size in pictures) - WAIT_BYTES
+        for key, size in pictures:
+            if excess <= 0:
+                break
+            item = {**waiting[key], "media": None}
+            item["content"] = item["content"] or "[图片]"
+            self._ledger.put(item, "wait", account, key)
+            excess -= size
+
+    def withdraw(self, account: str, message_id: str) -> bool:
+        """Let a message wait no more; False if it does not."""
+        for key, item in self._ledger.table("wait", account).items():
+            if item["do"] == "message" and item["id"] == message_id:
+                self._ledger.put(None, "wait", account, key)
+                return True
+        return False
 
     def last(self, account: str) -> int:
         """The number of an account's newest item."""
@@ -4299,14 +4337,24 @@ class Society:
             if uid != besides:
                 self.tell(uid, event, parts)
 
-    def tell(self, uid: str, event: str, parts: Row) -> None:
-        """Tell somebody who is there; parts that are callable are called with the account."""
+    def tell(self, uid: str, event: str, parts: Row, away: bool = False) -> None:
+        """Tell somebody who is there, or with `away` any account.
+
+        Parts that are callable are called with the account.
+        """
         account = self.world.account_of.get(uid)
         if "value" in parts:
             parts = {**parts, "value": typed(parts["property"], parts["value"])}
-        if account in self.world.online and account is not None:
+        if account is not None and (away or account in self.world.online):
             self._outboxes.put(account, {"do": "event", "event": event, **{
                 name: part(account) if callable(part) else part for name, part in parts.items()}})
+
+
+    def withdraw(self, uid: str, message_id: str) -> bool:
+        """Take back a message that waits for somebody who is away; False if none does."""
+        account = self.world.account_of.get(uid)
+        return (account is not None and account not in self.world.online
+                and self._outboxes.withdraw(account, message_id))
 
 
 class Logins:
@@ -4409,8 +4457,8 @@ class Logins:
         cookie = cookie or new_secret()
         self._ledger.put({"uid": uid, "nonce": nonce, "cookie": cookie, "time": self._clock()},
                          "login", account)
-        if not row:
-            self.world.account_of[uid] = account
+        self.world.account_of[uid] = account
+        if not row or uid not in self._ledger.table("people"):
             self._join(account, uid)
         self.world.online.add(account)  # only now: it hears of no friend that it will load
         return {"uid": uid, "cookie": cookie}
@@ -4468,8 +4516,9 @@ class Dealings:
             return False
         del self._sent[number]
         for uid in found["receivers"]:
-            self._society.tell(uid, "revoke_message", {"params": [
-                str(number), me, me, found["group"]]})
+            if not self._society.withdraw(uid, str(number)):
+                self._society.tell(uid, "revoke_message", {"params": [
+                    str(number), me, me, found["group"]]})
         return True
 
     def make_friend(self, account: str, uid: str, verify: str) -> bool:
@@ -4490,7 +4539,7 @@ class Dealings:
         row = self._ledger.table("people", asker)
         self._society.tell(uid, "friend_request", {"request": lambda to: {
             "id": self._world.id_for(to, asker), "name": row["name"],
-            "displayname": row["name"], "verify": verify, "ticket": ticket}})
+            "displayname": row["name"], "verify": verify, "ticket": ticket}}, away=True)
         return ticket
 
     def answer_request(self, account: str, ticket: str, accept: bool, markname: str) -> bool:
@@ -4582,9 +4631,9 @@ class LocalNetwork:
         try:
             spec = from_bytes(data or b"")
             self.world.begin(spec, digest)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise Refusal(f"world file {path} cannot be read: it must hold what /local/world "
-                          "shows") from None
+        except (ValueError, KeyError, TypeError, AttributeError, NotFound):
+            raise Refusal(f"world file {path} cannot be read: there must be one, and it must hold "
+                          "what /local/world shows") from None
 
     def start(self) -> None:
         """Begin to work."""
@@ -4750,6 +4799,7 @@ class Changes:
         method = getattr(self, f"{do}_{what}", None)
         if method is None or do not in ("add", "remove", "set"):
             raise NotFound(f"do={do} what={what} not found")
+        check_properties(rest)
         return {"uid": method(uid, place, rest)}
 
     def add_person(self, uid: str, place: str, row: Row) -> str:
@@ -4907,8 +4957,6 @@ class Changes:
     def set_group_member(self, uid: str, place: str, row: Row) -> str:
         """Somebody's card or role in a group; one's own role is the group's `role` as well."""
         uid, place = self._member("group", uid, place)
-        if row.get("role", "member") not in ROLES:
-            raise NotFound(f"role {row['role']} not found")
         owner = str(self._ledger.table("group", place).get("owner_uid") or "")
         if row.get("role") == "owner" and owner != uid:
             self._set_circle("group", place, {"owner_uid": uid})
@@ -4987,8 +5035,12 @@ class LocalPages:
         account = self._keys.get(request.fields.get("x-openqq-key", ""))
         if account is None:
             raise AuthFailure()
-        call = from_bytes(request.body)
-        return self._network.call(account, call["verb"], call["arguments"], request.wait)
+        try:
+            call = from_bytes(request.body)
+            verb, arguments = str(call["verb"]), dict(call["arguments"])
+        except (ValueError, KeyError, TypeError):
+            raise BadRequest(400, "not a link's call") from None
+        return self._network.call(account, verb, arguments, request.wait)
 
     def login(self, request: Request) -> Row:
         """Log an account in as if somebody had scanned and pressed; answers when it runs."""
@@ -4999,7 +5051,8 @@ class LocalPages:
         try:
             request.wait(promise, self.LOGIN_SECONDS)
         except TimeoutError:
-            raise NotFound(f"{account}, waiting to be scanned, not found") from None
+            raise NotFound(f"{account} not found waiting for a scan; "
+                           "check_client says what it does") from None
         finally:
             self._ask(self._network.logins.despair, account, promise)
         return {"account": account, "code": 0, "status": "success"}
@@ -5225,9 +5278,9 @@ class LocalLink(Link):
                 failures = 0
             except NotRunning:
                 return  # we stop, or the host does
-            except OpenQQError as error:
+            except Exception as error:  # whatever it was, an account must not go deaf
                 if failures == 2:  # not at a stop, when the host goes a moment before us
-                    self._hooks.lost(f"local network: {error.status}")
+                    self._hooks.lost(f"local network: {error}")
                 self._closed.wait(backoff(failures, 30.0))
                 failures += 1
 
@@ -5578,6 +5631,8 @@ class SendQueue:
             results = self._send([job.row for job in batch])
         except OpenQQError as failure:
             error = failure
+        except Exception as failure:  # the queue must go on whatever a link does
+            error = Unreachable(repr(failure), True)
         self._loop.call(self._tried, batch, began, results, error)
 
     def _tried(self, batch: List[Job], began: float, results: List[Row],
@@ -5723,8 +5778,8 @@ class Login:
             function(*args)
         except NotRunning:
             pass  # we stop
-        except OpenQQError as error:
-            self._client.loop.call(self._failed, error.status)
+        except Exception as error:  # whatever a link does, it is tried again
+            self._client.loop.call(self._failed, str(error) or repr(error))
 
     def _failed(self, error: str) -> None:
         """Whatever step it was: begin again, the cookie makes it short."""
@@ -5745,8 +5800,8 @@ class Login:
         picture = qr_png(qr_matrix(text))
         client.papers.write_qrcode(picture)
         path = client.settings.qrcode_path
-        client.log.info(f"二维码已下载到本地[ {path} ]")
-        client.log.info(f"等待{client.flavour.phone}扫描二维码... ({text})")
+        client.log.info(f"二维码已下载到本地[ {path} ] (QR code)")
+        client.log.info(f"等待{client.flavour.phone}扫描二维码... (waiting for a scan: {text})")
         client.enter("scaning")
         client.qrcode_text = text
         client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
@@ -5755,20 +5810,20 @@ class Login:
         self._timer = client.loop.later(seconds, self._expire)
 
     def _expire(self) -> None:
-        self._client.log.info("登录二维码已失效,重新获取二维码")
+        self._client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
         self._work(self.link.renew)
 
     def _scanned(self) -> None:
         if self._client.state == "scaning":
             phone = self._client.flavour.phone
-            self._client.log.info(f"{phone}扫码成功,请在手机上点击[登录]按钮...")
+            self._client.log.info(f"{phone}扫码成功,请在手机上点击[登录]按钮... (scanned)")
             self._client.enter("confirming")
 
     def _confirmed(self, cookie: str, fresh: bool) -> None:
         if self._client.state == "stop":
             return
         self._cancel()
-        self._codes = self._tries = 0
+        self._codes = 0
         self._client.papers.write_cookie(cookie)
         self._client.enter("updating")
         self._client.papers.remove_qrcode()
@@ -5784,7 +5839,8 @@ class Login:
         row["user"]["state"] = client.settings.mode
         client.roster.load(row, ["user"] + self._kinds("is_init_"))
         self._report_update(["user", "friend", "group"])
-        client.log.info(f"帐号({client.account})登录成功")
+        self._tries = 0
+        client.log.info(f"帐号({client.account})登录成功 (logged in)")
         client.enter("running")
         client.emit("login", [int(fresh)])
         self._work(self.link.ready)
@@ -5871,7 +5927,8 @@ class Talk:
         message.content = flavour.media_content.format(
             content=message.content, label=label,
             either=message.content or f"[media]({media['media_path'] or media['media_name']})")
-        url = self._client.api_url("get_media", id=str(media["media_id"]))
+        key = media["media_id"]
+        url = self._client.api_url("get_media", id=key) if key else None
         shown = {**media, "format": "media", "media_data": data, "media": [{
             "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
         message.__dict__.update({name: shown[name] for name in flavour.media_members})
@@ -5972,8 +6029,17 @@ class Talk:
     def expect(self, uid: str) -> Promise:
         """What the next message from a friend says."""
         promise = Promise()
-        self._expected.setdefault(uid, []).append(promise)
+        self._client.loop.call(lambda: self._expected.setdefault(uid, []).append(promise))
         return promise
+
+    def expect_no_more(self, uid: str, promise: Promise) -> None:
+        """One of those who expect() a friend's word gives up."""
+        self._client.loop.call(self._give_up, uid, promise)
+
+    def _give_up(self, uid: str, promise: Promise) -> None:
+        left = [other for other in self._expected.pop(uid, []) if other is not promise]
+        if left:
+            self._expected[uid] = left
 
     def receive(self, items: List[Row]) -> Promise:
         """Take over what a link brought; brings the mark of what is safe on disk then.
@@ -6272,7 +6338,7 @@ class Client:
         elif self.state == "stop":
             self._end()  # a second one hurries
         else:
-            self.log.info(f"捕获到停止信号[{name[3:]}],准备停止...")
+            self.log.info(f"捕获到停止信号[{name[3:]}],准备停止... (signal)")
             self._stop()
 
     def _orphaned(self) -> None:
@@ -6541,11 +6607,13 @@ class SendApi(ReadApi):
         if not re.fullmatch("[0-9]{1,4}", seconds):
             raise BadRequest(400, "timeout must be a number of seconds")
         answer = self.client.talk.expect(found[0].uid)
-        row = self._send(request, "friend_message", found[0], found[0].uid)
         try:
+            row = self._send(request, "friend_message", found[0], found[0].uid)
             return {**row, "reply": request.wait(answer, float(seconds))}
         except TimeoutError:
             return {**row, "reply": None, "reply_status": "reply timeout"}
+        finally:
+            self.client.talk.expect_no_more(found[0].uid, answer)
 
     def revoke_message(self, request: Request) -> Json:
         """Take back a message by the id that its sending answered."""
@@ -6571,13 +6639,17 @@ class SendApi(ReadApi):
                 data, title = read(params[name])
                 if len(data) > MEDIA_LIMIT:
                     raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
-                return shelf.put(data, params.get("media_name") or title)
+                title = params.get("media_name") or params.get(name + ".filename") or title
+                return shelf.put(data, title)
         return None
 
     def _read_path(self, path: str) -> Tuple[bytes, str]:
-        settings = self.client.settings
-        check_path("media_path", path, settings.tmpdir,
-                   re.escape(f"{self.flavour.file_prefix}media_{self.client.account}_") + ".*")
+        settings, flavour = self.client.settings, self.flavour
+        check_path("media_path", path, settings.tmpdir, re.escape(
+            f"{flavour.file_prefix}media_{self.client.account}_") + Shelf.NAME.pattern)
+        own = (settings.cookie_path, settings.state_path, settings.pid_path, settings.log_path)
+        if os.path.realpath(path) in [os.path.realpath(name) for name in own if name]:
+            raise NotAllowed("media_path not allowed")
         try:
             data = read_file(path, MEDIA_LIMIT)
         except OSError:
@@ -6884,7 +6956,8 @@ def openqq_plugin(client: Client, data: Row) -> None:
 
 
 def _serve_api(client: Client, api: Api, settings: Settings, addresses: List[Row]) -> None:
-    routes = api.routes() + [Route("/", READ, lambda request: client_page(client), open=True)]
+    routes = api.routes() + [Route("/", READ, lambda request: client_page(client), open=True),
+                             HEALTH]
     pages = client.local_pages()
     app = ClientApp(Gate(settings.token), client.log, routes + (pages.routes() if pages else []),
                     client_fallback)
@@ -6910,7 +6983,8 @@ def gate_hint(settings: Settings) -> str:
     """Who is served, and how to change that: the first thing that an operator must know."""
     if settings.token:
         return "callers need the token"
-    return "only callers on this machine are served; to serve others, start with --token SECRET"
+    return ("only callers on this machine are served, others get 403; "
+            "to serve them as well, start with --token SECRET")
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -7022,7 +7096,7 @@ class Launcher:
                  os.path.abspath(__file__), "--client"],
                 executable=python, env=environment, stdin=self._null, start_new_session=True,
                 pass_fds=(theirs.fileno(), child.listener.fileno()))
-        except OSError:
+        except (OSError, ValueError):
             ours.close()
             raise
         finally:
@@ -7084,10 +7158,10 @@ class Supervisor:
         """Start a new child's process. StartFailure."""
         try:
             self._launch(child)
-        except OSError as error:
-            self._log.error(f"client {child.name} cannot be started: {error.strerror}")
+        except (OSError, ValueError) as error:
+            self._log.error(f"client {child.name} cannot be started: {error}")
             child.listener.close()
-            raise StartFailure() from None
+            raise StartFailure(reason=str(error)) from None
         self.children[child.name] = child
         self._changed()
 
@@ -7178,6 +7252,13 @@ class Supervisor:
         self._changed()
         self._check_done()
 
+    def look_after(self, interval: float) -> None:
+        """See to those who died with their life line in the hands of a child of their own."""
+        for child in [*self.children.values(), *self.leaving.values()]:
+            if child.process is not None and child.process.poll() is not None:
+                self._ended(child)
+        self._loop.later(max(1.0, interval), self.look_after, interval)
+
     def _reap(self, process: Any) -> int:
         try:
             return int(process.wait(1.0))
@@ -7212,8 +7293,8 @@ class Supervisor:
         try:
             self.restarts += 1
             self._launch(child)
-        except OSError as error:
-            child.lines.append(f"cannot be started: {error.strerror}")
+        except (OSError, ValueError) as error:
+            child.lines.append(f"cannot be started: {error}")
             self._crashed(child, 127)
         self._changed()
 
@@ -7495,6 +7576,7 @@ class Controller:
                                   {port: self.url}, self.settings.token, self.log)
             heartbeat.start()
             self._closing.append(heartbeat.stop)
+        self.supervisor.look_after(self.settings.check_interval)
         backend = read_json(self.settings.backend_path, self.log)
         for name, row in backend.items():
             self._resume(name, row)
@@ -7520,15 +7602,24 @@ class Controller:
         try:
             with open(path, "rb") as file:
                 accounts = from_bytes(file.read())
-            return {check_name(name): dict(given) for name, given in accounts.items()}
-        except (OSError, ValueError, TypeError, AttributeError, NotAllowed) as error:
-            self.log.error(f"accounts file {path} cannot be used: {error}; it must hold a JSON "
-                           'object such as {"alice": {"post_api": "http://…"}}')
+        except (OSError, ValueError) as error:
+            accounts, why = None, str(error)
+        else:
+            why = "it holds no JSON object"
+        if not isinstance(accounts, dict):
+            self.log.error(f"accounts file {path} cannot be used: {why}; it must look like "
+                           '{"alice": {"post_api": "http://…"}}')
             return {}
+        return {str(name): given for name, given in accounts.items()}
 
     def _start_known(self, name: str, given: Row) -> None:
+        if not NAME.fullmatch(name) or not isinstance(given, dict):
+            self.log.error(f"accounts file: {name!r} must be a name with a JSON object")
+            return
         texts = {}
         for key, value in given.items():
+            if value is None:
+                continue
             setting = setting_named(key)
             if setting is None or setting.whose == "controller":
                 self.log.error(f"accounts file: {key} of {name} is not a setting of a client")
@@ -7571,8 +7662,15 @@ class Controller:
         what, end = {"state_path": ("state", "json"), "qrcode_path": ("qrcode", "jpg"),
                      "pid_path": ("pid", "pid"), "cookie_path": ("cookie", "dat"),
                      "spool_path": ("post", "jsonl")}[setting]
+        return self._start_of(child, what) + "." + end
+
+    def _start_of(self, child: Child, what: str) -> str:
         directory = _path(child.given.get("tmpdir", "")) or self.settings.tmpdir
-        return os.path.join(directory, f"{self.flavour.file_prefix}{what}_{child.name}.{end}")
+        return os.path.join(directory, f"{self.flavour.file_prefix}{what}_{child.name}")
+
+    def shelf_of(self, child: Child) -> Shelf:
+        """A child's pictures."""
+        return Shelf(self._start_of(child, "media") + "_", self.log)
 
     def _changed(self) -> None:
         if not self._dirty:
@@ -7642,7 +7740,7 @@ class ControllerApi:
                  ("get_qrcode", READ, self.get_qrcode)]
         return [Route(prefix + path, methods, handler)
                 for prefix in ("/openqq/", "/openwx/") for path, methods, handler in table
-                ] + [Route("/", READ, self.index, open=True)]
+                ] + [Route("/", READ, self.index, open=True), HEALTH]
 
     def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._controller.loop.ask(function, *args)
@@ -7706,6 +7804,7 @@ class ControllerApi:
                                     controller.network.logins.delete, child.name)
         for name in "cookie_path", "state_path", "spool_path", "qrcode_path":
             remove_file(controller.path_of(child, name))
+        controller.shelf_of(child).clear()
         return row
 
     def check_client(self, request: Request) -> Row:
@@ -7726,7 +7825,7 @@ class ControllerApi:
         if lives:
             return row
         if child.alive():
-            row["state"] = "init"
+            row["state"] = child.state if child.process else "init"
         else:
             row.update({"state": "stop", "failed": True} if child.failed else {"state": "stop"})
         return {**row, "error": "\n".join(child.lines)} if child.lines else row
@@ -7880,6 +7979,16 @@ def run_child() -> int:
         raise
 
 
+def end_with_controller(life: int) -> None:
+    """For a template that never comes to run(), where the controller's end would be seen."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are not for us
+    with socket.socket(fileno=life) as line, selectors.DefaultSelector() as selector:
+        selector.register(line, selectors.EVENT_READ)
+        selector.select()
+        time.sleep(ORPHAN_SECONDS - 1.0)  # what run() needs at most to end cleanly
+        os._exit(1)
+
+
 def leave_last_words(life: str, text: str) -> None:
     """Let the controller know why its client ends; check_client shows it."""
     try:
@@ -7894,6 +8003,7 @@ def run_template() -> int:
     flavour = FLAVOURS[os.environ.get("OPENQQ_FLAVOR", "qq")]
     text = (read_file(path) or b"").decode("utf-8", "replace") if path else ""
     if text and text != default_template(flavour):
+        spawn(end_with_controller, os.dup(int(os.environ.get("OPENQQ_LIFE", "0"))))
         exec(compile(text, path, "exec"), {"__name__": "__main__", "__file__": path})
         return 0
     client = Client()
@@ -7916,9 +8026,12 @@ def main(words: Sequence[str]) -> int:
             return run_controller(parse_flags(whose, rest))
         elif command == "client":
             return run_client(parse_flags(whose, rest))
+        elif command in ("-h", "--help"):
+            print(USAGE, end="")
         else:
-            print(USAGE, end="", file=sys.stdout if command in ("-h", "--help") else sys.stderr)
-            return 0 if command in ("-h", "--help") else 2
+            wrong = f"openqq: there is no command {command!r}\n" if command else ""
+            print(wrong + USAGE, end="", file=sys.stderr)
+            return 2
     except Refusal as refusal:
         print(f"openqq: {refusal.status}", file=sys.stderr)
         return refusal.exit

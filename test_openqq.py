@@ -1638,9 +1638,10 @@ class Face:
     def discuss(self, name="OpenQQ"):
         return [row for row in self.call("get_discuss_info") if row["name"] == name][0]
 
-    def event(self, name):
-        """The params of the next event of that name that is posted."""
-        row = self.receiver.next(lambda event: event.get("event") == name)
+    def event(self, name, wanted=lambda params: True):
+        """The params of the next event of that name that is posted, and wanted."""
+        row = self.receiver.next(lambda event: event.get("event") == name
+                                 and wanted(event["params"]))
         assert set(row) == {"event", "params", "post_type"} and row["post_type"] == "event"
         return row["params"]
 
@@ -2413,7 +2414,7 @@ def test_only_owner_and_admins_may_and_only_with_those_below_them(face):
 def test_muted_members_cannot_speak(face):
     face.change("add", "group", "80003", name="静", owner_uid="alice")
     face.change("add", "group_member", XIAOHUI, "80003")
-    face.event("new_group_member")
+    face.event("new_group_member", lambda params: params[1]["name"] == "静")
     params = {"type": "group_message", "to": "80003"}
     assert face.say("before", **params)["code"] == 0
     answer = face.call("shutup_group_member", group_uid="80003", member_uid=XIAOHUI, time=1)
@@ -2427,8 +2428,9 @@ def test_a_muted_account_s_message_fails_and_says_so(together):
     alice, bob = together
     alice.change("add", "group", "80004", name="禁", owner_uid="alice")
     alice.change("add", "group_member", "bob", "80004")
-    assert bob.event("new_group")[0]["role"] == "attend"
-    assert alice.event("new_group_member")[0]["name"] == "bob"
+    forbidden = lambda params: params[-1]["name"] == "禁"  # noqa: E731
+    assert bob.event("new_group", forbidden)[0]["role"] == "attend"
+    assert alice.event("new_group_member", forbidden)[0]["name"] == "bob"
     assert bob.call("kick_group_member", group_uid="80004", member_uid=bob.call(
         "get_user_info")["uid"])["code"] == 201
     member = [row for row in alice.group("禁")["member"] if row["name"] == "bob"][0]
@@ -2637,7 +2639,7 @@ def test_relogin_shows_a_new_code_and_changes_the_ids(alone, together):
                           "status": f"success, client({pid}) will relogin in 3 seconds"}
         assert face.call("get_user_info")["name"] == "alice"  # until then it works
     for face, ids in zip(faces, before):
-        assert face.event("state_change") == ["running", "scaning"]
+        face.event("state_change", lambda params: params == ["running", "scaning"])
         assert not os.path.exists(face.path("cookie_alice.dat"))
         assert face.raw("get_qrcode")[0] == 200
         assert face.raw("get_friend_info")[0] == 503
@@ -3422,9 +3424,10 @@ def test_other_locations_are_logged_and_dropped(beater):
                f"https://127.0.0.1:{poll.server.server_address[1]}/beat", "file:///etc/passwd",
                f"http://127.0.0.1@example.invalid:{client.port}/openqq/get_user_info",
                "http://169.254.169.254/latest/meta-data", "http://[bad", "http://127.0.0.1:x/"]
-    for count, target in enumerate(targets, 1):
+    before = len(re.findall(r"\[warn\] .*poll_api", client.log.text()))
+    for count, target in enumerate(targets, before + 1):
         poll.reply(302, target)
-        client.log.wait(r"\[warn\] .*poll_api", count + 1)   # one came of "given up"
+        client.log.wait(r"\[warn\] .*poll_api", count)
         assert poll.ask() == "/beat", target
     poll.reply()
     assert other.asked.empty()
@@ -4388,7 +4391,7 @@ def test_on_a_terminal_the_qr_code_is_drawn_and_the_levels_have_colours(tmp_path
     terminal = Terminal(tmp_path, "client", "--account", "eye", "--disable-color", setting)
     try:
         terminal.ready()
-        url = terminal.log.wait(r"二维码\.\.\. \((http://[^)]*/local/scan\?[^)]*)\)").group(1)
+        url = terminal.log.wait(r"二维码\.\.\. \(waiting for a scan: (http://[^)]*/local/scan\?[^)]*)\)").group(1)
         drawn = openqq.qr_text(openqq.qr_matrix(url)).replace("\n", "\r\n")
         height = drawn.count("\n")
         terminal.log.wait("\x1b\\[30;47m", height)
@@ -4915,19 +4918,27 @@ def test_garbage_in_the_backend_file_stops_no_controller(start, tmp_path, backen
 
 
 def test_accounts_file_is_started_at_boot(start, tmp_path):
+    """What is wrong with one account is said, and keeps none of the others away."""
     accounts = put(tmp_path / "accounts.json", json.dumps({
-        "alice": {"login_type": "login", "pwd": "x", "numeric_ids": True,
-                  "post_event_list": ["login", "stop"]}, "bob": {}, "../x": {}}))
-    bad = start("controller", "--accounts", accounts, tmpdir=tmp_path / "bad")
-    bad.log.wait(r"\[error\].*accounts")
-    assert bad.call("check_client") == {"client": [], "code": 0}
-    put(accounts, json.dumps({"alice": {"login_type": "login", "pwd": "x", "numeric_ids": True},
-                              "bob": {"nonsense": 1}}))
+        "alice": {"login_type": "login", "pwd": "x", "numeric_ids": True, "post_api": None,
+                  "post_event_list": ["login", "stop"]},
+        "../x": {}, "bob": {"nonsense": 1}, "carol": ["post_api"]}))
     controller = start("controller", "--accounts", accounts, tmpdir=tmp_path / "good")
-    controller.log.wait(r"\[error\].*nonsense")
+    for wrong in (r"\.\./x", "nonsense of bob", "carol"):
+        controller.log.wait(r"\[error\] accounts file: .*" + wrong)
     assert isinstance(user(controller, "alice")["uid"], int)
     listed = controller.call("check_client")["client"]
     assert [(row["account"], row["state"]) for row in listed] == [("alice", "running")]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", None])
+def test_accounts_file_that_cannot_be_read_is_said_and_harms_nothing(start, tmp_path, text):
+    path = tmp_path / "accounts.json"
+    if text is not None:
+        path.write_text(text)
+    controller = start("controller", "--accounts", path)
+    controller.log.wait(r"\[error\] accounts file .* cannot be used: .*must look like")
+    assert controller.call("check_client") == {"client": [], "code": 0}
 
 
 def test_clients_have_the_documented_names_in_ps(pair):
@@ -5893,6 +5904,876 @@ threading.Thread(target=relay, daemon=True).start()
     controller.call("get_client_info", client="alice")
     os.kill(pid, signal.SIGUSR1)
     controller.log.wait("client alice stopped")
+
+
+# ------------------------------------------------------------------------------------------------
+# The weixin flavour, and media in both
+# ------------------------------------------------------------------------------------------------
+
+WX_LISTED = ("login,stop,state_change,input_qrcode,new_friend,lose_friend,new_group,lose_group,"
+             "new_group_member,lose_group_member,friend_request,revoke_message,"
+             "friend_property_change,group_property_change,group_member_property_change")
+OK, FAILED = {"code": 0, "status": "success"}, {"code": 201, "status": "failure"}
+LOST = {"code": 100, "status": "object not found"}
+LOST_WITH_ID = {"code": 100, "id": None, "status": "object not found"}
+PNG = openqq.avatar("a picture")
+PNG_TEXT = base64.b64encode(PNG).decode()
+ALICE, BOB = openqq.name_to_uid("alice"), openqq.name_to_uid("bob")
+
+
+class Voice:
+    """One account's API, on its own port or through the controller, and what it hears."""
+
+    def __init__(self, program, name, prefix, by_controller=False):
+        self.program, self.name, self.prefix = program, name, prefix
+        self.port = call(program.base, "check_client", client=name)["client"][0]["port"]
+        self.base = program.base if by_controller else f"http://127.0.0.1:{self.port}"
+        self.about = {"client": name} if by_controller else {}
+        self.seq = 0
+
+    def now(self):
+        """Itself, deaf to all that came before."""
+        mark = os.urandom(8).hex()
+        self.call("send_friend_message", displayname="小灰", content=mark)
+        self.next(lambda event: event.get("content") == mark)
+        return self
+
+    def path(self, api, **params):
+        return f"{self.prefix}{api}?" + urllib.parse.urlencode({**self.about, **params})
+
+    def call(self, api, **params):
+        return json.loads(self.raw(api, **params)[2])
+
+    def raw(self, api, **params):
+        return request(self.base, self.path(api, **params))
+
+    def post(self, api, **params):
+        """The same as a form: for what is too long for a request line."""
+        body = urllib.parse.urlencode({**self.about, **params})
+        return json.loads(request(self.base, self.prefix + api, "POST", body,
+                                  {"Content-Type": FORM})[2])
+
+    def next(self, wanted):
+        """The next event since the last one that was returned here, passing over the others."""
+        end = time.monotonic() + WAIT
+        while time.monotonic() < end:
+            for event in self.call("check_event", since=self.seq):
+                self.seq = event["seq"]
+                if wanted(event):
+                    return event
+        raise AssertionError(f"{self.name} heard nothing of it")
+
+    def heard(self, content):
+        return self.next(lambda event: event.get("content") == content
+                         and event["class"] == "recv")
+
+    def event(self, name, wanted=lambda params: True):
+        return self.next(lambda event: event.get("event") == name and wanted(event["params"]))
+
+    def friend(self, name):
+        [found] = self.call("search_friend", name=name)
+        return found
+
+    def group(self, name):
+        [found] = self.call("search_group", name=name)
+        return found
+
+
+def form_with_files(**parts):
+    """Headers and body of a form; parts that are bytes are files."""
+    body = b"".join(
+        b"--edge\r\nContent-Disposition: form-data; name=\"%b\"%b\r\n\r\n%b\r\n" % (
+            name.encode(), b"; filename=\"cat.png\"" if isinstance(value, bytes) else b"",
+            value if isinstance(value, bytes) else value.encode())
+        for name, value in parts.items()) + b"--edge--\r\n"
+    return {"Content-Type": "multipart/form-data; boundary=edge"}, body
+
+
+@pytest.fixture(scope="session")
+def weixin_pair(tmp_path_factory):
+    """A weixin controller with alice and bob; tests leave them friends, and in OpenQQ."""
+    program = Program(tmp_path_factory.mktemp("weixin"), "controller", "--flavor", "weixin")
+    try:
+        program.ready()
+        for name in "alice", "bob":
+            program.login(name, post_event_list=WX_LISTED)
+        yield program
+    finally:
+        status = program.stop()
+    assert status == 0
+    assert "Traceback" not in program.log.text()
+
+
+@pytest.fixture(params=["client", "controller"])
+def voices(request, weixin_pair):
+    """(alice, bob), each on its own port, then both through the controller."""
+    return [Voice(weixin_pair, name, "/openwx/", request.param == "controller").now()
+            for name in ("alice", "bob")]
+
+
+@pytest.fixture(params=["qq", "weixin"])
+def media_pair(request, pair, weixin_pair):
+    """(alice, bob, whether weixin) of each flavour."""
+    program = weixin_pair if request.param == "weixin" else pair
+    prefix = "/openwx/" if request.param == "weixin" else "/openqq/"
+    return [Voice(program, name, prefix, True).now() for name in ("alice", "bob")] + [
+        request.param == "weixin"]
+
+
+# -- one table, nothing else
+
+def test_no_code_outside_the_flavour_table_asks_which_flavour_it_is():
+    with open(FILE, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    tests = [part for node in ast.walk(tree)
+             for part in ([node.test] if isinstance(node, (ast.If, ast.IfExp, ast.While)) else
+                          [node] if isinstance(node, (ast.Compare, ast.BoolOp)) else [])]
+    named = [node.lineno for test in tests for node in ast.walk(test)
+             if isinstance(node, ast.Constant) and node.value in ("weixin", "qq")]
+    defaults = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.BoolOp)
+                and isinstance(node.values[-1], ast.Constant) and node.values[-1].value == "qq"]
+    assert set(named) <= set(defaults), "`given or 'qq'` is a default and asks nothing"
+    compared = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Compare)
+                for side in [node.left, *node.comparators] for leaf in ast.walk(side)
+                if isinstance(leaf, ast.Attribute) and leaf.attr == "name"
+                and "flavour" in ast.dump(leaf.value)]
+    classes = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call)
+               and getattr(node.func, "id", "") in ("isinstance", "issubclass")
+               and {"QQ", "Weixin"} & {leaf.id for leaf in ast.walk(node)
+                                       if isinstance(leaf, ast.Name)}]
+    assert compared == classes == []
+
+
+def test_weixin_is_the_system_of_its_document(start):
+    program = start("controller", "--flavor", "weixin")
+    assert (openqq.Weixin.port, openqq.Weixin.client_port) == (2000, 3000)
+    path = "/openwx/start_client?client=weixin_client_01&log_level=debug&post_media_data=0"
+    started = json.loads(request(program.base, path)[2])
+    assert {**started, "pid": 0, "port": 0} == {
+        "account": "weixin_client_01", "client": "weixin_client_01", "code": 0,
+        "log_level": "debug", "pid": 0, "port": 0, "post_media_data": "0", "status": "success"}
+    assert 3000 <= started["port"] < 4000
+    qrcode = f"{program.base}/openwx/get_qrcode?client=weixin_client_01"
+    client = f"http://127.0.0.1:{started['port']}"
+    assert eventually(lambda: request(program.base, qrcode[len(program.base):])[0] == 200)
+    for base, path in ((program.base, qrcode[len(program.base):]),
+                       (client, "/openwx/get_qrcode")):
+        status, fields, body = request(base, path)
+        assert (status, fields["content-type"], fields["cache-control"]) == (
+            200, "image/jpg", "no-cache")
+        assert body.startswith(b"\x89PNG")
+    row = call(program.base, "/openwx/check_client", client="weixin_client_01")["client"][0]
+    start_of = os.path.join(os.path.realpath(program.tmpdir), "mojo_weixin_")
+    assert {name: row[name] for name in (
+        "state", "tmpdir", "cookie_path", "pid_path", "qrcode_path", "state_path",
+        "download_media", "http_debug", "log_encoding", "log_level", "os")} == {
+        "state": "scaning", "tmpdir": os.path.realpath(program.tmpdir),
+        "cookie_path": start_of + "cookie_weixin_client_01.dat",
+        "pid_path": start_of + "pid_weixin_client_01.pid",
+        "qrcode_path": start_of + "qrcode_weixin_client_01.jpg",
+        "state_path": start_of + "state_weixin_client_01.json",
+        "download_media": "1", "http_debug": "0", "log_encoding": None, "log_level": "debug",
+        "os": sys.platform}
+    assert [plugin for plugin in row["plugin"] if plugin["priority"] in (98, 100)] == [
+        {"auto_call": None, "call_on_load": 1, "name": "Mojo::Weixin::Plugin::Openwx",
+         "priority": 98},
+        {"auto_call": 1, "call_on_load": 0, "name": "Mojo::Weixin::Plugin::ShowMsg",
+         "priority": 100}]
+    assert call(program.base, "/local/login", client="weixin_client_01")["code"] == 0
+    names = [subprocess.run(["ps", "-o", "args=", "-p", str(pid)], stdout=subprocess.PIPE,
+                            check=True).stdout.decode() for pid in (program.pid, started["pid"])]
+    assert "wxcontroller" in names[0] and "wxclient(weixin_client_01)" in names[1]
+    stopped = call(program.base, "/openwx/stop_client", client="weixin_client_01")
+    assert stopped == {name: started[name] for name in started if name != "account"}
+    left = os.listdir(program.tmpdir)
+    assert all(name.startswith("mojo_weixin_") for name in left), left
+    assert {"mojo_weixin_controller_process.pid", "mojo_weixin_controller_backend.dat",
+            "mojo_weixin_controller_template.py", "mojo_weixin_cookie_weixin_client_01.dat",
+            "mojo_weixin_state_weixin_client_01.json"} <= set(left)
+    with open(start_of + "controller_template.py", encoding="utf-8") as file:
+        template = file.read()
+    assert "MOJO_WEIXIN_PLUGIN_OPENWX_POST_API" in template and "WEBQQ" not in template
+
+
+def test_weixin_settings_come_from_its_own_environment(start, receive):
+    receiver = receive()
+    client = start("client", "--flavor", "weixin", env={
+        "MOJO_WEIXIN_ACCOUNT": "alone", "MOJO_WEBQQ_ACCOUNT": "other",
+        "MOJO_WEIXIN_LOGIN_TYPE": "login", "MOJO_WEIXIN_PWD": "x",
+        "MOJO_WEIXIN_PLUGIN_OPENWX_POST_API": receiver.url})
+    event = receiver.next(lambda event: event.get("event") == "login")
+    assert event["params"] == [0]
+    assert call(client.base, "/openwx/get_client_info")["account"] == "alone"
+    user = call(client.base, "/openwx/get_user_info")
+    assert user["name"] == "alone" and client.stop() == 0
+    assert os.path.exists(os.path.join(client.tmpdir, "mojo_weixin_state_alone.json"))
+
+
+def test_an_edited_weixin_template_is_what_clients_run(start, tmp_path):
+    template = openqq.default_template(openqq.Weixin) + "\n# edited\n"
+    (tmp_path / "mojo_weixin_controller_template.py").write_text(template, encoding="utf-8")
+    program = start("controller", "--flavor", "weixin")
+    program.login("alice")
+    [row] = call(program.base, "/openwx/check_client")["client"]
+    assert row["state"] == "running"
+    assert "Mojo::Weixin::Plugin::Openwx" in [plugin["name"] for plugin in row["plugin"]]
+
+
+def test_both_flavours_share_a_tmpdir_and_nothing_else(start):
+    programs = {"openqq": start("controller"), "openwx": start("controller", "--flavor", "weixin")}
+    voices = {}
+    for name, program in programs.items():
+        program.login("alice")
+        voices[name] = Voice(program, "alice", f"/{name}/", True)
+    uids = {name: voice.call("get_user_info")["uid"] for name, voice in voices.items()}
+    assert uids["openqq"] == uids["openwx"] == ALICE, "the same name in two worlds"
+    for name, voice in voices.items():
+        assert voice.call("send_friend_message", id=voice.friend("小冰")["id"],
+                          content=name)["code"] == 0
+        assert voice.heard(name)
+        assert {event["content"] for event in voice.call("check_event", since=0)
+                if "content" in event} == {name}
+    assert programs["openqq"].stop() == 0
+    assert voices["openwx"].call("search_friend", name="小冰")[0]["name"] == "小冰"
+    programs["openwx"].stop()
+    again = start("controller")
+    assert eventually(lambda: again.state("alice")["state"] == "running")
+    listed = [name for name in os.listdir(again.tmpdir) if "weixin" not in name]
+    assert listed and all(name.startswith("mojo_webqq_") for name in listed)
+
+
+def test_flavor_must_be_one_of_the_table(tmp_path):
+    for command in "controller", "client":
+        ended = subprocess.run([sys.executable, FILE, command, "--flavor", "wechat"],
+                               stderr=subprocess.PIPE, timeout=WAIT)
+        assert (ended.returncode, b"qq weixin" in ended.stderr) == (2, True)
+
+
+# -- reading
+
+WX_PERSON = {"account", "city", "display", "displayname", "id", "markname", "name", "province",
+             "sex", "signature", "uid"}
+WX_GROUP = {"displayname", "id", "name", "owner_uid", "uid"}
+
+
+def test_weixin_objects_have_their_documented_members(voices):
+    alice, bob = voices
+    assert WX_PERSON <= set(alice.call("get_user_info"))
+    friends = alice.call("get_friend_info")
+    assert all(WX_PERSON | {"category"} == set(friend) for friend in friends)
+    assert {friend["name"]: friend["category"] for friend in friends if friend["name"] != "bob"
+            } == {"小冰": "好友", "小灰": "好友", "OpenQQ订阅号": "公众号",
+                  "文件传输助手": "系统帐号"}
+    helper = alice.friend("文件传输助手")
+    assert (helper["id"], helper["account"]) == ("filehelper", "filehelper")
+    assert re.fullmatch("@[0-9a-f]{32}", alice.friend("小冰")["id"])
+    group = alice.group("OpenQQ")
+    assert set(group) == WX_GROUP | {"member"} and re.fullmatch("@@[0-9a-f]{32}", group["id"])
+    assert all(WX_PERSON <= set(member) for member in group["member"])
+    assert {"alice", "bob", "小冰"} <= {member["name"] for member in group["member"]}
+    [basic] = [row for row in alice.call("get_group_basic_info") if row["name"] == "OpenQQ"]
+    assert set(basic) == WX_GROUP
+    assert group in alice.call("get_group_info")
+    assert alice.call("search_friend", account="filehelper") == [helper]
+    assert alice.call("search_friend", name="nobody") == alice.call("search_group") == LOST
+    assert alice.call("search_group", displayname="OpenQQ") == [group]
+    info = alice.call("get_client_info")
+    assert (info["account"], info["code"], info["status"]) == ("alice", 0, "success")
+
+
+WX_LACKS = ("relogin", "get_discuss_info", "send_discuss_message", "send_sess_message",
+            "shutup_group_member")
+QQ_LACKS = ("consult", "create_group", "invite_friend", "set_group_displayname", "stick",
+            "set_friend_markname", "set_markname", "make_friend", "get_avatar", "upload_media")
+
+
+def test_what_a_flavour_lacks_is_an_unknown_path(media_pair):
+    alice, _, weixin = media_pair
+    own = Voice(alice.program, "alice", alice.prefix)
+    for api in WX_LACKS if weixin else QQ_LACKS:
+        for voice in alice, own:
+            for prefix in "/openqq/", "/openwx/":
+                voice.prefix = prefix
+                status, fields, body = voice.raw(api, id="1")
+                assert (api, status, body) == (api, 403, b"api not found")
+                assert fields["content-type"] == "text/html;charset=UTF-8"
+    assert call(alice.program.base, "check_client", client="alice")["client"][0][
+        "state"] == "running"
+
+
+def test_at_all_is_nobody_in_qq(pair):
+    answer = pair.call("send_friend_message", client="alice", id="@all", content="to all")
+    assert answer == {"code": 100, "id": None, "status": "friend not found"}
+    assert "to all" not in heard(pair)
+
+
+# -- sending
+
+def test_weixin_friends_are_found_by_any_key(voices):
+    alice, bob = voices
+    target = alice.friend("bob")
+    for key in "id", "account", "displayname":
+        text = f"by {key} {os.urandom(3).hex()}"
+        sent = alice.call("send_friend_message", content=text, **{key: target[key]})
+        assert re.fullmatch(r"[0-9]+:" + target["id"], sent["id"])
+        assert sent == {"code": 0, "id": sent["id"], "status": "success"}
+        got = bob.heard(text)
+        assert {name: got[name] for name in (
+            "class", "format", "post_type", "receiver", "receiver_account", "receiver_name",
+            "receiver_uid", "sender", "sender_account", "sender_category", "sender_markname",
+            "sender_name", "sender_uid", "type")} == {
+            "class": "recv", "format": "text", "post_type": "receive_message",
+            "receiver": "bob", "receiver_account": "bob", "receiver_name": "bob",
+            "receiver_uid": BOB, "sender": "alice", "sender_account": "alice",
+            "sender_category": "好友", "sender_markname": None, "sender_name": "alice",
+            "sender_uid": ALICE, "type": "friend_message"}
+        assert got["sender_id"] == bob.friend("alice")["id"]
+        assert got["receiver_id"] == bob.call("get_user_info")["id"]
+        report = alice.next(lambda event: event.get("content") == text)
+        assert (report["class"], report["receiver_account"], report["format"]) == (
+            "send", "bob", "text")
+    for keys in ({}, {"id": "nobody"}, {"id": target["id"], "account": "alice"}):
+        assert alice.call("send_friend_message", content="x", **keys) == LOST_WITH_ID
+        assert alice.call("send_group_message", content="x", **keys) == LOST_WITH_ID
+    status, _, body = alice.raw("send_friend_message", id=target["id"])
+    assert (status, json.loads(body)["status"]) == (400, "content missing")
+    assert alice.call("send_friend_message", id="filehelper", content="later", **{"async": 1}
+                      ) == {"code": 0, "status": "request already in execution"}
+
+
+def test_weixin_group_messages_tell_of_their_group(voices):
+    alice, bob = voices
+    group = alice.group("OpenQQ")
+    for key in "id", "displayname":
+        text = f"to all by {key} {os.urandom(3).hex()}"
+        sent = alice.call("send_group_message", content=text, **{key: group[key]})
+        assert sent["code"] == 0 and sent["id"].endswith(":" + group["id"])
+        got = bob.heard(text)
+        assert (got["type"], got["group"], got["group_name"], got["group_uid"]) == (
+            "group_message", "OpenQQ", "OpenQQ", group["uid"])
+        assert (got["group_id"], got["sender_name"]) == (bob.group("OpenQQ")["id"], "alice")
+
+
+def test_weixin_at_all_reaches_all_friends(voices):
+    alice, bob = voices
+    answer = {"code": 0, "id": 0, "status": "request already executed"}
+    text = os.urandom(4).hex()
+    assert alice.call("send_friend_message", id="@all", content=text) == answer
+    assert bob.heard(text) and alice.heard(text)["sender"] == "小冰"
+    assert alice.post("send_friend_message", id="@all", media_data=PNG_TEXT) == answer
+    got = bob.next(lambda event: event.get("format") == "media" and event["class"] == "recv")
+    assert base64.b64decode(got["media_data"]) == PNG
+
+
+def test_filehelper_is_there_in_every_world(start, tmp_path):
+    world = {"people": [{"uid": "7001", "name": "alice"}, {"uid": "7002", "name": "dora"}],
+             "groups": [], "discuss": [], "friends": [["7001", "7002"]]}
+    (tmp_path / "world").write_text(json.dumps(world), encoding="utf-8")
+    client = start("client", "--flavor", "weixin", "--account", "alice", "--login_type", "login",
+                   "--world", str(tmp_path / "world"))
+    assert call(client.base, "/local/login", client="alice")["code"] == 0
+    friends = call(client.base, "/openwx/get_friend_info")
+    assert {friend["name"] for friend in friends} == {"dora", "文件传输助手"}
+    for key in "id", "account":
+        sent = call(client.base, "/openwx/send_friend_message", content="hello",
+                    **{key: "filehelper"})
+        assert (sent["code"], sent["id"].partition(":")[2]) == (0, "filehelper")
+
+
+def test_consult_waits_for_the_answer(voices):
+    alice, _ = voices
+    ice = alice.friend("小冰")
+    answer = alice.call("consult", id=ice["id"], content="what now")
+    assert {**answer, "id": ""} == {"code": 0, "id": "", "reply": "what now", "status": "success"}
+    silent = alice.call("consult", account=alice.friend("小灰")["account"], content="x",
+                        timeout=0)
+    assert (silent["code"], silent["reply"], silent["reply_status"]) == (
+        0, None, "reply timeout")
+    assert alice.call("consult", id="nobody", content="x") == LOST_WITH_ID
+    assert alice.raw("consult", id=ice["id"], content="x", timeout="soon")[0] == 400
+    assert alice.raw("consult", id=ice["id"])[0] == 400
+
+
+def test_consult_hears_an_account_too(voices):
+    alice, bob = voices
+    text, answers = os.urandom(4).hex(), queue.Queue()
+    threading.Thread(target=lambda: answers.put(alice.call(
+        "consult", displayname="bob", content=text, timeout=20)), daemon=True).start()
+    bob.heard(text)
+    assert bob.call("send_friend_message", displayname="alice", content="indeed")["code"] == 0
+    assert answers.get(timeout=WAIT)["reply"] == "indeed"
+
+
+# -- groups and friends
+
+def test_a_weixin_group_is_made_renamed_and_left(voices):
+    alice, bob = voices
+    ids = {name: alice.friend(name)["id"] for name in ("bob", "小冰", "小灰")}
+    name = "群 " + os.urandom(3).hex()
+    assert alice.call("create_group", displayname=name) == {
+        "code": 200, "status": "friend id empty"}
+    assert alice.call("create_group", friends=ids["bob"] + ",@no") == {
+        "code": 100, "status": "friend id @no not found"}
+    made = alice.call("create_group", friends=f"{ids['bob']},{ids['小冰']}", displayname=name)
+    assert made == {"code": 0, "group_id": alice.group(name)["id"], "status": "success"}
+    assert bob.event("new_group", lambda params: params[0]["name"] == name)
+    group = alice.group(name)
+    assert group["owner_uid"] == ALICE
+    assert {member["name"] for member in group["member"]} == {"alice", "bob", "小冰"}
+
+    assert alice.call("invite_friend", id="@@no", friends=ids["小灰"]) == LOST
+    assert alice.call("invite_friend", id=group["id"]) == {"code": 200, "status": "friend id empty"}
+    assert alice.call("invite_friend", id=group["id"], friends="@no") == {
+        "code": 100, "status": "friend id @no not found"}
+    assert alice.call("invite_friend", displayname=name, friends=ids["小灰"]) == OK
+    assert bob.event("new_group_member", lambda params: params[0]["name"] == "小灰")
+
+    assert alice.call("set_group_displayname", id="@@no", new_displayname="x") == LOST
+    assert alice.call("set_group_displayname", id=group["id"]) == FAILED
+    assert alice.call("set_group_displayname", id=group["id"], new_displayname=name + "!") == OK
+    assert bob.event("group_property_change")["params"][1:] == ["name", name, name + "!"]
+    name += "!"
+    assert bob.group(name)["displayname"] == name
+
+    known = {member["name"]: member["id"] for member in bob.group(name)["member"]}
+    assert bob.call("kick_group_member", displayname=name, members=known["小冰"]) == FAILED
+    known = {member["name"]: member["id"] for member in alice.group(name)["member"]}
+    assert alice.call("kick_group_member", id="@@no", members=known["小冰"]) == LOST
+    assert alice.call("kick_group_member", id=group["id"]) == {
+        "code": 200, "status": "member id empty"}
+    assert alice.call("kick_group_member", id=group["id"], members="@no") == {
+        "code": 100, "status": "member id @no not found"}
+    assert alice.call("kick_group_member", displayname=name,
+                      members=f"{known['小冰']},{known['小灰']}") == OK
+    assert bob.event("lose_group_member")["params"][0]["name"] == "小冰"
+    assert alice.call("kick_group_member", id=group["id"], members=known["bob"]) == OK
+    assert bob.event("lose_group")["params"][0]["name"] == name
+    assert bob.call("search_group", name=name) == LOST
+
+
+def test_weixin_names_and_places_can_be_changed(voices):
+    alice, bob = voices
+    target, group = alice.friend("bob"), alice.group("OpenQQ")
+    for api in "set_friend_markname", "set_markname":
+        assert alice.call(api, id="@no", new_markname="x") == LOST
+        mark = "mark" + os.urandom(2).hex()
+        assert alice.call(api, id=target["id"], new_markname=mark) == OK
+        assert alice.event("friend_property_change")["params"][1:] == [
+            "markname", target["markname"], mark]
+        found = alice.friend("bob")
+        assert (found["markname"], found["displayname"]) == (mark, mark)
+        assert alice.call("send_friend_message", markname=mark, content="x")["code"] == 0
+        target = found
+    [member] = [row for row in group["member"] if row["name"] == "小冰"]
+    assert alice.call("set_markname", group_id=group["id"], id="@no", new_markname="x") == LOST
+    assert alice.call("set_markname", group_id="@@no", id=member["id"], new_markname="x") == LOST
+    assert alice.call("set_markname", group_id=group["id"], id=member["id"],
+                      new_markname="冰") == OK
+    alice.event("group_member_property_change", lambda params: params[3] == "冰")
+    [member] = [row for row in alice.group("OpenQQ")["member"] if row["name"] == "小冰"]
+    assert (member["markname"], member["displayname"]) == ("冰", "冰")
+    for id, place in (target["id"], {}), (member["id"], {"group_id": group["id"]}):
+        assert alice.call("set_markname", id=id, new_markname="", **place) == OK
+    alice.event("group_member_property_change", lambda params: params[2:] == ["冰", ""])
+    for keys, expected in (({"id": target["id"], "op": 1}, OK), ({"id": group["id"], "op": 0}, OK),
+                           ({"id": group["id"], "op": 7}, FAILED), ({"id": "@no"}, LOST)):
+        assert alice.call("stick", **keys) == expected
+
+
+def test_weixin_strangers_become_friends_by_request(voices):
+    alice, bob = voices
+    base = alice.program.base
+    me, target = alice.call("get_user_info")["id"], alice.friend("bob")["id"]
+    assert alice.call("make_friend", id=me) == {"code": 101, "status": "can not be yourself"}
+    assert alice.call("make_friend", id=target) == {"code": 101, "status": "already a friend"}
+    assert alice.call("make_friend", id="@no") == alice.call("make_friend") == LOST
+    assert call(base, "/local/change", do="remove", what="friend", uid="alice",
+                **{"in": "bob"})["code"] == 0
+    alice.event("lose_friend")
+    tickets = []
+    for _ in range(2):
+        assert alice.call("make_friend", id=target, verify="it is me") == OK
+        [asked] = bob.event("friend_request")["params"]
+        tickets.append(asked.pop("ticket"))
+        [member] = [row for row in bob.group("OpenQQ")["member"] if row["name"] == "alice"]
+        assert asked == {"id": member["id"], "displayname": "alice", "verify": "it is me"}
+    said = {"id": asked["id"], "displayname": "alice"}
+    wrong = bob.call("accept_friend_request", ticket="no", **said)
+    assert (wrong["code"], wrong["ticket"]) == (-1, "no")
+    assert alice.call("accept_friend_request", ticket=tickets[1])["code"] == -1, "not alice's"
+    declined = bob.call("accept_friend_request", ticket=tickets[0], accept=0, **said)
+    assert declined == {"code": 0, "status": "success", "ticket": tickets[0], **said}
+    assert bob.call("search_friend", name="alice") == LOST
+    accepted = bob.call("accept_friend_request", ticket=tickets[1], **said)
+    assert accepted == {"code": 0, "status": "success", "ticket": tickets[1], **said}
+    for voice, name in (alice, "bob"), (bob, "alice"):
+        assert voice.event("new_friend")["params"][0]["name"] == name
+    assert bob.call("accept_friend_request", ticket=tickets[1])["code"] == -1, "used"
+
+
+def test_weixin_avatars_are_small_pictures(voices):
+    alice, bob = voices
+    group = alice.group("OpenQQ")
+    [member] = [row for row in group["member"] if row["name"] == "小灰"]
+    seen = set()
+    for keys in ({"id": alice.friend("bob")["id"]}, {"id": alice.call("get_user_info")["id"]},
+                 {"group_id": group["id"]}):
+        status, fields, body = alice.raw("get_avatar", **keys)
+        assert (status, fields["content-type"], fields["cache-control"]) == (
+            200, "image/png", "max-age=3600")
+        assert body.startswith(b"\x89PNG\r\n\x1a\n") and len(body) < 4096
+        seen.add(body)
+    assert len(seen) == 3
+    same = [alice.raw("get_avatar", **keys)[2] for keys in (
+        {"group_id": group["id"], "id": member["id"]}, {"displayname": "小灰"},
+        {"account": alice.friend("小灰")["account"]})]
+    assert same[0] == same[1] == same[2]
+    for keys in {}, {"id": "@no"}, {"group_id": "@@no"}, {"group_id": group["id"], "id": "@no"}:
+        assert alice.call("get_avatar", **keys) == LOST_WITH_ID
+
+
+def test_friend_requests_are_answered_in_qq_too(start, receive):
+    receiver = receive()
+    program = start("controller")
+    program.login("alice", post_api=receiver.url, post_event_list="friend_request,new_friend")
+    for number, accept in enumerate(["0", "1"]):
+        person = program.call("/local/change", do="add", what="person", name=f"dora{number}")
+        assert program.call("/local/change", do="add", what="friend_request", uid=person["uid"],
+                            verify="hello", **{"in": "alice"})["code"] == 0
+        [asked] = receiver.next(lambda event: event.get("event") == "friend_request")["params"]
+        assert (set(asked), asked["name"], asked["verify"]) == (
+            {"id", "name", "verify", "ticket"}, f"dora{number}", "hello")
+        answer = program.call("accept_friend_request", client="alice", accept=accept,
+                              ticket=asked["ticket"], markname="D", id=asked["id"])
+        assert answer == {"code": 0, "displayname": None, "id": asked["id"],
+                          "status": "success", "ticket": asked["ticket"]}
+    [friend] = receiver.next(lambda event: event.get("event") == "new_friend")["params"]
+    assert (friend["name"], friend["markname"], friend["id"]) == ("dora1", "D", asked["id"])
+    assert program.call("search_friend", client="alice", name="dora0")["code"] == 100
+
+
+def test_messages_are_taken_back_once_by_their_sender(media_pair):
+    alice, bob, weixin = media_pair
+    text = os.urandom(4).hex()
+    sent = alice.call("send_friend_message", displayname="bob", content=text)
+    got = bob.heard(text)
+    assert bob.call("revoke_message", id=got["id"]) == {
+        "code": -1, "status": "msg id not found"}, "not bob's"
+    assert alice.call("revoke_message", id=sent["id"]) == {"code": 0, "status": "revoke success"}
+    if weixin:  # in nobody's default list, and `pair` has the default
+        assert bob.event("revoke_message")["params"] == [got["id"], ALICE, ALICE, None]
+        group = alice.call("send_group_message", id=alice.group("OpenQQ")["id"], content=text)
+        got = bob.heard(text)
+        assert alice.call("revoke_message", id=group["id"])["status"] == "revoke success"
+        assert bob.event("revoke_message")["params"] == [
+            got["id"], ALICE, ALICE, got["group_uid"]]
+    assert alice.call("revoke_message", id=sent["id"]) == {"code": 0, "status": "revoke failure"}
+    for unknown in {}, {"id": "1:@x"}, {"id": ""}:
+        assert alice.call("revoke_message", **unknown) == {
+            "code": -1, "status": "msg id not found"}
+
+
+# -- media
+
+def arrives(bob, weixin, content, data=PNG):
+    """The event of a picture that comes with this text; its bytes are checked."""
+    want = content if weixin else content + "[图片]"
+    got = bob.next(lambda event: event.get("content") == want and event["class"] == "recv")
+    if weixin:
+        assert got["format"] == "media" and base64.b64decode(got["media_data"]) == data
+        assert {"media_code", "media_ext", "media_id", "media_mime", "media_mtime", "media_name",
+                "media_path", "media_size"} <= set(got)
+        assert (got["media_mime"], got["media_size"]) == ("image/png", str(len(data)))
+        with open(got["media_path"], "rb") as file:
+            assert file.read() == data
+    else:
+        [medium] = got["media"]
+        assert (medium["type"], medium["size"]) == ("image", str(len(data)))
+        assert set(medium) == {"type", "url", "name", "size"}
+        base = "http://" + urllib.parse.urlsplit(medium["url"]).netloc
+        status, fields, body = request(base, medium["url"][len(base):])
+        assert (status, fields["content-type"], body) == (200, "image/png", data)
+    return got
+
+
+def test_a_picture_reaches_the_other_whichever_way_it_is_given(media_pair):
+    alice, bob, weixin = media_pair
+    path = os.path.join(alice.program.tmpdir, "cat.png")
+    with open(path, "wb") as file:
+        file.write(PNG)
+    send = {"displayname": "bob"}
+    mark = os.urandom(3).hex()
+    assert alice.post("send_friend_message", media_data=PNG_TEXT, content=mark + " data",
+                      **send)["code"] == 0
+    first = arrives(bob, weixin, mark + " data")
+    assert alice.call("send_friend_message", media_path=path, content=mark + " path",
+                      **send)["code"] == 0
+    got = arrives(bob, weixin, mark + " path")
+    assert (got["media_name"] if weixin else got["media"][0]["name"]) == "cat.png"
+    url = alice.program.base + (bob.path("get_media", id=first["media_id"]) if weixin else
+                                urllib.parse.urlsplit(first["media"][0]["url"])._replace(
+                                    scheme="", netloc="").geturl())
+    assert alice.call("send_friend_message", media_url=url, content=mark + " url",
+                      **send)["code"] == 0
+    arrives(bob, weixin, mark + " url")
+    fields, body = form_with_files(media_data=PNG, content=mark + " part", client="alice", **send)
+    answer = request(alice.base, alice.prefix + "send_friend_message", "POST", body, fields)
+    assert json.loads(answer[2])["code"] == 0
+    arrives(bob, weixin, mark + " part")
+    body = json.dumps({"client": "alice", "media_data": PNG_TEXT, "content": mark + " json",
+                       **send}).encode()
+    answer = request(alice.base, alice.prefix + "send_friend_message", "POST", body,
+                     {"Content-Type": "application/json"})
+    assert json.loads(answer[2])["code"] == 0
+    arrives(bob, weixin, mark + " json")
+    assert alice.post("send_group_message", displayname="OpenQQ", media_data=PNG_TEXT,
+                      content=mark + " group")["code"] == 0
+    assert arrives(bob, weixin, mark + " group")["group"] == "OpenQQ"
+
+
+def test_an_uploaded_file_keeps_its_name(weixin_pair):
+    fields, body = form_with_files(media_data=PNG, client="alice")
+    answer = request(weixin_pair.base, "/openwx/upload_media", "POST", body, fields)[2]
+    assert json.loads(answer)["media_name"] == "cat.png"
+
+
+def test_a_picture_needs_no_text(media_pair):
+    alice, bob, weixin = media_pair
+    assert alice.post("send_friend_message", displayname="bob", media_data=PNG_TEXT)["code"] == 0
+    got = bob.next(lambda event: event["post_type"] == "receive_message"
+                   and ("media_id" in event or "media" in event))
+    assert got["content"] == (f"[media]({got['media_path']})" if weixin else "[图片]")
+    report = alice.next(lambda event: event["post_type"] == "send_message"
+                        and ("media_id" in event or "media" in event))
+    assert report["content"].startswith("[media](" if weixin else "[图片]")
+
+
+def test_uploaded_media_is_sent_by_its_id(voices):
+    alice, bob = voices
+    fields, body = form_with_files(media_data=PNG, client="alice")
+    ways = [lambda: alice.post("upload_media", media_data=PNG_TEXT),
+            lambda: json.loads(request(alice.base, "/openwx/upload_media", "POST", body,
+                                       fields)[2])]
+    for number, upload in enumerate(ways):
+        row = upload()
+        assert {"code", "status", "media_code", "media_ext", "media_id", "media_mime",
+                "media_mtime", "media_name", "media_path", "media_size"} == set(row)
+        assert (row["code"], row["media_ext"], row["media_mime"], row["media_size"]) == (
+            0, "png", "image/png", str(len(PNG)))
+        for send, keys in (("send_friend_message", {"displayname": "bob"}),
+                           ("send_group_message", {"displayname": "OpenQQ"})):
+            text = os.urandom(4).hex()
+            assert alice.call(send, media_id=row["media_id"], content=text, **keys)["code"] == 0
+            arrives(bob, True, text)
+        assert alice.call("send_friend_message", displayname="bob", content=text,
+                          media_path=row["media_path"])["code"] == 0, "its own media file"
+        arrives(bob, True, text)
+    assert alice.raw("upload_media")[0] == 400
+
+
+def test_uploaded_media_is_harmless_whatever_it_is(voices):
+    alice, _ = voices
+    page = base64.b64encode(b"<script>alert(1)</script>").decode()
+    for name in "page.html", "../../etc/page.html", "\n\x00page.html\"":
+        row = alice.post("upload_media", media_data=page, media_name=name.replace("\0", ""))
+        start_of = os.path.join(os.path.realpath(alice.program.tmpdir), "mojo_weixin_media_alice_")
+        assert re.fullmatch(re.escape(start_of) + r"[0-9a-f]{32}\.[a-z]+", row["media_path"])
+        assert os.stat(row["media_path"]).st_mode & 0o777 == 0o600
+        status, fields, body = alice.raw("get_media", id=row["media_id"])
+        assert (status, body) == (200, b"<script>alert(1)</script>")
+        assert (fields["content-security-policy"], fields["x-content-type-options"]) == (
+            "sandbox", "nosniff")
+
+
+def test_bad_media_is_refused_and_nothing_is_sent(media_pair, tmp_path):
+    alice, bob, weixin = media_pair
+    tmpdir = alice.program.tmpdir
+    outside = tmp_path / "cat.png"
+    outside.write_bytes(PNG)
+    own = [os.path.join(tmpdir, name) for name in os.listdir(tmpdir)
+           if name.startswith("mojo_") and "_media_alice_" not in name]
+    assert any("cookie_alice" in name for name in own)
+    link, fifo = os.path.join(tmpdir, "link.png"), os.path.join(tmpdir, "fifo.png")
+    if not os.path.lexists(link):
+        os.symlink(str(outside), link)
+        os.mkfifo(fifo)
+    cookie_link = os.path.join(tmpdir, "cookie.png")
+    if not os.path.lexists(cookie_link):
+        os.symlink([name for name in own if "cookie_alice" in name][0], cookie_link)
+    paths = [str(outside), "/etc/passwd", link, cookie_link, *own, os.path.join(
+        tmpdir, "..", os.path.basename(str(tmp_path)), "cat.png"), "cat.png"]
+    for path in paths:
+        status, _, body = alice.raw("send_friend_message", displayname="bob", content="bad",
+                                    media_path=path)
+        answer = json.loads(body)
+        assert (path, status, answer["code"], answer["status"]) == (
+            path, 400, 6, "media_path not allowed")
+    for bad in ({"media_path": fifo}, {"media_path": tmpdir},
+                {"media_path": os.path.join(tmpdir, "none.png")}, {"media_data": "%%%"},
+                {"media_id": "0" * 32}, {"media_id": "../../etc/passwd"},
+                {"media_url": "file:///etc/passwd"}, {"media_url": "data:,x"},
+                {"media_url": "http://127.0.0.1:1/"}, {"media_url": "nowhere"},
+                {"media_url": "http://169.254.169.254/latest"},
+                {"media_url": alice.program.base + "/nope"}):
+        status, _, body = alice.raw("send_friend_message", displayname="bob", content="bad", **bad)
+        assert (bad, status) == (bad, 400) and json.loads(body)["code"] in (6, 400)
+    assert alice.post("send_friend_message", displayname="bob", media_data=PNG_TEXT,
+                      content="bad" * 30_000)["code"] == 400
+    mark = os.urandom(4).hex()
+    assert alice.call("send_friend_message", displayname="bob", content=mark)["code"] == 0
+    contents = [event.get("content") for event in bob.call("check_event", since=0)]
+    assert mark in contents and not [text for text in contents if str(text).startswith("bad")]
+    assert alice.raw("get_media", id="0" * 32)[0] == alice.raw("get_media")[0] == 404
+
+
+def test_what_media_a_caller_names_is_never_a_secret_of_another_place(start, tmp_path):
+    """cookie_path and its like may lie in tmpdir under any name (start_client takes them)."""
+    program = start("controller", "--flavor", "weixin")
+    paths = {name: os.path.join(program.tmpdir, name + ".png")
+             for name in ("cookie_path", "state_path")}
+    program.login("alice", post_secret="hush", **paths)
+    program.login("alice_b")
+    alice = Voice(program, "alice", "/openwx/", True)
+    other = Voice(program, "alice_b", "/openwx/", True)
+    for name, path in paths.items():
+        assert os.path.exists(path)
+        assert alice.raw("upload_media", media_path=path)[0] == 400, name
+    theirs = other.post("upload_media", media_data=PNG_TEXT)["media_path"]
+    assert alice.raw("upload_media", media_path=theirs)[0] == 400
+
+
+def test_post_media_data_0_leaves_the_bytes_out(start, receive):
+    receiver = receive()
+    program = start("controller", "--flavor", "weixin")
+    program.login("alice")
+    program.login("bob", post_api=receiver.url, post_media_data=0)
+    program.login("carol", download_media=0)
+    alice, bob, carol = [Voice(program, name, "/openwx/", True)
+                         for name in ("alice", "bob", "carol")]
+    assert program.state("carol")["download_media"] == "0"
+    assert alice.post("send_group_message", displayname="OpenQQ", media_data=PNG_TEXT,
+                      content="look")["code"] == 0
+    for event in receiver.message("look"), bob.heard("look"):
+        assert "media_data" not in event and event["media_size"] == str(len(PNG))
+        with open(event["media_path"], "rb") as file:
+            assert file.read() == PNG
+        status, fields, body = bob.raw("get_media", id=event["media_id"])
+        assert (status, fields["content-type"], body) == (200, "image/png", PNG)
+    got = carol.heard("look")
+    assert (got["media_path"], got["media_id"]) == (None, None)
+    assert base64.b64decode(got["media_data"]) == PNG
+    kept = [name for name in os.listdir(program.tmpdir) if "media_carol" in name]
+    assert kept == []
+    assert call(program.base, "delete_client", client="bob")["code"] == 0
+    assert not [name for name in os.listdir(program.tmpdir) if "_bob" in name], \
+        "nothing of a deleted account stays, its pictures least of all"
+
+
+# -- large ones
+
+def large(number):
+    """5 MiB that begin as a PNG does."""
+    return (PNG[:8] + bytes([number]) + os.urandom(1 << 20) * 5)[:openqq.MEDIA_LIMIT]
+
+
+def test_large_pictures_arrive_whole_several_at_once(media_pair):
+    alice, bob, weixin = media_pair
+    pictures = {f"large {n} {os.urandom(2).hex()}": large(n) for n in range(3)}
+    answers = queue.Queue()
+
+    def give(text, data):
+        fields, body = form_with_files(media_data=data, content=text, client="alice",
+                                       displayname="bob")
+        answers.put(json.loads(request(alice.base, alice.prefix + "send_friend_message", "POST",
+                                       body, fields)[2]))
+
+    for item in pictures.items():
+        threading.Thread(target=give, args=item, daemon=True).start()
+    assert [answers.get(timeout=WAIT)["code"] for _ in pictures] == [0, 0, 0]
+    bob.seq = 0
+    found = {}
+    while len(found) < 3:
+        got = bob.next(lambda event: event["post_type"] == "receive_message"
+                       and event["content"].startswith("large"))
+        text = got["content"].replace("[图片]", "")
+        if text not in pictures:
+            continue
+        if weixin:
+            found[text] = base64.b64decode(got["media_data"])
+        else:
+            url = urllib.parse.urlsplit(got["media"][0]["url"])
+            found[text] = request(bob.program.base, f"{url.path}?{url.query}")[2]
+    assert found == pictures
+    fields, body = form_with_files(media_data=large(9) + b"!", client="alice", displayname="bob")
+    status, _, answer = request(alice.base, alice.prefix + "send_friend_message", "POST", body,
+                                fields)
+    assert (status, json.loads(answer)["code"]) == (400, 400)
+    for name in "alice", "bob":  # what is small is quick again, for those who come after
+        for _ in range(21):
+            assert alice.program.call("send_friend_message", client=name, displayname="小灰",
+                                      content="flush")["code"] == 0
+
+
+def test_pictures_wait_for_an_account_that_is_away_and_survive_the_host(start, receive):
+    receiver = receive()
+    program = start("controller", "--flavor", "weixin")
+    program.login("alice")
+    program.login("bob", post_api=receiver.url)
+    assert call(program.base, "/openwx/stop_client", client="bob")["code"] == 0
+    alice = Voice(program, "alice", "/openwx/", True)
+    pictures = {f"waits {n}": large(n) if n < 2 else PNG for n in range(4)}
+    for text, data in pictures.items():
+        sent = alice.post("send_friend_message", displayname="bob", content=text,
+                          media_data=base64.b64encode(data).decode())
+        assert sent["code"] == 0
+    assert program.stop() == 0
+    again = start("controller", "--flavor", "weixin")
+    assert call(again.base, "/openwx/start_client", client="bob",
+                post_api=receiver.url)["code"] == 0
+    for text, data in pictures.items():
+        got = receiver.next(lambda event: event.get("class") == "recv")
+        assert got["content"] == text, "in their order"
+        assert base64.b64decode(got["media_data"]) == data
+
+
+@pytest.mark.parametrize("kind", ["ledger", "spool"])
+def test_more_pictures_than_64_mib_wait_without_harm(tmp_path, kind):
+    """Ten large pictures that wait are more than a state file is ever to hold."""
+    log, text = openqq.Log("", "info", None, "utf-8", False, False), "a" * 7_000_000
+    if kind == "ledger":
+        make = lambda: openqq.Ledger(str(tmp_path / "a.json"), str(tmp_path / "b"), log)  # noqa
+        before = make()
+        for number in range(10):
+            before.put(text, "wait", str(number))
+        before.commit()
+        assert len(make().table("wait")) == 10
+    else:
+        make = lambda: openqq.Spool(str(tmp_path / "a"), 10_000, log)  # noqa: E731
+        before = make()
+        for number in range(10):
+            before.add({"event": text})
+        before.close()
+        assert len(make().pending) == 10
+
+
+def test_too_many_pictures_that_wait_cost_no_text(tmp_path):
+    """1,000 messages wait (DESIGN); pictures that are too much for that go, texts stay."""
+    log = openqq.Log("", "info", None, "utf-8", False, False)
+    boxes = openqq.Outboxes(openqq.Ledger(str(tmp_path / "a"), str(tmp_path / "b"), log))
+    picture = {"name": "cat.png", "data": "a" * 7_000_000}
+    for number in range(3):
+        boxes.put("bob", {"do": "message", "content": f"text {number}", "media": None})
+    for number in range(12):
+        boxes.put("bob", {"do": "message", "content": f"picture {number}", "media": picture})
+    found = []
+    for _ in range(20):
+        items = boxes.take("bob", True)
+        found += [item["content"] for item in items]
+        if items:
+            boxes.acknowledge("bob", items[-1]["mark"])
+    assert found[:3] == ["text 0", "text 1", "text 2"]
+    assert found[-1] == "picture 11" and found == sorted(
+        found, key=lambda text: (text[0] == "p", int(text.split()[1])))
 
 
 # ------------------------------------------------------------------------------------------------
