@@ -322,6 +322,20 @@ def own_opener(path: str, flags: int) -> int:
     raise OSError(errno.EPERM, "not a plain file of this user", path)
 
 
+def python_words(*words: str) -> List[str]:
+    """The words behind `python` that run this file once more, as a module.
+
+    As a script it would be compiled each time, which costs more than all the rest of a start. The
+    directory takes the place of the current one, where others may have put modules.
+    """
+    directory, name = os.path.split(os.path.abspath(__file__))
+    module = name[:-3] if name.endswith(".py") else ""
+    if not module.isidentifier():
+        return ["-X", "utf8", os.path.join(directory, name), *words]
+    code = f"import sys; sys.path[0] = {directory!r}; import {module}; {module}.start()"
+    return ["-X", "utf8", "-c", code, *words]
+
+
 LEVELS = {"debug": 10, "info": 20, "msg": 25, "warn": 30, "error": 40, "fatal": 50}
 COLORS = {10: "34", 25: "32", 30: "33", 40: "31", 50: "35"}
 
@@ -7092,8 +7106,7 @@ class Launcher:
                        "OPENQQ_LISTEN": str(child.listener.fileno()), "OPENQQ_PYTHON": python}
         try:
             child.process = self._spawn(
-                [os.path.join(os.path.dirname(python), name), "-X", "utf8",
-                 os.path.abspath(__file__), "--client"],
+                [os.path.join(os.path.dirname(python), name), *python_words("--client")],
                 executable=python, env=environment, stdin=self._null, start_new_session=True,
                 pass_fds=(theirs.fileno(), child.listener.fileno()))
         except (OSError, ValueError):
@@ -7941,7 +7954,7 @@ def rename_process(whose: str, given: Dict[str, str]) -> None:
         environment["OPENQQ_TOKEN"] = hidden["token"]
     os.execve(sys.executable,
               [os.path.join(os.path.dirname(sys.executable), name.replace("/", "_")),
-               "-X", "utf8", os.path.abspath(__file__), whose, *flags], environment)
+               *python_words(whose, *flags)], environment)
 
 
 def run_controller(given: Dict[str, str]) -> int:
@@ -8038,5 +8051,10 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What runs the file."""
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    start()

@@ -90,7 +90,7 @@ class Program:
         os.makedirs(str(tmpdir), exist_ok=True)
         self.tmpdir = str(tmpdir)
         environment = {name: value for name, value in os.environ.items()
-                       if not name.startswith(("MOJO_", "OPENQQ_"))}
+                       if not name.startswith(("MOJO_", "OPENQQ_", "PYTHONDONTWRITE"))}
         environment.update(env or {})
         self.process = subprocess.Popen(
             [python, FILE, *words, "--tmpdir", self.tmpdir, "--port", "0"],
