@@ -38,6 +38,7 @@ import binascii
 import collections
 import errno
 import fcntl
+import functools
 import heapq
 import itertools
 import json
@@ -406,10 +407,6 @@ class Log:
         handler.setFormatter(LogFormat(head, colored))
         self._logger.addHandler(handler)
 
-    def debugging(self) -> bool:
-        """Whether debug lines are wanted, for those that cost something to make."""
-        return self._logger.level <= LEVELS["debug"]
-
     def debug(self, text: str) -> None:
         """Say what only somebody who looks for a fault wants to know."""
         self._logger.log(LEVELS["debug"], "%s", text)
@@ -777,14 +774,18 @@ class Setting:
 
     def parse(self, value: Json) -> Json:
         """A value from a text, a number, a bool or a list; ValueError names the setting."""
-        if isinstance(value, bool):
-            value = int(value)
-        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        text = self.text(value)
         try:
             return self.read(text)
         except ValueError as error:
             shown = "" if self.secret else f" {text!r}"
             raise ValueError(f"{self.name}{shown} {error}") from None
+
+    def text(self, value: Json) -> str:
+        """A text that parse() takes for the same value."""
+        if isinstance(value, bool):
+            value = int(value)
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
     def shown(self) -> str:
         """The default as help and README show it."""
@@ -4796,25 +4797,37 @@ class LocalNetwork:
 
 
 class Changes:
-    """/local/change: `do` add, remove or set, `what` of the world; each a method `do_what`.
+    """/local/change: `do` add, remove or set, `what` of the world.
 
-    A method gets the uid, the place (`in`) and the properties, as the caller gave them.
+    Each act gets the uid, the place (`in`) and the properties, as the caller gave them.
     """
 
     def __init__(self, society: Society) -> None:
         self._society, self._world = society, society.world
         self._ledger = society.world.ledger
         self._dealings = Dealings(society, {})
+        self._acts: Dict[str, Callable[[str, str, Row], str]] = {
+            "add person": self.add_person, "remove person": self.remove_person,
+            "set person": self.set_person, "add friend": self.add_friend,
+            "remove friend": self.remove_friend, "set friend": self.set_friend,
+            "add friend_request": self.add_friend_request,
+            "set group_member": self.set_group_member}
+        for table in "group", "discuss":
+            for act, function in (
+                    ("add {}", self._add_circle), ("remove {}", self._remove_circle),
+                    ("set {}", self._set_circle), ("add {}_member", self._add_member),
+                    ("remove {}_member", self._remove_member)):
+                self._acts[act.format(table)] = functools.partial(function, table)
 
     def make(self, params: Params) -> Row:
         """Do what the parameters say; {"uid": …}. NotFound for whatever is not there."""
         rest = dict(params)
         do, what, uid, place = [rest.pop(name, "") for name in ("do", "what", "uid", "in")]
-        method = getattr(self, f"{do}_{what}", None)
-        if method is None or do not in ("add", "remove", "set"):
+        act = self._acts.get(f"{do} {what}")
+        if act is None:
             raise NotFound(f"do={do} what={what} not found")
         check_properties(rest)
-        return {"uid": method(uid, place, rest)}
+        return {"uid": act(uid, place, rest)}
 
     def add_person(self, uid: str, place: str, row: Row) -> str:
         """Somebody new, whom nobody knows yet."""
@@ -4891,15 +4904,8 @@ class Changes:
             raise NotFound(f"friend {uid} not found")
         return one, other
 
-    def add_group(self, uid: str, place: str, row: Row) -> str:
-        """A new group, with its owner in it if `owner_uid` names one."""
-        return self._add_circle("group", uid, row)
-
-    def add_discuss(self, uid: str, place: str, row: Row) -> str:
-        """A new discuss."""
-        return self._add_circle("discuss", uid, row)
-
-    def _add_circle(self, table: str, uid: str, row: Row) -> str:
+    def _add_circle(self, table: str, uid: str, place: str, row: Row) -> str:
+        """A new group or discuss, with its owner in it if `owner_uid` names one."""
         name = str(row.get("name") or uid)
         uid = uid or name_to_uid(table + name)
         if not uid.isdigit():
@@ -4910,15 +4916,8 @@ class Changes:
             self._society.enter(table, uid, owner, {"role": "owner"})
         return uid
 
-    def remove_group(self, uid: str, place: str, row: Row) -> str:
-        """A group is no more."""
-        return self._remove_circle("group", uid)
-
-    def remove_discuss(self, uid: str, place: str, row: Row) -> str:
-        """A discuss is no more."""
-        return self._remove_circle("discuss", uid)
-
-    def _remove_circle(self, table: str, uid: str) -> str:
+    def _remove_circle(self, table: str, uid: str, place: str, row: Row) -> str:
+        """A group or discuss is no more."""
         uid = self._world.find(table, uid)
         self._society.tell_circle(table, uid, "lose_" + table, {
             "object": lambda to: self._world.circle(table, to, uid, members=False)})
@@ -4926,15 +4925,8 @@ class Changes:
         self._ledger.put(None, table, uid)
         return uid
 
-    def set_group(self, uid: str, place: str, row: Row) -> str:
-        """Properties of a group."""
-        return self._set_circle("group", uid, row)
-
-    def set_discuss(self, uid: str, place: str, row: Row) -> str:
-        """Properties of a discuss."""
-        return self._set_circle("discuss", uid, row)
-
-    def _set_circle(self, table: str, uid: str, row: Row) -> str:
+    def _set_circle(self, table: str, uid: str, place: str, row: Row) -> str:
+        """Properties of a group or discuss."""
         uid = self._world.find(table, uid)
         self._ledger.put({**self._ledger.table(table, uid), **row}, table, uid)
         for name, value in row.items():
@@ -4942,28 +4934,14 @@ class Changes:
                                       {"uid": uid, "property": name, "value": value})
         return uid
 
-    def add_group_member(self, uid: str, place: str, row: Row) -> str:
-        """Somebody enters a group."""
-        return self._add_member("group", uid, place, row)
-
-    def add_discuss_member(self, uid: str, place: str, row: Row) -> str:
-        """Somebody enters a discuss."""
-        return self._add_member("discuss", uid, place, row)
-
     def _add_member(self, table: str, uid: str, place: str, row: Row) -> str:
+        """Somebody enters a group or discuss."""
         uid, place = self._world.find("people", uid), self._world.find(table, place)
         self._society.enter(table, place, uid, row)
         return uid
 
-    def remove_group_member(self, uid: str, place: str, row: Row) -> str:
-        """Somebody leaves a group."""
-        return self._remove_member("group", uid, place)
-
-    def remove_discuss_member(self, uid: str, place: str, row: Row) -> str:
-        """Somebody leaves a discuss."""
-        return self._remove_member("discuss", uid, place)
-
-    def _remove_member(self, table: str, uid: str, place: str) -> str:
+    def _remove_member(self, table: str, uid: str, place: str, row: Row) -> str:
+        """Somebody leaves a group or discuss."""
         uid, place = self._member(table, uid, place)
         self._society.leave(table, place, uid)
         return uid
@@ -4973,7 +4951,7 @@ class Changes:
         uid, place = self._member("group", uid, place)
         owner = str(self._ledger.table("group", place).get("owner_uid") or "")
         if row.get("role") == "owner" and owner != uid:
-            self._set_circle("group", place, {"owner_uid": uid})
+            self._set_circle("group", place, "", {"owner_uid": uid})
             if self._world.role(place, owner):
                 self.set_group_member(owner, place, {"role": "member"})  # there is but one
         self._ledger.put({**self._ledger.table("group_member", place, uid), **row},
@@ -5372,6 +5350,10 @@ class Parent:
         return cls(socket.socket(fileno=int(life)), socket.socket(fileno=int(listener)),
                    local, key)
 
+    def keep(self, text: str) -> None:
+        """A warning: check_client shows the last ones when a client died."""
+        self.tell(log=text[-1000:])
+
     def tell(self, **news: str) -> None:
         """Let the controller know; it may be gone, and must never be waited for."""
         try:
@@ -5680,6 +5662,35 @@ class SendQueue:
     def _free(self) -> None:
         self._resting = False
         self._pump()
+
+
+class Answers:
+    """What a receiver of events wants done by its answer (003). In the client's loop."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def answered(self, row: Row, answer: Row) -> None:
+        """What a receiver of an event wants done (003): reply, shutup."""
+        reply = answer.get("reply")
+        if row["post_type"] == "event":
+            return
+        if isinstance(reply, (str, int, float)) and str(reply):
+            self._client.talk.reply(row, str(reply), "api")
+        if answer.get("shutup") in (1, "1") and row["type"] == "group_message":
+            self._silence(row, answer.get("shutup_time", 60))
+
+    def _silence(self, row: Row, seconds: Json) -> None:
+        wanted = int(seconds) if re.fullmatch("[0-9]{1,9}", str(seconds)) else 60
+        if row["class"] == "recv":
+            spawn(self._mute, str(row["group_uid"]), str(row["sender_uid"]), max(60, wanted))
+
+    def _mute(self, group: str, uid: str, seconds: int) -> None:
+        try:
+            if not self._client.link.mute(group, [uid], seconds):
+                self._client.log.warn(f"no right to silence {uid} in group {group}")
+        except OpenQQError as error:
+            self._client.log.warn(f"silencing {uid} in group {group} failed: {error.status}")
 
 
 class Plugin:
@@ -6106,28 +6117,6 @@ class Talk:
                 promise.keep(found[1][0])
         return found is not None
 
-    def answered(self, row: Row, answer: Row) -> None:
-        """What a receiver of an event wants done (003): reply, shutup."""
-        reply = answer.get("reply")
-        if row["post_type"] == "event":
-            return
-        if isinstance(reply, (str, int, float)) and str(reply):
-            self.reply(row, str(reply), "api")
-        if answer.get("shutup") in (1, "1") and row["type"] == "group_message":
-            self._silence(row, answer.get("shutup_time", 60))
-
-    def _silence(self, row: Row, seconds: Json) -> None:
-        wanted = int(seconds) if re.fullmatch("[0-9]{1,9}", str(seconds)) else 60
-        if row["class"] == "recv":
-            spawn(self._mute, str(row["group_uid"]), str(row["sender_uid"]), max(60, wanted))
-
-    def _mute(self, group: str, uid: str, seconds: int) -> None:
-        try:
-            if not self._link.mute(group, [uid], seconds):
-                self._client.log.warn(f"no right to silence {uid} in group {group}")
-        except OpenQQError as error:
-            self._client.log.warn(f"silencing {uid} in group {group} failed: {error.status}")
-
     def _answer(self, message: Message, text: str) -> None:
         self.reply(message.to_json({}), text, "code")
 
@@ -6166,7 +6155,7 @@ class Client:
         self.settings.fill(tmpdir=check_tmpdir(self.settings.tmpdir))
         self.log = open_log(self.settings, f"[{self.account}][{os.getpid()}]")
         if self.parent:
-            self.log.keep = self._tell_parent
+            self.log.keep = self.parent.keep
         self.papers = Papers(self.settings, self.flavour, self.log)
         self.papers.pid.take(f"client {self.account}")
         self.settings.fill(**self.papers.kept_secrets())
@@ -6226,10 +6215,6 @@ class Client:
         self.loop.call(self._begin)
         self.loop.run()
         return 0
-
-    def _tell_parent(self, text: str) -> None:
-        if self.parent:
-            self.parent.tell(log=text[-1000:])
 
     def take_listener(self) -> Optional[socket.socket]:
         """The listening socket that a controller handed down, once; else None."""
@@ -6956,7 +6941,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
     settings = client.settings.with_(given)
     store = Store(settings.check_event_list_max_size)
     reporter = Reporter(settings.post_api, settings.post_secret, client.spool, client.loop,
-                        client.log, client.talk.answered) if settings.post_api else None
+                        client.log, Answers(client).answered) if settings.post_api else None
     listed = settings.post_event_list
     if listed is None:
         listed = client.flavour.post_event_list
@@ -7469,6 +7454,41 @@ def check_params(params: Params, tmpdir: str, own_files: str,
     return given
 
 
+def read_accounts(path: str, log: Log) -> Dict[str, Dict[str, str]]:
+    """An accounts file: name -> settings as text. What is wrong is logged and left out."""
+    try:
+        with open(path, "rb") as file:
+            accounts, why = from_bytes(file.read()), "it holds no JSON object"
+    except (OSError, ValueError) as error:
+        accounts, why = None, str(error)
+    if not isinstance(accounts, dict):
+        log.error(f"accounts file {path} cannot be used: {why}; it must look like "
+                  '{"alice": {"post_api": "http://…"}}')
+        return {}
+    found = {}
+    for name, given in accounts.items():
+        try:
+            found[check_name(name)] = account_settings(given)
+        except (OpenQQError, ValueError) as error:
+            log.error(f"accounts file: {name!r}: {error}")
+    return found
+
+
+def account_settings(given: Json) -> Dict[str, str]:
+    """The settings of one account, from any JSON scalars and lists; ValueError."""
+    if not isinstance(given, dict):
+        raise ValueError("its settings must be a JSON object")
+    texts = {}
+    for name, value in given.items():
+        setting = setting_named(name)
+        if setting is None or setting.whose == "controller":
+            raise ValueError(f"{name} is not a setting of a client")
+        if value is not None:
+            setting.parse(value)
+            texts[setting.name] = setting.text(value)
+    return texts
+
+
 class Controller:
     """Many accounts, one process each, behind one API (002). run() works in the calling thread.
 
@@ -7593,8 +7613,8 @@ class Controller:
         backend = read_json(self.settings.backend_path, self.log)
         for name, row in backend.items():
             self._resume(name, row)
-        for name, given in self._accounts().items():
-            if name not in self.supervisor.children:
+        if self.settings.accounts:
+            for name, given in read_accounts(self.settings.accounts, self.log).items():
                 self._start_known(name, given)
 
     def _resume(self, name: str, row: Row) -> None:
@@ -7608,39 +7628,10 @@ class Controller:
             return self.log.warn(f"client {name} cannot be resumed: {error}")
         self.supervisor.resume(child, PidFile(self.path_of(child, "pid_path")))
 
-    def _accounts(self) -> Dict[str, Row]:
-        path = self.settings.accounts
-        if not path:
-            return {}
+    def _start_known(self, name: str, given: Dict[str, str]) -> None:
         try:
-            with open(path, "rb") as file:
-                accounts = from_bytes(file.read())
-        except (OSError, ValueError) as error:
-            accounts, why = None, str(error)
-        else:
-            why = "it holds no JSON object"
-        if not isinstance(accounts, dict):
-            self.log.error(f"accounts file {path} cannot be used: {why}; it must look like "
-                           '{"alice": {"post_api": "http://…"}}')
-            return {}
-        return {str(name): given for name, given in accounts.items()}
-
-    def _start_known(self, name: str, given: Row) -> None:
-        if not NAME.fullmatch(name) or not isinstance(given, dict):
-            self.log.error(f"accounts file: {name!r} must be a name with a JSON object")
-            return
-        texts = {}
-        for key, value in given.items():
-            if value is None:
-                continue
-            setting = setting_named(key)
-            if setting is None or setting.whose == "controller":
-                self.log.error(f"accounts file: {key} of {name} is not a setting of a client")
-                return
-            texts[setting.name] = ",".join(map(str, value)) if isinstance(value, list) else (
-                str(int(value)) if isinstance(value, bool) else str(value))
-        try:
-            self.start_client(name, texts)
+            if name not in self.supervisor.children:
+                self.start_client(name, given)
         except OpenQQError as error:
             self.log.error(f"accounts file: {name} cannot be started: {error.status}")
 
