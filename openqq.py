@@ -712,8 +712,8 @@ def _number(text: str) -> float:
 
 
 def _text(text: str) -> str:
-    if CONTROLS.search(text) or "\n" in text:
-        raise ValueError("must not hold control characters")
+    if re.search("[\ud800-\udfff\n]", text) or CONTROLS.search(text):
+        raise ValueError("must not hold control characters, or half a character")
     return text
 
 
@@ -5762,7 +5762,11 @@ class Login:
                      lambda: call(self._scanned),
                      lambda cookie, fresh: call(self._confirmed, cookie, fresh),
                      lambda items: str(ask(self._client.talk.receive, items).wait()),
-                     lambda error: self._client.log.warn(error))
+                     lambda error: self._lost(error))
+
+    def _lost(self, error: str) -> None:
+        if self._client.state != "stop":  # at a stop the host may go first
+            self._client.log.warn(error)
 
     def begin(self) -> None:
         """Log in, by the cookie if there is one."""
@@ -7243,7 +7247,8 @@ class Supervisor:
         if child.timer:
             child.timer.cancel()
         if child.stopping or status == 0 or self.ending:
-            self._log.info(f"client {child.name} stopped")
+            told = child.stopping or self.ending
+            self._log.info(f"client {child.name} " + ("stopped" if told else "ended by itself"))
             self._stopped(child)
         else:
             self._crashed(child, status)

@@ -20,6 +20,7 @@ import pty
 import queue
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -5435,7 +5436,6 @@ def test_host_that_starts_again_keeps_the_world_the_logins_and_what_waits(start)
 
 
 def test_disk_that_takes_no_more_is_a_warning_and_the_api_goes_on(start, receive):
-    import resource
     receiver = receive()
     controller = start("controller", "--post-api", receiver.url)
     pids = [controller.pid, controller.login("alice")["pid"]]
@@ -5638,7 +5638,7 @@ def test_message_that_surely_was_not_sent_is_tried_msg_ttl_times_before_the_next
 
 
 @pytest.mark.parametrize("error", [openqq.Unreachable("reset", sent=True),
-                                   openqq.OpenQQError("what?")])
+                                   openqq.OpenQQError("what?"), ValueError("what??")])
 def test_message_whose_answer_was_lost_ends_as_minus_4_and_is_not_repeated(error):
     out = Outgoing()
     out.results = [error]
@@ -5647,7 +5647,8 @@ def test_message_whose_answer_was_lost_ends_as_minus_4_and_is_not_repeated(error
     out.bench.until(lambda: len(out.outcomes) == 2)
     out.bench.move(60)
     assert [rows for _, rows in out.sends] == [[1], [2]]
-    assert out.outcomes == [(1, -4, f"响应未知: {error.status}"), (2, 0, "")]
+    assert out.outcomes == [(1, -4, f"响应未知: {getattr(error, 'status', repr(error))}"),
+                            (2, 0, "")]
 
 
 def test_loop_runs_timers_in_their_order_and_cancelled_ones_never():
@@ -6785,6 +6786,122 @@ def test_too_many_pictures_that_wait_cost_no_text(tmp_path):
     assert found[:3] == ["text 0", "text 1", "text 2"]
     assert found[-1] == "picture 11" and found == sorted(
         found, key=lambda text: (text[0] == "p", int(text.split()[1])))
+
+
+# ------------------------------------------------------------------------------------------------
+# What an outsider found
+# ------------------------------------------------------------------------------------------------
+
+def test_whoever_starts_and_stops_one_name_leaves_one_client_or_none(start):
+    """A late stop must not take a newer client out of the table: its process would be nobody's."""
+    controller = start("controller")
+
+    def press(number):
+        for turn in range(4):
+            what = ("start_client", "stop_client", "delete_client")[(number + turn) % 3]
+            controller.call(what, client="alice")
+
+    threads = [threading.Thread(target=press, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    controller.call("stop_client", client="alice")
+    assert controller.login("alice")["status"] == "success"
+    assert "died" not in controller.log.text()
+
+
+def test_health_is_told_to_everybody(guarded):
+    for port, _ in ports_of(guarded, token=TOKEN):
+        status, _, body = request(f"http://127.0.0.1:{port}", "/healthz",
+                                  headers={"Host": "elsewhere.example", "Via": "1.1 proxy"})
+        assert (status, json.loads(body)["code"]) == (200, 0)
+
+
+def test_a_links_calls_need_its_key_and_sense(pair):
+    with open(f"/proc/{pair.state('alice')['pid']}/environ", "rb") as file:
+        key = re.search(rb"OPENQQ_KEY=([0-9a-f]+)", file.read()).group(1).decode()
+
+    def link(body, **fields):
+        return request(pair.base, "/local/link", "POST", body, fields)[0]
+
+    good = b'{"verb":"ready","arguments":{}}'
+    assert [link(good), link(good, **{"X-OpenQQ-Key": "0" * 32})] == [403, 403]
+    for bad in (b"", b"{", b"[]", b"5", b'{"verb":"ready"}', b'{"arguments":{}}',
+                b'{"verb":"ready","arguments":5}', b"\xff"):
+        assert (bad, link(bad, **{"X-OpenQQ-Key": key})) == (bad, 400)
+    assert link(b'{"verb":"settle","arguments":{}}', **{"X-OpenQQ-Key": key}) == 404
+    assert link(good, **{"X-OpenQQ-Key": key}) == 200
+
+
+@pytest.mark.parametrize("name, value", [("role", "king"), ("echo", "yes"), ("muted", "soon")])
+def test_what_the_network_cannot_read_it_does_not_take(pair, start, tmp_path, name, value):
+    answer = pair.call("/local/change", do="set", what="person", uid="小灰", **{name: value})
+    assert answer == {"code": 8, "status": f"{name} {value} not found"}
+    world = {"people": [{"uid": "7", "name": "x"}], "groups": [
+        {"uid": "8", "name": "g", "owner_uid": "", "member": [{"uid": "7", name: value}]}]}
+    path = put(tmp_path / "world.json", json.dumps(world))
+    refused = subprocess.run([sys.executable, FILE, "controller", "--port", "0", "--tmpdir",
+                              str(tmp_path / "t"), "--world", path], stderr=subprocess.PIPE)
+    assert refused.returncode == 1 and b"world file" in refused.stderr
+
+
+def test_somebody_removed_from_the_world_is_back_with_the_next_login(start):
+    controller = start("controller")
+    controller.login("alice")
+    uid = controller.call("get_user_info", client="alice")["uid"]
+    assert controller.call("/local/change", do="remove", what="person", uid=uid)["code"] == 0
+    controller.call("stop_client", client="alice")
+    controller.login("alice")
+    assert controller.call("get_user_info", client="alice")["name"] == "alice"
+    assert {row["name"] for row in controller.call("get_friend_info", client="alice")} == {
+        "小冰", "小灰"}
+
+
+def test_client_whose_own_child_holds_its_life_line_is_seen_to_die(start, tmp_path):
+    """A plugin may fork; check_interval finds what the end of the line does not tell."""
+    controller = start("controller", "--check-interval", "1")
+    pid_of_fork = tmp_path / "fork"
+    edit_template(controller, TEMPLATE.format(f"""
+import time
+if os.fork() == 0:
+    with open({str(pid_of_fork)!r}, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(600)
+    os._exit(0)
+""", ""))
+    pid = controller.login("alice")["pid"]
+    os.kill(pid, signal.SIGKILL)
+    try:
+        controller.log.wait(r"client alice died \(signal 9\)")
+    finally:
+        os.kill(int(pid_of_fork.read_text()), signal.SIGKILL)
+        controller.call("stop_client", client="alice")
+
+
+def test_client_that_never_comes_to_run_ends_with_its_controller(start):
+    controller = start("controller")
+    edit_template(controller, "import time\nprint('caught', flush=True)\ntime.sleep(600)\n")
+    assert controller.call("start_client", client="alice")["code"] == 0
+    controller.out.wait("caught")
+    controller.process.kill()
+    assert all_gone(controller.out), "it outlived its controller"
+
+
+def test_full_disk_costs_no_descriptors(tmp_path):
+    path = put(tmp_path / "journal", '{"torn')
+    journal = openqq.Journal(path, Bench().log)
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path), former[1]))
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            journal.write([1])
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    journal.write([2])
+    assert list(journal.read()) == [2]
 
 
 # ------------------------------------------------------------------------------------------------
