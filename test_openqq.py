@@ -772,6 +772,7 @@ def test_text_that_is_no_utf_8_just_finds_nothing(pair):
 
 
 def test_a_message_must_hold_something_and_not_too_much(pair):
+    heard(pair)  # what other tests left
     for port, query in ports_of(pair):
         base = f"http://127.0.0.1:{port}"
         path = f"/openqq/send_friend_message?{query}name={ICE}"
@@ -1008,9 +1009,11 @@ BAD_NAMES = ["..", ".", "../x", "../../x", "/etc/x", "a/b", "a\\b", ".hidden", "
 
 
 def files_beside(tmpdir):
-    """Files around a tmpdir, none of which may come or go."""
+    """Files around a tmpdir, none of which may come or go but those of other test runs."""
     above = os.path.dirname(tmpdir)
-    return sorted(os.listdir(above)), sorted(os.listdir(os.path.dirname(above)))
+    return sorted(os.listdir(above)), sorted(
+        name for name in os.listdir(os.path.dirname(above))
+        if not name.startswith(("pytest-", "garbage-")))
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -6809,6 +6812,36 @@ def test_whoever_starts_and_stops_one_name_leaves_one_client_or_none(start):
     controller.call("stop_client", client="alice")
     assert controller.login("alice")["status"] == "success"
     assert "died" not in controller.log.text()
+
+
+def test_code_that_expires_is_followed_by_a_new_one_and_the_last_by_the_end(tmp_path, receive):
+    """With codes of half a second instead of two minutes; one is scanned, but never confirmed."""
+    receiver = receive()
+    script = put(tmp_path / "quick.py", f"""
+import sys, openqq
+openqq.TICKET_SECONDS = 0.5
+client = openqq.Client(account="alice", tmpdir={str(tmp_path)!r}, qrcode_count_max=3,
+                       post_api={receiver.url!r})
+client.load("Openqq", data={{"listen": [{{"host": "127.0.0.1", "port": 0}}]}}, call_on_load=True)
+sys.exit(client.run())
+""")
+    process = subprocess.Popen([sys.executable, script], stdin=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=HERE))
+    log = Log(process.stderr)
+    first = log.wait(r"(http://[^ ]*/local/scan[^ )]*)").group(1)
+    assert urllib.request.urlopen(first).status == 200
+    assert process.wait(WAIT) == 0
+    states, codes = [], []
+    while states[-1:] != ["stop"]:
+        event = receiver.next()
+        if event["event"] == "state_change":
+            states.append(event["params"][1])
+        elif event["event"] == "input_qrcode":
+            codes.append(event["params"][1])
+    assert len(set(codes)) == 3
+    assert states == ["loading", "scaning", "confirming", "scaning", "stop"]
+    log.wait(r"\[error\] nobody scanned 3 QR codes")
+    assert not os.path.exists(str(tmp_path / "mojo_webqq_qrcode_alice.jpg"))
 
 
 def test_health_is_told_to_everybody(guarded):
