@@ -1206,6 +1206,14 @@ class Weixin(Flavour):
 FLAVOURS: Dict[str, Type[Flavour]] = {flavour.name: flavour for flavour in (QQ, Weixin)}
 
 
+def flavour_named(name: Optional[str]) -> Type[Flavour]:
+    """The flavour of a name; without one that of a controller's child, else qq. Refusal."""
+    name = name or os.environ.get("OPENQQ_FLAVOR") or "qq"
+    if name not in FLAVOURS:
+        raise Refusal(f"flavor {name!r} must be one of {' '.join(FLAVOURS)}", 2)
+    return FLAVOURS[name]
+
+
 # ------------------------------------------------------------------------------------------------
 # 5. Model: what an account knows
 # ------------------------------------------------------------------------------------------------
@@ -6149,7 +6157,7 @@ class Client:
     """
 
     def __init__(self, **given: Any) -> None:
-        self.flavour = FLAVOURS[given.get("flavor") or os.environ.get("OPENQQ_FLAVOR") or "qq"]
+        self.flavour = flavour_named(given.get("flavor"))
         self.parent = Parent.find()
         try:
             self.settings = Settings("client", given, os.environ, self.flavour.environ)
@@ -6612,6 +6620,8 @@ class SendApi(ReadApi):
         answer = self.client.talk.expect(found[0].uid)
         try:
             row = self._send(request, "friend_message", found[0], found[0].uid)
+            if row["code"] != 0:
+                return {**row, "reply": None}
             return {**row, "reply": request.wait(answer, float(seconds))}
         except TimeoutError:
             return {**row, "reply": None, "reply_status": "reply timeout"}
@@ -7502,7 +7512,7 @@ class Controller:
     """
 
     def __init__(self, listen: Optional[List[Row]] = None, **given: Any) -> None:
-        self.flavour = FLAVOURS[given.get("flavor") or os.environ.get("OPENQQ_FLAVOR") or "qq"]
+        self.flavour = flavour_named(given.get("flavor"))
         try:
             self.settings = Settings("controller", given, os.environ, self.flavour.environ)
         except ValueError as error:
@@ -7918,14 +7928,6 @@ def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
     return given
 
 
-def flavour_of(given: Mapping[str, str]) -> Type[Flavour]:
-    """The flavour that flags ask for."""
-    name = given.get("flavor") or "qq"
-    if name not in FLAVOURS:
-        raise Refusal(f"--flavor {name} must be one of {' '.join(FLAVOURS)}", 2)
-    return FLAVOURS[name]
-
-
 def rename_process(whose: str, given: Dict[str, str]) -> None:
     """Begin once more under the name that ps is to show, with the secrets off the command line.
 
@@ -7938,7 +7940,7 @@ def rename_process(whose: str, given: Dict[str, str]) -> None:
         return
     if not sys.executable:
         return
-    flavour = flavour_of(given)
+    flavour = flavour_named(given.get("flavor"))
     account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
     name = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
     hidden = {setting: value for setting, value in given.items() if SETTINGS[setting].secret}
@@ -8009,7 +8011,7 @@ def leave_last_words(life: str, text: str) -> None:
 def run_template() -> int:
     """Do what the template says; what the written one says is built in, and so is quicker."""
     path = os.environ.pop("OPENQQ_TEMPLATE", "")
-    flavour = FLAVOURS[os.environ.get("OPENQQ_FLAVOR", "qq")]
+    flavour = flavour_named(None)
     text = (read_file(path) or b"").decode("utf-8", "replace") if path else ""
     if text and text != default_template(flavour):
         spawn(end_with_controller, os.dup(int(os.environ.get("OPENQQ_LIFE", "0"))))
