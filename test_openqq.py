@@ -773,6 +773,7 @@ def test_text_that_is_no_utf_8_just_finds_nothing(pair):
 
 def test_a_message_must_hold_something_and_not_too_much(pair):
     heard(pair)  # what other tests left
+    heard(pair)  # what other tests left
     for port, query in ports_of(pair):
         base = f"http://127.0.0.1:{port}"
         path = f"/openqq/send_friend_message?{query}name={ICE}"
@@ -3664,7 +3665,7 @@ DOCUMENTED_NEW = {
     "is_update_group": "1", "is_update_friend": "1", "is_update_discuss": "1",
     "update_interval": "600", "msg_ttl": "5", "qrcode_count_max": "10", "login_type": "qrlogin",
     "pwd": "x", "type": "smartqq", "ua_debug": "0", "ua_debug_req_body": "0",
-    "ua_debug_res_body": "0", "log_head": "[all]", "log_unicode": "0", "send_interval": "3",
+    "ua_debug_res_body": "0", "log_head": "[all][1]", "log_unicode": "0", "send_interval": "3",
     "check_account": "0", "ignore_poll_http_code": "504,502", "ignore_unknown_id": "1",
     "default_send_real_comp_sign": "0", "group_member_card_cut_length": "21",
     "group_member_card_ext_only": "0", "group_member_use_fullcard": "0",
@@ -4701,12 +4702,16 @@ def test_no_more_clients_than_max_clients(start):
 
 
 def test_no_port_left_is_code_2(start):
-    with socket.socket() as sock:
+    def take():
         try:
             sock.bind(("127.0.0.1", 65535))
             sock.listen(1)
         except OSError:
-            pass  # somebody has it already: as good
+            return False
+        return True
+
+    with socket.socket() as sock:
+        eventually(take)  # another run of this test has it for a moment; somebody else: as good
         controller = start("controller", "--backend-start-port", "65535")
         answer = controller.call("start_client", client="alice")
         assert (answer["code"], answer["status"]) == (2, "no available port")
@@ -4733,7 +4738,7 @@ def test_client_ended_on_purpose_is_not_started_again(start):
                       ("bob", lambda pid: os.kill(pid, signal.SIGTERM))]:
         first = controller.login(name)
         end(first["pid"])
-        controller.log.wait(f"client {name} stopped")
+        controller.log.wait(f"client {name} (stopped|ended by itself)")
     assert controller.state("bob")["state"] == "stop"
     assert "starting it again" not in controller.log.text()
     assert controller.call("start_client", client="bob")["code"] == 0
@@ -5694,7 +5699,7 @@ def test_crew_works_with_so_many_threads_at_most_and_survives_a_bad_job():
         running.get(timeout=0.05)
     for _ in range(7):
         gate.release()
-    assert [running.get(timeout=WAIT) for _ in range(4)] == [3, 4, 5, 6]
+    assert sorted(running.get(timeout=WAIT) for _ in range(4)) == [3, 4, 5, 6]
     crew.submit(running.put, "more")
     assert running.get(timeout=WAIT) == "more"
     bench.until(lambda: bench.warnings)
@@ -5894,7 +5899,7 @@ def test_second_term_hurries_a_client_that_still_has_something_to_post(start):
         os.kill(pid, signal.SIGTERM)
         controller.log.wait(r"停止信号\[TERM\]")
         os.kill(pid, signal.SIGTERM)
-        controller.log.wait("client alice stopped")
+        controller.log.wait("client alice ended by itself")
         assert controller.state("alice")["state"] == "stop"
     posts = [line for line in content(controller.path("post_alice.jsonl")).splitlines()]
     assert b'"stop"' in posts[-1], "and what was not posted waits for the next start"
@@ -5916,7 +5921,7 @@ threading.Thread(target=relay, daemon=True).start()
     receiver.next(is_login)
     controller.call("get_client_info", client="alice")
     os.kill(pid, signal.SIGUSR1)
-    controller.log.wait("client alice stopped")
+    controller.log.wait("client alice ended by itself")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6542,6 +6547,7 @@ def test_a_picture_reaches_the_other_whichever_way_it_is_given(media_pair):
     assert alice.post("send_group_message", displayname="OpenQQ", media_data=PNG_TEXT,
                       content=mark + " group")["code"] == 0
     assert arrives(bob, weixin, mark + " group")["group"] == "OpenQQ"
+    os.remove(path)
 
 
 def test_an_uploaded_file_keeps_its_name(weixin_pair):
@@ -6639,6 +6645,8 @@ def test_bad_media_is_refused_and_nothing_is_sent(media_pair, tmp_path):
         contents = [event.get("content") for event in bob.call("check_event", since=0)]
     assert not [text for text in contents if str(text).startswith("bad")]
     assert alice.raw("get_media", id="0" * 32)[0] == alice.raw("get_media")[0] == 404
+    for path in link, fifo, cookie_link:
+        os.remove(path)
 
 
 def test_what_media_a_caller_names_is_never_a_secret_of_another_place(start, tmp_path):
