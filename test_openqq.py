@@ -773,7 +773,6 @@ def test_text_that_is_no_utf_8_just_finds_nothing(pair):
 
 def test_a_message_must_hold_something_and_not_too_much(pair):
     heard(pair)  # what other tests left
-    heard(pair)  # what other tests left
     for port, query in ports_of(pair):
         base = f"http://127.0.0.1:{port}"
         path = f"/openqq/send_friend_message?{query}name={ICE}"
