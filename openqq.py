@@ -368,8 +368,15 @@ class LogFile(logging.handlers.WatchedFileHandler):
         return open(self.baseFilename, self.mode, encoding=self.encoding, errors="replace",
                     opener=own_opener)
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """As usual; a file that cannot be opened anew must not stop what the log tells about."""
+        try:
+            super().emit(record)
+        except OSError:
+            pass  # it is tried again with the next record
+
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk must not stop what the log tells about."""
+        """Nor must a full disk."""
 
 
 class LogStream(logging.StreamHandler):  # type: ignore[type-arg]
@@ -507,7 +514,12 @@ class Crew:
             grow = len(self._jobs) > self._idle and self._threads < self.size
             self._threads += grow
         if grow:
-            spawn(self._work, name=self.name)
+            try:
+                spawn(self._work, name=self.name)
+            except RuntimeError as error:  # the job waits for another thread, or the next call
+                with self._changed:
+                    self._threads -= 1
+                self.log.warn(f"no thread for {self.name}: {error}")
 
     def _work(self) -> None:
         while True:
@@ -563,7 +575,7 @@ class Loop:
         self._selector.register(self._ear, selectors.EVENT_READ, self._hear)
         self._asleep = False
         self._ended = False
-        self._signals = False
+        self._signals: Dict[int, Any] = {}  # those that are caught -> who had them before
         self._thread: Optional[int] = None
 
     def call(self, function: Callable[..., Any], *args: Any) -> None:
@@ -616,10 +628,11 @@ class Loop:
         """
         if threading.current_thread() is not threading.main_thread():
             return
-        self._signals = True
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            former = signal.getsignal(number)
+            if former is not signal.SIG_IGN:
+                self._signals.setdefault(number, former)
                 signal.signal(number, lambda number, frame: self.call(act, number))
 
     def stop(self) -> None:
@@ -674,8 +687,9 @@ class Loop:
             function, args = self._calls.popleft()
             if function == self._answer:
                 args[0].fail(NotRunning("stopping"))
-        if self._signals:
+        for number, former in self._signals.items():
             signal.set_wakeup_fd(-1)
+            signal.signal(number, former)
         self._selector.close()
         self._ear.close()
         self._mouth.close()
@@ -877,8 +891,7 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("is_update_friend", True, _flag, "client", "refresh friends"),
     Setting("is_update_group", True, _flag, "client", "refresh groups"),
     Setting("is_update_discuss", True, _flag, "client", "refresh discusses"),
-    Setting("allow_message_sync", False, _flag, "client",
-            "report one's own messages from other devices"),
+    Setting("allow_message_sync", False, _flag, "client", "taken, without effect", idle=True),
     Setting("ignore_unknown_id", False, _flag, "client", "drop messages from strangers"),
     Setting("ua_retry_times", 5, _whole, "client", "taken, without effect", idle=True),
     *_idle("verifycode_path", "pic_dir", "ignore_retcode", "type", "check_account", "domain",
@@ -2352,8 +2365,15 @@ class Watcher:
 
 
 def has_ended(sock: socket.socket) -> bool:
-    """Whether the peer has closed its side, as far as is known here."""
+    """Whether the peer has closed its side, as far as is known here.
+
+    TLS cannot be peeked into; there, what comes before anything was asked is a farewell.
+    """
     try:
+        if type(sock) is not socket.socket:
+            with selectors.PollSelector() as selector:
+                selector.register(sock, selectors.EVENT_READ)
+                return bool(selector.select(0))
         return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except (BlockingIOError, InterruptedError):
         return False
@@ -2563,6 +2583,7 @@ class Server(ThreadingHTTPServer):
                     self.log.warn(f"a connection could not be taken: {error.strerror}")
                     time.sleep(0.1)  # out of descriptors: the selector would spin
                 return
+            sock.setblocking(True)  # macOS hands the listener's mode down
             self.process_request(sock, address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -2711,13 +2732,12 @@ class Call(urllib.request.Request):
 class Line:
     """A connection to a server, and its stream."""
 
-    __slots__ = ("stream", "key", "since", "used")
+    __slots__ = ("stream", "key", "since")
 
     def __init__(self, sock: socket.socket, key: Tuple[Any, ...]) -> None:
         self.stream = Stream(sock)
         self.key = key
         self.since = 0.0
-        self.used = False
 
     def close(self) -> None:
         """Hang up."""
@@ -2728,9 +2748,10 @@ class Pool:
     """Connections that wait for the next request to the same server, the last used first."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lock = threading.Lock()  # guards _idle
+        self._lock = threading.Lock()  # guards _idle, _swept
         self._idle: Dict[Tuple[Any, ...], List[Line]] = {}
         self._clock = clock
+        self._swept = clock()
 
     def take(self, key: Tuple[Any, ...]) -> Optional[Line]:
         """A connection that still seems alive, or None."""
@@ -2746,15 +2767,26 @@ class Pool:
 
     def give(self, line: Line) -> None:
         """Take back a connection whose answer was read to its end."""
-        line.since, line.used = self._clock(), True
+        line.since = self._clock()
         with self._lock:
             lines = self._idle.setdefault(line.key, [])
             lines.append(line)
             old = lines[:1] if (len(lines) > IDLE_LINES
                                 or line.since - lines[0].since > LINE_SECONDS) else []
             del lines[:len(old)]
+            if line.since - self._swept > LINE_SECONDS:
+                old += self._sweep(line.since)
         for stale in old:
             stale.close()
+
+    def _sweep(self, now: float) -> List[Line]:
+        """Take out what is too old, also of servers that nobody calls any more."""
+        self._swept = now
+        old = [line for lines in self._idle.values() for line in lines
+               if now - line.since > LINE_SECONDS]
+        self._idle = {key: kept for key, lines in self._idle.items()
+                      for kept in [[line for line in lines if line not in old]] if kept}
+        return old
 
 
 class Reply:
@@ -3017,6 +3049,9 @@ def connect(host: str, port: int, until: float) -> socket.socket:
             sock.connect(address)
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a heartbeat hangs long
+            idle = getattr(socket, "TCP_KEEPIDLE", 0x10)  # macOS calls it TCP_KEEPALIVE
+            sock.setsockopt(socket.IPPROTO_TCP, idle, 60)
             return sock
         except OSError as error:
             sock.close()
@@ -3029,7 +3064,12 @@ class Proxies(urllib.request.ProxyHandler):
 
     def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> None:
         """None, so that Transport goes on with what was set in the request."""
-        if not is_loopback(urllib.parse.urlsplit("//" + req.host).hostname or ""):
+        host = urllib.parse.urlsplit("//" + req.host).hostname or ""
+        try:
+            forbidden = is_forbidden(host)
+        except OSError:
+            forbidden = False  # a name: the proxy looks it up
+        if not forbidden and not is_loopback(host):
             super().proxy_open(req, proxy, type)
 
 
@@ -3704,6 +3744,9 @@ class Reporter:
             return reply.status, _json_object(reply.kind, data), None
         except Unreachable as error:
             return 0, None, error
+        except Exception as error:  # a lane that never landed would be lost for good
+            self._log.failure("posting an event")
+            return 0, None, Unreachable(repr(error), True)
 
     def _landed(self, conversation: str, key: int, item: Row, status: int,
                 answer: Optional[Row], error: Optional[Unreachable]) -> None:
@@ -3728,10 +3771,10 @@ class Reporter:
             self._log.info(f"{shown_url(self._url)} takes events again")
         self._outage = 0
         self.counts["posted"] += 1
-        if answer is not None:
-            self._answered(item["event"], answer)
         self._spool.done(key)
         self._next(conversation, key)
+        if answer is not None:
+            self._answered(item["event"], answer)
 
     def _next(self, conversation: str, key: int) -> None:
         """Whatever became of the first of a conversation, the second is now the first."""
@@ -3933,6 +3976,8 @@ class Heartbeat:
                 if not self._quiet:
                     self._log.warn(f"{shown_url(self._url)} (poll_api): {error.status}")
                 self._quiet = True
+            except Exception:  # the next beat may fare better
+                self._log.failure("a heartbeat")
             self._ended.wait(self._interval)
 
     def beat(self) -> None:
@@ -4197,11 +4242,12 @@ class Outboxes:
 
     BATCH = 256
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, online: Set[str]) -> None:
+        self._ledger, self._online = ledger, online
         self._notes: Dict[str, List[Row]] = {}     # about the login: no need to survive
         self._pulls: Dict[str, Promise] = {}       # those who wait
         self._woken: Set[str] = set()
+        self._dropped = 0
         for waiting in ledger.table("wait").values():
             items = sorted(waiting.items(), key=lambda item: int(item[0]))
             waiting.clear()
@@ -4222,8 +4268,11 @@ class Outboxes:
     def _drop_excess(self, account: str) -> None:
         """The oldest of too many; of too heavy ones only the pictures, oldest first."""
         waiting = self._ledger.table("wait", account)
-        if len(waiting) > WAIT_LIMIT:
+        if len(waiting) > (POST_QUEUE_LIMIT if account in self._online else WAIT_LIMIT):
             self._ledger.put(None, "wait", account, next(iter(waiting)))
+            self._dropped += 1
+            if self._dropped & (self._dropped - 1) == 0:  # 1, 2, 4, 8 …
+                self._ledger.log.warn(f"{self._dropped} message(s) dropped: too many wait")
         if not waiting[next(reversed(waiting))].get("media"):
             return
         pictures = [(key, weight(item)) for key, item in waiting.items() if item.get("media")]
@@ -4274,7 +4323,7 @@ class Outboxes:
         for number, item in itertools.islice(self._ledger.table("wait", account).items(),
                                              self.BATCH):
             notes.append(dict(item, mark=f"{era}:{number}"))
-            size += weight(item) if item["do"] == "message" else 0
+            size += weight(item) if item["do"] == "message" else len(to_bytes(item))
             if size > BATCH_LIMIT:
                 break
         return notes
@@ -4559,6 +4608,9 @@ class Dealings:
         """Let somebody ask another to be a friend: the ticket of that."""
         ticket = new_secret()
         self._ledger.put({"from": asker, "to": uid}, "request", ticket)
+        requests = self._ledger.table("request")
+        if len(requests) > WAIT_LIMIT:  # nobody answered the oldest
+            self._ledger.put(None, "request", next(iter(requests)))
         row = self._ledger.table("people", asker)
         self._society.tell(uid, "friend_request", {"request": lambda to: {
             "id": self._world.id_for(to, asker), "name": row["name"],
@@ -4632,7 +4684,7 @@ class LocalNetwork:
         self._ledger = Ledger(path + ".json", path + ".jsonl", log)
         self.world = World(self._ledger, flavour)
         self._open_world(world_file)
-        self.outboxes = Outboxes(self._ledger)
+        self.outboxes = Outboxes(self._ledger, self.world.online)
         self.society = Society(self.world, self.outboxes, clock)
         self.logins = Logins(self.society, self.outboxes, url, clock)
         self._last_id = int(clock() * 1000)
@@ -4945,6 +4997,8 @@ class Changes:
     def _add_member(self, table: str, uid: str, place: str, row: Row) -> str:
         """Somebody enters a group or discuss."""
         uid, place = self._world.find("people", uid), self._world.find(table, place)
+        if uid in self._ledger.table(table + "_member", place):
+            raise NotFound(f"{uid} outside of {place} not found")
         self._society.enter(table, place, uid, row)
         return uid
 
@@ -5683,7 +5737,7 @@ class Answers:
         reply = answer.get("reply")
         if row["post_type"] == "event":
             return
-        if isinstance(reply, (str, int, float)) and str(reply):
+        if isinstance(reply, (str, int, float)) and not isinstance(reply, bool) and str(reply):
             self._client.talk.reply(row, str(reply), "api")
         if answer.get("shutup") in (1, "1") and row["type"] == "group_message":
             self._silence(row, answer.get("shutup_time", 60))
@@ -5901,12 +5955,17 @@ class Login:
             self._refresh = self._client.loop.later(max(1.0, interval), self._work, self._update)
 
     def _update(self) -> None:
-        self._client.loop.call(self._updated, self.link.roster())
+        before = self._client.spool.mark
+        self._client.loop.call(self._updated, self.link.roster(), before)
 
-    def _updated(self, row: Row) -> None:
+    def _updated(self, row: Row, before: Json) -> None:
+        """Report what changed; a roster that events have overtaken would undo them."""
         client = self._client
         if client.state != "running":
             return
+        if client.spool.mark != before:
+            return self._plan_refresh()
+        row["user"]["state"] = client.settings.mode
         kinds = (["user"] if client.settings.is_update_user else []) + self._kinds("is_update_")
         for item in client.roster.differences(row, kinds):
             client.talk.happen(item)
@@ -6340,7 +6399,7 @@ class Client:
         self.spool.close()
         self.papers.remove_qrcode()
         self.papers.pid.drop()
-        self.loop.stop()
+        self.loop.later(0.1, self.loop.stop)  # those who waited may read their answers
 
     def _signalled(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -6808,7 +6867,10 @@ class Api(SendApi):
         uid = self.client.link.create_group(uids, name)
         if not uid:
             return self._done(False)
-        group = wait_patiently(request, self.client.talk.expect_group(uid))
+        try:
+            group = request.wait(self.client.talk.expect_group(uid), 10.0)
+        except TimeoutError:
+            group = None
         if group is None:
             raise NotRunning(state=self.client.state)
         return {"code": 0, "group_id": group.id, "status": "success"}
@@ -7052,7 +7114,7 @@ WAITS = re.compile("/open(qq|wx)/(check_event|consult)")
 
 
 class Child:
-    """One client as its controller sees it. In the controller's loop only."""
+    """One client as its controller sees it. Written in the controller's loop only."""
 
     def __init__(self, name: str, given: Dict[str, str], listener: socket.socket) -> None:
         self.name, self.given = name, given          # settings as text, secrets included
@@ -7162,7 +7224,6 @@ class Supervisor:
         self._changed, self._report, self._gone = changed, report, gone
         self._crew = Crew(16, "resume", log)
         self.leaving: Dict[str, Child] = {}  # told to stop, not gone yet
-        self.restarts = 0
         self.ending = False
         self._done: Callable[[], None] = lambda: None
 
@@ -7304,7 +7365,6 @@ class Supervisor:
         if self.ending or self.children.get(child.name) is not child:
             return self._stopped(child)
         try:
-            self.restarts += 1
             self._launch(child)
         except (OSError, ValueError) as error:
             child.lines.append(f"cannot be started: {error}")
@@ -7345,7 +7405,7 @@ class Supervisor:
     def stop_all(self, number: int, done: Callable[[], None]) -> None:
         """End all children at once; done() when the last one is gone."""
         self.ending, self._done = True, done
-        for child in list(self.children.values()):
+        for child in {**self.children, **self.leaving}.values():
             self.stop(child, forget=False)
             if number == signal.SIGKILL:
                 self._signal(child, number)
@@ -7569,7 +7629,8 @@ class Controller:
                                          int(address.get("port", settings.port)))
                            for address in self._addresses]
         host, port = self._listeners[0].getsockname()[:2]
-        local = "127.0.0.1" if host == "0.0.0.0" else "[::1]" if host == "::" else host
+        local = "127.0.0.1" if host == "0.0.0.0" else "[::1]" if host == "::" else (
+            f"[{host}]" if ":" in host else host)
         self.url = f"http://{local}:{port}"
         settings.fill(public_url=f"http://127.0.0.1:{port}")
         self.network = LocalNetwork(

@@ -24,6 +24,7 @@ import resource
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -6781,7 +6782,7 @@ def test_more_pictures_than_64_mib_wait_without_harm(tmp_path, kind):
 def test_too_many_pictures_that_wait_cost_no_text(tmp_path):
     """1,000 messages wait (DESIGN); pictures that are too much for that go, texts stay."""
     log = openqq.Log("", "info", None, "utf-8", False, False)
-    boxes = openqq.Outboxes(openqq.Ledger(str(tmp_path / "a"), str(tmp_path / "b"), log))
+    boxes = openqq.Outboxes(openqq.Ledger(str(tmp_path / "a"), str(tmp_path / "b"), log), set())
     picture = {"name": "cat.png", "data": "a" * 7_000_000}
     for number in range(3):
         boxes.put("bob", {"do": "message", "content": f"text {number}", "media": None})
@@ -6849,6 +6850,67 @@ sys.exit(client.run())
     assert states == ["loading", "scaning", "confirming", "scaning", "stop"]
     log.wait(r"\[error\] nobody scanned 3 QR codes")
     assert not os.path.exists(str(tmp_path / "mojo_webqq_qrcode_alice.jpg"))
+
+
+# A key and a certificate for 127.0.0.1 that nobody else trusts, good for a hundred years.
+TEST_PEM = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgxxZYyPiOfSi6JNDh
+fTiwLV7KDPOVHI1Q3QCbIVVvsumhRANCAAQSDikGxLfXWjRecT48UV9pqigLIs/l
+c7+BKCuFTuD5KxYVEcf8N92FGNZYoTbvKjPac5lhM6d+dLSakS2oVHIv
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBlDCCATqgAwIBAgIUKBPhIsZy4jxdsWfJqSc4M8aY4nMwCgYIKoZIzj0EAwIw
+FjEUMBIGA1UEAwwLb3BlbnFxIHRlc3QwIBcNMjYxMTIyMDEwOTI4WhgPMjEyNjEw
+MjkwMTA5MjhaMBYxFDASBgNVBAMMC29wZW5xcSB0ZXN0MFkwEwYHKoZIzj0CAQYI
+KoZIzj0DAQcDQgAEEg4pBsS311o0XnE+PFFfaaooCyLP5XO/gSgrhU7g+SsWFRHH
+/DfdhRjWWKE27yoz2nOZYTOnfnS0mpEtqFRyL6NkMGIwHQYDVR0OBBYEFKe7/nsP
+0dCiLDfi2QIy6NZSB0KcMB8GA1UdIwQYMBaAFKe7/nsP0dCiLDfi2QIy6NZSB0Kc
+MA8GA1UdEwEB/wQFMAMBAf8wDwYDVR0RBAgwBocEfwAAATAKBggqhkjOPQQDAgNI
+ADBFAiBaS5Am9qc3MKxKLqWP2Gj6wumrpxxT0pshzMbReA1RRgIhAMzb4R8SYmoo
+zJVtQUJPU+senhtbBugFBwwCngqyRp+L
+-----END CERTIFICATE-----
+"""
+
+
+def test_post_api_over_tls_gets_one_event_after_the_other_on_one_connection(start, tmp_path):
+    pem, posts, lines = put(tmp_path / "tls.pem", TEST_PEM), queue.Queue(), set()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            lines.add(self.client_address)
+            posts.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        client = start("client", "--account", "alice", "--post-api",
+                       f"https://127.0.0.1:{server.server_address[1]}/", env={"SSL_CERT_FILE": pem})
+        call(client.base, "/local/login", client="alice")
+        for number in range(5):
+            call(client.base, "/local/say", client="alice", **{"from": "小灰"}, content=str(number))
+        heard = []
+        while heard[-1:] != ["4"]:
+            heard += [text for text in [posts.get(timeout=WAIT).get("content")] if text]
+        assert heard == ["0", "1", "2", "3", "4"]
+        assert client.stop() == 0
+        assert "Traceback" not in client.log.text()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(lines) < 3, "each post on a connection of its own"
 
 
 def test_health_is_told_to_everybody(guarded):
