@@ -30,6 +30,10 @@ Threads: whoever owns state has a Loop, one thread that everybody else hands cal
 is done by a Crew, threads that come when there is work and leave when there is none; each HTTP
 connection has a thread of the server's Crew. Nothing else holds state that two threads write,
 and where something does, a lock stands beside it with the names of the fields that it guards.
+
+Docstrings say where a behaviour comes from: 000 to 004 are the documents of the Perl programs (000,
+002 the controller of Mojo-Webqq, 003, 004 its single account, 001 the controller of Mojo-Weixin),
+CONTRACT joins them with what was measured on the wire, DESIGN is how this program is built.
 """
 from __future__ import annotations
 
@@ -106,6 +110,7 @@ POST_LANES = 4                   # conversations posted at once
 POST_TRIES = 5                   # after answers that say "later"
 POST_DAY = 86_400.0              # how long no connection is borne
 ECHO_SECONDS = 1.0               # how long a send waits for what it was answered on the spot
+READ_SECONDS = 0.1               # for callers to get their last answers before the process ends
 STOP_SECONDS = 3.0               # what stop_client promises, and what the queue gets on a stop
 KILL_SECONDS = 10.0              # between TERM and KILL
 ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
@@ -2613,6 +2618,12 @@ class Server(ThreadingHTTPServer):
         finally:
             self._open.discard(request)
             request.close()
+
+    def close_down(self) -> bool:
+        """shutdown(); whether there is somebody who is still to read an answer."""
+        busy = len(self._open) > len(self.idle)
+        self.shutdown()
+        return busy
 
     def shutdown(self) -> None:
         """Take no more connections, answer those who wait for events, end the idle ones."""
@@ -6239,7 +6250,7 @@ class Client:
         self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log, bulk_of)
         self.outlets: List[Outlet] = []
         self.plugins: List[Plugin] = []
-        self.closing: List[Callable[[], None]] = []  # what plugins want done at the end
+        self.closing: List[Callable[[], Any]] = []  # the plugins' ends; True: wait a moment
         self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
         self._crew = Crew(1, "callbacks", self.log)
         self._login = Login(self)
@@ -6393,13 +6404,12 @@ class Client:
 
     def _end(self) -> None:
         closing, self.closing = self.closing, []
-        for close in closing:
-            close()
+        busy = [close() for close in closing]
         self._login.end()
         self.spool.close()
         self.papers.remove_qrcode()
         self.papers.pid.drop()
-        self.loop.later(0.1, self.loop.stop)  # those who waited may read their answers
+        self.loop.later(READ_SECONDS if any(busy) else 0.0, self.loop.stop)
 
     def _signalled(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -7046,7 +7056,7 @@ def _serve_api(client: Client, api: Api, settings: Settings, addresses: List[Row
         if settings.http_debug:
             server.debug = client.log.debug
         client.port = client.port or server.server_address[1]
-        client.closing.append(server.shutdown)
+        client.closing.append(server.close_down)
         spawn(server.serve_forever, name="server")
         client.log.info(f"插件[{client.flavour.program}::Plugin::{client.flavour.plugin}]监听地址: "
                         f"[ http://{listener.getsockname()[0]}:{listener.getsockname()[1]} ]")
@@ -7594,6 +7604,7 @@ class Controller:
         self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
         self._reporter: Optional[Reporter] = None
         self._closing: List[Callable[[], None]] = []
+        self._busy = False       # callers were still to be answered when the servers closed
 
     def _resolve_template(self) -> None:
         """What the operator names may be a symlink; what merely lies in tmpdir may not."""
@@ -7788,8 +7799,7 @@ class Controller:
             return self.supervisor.stop_all(signal.SIGKILL, self._end)  # a second one hurries
         self.log.info(f"stopping ({signal.Signals(number).name})")
         self._save_running()
-        for server in self._servers:
-            server.shutdown()
+        self._busy = any([server.close_down() for server in self._servers])
         self.supervisor.stop_all(signal.SIGTERM, self._end)
 
     def _save_running(self) -> None:
@@ -7800,7 +7810,7 @@ class Controller:
     def _end(self) -> None:
         self.log.info("stopped")
         self._spool.close()
-        self.loop.later(0.1, self.loop.stop)  # those whom clients answered may read it
+        self.loop.later(READ_SECONDS if self._busy else 0.0, self.loop.stop)
 
 
 class ControllerApi:
