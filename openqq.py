@@ -338,7 +338,7 @@ def python_words(*words: str) -> List[str]:
     module = name[:-3] if name.endswith(".py") else ""
     if not module.isidentifier():
         return ["-X", "utf8", os.path.join(directory, name), *words]
-    code = f"import sys; sys.path[0] = {directory!r}; import {module}; {module}.start()"
+    code = f"import sys; sys.path[0] = {directory!r}; import {module}; {module}.command_line()"
     return ["-X", "utf8", "-c", code, *words]
 
 
@@ -1436,12 +1436,18 @@ def inside(path: str, directory: str) -> bool:
     return os.path.realpath(path).startswith(os.path.join(os.path.realpath(directory), ""))
 
 
-def check_path(name: str, path: str, tmpdir: str, own_files: str) -> None:
-    """NotAllowed unless a caller's path stays in the controller's tmpdir, off others' files."""
+def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterable[str]) -> None:
+    """NotAllowed unless a caller's path stays in the controller's tmpdir, off others' files.
+
+    `own_files` matches the names of this program's own files that the caller may have, `taken`
+    are paths that it may not, whatever they are called (empty ones count for nothing).
+    """
     base = os.path.basename(os.path.realpath(path))
+    reserved = {os.path.realpath(other) for other in taken if other}
     foreign = re.match("mojo_|[.]", base) and not re.fullmatch(own_files, base)
     same = name == "tmpdir" and os.path.realpath(path) == os.path.realpath(tmpdir)
-    if not same and (foreign or not inside(path, tmpdir)):
+    if os.path.realpath(path) in reserved or not same and (
+            foreign or not inside(path, tmpdir)):
         raise NotAllowed(f"{name} not allowed")
 
 
@@ -6727,11 +6733,11 @@ class SendApi(ReadApi):
 
     def _read_path(self, path: str) -> Tuple[bytes, str]:
         settings, flavour = self.client.settings, self.flavour
-        check_path("media_path", path, settings.tmpdir, re.escape(
-            f"{flavour.file_prefix}media_{self.client.account}_") + Shelf.NAME.pattern)
-        own = (settings.cookie_path, settings.state_path, settings.pid_path, settings.log_path)
-        if os.path.realpath(path) in [os.path.realpath(name) for name in own if name]:
-            raise NotAllowed("media_path not allowed")
+        check_path("media_path", path, settings.tmpdir,
+                   re.escape(f"{flavour.file_prefix}media_{self.client.account}_")
+                   + Shelf.NAME.pattern,
+                   (settings.cookie_path, settings.state_path, settings.pid_path,
+                    settings.log_path))
         try:
             data = read_file(path, MEDIA_LIMIT)
         except OSError:
@@ -7270,8 +7276,8 @@ class Supervisor:
 
     def _launch(self, child: Child) -> None:
         child.tries += 1
-        self._serve_again(child)
         life = self._launcher.launch(child)
+        self._serve_again(child)  # only now: without a process nobody is to wait in the backlog
         self._loop.watch(life, lambda: self._listen(child))
         self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
 
@@ -7519,8 +7525,7 @@ def check_params(params: Params, tmpdir: str, own_files: str,
                  taken: Iterable[str]) -> Dict[str, str]:
     """start_client's parameters as settings; NotAllowed for what callers may not give.
 
-    `own_files` matches the names of this program's own files that the client may have, `taken`
-    are paths that are the controller's.
+    `own_files` and `taken` as check_path() has them.
     """
     given = {}
     for name, value in params.items():
@@ -7532,9 +7537,7 @@ def check_params(params: Params, tmpdir: str, own_files: str,
         except ValueError as error:
             raise NotAllowed(f"{error}: not allowed") from None
         if setting.read is _path and value:
-            check_path(name, parsed, tmpdir, own_files)
-            if os.path.realpath(parsed) in map(os.path.realpath, taken):
-                raise NotAllowed(f"{name} not allowed")
+            check_path(name, parsed, tmpdir, own_files, taken)
         given[setting.name] = value
     return given
 
@@ -7853,9 +7856,8 @@ class ControllerApi:
         settings = self._controller.settings
         own = rf"{self._controller.flavour.file_prefix}(cookie|qrcode|state|pid)_" \
               rf"{re.escape(name)}\.\w+"
-        taken = [path for path in (settings.template_path, settings.backend_path,
-                                   settings.pid_path, settings.log_path, settings.accounts,
-                                   settings.world) if path]
+        taken = (settings.template_path, settings.backend_path, settings.pid_path,
+                 settings.log_path, settings.accounts, settings.world)
         given = check_params(request.keys(), settings.tmpdir, own, taken)
         row = None
         while row is None:
@@ -8120,10 +8122,10 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def start() -> None:
+def command_line() -> None:
     """What runs the file."""
     sys.exit(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    start()
+    command_line()
