@@ -117,6 +117,12 @@ ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
 START_TRIES = 7                  # starts without reaching running
 WAITING_SECONDS = 600.0          # scaning for so long is worth a client_waiting
 
+BRIDGE_LIMIT = 16 * 1024 * 1024  # bytes of one message of a OneBot bridge
+BRIDGE_SECONDS = 30.0            # for an answer of it; silence before a sign of life is asked for
+LOOKUP_SECONDS = 5.0             # a message waits so long for who wrote it
+LOGIN_SECONDS = 2.0              # between two looks at whether a bridge is logged in
+DETAIL_SECONDS = 10.0            # get_group_info waits so long for members
+
 TICKET_SECONDS = 120.0           # a login's QR code
 COOKIE_SECONDS = 3 * 86_400.0
 WAIT_LIMIT = 1_000               # messages that wait for one account on the local network
@@ -214,6 +220,12 @@ class TooSlow(Unreachable):
     """The other side took longer than it was given."""
 
     http = 504
+
+
+class Declined(OpenQQError):
+    """A bridge understood, and did not do it; the status is its wording."""
+
+    code = 201
 
 
 class NotFound(OpenQQError):
@@ -758,19 +770,24 @@ def _encoding(text: str) -> str:
     return text
 
 
-def _url(text: str) -> str:
+def _url(text: str, schemes: Sequence[str] = ("http", "https")) -> str:
     parts = urllib.parse.urlsplit(text)
-    if text and (parts.scheme not in ("http", "https") or not parts.hostname):
-        raise ValueError("must be an http:// or https:// URL")
+    if text and (parts.scheme not in schemes or not parts.hostname):
+        words = " or ".join(f"{scheme}://" for scheme in schemes)
+        raise ValueError(f"must be an {words} URL")
     if not re.fullmatch(r"[\x21-\x7e\u0080-\U0010ffff]*", text):
         raise ValueError("must not hold blanks or control characters")
     return text
 
 
+def _bridge_url(text: str) -> str:
+    return _url(text, ("http", "https", "ws", "wss"))
+
+
 def _choice(*words: str) -> Callable[[str], str]:
     def choose(text: str) -> str:
         if text not in words:
-            raise ValueError("must be " + " or ".join(words))
+            raise ValueError("must be " + " or ".join(filter(None, words)))
         return text
     return choose
 
@@ -874,6 +891,17 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("check_event_list_max_size", 20, _whole, "client", "events that check_event keeps"),
     Setting("download_media", True, _flag, "client", "weixin: keep received media as files"),
     Setting("numeric_ids", False, _flag, "client", "ids as JSON numbers"),
+    Setting("onebot_api", "", _bridge_url, "client",
+            "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000"),
+    Setting("onebot_token", "", _text, "client", "the bridge's access token", secret=True),
+    Setting("onebot_secret", "", _text, "client", "signs what the bridge posts to /onebot",
+            secret=True),
+    Setting("onebot_login", "", _choice("", "napcat", "llbot"), "client",
+            "whose page has the QR code: napcat or llbot"),
+    Setting("onebot_login_api", "", _url, "client",
+            "that page: port 6099 (llbot 3080) of the bridge's host"),
+    Setting("onebot_login_token", "", _text, "client", "that page's token or password",
+            secret=True),
     Setting("cookie_path", "", _path, "client", "cookie file: in tmpdir"),
     Setting("qrcode_path", "", _path, "client", "QR code file: in tmpdir"),
     Setting("state_path", "", _path, "client", "state file: in tmpdir"),
@@ -896,7 +924,8 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("is_update_friend", True, _flag, "client", "refresh friends"),
     Setting("is_update_group", True, _flag, "client", "refresh groups"),
     Setting("is_update_discuss", True, _flag, "client", "refresh discusses"),
-    Setting("allow_message_sync", False, _flag, "client", "taken, without effect", idle=True),
+    Setting("allow_message_sync", False, _flag, "client",
+            "report what the account sends from another device"),
     Setting("ignore_unknown_id", False, _flag, "client", "drop messages from strangers"),
     Setting("ua_retry_times", 5, _whole, "client", "taken, without effect", idle=True),
     *_idle("verifycode_path", "pic_dir", "ignore_retcode", "type", "check_account", "domain",
@@ -1296,12 +1325,16 @@ class DiscussMember(Thing):
 
 
 class Circle(Thing):
-    """A group or a discuss: `member` maps a uid to who it is."""
+    """A group or a discuss: `member` maps a uid to who it is.
+
+    `loaded` tells whether that is all of them: a link may leave them out until they are needed.
+    """
 
     member_class: Type[Thing]
 
     def __init__(self, values: Row) -> None:
         super().__init__(values)
+        self.loaded = "member" in values
         self.member: Dict[str, Thing] = {row["uid"]: self.member_class(row)
                                          for row in values.get("member") or []}
 
@@ -1856,11 +1889,13 @@ class Stream:
     the interpreter away, a quarter of the throughput (measured); TLS works with settimeout() only.
     """
 
-    __slots__ = ("sock", "buffer", "_patience", "_until", "_first", "_plain")
+    __slots__ = ("sock", "buffer", "idle", "_rest", "_patience", "_until", "_first", "_plain")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.buffer = b""
+        self.idle: Optional[Callable[[], None]] = None  # see rest()
+        self._rest = 0.0
         self._patience = -1.0
         self._until = 0.0
         self._first = True
@@ -1873,6 +1908,11 @@ class Stream:
         if seconds != self._patience:
             self._be_patient(seconds)
 
+    def rest(self, seconds: float, idle: Callable[[], None]) -> None:
+        """From now on silence is no failure: after so much of it idle() is called; it may raise."""
+        self.idle, self._rest = idle, seconds
+        self.allow(seconds)
+
     def _be_patient(self, seconds: float) -> None:
         self._patience = seconds
         if self._plain:
@@ -1882,6 +1922,16 @@ class Stream:
 
     def more(self) -> bytes:
         """What comes next from the socket, b"" at its end; TimeoutError, OSError."""
+        while True:
+            try:
+                return self._receive()
+            except TimeoutError:
+                if self.idle is None:
+                    raise
+            self.idle()
+            self.allow(self._rest)
+
+    def _receive(self) -> bytes:
         if not self._first:
             left = self._until - time.monotonic()
             if left <= 0:
@@ -2254,6 +2304,12 @@ def bearer(token: str) -> str:
 def same_bytes(one: bytes, other: bytes) -> bool:
     """Whether they are equal, in a time that does not tell where they differ."""
     return _compare_digest(one, other)
+
+
+def signature(secret: str, body: bytes) -> str:
+    """What X-Signature says of a body: sha1=HEX, as OneBot has it (DESIGN)."""
+    import hmac
+    return "sha1=" + hmac.new(secret.encode(), body, "sha1").hexdigest()
 
 
 def is_cross_site(fields: Fields) -> bool:
@@ -2757,7 +2813,11 @@ class Line:
         self.since = 0.0
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up; a thread that reads from it hears of that."""
+        try:
+            self.stream.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the other side was first
         self.stream.sock.close()
 
 
@@ -2809,11 +2869,12 @@ class Pool:
 class Reply:
     """An answer: status, fields, and a body that is read once."""
 
-    def __init__(self, line: Line, pool: Pool, method: str) -> None:
+    def __init__(self, line: Line, pool: Pool, call: Call) -> None:
         self._line, self._pool = line, pool
+        self._upgrade = "Upgrade" in call.fields
         stream = line.stream
         self.status, minor, self.fields = self._read_head(stream)
-        empty = method == "HEAD" or self.status in (204, 304)
+        empty = call.get_method() == "HEAD" or self.status in (204, 304)
         self._length = 0 if empty else self._body_length()
         wish = self.fields.get("connection", "").lower()
         self._keep = (minor == b"1" or "keep-alive" in wish) and "close" not in wish
@@ -2829,8 +2890,10 @@ class Reply:
             found = STATUS_LINE.fullmatch(line)
             if not found:
                 raise BadRequest(400, "the answer is not HTTP")
-            if found.group(2)[:1] != b"1":  # 100 Continue and its like announce another head
-                return int(found.group(2)), found.group(1), HEADS.parse(block)
+            status = int(found.group(2))
+            if status >= 200 or (status == 101 and self._upgrade):
+                return status, found.group(1), HEADS.parse(block)
+            # 100 Continue and its like announce another head
 
     def _body_length(self) -> Optional[int]:
         """None: as long as the connection lasts (RFC 9112 6.3)."""
@@ -2858,6 +2921,11 @@ class Reply:
                 self.close()
                 break
         return b"".join(pieces)[:limit]
+
+    @property
+    def stream(self) -> Stream:
+        """The connection itself, for what is no body: after 101, or for silence that may be."""
+        return self._line.stream
 
     def pieces(self, seconds: Optional[float] = None) -> Iterator[bytes]:
         """The body as it comes; with `seconds` each piece may take so long, else all together."""
@@ -2954,25 +3022,16 @@ class Transport(urllib.request.BaseHandler):
         stream = line.stream
         try:
             stream.allow(call.seconds if call.caller is None else call.patience or call.seconds)
-            self._send(stream.sock, data, call.seconds)
+            send_all(stream.sock, data, call.seconds)
             if call.caller is not None:
                 self._await(stream, call, call.caller)
-            return Reply(line, self.pool, call.get_method())
+            return Reply(line, self.pool, call)
         except (TimeoutError, EOFError, OSError, BadRequest) as error:
             line.close()
             raise _out_error(error, True) from None
         except Hangup:
             line.close()
             raise
-
-    def _send(self, sock: socket.socket, data: bytes, seconds: float) -> None:
-        """What fits into the socket's buffer goes at once; who does not read is given up."""
-        if len(data) > 4096:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(seconds))
-        try:
-            sock.sendall(data)
-        except BlockingIOError:
-            raise TimeoutError from None
 
     def _await(self, stream: Stream, call: Call, caller: socket.socket) -> None:
         """Wait for the answer's first bytes, and after a while for the caller's farewell too."""
@@ -3048,6 +3107,19 @@ class Transport(urllib.request.BaseHandler):
             raise Unreachable("the proxy does not let through")
 
 
+def send_all(sock: socket.socket, data: bytes, seconds: float) -> None:
+    """Send bytes; TimeoutError, OSError.
+
+    What fits into the socket's buffer goes at once; who does not read is given up.
+    """
+    if len(data) > 4096:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(seconds))
+    try:
+        sock.sendall(data)
+    except BlockingIOError:
+        raise TimeoutError from None
+
+
 def connect(host: str, port: int, until: float) -> socket.socket:
     """A connected socket to the first address that answers; never to a forbidden one.
 
@@ -3114,6 +3186,196 @@ def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = N
         raise Unreachable(str(error)) from None
     reply: Reply = OPENER.open(call, timeout=seconds)
     return reply
+
+
+class Frames:
+    """What a WebSocket server sends, without a socket: bytes in, whole messages out (RFC 6455).
+
+    A frame that announces more than `limit` bytes is refused before they are read.
+    """
+
+    TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._buffer = bytearray()
+        self._parts = bytearray()    # of a message that is not whole yet
+        self._code = 0               # and its opcode
+
+    def feed(self, data: bytes) -> List[Tuple[int, bytes]]:
+        """The messages, as (opcode, payload), that more bytes complete; BadRequest."""
+        self._buffer += data
+        found: List[Tuple[int, bytes]] = []
+        while True:
+            frame = self._frame()
+            if frame is None:
+                return found
+            found += self._join(*frame)
+
+    def _frame(self) -> Optional[Tuple[bool, int, bytes]]:
+        data = self._buffer
+        if len(data) < 2:
+            return None
+        final, code, length, start = bool(data[0] & 0x80), data[0] & 0x0f, data[1], 2
+        if data[0] & 0x70 or length & 0x80 or code not in (0, 1, 2, 8, 9, 10):
+            raise BadRequest(400, "not a WebSocket frame of a server")
+        if length >= 126:
+            start = 4 if length == 126 else 10
+            if len(data) < start:
+                return None
+            length = int.from_bytes(data[2:start], "big")
+        if code >= 8 and (length > 125 or not final):
+            raise BadRequest(400, "a control frame that is too long or in parts")
+        if length + len(self._parts) > self._limit:
+            raise BadRequest(413, f"a message of over {self._limit} bytes")
+        if len(data) < start + length:
+            return None
+        payload = bytes(data[start:start + length])
+        del data[:start + length]
+        return final, code, payload
+
+    def _join(self, final: bool, code: int, payload: bytes) -> List[Tuple[int, bytes]]:
+        if code >= 8:
+            return [(code, payload)]  # may stand between the parts of a message
+        if (code == 0) != (self._code != 0):
+            raise BadRequest(400, "parts of a message in the wrong order")
+        self._code = self._code or code
+        self._parts += payload
+        if not final:
+            return []
+        whole = (self._code, bytes(self._parts))
+        self._parts, self._code = bytearray(), 0
+        return [whole]
+
+    @staticmethod
+    def frame(code: int, payload: bytes) -> bytes:
+        """A frame as clients send it: masked, in one part."""
+        length = len(payload)
+        if length < 126:
+            head = bytes([0x80 | code, 0x80 | length])
+        elif length < 65_536:
+            head = struct.pack("!BBH", 0x80 | code, 0x80 | 126, length)
+        else:
+            head = struct.pack("!BBQ", 0x80 | code, 0x80 | 127, length)
+        mask = os.urandom(4)
+        stream = (mask * (length // 4 + 1))[:length]
+        masked = int.from_bytes(payload, "big") ^ int.from_bytes(stream, "big")
+        return head + mask + masked.to_bytes(length, "big")
+
+
+class WebSocket:
+    """A WebSocket to a server. Its `loop`, and the thread in it, own it; TLS bears no second one.
+
+    run() gives each text message to heard(data), answers pings, asks for a pong in a silence, and
+    ends with Unreachable, in words for a log, at the latest after four silent LOOK_SECONDS.
+    """
+
+    LOOK_SECONDS = BRIDGE_SECONDS / 2
+
+    def __init__(self, url: str, fields: Mapping[str, str], log: Log,
+                 heard: Callable[[bytes], None]) -> None:
+        self.loop = Loop(log)
+        self._heard = heard
+        self._frames = Frames(BRIDGE_LIMIT)
+        self._stream = self._shake_hands(url, fields)
+        self._error: Optional[Unreachable] = None
+        self._silent = 0             # looks without a sign of life between them
+
+    def _shake_hands(self, url: str, fields: Mapping[str, str]) -> Stream:
+        """RFC 6455 4.1; Unreachable, AuthFailure."""
+        key = base64.b64encode(os.urandom(16)).decode()
+        reply = fetch("http" + url[2:], "GET", {
+            **fields, "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": key,
+            "Sec-WebSocket-Version": "13"}, seconds=CONNECT_SECONDS, repeat=True)
+        if reply.status in (401, 403):
+            reply.close()
+            raise AuthFailure()
+        import hashlib
+        digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
+        proof = reply.fields.get("sec-websocket-accept", "")
+        if reply.status != 101 or proof != base64.b64encode(digest).decode():
+            reply.close()
+            raise Unreachable(f"no WebSocket there (it answers {reply.status})")
+        return reply.stream
+
+    def run(self) -> None:
+        """Work until the connection ends; always raises Unreachable."""
+        sock = self._stream.sock
+        try:
+            self.loop.call(self._take, self._stream.buffer)
+            self.loop.call(self.loop.watch, sock, self._read)
+            self.loop.call(self.loop.later, self.LOOK_SECONDS, self._look)
+            self.loop.run()
+        finally:
+            sock.close()
+        raise self._error or Unreachable("the connection was closed")
+
+    def send(self, text: bytes) -> None:
+        """Send a message, in the loop's thread. Unreachable."""
+        self._send(Frames.TEXT, text)
+
+    def close(self) -> None:
+        """Say farewell and end, from any thread."""
+        self.loop.call(self._end, Unreachable("the connection was closed"), 1000)
+
+    def _send(self, code: int, payload: bytes) -> None:
+        try:
+            self._stream.allow(BRIDGE_SECONDS)
+            send_all(self._stream.sock, Frames.frame(code, payload), BRIDGE_SECONDS)
+        except (OSError, TimeoutError) as error:
+            self._end(_out_error(error, True))
+            raise Unreachable("the connection broke", True) from None
+
+    def _read(self) -> None:
+        try:
+            self._stream.allow(BRIDGE_SECONDS)
+            data = self._stream.more()
+            while getattr(self._stream.sock, "pending", int)():  # TLS keeps what it decrypted
+                data += self._stream.more()
+        except (OSError, TimeoutError) as error:
+            return self._end(_out_error(error, True))
+        if not data:
+            return self._end(Unreachable("the connection was ended by the other side"))
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        try:
+            messages = self._frames.feed(data)
+        except BadRequest as error:
+            return self._end(Unreachable(error.status), 1009 if error.http == 413 else 1002)
+        self._silent = 0
+        for code, payload in messages:
+            self._hear(code, payload)
+
+    def _hear(self, code: int, payload: bytes) -> None:
+        if code in (Frames.TEXT, Frames.BINARY):
+            self._heard(payload)
+        elif code == Frames.PING:
+            self._send(Frames.PONG, payload)
+        elif code == Frames.CLOSE:
+            why = CONTROLS.sub(" ", payload[2:].decode("utf-8", "replace"))
+            self._end(Unreachable("the other side closed the connection"
+                                  + (f": {why}" if why else "")), 1000)
+
+    def _look(self) -> None:
+        """A connection that a bridge or a router forgot looks like one where nothing happens."""
+        self._silent += 1
+        if self._silent > 2:
+            return self._end(TooSlow("no sign of life"))
+        if self._silent == 2:
+            self._send(Frames.PING, b"")
+        self.loop.later(self.LOOK_SECONDS, self._look)
+
+    def _end(self, error: Unreachable, code: int = 0) -> None:
+        if self._error:
+            return
+        self._error = error
+        self.loop.stop()
+        if code:
+            try:
+                self._send(Frames.CLOSE, struct.pack("!H", code))
+            except Unreachable:
+                pass  # it is gone already
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3741,9 +4003,7 @@ class Reporter:
         fields = {"Content-Type": "application/json", "X-Event-ID": item["id"],
                   "User-Agent": "openqq/" + VERSION}
         if self._secret:
-            import hmac
-            digest = hmac.new(self._secret.encode(), body, "sha1").hexdigest()
-            fields["X-Signature"] = "sha1=" + digest
+            fields["X-Signature"] = signature(self._secret, body)
         status, answer, error = self._try(fields, body)
         self._loop.call(self._landed, conversation, key, item, status, answer, error)
 
@@ -5180,16 +5440,20 @@ def check_content(params: Params) -> str:
 class Hooks:
     """What a link tells its client; each may be called from any thread.
 
-    `qrcode(text, seconds)`: to be scanned, and how long it holds. `scanned()`. `confirmed(cookie,
-    fresh)`: logged in, `fresh` if ids may have changed. `received(items)`: what happened; returns
-    the mark of what is safe on disk. `lost(error)`: the connection is gone, in words.
+    `qrcode(text, seconds)`: to be scanned, and how long it holds. `waiting(error)`: not logged in,
+    and no code to show. `scanned()`. `confirmed(cookie, fresh)`: logged in, `fresh` if ids may
+    have changed; also after `lost(error)`: the connection is gone, in words. `received(items)`:
+    what happened; returns the mark of what is safe on disk. `known(kind, uid, circle)`: a thing of
+    the roster, or None.
     """
 
-    def __init__(self, qrcode: Callable[[str, float], None], scanned: Callable[[], None],
-                 confirmed: Callable[[str, bool], None],
-                 received: Callable[[List[Row]], str], lost: Callable[[str], None]) -> None:
-        self.qrcode, self.scanned, self.confirmed = qrcode, scanned, confirmed
-        self.received, self.lost = received, lost
+    def __init__(self, qrcode: Callable[[str, float], None], waiting: Callable[[str], None],
+                 scanned: Callable[[], None], confirmed: Callable[[str, bool], None],
+                 lost: Callable[[str], None], received: Callable[[List[Row]], str],
+                 known: Callable[[str, str, str], Optional[Any]]) -> None:
+        self.qrcode, self.waiting, self.scanned = qrcode, waiting, scanned
+        self.confirmed, self.lost = confirmed, lost
+        self.received, self.known = received, known
 
 
 class Link:
@@ -5200,6 +5464,8 @@ class Link:
 
     send_interval = 3.0          # seconds between two messages unless settings say otherwise
     batch = 1                    # messages that send() takes at once where there is no interval
+    echoes = False               # what is sent may come back before send() has returned
+    fetches = False              # takes a picture as a URL, and fetches it by itself
 
     def login(self, cookie: str, mark: str) -> None:
         """Begin to log in, with a former login's cookie if there is one; hooks tell the rest."""
@@ -5213,15 +5479,30 @@ class Link:
         """The account is running."""
 
     def roster(self) -> Row:
-        """{"user": …, "friend": […], "group": […], "discuss": […]}, the lists with members."""
+        """{"user": …, "friend": […], "group": […], "discuss": […]}.
+
+        A group without `member` has that, and its role, left to details().
+        """
+        raise NotImplementedError
+
+    def details(self, group: str, members: bool) -> Row:
+        """What roster() left out of a group: role, and with `members` owner_id, owner_uid, member.
+
+        Declined if there are none to be had.
+        """
         raise NotImplementedError
 
     def send(self, messages: List[Row]) -> List[Row]:
-        """Send messages {type, content, uid, group, discuss}; for each {"code", "info"}.
+        """Send messages {type, content, cq, uid, group, discuss, media}; for each {"code", "info"}.
 
-        `mark` besides, if an answer came with it: that of an item that hooks.received() will get.
+        `number` besides, for revoke(); and `mark`, if an answer came with it: that of an item that
+        hooks.received() will get. `media` is {name, mime, data (base64), url, path}.
         """
         raise NotImplementedError
+
+    def hear(self, row: Row) -> bool:
+        """Take an event that was posted to us; False if this link knows none."""
+        return False
 
     def kick(self, group: str, uids: List[str]) -> bool:
         """Remove members of a group; False without the right to it."""
@@ -5231,7 +5512,7 @@ class Link:
         """Silence members of a group; False without the right to it."""
         raise NotImplementedError
 
-    def revoke(self, number: int) -> bool:
+    def revoke(self, number: Any) -> bool:
         """Take back a message, by the `number` in send()'s result."""
         return False
 
@@ -5275,6 +5556,7 @@ class LocalLink(Link):
 
     send_interval = 0.0
     batch = 64
+    echoes = True
 
     def __init__(self, host: Callable[[str, Row], Json], hooks: Hooks, password: bool,
                  log: Log) -> None:
@@ -5313,7 +5595,7 @@ class LocalLink(Link):
     def mute(self, group: str, uids: List[str], seconds: int) -> bool:
         return bool(self._host("mute", {"group": group, "uids": uids, "seconds": seconds}))
 
-    def revoke(self, number: int) -> bool:
+    def revoke(self, number: Any) -> bool:
         return bool(self._host("revoke", {"number": number}))
 
     def answer_request(self, ticket: str, accept: bool, markname: str) -> bool:
@@ -5350,8 +5632,8 @@ class LocalLink(Link):
             except NotRunning:
                 return  # we stop, or the host does
             except Exception as error:  # whatever it was, an account must not go deaf
-                if failures == 2:  # not at a stop, when the host goes a moment before us
-                    self._hooks.lost(f"local network: {error}")
+                if failures == 2 and not self._closed.is_set():
+                    self._log.warn(f"local network: {error}")
                 self._closed.wait(backoff(failures, 30.0))
                 failures += 1
 
@@ -5389,6 +5671,1007 @@ class RemoteHost:
         if reply.status != 200:
             raise Unreachable(str(value.get("status", reply.status)), True)
         return value
+
+
+# -- OneBot 11: real QQ, through a bridge (ONEBOT.md)
+
+CQ_CODE = re.compile(r"\[CQ:([A-Za-z0-9_.\-]+)((?:,[^,\[\]]*)*)\]")
+CQ_ESCAPES = (("&", "&amp;"), ("[", "&#91;"), ("]", "&#93;"), (",", "&#44;"))
+CQ_SOURCES = ("file", "url", "path", "image", "audio", "cover", "thumb", "icon")
+LABELS = {"face": "[表情]", "image": "[图片]", "record": "[语音]", "video": "[视频]",
+          "file": "[文件]", "reply": ""}
+SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
+MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
+
+
+def cq_escape(text: str, value: bool = False) -> str:
+    """Text, or the value of a key, as CQ codes spell it."""
+    for plain, code in CQ_ESCAPES if value else CQ_ESCAPES[:3]:
+        text = text.replace(plain, code)
+    return text
+
+
+def cq_unescape(text: str) -> str:
+    """What cq_escape() was given; `&` comes last, or it would make new codes."""
+    for plain, code in reversed(CQ_ESCAPES):
+        text = text.replace(code, plain)
+    return text
+
+
+def segments_of(message: Json) -> List[Row]:
+    """A message as bridges spell it, with CQ codes or as a list, as [{"type", "data"}]."""
+    if isinstance(message, str):
+        return _cq_segments(message)
+    rows = message if isinstance(message, list) else [message]
+    return [{"type": str(row.get("type")), "data": row["data"]} for row in rows
+            if isinstance(row, dict) and isinstance(row.get("data"), dict)]
+
+
+def _cq_segments(text: str) -> List[Row]:
+    found, end = [], 0
+    for code in CQ_CODE.finditer(text):
+        found += _text_segments(cq_unescape(text[end:code.start()]))
+        pairs = [pair.partition("=") for pair in code.group(2).split(",")[1:]]
+        found.append({"type": code.group(1),
+                      "data": {key: cq_unescape(value) for key, _, value in pairs}})
+        end = code.end()
+    return found + _text_segments(cq_unescape(text[end:]))
+
+
+def _text_segments(text: str) -> List[Row]:
+    return [{"type": "text", "data": {"text": text}}] if text else []
+
+
+def cq_text(segments: Iterable[Row]) -> str:
+    """Segments as one text with CQ codes."""
+    parts = []
+    for segment in segments:
+        if segment["type"] == "text":
+            parts.append(cq_escape(str(segment["data"].get("text", ""))))
+        else:
+            pairs = "".join(f",{key}={cq_escape(_cq_value(value), True)}"
+                            for key, value in segment["data"].items() if value is not None)
+            parts.append(f"[CQ:{segment['type']}{pairs}]")
+    return "".join(parts)
+
+
+def _cq_value(value: Json) -> str:
+    return to_bytes(value).decode() if isinstance(value, (dict, list)) else str(value)
+
+
+def check_cq(content: str) -> None:
+    """NotAllowed for a code that would send a file of the bridge's machine."""
+    for segment in segments_of(content):
+        for key in CQ_SOURCES:
+            source = str(segment["data"].get(key, ""))
+            if not re.match("(https?|base64)://", source) and (
+                    re.search(r"[/\\]", source) or source.lower().startswith("file:")):
+                raise NotAllowed(f"{key} in a CQ code not allowed: give http://… or base64://…")
+
+
+def scalar(value: Json) -> Optional[str]:
+    """A scalar as text, as bridges write the same id as a number or a string; else None."""
+    if value is None or isinstance(value, (dict, list)):
+        return None
+    whole = isinstance(value, (bool, float)) and value == int(value)
+    return str(int(value)) if whole else str(value)
+
+
+def rows_of(value: Json) -> List[Row]:
+    """The objects of a list; what else a bridge may have put there is left out."""
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def friend_row(row: Row) -> Row:
+    """A friend of OneBot's as ours; NapCat knows the category."""
+    uid = scalar(row.get("user_id"))
+    category = (row.get("categoryName") or row.get("category_name") or row.get("categroyName"))
+    return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
+            "markname": scalar(row.get("remark")) or None, "category": scalar(category),
+            "sex": scalar(row.get("sex"))}
+
+
+def group_row(row: Row) -> Row:
+    """A group of OneBot's as ours; member_count is for us alone."""
+    uid, most = scalar(row.get("group_id")), scalar(row.get("max_member_count")) or ""
+    return {"uid": uid, "id": uid, "name": scalar(row.get("group_name")) or uid,
+            "markname": scalar(row.get("group_remark")) or None,
+            "max_member": int(most) if most.isdigit() and int(most) else None,
+            "member_count": scalar(row.get("member_count"))}
+
+
+def member_row(row: Row) -> Row:
+    """A member of a group of OneBot's as ours; what is not known takes no memory."""
+    uid = scalar(row.get("user_id"))
+    known = {"sex": row.get("sex"), "join_time": row.get("join_time"), "level": row.get("level"),
+             "last_speak_time": row.get("last_sent_time"), "province": row.get("area")}
+    return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
+            "card": scalar(row.get("card")) or None, "role": scalar(row.get("role")) or "member",
+            **{name: scalar(value) for name, value in known.items() if value not in (None, "")}}
+
+
+class OneBotEvents:
+    """What a bridge tells, as items of a link (ONEBOT.md, "Mapping"). One thread uses it.
+
+    `look_up(action, **params)` asks the bridge for an object, {} if it has none; `known` is that
+    of Hooks; `sync` tells whether what the account sends elsewhere counts.
+    """
+
+    NOTICES = {"group_increase": "_increase", "group_decrease": "_decrease",
+               "friend_add": "_befriended", "group_card": "_card", "group_admin": "_admin",
+               "group_recall": "_recall", "friend_recall": "_recall", "notify": "_notify"}
+
+    def __init__(self, look_up: Callable[..., Row],
+                 known: Callable[[str, str, str], Optional[Any]], sync: bool) -> None:
+        self._look_up, self._known, self._sync = look_up, known, sync
+        self.me = ""                                  # the account's own uid
+        self._seen: Dict[str, None] = {}              # the newest events, by what tells them apart
+        self._names: Dict[Tuple[str, str], str] = {}  # (group, uid) -> how `at` shows them
+
+    def items(self, row: Row) -> List[Row]:
+        """The items that come of an event, in order; none if it came before or means nothing."""
+        if self._is_repeated(row):
+            return []
+        post_type = row.get("post_type")
+        if post_type in ("message", "message_sent"):
+            own = post_type == "message_sent" or scalar(row.get("user_id")) == self.me
+            return self._own_message(row) if own else self._message(row)
+        if post_type == "request" and row.get("request_type") == "friend":
+            return self._request(row)
+        name = self.NOTICES.get(str(row.get("notice_type"))) if post_type == "notice" else None
+        return getattr(self, name)(row) if name else []
+
+    def _is_repeated(self, row: Row) -> bool:
+        """A webhook is tried again, and may come beside a stream."""
+        if row.get("message_id") is not None and "message_type" in row:
+            key = "/".join(str(row.get(name)) for name in (
+                "post_type", "message_type", "group_id", "user_id", "message_id"))
+        else:
+            key = to_bytes(row).decode()
+        repeated = key in self._seen
+        self._seen[key] = None
+        if len(self._seen) > WAIT_LIMIT:
+            del self._seen[next(iter(self._seen))]
+        return repeated
+
+    # -- messages
+
+    def _message(self, row: Row) -> List[Row]:
+        sender = row.get("sender")
+        who = {"user_id": row.get("user_id"), **(sender if isinstance(sender, dict) else {})}
+        anonymous = row.get("anonymous")
+        if isinstance(anonymous, dict):
+            who.update(nickname=anonymous.get("name"), card=None)
+        kind, group = self._place(row, who)
+        uid = str(scalar(row["user_id"]))
+        met = (self._meet_group(group) + self._meet_member(group, uid, who) if group
+               else self._meet_friend(uid, who))
+        item = self._item(row, kind, group)
+        member = member_row(who) if group else friend_row(who)
+        return met + [{**item, "do": "message", "uid": uid, "sender_id": uid,
+                       "name": member["name"], "sender": member}]
+
+    def _place(self, row: Row, who: Row) -> Tuple[str, str]:
+        """Type and group; NapCat has a temporary session's group at the top, LLBot in sender."""
+        if row.get("message_type") == "group":
+            return "group_message", str(scalar(row["group_id"]))
+        group = scalar(row.get("group_id")) or scalar(who.get("group_id")) or ""
+        if row.get("sub_type") == "group" and group not in ("", "0"):
+            return "sess_message", group
+        return "friend_message", ""
+
+    def _item(self, row: Row, kind: str, group: str) -> Row:
+        segments = segments_of(row.get("message"))
+        raw = row.get("raw_message")
+        return {"type": kind, "group": group or None, "id": str(scalar(row.get("message_id"))),
+                "number": row.get("message_id"), "content": self._readable(segments, group),
+                "raw_message": raw if isinstance(raw, str) else cq_text(segments),
+                "time": scalar(row.get("time")) or str(int(time.time())),
+                "links": [self._link(segment) for segment in segments
+                          if segment["type"] in MEDIA]}
+
+    def _link(self, segment: Row) -> Row:
+        data = segment["data"]
+        url = scalar(data.get("url")) or scalar(data.get("file")) or ""
+        return {"type": MEDIA[segment["type"]],
+                "url": url if re.match("https?://", url) else None,
+                "name": scalar(data.get("name")) or scalar(data.get("file")),
+                "size": scalar(data.get("file_size"))}
+
+    def _readable(self, segments: List[Row], group: str) -> str:
+        return "".join(self._readable_part(part["type"], part["data"], group)
+                       for part in segments)
+
+    def _readable_part(self, kind: str, data: Row, group: str) -> str:
+        if kind == "text":
+            return str(data.get("text", ""))
+        if kind == "at":
+            return f"@{self._at_name(data, group)} "
+        return LABELS.get(kind, f"[{kind}]")
+
+    def _at_name(self, data: Row, group: str) -> str:
+        uid = str(scalar(data.get("qq")))
+        if uid == "all":
+            return "全体成员"
+        thing = self._known("group_member", uid, group)
+        name = thing.displayname if thing else scalar(data.get("name")) or self._names.get(
+            (group, uid))
+        if not name:
+            row = member_row({"user_id": uid, **self._look_up(
+                "get_group_member_info", group_id=group, user_id=uid)}) if group else {}
+            name = row.get("card") or row.get("name") or uid
+            self._names[group, uid] = name
+            if len(self._names) > WAIT_LIMIT:
+                del self._names[next(iter(self._names))]
+        return str(name)
+
+    def _own_message(self, row: Row) -> List[Row]:
+        kind, group = self._place(row, {})
+        uid = scalar(row.get("target_id"))
+        if not self._sync or not (uid or group):
+            return []
+        return [{**self._item(row, kind, group), "do": "sent",
+                 "uid": None if kind == "group_message" else uid}]
+
+    # -- who is new
+
+    def _meet_friend(self, uid: str, who: Row) -> List[Row]:
+        if self._known("friend", uid, "") or who.get("sub_type", "friend") != "friend":
+            return []
+        return self._new("friend", friend_row({**who, **self._stranger(uid)}))
+
+    def _meet_group(self, uid: str) -> List[Row]:
+        if self._known("group", uid, ""):
+            return []
+        return self._new("group", group_row({"group_id": uid, **self._look_up(
+            "get_group_info", group_id=uid)}))
+
+    def _meet_member(self, group: str, uid: str, who: Row) -> List[Row]:
+        """Only where all are known can one be new; elsewhere the message itself says who it is."""
+        circle = self._known("group", group, "")
+        if circle is None or not circle.loaded or uid in circle.member or "anonymous" in who:
+            return []
+        return self._new("group_member", self._member(group, uid, who), circle=group)
+
+    def _new(self, kind: str, thing: Row, **where: str) -> List[Row]:
+        return [{"do": "event", "event": "new_" + kind, "object": thing, **where}]
+
+    def _stranger(self, uid: str) -> Row:
+        return {"user_id": uid, **self._look_up("get_stranger_info", user_id=uid)}
+
+    def _member(self, group: str, uid: str, who: Row) -> Row:
+        return member_row({"user_id": uid, **who, **self._look_up(
+            "get_group_member_info", group_id=group, user_id=uid)})
+
+    # -- notices
+
+    def _where(self, row: Row) -> Tuple[str, str]:
+        return str(scalar(row.get("group_id"))), str(scalar(row.get("user_id")))
+
+    def _increase(self, row: Row) -> List[Row]:
+        group, uid = self._where(row)
+        met = self._meet_group(group)
+        if uid == self.me or self._known("group_member", uid, group):
+            return met
+        return met + self._new("group_member", self._member(group, uid, {}), circle=group)
+
+    def _decrease(self, row: Row) -> List[Row]:
+        group, uid = self._where(row)
+        if uid == self.me or row.get("sub_type") in ("kick_me", "disband"):
+            return [{"do": "event", "event": "lose_group",
+                     "object": {"uid": group, "id": group, "name": group}}]
+        known = self._known("group_member", uid, group)
+        return [{"do": "event", "event": "lose_group_member", "circle": group,
+                 "object": {"uid": uid} if known else member_row(self._stranger(uid))}]
+
+    def _befriended(self, row: Row) -> List[Row]:
+        uid = str(scalar(row.get("user_id")))
+        return [] if self._known("friend", uid, "") else self._new(
+            "friend", friend_row(self._stranger(uid)))
+
+    def _changed(self, row: Row, name: str, value: Optional[str], old: Optional[str]) -> List[Row]:
+        group, uid = self._where(row)
+        return [{"do": "event", "event": "group_member_property_change", "circle": group,
+                 "uid": uid, "property": name, "value": value,
+                 "object": {**member_row({"user_id": uid}), name: old}}]
+
+    def _card(self, row: Row) -> List[Row]:
+        return self._changed(row, "card", scalar(row.get("card_new")) or None,
+                             scalar(row.get("card_old")) or None)
+
+    def _admin(self, row: Row) -> List[Row]:
+        group, uid = self._where(row)
+        role, old = (("admin", "member") if row.get("sub_type") == "set" else ("member", "admin"))
+        own = [self._of_group(group, "role", ROLES[role])] if uid == self.me else []
+        return own + self._changed(row, "role", role, old)
+
+    def _of_group(self, group: str, name: str, value: str) -> Row:
+        return {"do": "event", "event": "group_property_change", "uid": group, "property": name,
+                "value": value}
+
+    def _notify(self, row: Row) -> List[Row]:
+        name = scalar(row.get("name_new")) or scalar(row.get("group_name"))
+        if row.get("sub_type") != "group_name" or not name:
+            return []
+        return [self._of_group(self._where(row)[0], "name", name)]
+
+    def _recall(self, row: Row) -> List[Row]:
+        uid = scalar(row.get("user_id"))
+        return [{"do": "event", "event": "revoke_message", "params": [
+            scalar(row.get("message_id")), uid, scalar(row.get("operator_id")) or uid,
+            scalar(row.get("group_id"))]}]
+
+    def _request(self, row: Row) -> List[Row]:
+        friend = friend_row(self._stranger(str(scalar(row.get("user_id")))))
+        return [{"do": "event", "event": "friend_request", "request": {
+            "id": friend["uid"], "name": friend["name"], "displayname": friend["name"],
+            "verify": scalar(row.get("comment")) or "", "ticket": scalar(row.get("flag"))}}]
+
+
+class Bridge:
+    """The way to a OneBot bridge: actions there, events back. One subclass per way.
+
+    `hear(row)` gets each event, in the thread that is in listen().
+    """
+
+    def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
+        self._url, self._log, self._hear = url.rstrip("/"), log, hear
+        self._fields = {"Authorization": bearer(token)} if token else {}
+
+    def open(self) -> None:
+        """Connect. Unreachable."""
+        raise NotImplementedError
+
+    def listen(self) -> None:
+        """Pass events on until the bridge is lost: always raises Unreachable."""
+        raise NotImplementedError
+
+    def ask(self, action: str, params: Row, seconds: float) -> Row:
+        """The bridge's answer to an action, whatever it says. Unreachable, Declined."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let listen() end, from any thread."""
+        raise NotImplementedError
+
+    REFUSED = "the bridge refuses onebot_token"
+
+    def _read(self, data: bytes) -> Row:
+        try:
+            row = from_bytes(data)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise Unreachable("the bridge sends what is no JSON object", True)
+        return row
+
+
+class SocketBridge(Bridge):
+    """One forward WebSocket for all."""
+
+    def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
+        super().__init__(url, token, log, hear)
+        self._count = itertools.count(1)
+        self._socket: Optional[WebSocket] = None
+        self._waiting: Dict[str, Promise] = {}  # echo -> who waits; in the socket's loop
+        self._complaint = ""                    # what it said without being asked
+
+    def open(self) -> None:
+        self._complaint = ""
+        try:
+            self._socket = WebSocket(self._url, self._fields, self._log, self._heard)
+        except AuthFailure:
+            raise Unreachable(self.REFUSED) from None
+
+    def listen(self) -> None:
+        assert self._socket is not None
+        try:
+            self._socket.run()
+        except Unreachable as error:
+            waiting, self._waiting = self._waiting, {}
+            for promise in waiting.values():
+                promise.fail(Unreachable(error.status, True))
+            raise Unreachable(self._complaint or error.status) from None
+
+    def ask(self, action: str, params: Row, seconds: float) -> Row:
+        socket, echo, promise = self._socket, str(next(self._count)), Promise()
+        text = to_bytes({"action": action, "params": params, "echo": echo})
+        if socket is None:
+            raise Unreachable("the bridge is not connected")
+        try:
+            socket.loop.ask(self._send, socket, echo, text, promise)
+            row: Row = promise.wait(seconds)
+            return row
+        except NotRunning:
+            raise Unreachable("the bridge is not connected") from None
+        except TimeoutError:
+            socket.loop.call(self._waiting.pop, echo, None)
+            raise TooSlow(f"the bridge does not answer {action}", True) from None
+
+    def _send(self, socket: WebSocket, echo: str, text: bytes, promise: Promise) -> None:
+        self._waiting[echo] = promise
+        socket.send(text)
+
+    def _heard(self, data: bytes) -> None:
+        try:
+            row = self._read(data)
+        except Unreachable as error:
+            self._complaint = error.status
+            return self.close()
+        promise = self._waiting.pop(str(row.get("echo")), None)
+        if promise:
+            promise.keep(row)
+        elif "post_type" in row:
+            self._hear(row)
+        elif row.get("status") == "failed":  # as NapCat does with a wrong token, before it closes
+            refused = scalar(row.get("retcode")) in ("1401", "1403")
+            self._complaint = (f"{self.REFUSED}: " if refused else "") + wording(row)
+
+    def close(self) -> None:
+        if self._socket:
+            self._socket.close()
+
+
+class HttpBridge(Bridge):
+    """Actions by POST; events by SSE where the bridge has that, else it posts them to /onebot."""
+
+    def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
+        super().__init__(url, token, log, hear)
+        self._closed = threading.Event()
+        self._events: Optional[Reply] = None  # the stream, while there is one
+
+    def open(self) -> None:
+        self._closed.clear()
+        reply = self._fetch("/_events", "GET", None, BRIDGE_SECONDS)
+        if reply.status == 200 and reply.kind == "text/event-stream":
+            self._events = reply
+        else:
+            reply.close()
+            self._log.info("the bridge has no stream of events; it must post them to /onebot")
+
+    def _fetch(self, path: str, method: str, body: Optional[bytes], seconds: float) -> Reply:
+        reads = path.startswith(("/get_", "/_"))
+        fields = {**self._fields, "Content-Type": "application/json"}
+        reply = fetch(self._url + path, method, fields, body, seconds, repeat=reads)
+        if reply.status in (401, 403):
+            reply.close()
+            raise Unreachable(self.REFUSED)
+        return reply
+
+    def listen(self) -> None:
+        if self._events:
+            self._follow(self._events)
+        while not self._closed.wait(BRIDGE_SECONDS):
+            self._check()
+        raise Unreachable("the connection was closed")
+
+    def _follow(self, reply: Reply) -> None:
+        """NapCat's stream has no sign of life, so in a silence it is asked for one."""
+        events = ServerSent()
+        reply.stream.rest(BRIDGE_SECONDS, self._check)
+        try:
+            for piece in reply.pieces():
+                for data in events.feed(piece):
+                    self._hear(self._read(data))
+        finally:
+            self._events = None
+            reply.close()
+        raise Unreachable("the bridge ended its stream of events")
+
+    def _check(self) -> None:
+        if self._closed.is_set():
+            raise Unreachable("the connection was closed")
+        status = self.ask("get_status", {}, BRIDGE_SECONDS).get("data")
+        self._hear({"post_type": "meta_event", "meta_event_type": "heartbeat", "status": status})
+
+    def ask(self, action: str, params: Row, seconds: float) -> Row:
+        reply = self._fetch("/" + action, "POST", to_bytes(params), seconds)
+        data = reply.read(BRIDGE_LIMIT)
+        if reply.status == 404:
+            raise Declined(f"the bridge knows no {action}")
+        if reply.status != 200:
+            raise Unreachable(f"the bridge answers {reply.status}", True)
+        return self._read(data)
+
+    def close(self) -> None:
+        self._closed.set()
+        reply = self._events
+        if reply:
+            reply.close()
+
+
+class ServerSent:
+    """Server-sent events, without a socket: bytes in, the data of whole events out."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._lines: List[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> List[bytes]:
+        """The data of the events that more bytes complete; Unreachable if one is too long."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        found = []
+        for line in lines:
+            line = line.rstrip(b"\r")
+            if line.startswith(b"data:"):
+                self._lines.append(line[5:].lstrip(b" "))
+                self._size += len(line)
+            elif not line and self._lines:
+                found.append(b"\n".join(self._lines))
+                self._lines, self._size = [], 0
+        if self._size + len(self._rest) > BRIDGE_LIMIT:
+            raise Unreachable(f"an event of over {BRIDGE_LIMIT} bytes")
+        return found
+
+
+def wording(row: Row) -> str:
+    """Why a bridge did not do what it was asked."""
+    return (scalar(row.get("wording")) or scalar(row.get("message")) or scalar(row.get("msg"))
+            or f"retcode {row.get('retcode')}")
+
+
+class LoginPage:
+    """Where a bridge shows the QR code of its QQ (ONEBOT.md, "Login QR").
+
+    A token that was refused is not offered again: LLBot locks the page for that.
+    """
+
+    PORT = 0
+
+    def __init__(self, url: str, token: str) -> None:
+        self._url, self._token = url.rstrip("/"), token
+        self._refused = ""
+
+    def look(self) -> Tuple[bool, str, str]:
+        """Whether the bridge is logged in, the code's text, and what is wrong. Unreachable."""
+        if self._refused:
+            raise Unreachable(self._refused)
+        return self._look()
+
+    def renew(self) -> str:
+        """Have the bridge make a new code: its text, empty if look() will tell. Unreachable."""
+        return ""
+
+    def _look(self) -> Tuple[bool, str, str]:
+        raise NotImplementedError
+
+    def _refuse(self, why: str) -> Unreachable:
+        self._refused = f"the login page refuses onebot_login_token ({why}); it is not asked again"
+        return Unreachable(self._refused)
+
+    def _call(self, method: str, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
+        reply = fetch(self._url + path, method, {**fields, "Content-Type": "application/json"},
+                      body, BRIDGE_SECONDS, repeat=method == "GET")
+        data = reply.read()
+        if reply.status in (401, 403, 423, 429):
+            raise self._refuse(f"it answers {reply.status}")
+        try:
+            row = from_bytes(data)
+        except ValueError:
+            row = None
+        if reply.status != 200 or not isinstance(row, dict):
+            raise Unreachable(f"the login page answers {reply.status}")
+        return row
+
+    def _digest(self, text: str) -> str:
+        import hashlib
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _data(self, row: Row) -> Row:
+        data = row.get("data")
+        return data if isinstance(data, dict) else {}
+
+
+class NapCatPage(LoginPage):
+    """NapCat's WebUI: a login for an hour, then all is POST and HTTP 200."""
+
+    PORT = 6099
+
+    def __init__(self, url: str, token: str) -> None:
+        super().__init__(url, token)
+        self._credential = ""
+        self._rest_until = 0.0
+
+    def _look(self) -> Tuple[bool, str, str]:
+        data = self._ask("CheckLoginStatus")
+        offline = data.get("isOffline")
+        if data.get("isLogin") and not offline:
+            return True, "", ""
+        text = scalar(data.get("qrcodeurl")) or scalar(
+            self._ask("GetQQLoginQrcode").get("qrcode"))
+        if offline and not text and time.monotonic() > self._rest_until:
+            self._rest_until = time.monotonic() + BRIDGE_SECONDS
+            text = self.renew()  # after a kick-off it has none before it is asked
+        return False, text or "", scalar(data.get("loginError")) or ""
+
+    def renew(self) -> str:
+        """NapCat makes one when it is asked, and may tell it at once."""
+        return scalar(self._ask("RefreshQRcode").get("qrcodeurl")) or ""
+
+    def _ask(self, name: str) -> Row:
+        fresh = not self._credential
+        if fresh:
+            self._credential = self._log_in()
+        row = self._call("POST", "/api/QQLogin/" + name,
+                         {"Authorization": "Bearer " + self._credential}, b"{}")
+        why = scalar(row.get("message")) or ""
+        if scalar(row.get("code")) == "0":
+            return self._data(row)
+        if not re.search("unauthor|credential|token", why, re.I):
+            return {}
+        self._credential = ""  # its hour is over
+        if fresh:
+            raise self._refuse(why)
+        return self._ask(name)
+
+    def _log_in(self) -> str:
+        if time.monotonic() < self._rest_until:
+            raise Unreachable("the login page wants to be left alone for a while")
+        row = self._call("POST", "/api/auth/login", {},
+                         to_bytes({"hash": self._digest(self._token + ".napcat")}))
+        data, why = self._data(row), scalar(row.get("message")) or ""
+        credential = scalar(data.get("Credential"))
+        if scalar(row.get("code")) == "0" and credential:
+            return credential
+        if "rate limit" in why:  # says nothing about the token
+            self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
+            raise Unreachable(f"the login page: {why}")
+        raise self._refuse("two-factor login" if data.get("require2FA") else why)
+
+
+class LLBotPage(LoginPage):
+    """LLBot's WebUI."""
+
+    PORT = 3080
+
+    def _look(self) -> Tuple[bool, str, str]:
+        if self._ask("login-info").get("online"):
+            return True, "", ""
+        return False, scalar(self._ask("login-qrcode").get("qrcodeUrl")) or "", ""
+
+    def _ask(self, name: str) -> Row:
+        return self._data(self._call("GET", "/api/" + name,
+                                     {"X-Webui-Token": self._digest(self._token)}))
+
+
+LOGIN_PAGES: Dict[str, Type[LoginPage]] = {"napcat": NapCatPage, "llbot": LLBotPage}
+
+
+def find_login_page(settings: Settings) -> Optional[LoginPage]:
+    """The page that settings name, by default on the bridge's host; None without onebot_login."""
+    if not settings.onebot_login:
+        return None
+    kind = LOGIN_PAGES[settings.onebot_login]
+    host = urllib.parse.urlsplit(settings.onebot_api).hostname or ""
+    url = settings.onebot_login_api or f"http://{f'[{host}]' if ':' in host else host}:{kind.PORT}"
+    return kind(url, settings.onebot_login_token)
+
+
+class Intake:
+    """Events between the thread that reads them and the one that passes them on, in order.
+
+    Until open() they wait, the oldest dropped beyond LIMIT; then put() waits where too many do.
+    """
+
+    LIMIT = 10_000
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards _rows, _open, dropped
+        self._rows: Deque[Row] = collections.deque()
+        self._open = False
+        self.dropped = 0
+
+    def open(self) -> None:
+        """From now on somebody takes them."""
+        with self._changed:
+            self._open = True
+
+    def put(self, row: Row) -> bool:
+        """Add one; whether it can be taken now.
+
+        The wait has an end: who takes may itself wait for an answer that comes after this.
+        """
+        with self._changed:
+            if self._open:
+                self._changed.wait_for(lambda: len(self._rows) < self.LIMIT, LOOKUP_SECONDS)
+            elif len(self._rows) >= self.LIMIT:
+                self._rows.popleft()
+                self.dropped += 1
+            self._rows.append(row)
+            return self._open
+
+    def take(self) -> List[Row]:
+        """All that is there."""
+        with self._changed:
+            rows = list(self._rows)
+            self._rows.clear()
+            self._changed.notify_all()
+            return rows
+
+
+class BridgeActions(Link):
+    """What a OneBot bridge is asked to do (ONEBOT.md, "Calls"), for the account `me`."""
+
+    fetches = True
+
+    def __init__(self, url: str, bridge: Bridge, log: Log) -> None:
+        self._url, self._bridge, self._log = url, bridge, log
+        self._is_here = is_loopback(urllib.parse.urlsplit(url).hostname or "")
+        self.me = ""                 # the account's own uid, once it is logged in
+
+    def _get(self, action: str, seconds: float = BRIDGE_SECONDS, **params: Json) -> Json:
+        """The data of an answer. Unreachable, Declined."""
+        row = self._bridge.ask(action, params, seconds)
+        if row.get("status") == "failed" or scalar(row.get("retcode")) not in ("0", "1", None):
+            raise Declined(wording(row))
+        return row.get("data")
+
+    def _look_up(self, action: str, **params: Json) -> Row:
+        """An object, for a message that waits for it; {} if it does not come in time."""
+        try:
+            data = self._get(action, LOOKUP_SECONDS, **params)
+        except OpenQQError as error:
+            self._log.debug(f"the bridge, {action}: {error.status}")
+            data = None
+        return data if isinstance(data, dict) else {}
+
+    def _do(self, action: str, **params: Json) -> bool:
+        try:
+            self._get(action, **params)
+        except Declined as error:
+            self._log.warn(f"the bridge declines {action}: {error.status}")
+            return False
+        return True
+
+    def roster(self) -> Row:
+        try:
+            me = self._get("get_login_info") or {}
+            friends = rows_of(self._get("get_friend_list"))
+            groups = rows_of(self._get("get_group_list"))
+        except Declined as error:
+            raise Unreachable(f"the bridge does not tell who is there: {error.status}") from None
+        uid = scalar(me.get("user_id"))
+        return {"user": {"uid": uid, "id": uid, "account": uid, "name": scalar(me.get("nickname"))},
+                "friend": [friend_row(row) for row in friends if scalar(row.get("user_id"))],
+                "group": [group_row(row) for row in groups if scalar(row.get("group_id"))],
+                "discuss": []}
+
+    def details(self, group: str, members: bool) -> Row:
+        if not members:
+            row = self._get("get_group_member_info", group_id=group, user_id=self.me)
+            return {"role": ROLES.get(str((row or {}).get("role")), "attend")}
+        rows = [member_row(row) for row in rows_of(self._get("get_group_member_list",
+                                                             group_id=group))
+                if scalar(row.get("user_id"))]
+        roles = {row["uid"]: row["role"] for row in rows}
+        owner = next((uid for uid, role in roles.items() if role == "owner"), None)
+        return {"role": ROLES.get(roles.get(self.me, ""), "attend"), "owner_id": owner,
+                "owner_uid": owner, "member": rows}
+
+    def send(self, messages: List[Row]) -> List[Row]:
+        return [self._send(message) for message in messages]
+
+    def _send(self, message: Row) -> Row:
+        params: Row = {"message": self._segments(message)}
+        action = "send_group_msg" if message["type"] == "group_message" else "send_private_msg"
+        if message["uid"] is not None:
+            params["user_id"] = message["uid"]
+        if message.get("group"):
+            params["group_id"] = message["group"]
+        try:
+            data = self._get(action, **params)
+        except Declined as error:
+            return {"code": -4, "info": error.status}
+        number = data.get("message_id") if isinstance(data, dict) else None
+        return {"code": 0, "info": "发送正常", "number": number}
+
+    def _segments(self, message: Row) -> List[Row]:
+        content, media = message["content"], message.get("media")
+        found = segments_of(content) if message.get("cq") else _text_segments(content)
+        if media:
+            kind = SEGMENTS.get(media["mime"].partition("/")[0], "file")
+            found.append({"type": kind, "data": {"file": self._source(media),
+                                                 "name": media["name"]}})
+        return found
+
+    def _source(self, media: Row) -> str:
+        if media["url"]:
+            return str(media["url"])
+        if media["path"] and self._is_here:
+            return "file://" + urllib.parse.quote(media["path"])
+        return "base64://" + str(media["data"])
+
+    def kick(self, group: str, uids: List[str]) -> bool:
+        return all([self._do("set_group_kick", group_id=group, user_id=uid,
+                             reject_add_request=False) for uid in uids])
+
+    def mute(self, group: str, uids: List[str], seconds: int) -> bool:
+        return all([self._do("set_group_ban", group_id=group, user_id=uid, duration=seconds)
+                    for uid in uids])
+
+    def revoke(self, number: Any) -> bool:
+        return self._do("delete_msg", message_id=number)
+
+    def answer_request(self, ticket: str, accept: bool, markname: str) -> bool:
+        return self._do("set_friend_add_request", flag=ticket, approve=accept, remark=markname)
+
+    def rename(self, group: str, name: str) -> bool:
+        return self._do("set_group_name", group_id=group, group_name=name)
+
+    def logout(self) -> None:
+        self._log.warn("only the phone or the bridge itself can log out there; asking it again")
+
+
+class OneBotLink(BridgeActions):
+    """A QQ account, through a OneBot 11 bridge (ONEBOT.md).
+
+    A thread of its own keeps the connection and reads from it, so it must never wait for an answer;
+    a crew greets the bridge, another passes events on: they may.
+    """
+
+    def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
+        url, self._hooks = settings.onebot_api, hooks
+        kind: Type[Bridge] = SocketBridge if url.startswith("ws") else HttpBridge
+        super().__init__(url, kind(url, settings.onebot_token, log, self._hear), log)
+        self.echoes = bool(settings.allow_message_sync)
+        self._page = find_login_page(settings)
+        self._events = OneBotEvents(self._look_up, hooks.known, settings.allow_message_sync)
+        self._intake = Intake()
+        self._greeters, self._bearers = Crew(1, "greet", log), Crew(1, "events", log)
+        self._closed = threading.Event()
+        self._live_already = self._greeted = False
+        self._fresh = False          # a code was shown since the last login
+        self._shown = ""             # that code
+        self._era, self._count = str(time.time_ns()), itertools.count(1)
+
+    # -- the connection
+
+    def login(self, cookie: str, mark: str) -> None:
+        if self._live_already:
+            return self._greeters.submit(self._greet)
+        self._live_already = True
+        spawn(self._live, name="link")
+
+    def _live(self) -> None:
+        """Connect, read until that ends, and again, after 1 to 30 s."""
+        failures = 0
+        while not self._closed.is_set():
+            try:
+                self._await_page()
+                self._bridge.open()
+                self._greeters.submit(self._greet)
+                self._bridge.listen()
+            except OpenQQError as error:
+                why = error.status
+            except Exception as error:  # whatever it was, an account must not go deaf
+                self._log.failure("the bridge's thread")
+                why = repr(error)
+            failures = 1 if self._greeted else failures + 1
+            self._greeted = False
+            if not self._closed.is_set():
+                wait = backoff(failures, 30.0)
+                self._hooks.lost(f"the OneBot bridge {shown_url(self._url)}: {why}; "
+                                 f"trying again in {wait:g} s")
+                self._closed.wait(wait)
+
+    def _await_page(self) -> None:
+        """NapCat opens its OneBot ports only when QQ is logged in; its page is there before."""
+        try:
+            while self._page and not self._closed.is_set():
+                if self._look_at(self._page):
+                    return
+                self._closed.wait(LOGIN_SECONDS)
+        except Unreachable as error:
+            self._log.warn(f"the bridge's login page: {error.status}")
+
+    def _look_at(self, page: LoginPage) -> bool:
+        """Whether the page says that it is logged in; else its code is shown."""
+        logged_in, text, why = page.look()
+        if not logged_in and text and text != self._shown:
+            self._shown, self._fresh = text, True
+            self._hooks.qrcode(text, TICKET_SECONDS)
+        elif not logged_in and not text:
+            self._hooks.waiting("the bridge is not logged in, and shows no code"
+                                + (f": {why}" if why else ""))
+        return logged_in
+
+    def _greet(self) -> None:
+        """In a crew's thread: wait until the bridge is logged in, then say so."""
+        try:
+            while not self._is_logged_in():
+                self._show_login()
+                if self._closed.wait(LOGIN_SECONDS):
+                    return
+        except OpenQQError as error:
+            self._log.warn(f"the bridge: {error.status}")
+            return self._bridge.close()  # and once more from the beginning
+        if self._fresh:
+            self._hooks.scanned()
+        fresh, self._fresh, self._shown, self._greeted = self._fresh, False, "", True
+        self._hooks.confirmed("", fresh)
+
+    def _is_logged_in(self) -> bool:
+        try:
+            uid = scalar((self._get("get_login_info") or {}).get("user_id")) or "0"
+            status = self._get("get_status") or {}
+        except Declined:
+            return False
+        if uid == "0" or status.get("online") is False:
+            return False
+        self.me = self._events.me = uid
+        return True
+
+    def _show_login(self) -> None:
+        why = "the bridge is not logged in: scan the code that it shows"
+        try:
+            if self._page and (not self._look_at(self._page) or self._shown):
+                return
+        except Unreachable as error:
+            why = error.status
+        self._hooks.waiting(why)
+
+    def renew(self) -> None:
+        self._shown = ""
+        if self._page:
+            self._page.renew()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._bridge.close()
+
+    # -- events
+
+    def _hear(self, row: Row) -> None:
+        """In the connection's thread, or in that of a server whom a bridge posts to."""
+        if row.get("post_type") == "meta_event":
+            status = row.get("status")
+            online = status.get("online") if isinstance(status, dict) else None
+            if online is False and self._greeted:
+                self._offline("the bridge says that QQ is offline")
+        elif row.get("notice_type") == "bot_offline":
+            self._offline(scalar(row.get("message")) or "the account was logged out")
+        elif self._intake.put(row):
+            self._bearers.submit(self._deliver)
+
+    def hear(self, row: Row) -> bool:
+        me, uid = self.me, scalar(row.get("self_id"))
+        if me and uid and uid != me:
+            self._log.warn(f"an event for {uid} was posted to us, who are {me}")
+        else:
+            self._hear(row)
+        return True
+
+    def _offline(self, why: str) -> None:
+        self._greeted = False
+        self._hooks.waiting(why)
+        self._greeters.submit(self._greet)
+
+    def ready(self) -> None:
+        self._intake.open()
+        self._bearers.submit(self._deliver)
+
+    def _deliver(self) -> None:
+        """In a crew's thread. What changes the roster is handed on before more is understood."""
+        items: List[Row] = []
+        for row in self._intake.take():
+            try:
+                found = self._events.items(row)
+            except Exception:  # one that cannot be understood must not stop all others
+                self._log.failure("an event of the bridge")
+                continue
+            items += [{**item, "mark": f"{self._era}:{next(self._count)}"} for item in found]
+            if len(items) >= 64 or any(item["do"] == "event" for item in found):
+                items = self._hand_on(items)
+        self._hand_on(items)
+
+    def _hand_on(self, items: List[Row]) -> List[Row]:
+        try:
+            if items:
+                self._hooks.received(items)
+        except NotRunning:
+            pass  # we stop
+        return []
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5496,20 +6779,39 @@ class Papers:
         return row if row.get("account") == self.settings.account else {}
 
     def kept_secrets(self) -> Dict[str, str]:
-        """The secrets that a client was first started with; a resumed one has no others."""
-        secrets = self.read_cookie().get("secrets")
-        return {name: str(value) for name, value in (secrets or {}).items() if name in SETTINGS}
+        """The secrets that a client was first started with; a resumed one has no others.
+
+        Those of a bridge are for no other one.
+        """
+        row = self.read_cookie()
+        same = row.get("bridge") == self._bridge()
+        return {name: str(value) for name, value in (row.get("secrets") or {}).items()
+                if name in SETTINGS and (same or not name.startswith("onebot_"))}
 
     def write_cookie(self, cookie: str) -> None:
         """Keep a login, and with it the secrets that a resumed client needs (DESIGN)."""
         if self.settings.keep_cookie:
-            row = {"account": self.settings.account, "cookie": cookie, "time": int(time.time()),
-                   "secrets": self.settings.secrets()}
-            self._write(self.settings.cookie_path, to_bytes(row))
+            self._write_cookie(cookie)
+        else:
+            self.keep_secrets()
+
+    def keep_secrets(self) -> None:
+        """Keep them as long as the login is kept, or there is none yet."""
+        if self.settings.secrets():
+            self._write_cookie(str(self.read_cookie().get("cookie", "")))
 
     def remove_cookie(self) -> None:
-        """The login is over."""
+        """The login is over, the client is not."""
         remove_file(self.settings.cookie_path)
+        self.keep_secrets()
+
+    def _write_cookie(self, cookie: str) -> None:
+        row = {"account": self.settings.account, "cookie": cookie, "time": int(time.time()),
+               "secrets": self.settings.secrets(), "bridge": self._bridge()}
+        self._write(self.settings.cookie_path, to_bytes(row))
+
+    def _bridge(self) -> List[str]:
+        return [self.settings.onebot_api, self.settings.onebot_login_api]
 
     def _write(self, path: str, data: bytes) -> None:
         try:
@@ -5554,6 +6856,13 @@ class Roster:
         with self.lock:
             return match(self.table(kind).values(), keys)
 
+    def find(self, kind: str, uid: str, circle: str) -> Optional[Any]:
+        """One thing by its uid, a member by that of its group or discuss too; or None."""
+        if not kind.endswith("_member"):
+            return self.table(kind).get(uid)
+        place = self.table(kind[:-7]).get(circle)
+        return place.member.get(uid) if place else None
+
     def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
         """The members of a group or discuss whose attributes equal all the keys."""
         with self.lock:
@@ -5564,6 +6873,8 @@ class Roster:
         event = str(item["event"])
         if event in ("friend_request", "revoke_message"):
             return self._pass_on(event, item)
+        if event == "new_group":
+            item = {**item, "object": {"role": "attend", **item["object"]}}
         with self.lock:
             if event.endswith("_property_change"):
                 return self._change(event, item)
@@ -5599,6 +6910,8 @@ class Roster:
         else:
             table, _ = self._place(kind, item)
             thing = table.get(item["uid"]) if table else None
+            if thing is None and "object" in item:  # of a group whose members are not loaded
+                thing = THINGS[kind](item["object"])
         if thing is None or name not in self.fields[kind]:
             return None
         old = thing.value(name)
@@ -5614,12 +6927,26 @@ class Roster:
                 continue
             old, new = self.table(kind), {item["uid"]: item for item in row[kind]}
             found += table_changes(kind, old, new, {})
-            if kind != "friend":
-                for uid in old.keys() & new.keys():
-                    members = {item["uid"]: item for item in new[uid]["member"]}
-                    found += table_changes(kind + "_member", old[uid].member, members,
-                                           {"circle": uid})
+            for uid in old.keys() & new.keys():
+                if "member" in new[uid]:
+                    found += self.member_changes(old[uid], new[uid]["member"])
         return found
+
+    def member_changes(self, circle: Circle, rows: Iterable[Row]) -> List[Row]:
+        """What happened between a group's or discuss's members and what a link tells now."""
+        return table_changes(circle.kind + "_member", circle.member,
+                             {row["uid"]: row for row in rows}, {"circle": circle.uid})
+
+    def complete(self, uid: str, row: Row) -> None:
+        """Take over what a link told of a group: its role, or its members too."""
+        group = self.group.get(uid)
+        if group is None:
+            return
+        members = {item["uid"]: GroupMember(item) for item in row.pop("member", ())}
+        with self.lock:
+            group.__dict__.update(row)
+            if members:
+                group.member, group.loaded = dict(members), True
 
 
 def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
@@ -5808,11 +7135,74 @@ def find_plugin(name: Any) -> Plugin:
         raise Refusal(f"plugin {name} cannot be loaded: {error}") from None
 
 
+class Details:
+    """Loads what a link left out of groups, when somebody asks for it. In its client's loop."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._crew = Crew(4, "details", client.log)
+        self._loading: Dict[Tuple[str, bool], Promise] = {}  # group, with members? -> who waits
+
+    def wait(self, groups: Iterable[Circle], members: bool = True) -> None:
+        """Have the members of groups loaded, or only one's role in them; from any thread.
+
+        After DETAIL_SECONDS it returns with what there is then; the rest is loaded all the same.
+        """
+        wanted = [(str(group.uid), members) for group in groups
+                  if not group.loaded and (members or group.value("role") is None)]
+        if not wanted:
+            return
+        until = time.monotonic() + DETAIL_SECONDS
+        try:
+            for promise in self._client.loop.ask(self._begin, wanted):
+                promise.wait(max(0.0, until - time.monotonic()))
+        except TimeoutError:
+            self._client.log.warn("the bridge is slow to tell the members of groups")
+
+    def _begin(self, wanted: List[Tuple[str, bool]]) -> List[Promise]:
+        for key in wanted:
+            if key not in self._loading:
+                self._loading[key] = Promise()
+                self._crew.submit(self._load, key, self._client.roster.complete)
+        return [self._loading[key] for key in wanted]
+
+    def _load(self, key: Tuple[str, bool], act: Callable[[str, Row], None]) -> None:
+        """In a crew's thread."""
+        row: Optional[Row] = None
+        try:
+            row = self._client.link.details(*key)
+        except OpenQQError as error:
+            self._client.log.debug(f"group {key[0]}: {error.status}")
+        self._client.loop.call(self._loaded, key, row, act)
+
+    def _loaded(self, key: Tuple[str, bool], row: Optional[Row],
+                act: Callable[[str, Row], None]) -> None:
+        if row is not None:
+            act(key[0], row)
+        promise = self._loading.pop(key, None)
+        if promise:
+            promise.keep()
+
+    def check(self, rows: Iterable[Row]) -> None:
+        """Load again the members of those groups whose number says that a notice was missed."""
+        for row in rows:
+            group = self._client.roster.group.get(row["uid"])
+            count = row.get("member_count")
+            if group and group.loaded and count not in (None, str(len(group.member))):
+                self._crew.submit(self._load, (row["uid"], True), self._compare)
+
+    def _compare(self, uid: str, row: Row) -> None:
+        group = self._client.roster.group.get(uid)
+        for item in self._client.roster.member_changes(group, row["member"]) if group else ():
+            self._client.talk.happen(item)
+
+
 class Login:
     """How an account gets to running: cookie, QR codes, roster. In its client's loop."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
+        self._known = False                      # the roster is that of this login
         self._crew = Crew(2, "login", client.log)
         self._codes = 0
         self._tries = 0
@@ -5823,6 +7213,8 @@ class Login:
 
     def _make_link(self) -> Link:
         client, hooks = self._client, self._hooks()
+        if client.settings.onebot_api:
+            return OneBotLink(client.settings, hooks, client.log)
         password = client.settings.login_type == "login"
         if client.parent:
             host: Callable[[str, Row], Json] = RemoteHost(client.parent.local, client.parent.key)
@@ -5838,14 +7230,35 @@ class Login:
     def _hooks(self) -> Hooks:
         call, ask = self._client.loop.call, self._client.loop.ask
         return Hooks(lambda text, seconds: call(self._show, text, seconds),
+                     lambda error: call(self._wait, error),
                      lambda: call(self._scanned),
                      lambda cookie, fresh: call(self._confirmed, cookie, fresh),
+                     lambda error: call(self._lost, error),
                      lambda items: str(ask(self._client.talk.receive, items).wait()),
-                     lambda error: self._lost(error))
+                     self._client.roster.find)
+
+    def _wait(self, error: str) -> None:
+        """There is no login, and no code to scan; the state file says why."""
+        client = self._client
+        if client.state == "stop" or (client.state, client.error) == ("scaning", error):
+            return
+        self._cancel()
+        self._known = False
+        client.papers.remove_qrcode()
+        client.log.warn(error)
+        client.enter("scaning", error)
 
     def _lost(self, error: str) -> None:
-        if self._client.state != "stop":  # at a stop the host may go first
-            self._client.log.warn(error)
+        """The link is down; what it does about that is its own affair."""
+        client = self._client
+        if client.state == "stop":
+            return
+        client.log.warn(error)
+        if client.state in ("running", "updating"):
+            self._cancel()
+            client.enter("updating", error)
+        else:
+            client.enter("scaning" if client.state == "loading" else client.state, error)
 
     def begin(self) -> None:
         """Log in, by the cookie if there is one."""
@@ -5859,6 +7272,7 @@ class Login:
             return
         self._client.papers.remove_cookie()
         self._codes = 0
+        self._known = False
         self._cancel()
         self._work(self._leave)
 
@@ -5893,6 +7307,7 @@ class Login:
         """Whatever step it was: begin again, the cookie makes it short."""
         if self._client.state != "stop":
             self._client.log.warn(f"logging in failed: {error}; trying again")
+            self._client.enter(self._client.state, error)
             self._client.loop.later(backoff(self._tries, 30.0), self.begin)
             self._tries += 1
 
@@ -5913,7 +7328,7 @@ class Login:
         client.enter("scaning")
         client.qrcode_text = text
         client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
-                                     client.qrcode_url()])
+                                     client.api_url("get_qrcode")])
         self._cancel()
         self._timer = client.loop.later(seconds, self._expire)
 
@@ -5944,13 +7359,18 @@ class Login:
         client = self._client
         if client.state != "updating":
             return
-        row["user"]["state"] = client.settings.mode
-        client.roster.load(row, ["user"] + self._kinds("is_init_"))
-        self._report_update(["user", "friend", "group"])
         self._tries = 0
-        client.log.info(f"帐号({client.account})登录成功 (logged in)")
-        client.enter("running")
-        client.emit("login", [int(fresh)])
+        row["user"]["state"] = client.settings.mode
+        if self._known and not fresh:
+            self._compare(row)
+            client.enter("running")
+        else:
+            client.roster.load(row, ["user"] + self._kinds("is_init_"))
+            self._report_update(["user", "friend", "group"])
+            client.log.info(f"帐号({client.account})登录成功 (logged in)")
+            client.enter("running")
+            client.emit("login", [int(fresh)])
+        self._known = True
         self._work(self.link.ready)
         self._plan_refresh()
 
@@ -5980,73 +7400,30 @@ class Login:
         client = self._client
         if client.state != "running":
             return
-        if client.spool.mark != before:
-            return self._plan_refresh()
-        row["user"]["state"] = client.settings.mode
+        if client.spool.mark == before:
+            row["user"]["state"] = client.settings.mode
+            self._compare(row)
+        self._plan_refresh()
+
+    def _compare(self, row: Row) -> None:
+        """Report what happened between the roster and what the link tells now."""
+        client = self._client
         kinds = (["user"] if client.settings.is_update_user else []) + self._kinds("is_update_")
         for item in client.roster.differences(row, kinds):
             client.talk.happen(item)
+        if "group" in kinds:
+            client.details.check(row["group"])
         self._report_update(kinds)
-        self._plan_refresh()
 
 
-class Talk:
-    """What an account says and hears. In its client's loop."""
+class Composer:
+    """Makes messages, as they are reported, of what comes and goes. In its client's loop."""
 
-    def __init__(self, client: Client, link: Link) -> None:
-        self._client, self._link = client, link
-        settings, interval = client.settings, client.settings.send_interval
-        self.queue = SendQueue(client.loop, link.send,
-                               link.send_interval if interval is None else interval, link.batch,
-                               settings.msg_ttl, self._sent, self._release, client.log)
-        self._held: List[Tuple[List[Row], Promise]] = []  # what came while a send was under way
-        self._last_id = int(time.time()) % 200_000 * 10_000  # fits the 31 bits of typed clients
-        self._expected: Dict[str, List[Promise]] = {}  # friend's uid -> who waits for its word
-        self._founded: Dict[str, List[Promise]] = {}   # group's uid -> who waits for it
-        self.numbers: Dict[str, int] = {}  # id of a sent message -> the link's number for it
-        self._answered_later: List[Tuple[str, Promise, Message]] = []  # mark, who waits, for what
+    def __init__(self, client: Client, answer: Callable[[Message, str], None]) -> None:
+        self._client, self._answer = client, answer
 
-    def put(self, type: str, content: str, uid: Optional[str], circle: str, origin: str,
-            via: str, media: Optional[Row], promise: Promise) -> None:
-        """Make a message and queue it; `media` is a row of the shelf, or None."""
-        if self._client.state != "running":
-            return promise.fail(NotRunning(state=self._client.state))
-        kind = {"group_message": "group", "discuss_message": "discuss"}.get(type, via)
-        self._last_id += 1
-        message = self._compose(type, kind, circle, content, str(self._last_id))
-        self._name(message, "sender", self._client.roster.user, {})
-        message.__dict__.update({
-            "class": "send", "post_type": "send_message", "from": origin, "source": "local",
-            "time": str(int(time.time())), "ttl": self._client.settings.msg_ttl})
-        if uid is not None:
-            message.peer_uid = uid
-            self._name(message, "receiver", self._find(uid, message.circle), {"uid": uid})
-        row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None}
-        if media:
-            data = base64.b64encode(read_file(media["media_path"]) or b"").decode()
-            row["media"] = {"name": media["media_name"], "data": data}
-            self._add_media(message, media, data)
-        job = Job(message, row, promise)
-        if is_sendable(message.content):
-            self.queue.put(job)
-        else:
-            self._sent(job, {"code": -1, "info": "数据格式错误"})
-
-    def _add_media(self, message: Message, media: Row, data: str) -> None:
-        """Give a message what its flavour tells of a picture: shelf's row, bytes in base64."""
-        kind = media["media_mime"].partition("/")[0]
-        label = {"image": "[图片]", "audio": "[语音]", "video": "[视频]"}.get(kind, "[文件]")
-        flavour = self._client.flavour
-        message.content = flavour.media_content.format(
-            content=message.content, label=label,
-            either=message.content or f"[media]({media['media_path'] or media['media_name']})")
-        key = media["media_id"]
-        url = self._client.api_url("get_media", id=key) if key else None
-        shown = {**media, "format": "media", "media_data": data, "media": [{
-            "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
-        message.__dict__.update({name: shown[name] for name in flavour.media_members})
-
-    def _compose(self, type: str, kind: str, circle_uid: str, content: str, id: str) -> Message:
+    def compose(self, type: str, kind: str, circle_uid: str, content: str, id: str) -> Message:
+        """A message of a type, in a group or discuss if `kind` says so."""
         circle = self._client.roster.table(kind).get(circle_uid) if kind else None
         flavour = self._client.flavour
         message = Message({"type": type, "content": content, "id": id, "circle": circle,
@@ -6059,35 +7436,137 @@ class Talk:
             message.via = kind
         return message
 
-    def _find(self, uid: str, circle: Optional[Circle]) -> Optional[Thing]:
-        """Somebody by uid: a friend's markname counts before a member's card (CONTRACT 6)."""
-        friend = self._client.roster.friend.get(uid)
-        member = circle.member.get(uid) if circle else None
-        return friend if friend and (friend.markname or not member) else member
+    def own(self, message: Message, uid: Optional[str], origin: str, source: str,
+            time: str) -> None:
+        """Make a message one that the account sends, to a uid if it is to one alone."""
+        self.name(message, "sender", self._client.roster.user, {})
+        message.__dict__.update({"class": "send", "post_type": "send_message", "from": origin,
+                                 "source": source, "time": time,
+                                 "ttl": self._client.settings.msg_ttl})
+        if uid is not None:
+            message.peer_uid = uid
+            self.name(message, "receiver", self.find(uid, message.circle), {"uid": uid})
 
-    def _name(self, message: Message, role: str, thing: Optional[Thing], row: Row) -> None:
+    def name(self, message: Message, role: str, thing: Optional[Thing], row: Row) -> None:
+        """Say who is sender or receiver; of somebody unknown what `row` tells."""
         message.__dict__.update({
             role: thing.displayname if thing else row.get("name"), role + "_thing": thing,
             **{f"{role}_{part}": thing.value(part) if thing else row.get(part)
                for part in self._client.flavour.parts[role]}})
 
+    def find(self, uid: str, circle: Optional[Circle]) -> Optional[Thing]:
+        """Somebody by uid: a friend's markname counts before a member's card (CONTRACT 6)."""
+        friend = self._client.roster.friend.get(uid)
+        member = circle.member.get(uid) if circle else None
+        return friend if friend and (friend.markname or not member) else member
+
+    def add_media(self, message: Message, media: Row, data: str) -> None:
+        """Give a message what its flavour tells of a picture: shelf's row, bytes in base64."""
+        kind = media["media_mime"].partition("/")[0]
+        label = {"image": "[图片]", "audio": "[语音]", "video": "[视频]"}.get(kind, "[文件]")
+        flavour = self._client.flavour
+        message.content = flavour.media_content.format(
+            content=message.content, label=label,
+            either=message.content or f"[media]({media['media_path'] or media['media_name']})")
+        key = media["media_id"]
+        url = self._client.api_url("get_media", id=key) if key else media.get("url")
+        shown = {**media, "format": "media", "media_data": data, "media": [{
+            "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
+        message.__dict__.update({name: shown[name] for name in flavour.media_members})
+
+    def keep_media(self, message: Message, media: Row) -> None:
+        """Put a picture that came on the shelf, and tell of it."""
+        data, name = base64.b64decode(media["data"]), str(media["name"])
+        try:
+            keep = self._client.settings.download_media
+            row = self._client.papers.shelf.put(data, name) if keep else unkept_media(data, name)
+            self.add_media(message, row, media["data"])
+        except OSError as error:
+            self._client.log.warn(f"a picture could not be kept: {error}")
+
+    def show_links(self, message: Message, item: Row) -> None:
+        """What a bridge tells of a message besides its text."""
+        if item.get("links"):
+            message.media = item["links"]
+        if "raw_message" in item:
+            message.raw_message = item["raw_message"]
+
+
+class Talk:
+    """What an account says and hears. In its client's loop."""
+
+    def __init__(self, client: Client, link: Link) -> None:
+        self._client, self._link = client, link
+        self._composer = Composer(client, self._answer)
+        settings, interval = client.settings, client.settings.send_interval
+        self.queue = SendQueue(client.loop, link.send,
+                               link.send_interval if interval is None else interval, link.batch,
+                               settings.msg_ttl, self._sent, self._release, client.log)
+        self._held: List[Tuple[List[Row], Promise]] = []  # what came while a send was under way
+        self._last_id = int(time.time()) % 200_000 * 10_000  # fits the 31 bits of typed clients
+        self._expected: Dict[str, List[Promise]] = {}  # friend's uid -> who waits for its word
+        self._founded: Dict[str, List[Promise]] = {}   # group's uid -> who waits for it
+        self.numbers: Dict[str, Any] = {}  # id of a message -> the link's number for it
+        self._answered_later: List[Tuple[str, Promise, Message]] = []  # mark, who waits, for what
+
+    def put(self, type: str, content: str, uid: Optional[str], circle: str, origin: str,
+            via: str, media: Optional[Row], cq: bool, promise: Promise) -> None:
+        """Make a message and queue it; `media` is a row of the shelf, or None."""
+        if self._client.state != "running":
+            return promise.fail(NotRunning(state=self._client.state))
+        kind = {"group_message": "group", "discuss_message": "discuss"}.get(type, via)
+        self._last_id += 1
+        message = self._composer.compose(type, kind, circle, content, str(self._last_id))
+        self._composer.own(message, uid, origin, "local", str(int(time.time())))
+        row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None,
+                    "cq": cq}
+        if media:
+            data = base64.b64encode(read_file(media["media_path"] or "") or b"").decode()
+            row["media"] = {"name": media["media_name"], "mime": media["media_mime"], "data": data,
+                            "url": media.get("url"), "path": media.get("path")}
+            self._composer.add_media(message, media, data)
+        job = Job(message, row, promise)
+        if is_sendable(message.content):
+            self.queue.put(job)
+        else:
+            self._sent(job, {"code": -1, "info": "数据格式错误"})
+
     def _sent(self, job: Job, result: Row) -> None:
         """Whoever waits for the outcome hears of it when what was answered on the spot is there."""
         message, loop = job.message, self._client.loop
-        self.numbers[message.id] = result.get("number", 0)
-        if len(self.numbers) > WAIT_LIMIT:
-            del self.numbers[next(iter(self.numbers))]
-        message.code, message.info = result["code"], result["info"]
+        self._number(message.id, result.get("number", 0))
         message.ttl -= job.tries
-        sent = self._client.flavour.sent
-        message.msg = sent["status"] if message.code == 0 else self._client.flavour.not_sent
-        self._client.emit_message(message)
+        self._tell_outcome(message, result, "")
         mark = result.get("mark", "")
         if mark and not self._is_old(mark):
             self._answered_later.append((mark, job.promise, message))
             loop.later(ECHO_SECONDS, job.promise.keep, message)
         else:
             loop.call(job.promise.keep, message)  # after the flush that emit asked for
+
+    def _number(self, id: str, number: Any) -> None:
+        """Keep what a message is revoked by."""
+        self.numbers[id] = number
+        if len(self.numbers) > WAIT_LIMIT:
+            del self.numbers[next(iter(self.numbers))]
+
+    def _tell_outcome(self, message: Message, result: Row, mark: str) -> None:
+        message.code, message.info = result["code"], result["info"]
+        flavour = self._client.flavour
+        message.msg = flavour.sent["status"] if message.code == 0 else flavour.not_sent
+        self._client.emit_message(message, mark)
+
+    def _hear_own(self, item: Row, mark: str) -> None:
+        """The account sent something, from another device unless it was we."""
+        if str(item["number"]) in map(str, self.numbers.values()):
+            return self._client.spool.advance(mark)
+        kind = "group" if item["group"] else ""
+        message = self._composer.compose(item["type"], kind, str(item["group"]), item["content"],
+                                item["id"])
+        self._composer.own(message, item["uid"], "none", "outer", item["time"])
+        self._composer.show_links(message, item)
+        self._number(message.id, item["number"])
+        self._tell_outcome(message, {"code": 0, "info": "发送正常"}, mark)
 
     def _answer_those_who_wait(self) -> None:
         waiting, self._answered_later = self._answered_later, []
@@ -6100,31 +7579,27 @@ class Talk:
     def _hear(self, item: Row, mark: str) -> None:
         """A message came: report it."""
         kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
-        message = self._compose(item["type"], kind, str(item.get(kind)), item["content"],
+        message = self._composer.compose(item["type"], kind, str(item.get(kind)), item["content"],
                                 item["id"])
-        thing = self._find(item["uid"], message.circle)
+        thing = self._composer.find(item["uid"], message.circle)
+        if thing is None and message.circle and not message.circle.loaded:
+            thing = GroupMember(item["sender"])
         if thing is None and self._client.settings.ignore_unknown_id:
             return self._client.spool.advance(mark)
         if not kind or item["type"] == "sess_message":
             message.peer_uid = item["uid"]
         message.__dict__.update({"class": "recv", "post_type": "receive_message",
                                  "time": item["time"]})
-        self._name(message, "receiver", self._client.roster.user, {})
-        self._name(message, "sender", thing, {**item, "id": item.get("sender_id")})
+        self._composer.name(message, "receiver", self._client.roster.user, {})
+        self._composer.name(message, "sender", thing, {**item, "id": item.get("sender_id")})
         if item.get("media"):
-            self._keep_media(message, item["media"])
+            self._composer.keep_media(message, item["media"])
+        if "number" in item:
+            self._number(message.id, item["number"])
+        self._composer.show_links(message, item)
         for promise in self._expected.pop(item["uid"], []) if not kind else []:
             promise.keep(message.content)
         self._client.emit_message(message, mark)
-
-    def _keep_media(self, message: Message, media: Row) -> None:
-        data, name = base64.b64decode(media["data"]), str(media["name"])
-        try:
-            keep = self._client.settings.download_media
-            row = self._client.papers.shelf.put(data, name) if keep else unkept_media(data, name)
-            self._add_media(message, row, media["data"])
-        except OSError as error:
-            self._client.log.warn(f"a picture could not be kept: {error}")
 
     def expect_group(self, uid: str) -> Promise:
         """A group that was just founded, once the roster has it."""
@@ -6161,7 +7636,7 @@ class Talk:
         """
         promise = Promise()
         self._held.append((items, promise))
-        if self.queue.busy:
+        if self.queue.busy and self._link.echoes:
             self._client.loop.later(ECHO_SECONDS, self._release)
         else:
             self._release()
@@ -6187,6 +7662,8 @@ class Talk:
     def _take_one(self, item: Row, mark: str) -> None:
         if item["do"] == "message":
             self._hear(item, mark)
+        elif item["do"] == "sent":
+            self._hear_own(item, mark)
         elif not self.happen(item, mark):
             self._client.spool.advance(mark)
 
@@ -6247,6 +7724,7 @@ class Client:
         self.papers = Papers(self.settings, self.flavour, self.log)
         self.papers.pid.take(f"client {self.account}")
         self.settings.fill(**self.papers.kept_secrets())
+        self.papers.keep_secrets()
         self.start_time = int(time.time())
         self.loop = Loop(self.log)
         self.state = self.previous_state = ""
@@ -6261,6 +7739,7 @@ class Client:
         self._crew = Crew(1, "callbacks", self.log)
         self._login = Login(self)
         self.talk = Talk(self, self._login.link)
+        self.details = Details(self)
         self.enter("init")
 
     # -- the public face
@@ -6324,14 +7803,16 @@ class Client:
         self.loop.call(self._login.anew)
 
     def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
-             origin: str = "api", via: str = "", media: Optional[Row] = None) -> Promise:
+             origin: str = "api", via: str = "", media: Optional[Row] = None,
+             cq: bool = False) -> Promise:
         """Queue a message to a uid, or to a group or discuss (`circle`, its uid).
 
         `type` is a message's type, `via` group or discuss for a sess_message, `media` a row of the
-        client's shelf. The promise brings the Message, with code, info and msg set.
+        client's shelf; with `cq` a bridge reads CQ codes in `content`. The promise brings the
+        Message, with code, info and msg set.
         """
         promise = Promise()
-        self.loop.call(self.talk.put, type, content, uid, circle, origin, via, media, promise)
+        self.loop.call(self.talk.put, type, content, uid, circle, origin, via, media, cq, promise)
         return promise
 
     def send_friend_message(self, friend: Friend, content: str) -> Promise:
@@ -6359,10 +7840,6 @@ class Client:
         """How this server is reached from outside, or its controller."""
         return self.settings.public_url or f"http://127.0.0.1:{self.port}"
 
-    def qrcode_url(self) -> str:
-        """Where the QR code's picture can be fetched."""
-        return self.api_url("get_qrcode")
-
     def api_url(self, api: str, **params: str) -> str:
         """How an API of this account is reached from outside."""
         if self.parent:
@@ -6382,6 +7859,9 @@ class Client:
     def enter(self, state: str, error: str = "") -> None:
         """The one door for a change of state: the file first, then everybody hears of it."""
         if state == self.state:
+            if error != self.error:
+                self.error = error
+                self.papers.write_state(self)
             return
         assert state in NEXT_STATES[self.state], f"{self.state} -> {state}"
         self.previous_state, self.state, self.error = self.state, state, error
@@ -6491,7 +7971,8 @@ def _show_message(client: Client, message: Message) -> None:
         who = f"我->{fields.get('receiver') or circle} : "
         failed = "" if message.code == 0 else f"[{message.msg}({message.info})]"
     else:
-        category = getattr(message.sender_thing, "category", None) or "陌生人"
+        thing = message.sender_thing
+        category = thing.value("category") or "我的好友" if thing else "陌生人"
         who, failed = f"{message.sender}|{circle or category} : ", ""
     client.log.msg(client.flavour.titles[kind], one_line(who), message.content + failed)
 
@@ -6541,11 +8022,13 @@ class ReadApi:
         return self.show(self.client.roster.to_json("friend"))
 
     def get_group_info(self, request: Request) -> Json:
-        """All groups with their members."""
+        """All groups with their members, those that are not known yet loaded first."""
+        self.client.details.wait(list(self.client.roster.group.values()))
         return self.show(self.client.roster.to_json("group"))
 
     def get_group_basic_info(self, request: Request) -> Json:
         """All groups without their members."""
+        self.client.details.wait(list(self.client.roster.group.values()), members=False)
         return self.show(self.client.roster.to_json("group", members=False))
 
     def get_discuss_info(self, request: Request) -> Json:
@@ -6561,8 +8044,12 @@ class ReadApi:
         return self._search("group", request)
 
     def _search(self, kind: str, request: Request) -> Json:
-        roster = self.client.roster
-        found = roster.search(kind, request.keys())
+        roster, keys = self.client.roster, request.keys()
+        if kind == "group" and {"role", "owner_id", "owner_uid"} & keys.keys():
+            self.client.details.wait(list(roster.group.values()), members="role" not in keys)
+        found = roster.search(kind, keys)
+        if kind == "group":
+            self.client.details.wait(found)
         if not found:
             return {"code": 100, "status": "object not found"}
         return self.show([thing.full_json(roster.fields) if isinstance(thing, Circle)
@@ -6656,6 +8143,7 @@ class SendApi(ReadApi):
             return {"code": 105, "id": None,
                     "status": "discuss member or group member  not found"}
         for circle in self.find(kind, request, (kind + "_id", kind + "_uid")):
+            self.client.details.wait([circle])
             keys = {name: params[name] for name in ("id", "uid") if params.get(name)}
             for member in self.client.roster.members(circle, keys):
                 return self._send(request, "sess_message", member, member.uid, circle.uid, kind)
@@ -6664,7 +8152,10 @@ class SendApi(ReadApi):
     def _send(self, request: Request, type: str, target: Thing, uid: Optional[str] = None,
               circle: str = "", via: str = "") -> Json:
         content, media = self._what(request)
-        promise = self.client.send(type, content, uid, circle, via=via, media=media)
+        cq = request.params.get("cq") == "1"
+        if cq:
+            check_cq(content)
+        promise = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq)
         if request.params.get("async") == "1":
             return {"code": 0, "status": "request already in execution"}
         return self._outcome(wait_patiently(request, promise), target)
@@ -6724,12 +8215,33 @@ class SendApi(ReadApi):
         for name, read in (("media_path", self._read_path), ("media_data", self._read_base64),
                            ("media_url", self._read_url)):
             if params.get(name):
+                if name == "media_url" and self.client.link.fetches:
+                    return self._linked(params)
                 data, title = read(params[name])
                 if len(data) > MEDIA_LIMIT:
                     raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
                 title = params.get("media_name") or params.get(name + ".filename") or title
-                return shelf.put(data, title)
+                path = os.path.realpath(params[name]) if name == "media_path" else None
+                return {**shelf.put(data, title), "path": path}
         return None
+
+    def _linked(self, params: Params) -> Row:
+        """What a Shelf tells of media, for those that somebody else will fetch."""
+        url = params["media_url"]
+        try:
+            host = origin_of(url)[1]
+        except ValueError as error:
+            raise BadRequest(400, f"media_url: {error}") from None
+        try:
+            if is_forbidden(host):
+                raise BadRequest(400, "media_url: link-local and metadata addresses are not called")
+        except OSError:
+            pass  # a name
+        name = params.get("media_name") or urllib.parse.urlsplit(url).path.rpartition("/")[2]
+        row = unkept_media(b"", name or "picture")
+        known = row["media_mime"].partition("/")[0] in SEGMENTS
+        return {**row, "url": url, "media_size": None,
+                "media_mime": row["media_mime"] if known else "image/jpeg"}
 
     def _read_path(self, path: str) -> Tuple[bytes, str]:
         settings, flavour = self.client.settings, self.flavour
@@ -6768,7 +8280,8 @@ class SendApi(ReadApi):
         row = self.media(request)
         if row is None:
             raise BadRequest(400, "media_path, media_data or media_url missing")
-        return {**row, "code": 0, "status": "success"}
+        about = {name: value for name, value in row.items() if name.startswith("media_")}
+        return {**about, "code": 0, "status": "success"}
 
 
 class Api(SendApi):
@@ -6819,6 +8332,7 @@ class Api(SendApi):
         if not names:
             return {"code": 200, "status": "member id empty"}
         uids = []
+        self.client.details.wait(groups[:1])
         for name in names:
             found = self.client.roster.members(groups[0], {key: name})
             if not found:
@@ -7046,12 +8560,57 @@ def openqq_plugin(client: Client, data: Row) -> None:
         _beat_when_running(client, settings)
 
 
+class Webhook:
+    """/onebot, where a bridge posts its events (ONEBOT.md); a signature or a token lets it in."""
+
+    def __init__(self, client: Client, gate: Gate) -> None:
+        self._client, self._gate = client, gate
+        self._token = client.settings.onebot_token
+        self._secret = client.settings.onebot_secret
+
+    def __call__(self, request: Request) -> Json:
+        """Take an event. AuthFailure, BadRequest, ApiNotFound for an account without a bridge."""
+        if not self._is_signed(request):
+            self._check(request)
+        try:
+            row = from_bytes(request.body)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise BadRequest(400, "an event must be a JSON object")
+        if not self._client.link.hear(row):
+            raise ApiNotFound()
+        return {}
+
+    def _is_signed(self, request: Request) -> bool:
+        """NapCat signs with its token; one signature that is wrong is one too many."""
+        given = request.fields.get("x-signature")
+        secrets = [secret for secret in (self._secret, self._token) if secret]
+        if given is None or not secrets:
+            return False
+        offer = given.lower().encode("latin-1", "replace")
+        if not any([same_bytes(offer, signature(secret, request.body).encode())
+                    for secret in secrets]):
+            raise AuthFailure()
+        return True
+
+    def _check(self, request: Request) -> None:
+        """Without a signature: the bridge's token, or whatever every other caller needs."""
+        if self._token and not self._secret and same_bytes(
+                request.fields.get("authorization", "").encode("latin-1", "replace"),
+                bearer(self._token).encode("latin-1", "replace")):
+            return
+        if self._secret and not self._client.settings.token:
+            raise AuthFailure()
+        self._gate.check(request)
+
+
 def _serve_api(client: Client, api: Api, settings: Settings, addresses: List[Row]) -> None:
-    routes = api.routes() + [Route("/", READ, lambda request: client_page(client), open=True),
-                             HEALTH]
-    pages = client.local_pages()
-    app = ClientApp(Gate(settings.token), client.log, routes + (pages.routes() if pages else []),
-                    client_fallback)
+    gate, pages = Gate(settings.token), client.local_pages()
+    routes = [*api.routes(), *(pages.routes() if pages else []), HEALTH,
+              Route("/", READ, lambda request: client_page(client), open=True),
+              Route("/onebot", "POST", Webhook(client, gate), open=True)]
+    app = ClientApp(gate, client.log, routes, client_fallback)
     watcher = Watcher(client.log)
     for address in addresses:
         listener = client.take_listener() or open_listener(
@@ -7466,11 +9025,17 @@ class Proxy:
     def __init__(self, token: str, fetch: Callable[..., Reply] = fetch) -> None:
         self._token, self._fetch = token, fetch
 
-    def forward(self, request: Request, port: int) -> Response:
-        """A client's answer to a request; Unreachable, TooSlow, Hangup."""
+    def forward(self, request: Request, port: int, trusted: bool = True) -> Response:
+        """A client's answer to a request; Unreachable, TooSlow, Hangup.
+
+        One that is not trusted comes to the client as from another machine, and without our token.
+        """
         fields = {name: value for name, value in request.fields.items()
                   if name not in HOP_BY_HOP and not ABOUT_THE_CALLER.fullmatch(name)}
-        if self._token:
+        if not trusted:
+            fields["forwarded"] = "for=unknown"
+            fields["authorization"] = request.fields.get("authorization", "")
+        elif self._token:
             fields["authorization"] = bearer(self._token)
         reads = READS.match(request.path) is not None
         method = "GET" if request.method == "HEAD" and reads else request.method
@@ -7603,6 +9168,7 @@ class Controller:
         self.loop = Loop(self.log)
         self.pid = PidFile(settings.pid_path)
         self._servers: List[Server] = []
+        self.gate = Gate(settings.token)
         self._dirty = False
         self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
         self._reporter: Optional[Reporter] = None
@@ -7675,7 +9241,7 @@ class Controller:
     def _serve(self) -> None:
         settings, log = self.settings, self.log
         api = ControllerApi(self)
-        app = App(Gate(settings.token), log, api.routes() + self.pages.routes(), api.proxy)
+        app = App(self.gate, log, api.routes() + self.pages.routes(), api.proxy)
         watcher = Watcher(log)
         log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
         for listener in self._listeners:
@@ -7833,7 +9399,8 @@ class ControllerApi:
                  ("get_qrcode", READ, self.get_qrcode)]
         return [Route(prefix + path, methods, handler)
                 for prefix in ("/openqq/", "/openwx/") for path, methods, handler in table
-                ] + [Route("/", READ, self.index, open=True), HEALTH]
+                ] + [Route("/", READ, self.index, open=True), HEALTH,
+                     Route("/onebot", "POST", self.onebot, open=True)]
 
     def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._controller.loop.ask(function, *args)
@@ -7939,6 +9506,18 @@ class ControllerApi:
         if child.process is None:
             raise Unreachable()
         return self._proxy.forward(request, child.port)
+
+    def onebot(self, request: Request) -> Response:
+        """A bridge's event, for its client, who knows the signature (ONEBOT.md)."""
+        child = self._child(request)
+        if child.process is None:
+            raise Unreachable()
+        try:
+            self._controller.gate.check(request)
+            trusted = True
+        except AuthFailure:
+            trusted = False
+        return self._proxy.forward(request, child.port, trusted)
 
     def index(self, request: Request) -> Response:
         """What a browser sees at /."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import hashlib
 import hmac
 import http.client
 import http.server
@@ -241,6 +242,823 @@ class Receiver:
     def close(self):
         self.server.shutdown()
         self.server.server_close()
+
+
+class Heard:
+    """What came in, as (name, value) in `rows`; wait(name) gives each row once, in its order."""
+
+    def __init__(self):
+        self.rows = []
+        self._given = set()  # places in rows; guarded by _changed, as rows are
+        self._changed = threading.Condition()
+
+    def add(self, name, value):
+        with self._changed:
+            self.rows.append((name, value))
+            self._changed.notify_all()
+
+    def _place(self, name, wanted):
+        return next((place for place, row in enumerate(self.rows) if row[0] == name
+                     and place not in self._given and wanted(row[1])), None)
+
+    def wait(self, name, wanted=lambda value: True, seconds=WAIT):
+        """The next value under this name that is wanted and was not yet given."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._place(name, wanted) is not None, seconds)
+            place = self._place(name, wanted)
+            assert place is not None, f"{name!r} did not come: {self.rows[-20:]!r:.2000}"
+            self._given.add(place)
+            return self.rows[place][1]
+
+
+def hang_up(sock):
+    """End a connection under whoever reads from it."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # the other side was quicker
+
+
+class PeerHandler(http.server.BaseHTTPRequestHandler):
+    """One connection to a Peer: path, query and body of each request are read for it."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_POST(self):
+        self.path, _, query = self.path.partition("?")
+        self.query = dict(urllib.parse.parse_qsl(query))
+        self.body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.server.peer.handle(self)
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+class PeerServer(http.server.ThreadingHTTPServer):
+    """What listens for a Peer."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, peer):
+        self.peer = peer
+        super().__init__(("127.0.0.1", peer.port), PeerHandler)
+
+    def get_request(self):
+        sock, address = super().get_request()
+        self.peer.came(sock)
+        return sock, address
+
+    def shutdown_request(self, sock):
+        self.peer.went(sock)
+        super().shutdown_request(sock)
+
+    def handle_error(self, request, address):
+        pass
+
+
+class Peer:
+    """An HTTP server of somebody else's on the loopback, whose connections can be cut.
+
+    `handle(handler)` answers each request; it may keep the connection for as long as it likes.
+    """
+
+    def __init__(self, port=0):
+        self.port = port
+        self.accepted = 0           # connections that there have ever been; guarded by _lock
+        self.server = None
+        self._connections = set()   # guarded by _lock
+        self._lock = threading.Lock()
+        self.start()
+
+    def start(self):
+        """Listen, after a stop() on the port of before."""
+        self.server = PeerServer(self)
+        self.port = self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def came(self, sock):
+        """A connection begins."""
+        with self._lock:
+            self.accepted += 1
+            self._connections.add(sock)
+
+    def went(self, sock):
+        """A connection has ended."""
+        with self._lock:
+            self._connections.discard(sock)
+
+    def drop(self):
+        """Cut all connections at once; it goes on listening."""
+        with self._lock:
+            connections = list(self._connections)
+        for sock in connections:
+            hang_up(sock)
+
+    def stop(self):
+        """Be gone: connections are refused until start()."""
+        if self.server is not None:
+            self.server.shutdown()
+            self.server.server_close()
+            self.server = None
+        self.drop()
+
+    close = stop
+
+    @staticmethod
+    def reply(handler, status, body, kind="application/json"):
+        """Answer once: text as it is, anything else as JSON."""
+        if not isinstance(body, (str, bytes)):
+            body = json.dumps(body, ensure_ascii=False)
+        data = body.encode() if isinstance(body, str) else body
+        handler.send_response(status)
+        handler.send_header("Content-Type", kind)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+
+def cq_string(segments):
+    """Segments as a string of CQ codes."""
+    def escape(text, more=()):
+        for sign, code in (("&", "&amp;"), ("[", "&#91;"), ("]", "&#93;"), *more):
+            text = text.replace(sign, code)
+        return text
+
+    return "".join(
+        escape(row["data"]["text"]) if row["type"] == "text" else
+        "[CQ:" + ",".join([row["type"], *(f"{key}=" + escape(str(value), [(",", "&#44;")])
+                                          for key, value in row["data"].items())]) + "]"
+        for row in segments)
+
+
+def cq_segments(text):
+    """A string of CQ codes as segments."""
+    def plain(text):
+        for sign, code in ((",", "&#44;"), ("[", "&#91;"), ("]", "&#93;"), ("&", "&amp;")):
+            text = text.replace(code, sign)
+        return text
+
+    rows = []
+    for part in re.split(r"(\[CQ:[^\[\]]+\])", text):
+        if re.match(r"\[CQ:[^\[\]]+\]\Z", part):
+            kind, *fields = part[4:-1].split(",")
+            data = {key: plain(value) for key, _, value in (f.partition("=") for f in fields)}
+            rows.append({"type": kind, "data": data})
+        elif part:
+            rows.append({"type": "text", "data": {"text": plain(part)}})
+    return rows
+
+
+def ws_frame(payload=b"", opcode=1, fin=True, mask=False, says=None):
+    """One WebSocket frame, `says`: the length that it claims to have. A server does not mask."""
+    data = payload.encode() if isinstance(payload, str) else payload
+    length = len(data) if says is None else says
+    head = bytes([fin << 7 | opcode])
+    if length < 126:
+        head += bytes([mask << 7 | length])
+    elif length < 65536:
+        head += struct.pack(">BH", mask << 7 | 126, length)
+    else:
+        head += struct.pack(">BQ", mask << 7 | 127, length)
+    return head + (b"\0\0\0\0" if mask else b"") + data  # the mask of zeros leaves all as it is
+
+
+class Channel:
+    """Where a Bridge's events go out: a WebSocket, or a stream of server-sent events."""
+
+    def __init__(self, bridge, handler, sse=False):
+        self.bridge = bridge
+        self.sock = handler.connection
+        self.stream = handler.rfile
+        self.sse = sse
+        self._sending = threading.Lock()
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 20, 0))
+
+    def raw(self, data):
+        """Send bytes as they are (on a stream of events: as one chunk of it)."""
+        if self.sse:
+            data = b"%x\r\n%s\r\n" % (len(data), data)
+        with self._sending:
+            try:
+                self.sock.sendall(data)
+            except OSError:
+                hang_up(self.sock)  # it has gone, or it does not read; our reader notices
+
+    def send(self, row):
+        """Send JSON as an event or an answer."""
+        text = json.dumps(row, ensure_ascii=False).encode()
+        size = self.bridge.pieces or len(text)
+        if self.sse:
+            return self.raw(b"data: " + text + b"\n\n")
+        places = range(0, len(text), size)
+        return self.raw(b"".join(
+            ws_frame(text[place:place + size], 0 if place else 1, fin=place == places[-1])
+            for place in places))
+
+    def until_closed(self):
+        """Wait until a stream of events is hung up on."""
+        try:
+            while self.stream.read(1):
+                pass
+        except OSError:
+            pass
+
+    def read(self):
+        """(opcode, payload, fin) of the client's next frame; an error when there is no more."""
+        def exactly(count):
+            data = self.stream.read(count)
+            if len(data) < count:
+                raise EOFError
+            return data
+
+        first, second = exactly(2)
+        length = second & 127
+        if length > 125:
+            length = int.from_bytes(exactly(2 if length == 126 else 8), "big")
+        if not second & 128:
+            raise ValueError("a frame that is not masked")
+        if first & 0x70:
+            raise ValueError("reserved bits without an extension")
+        mask, data = exactly(4), exactly(length)
+        if any(data):
+            pad = (mask * (length // 4 + 1))[:length]
+            number = int.from_bytes(data, "big") ^ int.from_bytes(pad, "big")
+            data = number.to_bytes(length, "big")
+        self.bridge.masks.add(mask)
+        self.bridge.frames += 1
+        return first & 15, data, bool(first & 128)
+
+    def texts(self):
+        """The client's messages, put together; control frames are answered and noted."""
+        whole = None
+        while True:
+            opcode, data, fin = self.read()
+            if opcode >= 8:
+                if not fin or len(data) > 125:
+                    raise ValueError("a control frame that is too long or in pieces")
+                self.bridge.controls.add(opcode, data)
+                if opcode == 8:
+                    self.raw(ws_frame(data[:2], 8))
+                    return
+                if opcode == 9 and "*" not in self.bridge.hanging:
+                    self.raw(b"".join(ws_frame(b"" if again else data, 10)
+                                      for again in range(self.bridge.pongs)))
+                continue
+            if (opcode == 0) != (whole is not None) or opcode > 1:
+                raise ValueError(f"opcode {opcode} out of place")
+            whole = (whole or b"") + data
+            if fin:
+                yield whole.decode()
+                whole = None
+
+
+class Bridge(Peer):
+    """A OneBot 11 bridge for one account: HTTP, SSE, webhook and WebSocket on one port.
+
+    What it knows stands in plain attributes that a test may change whenever it likes: uin,
+    nickname, friends, groups (a row's `members` is a list, or a callable that makes it), strangers,
+    logged_in, answers, hanging, and the quirks, which are the keywords:
+
+    token           what it demands; `refusal`: the (status, body) for whoever has another
+    late_refusal    a WebSocket is opened all the same and told so in JSON, then closed (NapCat)
+    ids             int or str: how ids are written; message_format: "array" or "string"
+    sse             True, False (404), or 1404 (200 with that retcode, NapCat without it)
+    post_to         the URL that events are posted to, `secret` signs them, `upper` in capitals
+    unknown         404, or 200: how it answers to an action that it does not have
+    lifecycle       whether a WebSocket begins with the event that tells of it
+    pieces          WebSocket texts go out in fragments of so many bytes
+    handshake       bytes to answer a WebSocket's handshake with, and then close
+    pongs           how many pongs follow a ping; NapCat sends 2, the second empty
+
+    A WebSocket at /api carries actions only, at any other path events too.
+
+    calls: (action, params) in the order of their coming. faults: what a client did against the
+    protocol; tests end with `assert not bridge.faults`.
+    """
+
+    OK = {"status": "ok", "retcode": 0, "data": None, "message": "", "wording": ""}
+    IDS = {"user_id", "group_id", "self_id", "target_id", "operator_id", "sender_id", "message_id"}
+
+    def __init__(self, uin=10001, nickname="阿猫", token="", port=0, ids=int, sse=True,
+                 message_format="array", post_to="", secret="", upper=False, unknown=404,
+                 refusal=(403, {"status": "failed", "retcode": 1403, "message": "token验证失败"}),
+                 late_refusal=False, lifecycle=True, pieces=0, handshake=b"", pongs=1):
+        self.uin, self.nickname, self.token, self.ids, self.sse = uin, nickname, token, ids, sse
+        self.message_format, self.post_to, self.secret = message_format, post_to, secret
+        self.upper, self.unknown, self.refusal = upper, unknown, refusal
+        self.late_refusal, self.lifecycle = late_refusal, lifecycle
+        self.pieces, self.handshake, self.pongs = pieces, handshake, pongs
+        self.friends = [{"user_id": 20001, "nickname": "小明", "remark": "老明"},
+                        {"user_id": 20002, "nickname": "小红", "remark": ""}]
+        self.strangers = []
+        self.groups = [{"group_id": 30001, "group_name": "一家人", "members": [
+            self.member(uin, "owner"), self.member(20001, "member", nickname="小明", card="爸"),
+            self.member(40001, "admin", nickname="路人")]}]
+        self.logged_in = True
+        self.answers = {}           # action: what is answered instead, see _answer
+        self.hanging = set()        # actions that are never answered; "*": nothing is, no ping
+        self.faults = []
+        self.frames = 0             # that came, and the masks that they had: a new one for each,
+        self.masks = set()          # so that as many are here
+        self.refused = 0            # requests with a wrong token or none
+        self.posted = []            # what was answered to each event that was posted: a status
+        self.controls = Heard()     # (opcode, payload) of the control frames that came
+        self._heard = Heard()
+        self.calls = self._heard.rows
+        self._channels = []         # guarded by _opened
+        self._opened = threading.Condition()
+        self._numbers = itertools.count(7000001)
+        super().__init__(port)
+
+    @property
+    def ws(self):
+        """Its address as a WebSocket."""
+        return f"ws://127.0.0.1:{self.port}"
+
+    @staticmethod
+    def member(user_id, role="member", **more):
+        """A member's row."""
+        return dict({"user_id": user_id, "nickname": f"网友{user_id}", "card": "", "sex": "unknown",
+                     "area": "", "join_time": 1500000000, "last_sent_time": 1600000000,
+                     "level": "1", "role": role, "title": ""}, **more)
+
+    def fill(self, groups=300, members=2000, friends=0):
+        """Many big groups instead of those that it has; their members are made when asked for."""
+        def rows(first):
+            return [self.member(self.uin, "owner")] + [
+                self.member(first + number) for number in range(1, members)]
+
+        self.groups = [
+            {"group_id": 600000 + number, "group_name": f"大群{number}", "member_count": members,
+             "max_member_count": members,
+             "members": lambda first=10000000 + number * members: rows(first)}
+            for number in range(groups)]
+        self.friends += [{"user_id": 9000000 + number, "nickname": f"好友{number}", "remark": ""}
+                         for number in range(friends)]
+
+    # What is known
+
+    def _written(self, value):
+        """The same with ids as this bridge writes them."""
+        if isinstance(value, dict):
+            return {key: self.ids(item) if key in self.IDS and str(item).lstrip("-").isdecimal()
+                    else self._written(item) for key, item in value.items()}
+        return [self._written(item) for item in value] if isinstance(value, list) else value
+
+    @staticmethod
+    def _members(group):
+        members = group.get("members", [])
+        return members() if callable(members) else members
+
+    def _group_row(self, group):
+        count = group.get("member_count")
+        count = len(self._members(group)) if count is None else count
+        row = {"group_remark": "", "max_member_count": 2000, **group, "member_count": count}
+        row.pop("members", None)
+        return row
+
+    @staticmethod
+    def _one(rows, key, value):
+        return next((row for row in rows if str(row[key]) == str(value)), None)
+
+    def _member_row(self, group_id, user_id):
+        group = self._one(self.groups, "group_id", group_id)
+        return group and self._one(self._members(group), "user_id", user_id)
+
+    def _stranger(self, user_id):
+        for rows in (self.friends, self.strangers, *map(self._members, self.groups)):
+            found = self._one(rows, "user_id", user_id)
+            if found:
+                return {"user_id": user_id, "nickname": found.get("nickname", ""),
+                        "sex": found.get("sex", "unknown"), "age": found.get("age", 0)}
+        return None
+
+    # Actions
+
+    @classmethod
+    def failed(cls, retcode=100, wording="失败了", **more):
+        """An answer that says no."""
+        return dict(cls.OK, status="failed", retcode=retcode, message=wording, wording=wording,
+                    **more)
+
+    def _data(self, action, params):
+        """(data,) of an action that this bridge has, None for others; (None,) for nothing found."""
+        group = self._one(self.groups, "group_id", params.get("group_id"))
+        user_id = params.get("user_id")
+        if action == "get_login_info":
+            return {"user_id": self.uin, "nickname": self.nickname},
+        if action == "get_status":
+            return {"online": self.logged_in, "good": True, "stat": {}},
+        if action == "get_version_info":
+            return {"app_name": "TestBridge", "app_version": "1.0", "protocol_version": "v11"},
+        if action == "get_friend_list":
+            return list(self.friends),
+        if action == "get_stranger_info":
+            return self._stranger(user_id),
+        if action == "get_group_list":
+            return [self._group_row(row) for row in list(self.groups)],
+        if action == "get_group_info":
+            return group and self._group_row(group),
+        if action == "get_group_member_list":
+            return group and [dict(row, group_id=group["group_id"])
+                              for row in self._members(group)],
+        if action == "get_group_member_info":
+            return self._member_row(params.get("group_id"), user_id),
+        if action in ("send_private_msg", "send_group_msg", "send_msg"):
+            return {"message_id": next(self._numbers)},
+        return None
+
+    ACTS = {"delete_msg", "set_group_kick", "set_group_ban", "set_group_card", "set_group_admin",
+            "set_friend_add_request", "set_group_add_request", "set_group_name",
+            "set_group_leave"}  # done, with nothing to tell
+
+    def _answer(self, action, params):
+        """(status, row) of an action; answers[action] may be a row that is laid over the usual one
+        ({"retcode": 100, "wording": "…"}, {"data": …}), an HTTP status, text or a list to be
+        answered as it stands, or callable(params) giving one of these, after as long as it likes.
+        """
+        own = self.answers.get(action)
+        own = own(params) if callable(own) else own
+        if isinstance(own, int):
+            return own, self.failed(1400, f"HTTP {own}")
+        if own is not None and not isinstance(own, dict):
+            return 200, own
+        if own is not None:
+            code = own.get("retcode", 0)
+            status = {0: "ok", 1: "async"}.get(code, "failed")
+            row = dict(self.OK, status=status, message=own.get("wording", ""))
+            return 200, self._written(dict(row, **own))
+        if not self.logged_in and action not in ("get_status", "get_version_info"):
+            return 200, self.failed(1400, "未登录")
+        if action in self.ACTS:
+            return 200, dict(self.OK)
+        data = self._data(action, params)
+        if data is None:
+            return self.unknown, self.failed(1404 if self.unknown == 404 else 200,
+                                             f"不支持的Api {action}")
+        if data[0] is None:
+            return 200, self.failed(1200, "查无此人")
+        return 200, dict(self.OK, data=self._written(data[0]))
+
+    def wait_call(self, action, wanted=lambda params: True, seconds=WAIT):
+        """The params of the next call of this action that was not yet returned here."""
+        return self._heard.wait(action, wanted, seconds)
+
+    def hang(self, *actions):
+        """Never answer these; "*": nothing at all, though connections stay."""
+        self.hanging |= set(actions)
+
+    def _hangs(self, action):
+        return bool(self.hanging & {action, "*"})
+
+    # Requests
+
+    def handle(self, handler):
+        """Answer one HTTP request, which may become a channel."""
+        ws = handler.headers.get("Upgrade", "").lower() == "websocket"
+        shown = handler.headers.get("Authorization", "").partition("Bearer ")[2]
+        known = not self.token or self.token in (shown, handler.query.get("access_token"))
+        self.refused += not known
+        if not known and not (ws and self.late_refusal):
+            status, body = self.refusal
+            kind = "text/plain" if isinstance(body, str) else "application/json"
+            self.reply(handler, status, body, kind)
+        elif ws:
+            self._serve_ws(handler, known)
+        elif handler.command == "GET" and handler.path == "/_events":
+            self._serve_sse(handler)
+        elif handler.command == "GET":
+            self.reply(handler, 200, {"message": "TestBridge"})
+        else:
+            self._serve_action(handler)
+
+    def _serve_action(self, handler):
+        action = handler.path.strip("/")
+        kind = handler.headers.get("Content-Type", "").partition(";")[0]
+        try:
+            params = json.loads(handler.body)
+            assert isinstance(params, dict) and kind == "application/json"
+        except (ValueError, AssertionError):
+            self.faults.append(f"{action}: {kind} {handler.body!r}")
+            self.reply(handler, 400, self.failed(1400, "no JSON object"))
+            return
+        self._heard.add(action, params)
+        if self._hangs(action):
+            Channel(self, handler).until_closed()
+            return
+        status, row = self._answer(action, params)
+        self.reply(handler, status, row)
+
+    def _serve_sse(self, handler):
+        if self.sse is not True:
+            status, row = (404, "404 page not found") if not self.sse else (
+                200, self.failed(1404, "不支持的Api _events", echo=None))
+            self.reply(handler, status, row)
+            return
+        handler.close_connection = True
+        handler.connection.sendall(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
+            b"Connection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n")
+        channel = Channel(self, handler, sse=True)
+        self._open(channel)
+        channel.until_closed()
+        self._shut(channel)
+
+    def _serve_ws(self, handler, known):
+        handler.close_connection = True
+        key = handler.headers.get("Sec-WebSocket-Key", "")
+        guid = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        accept = base64.b64encode(hashlib.sha1((key + guid).encode()).digest())
+        if len(key) != 24 or handler.headers.get("Sec-WebSocket-Version") != "13":
+            self.faults.append(f"handshake: {dict(handler.headers)}")
+        if self.handshake:
+            handler.connection.sendall(self.handshake)
+            return
+        handler.connection.sendall(
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n")
+        channel = Channel(self, handler)
+        if not known:
+            channel.send(self.failed(1403, "token验证失败", echo=None))
+            channel.raw(ws_frame(struct.pack(">H", 1000), 8))
+            return
+        if handler.path.rstrip("/") != "/api":
+            if self.lifecycle:
+                channel.send(self._event(meta_event_type="lifecycle", sub_type="connect"))
+            self._open(channel)
+        self._read_ws(channel)
+
+    def _read_ws(self, channel):
+        try:
+            for text in channel.texts():
+                self._act(channel, text)
+        except (OSError, EOFError):
+            pass
+        except (ValueError, TypeError, LookupError) as error:
+            self.faults.append(repr(error))
+            channel.raw(ws_frame(struct.pack(">H", 1002), 8))
+        finally:
+            self._shut(channel)
+
+    def _act(self, channel, text):
+        """Carry out an action that came on a WebSocket."""
+        said = json.loads(text)
+        action, params = said["action"], said.get("params") or {}
+        self._heard.add(action, params)
+
+        def answer():
+            row = self._answer(action, params)[1]
+            if isinstance(row, str):
+                channel.raw(ws_frame(row))
+            else:
+                channel.send(dict({"echo": said.get("echo")}, **row) if isinstance(row, dict)
+                             else row)
+
+        if self._hangs(action):
+            return
+        if callable(self.answers.get(action)):
+            threading.Thread(target=answer, daemon=True).start()  # it may wait; others need not
+        else:
+            answer()
+
+    # Channels and events
+
+    def _open(self, channel):
+        with self._opened:
+            self._channels.append(channel)
+            self._opened.notify_all()
+
+    def _shut(self, channel):
+        with self._opened:
+            if channel in self._channels:
+                self._channels.remove(channel)
+            self._opened.notify_all()
+
+    def connected(self, count=1, seconds=WAIT):
+        """Wait until so many event channels (WebSocket or SSE) are open."""
+        with self._opened:
+            there = self._opened.wait_for(lambda: len(self._channels) >= count, seconds)
+            assert there, f"{len(self._channels)} channels, {self.calls[-20:]!r:.2000}"
+
+    def left(self, seconds=WAIT):
+        """Wait until no event channel is open any more."""
+        with self._opened:
+            assert self._opened.wait_for(lambda: not self._channels, seconds)
+
+    def drop(self):
+        """Cut all connections at once; connected() then waits for new ones."""
+        with self._opened:
+            self._channels.clear()
+        super().drop()
+
+    def send_raw(self, data):
+        """Send bytes as they are on each WebSocket (see ws_frame; text as a text frame), on SSE as
+        a chunk."""
+        with self._opened:
+            channels = list(self._channels)
+        for channel in channels:
+            channel.raw(ws_frame(data) if isinstance(data, str) and not channel.sse else
+                        data.encode() if isinstance(data, str) else data)
+
+    def _event(self, **event):
+        kind = next((kind for kind in ("message", "notice", "request", "meta_event")
+                     if kind + "_type" in event), "message")
+        return self._written(dict({"time": int(time.time()), "self_id": self.uin,
+                                   "post_type": kind}, **event))
+
+    def emit(self, **event):
+        """Send an event on all channels, with what every event has filled in; returns it."""
+        event = self._event(**event)
+        with self._opened:
+            channels = list(self._channels)
+        for channel in channels:
+            channel.send(event)
+        if self.post_to:
+            self.post(event)
+        return event
+
+    def post(self, event, **headers):
+        """Post an event as a webhook, in chunks; the status of the answer, None for no answer."""
+        body = json.dumps(event, ensure_ascii=False).encode()
+        headers = {"Content-Type": "application/json", "X-Self-ID": str(self.uin), **headers}
+        if self.secret:
+            sign = hmac.new(self.secret.encode(), body, "sha1").hexdigest()
+            headers.setdefault("X-Signature", "sha1=" + (sign.upper() if self.upper else sign))
+        parts = urllib.parse.urlsplit(self.post_to)
+        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=WAIT)
+        target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        pieces = iter([body[:7], body[7:]])  # of no length known before, so it goes in chunks
+        try:
+            connection.request("POST", target, pieces, headers)
+            self.posted.append(connection.getresponse().status)
+        except (OSError, http.client.HTTPException):
+            self.posted.append(None)
+        finally:
+            connection.close()
+        return self.posted[-1]
+
+    def _message(self, message, **event):
+        """A message event; the message may be a string of CQ codes or a list of segments."""
+        rows = cq_segments(message) if isinstance(message, str) else message
+        text = message if isinstance(message, str) else cq_string(message)
+        said = {"message_id": next(self._numbers), "raw_message": text, "font": 14,
+                "message": rows if self.message_format == "array" else text,
+                "message_format": self.message_format}
+        return self.emit(**dict(said, **event))
+
+    def say_private(self, user_id, message, **more):
+        """A friend speaks to the account; `more` goes over the event's fields."""
+        friend = self._one(self.friends, "user_id", user_id) or {}
+        sender = {"user_id": user_id, "nickname": friend.get("nickname", ""), "card": ""}
+        return self._message(message, **dict(
+            {"message_type": "private", "sub_type": "friend", "user_id": user_id,
+             "sender": sender}, **more))
+
+    def say_group(self, group_id, user_id, message, **more):
+        """A member speaks in a group; `more` goes over the event's fields."""
+        row = self._member_row(group_id, user_id) or {}
+        sender = {"user_id": user_id, "nickname": row.get("nickname", ""),
+                  "card": row.get("card", ""), "role": row.get("role", "member")}
+        return self._message(message, **dict(
+            {"message_type": "group", "sub_type": "normal", "group_id": group_id,
+             "user_id": user_id, "sender": sender}, **more))
+
+
+class NapCatPage(Peer):
+    """NapCat's WebUI, as far as logging in goes: change logged_in, offline, qrcode, error.
+
+    calls: (path, JSON) in their order. refused: how often a wrong token came. next_qrcode: what a
+    refresh puts in the place of qrcode. answers[path] = (message, data) is said instead: a message
+    is an error, ("login rate limit", None); ("", {"require2FA": True}) is a success without use.
+    Kicked off line, it still takes itself for logged in and will not show a QR without a refresh.
+    """
+
+    def __init__(self, token="napcat", port=0):
+        self.token = token
+        self.logged_in = self.offline = False
+        self.qrcode = self.next_qrcode = "https://txz.qq.com/p?k=one&f=1600001604"
+        self.error = ""
+        self.refused = 0
+        self._heard = Heard()
+        self.calls = self._heard.rows
+        self.answers = {}
+        self._credentials = set()
+        super().__init__(port)
+
+    def wait_call(self, path, seconds=WAIT):
+        """The JSON of the next call of this path that was not yet returned here."""
+        return self._heard.wait(path, seconds=seconds)
+
+    def expire(self):
+        """All credentials that were given are worth nothing from now on."""
+        self._credentials.clear()
+
+    def handle(self, handler):
+        """Answer with 200, whatever happened."""
+        said = json.loads(handler.body or b"{}")
+        self._heard.add(handler.path, said)
+        message, data = self._answer(handler, said)
+        row = {"code": -1 if message else 0, "message": message or "success", "data": data}
+        self.reply(handler, 200, row)
+
+    def _answer(self, handler, said):
+        """(what is wrong, data)"""
+        if handler.path in self.answers:
+            return self.answers[handler.path]
+        if handler.path == "/api/auth/login":
+            return self._login(said)
+        if handler.headers.get("Authorization", "")[7:] not in self._credentials:
+            return "Unauthorized", None
+        if handler.path == "/api/QQLogin/CheckLoginStatus":
+            return "", {"isLogin": self.logged_in and not self.offline, "isOffline": self.offline,
+                        "qrcodeurl": self.qrcode, "loginError": self.error}
+        if handler.path == "/api/QQLogin/GetQQLoginQrcode":
+            if self.logged_in:
+                return "QQ Is Logined", None
+            return ("", {"qrcode": self.qrcode}) if self.qrcode else ("QRCode Get Error", None)
+        if handler.path == "/api/QQLogin/RefreshQRcode":
+            if self.logged_in and not self.offline:
+                return "QQ Is Logined", None
+            self.qrcode = self.next_qrcode
+            return "", {"qrcodeurl": self.qrcode}
+        return "not found", None
+
+    def _login(self, said):
+        good = hashlib.sha256((self.token + ".napcat").encode()).hexdigest()
+        if said.get("hash") != good:
+            self.refused += 1
+            return "token is invalid", None
+        credential = base64.b64encode(os.urandom(24)).decode()
+        self._credentials.add(credential)
+        return "", {"Credential": credential}
+
+
+class LLBotPage(Peer):
+    """LLBot's WebUI, as far as logging in goes: change logged_in, offline, qrcode, error.
+
+    The fourth wrong token one after the other locks it: even the right one is refused then.
+    refused: how often a wrong token came, or any while it was locked.
+    """
+
+    def __init__(self, password="llbot", port=0, uin="10001", nickname="阿猫"):
+        self.password = password
+        self.uin, self.nickname = uin, nickname
+        self.logged_in = self.offline = False
+        self.qrcode = "https://txz.qq.com/p?k=two&f=1600001604"
+        self.error = ""
+        self.refused = self._failures = 0
+        self.locked = False
+        self._heard = Heard()
+        self.calls = self._heard.rows
+        super().__init__(port)
+
+    wait_call = NapCatPage.wait_call
+
+    def handle(self, handler):
+        """Answer as long as it is not locked."""
+        self._heard.add(handler.path, handler.query)
+        good = hashlib.sha256(self.password.encode()).hexdigest()
+        shown = handler.headers.get("X-Webui-Token") or handler.query.get("token")
+        if not shown:
+            self.reply(handler, 403, {"success": False, "message": "请输入密码"})
+        elif self.locked or shown != good:
+            self._refuse(handler)
+        elif handler.path == "/api/login-qrcode" and self.error:
+            self.reply(handler, 500, {"success": False, "message": self.error, "error": {}})
+        elif handler.path == "/api/login-qrcode":
+            self._reply(handler, {"qrcodeUrl": self.qrcode, "expireTime": 120,
+                                  "pngBase64QrcodeData": "data:image/png;base64,"})
+        elif handler.path == "/api/login-info":
+            self._reply(handler, {"uin": self.uin if self.logged_in else "",
+                                  "nick": self.nickname if self.logged_in else "",
+                                  "online": self.logged_in and not self.offline})
+        else:
+            self.reply(handler, 404, {"success": False, "message": "not found"})
+
+    def _refuse(self, handler):
+        self.refused += 1
+        self._failures += 1
+        row = {"success": False}
+        if self.locked:
+            row.update(message="密码错误次数过多，请在 60 分钟后重试")
+        elif self._failures < 4:
+            row.update(message=f"Token校验失败，剩余尝试次数：{4 - self._failures}",
+                       remainingAttempts=4 - self._failures)
+        else:
+            self.locked = True
+            row.update(message="密码连续错误3次，账户已被锁定1小时")
+        if self.locked:
+            row.update(locked=True, remainingMinutes=60)
+        self.reply(handler, 403, row)
+
+    def _reply(self, handler, data):
+        self._failures = 0
+        self.reply(handler, 200, {"success": True, "data": data})
 
 
 @pytest.fixture
@@ -3696,8 +4514,10 @@ def test_every_attribute_of_the_documented_new_is_taken(tower):
 SAMPLES = {"_flag": ("1", "maybe"), "_whole": ("7", "7.5"), "_port": ("65535", "65536"),
            "_number": ("0.5", "-1"), "_text": ("x y", "a\0b"), "_path": ("/tmp/x", "a\0b"),
            "_words": ("a, b", None), "_level": ("fatal", "loud"), "_encoding": ("gbk", "klingon"),
-           "_url": ("http://h/a?b=1", "gopher://h/")}
-CHOICES = {"flavor": "qq", "restart": "never", "login_type": "login", "mode": "busy"}
+           "_url": ("http://h/a?b=1", "gopher://h/"),
+           "_bridge_url": ("wss://h:3001/", "ftp://h/")}
+CHOICES = {"flavor": "qq", "restart": "never", "login_type": "login", "mode": "busy",
+           "onebot_login": "llbot"}
 
 
 def sample(setting):
@@ -7027,8 +7847,8 @@ def type_in(line, ports):
 
 
 def test_readme_commands_do_what_the_readme_says(start, tmp_path):
-    """All shell blocks: the program, the first four lines, the tests, the bot's four lines."""
-    program, first_minute, tests, bot_lines = blocks("sh")
+    """The program, the first four lines, the tests, the bot's four lines."""
+    program, first_minute, _, _, tests, bot_lines = blocks("sh")
     assert program == "python openqq.py controller\n"
     assert tests == "python -m pip install pytest && python -m pytest -q\n"
     controller = start("controller", typed=True)
@@ -7054,6 +7874,29 @@ def test_readme_commands_do_what_the_readme_says(start, tmp_path):
     finally:
         bot.terminate()
         bot.wait()
+
+
+def test_readme_three_steps_bring_a_real_account(start, tmp_path):
+    """The two commands, with a bridge and its page at other ports than theirs."""
+    _, _, under_controller, alone, _, _ = blocks("sh")
+    page = NapCatPage("WEBUI_TOKEN")
+    page.logged_in = True
+    bridges = [Bridge(token="TOKEN"), Bridge(token="TOKEN")]
+    try:
+        controller = start("controller")
+        line = under_controller.replace("ws://127.0.0.1:3001", bridges[0].ws).replace(
+            "onebot_login=", f"onebot_login_api={page.url}&onebot_login=")
+        assert json.loads(type_in(line, {4000: controller.port}))["code"] == 0
+        assert eventually(lambda: controller.state("me")["state"] == "running")
+        assert controller.call("get_user_info", client="me")["uid"] == "10001"
+        words = alone.replace("ws://127.0.0.1:3001", bridges[1].ws).split()[2:]
+        client = start(*words, "--onebot-login-api", page.url, tmpdir=tmp_path / "alone")
+        client.log.wait("logged in")
+        assert client.call("get_user_info")["uid"] == "10001"
+        assert not bridges[0].faults and not bridges[1].faults
+    finally:
+        for peer in [page, *bridges]:
+            peer.stop()
 
 
 def test_readme_library_example_runs(tmp_path, start):
