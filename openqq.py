@@ -6017,21 +6017,36 @@ class Bridge:
     def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
         self._url, self._log, self._hear = url.rstrip("/"), log, hear
         self._fields = {"Authorization": bearer(token)} if token else {}
+        self._complaint = ""         # why we, or the bridge in words of its own, end it
 
     def open(self) -> None:
         """Connect. Unreachable."""
-        raise NotImplementedError
+        self._complaint = ""
+        self._open()
 
     def listen(self) -> None:
         """Pass events on until the bridge is lost: always raises Unreachable."""
-        raise NotImplementedError
+        try:
+            self._listen()
+        except Unreachable as error:
+            raise Unreachable(self._complaint or error.status) from None
+
+    def close(self, why: str = "the connection was closed") -> None:
+        """Let listen() end, from any thread."""
+        self._complaint = self._complaint or why
+        self._hang_up()
 
     def ask(self, action: str, params: Row, seconds: float) -> Row:
         """The bridge's answer to an action, whatever it says. Unreachable, Declined."""
         raise NotImplementedError
 
-    def close(self) -> None:
-        """Let listen() end, from any thread."""
+    def _open(self) -> None:
+        raise NotImplementedError
+
+    def _listen(self) -> None:
+        raise NotImplementedError
+
+    def _hang_up(self) -> None:
         raise NotImplementedError
 
     REFUSED = "the bridge refuses onebot_token"
@@ -6054,24 +6069,21 @@ class SocketBridge(Bridge):
         self._count = itertools.count(1)
         self._socket: Optional[WebSocket] = None
         self._waiting: Dict[str, Promise] = {}  # echo -> who waits; in the socket's loop
-        self._complaint = ""                    # what it said without being asked
 
-    def open(self) -> None:
-        self._complaint = ""
+    def _open(self) -> None:
         try:
             self._socket = WebSocket(self._url, self._fields, self._log, self._heard)
         except AuthFailure:
             raise Unreachable(self.REFUSED) from None
 
-    def listen(self) -> None:
+    def _listen(self) -> None:
         assert self._socket is not None
         try:
             self._socket.run()
-        except Unreachable as error:
+        finally:
             waiting, self._waiting = self._waiting, {}
             for promise in waiting.values():
-                promise.fail(Unreachable(error.status, True))
-            raise Unreachable(self._complaint or error.status) from None
+                promise.fail(Unreachable("the connection to the bridge broke", True))
 
     def ask(self, action: str, params: Row, seconds: float) -> Row:
         socket, echo, promise = self._socket, str(next(self._count)), Promise()
@@ -6096,8 +6108,7 @@ class SocketBridge(Bridge):
         try:
             row = self._read(data)
         except Unreachable as error:
-            self._complaint = error.status
-            return self.close()
+            return self.close(error.status)
         promise = self._waiting.pop(str(row.get("echo")), None)
         if promise:
             promise.keep(row)
@@ -6107,7 +6118,7 @@ class SocketBridge(Bridge):
             refused = scalar(row.get("retcode")) in ("1401", "1403")
             self._complaint = (f"{self.REFUSED}: " if refused else "") + wording(row)
 
-    def close(self) -> None:
+    def _hang_up(self) -> None:
         if self._socket:
             self._socket.close()
 
@@ -6120,7 +6131,7 @@ class HttpBridge(Bridge):
         self._closed = threading.Event()
         self._events: Optional[Reply] = None  # the stream, while there is one
 
-    def open(self) -> None:
+    def _open(self) -> None:
         self._closed.clear()
         reply = self._fetch("/_events", "GET", None, BRIDGE_SECONDS)
         if reply.status == 200 and reply.kind == "text/event-stream":
@@ -6138,7 +6149,7 @@ class HttpBridge(Bridge):
             raise Unreachable(self.REFUSED)
         return reply
 
-    def listen(self) -> None:
+    def _listen(self) -> None:
         if self._events:
             self._follow(self._events)
         while not self._closed.wait(BRIDGE_SECONDS):
@@ -6173,7 +6184,7 @@ class HttpBridge(Bridge):
             raise Unreachable(f"the bridge answers {reply.status}", True)
         return self._read(data)
 
-    def close(self) -> None:
+    def _hang_up(self) -> None:
         self._closed.set()
         reply = self._events
         if reply:
@@ -6584,8 +6595,7 @@ class OneBotLink(BridgeActions):
                 if self._closed.wait(LOGIN_SECONDS):
                     return
         except OpenQQError as error:
-            self._log.warn(f"the bridge: {error.status}")
-            return self._bridge.close()  # and once more from the beginning
+            return self._bridge.close(error.status)  # and once more from the beginning
         if self._fresh:
             self._hooks.scanned()
         fresh, self._fresh, self._shown, self._greeted = self._fresh, False, "", True
@@ -6847,9 +6857,17 @@ class Roster:
 
     def to_json(self, kind: str, members: bool = True) -> List[Row]:
         """The list of a kind, as documented."""
+        return list(self.rows(kind, members))
+
+    def rows(self, kind: str, members: bool) -> Iterator[Row]:
+        """The same one by one: nobody has to wait for a lock until a million members are told."""
         with self.lock:
-            return [thing.full_json(self.fields) if members and isinstance(thing, Circle)
-                    else thing.to_json(self.fields) for thing in self.table(kind).values()]
+            things = list(self.table(kind).values())
+        for thing in things:
+            with self.lock:
+                row = (thing.full_json(self.fields) if members and isinstance(thing, Circle)
+                       else thing.to_json(self.fields))
+            yield row
 
     def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
         """The things of a kind whose attributes equal all the keys; none without keys."""
@@ -8021,10 +8039,12 @@ class ReadApi:
         """All friends."""
         return self.show(self.client.roster.to_json("friend"))
 
-    def get_group_info(self, request: Request) -> Json:
+    def get_group_info(self, request: Request) -> Response:
         """All groups with their members, those that are not known yet loaded first."""
-        self.client.details.wait(list(self.client.roster.group.values()))
-        return self.show(self.client.roster.to_json("group"))
+        roster = self.client.roster
+        self.client.details.wait(list(roster.group.values()))
+        parts = [to_bytes(self.show(row)) for row in roster.rows("group", True)]
+        return Response(b"[%b]" % b",".join(parts))  # one dump of all would hold up all threads
 
     def get_group_basic_info(self, request: Request) -> Json:
         """All groups without their members."""
