@@ -2195,6 +2195,10 @@ class Request:
             return parse_json_params(self.body)
         return {}
 
+    def read_url_only(self) -> None:
+        """Take parameters from the URL alone: the body is something else, as JSON may be."""
+        self._params = parse_form(self.query) if self.query else {}
+
     def keys(self) -> Params:
         """The parameters that describe what is looked for: without those about the call."""
         return {name: value for name, value in self.params.items() if name not in NOT_KEYS}
@@ -8590,6 +8594,7 @@ class Webhook:
 
     def __call__(self, request: Request) -> Json:
         """Take an event. AuthFailure, BadRequest, ApiNotFound for an account without a bridge."""
+        request.read_url_only()
         if not self._is_signed(request):
             self._check(request)
         try:
@@ -9437,6 +9442,12 @@ class ControllerApi:
             raise ClientMissing("client not exists")
         return child
 
+    def _alive(self, request: Request) -> Child:
+        child = self._child(request)
+        if child.process is None:
+            raise Unreachable()
+        return child
+
     def start_client(self, request: Request) -> Row:
         """Start a client; answers before it has logged in."""
         name = self._name(request)
@@ -9522,22 +9533,20 @@ class ControllerApi:
             return Response(b"", "", fields=OPTIONS_FIELDS)
         if not re.match("/open(qq|wx)/.", request.path) or request.path in self._own_paths:
             raise ApiNotFound()
-        child = self._child(request)
-        if child.process is None:
-            raise Unreachable()
-        return self._proxy.forward(request, child.port)
+        return self._proxy.forward(request, self._alive(request).port)
 
     def onebot(self, request: Request) -> Response:
         """A bridge's event, for its client, who knows the signature (ONEBOT.md)."""
-        child = self._child(request)
-        if child.process is None:
-            raise Unreachable()
+        request.read_url_only()
+        child = self._controller.supervisor.children.get(self._name(request))
         try:
             self._controller.gate.check(request)
             trusted = True
         except AuthFailure:
             trusted = False
-        return self._proxy.forward(request, child.port, trusted)
+            if child is None or child.process is None:
+                raise  # who is there is none of a stranger's business
+        return self._proxy.forward(request, self._alive(request).port, trusted)
 
     def index(self, request: Request) -> Response:
         """What a browser sees at /."""
