@@ -852,6 +852,7 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("public_url", "", _url, "both",
             "how a phone reaches this server: http://127.0.0.1:PORT", caller=False),
     Setting("max_connections", 2048, _whole, "both", "connections at once", caller=False),
+    Setting("http_max_message_size", BODY_LIMIT, _whole, "both", "bytes of a request's body"),
     Setting("tmpdir", "", _path, "both", "directory of all files: the system's for such"),
     Setting("log_path", "", _path, "both", "log file: none, the log goes to stderr"),
     Setting("log_encoding", "", _encoding, "both", "encoding of the log: utf-8"),
@@ -935,7 +936,7 @@ SETTINGS = {setting.name: setting for setting in [
            "ua_debug", "ua_connect_timeout", "ua_request_timeout", "ua_inactivity_timeout",
            "is_init_recent", "is_update_group_ext", "is_update_friend_ext", "security",
            "encrypt_method", "send_failure_count_max", "poll_failure_count_max",
-           "ignore_send_retcode", "ignore_poll_retcode", "log_unicode", "http_max_message_size",
+           "ignore_send_retcode", "ignore_poll_retcode", "log_unicode",
            "group_member_card_ext_only", "group_member_card_cut", "group_member_use_fullcard"),
 ]}
 
@@ -1875,6 +1876,7 @@ REASONS = {100: "Continue", 200: "OK", 400: "Bad Request", 403: "Forbidden", 404
            503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported"}
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
+DESCRIPTORS = (65_536, 10_240)  # open files that a process wants, and what macOS grants
 
 
 def timeval(seconds: float) -> bytes:
@@ -2233,7 +2235,8 @@ class Response:
         if connection:
             lines.append("Connection: " + connection)
         text = "\r\n".join(lines)
-        assert text.count("\n") == len(lines) - 1 == text.count("\r")
+        if not text.count("\n") == len(lines) - 1 == text.count("\r"):  # no assert: -O drops those
+            raise ValueError("a line break within a header field")
         return text.encode("latin-1", "replace") + b"\r\n\r\n"
 
 
@@ -2360,17 +2363,130 @@ class Route:
 HEALTH = Route("/healthz", READ, lambda request: {"code": 0, "status": "success"}, open=True)
 
 
-class App:
-    """What a server serves: routes by path, behind a gate.
+class Tally:
+    """What one thread answered: (path, status) -> seconds in all, and answers by their duration.
 
-    `fallback(request)` answers what no route takes, ApiNotFound if it is None.
+    It has one writer, its connection's thread, so that counting a request needs no lock.
+    """
+
+    BOUNDS = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0, float("inf"))  # seconds; of each bucket the most
+
+    __slots__ = ("rows",)
+
+    def __init__(self) -> None:
+        self.rows: Dict[Tuple[str, int], List[float]] = {}
+
+    def count(self, path: str, status: int, seconds: float = 0.0) -> None:
+        """One more answer."""
+        row = self.rows.get((path, status))
+        if row is None:
+            row = self.rows[path, status] = [0.0] * (1 + len(self.BOUNDS))
+        bucket = 1
+        while seconds > self.BOUNDS[bucket - 1]:
+            bucket += 1
+        row[bucket] += 1
+        row[0] += seconds
+
+    def add(self, other: Tally) -> None:
+        """Take over what another one counted, which may go on counting meanwhile."""
+        for key, row in other.rows.copy().items():
+            mine = self.rows.get(key) or [0.0] * len(row)
+            self.rows[key] = [have + more for have, more in zip(mine, row)]
+
+
+class Metrics:
+    """What GET /metrics tells, in the Prometheus text format 0.0.4: how many, how long, how full.
+
+    Requests are counted where they are answered; all else is read when somebody asks.
+    """
+
+    KIND = "text/plain; version=0.0.4"
+    OTHER = "other"  # the path of what no route takes: callers must not make up labels
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _past, and no Tally ends while it is read
+        self._past = Tally()           # of connections that have ended
+        self._open: Set[Tally] = set()
+        self._sources: List[Tuple[str, str, str, Callable[[], Mapping[str, float]]]] = []
+
+    def begin(self) -> Tally:
+        """A new connection's tally."""
+        tally = Tally()
+        self._open.add(tally)
+        return tally
+
+    def end(self, tally: Tally) -> None:
+        """That connection is over."""
+        with self._lock:
+            self._past.add(tally)
+            self._open.discard(tally)
+
+    def watch(self, name: str, kind: str, help: str,
+              read: Callable[[], Mapping[str, float]]) -> None:
+        """Show what read() gives: the labels as text, empty for none -> the value."""
+        self._sources.append(("openqq_" + name, kind, help, read))
+
+    def show(self, request: Request) -> Response:
+        """GET /metrics."""
+        lines = self._request_lines()
+        for name, kind, help, read in self._sources:
+            lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+            lines += [f"{name}{'{%s}' % labels if labels else ''} {float(value):.16g}"
+                      for labels, value in read().items()]
+        return Response(("\n".join(lines) + "\n").encode(), self.KIND)
+
+    def _sum(self) -> Tally:
+        tally = Tally()
+        with self._lock:
+            for each in [self._past, *list(self._open)]:
+                tally.add(each)
+        return tally
+
+    def _request_lines(self) -> List[str]:
+        counted, by_path = self._sum(), Tally()
+        lines = ["# HELP openqq_requests_total Requests answered.",
+                 "# TYPE openqq_requests_total counter"]
+        for (path, status), row in sorted(counted.rows.items()):
+            labels = f'path="{path}",code="{status}"'
+            lines.append(f"openqq_requests_total{{{labels}}} {sum(row[1:]):.0f}")
+            part = Tally()
+            part.rows[path, 0] = row
+            by_path.add(part)
+        lines += ["# HELP openqq_request_seconds From a request's last byte to its answer.",
+                  "# TYPE openqq_request_seconds histogram"]
+        for (path, _), row in by_path.rows.items():
+            lines += self._histogram(path, row)
+        return lines
+
+    def _histogram(self, path: str, row: List[float]) -> List[str]:
+        start, label = "openqq_request_seconds_", f'path="{path}"'
+        names = [f"{bound:g}" for bound in Tally.BOUNDS[:-1]] + ["+Inf"]
+        sums = list(itertools.accumulate(row[1:]))
+        return [*[f'{start}bucket{{{label},le="{name}"}} {value:.0f}'
+                  for name, value in zip(names, sums)],
+                f"{start}sum{{{label}}} {row[0]:.6f}", f"{start}count{{{label}}} {sums[-1]:.0f}"]
+
+
+class App:
+    """What a server serves: routes by path, behind a gate; /metrics tells of it.
+
+    `fallback(request)` answers what no route takes, ApiNotFound if it is None; `known` are the
+    paths that it knows: they are counted each for itself.
     """
 
     def __init__(self, gate: Gate, log: Log, routes: Iterable[Route],
-                 fallback: Optional[Callable[[Request], Any]] = None) -> None:
+                 fallback: Optional[Callable[[Request], Any]] = None,
+                 known: Iterable[str] = ()) -> None:
         self.gate, self.log = gate, log
-        self.routes = {route.path: route for route in routes}
+        self.metrics = Metrics()
+        self.routes = {route.path: route for route in
+                       [*routes, Route("/metrics", READ, self.metrics.show)]}
         self.fallback = fallback
+        self._counted = {*self.routes, *known}
+
+    def label(self, path: str) -> str:
+        """The path under which a request is counted."""
+        return path if path in self._counted else Metrics.OTHER
 
     def answer(self, request: Request) -> Response:
         """The response to a request, whatever happens; only Hangup gets out."""
@@ -2467,9 +2583,11 @@ class Connection(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(WRITE_SECONDS))
         self.stream = Stream(self.connection)
+        self.tally = self.server.app.metrics.begin()
 
     def finish(self) -> None:
-        """Nothing is buffered that would have to be flushed."""
+        """Nothing is buffered that would have to be flushed; what was counted stays counted."""
+        self.server.app.metrics.end(self.tally)
 
     def handle(self) -> None:
         """Serve requests until one side has had enough."""
@@ -2488,7 +2606,10 @@ class Connection(BaseHTTPRequestHandler):
         if request is None:
             return False
         keep = keep and not self.server.ending
+        began = time.monotonic()
         response = self.server.app.answer(request)
+        self.tally.count(self.server.app.label(request.path), response.status,
+                         time.monotonic() - began)
         if self.server.debug is not None:
             self.server.debug(f"{request.peer} {request.method} {request.path} "
                               f"{response.status} {len(response.body)} bytes")
@@ -2546,8 +2667,8 @@ class Connection(BaseHTTPRequestHandler):
         length = body_length(fields)
         if length == 0:
             return b""
-        if length > BODY_LIMIT:
-            raise BadRequest(413, f"body over {BODY_LIMIT} bytes")
+        if length > self.server.body_limit:
+            raise BadRequest(413, f"body over {self.server.body_limit} bytes")
         if length < 0 and minor == b"0":
             raise BadRequest(400, "transfer-encoding in HTTP/1.0")
         if "expect" in fields and minor == b"1":
@@ -2565,8 +2686,8 @@ class Connection(BaseHTTPRequestHandler):
         for piece in self.stream.chunks():
             pieces.append(piece)
             size += len(piece)
-            if size > BODY_LIMIT:
-                raise BadRequest(413, f"body over {BODY_LIMIT} bytes")
+            if size > self.server.body_limit:
+                raise BadRequest(413, f"body over {self.server.body_limit} bytes")
         return b"".join(pieces)
 
     def _wait(self, promise: Promise, seconds: float) -> Any:
@@ -2602,6 +2723,7 @@ class Connection(BaseHTTPRequestHandler):
     def _refuse(self, error: BadRequest) -> None:
         """Answer what cannot be served, and let the caller read it before the connection ends."""
         response = error_response(error)
+        self.tally.count(Metrics.OTHER, response.status)
         self.connection.sendall(response.head("close") + response.body)
         self.connection.shutdown(socket.SHUT_WR)
         self.stream.allow(1.0)
@@ -2619,19 +2741,24 @@ class Server(ThreadingHTTPServer):
     """
 
     def __init__(self, listener: socket.socket, app: App, log: Log, watcher: Watcher,
-                 max_connections: int) -> None:
+                 max_connections: int, body_limit: int = BODY_LIMIT) -> None:
         super().__init__(listener.getsockname(), Connection, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
         self.socket.setblocking(False)
         self.app, self.watcher, self.log = app, watcher, log
         self.debug: Optional[Callable[[str], None]] = None
+        self.body_limit = body_limit
         self.ending = False
         self.crowd: Set[Promise] = set()       # of callers who wait long; add and discard only
         self.idle: Set[socket.socket] = set()  # between two requests; add and discard only
-        self._max = max_connections
-        self._crew = Crew(max_connections, "http", log, linger=3.0)
+        self._max = min(max_connections, room_for_connections())
+        if self._max < max_connections:
+            log.warn(f"{self._max} connections at once instead of {max_connections}: the system "
+                     "allows no more open files (ulimit -n)")
+        self._crew = Crew(self._max, "http", log, linger=3.0)
         self._open: Set[socket.socket] = set()  # all connections; add and discard only
+        self._turned_away = app.metrics.begin()
         self._ear, self._mouth = socket.socketpair()
 
     def serve_forever(self, poll_interval: float = 0.0) -> None:
@@ -2667,6 +2794,7 @@ class Server(ThreadingHTTPServer):
 
     def _turn_away(self, request: socket.socket) -> None:
         busy = error_response(BadRequest(503, "too many connections"))
+        self._turned_away.count(Metrics.OTHER, busy.status)
         request.setblocking(False)
         try:
             request.send(busy.head("close") + busy.body)
@@ -2705,6 +2833,26 @@ class Server(ThreadingHTTPServer):
                 pass
 
 
+def room_for_connections() -> int:
+    """How many there may be at once, each with one that it causes; as many as the system lets.
+
+    Beyond its limit of open files nobody could even be told that there are too many. A quarter
+    of them is left for files and clients.
+    """
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for most in DESCRIPTORS:
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        if soft == resource.RLIM_INFINITY or soft >= most:
+            break
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        except (OSError, ValueError):
+            pass  # macOS has another limit below the one that it tells
+    return DESCRIPTORS[0] if soft == resource.RLIM_INFINITY else max(1, soft * 3 // 8)
+
+
 def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
     """A listening socket; OSError if the address is taken or not ours.
 
@@ -2732,9 +2880,12 @@ CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 1.0           # before a proxied call watches its caller as well
 # Where a cloud tells a machine its secrets; link-local addresses besides (DESIGN).
 METADATA = [socket.inet_aton("100.100.100.200"), socket.inet_aton("192.0.0.192"),
-            socket.inet_pton(socket.AF_INET6, "fd00:ec2::254"),
+            socket.inet_aton("168.63.129.16"),
+            socket.inet_pton(socket.AF_INET6, "fd00:42::42"),
             socket.inet_pton(socket.AF_INET6, "fd20:ce::254")]
-V4_IN_V6 = ("::ffff:0:0", "::", "64:ff9b::")  # prefixes of 96 bits that hold an IPv4 address
+METADATA_NET = socket.inet_pton(socket.AF_INET6, "fd00:ec2::")[:4]  # ::254, ::23 with pods' keys
+# Prefixes of 96 bits that hold an IPv4 address.
+V4_IN_V6 = ("::ffff:0:0", "::", "::ffff:0:0:0", "64:ff9b::", "64:ff9b:1::")
 
 
 def is_forbidden(address: str) -> bool:
@@ -2746,7 +2897,8 @@ def is_forbidden(address: str) -> bool:
     embedded = packed[12:] if packed[:12] in prefixes else packed[2:6]  # 6to4: 2002:v4::
     if packed[:12] in prefixes or packed[:2] == b"\x20\x02":
         return _forbidden_v4(embedded)
-    return packed in METADATA or (packed[0] == 0xfe and packed[1] & 0xc0 == 0x80)
+    link_local = packed[0] == 0xfe and packed[1] & 0xc0 == 0x80
+    return link_local or packed in METADATA or packed[:4] == METADATA_NET
 
 
 def _forbidden_v4(packed: bytes) -> bool:
@@ -4122,6 +4274,15 @@ class Reporter:
         self._queues.clear()
         self._ready.clear()
         self._flying.clear()
+
+
+def watch_posting(metrics: Metrics, reporter: Optional[Reporter]) -> None:
+    """Let /metrics tell of what is posted; all 0 where nothing is."""
+    counts = reporter.counts if reporter else dict.fromkeys(("posted", "retried", "dropped"), 0)
+    metrics.watch("events_total", "counter", "Events for post_api by what became of them.",
+                  lambda: {f'result="{name}"': count for name, count in counts.items()})
+    metrics.watch("post_queue_length", "gauge", "Events that wait to be posted.",
+                  lambda: {"": reporter.waiting() if reporter else 0})
 
 
 def backoff(tries: int, most: float = 60.0) -> float:
@@ -7026,6 +7187,10 @@ class SendQueue:
         self.busy = False
         self._resting = False    # busy, or the interval is not over
 
+    def waiting(self) -> int:
+        """How many messages have not been tried yet."""
+        return len(self._jobs)
+
     def put(self, job: Job) -> None:
         """Queue a message; the first goes at once."""
         self._jobs.append(job)
@@ -8526,19 +8691,21 @@ class ClientApp(App):
                 response = Response(callback.encode() + b"(" + response.body + b")",
                                     "application/javascript", response.status,
                                     {"X-Content-Type-Options": "nosniff"})
-        except NotAllowed as error:
+        except (NotAllowed, BadRequest) as error:
             response = error_response(error)
         response.fields = {**response.fields, **self.CORS}
         return response
 
     def _callback(self, request: Request) -> str:
-        """The function that the answer is to be wrapped in, or empty. NotAllowed."""
+        """The function that the answer is to be wrapped in, or empty. NotAllowed, BadRequest."""
         if "jsonp" not in request.query and b"jsonp" not in request.body:
             return ""
         try:
             params = request.params
         except BadRequest:
-            return ""  # it will be said elsewhere
+            if "jsonp" in request.query:
+                raise
+            return ""  # a body may be something else altogether, and merely hold the word
         name = params.get("callback") or f"jsoncallback{int(time.time())}"
         if params.get("datatype") != "jsonp":
             return ""
@@ -8578,7 +8745,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
     client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
                                  settings.post_stdout, settings.numeric_ids,
                                  settings.post_media_data))
-    _serve_api(client, Api(client, store, settings.numeric_ids), settings,
+    _serve_api(client, Api(client, store, settings.numeric_ids), reporter, settings,
                data.get("listen") or [{"host": settings.host, "port": settings.port}])
     if settings.poll_api:
         _beat_when_running(client, settings)
@@ -8630,19 +8797,31 @@ class Webhook:
         self._gate.check(request)
 
 
-def _serve_api(client: Client, api: Api, settings: Settings, addresses: List[Row]) -> None:
+def _watch_client(client: Client, reporter: Optional[Reporter], metrics: Metrics) -> None:
+    metrics.watch("clients", "gauge", "Clients by state.",
+                  lambda: {f'state="{state}"': state == client.state
+                           for state in NEXT_STATES if state})
+    metrics.watch("send_queue_length", "gauge", "Messages that wait to be sent.",
+                  lambda: {"": client.talk.queue.waiting()})
+    watch_posting(metrics, reporter)
+
+
+def _serve_api(client: Client, api: Api, reporter: Optional[Reporter], settings: Settings,
+               addresses: List[Row]) -> None:
     gate, pages = Gate(settings.token), client.local_pages()
     routes = [*api.routes(), *(pages.routes() if pages else []), HEALTH,
               Route("/", READ, lambda request: client_page(client), open=True),
               Route("/onebot", "POST", Webhook(client, gate), open=True)]
     app = ClientApp(gate, client.log, routes, client_fallback)
+    _watch_client(client, reporter, app.metrics)
     watcher = Watcher(client.log)
     for address in addresses:
         listener = client.take_listener() or open_listener(
             address.get("host") or settings.host, int(next(
                 port for port in (address.get("port"), settings.port, client.flavour.client_port)
                 if port not in (None, ""))))
-        server = Server(listener, app, client.log, watcher, settings.max_connections)
+        server = Server(listener, app, client.log, watcher, settings.max_connections,
+                        settings.http_max_message_size)
         if settings.http_debug:
             server.debug = client.log.debug
         client.port = client.port or server.server_address[1]
@@ -8787,6 +8966,7 @@ class Launcher:
                  "log_encoding": settings.log_encoding, "public_url": settings.public_url,
                  "disable_color": str(int(settings.disable_color)),
                  "http_debug": str(int(settings.http_debug)),
+                 "http_max_message_size": str(settings.http_max_message_size),
                  **inherited(flavour), **child.given,
                  "account": child.name, "port": str(child.port)}
         if not given.get("post_api") and settings.post_api:
@@ -8825,6 +9005,7 @@ class Supervisor:
         self._crew = Crew(16, "resume", log)
         self.leaving: Dict[str, Child] = {}  # told to stop, not gone yet
         self.ending = False
+        self.restarts = 0                    # of clients that had died
         self._done: Callable[[], None] = lambda: None
 
     def start(self, child: Child) -> None:
@@ -8958,6 +9139,7 @@ class Supervisor:
         wait = backoff(child.tries - 1) if child.tries else 1.0 if young else 0.0
         self._log.warn(f"client {child.name} died ({how}); starting it again"
                        + (f" in {wait:g} s" if wait else ""))
+        self.restarts += 1
         child.timer = self._loop.later(wait, self._try_again, child)
 
     def _try_again(self, child: Child) -> None:
@@ -8970,6 +9152,13 @@ class Supervisor:
             child.lines.append(f"cannot be started: {error}")
             self._crashed(child, 127)
         self._changed()
+
+    def count_states(self) -> Dict[str, int]:
+        """How many children are in each state; `failed` those that are not started again."""
+        states = [child.state if child.process else "init" if child.alive()
+                  else "failed" if child.failed else "stop"
+                  for child in list(self.children.values())]
+        return {state: states.count(state) for state in (*NEXT_STATES, "failed") if state}
 
     def stop(self, child: Child, forget: bool = True) -> Promise:
         """End a child: TERM, and KILL after a while; kept when it is gone."""
@@ -9266,11 +9455,15 @@ class Controller:
     def _serve(self) -> None:
         settings, log = self.settings, self.log
         api = ControllerApi(self)
-        app = App(self.gate, log, api.routes() + self.pages.routes(), api.proxy)
+        app = App(self.gate, log, api.routes() + self.pages.routes(), api.proxy,
+                  [prefix + path for prefix in ("/openqq/", "/openwx/")
+                   for path in self.flavour.apis])
+        self._watch(app.metrics)
         watcher = Watcher(log)
         log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
         for listener in self._listeners:
-            server = Server(listener, app, log, watcher, settings.max_connections)
+            server = Server(listener, app, log, watcher, settings.max_connections,
+                            settings.http_max_message_size)
             if settings.http_debug:
                 server.debug = log.debug
             self._servers.append(server)
@@ -9280,6 +9473,14 @@ class Controller:
         log.info(gate_hint(settings))
         log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
                  "start_client?client=NAME")
+
+    def _watch(self, metrics: Metrics) -> None:
+        supervisor = self.supervisor
+        metrics.watch("clients", "gauge", "Clients by state.", lambda: {
+            f'state="{state}"': count for state, count in supervisor.count_states().items()})
+        metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
+                      lambda: {"": supervisor.restarts})
+        watch_posting(metrics, self._reporter)
 
     def _begin(self) -> None:
         if self._reporter:

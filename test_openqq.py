@@ -2379,7 +2379,7 @@ def test_whatever_comes_the_servers_live_on(pair):
     for name in ("alice", "bob"):
         heard(pair, name)
     before = burden()
-    for _ in range(200):
+    for _ in range(much(200, 5000)):
         for port in (client, controller):
             answer = until_closed(port, mutated(chance), ending=True)
             assert not answer or re.match(rb"HTTP/1\.1 [1-5][0-9][0-9] ", answer)
@@ -7823,6 +7823,914 @@ def test_full_disk_costs_no_descriptors(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     journal.write([2])
     assert list(journal.read()) == [2]
+
+
+# ------------------------------------------------------------------------------------------------
+# Hostile callers, dying processes, an ill machine
+# ------------------------------------------------------------------------------------------------
+
+SOAK = os.environ.get("OPENQQ_SOAK") == "1"
+
+
+def much(usual, soak):
+    """How often: a little for every day, all of what is promised with OPENQQ_SOAK=1."""
+    return soak if SOAK else usual
+
+
+class Caller:
+    """Calls on one kept connection, which is much quicker than request()."""
+
+    def __init__(self, port):
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+
+    def __call__(self, path, method="GET", body=None, headers=None):
+        self._connection.request(method, path, body, headers or {})
+        reply = self._connection.getresponse()
+        return reply.status, {k.lower(): v for k, v in reply.getheaders()}, reply.read()
+
+    def close(self):
+        self._connection.close()
+
+
+def test_the_setting_for_a_bodys_size_holds_on_both_servers(start):
+    controller = start("controller", "--http-max-message-size", "1000")
+    controller.login("alice")
+    for port, query in ports_of(controller):
+        for size, wanted in ((1000, 200), (1001, 413)):
+            for length, body in ((b"Content-Length: %d" % size, b"a" * size),
+                                 (b"Transfer-Encoding: chunked",
+                                  b"%x\r\n%s\r\n0\r\n\r\n" % (size, b"a" * size))):
+                line = f"POST /openqq/get_client_info?{query} HTTP/1.1\r\n".encode()
+                [answer, *_] = split_answers(until_closed(
+                    port, asking(length, b"Connection: close", line=line) + body))
+                assert answer[0] == wanted, (port, length, answer)
+
+
+# -- GET /metrics
+
+def metrics_of(base, **headers):
+    """What /metrics shows: name and labels -> value; each line must be one of its format."""
+    status, fields, body = request(base, "/metrics", headers=headers)
+    assert (status, fields["content-type"]) == (200, "text/plain; version=0.0.4"), body
+    found, typed = {}, {}
+    assert body.endswith(b"\n")
+    for line in body.decode().splitlines():
+        word = line.split()
+        if line.startswith("# TYPE "):
+            assert word[2] not in typed, "one TYPE for each name, before its samples"
+            typed[word[2]] = word[3]
+        elif not line.startswith("# HELP "):
+            match = re.fullmatch(r'([a-z_]+)(\{[a-z]+="[^"\\]*"(?:,[a-z]+="[^"\\]*")*\})? (\S+)',
+                                 line)
+            assert match, line
+            assert re.sub("_(bucket|sum|count)$", "", match.group(1)) in typed or (
+                match.group(1) in typed), line
+            assert line.rpartition(" ")[0] not in found, line
+            found[line.rpartition(" ")[0]] = float(match.group(3))
+    return found
+
+
+def test_metrics_count_requests_by_path_and_code_on_both_servers(pair):
+    for port, query in ports_of(pair):
+        base = f"http://127.0.0.1:{port}"
+        before = metrics_of(base)
+        for path, times in [("get_friend_info?", 3), ("nope?", 2), ("search_friend?name=%zz&", 1),
+                            ("get_nothing/../../x?", 1)]:
+            for _ in range(times):
+                request(base, f"/openqq/{path}{query}")
+        caller = Caller(port)  # what a connection counted is seen while it lasts
+        for _ in range(4):
+            caller(f"/openqq/get_user_info?{query}")
+        until_closed(port, b"nonsense\r\n\r\n")
+        until_closed(port, asking(line=b"GET /openqq/get_user_info?a\x01b HTTP/1.1\r\n"))
+        after = metrics_of(base)
+        caller.close()
+
+        def more(path, code):
+            name = f'openqq_requests_total{{path="{path}",code="{code}"}}'
+            return after.get(name, 0) - before.get(name, 0)
+
+        assert more("/openqq/get_friend_info", 200) == 3
+        assert more("/openqq/get_user_info", 200) == 4
+        assert more("/openqq/search_friend", 400) == 1
+        assert (more("other", 403), more("other", 400)) == (3, 2), after
+        assert more("/metrics", 200) == 1, "the one before"
+
+
+def test_metrics_tell_how_long_requests_took(pair):
+    for port, query in ports_of(pair):
+        base = f"http://127.0.0.1:{port}"
+        caller = Caller(port)
+        for _ in range(5):
+            caller(f"/openqq/get_group_info?{query}")
+        found = metrics_of(base)
+        caller.close()
+        label = 'path="/openqq/get_group_info"'
+        buckets = [value for name, value in found.items()
+                   if name.startswith(f"openqq_request_seconds_bucket{{{label},")]
+        count = found[f"openqq_request_seconds_count{{{label}}}"]
+        assert count >= 5 and buckets == sorted(buckets) and buckets[-1] == count
+        assert 0 < found[f"openqq_request_seconds_sum{{{label}}}"] < WAIT * count
+
+
+def test_callers_make_up_no_labels(pair):
+    for port, query in ports_of(pair):
+        base = f"http://127.0.0.1:{port}"
+        caller = Caller(port)
+        for number in range(50):
+            caller(f"/openqq/x{number}?{query}")
+            caller(f"/openqq/get_friend_info%22,x=%22{number}?{query}")
+        names = [name for name in metrics_of(base) if "requests_total" in name]
+        caller.close()
+        assert any('path="other",code="403"' in name for name in names)
+        paths = {re.search('path="([^"]*)"', name).group(1) for name in names}
+        assert all(re.fullmatch("/|other|/[a-z_/]+", path) for path in paths), paths
+
+
+def test_metrics_need_what_every_call_needs(guarded):
+    for port, _ in ports_of(guarded, token=TOKEN):
+        base = f"http://127.0.0.1:{port}"
+        for headers in ({}, {"Authorization": "Bearer x"}):
+            status, _, body = request(base, "/metrics", headers=headers)
+            assert (status, json.loads(body)) == (403, FAILURE)
+        assert metrics_of(base, Authorization=b"Bearer " + TOKEN.encode())
+        assert request(base, "/healthz")[0] == 200
+        assert request(base, "/metrics", "POST",
+                       headers={"Authorization": b"Bearer " + TOKEN.encode()})[0] == 403
+
+
+def test_metrics_tell_of_clients_restarts_and_events(start, receive):
+    answers = {"slow": [503]}
+    receiver = receive(lambda event: answers.get(event.get("content"), [200]).pop()
+                       if answers.get(event.get("content")) else 200)
+    controller = start("controller", "--post-api", receiver.url)
+    shown = metrics_of(controller.base)
+    assert shown['openqq_clients{state="running"}'] == shown["openqq_client_restarts_total"] == 0
+    pid = controller.login("alice")["pid"]
+    controller.call("start_client", client="bob")
+    receiver.next(is_qrcode)
+    assert eventually(lambda: metrics_of(controller.base)['openqq_clients{state="scaning"}'] == 1)
+    assert metrics_of(controller.base)['openqq_clients{state="running"}'] == 1
+    controller.call("/local/say", client="alice", content="slow", **{"from": "小灰"})
+    receiver.message("slow")
+    client = f"http://127.0.0.1:{controller.state('alice')['port']}"
+    assert eventually(lambda: metrics_of(client)['openqq_events_total{result="retried"}'] == 1)
+    assert eventually(lambda: metrics_of(client)["openqq_post_queue_length"] == 0)
+    shown = metrics_of(client)
+    assert shown['openqq_events_total{result="posted"}'] >= 2
+    assert shown['openqq_events_total{result="dropped"}'] == 0
+    assert shown['openqq_clients{state="running"}'] == 1 and shown["openqq_send_queue_length"] == 0
+    os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: metrics_of(controller.base)["openqq_client_restarts_total"] == 1)
+    controller.call("stop_client", client="bob")
+    assert eventually(lambda: metrics_of(controller.base)['openqq_clients{state="scaning"}'] == 0)
+
+
+def test_metrics_tell_of_the_controllers_own_queue(start):
+    with reserve() as sock:
+        controller = start("controller", "--restart", "never", "--post-api",
+                           f"http://127.0.0.1:{sock.getsockname()[1]}/")
+        edit_template(controller, "raise RuntimeError\n")
+        assert controller.call("start_client", client="alice")["code"] == 0
+        assert eventually(lambda: metrics_of(controller.base)["openqq_post_queue_length"] == 1)
+        shown = metrics_of(controller.base)
+        assert shown['openqq_clients{state="failed"}'] == 1
+        assert eventually(lambda: metrics_of(controller.base)[
+            'openqq_events_total{result="retried"}'])
+
+
+def test_counts_of_many_connections_add_up():
+    """Some threads count and end their tallies while another one adds up: nothing is missed."""
+    metrics, ended = openqq.Metrics(), threading.Event()
+
+    def work(index):
+        for _ in range(50):
+            tally = metrics.begin()
+            for _ in range(20):
+                tally.count(f"/{index % 3}", 200 + index % 2, 0.001)
+            metrics.end(tally)
+
+    def look():
+        last = 0
+        while not ended.is_set():
+            now = sum(sum(row[1:]) for row in metrics._sum().rows.values())
+            assert now >= last
+            last = now
+        return last
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    at_once(6, work)
+    ended.set()
+    looker.join(WAIT)
+    assert sum(sum(row[1:]) for row in metrics._sum().rows.values()) == 6 * 50 * 20
+
+
+# -- HTTP in
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A server of this process whose deadlines are short, so that a test need not wait for them."""
+    for name, seconds in [("HEAD_SECONDS", 0.7), ("BODY_SECONDS", 0.7), ("IDLE_SECONDS", 0.7)]:
+        monkeypatch.setattr(openqq, name, seconds)
+    log = openqq.Log("", "fatal")
+    app = openqq.App(openqq.Gate(""), log, [openqq.HEALTH])
+    server = openqq.Server(openqq.listen("127.0.0.1", 0), app, log, openqq.Watcher(log), 2048)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+DRIPS = [b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 4000,
+         b"G" * 4000,
+         b"\r\n" * 2000,
+         asking(b"Content-Length: 4000000", line=b"POST /healthz HTTP/1.1\r\n"),
+         asking(b"Transfer-Encoding: chunked", line=b"POST /healthz HTTP/1.1\r\n")
+         + b"1\r\na\r\n" * 3000]
+
+
+def drip(port, number, ask, ended):
+    """How long each of a good caller's calls took while so many others send a byte at a time."""
+    socks = [socket.create_connection(("127.0.0.1", port), WAIT) for _ in range(number)]
+    took, left = [], {index: sock for index, sock in enumerate(socks)}
+    places = [max(0, DRIPS[index % len(DRIPS)].rfind(b"\r\n\r\n")) for index in range(number)]
+    for index, sock in left.items():
+        sock.setblocking(False)
+        if places[index] and index % len(DRIPS) > 2:
+            places[index] += 4
+            sock.send(DRIPS[index % len(DRIPS)][:places[index]])
+        else:
+            places[index] = 0
+    while left and not ended():
+        for index, sock in list(left.items()):
+            data = DRIPS[index % len(DRIPS)]
+            try:
+                sock.send(data[places[index]:places[index] + 1] or b"a")
+                places[index] += 1
+                if openqq.has_ended(sock):
+                    left.pop(index).close()
+            except OSError:
+                left.pop(index).close()
+        began = time.monotonic()
+        ask()
+        took.append(time.monotonic() - began)
+    assert not left, f"{len(left)} of {number} are still there"
+    return took
+
+
+def test_drips_are_gone_after_the_deadline_and_hold_up_nobody(impatient):
+    port = impatient.server_address[1]
+    caller, end = Caller(port), time.monotonic() + WAIT
+    took = drip(port, 40, lambda: caller("/healthz"), lambda: time.monotonic() > end)
+    assert took
+    caller.close()
+    assert eventually(lambda: not impatient._open)
+
+
+@pytest.mark.skipif(not SOAK, reason="takes 15 seconds")
+def test_300_drips_are_gone_after_10_seconds_and_slow_no_good_caller(start):
+    client = start("client", "--account", "alice")
+    caller, end = Caller(client.port), time.monotonic() + 100
+    began = time.monotonic()
+    took = sorted(drip(client.port, 300, lambda: caller("/openqq/get_client_info"),
+                       lambda: time.monotonic() > end))
+    middle, slow = took[len(took) // 2], took[len(took) * 99 // 100]
+    print(f"gone after {time.monotonic() - began:.1f} s; {len(took)} good calls, "
+          f"p50 {middle * 1e3:.1f} ms, p99 {slow * 1e3:.1f} ms")
+    assert slow < 1.0
+    caller.close()
+    assert connections(client.port) == 0
+
+
+def test_idle_connections_are_ended(impatient):
+    with socket.create_connection(impatient.server_address, WAIT) as mute, \
+            socket.create_connection(impatient.server_address, WAIT) as served:
+        answer = exchange_on(served, asking(line=b"GET /healthz HTTP/1.1\r\n"))
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert mute.recv(1) == served.recv(1) == b""
+
+
+def run_with_files(soft, hard, tmpdir):
+    """A client alone that may open so many files, as (process, its log, its port)."""
+    process = subprocess.Popen(
+        ["sh", "-c", f'ulimit -Sn {soft} && ulimit -Hn {hard} && exec "$@"', "sh", sys.executable,
+         FILE, "client", "--tmpdir", str(tmpdir), "--port", "0"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = Log(process.stderr)
+    return process, log, int(log.wait(r"监听地址: \[ http://[0-9.]+:(\d+)").group(1))
+
+
+def test_the_limit_of_open_files_is_raised_and_what_it_forbids_is_told_at_once(tmp_path):
+    process, log, port = run_with_files(64, 200, tmp_path)
+    try:
+        with open(f"/proc/{process.pid}/limits") as file:
+            assert re.search(r"Max open files +200 +200", file.read())
+        room = int(log.wait(r"\[warn\] (\d+) connections at once instead of 2048").group(1))
+        assert room > 50
+        socks = []
+        for _ in range(room):
+            socks.append(socket.create_connection(("127.0.0.1", port), WAIT))
+        assert b"HTTP/1.1 200" in exchange_on(socks[-1], asking())
+        for _ in range(3):
+            [(status, _, body)] = split_answers(until_closed(port, b""))
+            assert (status, json.loads(body)["status"]) == (503, "too many connections")
+        for sock in socks:
+            sock.close()
+        assert eventually(lambda: b"HTTP/1.1 200" in exchange(
+            port, asking(b"Connection: close")))
+        assert "could not be taken" not in log.text()
+    finally:
+        process.terminate()
+        assert process.wait(WAIT) == 0
+
+
+def exchange_on(sock, data):
+    """The first answer to some bytes, on a connection that is kept."""
+    sock.sendall(data)
+    return sock.recv(65536)
+
+
+@pytest.mark.parametrize("flag", ["-I", "-O", "-OO"])
+def test_what_we_send_cannot_carry_a_line_break(flag):
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import openqq\n"
+            "for fields, kind in [({'X': 'a\\r\\nY: b'}, ''), ({'X': 'a\\nb'}, ''),\n"
+            "                     ({'X\\r': 'a'}, ''), ({}, 'text/x\\r\\nY: b')]:\n"
+            "    try: openqq.Response(b'', kind, fields=fields).head('')\n"
+            "    except Exception: pass\n"
+            "    else: print('sent', fields, kind)\n")
+    done = subprocess.run([sys.executable, flag, "-c", code, HERE], stdout=subprocess.PIPE,
+                          check=True, timeout=WAIT)
+    assert done.stdout == b""
+
+
+# -- the proxy
+
+class Mortal:
+    """A server that counts what it is asked to do, and dies at every place of a call by chance."""
+
+    def __init__(self, chance):
+        self.done = []           # targets, in the order of their coming
+        self.deaths = 0
+        self._chance = chance
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock):
+        with sock:
+            while True:
+                head = b""
+                while b"\r\n\r\n" not in head:
+                    piece = sock.recv(65536)
+                    if not piece:
+                        return
+                    head += piece
+                self.done.append(head.split()[1].decode())
+                fate = self._chance.random()
+                if fate < 0.1:
+                    self.deaths += 1
+                    return                                   # before a byte of an answer
+                if fate < 0.2:
+                    self.deaths += 1
+                    return sock.sendall(b"HTTP/1.1 200 OK\r\nCont")
+                sock.sendall(good(b"done"))
+                if fate < 0.35:
+                    self.deaths += 1
+                    return                                   # while it waits for the next one
+
+
+def test_nothing_is_sent_twice_over_connections_that_die(monkeypatch):
+    server = Mortal(random.Random(1))
+    gate = Gateway(server.port)
+    number = much(200, 1000)
+
+    def work(lane):
+        caller = Caller(gate.port)
+        found = []
+        for index in range(lane, number, 4):
+            found.append((index, caller(f"/openqq/send_friend_message?n={index}", "POST")[0]))
+        caller.close()
+        return found
+
+    try:
+        statuses = dict(pair for found in at_once(4, work) for pair in found)
+        done = [int(target.partition("=")[2]) for target in server.done]
+        assert len(done) == len(set(done)), "delivered twice"
+        assert {index for index, status in statuses.items() if status == 200} <= set(done)
+        assert server.deaths > number // 10 and set(statuses.values()) == {200, 502}
+        server.done.clear()
+        caller, sound = Caller(gate.port), 0
+        for index in range(number // 4):
+            sound += caller(f"/openqq/get_user_info?n={index}")[0] == 200
+        caller.close()
+        assert len(server.done) > number // 4, "reads are repeated"
+    finally:
+        gate.server.shutdown()
+        server.listener.close()
+
+
+# -- callers
+
+def payloads():
+    """200 things that a page would like to see reflected."""
+    cores = ["alert(1)", "<script>alert(1)</script>", "</script><svg onload=alert(1)>", "a;b",
+             "a=b", "a,b", "a b", "a\tb", "a\nb", "a\r\nSet-Cookie: x", "a/**/", "a//", "a`b`",
+             "a'b'", 'a"b"', "a[0]", "a{}", "a()", "(a)", "!a", "~a", "-a", "+a", "a+b", "a?b:c",
+             "a\\u0041", "a&b", "a|b", "a^b", "a%b", "a@b", "a#b", "1", "1a", "", ".", "..", "a.",
+             ".a", "a..b", "a.1", "a.b.", "é", "小", "a\u2028", "a\u2029", "\ufeffa", "a\u200b",
+             "a\0", "a" * 65, "a." * 40 + "a", "new Image", "void 0", "this[0]", "a=>a", "${a}",
+             "MSIE<!--", "-->", "CWSMIKI0hCD0Up0IUnnn"
+             "nnnnnnnUU5nnnnnn3Snn7iiudIbEAtp33pDt333wwww03", "a\x7f", "a\x1b[31m", "*/alert(1)/*"]
+    wraps = ["{}", "{};", "x({})", "<{}>"]
+    found = [wrap.format(core) for wrap in wraps for core in cores]
+    return [text for text in found if not openqq.CALLBACK.fullmatch(text)][:200]
+
+
+def test_no_hostile_callback_is_reflected(pair):
+    hostile = [text for text in payloads() if text]  # an empty one is none
+    assert len(hostile) >= 195
+    for port, query in ports_of(pair):
+        caller = Caller(port)
+        for text in hostile:
+            status, fields, body = caller(f"/openqq/get_user_info?{query}datatype=jsonp&callback="
+                                          + urllib.parse.quote(text))
+            assert status == 400 and fields["content-type"] == "application/json", (text, body)
+            answer = json.loads(body)
+            assert set(answer) == {"code", "status"}
+            assert text not in answer["status"] or len(text) < 3, (text, body)
+            assert "set-cookie" not in fields
+        caller.close()
+
+
+ENVIRONMENT_NAMES = [
+    "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "DYLD_INSERT_LIBRARIES", "PYTHONPATH",
+    "PYTHONHOME", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONWARNINGS", "PYTHONBREAKPOINT",
+    "PYTHONEXECUTABLE", "PATH", "HOME", "SHELL", "IFS", "BASH_ENV", "ENV", "TMPDIR", "LANG",
+    "SSL_CERT_FILE", "http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY",
+    "HTTPS_PROXY", "ALL_PROXY", "OPENQQ_LOCAL", "OPENQQ_KEY", "OPENQQ_TEMPLATE", "OPENQQ_PYTHON",
+    "OPENQQ_LISTEN", "OPENQQ_LIFE", "MOJO_WEBQQ_TEMPLATE_PATH", "MOJO_WEBQQ_PORT"]
+
+
+def test_start_client_refuses_by_name_all_that_is_not_for_callers(pair):
+    caller = Caller(pair.port)
+    forbidden = [name for name, setting in openqq.SETTINGS.items()
+                 if not setting.caller and name not in openqq.NOT_KEYS]
+    assert len(forbidden) > 12
+    for name in ENVIRONMENT_NAMES + forbidden + [name.upper() for name in forbidden]:
+        status, _, body = caller(f"/openqq/start_client?client=mallory&{name}=x")
+        answer = json.loads(body)
+        assert (name, status, answer["code"]) == (name, 400, 6)
+        assert answer["status"] == f"{name} not allowed"
+    caller.close()
+    assert "mallory" not in [row["account"] for row in pair.call("check_client")["client"]]
+    assert "mallory" not in pair.log.text()
+
+
+def traversals():
+    """500 names that would lead out of a directory, if somebody took them for a path."""
+    ups = ["../", "..\\", "/", "./", ".../", "..%2f", "%2e%2e/", "..;/", "..\0/", "~/", "//",
+           "\\\\", "..\u2215", "\uff0e\uff0e/", "C:\\", "file:///", ".", "x/../", "x/../../", "-/",
+           "*/", "$HOME/", "`id`/", ";/", "|/"]
+    ends = ["etc/passwd", "x", "tmp/x", "x.dat", "x%00.dat", "x\n", "mojo_webqq_cookie_alice",
+            ".ssh/id_rsa", "a b", "é"]
+    return [up * times + end for up in ups for end in ends for times in (1, 4)][:500]
+
+
+def test_500_traversals_lead_nowhere(pair):
+    before, here = files_beside(pair.tmpdir), left_files(pair)
+    caller = Caller(pair.port)
+    names = traversals()
+    assert len(names) == 500
+    for index, name in enumerate(names):
+        call = ("start_client", "delete_client", "get_qrcode")[index % 3]
+        status, _, body = caller(f"/openqq/{call}?client={urllib.parse.quote(name, safe='')}")
+        answer = json.loads(body)
+        if openqq.NAME.fullmatch(name):  # harmless after all
+            assert call != "start_client", name
+        else:
+            assert status == 400 and (answer["code"] == 6 or "NUL" in answer["status"]), name
+    caller.close()
+    assert (files_beside(pair.tmpdir), left_files(pair)) == (before, here)
+
+
+PLANTED_ALONE = ["local_alice.json", "local_alice.jsonl", "cookie_alice.dat", "state_alice.json",
+                 "qrcode_alice.jpg", "post_alice.jsonl", "cookie_alice.dat.old"]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["to a file", "to nothing"])
+def test_planted_symlinks_lead_a_client_alone_nowhere(start, receive, tmp_path, there):
+    outside, tmpdir, receiver = tmp_path / "outside", tmp_path / "tmp", receive()
+    outside.mkdir()
+    tmpdir.mkdir()
+    os.chmod(str(tmpdir), 0o1777)
+    precious = json.dumps({"account": "alice", "precious": "MINE", "cookie": "MINE",
+                           "people": {"1": {"name": "MINE"}}})
+    media = "media_alice_" + "0" * 32 + ".png"
+    for name in PLANTED_ALONE + [media]:
+        if there:
+            put(outside / name, precious)
+        os.symlink(str(outside / name), str(tmpdir / ("mojo_webqq_" + name)))
+    client = start("client", "--account", "alice", "--post-api", receiver.url, tmpdir=tmpdir)
+    receiver.next(is_qrcode)
+    answers = [request(client.base, path)[2] for path in (
+        "/openqq/get_qrcode", "/local/world", "/openqq/get_client_info",
+        "/openqq/get_media?id=" + "0" * 32)]
+    assert client.call("/local/login", client="alice")["code"] == 0
+    receiver.next(is_login)
+    picture = {"name": "小冰", "media_id": "0" * 32}
+    answers.append(request(client.base, "/openqq/send_friend_message?"
+                           + urllib.parse.urlencode(picture))[2])
+    client.call("send_friend_message", name="小冰", content="x")
+    receiver.message("x")
+    assert client.stop() == 0
+    assert b"MINE" not in b"".join(answers) + json.dumps(
+        [event for _, _, _, event in receiver.posts]).encode()
+    assert sorted(os.listdir(str(outside))) == (sorted(PLANTED_ALONE + [media]) if there else [])
+    for name in os.listdir(str(outside)):
+        assert content(outside / name).decode() == precious, name
+
+
+# -- outgoing
+
+def spellings_of_forbidden_hosts():
+    """Sixty ways to write the addresses that are never called, as they stand in a URL."""
+    v4 = ["169.254.169.254", "169.254.170.2", "169.254.0.1", "169.254.255.255", "100.100.100.200",
+          "192.0.0.192", "168.63.129.16"]
+    found = []
+    for address in v4:
+        a, b, c, d = map(int, address.split("."))
+        whole = (a << 24) + (b << 16) + (c << 8) + d
+        found += [address, str(whole), hex(whole), f"0x{a:x}.0x{b:x}.0x{c:x}.0x{d:x}",
+                  f"0{a:o}.0{b:o}.0{c:o}.0{d:o}", f"{a}.{b}.{(c << 8) + d}",
+                  f"[::ffff:{address}]", f"[64:ff9b::{a:02x}{b:02x}:{c:02x}{d:02x}]"]
+    return found + ["１６９.２５４.１６９.２５４", "169。254。169。254",  # IDNA makes digits and dots
+                    "[fe80::1]", "[FEBF::1]",
+                    "[fd00:ec2::254]", "[fd00:ec2::23]", "[fd00:ec2:0:0:0::254]",
+                    "[fd20:ce::254]", "[fd00:42::42]", "[2002:a9fe:a9fe::]", "[::169.254.169.254]",
+                    "[64:ff9b:1::a9fe:a9fe]", "[::ffff:0:169.254.169.254]"]
+
+
+def test_sixty_spellings_of_forbidden_addresses_are_never_connected():
+    spellings = spellings_of_forbidden_hosts()
+    assert len(set(spellings)) >= 60
+    for host in spellings:
+        for url in (f"http://{host}/latest/meta-data/", f"http://user@{host}:80/"):
+            with pytest.raises(openqq.Unreachable, match="link-local and metadata") as caught:
+                openqq.fetch(url, seconds=0.3)
+            assert not caught.value.sent, host
+
+
+def test_names_that_lead_to_forbidden_addresses_are_never_connected(monkeypatch, upstream):
+    """The look-up's answer is what is checked, and of several addresses each."""
+    server, rows = upstream([good(b"sound")]), []
+
+    def look_up(host, port, *args):
+        assert host == "rebind.example"
+        return [(family, socket.SOCK_STREAM, 6, "", (address, port, *more))
+                for family, address, *more in rows.pop(0)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    v4, v6 = socket.AF_INET, socket.AF_INET6
+    for found in ([(v4, "169.254.169.254")], [(v6, "::ffff:169.254.169.254", 0, 0)],
+                  [(v6, "fe80::1%2", 0, 2)],
+                  [(v4, "100.100.100.200"), (v6, "fd00:ec2::254", 0, 0)]):
+        rows.append(found)
+        with pytest.raises(openqq.Unreachable, match="link-local and metadata"):
+            openqq.fetch(f"http://rebind.example:{server.port}/", seconds=0.3)
+    rows.append([(v4, "169.254.169.254"), (v4, "127.0.0.1")])
+    assert openqq.fetch(f"http://rebind.example:{server.port}/", seconds=5.0).read() == b"sound"
+
+
+def test_redirects_lead_to_no_forbidden_address(start, receive):
+    """Wherever redirects are followed at all, it is within one server only."""
+    target = "http://169.254.169.254/latest/meta-data/"
+    receiver = receive(lambda event: (307, {"Location": target}, b""))
+    client = start("client", "--account", "alice", "--post-api", receiver.url)
+    receiver.next(is_qrcode)
+    client.call("/local/login", client="alice")
+    receiver.next(is_login)
+    for url in (target, receiver.url.replace("post_message", "moved")):
+        answer = client.call("send_friend_message", name="小冰", content="x", media_url=url)
+        assert answer["code"] == 400, answer
+    assert client.stop() == 0
+    assert all(path == "/post_message" for path, _, _, _ in receiver.posts)
+
+
+class Bad:
+    """A receiver that never does what it should: silent, dripping, or talking nonsense."""
+
+    def __init__(self, *script):
+        self.asked = threading.Event()
+        self._script, self._ended = script, threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock):
+        with sock:
+            try:
+                sock.recv(65536)
+                self.asked.set()
+                for piece in self._script:
+                    sock.sendall(piece)
+                    if self._ended.wait(0.02):
+                        return
+                if not self._script:
+                    self._ended.wait(60)
+            except OSError:
+                pass
+
+    def close(self):
+        self._ended.set()
+        self.listener.close()
+
+
+BAD_RECEIVERS = {
+    "silent": (), "drips": (b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", *[b"x"] * 2000),
+    "garbage": (b"\0\xff" * 5000,), "ends": (b"",),
+    "endless": (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b"[" * 2_000_000,
+                *[b"[" * 100_000] * 100)}
+
+
+def test_a_bad_receiver_holds_up_its_own_queue_only(start, receive):
+    bad = {name: Bad(*script) for name, script in BAD_RECEIVERS.items()}
+    receiver = receive()
+    controller = start("controller")
+    try:
+        for name in bad:
+            controller.call("start_client", client=name, login_type="login", pwd="x",
+                            post_api=bad[name].url)
+        controller.login("alice", post_api=receiver.url)
+        for server in bad.values():
+            assert server.asked.wait(WAIT)
+        for name in [*bad, "alice"]:
+            assert user(controller, name)["account"] == name
+        for number in range(5):
+            for name in [*bad, "alice"]:
+                assert controller.call("/local/say", client=name, content=f"m{number}",
+                                       **{"from": "小灰"})["code"] == 0
+            receiver.message(f"m{number}")
+        for name in bad:
+            sent = controller.call("send_friend_message", client=name, name="小冰", content="on")
+            assert sent["code"] == 0
+        for name in ("silent", "drips", "garbage"):
+            base = f"http://127.0.0.1:{controller.state(name)['port']}"
+            assert metrics_of(base)["openqq_post_queue_length"] >= 5
+        assert "Traceback" not in controller.log.text()
+    finally:
+        controller.process.kill()  # a stop would give each queue its 3 seconds
+        for server in bad.values():
+            server.close()
+
+
+# -- faults
+
+def unparsable(tmpdir):
+    """Files that cannot be read: JSON that is none, a journal's line but the last that is none."""
+    found = []
+    for name in os.listdir(tmpdir):
+        data = content(os.path.join(tmpdir, name))
+        whole = name.endswith((".json", ".dat"))
+        lines = [data] if whole else data.split(b"\n")[:-1] if name.endswith(".jsonl") else []
+        for line in lines:
+            try:
+                json.loads(line)
+            except ValueError:
+                found.append((name, line[:99]))
+    return found
+
+
+def children_of(pid):
+    return subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(pid)],
+                          stdout=subprocess.PIPE).stdout.decode().splitlines()
+
+
+def living(pid):
+    """The pid, if there is such a process; a client that is just starting again has none."""
+    try:
+        os.kill(pid, 0)
+        return pid
+    except ProcessLookupError:
+        return None
+
+
+def test_kills_at_random_moments_lose_nothing(start, receive):
+    """Clients and controllers are killed while messages come: each is posted, those that were on
+    their way once more under the same number; nothing is left over, in files or as a process."""
+    chance, receiver = random.Random(7), receive()
+    kills = much(4, 200)
+    controller = start("controller", "--post-api", receiver.url)
+    names = ["alice", "bob", "carol"]
+    for name in names:
+        controller.login(name)
+    said, deaths = [], {"client": 0, "controller": 0}
+    for kill in range(kills):
+        for number in range(chance.randrange(1, 8)):
+            what = f"{kill}.{number}"
+            answer = controller.call("/local/say", client=chance.choice(names), content=what,
+                                     **{"from": "小灰"})
+            assert answer["code"] == 0
+            said.append(what)
+        time.sleep(chance.random() * 0.05)  # the moment is the chance's
+        whose = "controller" if kill % 4 == 3 else "client"
+        deaths[whose] += 1
+        if whose == "client":
+            name = chance.choice(names)
+            os.kill(eventually(lambda: living(controller.state(name)["pid"])), signal.SIGKILL)
+        else:
+            controller.process.kill()
+            assert all_gone(controller.log), "a client outlived its controller"
+            controller.process.wait()
+            assert unparsable(controller.tmpdir) == []
+            assert "Traceback" not in controller.log.text()
+            controller = start("controller", "--post-api", receiver.url)
+        for name in names:
+            user(controller, name)
+    last = [f"end {name}" for name in names]
+    for what, name in zip(last, names):
+        controller.call("/local/say", client=name, content=what, **{"from": "小灰"})
+        receiver.message(what)
+    assert eventually(lambda: set(said) <= {
+        event.get("content") for _, _, _, event in list(receiver.posts)})
+    posts = [(headers["X-Event-ID"], event["content"])
+             for _, headers, _, event in list(receiver.posts)
+             if event.get("content") in said]
+    assert len(set(posts)) == len(said), "a repeated event has its old number"
+    again = len(posts) - len(said)
+    print(f"{deaths}: {len(said)} events, {again} of them posted again")
+    assert again <= kills
+    assert not [line for line in children_of(controller.pid) if "Z" in line.split()[1]]
+    assert len(children_of(controller.pid)) == len(names)
+    assert controller.stop() == 0 and all_gone(controller.log)
+    assert unparsable(controller.tmpdir) == []
+    assert "Traceback" not in controller.log.text()
+
+
+@pytest.mark.parametrize("words", [["controller"], ["client", "--account", "alice"]])
+def test_a_full_disk_at_the_start_is_a_clear_refusal(tmp_path, words):
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    done = subprocess.run([sys.executable, FILE, *words, "--tmpdir", str(tmp_path), "--port", "0"],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=WAIT, preexec_fn=fill,
+                          env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    said = done.stderr.decode()
+    assert done.returncode == 1 and str(tmp_path) in said, said
+    assert "Traceback" not in said and len(said.strip().splitlines()) <= 2, said
+
+
+CLOCK = """
+import os, time
+_time, _path = time.time, {path!r}
+time.time = lambda: _time() + float(open(_path).read() or 0)
+"""
+
+
+def test_a_clock_that_jumps_an_hour_restarts_and_floods_nothing(tmp_path, receive):
+    """The processes see the clock of a file that the test writes."""
+    path = put(tmp_path / "offset", "0")
+    receiver, tmpdir = receive(), tmp_path / "tmp"
+    tmpdir.mkdir()
+    begin = CLOCK.format(path=path)
+    put(tmpdir / "mojo_webqq_controller_template.py", begin + openqq.default_template(openqq.QQ))
+    code = f"import sys\nsys.path.insert(0, {HERE!r})\n{begin}\nimport openqq\n" \
+           f"sys.exit(openqq.Controller(tmpdir={str(tmpdir)!r}, poll_api={receiver.url!r}, " \
+           f"listen=[{{'host': '127.0.0.1', 'port': 0}}], post_api={receiver.url!r}, " \
+           "update_interval=600).run())".replace("update_interval=600", "poll_interval=600")
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = Log(process.stderr)
+    try:
+        base = "http://127.0.0.1:" + log.wait(r"Listening at http://[0-9.]+:(\d+)").group(1)
+        assert call(base, "start_client", client="alice")["code"] == 0
+        assert call(base, "/local/login", client="alice")["code"] == 0
+        first = call(base, "get_client_info", client="alice")
+        seqs, ids = [], []
+        for number, offset in enumerate([0, 3600, 0, -3600, 0]):
+            put(path + ".new", str(offset))
+            os.replace(path + ".new", path)
+            call(base, "/local/say", client="alice", content=f"m{number}", **{"from": "小灰"})
+            receiver.message(f"m{number}")
+            sent = call(base, "send_friend_message", client="alice", name="小冰", content="x")
+            ids.append(sent["id"])
+            seqs += [event["seq"] for event in call(base, "check_event", client="alice")]
+            info = call(base, "get_client_info", client="alice")
+            assert info["pid"] == first["pid"] and info["status"] == first["status"]
+        assert seqs == sorted(set(seqs)) and ids == sorted(set(ids))
+        assert call(base, "check_client", client="alice")["client"][0]["state"] == "running"
+        assert len(log.lines) < 60 and "[warn]" not in log.text(), log.text()
+        events = [headers["X-Event-ID"] for _, headers, _, _ in receiver.posts]
+        assert len(events) == len(set(events)) and len(events) < 40
+    finally:
+        process.terminate()
+        assert process.wait(WAIT) == 0
+
+
+def test_of_many_controllers_started_at_once_one_runs(tmp_path, receive):
+    number = much(6, 50)
+    processes = [subprocess.Popen(
+        [sys.executable, FILE, "controller", "--tmpdir", str(tmp_path), "--port", "0"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for _ in range(number)]
+    try:
+        logs = [Log(process.stderr) for process in processes]
+        assert eventually(lambda: sum(process.poll() is None for process in processes) == 1)
+        [winner] = [index for index, each in enumerate(processes) if each.poll() is None]
+        logs[winner].wait("Listening at")
+        for index, process in enumerate(processes):
+            if index != winner:
+                assert process.returncode == 1
+                assert f"with pid {processes[winner].pid}" in logs[index].text()
+        path = tmp_path / "mojo_webqq_controller_process.pid"
+        assert content(path) == f"{processes[winner].pid}\n".encode()
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+    assert processes[winner].wait(WAIT) == 0
+    assert not os.path.exists(str(path))
+
+
+@pytest.mark.skipif(not SOAK, reason="the seventh start comes after 31 seconds")
+def test_a_client_that_crashes_at_once_is_failed_after_seven_starts(start, receive):
+    receiver = receive()
+    controller = start("controller", "--post-api", receiver.url)
+    edit_template(controller, "raise RuntimeError('the reason')\n")
+    assert controller.call("start_client", client="alice")["code"] == 0
+    failed = receiver.next(lambda event: event.get("event") == "client_failed", 60)
+    assert failed["params"][0] == "alice" and "the reason" in failed["params"][1]
+    state = controller.state("alice")
+    assert (state["state"], state["failed"]) == ("stop", True) and "the reason" in state["error"]
+    assert controller.log.text().count("client alice started") == 7
+    assert metrics_of(controller.base)['openqq_clients{state="failed"}'] == 1
+
+
+def test_term_ends_many_clients_with_status_0(start, tmp_path):
+    for turn in range(much(1, 20)):
+        controller = start("controller", tmpdir=tmp_path / str(turn))
+        names = [f"c{number}" for number in range(much(8, 100))]
+        for name in names:
+            assert controller.call("start_client", client=name, login_type="login",
+                                   pwd="x")["code"] == 0
+        assert eventually(lambda: [row["state"] for row in controller.call(
+            "check_client")["client"]] == ["running"] * len(names))
+        controller.process.terminate()
+        began = time.monotonic()
+        assert controller.process.wait(12.0) == 0
+        if SOAK:
+            print(f"{turn}: {time.monotonic() - began:.2f} s")
+        assert all_gone(controller.log)
+        assert "KILL" not in controller.log.text() and "Traceback" not in controller.log.text()
+
+
+def test_a_log_file_that_is_rotated_100_times_loses_no_line(start, tmp_path):
+    path = str(tmp_path / "client.log")
+    client = start("client", "--account", "alice", "--log-path", path, "--log-console", "1")
+    client.call("/local/login", client="alice")
+    ended = threading.Event()
+
+    def talk():
+        caller, number = Caller(client.port), 0
+        while not ended.is_set():
+            query = urllib.parse.urlencode({"client": "alice", "from": "小灰",
+                                            "content": f"line {number}."})
+            assert caller("/local/say?" + query)[0] == 200
+            number += 1
+        caller.close()
+        counts.append(number)
+
+    counts = []
+    talker = threading.Thread(target=talk)
+    talker.start()
+    for turn in range(100):
+        assert eventually(lambda: os.path.exists(path) and os.path.getsize(path))
+        os.rename(path, f"{path}.{turn}")
+    ended.set()
+    talker.join(WAIT)
+    assert client.call("get_client_info")["account"] == "alice"
+    client.log.wait(rf"line {counts[0] - 1}\.")
+    assert client.stop() == 0
+    files = [f"{path}.{turn}" for turn in range(100)] + [path] * os.path.exists(path)
+    text = "".join(read_text(each) for each in files)
+    found = [int(number) for number in re.findall(r" : line (\d+)\.", text)]
+    assert found == list(range(counts[0])), "each line once, and in order"
 
 
 # ------------------------------------------------------------------------------------------------
