@@ -6009,8 +6009,7 @@ class OneBotEvents:
             who.update(nickname=anonymous.get("name"), card=None)
         kind, group = self._place(row, who)
         uid = str(scalar(row["user_id"]))
-        met = (self._meet_group(group) + self._meet_member(group, uid, who) if group
-               else self._meet_friend(uid, who))
+        met = self._meet(group, uid, who, str(row.get("sub_type") or ""))
         item = self._item(row, kind, group)
         member = member_row(who) if group else friend_row(who)
         return met + [{**item, "do": "message", "uid": uid, "sender_id": uid,
@@ -6080,8 +6079,15 @@ class OneBotEvents:
 
     # -- who is new
 
+    def _meet(self, group: str, uid: str, who: Row, sub_type: str) -> List[Row]:
+        """What is new with a message; who writes need not be a friend or a member at all."""
+        if not group:
+            return self._meet_friend(uid, who) if sub_type in ("", "friend") else []
+        strange = sub_type in ("anonymous", "notice")
+        return self._meet_group(group) + ([] if strange else self._meet_member(group, uid, who))
+
     def _meet_friend(self, uid: str, who: Row) -> List[Row]:
-        if self._known("friend", uid, "") or who.get("sub_type", "friend") != "friend":
+        if self._known("friend", uid, ""):
             return []
         return self._new("friend", friend_row({**who, **self._stranger(uid)}))
 
@@ -6094,7 +6100,7 @@ class OneBotEvents:
     def _meet_member(self, group: str, uid: str, who: Row) -> List[Row]:
         """Only where all are known can one be new; elsewhere the message itself says who it is."""
         circle = self._known("group", group, "")
-        if circle is None or not circle.loaded or uid in circle.member or "anonymous" in who:
+        if circle is None or not circle.loaded or uid in circle.member:
             return []
         return self._new("group_member", self._member(group, uid, who), circle=group)
 
