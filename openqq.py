@@ -137,6 +137,7 @@ WAITING_SECONDS = 600.0          # scaning for so long is worth a client_waiting
 
 BRIDGE_LIMIT = 16 * 1024 * 1024  # bytes of one message of a OneBot bridge
 BRIDGE_SECONDS = 30.0            # for an answer of it; silence before a sign of life is asked for
+WORDING_LIMIT = 500              # letters of what a bridge gives as a reason
 LOOKUP_SECONDS = 5.0             # a message waits so long for who wrote it
 LOGIN_SECONDS = 2.0              # between two looks at whether a bridge is logged in
 DETAIL_SECONDS = 10.0            # get_group_info waits so long for members
@@ -1362,6 +1363,7 @@ class Circle(Thing):
     def __init__(self, values: Row) -> None:
         super().__init__(values)
         self.loaded = "member" in values
+        self.moves = 0               # how often events said that somebody came or went
         self.member: Dict[str, Thing] = {row["uid"]: self.member_class(row)
                                          for row in values.get("member") or []}
 
@@ -3064,7 +3066,7 @@ class Reply:
         stream = line.stream
         self.status, minor, self.fields = self._read_head(stream)
         empty = call.get_method() == "HEAD" or self.status in (204, 304)
-        self._length = 0 if empty else self._body_length()
+        self._length = 0 if empty else None if self.status == 101 else self._body_length()
         wish = self.fields.get("connection", "").lower()
         self._keep = (minor == b"1" or "keep-alive" in wish) and "close" not in wish
         if self._length == 0:
@@ -3391,15 +3393,14 @@ class Frames:
         self._parts = bytearray()    # of a message that is not whole yet
         self._code = 0               # and its opcode
 
-    def feed(self, data: bytes) -> List[Tuple[int, bytes]]:
-        """The messages, as (opcode, payload), that more bytes complete; BadRequest."""
+    def feed(self, data: bytes) -> Iterator[Tuple[int, bytes]]:
+        """The messages, as (opcode, payload), that more bytes complete; BadRequest after them."""
         self._buffer += data
-        found: List[Tuple[int, bytes]] = []
         while True:
             frame = self._frame()
             if frame is None:
-                return found
-            found += self._join(*frame)
+                return
+            yield from self._join(*frame)
 
     def _frame(self) -> Optional[Tuple[bool, int, bytes]]:
         data = self._buffer
@@ -3463,10 +3464,10 @@ class WebSocket:
 
     def __init__(self, url: str, fields: Mapping[str, str], log: Log,
                  heard: Callable[[bytes], None]) -> None:
-        self.loop = Loop(log)
         self._heard = heard
         self._frames = Frames(BRIDGE_LIMIT)
         self._stream = self._shake_hands(url, fields)
+        self.loop = Loop(log)        # last: one that never runs keeps its descriptors
         self._error: Optional[Unreachable] = None
         self._silent = 0             # looks without a sign of life between them
 
@@ -3528,13 +3529,14 @@ class WebSocket:
         self._take(data)
 
     def _take(self, data: bytes) -> None:
+        if len(data) > 127:
+            self._silent = 0  # a pong alone may vanish in half a frame: no sign of life
         try:
-            messages = self._frames.feed(data)
+            for code, payload in self._frames.feed(data):
+                self._silent = 0
+                self._hear(code, payload)
         except BadRequest as error:
-            return self._end(Unreachable(error.status), 1009 if error.http == 413 else 1002)
-        self._silent = 0
-        for code, payload in messages:
-            self._hear(code, payload)
+            self._end(Unreachable(error.status), 1009 if error.http == 413 else 1002)
 
     def _hear(self, code: int, payload: bytes) -> None:
         if code in (Frames.TEXT, Frames.BINARY):
@@ -3542,7 +3544,7 @@ class WebSocket:
         elif code == Frames.PING:
             self._send(Frames.PONG, payload)
         elif code == Frames.CLOSE:
-            why = CONTROLS.sub(" ", payload[2:].decode("utf-8", "replace"))
+            why = " ".join(CONTROLS.sub(" ", payload[2:].decode("utf-8", "replace")).split())
             self._end(Unreachable("the other side closed the connection"
                                   + (f": {why}" if why else "")), 1000)
 
@@ -5940,10 +5942,13 @@ def _cq_value(value: Json) -> str:
 def check_cq(content: str) -> None:
     """NotAllowed for a code that would send a file of the bridge's machine."""
     for segment in segments_of(content):
+        for value in segment["data"].values() if segment["type"] != "text" else ():
+            check_cq(value)  # a node's content holds codes of its own
+            if re.search(r"(?i)\bfile:", str(value)):
+                raise NotAllowed("file: in a CQ code not allowed: give http://… or base64://…")
         for key in CQ_SOURCES:
             source = str(segment["data"].get(key, ""))
-            if not re.match("(https?|base64)://", source) and (
-                    re.search(r"[/\\]", source) or source.lower().startswith("file:")):
+            if not re.match("(https?|base64)://", source) and re.search(r"[/\\]", source):
                 raise NotAllowed(f"{key} in a CQ code not allowed: give http://… or base64://…")
 
 
@@ -5951,8 +5956,17 @@ def scalar(value: Json) -> Optional[str]:
     """A scalar as text, as bridges write the same id as a number or a string; else None."""
     if value is None or isinstance(value, (dict, list)):
         return None
+    if isinstance(value, float) and not abs(value) < 1e300:
+        return None                  # JSON's 1e999 is no number that int() takes
     whole = isinstance(value, (bool, float)) and value == int(value)
     return str(int(value)) if whole else str(value)
+
+
+def _id(row: Row, name: str) -> str:
+    uid = scalar(row.get(name))
+    if not uid:
+        raise BadRequest(400, f"without {name}")
+    return uid
 
 
 def rows_of(value: Json) -> List[Row]:
@@ -6003,7 +6017,7 @@ class OneBotEvents:
                  known: Callable[[str, str, str], Optional[Any]], sync: bool) -> None:
         self._look_up, self._known, self._sync = look_up, known, sync
         self.me = ""                                  # the account's own uid
-        self._seen: Dict[str, None] = {}              # the newest events, by what tells them apart
+        self._seen: Dict[int, None] = {}              # the newest events, by what tells them apart
         self._names: Dict[Tuple[str, str], str] = {}  # (group, uid) -> how `at` shows them
 
     def items(self, row: Row) -> List[Row]:
@@ -6022,10 +6036,10 @@ class OneBotEvents:
     def _is_repeated(self, row: Row) -> bool:
         """A webhook is tried again, and may come beside a stream."""
         if row.get("message_id") is not None and "message_type" in row:
-            key = "/".join(str(row.get(name)) for name in (
-                "post_type", "message_type", "group_id", "user_id", "message_id"))
+            key = hash("/".join(str(row.get(name)) for name in (
+                "post_type", "message_type", "group_id", "user_id", "message_id", "time")))
         else:
-            key = to_bytes(row).decode()
+            key = hash(to_bytes(row))  # not itself: it may be of any size
         repeated = key in self._seen
         self._seen[key] = None
         if len(self._seen) > WAIT_LIMIT:
@@ -6041,7 +6055,7 @@ class OneBotEvents:
         if isinstance(anonymous, dict):
             who.update(nickname=anonymous.get("name"), card=None)
         kind, group = self._place(row, who)
-        uid = str(scalar(row["user_id"]))
+        uid = _id(row, "user_id")
         met = self._meet(group, uid, who, str(row.get("sub_type") or ""))
         item = self._item(row, kind, group)
         member = member_row(who) if group else friend_row(who)
@@ -6051,7 +6065,7 @@ class OneBotEvents:
     def _place(self, row: Row, who: Row) -> Tuple[str, str]:
         """Type and group; NapCat has a temporary session's group at the top, LLBot in sender."""
         if row.get("message_type") == "group":
-            return "group_message", str(scalar(row["group_id"]))
+            return "group_message", _id(row, "group_id")
         group = scalar(row.get("group_id")) or scalar(who.get("group_id")) or ""
         if row.get("sub_type") == "group" and group not in ("", "0"):
             return "sess_message", group
@@ -6150,7 +6164,7 @@ class OneBotEvents:
     # -- notices
 
     def _where(self, row: Row) -> Tuple[str, str]:
-        return str(scalar(row.get("group_id"))), str(scalar(row.get("user_id")))
+        return _id(row, "group_id"), _id(row, "user_id")
 
     def _increase(self, row: Row) -> List[Row]:
         group, uid = self._where(row)
@@ -6169,7 +6183,7 @@ class OneBotEvents:
                  "object": {"uid": uid} if known else member_row(self._stranger(uid))}]
 
     def _befriended(self, row: Row) -> List[Row]:
-        uid = str(scalar(row.get("user_id")))
+        uid = _id(row, "user_id")
         return [] if self._known("friend", uid, "") else self._new(
             "friend", friend_row(self._stranger(uid)))
 
@@ -6197,7 +6211,7 @@ class OneBotEvents:
         name = scalar(row.get("name_new")) or scalar(row.get("group_name"))
         if row.get("sub_type") != "group_name" or not name:
             return []
-        return [self._of_group(self._where(row)[0], "name", name)]
+        return [self._of_group(_id(row, "group_id"), "name", name)]
 
     def _recall(self, row: Row) -> List[Row]:
         uid = scalar(row.get("user_id"))
@@ -6206,7 +6220,7 @@ class OneBotEvents:
             scalar(row.get("group_id"))]}]
 
     def _request(self, row: Row) -> List[Row]:
-        friend = friend_row(self._stranger(str(scalar(row.get("user_id")))))
+        friend = friend_row(self._stranger(_id(row, "user_id")))
         return [{"do": "event", "event": "friend_request", "request": {
             "id": friend["uid"], "name": friend["name"], "displayname": friend["name"],
             "verify": scalar(row.get("comment")) or "", "ticket": scalar(row.get("flag"))}}]
@@ -6318,7 +6332,7 @@ class SocketBridge(Bridge):
             promise.keep(row)
         elif "post_type" in row:
             self._hear(row)
-        elif row.get("status") == "failed":  # as NapCat does with a wrong token, before it closes
+        elif row.get("status") == "failed" and row.get("echo") is None:  # as NapCat refuses a token
             refused = scalar(row.get("retcode")) in ("1401", "1403")
             self._complaint = (f"{self.REFUSED}: " if refused else "") + wording(row)
 
@@ -6423,7 +6437,7 @@ class ServerSent:
 def wording(row: Row) -> str:
     """Why a bridge did not do what it was asked."""
     return (scalar(row.get("wording")) or scalar(row.get("message")) or scalar(row.get("msg"))
-            or f"retcode {row.get('retcode')}")
+            or f"retcode {row.get('retcode')}")[:WORDING_LIMIT]
 
 
 class LoginPage:
@@ -6631,6 +6645,18 @@ class BridgeActions(Link):
             data = None
         return data if isinstance(data, dict) else {}
 
+    def _row(self, action: str, **params: Json) -> Row:
+        """The object that an answer brings; {} for anything else. Unreachable, Declined."""
+        data = self._get(action, **params)
+        return data if isinstance(data, dict) else {}
+
+    def _rows(self, action: str, **params: Json) -> List[Row]:
+        """The objects of a list; null is an empty one. Anything else would lose everybody."""
+        data = self._get(action, **params)
+        if not isinstance(data, (list, type(None))):
+            raise Declined(f"its answer to {action} is no list")
+        return rows_of(data)
+
     def _do(self, action: str, **params: Json) -> bool:
         try:
             self._get(action, **params)
@@ -6641,9 +6667,8 @@ class BridgeActions(Link):
 
     def roster(self) -> Row:
         try:
-            me = self._get("get_login_info") or {}
-            friends = rows_of(self._get("get_friend_list"))
-            groups = rows_of(self._get("get_group_list"))
+            me = self._row("get_login_info")
+            friends, groups = self._rows("get_friend_list"), self._rows("get_group_list")
         except Declined as error:
             raise Unreachable(f"the bridge does not tell who is there: {error.status}") from None
         uid = scalar(me.get("user_id"))
@@ -6654,11 +6679,12 @@ class BridgeActions(Link):
 
     def details(self, group: str, members: bool) -> Row:
         if not members:
-            row = self._get("get_group_member_info", group_id=group, user_id=self.me)
-            return {"role": ROLES.get(str((row or {}).get("role")), "attend")}
-        rows = [member_row(row) for row in rows_of(self._get("get_group_member_list",
-                                                             group_id=group))
+            row = self._row("get_group_member_info", group_id=group, user_id=self.me)
+            return {"role": ROLES.get(str(row.get("role")), "attend")}
+        rows = [member_row(row) for row in self._rows("get_group_member_list", group_id=group)
                 if scalar(row.get("user_id"))]
+        if not rows:
+            raise Declined("it names no members, not even ourselves")
         roles = {row["uid"]: row["role"] for row in rows}
         owner = next((uid for uid, role in roles.items() if role == "owner"), None)
         return {"role": ROLES.get(roles.get(self.me, ""), "attend"), "owner_id": owner,
@@ -6736,6 +6762,7 @@ class OneBotLink(BridgeActions):
         self._greeters, self._bearers = Crew(1, "greet", log), Crew(1, "events", log)
         self._closed = threading.Event()
         self._live_already = self._greeted = False
+        self._turns, self._turn = itertools.count(1), 0  # greetings; the newest alone may act
         self._fresh = False          # a code was shown since the last login
         self._shown = ""             # that code
         self._era, self._count = str(time.time_ns()), itertools.count(1)
@@ -6744,7 +6771,7 @@ class OneBotLink(BridgeActions):
 
     def login(self, cookie: str, mark: str) -> None:
         if self._live_already:
-            return self._greeters.submit(self._greet)
+            return self._begin_greeting()
         self._live_already = True
         spawn(self._live, name="link")
 
@@ -6754,8 +6781,9 @@ class OneBotLink(BridgeActions):
         while not self._closed.is_set():
             try:
                 self._await_page()
+                self._turn = next(self._turns)  # who greets an older connection lets this one be
                 self._bridge.open()
-                self._greeters.submit(self._greet)
+                self._begin_greeting()
                 self._bridge.listen()
             except OpenQQError as error:
                 why = error.status
@@ -6791,15 +6819,23 @@ class OneBotLink(BridgeActions):
                                 + (f": {why}" if why else ""))
         return logged_in
 
-    def _greet(self) -> None:
+    def _begin_greeting(self) -> None:
+        self._turn = turn = next(self._turns)
+        self._greeters.submit(self._greet, turn)
+
+    def _greet(self, turn: int) -> None:
         """In a crew's thread: wait until the bridge is logged in, then say so."""
         try:
-            while not self._is_logged_in():
+            while turn == self._turn and not self._is_logged_in():
                 self._show_login()
                 if self._closed.wait(LOGIN_SECONDS):
                     return
         except OpenQQError as error:
-            return self._bridge.close(error.status)  # and once more from the beginning
+            if turn == self._turn:
+                self._bridge.close(error.status)  # and once more from the beginning
+            return
+        if turn != self._turn:
+            return  # a newer one will say it
         if self._fresh:
             self._hooks.scanned()
         fresh, self._fresh, self._shown, self._greeted = self._fresh, False, "", True
@@ -6807,8 +6843,8 @@ class OneBotLink(BridgeActions):
 
     def _is_logged_in(self) -> bool:
         try:
-            uid = scalar((self._get("get_login_info") or {}).get("user_id")) or "0"
-            status = self._get("get_status") or {}
+            uid = scalar(self._row("get_login_info").get("user_id")) or "0"
+            status = self._row("get_status")
         except Declined:
             return False
         if uid == "0" or status.get("online") is False:
@@ -6859,7 +6895,7 @@ class OneBotLink(BridgeActions):
     def _offline(self, why: str) -> None:
         self._greeted = False
         self._hooks.waiting(why)
-        self._greeters.submit(self._greet)
+        self._begin_greeting()
 
     def ready(self) -> None:
         self._intake.open()
@@ -6871,6 +6907,9 @@ class OneBotLink(BridgeActions):
         for row in self._intake.take():
             try:
                 found = self._events.items(row)
+            except BadRequest as error:
+                self._log.debug(f"an event of the bridge {error.status}")
+                continue
             except Exception:  # one that cannot be understood must not stop all others
                 self._log.failure("an event of the bridge")
                 continue
@@ -7039,8 +7078,9 @@ class Roster:
 
     def __init__(self, fields: Mapping[str, Tuple[str, ...]]) -> None:
         self.fields = fields
-        self.lock = threading.Lock()  # guards user, the three dicts, and what is in them
+        self.lock = threading.Lock()  # guards user, changes, the dicts, and what is in them
         self.user = User({})
+        self.changes = 0              # how many there were, by events
         self.friend: Dict[str, Friend] = {}
         self.group: Dict[str, Group] = {}
         self.discuss: Dict[str, Discuss] = {}
@@ -7098,6 +7138,7 @@ class Roster:
         if event == "new_group":
             item = {**item, "object": {"role": "attend", **item["object"]}}
         with self.lock:
+            self.changes += 1
             if event.endswith("_property_change"):
                 return self._change(event, item)
             action, _, kind = event.partition("_")
@@ -7106,6 +7147,8 @@ class Roster:
                 return None
             uid = item["object"]["uid"]
             thing = THINGS[kind](item["object"])
+            if circle:
+                circle.moves += 1
             if action == "new":
                 table[uid] = thing
             else:
@@ -7224,6 +7267,7 @@ class SendQueue:
         self._jobs: Deque[Job] = collections.deque()
         self._crew = Crew(1, "send", log)
         self.busy = False
+        self.began = 0.0         # when the last call did
         self._resting = False    # busy, or the interval is not over
 
     def waiting(self) -> int:
@@ -7239,7 +7283,8 @@ class SendQueue:
         if self._resting or not self._jobs:
             return
         self._resting = self.busy = True
-        self._crew.submit(self._try, self._take_batch(), self._loop.clock())
+        self.began = self._loop.clock()
+        self._crew.submit(self._try, self._take_batch(), self.began)
 
     def _take_batch(self) -> List[Job]:
         batch: List[Job] = []
@@ -7396,14 +7441,23 @@ class Details:
     def _load(self, key: Tuple[str, bool], act: Callable[[str, Row], None]) -> None:
         """In a crew's thread."""
         row: Optional[Row] = None
+        moves = self._moves(key[0])
         try:
             row = self._client.link.details(*key)
         except OpenQQError as error:
             self._client.log.debug(f"group {key[0]}: {error.status}")
-        self._client.loop.call(self._loaded, key, row, act)
+        except Exception:  # whatever it was, those who wait must not wait for ever
+            self._client.log.failure(f"loading group {key[0]}")
+        self._client.loop.call(self._loaded, key, row, act, moves)
+
+    def _moves(self, uid: str) -> int:
+        group = self._client.roster.group.get(uid)
+        return group.moves if group else 0
 
     def _loaded(self, key: Tuple[str, bool], row: Optional[Row],
-                act: Callable[[str, Row], None]) -> None:
+                act: Callable[[str, Row], None], moves: int) -> None:
+        if row is not None and moves != self._moves(key[0]):
+            return self._crew.submit(self._load, key, act)  # the list may be of before
         if row is not None:
             act(key[0], row)
         promise = self._loading.pop(key, None)
@@ -7615,19 +7669,21 @@ class Login:
 
     def _plan_refresh(self) -> None:
         interval = self._client.settings.update_interval
+        if self._refresh:
+            self._refresh.cancel()  # a login may have come while one was under way
         if interval:
             self._refresh = self._client.loop.later(max(1.0, interval), self._work, self._update)
 
     def _update(self) -> None:
-        before = self._client.spool.mark
+        before = self._client.roster.changes
         self._client.loop.call(self._updated, self.link.roster(), before)
 
-    def _updated(self, row: Row, before: Json) -> None:
+    def _updated(self, row: Row, before: int) -> None:
         """Report what changed; a roster that events have overtaken would undo them."""
         client = self._client
         if client.state != "running":
             return
-        if client.spool.mark == before:
+        if client.roster.changes == before:
             row["user"]["state"] = client.settings.mode
             self._compare(row)
         self._plan_refresh()
@@ -7863,8 +7919,9 @@ class Talk:
         """
         promise = Promise()
         self._held.append((items, promise))
-        if self.queue.busy and self._link.echoes:
-            self._client.loop.later(ECHO_SECONDS, self._release)
+        left = self.queue.began + ECHO_SECONDS - self._client.loop.clock()
+        if self.queue.busy and self._link.echoes and left > 0:
+            self._client.loop.later(left, self._release)
         else:
             self._release()
         return promise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import gc
 import hashlib
 import hmac
 import http.client
@@ -47,6 +48,12 @@ import openqq
 HERE = os.path.dirname(os.path.abspath(__file__))
 FILE = os.path.join(HERE, "openqq.py")
 WAIT = 20.0  # seconds within which whatever is waited for has come, also on a busy machine
+SOAK = os.environ.get("OPENQQ_SOAK") == "1"
+
+
+def much(usual, soak):
+    """How often: a little for every day, all of what is promised with OPENQQ_SOAK=1."""
+    return soak if SOAK else usual
 
 
 # ------------------------------------------------------------------------------------------------
@@ -7829,16 +7836,1605 @@ def test_full_disk_costs_no_descriptors(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Hostile callers, dying processes, an ill machine
+# Real QQ: ways in, the mapping, login pages (ONEBOT.md)
 # ------------------------------------------------------------------------------------------------
 
-SOAK = os.environ.get("OPENQQ_SOAK") == "1"
+# An account for each way to a bridge; between them every spelling of ids and of messages.
+ONEBOT_WAYS = {"ws": {"ids": int, "message_format": "array", "pieces": 5},
+               "sse": {"ids": str, "message_format": "string"},
+               "webhook": {"ids": str, "message_format": "array", "sse": False, "secret": "s"},
+               "ws-too": {"ids": int, "message_format": "string", "unknown": 200, "sse": 1404}}
+ONEBOT_EVENTS = ",".join([
+    "new_friend", "lose_friend", "new_group", "lose_group", "new_group_member",
+    "lose_group_member", "friend_property_change", "group_property_change",
+    "group_member_property_change", "friend_request", "revoke_message"])
 
 
-def much(usual, soak):
-    """How often: a little for every day, all of what is promised with OPENQQ_SOAK=1."""
-    return soak if SOAK else usual
+class Bridged:
+    """An account of a controller on a bridge of its own; sync is on for those on a WebSocket."""
 
+    def __init__(self, program, name, bridge, **settings):
+        self.program, self.name, self.bridge, self.seq = program, name, bridge, 0
+        self.sync = name.startswith("ws")
+        url = bridge.ws if name.startswith("ws") else bridge.url
+        given = {"onebot_api": url, "onebot_token": bridge.token, "onebot_secret": bridge.secret,
+                 "send_interval": "0", "check_event_list_max_size": "1000",
+                 "allow_message_sync": str(int(self.sync)), "post_event_list": ONEBOT_EVENTS,
+                 **settings}
+        self.started = program.call("start_client", client=name, **{
+            key: value for key, value in given.items() if value})
+        if not bridge.sse or bridge.sse == 1404:
+            bridge.post_to = "" if self.sync else f"{program.base}/onebot?client={name}"
+
+    def call(self, path, **params):
+        return self.program.call(path, client=self.name, **params)
+
+    def state(self):
+        return self.program.state(self.name)
+
+    def until(self, state, error=""):
+        """Wait for a state, with this pattern in its error; the state file's row."""
+        def there():
+            row = self.state()
+            return row["state"] == state and re.search(error, row.get("error", "")) and row
+        found = eventually(there)
+        assert found, (state, error, self.state(), self.program.log.text()[-3000:])
+        return found
+
+    def running(self):
+        self.until("running")
+        if self.name.startswith("ws") or self.bridge.sse is True:
+            self.bridge.connected()
+        return self
+
+    def up_to_a_word(self):
+        """What was reported since the last time, up to a word that a friend says now."""
+        word, found = os.urandom(6).hex(), []
+        self.bridge.say_private(20001, word)
+        while word not in [event.get("content") for event in found]:
+            for event in self.call("check_event", since=self.seq):
+                self.seq = event["seq"]
+                found.append(event)
+        assert not self.bridge.faults
+        return found[:-1]
+
+    def events_of(self, *acts):
+        """What is reported of what the bridge tells in each act."""
+        self.up_to_a_word()
+        for act in acts:
+            act(self.bridge)
+        return self.up_to_a_word()
+
+
+@pytest.fixture(scope="module")
+def bridged(tmp_path_factory):
+    """A controller with an account for each way, running; for tests that leave it as it was."""
+    program = Program(tmp_path_factory.mktemp("bridged"), "controller")
+    bridges, accounts = [], {}
+    try:
+        program.ready()
+        for name, quirks in ONEBOT_WAYS.items():
+            bridge = Bridge(token="t0ken", **quirks)
+            bridges.append(bridge)
+            bridge.friends.append({"user_id": "20003", "nickname": "", "remark": None,
+                                   "categoryName": "同事", "sex": "male"})
+            bridge.groups += [
+                {"group_id": 30002, "group_name": "二群", "group_remark": "备注", "members": [
+                    bridge.member(10001, "admin"), bridge.member(40002, "owner", card="群主")]},
+                {"group_id": 30003, "group_name": "三群", "max_member_count": "500",
+                 "members": [bridge.member(10001), bridge.member(40002, "owner")]}]
+            accounts[name] = Bridged(program, name, bridge)
+        for account in accounts.values():
+            account.running()
+        yield accounts
+    finally:
+        status = program.stop()
+        for bridge in bridges:
+            bridge.close()
+    assert status == 0
+    assert "Traceback" not in program.log.text()
+
+
+@pytest.fixture(params=list(ONEBOT_WAYS))
+def qq(request, bridged):
+    """Each of these accounts."""
+    return bridged[request.param]
+
+
+def test_who_is_there_on_qq_is_told_in_the_documented_words(qq):
+    user = qq.call("get_user_info")
+    assert (user["id"], user["uid"], user["account"], user["name"], user["state"]) == (
+        "10001", "10001", "10001", "阿猫", "online")
+    shown = ("id", "uid", "name", "markname", "category")
+    assert [tuple(row[name] for name in shown) for row in qq.call("get_friend_info")] == [
+        ("20001", "20001", "小明", "老明", None), ("20002", "20002", "小红", None, None),
+        ("20003", "20003", "20003", None, "同事")]
+    shown = ("id", "uid", "name", "markname", "role", "max_member")
+    groups = [("30001", "30001", "一家人", None, "create", 2000),
+              ("30002", "30002", "二群", "备注", "manage", 2000),
+              ("30003", "30003", "三群", None, "attend", 500)]
+    for path in "get_group_basic_info", "get_group_info":
+        assert [tuple(row[name] for name in shown) for row in qq.call(path)] == groups
+    family, second, _ = qq.call("get_group_info")
+    assert (family["owner_id"], family["owner_uid"], second["owner_id"]) == (
+        "10001", "10001", "40002")
+    shown = ("id", "uid", "name", "card", "role", "join_time", "last_speak_time")
+    assert [tuple(row[name] for name in shown) for row in family["member"]] == [
+        ("10001", "10001", "网友10001", None, "owner", "1500000000", "1600000000"),
+        ("20001", "20001", "小明", "爸", "member", "1500000000", "1600000000"),
+        ("40001", "40001", "路人", None, "admin", "1500000000", "1600000000")]
+    assert qq.call("get_discuss_info") == []
+    assert [row["name"] for row in qq.call("search_group", role="manage")] == ["二群"]
+    assert [row["id"] for row in qq.call("search_friend", markname="老明")] == ["20001"]
+
+
+def private(user_id, text="好", **more):
+    return lambda bridge: bridge.say_private(user_id, text, **more)
+
+
+def in_group(group_id, user_id, text="好", **more):
+    return lambda bridge: bridge.say_group(group_id, user_id, text, **more)
+
+
+IN_FAMILY = {"type": "group_message", "group": "一家人", "group_id": "30001", "group_uid": "30001"}
+BY_PASSER = {"sender": "路人", "sender_id": "40001", "sender_uid": "40001"}
+SESSION = dict(IN_FAMILY, **BY_PASSER, type="sess_message", via="group")
+QQ_MESSAGES = {
+    "of a friend": (private(20001), {"type": "friend_message", "sender": "老明",
+                                     "sender_id": "20001", "sender_uid": "20001"}),
+    "of a friend without remark": (private(20002), {"sender": "小红"}),
+    "of a friend's other name": (private(20002, sender={"user_id": 20002, "nickname": "改名"}),
+                                 {"sender": "小红"}),
+    "of a stranger": (private(50009, sub_type="other", sender={"user_id": 50009, "nickname": "谁"}),
+                      {"type": "friend_message", "sender": "谁", "sender_id": "50009"}),
+    "with a sender who says nothing": (private(50008, sub_type="other", sender={}),
+                                       {"sender": "50008", "sender_uid": "50008"}),
+    "in a group": (in_group(30001, 40001), {**IN_FAMILY, **BY_PASSER}),
+    "in a group, of somebody with a card": (in_group(30002, 40002), {
+        "group": "备注", "group_id": "30002", "sender": "群主"}),
+    "in a group, of a friend with remark": (in_group(30001, 20001), {**IN_FAMILY,
+                                                                     "sender": "老明"}),
+    "in a group, of nobody": (in_group(
+        30001, 80000000, sub_type="anonymous",
+        anonymous={"id": 7, "name": "大力", "flag": "f"}), {**IN_FAMILY, "sender": "大力"}),
+    "in a temporary session, NapCat": (private(40001, sub_type="group", group_id=30001), SESSION),
+    "in a temporary session, LLBot": (private(40001, sub_type="group", sender={
+        "user_id": 40001, "nickname": "路人", "group_id": 30001}), SESSION),
+    "of a friend with a group of 0": (private(20001, group_id=0), {"type": "friend_message"}),
+}
+
+
+@pytest.mark.parametrize("act, wanted", QQ_MESSAGES.values(), ids=QQ_MESSAGES)
+def test_messages_on_qq_say_where_they_come_from_and_who_wrote_them(qq, act, wanted):
+    events = qq.events_of(lambda bridge: qq.call("get_group_info"), act)
+    [event] = [row for row in events if "event" not in row]
+    assert len(events) == 1, events
+    shown = {"post_type": "receive_message", "class": "recv", "receiver": "阿猫", "content": "好",
+             "receiver_id": "10001", "receiver_uid": "10001", "raw_message": "好", **wanted}
+    assert {name: event.get(name) for name in shown} == shown
+    assert ("group" in event, "via" in event) == (
+        event["type"] != "friend_message", event["type"] == "sess_message")
+    assert re.fullmatch("[0-9]+", event["id"]) and abs(int(event["time"]) - time.time()) < WAIT
+
+
+def segment(kind, **data):
+    return {"type": kind, "data": data}
+
+
+PICTURE = "http://127.0.0.1:9/a.png?x=1&y=[2],3"
+QQ_SEGMENTS = {
+    "text": ([segment("text", text="a&b[c],d=e")], "a&b[c],d=e"),
+    "a text like a code": ([segment("text", text="[CQ:at,qq=1]&amp;&#91;")],
+                           "[CQ:at,qq=1]&amp;&#91;"),
+    "lines": ([segment("text", text="一\n二")], "一\n二"),
+    "at a member": ([segment("at", qq="40001"), segment("text", text="来")], "@路人 来"),
+    "at a number": ([segment("at", qq=40001)], "@路人 "),
+    "at a card": ([segment("at", qq="20001")], "@爸 "),
+    "at oneself": ([segment("at", qq="10001")], "@网友10001 "),
+    "at nobody known": ([segment("at", qq="99999")], "@99999 "),
+    "at one whose name is told": ([segment("at", qq="99998", name="老友")], "@老友 "),
+    "at all": ([segment("at", qq="all")], "@全体成员 "),
+    "face": ([segment("face", id="14")], "[表情]"),
+    "image": ([segment("text", text="看"), segment("image", file="A.png", url=PICTURE)], "看[图片]"),
+    "record": ([segment("record", file="A.amr")], "[语音]"),
+    "video": ([segment("video", file="A.mp4")], "[视频]"),
+    "file": ([segment("file", file="A.doc")], "[文件]"),
+    "reply": ([segment("reply", id="-7"), segment("text", text="对")], "对"),
+    "other": ([segment("json", data='{"a":[1,2]}'), segment("mface", id="1")], "[json][mface]"),
+}
+
+
+@pytest.mark.parametrize("rows, content", QQ_SEGMENTS.values(), ids=QQ_SEGMENTS)
+def test_segments_become_readable_text_and_the_codes_are_told_besides(qq, rows, content):
+    [event] = qq.events_of(in_group(30001, 40001, rows))
+    assert (event["content"], event["raw_message"]) == (content, cq_string(rows))
+
+
+def test_pictures_that_come_are_told_with_the_bridges_url(qq):
+    rows = [segment("image", file="A.png", url=PICTURE, file_size="512"),
+            segment("record", file="B.amr"), segment("video", url="https://h/v.mp4", name="v"),
+            segment("file", file="C.doc", url="file:///etc/passwd")]
+    [event] = qq.events_of(private(20001, rows))
+    assert event["content"] == "[图片][语音][视频][文件]"
+    assert event["media"] == [
+        {"type": "image", "url": PICTURE, "name": "A.png", "size": "512"},
+        {"type": "audio", "url": None, "name": "B.amr", "size": None},
+        {"type": "video", "url": "https://h/v.mp4", "name": "v", "size": None},
+        {"type": "file", "url": None, "name": "C.doc", "size": None}]
+
+
+def test_a_message_without_raw_message_gets_one_made(qq):
+    [event] = qq.events_of(private(20001, [segment("at", qq="1"), segment("text", text="a,[")],
+                                   raw_message=None))
+    assert event["raw_message"] == "[CQ:at,qq=1]a,&#91;"
+
+
+OWN_MESSAGES = {
+    "to a friend": ({"message_type": "private", "target_id": 20001},
+                    {"type": "friend_message", "receiver": "老明", "receiver_id": "20001"}),
+    "to a group": ({"message_type": "group", "group_id": 30001},
+                   {**IN_FAMILY, "receiver": None}),
+    "to a group, as LLBot reports it": ({"message_type": "group", "group_id": 30001,
+                                         "post_type": "message"}, IN_FAMILY),
+    "in a temporary session": ({"message_type": "private", "sub_type": "group", "group_id": 30001,
+                                "target_id": 40001},
+                               {"type": "sess_message", "via": "group", "receiver": "路人",
+                                "receiver_id": "40001", "group_id": "30001"}),
+}
+
+
+@pytest.mark.parametrize("more, wanted", OWN_MESSAGES.values(), ids=OWN_MESSAGES)
+def test_messages_of_ones_own_from_elsewhere_are_told_where_sync_is_on(qq, more, wanted):
+    said = dict({"post_type": "message_sent", "sub_type": "friend", "user_id": 10001,
+                 "sender": {"user_id": 10001, "nickname": "阿猫"}}, **more)
+    events = qq.events_of(lambda bridge: bridge._message("出门", **said))
+    assert len(events) == int(qq.sync), events
+    for event in events:
+        shown = {"post_type": "send_message", "class": "send", "source": "outer", "code": 0,
+                 "sender": "阿猫", "sender_id": "10001", "content": "出门", "msg": "发送成功", **wanted}
+        assert {name: event.get(name) for name in shown} == shown
+
+
+def test_what_was_sent_here_is_not_told_as_sent_elsewhere(qq):
+    number = itertools.count(8000001)
+
+    def send(params):
+        said = dict(message_type="private", post_type="message_sent", user_id=10001,
+                    target_id=20002, sender={"user_id": 10001}, message_id=next(number))
+        qq.bridge._message("回声", **said)  # before the answer, as bridges do
+        return {"data": {"message_id": said["message_id"]}}
+
+    qq.bridge.answers["send_private_msg"] = send
+    try:
+        events = qq.events_of(lambda bridge: qq.call("send_friend_message", id=20002,
+                                                     content="回声"))
+    finally:
+        del qq.bridge.answers["send_private_msg"]
+    assert [(event["class"], event["source"]) for event in events] == [("send", "local")]
+
+
+TIMES = itertools.count(1600000000)  # events that are alike but for their time are two
+
+
+def notice(**event):
+    event.setdefault("time", next(TIMES))
+    return lambda bridge: bridge.emit(**event)
+
+
+def asked(event):
+    """An event as (name, what tells of each of its params)."""
+    def short(value):
+        if isinstance(value, dict) and "ticket" in value:
+            return tuple(value[name] for name in ("id", "name", "verify", "ticket"))
+        return value["uid"] if isinstance(value, dict) else value
+    return (event["event"], *map(short, event["params"]))
+
+
+def comes(group_id, user_id, **more):
+    return notice(**dict({"notice_type": "group_increase", "sub_type": "approve",
+                          "group_id": group_id, "user_id": user_id, "operator_id": 40001}, **more))
+
+
+def goes(group_id, user_id, sub_type, **more):
+    return notice(notice_type="group_decrease", sub_type=sub_type, group_id=group_id,
+                  user_id=user_id, operator_id=40001, **more)
+
+
+def card(new, old):
+    return notice(notice_type="group_card", group_id=30001, user_id=40001, card_new=new,
+                  card_old=old)
+
+
+def admin(group_id, user_id, sub_type):
+    return notice(notice_type="group_admin", sub_type=sub_type, group_id=group_id,
+                  user_id=user_id)
+
+
+def named(name, **more):
+    return notice(**dict({"notice_type": "notify", "sub_type": "group_name", "group_id": 30003,
+                          "user_id": 40002, "name_new": name}, **more))
+
+
+QQ_NOTICES = {  # those that change something end by changing it back
+    "a member comes and leaves": (
+        [comes(30001, 50001), goes(30001, 50001, "leave")],
+        [("new_group_member", "50001", "30001"), ("lose_group_member", "50001", "30001")]),
+    "a member is invited and kicked": (
+        [comes(30001, 50001, sub_type="invite"), goes(30001, 50001, "kick")],
+        [("new_group_member", "50001", "30001"), ("lose_group_member", "50001", "30001")]),
+    "somebody comes twice": (
+        [comes(30001, 50001), comes(30001, 50001), goes(30001, 50001, "leave")],
+        [("new_group_member", "50001", "30001"), ("lose_group_member", "50001", "30001")]),
+    "oneself comes and leaves": (
+        [comes(30009, 10001), goes(30009, 10001, "leave")],
+        [("new_group", "30009"), ("lose_group", "30009")]),
+    "oneself is kicked": (
+        [comes(30009, 10001), goes(30009, 10001, "kick_me")],
+        [("new_group", "30009"), ("lose_group", "30009")]),
+    "a group ends": (
+        [comes(30009, 10001), goes(30009, 40001, "disband")],
+        [("new_group", "30009"), ("lose_group", "30009")]),
+    "a card": (
+        [card("新", ""), card("", "新")],
+        [("group_member_property_change", "40001", "card", None, "新"),
+         ("group_member_property_change", "40001", "card", "新", None)]),
+    "an admin": (
+        [admin(30001, 20001, "set"), admin(30001, 20001, "unset")],
+        [("group_member_property_change", "20001", "role", "member", "admin"),
+         ("group_member_property_change", "20001", "role", "admin", "member")]),
+    "oneself an admin": (
+        [admin(30003, 10001, "set"), admin(30003, 10001, "unset")],
+        [("group_property_change", "30003", "role", "attend", "manage"),
+         ("group_member_property_change", "10001", "role", "member", "admin"),
+         ("group_property_change", "30003", "role", "manage", "attend"),
+         ("group_member_property_change", "10001", "role", "admin", "member")]),
+    "a group's name": (
+        [named("新名"), named("三群")],
+        [("group_property_change", "30003", "name", "三群", "新名"),
+         ("group_property_change", "30003", "name", "新名", "三群")]),
+    "a friend request": (
+        [notice(request_type="friend", user_id=50007, comment="我是", flag="F-1")],
+        [("friend_request", ("50007", "新友", "我是", "F-1"))]),
+    "a recall in a group": (
+        [notice(notice_type="group_recall", group_id=30001, user_id=20001, operator_id=40001,
+                message_id=-77)],
+        [("revoke_message", "-77", "20001", "40001", "30001")]),
+    "a friend's recall": (
+        [notice(notice_type="friend_recall", user_id=20001, message_id=78)],
+        [("revoke_message", "78", "20001", "20001", None)]),
+    "what means nothing here": (
+        [notice(notice_type="group_ban", sub_type="ban", group_id=30001, user_id=20001,
+                operator_id=10001, duration=60),
+         notice(notice_type="notify", sub_type="poke", user_id=20001, target_id=10001),
+         notice(notice_type="group_upload", group_id=30001, user_id=20001, file={"id": "x"}),
+         notice(request_type="group", sub_type="add", group_id=30001, user_id=20001, flag="G"),
+         notice(meta_event_type="heartbeat", status={"online": True, "good": True}, interval=5),
+         notice(notice_type="essence", group_id=30001), notice(notice_type=None),
+         notice(notice_type="group_card"), notice(notice_type="notify", sub_type="group_name"),
+         notice(post_type="else")],
+        []),
+}
+
+
+@pytest.mark.parametrize("acts, wanted", QQ_NOTICES.values(), ids=QQ_NOTICES)
+def test_notices_and_requests_become_the_documented_events(qq, acts, wanted):
+    qq.call("get_group_info")
+    qq.bridge.strangers = [{"user_id": 50007, "nickname": "新友"}]
+    before = qq.call("get_group_info")
+    assert [asked(event) for event in qq.events_of(*acts)] == wanted
+    assert qq.call("get_group_info") == before
+
+
+def test_a_new_friend_is_asked_for_and_told_once(qq):
+    qq.bridge.strangers = [{"user_id": 50006, "nickname": "小强", "sex": "male"}]
+    added = notice(notice_type="friend_add", user_id=50006)
+    events = qq.events_of(added, added, private(50006, "在吗"))
+    assert [asked(event) if "event" in event else event["sender"] for event in events] == [
+        ("new_friend", "50006"), "小强"]
+    assert len([1 for action, params in qq.bridge.calls if action == "get_stranger_info"
+                and params == {"user_id": "50006"}]) == 1
+    assert qq.call("search_friend", id="50006")[0]["name"] == "小强"
+
+
+def test_who_writes_first_is_told_as_new_before_what_was_written(qq):
+    qq.bridge.strangers = [{"user_id": 50005, "nickname": "小刚"}]
+    qq.call("get_group_info")
+    twice = [private(50005, str(number), sender={"user_id": 50005, "nickname": "小刚"})
+             for number in range(2)]
+    fresh = [in_group(30003, 50004, str(number), sender={"user_id": 50004, "nickname": "新人"})
+             for number in range(2)]
+    group = in_group(30008, 50004, "哪", sender={"user_id": 50004, "nickname": "新人"})
+    events = qq.events_of(*twice, *fresh, group)
+    assert [asked(event) if "event" in event else (event["sender"], event["content"])
+            for event in events] == [
+        ("new_friend", "50005"), ("小刚", "0"), ("小刚", "1"),
+        ("new_group_member", "50004", "30003"), ("新人", "0"), ("新人", "1"),
+        ("new_group", "30008"), ("新人", "哪")]
+    qq.events_of(goes(30003, 50004, "leave"), goes(30008, 10001, "leave"))
+
+
+def test_before_members_are_loaded_events_tell_who_it_is_and_load_none(bridged):
+    bridge = Bridge(ids=str)
+    me = Bridged(bridged["ws"].program, "ws-early", bridge).running()
+    try:
+        two = [in_group(30001, 40001, [segment("at", qq="20001"), segment("text", text=text)],
+                        sender={"user_id": 40001, "nickname": "路人", "card": "过客"})
+               for text in "12"]
+        events = me.events_of(
+            *two, card("新", "过客"), comes(30001, 50001), goes(30001, 20001, "leave"),
+            admin(30001, 40001, "unset"), private(40001, sub_type="group", group_id=30001))
+        assert [asked(event) if "event" in event else (event["sender"], event["content"])
+                for event in events] == [
+            ("过客", "@爸 1"), ("过客", "@爸 2"),
+            ("group_member_property_change", "40001", "card", "过客", "新"),
+            ("new_group_member", "50001", "30001"), ("lose_group_member", "20001", "30001"),
+            ("group_member_property_change", "40001", "role", "admin", "member"), ("40001", "好")]
+        actions = [action for action, _ in bridge.calls]
+        assert "get_group_member_list" not in actions
+        assert actions.count("get_group_member_info") == 2  # for the name after @, for who came
+    finally:
+        me.call("delete_client")
+        bridge.close()
+
+
+# -- what is asked of the bridge
+
+def text_of(text):
+    return [segment("text", text=text)]
+
+
+TO_FRIEND, TO_GROUP = "send_friend_message", "send_group_message"
+QQ_CALLS = {
+    "a friend by id": (TO_FRIEND, {"id": "20001", "content": "hi"}, "send_private_msg",
+                       {"user_id": "20001", "message": text_of("hi")}),
+    "a friend by name": (TO_FRIEND, {"displayname": "老明", "content": "hi"}, "send_private_msg",
+                         {"user_id": "20001", "message": text_of("hi")}),
+    "codes that do not act": (TO_FRIEND, {"id": "20001", "content": "[CQ:at,qq=all]&amp;<>"},
+                              "send_private_msg",
+                              {"user_id": "20001", "message": text_of("[CQ:at,qq=all]&amp;<>")}),
+    "a group": (TO_GROUP, {"uid": "30001", "content": "hi"}, "send_group_msg",
+                {"group_id": "30001", "message": text_of("hi")}),
+    "codes that act": (
+        TO_GROUP, {"id": "30001", "cq": "1",
+                "content": "a[CQ:at,qq=20001]&#91;[CQ:image,file=http://h/p.png?a&amp;b&#44;c]"},
+        "send_group_msg", {"group_id": "30001", "message": [
+            *text_of("a"), segment("at", qq="20001"), *text_of("["),
+            segment("image", file="http://h/p.png?a&b,c")]}),
+    "a temporary session": ("send_sess_message", {"group_id": "30001", "id": "40001",
+                                                  "content": "hi"}, "send_private_msg",
+                            {"user_id": "40001", "group_id": "30001", "message": text_of("hi")}),
+    "a picture by URL": (TO_FRIEND, {"id": "20001", "media_url": "http://h/p.png"},
+                         "send_private_msg", {"user_id": "20001", "message": [
+                             segment("image", file="http://h/p.png", name="p.png")]}),
+    "a picture's bytes and a text": (
+        TO_GROUP, {"id": "30001", "content": "看", "media_data": PNG_TEXT, "media_name": "猫.png"},
+        "send_group_msg", {"group_id": "30001", "message": [
+            *text_of("看"), segment("image", file="base64://" + PNG_TEXT, name="猫.png")]}),
+    "silence": ("shutup_group_member", {"group_id": "30001", "member_id": "40001", "time": "2"},
+                "set_group_ban", {"group_id": "30001", "user_id": "40001", "duration": 120}),
+    "a kick": ("kick_group_member", {"group_uid": "30001", "member_uid": "40001"},
+               "set_group_kick", {"group_id": "30001", "user_id": "40001",
+                                  "reject_add_request": False}),
+    "yes to a request": ("accept_friend_request", {"ticket": "F-2", "markname": "老友"},
+                         "set_friend_add_request", {"flag": "F-2", "approve": True,
+                                                    "remark": "老友"}),
+    "no to a request": ("accept_friend_request", {"ticket": "F-3", "accept": "0"},
+                        "set_friend_add_request", {"flag": "F-3", "approve": False,
+                                                   "remark": ""}),
+}
+
+
+@pytest.mark.parametrize("path, params, action, wanted", QQ_CALLS.values(), ids=QQ_CALLS)
+def test_each_call_asks_the_bridge_for_the_action_of_the_table(qq, path, params, action, wanted):
+    assert qq.call(path, **params)["code"] == 0
+    assert qq.bridge.wait_call(action, lambda got: got == wanted) == wanted
+
+
+def test_several_members_are_one_action_each(qq):
+    assert qq.call("shutup_group_member", group_id="30001", member_id="20001,40001",
+                   time="1") == {"code": 0, "status": "success"}
+    for uid in "20001", "40001":
+        qq.bridge.wait_call("set_group_ban", lambda got: got == {
+            "group_id": "30001", "user_id": uid, "duration": 60})
+
+
+def test_a_picture_by_path_goes_as_a_file_to_a_bridge_on_this_machine(qq):
+    path = put(os.path.join(qq.program.tmpdir, f"图 片-{qq.name}.png"), PNG)
+    assert qq.call(TO_FRIEND, id="20002", media_path=path)["code"] == 0
+    source = {"file": "file://" + urllib.parse.quote(path), "name": os.path.basename(path)}
+    qq.bridge.wait_call("send_private_msg", lambda got: got["message"] == [
+        segment("image", **source)])
+
+
+@pytest.mark.parametrize("code", ["[CQ:image,file=file:///etc/passwd]",
+                                  "[CQ:record,file=/etc/passwd]", "[CQ:video,cover=..\\x]",
+                                  "[CQ:image,file=FILE:x]", "[CQ:image,url=ftp://h/x]"])
+def test_a_code_that_names_a_file_of_the_bridges_machine_is_refused(qq, code):
+    count = len(qq.bridge.calls)
+    answer = qq.call(TO_FRIEND, id="20001", content=code, cq="1")
+    assert (answer["code"], "not allowed" in answer["status"]) == (6, True)
+    assert "send_private_msg" not in [action for action, _ in qq.bridge.calls[count:]]
+
+
+QQ_OUTCOMES = {
+    "done": ({}, 0, "发送正常"), "on its way": ({"retcode": 1}, 0, "发送正常"),
+    **{str(code): ({"retcode": code, "wording": f"风控{code}"}, -4, f"风控{code}")
+       for code in (100, 200, 1200, 400, 1400, 1404)},
+    "a retcode as text": ({"retcode": "100", "wording": "不行"}, -4, "不行"),
+    "failed with 0": ({"retcode": 0, "status": "failed", "wording": "不"}, -4, "不"),
+    "no word": ({"retcode": 100, "wording": "", "message": ""}, -4, "retcode 100"),
+    "a message only": ({"retcode": 100, "wording": "", "message": "消息"}, -4, "消息"),
+}
+
+
+@pytest.mark.parametrize("row, code, info", QQ_OUTCOMES.values(), ids=QQ_OUTCOMES)
+def test_what_the_bridge_answers_to_a_message_is_its_outcome_and_is_final(qq, row, code, info):
+    qq.bridge.answers["send_group_msg"] = row
+    count = len(qq.bridge.calls)
+    try:
+        answer = qq.call(TO_GROUP, id="30001", content="试")
+    finally:
+        del qq.bridge.answers["send_group_msg"]
+    assert (answer["code"], answer["info"]) == (code, info)
+    sent = [params for action, params in qq.bridge.calls[count:] if action == "send_group_msg"]
+    assert len(sent) == 1
+
+
+def test_what_the_bridge_declines_is_a_failure(qq):
+    declined = {"retcode": 100, "wording": "没有权限"}
+    actions = "set_group_kick", "set_group_ban", "set_friend_add_request", "delete_msg"
+    sent = qq.call(TO_FRIEND, id="20001", content="错")
+    qq.bridge.answers.update(dict.fromkeys(actions, declined))
+    member = {"group_id": "30001", "member_id": "40001"}
+    try:
+        assert qq.call("kick_group_member", **member) == {"code": 201, "status": "failure"}
+        assert qq.call("shutup_group_member", time="1", **member) == {"code": 201,
+                                                                      "status": "failure"}
+        assert qq.call("accept_friend_request", ticket="F")["code"] == -1
+        assert qq.call("revoke_message", id=sent["id"]) == {"code": 0, "status": "revoke failure"}
+        qq.bridge.wait_call("delete_msg")
+    finally:
+        for action in actions:
+            del qq.bridge.answers[action]
+
+
+def test_messages_sent_and_received_are_taken_back_by_their_numbers(qq):
+    sent = qq.call(TO_FRIEND, id="20001", content="错")
+    [came] = qq.events_of(in_group(30001, 40001))[-1:]
+    for name in sent["id"], came["id"]:
+        assert qq.call("revoke_message", id=name) == {"code": 0, "status": "revoke success"}
+        number = qq.bridge.wait_call("delete_msg")["message_id"]
+        assert re.fullmatch("70[0-9]+", str(number))
+    assert str(number) == came["id"]
+    assert qq.call("revoke_message", id="1")["code"] == -1
+
+
+def test_the_answer_of_a_receiver_is_sent_to_where_the_message_came_from(bridged, receive):
+    """reply and shutup of 003, on the way of the oldest bots: post_api and a webhook."""
+    program = bridged["webhook"].program
+    receiver = receive(lambda event: (200, {}, {"reply": "收到" + event["content"], "shutup": 1})
+                       if event.get("class") == "recv" else None)
+    bridge = Bridge(sse=False)
+    bot = Bridged(program, "bot", bridge, post_api=receiver.url).running()
+    try:
+        in_group(30001, 40001, "骂人")(bridge)
+        assert bridge.wait_call("send_group_msg")["message"] == text_of("收到骂人")
+        assert bridge.wait_call("set_group_ban") == {"group_id": "30001", "user_id": "40001",
+                                                     "duration": 60}
+        private(40001, "悄悄", sub_type="group", group_id=30001)(bridge)
+        assert bridge.wait_call("send_private_msg") == {
+            "user_id": "40001", "group_id": "30001", "message": text_of("收到悄悄")}
+    finally:
+        bot.call("delete_client")
+        bridge.close()
+
+
+# -- ways in
+
+def test_no_answer_but_a_hang_up_ends_a_message_once_and_the_account_comes_back(qq):
+    qq.bridge.hang("send_private_msg")
+    outcome = queue.Queue()
+    threading.Thread(target=lambda: outcome.put(qq.call(TO_FRIEND, id="20002", content="断")),
+                     daemon=True).start()
+    wanted = {"user_id": "20002", "message": text_of("断")}
+    qq.bridge.wait_call("send_private_msg", lambda got: got == wanted)
+    qq.bridge.drop()
+    qq.bridge.hanging.clear()
+    answer = outcome.get(timeout=WAIT)
+    assert (answer["code"], answer["info"][:5]) == (-4, "响应未知:")
+    if qq.name != "webhook":
+        qq.until("updating", "the OneBot bridge .*127.0.0.1")
+    qq.running()
+    assert "error" not in qq.state()
+    assert [params for _, params in qq.bridge.calls].count(wanted) == 1
+    events = qq.events_of(in_group(30001, 40001, "好了"))
+    assert [event["content"] for event in events if event.get("class") == "recv"] == ["好了"]
+
+
+def test_a_message_to_a_bridge_that_is_away_is_tried_msg_ttl_times(bridged):
+    bridge, outcome = Bridge(sse=False), queue.Queue()
+    me = Bridged(bridged["ws"].program, "webhook-late", bridge, msg_ttl="2").running()
+
+    def send():
+        outcome.put(me.call(TO_FRIEND, id="20001", content="迟"))
+
+    try:
+        bridge.stop()
+        assert (me.call(TO_FRIEND, id="20001", content="没")["code"],
+                me.state()["state"]) == (-5, "running")
+        threading.Thread(target=send, daemon=True).start()
+        bridge.start()
+        assert outcome.get(timeout=WAIT)["code"] == 0
+        assert [params["message"] for action, params in bridge.calls
+                if action == "send_private_msg"] == [text_of("迟")]
+    finally:
+        me.call("delete_client")
+        bridge.close()
+
+
+REFUSALS = {"403 in JSON": {}, "401 in text": {"refusal": (401, "Unauthorized")},
+            "403 in text": {"refusal": (403, "token verify failed!")},
+            "after the handshake": {"late_refusal": True}}
+
+
+def test_a_wrong_token_is_said_in_check_client_and_the_right_one_opens(start):
+    program, accounts = start("controller"), []
+    try:
+        for way in "ws", "http":
+            for number, (name, quirks) in enumerate(REFUSALS.items()):
+                if way == "ws" or name != "after the handshake":
+                    bridge = Bridge(token="right", **quirks)
+                    accounts.append(Bridged(program, f"{way}{number}", bridge,
+                                            onebot_token="wr0ng"))
+        for account in accounts:
+            row = account.until("scaning", "the bridge refuses onebot_token")
+            assert "wr0ng" not in json.dumps(row)
+            account.bridge.token = "wr0ng"
+        for account in accounts:
+            account.until("running")
+            assert account.call("get_user_info")["id"] == "10001"
+        assert "wr0ng" not in program.log.text()
+    finally:
+        for account in accounts:
+            account.bridge.close()
+
+
+def sign(secret, body, upper=False):
+    found = hmac.new(secret.encode(), body, "sha1").hexdigest()
+    return {"X-Signature": "sha1=" + (found.upper() if upper else found)}
+
+
+FAR_AWAY = {"X-Forwarded-For": "192.0.2.1"}  # so it does not count as on this machine
+WEBHOOKS = {  # name: settings of the account, fields of the post, whether it is let in
+    "signed": ({"onebot_secret": "s"}, lambda body: sign("s", body), True),
+    "signed, from afar": ({"onebot_secret": "s"}, lambda body: {**sign("s", body), **FAR_AWAY},
+                          True),
+    "signed in capitals": ({"onebot_secret": "s"}, lambda body: sign("s", body, True), True),
+    "signed otherwise": ({"onebot_secret": "s"}, lambda body: sign("x", body), False),
+    "signed for another body": ({"onebot_secret": "s"}, lambda body: sign("s", body + b" "),
+                                False),
+    "not signed": ({"onebot_secret": "s"}, lambda body: {}, False),
+    "signed with nothing": ({"onebot_secret": "s"}, lambda body: {"X-Signature": "sha1="}, False),
+    "no text as signature": ({"onebot_secret": "s"}, lambda body: {"X-Signature": "\u00e9"},
+                             False),
+    "signed with the token": ({"onebot_token": "t0ken"},
+                              lambda body: {**sign("t0ken", body), **FAR_AWAY}, True),
+    "with the token": ({"onebot_token": "t0ken"},
+                       lambda body: {"Authorization": "Bearer t0ken", **FAR_AWAY}, True),
+    "with another token": ({"onebot_token": "t0ken"},
+                           lambda body: {"Authorization": "Bearer x", **FAR_AWAY}, False),
+    "with the token instead of the signature": (
+        {"onebot_token": "t0ken", "onebot_secret": "s"},
+        lambda body: {"Authorization": "Bearer t0ken"}, False),
+    "of this machine": ({}, lambda body: {}, True),
+    "of this machine, signed for nobody": ({}, lambda body: sign("x", body), True),
+    "from afar": ({}, lambda body: FAR_AWAY, False),
+    "of another site": ({}, lambda body: {"Origin": "http://evil.example"}, False),
+}
+SECRETS = {"onebot_secret": "s", "onebot_token": "t0ken"}
+
+
+@pytest.fixture(scope="module")
+def hooked(tmp_path_factory):
+    """Accounts that wait for a webhook, by the names of their secrets."""
+    program, found = Program(tmp_path_factory.mktemp("hooked"), "controller"), {}
+    try:
+        program.ready()
+        for names in (), ("onebot_secret",), ("onebot_token",), tuple(sorted(SECRETS)):
+            given = {name: SECRETS[name] for name in names}
+            bridge = Bridge(sse=False, token=given.get("onebot_token", ""))
+            found[names] = Bridged(program, "hook" + str(len(found)), bridge, **given)
+        for account in found.values():
+            account.running()
+        yield found
+    finally:
+        program.stop()
+        for account in found.values():
+            account.bridge.close()
+
+
+@pytest.mark.parametrize("where", ["client", "controller"])
+@pytest.mark.parametrize("given, fields, let_in", WEBHOOKS.values(), ids=WEBHOOKS)
+def test_a_webhook_is_let_in_by_its_signature_or_the_token(hooked, where, given, fields, let_in):
+    account = hooked[tuple(sorted(given))]
+    port = account.state()["port"] if where == "client" else account.program.port
+    said = os.urandom(6).hex()
+    event = {"post_type": "message", "message_type": "private", "sub_type": "friend",
+             "message_id": random.randrange(1 << 30), "user_id": 20001, "self_id": 10001,
+             "message": said, "raw_message": said, "sender": {"user_id": 20001}, "time": 1}
+    body = json.dumps(event).encode()
+    status, _, answer = request(
+        f"http://127.0.0.1:{port}", f"/onebot?client={account.name}", "POST",
+        iter([body[:9], body[9:]]), {"Content-Type": "application/json", **fields(body)})
+    assert (status, json.loads(answer)) == (
+        (200, {}) if let_in else (403, {"code": -6, "status": "auth failure"}))
+    if let_in:
+        assert eventually(lambda: said in [row.get("content") for row in account.call(
+            "check_event", since="0")])
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b"\xff"])
+def test_a_webhook_that_is_no_json_object_is_refused(hooked, body):
+    account = hooked[()]
+    for port in account.state()["port"], account.program.port:
+        status, _, answer = request(f"http://127.0.0.1:{port}", f"/onebot?client={account.name}",
+                                    "POST", body, {"Content-Type": "application/json"})
+        assert (status, json.loads(answer)["code"]) == (400, 400), answer
+
+
+def test_events_of_another_account_are_not_ours(hooked):
+    account = hooked[()]
+    account.bridge.post_to = f"{account.program.base}/onebot?client={account.name}"
+    assert account.events_of(private(20001, self_id=10009)) == []
+    account.program.log.wait("an event for 10009 was posted to us, who are 10001")
+    account.bridge.post_to = ""
+
+
+def test_a_webhook_knows_no_account_without_a_bridge_and_tells_strangers_of_none(pair):
+    post = {"method": "POST", "body": b'{"post_type":"else"}',
+            "headers": {"Content-Type": "application/json"}}
+    assert request(pair.base, "/onebot?client=alice", **post)[0] == 403
+    assert json.loads(request(pair.base, "/onebot?client=nobody", **post)[2]) == {
+        "code": 1, "status": "client not exists"}
+    post["headers"].update(FAR_AWAY)
+    assert {request(pair.base, f"/onebot?client={name}", **post)[0] for name in (
+        "alice", "nobody")} == {403}
+
+
+def test_a_controllers_token_in_the_url_lets_a_webhook_in(start):
+    controller = start("controller", "--token", TOKEN)
+    key = {"access_token": TOKEN}
+    bridge = Bridge(sse=False)
+    try:
+        started = controller.call("start_client", client="me", onebot_api=bridge.url, **key)
+        assert eventually(lambda: controller.call("check_client", **key)["client"][0]["state"]
+                          == "running")
+        for number, base in enumerate([controller.base, f"http://127.0.0.1:{started['port']}"]):
+            for query, status in ("&" + urllib.parse.urlencode(key), 200), ("", 403), (
+                    "&access_token=x", 403):
+                bridge.post_to = f"{base}/onebot?client=me{query}"
+                bridge.say_private(20001, str(number))
+                assert bridge.posted[-1] == status, (base, query)
+        assert eventually(lambda: [row["content"] for row in controller.call(
+            "check_event", client="me", since="0", **key)] == ["0", "1"])
+    finally:
+        bridge.close()
+
+
+class Sealed:
+    """A Bridge behind TLS, for 127.0.0.1: `port` is where it listens."""
+
+    def __init__(self, bridge, pem):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pem)
+        bridge.server.socket = context.wrap_socket(bridge.server.socket, server_side=True)
+
+
+@pytest.mark.parametrize("sse", [None, True, False], ids=["wss", "https", "https, webhook"])
+def test_a_bridge_behind_tls_is_reached_and_its_certificate_is_checked(start, tmp_path, sse):
+    pem = put(tmp_path / "tls.pem", TEST_PEM)
+    bridge = Bridge(token="t", sse=sse is not False)
+    Sealed(bridge, pem)
+    url = f"{'wss' if sse is None else 'https'}://127.0.0.1:{bridge.port}"
+    words = ["client", "--account", "me", "--onebot-api", url, "--onebot-token", "t",
+             "--send-interval", "0"]
+    try:
+        trusting = start(*words, env={"SSL_CERT_FILE": pem})
+        trusting.log.wait("logged in")
+        bridge.post_to = f"{trusting.base}/onebot" if sse is False else ""
+        if not bridge.post_to:
+            bridge.connected()
+        bridge.say_private(20001, "密" * 100_000)
+        [event] = trusting.call("check_event", since="0")
+        assert event["content"] == "密" * 100_000
+        body = json.dumps({"id": "20001", "content": "封" * 20_000})
+        assert b'"code":0' in request(trusting.base, "/openqq/send_friend_message", "POST", body,
+                                      {"Content-Type": "application/json"})[2]
+        assert bridge.wait_call("send_private_msg")["message"] == text_of("封" * 20_000)
+        assert trusting.stop() == 0
+        wary = start(*words)
+        wary.log.wait(r"\[warn\] .*certificate")
+        assert wary.stop() == 0
+    finally:
+        bridge.close()
+
+
+def test_an_event_that_comes_by_stream_and_webhook_is_told_once(bridged):
+    qq = bridged["sse"]
+    qq.bridge.post_to = f"{qq.program.base}/onebot?client=sse"
+    try:
+        acts = private(20002, "一"), notice(notice_type="friend_recall", user_id=20001, message_id=5)
+        assert [event.get("content", event.get("event")) for event in qq.events_of(*acts)] == [
+            "一", "revoke_message"]
+        assert qq.bridge.posted[-3:] == [200, 200, 200]
+    finally:
+        qq.bridge.post_to = ""
+
+
+class AskedOf:
+    """The way to a bridge somewhere else, which says yes to everything."""
+
+    def __init__(self):
+        self.asked = []
+
+    def ask(self, action, params, seconds):
+        self.asked.append((action, params))
+        return {"status": "ok", "retcode": 0, "data": {"message_id": 1}}
+
+
+@pytest.mark.parametrize("url, source", [
+    ("ws://127.0.0.1:3001", "file:///tmp/a%20b.png"),
+    ("http://localhost:3000", "file:///tmp/a%20b.png"),
+    ("ws://[::1]:3001", "file:///tmp/a%20b.png"), ("ws://qq.example:3001", "base64://QUI="),
+    ("https://192.0.2.7/", "base64://QUI=")])
+def test_only_a_bridge_on_this_machine_is_given_a_path(url, source):
+    way = AskedOf()
+    media = {"name": "b.png", "mime": "image/png", "data": "QUI=", "url": None,
+             "path": "/tmp/a b.png"}
+    [result] = openqq.BridgeActions(url, way, None).send([{
+        "type": "friend_message", "content": "", "cq": False, "uid": "1", "media": media}])
+    assert (result["code"], result["number"]) == (0, 1)
+    assert way.asked == [("send_private_msg", {"user_id": "1", "message": [
+        segment("image", file=source, name="b.png")]})]
+
+
+# -- login pages
+
+def login_page(kind):
+    """(page, its token, a bridge that is not logged in)"""
+    page = {"napcat": NapCatPage, "llbot": LLBotPage}[kind](kind)
+    bridge = Bridge()
+    bridge.logged_in = False
+    return page, bridge
+
+
+def log_in(page, bridge):
+    bridge.logged_in = True
+    page.logged_in = True
+
+
+def shows(receiver, text):
+    """Wait until this is the QR code."""
+    picture = openqq.qr_png(openqq.qr_matrix(text))
+    receiver.next(lambda event: is_qrcode(event)
+                  and base64.b64decode(event["params"][1]) == picture)
+    return picture
+
+
+def test_the_code_of_a_login_page_is_shown_everywhere_and_the_states_follow(start, receive):
+    controller, rows = start("controller"), []
+    for kind in "napcat", "llbot":
+        page, bridge = login_page(kind)
+        receiver = receive()
+        me = Bridged(controller, "ws-" + kind, bridge, post_api=receiver.url, onebot_login=kind,
+                     onebot_login_api=page.url, onebot_login_token=kind, post_event_list="")
+        rows.append((page, bridge, receiver, me))
+    try:
+        for page, bridge, receiver, me in rows:
+            picture = shows(receiver, page.qrcode)
+            path = f"/openqq/get_qrcode?client={me.name}"
+            status, fields, body = request(controller.base, path)
+            assert (status, fields["content-type"], body) == (200, "image/png", picture)
+            assert content(me.until("scaning")["qrcode_path"]) == picture
+            controller.log.wait(re.escape(f"waiting for a scan: {page.qrcode}"))
+            page.qrcode += "&again"  # it lasts two minutes there
+            if page is rows[0][0]:
+                page.expire()
+        for page, bridge, receiver, me in rows:
+            shows(receiver, page.qrcode)
+            log_in(page, bridge)
+        for page, bridge, receiver, me in rows:
+            assert receiver.next(is_login)["params"] == [1]
+            assert [event["params"][1] for *_, event in receiver.posts
+                    if event.get("event") == "state_change"] == [
+                "loading", "scaning", "confirming", "updating", "running"]
+            path = f"/openqq/get_qrcode?client={me.name}"
+            assert request(controller.base, path)[0] == 404
+            assert page.refused == 0 and "error" not in me.running().state()
+    finally:
+        for page, bridge, *_ in rows:
+            page.close()
+            bridge.close()
+
+
+def test_an_account_logged_off_by_qq_is_scaning_again_with_a_code_and_comes_back(start, receive):
+    receiver, page = receive(), NapCatPage()
+    controller, bridge = start("controller"), Bridge()
+    page.logged_in = True
+    me = Bridged(controller, "ws", bridge, post_api=receiver.url, onebot_login="napcat",
+                 onebot_login_api=page.url, onebot_login_token="napcat", post_event_list="")
+    try:
+        me.running()
+        assert receiver.next(is_login)["params"] == [0]
+        page.offline, page.qrcode, page.next_qrcode = True, "", "https://txz.qq.com/p?k=again"
+        bridge.logged_in = False
+        logins = len([1 for action, _ in bridge.calls if action == "get_group_list"])
+        for tag in "KickedOffLine", "BotOffline":  # as NapCat says it
+            bridge.emit(notice_type="bot_offline", user_id=10001, tag=tag, message="被踢下线")
+        me.until("scaning")
+        shows(receiver, page.next_qrcode)
+        assert me.call("get_user_info") == {"code": 300, "state": "scaning",
+                                            "status": "client not running"}
+        controller.log.wait(r"\[warn\] .*被踢下线")
+        page.offline, bridge.logged_in = False, True
+        bridge.say_private(20001, "你还在吗")  # before anybody knows that the account is back
+        assert receiver.next(is_login)["params"] == [1]
+        me.running()
+        assert eventually(lambda: [event.get("content") for *_, event in receiver.posts
+                                   ].count("你还在吗") == 1)
+        me.call("get_group_basic_info")
+        assert len([1 for action, _ in bridge.calls if action == "get_group_list"]) == logins + 1
+    finally:
+        page.close()
+        bridge.close()
+
+
+def test_without_a_code_to_show_an_account_waits_until_the_bridge_is_logged_in(start):
+    """There is no login page, or it refuses the token, which is said and not repeated."""
+    controller, rows = start("controller"), []
+    for name, kind in ("ws", ""), ("http", ""), ("ws-napcat", "napcat"), ("ws-llbot", "llbot"):
+        page, bridge = login_page(kind or "napcat")
+        given = {"onebot_login": kind, "onebot_login_api": page.url,
+                 "onebot_login_token": "wr0ng"} if kind else {}
+        rows.append((page, bridge, Bridged(controller, name, bridge, **given)))
+    try:
+        for page, bridge, me in rows:
+            me.until("scaning", "the login page refuses onebot_login_token" if "-" in me.name
+                     else "the bridge is not logged in")
+            assert request(controller.base, f"/openqq/get_qrcode?client={me.name}")[0] == 404
+        for bridge, count in [(bridge, len(bridge.calls)) for _, bridge, _ in rows]:
+            assert eventually(lambda: len(bridge.calls) > count)  # it is asked on and on
+        for page, bridge, me in rows:
+            bridge.logged_in = True
+        for page, bridge, me in rows:
+            assert "error" not in me.until("running")
+            assert page.refused == int("-" in me.name)
+        assert "wr0ng" not in controller.log.text()
+    finally:
+        for page, bridge, _ in rows:
+            page.close()
+            bridge.close()
+
+
+def test_a_bridge_that_is_logged_in_needs_no_login_page(start):
+    """As when its page is off, or has another port."""
+    bridge = Bridge()
+    gone = NapCatPage()
+    gone.close()
+    controller = start("controller")
+    try:
+        Bridged(controller, "ws", bridge, onebot_login="napcat", onebot_login_api=gone.url,
+                onebot_login_token="x").running()
+    finally:
+        bridge.close()
+
+
+def test_relogin_on_a_bridge_asks_it_again_and_reports_a_login(start, receive):
+    receiver, bridge = receive(), Bridge()
+    controller = start("controller")
+    me = Bridged(controller, "ws", bridge, post_api=receiver.url, post_event_list="").running()
+    try:
+        assert receiver.next(is_login)["params"] == [0]
+        assert me.call("relogin")["code"] == 0
+        receiver.next(is_login)
+        me.running()
+        assert me.events_of(private(20002, "还在"))[-1]["content"] == "还在"
+    finally:
+        bridge.close()
+
+
+# -- under a controller, and as a user types it
+
+def test_an_account_on_a_bridge_survives_its_controller_and_keeps_its_secrets_secret(start):
+    """What a caller gave is shown again, but not what is secret; a resumed account has it all."""
+    bridge, page = Bridge(token="S3CRET-t", secret="S3CRET-s", sse=False), NapCatPage("S3CRET-l")
+    page.logged_in = True
+    first = start("controller")
+    me = Bridged(first, "http", bridge, onebot_login="napcat", onebot_login_api=page.url,
+                 onebot_login_token="S3CRET-l")
+    try:
+        shown = {"onebot_api": bridge.url, "onebot_login": "napcat", "onebot_login_api": page.url}
+        again = me.call("start_client", onebot_api=bridge.url, onebot_token="S3CRET-t")
+        assert again["status"] == "client already exists"
+        for row in me.started, again:
+            assert {name: row.get(name) for name in row if name.startswith("onebot_")} == shown
+        me.running()
+        texts = [json.dumps([me.started, again, me.state(), me.call("get_client_info")])]
+        assert first.stop() == 0
+        for name in left_files(first):
+            if name != "cookie_http.dat":
+                texts.append(content(first.path(name)).decode())
+        assert os.stat(first.path("cookie_http.dat")).st_mode & 0o777 == 0o600
+        second = start("controller")
+        me.program, bridge.post_to = second, f"{second.base}/onebot?client=http"
+        me.running()
+        assert me.events_of(private(20002, "回来"))[-1]["content"] == "回来"
+        assert bridge.refused == page.refused == 0
+        assert me.call("delete_client")["code"] == 0
+        assert not [name for name in left_files(second) if "_http." in name]
+        assert me.call("check_client") == {"code": 1, "status": "client not exists"}
+        bridge.say_private(20001, "谁")
+        assert bridge.posted[-1] == 200  # said in JSON, like every code of the original
+        assert "S3CRET" not in "".join(texts) + first.log.text() + second.log.text()
+    finally:
+        page.close()
+        bridge.close()
+
+
+def test_a_bridges_token_is_kept_for_that_bridge_and_shown_to_no_other(start):
+    controller, bridges = start("controller"), [Bridge(token="t"), Bridge(token="t")]
+    try:
+        me = Bridged(controller, "ws", bridges[0]).running()
+        me.call("stop_client")
+        for bridge, state in (bridges[1], "scaning"), (bridges[0], "running"):
+            me.call("start_client", onebot_api=bridge.ws)
+            me.until(state, "refuses onebot_token" if state == "scaning" else "")
+            me.call("stop_client")
+            if state == "scaning":
+                controller.call("start_client", client="ws", onebot_api=bridges[0].ws,
+                                onebot_token="t")
+                me.until("running")
+                me.call("stop_client")
+        assert not bridges[0].refused and bridges[1].refused
+    finally:
+        for bridge in bridges:
+            bridge.close()
+
+
+def test_settings_of_a_bridge_must_make_sense(pair):
+    for name, value in {"onebot_api": "ftp://h/", "onebot_login": "lagrange",
+                        "onebot_login_api": "ws://h/"}.items():
+        answer = pair.call("start_client", client="bad", **{name: value})
+        assert (answer["code"], "not allowed" in answer["status"]) == (6, True), answer
+
+
+def test_a_user_types_one_command_scans_in_the_terminal_and_is_on_qq(tmp_path):
+    page, bridge = login_page("napcat")
+    terminal = Terminal(tmp_path, "client", "--account", "me", "--onebot-api", bridge.ws,
+                        "--onebot-login", "napcat", "--onebot-login-token", "napcat",
+                        "--onebot-login-api", page.url, "--send-interval=0",
+                        "--onebot-token", "S3CRET")
+    try:
+        terminal.ready()
+        assert b"S3CRET" not in subprocess.check_output(["ps", "-o", "args=", "-p",
+                                                         str(terminal.pid)])
+        terminal.log.wait(re.escape(page.qrcode))
+        drawn = openqq.qr_text(openqq.qr_matrix(page.qrcode)).replace("\n", "\r\n")
+        terminal.log.wait("\x1b\\[30;47m", drawn.count("\n"))
+        assert drawn.rstrip() in terminal.log.text()
+        log_in(page, bridge)
+        terminal.log.wait("logged in")
+        bridge.connected()
+        assert eventually(lambda: terminal.call("get_client_info") and terminal.call(
+            "get_user_info").get("id")) == "10001"
+        bridge.say_group(30001, 40001, "[CQ:at,qq=10001]早")
+        terminal.log.wait(r"\[群消息\] 路人\|一家人 : @网友10001 早")
+        assert terminal.call("send_group_message", id="30001", content="早")["code"] == 0
+        terminal.log.wait("我->一家人 : 早")
+        assert "S3CRET" not in terminal.log.text()
+    finally:
+        assert terminal.stop() == 0
+        page.close()
+        bridge.close()
+    assert not bridge.faults
+
+
+# -- hostile bridges, hostile callers, big rosters
+
+HURRY = {"BRIDGE_SECONDS": 1.0, "LOOKUP_SECONDS": 0.5, "LOGIN_SECONDS": 0.1, "DETAIL_SECONDS": 2.0}
+
+
+def hurried(tmpdir, **seconds):
+    """A python that runs a client whose patience with its bridge is shorter."""
+    seconds = {**HURRY, **seconds}
+    code = (f"import sys; sys.path[0] = {HERE!r}; import openqq; vars(openqq).update({seconds!r}); "
+            f"openqq.BridgeActions._get.__defaults__ = ({seconds['BRIDGE_SECONDS']},); "
+            f"openqq.WebSocket.LOOK_SECONDS = {seconds['BRIDGE_SECONDS'] / 2}; "
+            "openqq.command_line()")
+    path = os.path.join(str(tmpdir), "python-in-a-hurry")
+    with open(path, "w") as file:
+        file.write('#!/bin/sh\nwhile [ "$1" != client ]; do shift; done\n'
+                   f"exec '{sys.executable}' -X utf8 -c \"{code}\" \"$@\"\n")
+    os.chmod(path, 0o700)
+    return path
+
+
+@pytest.fixture
+def harried(start, receive, tmp_path):
+    """harried(bridge, words…): a running client of that bridge; its events are in `receiver`."""
+    bridges = []
+
+    def begin(bridge, *words, url="", running=True, **seconds):
+        bridges.append(bridge)
+        receiver = receive()
+        program = start("client", "--onebot-api", url or bridge.ws, "--send-interval", "0",
+                        "--post-api", receiver.url, *words, python=hurried(tmp_path, **seconds))
+        program.receiver = receiver
+        if running:
+            until_running(program)
+        return program
+
+    yield begin
+    for bridge in bridges:
+        bridge.stop()
+
+
+def link_state(program):
+    """The state file of a client alone: what check_client shows."""
+    with open(program.path("state_default.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def until_running(program):
+    reached = []  # it may leave the state again before eventually() looks a last time
+    eventually(lambda: reached or (link_state(program)["state"] == "running"
+                                   and reached.append(True)))
+    assert reached, link_state(program)
+
+
+class Ear:
+    """A WebSocket of ours to a bridge: what it hears, and the words that it ends with."""
+
+    def __init__(self, url, look=15.0):
+        self.texts, self.error = [], ""
+        log = openqq.Log(level="fatal")
+        self.socket = openqq.WebSocket(url, {}, log, self.texts.append)
+        self.socket.LOOK_SECONDS = look
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self):
+        try:
+            self.socket.run()
+        except openqq.Unreachable as error:
+            self.error = error.status
+
+    def end(self):
+        """The words, once it has ended."""
+        self.thread.join(WAIT)
+        assert not self.thread.is_alive()
+        return self.error
+
+
+FATAL_FRAMES = [
+    (ws_frame(b"x" * 1000, says=100_000_000), "a message of over 16777216 bytes"),
+    (b"\x81\x7f" + b"\xff" * 8, "a message of over 16777216 bytes"),
+    (ws_frame("{}", mask=True), "not a WebSocket frame of a server"),
+    (b"\xf1\x02{}", "not a WebSocket frame of a server"),
+    (b"\x83\x02{}", "not a WebSocket frame of a server"),
+    (ws_frame(b"x" * 200, 9), "a control frame that is too long or in parts"),
+    (ws_frame(b"", 9, fin=False), "a control frame that is too long or in parts"),
+    (ws_frame(b"x", 0), "parts of a message in the wrong order"),
+    (ws_frame(b"x", 1, fin=False) * 2, "parts of a message in the wrong order"),
+    (ws_frame(b"", 8), "the other side closed the connection"),
+    (ws_frame(b"x", 8), "the other side closed the connection"),
+    (ws_frame(b"\x03\xf0weg\x1b[31m\r\n[x] line", 8),
+     "the other side closed the connection: weg [31m [x] line"),
+]
+
+
+@pytest.mark.parametrize("data, why", FATAL_FRAMES, ids=range(len(FATAL_FRAMES)))
+def test_frames_that_cannot_be_end_a_websocket_in_plain_words(data, why):
+    bridge = Bridge()
+    try:
+        ear = Ear(bridge.ws)
+        bridge.connected()
+        bridge.send_raw(ws_frame('{"n":1}'))
+        bridge.send_raw(data)
+        assert ear.end() == why
+        assert ear.texts[1:] == [b'{"n":1}']
+    finally:
+        bridge.stop()
+
+
+def test_frames_that_may_be_are_put_together_and_pings_answered():
+    bridge = Bridge(lifecycle=False)
+    try:
+        ear = Ear(bridge.ws)
+        bridge.connected()
+        whole = ws_frame(b"", 10) + ws_frame("a", 1, fin=False) + ws_frame(b"hi", 9) + ws_frame(
+            b"", 0, fin=False) + ws_frame("b" * 70_000, 0) + ws_frame(b"c", 2)
+        for place in range(0, len(whole), 9973):
+            bridge.send_raw(whole[place:place + 9973])
+        assert bridge.controls.wait(10) == b"hi"
+        assert eventually(lambda: len(ear.texts) == 2)
+        assert ear.texts == [b"a" + b"b" * 70_000, b"c"]
+        bridge.drop()
+        assert ear.end() == "the connection was ended by the other side"
+    finally:
+        bridge.stop()
+
+
+def test_half_a_frame_is_no_life_though_pongs_fill_it():
+    bridge = Bridge()
+    try:
+        ear = Ear(bridge.ws, look=0.1)
+        bridge.connected()
+        bridge.send_raw(ws_frame(b"x", says=5000))
+        assert ear.end() == "no sign of life"
+    finally:
+        bridge.stop()
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_100_connections_that_failed_or_broke_leave_no_descriptor_behind():
+    bridge = Bridge(token="T")
+    gc.disable()
+    try:
+        before = None
+        for number in range(51):
+            with pytest.raises(openqq.AuthFailure):
+                openqq.WebSocket(bridge.ws, {}, openqq.Log(level="fatal"), print)
+            bridge.token = ""
+            ear = Ear(bridge.ws)
+            bridge.connected()
+            bridge.drop()
+            ear.end()
+            bridge.token = "T"
+            if before is None:
+                assert eventually(lambda: not bridge._connections)
+                before = descriptors()
+        del ear
+        assert eventually(lambda: descriptors() <= before)
+    finally:
+        gc.enable()
+        bridge.stop()
+
+
+def test_a_websocket_is_nobody_elses_connection():
+    def shake(sock):
+        key = re.search(rb"(?i)sec-websocket-key: (\S+)", sock.recv(65536)).group(1)
+        proof = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        sock.sendall(b"HTTP/1.1 101 S\r\nContent-Length: 0\r\nSec-WebSocket-Accept: "
+                     + base64.b64encode(proof) + b"\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        taken = []
+        threading.Thread(target=lambda: (taken.append(listener.accept()[0]), shake(taken[0])),
+                         daemon=True).start()
+        web = openqq.WebSocket(f"ws://127.0.0.1:{port}", {}, openqq.Log(level="fatal"), print)
+        pool = openqq.TRANSPORT.pool
+        assert pool.take(("http", f"127.0.0.1:{port}", None)) is None
+        web._stream.sock.close()
+        taken[0].close()
+
+
+RUBBISH = [("get_login_info", [1]), ("get_login_info", "text"), ("get_login_info", {"user_id": []}),
+           ("get_login_info", {"user_id": float("inf")}), ("get_status", 5), ("get_status", [None])]
+
+
+@pytest.mark.parametrize("way", ["ws", "url"])
+def test_rubbish_at_login_only_delays_it(harried, way):
+    bridge = Bridge()
+    bridge.answers["get_login_info"] = {"data": [1]}
+    program = harried(bridge, url=getattr(bridge, way), running=False)
+    for action, data in RUBBISH:
+        bridge.answers = {action: {"data": data}}
+        bridge.emit(notice_type="bot_offline", message="weg")
+        for _ in range(3):
+            bridge.wait_call(action)
+        bridge.answers = {}
+        until_running(program)
+    assert "fault of this program" not in program.log.text()
+    assert not bridge.faults
+
+
+@pytest.mark.parametrize("way", ["ws", "url"])
+def test_what_ends_a_connection_is_told_and_the_account_goes_on(harried, way):
+    bridge = Bridge()
+    program = harried(bridge, url=getattr(bridge, way))
+    bridge.connected()
+    bridge.send_raw("hello" if way == "ws" else "data: hello\n\n")
+    program.log.wait("bridge sends what is no JSON object; trying again in 1 s")
+    assert eventually(lambda: (link_state(program)["state"] == "updating"
+                        and "no JSON object" in link_state(program)["error"]))
+    bridge.connected()
+    until_running(program)
+    assert "error" not in link_state(program)
+    bridge.say_private(20001, "again")
+    program.receiver.message("again")
+    bridge.hang("*")
+    if way == "ws":
+        bridge.drop()
+    program.log.wait("(no answer in time|does not answer|no sign of life)")
+    assert eventually(lambda: link_state(program).get("error"))
+    bridge.hanging.clear()
+    until_running(program)
+
+
+def test_bot_offline_said_many_times_is_one_login(harried):
+    bridge = Bridge()
+    program = harried(bridge)
+    program.receiver.next(lambda event: event.get("event") == "login")
+    bridge.logged_in = False
+    for _ in range(20):
+        bridge.emit(notice_type="bot_offline", message="weg\x1b[2J")
+    program.log.wait("weg")
+    bridge.logged_in = True
+    program.receiver.next(lambda event: event.get("event") == "login")
+    for _ in "123":  # whoever greeted once more would have asked by now
+        program.call("send_friend_message", id="20001", content="x")
+    bridge.say_private(20001, "last")
+    states = []
+    program.receiver.next(lambda event: event.get("content") == "last" or states.append(event))
+    assert "state_change" not in [event.get("event") for event in states]
+    assert "\x1b" not in program.log.text()
+
+
+def storm(bridge, count):
+    """So many messages of a friend, as fast as they go out."""
+    [channel] = bridge._channels
+    for first in range(0, count, 500):
+        channel.raw(b"".join(ws_frame(json.dumps(bridge._event(
+            message_type="private", sub_type="friend", user_id=20001, message_id=number,
+            message=[{"type": "text", "data": {"text": f"storm {number}"}}]))) for number in range(
+                first, min(first + 500, count))))
+
+
+def test_a_storm_is_told_whole_once_and_in_order_while_a_send_and_members_wait(harried):
+    count = much(3_000, 50_000)
+    bridge = Bridge()
+    program = harried(bridge, "--allow-message-sync", "1", "--post-api", "", BRIDGE_SECONDS=15.0)
+    bridge.hang("send_group_msg", "get_group_member_list")
+    ended = []
+    callers = [threading.Thread(target=lambda api=api, params=params: ended.append(
+        (api, program.call(api, **params))), daemon=True) for api, params in (
+            ("send_group_message", {"uid": "30001", "content": "x"}), ("get_group_info", {}))]
+    for caller in callers:
+        caller.start()
+    bridge.wait_call("send_group_msg")
+    storm(bridge, count)
+    program.log.wait(f" : storm {count - 1}$", seconds=WAIT * 3)
+    assert "send_group_message" not in dict(ended)
+    numbers = re.findall(r" : storm (\d+)$", program.log.text(), re.M)
+    assert numbers == [str(number) for number in range(count)]
+
+
+STRANGE = [{"user_id": None}, {"user_id": {}}, {"user_id": ""}, {"message": None}, {"message": 5},
+           {"message": [5, None, {"type": []}, {"type": "text", "data": {"text": []}}]},
+           {"sender": "x"}, {"sender": {"nickname": {}, "card": []}}, {"time": []},
+           {"time": "soon"}, {"message_id": []}, {"message_id": None}, {"message_type": 5},
+           {"sub_type": {}}, {"post_type": []}, {"raw_message": 7}, {"self_id": {}},
+           {"message_type": "group", "group_id": None}, {"message_type": "group", "group_id": []},
+           {"anonymous": 5, "message_type": "group", "group_id": 30001},
+           {"post_type": "notice", "notice_type": "group_increase"},
+           {"post_type": "notice", "notice_type": []}, {"post_type": "request"},
+           {"post_type": "notice", "notice_type": "group_decrease", "group_id": []},
+           {"post_type": "notice", "notice_type": "notify", "sub_type": "group_name"},
+           {"post_type": "meta_event", "status": 5}, {"time": 1e999}, {"user_id": 1e999}]
+
+
+@pytest.mark.parametrize("way", ["ws", "url"])
+def test_events_with_strange_members_harm_no_other(harried, way):
+    bridge = Bridge()
+    program = harried(bridge, "--post-event-list", "new_friend,new_group,lose_group",
+                      url=getattr(bridge, way))
+    bridge.connected()
+    for number, strange in enumerate(STRANGE):
+        bridge.emit(**{"message_type": "private", "sub_type": "friend", "user_id": 20001,
+                       "message_id": number, "message": f"strange {number}", **strange})
+    bridge.say_private(20001, "after all")
+    program.receiver.message("after all")
+    until_running(program)
+    assert [row["id"] for row in program.call("get_friend_info")] == ["20001", "20002"]
+    assert [row["id"] for row in program.call("get_group_basic_info")] == ["30001"]
+    assert "fault of this program" not in program.log.text()
+
+
+def test_a_stranger_who_writes_becomes_no_friend(harried):
+    bridge = Bridge()
+    program = harried(bridge)
+    bridge.say_private(90001, "hey", sub_type="other")
+    assert program.receiver.message("hey")["sender_uid"] == "90001"
+    assert [row["id"] for row in program.call("get_friend_info")] == ["20001", "20002"]
+
+
+def test_an_answer_that_is_none_loses_nobody_and_holds_nobody_up(harried):
+    bridge = Bridge()
+    program = harried(bridge, "--update-interval", "1")
+    program.call("get_group_info")
+    bridge.answers = {"get_friend_list": {"data": "text"}, "get_group_member_list": {"data": []}}
+    bridge.groups[0]["member_count"] = 9
+    for _ in "123":
+        bridge.wait_call("get_friend_list")
+    bridge.answers = {}
+    bridge.say_private(20001, "end")
+    while True:
+        event = program.receiver.next()
+        assert not str(event.get("event")).startswith("lose_")
+        if event.get("content") == "end":
+            break
+    until_running(program)
+
+
+def test_members_whose_list_is_rubbish_hold_up_a_caller_once_only(harried):
+    bridge = Bridge()
+    bridge.answers["get_group_member_list"] = {"data": [
+        {"user_id": 1e999}, 5, {"user_id": 40001, "join_time": 1e999, "nickname": []}]}
+    program = harried(bridge, DETAIL_SECONDS=15.0)
+    for _ in "12":
+        [group] = program.call("get_group_info")
+    assert "40001" in [row["id"] for row in group["member"]]
+
+
+def test_a_busy_account_is_refreshed_all_the_same(harried):
+    bridge = Bridge()
+    program = harried(bridge, "--update-interval", "1", "--post-event-list",
+                      "group_property_change")
+    count = itertools.count()
+
+    def busy(params):
+        content = f"busy {next(count)}"
+        bridge.say_private(20001, content)
+        program.log.wait(f" : {content}$")
+        return {"data": [{"group_id": 30001, "group_name": "new name", "member_count": 3}]}
+
+    bridge.answers["get_group_list"] = busy
+    event = program.receiver.next(lambda event: event.get("event") == "group_property_change")
+    assert event["params"][1:] == ["name", "一家人", "new name"]
+
+
+def test_a_group_whose_notice_was_missed_is_found_by_its_number(harried):
+    bridge = Bridge()
+    program = harried(bridge, "--update-interval", "1")
+    assert len(program.call("get_group_info")[0]["member"]) == 3
+    del bridge.groups[0]["members"][2]
+    bridge.groups[0]["members"].append(bridge.member(50001))
+    bridge.groups[0]["members"].append(bridge.member(50002))
+    seen = [program.receiver.next(lambda event: "_group_member" in str(event.get("event")))
+            for _ in "123"]
+    assert sorted((event["event"], event["params"][0]["id"]) for event in seen) == [
+        ("lose_group_member", "40001"), ("new_group_member", "50001"),
+        ("new_group_member", "50002")]
+    bridge.friends.pop()
+    lost = program.receiver.next(lambda event: event.get("event") == "lose_friend")
+    assert lost["params"][0]["id"] == "20002"
+
+
+def test_who_comes_and_goes_while_members_load_is_not_forgotten(harried):
+    bridge = Bridge()
+    program = harried(bridge, DETAIL_SECONDS=15.0)
+
+    def slow(params):
+        rows = list(bridge.groups[0]["members"])
+        bridge.answers = {}
+        bridge.groups[0]["members"][2:] = [bridge.member(50001)]
+        for kind, uid in (("group_decrease", 40001), ("group_increase", 50001)):
+            bridge.emit(notice_type=kind, sub_type="leave", group_id=30001, user_id=uid)
+        bridge.say_private(20001, "told")
+        program.log.wait(" : told$")
+        return {"data": rows}
+
+    bridge.answers["get_group_member_list"] = slow
+    [group] = program.call("get_group_info")
+    assert [row["id"] for row in group["member"]] == ["10001", "20001", "50001"]
+
+
+def test_is_init_group_0_leaves_groups_to_what_they_say(harried):
+    bridge = Bridge()
+    program = harried(bridge, "--is-init-group", "0", "--is-update-group", "0")
+    assert program.call("get_group_info") == []
+    bridge.say_group(30001, 40001, "hey")
+    assert program.receiver.message("hey")["group"] == "一家人"
+    assert [row["id"] for row in program.call("get_group_info")] == ["30001"]
+
+
+LOCAL_FILES = ["[CQ:image,file=file:///etc/passwd]", "[CQ:image,file=/etc/passwd]",
+               "[CQ:image,file=\\\\host\\share\\x.png]", "[CQ:record,file=FILE:///etc/passwd]",
+               "[CQ:image,file=x.png,url=file:///etc/passwd]", "[CQ:video,thumb=../x,file=x]",
+               "[CQ:image,file=C:\\x.png]", "hi [CQ:file,path=/etc/passwd]",
+               "[CQ:image,file=&#102;ile:///x]".replace("&#102;", "f"),
+               "[CQ:node,name=a,uin=1,content=&#91;CQ:image&#44;file=file:///etc/passwd&#93;]"]
+
+
+def test_no_cq_code_of_a_caller_names_a_file_of_the_bridges_machine(harried):
+    bridge = Bridge()
+    program = harried(bridge)
+    for content in LOCAL_FILES:
+        answer = program.call("send_friend_message", id="20001", content=content, cq="1")
+        assert answer["code"] == 6, content
+    assert program.call("send_friend_message", id="20001", cq="1",
+                        content="[CQ:image,file=http://h/x.png] &amp;")["code"] == 0
+    params = bridge.wait_call("send_private_msg")
+    assert params["message"] == [{"type": "image", "data": {"file": "http://h/x.png"}},
+                                 {"type": "text", "data": {"text": " &"}}]
+    assert "send_private_msg" not in [name for name, _ in bridge.calls[:-1]]
+
+
+@pytest.mark.parametrize("url", ["ws://169.254.169.254", "http://169.254.169.254/latest",
+                                 "ws://[::ffff:169.254.169.254]:80", "http://100.100.100.200"])
+def test_no_metadata_service_is_taken_for_a_bridge(start, url):
+    program = start("client", "--onebot-api", url)
+    program.log.wait("link-local and metadata addresses are not called")
+    program.stop()
+
+
+PAGE = {"Origin": "http://evil.example", "Content-Type": "text/plain"}
+ONEBOT_POSTS = [  # what the account knows, what comes with an event, what is answered
+    ({}, {}, 200), ({}, PAGE, 403), ({}, {"Sec-Fetch-Site": "cross-site"}, 403),
+    ({}, {"X-Forwarded-For": "192.0.2.1"}, 403), ({}, {"Host": "evil.example"}, 403),
+    ({"secret": "S"}, {}, 403), ({"secret": "S"}, {"X-Signature": "sha1=" + "0" * 40}, 403),
+    ({"secret": "S"}, {"X-Signature": ""}, 403), ({"secret": "S"}, {"sign": "S"}, 200),
+    ({"secret": "S"}, {"sign": "T"}, 403), ({"secret": "S", "token": "T"}, {"sign": "S"}, 200),
+    ({"token": "T"}, {"sign": "T"}, 200), ({"token": "T"}, {"sign": "X"}, 403),
+    ({"token": "T"}, {"Authorization": "Bearer T", **PAGE}, 200),
+    ({"token": "T"}, {"Authorization": "Bearer X", **PAGE}, 403),
+    ({"secret": "S"}, {"sign": "S", **PAGE}, 200)]
+
+
+def test_only_the_bridge_posts_events(harried, tmp_path):
+    known = [dict(pairs) for pairs in sorted({tuple(row[0].items()) for row in ONEBOT_POSTS})]
+    for settings in known:
+        bridge = Bridge(sse=False, token=settings.get("token", ""))
+        words = [word for name, value in settings.items()
+                 for word in (f"--onebot-{name}", value)]
+        program = harried(bridge, "--account", "a" + "".join(settings), *words, url=bridge.url,
+                          running=False)
+        program.log.wait("logged in")
+        for number, (given, fields, status) in enumerate(ONEBOT_POSTS):
+            if given != settings:
+                continue
+            body = json.dumps(bridge._event(message_type="private", user_id=20001,
+                                            message_id=number, message=f"post {number}")).encode()
+            fields = {"Content-Type": "application/json", **fields}
+            secret = fields.pop("sign", "")
+            if secret:
+                fields["X-Signature"] = "sha1=" + hmac.new(secret.encode(), body,
+                                                           "sha1").hexdigest()
+            answer = request(program.base, "/onebot", "POST", body, fields)
+            assert answer[0] == status, (given, fields, answer)
+            if status == 200:
+                program.receiver.message(f"post {number}")
+
+
+@pytest.mark.skipif(not SOAK, reason="takes long: OPENQQ_SOAK=1")
+def test_300_groups_of_2000_members_block_nothing(start):
+    bridge = Bridge()
+    bridge.fill(300, 2000)
+    try:
+        program = start("client", "--onebot-api", bridge.ws, "--send-interval", "0")
+        until_running(program)
+        assert "get_group_member_list" not in [name for name, _ in bridge.calls]
+        loading = threading.Thread(target=lambda: request(
+            program.base, "/openqq/get_group_info", timeout=120), daemon=True)
+        loading.start()
+        bridge.wait_call("get_group_member_list")
+        assert len(program.call("get_group_basic_info")) == 300
+        assert len(program.call("search_group", name="大群7")[0]["member"]) == 2000
+        assert program.call("send_group_message", uid="600001", content="x")["code"] == 0
+        loading.join()
+    finally:
+        bridge.stop()
+
+
+# ------------------------------------------------------------------------------------------------
+# Hostile callers, dying processes, an ill machine
+# ------------------------------------------------------------------------------------------------
 
 class Caller:
     """Calls on one kept connection, which is much quicker than request()."""
