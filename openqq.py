@@ -5640,14 +5640,14 @@ def check_content(params: Params) -> str:
 class Hooks:
     """What a link tells its client; each may be called from any thread.
 
-    `qrcode(text, seconds)`: to be scanned, and how long it holds. `waiting(error)`: not logged in,
-    and no code to show. `scanned()`. `confirmed(cookie, fresh)`: logged in, `fresh` if ids may
-    have changed; also after `lost(error)`: the connection is gone, in words. `received(items)`:
-    what happened; returns the mark of what is safe on disk. `known(kind, uid, circle)`: a thing of
-    the roster, or None.
+    `qrcode(text, seconds, error)`: to be scanned, how long it holds, and why, if there is more to
+    tell. `waiting(error)`: not logged in, and no code to show. `scanned()`. `confirmed(cookie,
+    fresh)`: logged in, `fresh` if ids may have changed; also after `lost(error)`: the connection is
+    gone, in words. `received(items)`: what happened; returns the mark of what is safe on disk.
+    `known(kind, uid, circle)`: a thing of the roster, or None.
     """
 
-    def __init__(self, qrcode: Callable[[str, float], None], waiting: Callable[[str], None],
+    def __init__(self, qrcode: Callable[[str, float, str], None], waiting: Callable[[str], None],
                  scanned: Callable[[], None], confirmed: Callable[[str, bool], None],
                  lost: Callable[[str], None], received: Callable[[List[Row]], str],
                  known: Callable[[str, str, str], Optional[Any]]) -> None:
@@ -5841,7 +5841,7 @@ class LocalLink(Link):
         numbered_items = [item for item in items if "mark" in item]
         for item in items:
             if item["do"] == "qrcode":
-                self._hooks.qrcode(item["text"], item["seconds"])
+                self._hooks.qrcode(item["text"], item["seconds"], "")
             elif item["do"] == "scanned":
                 self._hooks.scanned()
             elif item["do"] == "confirmed":
@@ -6765,6 +6765,7 @@ class OneBotLink(BridgeActions):
         self._turns, self._turn = itertools.count(1), 0  # greetings; the newest alone may act
         self._fresh = False          # a code was shown since the last login
         self._shown = ""             # that code
+        self._thrown_out = ""        # why there is no login any more
         self._era, self._count = str(time.time_ns()), itertools.count(1)
 
     # -- the connection
@@ -6813,9 +6814,9 @@ class OneBotLink(BridgeActions):
         logged_in, text, why = page.look()
         if not logged_in and text and text != self._shown:
             self._shown, self._fresh = text, True
-            self._hooks.qrcode(text, TICKET_SECONDS)
+            self._hooks.qrcode(text, TICKET_SECONDS, self._thrown_out)
         elif not logged_in and not text:
-            self._hooks.waiting("the bridge is not logged in, and shows no code"
+            self._hooks.waiting(self._thrown_out or "the bridge is not logged in, and shows no code"
                                 + (f": {why}" if why else ""))
         return logged_in
 
@@ -6838,7 +6839,8 @@ class OneBotLink(BridgeActions):
             return  # a newer one will say it
         if self._fresh:
             self._hooks.scanned()
-        fresh, self._fresh, self._shown, self._greeted = self._fresh, False, "", True
+        fresh, self._fresh, self._greeted = self._fresh, False, True
+        self._shown = self._thrown_out = ""
         self._hooks.confirmed("", fresh)
 
     def _is_logged_in(self) -> bool:
@@ -6853,7 +6855,7 @@ class OneBotLink(BridgeActions):
         return True
 
     def _show_login(self) -> None:
-        why = "the bridge is not logged in: scan the code that it shows"
+        why = self._thrown_out or "the bridge is not logged in: scan the code that it shows"
         try:
             if self._page and (not self._look_at(self._page) or self._shown):
                 return
@@ -6878,7 +6880,7 @@ class OneBotLink(BridgeActions):
             status = row.get("status")
             online = status.get("online") if isinstance(status, dict) else None
             if online is False and self._greeted:
-                self._offline("the bridge says that QQ is offline")
+                self._offline("it says so in its status")
         elif row.get("notice_type") == "bot_offline":
             self._offline(scalar(row.get("message")) or "the account was logged out")
         elif self._intake.put(row):
@@ -6894,7 +6896,8 @@ class OneBotLink(BridgeActions):
 
     def _offline(self, why: str) -> None:
         self._greeted = False
-        self._hooks.waiting(why)
+        self._thrown_out = f"QQ is offline at the bridge: {why}"
+        self._hooks.waiting(self._thrown_out)
         self._begin_greeting()
 
     def ready(self) -> None:
@@ -7510,7 +7513,7 @@ class Login:
 
     def _hooks(self) -> Hooks:
         call, ask = self._client.loop.call, self._client.loop.ask
-        return Hooks(lambda text, seconds: call(self._show, text, seconds),
+        return Hooks(lambda text, seconds, error: call(self._show, text, seconds, error),
                      lambda error: call(self._wait, error),
                      lambda: call(self._scanned),
                      lambda cookie, fresh: call(self._confirmed, cookie, fresh),
@@ -7592,7 +7595,7 @@ class Login:
             self._client.loop.later(backoff(self._tries, 30.0), self.begin)
             self._tries += 1
 
-    def _show(self, text: str, seconds: float) -> None:
+    def _show(self, text: str, seconds: float, error: str) -> None:
         """A QR code: the file lies there before anybody hears of it."""
         client = self._client
         self._codes += 1
@@ -7606,7 +7609,7 @@ class Login:
         path = client.settings.qrcode_path
         client.log.info(f"二维码已下载到本地[ {path} ] (QR code)")
         client.log.info(f"等待{client.flavour.phone}扫描二维码... (waiting for a scan: {text})")
-        client.enter("scaning")
+        client.enter("scaning", error)
         client.qrcode_text = text
         client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
                                      client.api_url("get_qrcode")])

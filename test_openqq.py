@@ -8771,8 +8771,8 @@ def test_an_account_logged_off_by_qq_is_scaning_again_with_a_code_and_comes_back
         logins = len([1 for action, _ in bridge.calls if action == "get_group_list"])
         for tag in "KickedOffLine", "BotOffline":  # as NapCat says it
             bridge.emit(notice_type="bot_offline", user_id=10001, tag=tag, message="被踢下线")
-        me.until("scaning")
         shows(receiver, page.next_qrcode)
+        me.until("scaning", "被踢下线")  # the code takes nothing away from the reason
         assert me.call("get_user_info") == {"code": 300, "state": "scaning",
                                             "status": "client not running"}
         controller.log.wait(r"\[warn\] .*被踢下线")
