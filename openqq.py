@@ -7670,8 +7670,8 @@ class Login:
         else:
             client.roster.load(row, ["user"] + self._kinds("is_init_"))
             self._report_update(["user", "friend", "group"])
-            client.log.info(f"帐号({client.account})登录成功 (logged in)")
             client.enter("running")
+            client.log.info(f"帐号({client.account})登录成功 (logged in)")
             client.emit("login", [int(fresh)])
         self._known = True
         self._work(self.link.ready)
