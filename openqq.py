@@ -121,6 +121,9 @@ BATCH_LIMIT = 1024 * 1024        # bytes that are handed on at once; a larger on
 ANSWER_LIMIT = 1024 * 1024       # bytes read of what a post_api or poll_api answers
 PROXY_SECONDS = 120.0            # without a byte from a client (CONTRACT 2)
 EVENT_SECONDS = 30.0             # check_event's wait (000)
+STREAM_SECONDS = 15.0            # of silence before a stream of events says that it lives
+STREAM_LIMIT = 1_000             # events that its reader may be behind, or they are kept for
+STREAM_BYTES = 16 * 1024 * 1024  # and how much they may take
 
 POST_SECONDS = 30.0              # one try at post_api (DESIGN, "Nothing is lost")
 POST_QUEUE_LIMIT = 10_000
@@ -1147,14 +1150,15 @@ class QQ(Flavour):
         "kick_group_member": (ACT, "kick_group_member"),
         "shutup_group_member": (ACT, "shutup_group_member"),
         "check_event": (ACT, "check_event"),
+        "events": ("GET", "events"),
         "get_client_info": (READ_OR_POST, "get_client_info"),
         "stop_client": (ACT, "stop_client"),
         "relogin": (ACT, "relogin"),
         "get_qrcode": (READ, "get_qrcode"),
         "get_media": (READ, "get_media"),
     }
-    any_state = ("check_event", "get_client_info", "stop_client", "relogin", "get_qrcode",
-                 "get_media")
+    any_state = ("check_event", "events", "get_client_info", "stop_client", "relogin",
+                 "get_qrcode", "get_media")
     fields = {
         "user": ("account", "allow", "birthday", "blood", "city", "client_type", "college",
                  "constel", "country", "email", "face", "homepage", "id", "mobile", "name",
@@ -1222,8 +1226,8 @@ class Weixin(Flavour):
         **{path: QQ.apis[path] for path in (
             "get_user_info", "get_friend_info", "get_group_info", "get_group_basic_info",
             "search_friend", "search_group", "send_friend_message", "send_group_message",
-            "revoke_message", "accept_friend_request", "check_event", "get_client_info",
-            "stop_client", "get_qrcode", "get_media")},
+            "revoke_message", "accept_friend_request", "check_event", "events",
+            "get_client_info", "stop_client", "get_qrcode", "get_media")},
         "consult": (ACT, "consult"),
         "create_group": (ACT, "create_group"),
         "invite_friend": (ACT, "invite_friend"),
@@ -1236,7 +1240,8 @@ class Weixin(Flavour):
         "get_avatar": (READ, "get_avatar"),
         "upload_media": (ACT, "upload_media"),
     }
-    any_state = ("check_event", "get_client_info", "stop_client", "get_qrcode", "get_media")
+    any_state = ("check_event", "events", "get_client_info", "stop_client", "get_qrcode",
+                 "get_media")
     fields = {
         "user": ("account", "city", "display", "displayname", "id", "markname", "name",
                  "province", "sex", "signature", "uid"),
@@ -3149,6 +3154,16 @@ class Reply:
             self.close()
             raise _out_error(error, True) from None
 
+    def flow(self, seconds: float, idle: Callable[[], None]) -> Iterator[bytes]:
+        """The body of a stream that may be silent: idle() is called after each so many seconds of
+        it, and may raise."""
+        self._line.stream.rest(seconds, idle)
+        try:
+            yield from self.pieces(seconds)
+        except BaseException:  # GeneratorExit too: nobody wants the rest
+            self.close()
+            raise
+
     def _raw_pieces(self) -> Iterator[bytes]:
         stream = self._line.stream
         if self._length is None:
@@ -3172,6 +3187,7 @@ class Reply:
             left -= len(data[:left])
 
     def _finish(self) -> None:
+        self._line.stream.idle = None
         if self._keep and not self._line.stream.buffer:
             self._pool.give(self._line)
         else:
@@ -4002,14 +4018,40 @@ INDEX_BODY = """<h1>OpenQQ</h1><p>{what} It serves the HTTP API below; the READM
 
 def page(body: str, values: Mapping[str, str], status: int = 200) -> Response:
     """An HTML page that may load nothing and run nothing; values are escaped into the body."""
-    nonce = base64.b64encode(os.urandom(12)).decode()
+    nonce = new_nonce()
     safe = {name: escape(value) for name, value in values.items()}
     text = PAGE.format(lang="zh", nonce=nonce, body=body.format(**safe))
-    policy = (f"default-src 'none'; style-src 'nonce-{nonce}'; form-action 'self'; "
-              "frame-ancestors 'none'; base-uri 'none'")
+    return html_response(text, f"style-src 'nonce-{nonce}'; form-action 'self'", status)
+
+
+def dashboard(config: Json) -> Response:
+    """The page to work with. It knows `config`, and learns all else from the API: nothing that is
+    worth a token. What others wrote gets into it as text only, and Trusted Types see to that."""
+    nonce = new_nonce()
+    data = to_bytes(config).decode().replace("<", "\\u003c")
+    text = "".join([
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width,initial-scale=1"><title>OpenQQ</title>'
+        f'<style nonce="{nonce}">', DASHBOARD_STYLE, "</style>", DASHBOARD_BODY,
+        '<script type="application/json" id="config">', data, "</script>"
+        f'<script nonce="{nonce}">', DASHBOARD_SCRIPT, "</script></html>"])
+    return html_response(text, f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
+                         "connect-src 'self'; img-src blob:; form-action 'none'; "
+                         "require-trusted-types-for 'script'")
+
+
+def new_nonce() -> str:
+    """What marks the styles and scripts of one answer as ours."""
+    return base64.b64encode(os.urandom(12)).decode()
+
+
+def html_response(text: str, policy: str, status: int = 200) -> Response:
+    """A page that nobody may frame, and that may do what the policy lists."""
     return Response(text.encode(), "text/html; charset=utf-8", status, {
-        "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"})
+        "Content-Security-Policy": f"default-src 'none'; {policy}; frame-ancestors 'none'; "
+                                   "base-uri 'none'",
+        "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store"})
 
 
 def escape(text: str) -> str:
@@ -4019,31 +4061,727 @@ def escape(text: str) -> str:
     return text
 
 
+DASHBOARD_STYLE = """
+:root{color-scheme:light dark;--page:#f4f5f7;--card:#fff;--text:#1c2430;--soft:#5d6878;
+--line:#d9dee5;--main:#1f5fbf;--on-main:#fff;--good:#187a3c;--wait:#96600a;--bad:#b3261e}
+@media(prefers-color-scheme:dark){:root{--page:#12161c;--card:#1b212a;--text:#e3e8ef;
+--soft:#98a4b5;--line:#323b48;--main:#78aaf5;--on-main:#0d1a2e;--good:#62c987;--wait:#e2b154;
+--bad:#f58b82}}
+*{box-sizing:border-box}[hidden]{display:none!important}
+body{margin:0;background:var(--page);color:var(--text);
+font:15px/1.45 system-ui,"PingFang SC","Microsoft YaHei",sans-serif}
+header,main,#lock{max-width:76rem;margin:0 auto;padding:.75rem}
+header{display:flex;align-items:baseline;gap:.75rem;flex-wrap:wrap}
+h1{font-size:1.3rem;margin:0}h2{font-size:1.05rem;margin:0 0 .6rem}h3{font-size:1rem;margin:0}
+main{display:grid;gap:.75rem;grid-template-columns:minmax(0,1fr);padding-top:0}
+@media(min-width:60rem){main{grid-template-columns:minmax(0,5fr) minmax(0,6fr);
+align-items:start}}
+.column{display:grid;gap:.75rem;min-width:0}
+.box{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.9rem;
+min-width:0}
+.box p,.box ul,.box ol{margin:.3rem 0;padding:0}li{list-style:none}
+.facts,small,time,.live{color:var(--soft);font-size:.85rem}
+.state{font-size:.85rem;white-space:nowrap}.state::before{content:"●";margin-right:.3em}
+.running,.on{color:var(--good)}.scaning,.confirming,.updating,.off{color:var(--wait)}
+.stop{color:var(--soft)}.error,.failed{color:var(--bad)}
+.error{font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
+#accounts{display:grid;gap:.75rem}
+#accounts>article{border-top:1px solid var(--line);padding-top:.6rem}
+#accounts>article:first-child{border:0;padding:0}
+.row{display:flex;flex-wrap:wrap;gap:.45rem;align-items:center}
+article h3{flex:1;overflow-wrap:anywhere}#group .row{justify-content:space-between}
+#chat form{margin-top:.45rem}#group{margin-top:.6rem}.grow{flex:1 1 8rem;min-width:0}
+.code{display:block;width:13rem;max-width:100%;margin:.5rem 0;image-rendering:pixelated;
+border-radius:6px}
+button,input,select{font:inherit;color:inherit;border:1px solid var(--line);border-radius:7px;
+padding:.35rem .7rem;background:var(--card);max-width:100%}
+input,select{width:100%}.row .grow{width:0}.row #minutes{width:5rem}
+button{cursor:pointer}button:hover{border-color:var(--main)}button:disabled{opacity:.5}
+button.main{background:var(--main);border-color:var(--main);color:var(--on-main)}
+button.small{padding:.05rem .5rem;font-size:.85rem}
+:focus-visible{outline:2px solid var(--main);outline-offset:1px}
+label{display:block;margin:.45rem 0}label small{display:block}
+summary{cursor:pointer;color:var(--main);padding:.35rem 0}
+#said{min-height:1.45em;flex:1 1 16rem;margin:0;overflow-wrap:anywhere}
+#events li{border-top:1px solid var(--line);padding:.4rem 0}
+#events,#members{max-height:32rem;overflow:auto}#members{max-height:14rem}
+#events .text,#talk .text{display:block;white-space:pre-wrap;overflow-wrap:anywhere}
+.who,.tag{overflow-wrap:anywhere}.tag{font-size:.8rem;border:1px solid var(--line);
+border-radius:5px;padding:0 .35em;color:var(--soft)}
+#talk{height:14rem;overflow:auto;border:1px solid var(--line);border-radius:8px;
+padding:.5rem!important;background:var(--page)}
+#talk li{width:fit-content;max-width:90%;background:var(--card);border:1px solid var(--line);
+border-radius:9px;padding:.25rem .6rem;margin-bottom:.4rem}
+#talk li.mine{margin-left:auto;border-color:var(--main)}
+#members li{display:flex;gap:.4rem;align-items:center;padding:.15rem 0}
+"""
+
+DASHBOARD_BODY = """
+<header><h1>OpenQQ</h1><span id="live" class="state off" data-t>connecting</span>
+<p id="said" role="status" aria-live="polite"></p></header>
+<form id="lock" hidden><div class="box"><h2 data-t>Access</h2><p id="why"></p>
+<div id="key" class="row"><input id="token" class="grow" type="password" autocomplete="off"
+aria-label="token"><button class="main" data-t>Open</button></div></div></form>
+<main id="main" hidden><div class="column">
+<section class="box"><h2 data-t>Accounts</h2><div id="accounts"></div>
+<p id="nobody" class="facts" data-t hidden>There is no account yet: start one below.</p></section>
+<form id="begin" class="box" autocomplete="off"><h2 data-t>Start an account</h2>
+<div class="row"><input id="name" class="grow" maxlength="64" required>
+<button class="main" data-t>Start</button></div>
+<details><summary data-t>Real QQ, through a OneBot bridge</summary><div id="bridge"></div></details>
+<details><summary data-t>Settings</summary><div id="settings"></div></details></form>
+</div><div class="column">
+<section class="box" id="chat"><h2 data-t>Chat</h2>
+<div class="row"><label class="grow"><small data-t>I speak as</small><select id="speaker"></select>
+</label><label class="grow"><small data-t>to</small><select id="peer"></select></label></div>
+<ol id="talk"></ol><form id="say" class="row"><input id="content" class="grow" required
+autocomplete="off"><button class="main" data-t>Send</button></form>
+<div id="group" hidden><div class="row"><h3 data-t>Members</h3><label class="row" id="mute">
+<small data-t>minutes to mute for</small>
+<input id="minutes" type="number" min="1" value="10"></label></div>
+<ul id="members"></ul></div></section>
+<section class="box"><div class="row"><h2 class="grow" data-t>Messages and events</h2>
+<input id="filter" type="search" class="grow"><button id="pause" type="button" data-t>Pause</button>
+</div><ol id="events"></ol></section>
+</div></main>
+"""
+
+DASHBOARD_SCRIPT = r"""
+"use strict";
+const config = JSON.parse(document.getElementById("config").textContent);
+const chinese = /^zh\b/i.test(navigator.language);
+const ZH = {
+  "connecting": "正在连接", "live": "实时", "Access": "访问", "Open": "打开", "Accounts": "账号",
+  "There is no account yet: start one below.": "还没有账号,请在下面启动一个。",
+  "Start an account": "启动账号", "Start": "启动", "Stop": "停止", "Log in again": "重新登录",
+  "Log in here": "在此登录", "Real QQ, through a OneBot bridge": "真实 QQ(通过 OneBot)",
+  "Settings": "设置", "Chat": "聊天", "I speak as": "身份", "to": "发给", "Send": "发送",
+  "Members": "群成员", "minutes to mute for": "禁言分钟数", "Mute": "禁言", "Kick": "移出",
+  "Messages and events": "消息与事件", "Pause": "暂停", "Resume": "继续", "Filter": "筛选",
+  "Name of the account": "账号名称", "Message": "消息", "QR code": "二维码", "group": "群",
+  "The token that this server was started with:": "请输入启动服务时设置的口令(token):",
+  "That is not the token. Try again:": "口令不正确,请重试:",
+  "This server answers only callers on its own machine. Start it with a token to open it.":
+    "此服务只接受本机访问。需要从其他机器访问时,请用 --token 启动。",
+  "init": "正在启动", "loading": "正在加载", "scaning": "等待扫码", "confirming": "等待确认",
+  "updating": "正在更新", "running": "运行中", "stop": "已停止", "failed": "启动失败",
+  "since {time}": "自 {time}", "port {port}": "端口 {port}", "{count} restarts": "重启 {count} 次",
+  "Scan the code with a phone; a new one comes by itself.": "请用手机扫码,二维码会自动更新。",
+  "{name} started on port {port}.": "{name} 已启动,端口 {port}。",
+  "{name} runs already.": "{name} 已在运行。", "{name} has stopped.": "{name} 已停止。",
+  "{name} stops in a moment.": "{name} 即将停止。",
+  "{name} shows a new QR code in a moment.": "{name} 稍后显示新的二维码。",
+  "{name} is logged in.": "{name} 已登录。", "Sent.": "已发送。",
+  "{name} is muted for {minutes} minutes.": "{name} 已被禁言 {minutes} 分钟。",
+  "{name} is out of the group.": "{name} 已被移出群。",
+  "It did not work: {why}": "操作失败:{why}", "the server does not answer": "服务器没有响应",
+  "failure": "没有权限", "client not exists": "账号不存在", "client not running": "账号未运行",
+  "client not reachable": "账号无响应", "max clients exceed": "账号数量已达上限",
+  "client name not allowed": "账号名称不可用", "no available port": "没有可用端口",
+  "auth failure": "没有访问权限", "a new QR code": "新的二维码", "login": "登录",
+  "state_change": "状态变化", "new_friend": "新好友", "lose_friend": "好友离开",
+  "new_group": "新群", "lose_group": "退出群", "new_group_member": "新成员",
+  "lose_group_member": "成员离开", "input_qrcode": "二维码", "client_failed": "启动失败",
+  "owner": "群主", "admin": "管理员", "and {count} more": "还有 {count} 人",
+};
+const t = (text, values = {}) => ((chinese && ZH[text]) || text)
+  .replace(/\{(\w+)\}/g, (_, name) => values[name]);
+const $ = (id) => document.getElementById(id);
+const api = (path) => config.prefix + path;
+const when = (seconds) => new Date(seconds * 1000)
+  .toLocaleString([], {dateStyle: "short", timeStyle: "short"});
+const nameOf = (thing) => String(thing.markname || thing.card || thing.displayname
+  || thing.name || thing.uid || thing.id || "");
+
+// Whatever others wrote becomes text nodes and properties, never markup.
+function el(tag, properties = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+
+function say(text, bad = false) {
+  $("said").textContent = text;
+  $("said").className = bad ? "error" : "";
+}
+
+// -- calls
+
+let token = sessionStorage.getItem("openqq-token") || "";
+let locked = false;
+
+function lock(refused) {
+  locked = true;
+  $("main").hidden = true;
+  $("lock").hidden = false;
+  $("key").hidden = !config.guarded;
+  $("why").textContent = t(!config.guarded
+    ? "This server answers only callers on its own machine. Start it with a token to open it."
+    : refused ? "That is not the token. Try again:"
+      : "The token that this server was started with:");
+  $("token").focus();
+}
+
+$("lock").onsubmit = (event) => {
+  event.preventDefault();
+  token = $("token").value;
+  sessionStorage.setItem("openqq-token", token);
+  $("token").value = "";
+  locked = false;
+  refresh();
+};
+
+function headers(more = {}) {  // a header carries bytes: UTF-8, each as one character
+  const bytes = new TextEncoder().encode("Bearer " + token);
+  return token ? {...more, Authorization: String.fromCharCode(...bytes)} : more;
+}
+
+function request(method, path, params = {}) {
+  const words = new URLSearchParams(params);
+  const query = method === "GET" && String(words) ? "?" + words : "";
+  return fetch(path + query, {
+    method, headers: headers(), cache: "no-store", body: method === "GET" ? undefined : words});
+}
+
+async function ask(method, path, params) {
+  const answer = await (await request(method, path, params)).json();
+  if (answer.code === -6) lock(Boolean(token));
+  return answer;
+}
+
+// Do what a button is for, and say in words how it went.
+async function act(button, work) {
+  button.disabled = true;
+  try {
+    const [answer, words] = await work();
+    if (answer.code === 0) say(words);
+    else say(t("It did not work: {why}", {why: t(answer.info || answer.status)}), true);
+    return answer.code === 0;
+  } catch {
+    say(t("It did not work: {why}", {why: t("the server does not answer")}), true);
+    return false;
+  } finally {
+    button.disabled = false;
+    refresh();
+  }
+}
+
+// -- accounts
+
+let accounts = new Map();
+const cards = new Map();
+const stopped = new Map();   // by this page: name -> the settings to start it with again
+
+const starting = (name, params) => async () => {
+  const answer = await ask("POST", api("start_client"), {...params, client: name});
+  if (answer.code === 0) stopped.delete(name);
+  return [answer, answer.status === "client already exists" ? t("{name} runs already.", {name})
+    : t("{name} started on port {port}.", {name, port: answer.port})];
+};
+
+const stopping = (name) => async () => {
+  const answer = await ask("POST", api("stop_client"), {client: name});
+  const known = config.settings.map(([setting]) => setting);
+  if (answer.code === 0 && config.controller) {
+    stopped.set(name, Object.fromEntries(known.filter((key) => key in answer)
+      .map((key) => [key, answer[key]])));
+  }
+  return [answer, t(config.controller ? "{name} has stopped." : "{name} stops in a moment.",
+    {name})];
+};
+
+const again = (name) => async () => {  // one that failed is still known, with its settings
+  if (!stopped.has(name)) await stopping(name)();
+  return starting(name, stopped.get(name) || {})();
+};
+
+const scanning = (name) => async () => [await ask("POST", "/local/login", {client: name}),
+  t("{name} is logged in.", {name})];
+
+const relogin = (name) => async () => [await ask("POST", api("relogin"), {client: name}),
+  t("{name} shows a new QR code in a moment.", {name})];
+
+class Card {
+  constructor(name) {
+    const button = (text, work) => {
+      const made = el("button", {type: "button", textContent: t(text)});
+      made.onclick = () => act(made, work(name));
+      return made;
+    };
+    this.name = name;
+    this.state = el("span");
+    this.facts = el("p", {className: "facts"});
+    this.error = el("p", {className: "error"});
+    this.code = el("img", {className: "code", alt: t("QR code"), hidden: true});
+    this.hint = el("p", {className: "facts", hidden: true,
+      textContent: t("Scan the code with a phone; a new one comes by itself.")});
+    this.start = button("Start", again);
+    this.stop = button("Stop", stopping);
+    this.relogin = button("Log in again", relogin);
+    this.scan = button("Log in here", scanning);
+    this.node = el("article", {}, el("div", {className: "row"}, el("h3", {}, el("bdi", {}, name)),
+      this.state), this.facts, this.error, this.code, this.hint,
+      el("div", {className: "row"}, this.start, this.scan, this.relogin, this.stop));
+    this.node.dataset.account = name;
+  }
+
+  update(row) {
+    const gone = row.state === "stop";
+    const waits = row.state === "scaning" || row.state === "confirming";
+    this.node.dataset.state = row.state;
+    this.state.className = "state " + (row.failed ? "failed" : row.state);
+    this.state.textContent = t(row.failed ? "failed" : row.state);
+    this.facts.textContent = [
+      row.since && t("since {time}", {time: when(row.since)}),
+      row.port && t("port {port}", {port: row.port}),
+      row.restarts && t("{count} restarts", {count: row.restarts})].filter(Boolean).join(" · ");
+    this.error.textContent = row.error || "";
+    this.start.hidden = !gone || !config.controller;
+    this.stop.hidden = gone;
+    this.relogin.hidden = gone || waits || !config.apis.includes("relogin");
+    this.scan.hidden = !waits || row.link !== "local";
+    this.show(waits).catch(() => {});
+  }
+
+  async show(waits) {
+    const answer = waits && await request("GET", api("get_qrcode"), {client: this.name});
+    const bytes = answer && answer.ok ? await answer.arrayBuffer() : null;
+    const text = bytes ? new Uint8Array(bytes).join() : "";
+    this.code.hidden = this.hint.hidden = !text;
+    if (text === this.shown) return;
+    this.shown = text;
+    URL.revokeObjectURL(this.code.src);
+    if (bytes) this.code.src = URL.createObjectURL(new Blob([bytes], {type: "image/png"}));
+  }
+}
+
+async function refresh() {
+  if (locked) return;
+  if (config.guarded && !token) return lock(false);
+  const answer = await ask("GET", api("check_client")).catch(() => ({}));
+  if (answer.code !== 0) return;
+  $("lock").hidden = true;
+  $("main").hidden = false;
+  showAccounts(answer.client);
+}
+
+function showAccounts(rows) {
+  const gone = [...stopped.keys()].map((name) => ({account: name, state: "stop"}));
+  const before = running().join();
+  accounts = new Map([...gone, ...rows].map((row) => [row.account, row]));
+  for (const [name, card] of cards) {
+    if (accounts.has(name)) continue;
+    card.node.remove();
+    cards.delete(name);
+  }
+  for (const [name, row] of accounts) {
+    if (!cards.has(name)) {
+      const card = new Card(name);
+      const next = [...cards.keys()].sort().find((other) => other > name);
+      $("accounts").insertBefore(card.node, next ? cards.get(next).node : null);
+      cards.set(name, card);
+    }
+    cards.get(name).update(row);
+  }
+  $("nobody").hidden = accounts.size > 0;
+  if (!world || before !== running().join()) loadWorld();
+}
+
+const running = () => [...accounts.values()].filter((row) => row.state === "running")
+  .map((row) => row.account).sort();
+
+function settingField([name, help, value, secret]) {
+  return el("label", {}, name, el("input", {name, placeholder: value, autocomplete: "off",
+    type: secret ? "password" : "text"}), el("small", {}, help));
+}
+
+$("begin").onsubmit = async (event) => {
+  event.preventDefault();
+  const given = [...$("begin").querySelectorAll("label input")].filter((input) => input.value)
+    .map((input) => [input.name, input.value]);
+  const name = $("name").value.trim();
+  const done = await act(event.submitter, starting(name, Object.fromEntries(given)));
+  if (done) $("begin").reset();
+};
+
+// -- messages and events
+
+const events = [];           // the newest last
+let paused = 0;              // 0: no; else one more than there are that wait
+let soon = null;
+
+function describe(event) {
+  if (event.post_type !== "event") {
+    const place = event.group || event.discuss || event.receiver;
+    const failed = event.code ? ` [${event.info || event.code}]` : "";
+    return [`${event.sender} → ${place}`, event.content + failed];
+  }
+  const [one, two, three, four] = event.params;
+  if (event.event === "state_change") return [t(event.event), `${t(one)} → ${t(two)}`];
+  if (event.event === "input_qrcode") return [t(event.event), t("a new QR code")];
+  if (event.event === "login") return [t(event.event), ""];
+  const names = event.params.map((part) => part && typeof part === "object" ? nameOf(part)
+    : String(part));
+  if (event.event.endsWith("_property_change")) names.splice(1, 3, `${two}: ${three} → ${four}`);
+  return [t(event.event), names.join(" · ")];
+}
+
+function wanted(event) {
+  const text = [event.client, ...describe(event)].join(" ").toLowerCase();
+  return $("filter").value.toLowerCase().split(/\s+/).every((word) => text.includes(word));
+}
+
+function eventRow(event) {
+  const [title, text] = describe(event);
+  const time = new Date(event.at).toLocaleTimeString();
+  return el("li", {}, el("time", {}, time), " ", el("span", {className: "tag"},
+    el("bdi", {}, event.client)), " ", el("b", {className: "who"}, el("bdi", {}, title)),
+    el("bdi", {className: "text"}, text));
+}
+
+function showEvents() {
+  const rows = events.filter(wanted).slice(-200).reverse();
+  $("events").replaceChildren(...rows.map(eventRow));
+}
+
+function showPause() {
+  const waiting = paused > 1 ? ` (${paused - 1})` : "";
+  $("pause").textContent = t(paused ? "Resume" : "Pause") + waiting;
+}
+
+$("filter").oninput = showEvents;
+$("pause").onclick = () => {
+  paused = paused ? 0 : 1;
+  showPause();
+  if (!paused) showEvents();
+};
+
+function hear(event) {
+  event.client = event.client || config.account;
+  event.at = event.time ? event.time * 1000 : Date.now();
+  events.push(event);
+  events.splice(0, events.length - 500);
+  if (paused) {
+    paused += 1;
+    showPause();
+  } else if (wanted(event)) {
+    $("events").prepend(eventRow(event));
+    while ($("events").childElementCount > 200) $("events").lastChild.remove();
+  }
+  if (inTalk(event)) showTalk();
+  if (event.post_type === "event") {
+    clearTimeout(soon);
+    soon = setTimeout(() => {
+      refresh();
+      if (/^(new|lose)_|_change$/.test(event.event) && event.event !== "state_change") loadWorld();
+    }, 100);
+  }
+}
+
+function online(on) {
+  $("live").className = "state " + (on ? "on" : "off");
+  $("live").textContent = t(on ? "live" : "connecting");
+}
+
+// EventSource could not send the token.
+let stream = new AbortController();
+
+async function listen(last, block) {
+  stream = new AbortController();
+  const answer = await fetch(api("events?since=0"), {signal: stream.signal,
+    headers: headers(last.id ? {"Last-Event-ID": last.id} : {})});
+  if (!answer.ok) return;
+  online(true);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split("\n\n");
+    rest = blocks.pop();
+    blocks.forEach(block);
+  }
+}
+
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
+async function follow() {
+  const last = {id: ""};
+  for (;;) {
+    while (locked || $("main").hidden) await pause(100);
+    await listen(last, (block) => {
+      const fields = Object.fromEntries(block.split("\n").map((line) => {
+        const [, name, value] = /^([^:]*): ?(.*)$/s.exec(line) || ["", "", ""];
+        return [name, value];
+      }));
+      last.id = fields.id || last.id;
+      if (fields.data) hear(JSON.parse(fields.data));
+    }).catch(() => {});
+    online(false);
+    await pause(1000);
+  }
+}
+
+// -- chat: an account speaks through its own API, anybody else through the network inside
+
+let world = null;
+let speaker = null;          // {account} or {uid, name}
+let peer = null;             // {kind, name, id, uid, account}
+let speakers = new Map();
+let peers = new Map();
+
+async function loadWorld() {
+  world = world || {people: [], groups: []};
+  const answer = await ask("GET", "/local/world").catch(() => ({}));
+  if (answer.code === 0) world = answer;
+  const own = running();
+  const others = world.people.filter((person) => !own.includes(person.name));
+  speakers = new Map([...own.map((account) => ["account " + account, {account, name: account}]),
+    ...others.map((person) => ["person " + person.uid, person])]);
+  fill($("speaker"), speakers);
+  await loadPeers();
+}
+
+function fill(select, things) {
+  const before = select.value;
+  select.replaceChildren(...[...things].map(([key, thing]) => el("option", {value: key},
+    thing.kind === "group" ? `${nameOf(thing)} (${t("group")})` : nameOf(thing))));
+  if (things.has(before)) select.value = before;
+}
+
+async function loadPeers() {
+  speaker = speakers.get($("speaker").value) || null;
+  $("chat").hidden = !speaker;
+  if (!speaker) return;
+  const asked = speaker;
+  const [friends, groups] = asked.account ? await rosterOf(asked) : seenBy(asked);
+  if (asked !== speaker) return;
+  peers = new Map([...friends.map((row) => ["friend " + row.uid, {...row, kind: "friend"}]),
+    ...groups.map((row) => ["group " + row.uid, {...row, kind: "group"}])]);
+  fill($("peer"), peers);
+  await choosePeer();
+}
+
+async function rosterOf(own) {
+  const rows = await Promise.all(["get_friend_info", "get_group_basic_info", "get_user_info"].map(
+    (path) => ask("GET", api(path), {client: own.account}).catch(() => [])));
+  own.uid = rows[2].uid;
+  return rows.slice(0, 2).map((row) => Array.isArray(row) ? row : []);
+}
+
+function seenBy(person) {
+  const local = running().filter((name) => accounts.get(name).link === "local");
+  const friends = world.people.filter((other) => local.includes(other.name));
+  return [friends.map((other) => ({...other, account: other.name})),
+    world.groups.filter((group) => group.member.some((member) => member.uid === person.uid))];
+}
+
+async function choosePeer() {
+  peer = peers.get($("peer").value) || null;
+  showTalk();
+  await loadMembers();
+}
+
+async function loadMembers() {
+  $("group").hidden = !peer || peer.kind !== "group";
+  if ($("group").hidden) return;
+  const asked = peer;
+  let members = peer.member || [];
+  if (speaker.account) {
+    const found = await ask("GET", api("search_group"), {client: speaker.account, id: peer.id});
+    members = Array.isArray(found) ? found[0].member : [];
+    if (asked !== peer) return;
+  } else {
+    const names = new Map(world.people.map((person) => [person.uid, person.name]));
+    members = members.map((member) => ({...member, name: names.get(member.uid)}));
+  }
+  $("mute").hidden = !speaker.account || !config.apis.includes("shutup_group_member");
+  $("members").replaceChildren(...members.slice(0, 200).map(memberRow));
+  if (members.length > 200) {
+    $("members").append(el("li", {}, t("and {count} more", {count: members.length - 200})));
+  }
+}
+
+function memberRow(member) {
+  const name = nameOf(member);
+  const role = member.role && member.role !== "member" ? [el("small", {}, t(member.role))] : [];
+  const node = el("li", {}, el("bdi", {className: "grow who"}, name), ...role);
+  node.dataset.member = name;
+  if (!speaker.account || String(member.uid) === String(speaker.uid)) return node;
+  const who = {client: speaker.account, group_id: peer.id, member_id: member.id,
+    id: peer.id, members: member.id};   // the flavours call them differently
+  const button = (text, path, more, words) => {
+    const made = el("button", {type: "button", className: "small", textContent: t(text)});
+    made.onclick = async () => {
+      const minutes = $("minutes").value;
+      await act(made, async () => [await ask("POST", api(path), {...who, ...more(minutes)}),
+        t(words, {name, minutes})]);
+      loadMembers();
+    };
+    return made;
+  };
+  if (config.apis.includes("shutup_group_member")) {
+    node.append(button("Mute", "shutup_group_member", (time) => ({time}),
+      "{name} is muted for {minutes} minutes."));
+  }
+  node.append(button("Kick", "kick_group_member", () => ({}), "{name} is out of the group."));
+  return node;
+}
+
+// Whose events tell of this talk: the account that speaks, is spoken to, or is in the group.
+function witness() {
+  if (speaker.account || peer.account) return speaker.account || peer.account;
+  const uids = peer.member.map((member) => member.uid);
+  const person = world.people.find((one) => uids.includes(one.uid)
+    && running().includes(one.name));
+  return person && person.name;
+}
+
+function inTalk(event) {
+  if (!peer || event.post_type === "event" || event.client !== witness()) return false;
+  if (peer.kind === "group") return String(event.group_uid) === String(peer.uid)
+    && event.type === "group_message";
+  const other = String(speaker.account ? peer.uid : speaker.uid);
+  return event.type === "friend_message"
+    && [String(event.sender_uid), String(event.receiver_uid)].includes(other);
+}
+
+function showTalk() {
+  const rows = events.filter(inTalk).slice(-100).map((event) => {
+    const mine = speaker.account ? event.post_type === "send_message"
+      : String(event.sender_uid) === String(speaker.uid);
+    return el("li", {className: mine ? "mine" : ""}, el("small", {}, el("bdi", {}, event.sender)),
+      el("bdi", {className: "text"}, event.content));
+  });
+  $("talk").replaceChildren(...rows);
+  $("talk").scrollTop = $("talk").scrollHeight;
+}
+
+function speaking(content) {
+  const group = peer.kind === "group";
+  if (speaker.account) {
+    return ask("POST", api(group ? "send_group_message" : "send_friend_message"),
+      {client: speaker.account, id: peer.id, content});
+  }
+  const said = {from: speaker.uid, content, client: witness() || ""};
+  return ask("POST", "/local/say", group ? {...said, type: "group_message", to: peer.uid} : said);
+}
+
+$("speaker").onchange = () => {  // ids are another's now
+  peers = new Map();
+  peer = null;
+  fill($("peer"), peers);
+  showTalk();
+  loadPeers();
+};
+$("peer").onchange = choosePeer;
+$("say").onsubmit = async (event) => {
+  event.preventDefault();
+  const content = $("content").value;
+  if (peer && await act(event.submitter, async () => [await speaking(content), t("Sent.")])) {
+    $("content").value = "";
+  }
+  $("content").focus();
+};
+
+// -- the beginning
+
+document.documentElement.lang = chinese ? "zh" : "en";
+for (const node of document.querySelectorAll("[data-t]")) {
+  node.textContent = t(node.textContent);
+}
+for (const [id, text] of [["name", "Name of the account"], ["content", "Message"],
+  ["filter", "Filter"]]) {
+  $(id).placeholder = $(id).ariaLabel = t(text);
+}
+$("begin").hidden = !config.controller;
+for (const row of config.settings) {
+  $(row[0].startsWith("onebot_") ? "bridge" : "settings").append(settingField(row));
+}
+// A page that waits to be gone back to would hold one of the few connections to a server.
+addEventListener("pagehide", () => stream.abort());
+setInterval(() => document.hidden || refresh(), 3000);
+refresh();
+follow();
+"""
+
+
 # ------------------------------------------------------------------------------------------------
 # 9. Events
 # ------------------------------------------------------------------------------------------------
 
+class Feed:
+    """What one stream has still to send, in the hands of its store's lock."""
+
+    __slots__ = ("rows", "size", "promise")
+
+    def __init__(self, rows: Iterable[Tuple[int, bytes]]) -> None:
+        self.rows = list(rows)       # a number of 0: not kept, so nothing to resume from
+        self.size = 0
+        self.promise = Promise()     # kept when there is more
+
+    def add(self, seq: int, data: bytes) -> bool:
+        """One more; False if its reader is too far behind."""
+        self.rows.append((seq, data))
+        self.size += len(data)
+        self.promise.keep(True)
+        return len(self.rows) <= STREAM_LIMIT and self.size <= STREAM_BYTES
+
+    def take(self) -> bytes:
+        """All there is, as server-sent events; from now on `promise` is of what comes next."""
+        rows, self.rows, self.size, self.promise = self.rows, [], 0, Promise()
+        return b"".join([b"id: %d\ndata: %b\n\n" % row if row[0] else b"data: %b\n\n" % row[1]
+                         for row in rows])
+
+
 class Store:
-    """The ring of the newest events, for check_event (CONTRACT 6).
+    """The ring of the newest events, for check_event and streams (CONTRACT 6).
 
     Each event gets a `seq` that starts at the clock's milliseconds, so that a number from before
-    a restart is older than all that is kept. Bare calls share one mark; `since` only reads.
+    a restart is older than all that is kept. Bare calls share one mark; `since` and streams only
+    read. `room` bounds the bytes that are kept.
     """
 
-    def __init__(self, size: int, clock: Callable[[], float] = time.time) -> None:
-        self._lock = threading.Lock()  # guards _ring, _seq, _mark, _waiting
+    def __init__(self, size: int, clock: Callable[[], float] = time.time,
+                 room: int = 0) -> None:
+        # guards _ring, _bulk, _seq, _mark, _waiting, _feeds and what is in these
+        self._lock = threading.Lock()
         self._ring: Deque[Tuple[int, bytes]] = collections.deque(maxlen=max(1, size))
+        self._room, self._bulk = room, 0
         self._seq = self._mark = int(clock() * 1000)
         self._waiting: Set[Promise] = set()
+        self._feeds: Set[Feed] = set()
 
     def add(self, event: Row) -> None:
-        """Keep an event, and wake everybody who waits for one."""
+        """Keep an event, and wake everybody who waits for one. One that has a seq keeps it."""
         with self._lock:
             self._seq += 1
-            self._ring.append((self._seq, to_bytes(dict(event, seq=self._seq))))
+            data = to_bytes({"seq": self._seq, **event})
+            self._ring.append((self._seq, data))
+            if self._room:
+                self._shrink(len(data))
+            self._feed(self._seq, data)
             waiting, self._waiting = self._waiting, set()
         for promise in waiting:
             promise.keep()
+
+    def _shrink(self, more: int) -> None:
+        self._bulk += more
+        while self._bulk > self._room and len(self._ring) > 1:
+            self._bulk -= len(self._ring.popleft()[1])
+
+    def tell(self, event: Row) -> None:
+        """News for those who stream just now; nothing of it is kept."""
+        with self._lock:
+            if self._feeds:
+                self._feed(0, to_bytes(event))
+
+    def _feed(self, seq: int, data: bytes) -> None:
+        """Who falls too far behind is cut off: it comes back, and says from where on."""
+        self._feeds = {feed for feed in self._feeds if feed.add(seq, data)}
+
+    def followed(self) -> bool:
+        """Whether anybody streams."""
+        return bool(self._feeds)
 
     def take(self, since: Optional[int], wait: Callable[[Promise, float], Any],
              seconds: float = EVENT_SECONDS) -> bytes:
@@ -4054,7 +4792,7 @@ class Store:
         """
         promise = Promise()
         with self._lock:
-            mark = self._mark if since is None else since if since <= self._seq else 0
+            mark = self._mark if since is None else self._known(since)
             events = self._after(mark)
             if not events:
                 self._waiting.add(promise)
@@ -4064,6 +4802,9 @@ class Store:
             with self._lock:
                 self._mark = max(self._mark, events[-1][0])
         return b"[" + b",".join([data for _, data in events]) + b"]"
+
+    def _known(self, since: int) -> int:
+        return since if since <= self._seq else 0
 
     def _await(self, promise: Promise, mark: int, wait: Callable[[Promise, float], Any],
                seconds: float) -> List[Tuple[int, bytes]]:
@@ -4084,6 +4825,48 @@ class Store:
                 break
             found.append(item)
         return found[::-1]
+
+    def stream(self, request: Request) -> Response:
+        """Server-sent events: what is kept from after Last-Event-ID, or else after `since`, and
+        then, also with neither, all that comes. BadRequest."""
+        since = seq_of(request.fields.get("last-event-id") or request.params.get("since"))
+        with self._lock:
+            mark = self._seq if since is None else self._known(since)
+        return Response(b"", "text/event-stream", fields={
+            "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            pieces=self._flow(mark, request.wait))
+
+    def _flow(self, mark: int, wait: Callable[[Promise, float], Any]) -> Iterator[bytes]:
+        """What is kept, a `retry` where the present begins, and what comes; ends with the server
+        or, by Hangup, with its reader."""
+        with self._lock:
+            feed = Feed(self._after(mark))
+            self._feeds.add(feed)
+            data = feed.take()
+        try:
+            yield data + b"retry: 1000\n\n"
+            ended = False
+            while not ended:
+                try:
+                    ended = wait(feed.promise, STREAM_SECONDS) is None
+                except TimeoutError:
+                    yield b":\n\n"
+                with self._lock:
+                    ended = ended or feed not in self._feeds
+                    data = feed.take()
+                yield data
+        finally:
+            with self._lock:
+                self._feeds.discard(feed)
+
+
+def seq_of(text: Optional[str]) -> Optional[int]:
+    """An event's number as callers give it, or None; BadRequest."""
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise BadRequest(400, "since must be a seq, a whole number")
+    return int(text)
 
 
 def bulk_of(item: Json) -> int:
@@ -4386,6 +5169,7 @@ class Outlet:
 
     KEPT = re.compile("(new|lose)_")  # in the ring whatever post_event_list says (CONTRACT 6)
     KEPT_IF_LISTED = re.compile(".*_property_change|friend_request|revoke_message")
+    NEWS = ("login", "stop", "state_change", "input_qrcode")  # streams tell them, nothing keeps
 
     def __init__(self, store: Store, reporter: Optional[Reporter], listed: Iterable[str],
                  stdout: bool, numeric: bool, bytes_too: bool) -> None:
@@ -4407,6 +5191,8 @@ class Outlet:
         listed = event in self._listed
         if message or self.KEPT.match(event) or (listed and self.KEPT_IF_LISTED.match(event)):
             self.store.add(row)
+        elif event in self.NEWS:
+            self.store.tell(row)
         if not message and not listed:
             return False
         if self._stdout:
@@ -8034,6 +8820,7 @@ class Client:
         self.start_time = int(time.time())
         self.loop = Loop(self.log)
         self.state = self.previous_state = ""
+        self.since = 0.0                             # in this state
         self.error = self.qrcode_text = ""
         self.port = 0                                # of the API, once it is there
         self.roster = Roster(self.flavour.fields)
@@ -8171,6 +8958,7 @@ class Client:
             return
         assert state in NEXT_STATES[self.state], f"{self.state} -> {state}"
         self.previous_state, self.state, self.error = self.state, state, error
+        self.since = time.time()
         self.papers.write_state(self)
         if self.parent:
             self.parent.tell(state=state)
@@ -8654,10 +9442,11 @@ class Api(SendApi):
 
     def check_event(self, request: Request) -> Response:
         """The events since the last call, or the next one (CONTRACT 6)."""
-        since = request.params.get("since")
-        if since is not None and not re.fullmatch("[0-9]{1,18}", since):
-            raise BadRequest(400, "since must be a seq, a whole number")
-        return Response(self.store.take(None if since is None else int(since), request.wait))
+        return Response(self.store.take(seq_of(request.params.get("since")), request.wait))
+
+    def events(self, request: Request) -> Response:
+        """A stream of the events, and of what the account's state does besides."""
+        return self.store.stream(request)
 
     def stop_client(self, request: Request) -> Json:
         """End, in a moment: the caller is to get the answer first."""
@@ -8928,8 +9717,12 @@ def _watch_client(client: Client, reporter: Optional[Reporter], metrics: Metrics
 def _serve_api(client: Client, api: Api, reporter: Optional[Reporter], settings: Settings,
                addresses: List[Row]) -> None:
     gate, pages = Gate(settings.token), client.local_pages()
-    routes = [*api.routes(), *(pages.routes() if pages else []), HEALTH,
-              Route("/", READ, lambda request: client_page(client), open=True),
+    config = dashboard_config(client.flavour, settings, client.account)
+    index, own = (client_page, []) if client.parent else (lambda client: dashboard(config), [
+        Route(prefix + "check_client", READ, lambda request: own_state(client))
+        for prefix in ("/openqq/", "/openwx/")])
+    routes = [*api.routes(), *(pages.routes() if pages else []), HEALTH, *own,
+              Route("/", READ, lambda request: index(client), open=True),
               Route("/onebot", "POST", Webhook(client, gate), open=True)]
     app = ClientApp(gate, client.log, routes, client_fallback)
     _watch_client(client, reporter, app.metrics)
@@ -8970,13 +9763,30 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 
 def client_page(client: Client) -> Response:
-    """What a browser sees at / of a client alone."""
+    """What a browser sees at / of a controller's client."""
     base, prefix = client.public_url(), client.flavour.prefix
     lines = "\n".join(f"{base}{prefix}{call}" for call in (
         "get_client_info", "get_qrcode", "get_friend_info",
         "send_friend_message?uid=…&content=hello", "check_event"))
     return page(INDEX_BODY, {"what": f"This is the client of the account {client.account}.",
                              "lines": lines})
+
+
+def own_state(client: Client) -> Row:
+    """What a controller's check_client would tell of a client alone."""
+    link = "onebot" if client.settings.onebot_api else "local"
+    return {"code": 0, "client": [{**client.papers.state_row(client), "port": client.port,
+                                   "restarts": 0, "since": str(int(client.since)),
+                                   "link": link}]}
+
+
+def dashboard_config(flavour: Type[Flavour], settings: Settings, account: str) -> Row:
+    """What the dashboard has to know; `account` of a client alone, empty for a controller."""
+    return {"account": account, "controller": not account, "prefix": flavour.prefix,
+            "guarded": bool(settings.token), "apis": list(flavour.apis),
+            "settings": [[setting.name, setting.help, setting.shown(), setting.secret]
+                         for setting in SETTINGS.values()
+                         if setting.caller and not setting.idle]}
 
 
 def _beat_when_running(client: Client, settings: Settings) -> None:
@@ -9024,6 +9834,8 @@ class Child:
         self.heard = b""                             # of a line that is not complete yet
         self.state = "init"
         self.lines: Deque[str] = collections.deque(maxlen=5)  # the last warnings of its log
+        self.since = time.time()                     # in this state
+        self.restarts = -1                           # starts after the first
         self.tries = 0                               # starts without reaching running
         self.since_running = 0.0
         self.failed = False
@@ -9074,7 +9886,7 @@ class Launcher:
         finally:
             theirs.close()
         ours.setblocking(False)
-        child.life, child.heard, child.state, child.pid = ours, b"", "init", child.process.pid
+        child.life, child.heard, child.pid = ours, b"", child.process.pid
         return ours
 
     def _environment(self, child: Child) -> Dict[str, str]:
@@ -9111,17 +9923,20 @@ class Supervisor:
     """Keeps the children alive. Everything happens in the controller's loop.
 
     A child's life line tells its end at once, whatever ended it; `changed()` is called when the
-    backend file has to be written, `report(event, *params)` posts an event.
+    backend file has to be written, `report(event, *params)` posts an event, `entered(name, old,
+    new)` hears of every change of a state.
     """
 
     YOUNG_SECONDS = 1.0
 
     def __init__(self, loop: Loop, launcher: Launcher, log: Log, restart: bool,
                  changed: Callable[[], None], report: Callable[..., None],
-                 gone: Callable[[str], None]) -> None:
+                 gone: Callable[[str], None],
+                 entered: Callable[[str, str, str], None] = lambda name, old, new: None) -> None:
         self.children: Dict[str, Child] = {}
         self._loop, self._launcher, self._log, self._restart = loop, launcher, log, restart
         self._changed, self._report, self._gone = changed, report, gone
+        self._entered = entered
         self._crew = Crew(16, "resume", log)
         self.leaving: Dict[str, Child] = {}  # told to stop, not gone yet
         self.ending = False
@@ -9161,7 +9976,9 @@ class Supervisor:
 
     def _launch(self, child: Child) -> None:
         child.tries += 1
+        child.restarts += 1
         life = self._launcher.launch(child)
+        self._enter(child, "init")
         self._serve_again(child)  # only now: without a process nobody is to wait in the backlog
         self._loop.watch(life, lambda: self._listen(child))
         self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
@@ -9187,12 +10004,18 @@ class Supervisor:
         if "log" in news:
             child.lines.append(str(news["log"]))
         if "state" in news:
-            child.state = str(news["state"])
+            self._enter(child, str(news["state"]))
             if child.state == "running":
                 child.tries, child.since_running = 0, self._loop.clock()
                 child.failed = False
                 child.lines.clear()
             self._watch_waiting(child)
+
+    def _enter(self, child: Child, state: str) -> None:
+        old = child.state
+        if state != old:
+            child.state, child.since = state, time.time()
+            self._entered(child.name, old, state)
 
     def _watch_waiting(self, child: Child) -> None:
         """Somebody should be told when nobody scans (CONTRACT 2)."""
@@ -9211,7 +10034,7 @@ class Supervisor:
         child.life = None
         status = self._reap(child.process)
         child.process = None
-        child.state = "stop"
+        self._enter(child, "stop")
         self._loop.watch(child.listener, lambda: hang_up_waiting(child.listener))
         child.unserved = True
         self._watch_waiting(child)
@@ -9383,19 +10206,187 @@ class Proxy:
             reply = self._fetch(f"http://127.0.0.1:{port}{target}", method, fields,
                                 request.body or None, PROXY_SECONDS, request.sock, reads,
                                 0.0 if WAITS.match(request.path) else PATIENCE_SECONDS)
-            return self._response(reply)
+            return self._response(reply, request.sock)
         except TooSlow:
             raise TooSlow("client not reachable") from None
         except Unreachable:
             raise Unreachable("client not reachable") from None
 
-    def _response(self, reply: Reply) -> Response:
+    def _response(self, reply: Reply, caller: Optional[socket.socket]) -> Response:
         fields = {name.title(): value for name, value in reply.fields.items()
                   if name not in HOP_BY_HOP and name != "content-type"}
         kind = reply.fields.get("content-type", "")
+        if reply.kind == "text/event-stream":
+            return Response(b"", kind, reply.status, fields, self._events(reply, caller))
         if reply.length is None:
             return Response(b"", kind, reply.status, fields, reply.pieces(PROXY_SECONDS))
         return Response(reply.read(reply.length), kind, reply.status, fields)
+
+    def _events(self, reply: Reply, caller: Optional[socket.socket]) -> Iterator[bytes]:
+        """A stream, whose caller may leave while it is silent. A client that is well is never
+        silent for long."""
+        silent = 0.0
+
+        def look() -> None:
+            nonlocal silent
+            silent += PATIENCE_SECONDS
+            if caller and has_ended(caller):
+                raise Hangup()
+            if silent >= PROXY_SECONDS:
+                raise TimeoutError
+
+        for piece in reply.flow(PATIENCE_SECONDS, look):
+            silent = 0.0
+            yield piece
+
+
+class Source:
+    """One client's stream as the hub reads it. In the hub's loop only."""
+
+    def __init__(self, child: Child) -> None:
+        self.name, self.port = child.name, child.port
+        self.reply: Optional[Reply] = None   # None: being opened
+        self.rest = b""
+        self.current = False                 # what was kept has all been read
+
+    def read(self) -> Iterator[bytes]:
+        """Each event that has come, b"" where the present begins; EOFError, OSError."""
+        assert self.reply is not None
+        stream = self.reply.stream
+        data = stream.buffer or stream.sock.recv(65_536)
+        stream.buffer = b""
+        if not data:
+            raise EOFError
+        *blocks, self.rest = (self.rest + data).split(b"\n\n")
+        for block in blocks:
+            if block.startswith(b"retry:"):
+                yield b""
+            elif block.startswith((b"id:", b"data:")):
+                yield block.partition(b"data: ")[2]
+
+
+class Hub:
+    """All accounts' events in one stream, each with `client`: one thread reads the streams of all
+    clients, and only while somebody streams from here.
+
+    An account's own numbers tell what to ask it for; the hub's numbers are its streams' ids.
+    """
+
+    LINGER_SECONDS = 2.0         # after the last stream, for one that comes back
+    LOOK_SECONDS = 0.5           # between two looks for new clients
+    JOIN_SECONDS = 1.0           # a stream waits so long for what clients have kept
+
+    def __init__(self, children: Callable[[], Iterable[Child]], token: str, log: Log,
+                 fetch: Callable[..., Reply] = fetch) -> None:
+        self.store = Store(STREAM_LIMIT, room=STREAM_BYTES)
+        self._children, self._log, self._fetch = children, log, fetch
+        self._fields = {"Connection": "close"}  # the body is not chunked then
+        if token:
+            self._fields["Authorization"] = bearer(token)
+        self._crew = Crew(8, "hub", log, linger=1.0)
+        self._lock = threading.Lock()        # guards _loop, _until
+        self._loop: Optional[Loop] = None    # while there is somebody
+        self._until = 0.0
+        self._seen: Dict[str, int] = {}      # in the loop: client -> its last number
+        self._sources: Dict[str, Source] = {}
+        self._joining: List[Promise] = []
+
+    def stream(self, request: Request) -> Response:
+        """As Store.stream(), once it is known what the clients have kept."""
+        joined = Promise()
+        with self._lock:
+            self._until = time.monotonic() + self.LINGER_SECONDS
+            if self._loop is None:
+                self._loop = Loop(self._log)
+                spawn(self._loop.run, name="hub")
+                self._loop.call(self._look, self._loop)
+            self._loop.call(self._join, joined)
+        try:
+            request.wait(joined, self.JOIN_SECONDS)
+        except TimeoutError:
+            pass  # one of them does not answer
+        return self.store.stream(request)
+
+    def tell(self, event: Row, client: str) -> None:
+        """What the controller itself knows of a client."""
+        self.store.tell({**event, "client": client})
+
+    # -- in the loop
+
+    def _look(self, loop: Loop) -> None:
+        with self._lock:
+            if not self.store.followed() and loop.clock() >= self._until:
+                self._loop = None
+                return self._leave(loop)
+        for child in self._children():
+            if child.process is not None and child.name not in self._sources:
+                self._sources[child.name] = source = Source(child)
+                self._crew.submit(self._open, loop, source, self._seen.get(child.name, 0))
+        loop.later(self.LOOK_SECONDS, self._look, loop)
+
+    def _leave(self, loop: Loop) -> None:
+        for source in self._sources.values():
+            if source.reply:
+                source.reply.close()
+        self._sources = {}
+        loop.stop()
+
+    def _open(self, loop: Loop, source: Source, since: int) -> None:
+        """In the crew: clients that just begin let one wait."""
+        url = f"http://127.0.0.1:{source.port}/openqq/events?since={since}"
+        try:
+            reply = self._fetch(url, fields=self._fields, seconds=HEAD_SECONDS)
+        except Unreachable:
+            return loop.call(self._drop, loop, source)
+        loop.call(self._opened, loop, source, reply)
+
+    def _opened(self, loop: Loop, source: Source, reply: Reply) -> None:
+        source.reply = reply
+        if reply.kind != "text/event-stream" or self._sources.get(source.name) is not source:
+            return self._drop(loop, source)
+        loop.watch(reply.stream.sock, lambda: self._hear(loop, source))
+        if reply.stream.buffer:
+            self._hear(loop, source)
+
+    def _hear(self, loop: Loop, source: Source) -> None:
+        try:
+            for data in source.read():
+                self._take(source, data)
+        except (EOFError, OSError, ValueError):
+            self._drop(loop, source)
+
+    def _take(self, source: Source, data: bytes) -> None:
+        if not data:
+            source.current = True
+            return self._check_joined()
+        event = from_bytes(data)
+        if "seq" in event:
+            self._seen[source.name] = event["seq"]
+            self.store.add({**event, "client": source.name})
+        elif event.get("event") != "state_change":  # we know those of the dead as well
+            self.tell(event, source.name)
+
+    def _drop(self, loop: Loop, source: Source) -> None:
+        """It is asked again at the next look, if it is still there."""
+        if source.reply:
+            try:
+                loop.unwatch(source.reply.stream.sock)
+            except (KeyError, ValueError):
+                pass  # it never was a stream
+            source.reply.close()
+        if self._sources.get(source.name) is source:
+            del self._sources[source.name]
+        self._check_joined()
+
+    def _join(self, joined: Promise) -> None:
+        self._joining.append(joined)
+        self._check_joined()
+
+    def _check_joined(self) -> None:
+        if all([source.current for source in self._sources.values()]):
+            joining, self._joining = self._joining, []
+            for promise in joining:
+                promise.keep(True)
 
 
 TEMPLATE = '''\
@@ -9561,8 +10552,10 @@ class Controller:
         self.pages = LocalPages(self.network)
         launcher = Launcher(self.flavour, settings, self.url, self.pages.key_for)
         self.supervisor = Supervisor(self.loop, launcher, log, settings.restart != "never",
-                                     self._changed, self._report, self._child_gone)
+                                     self._changed, self._report, self._child_gone,
+                                     self._child_entered)
         self.ports = Ports(settings.backend_start_port)
+        self.hub = Hub(lambda: list(self.supervisor.children.values()), settings.token, log)
         if settings.post_api:
             self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
                                       self.loop, log, lambda event, answer: None)
@@ -9679,6 +10672,11 @@ class Controller:
         directory = _path(child.given.get("tmpdir", "")) or self.settings.tmpdir
         return os.path.join(directory, f"{self.flavour.file_prefix}{what}_{child.name}")
 
+    def link_of(self, child: Child) -> str:
+        """Where a child's messages come from: onebot or local."""
+        given = {**inherited(self.flavour), **child.given}
+        return "onebot" if given.get("onebot_api") else "local"
+
     def shelf_of(self, child: Child) -> Shelf:
         """A child's pictures."""
         return Shelf(self._start_of(child, "media") + "_", self.log)
@@ -9704,10 +10702,15 @@ class Controller:
             self.log.warn(f"{self.settings.backend_path} cannot be written: {error.strerror}")
 
     def _report(self, event: str, *params: Json) -> None:
+        """Every event of ours begins with the client's name."""
+        row = {"event": event, "params": list(params), "post_type": "event"}
+        self.hub.tell(row, str(params[0]))
         if self._reporter:
-            row = {"event": event, "params": list(params), "post_type": "event"}
             self._reporter.add(row, "")
             self._reporter.flush()
+
+    def _child_entered(self, name: str, old: str, new: str) -> None:
+        self.hub.tell({"event": "state_change", "params": [old, new], "post_type": "event"}, name)
 
     def _child_gone(self, name: str) -> None:
         self.network.loop.call(self.network.settle, self.network.logins.detach, name)
@@ -9747,7 +10750,8 @@ class ControllerApi:
                  ("stop_client", ACT, self.stop_client),
                  ("delete_client", ACT, self.delete_client),
                  ("check_client", READ, self.check_client),
-                 ("get_qrcode", READ, self.get_qrcode)]
+                 ("get_qrcode", READ, self.get_qrcode),
+                 ("events", "GET", self.events)]
         return [Route(prefix + path, methods, handler)
                 for prefix in ("/openqq/", "/openwx/") for path, methods, handler in table
                 ] + [Route("/", READ, self.index, open=True), HEALTH,
@@ -9837,7 +10841,9 @@ class ControllerApi:
         controller = self._controller
         row = read_json(controller.path_of(child, "state_path"), controller.log)
         lives = child.process is not None and row.get("pid") == child.pid
-        row = {**row, "account": child.name, "pid": child.pid, "port": child.port}
+        row = {**row, "account": child.name, "pid": child.pid, "port": child.port,
+               "restarts": max(0, child.restarts), "since": str(int(child.since)),
+               "link": controller.link_of(child)}
         if lives:
             return row
         if child.alive():
@@ -9852,6 +10858,12 @@ class ControllerApi:
         path = self._controller.path_of(child, "qrcode_path")
         return qrcode_response(read_file(path) if child.process else None,
                                self._controller.flavour)
+
+    def events(self, request: Request) -> Response:
+        """A stream of one client's events, or of all clients'."""
+        if request.params.get("client"):
+            return self._proxy.forward(request, self._alive(request).port)
+        return self._controller.hub.stream(request)
 
     def proxy(self, request: Request) -> Response:
         """Everything else goes to the client that is named."""
@@ -9876,13 +10888,8 @@ class ControllerApi:
 
     def index(self, request: Request) -> Response:
         """What a browser sees at /."""
-        settings, prefix = self._controller.settings, self._controller.flavour.prefix
-        lines = "\n".join(f"{settings.public_url}{prefix}{call}" for call in (
-            "start_client?client=NAME", "get_qrcode?client=NAME", "check_client",
-            "get_friend_info?client=NAME", "send_friend_message?client=NAME&uid=…&content=hello",
-            "check_event?client=NAME", "stop_client?client=NAME"))
-        return page(INDEX_BODY, {"what": "This is the controller, for many accounts.",
-                                 "lines": lines})
+        controller = self._controller
+        return dashboard(dashboard_config(controller.flavour, controller.settings, ""))
 
 
 def request_echo(request: Request) -> Row:

@@ -3362,11 +3362,11 @@ PLUGINS = [
 
 def assert_state_row(row, face):
     """The state file's content, or check_client's."""
-    assert set(row) == set(STATE_KEYS + ["port"] * face.controlled)
+    assert set(row) == set(STATE_KEYS + ["port", "restarts", "since", "link"] * face.controlled)
     assert (row["account"], row["mode"], row["os"]) == ("alice", "online", sys.platform)
     for name, value in row.items():
         if name not in ("plugin", "log_encoding", "log_path", "previous_state"):
-            assert type(value) is (int if name in ("pid", "port") else str), name
+            assert type(value) is (int if name in ("pid", "port", "restarts") else str), name
     assert (row["log_encoding"], row["log_path"]) == (None, None)
     for kind, end in ("cookie", "dat"), ("pid", "pid"), ("qrcode", "jpg"), ("state", "json"):
         assert row[kind + "_path"] == face.path(f"{kind}_alice.{end}")
@@ -10330,6 +10330,715 @@ def test_a_log_file_that_is_rotated_100_times_loses_no_line(start, tmp_path):
     text = "".join(read_text(each) for each in files)
     found = [int(number) for number in re.findall(r" : line (\d+)\.", text)]
     assert found == list(range(counts[0])), "each line once, and in order"
+
+
+# ------------------------------------------------------------------------------------------------
+# Events as a stream
+# ------------------------------------------------------------------------------------------------
+
+class Follower:
+    """A stream of server-sent events as it comes; wait() gives each once, as (id, event)."""
+
+    def __init__(self, base, path="/openqq/events", **fields):
+        parts = urllib.parse.urlsplit(base)
+        self.connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
+        self.connection.request("GET", path, headers={
+            name.replace("_", "-"): value for name, value in fields.items()})
+        self.answer = self.connection.getresponse()
+        self.sock = self.answer.fp.raw._sock
+        self.heard, self.ids = Heard(), []
+        assert (self.answer.status, self.answer.headers["Content-Type"]) == (
+            200, "text/event-stream")
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        fields = {}
+        try:
+            for line in self.answer:
+                name, _, value = line.decode().rstrip("\n").partition(": ")
+                if name == "retry":
+                    self.heard.add("retry", value)
+                fields[name] = value
+                if name == "" and "data" in fields:
+                    self.ids += [fields["id"]] if "id" in fields else []
+                    self.heard.add("event", (fields.get("id"), json.loads(fields["data"])))
+                if name == "":
+                    fields = {}
+        except (OSError, http.client.HTTPException, ValueError):
+            pass  # cut
+        self.heard.add("end", None)
+        self.connection.close()
+
+    def wait(self, **wanted):
+        """The next event that has all these members and was not yet given."""
+        return self.heard.wait("event", lambda pair: wanted.items() <= pair[1].items())
+
+    def news(self, event, client=None):
+        """The params of the next event of this name."""
+        return self.heard.wait("event", lambda pair: pair[1].get("event") == event and (
+            client is None or pair[1].get("client") == client))[1]["params"]
+
+    def close(self):
+        hang_up(self.sock)
+
+
+@pytest.fixture
+def follow():
+    """follow(base, path, **fields) makes a Follower that ends with the test."""
+    made = []
+
+    def begin(*args, **fields):
+        made.append(Follower(*args, **fields))
+        return made[-1]
+
+    yield begin
+    for follower in made:
+        follower.close()
+
+
+def streamed(face, since=None):
+    """The path of an account's stream."""
+    query = {"client": face.account} if face.controlled else {}
+    query.update({} if since is None else {"since": since})
+    return "/openqq/events?" + urllib.parse.urlencode(query)
+
+
+def held_sockets(*pids):
+    """How many each process holds."""
+    return [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
+
+
+def test_a_stream_tells_what_comes_and_takes_nothing_from_check_event(face, follow):
+    face.call("send_friend_message", name="小灰", content="before the stream")
+    stream = follow(face.base, streamed(face))
+    stream.heard.wait("retry")
+    said = f"what comes {random.random()}"
+    face.call("send_friend_message", name="小冰", content=said)
+    number, sent = stream.wait(content=said, post_type="send_message")
+    later, received = stream.wait(content=said, post_type="receive_message")
+    assert [int(number), int(later)] == [sent["seq"], received["seq"]]
+    kept = face.call("check_event")
+    assert kept[-2:] == [sent, received] and kept[-3]["content"] == "before the stream"
+    assert "before the stream" not in [row[1][1].get("content") for row in stream.heard.rows
+                                       if row[0] == "event"]
+
+
+def test_a_stream_goes_on_after_the_last_event_id_and_that_wins_over_since(face, follow):
+    for word in "one", "two", "three":
+        face.call("send_friend_message", name="小灰", content=word)
+    rows = face.call("check_event", since=0)[-3:]
+    assert [row["content"] for row in rows] == ["one", "two", "three"]
+    first = str(rows[0]["seq"])
+    for fields, since in [({"Last_Event_ID": first}, 0), ({}, first)]:
+        stream = follow(face.base, streamed(face, since), **fields)
+        stream.heard.wait("retry")
+        assert [stream.wait()[1], stream.wait()[1]] == rows[1:]
+    for bad in "x", "-1", "1" * 19, "１":
+        status, _, body = request(face.base, streamed(face, bad))
+        assert (status, json.loads(body)["code"]) == (400, 400)
+    assert request(face.base, streamed(face), "HEAD")[0] == 403
+
+
+def test_a_stream_answers_in_any_state_tells_each_change_and_ends_with_the_client(fresh, follow):
+    face = fresh()
+    assert eventually(lambda: face.program.state("alice")["state"] == "scaning")
+    stream = follow(face.base, streamed(face))
+    stream.heard.wait("retry")
+    assert confirm(face, face.ticket())[0] == 200
+    changes = [stream.news("state_change")]
+    while changes[-1][1] != "running":
+        changes.append(stream.news("state_change"))
+    assert [new for _, new in changes] == ["confirming", "updating", "running"]
+    assert stream.news("login") == [1]
+    assert all(number is None for _, (number, event) in stream.heard.rows[1:]
+               if event.get("event") in ("state_change", "login"))  # nothing to resume from
+    face.call("send_friend_message", name="小灰", content="kept")
+    assert [event.get("content") for event in face.call("check_event", since=0)] == ["kept"]
+    assert face.program.stop() == 0
+    assert stream.news("state_change") == ["running", "stop"] and stream.news("stop") == []
+    stream.heard.wait("end")
+
+
+def test_the_controllers_stream_joins_all_accounts_also_those_to_come(start, follow):
+    controller = start("controller")
+    controller.login("alice")
+    controller.login("bob")
+    controller.call("send_friend_message", client="alice", name="小灰", content="too early")
+    stream = follow(controller.base)
+    stream.heard.wait("retry")
+    for name in "alice", "bob":
+        controller.call("send_friend_message", client=name, name="小灰", content="from " + name)
+        number, event = stream.wait(content="from " + name)
+        assert event["client"] == name and event["class"] == "send"
+        assert event["seq"] in [row["seq"] for row in controller.call(
+            "check_event", client=name, since=0)]
+    controller.call("start_client", client="carol")
+    assert stream.news("state_change", "carol") == ["init", "loading"]
+    controller.call("/local/login", client="carol")
+    controller.call("/local/say", client="carol", **{"from": "小灰"}, content="to carol")
+    assert stream.wait(content="to carol")[1]["client"] == "carol"
+    os.kill(controller.state("carol")["pid"], signal.SIGKILL)
+    while stream.news("state_change", "carol")[1] != "stop":
+        pass  # a dead client cannot tell of it
+    assert "too early" not in [row[1][1].get("content") for row in stream.heard.rows
+                               if row[0] == "event"]
+    assert stream.ids == sorted(stream.ids, key=int) and len(set(stream.ids)) == len(stream.ids)
+
+    stream.close()
+    controller.call("send_friend_message", client="alice", name="小灰", content="while away")
+    back = follow(controller.base, Last_Event_ID=number)
+    back.heard.wait("retry")
+    contents = {row[1][1].get("content") for row in back.heard.rows if row[0] == "event"}
+    assert {"to carol", "while away"} <= contents and not contents & {"from alice", "from bob"}
+    assert controller.stop() == 0
+    back.heard.wait("end")
+
+
+class OneChild:
+    """A client as the hub sees it."""
+
+    def __init__(self, face, name):
+        self.name, self.port, self.process = name, face.program.port, object()
+
+
+def hub_request(since=None):
+    """What asks a hub that runs in this process."""
+    query = "" if since is None else f"?since={since}"
+    return openqq.Request("GET", "/openqq/events" + query, {"host": "localhost"}, b"", "127.0.0.1")
+
+
+def heard_by(pieces):
+    """The events of a stream's next piece that has some, as (id, content)."""
+    for piece in pieces:
+        found = [(int(number), json.loads(data).get("content")) for number, data in re.findall(
+            rb"^id: (\d+)\ndata: (.*)$", piece, re.MULTILINE)]
+        if found:
+            return found
+
+
+def test_the_hub_reads_only_while_somebody_looks_and_then_misses_nothing(alone):
+    hub = openqq.Hub(lambda: [OneChild(alone, "alice")], "", openqq.Log())
+    hub.LINGER_SECONDS = hub.LOOK_SECONDS = 0.05
+
+    def reading():
+        return [thread for thread in threading.enumerate() if thread.name == "hub"]
+
+    pid, idle = alone.program.pid, held_sockets(alone.program.pid)
+    pieces = hub.stream(hub_request()).pieces
+    assert next(pieces) == b"retry: 1000\n\n" and reading()
+    alone.call("send_friend_message", name="小灰", content="first")
+    [(last, content)] = heard_by(pieces)
+    assert content == "first"
+    pieces.close()
+    assert eventually(lambda: not hub._loop and held_sockets(pid) <= idle)
+    alone.call("send_friend_message", name="小灰", content="second")
+    pieces = hub.stream(hub_request(last)).pieces
+    assert [content for _, content in heard_by(pieces)] == ["second"]
+    pieces.close()
+
+
+def test_who_leaves_a_stream_leaves_nothing_behind(pair, follow):
+    pids = [pair.pid, pair.state("alice")["pid"]]
+    before = held_sockets(*pids)
+    for path in ("/openqq/events?client=alice", "/openqq/events"):
+        streams = [follow(pair.base, path) for _ in range(8)]
+        for stream in streams:
+            stream.heard.wait("retry")
+        for stream in streams:
+            stream.close()
+    assert eventually(lambda: all(now <= then for now, then in zip(held_sockets(*pids), before))), (
+        before, held_sockets(*pids))
+
+
+def test_a_reader_too_far_behind_is_cut_off_and_what_is_kept_has_a_bound():
+    store = openqq.Store(2000)
+    pieces = store.stream(hub_request()).pieces
+    assert next(pieces) == b"retry: 1000\n\n"
+    for number in range(openqq.STREAM_LIMIT + 1):
+        store.add({"number": number})
+    assert not store.followed()
+    data = b"".join(pieces)  # it ends
+    assert data.count(b"data: ") == openqq.STREAM_LIMIT + 1
+    wide = openqq.Store(2000)
+    pieces = wide.stream(hub_request()).pieces
+    next(pieces)
+    for _ in range(17):
+        wide.add({"picture": "x" * 1024 * 1024})
+    assert not wide.followed()
+    narrow = openqq.Store(2000, room=1000)
+    for _ in range(50):
+        narrow.add({"picture": "x" * 100})
+    assert 100 < len(narrow.take(0, None)) <= 1000 + 10
+    narrow.add({"picture": "x" * 2000})
+    assert len(json.loads(narrow.take(0, None))) == 1  # the newest is always kept
+
+
+def test_a_silent_stream_says_that_it_lives():
+    def wait(promise, seconds):
+        assert seconds == openqq.STREAM_SECONDS <= 30
+        raise TimeoutError
+
+    asked = hub_request()
+    asked.wait = wait
+    pieces = openqq.Store(20).stream(asked).pieces
+    assert [next(pieces) for _ in range(3)] == [b"retry: 1000\n\n", b":\n\n", b""]
+    assert next(pieces) == b":\n\n"
+
+
+def test_check_client_tells_restarts_since_when_and_whence(start):
+    controller = start("controller")
+    controller.login("alice")
+    controller.call("start_client", client="me", onebot_api="ws://127.0.0.1:9")
+    row = controller.state("alice")
+    assert (row["restarts"], row["link"]) == (0, "local")
+    assert abs(int(row["since"]) - time.time()) < 60
+    assert controller.state("me")["link"] == "onebot"
+    os.kill(row["pid"], signal.SIGKILL)
+    assert eventually(lambda: controller.state("alice")["restarts"] == 1
+                      and controller.state("alice")["state"] == "running")
+    assert int(controller.state("alice")["since"]) >= int(row["since"])
+
+
+def test_check_client_of_a_client_alone_is_about_itself(alone):
+    for prefix in "/openqq/", "/openwx/":
+        [row] = alone.program.call(prefix + "check_client")["client"]
+        assert (row["account"], row["state"], row["port"], row["restarts"], row["link"]) == (
+            "alice", "running", alone.program.port, 0, "local")
+
+
+# ------------------------------------------------------------------------------------------------
+# The dashboard
+# ------------------------------------------------------------------------------------------------
+
+DRIVER = shutil.which("chromedriver")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
+    "google-chrome")
+
+
+class Browser:
+    """Chromium without a window, through chromedriver's HTTP protocol (W3C WebDriver)."""
+
+    ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+
+    def __init__(self, tmpdir, language="en"):
+        self.driver = subprocess.Popen([DRIVER, "--port=0"], stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        port = Log(self.driver.stdout).wait(r"successfully on port (\d+)").group(1)
+        self.base, self.session = f"http://127.0.0.1:{port}", ""
+        words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                 f"--user-data-dir={tmpdir}", f"--lang={language}"]
+        self.session = self.do("POST", "/session", capabilities={"alwaysMatch": {
+            "browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL"},
+            "goog:chromeOptions": {"binary": CHROMIUM, "args": words}}})["sessionId"]
+        self.session = "/session/" + self.session
+
+    def do(self, method, path, **body):
+        """One command's value."""
+        data = json.dumps(body).encode() if method == "POST" else None
+        status, _, answer = request(self.base, self.session + path, method, data,
+                                    {"Content-Type": "application/json"})
+        value = json.loads(answer)["value"]
+        assert status == 200, f"{path}: {value['message']}"
+        return value
+
+    def open(self, url):
+        """Go there."""
+        self.do("POST", "/url", url=url)
+
+    def run(self, script, *args):
+        """What a function body returns on the page."""
+        return self.do("POST", "/execute/sync", script=script, args=list(args))
+
+    def chrome(self, command, **params):
+        """A command of the DevTools protocol, for what WebDriver has not."""
+        return self.do("POST", "/goog/cdp/execute", cmd=command, params=params)
+
+    def find(self, css, text=""):
+        """The first element that can be seen, with this text if one is given, once it is there."""
+        return eventually(lambda: self.run(
+            "return [...document.querySelectorAll(arguments[0])].find((node) => "
+            "node.checkVisibility() && !node.disabled && "
+            "[node.textContent, ''].includes(arguments[1]))", css, text)) or pytest.fail(
+                f"{css!r} {text!r} is not on the page:\n" + self.text())
+
+    def click(self, css, text=""):
+        """Press a button as a hand does."""
+        element = self.find(css, text)
+        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+        self.do("POST", f"/element/{element[self.ELEMENT]}/click")
+
+    def type(self, css, text):
+        """Type into a field."""
+        element = self.find(css)
+        self.run("arguments[0].value = ''", element)
+        self.do("POST", f"/element/{element[self.ELEMENT]}/value", text=text)
+
+    def choose(self, css, label):
+        """Choose an option by its text, once there is one."""
+        assert eventually(lambda: self.run(
+            "const [css, label] = arguments, select = document.querySelector(css);"
+            "const found = [...select.options].find((one) => one.textContent === label);"
+            "if (!found) return false; if (select.value === found.value) return true;"
+            "select.value = found.value; select.dispatchEvent(new Event('change'));"
+            "return true", css, label)), label + " is no choice:\n" + self.text()
+
+    def text(self, css="body"):
+        """All that can be read there."""
+        return self.run("return document.querySelector(arguments[0]).innerText", css)
+
+    def reads(self, css, text):
+        """Wait until it can be read there."""
+        assert eventually(lambda: text in self.text(css)), f"{text!r} not in {self.text(css)!r}"
+
+    def complaints(self):
+        """What scripts and policies have complained of since the last call."""
+        return [row["message"] for row in self.do("POST", "/se/log", type="browser")
+                if row["level"] == "SEVERE" and row["source"] != "network"]
+
+    def close(self):
+        """End it."""
+        try:
+            self.do("DELETE", "")
+        finally:
+            self.driver.terminate()
+            self.driver.wait()
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """One browser for all tests."""
+    if not (DRIVER and CHROMIUM):
+        pytest.skip("no browser here: chromium and chromedriver (Debian: chromium-driver) needed")
+    found = Browser(tmp_path_factory.mktemp("chromium"))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    """That browser, on a desk, in English; whatever a test let happen, no script complained."""
+    chromium.chrome("Emulation.setDeviceMetricsOverride", width=1280, height=900,
+                    deviceScaleFactor=1, mobile=False)
+    chromium.complaints()
+    yield chromium
+    assert chromium.complaints() == []
+    chromium.open("about:blank")
+
+
+@pytest.fixture(scope="session")
+def board(tmp_path_factory):
+    """A controller with alice and bob for the browser's tests; alice owns the group."""
+    program = Program(tmp_path_factory.mktemp("board"), "controller").ready()
+    program.login("alice")
+    program.login("bob")
+    yield program
+    assert program.stop() == 0
+    assert "Traceback" not in program.log.text()
+
+
+def talk_as(browser, speaker, peer, content):
+    """Say something in the chat."""
+    browser.choose("#speaker", speaker)
+    browser.choose("#peer", peer)
+    browser.type("#content", content)
+    browser.click("#say button")
+
+
+def test_an_account_is_started_scanned_spoken_with_and_stopped_on_the_page(board, browser):
+    browser.open(board.base + "/")
+    browser.type("#name", "carol")
+    browser.click("#begin details:last-of-type summary")
+    browser.type("input[name=check_event_list_max_size]", "7")
+    browser.click("#begin button.main")
+    browser.reads("#said", "carol started on port ")
+    code = browser.find("[data-account=carol] img")
+    assert eventually(lambda: browser.run("return arguments[0].naturalWidth", code))
+    if ZBAR:
+        picture = browser.do("GET", f"/element/{code[Browser.ELEMENT]}/screenshot")
+        url = read_file_by_zbar(base64.b64decode(picture))
+    else:
+        url = board.log.wait(r"(http://\S+/local/scan\?ticket=\w+)").group(1)
+    page = browser.do("GET", "/window")
+    phone = browser.do("POST", "/window/new", type="tab")["handle"]
+    browser.do("POST", "/window", handle=phone)
+    browser.open(url)
+    browser.click("button")
+    browser.reads("body", "登录成功")
+    browser.do("DELETE", "/window")
+    browser.do("POST", "/window", handle=page)
+    browser.find("[data-account=carol][data-state=running]")
+    assert not browser.run("return arguments[0].checkVisibility()", code)
+
+    talk_as(browser, "carol", "小冰", "hello from the page")
+    browser.reads("#talk", "carol\nhello from the page\n小冰\nhello from the page")
+    browser.reads("#events", "carol → 小冰\nhello from the page")
+    talk_as(browser, "小灰", "carol", "from a resident")
+    browser.reads("#talk", "小灰\nfrom a resident")
+
+    browser.click("[data-account=carol] button", "Stop")
+    browser.reads("#said", "carol has stopped.")
+    browser.find("[data-account=carol][data-state=stop]")
+    browser.click("[data-account=carol] button", "Start")
+    browser.find("[data-account=carol][data-state=running]")  # by the cookie
+    started = board.call("start_client", client="carol")
+    assert (started["status"], started["check_event_list_max_size"]) == (
+        "client already exists", "7")
+    browser.click("[data-account=carol] button", "Log in again")
+    browser.reads("#said", "carol shows a new QR code in a moment.")
+    board.call("delete_client", client="carol")
+
+
+def test_a_simulated_phone_is_a_button_on_the_network_inside_and_nowhere_else(board, browser):
+    browser.open(board.base + "/")
+    board.call("start_client", client="dave")  # somebody else did; the page hears of it
+    board.call("start_client", client="erin", onebot_api="ws://127.0.0.1:9")
+    browser.find("[data-account=dave][data-state=scaning] img")
+    browser.click("[data-account=dave] button", "Log in here")
+    browser.reads("#said", "dave is logged in.")
+    browser.find("[data-account=dave][data-state=running]")
+    browser.find("[data-account=erin][data-state=scaning]")
+    browser.reads("[data-account=erin] .error", "refused")
+    assert "Log in here" not in browser.text("[data-account=erin]")
+    for name in "dave", "erin":
+        board.call("delete_client", client=name)
+    assert eventually(lambda: not browser.run(
+        "return document.querySelector('[data-account=dave], [data-account=erin]')"))
+
+
+def test_the_owner_mutes_and_kicks_on_the_page(board, browser):
+    browser.open(board.base + "/")
+    talk_as(browser, "alice", "OpenQQ (group)", "小冰, are you there?")
+    browser.reads("#talk", "小冰\n小冰, are you there?")
+    browser.type("#minutes", "3")
+    browser.click("[data-member=小冰] button", "Mute")
+    browser.reads("#said", "小冰 is muted for 3 minutes.")
+    said = board.call("/local/say", client="alice", **{"from": "小冰"}, content="mm",
+                      type="group_message", to="OpenQQ")
+    assert said["code"] == 8
+    browser.choose("#speaker", "bob")
+    browser.choose("#peer", "OpenQQ (group)")
+    browser.click("[data-member=小灰] button", "Kick")
+    browser.reads("#said", "It did not work: failure")
+    browser.choose("#speaker", "alice")
+    browser.choose("#peer", "OpenQQ (group)")
+    browser.click("[data-member=小灰] button", "Kick")
+    browser.reads("#said", "小灰 is out of the group.")
+    assert eventually(lambda: not browser.run("return document.querySelector('[data-member=小灰]')"))
+
+
+HOSTILE_TEXTS = [
+    shape.replace("X", "window.hurt=1") for shape in (
+        "<script>X</script>", "<img src=x onerror=X>", "<svg onload=X>", "\"><script>X</script>",
+        "'-X-'", "</script><script>X</script>", "<iframe srcdoc='<script>parent.X</script>'>",
+        "<a href=javascript:X>x</a>", "javascript:X", "${X}", "{{X}}", "{name}<b onclick=X>",
+        "<style>*{display:none}</style>", "<base href=//evil.example/>", "</title><script>X",
+        "<details open ontoggle=X>", "<input autofocus onfocus=X>", "<body onload=X>",
+        "<math><mi xlink:href=data:x,X>", "<!--><img src=x onerror=X>-->", "&lt;script&gt;X",
+        "&#60;img src=x onerror=X&#62;", "<object data=javascript:X>", "<embed src=javascript:X>",
+        "<form action=javascript:X><button>", "<meta http-equiv=refresh content=0>", "\u202eX",
+        "<template><script>X</script></template>", "<video><source onerror=X>", "`X`", "__proto__",
+        "constructor", "toString", "hasOwnProperty", "$&$`$'", "%3Cscript%3EX", "\\u003cscript>X",
+        "<link rel=stylesheet href=//evil.example>", "<marquee onstart=X>", "<noscript><p title=X>",
+        "<textarea><script>X</script>", "data:text/html,<script>X</script>", "<plaintext>",
+        "<table background=javascript:X>", "id: 9\ndata: {}", "\u2028X", "<xmp><script>X",
+        "]]><script>X</script>", "<select onfocus=X autofocus>", "W" * 300)]
+
+
+def shown_texts(browser):
+    """The contents of the messages that are shown."""
+    return browser.run(
+        "return [...document.querySelectorAll('#events .text')].map((one) => one.textContent)")
+
+
+def test_fifty_hostile_names_and_messages_run_nothing(board, browser):
+    assert len(HOSTILE_TEXTS) == 50
+    browser.open(board.base + "/")
+    browser.reads("#live", "live")
+    for number, text in enumerate(HOSTILE_TEXTS):
+        uid = str(9000 + number)
+        for change in ({"do": "add", "what": "person", "uid": uid, "name": text},
+                       {"do": "add", "what": "friend", "uid": uid, "in": "bob"},
+                       {"do": "add", "what": "group_member", "uid": uid, "in": "OpenQQ"}):
+            assert board.call("/local/change", **change)["code"] == 0
+        said = board.call("/local/say", client="bob", **{"from": uid}, content=text)
+        assert said["code"] == 0, text
+    browser.choose("#speaker", "bob")
+    browser.choose("#peer", "OpenQQ (group)")
+    assert eventually(lambda: browser.run(
+        "return document.querySelectorAll('#members li').length") >= 50)
+    browser.type("#filter", "→ bob")
+    assert eventually(lambda: set(HOSTILE_TEXTS) <= set(shown_texts(browser))), (
+        set(HOSTILE_TEXTS) - set(shown_texts(browser)))
+    named = browser.run(
+        "return [...document.querySelectorAll('#members bdi')].map((one) => one.textContent)")
+    choices = browser.run("return [...document.querySelector('#peer').options].map("
+                          "(one) => one.textContent)")
+    assert not set(HOSTILE_TEXTS) - set(named) and len(set(choices)) >= 50
+    assert browser.run("return [window.hurt, Object.prototype.code]") == [None, None]
+    assert browser.run(
+        "const own = new Set('HTML HEAD META TITLE STYLE BODY HEADER H1 SPAN P FORM DIV H2 INPUT "
+        "BUTTON MAIN SECTION ARTICLE H3 BDI IMG DETAILS SUMMARY LABEL SMALL SELECT OPTION OL UL "
+        "LI TIME B SCRIPT'.split(' '));"
+        "return [...document.querySelectorAll('*')].filter((one) => !own.has(one.tagName) || "
+        "[...one.attributes].some((a) => a.name.startsWith('on'))).map((one) => one.outerHTML)"
+        ) == []
+    assert browser.run("return document.scripts.length") == 2
+    browser.chrome("Emulation.setDeviceMetricsOverride", width=320, height=600,
+                   deviceScaleFactor=1, mobile=True)
+    assert browser.run("return document.documentElement.scrollWidth") == 320
+
+
+def test_the_page_fits_a_narrow_window(board, browser):
+    browser.open(board.base + "/")
+    browser.find("[data-account=bob][data-state=running]")
+    browser.find("#talk")
+    for width in 320, 400, 1600:
+        browser.chrome("Emulation.setDeviceMetricsOverride", width=width, height=600,
+                       deviceScaleFactor=1, mobile=width < 500)
+        browser.run("for (const one of document.querySelectorAll('details')) one.open = true")
+        assert browser.run("const page = document.documentElement;"
+                           "return page.scrollWidth <= page.clientWidth && innerWidth") == width
+        assert browser.run(
+            "return [...document.querySelectorAll('button, input, select, h2')].filter((one) => {"
+            "const box = one.getBoundingClientRect();"
+            "return one.checkVisibility() && (box.left < 0 || box.right > innerWidth)})"
+            ".map((one) => one.outerHTML)") == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_can_be_read_by_day_and_by_night(board, browser, scheme):
+    """Contrast of all text against what is behind it, as WCAG 2 (AA) has it."""
+    browser.chrome("Emulation.setEmulatedMedia",
+                   features=[{"name": "prefers-color-scheme", "value": scheme}])
+    browser.open(board.base + "/")
+    browser.find("[data-account=bob][data-state=running]")
+    colors = browser.run("""
+        const behind = (node) => { for (; node; node = node.parentElement) {
+          const color = getComputedStyle(node).backgroundColor;
+          if (color !== "rgba(0, 0, 0, 0)") return color; } };
+        return [...document.querySelectorAll("h1, h2, h3, p, span, small, button, summary, label")]
+          .filter((one) => one.checkVisibility() && one.textContent.trim() && !one.disabled)
+          .map((one) => [getComputedStyle(one).color, behind(one), one.textContent])""")
+
+    def light(color):
+        parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+        red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+                            for part in parts]
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05
+
+    assert len(colors) > 20
+    for text, back, words in colors:
+        bright, dim = sorted([light(text), light(back)], reverse=True)
+        assert bright / dim >= 4.5, (words, text, back)
+    assert (light(colors[0][1]) < 0.2) == (scheme == "dark")
+
+
+def test_the_page_speaks_the_browsers_language(board, browser):
+    agent = browser.run("return navigator.userAgent")
+    try:
+        for language, title, state in ("zh-CN", "启动账号", "运行中"), ("fr", "Start an account",
+                                                                  "running"):
+            browser.chrome("Emulation.setUserAgentOverride", userAgent=agent,
+                           acceptLanguage=language)
+            browser.open(board.base + "/")
+            browser.reads("body", title)
+            browser.find("[data-account=bob]")
+            browser.reads("[data-account=bob]", state)
+    finally:
+        browser.chrome("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage="en-US")
+
+
+def test_every_word_of_the_page_has_its_chinese():
+    script, body = openqq.DASHBOARD_SCRIPT, openqq.DASHBOARD_BODY
+    table = script[script.index("const ZH"):script.index("};")]
+    known = {json.loads(f'"{word}"') for word in re.findall(r'"([^"]+)":\s+"', table)}
+    used = set(re.findall(r' data-t[^>]*>([^<]+)<', body))
+    used |= set(re.findall(r'\b(?:t|button)\("([^"]+)"', script))
+    assert len(used) > 30 and not used - known
+    assert set(openqq.NEXT_STATES) - {""} <= known
+
+
+def test_messages_are_filtered_and_wait_while_the_page_is_paused(board, browser):
+    browser.open(board.base + "/")
+    browser.reads("#live", "live")
+
+    def speak(content):
+        board.call("/local/say", client="alice", **{"from": "小冰"}, content=content)
+
+    speak("apple")
+    speak("pear")
+    browser.reads("#events", "pear")
+    events = browser.text("#events")
+    assert events.index("pear") < events.index("apple")  # the newest first
+    browser.type("#filter", "小冰 APPLE")
+    assert eventually(lambda: "pear" not in browser.text("#events"))
+    assert "apple" in browser.text("#events")
+    browser.click("#pause")
+    speak("apple the second")
+    browser.reads("#pause", "Resume (1)")
+    assert "second" not in browser.text("#events")
+    browser.click("#pause")
+    browser.reads("#events", "apple the second")
+    assert browser.text("#pause") == "Pause"
+
+
+def test_the_page_asks_once_for_the_token_and_keeps_it_for_the_tab(guarded, browser):
+    source = request(guarded.base, "/")[2].decode()
+    assert TOKEN not in source and "alice" not in source
+    browser.open(guarded.base + "/")
+    for number, word in enumerate(["wrong", TOKEN]):
+        browser.reads("#lock", ["The token that this", "That is not the token"][number])
+        assert "alice" not in browser.text()
+        browser.type("#token", word)
+        browser.click("#lock button")
+    browser.find("[data-account=alice][data-state=running]")
+    talk_as(browser, "alice", "小冰", "behind a token")
+    browser.reads("#talk", "小冰\nbehind a token")
+    browser.reads("#live", "live")
+    browser.open(guarded.base + "/?again")
+    browser.find("[data-account=alice][data-state=running]")
+    assert TOKEN not in browser.run("return location.href + document.cookie + "
+                                    "JSON.stringify(localStorage)")
+    other = browser.do("POST", "/window/new", type="tab")["handle"]
+    page = browser.do("GET", "/window")
+    browser.do("POST", "/window", handle=other)
+    browser.open(guarded.base + "/")
+    browser.reads("#lock", "The token that this")
+    browser.do("DELETE", "/window")
+    browser.do("POST", "/window", handle=page)
+
+
+def test_the_page_of_a_client_alone_is_about_its_account(alone, browser):
+    browser.open(alone.program.base + "/")
+    browser.find("[data-account=alice][data-state=running]")
+    assert "Start an account" not in browser.text()
+    talk_as(browser, "alice", "小冰", "on my own")
+    browser.reads("#talk", "小冰\non my own")
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_runs_only_its_own_script(pair, alone):
+    seen = set()
+    for base in [pair.base, alone.program.base] * 2:
+        status, fields, body = request(base, "/")
+        policy = fields["content-security-policy"]
+        text, nonce = body.decode(), re.search("script-src 'nonce-([^']{16,})'", policy).group(1)
+        assert status == 200 and "default-src 'none'" in policy and "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy and "base-uri 'none'" in policy
+        assert text.count(f'nonce="{nonce}"') == 2 and text.count("<script") == 3 - 1
+        assert not re.search(r"https?://(?!127)[^ ]*\.(js|css|png|woff)", text)
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", text)
+        seen.add(nonce)
+    assert len(seen) == 4
+
+
+def test_the_form_offers_exactly_what_callers_may_set(pair):
+    text = request(pair.base, "/")[2].decode()
+    config = json.loads(re.search(r'id="config">(.*?)</script>', text).group(1))
+    offered = {row[0]: row for row in config["settings"]}
+    assert set(offered) == {setting.name for setting in openqq.SETTINGS.values()
+                            if setting.caller and not setting.idle}
+    assert [name for name, row in offered.items() if row[3]] == [
+        name for name in offered if openqq.SETTINGS[name].secret]
+    assert offered["msg_ttl"][1:] == ["tries to send one message", "3", False]
 
 
 # ------------------------------------------------------------------------------------------------
