@@ -3,6 +3,7 @@
 
     python openqq.py controller               many accounts, API on port 4000
     python openqq.py client --account NAME    one account alone, API on port 5000
+    python openqq.py --help                   status, start, send …: commands that call the API
 
 The API is that of Mojo-Webqq and its controller. As a library: openqq.Controller and openqq.Client.
 
@@ -18,6 +19,7 @@ Map of this file (a section uses only what stands above it):
      8  HTTP out
      A  QR encoder
      B  pages
+     C  OpenAPI
      9  events
     10  local network
     11  links
@@ -3667,6 +3669,27 @@ def qr_png(matrix: list[bytearray], scale: int = 8, quiet: int = 4) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(_qr_chunk(kind, body) for kind, body in chunks)
 
 
+def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> list[bytearray]:
+    """Read a symbol back out of what `qr_png` made of it, with the same scale and border.
+
+    ValueError: it is another sort of picture.
+    """
+    width = int.from_bytes(png[16:20], "big")
+    side, rest = divmod(width - 2 * quiet * scale, scale)
+    start, end, stride = png.find(b"IDAT") + 4, png.rfind(b"IEND") - 8, 1 + (width + 7) // 8
+    if (rest or side not in range(21, 178, 4) or png[24:29] != b"\1\0\0\0\0" or start < 4):
+        raise ValueError("not a QR code of this program")
+    try:
+        lines = zlib.decompressobj().decompress(png[start:end], width * stride)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if len(lines) != width * stride:
+        raise ValueError("it is not whole")
+    places = [(quiet + number) * scale for number in range(side)]
+    return [bytearray(not lines[y * stride + 1 + x // 8] >> (7 - x % 8) & 1 for x in places)
+            for y in places]
+
+
 def qr_text(matrix: list[bytearray], quiet: int = 2) -> str:
     """Render a symbol for a terminal: two rows of modules per line, each line ended by \\n.
 
@@ -4703,6 +4726,361 @@ setInterval(() => document.hidden || refresh(), 3000);
 refresh();
 follow();
 """
+
+
+# ------------------------------------------------------------------------------------------------
+# C. OpenAPI
+# ------------------------------------------------------------------------------------------------
+
+# What a route does not know of itself: the path's last part (before it a flavour's name, where
+# they differ), parameters (! required, + a set of them), the answer's shape (* a list of them),
+# codes besides 0 and =HTTP statuses, and values of parameters that work on the network inside. A
+# line that begins with a blank goes on with the one before.
+# These are texts, taken apart when somebody asks: a process that nobody asks carries no tables.
+CALLS = """
+start_client | +settings | child | 1 2 3 4 5 | log_level=info
+stop_client | | stopped | 1
+delete_client | | child | 1
+check_client | | states | 1
+get_qrcode | | image | =404
+get_user_info | | user
+get_friend_info | | friend*
+get_group_info | | group*
+get_group_basic_info | | group*
+get_discuss_info | | discuss*
+search_friend | +friend_fields | friend* | 100 | displayname=小冰
+search_group | +group_fields | group* | 100 | displayname=OpenQQ
+send_friend_message | +friend content async cq +media | sent | -5 -4 -3 -1 100 | displayname=小冰
+    content=hello
+send_group_message | +group content async cq +media | sent | -5 -4 -3 -1 101 |
+    displayname=OpenQQ content=hello
+send_discuss_message | +discuss content async cq +media | sent | -5 -4 -3 -1 102 | name=OpenQQ
+    content=hello
+send_sess_message | group_id group_uid discuss_id id uid content async cq +media | sent | -5 -4
+    -3 -1 103 104 105 | group_uid=20260001 uid=2854196302 content=hello
+revoke_message | id! | answer | -1 | id=57730001
+accept_friend_request | ticket! accept markname | accepted | -1 | ticket=1
+kick_group_member | group_id group_uid member_id member_uid | answer | 100 200 201 |
+    group_uid=20260001 member_uid=2854196302
+shutup_group_member | group_id group_uid member_id member_uid time! | answer | 100 200 201 400 |
+    group_uid=20260001 member_uid=2854196302 time=1
+check_event | since | event* | | since=0
+events | since | stream | | since=0
+get_client_info | | program
+relogin | | stopped
+get_media | id! | bytes | =404 | id=1
+weixin/send_friend_message | +friend content async +media | sent | -5 -4 -3 -1 100 |
+    displayname=小冰 content=hello
+weixin/send_group_message | +group content async +media | sent | -5 -4 -3 -1 100 |
+    displayname=OpenQQ content=hello
+weixin/kick_group_member | id displayname members! | answer | 100 200 201 | displayname=OpenQQ
+    members=filehelper
+consult | +friend content timeout +media | consulted | 100 | displayname=小冰 content=hello
+create_group | friends! displayname | founded | 100 200 201 | friends=filehelper displayname=家
+invite_friend | id displayname friends! | answer | 100 200 201 | displayname=OpenQQ
+    friends=filehelper
+set_group_displayname | id displayname new_displayname! | answer | 100 201 | displayname=家
+    new_displayname=家
+stick | +friend op | answer | 100 201 | displayname=小冰 op=1
+set_friend_markname | +friend group_id new_markname! | answer | 100 201 | displayname=小冰
+    new_markname=小冰
+set_markname | +friend group_id new_markname! | answer | 100 201 | displayname=小冰
+    new_markname=小冰
+make_friend | id! verify | answer | 100 101 201 | id=filehelper
+get_avatar | +friend group_id | image | 100 | displayname=小冰
+upload_media | +media | uploaded | | media_data=iVBORw0KGgo= media_name=a.png
+openapi.json | | document
+/local/login | client! | child | =404
+/local/say | client! from! content! type to | said | =404 | from=小灰 content=hello
+/local/change | do! what! uid in +properties | changed | =404 | do=set what=person uid=小灰
+    signature=hello
+/local/world | | world
+/local/scan | ticket! | html | =404 | ticket=1
+/local/confirm | ticket! | html | =404 | ticket=1
+/healthz | | answer
+/metrics | | metrics
+/onebot | body | object | =403
+/ | | html
+"""
+
+PARAMS = """
+client | the account's name
+id | the id, which changes with every scan; of a message the one that its sending answered
+uid | the number that stays
+name | the name
+displayname | the markname, else the card, else the name
+account | the account's name
+markname | what one calls a friend
+content | the text
+async | 0/1 | 1 does not wait for the outcome
+cq | 0/1 | 1 takes CQ codes in the content
+media_path | a picture: a file within tmpdir
+media_data | a picture in base64
+media_url | a picture's address
+media_id | a picture that upload_media kept, or that came
+media_name | the picture's name
+group_id | the group's id
+group_uid | the group's uid
+discuss_id | the discuss's id
+member_id | ids of members, with commas
+member_uid | uids of members, with commas
+members | ids of members, with commas
+friends | ids of friends, with commas
+time | int | minutes
+ticket | what the event or the QR code told
+accept | 0/1 | 0 declines
+since | int | only events after this seq, without taking them
+timeout | int | seconds to wait for the answer
+new_displayname | the group's name from now on
+new_markname | the markname from now on
+op | 0/1 | 1 puts it on top
+verify | the words that come with the request
+from | who speaks, by name or uid
+type | friend_message/group_message/discuss_message/sess_message | what sort of message
+to | the group or discuss, by name, id or uid
+do | add/remove/set | what to do
+what | person/friend/friend_request/group/discuss/group_member/discuss_member | with what
+in | the group, the discuss, or the other person
+role | owner/admin/member | somebody's role in a group
+card | somebody's name in a group
+signature | somebody's own words
+"""
+
+SHAPES = """
+answer | code! status!
+child | account client code! pid port status!
+stopped | account client code! pid port runtime starttime status!
+states | client:state* code! status
+state | account! cookie_path disable_color error failed:flag http_debug keep_cookie link
+    log_console log_encoding log_level log_path mode os pid! pid_path plugin:object* port! previous_state
+    qrcode_count_max qrcode_path restarts:int since start_time state! state_path tmpdir ua_retry_times
+    version
+sent | code! id info status!
+consulted | code! id reply reply_status status!
+accepted | code! displayname id status! ticket
+founded | code! group_id status!
+program | account code! http_debug log_encoding log_level log_path os pid runtime starttime
+    status! version
+uploaded | code! media_code media_ext media_id media_mime media_mtime media_name media_path
+    media_size status!
+event | seq! post_type! event params:any class code content id info msg time type sender
+    sender_id sender_uid receiver receiver_id receiver_uid group group_id group_uid discuss
+    discuss_id media:media* raw_message
+said | code! id:int status!
+changed | code! status! uid
+world | code! people:object* groups:object* discuss:object* friends:any
+document | openapi! info:object paths:object components:object
+"""
+
+CODES = """\
+0 done; 1 no such client; 2 no port; 3 no process; 4 it died at once; 5 too many clients;
+6 not allowed; 7 the client is not reachable; 8 not found on the network inside; -1 no such call,
+or the data is wrong; -3 not sent; -4 sent, perhaps; -5 not sent in time; -6 the token is missing;
+100 to 105 who it is for is not known; 200 nobody named; 201 it was not done; 300 the account does
+not run; 400 a parameter is missing or wrong"""
+
+
+class OpenApi:
+    """Describes a server's routes as OpenAPI 3.1.
+
+    `through` are the routes that a controller passes on to its clients; it has none of its own
+    if there are none.
+    """
+
+    WHOLE = ("code", "pid", "port", "runtime", "starttime", "seq", "max_member", "max_admin")
+    TYPES: Dict[str, Row] = {
+        "any": {}, "object": {"type": "object"}, "flag": {"type": "boolean"},
+        "int": {"type": "integer"}, "text": {"type": ["string", "null"]}}
+    REFERENCE = re.compile(r" \([^)]*\b(CONTRACT|DESIGN|ONEBOT|00[0-4])\b[^)]*\)")
+    KINDS = {"image": "image/*", "bytes": "*/*", "html": "text/html", "metrics": "text/plain",
+             "stream": "text/event-stream"}
+    ERRORS = (AuthFailure, ApiNotFound, NotAllowed, NotFound, NotRunning, Unreachable, TooSlow)
+
+    def __init__(self, flavour: Type[Flavour], has_token: bool,
+                 through: Iterable[Route] = ()) -> None:
+        self._flavour, self._has_token = flavour, has_token
+        self._through = list(through)
+        self._passed = {route.path for route in self._through}
+        self._calls = self._table(CALLS, 5)
+        self._about = self._table(PARAMS, 3)
+
+    def _table(self, text: str, width: int) -> Dict[str, List[str]]:
+        """A text's lines by their first cell, the others filled up to a width."""
+        found = {}
+        for line in text.replace("\n ", " ").strip().splitlines():
+            name, *cells = [cell.strip() for cell in line.split("|")]
+            found[name] = cells + [""] * (width - 1 - len(cells))
+        return found
+
+    def document(self, routes: Iterable[Route]) -> Row:
+        """The whole; routes that CALLS does not name are nobody's business."""
+        paths: Row = {}
+        for route in [*routes, *self._through]:
+            name = route.path.replace(self._flavour.prefix, "", 1)
+            call = self._calls.get(f"{self._flavour.name}/{name}") or self._calls.get(name)
+            if call:
+                paths[route.path] = {
+                    method.lower(): self._operation(route, method, name, call)
+                    for method in route.methods if method != "HEAD"}
+        text = ("What can be read with GET can be asked for with HEAD as well. An answer's "
+                "`code`: " + " ".join(CODES.split()) + ".")
+        return {"openapi": "3.1.0", "paths": paths, "components": self._components(),
+                "info": {"title": "OpenQQ", "version": VERSION, "description": text},
+                "security": [{"bearer": []}, {"access_token": []}] if self._has_token else []}
+
+    def _operation(self, route: Route, method: str, name: str, call: List[str]) -> Row:
+        takes, gives, codes, values = call
+        params = self._parameters(route, name, takes.split(), dict(
+            word.partition("=")[::2] for word in values.split()))
+        word = re.sub(r"\W+", "_", name).strip("_") or "index"
+        row: Row = {"operationId": word if method == "GET" else f"{method.lower()}_{word}",
+                    "responses": self._responses(route, name, gives, codes.split(), params)}
+        about = self.REFERENCE.sub("", (route.handler.__doc__ or "").strip().partition("\n")[0])
+        if about:
+            row["summary"] = about
+        if route.open:
+            row["security"] = []
+        if method == "POST" and "body" not in takes:
+            row["requestBody"] = self._body(params)
+        elif params:
+            row["parameters"] = [{**param, "in": "query"} for param in params]
+        if method == "POST" and "body" in takes:
+            row["requestBody"] = {"content": {"application/json": {
+                "schema": self.TYPES["object"], "example": {"post_type": "meta_event"}}}}
+        return row
+
+    def _parameters(self, route: Route, name: str, takes: List[str],
+                    values: Dict[str, str]) -> List[Row]:
+        if self._through and (route.path.startswith(self._flavour.prefix) or name == "/onebot"
+                              ) and name != "openapi.json":
+            takes = ["client" if name in ("check_client", "events") else "client!", *takes]
+            values["client"] = "alice"
+        elif "client!" in takes:
+            values["client"] = "alice"
+        return [self._parameter(word, values, name) for take in takes if take != "body"
+                for word in self._names(take)]
+
+    def _names(self, take: str) -> Iterable[str]:
+        """A set of parameters by its name, or the one that was named."""
+        flavour = self._flavour
+        if take == "+settings":
+            return [name for name, row in SETTINGS.items() if row.caller and not row.idle]
+        if take == "+media":
+            return ("media_path", "media_data", "media_url", "media_id", "media_name")
+        if take == "+properties":
+            return ("name", "card", "role", "markname", "verify", "signature")
+        kind, _, fields = take[1:].partition("_") if take[0] == "+" else ("", "", "")
+        if fields:
+            return dict.fromkeys([*flavour.fields[kind], "displayname"])
+        return flavour.keys[kind] if kind else [take]
+
+    def _parameter(self, word: str, values: Dict[str, str], call: str) -> Row:
+        name = word.rstrip("!")
+        kind, about = self._about.get(name, ["", ""])[:2]
+        if not about:
+            kind, about = "", kind
+        if call == "start_client" and name != "client":
+            kind, about = "", SETTINGS[name].help
+        schema: Row = {"type": "integer", "minimum": 0} if kind == "int" else {"type": "string"}
+        if "/" in kind:
+            schema["enum"] = kind.split("/")
+        row = {"name": name, "required": word != name, "schema": schema,
+               "description": about or f"its {name}"}
+        if name in values:
+            row["example"] = int(values[name]) if kind == "int" else values[name]
+        return row
+
+    def _body(self, params: List[Row]) -> Row:
+        """What is posted: a form or a JSON object."""
+        schema = {"type": "object", "properties": {
+            param["name"]: {**param["schema"], "description": param["description"]}
+            for param in params}}
+        required = [param["name"] for param in params if param["required"]]
+        if required:
+            schema["required"] = required
+        values = {param["name"]: param["example"] for param in params if "example" in param}
+        kinds = ["application/x-www-form-urlencoded", "application/json"]
+        content: Row = {kind: {"schema": schema, "example": values} for kind in kinds}
+        if "media_data" in schema["properties"]:
+            content["multipart/form-data"] = {"schema": schema}  # with the picture as a file
+        return {"content": content}
+
+    def _responses(self, route: Route, name: str, gives: str, codes: List[str],
+                   params: List[Row]) -> Row:
+        passed = route.path in self._passed
+        needs_running = name in self._flavour.apis and name not in self._flavour.any_state
+        statuses = {word[1:] for word in codes if word[0] == "="}
+        statuses |= {status for status, holds in (
+            ("400", params), ("403", not route.open), ("502", passed), ("503", needs_running),
+            ("504", passed)) if holds}
+        numbers = sorted({0, *(int(word) for word in codes if word[0] != "="),
+                          *([1] if passed else [])})
+        rows: Row = {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
+        if gives in self.KINDS and "404" in rows:
+            rows["404"] = {"description": "There is none."}
+        rows["200"] = {"description": "Codes: " + ", ".join(map(str, numbers)),
+                       "content": self._content(gives, len(numbers) > 1)}
+        return rows
+
+    def _content(self, gives: str, may_fail: bool) -> Row:
+        said = {"application/json": {"schema": self._type("answer")}}
+        if gives in self.KINDS:
+            return {self.KINDS[gives]: {}, **(said if may_fail else {})}
+        schema = self._type(gives)
+        if may_fail and (gives.endswith("*") or gives in self._flavour.fields):
+            schema = {"anyOf": [schema, self._type("answer")]}
+        return {"application/json": {"schema": schema}}
+
+    def _type(self, word: str) -> Row:
+        if word.endswith("*"):
+            return {"type": "array", "items": self._type(word[:-1])}
+        return self.TYPES.get(word, {"$ref": "#/components/schemas/" + word})
+
+    def _components(self) -> Row:
+        schemas = {name: self._shape(cells[0].split())
+                   for name, cells in self._table(SHAPES, 2).items()}
+        for kind, names in self._flavour.fields.items():
+            member = [f"member:{kind}_member*"] if kind + "_member" in self._flavour.fields else []
+            schemas[kind] = self._shape([name + ("!" if name != "code" else ":text")
+                                         for name in names] + member)
+        answer = {"application/json": {"schema": self._type("answer")}}
+        about = {"400": ["code 400: a parameter is missing or wrong"]}
+        for error in self.ERRORS:
+            about.setdefault(str(error.http), []).append(f"code {error.code}: {error.status}")
+        return {"schemas": schemas, "securitySchemes": {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "access_token": {"type": "apiKey", "in": "query", "name": "access_token"}},
+            "responses": {status: {"description": "; ".join(lines), "content": answer}
+                          for status, lines in about.items()}}
+
+    def _shape(self, words: List[str]) -> Row:
+        """An object with these members; those with ! are always there."""
+        row: Row = {"type": "object", "properties": {
+            name: self._type(kind) if kind else self._member(name)
+            for name, _, kind in (word.rstrip("!").partition(":") for word in words)}}
+        required = [word[:-1] for word in words if word.endswith("!")]
+        return {**row, "required": required} if required else row
+
+    def _member(self, name: str) -> Row:
+        """A member by the rule for names (CONTRACT 1); ids are numbers where numeric_ids is set."""
+        if name in self.WHOLE:
+            return self.TYPES["int"]
+        if ID_KEY.fullmatch(name) or name == "time":
+            return {"type": ["string", "integer", "null"]}
+        return self.TYPES["text"]
+
+
+def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
+                   through: Iterable[Route] = ()) -> List[Route]:
+    """The routes of the document that describes the others, and these; see OpenApi."""
+    def openapi_json(request: Request) -> Row:
+        """This document: OpenAPI 3.1."""
+        metrics = Route("/metrics", READ, Metrics().show)  # which every App has besides
+        return OpenApi(flavour, has_token, through).document([*routes, *own, metrics])
+
+    own = [Route(prefix + "openapi.json", READ, openapi_json)
+           for prefix in ("/openqq/", "/openwx/")]
+    return own
 
 
 # ------------------------------------------------------------------------------------------------
@@ -7182,9 +7560,8 @@ class HttpBridge(Bridge):
     def _follow(self, reply: Reply) -> None:
         """NapCat's stream has no sign of life, so in a silence it is asked for one."""
         events = ServerSent()
-        reply.stream.rest(BRIDGE_SECONDS, self._check)
         try:
-            for piece in reply.pieces():
+            for piece in reply.flow(BRIDGE_SECONDS, self._check):
                 for data in events.feed(piece):
                     self._hear(self._read(data))
         finally:
@@ -9200,7 +9577,7 @@ class SendApi(ReadApi):
     """The part that sends (CONTRACT 4)."""
 
     def send_friend_message(self, request: Request) -> Json:
-        """To a friend, by Flavour.keys; Flavour.everybody is all of them."""
+        """To a friend, found by any of its keys."""
         if self.flavour.everybody and request.params.get("id") == self.flavour.everybody:
             return self._send_to_all(request)
         found = self.find("friend", request, self.flavour.keys["friend"])
@@ -9215,14 +9592,14 @@ class SendApi(ReadApi):
         return {"code": 0, "id": 0, "status": "request already executed"}
 
     def send_group_message(self, request: Request) -> Json:
-        """To a group, by Flavour.keys."""
+        """To a group, found by any of its keys."""
         found = self.find("group", request, self.flavour.keys["group"])
         if not found:
             return self.flavour.missing["group"]
         return self._send(request, "group_message", found[0], circle=found[0].uid)
 
     def send_discuss_message(self, request: Request) -> Json:
-        """To a discuss, by Flavour.keys."""
+        """To a discuss, found by any of its keys."""
         found = self.find("discuss", request, self.flavour.keys["discuss"])
         if not found:
             return self.flavour.missing["discuss"]
@@ -9389,6 +9766,12 @@ class Api(SendApi):
                 for prefix in ("/openqq/", "/openwx/")
                 for path, (methods, name) in self.flavour.apis.items()]
 
+    @classmethod
+    def described(cls, flavour: Type[Flavour]) -> List[Route]:
+        """The routes of a flavour's clients, to be told of and not to be called."""
+        return [Route(flavour.prefix + path, methods, getattr(cls, name))
+                for path, (methods, name) in flavour.apis.items()]
+
     def _handler(self, path: str, name: str) -> Callable[[Request], Any]:
         method: Callable[[Request], Any] = getattr(self, name)
         return method if path in self.flavour.any_state else self._when_running(method)
@@ -9398,6 +9781,7 @@ class Api(SendApi):
             if self.client.state != "running":
                 raise NotRunning(state=self.client.state)
             return handler(request)
+        handle.__doc__ = handler.__doc__
         return handle
 
     # -- group control
@@ -9724,6 +10108,7 @@ def _serve_api(client: Client, api: Api, reporter: Optional[Reporter], settings:
     routes = [*api.routes(), *(pages.routes() if pages else []), HEALTH, *own,
               Route("/", READ, lambda request: index(client), open=True),
               Route("/onebot", "POST", Webhook(client, gate), open=True)]
+    routes += openapi_routes(client.flavour, bool(settings.token), routes[:])
     app = ClientApp(gate, client.log, routes, client_fallback)
     _watch_client(client, reporter, app.metrics)
     watcher = Watcher(client.log)
@@ -10273,7 +10658,7 @@ class Hub:
     """
 
     LINGER_SECONDS = 2.0         # after the last stream, for one that comes back
-    LOOK_SECONDS = 0.5           # between two looks for new clients
+    LOOK_SECONDS = 1.0           # between two looks for new clients
     JOIN_SECONDS = 1.0           # a stream waits so long for what clients have kept
 
     def __init__(self, children: Callable[[], Iterable[Child]], token: str, log: Log,
@@ -10573,7 +10958,7 @@ class Controller:
     def _serve(self) -> None:
         settings, log = self.settings, self.log
         api = ControllerApi(self)
-        app = App(self.gate, log, api.routes() + self.pages.routes(), api.proxy,
+        app = App(self.gate, log, api.all_routes(self.pages.routes()), api.proxy,
                   [prefix + path for prefix in ("/openqq/", "/openwx/")
                    for path in self.flavour.apis])
         self._watch(app.metrics)
@@ -10757,6 +11142,13 @@ class ControllerApi:
                 ] + [Route("/", READ, self.index, open=True), HEALTH,
                      Route("/onebot", "POST", self.onebot, open=True)]
 
+    def all_routes(self, others: List[Route]) -> List[Route]:
+        """These, others, and the one that describes them, with what is passed on to clients."""
+        routes, flavour = self.routes() + others, self._controller.flavour
+        through = [route for route in Api.described(flavour) if route.path not in self._own_paths]
+        token = bool(self._controller.settings.token)
+        return routes + openapi_routes(flavour, token, routes, through)
+
     def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._controller.loop.ask(function, *args)
 
@@ -10902,14 +11294,6 @@ def request_echo(request: Request) -> Row:
 # 15. Command line
 # ------------------------------------------------------------------------------------------------
 
-USAGE = """\
-usage: python openqq.py controller [--setting value …]    many accounts, API on port 4000
-       python openqq.py client [--account NAME] [--setting value …]    one account, port 5000
-       python openqq.py controller --help                 all settings
-       python openqq.py --version
-"""
-
-
 def help_text(whose: str) -> str:
     """All settings of a controller or client, as --help shows them."""
     lines = [f"usage: python openqq.py {whose} [--setting value …]", "",
@@ -11037,8 +11421,440 @@ def run_template() -> int:
     return client.run()
 
 
+# -- the commands that call a server's API
+
+class Said:
+    """What a server answered: `value` is its JSON, None if it is none; `good` unless it said no."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.status, self.kind, self.body = reply.status, reply.kind, reply.read(1 << 30)
+        try:
+            self.value = from_bytes(self.body) if self.kind == "application/json" else None
+        except ValueError:
+            self.value = None
+        self._row = self.value if isinstance(self.value, dict) else {}
+        self.good = self.status < 300 and self.code == 0
+
+    @property
+    def code(self) -> int:
+        """The answer's own code; 0 where it has none."""
+        code = self._row.get("code")
+        return code if isinstance(code, int) else 0
+
+    @property
+    def row(self) -> Row:
+        """The JSON object that it is; Refusal with exit status 3 for what only some other server
+        can have said."""
+        if not isinstance(self.value, dict):
+            raise Refusal("what answers at that URL does not speak this API", 3)
+        return self.value
+
+    def refusal(self) -> Refusal:
+        """Why it is no good: exit status 3 when a proxy found nobody, else 1."""
+        if self.value is None and self.status in (502, 503, 504):
+            return Refusal(f"nobody behind that URL: HTTP {self.status}", 3)
+        text = str(self._row.get("status") or self._row.get("reply_status") or "no")
+        if "state" in self._row:
+            text += f", it is {self._row['state']}"
+        if not self._row:  # a client alone says so in plain text
+            text = f"HTTP {self.status} " + self.body[:60].decode("utf-8", "replace")
+        return Refusal(f"{text} (code {self.code})" if self._row else text.strip())
+
+
+class Remote:
+    """The API of a server somewhere, as a command calls it."""
+
+    # What only reads is asked for with GET; all else is posted, so that no log keeps it.
+    READS = re.compile(r"get_|check_client|openapi|events|/local/(world|scan)|/healthz|/$")
+
+    def __init__(self, url: str, token: str = "") -> None:
+        try:
+            origin_of(url)
+        except ValueError as error:
+            raise Refusal(f"--url: {error}; it looks like http://127.0.0.1:4000", 2) from None
+        self.url = url.rstrip("/")
+        self._fields = {"Authorization": bearer(token)} if token else {}
+
+    def ask(self, api: str, params: Mapping[str, str]) -> Said:
+        """Call an API; Refusal with exit status 3 if nobody answers.
+
+        `client` is always in the query, where a proxy before many controllers looks for it.
+        """
+        reads, rest = self.READS.match(api) is not None, dict(params)
+        query = rest if reads else {name: rest.pop(name) for name in ("client",) if name in rest}
+        url = self.url + (api if api.startswith("/") else "/openqq/" + api)
+        body = None if reads else urllib.parse.urlencode(rest).encode()
+        kind = {} if reads else {"Content-Type": "application/x-www-form-urlencoded"}
+        try:
+            return Said(fetch(url + ("?" + urllib.parse.urlencode(query) if query else ""),
+                              "GET" if reads else "POST", {**self._fields, **kind}, body,
+                              PROXY_SECONDS + KILL_SECONDS, repeat=reads))
+        except Unreachable as error:
+            raise Refusal(f"{self.url} is not reachable: {error.status}; does a controller run "
+                          "there, or is --url another one?", 3) from None
+
+    def follow(self, name: str) -> Iterator[Row]:
+        """The events that are kept, then new ones as they come; of one account, or of all.
+
+        Refusal when there are no more: with exit status 3 if the connection broke.
+        """
+        params = {"since": "0", **({"client": name} if name else {})}
+        events = ServerSent()
+        try:
+            reply = fetch(f"{self.url}/openqq/events?{urllib.parse.urlencode(params)}", "GET",
+                          self._fields, None, PROXY_SECONDS, repeat=True)
+            if reply.kind != "text/event-stream":
+                raise Said(reply).refusal()
+            for piece in reply.pieces(PROXY_SECONDS):
+                for data in events.feed(piece):
+                    yield {**({"client": name} if name else {}), **from_bytes(data)}
+        except Unreachable as error:
+            raise Refusal(f"{self.url} is not reachable: {error.status}", 3) from None
+        raise Refusal("the stream of events has ended")
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal: names and messages come from anybody.
+
+    Controls, and what only steers the display, are spelt as Python does; blanks become blanks.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign.isprintable() or sign == "\u200d" else
+        " " if sign.isspace() and sign not in "\t\n\r" else
+        sign.encode("unicode_escape").decode() for sign in text)
+
+
+def printable_json(text: str) -> str:
+    """JSON that does nothing to a terminal, and still is the same JSON."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else json.dumps(sign)[1:-1]
+                   for sign in text)
+
+
+def text_width(text: str) -> int:
+    """How many columns a terminal needs for a text: two for a Chinese letter."""
+    import unicodedata
+    return sum(0 if unicodedata.category(sign) in ("Mn", "Me", "Cf") else
+               2 if unicodedata.east_asian_width(sign) in ("W", "F") else 1 for sign in text)
+
+
+def padded(text: str, width: int) -> str:
+    """A text in a column of a table."""
+    return text + " " * (width - text_width(text))
+
+
+def cut(text: str, width: int) -> str:
+    """As much of a text as fits, with … for the rest."""
+    if text_width(text) <= width:
+        return text
+    while text and text_width(text) >= width:
+        text = text[:-1]
+    return text + "…"
+
+
+def age(seconds: float) -> str:
+    """A duration in two words at most: 3d 4h, 12m 5s."""
+    parts: List[str] = []
+    left = max(0, int(seconds))
+    for size, unit in (86_400, "d"), (3600, "h"), (60, "m"), (1, "s"):
+        if left >= size or (unit == "s" and not parts):
+            parts.append(f"{left // size}{unit}")
+        left %= size
+    return " ".join(parts[:2])
+
+
+class Screen:
+    """Standard output: a terminal, or where a command's answer is piped to."""
+
+    STATES = {"running": "32", "stop": "2", "failed": "31"}  # the others yellow
+
+    def __init__(self) -> None:
+        self._out = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+        self.is_terminal = self._out.isatty()
+        self.can_move = self.is_terminal and os.environ.get("TERM", "dumb") != "dumb"
+        self._colored = self.can_move and not os.environ.get("NO_COLOR")
+        reconfigure = getattr(self._out, "reconfigure", None)
+        if reconfigure:
+            reconfigure(errors="backslashreplace")
+
+    def put(self, text: str) -> None:
+        """Write lines, at once."""
+        self._out.write(text + "\n")
+        self._out.flush()
+
+    def put_raw(self, said: Said) -> None:
+        """Write what came, byte for byte, unless it would play with a terminal."""
+        if self.is_terminal and said.kind == "application/json":
+            return self.put(printable_json(said.body.decode("utf-8", "replace")))
+        if self.is_terminal:
+            raise Refusal(f"{len(said.body)} bytes of {said.kind or 'nothing'}: "
+                          "not for a terminal, write them to a file")
+        self._out.flush()
+        self._out.buffer.write(said.body + (b"\n" if said.kind == "application/json" else b""))
+        self._out.buffer.flush()
+
+    def color(self, text: str, code: str) -> str:
+        """A text in a colour, where there are colours."""
+        return f"\x1b[{code}m{text}\x1b[0m" if self._colored and code else text
+
+    def table(self, rows: List[List[str]]) -> str:
+        """Rows as text, the first one the head, the second column coloured as a state.
+
+        A column without anything in it is left out.
+        """
+        filled = [place for place, cells in enumerate(zip(*rows)) if any(cells[1:])]
+        rows = [[printable(row[place]) for place in filled] for row in rows]
+        widths = [max(map(text_width, column)) for column in zip(*rows)]
+        room = os.get_terminal_size(self._out.fileno()).columns if self.is_terminal else 0
+        lines = []
+        for place, row in enumerate(rows):
+            last = cut(row[-1], room - sum(widths[:-1]) - 2 * len(widths)) if room else row[-1]
+            cells = [padded(cell, width) for cell, width in zip(row[:-1], widths)] + [last]
+            cells[1] = self.color(cells[1], self.STATES.get(row[1], "33") if place else "")
+            line = "  ".join(cells).rstrip()
+            lines.append(line if place else self.color(line, "1"))
+        return "\n".join(lines)
+
+    def drawing(self, matrix: List[bytearray]) -> str:
+        """A QR code; without colours light is what is written, as on a dark screen."""
+        text = qr_text(matrix)
+        if not self._colored:
+            text = re.sub("\x1b\\[[0-9;]*m", "", text).translate(
+                str.maketrans(" ▀▄█", "█▄▀ "))
+        return text.rstrip("\n")
+
+
+def account_cells(row: Row) -> List[str]:
+    """A line of the table of accounts, of what check_client says of one."""
+    state = "failed" if row.get("failed") else str(row.get("state") or "")
+    alive = state not in ("stop", "failed")
+    since = str(row.get("start_time") or "")
+    return [str(row.get("account") or ""), state, str(row.get("port") or ""),
+            str(row.get("pid") or "") if alive else "",
+            age(time.time() - int(since)) if alive and since.isdigit() else "",
+            str(row.get("restarts") or ""), str(row.get("error") or "")]
+
+
+def event_line(event: Row, screen: Screen) -> str:
+    """An event as one line for somebody who reads along."""
+    when = str(event.get("time") or "")
+    clock = time.strftime("%H:%M:%S ", time.localtime(int(when))) if when.isdigit() else ""
+    head = clock + str(event.get("client") or "")  # a client alone has but one account
+    if event.get("post_type") == "event":
+        words = [str(event.get("event"))] + [_short(param) for param in event.get("params") or []]
+        return screen.color(printable(f"{head} · {' '.join(words)}"), "36")
+    place = event.get("group") or event.get("discuss")
+    if event.get("class") == "send":
+        failed = "" if event.get("code") == 0 else f" [{event.get('msg')}]"
+        return screen.color(printable(f"{head} → {event.get('receiver') or place}: "
+                                      f"{event.get('content')}{failed}"), "32")
+    where = f"@{place}" if place else ""
+    return printable(f"{head} ← {event.get('sender')}{where}: {event.get('content')}")
+
+
+def _short(param: Json) -> str:
+    """A param of an event in a word or two."""
+    if isinstance(param, dict):
+        param = param.get("displayname") or param.get("name") or param.get("id")
+    return str(param)[:60]
+
+
+class Terminal:
+    """The commands, each a method of its name, given the words behind it. COMMANDS lists them."""
+
+    WATCH_SECONDS = 1.0
+
+    def __init__(self, flags: Mapping[str, str]) -> None:
+        url = flags.get("url") or os.environ.get("OPENQQ_URL") or f"http://127.0.0.1:{QQ.port}"
+        self._remote = Remote(url, flags.get("token") or os.environ.get("OPENQQ_TOKEN", ""))
+        self._json, self._watch = "json" in flags, "watch" in flags
+        self._screen = Screen()
+
+    def _ask(self, api: str, **params: str) -> Said:
+        """Call an API, and print what came if that is wanted; Refusal if it says no."""
+        return self._finish(self._remote.ask(api, params))
+
+    def _finish(self, said: Said) -> Said:
+        if self._json:
+            self._screen.put_raw(said)
+        if not said.good:
+            raise said.refusal()
+        return said
+
+    def _say(self, said: Said, *names: str) -> None:
+        """An answer's status, and those of its members that are of interest."""
+        row = said.row
+        words = [str(row.get("status"))] + [f"{name} {row[name]}" for name in names if name in row]
+        if not self._json:
+            self._screen.put(printable(", ".join(words)))
+
+    def status(self, name: str = "") -> None:
+        """A table of the accounts; with --watch again and again, whatever becomes of them."""
+        self._show_accounts(name)
+        while self._watch:
+            time.sleep(self.WATCH_SECONDS)  # nothing tells of states but asking for them
+            try:
+                self._show_accounts(name)
+            except Refusal as refusal:
+                print(f"openqq: {printable(refusal.status)}", file=sys.stderr)
+
+    def _show_accounts(self, name: str) -> None:
+        said = self._ask("check_client", **({"client": name} if name else {}))
+        if self._json:
+            return
+        rows = [account_cells(row) for row in rows_of(said.row.get("client"))]
+        text = self._screen.table([["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"],
+                                   *rows]) if rows else "no accounts; start NAME makes one"
+        clear = "\x1b[H\x1b[J" if self._watch and self._screen.can_move else ""
+        self._screen.put(clear + text)
+
+    def start(self, name: str, *settings: str) -> None:
+        """Start an account with settings of its own."""
+        self._say(self._ask("start_client", **parse_pairs(settings), client=name), "pid", "port")
+
+    def stop(self, name: str) -> None:
+        """Stop an account."""
+        self._say(self._ask("stop_client", client=name), "pid", "port")
+
+    def qrcode(self, name: str) -> None:
+        """Draw the QR code that an account waits with.
+
+        It is read out of the picture: its text lets in whoever has it, and so is in no answer
+        that scripts keep and logs show.
+        """
+        said = self._remote.ask("get_qrcode", {"client": name})
+        if said.status == 404:
+            raise Refusal(f"{name} has no QR code to scan; status says what it does")
+        self._finish(said)
+        if self._json:
+            return
+        try:
+            self._screen.put(self._screen.drawing(qr_unpng(said.body)))
+        except ValueError as error:
+            raise Refusal(f"the picture cannot be read: {error}") from None
+
+    def send(self, name: str, kind: str, who: str, text: str) -> None:
+        """Send a message to whom the API finds, by uid, by id or by name."""
+        if kind not in ("friend", "group", "discuss"):
+            raise Refusal(f"{kind!r} is not friend, group or discuss", 2)
+        for key in "uid", "id", "name", "displayname":
+            said = self._remote.ask(f"send_{kind}_message",
+                                    {"client": name, key: who, "content": text})
+            if said.code not in (100, 101, 102):
+                break
+        self._say(self._finish(said), "id")
+
+    def events(self, *names: str) -> None:
+        """Events as they come, those that are kept first; of one account or of all."""
+        for event in self._remote.follow("".join(names)):
+            if not self._json:
+                self._screen.put(event_line(event, self._screen))
+            else:
+                text = to_bytes(event).decode()
+                self._screen.put(printable_json(text) if self._screen.is_terminal else text)
+
+    def call(self, api: str, *pairs: str) -> None:
+        """Any call of the API; its answer is laid out, unless --json wants it as it came."""
+        said = self._ask(api, **parse_pairs(pairs))
+        if self._json:
+            return
+        if said.value is None:
+            return self._screen.put_raw(said)
+        self._screen.put(printable_json(json.dumps(said.value, ensure_ascii=False, indent=2)))
+
+
+def parse_pairs(words: Sequence[str]) -> Dict[str, str]:
+    """key=value words as parameters; Refusal with exit status 2."""
+    for word in words:
+        if not word.partition("=")[1] or word.startswith("="):
+            raise Refusal(f"{word!r} must be key=value", 2)
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
+# command -> the words behind it, how many there may be, what it is for
+COMMANDS: Dict[str, Tuple[str, int, int, str]] = {
+    "status": ("[NAME] [--watch]", 0, 1, "the accounts, their states and errors"),
+    "start": ("NAME [setting=value …]", 1, 99, "start an account"),
+    "stop": ("NAME", 1, 1, "stop it"),
+    "qrcode": ("NAME", 1, 1, "draw the code that it waits with"),
+    "send": ("NAME friend|group|discuss WHO TEXT", 4, 4, "send a message to a uid, id or name"),
+    "events": ("[NAME]", 0, 1, "what accounts hear and send, as it comes"),
+    "call": ("API [key=value …]", 1, 99, "any call of the API"),
+}
+
+USAGE = """\
+usage: python openqq.py controller [--setting value …]    many accounts, API on port 4000
+       python openqq.py client [--account NAME] [--setting value …]    one account, port 5000
+       python openqq.py controller --help                 all settings
+       python openqq.py --version
+
+These call the API of a controller that runs:
+""" + "".join(f"  {name + ' ' + words:46} {what}\n"
+              for name, (words, _, _, what) in COMMANDS.items()) + """
+  --url URL      where it is, also in $OPENQQ_URL [http://127.0.0.1:4000]
+  --token TOKEN  what it wants to know, also in $OPENQQ_TOKEN
+  --json         print what came
+  --             what follows is no flag, whatever it begins with
+Exit status: 0, 1 when the API says no, 2 for a wrong call, 3 when nobody answers.
+"""
+
+
+def parse_words(command: str, words: Sequence[str]) -> Tuple[List[str], Dict[str, str]]:
+    """The words behind a command, and the flags among them; Refusal with exit status 2."""
+    plain: List[str] = []
+    flags: Dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if word == "--":
+            plain, rest = plain + rest, []
+        elif name in ("--url", "--token"):
+            if not equals and not rest:
+                raise Refusal(f"{name} needs a value", 2)
+            flags[name[2:]] = value if equals else rest.pop(0)
+        elif word == "--json" or (word == "--watch" and command == "status"):
+            flags[word[2:]] = "1"
+        elif word.startswith("--"):
+            raise Refusal(f"{word} is not a flag of {command}; a text that begins so stands "
+                          "behind --", 2)
+        else:
+            plain.append(word)
+    return plain, flags
+
+
+def run_command(command: str, words: Sequence[str]) -> int:
+    """A command that calls a server's API; its exit status. Refusal."""
+    try:
+        plain, flags = parse_words(command, words)
+        usage, least, most, _ = COMMANDS[command]
+        if not least <= len(plain) <= most:
+            raise Refusal(f"usage: python openqq.py {command} {usage}", 2)
+        if re.search("[\ud800-\udfff]", "".join([*plain, *flags.values()])):
+            raise Refusal("the words are not UTF-8", 2)
+        if "token" in flags and sys.executable:
+            hide_token(flags.pop("token"), [command, *(
+                f"--url={value}" if name == "url" else "--" + name
+                for name, value in flags.items()), "--", *plain])
+        getattr(Terminal(flags), command)(*plain)
+    except Refusal as refusal:  # it tells what others said
+        raise Refusal(printable(refusal.status), refusal.exit) from None
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def hide_token(token: str, words: Sequence[str]) -> None:
+    """Begin once more with the token off the command line, where ps shows it to everybody."""
+    os.execve(sys.executable, [sys.executable, *python_words(*words)],
+              {**os.environ, "OPENQQ_TOKEN": token})
+
+
 def main(words: Sequence[str]) -> int:
-    """The program; its exit status: 0, 1 for a refusal, 2 for a wrong call."""
+    """The program; its exit status: 0, 1 for a refusal, 2 for a wrong call, 3: nobody answers."""
     command, rest = (words[0], words[1:]) if words else ("", [])
     whose = command
     try:
@@ -11052,8 +11868,10 @@ def main(words: Sequence[str]) -> int:
             return run_controller(parse_flags(whose, rest))
         elif command == "client":
             return run_client(parse_flags(whose, rest))
-        elif command in ("-h", "--help"):
+        elif command in ("-h", "--help") or (command in COMMANDS and rest in (["-h"], ["--help"])):
             print(USAGE, end="")
+        elif command in COMMANDS:
+            return run_command(command, rest)
         else:
             wrong = f"openqq: there is no command {command!r}\n" if command else ""
             print(wrong + USAGE, end="", file=sys.stderr)

@@ -5273,11 +5273,11 @@ def banners():
 
 def test_the_list_of_sections_in_the_docstring_is_that_of_the_banners():
     docstring = ast.get_docstring(TREE)
-    listed = re.findall(r"^ {4,5}([0-9AB]+) {2}(\S.*)$", docstring, re.M)
+    listed = re.findall(r"^ {4,5}([0-9ABC]+) {2}(\S.*)$", docstring, re.M)
     titled = [title.partition(". ")[::2] for _, title in banners()]
     assert [(number, title.lower()) for number, title in titled] == [
         (number, title.lower()) for number, title in listed]
-    assert len(titled) == 18
+    assert len(titled) == 19
 
 
 def names_of(node):
@@ -11041,6 +11041,532 @@ def test_the_form_offers_exactly_what_callers_may_set(pair):
     assert offered["msg_ttl"][1:] == ["tries to send one message", "3", False]
 
 
+# The commands that call the API, and its description
+# ------------------------------------------------------------------------------------------------
+
+def command_words(*words):
+    """The words that run a command without compiling the file each time."""
+    return [sys.executable, *openqq.python_words(*words)]
+
+
+def command_environment(base, env):
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(("MOJO_", "OPENQQ_")) and name != "NO_COLOR"}
+    return {**environment, "OPENQQ_URL": base, **env}
+
+
+def command(base, *words, **env):
+    """A command run to its end, its output in a pipe: (status, stdout, stderr)."""
+    done = subprocess.run(command_words(*words), env=command_environment(base, env),
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=3 * WAIT)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+class Session:
+    """A command with a terminal as its output; `log` has its lines."""
+
+    def __init__(self, base, *words, **env):
+        master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            command_words(*words), stdin=subprocess.DEVNULL, stdout=slave, stderr=slave,
+            env=command_environment(base, {"TERM": "xterm", **env}))
+        os.close(slave)
+        self.log = Log(Terminal._lines(master))
+
+    def text(self):
+        """All that it wrote to the terminal, when it is over."""
+        self.process.wait(WAIT)
+        with self.log._changed:
+            self.log._changed.wait_for(lambda: self.log._ended, WAIT)
+        return self.log.text().replace("\r", "")
+
+
+@pytest.fixture(scope="module")
+def office(tmp_path_factory):
+    """A controller with a token, and in it alice and 小明, running."""
+    program = Program(tmp_path_factory.mktemp("office"), "controller",
+                      env={"OPENQQ_TOKEN": "geheim"})
+    try:
+        program.ready()
+        for name in "alice", "小明":
+            for path in "/openqq/start_client", "/local/login":
+                assert call(program.base, path, client=name, token="geheim")["code"] == 0
+        yield program
+    finally:
+        status = program.stop()
+    assert status == 0
+    assert "Traceback" not in program.log.text()
+
+
+@pytest.fixture
+def ask(office):
+    """ask(words …) runs a command against the office, with its token."""
+    return lambda *words, **env: command(office.base, *words, OPENQQ_TOKEN="geheim", **env)
+
+
+def test_commands_lead_an_account_through_its_life(ask, office):
+    status, out, _ = ask("start", "robot", "post_event=0", "post_secret=x=y")
+    assert status == 0 and re.match(r"success, pid \d+, port \d+\n\Z", out)
+    assert eventually(lambda: "scaning" in ask("status", "robot")[1])
+    status, out, _ = ask("qrcode", "robot")
+    _, _, picture = request(office.base, "/openqq/get_qrcode?client=robot&token=geheim")
+    drawn = openqq.qr_text(openqq.qr_unpng(picture))
+    inverted = re.sub("\x1b[^m]*m", "", drawn).translate(str.maketrans(" ▀▄█", "█▄▀ "))
+    assert (status, out) == (0, inverted)
+    assert ask("call", "/local/login", "client=robot")[0] == 0
+    status, _, said = ask("qrcode", "robot")
+    assert status == 1 and "no QR code" in said
+    status, out, _ = ask("stop", "robot")
+    assert status == 0 and re.match(r"success, pid \d+, port \d+\n\Z", out)
+    assert "robot" not in ask("status")[1]
+
+
+def test_a_message_is_sent_to_a_uid_an_id_or_a_name(ask, office):
+    friend = call(office.base, "search_friend", client="alice", name="小冰", token="geheim")[0]
+    seen = call(office.base, "check_event", client="alice", since=0, token="geheim")[-1]["seq"]
+    words = [["friend", friend["uid"]], ["friend", friend["id"]], ["friend", "小冰"],
+             ["group", "OpenQQ"], ["group", OPENQQ_GROUP], ["discuss", "OpenQQ"]]
+    for number, (kind, who) in enumerate(words):
+        status, out, _ = ask("send", "alice", kind, who, "--", f"--text & {number}%+")
+        assert status == 0 and re.match(r"发送成功, id \d+\n\Z", out), who
+    events = call(office.base, "check_event", client="alice", since=seen, token="geheim")
+    sent = [(event["type"], event["content"]) for event in events if event["class"] == "send"]
+    assert sent == [(f"{kind}_message", f"--text & {number}%+")
+                    for number, (kind, _) in enumerate(words)]
+    for kind, code in ("friend", 100), ("group", 101), ("discuss", 102):
+        status, out, said = ask("send", "alice", kind, "nobody", "text")
+        assert (status, out) == (1, "") and f"{kind} not found (code {code})" in said
+
+
+REFUSED = {
+    "a wrong token": (["status"], {"OPENQQ_TOKEN": "wrong"}, 1, r"auth failure \(code -6\)"),
+    "no such account": (["stop", "nobody"], {}, 1, r"client not exists \(code 1\)"),
+    "no such setting": (["start", "x", "nope=1"], {}, 1, r"nope not allowed \(code 6\)"),
+    "no such call": (["call", "nope", "client=alice"], {}, 1, "HTTP 403 api not found"),
+    "an account's state": (["call", "get_user_info", "client=waits"], {}, 1,
+                           r"client not running, it is \w+ \(code 300\)"),
+    "too few words": (["send", "alice", "friend", "小冰"], {}, 2, "usage: .* send NAME friend"),
+    "too many words": (["stop", "a", "b"], {}, 2, "usage: .* stop NAME"),
+    "no kind of receiver": (["send", "alice", "robot", "x", "y"], {}, 2, "'robot' is not friend"),
+    "no setting": (["start", "alice", "=1"], {}, 2, "'=1' must be key=value"),
+    "no value": (["status", "--url"], {}, 2, "--url needs a value"),
+    "no flag": (["events", "--watch"], {}, 2, "--watch is not a flag of events"),
+    "no URL": (["status", "--url", "4000"], {}, 2, "--url: .*http://127.0.0.1:4000"),
+    "nobody there": (["status", "--url=http://127.0.0.1:{free}"], {}, 3, "not reachable: .*refused"),
+    "nobody there any more": (["events", "--url=http://127.0.0.1:{free}"], {}, 3, "not reachable"),
+    "no host": (["stop", "x", "--url=http://nowhere.invalid"], {}, 3, "not reachable"),
+}
+
+
+@pytest.mark.parametrize("words, env, code, said", REFUSED.values(), ids=REFUSED)
+def test_a_command_that_fails_says_why_on_one_line_and_in_its_exit_status(
+        office, words, env, code, said):
+    if "waits" in said or any("waits" in word for word in words):
+        call(office.base, "start_client", client="waits", token="geheim")
+    with reserve() as free:
+        words = [word.format(free=free.getsockname()[1]) for word in words]
+        status, out, err = command(office.base, *words, **{"OPENQQ_TOKEN": "geheim", **env})
+    assert (status, out) == (code, "")
+    assert re.match(f"openqq: .*{said}", err) and err.count("\n") == 1
+
+
+OTHERS = {
+    "a proxy's 502": (502, "text/html", "<html>Bad Gateway</html>", 3),
+    "another server's page": (200, "text/html", "<html>Welcome</html>", 3),
+    "broken JSON": (200, "application/json", "{", 3),
+    "a list": (200, "application/json", "[]", 3),
+    "a redirect": (301, "text/plain", "", 1), "a fault": (500, "text/plain", "", 1)}
+
+
+@pytest.mark.parametrize("status, kind, body, code", OTHERS.values(), ids=OTHERS)
+def test_what_is_no_answer_of_the_api_is_no_success(status, kind, body, code):
+    peer = Peer()
+    peer.handle = lambda handler: peer.reply(handler, status, body, kind)
+    try:
+        for words in ["stop", "x"], ["status"]:
+            done = command(peer.url, *words)
+            assert done[:2] == (code, "") and re.match("openqq: .*\n\\Z", done[2])
+    finally:
+        peer.stop()
+
+
+def test_json_prints_what_came_to_the_byte(ask, office):
+    for words, path in [(["status"], "/openqq/check_client?"),
+                        (["call", "get_friend_info", "client=alice"],
+                         "/openqq/get_friend_info?client=alice&"),
+                        (["stop", "nobody"], "/openqq/stop_client?client=nobody&")]:
+        body = request(office.base, path + "token=geheim")[2].decode()
+        status, out, _ = ask(*words, "--json")
+        assert out == body + "\n" and status == (1 if "nobody" in words else 0)
+    assert json.loads(ask("call", "get_friend_info", "client=alice")[1]) == call(
+        office.base, "get_friend_info", client="alice", token="geheim")
+    lines = command_lines(office, 1, "events", "alice", "--json")
+    assert json.loads(lines[0])["client"] == "alice"
+
+
+def command_lines(office, count, *words):
+    """The first lines that a command writes which would never end."""
+    process = subprocess.Popen(
+        command_words(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=command_environment(office.base, {"OPENQQ_TOKEN": "geheim"}))
+    try:
+        lines = [process.stdout.readline().decode() for _ in range(count)]
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WAIT) == 130
+        assert process.stderr.read() == b""
+        process.stdout.close()
+        process.stderr.close()
+    return lines
+
+
+def test_events_tell_what_is_kept_and_then_what_comes_of_each_account(office):
+    process = subprocess.Popen(
+        command_words("events"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=command_environment(office.base, {"OPENQQ_TOKEN": "geheim"}))
+    log = Log(process.stdout)
+    try:
+        for text in "one", "two":
+            call(office.base, "send_group_message", client="alice", name="OpenQQ", content=text,
+                 token="geheim")
+            for line in (rf"^\d\d:\d\d:\d\d alice → OpenQQ: {text}$",
+                         rf"^\d\d:\d\d:\d\d 小明 ← alice@OpenQQ: {text}$"):
+                log.wait(line)
+        call(office.base, "/local/change", do="add", what="person", uid="700", name="客",
+             token="geheim")
+        call(office.base, "/local/change", do="add", what="friend", uid="700", token="geheim",
+             **{"in": "alice"})
+        log.wait("^alice · new_friend 客$")
+        for text in "one", "two":
+            assert log.text().count(f"alice → OpenQQ: {text}") == 1
+    finally:
+        process.terminate()
+        process.wait(WAIT)
+
+
+def columns_of(line):
+    """The column of a terminal in which each word of a line begins."""
+    import unicodedata
+    widths = [2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in line]
+    return [sum(widths[:match.start()]) for match in re.finditer(r"\S+", line)]
+
+
+def test_the_table_has_straight_columns_though_chinese_letters_take_two(ask):
+    head, *rows = ask("status")[1].splitlines()
+    rows = [row for row in rows if "running" in row]
+    assert head.split()[:5] == ["ACCOUNT", "STATE", "PORT", "PID", "UP"] and len(rows) == 2
+    for row in rows:
+        assert columns_of(row)[:5] == columns_of(head)[:5]
+
+
+@pytest.mark.parametrize("env, colored", [
+    ({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
+    ids=["terminal", "NO_COLOR", "NO_COLOR is empty", "dumb terminal"])
+def test_colours_are_only_for_a_terminal_that_wants_them(office, ask, env, colored):
+    session = Session(office.base, "status", OPENQQ_TOKEN="geheim", **env)
+    text = session.text()
+    assert ("\x1b[32mrunning\x1b[0m" in text) == colored == ("\x1b" in text)
+    assert re.search("^alice .*running", text, re.M)
+    assert "\x1b" not in ask("status")[1]
+
+
+def test_on_a_terminal_a_qr_code_is_black_on_white(office):
+    call(office.base, "start_client", client="eye", token="geheim")
+    assert eventually(lambda: request(
+        office.base, "/openqq/get_qrcode?client=eye&token=geheim")[0] == 200)
+    picture = request(office.base, "/openqq/get_qrcode?client=eye&token=geheim")[2]
+    session = Session(office.base, "qrcode", "eye", OPENQQ_TOKEN="geheim")
+    assert session.text() + "\n" == openqq.qr_text(openqq.qr_unpng(picture))
+    call(office.base, "delete_client", client="eye", token="geheim")
+
+
+STEERING = "\x1b]0;mine\x07\x1b[2J\x9b31m\u202egnp\u2066\x7f\x00\x85 \u3000客"
+
+
+def test_no_name_or_message_of_the_network_steers_a_terminal(office):
+    """Seen with everything: a table, events, laid out JSON, JSON as it came, a refusal."""
+    name = STEERING.replace("\x00", "")
+    call(office.base, "/local/change", do="add", what="person", uid="666", name=name,
+         token="geheim")
+    call(office.base, "/local/change", do="add", what="friend", uid="666", token="geheim",
+         **{"in": "alice"})
+    said = call(office.base, "/local/say", client="alice", content=name + "\nend",
+                token="geheim", **{"from": "666"})
+    assert said["code"] == 0
+    for words, ends in [(["call", "get_friend_info", "client=alice"], True),
+                        (["call", "get_friend_info", "client=alice", "--json"], True),
+                        (["events", "alice"], False), (["events", "alice", "--json"], False),
+                        (["send", "alice", "friend", "x", "y", "--url=http://\x9b31m/"], True)]:
+        session = Session(office.base, *words, OPENQQ_TOKEN="geheim", NO_COLOR="1")
+        if not ends:
+            session.log.wait(r"\\nend")
+            session.process.send_signal(signal.SIGINT)
+        text = session.text()
+        assert "gnp" in text or "send" in words, words
+        bad = [sign for sign in text if not sign.isprintable() and sign != "\n"]
+        assert not bad, (words, bad)
+        if words[0] == "call":
+            assert name in [row["name"] for row in json.loads(text)]
+
+
+def test_a_state_that_a_client_shows_is_not_written_raw_into_the_table():
+    screen = openqq.Screen()
+    text = screen.table([["ACCOUNT", "STATE", "ERROR"],
+                         ["a", "stop", STEERING + "\nTraceback\u2028"]])
+    assert [sign for sign in text if not sign.isprintable()] == ["\n"]
+    assert text.endswith(r"客\nTraceback")
+
+
+def test_a_token_on_the_command_line_is_gone_before_anybody_is_called(office):
+    process = subprocess.Popen(
+        command_words("events", "alice", "--token", "geheim", "--json"), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, env=command_environment(office.base, {}))
+    try:
+        assert process.stdout.readline()
+        shown = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(process.pid)],
+                               stdout=subprocess.PIPE, check=True).stdout
+        assert b"events" in shown and b"alice" in shown and b"geheim" not in shown
+    finally:
+        process.terminate()
+        process.wait(WAIT)
+        process.stdout.close()
+
+
+def test_commands_name_the_client_in_the_query_and_nothing_secret():
+    seen = []
+
+    def answer(handler):
+        seen.append((handler.command, handler.path, handler.query, handler.body.decode(),
+                     handler.headers.get("Authorization")))
+        peer.reply(handler, 200, {"code": 0, "status": "success", "client": []})
+
+    peer = Peer()
+    peer.handle = answer
+    try:
+        for words in (["start", "小明", "onebot_token=hush"], ["stop", "小明"],
+                      ["send", "小明", "friend", "7", "hush"], ["status", "小明"],
+                      ["call", "consult", "client=小明", "content=hush"]):
+            assert command(peer.url + "/under/", *words, OPENQQ_TOKEN="Ω")[0] == 0
+    finally:
+        peer.stop()
+    assert [(method, path) for method, path, _, _, _ in seen] == [
+        ("POST", "/under/openqq/start_client"), ("POST", "/under/openqq/stop_client"),
+        ("POST", "/under/openqq/send_friend_message"), ("GET", "/under/openqq/check_client"),
+        ("POST", "/under/openqq/consult")]
+    for method, _, query, body, bearer in seen:
+        assert query == {"client": "小明"} and "client" not in body
+        assert bearer.encode("latin-1").decode() == "Bearer Ω"
+    assert [body.count("hush") for _, _, _, body, _ in seen] == [1, 0, 1, 0, 1]
+
+
+def test_watch_shows_the_table_again_in_its_place_until_it_is_interrupted(office):
+    session = Session(office.base, "status", "--watch", OPENQQ_TOKEN="geheim")
+    session.log.wait(r"\x1b\[H\x1b\[J.*ACCOUNT", count=2)
+    session.process.send_signal(signal.SIGINT)
+    assert session.process.wait(WAIT) == 130
+
+
+def test_a_reader_who_has_read_enough_ends_a_command_quietly(office):
+    process = subprocess.Popen(
+        command_words("status"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=command_environment(office.base, {"OPENQQ_TOKEN": "geheim"}))
+    process.stdout.close()
+    with process.stderr:
+        assert (process.stderr.read(), process.wait(WAIT)) == (b"", 0)
+
+
+def test_bytes_are_for_a_file_and_not_for_a_terminal(office):
+    call(office.base, "start_client", client="lens", token="geheim")
+    assert eventually(lambda: request(
+        office.base, "/openqq/get_qrcode?client=lens&token=geheim")[0] == 200)
+    session = Session(office.base, "call", "get_qrcode", "client=lens", OPENQQ_TOKEN="geheim")
+    assert "bytes of image/png: not for a terminal" in session.text()
+    done = subprocess.run(command_words("call", "get_qrcode", "client=lens"),
+                          stdout=subprocess.PIPE, check=True,
+                          env=command_environment(office.base, {"OPENQQ_TOKEN": "geheim"}))
+    assert done.stdout.startswith(b"\x89PNG")
+    call(office.base, "delete_client", client="lens", token="geheim")
+
+
+@pytest.mark.parametrize("text", ["x", "http://127.0.0.1:4000/local/scan?ticket=" + "a" * 32,
+                                  "汉" * 700], ids=["small", "a ticket", "large"])
+def test_a_qr_code_is_read_back_out_of_its_picture(text):
+    rows = openqq.qr_matrix(text)
+    picture = openqq.qr_png(rows)
+    assert openqq.qr_unpng(picture) == rows
+    for other in (b"", b"\x89PNG", picture[:60], picture[:-40] + b"IEND", openqq.avatar("1"),
+                  openqq.qr_png(rows, 3, 1), picture.replace(b"IDAT", b"IDAX")):
+        with pytest.raises(ValueError):
+            openqq.qr_unpng(other)
+
+
+def test_what_only_commands_need_is_not_loaded_before_they_run():
+    code = "import openqq, sys; sys.exit('unicodedata' in sys.modules)"
+    assert subprocess.run([sys.executable, "-S", "-c", code], cwd=HERE).returncode == 0
+
+
+# -- its description
+
+def resolve(document, schema):
+    """A schema or response, followed to what it refers to."""
+    while "$ref" in schema:
+        assert schema["$ref"].startswith("#/")
+        part = document
+        for step in schema["$ref"][2:].split("/"):
+            part = part[step]
+        schema = part
+    return schema
+
+
+JSON_TYPES = {"string": str, "boolean": bool, "object": dict, "array": list,
+              "null": type(None)}
+
+
+def misfit(document, schema, value, where="answer"):
+    """What in a value is not as its JSON Schema says, or nothing: as much of it as is used."""
+    schema = resolve(document, schema)
+    assert set(schema) <= {"type", "properties", "required", "items", "anyOf", "enum", "minimum",
+                           "description"}, schema
+    if "anyOf" in schema:
+        found = [misfit(document, part, value, where) for part in schema["anyOf"]]
+        return "" if "" in found else found[0]
+    types = schema.get("type", [])
+    types = [types] if isinstance(types, str) else types
+    if types and not any(type(value) is int if name == "integer" else
+                         isinstance(value, JSON_TYPES[name]) for name in types):
+        return f"{where} is {value!r:.60} and not {types}"
+    if "enum" in schema and value not in schema["enum"]:
+        return f"{where} is {value!r} and not one of {schema['enum']}"
+    if isinstance(value, dict):
+        for name in schema.get("required", []):
+            if name not in value:
+                return f"{where} has no {name}"
+        parts = [(f"{where}.{name}", schema.get("properties", {}).get(name), part)
+                 for name, part in value.items()]
+    else:
+        parts = [(f"{where}[]", schema.get("items"), part)
+                 for part in (value if isinstance(value, list) else [])]
+    return next(filter(None, (misfit(document, part, item, place)
+                              for place, part, item in parts if part is not None)), "")
+
+
+LATE = ["kick_group_member", "relogin", "stop_client", "start_client", "delete_client"]
+NEEDS_A_TICKET = {  # what the examples cannot know, and the answer is another one than yes
+    "accept_friend_request": (200, -1), "revoke_message": (200, -1), "make_friend": (200, 101),
+    "get_media": (404, None), "get_qrcode": (404, None), "scan": (404, None),
+    "confirm": (404, None), "onebot": (403, -1)}
+
+
+def example_calls(path, operation):
+    """(target, headers, body) of each call that an operation gives an example of."""
+    query = {row["name"]: row["example"] for row in operation.get("parameters", [])
+             if "example" in row}
+    target = path + ("?" + urllib.parse.urlencode(query) if query else "")
+    bodies = operation.get("requestBody", {}).get("content")
+    if bodies is None:
+        yield target, {}, None
+        return
+    for kind, content in bodies.items():
+        if "example" in content:
+            row = content["example"]
+            body = json.dumps(row) if "json" in kind else urllib.parse.urlencode(row)
+            yield target, {"Content-Type": kind}, body.encode()
+
+
+def check_example(base, document, path, method, operation):
+    """Call the examples of an operation; each is answered as the document says."""
+    statuses = []
+    for target, headers, body in example_calls(path, operation):
+        status, fields, data = request(base, target, method.upper(), body, headers)
+        where = f"{method} {target} {body}: {status} {data[:200]}"
+        assert str(status) in operation["responses"], where
+        content = resolve(document, operation["responses"][str(status)]).get("content", {})
+        kind = fields.get("content-type", "").partition(";")[0]
+        value = json.loads(data) if kind == "application/json" else None
+        if kind in content:
+            assert not misfit(document, content[kind].get("schema", {}), value), where
+        else:
+            assert not data or not content or {"*/*", kind.partition("/")[0] + "/*"} & set(content)
+        code = value.get("code", 0) if isinstance(value, dict) else None if status > 299 else 0
+        if "content" in operation["responses"].get("200", {}) and status == 200:
+            assert str(code) in re.findall(r"-?\d+", operation["responses"]["200"]["description"])
+        statuses.append((status, code))
+    return statuses
+
+
+@pytest.mark.parametrize("words, prefix", [
+    (["controller"], "/openqq/"), (["client", "--account", "alice"], "/openqq/"),
+    (["controller", "--flavor", "weixin"], "/openwx/")],
+    ids=["controller", "client", "weixin"])
+def test_openapi_describes_what_is_there_and_every_example_works(start, words, prefix):
+    server = start(*words)
+    if words[0] == "controller":
+        assert call(server.base, prefix + "start_client", client="alice")["code"] == 0
+    assert server.call("/local/login", client="alice")["code"] == 0
+    document = call(server.base, prefix + "openapi.json")
+    assert document["openapi"] == "3.1.0" and document["info"]["version"] == openqq.VERSION
+    names = {path: path.rpartition("/")[2] for path in document["paths"]}
+    flavour = openqq.flavour_named("weixin" if "weixin" in words else "qq")
+    assert {prefix + name for name in flavour.apis} <= set(names)
+    assert ("start_client" in names.values()) == (words[0] == "controller")
+    ids = [operation["operationId"] for path in document["paths"].values()
+           for operation in path.values()]
+    assert len(ids) == len(set(ids))
+    for path in sorted(names, key=lambda path: (names[path] in LATE and LATE.index(names[path])
+                                                + 1, path)):
+        for method, operation in sorted(document["paths"][path].items()):
+            if names[path] == "events":  # has no end
+                assert "text/event-stream" in operation["responses"]["200"]["content"]
+                continue
+            answers = check_example(server.base, document, path, method, operation)
+            assert answers, (method, path)
+            if (names[path] not in LATE or method == "get") and names[path] != "kick_group_member":
+                assert set(answers) == {NEEDS_A_TICKET.get(names[path], (200, 0))}, (method, path)
+
+
+def test_openapi_tells_of_every_route_but_a_clients_own_way():
+    told = set(openqq.OpenApi(openqq.QQ, False)._calls)
+    source_text = "\n".join(LINES)
+    paths = set(re.findall(r'Route\("(/[^"]*)"', source_text))
+    paths |= set(re.findall(r'\("(\w+)", (?:ACT|READ|READ_OR_POST|"GET"), self\.', source_text))
+    for flavour in openqq.FLAVOURS.values():
+        paths |= set(flavour.apis)
+    assert len(paths) > 40 and paths - told == {"/local/link"}
+
+
+def test_openapi_tells_how_the_token_is_given_and_that_a_client_must_be_named(office):
+    assert request(office.base, "/openqq/openapi.json")[0] == 403
+    document = call(office.base, "openapi.json", token="geheim")
+    assert document["security"] == [{"bearer": []}, {"access_token": []}]
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "access_token"}
+    assert document["paths"]["/healthz"]["get"]["security"] == []
+    for name, required in ("get_user_info", True), ("check_client", False):
+        rows = document["paths"]["/openqq/" + name]["get"]["parameters"]
+        assert [row["required"] for row in rows if row["name"] == "client"] == [required]
+    settings = document["paths"]["/openqq/start_client"]["post"]["requestBody"]["content"][
+        "application/json"]["schema"]["properties"]
+    assert {name for name, row in openqq.SETTINGS.items() if row.caller and not row.idle} | {
+        "client"} == set(settings)
+    group = document["components"]["schemas"]["group"]
+    assert group["properties"]["member"]["items"] == {"$ref": "#/components/schemas/group_member"}
+
+
+def test_openapi_tells_which_calls_need_the_token_and_which_a_running_account(office):
+    document = call(office.base, "openapi.json", token="geheim")
+    call(office.base, "start_client", client="idle", token="geheim")
+    for path, operations in document["paths"].items():
+        told = set(operations.get("get", {}).get("responses", {}))
+        if told and path != "/onebot":
+            assert (request(office.base, path)[0] == 403) == ("403" in told), path
+        name = path.rpartition("/")[2]
+        if told and path.startswith("/openqq/") and name not in [*LATE, "check_event", "events"]:
+            status = request(office.base, path + "?client=idle&token=geheim")[0]
+            assert (status == 503) == ("503" in told), path
+    call(office.base, "delete_client", client="idle", token="geheim")
+
+
 # ------------------------------------------------------------------------------------------------
 # The README
 # ------------------------------------------------------------------------------------------------
@@ -11132,6 +11658,27 @@ def test_readme_library_example_runs(tmp_path, start):
     finally:
         process.terminate()
         assert process.wait(WAIT) == 0
+
+
+def test_readme_commands_for_the_terminal_do_their_work(start):
+    """The lines in their order, on a terminal; those that do not end are interrupted."""
+    controller = start("controller")
+    lines = [line.split() for line in "".join(blocks("console")).splitlines()]
+    assert {line[2] for line in lines} == set(openqq.COMMANDS)
+    shown = {"status": "^alice ", "events": r"alice ← 小冰: hello", "call": '"name": "小冰"',
+             "send": "^发送成功", "start": "^success", "stop": "^success", "qrcode": "▀"}
+    for python, file, *words in lines:
+        assert (python, file) == ("python", "openqq.py")
+        if words[0] == "qrcode":
+            assert eventually(lambda: request(
+                controller.base, "/openqq/get_qrcode?client=alice")[0] == 200)
+        session = Session(controller.base, *words, TERM="dumb")
+        session.log.wait(shown[words[0]])
+        if words[0] == "events" or "--watch" in words:
+            session.process.send_signal(signal.SIGINT)
+        assert session.process.wait(WAIT) in (0, 130), words
+        if words[0] == "qrcode":
+            assert controller.call("/local/login", client="alice")["code"] == 0
 
 
 def test_readme_settings_table_is_the_settings_table():
