@@ -4852,9 +4852,9 @@ child | account client code! pid port status!
 stopped | account client code! pid port runtime starttime status!
 states | client:state* code! status
 state | account! cookie_path disable_color error failed:flag http_debug keep_cookie link
-    log_console log_encoding log_level log_path mode os pid! pid_path plugin:object* port! previous_state
-    qrcode_count_max qrcode_path restarts:int since start_time state! state_path tmpdir
-    ua_retry_times version
+    log_console log_encoding log_level log_path mode os pid! pid_path plugin:object* port!
+    previous_state qrcode_count_max qrcode_path restarts:int since start_time state!
+    state_path tmpdir ua_retry_times version
 sent | code! id info status!
 consulted | code! id reply reply_status status!
 accepted | code! displayname id status! ticket
