@@ -8233,6 +8233,11 @@ class Papers:
         else:
             self.keep_secrets()
 
+    def share_secrets(self) -> None:
+        """Take over those of a former start, and have a later one find what was given now."""
+        self.settings.fill(**self.kept_secrets())
+        self.keep_secrets()
+
     def keep_secrets(self) -> None:
         """Keep them as long as the login is kept, or there is none yet."""
         if self.settings.secrets():
@@ -9192,13 +9197,11 @@ class Client:
             self.log.keep = self.parent.keep
         self.papers = Papers(self.settings, self.flavour, self.log)
         self.papers.pid.take(f"client {self.account}")
-        self.settings.fill(**self.papers.kept_secrets())
-        self.papers.keep_secrets()
+        self.papers.share_secrets()
         self.start_time = int(time.time())
         self.loop = Loop(self.log)
-        self.state = self.previous_state = ""
+        self.state = self.previous_state = self.error = self.qrcode_text = ""
         self.since = 0.0                             # in this state
-        self.error = self.qrcode_text = ""
         self.port = 0                                # of the API, once it is there
         self.roster = Roster(self.flavour.fields)
         self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log, bulk_of)
@@ -10801,6 +10804,23 @@ def default_template(flavour: Type[Flavour]) -> str:
                            PLUGIN=flavour.plugin.upper())
 
 
+def write_template(path: str, flavour: Type[Flavour]) -> None:
+    """Write it where none is, or an empty one. Refusal."""
+    if not read_file(path):
+        try:
+            write_file(path, default_template(flavour).encode())
+        except OSError as error:
+            raise Refusal(f"the template {path} cannot be written: {error.strerror}") from None
+
+
+def watch_clients(metrics: Metrics, supervisor: Supervisor) -> None:
+    """Show how many clients are in which state, and how often dead ones were started again."""
+    metrics.watch("clients", "gauge", "Clients by state.", lambda: {
+        f'state="{state}"': count for state, count in supervisor.count_states().items()})
+    metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
+                  lambda: {"": supervisor.restarts})
+
+
 def check_params(params: Params, tmpdir: str, own_files: str,
                  taken: Iterable[str]) -> Dict[str, str]:
     """start_client's parameters as settings; NotAllowed for what callers may not give.
@@ -10944,16 +10964,7 @@ class Controller:
         if settings.post_api:
             self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
                                       self.loop, log, lambda event, answer: None)
-        self._write_template()
-
-    def _write_template(self) -> None:
-        path = self.settings.template_path
-        if not read_file(path):
-            try:
-                write_file(path, default_template(self.flavour).encode())
-            except OSError as error:
-                raise Refusal(f"the template {path} cannot be written: "
-                              f"{error.strerror}") from None
+        write_template(settings.template_path, self.flavour)
 
     def _serve(self) -> None:
         settings, log = self.settings, self.log
@@ -10961,7 +10972,8 @@ class Controller:
         app = App(self.gate, log, api.all_routes(self.pages.routes()), api.proxy,
                   [prefix + path for prefix in ("/openqq/", "/openwx/")
                    for path in self.flavour.apis])
-        self._watch(app.metrics)
+        watch_clients(app.metrics, self.supervisor)
+        watch_posting(app.metrics, self._reporter)
         watcher = Watcher(log)
         log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
         for listener in self._listeners:
@@ -10976,14 +10988,6 @@ class Controller:
         log.info(gate_hint(settings))
         log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
                  "start_client?client=NAME")
-
-    def _watch(self, metrics: Metrics) -> None:
-        supervisor = self.supervisor
-        metrics.watch("clients", "gauge", "Clients by state.", lambda: {
-            f'state="{state}"': count for state, count in supervisor.count_states().items()})
-        metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
-                      lambda: {"": supervisor.restarts})
-        watch_posting(metrics, self._reporter)
 
     def _begin(self) -> None:
         if self._reporter:
@@ -11553,7 +11557,7 @@ def cut(text: str, width: int) -> str:
     return text + "…"
 
 
-def age(seconds: float) -> str:
+def lasting(seconds: float) -> str:
     """A duration in two words at most: 3d 4h, 12m 5s."""
     parts: List[str] = []
     left = max(0, int(seconds))
@@ -11632,7 +11636,7 @@ def account_cells(row: Row) -> List[str]:
     since = str(row.get("start_time") or "")
     return [str(row.get("account") or ""), state, str(row.get("port") or ""),
             str(row.get("pid") or "") if alive else "",
-            age(time.time() - int(since)) if alive and since.isdigit() else "",
+            lasting(time.time() - int(since)) if alive and since.isdigit() else "",
             str(row.get("restarts") or ""), str(row.get("error") or "")]
 
 
