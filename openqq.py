@@ -5901,12 +5901,15 @@ class Outboxes:
     """
 
     BATCH = 256
+    GAP_SECONDS = 0.25           # between two answers that bring events only
 
     def __init__(self, ledger: Ledger, online: Set[str]) -> None:
         self._ledger, self._online = ledger, online
         self._notes: Dict[str, List[Row]] = {}     # about the login: no need to survive
         self._pulls: Dict[str, Promise] = {}       # those who wait
         self._woken: Set[str] = set()
+        self._urgent: Set[str] = set()             # those of them who got a message, or a note
+        self._heard: Dict[str, float] = {}         # when each was last woken
         self._dropped = 0
         for waiting in ledger.table("wait").values():
             items = sorted(waiting.items(), key=lambda item: int(item[0]))
@@ -5924,6 +5927,8 @@ class Outboxes:
         self._ledger.put(item, "wait", account, str(number))
         self._drop_excess(account)
         self._woken.add(account)
+        if item["do"] == "message":
+            self._urgent.add(account)
 
     def _drop_excess(self, account: str) -> None:
         """The oldest of too many; of too heavy ones only the pictures, oldest first."""
@@ -5960,7 +5965,7 @@ class Outboxes:
     def note(self, account: str, item: Row) -> None:
         """Tell an account something about its login, if it is there."""
         self._notes.setdefault(account, []).append(item)
-        self._woken.add(account)
+        self.wake_up(account)
 
     def acknowledge(self, account: str, mark: str) -> None:
         """Forget what an account has: all up to its mark, `ERA:NUMBER`."""
@@ -6003,14 +6008,24 @@ class Outboxes:
     def wake_up(self, account: str) -> None:
         """Let an account look again what there is."""
         self._woken.add(account)
+        self._urgent.add(account)
 
-    def wake(self) -> None:
-        """Let those have their items who wait for them; to be called after a commit."""
-        woken, self._woken = self._woken, set()
-        for account in woken:
+    def wake(self, now: float) -> bool:
+        """Let those have their items who wait for them; to be called after a commit.
+
+        Whether some are left for a moment: a hundred who log in at once are told to a hundred, and
+        each of them need not hear of one after the other.
+        """
+        ready = {account for account in self._woken if account in self._urgent
+                 or not 0 <= now - self._heard.get(account, 0.0) < self.GAP_SECONDS}
+        self._woken -= ready
+        self._urgent.clear()
+        for account in ready:
             promise = self._pulls.pop(account, None)
             if promise:
+                self._heard[account] = now
                 promise.keep(True)
+        return bool(self._woken)
 
 
 class Society:
@@ -6348,6 +6363,7 @@ class LocalNetwork:
         self.society = Society(self.world, self.outboxes, clock)
         self.logins = Logins(self.society, self.outboxes, url, clock)
         self._last_id = int(clock() * 1000)
+        self._waking: Optional[Timer] = None                 # for those who are told together
         self._sent: Dict[int, Row] = {}                      # the newest messages, by number
         self._verbs: Dict[str, Callable[..., Any]] = {
             "attach": self.logins.attach, "ticket": self.logins.ticket,
@@ -6398,7 +6414,15 @@ class LocalNetwork:
             return function(*args)
         finally:
             self._ledger.commit()
-            self.outboxes.wake()
+            self._wake()
+
+    def _wake(self) -> None:
+        if self.outboxes.wake(self.loop.clock()) and not self._waking:
+            self._waking = self.loop.later(Outboxes.GAP_SECONDS, self._wake_late)
+
+    def _wake_late(self) -> None:
+        self._waking = None
+        self._wake()
 
     def _pull(self, account: str, mark: str, wait: Callable[[Promise, float], Any]) -> List[Row]:
         items, promise = self.loop.ask(self.settle, self._take_or_wait, account, mark)

@@ -7629,6 +7629,19 @@ def test_too_many_pictures_that_wait_cost_no_text(tmp_path):
         found, key=lambda text: (text[0] == "p", int(text.split()[1])))
 
 
+def test_events_in_quick_succession_are_told_together_and_a_message_at_once(tmp_path):
+    log = openqq.Log(level="fatal")
+    boxes = openqq.Outboxes(openqq.Ledger(str(tmp_path / "a"), str(tmp_path / "b"), log), {"alice"})
+    for now, do, left, told in ((10.0, "event", False, True), (10.1, "event", True, False),
+                                (10.15, "message", False, True), (10.2, "event", True, False),
+                                (10.5, "", False, True), (9.0, "event", False, True)):
+        promise = boxes.wait("alice")
+        if do:
+            boxes.put("alice", {"do": do, "media": None})
+        assert (boxes.wake(now), promise.kept) == (left, told), now
+
+
+
 # ------------------------------------------------------------------------------------------------
 # What an outsider found
 # ------------------------------------------------------------------------------------------------
