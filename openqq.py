@@ -6474,13 +6474,17 @@ class LocalNetwork:
                 "group": message.get("group"), "discuss": message.get("discuss"),
                 "media": message.get("media")}
         self._remember({**item, "receivers": receivers})
+        residents = []
         for receiver in receivers:
             account = self.world.account_of.get(receiver)
             if account is not None:
                 self.outboxes.put(account, dict(item, sender_id=self.world.id_for(account, uid)))
             elif uid in self.world.account_of:
-                self._echo(receiver, uid, message)
-        return self._last_id
+                residents.append(receiver)
+        number = self._last_id
+        for resident in residents:  # not before all have heard what it answers
+            self._echo(resident, uid, message)
+        return number
 
     def _remember(self, item: Row) -> None:
         """For revoking; who asks later than WAIT_LIMIT messages after it comes too late."""
