@@ -9861,16 +9861,33 @@ class Api(SendApi):
 
     def events(self, request: Request) -> Response:
         """A stream of the events, and of what the account's state does besides."""
+        self._check_name(request)
         return self.store.stream(request)
+
+    def _check_name(self, request: Request) -> None:
+        """Nobody who means another account is to stop this one or to take it for that one."""
+        if (request.params.get("client") or self.client.account) != self.client.account:
+            raise ClientMissing("client not exists")
+
+    def check_client(self, request: Request) -> Json:
+        """The account's state, as a controller tells it."""
+        self._check_name(request)
+        client = self.client
+        return {"code": 0, "client": [{
+            **client.papers.state_row(client), "port": client.port, "restarts": 0,
+            "since": str(int(client.since)),
+            "link": "onebot" if client.settings.onebot_api else "local"}]}
 
     def stop_client(self, request: Request) -> Json:
         """End, in a moment: the caller is to get the answer first."""
+        self._check_name(request)
         return self._soon("stop", self.client.stop, {
             "runtime": int(time.time()) - self.client.start_time,
             "starttime": self.client.start_time, "pid": os.getpid()})
 
     def relogin(self, request: Request) -> Json:
         """Drop the login and show a new QR code, in a moment."""
+        self._check_name(request)
         return self._soon("relogin", self.client.relogin, {})
 
     def _soon(self, what: str, act: Callable[[], None], row: Row) -> Row:
@@ -10134,7 +10151,7 @@ def _serve_api(client: Client, api: Api, reporter: Optional[Reporter], settings:
     gate, pages = Gate(settings.token), client.local_pages()
     config = dashboard_config(client.flavour, settings, client.account)
     index, own = (client_page, []) if client.parent else (lambda client: dashboard(config), [
-        Route(prefix + "check_client", READ, lambda request: own_state(client))
+        Route(prefix + "check_client", READ, api.check_client)
         for prefix in ("/openqq/", "/openwx/")])
     routes = [*api.routes(), *(pages.routes() if pages else []), HEALTH, *own,
               Route("/", READ, lambda request: index(client), open=True),
@@ -10186,14 +10203,6 @@ def client_page(client: Client) -> Response:
         "send_friend_message?uid=…&content=hello", "check_event"))
     return page(INDEX_BODY, {"what": f"This is the client of the account {client.account}.",
                              "lines": lines})
-
-
-def own_state(client: Client) -> Row:
-    """What a controller's check_client would tell of a client alone."""
-    link = "onebot" if client.settings.onebot_api else "local"
-    return {"code": 0, "client": [{**client.papers.state_row(client), "port": client.port,
-                                   "restarts": 0, "since": str(int(client.since)),
-                                   "link": link}]}
 
 
 def dashboard_config(flavour: Type[Flavour], settings: Settings, account: str) -> Row:
@@ -11459,6 +11468,8 @@ class Said:
     """What a server answered: `value` is its JSON, None if it is none; `good` unless it said no."""
 
     def __init__(self, reply: Reply) -> None:
+        if reply.kind == "text/event-stream":
+            raise Refusal("that is a stream without an end; the command events reads it", 2)
         self.status, self.kind, self.body = reply.status, reply.kind, reply.read(1 << 30)
         try:
             self.value = from_bytes(self.body) if self.kind == "application/json" else None
@@ -11497,7 +11508,8 @@ class Remote:
     """The API of a server somewhere, as a command calls it."""
 
     # What only reads is asked for with GET; all else is posted, so that no log keeps it.
-    READS = re.compile(r"get_|check_client|openapi|events|/local/(world|scan)|/healthz|/$")
+    READS = re.compile(r"(?:/open(?:qq|wx)/)?(?:get_|check_client|openapi|events)|"
+                       r"/local/(?:world|scan)|/healthz|/metrics|/$")
 
     def __init__(self, url: str, token: str = "") -> None:
         try:
@@ -11821,7 +11833,7 @@ usage: python openqq.py controller [--setting value …]    many accounts, API o
        python openqq.py controller --help                 all settings
        python openqq.py --version
 
-These call the API of a controller that runs:
+These call the API of a controller, or of one account alone, that runs:
 """ + "".join(f"  {name + ' ' + words:46} {what}\n"
               for name, (words, _, _, what) in COMMANDS.items()) + """
   --url URL      where it is, also in $OPENQQ_URL [http://127.0.0.1:4000]
@@ -11874,8 +11886,30 @@ def run_command(command: str, words: Sequence[str]) -> int:
         raise Refusal(printable(refusal.status), refusal.exit) from None
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def written(write: Callable[[], int]) -> int:
+    """The exit status of what writes to standard output. Refusal when that takes no more.
+
+    What is still in its buffer would be tried again at the end: it goes nowhere.
+    """
+    try:
+        status = write()
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
+    except OSError as error:  # of a server it is an Unreachable, and so a Refusal
+        if sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise Refusal(f"the output cannot be written: {error.strerror}") from None
+        return 0  # whoever read has read enough
+
+
+def show(text: str) -> int:
+    """Print a text, whatever letters standard output has."""
+    Screen().put(text.rstrip("\n"))
     return 0
 
 
@@ -11893,17 +11927,17 @@ def main(words: Sequence[str]) -> int:
         if command == "--client":
             return run_child()
         if command == "--version":
-            print("OpenQQ " + VERSION)
+            return written(lambda: show(f"OpenQQ {VERSION}\n"))
         elif command in ("controller", "client") and {"-h", "--help"} & set(rest):
-            print(help_text(whose), end="")
+            return written(lambda: show(help_text(whose)))
         elif command == "controller":
             return run_controller(parse_flags(whose, rest))
         elif command == "client":
             return run_client(parse_flags(whose, rest))
         elif command in ("-h", "--help") or (command in COMMANDS and rest in (["-h"], ["--help"])):
-            print(USAGE, end="")
+            return written(lambda: show(USAGE))
         elif command in COMMANDS:
-            return run_command(command, rest)
+            return written(lambda: run_command(command, rest))
         else:
             wrong = f"openqq: there is no command {command!r}\n" if command else ""
             print(wrong + USAGE, end="", file=sys.stderr)

@@ -11390,6 +11390,52 @@ def test_a_reader_who_has_read_enough_ends_a_command_quietly(office):
         assert (process.stderr.read(), process.wait(WAIT)) == (b"", 0)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
+@pytest.mark.parametrize("words", [
+    ["status"], ["status", "--json"], ["status", "--watch"], ["call", "check_client"],
+    ["events", "alice"], ["--help"], ["--version"], ["controller", "--help"]], ids=" ".join)
+def test_a_command_whose_output_is_full_says_so_on_one_line(office, words):
+    call(office.base, "send_friend_message", client="alice", name="小冰", content="x",
+         token="geheim")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command_words(*words), stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE,
+            env=command_environment(office.base, {"OPENQQ_TOKEN": "geheim"}), timeout=3 * WAIT)
+    assert done.returncode == 1
+    assert re.match(b"openqq: the output cannot be written: .*\n\\Z", done.stderr)
+
+
+@pytest.mark.parametrize("api", [
+    "/openqq/get_friend_info", "/openwx/get_friend_info", "get_friend_info", "/metrics",
+    "/openqq/check_client", "/local/world", "openapi.json"])
+def test_what_only_reads_is_called_by_its_name_or_its_path(ask, api):
+    assert ask("call", api, "client=alice")[0] == 0
+
+
+def test_a_stream_is_for_the_command_that_reads_it(ask):
+    status, out, err = ask("call", "events", "client=alice")
+    assert (status, out) == (2, "") and "the command events" in err
+
+
+def test_commands_drive_one_account_alone_and_none_that_it_is_not(start):
+    client = start("client", "--account", "solo")
+    for words in ["status", "other"], ["events", "other"], ["stop", "other"]:
+        assert command(client.base, *words)[::2] == (
+            1, "openqq: client not exists (code 1)\n"), words
+    assert call(client.base, "relogin", client="other")["code"] == 1
+    assert "solo" in command(client.base, "status")[1]
+    assert "solo" in command(client.base, "status", "solo")[1]
+    assert command(client.base, "qrcode", "solo")[0] == 0
+    assert call(client.base, "/local/login", client="solo")["code"] == 0
+    assert eventually(lambda: client.call("check_client")["client"][0]["state"] == "running")
+    session = Session(client.base, "events", "solo", TERM="dumb")
+    assert command(client.base, "send", "solo", "friend", "小冰", "hello")[0] == 0
+    session.log.wait("solo ← 小冰: hello")
+    assert command(client.base, "stop", "solo")[0] == 0
+    assert session.process.wait(WAIT) in (1, 3)
+    assert client.process.wait(WAIT) == 0
+
+
 def test_bytes_are_for_a_file_and_not_for_a_terminal(office):
     call(office.base, "start_client", client="lens", token="geheim")
     assert eventually(lambda: request(
