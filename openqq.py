@@ -5901,7 +5901,8 @@ class Outboxes:
     """
 
     BATCH = 256
-    GAP_SECONDS = 0.25           # between two answers that bring events only
+    GAP_SECONDS = 0.25           # between two answers that bring events only,
+    BURST = 10.0                 # when there were so many without one
 
     def __init__(self, ledger: Ledger, online: Set[str]) -> None:
         self._ledger, self._online = ledger, online
@@ -5909,7 +5910,7 @@ class Outboxes:
         self._pulls: Dict[str, Promise] = {}       # those who wait
         self._woken: Set[str] = set()
         self._urgent: Set[str] = set()             # those of them who got a message, or a note
-        self._heard: Dict[str, float] = {}         # when each was last woken
+        self._heard: Dict[str, Tuple[float, float]] = {}  # since when who may hear so many more
         self._dropped = 0
         for waiting in ledger.table("wait").values():
             items = sorted(waiting.items(), key=lambda item: int(item[0]))
@@ -6016,16 +6017,21 @@ class Outboxes:
         Whether some are left for a moment: a hundred who log in at once are told to a hundred, and
         each of them need not hear of one after the other.
         """
-        ready = {account for account in self._woken if account in self._urgent
-                 or not 0 <= now - self._heard.get(account, 0.0) < self.GAP_SECONDS}
+        ready = {account for account in self._woken if account not in self._pulls
+                 or account in self._urgent or self._may_hear(account, now)}
         self._woken -= ready
         self._urgent.clear()
         for account in ready:
             promise = self._pulls.pop(account, None)
             if promise:
-                self._heard[account] = now
                 promise.keep(True)
         return bool(self._woken)
+
+    def _may_hear(self, account: str, now: float) -> bool:
+        then, left = self._heard.get(account, (now, self.BURST))
+        left = min(self.BURST, left + max(0.0, now - then) / self.GAP_SECONDS)
+        self._heard[account] = (now, left - (left >= 1.0))
+        return left >= 1.0
 
 
 class Society:

@@ -7629,12 +7629,14 @@ def test_too_many_pictures_that_wait_cost_no_text(tmp_path):
         found, key=lambda text: (text[0] == "p", int(text.split()[1])))
 
 
-def test_events_in_quick_succession_are_told_together_and_a_message_at_once(tmp_path):
+def test_many_events_in_quick_succession_are_told_together_and_a_message_at_once(tmp_path):
     log = openqq.Log(level="fatal")
     boxes = openqq.Outboxes(openqq.Ledger(str(tmp_path / "a"), str(tmp_path / "b"), log), {"alice"})
-    for now, do, left, told in ((10.0, "event", False, True), (10.1, "event", True, False),
+    few = [(10.0, "event", False, True)] * int(boxes.BURST)
+    for now, do, left, told in (*few, (10.1, "event", True, False),
                                 (10.15, "message", False, True), (10.2, "event", True, False),
-                                (10.5, "", False, True), (9.0, "event", False, True)):
+                                (10.5, "", False, True), (9.0, "event", False, True),
+                                (9.0, "event", True, False), (9.5, "event", False, True)):
         promise = boxes.wait("alice")
         if do:
             boxes.put("alice", {"do": do, "media": None})
@@ -11649,7 +11651,7 @@ def type_in(line, ports):
 
 def test_readme_commands_do_what_the_readme_says(start, tmp_path):
     """The program, the first four lines, the tests, the bot's four lines."""
-    program, first_minute, _, _, tests, bot_lines = blocks("sh")
+    program, first_minute, _, _, bot_lines, *_, tests = blocks("sh")
     assert program == "python openqq.py controller\n"
     assert tests == "python -m pip install pytest && python -m pytest -q\n"
     controller = start("controller", typed=True)
