@@ -4206,13 +4206,41 @@ const ZH = {
   "new_group": "新群", "lose_group": "退出群", "new_group_member": "新成员",
   "lose_group_member": "成员离开", "input_qrcode": "二维码", "client_failed": "启动失败",
   "owner": "群主", "admin": "管理员", "and {count} more": "还有 {count} 人",
+  // what the settings are
+  "http_max_message_size": "请求正文的最大字节数", "tmpdir": "所有文件的目录,默认为系统临时目录",
+  "log_path": "日志文件,默认输出到 stderr", "log_encoding": "日志编码,默认 utf-8",
+  "log_level": "日志级别:debug、info、msg、warn、error、fatal", "log_head": "每行日志的前缀",
+  "log_console": "除 log_path 外也输出到 stderr", "disable_color": "终端中不使用颜色",
+  "http_debug": "以 debug 级别记录每次调用", "pid_path": "pid 文件,默认在 tmpdir 中",
+  "post_api": "接收所有消息与事件的 URL", "post_secret": "上报内容的签名密钥(X-Signature)",
+  "poll_api": "心跳与反向调用的 URL", "poll_interval": "两次心跳之间的秒数",
+  "post_event": "除消息外也上报事件", "post_media_data": "同时上报图片内容",
+  "post_stdout": "每个事件在 stdout 输出一行 JSON",
+  "post_event_list": "要上报的事件:login,stop,state_change,input_qrcode,new_friend 等",
+  "check_event_list_max_size": "check_event 保留的事件数",
+  "download_media": "微信:将收到的媒体保存为文件", "numeric_ids": "id 以 JSON 数字表示",
+  "onebot_api": "真实 QQ:OneBot 地址,ws://主机:3001 或 http://主机:3000",
+  "onebot_token": "OneBot 的 access token", "onebot_secret": "OneBot 向 /onebot 上报时的签名密钥",
+  "onebot_login": "二维码来自谁的页面:napcat 或 llbot",
+  "onebot_login_api": "该页面的地址,默认同一主机的 6099 端口(llbot 3080)",
+  "onebot_login_token": "该页面的 token 或密码", "cookie_path": "cookie 文件,默认在 tmpdir 中",
+  "qrcode_path": "二维码文件,默认在 tmpdir 中", "state_path": "状态文件,默认在 tmpdir 中",
+  "keep_cookie": "保留登录信息,下次启动免扫码",
+  "login_type": "qrlogin:扫码;login:用 pwd 登录(仅内置网络)", "pwd": "login_type=login 时的密码",
+  "qrcode_count_max": "最多显示多少个二维码,之后停止",
+  "send_interval": "两条消息之间的秒数:3,内置网络为 0", "msg_ttl": "一条消息的发送尝试次数",
+  "mode": "账号的在线状态", "update_interval": "两次刷新好友、群、讨论组之间的秒数",
+  "is_init_friend": "登录时加载好友", "is_init_group": "登录时加载群",
+  "is_init_discuss": "登录时加载讨论组", "is_update_user": "也刷新自己的资料",
+  "is_update_friend": "刷新好友", "is_update_group": "刷新群", "is_update_discuss": "刷新讨论组",
+  "allow_message_sync": "上报账号在其他设备上发送的消息", "ignore_unknown_id": "丢弃陌生人的消息",
 };
 const t = (text, values = {}) => ((chinese && ZH[text]) || text)
   .replace(/\{(\w+)\}/g, (_, name) => values[name]);
 const $ = (id) => document.getElementById(id);
 const api = (path) => config.prefix + path;
 const when = (seconds) => new Date(seconds * 1000)
-  .toLocaleString([], {dateStyle: "short", timeStyle: "short"});
+  .toLocaleString(navigator.language, {dateStyle: "short", timeStyle: "short"});
 const nameOf = (thing) => String(thing.markname || thing.card || thing.displayname
   || thing.name || thing.uid || thing.id || "");
 
@@ -4415,7 +4443,7 @@ const running = () => [...accounts.values()].filter((row) => row.state === "runn
 
 function settingField([name, help, value, secret]) {
   return el("label", {}, name, el("input", {name, placeholder: value, autocomplete: "off",
-    type: secret ? "password" : "text"}), el("small", {}, help));
+    type: secret ? "password" : "text"}), el("small", {}, (chinese && ZH[name]) || help));
 }
 
 $("begin").onsubmit = async (event) => {
@@ -4456,7 +4484,7 @@ function wanted(event) {
 
 function eventRow(event) {
   const [title, text] = describe(event);
-  const time = new Date(event.at).toLocaleTimeString();
+  const time = new Date(event.at).toLocaleTimeString(navigator.language);
   return el("li", {}, el("time", {}, time), " ", el("span", {className: "tag"},
     el("bdi", {}, event.client)), " ", el("b", {className: "who"}, el("bdi", {}, title)),
     el("bdi", {className: "text"}, text));

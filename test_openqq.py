@@ -11628,6 +11628,53 @@ def test_openapi_tells_which_calls_need_the_token_and_which_a_running_account(of
     call(office.base, "delete_client", client="idle", token="geheim")
 
 
+def test_in_a_group_nobody_hears_the_answer_before_what_it_answers(start):
+    controller = start("controller")
+    for name in "alice", "bob", "carol":
+        controller.login(name)
+    group = controller.call("get_group_basic_info", client="alice")[0]["id"]
+    controller.call("send_group_message", client="alice", id=group, content="小冰?")
+    for name in "bob", "carol":
+        def heard():
+            return [event["sender"] for event in controller.call(
+                "check_event", client=name, since=0) if event.get("content") == "小冰?"]
+
+        assert eventually(lambda: len(heard()) > 1)
+        assert heard() == ["alice", "小冰"]
+
+
+def test_a_message_that_was_answered_at_once_can_be_taken_back(start):
+    controller = start("controller")
+    for name in "alice", "bob":
+        controller.login(name)
+    group = controller.call("get_group_basic_info", client="alice")[0]["id"]
+    said = controller.call("send_group_message", client="alice", id=group, content="小冰?")
+    assert controller.call("revoke_message", client="alice", id=said["id"]) == {
+        "code": 0, "status": "revoke success"}
+
+
+def test_every_setting_of_the_form_is_explained_in_chinese_too():
+    table = openqq.DASHBOARD_SCRIPT.partition("const ZH")[2].partition("\n};")[0]
+    known = set(re.findall(r'"([^"]+)":\s+"[^"]*[^\x00-\x7f]', table))
+    assert not {setting.name for setting in openqq.SETTINGS.values()
+                if setting.caller and not setting.idle} - known
+
+
+def test_the_page_writes_times_and_explains_settings_in_the_browsers_language(board, browser):
+    agent = browser.run("return navigator.userAgent")
+    try:
+        browser.chrome("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage="zh-CN")
+        browser.open(board.base + "/")
+        browser.find("[data-account=bob][data-state=running]")
+        shown = browser.run("return document.querySelector('[data-account=bob] .facts').innerText")
+        assert re.search(r"自 \d{4}/\d+/\d+ \d+:\d+ · 端口", shown), shown
+        browser.click("#begin details:first-of-type summary")
+        browser.reads("#bridge", "access token")
+        assert "the bridge's" not in browser.text("#bridge")
+    finally:
+        browser.chrome("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage="en-US")
+
+
 # ------------------------------------------------------------------------------------------------
 # The README
 # ------------------------------------------------------------------------------------------------
