@@ -2128,7 +2128,8 @@ def parse_form(text: str) -> Params:
 
     Bytes that are no UTF-8 become U+FFFD: 003 shows such a call, and it just finds nothing.
     """
-    if BROKEN_PERCENT.search(text):
+    coded = "%" in text or "+" in text
+    if coded and BROKEN_PERCENT.search(text):
         raise BadRequest(400, "broken percent-encoding; a % itself is written %25")
     if text.count("&") > PARAM_LIMIT:
         raise BadRequest(400, f"over {PARAM_LIMIT} parameters")
@@ -2136,7 +2137,7 @@ def parse_form(text: str) -> Params:
     for pair in text.split("&"):
         if pair:
             name, _, value = pair.partition("=")
-            params[_unquote(name)] = _unquote(value)
+            params[_unquote(name) if coded else name] = _unquote(value) if coded else value
     return params
 
 

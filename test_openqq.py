@@ -12250,7 +12250,7 @@ class Benchmark:
         pids = [row["pid"] for row in program.call("check_client")["client"]]
         self.put(f"clients cpu {count}", (busy(program.pid, *pids) - before) / count * 1000)
         if count == 100:
-            time.sleep(4.0)
+            time.sleep(12.0)  # until threads that linger have left
             before, begun = busy(program.pid, *pids), time.monotonic()
             time.sleep(5.0)
             self.put("idle", (busy(program.pid, *pids) - before) / 5 * 100)
