@@ -323,6 +323,15 @@ def from_bytes(data: bytes) -> Json:
         raise ValueError("JSON nested too deep") from None
 
 
+def object_in(data: bytes) -> Optional[Row]:
+    """The JSON object that bytes hold; None for anything else."""
+    try:
+        value = from_bytes(data)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def check_name(name: str) -> str:
     """An account's name as it came, or NotAllowed: names become file names (DESIGN)."""
     if not NAME.fullmatch(name):
@@ -1443,12 +1452,9 @@ def read_json(path: str, log: Log) -> Row:
     data = read_file(path)
     if not data:
         return {}
-    try:
-        value = from_bytes(data)
-        if isinstance(value, dict):
-            return value
-    except ValueError:
-        pass
+    value = object_in(data)
+    if value is not None:
+        return value
     log.warn(f"{path} is not a file of this program; it is kept as {path}.old")
     try:
         os.replace(path, path + ".old")
@@ -2390,15 +2396,15 @@ def is_loopback(host: str) -> bool:
 class Route:
     """One API: its path's last part, the methods that it takes, and what it calls.
 
-    `handler(request)` returns a Response, or a JSON value; `any_state` is for those that answer
-    before the account is running; `open` for those that anybody may call.
+    `handler(request)` returns a Response, or a JSON value; `open` is for those that anybody may
+    call.
     """
 
-    __slots__ = ("path", "methods", "handler", "any_state", "open")
+    __slots__ = ("path", "methods", "handler", "open")
 
     def __init__(self, path: str, methods: str, handler: Callable[[Request], Any],
-                 any_state: bool = False, open: bool = False) -> None:
-        self.path, self.handler, self.any_state, self.open = path, handler, any_state, open
+                 open: bool = False) -> None:
+        self.path, self.handler, self.open = path, handler, open
         self.methods = methods.split("|")
 
 
@@ -5562,13 +5568,7 @@ def same_origin(url: str, reply: Reply) -> str:
 
 
 def _json_object(kind: str, data: bytes) -> Optional[Row]:
-    if kind not in ("application/json", "text/json"):
-        return None
-    try:
-        value = from_bytes(data)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+    return object_in(data) if kind in ("application/json", "text/json") else None
 
 
 class Outlet:
@@ -7516,11 +7516,8 @@ class Bridge:
     REFUSED = "the bridge refuses onebot_token"
 
     def _read(self, data: bytes) -> Row:
-        try:
-            row = from_bytes(data)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
+        row = object_in(data)
+        if row is None:
             raise Unreachable("the bridge sends what is no JSON object", True)
         return row
 
@@ -7720,11 +7717,8 @@ class LoginPage:
         data = reply.read()
         if reply.status in (401, 403, 423, 429):
             raise self._refuse(f"it answers {reply.status}")
-        try:
-            row = from_bytes(data)
-        except ValueError:
-            row = None
-        if reply.status != 200 or not isinstance(row, dict):
+        row = object_in(data)
+        if reply.status != 200 or row is None:
             raise Unreachable(f"the login page answers {reply.status}")
         return row
 
@@ -8191,6 +8185,7 @@ NEXT_STATES = {
     "stop": (),
 }
 LOGGING_IN = ("scaning", "confirming")
+CIRCLE_OF = {"group_message": "group", "discuss_message": "discuss"}  # a sess_message says `via`
 THINGS: Dict[str, Type[Thing]] = {cls.kind: cls for cls in (Friend, Group, Discuss, GroupMember,
                                                           DiscussMember)}
 
@@ -9050,7 +9045,7 @@ class Talk:
         """Make a message and queue it; `media` is a row of the shelf, or None."""
         if self._client.state != "running":
             return promise.fail(NotRunning(state=self._client.state))
-        kind = {"group_message": "group", "discuss_message": "discuss"}.get(type, via)
+        kind = CIRCLE_OF.get(type, via)
         self._last_id += 1
         message = self._composer.compose(type, kind, circle, content, str(self._last_id))
         self._composer.own(message, uid, origin, "local", str(int(time.time())))
@@ -9098,7 +9093,7 @@ class Talk:
             return self._client.spool.advance(mark)
         kind = "group" if item["group"] else ""
         message = self._composer.compose(item["type"], kind, str(item["group"]), item["content"],
-                                item["id"])
+                                         item["id"])
         self._composer.own(message, item["uid"], "none", "outer", item["time"])
         self._composer.show_links(message, item)
         self._number(message.id, item["number"])
@@ -9116,7 +9111,7 @@ class Talk:
         """A message came: report it."""
         kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
         message = self._composer.compose(item["type"], kind, str(item.get(kind)), item["content"],
-                                item["id"])
+                                         item["id"])
         thing = self._composer.find(item["uid"], message.circle)
         if thing is None and message.circle and not message.circle.loaded:
             thing = GroupMember(item["sender"])
@@ -9225,8 +9220,7 @@ class Talk:
     def reply(self, row: Row, text: str, origin: str) -> None:
         """Send text to where a message, as it was reported, came from or went to."""
         uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
-        kind = {"group_message": "group", "discuss_message": "discuss"}.get(
-            row["type"], str(row.get("via") or ""))
+        kind = CIRCLE_OF.get(row["type"], str(row.get("via") or ""))
         alone = row["type"] in ("friend_message", "sess_message")
         self._client.send(row["type"], text, str(uid) if alone else None,
                           self._circle_uid(kind, row), origin, kind if alone else "")
@@ -10139,11 +10133,8 @@ class Webhook:
         request.read_url_only()
         if not self._is_signed(request):
             self._check(request)
-        try:
-            row = from_bytes(request.body)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
+        row = object_in(request.body)
+        if row is None:
             raise BadRequest(400, "an event must be a JSON object")
         if not self._client.link.hear(row):
             raise ApiNotFound()

@@ -9779,13 +9779,10 @@ def test_what_we_send_cannot_carry_a_line_break(flag):
 
 # -- the proxy
 
-class Mortal:
-    """A server that counts what it is asked to do, and dies at every place of a call by chance."""
+class Listener:
+    """A server of bare sockets: a subclass's _serve(sock) has each connection, in a thread."""
 
-    def __init__(self, chance):
-        self.done = []           # targets, in the order of their coming
-        self.deaths = 0
-        self._chance = chance
+    def __init__(self):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -9797,6 +9794,16 @@ class Mortal:
             except OSError:
                 return
             threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+
+class Mortal(Listener):
+    """A server that counts what it is asked to do, and dies at every place of a call by chance."""
+
+    def __init__(self, chance):
+        self.done = []           # targets, in the order of their coming
+        self.deaths = 0
+        self._chance = chance
+        super().__init__()
 
     def _serve(self, sock):
         with sock:
@@ -10038,23 +10045,14 @@ def test_redirects_lead_to_no_forbidden_address(start, receive):
     assert all(path == "/post_message" for path, _, _, _ in receiver.posts)
 
 
-class Bad:
+class Bad(Listener):
     """A receiver that never does what it should: silent, dripping, or talking nonsense."""
 
     def __init__(self, *script):
         self.asked = threading.Event()
         self._script, self._ended = script, threading.Event()
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+        super().__init__()
+        self.url = f"http://127.0.0.1:{self.port}/"
 
     def _serve(self, sock):
         with sock:
