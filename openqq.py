@@ -8882,16 +8882,17 @@ class Login:
         self._work(self._load, fresh)
 
     def _load(self, fresh: bool) -> None:
-        self._client.loop.call(self._loaded, self.link.roster(), fresh)
+        before = self._client.roster.changes
+        self._client.loop.call(self._loaded, self.link.roster(), before, fresh)
 
-    def _loaded(self, row: Row, fresh: bool) -> None:
+    def _loaded(self, row: Row, before: int, fresh: bool) -> None:
         client = self._client
         if client.state != "updating":
             return
         self._tries = 0
         row["user"]["state"] = client.settings.mode
         if self._known and not fresh:
-            self._compare(row)
+            self._compare(row, before)
             client.enter("running")
         else:
             client.roster.load(row, ["user"] + self._kinds("is_init_"))
@@ -8927,18 +8928,19 @@ class Login:
         self._client.loop.call(self._updated, self.link.roster(), before)
 
     def _updated(self, row: Row, before: int) -> None:
-        """Report what changed; a roster that events have overtaken would undo them."""
-        client = self._client
-        if client.state != "running":
-            return
-        if client.roster.changes == before:
-            row["user"]["state"] = client.settings.mode
-            self._compare(row)
-        self._plan_refresh()
+        if self._client.state == "running":
+            row["user"]["state"] = self._client.settings.mode
+            self._compare(row, before)
+            self._plan_refresh()
 
-    def _compare(self, row: Row) -> None:
-        """Report what happened between the roster and what the link tells now."""
+    def _compare(self, row: Row, before: int) -> None:
+        """Report what happened between the roster and what the link tells now.
+
+        Not if events have overtaken that since there were `before` of them: it would undo them.
+        """
         client = self._client
+        if client.roster.changes != before:
+            return
         kinds = (["user"] if client.settings.is_update_user else []) + self._kinds("is_update_")
         for item in client.roster.differences(row, kinds):
             client.talk.happen(item)

@@ -9314,6 +9314,26 @@ def test_a_busy_account_is_refreshed_all_the_same(harried):
     assert event["params"][1:] == ["name", "一家人", "new name"]
 
 
+def test_what_happens_while_a_bridge_is_asked_again_is_not_undone(harried):
+    """The friends that it tells after a reconnect may be those of a moment before."""
+    bridge = Bridge()
+    program = harried(bridge)
+    before, told = list(bridge.friends), threading.Event()
+
+    def late(params):
+        bridge.emit(notice_type="friend_add", user_id=40001)
+        if eventually(lambda: [1 for *_, event in program.receiver.posts
+                               if event.get("event") == "new_friend"]):
+            told.set()
+        return {"data": before}
+
+    bridge.answers["get_friend_list"] = late
+    bridge.drop()
+    assert told.wait(WAIT)
+    until_running(program)
+    assert "40001" in [friend["uid"] for friend in program.call("get_friend_info")]
+
+
 def test_a_group_whose_notice_was_missed_is_found_by_its_number(harried):
     bridge = Bridge()
     program = harried(bridge, "--update-interval", "1")
