@@ -11845,6 +11845,29 @@ def test_clients_load_no_tls_hashes_or_unicode_tables_before_they_need_them(star
         assert f"/{module}." not in loaded
 
 
+@pytest.mark.skipif(len(openqq.CPUS) < 2, reason="needs a choice of CPUs")
+def test_each_process_keeps_to_one_cpu_and_clients_take_turns(start):
+    """All threads of it; on all CPUs where the operator says so."""
+    def cpus(pid):
+        found = {frozenset(os.sched_getaffinity(int(task)))
+                 for task in os.listdir(f"/proc/{pid}/task")}
+        assert len(found) == 1
+        return found.pop()
+
+    controller = start("controller")
+    pids = [controller.login(name)["pid"] for name in ("alice", "bob")]
+    first, second = map(cpus, pids)
+    assert len(first) == len(second) == len(cpus(controller.pid)) == 1
+    assert first != second
+    alone = start("client", "--account", "alone")
+    assert len(cpus(alone.pid)) == 1
+    alone.stop()
+    controller.stop()
+    free = start("controller", "--one-cpu", "0")
+    for pid in free.pid, free.login("carol")["pid"]:
+        assert cpus(pid) == set(openqq.CPUS)
+
+
 def test_template_imports_what_is_installed_and_what_clients_put_off(start):
     """Clients run without site-packages, and with stand-ins for what they seldom need."""
     controller = start("controller")
