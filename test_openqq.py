@@ -11841,7 +11841,7 @@ def test_clients_load_no_tls_hashes_or_unicode_tables_before_they_need_them(star
     pid = controller.login("alice")["pid"]
     with open(f"/proc/{pid}/maps", encoding="utf-8") as file:
         loaded = file.read()
-    for module in "_ssl", "_hashlib", "_datetime", "unicodedata", "_pickle":
+    for module in "_ssl", "_hashlib", "_datetime", "_random", "unicodedata", "_pickle":
         assert f"/{module}." not in loaded
 
 
@@ -11876,9 +11876,19 @@ def test_template_imports_what_is_installed_and_what_clients_put_off(start):
         text = file.read()
     with open(path, "w", encoding="utf-8") as file:
         file.write("import pytest, ssl, html.entities, email.parser, http.client\n"
+                   "import email.charset, email.utils, random, weakref, urllib.request\n"
                    "from datetime import datetime\n"
+                   "from email import encoders, iterators\n"
+                   "from email.mime.text import MIMEText\n"
+                   "class Dice(random.Random): pass\n"
                    "assert ssl.create_default_context() and html.entities.html5 and pytest.raises\n"
-                   "assert email.parser.Parser and datetime.now() and ssl.SSLError\n" + text)
+                   "assert email.parser.Parser and datetime.now() and ssl.SSLError\n"
+                   "assert Dice().random() < 1 and isinstance(weakref.ref(Dice), weakref.ref)\n"
+                   "mail = email.message_from_string(MIMEText('é', 'plain', 'utf-8').as_string())\n"
+                   "assert list(mail.walk()) == [mail] and encoders.encode_base64 and iterators\n"
+                   "assert email.charset.Charset('utf-8').header_encode('é') and mail.get_payload\n"
+                   "assert email.utils.parseaddr('a@b') and email.utils.make_msgid()\n"
+                   "assert urllib.request.getproxies() is not None\n" + text)
     controller.login("alice")
     assert eventually(lambda: controller.state("alice")["state"] == "running")
 
