@@ -550,18 +550,26 @@ CPUS = usable_cpus()
 
 
 def share_cpu(number: int, pid: int = 0) -> None:
-    """Keep this process, or another one that has a single thread yet, to one of the CPUS.
+    """Keep a process's threads, those to come too, to one of the CPUS.
 
-    Its threads run one at a time in any case, and wake each other all the time; to wake one on
-    another CPU is what took most of the time (measured on two: half as many proxied calls).
+    They run one at a time in any case, and wake each other all the time; to wake one on another
+    CPU is what took most of the time (measured on two: half as many proxied calls).
     """
     if len(CPUS) > 1:
-        tasks = [pid] if pid else [thread.native_id or 0 for thread in threading.enumerate()]
         try:
-            for task in tasks:
-                os.sched_setaffinity(task, {CPUS[number % len(CPUS)]})
+            for task in os.listdir(f"/proc/{pid or 'self'}/task"):
+                os.sched_setaffinity(int(task), {CPUS[number % len(CPUS)]})
         except OSError:
             pass  # it has just ended, or the system does not let us; it works as well
+
+
+def use_all_cpus(pid: int) -> None:
+    """Let a process that has just begun, with a thread, run where it likes."""
+    if len(CPUS) > 1:
+        try:
+            os.sched_setaffinity(pid, CPUS)
+        except OSError:
+            pass
 
 
 class Promise:
@@ -10350,6 +10358,7 @@ class Child:
         self.port: int = listener.getsockname()[1]
         self.process: Any = None                     # subprocess.Popen while it lives
         self.pid = 0
+        self.turn = 0                                # which of the CPUs
         self.life: Optional[socket.socket] = None
         self.heard = b""                             # of a line that is not complete yet
         self.state = "init"
@@ -10409,8 +10418,14 @@ class Launcher:
         ours.setblocking(False)
         child.life, child.heard, child.pid = ours, b"", child.process.pid
         if self._settings.one_cpu:
-            share_cpu(next(self._turn), child.pid)
+            use_all_cpus(child.pid)
+            child.turn = next(self._turn)
         return ours
+
+    def settle(self, child: Child) -> None:
+        """It runs: keep it to one CPU. Those that begin go where there is room, as many may."""
+        if self._settings.one_cpu:
+            share_cpu(child.turn, child.pid)
 
     def _environment(self, child: Child) -> Dict[str, str]:
         kept = {name: value for name, value in os.environ.items()
@@ -10532,6 +10547,7 @@ class Supervisor:
                 child.tries, child.since_running = 0, self._loop.clock()
                 child.failed = False
                 child.lines.clear()
+                self._launcher.settle(child)
             self._watch_waiting(child)
 
     def _enter(self, child: Child, state: str) -> None:
