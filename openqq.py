@@ -4658,11 +4658,12 @@ async function follow() {
 let world = null;
 let speaker = null;          // {account} or {uid, name}
 let peer = null;             // {kind, name, id, uid, account}
+const overheard = [];        // what was said here and no account hears, each with its talk
 let speakers = new Map();
 let peers = new Map();
 
 async function loadWorld() {
-  world = world || {people: [], groups: []};
+  world = world || {people: [], groups: [], friends: []};
   const answer = await ask("GET", "/local/world").catch(() => ({}));
   if (answer.code === 0) world = answer;
   const own = running();
@@ -4702,8 +4703,11 @@ async function rosterOf(own) {
 
 function seenBy(person) {
   const local = running().filter((name) => accounts.get(name).link === "local");
-  const friends = world.people.filter((other) => local.includes(other.name));
-  return [friends.map((other) => ({...other, account: other.name})),
+  const known = new Set(world.friends.filter((pair) => pair.includes(person.uid)).flat());
+  const friends = world.people.filter((other) => other.uid !== person.uid
+    && known.has(other.uid));
+  return [friends.map((other) => local.includes(other.name)
+    ? {...other, account: other.name} : other),
     world.groups.filter((group) => group.member.some((member) => member.uid === person.uid))];
 }
 
@@ -4759,10 +4763,11 @@ function memberRow(member) {
   return node;
 }
 
-// Whose events tell of this talk: the account that speaks, is spoken to, or is in the group.
+// Whose events tell of this talk: the account that speaks, is spoken to, or is in the group. Among
+// residents there is nobody.
 function witness() {
   if (speaker.account || peer.account) return speaker.account || peer.account;
-  const uids = peer.member.map((member) => member.uid);
+  const uids = (peer.member || []).map((member) => member.uid);
   const person = world.people.find((one) => uids.includes(one.uid)
     && running().includes(one.name));
   return person && person.name;
@@ -4777,8 +4782,12 @@ function inTalk(event) {
     && [String(event.sender_uid), String(event.receiver_uid)].includes(other);
 }
 
+const talk = () => peer.kind === "group" ? peer.uid : [speaker.uid, peer.uid].sort().join();
+
 function showTalk() {
-  const rows = events.filter(inTalk).slice(-100).map((event) => {
+  const heard = !peer ? [] : witness() ? events.filter(inTalk)
+    : overheard.filter((row) => row.talk === talk());
+  const rows = heard.slice(-100).map((event) => {
     const mine = speaker.account ? event.post_type === "send_message"
       : String(event.sender_uid) === String(speaker.uid);
     return el("li", {className: mine ? "mine" : ""}, el("small", {}, el("bdi", {}, event.sender)),
@@ -4788,14 +4797,22 @@ function showTalk() {
   $("talk").scrollTop = $("talk").scrollHeight;
 }
 
-function speaking(content) {
+async function speaking(content) {
   const group = peer.kind === "group";
   if (speaker.account) {
     return ask("POST", api(group ? "send_group_message" : "send_friend_message"),
       {client: speaker.account, id: peer.id, content});
   }
-  const said = {from: speaker.uid, content, client: witness() || ""};
-  return ask("POST", "/local/say", group ? {...said, type: "group_message", to: peer.uid} : said);
+  const said = {sender: speaker.name, sender_uid: speaker.uid, content, talk: talk()};
+  const unheard = !witness();
+  const answer = await ask("POST", "/local/say", {from: speaker.uid, content, to: peer.uid,
+    type: group ? "group_message" : "friend_message"});
+  if (unheard && answer.code === 0) {
+    overheard.push(said, ...answer.answers.map((row) => ({...row, talk: said.talk})));
+    overheard.splice(0, overheard.length - 500);
+    showTalk();
+  }
+  return answer;
 }
 
 $("speaker").onchange = () => {  // ids are another's now
@@ -4900,7 +4917,7 @@ get_avatar | +friend group_id | image | 100 | displayname=小冰
 upload_media | +media | uploaded | | media_data=iVBORw0KGgo= media_name=a.png
 openapi.json | | document
 /local/login | client! | child | =404
-/local/say | client! from! content! type to | said | =404 | from=小灰 content=hello
+/local/say | client from! content! type to | said | =404 | from=小灰 to=小冰 content=hello
 /local/change | do! what! uid in +properties | changed | =404 | do=set what=person uid=小灰
     signature=hello
 /local/world | | world
@@ -4946,7 +4963,7 @@ op | 0/1 | 1 puts it on top
 verify | the words that come with the request
 from | who speaks, by name or uid
 type | friend_message/group_message/discuss_message/sess_message | what sort of message
-to | the group or discuss, by name, id or uid
+to | the group or discuss, by name, id or uid; the person, where no client is named
 do | add/remove/set | what to do
 what | person/friend/friend_request/group/discuss/group_member/discuss_member | with what
 in | the group, the discuss, or the other person
@@ -4975,7 +4992,7 @@ uploaded | code! media_code media_ext media_id media_mime media_mtime media_name
 event | seq! post_type! event params:any class code content id info msg time type sender
     sender_id sender_uid receiver receiver_id receiver_uid group group_id group_uid discuss
     discuss_id media:media* raw_message
-said | code! id:int status!
+said | answers:object* code! id:int status!
 changed | code! status! uid
 world | code! people:object* groups:object* discuss:object* friends:any
 document | openapi! info:object paths:object components:object
@@ -6561,21 +6578,28 @@ class LocalNetwork:
         """`mark` comes with it when somebody answered on the spot: what the answer is known by."""
         before = self.outboxes.last(account)
         try:
-            number = self.speak(str(self._ledger.table("login", account)["uid"]), message)
+            said = self.speak(str(self._ledger.table("login", account)["uid"]), message)[0]
         except NotFound as error:
             return {"code": -4, "info": f"响应未知: {error.status}"}
         answered: Row = {}
         now = self.outboxes.last(account)
         if now > before:
             answered["mark"] = f"{self.outboxes.era()}:{now}"
-        return {"code": 0, "info": "发送正常", "number": number, **answered}
+        return {"code": 0, "info": "发送正常", "number": int(said["id"]), **answered}
 
-    def speak(self, uid: str, message: Row) -> int:
+    def speak(self, uid: str, message: Row) -> List[Row]:
         """Say something as anybody: a message has type, content, and uid, group, discuss.
 
-        Its number; NotFound if the one who speaks has no business there.
+        What was said, and behind it what residents answered on the spot, which none of them
+        answers again; NotFound if the one who speaks has no business there.
         """
         receivers = self._receivers(uid, message)
+        said = self._deliver(uid, message, receivers)
+        answers = [self._echo(receiver, uid, message) for receiver in receivers
+                   if receiver not in self.world.account_of]  # now all have heard what they answer
+        return [said, *(answer for answer in answers if answer)]
+
+    def _deliver(self, uid: str, message: Row, receivers: List[str]) -> Row:
         self._last_id += 1
         item = {"do": "message", "type": message["type"], "content": message["content"],
                 "time": str(int(self.clock())), "id": str(self._last_id), "uid": uid,
@@ -6583,17 +6607,11 @@ class LocalNetwork:
                 "group": message.get("group"), "discuss": message.get("discuss"),
                 "media": message.get("media")}
         self._remember({**item, "receivers": receivers})
-        residents = []
         for receiver in receivers:
             account = self.world.account_of.get(receiver)
             if account is not None:
                 self.outboxes.put(account, dict(item, sender_id=self.world.id_for(account, uid)))
-            elif uid in self.world.account_of:
-                residents.append(receiver)
-        number = self._last_id
-        for resident in residents:  # not before all have heard what it answers
-            self._echo(resident, uid, message)
-        return number
+        return item
 
     def _remember(self, item: Row) -> None:
         """For revoking; who asks later than WAIT_LIMIT messages after it comes too late."""
@@ -6619,12 +6637,17 @@ class LocalNetwork:
         members[uid]["last_speak_time"] = str(int(self.clock()))  # not worth a line of its own
         return [member for member in members if member != uid]
 
-    def _echo(self, resident: str, uid: str, message: Row) -> None:
-        """An echo says what accounts say to it; in company only when its name is called."""
+    def _echo(self, resident: str, uid: str, message: Row) -> Optional[Row]:
+        """An echo says what others say to it; in company only when its name is called."""
         row = self._ledger.table("people", resident)
         alone = message["type"] in ("friend_message", "sess_message")
-        if int(row.get("echo") or 0) and (alone or row["name"] in message["content"]):
-            self.speak(resident, dict(message, uid=uid if alone else None))
+        if not int(row.get("echo") or 0) or not (alone or row["name"] in message["content"]):
+            return None
+        answer = dict(message, uid=uid if alone else None)
+        try:
+            return self._deliver(resident, answer, self._receivers(resident, answer))
+        except NotFound:
+            return None  # muted: that is no fault of what it would answer
 
     # -- group control
 
@@ -6909,24 +6932,28 @@ class LocalPages:
         return {"account": account, "code": 0, "status": "success"}
 
     def say(self, request: Request) -> Row:
-        """Let a resident speak to an account, or in a group or discuss."""
-        number = self._ask(self._say, request.params)
-        return {"code": 0, "id": number, "status": "success"}
+        """Let a resident speak to an account or a resident, or in a group or discuss."""
+        said, *answers = self._ask(self._say, request.params)
+        return {"code": 0, "id": int(said["id"]), "status": "success", "answers": [
+            {"content": row["content"], "id": row["id"], "sender": row["name"],
+             "sender_uid": row["uid"], "time": row["time"], "type": row["type"]}
+            for row in answers]}
 
-    def _say(self, params: Params) -> int:
-        world = self._network.world
+    def _say(self, params: Params) -> List[Row]:
+        world, to = self._network.world, params.get("to", "")
         who = world.find("people", params.get("from", ""))
         account, kind = params.get("client", ""), params.get("type", "friend_message")
-        if account not in world.ledger.table("login"):
+        login = world.ledger.table("login", account) if account else {}
+        if not login and (account or kind == "sess_message" or not to):
             raise NotFound(f"{account or 'client'} not found")
         message = {"type": kind, "content": check_content(params)}
         if kind in ("friend_message", "sess_message"):
-            message["uid"] = world.ledger.table("login", account)["uid"]
+            message["uid"] = login.get("uid") or world.find("people", to)
         elif kind not in ("group_message", "discuss_message"):
             raise NotFound(f"type {kind} not found")
         if kind != "friend_message":
             table = "discuss" if kind == "discuss_message" else "group"
-            message[table] = world.find(table, params.get("to", ""), account)
+            message[table] = world.find(table, to, account)
         return self._network.speak(who, message)
 
     def change(self, request: Request) -> Row:

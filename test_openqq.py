@@ -3347,6 +3347,26 @@ def test_accounts_started_side_by_side_all_log_in(start):
     assert states == ["running"] * len(names)
 
 
+def test_residents_speak_to_each_other_and_are_told_what_is_answered(face):
+    def say(**params):
+        return face.program.call("/local/say", **{"from": "小灰", "content": "小冰在吗", **params})
+
+    for params in ({"to": "小冰"}, {"to": XIAOBING}, {"type": "group_message", "to": "OpenQQ"},
+                   {"type": "discuss_message", "to": "OpenQQ", "client": "alice"}):
+        said = say(**params)
+        assert (said["code"], said["status"]) == (0, "success")
+        (answer,) = said["answers"]
+        assert int(answer.pop("id")) > said["id"] and int(answer.pop("time")) > 1_600_000_000
+        assert answer == {"content": "小冰在吗", "sender": "小冰", "sender_uid": XIAOBING,
+                          "type": params.get("type", "friend_message")}
+    assert say(**{"from": "小冰", "to": "小灰"})["answers"] == []
+    seen = face.mark()
+    assert say(to="alice", content="by name")["answers"] == []
+    assert face.since(seen, "by name")[-1]["sender"] == "小灰"
+    for params in {}, {"to": "nobody"}, {"to": "小灰"}, {"type": "sess_message", "to": "OpenQQ"}:
+        assert say(**params)["code"] == 8, params
+
+
 # -- the life cycle
 
 RUNNING_ONLY = "get_user_info get_friend_info get_group_info get_group_basic_info " \
@@ -3686,7 +3706,17 @@ def test_a_muted_member_speaks_again_when_the_time_is_up(network, enter):
     with pytest.raises(openqq.NotFound):
         speak()
     network.now[0] += 2
-    assert speak() > 0
+    assert [row["content"] for row in speak()] == ["x"]
+
+
+def test_what_a_muted_resident_would_have_answered_fails_nobodys_message(network, enter):
+    enter("alice")
+    assert network.call("alice", "mute", {"group": OPENQQ_GROUP, "uids": [XIAOBING],
+                                          "seconds": 60}) is True
+    message = {"type": "group_message", "content": "小冰?", "group": OPENQQ_GROUP}
+    (sent,) = network.call("alice", "send", {"messages": [message]})
+    assert sent["code"] == 0
+    assert len(network.loop.ask(network.speak, XIAOHUI, message)) == 1
 
 
 def test_a_ticket_works_once_and_for_120_seconds():
@@ -10818,6 +10848,20 @@ def test_an_account_is_started_scanned_spoken_with_and_stopped_on_the_page(board
     browser.click("[data-account=carol] button", "Log in again")
     browser.reads("#said", "carol shows a new QR code in a moment.")
     board.call("delete_client", client="carol")
+
+
+def test_residents_speak_to_each_other_on_the_page_and_the_answer_is_seen(board, browser):
+    group = board.call("/local/change", do="add", what="group", name="among us", owner_uid="小灰")
+    board.call("/local/change", do="add", what="group_member", uid="小冰", **{"in": group["uid"]})
+    browser.open(board.base + "/")
+    talk_as(browser, "小灰", "小冰", "one to another")
+    browser.reads("#talk", "小灰\none to another\n小冰\none to another")
+    talk_as(browser, "小灰", "among us (group)", "小冰, where no account is")
+    browser.reads("#talk", "小灰\n小冰, where no account is\n小冰\n小冰, where no account is")
+    assert "one to another" not in browser.text("#talk")
+    talk_as(browser, "小冰", "小灰", "and back")
+    browser.reads("#talk", "one to another\n小冰\none to another\n小冰\nand back")
+    board.call("/local/change", do="remove", what="group", uid=group["uid"])
 
 
 def test_a_simulated_phone_is_a_button_on_the_network_inside_and_nowhere_else(board, browser):
