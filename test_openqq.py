@@ -10881,6 +10881,37 @@ def test_a_simulated_phone_is_a_button_on_the_network_inside_and_nowhere_else(bo
         "return document.querySelector('[data-account=dave], [data-account=erin]')"))
 
 
+def shows_code(browser, account, text):
+    """Wait until an account's QR code on the page is that of a text, dot for dot."""
+    picture = openqq.qr_png(openqq.qr_matrix(text))
+    return eventually(lambda: browser.run("""
+        const code = document.querySelector(arguments[0]);
+        const dots = (image, width, height) => {
+          const canvas = Object.assign(document.createElement("canvas"), {width, height});
+          canvas.getContext("2d").drawImage(image, 0, 0);
+          return canvas.toDataURL(); };
+        return createImageBitmap(new Blob([new Uint8Array(arguments[1])])).then((wanted) =>
+          code && code.checkVisibility() && code.naturalWidth === wanted.width &&
+          dots(code, wanted.width, wanted.height) === dots(wanted, wanted.width, wanted.height))
+        """, f"[data-account={account}] img", list(picture)))
+
+
+def test_the_qr_code_on_the_page_is_renewed_by_itself(board, browser):
+    page, bridge = login_page("napcat")
+    try:
+        browser.open(board.base + "/")
+        me = Bridged(board, "ws-code", bridge, onebot_login="napcat", onebot_login_api=page.url,
+                     onebot_login_token="napcat")
+        first = page.qrcode
+        assert shows_code(browser, me.name, first)
+        page.qrcode += "&again"  # it lasts two minutes there
+        assert shows_code(browser, me.name, first + "&again")
+        board.call("delete_client", client=me.name)
+    finally:
+        page.close()
+        bridge.close()
+
+
 def test_the_owner_mutes_and_kicks_on_the_page(board, browser):
     browser.open(board.base + "/")
     talk_as(browser, "alice", "OpenQQ (group)", "小冰, are you there?")
