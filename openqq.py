@@ -4286,6 +4286,7 @@ const ZH = {
   "state_change": "状态变化", "new_friend": "新好友", "lose_friend": "好友离开",
   "new_group": "新群", "lose_group": "退出群", "new_group_member": "新成员",
   "lose_group_member": "成员离开", "input_qrcode": "二维码", "client_failed": "启动失败",
+  "client_waiting": "无人扫码", "client_stopped": "账号停止", "client_deleted": "账号删除",
   "owner": "群主", "admin": "管理员", "and {count} more": "还有 {count} 人",
   // what the settings are
   "http_max_message_size": "请求正文的最大字节数", "tmpdir": "所有文件的目录,默认为系统临时目录",
@@ -4402,7 +4403,7 @@ async function act(button, work) {
 
 let accounts = new Map();
 const cards = new Map();
-const stopped = new Map();   // by this page: name -> the settings to start it with again
+const stopped = new Map();   // name -> the settings to start it with again
 
 const starting = (name, params) => async () => {
   const answer = await ask("POST", api("start_client"), {...params, client: name});
@@ -4600,6 +4601,8 @@ function hear(event) {
     $("events").prepend(eventRow(event));
     while ($("events").childElementCount > 200) $("events").lastChild.remove();
   }
+  if (event.event === "client_stopped") stopped.set(event.client, event.settings);
+  if (event.event === "client_deleted") stopped.delete(event.client);
   if (inTalk(event)) showTalk();
   if (event.post_type === "event") {
     clearTimeout(soon);
@@ -10405,12 +10408,14 @@ class Child:
         return self.process is not None or (self.timer is not None
                                             and self.timer.job is not None)
 
+    def open_settings(self) -> Dict[str, str]:
+        """What it was given, without the secrets."""
+        return {name: value for name, value in self.given.items() if not SETTINGS[name].secret}
+
     def shown(self) -> Row:
-        """What start_client and stop_client tell: the parameters without the secrets."""
-        return {**{name: value for name, value in self.given.items()
-                   if not SETTINGS[name].secret},
-                "client": self.name, "code": 0, "pid": self.pid, "port": self.port,
-                "status": "success"}
+        """What start_client and stop_client tell."""
+        return {**self.open_settings(), "client": self.name, "code": 0, "pid": self.pid,
+                "port": self.port, "status": "success"}
 
 
 class Launcher:
@@ -11259,8 +11264,7 @@ class Controller:
         children = self.supervisor.children
         rows = {name: {"pid": child.pid, "port": child.port,
                        "run": child.alive() or self.supervisor.ending,
-                       "given": {key: value for key, value in child.given.items()
-                                 if not SETTINGS[key].secret}}
+                       "given": child.open_settings()}
                 for name, child in children.items() if child.alive() or child.failed
                 or child.state == "stop"}
         try:
@@ -11381,19 +11385,22 @@ class ControllerApi:
         """Stop a client, and answer when it has stopped: it can be started again at once."""
         child = self._child(request)
         row = child.shown()
-        self._stop(child, request)
+        self._stop(child, "client_stopped")
         return row
 
-    def _stop(self, child: Child, request: Request) -> None:
+    def _stop(self, child: Child, event: str) -> None:
+        """Those who read the events are told, as check_client knows no more of it."""
         promise = self._ask(self._controller.supervisor.stop, child)
         promise.wait(KILL_SECONDS + 5.0)
         self._ask(self._controller.supervisor.release, child)
+        self._controller.hub.tell({"event": event, "params": [child.name], "post_type": "event",
+                                   "settings": child.open_settings()}, child.name)
 
     def delete_client(self, request: Request) -> Row:
         """Stop a client and forget its login, its state and what waits to be posted."""
         controller, child = self._controller, self._child(request)
         row = child.shown()
-        self._stop(child, request)
+        self._stop(child, "client_deleted")
         controller.network.loop.ask(controller.network.settle,
                                     controller.network.logins.delete, child.name)
         for name in "cookie_path", "state_path", "spool_path", "qrcode_path":

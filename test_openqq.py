@@ -10881,6 +10881,20 @@ def test_a_simulated_phone_is_a_button_on_the_network_inside_and_nowhere_else(bo
         "return document.querySelector('[data-account=dave], [data-account=erin]')"))
 
 
+def test_an_account_that_somebody_else_stopped_is_started_again_on_the_page(board, browser):
+    browser.open(board.base + "/")
+    browser.reads("#live", "live")
+    board.login("frank", msg_ttl="5")
+    browser.find("[data-account=frank][data-state=running]")
+    board.call("stop_client", client="frank")
+    browser.find("[data-account=frank][data-state=stop]")
+    browser.click("[data-account=frank] button", "Start")
+    browser.find("[data-account=frank][data-state=running]")
+    assert board.call("start_client", client="frank")["msg_ttl"] == "5"
+    board.call("delete_client", client="frank")
+    assert eventually(lambda: not browser.run("return document.querySelector('[data-account=frank]')"))
+
+
 def shows_code(browser, account, text):
     """Wait until an account's QR code on the page is that of a text, dot for dot."""
     picture = openqq.qr_png(openqq.qr_matrix(text))
