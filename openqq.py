@@ -4187,7 +4187,7 @@ min-width:0}
 .facts,small,time,.live{color:var(--soft);font-size:.85rem}
 .state{font-size:.85rem;white-space:nowrap}.state::before{content:"●";margin-right:.3em}
 .running,.on{color:var(--good)}.scaning,.confirming,.updating,.off{color:var(--wait)}
-.stop{color:var(--soft)}.error,.failed{color:var(--bad)}
+.stop,.unknown{color:var(--soft)}.error,.failed{color:var(--bad)}
 .error{font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
 #accounts{display:grid;gap:.75rem}
 #accounts>article{border-top:1px solid var(--line);padding-top:.6rem}
@@ -4227,7 +4227,9 @@ DASHBOARD_BODY = """
 <div id="key" class="row"><input id="token" class="grow" type="password" autocomplete="off"
 aria-label="token"><button class="main" data-t>Open</button></div></div></form>
 <main id="main" hidden><div class="column">
-<section class="box"><h2 data-t>Accounts</h2><div id="accounts"></div>
+<section class="box"><h2 data-t>Accounts</h2>
+<p id="away" class="error" data-t hidden>The server does not answer: this is how it was.</p>
+<div id="accounts"></div>
 <p id="nobody" class="facts" data-t hidden>There is no account yet: start one below.</p></section>
 <form id="begin" class="box" autocomplete="off"><h2 data-t>Start an account</h2>
 <div class="row"><input id="name" class="grow" maxlength="64" required>
@@ -4269,6 +4271,8 @@ const ZH = {
     "此服务只接受本机访问。需要从其他机器访问时,请用 --token 启动。",
   "init": "正在启动", "loading": "正在加载", "scaning": "等待扫码", "confirming": "等待确认",
   "updating": "正在更新", "running": "运行中", "stop": "已停止", "failed": "启动失败",
+  "unknown": "未知",
+  "The server does not answer: this is how it was.": "服务器没有响应,显示的是之前的状态。",
   "since {time}": "自 {time}", "port {port}": "端口 {port}", "{count} restarts": "重启 {count} 次",
   "Scan the code with a phone; a new one comes by itself.": "请用手机扫码,二维码会自动更新。",
   "{name} started on port {port}.": "{name} 已启动,端口 {port}。",
@@ -4476,6 +4480,12 @@ class Card {
     this.show(waits).catch(() => {});
   }
 
+  doubt() {
+    this.node.dataset.state = "unknown";
+    this.state.className = "state unknown";
+    this.state.textContent = t("unknown");
+  }
+
   async show(waits) {
     const answer = waits && await request("GET", api("get_qrcode"), {client: this.name});
     const bytes = answer && answer.ok ? await answer.arrayBuffer() : null;
@@ -4491,8 +4501,10 @@ class Card {
 async function refresh() {
   if (locked) return;
   if (config.guarded && !token) return lock(false);
-  const answer = await ask("GET", api("check_client")).catch(() => ({}));
-  if (answer.code !== 0) return;
+  const answer = await ask("GET", api("check_client")).catch(() => null);
+  $("away").hidden = answer !== null;
+  if (!answer) cards.forEach((card) => card.doubt());
+  if (!answer || answer.code !== 0) return;
   $("lock").hidden = true;
   $("main").hidden = false;
   showAccounts(answer.client);

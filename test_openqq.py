@@ -97,13 +97,13 @@ class Log:
 
 
 class Program:
-    """openqq.py as somebody runs it, on free ports; `base` is where its API is.
+    """openqq.py as somebody runs it, on a free port or a given one; `base` is where its API is.
 
     Not `typed` begins where the typed command gets to, after compiling the file and running it
     once more under another name: half a second sooner, on a slow machine.
     """
 
-    def __init__(self, tmpdir, *words, env=None, python=sys.executable, typed=False):
+    def __init__(self, tmpdir, *words, env=None, python=sys.executable, typed=False, port=0):
         os.makedirs(str(tmpdir), exist_ok=True)
         self.tmpdir = str(tmpdir)
         environment = {name: value for name, value in os.environ.items()
@@ -114,7 +114,7 @@ class Program:
             file = openqq.python_words()
             environment["OPENQQ_PYTHON"] = python
         self.process = subprocess.Popen(
-            [python, *file, *words, "--tmpdir", self.tmpdir, "--port", "0"],
+            [python, *file, *words, "--tmpdir", self.tmpdir, "--port", str(port)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=environment)
         self.pid = self.process.pid
@@ -10893,6 +10893,21 @@ def test_an_account_that_somebody_else_stopped_is_started_again_on_the_page(boar
     assert board.call("start_client", client="frank")["msg_ttl"] == "5"
     board.call("delete_client", client="frank")
     assert eventually(lambda: not browser.run("return document.querySelector('[data-account=frank]')"))
+
+
+def test_while_the_controller_is_away_the_page_says_that_it_knows_nothing(start, browser):
+    controller = start("controller")
+    controller.login("alice")
+    browser.open(controller.base + "/")
+    browser.find("[data-account=alice][data-state=running]")
+    controller.stop(signal.SIGKILL)
+    browser.find("[data-account=alice][data-state=unknown]")
+    browser.reads("[data-account=alice]", "unknown")
+    assert "running" not in browser.text("#accounts")
+    browser.reads("#away", "The server does not answer")
+    start("controller", port=controller.port)
+    browser.find("[data-account=alice][data-state=running]")
+    assert not browser.run("return document.querySelector('#away').checkVisibility()")
 
 
 def shows_code(browser, account, text):
