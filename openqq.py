@@ -4280,7 +4280,7 @@ const ZH = {
   "{name} stops in a moment.": "{name} 即将停止。",
   "{name} shows a new QR code in a moment.": "{name} 稍后显示新的二维码。",
   "{name} is logged in.": "{name} 已登录。", "Sent.": "已发送。",
-  "{name} is muted for {minutes} minutes.": "{name} 已被禁言 {minutes} 分钟。",
+  "{name} is muted for {count} minutes.": "{name} 已被禁言 {count} 分钟。",
   "{name} is out of the group.": "{name} 已被移出群。",
   "It did not work: {why}": "操作失败:{why}", "the server does not answer": "服务器没有响应",
   "failure": "没有权限", "client not exists": "账号不存在", "client not running": "账号未运行",
@@ -4321,8 +4321,13 @@ const ZH = {
   "is_update_friend": "刷新好友", "is_update_group": "刷新群", "is_update_discuss": "刷新讨论组",
   "allow_message_sync": "上报账号在其他设备上发送的消息", "ignore_unknown_id": "丢弃陌生人的消息",
 };
-const t = (text, values = {}) => ((chinese && ZH[text]) || text)
-  .replace(/\{(\w+)\}/g, (_, name) => values[name]);
+const ONE = {                // what English says otherwise of a single one
+  "{count} restarts": "{count} restart",
+  "{name} is muted for {count} minutes.": "{name} is muted for {count} minute.",
+};
+const t = (text, values = {}) =>
+  ((chinese ? ZH[text] : Number(values.count) === 1 && ONE[text]) || text)
+    .replace(/\{(\w+)\}/g, (_, name) => values[name]);
 const $ = (id) => document.getElementById(id);
 const api = (path) => config.prefix + path;
 const when = (seconds) => new Date(seconds * 1000)
@@ -4765,14 +4770,14 @@ function memberRow(member) {
     made.onclick = async () => {
       const minutes = $("minutes").value;
       await act(made, async () => [await ask("POST", api(path), {...who, ...more(minutes)}),
-        t(words, {name, minutes})]);
+        t(words, {name, count: minutes})]);
       loadMembers();
     };
     return made;
   };
   if (config.apis.includes("shutup_group_member")) {
     node.append(button("Mute", "shutup_group_member", (time) => ({time}),
-      "{name} is muted for {minutes} minutes."));
+      "{name} is muted for {count} minutes."));
   }
   node.append(button("Kick", "kick_group_member", () => ({}), "{name} is out of the group."));
   return node;

@@ -10895,6 +10895,17 @@ def test_an_account_that_somebody_else_stopped_is_started_again_on_the_page(boar
     assert eventually(lambda: not browser.run("return document.querySelector('[data-account=frank]')"))
 
 
+def test_the_page_counts_the_restarts_of_an_account(board, browser):
+    browser.open(board.base + "/")
+    board.login("grace")
+    for times in "1 restart", "2 restarts":
+        browser.find("[data-account=grace][data-state=running]")
+        os.kill(board.state("grace")["pid"], signal.SIGKILL)
+        assert eventually(lambda: browser.text("[data-account=grace] .facts").endswith(
+            " · " + times)), browser.text("[data-account=grace]")
+    board.call("delete_client", client="grace")
+
+
 def test_while_the_controller_is_away_the_page_says_that_it_knows_nothing(start, browser):
     controller = start("controller")
     controller.login("alice")
