@@ -4283,15 +4283,18 @@ const ZH = {
   "{name} is muted for {count} minutes.": "{name} 已被禁言 {count} 分钟。",
   "{name} is out of the group.": "{name} 已被移出群。",
   "It did not work: {why}": "操作失败:{why}", "the server does not answer": "服务器没有响应",
-  "failure": "没有权限", "client not exists": "账号不存在", "client not running": "账号未运行",
-  "client not reachable": "账号无响应", "max clients exceed": "账号数量已达上限",
-  "client name not allowed": "账号名称不可用", "no available port": "没有可用端口",
-  "auth failure": "没有访问权限", "a new QR code": "新的二维码", "login": "登录",
+  "a new QR code": "新的二维码", "login": "登录",
   "state_change": "状态变化", "new_friend": "新好友", "lose_friend": "好友离开",
   "new_group": "新群", "lose_group": "退出群", "new_group_member": "新成员",
   "lose_group_member": "成员离开", "input_qrcode": "二维码", "client_failed": "启动失败",
   "client_waiting": "无人扫码", "client_stopped": "账号停止", "client_deleted": "账号删除",
   "owner": "群主", "admin": "管理员", "and {count} more": "还有 {count} 人",
+  // what the codes of answers mean
+  "code -6": "没有访问权限", "code 1": "账号不存在", "code 2": "没有可用端口",
+  "code 3": "进程无法启动", "code 4": "启动后立即退出", "code 5": "账号数量已达上限",
+  "code 6": "名称或参数不可用", "code 7": "账号无响应", "code 8": "内置网络中没有或不允许",
+  "code 100": "找不到对象", "code 201": "没有权限或未完成", "code 300": "账号未运行",
+  "code 400": "参数缺失或有误", "code 503": "服务器繁忙",
   // what the settings are
   "http_max_message_size": "请求正文的最大字节数", "tmpdir": "所有文件的目录,默认为系统临时目录",
   "log_path": "日志文件,默认输出到 stderr", "log_encoding": "日志编码,默认 utf-8",
@@ -4391,13 +4394,19 @@ async function ask(method, path, params) {
   return answer;
 }
 
+function reason(answer) {
+  const text = answer.info || answer.status;
+  const known = chinese && ZH["code " + answer.code];
+  return known ? `${known}(${text})` : text;
+}
+
 // Do what a button is for, and say in words how it went.
 async function act(button, work) {
   button.disabled = true;
   try {
     const [answer, words] = await work();
     if (answer.code === 0) say(words);
-    else say(t("It did not work: {why}", {why: t(answer.info || answer.status)}), true);
+    else say(t("It did not work: {why}", {why: reason(answer)}), true);
     return answer.code === 0;
   } catch {
     say(t("It did not work: {why}", {why: t("the server does not answer")}), true);

@@ -11103,6 +11103,25 @@ def test_every_word_of_the_page_has_its_chinese():
     used |= set(re.findall(r'\b(?:t|button)\("([^"]+)"', script))
     assert len(used) > 30 and not used - known
     assert set(openqq.NEXT_STATES) - {""} <= known
+    errors = {f"code {error.code}" for error in openqq.OpenQQError.__subclasses__()}
+    assert {"code -6", "code 1", "code 8", "code 300"} <= errors
+    assert not errors - known - {"code -1"}  # no page asks for what there is not
+
+
+def test_why_something_failed_is_said_in_the_browsers_language(board, browser):
+    agent = browser.run("return navigator.userAgent")
+    try:
+        for language, words in [
+                ("zh-CN", "操作失败:名称或参数不可用(client name not allowed)"),
+                ("fr", "It did not work: client name not allowed")]:
+            browser.chrome("Emulation.setUserAgentOverride", userAgent=agent,
+                           acceptLanguage=language)
+            browser.open(board.base + "/")
+            browser.type("#name", "no/name")
+            browser.click("#begin button.main")
+            browser.reads("#said", words)
+    finally:
+        browser.chrome("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage="en-US")
 
 
 def test_messages_are_filtered_and_wait_while_the_page_is_paused(board, browser):
