@@ -4111,8 +4111,8 @@ padding:0 1em;color-scheme:light dark}}button{{font:inherit;padding:.6em 2em}}
 pre{{overflow:auto;padding:1em;border:1px solid}}</style>{body}</html>"""
 
 SCAN_BODY = """<h1>{account}</h1><p>登录确认 · Log in on this network as <b>{account}</b>?</p>
-<form method="post" action="/local/confirm"><input type="hidden" name="ticket" value="{ticket}">
-<button>登录 · Log in</button></form>"""
+<form method="post" action="/local/confirm?client={client}">
+<input type="hidden" name="ticket" value="{ticket}"><button>登录 · Log in</button></form>"""
 
 SAY_BODY = "<h1>{title}</h1><p>{text}</p>"
 
@@ -6286,10 +6286,14 @@ class Logins:
         return {}
 
     def ticket(self, account: str) -> None:
-        """A new QR code. It goes to the client as a note, so that no later note overtakes it."""
+        """A new QR code. It goes to the client as a note, so that no later note overtakes it.
+
+        The ticket would do: by `client` a proxy before many controllers finds the one it is of.
+        """
         ticket = self._tickets.issue(account)
+        query = urllib.parse.urlencode({"client": account, "ticket": ticket})
         self._outboxes.note(account, {"do": "qrcode", "seconds": TICKET_SECONDS,
-                                      "text": f"{self._url()}/local/scan?ticket={ticket}"})
+                                      "text": f"{self._url()}/local/scan?{query}"})
         if account in self._hopes:
             self.confirm(ticket)
 
@@ -6928,7 +6932,8 @@ class LocalPages:
         except NotFound:
             return page(SAY_BODY, {"title": "二维码已失效", "text": "This code is no longer valid: "
                         "it was used, or is too old. Scan the one that is shown now."}, 404)
-        return page(body, {"account": account, **values})
+        return page(body, {"account": account, "client": urllib.parse.quote_plus(account),
+                           **values})
 
     def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._network.loop.ask(self._network.settle, function, *args)

@@ -4868,7 +4868,7 @@ QR_CENTRES = {
     32: (6, 34, 60, 86, 112, 138), 40: (6, 30, 58, 86, 114, 142, 170)}
 
 QR_TEXTS = {
-    "url": "http://127.0.0.1:4000/local/scan?ticket=3f2a91c07b",
+    "url": "http://127.0.0.1:4000/local/scan?client=alice&ticket=3f2a91c07b",
     "url with escapes": "https://example.org/a%20b?x=1&y=%E4%B8%AD#top",
     "long url": "http://127.0.0.1:4000/local/scan?ticket=" + "0123456789abcdef" * 8,
     "Chinese": "请用手机扫描二维码登录",
@@ -5221,7 +5221,7 @@ def test_a_clients_picture_holds_its_scan_url_and_opening_it_logs_in(tower):
         picture = file.read()
     (url,) = read_png(picture)
     ticket = query_of(url)["ticket"][0]
-    assert url == f"{tower.program.base}/local/scan?ticket={ticket}"
+    assert url == f"{tower.program.base}/local/scan?client=phone&ticket={ticket}"
     fetched = request(tower.program.base, "/openqq/get_qrcode?client=phone")
     assert (fetched[1]["content-type"], fetched[2]) == ("image/png", picture)
     status, fields, body = request(tower.program.base, url[len(tower.program.base):])
@@ -10819,7 +10819,7 @@ def test_an_account_is_started_scanned_spoken_with_and_stopped_on_the_page(board
         picture = browser.do("GET", f"/element/{code[Browser.ELEMENT]}/screenshot")
         url = read_file_by_zbar(base64.b64decode(picture))
     else:
-        url = board.log.wait(r"(http://\S+/local/scan\?ticket=\w+)").group(1)
+        url = board.log.wait(r"(http://\S+/local/scan\?client=carol&ticket=\w+)").group(1)
     page = browser.do("GET", "/window")
     phone = browser.do("POST", "/window/new", type="tab")["handle"]
     browser.do("POST", "/window", handle=phone)

@@ -79,14 +79,20 @@ class Front:
     def command(self, *words):
         return command(self.base, *words, SSL_CERT_FILE=self.certificate, **TOKEN)
 
-    def settle(self, controllers):
+    def settle(self, controllers, login=True):
         """Start and log in accounts until there is one at each controller at least; all names."""
         for count, name in enumerate(NAMES, 1):
             assert self.api("start_client", name)[1]["code"] == 0
-            assert self.api("/local/login", name)[1]["code"] == 0
+            assert not login or self.api("/local/login", name)[1]["code"] == 0
             if count > 3 and all(map(accounts_of, controllers)):
                 return NAMES[:count]
         raise AssertionError("all accounts are at one controller")
+
+    def browse(self, path, form=None):
+        """The page that a phone sees, which has no token."""
+        data = urllib.parse.urlencode(form).encode() if form else None
+        with urllib.request.urlopen(self.base + path, data, WAIT, context=self._context) as reply:
+            return reply.read().decode()
 
     def stop(self):
         self.process.terminate()
@@ -126,6 +132,20 @@ def test_nginx_sends_each_account_to_the_controller_where_it_lives(site):
         assert front.command("send", name, "friend", "小冰", "你好")[:1] == (0,)
         heard = front.api("check_event", name)[1]
         assert [event["content"] for event in heard if "content" in event][-1:] == ["你好"]
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
+def test_a_phone_that_scans_a_code_comes_through_nginx_to_the_machine_that_shows_it(site):
+    front, controllers = site
+    front.settle(controllers, login=False)
+    for controller in controllers:
+        for name in accounts_of(controller):
+            path = controller.log.wait(rf"\[{re.escape(name)}\].*http://[^/]*(/local/scan\S*\w)")
+            page = front.browse(path.group(1))
+            action, ticket = [re.search(pattern, page).group(1) for pattern in (
+                'action="([^"]*)"', 'value="([^"]*)"')]
+            assert "登录成功" in front.browse(action, {"ticket": ticket})
+            assert eventually(lambda: front.api("get_user_info", name)[0] == 200)
 
 
 @pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
