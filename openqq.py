@@ -11910,6 +11910,13 @@ class Terminal:
             raise said.refusal()
         return said
 
+    def _check_account(self, name: str) -> None:
+        """Refusal where there is no such account: with these calls a client alone does not look
+        at `client`, so that it serves bots which name it as they please."""
+        said = self._remote.ask("check_client", {"client": name})
+        if said.code == ClientMissing.code:
+            self._finish(said)
+
     def _say(self, said: Said, *names: str) -> None:
         """An answer's status, and those of its members that are of interest."""
         row = said.row
@@ -11951,6 +11958,7 @@ class Terminal:
         It is read out of the picture: its text lets in whoever has it, and so is in no answer
         that scripts keep and logs show.
         """
+        self._check_account(name)
         said = self._remote.ask("get_qrcode", {"client": name})
         if said.status == 404:
             raise Refusal(f"{name} has no QR code to scan; status says what it does")
@@ -11966,6 +11974,7 @@ class Terminal:
         """Send a message to whom the API finds, by uid, by id or by name."""
         if kind not in ("friend", "group", "discuss"):
             raise Refusal(f"{kind!r} is not friend, group or discuss", 2)
+        self._check_account(name)
         for key in "uid", "id", "name", "displayname":
             said = self._remote.ask(f"send_{kind}_message",
                                     {"client": name, key: who, "content": text})

@@ -11520,12 +11520,12 @@ def test_commands_name_the_client_in_the_query_and_nothing_secret():
         peer.stop()
     assert [(method, path) for method, path, _, _, _ in seen] == [
         ("POST", "/under/openqq/start_client"), ("POST", "/under/openqq/stop_client"),
-        ("POST", "/under/openqq/send_friend_message"), ("GET", "/under/openqq/check_client"),
-        ("POST", "/under/openqq/consult")]
+        ("GET", "/under/openqq/check_client"), ("POST", "/under/openqq/send_friend_message"),
+        ("GET", "/under/openqq/check_client"), ("POST", "/under/openqq/consult")]
     for method, _, query, body, bearer in seen:
         assert query == {"client": "小明"} and "client" not in body
         assert bearer.encode("latin-1").decode() == "Bearer Ω"
-    assert [body.count("hush") for _, _, _, body, _ in seen] == [1, 0, 1, 0, 1]
+    assert [body.count("hush") for _, _, _, body, _ in seen] == [1, 0, 0, 1, 0, 1]
 
 
 def test_watch_shows_the_table_again_in_its_place_until_it_is_interrupted(office):
@@ -11573,7 +11573,8 @@ def test_a_stream_is_for_the_command_that_reads_it(ask):
 
 def test_commands_drive_one_account_alone_and_none_that_it_is_not(start):
     client = start("client", "--account", "solo")
-    for words in ["status", "other"], ["events", "other"], ["stop", "other"]:
+    for words in (["status", "other"], ["events", "other"], ["stop", "other"], ["qrcode", "other"],
+                  ["send", "other", "friend", "小冰", "hello"]):
         assert command(client.base, *words)[::2] == (
             1, "openqq: client not exists (code 1)\n"), words
     assert call(client.base, "relogin", client="other")["code"] == 1
