@@ -1384,7 +1384,8 @@ class Thing:
 
     def __init__(self, values: Row) -> None:
         for name, value in values.items():  # one by one: such objects share their dict's keys
-            setattr(self, name, sys.intern(value) if type(value) is str else value)
+            if name != "displayname":       # which follows from others
+                setattr(self, name, sys.intern(value) if type(value) is str else value)
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
@@ -11570,7 +11571,7 @@ def rename_process(whose: str, given: Dict[str, str]) -> None:
         environment["OPENQQ_TOKEN"] = hidden["token"]
     os.execve(sys.executable,
               [os.path.join(os.path.dirname(sys.executable), name.replace("/", "_")),
-               *python_words(whose, *flags)], environment)
+               "-S", *python_words(whose, *flags)], environment)
 
 
 def run_controller(given: Dict[str, str]) -> int:

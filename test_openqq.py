@@ -111,7 +111,7 @@ class Program:
         environment.update(env or {})
         file = [FILE]
         if not typed:
-            file = openqq.python_words()
+            file = ["-S", *openqq.python_words()]
             environment["OPENQQ_PYTHON"] = python
         self.process = subprocess.Popen(
             [python, *file, *words, "--tmpdir", self.tmpdir, "--port", str(port)],
@@ -11719,6 +11719,7 @@ def test_openapi_describes_what_is_there_and_every_example_works(start, words, p
     if words[0] == "controller":
         assert call(server.base, prefix + "start_client", client="alice")["code"] == 0
     assert server.call("/local/login", client="alice")["code"] == 0
+    server.call("/local/say", client="alice", **{"from": "小灰"}, content="for check_event")
     document = call(server.base, prefix + "openapi.json")
     assert document["openapi"] == "3.1.0" and document["info"]["version"] == openqq.VERSION
     names = {path: path.rpartition("/")[2] for path in document["paths"]}
