@@ -71,14 +71,15 @@ class Later(types.ModuleType):
         return sys.modules[self.__name__]
 
     def step_aside(self) -> None:
-        """Let the next one who imports this module have it."""
+        """Let the next one who imports this module have it; `from email import` has all by this."""
+        self.called = False
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
 
 
 STAND_INS = []
 # A third of a client's memory, and of a start's time. A library leaves all modules as they are.
-if __name__ == "__main__" or sys.argv[:1] == ["-c"]:
+if __name__ == "__main__" or (sys.argv[:1] == ["-c"] and sys.argv[1:]):
     STAND_INS = [Later(name, called) for called, names in {
         False: ("base64", "calendar", "contextlib", "copy", "datetime", "email.base64mime",
                 "email.errors", "email.header", "email.parser", "email.quoprimime", "hashlib",
@@ -545,7 +546,10 @@ def spawn(function: Callable[..., None], *args: Any, name: str = "openqq") -> th
 def usable_cpus() -> List[int]:
     """The CPUs that this process may choose from; none where it has no choice, or no use of it."""
     if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
-        return sorted(os.sched_getaffinity(0))
+        try:
+            return sorted(os.sched_getaffinity(0))
+        except OSError:
+            pass  # the system does not tell us; it works as well
     return []
 
 
@@ -560,10 +564,14 @@ def share_cpu(number: int, pid: int = 0) -> None:
     """
     if len(CPUS) > 1:
         try:
-            for task in os.listdir(f"/proc/{pid or 'self'}/task"):
-                os.sched_setaffinity(int(task), {CPUS[number % len(CPUS)]})
+            tasks = os.listdir(f"/proc/{pid or 'self'}/task")
         except OSError:
-            pass  # it has just ended, or the system does not let us; it works as well
+            tasks = []  # it has just ended, or there is no /proc
+        for task in tasks:
+            try:
+                os.sched_setaffinity(int(task), {CPUS[number % len(CPUS)]})
+            except OSError:
+                pass  # this thread has just ended, or the system does not let us
 
 
 def use_all_cpus(pid: int) -> None:
@@ -1388,7 +1396,7 @@ class Thing:
     def __init__(self, values: Row) -> None:
         for name, value in values.items():  # one by one: such objects share their dict's keys
             if name != "displayname":       # which follows from others
-                setattr(self, name, sys.intern(value) if type(value) is str else value)
+                setattr(self, name, value)
 
     if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
@@ -8567,8 +8575,8 @@ class Roster:
             thing = table.get(item["uid"]) if table else None
             if thing is None and "object" in item:  # of a group whose members are not loaded
                 thing = THINGS[kind](item["object"])
-        if thing is None or name not in self.fields[kind]:
-            return None
+        if thing is None or name not in self.fields[kind] or name == "displayname":
+            return None  # that follows from others
         old = thing.value(name)
         setattr(thing, name, item["value"])
         return (event, [thing, name, old, item["value"]]) if old != item["value"] else None

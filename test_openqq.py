@@ -12045,6 +12045,72 @@ def test_crew_grows_for_each_job_that_nobody_is_free_for():
         assert eventually(lambda: not crew._threads)
 
 
+def test_from_email_import_gets_all_of_a_module_that_was_put_off(start):
+    """`from email import utils` finds what stood in for it while openqq.py was imported."""
+    controller = start("controller")
+    path = controller.path("controller_template.py")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("from email import _encoded_words, _parseaddr, encoders, errors, utils\n"
+                   "class Addresses(_parseaddr.AddrlistClass): pass\n"
+                   "class Broken(errors.MessageError): pass\n"
+                   "assert utils.COMMASPACE.join('ab') == 'a, b' and utils.specialsre.search(',')\n"
+                   "assert not hasattr(utils, 'no_such_thing')\n"
+                   "assert _encoded_words._cte_decoders['q'] and len(Addresses('a@b').getaddrlist())\n"
+                   "assert encoders.encode_base64.__name__ == 'encode_base64'\n" + text)
+    controller.login("alice")
+    assert controller.state("alice")["state"] == "running"
+
+
+def test_weixin_lists_are_compared_again_and_again_and_displaynames_follow(start, receive):
+    """A displayname is made of others: neither a refresh nor /local/change sets it."""
+    controller, receiver = start("controller", "--flavor", "weixin"), receive()
+    assert controller.call("/openwx/start_client", client="alice", update_interval=1,
+                           post_api=receiver.url, post_event_list="update_friend",
+                           is_update_user=1, is_update_friend=1, is_update_group=1)["code"] == 0
+    assert controller.call("/local/login", client="alice")["code"] == 0
+    for what, uid, more in (("person", "2854196301", {}), ("person", "alice", {}),
+                            ("group", "20260001", {}),
+                            ("group_member", "2854196301", {"in": "20260001"})):
+        for name in "displayname", "__class__", "__dict__", "to_json", "member", "kind":
+            assert controller.call("/local/change", do="set", what=what, uid=uid,
+                                   **{name: "changed"}, **more)["code"] == 0
+
+    def names():
+        return [row["displayname"] for row in
+                controller.call("/openwx/get_friend_info", client="alice")]
+
+    assert "小冰" in names() and "changed" not in names()
+    for _ in range(2):
+        assert receiver.events.get(timeout=WAIT)["event"] == "update_friend"
+    assert controller.call("/local/change", do="set", what="person", uid="2854196301",
+                           name="小雪")["code"] == 0
+    assert eventually(lambda: "小雪" in names())
+    assert "fault of this program" not in controller.log.text()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux")
+def test_runs_where_the_system_tells_nothing_of_cpus(tmp_path):
+    """Under a filter of system calls that answers EPERM."""
+    script = ("import os\n"
+              "def refuse(*args): raise PermissionError(1, 'Operation not permitted')\n"
+              "os.sched_getaffinity = os.sched_setaffinity = refuse\n"
+              f"import sys; sys.path.insert(0, {HERE!r})\n"
+              "import openqq; assert openqq.CPUS == []; openqq.share_cpu(0)\n")
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=WAIT)
+
+
+def test_library_leaves_modules_as_they_are_in_one_liners_too():
+    """Those of pytest-xdist, execnet and joblib are: `python -c`, without any words behind."""
+    script = (f"import sys; sys.path.insert(0, {HERE!r}); import openqq, types\n"
+              "assert not openqq.STAND_INS\n"
+              "assert not [name for module in list(sys.modules.values())\n"
+              "            for name, value in list(vars(module).items())\n"
+              "            if isinstance(value, openqq.Later)]\n")
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=WAIT)
+
+
 # ------------------------------------------------------------------------------------------------
 # The benchmark: python test_openqq.py bench [--quick]
 # ------------------------------------------------------------------------------------------------
