@@ -4189,7 +4189,8 @@ DASHBOARD_STYLE = """
 body{margin:0;background:var(--page);color:var(--text);
 font:15px/1.45 system-ui,"PingFang SC","Microsoft YaHei",sans-serif}
 header,main,#lock{max-width:76rem;margin:0 auto;padding:.75rem}
-header{display:flex;align-items:baseline;gap:.75rem;flex-wrap:wrap}
+header{display:flex;align-items:baseline;gap:0 .75rem;flex-wrap:wrap;position:sticky;top:0;
+z-index:1;background:var(--page)}html{scroll-padding-top:6rem}
 h1{font-size:1.3rem;margin:0}h2{font-size:1.05rem;margin:0 0 .6rem}h3{font-size:1rem;margin:0}
 main{display:grid;gap:.75rem;grid-template-columns:minmax(0,1fr);padding-top:0}
 @media(min-width:60rem){main{grid-template-columns:minmax(0,5fr) minmax(0,6fr);
@@ -4218,7 +4219,7 @@ button{cursor:pointer}button:hover{border-color:var(--main)}button:disabled{opac
 button.main{background:var(--main);border-color:var(--main);color:var(--on-main)}
 button.small{padding:.05rem .5rem;font-size:.85rem}
 :focus-visible{outline:2px solid var(--main);outline-offset:1px}
-label{display:block;margin:.45rem 0}label small{display:block}
+label{display:block;margin:.45rem 0}label small{display:block;overflow-wrap:anywhere}
 summary{cursor:pointer;color:var(--main);padding:.35rem 0}
 #said{min-height:1.45em;flex:1 1 16rem;margin:0;overflow-wrap:anywhere}
 #events li{border-top:1px solid var(--line);padding:.4rem 0}
@@ -4300,7 +4301,14 @@ const ZH = {
   "a new QR code": "新的二维码", "login": "登录",
   "state_change": "状态变化", "new_friend": "新好友", "lose_friend": "好友离开",
   "new_group": "新群", "lose_group": "退出群", "new_group_member": "新成员",
-  "lose_group_member": "成员离开", "input_qrcode": "二维码", "client_failed": "启动失败",
+  "lose_group_member": "成员离开", "new_discuss": "新讨论组", "lose_discuss": "退出讨论组",
+  "new_discuss_member": "讨论组新成员", "lose_discuss_member": "讨论组成员离开",
+  "friend_request": "好友请求", "revoke_message": "撤回消息",
+  "user_property_change": "本人资料变化", "friend_property_change": "好友资料变化",
+  "group_property_change": "群资料变化", "group_member_property_change": "群成员资料变化",
+  "discuss_property_change": "讨论组资料变化",
+  "discuss_member_property_change": "讨论组成员资料变化",
+  "input_qrcode": "二维码", "client_failed": "启动失败", "not sent": "未发送",
   "client_waiting": "无人扫码", "client_stopped": "账号停止", "client_deleted": "账号删除",
   "owner": "群主", "admin": "管理员", "and {count} more": "还有 {count} 人",
   // what the codes of answers mean
@@ -4409,8 +4417,9 @@ async function ask(method, path, params) {
 }
 
 function reason(answer) {
-  const text = answer.info || answer.status;
+  const text = String(answer.info || answer.status);
   const known = chinese && ZH["code " + answer.code];
+  if (!chinese) return text.replace(/^[^\x00-\x7f]+(: |$)/, "") || t("not sent");
   return known ? `${known}(${text})` : text;
 }
 
@@ -4512,6 +4521,7 @@ class Card {
     this.node.dataset.state = "unknown";
     this.state.className = "state unknown";
     this.state.textContent = t("unknown");
+    this.code.hidden = this.hint.hidden = true;  // nobody would take it
   }
 
   async show(waits) {
@@ -4582,6 +4592,7 @@ $("begin").onsubmit = async (event) => {
 const events = [];           // the newest last
 let paused = 0;              // 0: no; else one more than there are that wait
 let soon = null;
+let soonTalk = null;
 
 function describe(event) {
   if (event.post_type !== "event") {
@@ -4643,7 +4654,7 @@ function hear(event) {
   }
   if (event.event === "client_stopped") stopped.set(event.client, event.settings);
   if (event.event === "client_deleted") stopped.delete(event.client);
-  if (inTalk(event)) showTalk();
+  if (inTalk(event)) soonTalk = soonTalk || setTimeout(showTalk, 50, true);  // many come at once
   if (event.post_type === "event") {
     clearTimeout(soon);
     soon = setTimeout(() => {
@@ -4827,7 +4838,11 @@ function inTalk(event) {
 
 const talk = () => peer.kind === "group" ? peer.uid : [speaker.uid, peer.uid].sort().join();
 
-function showTalk() {
+function showTalk(more = false) {  // who reads what was said before stays there
+  clearTimeout(soonTalk);
+  soonTalk = null;
+  const box = $("talk");
+  const end = !more || box.scrollHeight - box.scrollTop - box.clientHeight < 40;
   const heard = !peer ? [] : witness() ? events.filter(inTalk)
     : overheard.filter((row) => row.talk === talk());
   const rows = heard.slice(-100).map((event) => {
@@ -4836,8 +4851,8 @@ function showTalk() {
     return el("li", {className: mine ? "mine" : ""}, el("small", {}, el("bdi", {}, event.sender)),
       el("bdi", {className: "text"}, event.content));
   });
-  $("talk").replaceChildren(...rows);
-  $("talk").scrollTop = $("talk").scrollHeight;
+  box.replaceChildren(...rows);
+  if (end) box.scrollTop = box.scrollHeight;
 }
 
 async function speaking(content) {
@@ -10923,6 +10938,12 @@ class Hub:
             pass  # one of them does not answer
         return self.store.stream(request)
 
+    def look(self) -> None:
+        """There may be a new client: of its first QR code, or login, only who listens hears."""
+        with self._lock:
+            if self._loop:
+                self._loop.call(self._find, self._loop)
+
     def tell(self, event: Row, client: str) -> None:
         """What the controller itself knows of a client."""
         self.store.tell({**event, "client": client})
@@ -10934,11 +10955,14 @@ class Hub:
             if not self.store.followed() and loop.clock() >= self._until:
                 self._loop = None
                 return self._leave(loop)
+        self._find(loop)
+        loop.later(self.LOOK_SECONDS, self._look, loop)
+
+    def _find(self, loop: Loop) -> None:
         for child in self._children():
             if child.process is not None and child.name not in self._sources:
                 self._sources[child.name] = source = Source(child)
                 self._crew.submit(self._open, loop, source, self._seen.get(child.name, 0))
-        loop.later(self.LOOK_SECONDS, self._look, loop)
 
     def _leave(self, loop: Loop) -> None:
         for source in self._sources.values():
@@ -11306,6 +11330,7 @@ class Controller:
     def _save(self) -> None:
         """The backend file: what a later controller resumes. Secrets are not in it."""
         self._dirty = False
+        self.hub.look()
         children = self.supervisor.children
         rows = {name: {"pid": child.pid, "port": child.port,
                        "run": child.alive() or self.supervisor.ending,
