@@ -4949,7 +4949,7 @@ kick_group_member | group_id group_uid member_id member_uid | answer | 100 200 2
 shutup_group_member | group_id group_uid member_id member_uid time! | answer | 100 200 201 400 |
     group_uid=20260001 member_uid=2854196302 time=1
 check_event | since | event* | | since=0
-events | since | stream | | since=0
+events | since Last-Event-ID | stream | | since=0
 get_client_info | | program
 relogin | | stopped
 get_media | id! | bytes | =404 | id=1
@@ -5014,6 +5014,7 @@ time | int | minutes
 ticket | what the event or the QR code told
 accept | 0/1 | 0 declines
 since | int | only events after this seq, without taking them
+Last-Event-ID | int | the id after which to go on, as browsers send it
 timeout | int | seconds to wait for the answer
 new_displayname | the group's name from now on
 new_markname | the markname from now on
@@ -5127,7 +5128,8 @@ class OpenApi:
         if method == "POST" and "body" not in takes:
             row["requestBody"] = self._body(params)
         elif params:
-            row["parameters"] = [{**param, "in": "query"} for param in params]
+            row["parameters"] = [{**param, "in": "header" if param["name"][0].isupper()
+                                  else "query"} for param in params]
         if method == "POST" and "body" in takes:
             row["requestBody"] = {"content": {"application/json": {
                 "schema": self.TYPES["object"], "example": {"post_type": "meta_event"}}}}
