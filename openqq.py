@@ -32,6 +32,7 @@ Threads: whoever owns state has a Loop, one thread that everybody else hands cal
 is done by a Crew, threads that come when there is work and leave when there is none; each HTTP
 connection has a thread of the server's Crew. Nothing else holds state that two threads write,
 and where something does, a lock stands beside it with the names of the fields that it guards.
+All threads of a process keep to one CPU (share_cpu tells why).
 
 Docstrings say where a behaviour comes from: 000 to 004 are the documents of the Perl programs (000,
 002 the controller of Mojo-Webqq, 003, 004 its single account, 001 the controller of Mojo-Weixin),

@@ -12084,29 +12084,36 @@ def test_each_process_keeps_to_one_cpu_and_clients_take_turns(start):
         assert cpus(pid) == set(openqq.CPUS)
 
 
-def test_template_imports_what_is_installed_and_what_clients_put_off(start):
+@pytest.mark.parametrize("lines", ["""
+import pytest, ssl, html.entities, email.parser, http.client
+import email.charset, email.utils, random, weakref, urllib.request
+from datetime import datetime
+from email import encoders, iterators
+from email.mime.text import MIMEText
+class Dice(random.Random): pass
+assert ssl.create_default_context() and html.entities.html5 and pytest.raises
+assert email.parser.Parser and datetime.now() and ssl.SSLError
+assert Dice().random() < 1 and isinstance(weakref.ref(Dice), weakref.ref)
+mail = email.message_from_string(MIMEText("é", "plain", "utf-8").as_string())
+assert list(mail.walk()) == [mail] and encoders.encode_base64 and iterators
+assert email.charset.Charset("utf-8").header_encode("é") and mail.get_payload
+assert email.utils.parseaddr("a@b") and email.utils.make_msgid()
+assert urllib.request.getproxies() is not None
+""", """
+from email import _encoded_words, _parseaddr, encoders, errors, utils
+class Addresses(_parseaddr.AddrlistClass): pass
+class Broken(errors.MessageError): pass
+assert utils.COMMASPACE.join("ab") == "a, b" and utils.specialsre.search(",")
+assert not hasattr(utils, "no_such_thing")
+assert _encoded_words._cte_decoders["q"] and Addresses("a@b").getaddrlist()
+assert encoders.encode_base64.__name__ == "encode_base64"
+"""], ids=["import", "from email import"])
+def test_template_imports_what_is_installed_and_what_clients_put_off(start, lines):
     """Clients run without site-packages, and with stand-ins for what they seldom need."""
     controller = start("controller")
-    path = controller.path("controller_template.py")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("import pytest, ssl, html.entities, email.parser, http.client\n"
-                   "import email.charset, email.utils, random, weakref, urllib.request\n"
-                   "from datetime import datetime\n"
-                   "from email import encoders, iterators\n"
-                   "from email.mime.text import MIMEText\n"
-                   "class Dice(random.Random): pass\n"
-                   "assert ssl.create_default_context() and html.entities.html5 and pytest.raises\n"
-                   "assert email.parser.Parser and datetime.now() and ssl.SSLError\n"
-                   "assert Dice().random() < 1 and isinstance(weakref.ref(Dice), weakref.ref)\n"
-                   "mail = email.message_from_string(MIMEText('é', 'plain', 'utf-8').as_string())\n"
-                   "assert list(mail.walk()) == [mail] and encoders.encode_base64 and iterators\n"
-                   "assert email.charset.Charset('utf-8').header_encode('é') and mail.get_payload\n"
-                   "assert email.utils.parseaddr('a@b') and email.utils.make_msgid()\n"
-                   "assert urllib.request.getproxies() is not None\n" + text)
+    edit_template(controller, lines + openqq.default_template(openqq.QQ))
     controller.login("alice")
-    assert eventually(lambda: controller.state("alice")["state"] == "running")
+    assert controller.state("alice")["state"] == "running"
 
 
 def test_crew_grows_for_each_job_that_nobody_is_free_for():
@@ -12121,24 +12128,6 @@ def test_crew_grows_for_each_job_that_nobody_is_free_for():
         gate.set()
         assert sorted(began.get(timeout=WAIT) for _ in range(2)) == [3, 4]
         assert eventually(lambda: not crew._threads)
-
-
-def test_from_email_import_gets_all_of_a_module_that_was_put_off(start):
-    """`from email import utils` finds what stood in for it while openqq.py was imported."""
-    controller = start("controller")
-    path = controller.path("controller_template.py")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("from email import _encoded_words, _parseaddr, encoders, errors, utils\n"
-                   "class Addresses(_parseaddr.AddrlistClass): pass\n"
-                   "class Broken(errors.MessageError): pass\n"
-                   "assert utils.COMMASPACE.join('ab') == 'a, b' and utils.specialsre.search(',')\n"
-                   "assert not hasattr(utils, 'no_such_thing')\n"
-                   "assert _encoded_words._cte_decoders['q'] and Addresses('a@b').getaddrlist()\n"
-                   "assert encoders.encode_base64.__name__ == 'encode_base64'\n" + text)
-    controller.login("alice")
-    assert controller.state("alice")["state"] == "running"
 
 
 def test_weixin_lists_are_compared_again_and_again_and_displaynames_follow(start, receive):
