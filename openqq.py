@@ -563,25 +563,27 @@ def share_cpu(number: int, pid: int = 0) -> None:
     They run one at a time in any case, and wake each other all the time; to wake one on another
     CPU is what took most of the time (measured on two: half as many proxied calls).
     """
-    if len(CPUS) > 1:
-        try:
-            tasks = os.listdir(f"/proc/{pid or 'self'}/task")
-        except OSError:
-            tasks = []  # it has just ended, or there is no /proc
-        for task in tasks:
-            try:
-                os.sched_setaffinity(int(task), {CPUS[number % len(CPUS)]})
-            except OSError:
-                pass  # this thread has just ended, or the system does not let us
+    at = number % (len(CPUS) or 1)
+    _use_cpus(pid, CPUS[at:at + 1])
 
 
 def use_all_cpus(pid: int) -> None:
-    """Let a process that has just begun, with a thread, run where it likes."""
-    if len(CPUS) > 1:
+    """Let a process that has just begun run where it likes."""
+    _use_cpus(pid, CPUS)
+
+
+def _use_cpus(pid: int, cpus: Sequence[int]) -> None:
+    if len(CPUS) < 2:
+        return
+    try:
+        tasks = os.listdir(f"/proc/{pid or 'self'}/task")
+    except OSError:
+        return  # it has just ended, or there is no /proc
+    for task in tasks:
         try:
-            os.sched_setaffinity(pid, CPUS)
+            os.sched_setaffinity(int(task), cpus)
         except OSError:
-            pass
+            pass  # this thread has just ended, or the system does not let us
 
 
 class Promise:
@@ -4419,8 +4421,8 @@ async function ask(method, path, params) {
 
 function reason(answer) {
   const text = String(answer.info || answer.status);
-  const known = chinese && ZH["code " + answer.code];
   if (!chinese) return text.replace(/^[^\x00-\x7f]+(: |$)/, "") || t("not sent");
+  const known = ZH["code " + answer.code];
   return known ? `${known}(${text})` : text;
 }
 
