@@ -168,6 +168,7 @@ POST_TRIES = 5                   # after answers that say "later"
 POST_DAY = 86_400.0              # how long no connection is borne
 ECHO_SECONDS = 1.0               # how long a send waits for what it was answered on the spot
 READ_SECONDS = 0.1               # for callers to get their last answers before the process ends
+SEND_SECONDS = 50.0              # a caller waits so long for a send; nginx itself waits 60
 STOP_SECONDS = 3.0               # what stop_client promises, and what the queue gets on a stop
 KILL_SECONDS = 10.0              # between TERM and KILL
 ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
@@ -177,7 +178,11 @@ WAITING_SECONDS = 600.0          # scaning for so long is worth a client_waiting
 BRIDGE_LIMIT = 16 * 1024 * 1024  # bytes of one message of a OneBot bridge
 BRIDGE_SECONDS = 30.0            # for an answer of it; silence before a sign of life is asked for
 WORDING_LIMIT = 500              # letters of what a bridge gives as a reason
-LOOKUP_SECONDS = 5.0             # a message waits so long for who wrote it
+LOOKUP_SECONDS = 5.0             # a conversation waits so long for who is meant in it
+LIST_SECONDS = 60.0              # for a list: NapCat asks for each friend's details in that call
+DOUBT_SECONDS = 60.0             # how long a list that lost many must say the same
+REPEAT_SECONDS = 10.0            # within which a bridge that tells of an entry again repeats itself
+LOSS_SECONDS = 60.0              # the same of who left: our own kick comes as a notice as well
 LOGIN_SECONDS = 2.0              # between two looks at whether a bridge is logged in
 DETAIL_SECONDS = 10.0            # get_group_info waits so long for members
 
@@ -296,6 +301,12 @@ class NotRunning(OpenQQError):
     """An API that needs the state running, in another one."""
 
     code, status, http = 300, "client not running", 503
+
+
+class QueueFull(OpenQQError):
+    """So many messages wait to be sent that one more would not go out in a reasonable time."""
+
+    code, status, http = 9, "send queue full", 503
 
 
 class BadRequest(OpenQQError):
@@ -1032,6 +1043,8 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("qrcode_count_max", 10, _whole, "client", "QR codes shown before the client stops"),
     Setting("send_interval", None, _number, "client",
             "seconds between two messages: 3, on the local network 0"),
+    Setting("send_queue_max_size", 1000, _whole, "client",
+            "messages that may wait to be sent; more are refused"),
     Setting("msg_ttl", 3, _whole, "client", "tries to send one message"),
     Setting("mode", "online", _choice("online", "away", "busy", "silent", "hidden", "offline",
                                       "callme"), "client", "the account's own state"),
@@ -1419,6 +1432,8 @@ class Thing:
         """The documented JSON object, without members of a group or discuss."""
         get = self.__dict__.get
         row = {name: get(name) for name in fields[self.kind]}
+        if get("title"):
+            row["title"] = get("title")  # which only bridges know, and no document
         if "displayname" in row:
             row["displayname"] = self.displayname
         return row
@@ -4318,6 +4333,7 @@ const ZH = {
   "code -6": "没有访问权限", "code 1": "账号不存在", "code 2": "没有可用端口",
   "code 3": "进程无法启动", "code 4": "启动后立即退出", "code 5": "账号数量已达上限",
   "code 6": "名称或参数不可用", "code 7": "账号无响应", "code 8": "内置网络中没有或不允许",
+  "code 9": "发送队列已满",
   "code 100": "找不到对象", "code 201": "没有权限或未完成", "code 300": "账号未运行",
   "code 400": "参数缺失或有误", "code 503": "服务器繁忙",
   // what the settings are
@@ -4343,6 +4359,7 @@ const ZH = {
   "login_type": "qrlogin:扫码;login:用 pwd 登录(仅内置网络)", "pwd": "login_type=login 时的密码",
   "qrcode_count_max": "最多显示多少个二维码,之后停止",
   "send_interval": "两条消息之间的秒数:3,内置网络为 0", "msg_ttl": "一条消息的发送尝试次数",
+  "send_queue_max_size": "等待发送的消息数上限,超出的会被拒绝",
   "mode": "账号的在线状态", "update_interval": "两次刷新好友、群、讨论组之间的秒数",
   "is_init_friend": "登录时加载好友", "is_init_group": "登录时加载群",
   "is_init_discuss": "登录时加载讨论组", "is_update_user": "也刷新自己的资料",
@@ -4939,9 +4956,9 @@ search_friend | +friend_fields | friend* | 100 | displayname=小冰
 search_group | +group_fields | group* | 100 | displayname=OpenQQ
 send_friend_message | +friend content async cq +media | sent | -5 -4 -3 -1 100 | displayname=小冰
     content=hello
-send_group_message | +group content async cq +media | sent | -5 -4 -3 -1 101 |
+send_group_message | +group content async cq +media | sent | -5 -4 -3 -1 100 101 |
     displayname=OpenQQ content=hello
-send_discuss_message | +discuss content async cq +media | sent | -5 -4 -3 -1 102 | name=OpenQQ
+send_discuss_message | +discuss content async cq +media | sent | -5 -4 -3 -1 100 102 | name=OpenQQ
     content=hello
 send_sess_message | group_id group_uid discuss_id id uid content async cq +media | sent | -5 -4
     -3 -1 103 104 105 | group_uid=20260001 uid=2854196302 content=hello
@@ -4966,8 +4983,8 @@ consult | +friend content timeout +media | consulted | 100 | displayname=小冰 
 create_group | friends! displayname | founded | 100 200 201 | friends=filehelper displayname=家
 invite_friend | id displayname friends! | answer | 100 200 201 | displayname=OpenQQ
     friends=filehelper
-set_group_displayname | id displayname new_displayname! | answer | 100 201 | displayname=家
-    new_displayname=家
+set_group_displayname | id displayname new_displayname! | answer | 100 201 | displayname=OpenQQ
+    new_displayname=OpenQQ
 stick | +friend op | answer | 100 201 | displayname=小冰 op=1
 set_friend_markname | +friend group_id new_markname! | answer | 100 201 | displayname=小冰
     new_markname=小冰
@@ -5042,7 +5059,7 @@ states | client:state* code! status
 state | account! cookie_path disable_color error failed:flag http_debug keep_cookie link
     log_console log_encoding log_level log_path mode os pid! pid_path plugin:object* port!
     previous_state qrcode_count_max qrcode_path restarts:int since start_time state!
-    state_path tmpdir ua_retry_times version
+    state_path tmpdir ua_retry_times version warning
 sent | code! id info status!
 consulted | code! id reply reply_status status!
 accepted | code! displayname id status! ticket
@@ -5064,7 +5081,8 @@ CODES = """\
 0 done; 1 no such client; 2 no port; 3 no process; 4 it died at once; 5 too many clients;
 6 not allowed; 7 the client is not reachable; 8 not found on the network inside; -1 no such call,
 or the data is wrong; -3 not sent; -4 sent, perhaps; -5 not sent in time; -6 the token is missing;
-100 to 105 who it is for is not known; 200 nobody named; 201 it was not done; 300 the account does
+9 too many messages wait to be sent; 100 to 105 who it is for is not known, or two are called so;
+200 nobody named; 201 it was not done; 300 the account does
 not run; 400 a parameter is missing or wrong"""
 
 
@@ -5082,7 +5100,8 @@ class OpenApi:
     REFERENCE = re.compile(r" \([^)]*\b(CONTRACT|DESIGN|ONEBOT|00[0-4])\b[^)]*\)")
     KINDS = {"image": "image/*", "bytes": "*/*", "html": "text/html", "metrics": "text/plain",
              "stream": "text/event-stream"}
-    ERRORS = (AuthFailure, ApiNotFound, NotAllowed, NotFound, NotRunning, Unreachable, TooSlow)
+    ERRORS = (AuthFailure, ApiNotFound, NotAllowed, NotFound, NotRunning, QueueFull, Unreachable,
+              TooSlow)
 
     def __init__(self, flavour: Type[Flavour], has_token: bool,
                  through: Iterable[Route] = ()) -> None:
@@ -7059,16 +7078,18 @@ class Hooks:
     tell. `waiting(error)`: not logged in, and no code to show. `scanned()`. `confirmed(cookie,
     fresh)`: logged in, `fresh` if ids may have changed; also after `lost(error)`: the connection is
     gone, in words. `received(items)`: what happened; returns the mark of what is safe on disk.
-    `known(kind, uid, circle)`: a thing of the roster, or None.
+    `known(kind, uid, circle)`: a thing of the roster, or None. `certain(kind)`: whether who is not
+    known there is new (a list that was not told, or is doubted, says nothing about that).
     """
 
     def __init__(self, qrcode: Callable[[str, float, str], None], waiting: Callable[[str], None],
                  scanned: Callable[[], None], confirmed: Callable[[str, bool], None],
                  lost: Callable[[str], None], received: Callable[[List[Row]], str],
-                 known: Callable[[str, str, str], Optional[Any]]) -> None:
+                 known: Callable[[str, str, str], Optional[Any]],
+                 certain: Callable[[str], bool]) -> None:
         self.qrcode, self.waiting, self.scanned = qrcode, waiting, scanned
         self.confirmed, self.lost = confirmed, lost
-        self.received, self.known = received, known
+        self.received, self.known, self.certain = received, known, certain
 
 
 class Link:
@@ -7081,6 +7102,8 @@ class Link:
     batch = 1                    # messages that send() takes at once where there is no interval
     echoes = False               # what is sent may come back before send() has returned
     fetches = False              # takes a picture as a URL, and fetches it by itself
+    real = False                 # a network outside: a login may take days, a list may fail
+    any_group = ""               # what stands for the unknown group of a temporary session
 
     def login(self, cookie: str, mark: str) -> None:
         """Begin to log in, with a former login's cookie if there is one; hooks tell the rest."""
@@ -7094,11 +7117,23 @@ class Link:
         """The account is running."""
 
     def roster(self) -> Row:
-        """{"user": …, "friend": […], "group": […], "discuss": […]}.
+        """{"user": …, "friend": […], "group": […], "discuss": […]}; what is left out, list() tells.
 
         A group without `member` has that, and its role, left to details().
         """
         raise NotImplementedError
+
+    def list(self, kind: str) -> List[Row]:
+        """The friends or groups that roster() left out. Unreachable, Declined."""
+        raise NotImplementedError
+
+    def find_group(self, uid: str) -> Optional[Row]:
+        """A group that no list told of, or None."""
+        return None
+
+    def account(self) -> str:
+        """What the account is called outside, where two clients may have the same; else empty."""
+        return ""
 
     def details(self, group: str, members: bool) -> Row:
         """What roster() left out of a group: role, and with `members` owner_id, owner_uid, member.
@@ -7296,6 +7331,7 @@ CQ_SOURCES = ("file", "url", "path", "image", "audio", "cover", "thumb", "icon")
 LABELS = {"face": "[表情]", "image": "[图片]", "record": "[语音]", "video": "[视频]",
           "file": "[文件]", "reply": ""}
 SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
+ANY_GROUP = "284840486"  # NapCat's, for a temporary session whose group it does not know
 MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
 
 
@@ -7377,11 +7413,22 @@ def scalar(value: Json) -> Optional[str]:
     return str(int(value)) if whole else str(value)
 
 
+def number_of(value: Json) -> str:
+    """A number of QQ's, as text; empty for what is none: null, 0, "0" and such come (ONEBOT.md)."""
+    text = "" if isinstance(value, bool) else scalar(value) or ""
+    return text if re.fullmatch("[1-9][0-9]{0,18}", text) else ""
+
+
 def _id(row: Row, name: str) -> str:
-    uid = scalar(row.get(name))
+    uid = number_of(row.get(name))
     if not uid:
         raise BadRequest(400, f"without {name}")
     return uid
+
+
+def filled(row: Row) -> Row:
+    """What a look-up really says: its nulls and empty texts replace nothing that is known."""
+    return {name: value for name, value in row.items() if value not in (None, "")}
 
 
 def rows_of(value: Json) -> List[Row]:
@@ -7391,7 +7438,7 @@ def rows_of(value: Json) -> List[Row]:
 
 def friend_row(row: Row) -> Row:
     """A friend of OneBot's as ours; NapCat knows the category."""
-    uid = scalar(row.get("user_id"))
+    uid = number_of(row.get("user_id"))
     category = (row.get("categoryName") or row.get("category_name") or row.get("categroyName"))
     return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
             "markname": scalar(row.get("remark")) or None, "category": scalar(category),
@@ -7400,40 +7447,46 @@ def friend_row(row: Row) -> Row:
 
 def group_row(row: Row) -> Row:
     """A group of OneBot's as ours; member_count is for us alone."""
-    uid, most = scalar(row.get("group_id")), scalar(row.get("max_member_count")) or ""
+    uid, most = number_of(row.get("group_id")), scalar(row.get("max_member_count")) or ""
     return {"uid": uid, "id": uid, "name": scalar(row.get("group_name")) or uid,
-            "markname": scalar(row.get("group_remark")) or None,
+            "markname": scalar(row.get("group_remark") or row.get("remark_name")) or None,
             "max_member": int(most) if most.isdigit() and int(most) else None,
             "member_count": scalar(row.get("member_count"))}
 
 
 def member_row(row: Row) -> Row:
     """A member of a group of OneBot's as ours; what is not known takes no memory."""
-    uid = scalar(row.get("user_id"))
+    uid = number_of(row.get("user_id"))
     known = {"sex": row.get("sex"), "join_time": row.get("join_time"), "level": row.get("level"),
-             "last_speak_time": row.get("last_sent_time"), "province": row.get("area")}
+             "last_speak_time": row.get("last_sent_time"), "province": row.get("area"),
+             "title": row.get("title")}
     return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
             "card": scalar(row.get("card")) or None, "role": scalar(row.get("role")) or "member",
             **{name: scalar(value) for name, value in known.items() if value not in (None, "")}}
 
 
 class OneBotEvents:
-    """What a bridge tells, as items of a link (ONEBOT.md, "Mapping"). One thread uses it.
+    """What a bridge tells, as items of a link (ONEBOT.md, "Mapping"). From any thread.
 
-    `look_up(action, **params)` asks the bridge for an object, {} if it has none; `known` is that
-    of Hooks; `sync` tells whether what the account sends elsewhere counts.
+    `look_up(action, **params)` asks the bridge for an object, {} if it has none; `later(function,
+    *args)` hands on the items that a function brings when it has asked; `known` and `certain` are
+    those of Hooks; `sync` tells whether what the account sends elsewhere counts.
     """
 
     NOTICES = {"group_increase": "_increase", "group_decrease": "_decrease",
-               "friend_add": "_befriended", "group_card": "_card", "group_admin": "_admin",
-               "group_recall": "_recall", "friend_recall": "_recall", "notify": "_notify"}
-
-    def __init__(self, look_up: Callable[..., Row],
-                 known: Callable[[str, str, str], Optional[Any]], sync: bool) -> None:
-        self._look_up, self._known, self._sync = look_up, known, sync
+               "group_dismiss": "_dismiss", "friend_add": "_befriended", "group_card": "_card",
+               "group_admin": "_admin", "group_recall": "_recall", "friend_recall": "_recall",
+               "notify": "_notify"}
+    def __init__(self, look_up: Callable[..., Row], later: Callable[..., None],
+                 known: Callable[[str, str, str], Optional[Any]], certain: Callable[[str], bool],
+                 sync: bool) -> None:
+        self._look_up, self._later, self._sync = look_up, later, sync
+        self._known, self._certain = known, certain
         self.me = ""                                  # the account's own uid
+        self._lock = threading.Lock()                 # guards _seen, _names, _told
         self._seen: Dict[int, None] = {}              # the newest events, by what tells them apart
         self._names: Dict[Tuple[str, str], str] = {}  # (group, uid) -> how `at` shows them
+        self._told: Dict[Tuple[str, ...], float] = {}  # what happened -> when it was told
 
     def items(self, row: Row) -> List[Row]:
         """The items that come of an event, in order; none if it came before or means nothing."""
@@ -7448,6 +7501,13 @@ class OneBotEvents:
         name = self.NOTICES.get(str(row.get("notice_type"))) if post_type == "notice" else None
         return getattr(self, name)(row) if name else []
 
+    def _keep(self, table: Dict[Any, Any], key: Any, value: Any) -> None:
+        """Remember something, and no more than WAIT_LIMIT of it; with the lock."""
+        table.pop(key, None)
+        table[key] = value
+        if len(table) > WAIT_LIMIT:
+            del table[next(iter(table))]
+
     def _is_repeated(self, row: Row) -> bool:
         """A webhook is tried again, and may come beside a stream."""
         if row.get("message_id") is not None and "message_type" in row:
@@ -7455,34 +7515,53 @@ class OneBotEvents:
                 "post_type", "message_type", "group_id", "user_id", "message_id", "time")))
         else:
             key = hash(to_bytes(row))  # not itself: it may be of any size
-        repeated = key in self._seen
-        self._seen[key] = None
-        if len(self._seen) > WAIT_LIMIT:
-            del self._seen[next(iter(self._seen))]
+        with self._lock:
+            repeated = key in self._seen
+            self._keep(self._seen, key, None)
         return repeated
+
+    def _was_told(self, seconds: float, *what: str, undoes: str = "") -> bool:
+        """Whether the same was told so short a time ago; from now on it was, and what it `undoes`
+        was not."""
+        now = time.monotonic()
+        with self._lock:
+            before = self._told.get(what, now - seconds - 1.0)
+            self._keep(self._told, what, now)
+            self._told.pop((undoes, *what[1:]), None)
+        return now - before <= seconds
 
     # -- messages
 
     def _message(self, row: Row) -> List[Row]:
         sender = row.get("sender")
-        who = {"user_id": row.get("user_id"), **(sender if isinstance(sender, dict) else {})}
+        uid = _id(row, "user_id")
+        who = {**(sender if isinstance(sender, dict) else {}), "user_id": uid}
         anonymous = row.get("anonymous")
         if isinstance(anonymous, dict):
             who.update(nickname=anonymous.get("name"), card=None)
         kind, group = self._place(row, who)
-        uid = _id(row, "user_id")
-        met = self._meet(group, uid, who, str(row.get("sub_type") or ""))
+        sub_type = str(row.get("sub_type") or "")
+        if not group:
+            found = self._meet_friend(uid, who) if sub_type in ("", "friend") else []
+        else:
+            found = self._meet_group(group, row)
+        if kind == "group_message" and sub_type not in ("anonymous", "notice"):
+            found += (self._meet_member(group, uid, who)
+                      or self._news("group_member", group, uid, who))
+        if sub_type not in ("anonymous", "notice"):
+            found += self._news("friend", "", uid, who)
         item = self._item(row, kind, group)
         member = member_row(who) if group else friend_row(who)
-        return met + [{**item, "do": "message", "uid": uid, "sender_id": uid,
-                       "name": member["name"], "sender": member}]
+        return found + [{**item, "do": "message", "uid": uid, "sender_id": uid,
+                         "name": member["name"], "sender": member,
+                         "group_name": scalar(row.get("group_name"))}]
 
     def _place(self, row: Row, who: Row) -> Tuple[str, str]:
         """Type and group; NapCat has a temporary session's group at the top, LLBot in sender."""
         if row.get("message_type") == "group":
             return "group_message", _id(row, "group_id")
-        group = scalar(row.get("group_id")) or scalar(who.get("group_id")) or ""
-        if row.get("sub_type") == "group" and group not in ("", "0"):
+        group = number_of(row.get("group_id")) or number_of(who.get("group_id"))
+        if row.get("sub_type") == "group" and group:
             return "sess_message", group
         return "friend_message", ""
 
@@ -7523,17 +7602,16 @@ class OneBotEvents:
         name = thing.displayname if thing else scalar(data.get("name")) or self._names.get(
             (group, uid))
         if not name:
-            row = member_row({"user_id": uid, **self._look_up(
-                "get_group_member_info", group_id=group, user_id=uid)}) if group else {}
+            row = self._member(group, uid, {}) if group else {}
             name = row.get("card") or row.get("name") or uid
-            self._names[group, uid] = name
-            if len(self._names) > WAIT_LIMIT:
-                del self._names[next(iter(self._names))]
+            with self._lock:
+                self._keep(self._names, (group, uid), name)
         return str(name)
 
     def _own_message(self, row: Row) -> List[Row]:
-        kind, group = self._place(row, {})
-        uid = scalar(row.get("target_id"))
+        sender = row.get("sender")
+        kind, group = self._place(row, sender if isinstance(sender, dict) else {})
+        uid = number_of(row.get("target_id"))
         if not self._sync or not (uid or group):
             return []
         return [{**self._item(row, kind, group), "do": "sent",
@@ -7541,40 +7619,68 @@ class OneBotEvents:
 
     # -- who is new
 
-    def _meet(self, group: str, uid: str, who: Row, sub_type: str) -> List[Row]:
-        """What is new with a message; who writes need not be a friend or a member at all."""
-        if not group:
-            return self._meet_friend(uid, who) if sub_type in ("", "friend") else []
-        strange = sub_type in ("anonymous", "notice")
-        return self._meet_group(group) + ([] if strange else self._meet_member(group, uid, who))
-
     def _meet_friend(self, uid: str, who: Row) -> List[Row]:
-        if self._known("friend", uid, ""):
+        """Who writes as a friend is one; what else there is to know comes later."""
+        if not self._certain("friend") or self._known("friend", uid, ""):
             return []
-        return self._new("friend", friend_row({**who, **self._stranger(uid)}))
+        self._later(self._facts, "friend", "", uid, "get_stranger_info", friend_row)
+        return self._new("friend", friend_row(who))
 
-    def _meet_group(self, uid: str) -> List[Row]:
-        if self._known("group", uid, ""):
+    def _meet_group(self, uid: str, row: Row) -> List[Row]:
+        if uid == ANY_GROUP or not self._certain("group") or self._known("group", uid, ""):
             return []
-        return self._new("group", group_row({"group_id": uid, **self._look_up(
-            "get_group_info", group_id=uid)}))
+        self._was_told(0.0, "enter", uid, undoes="lost")
+        name = scalar(row.get("group_name"))
+        about = {"group_name": name} if name else self._look_up("get_group_info", group_id=uid)
+        return self._new("group", group_row({**filled(about), "group_id": uid}))
 
     def _meet_member(self, group: str, uid: str, who: Row) -> List[Row]:
         """Only where all are known can one be new; elsewhere the message itself says who it is."""
         circle = self._known("group", group, "")
         if circle is None or not circle.loaded or uid in circle.member:
             return []
-        return self._new("group_member", self._member(group, uid, who), circle=group)
+        self._was_told(0.0, "increase", group, uid, undoes="decrease")
+        self._later(self._facts, "group_member", group, uid, "get_group_member_info", member_row)
+        return self._new("group_member", member_row(who), circle=group)
 
     def _new(self, kind: str, thing: Row, **where: str) -> List[Row]:
         return [{"do": "event", "event": "new_" + kind, "object": thing, **where}]
 
+    def _news(self, kind: str, group: str, uid: str, who: Row) -> List[Row]:
+        """What a sender's block says of somebody that the roster did not know yet.
+
+        A block without a member says nothing about it; an empty card or title is none.
+        """
+        thing = self._known(kind, uid, group)
+        told: Row = {}
+        if scalar(who.get("nickname")):
+            told["name"] = scalar(who["nickname"])
+        if kind == "group_member":
+            told.update({name: who[name] or None for name in ("card", "title")
+                         if isinstance(who.get(name), str)})
+            if who.get("role") in ROLES:
+                told["role"] = who["role"]
+        return [self._change(kind, group, uid, name, value) for name, value in told.items()
+                if thing is not None and thing.value(name) != value]
+
+    def _change(self, kind: str, group: str, uid: str, name: str, value: Json) -> Row:
+        return {"do": "event", "event": kind + "_property_change", "circle": group, "uid": uid,
+                "property": name, "value": value}
+
+    def _facts(self, kind: str, group: str, uid: str, action: str,
+               make: Callable[[Row], Row]) -> List[Row]:
+        """What the bridge knows of somebody new; nobody was waiting for it, so nobody is told."""
+        place = {"group_id": group} if group else {}
+        row = make({**filled(self._look_up(action, **place, user_id=uid)), "user_id": uid})
+        return [{**self._change(kind, group, uid, name, value), "quiet": True}
+                for name, value in row.items() if value and name not in ("id", "uid", "name")]
+
     def _stranger(self, uid: str) -> Row:
-        return {"user_id": uid, **self._look_up("get_stranger_info", user_id=uid)}
+        return {**filled(self._look_up("get_stranger_info", user_id=uid)), "user_id": uid}
 
     def _member(self, group: str, uid: str, who: Row) -> Row:
-        return member_row({"user_id": uid, **who, **self._look_up(
-            "get_group_member_info", group_id=group, user_id=uid)})
+        return member_row({**who, **filled(self._look_up(
+            "get_group_member_info", group_id=group, user_id=uid)), "user_id": uid})
 
     # -- notices
 
@@ -7582,25 +7688,36 @@ class OneBotEvents:
         return _id(row, "group_id"), _id(row, "user_id")
 
     def _increase(self, row: Row) -> List[Row]:
+        """Also of somebody who is listed: a notice of the leaving may have been missed."""
         group, uid = self._where(row)
-        met = self._meet_group(group)
-        if uid == self.me or self._known("group_member", uid, group):
+        met = self._meet_group(group, row)
+        if uid == self.me or self._was_told(REPEAT_SECONDS, "increase", group, uid,
+                                            undoes="decrease"):
             return met
         return met + self._new("group_member", self._member(group, uid, {}), circle=group)
 
     def _decrease(self, row: Row) -> List[Row]:
-        group, uid = self._where(row)
+        group, uid = _id(row, "group_id"), number_of(row.get("user_id"))
         if uid == self.me or row.get("sub_type") in ("kick_me", "disband"):
-            return [{"do": "event", "event": "lose_group",
-                     "object": {"uid": group, "id": group, "name": group}}]
+            return self._dismiss(row)
+        if self._was_told(LOSS_SECONDS, "decrease", group, _id(row, "user_id"), undoes="increase"):
+            return []
         known = self._known("group_member", uid, group)
         return [{"do": "event", "event": "lose_group_member", "circle": group,
                  "object": {"uid": uid} if known else member_row(self._stranger(uid))}]
 
+    def _dismiss(self, row: Row) -> List[Row]:
+        group = _id(row, "group_id")
+        if self._was_told(LOSS_SECONDS, "lost", group, undoes="enter"):
+            return []
+        return [{"do": "event", "event": "lose_group",
+                 "object": {"uid": group, "id": group, "name": group}}]
+
     def _befriended(self, row: Row) -> List[Row]:
         uid = _id(row, "user_id")
-        return [] if self._known("friend", uid, "") else self._new(
-            "friend", friend_row(self._stranger(uid)))
+        if self._known("friend", uid, "") or self._was_told(REPEAT_SECONDS, "friend", uid):
+            return []
+        return self._new("friend", friend_row(self._stranger(uid)))
 
     def _changed(self, row: Row, name: str, value: Optional[str], old: Optional[str]) -> List[Row]:
         group, uid = self._where(row)
@@ -7623,22 +7740,27 @@ class OneBotEvents:
                 "value": value}
 
     def _notify(self, row: Row) -> List[Row]:
+        if row.get("sub_type") == "title":
+            return self._changed(row, "title", scalar(row.get("title")) or None, None)
         name = scalar(row.get("name_new")) or scalar(row.get("group_name"))
         if row.get("sub_type") != "group_name" or not name:
             return []
         return [self._of_group(_id(row, "group_id"), "name", name)]
 
     def _recall(self, row: Row) -> List[Row]:
-        uid = scalar(row.get("user_id"))
+        uid, message = number_of(row.get("user_id")) or None, scalar(row.get("message_id"))
         return [{"do": "event", "event": "revoke_message", "params": [
-            scalar(row.get("message_id")), uid, scalar(row.get("operator_id")) or uid,
-            scalar(row.get("group_id"))]}]
+            message, uid, number_of(row.get("operator_id")) or uid,
+            number_of(row.get("group_id")) or None]}] if message else []
 
     def _request(self, row: Row) -> List[Row]:
-        friend = friend_row(self._stranger(_id(row, "user_id")))
+        uid, flag = _id(row, "user_id"), scalar(row.get("flag"))
+        if flag and self._was_told(COOKIE_SECONDS, "request", flag):
+            return []
+        friend = friend_row(self._stranger(uid))
         return [{"do": "event", "event": "friend_request", "request": {
             "id": friend["uid"], "name": friend["name"], "displayname": friend["name"],
-            "verify": scalar(row.get("comment")) or "", "ticket": scalar(row.get("flag"))}}]
+            "verify": scalar(row.get("comment")) or "", "ticket": flag}}]
 
 
 class Bridge:
@@ -7986,56 +8108,113 @@ def find_login_page(settings: Settings) -> Optional[LoginPage]:
 
 
 class Intake:
-    """Events between the thread that reads them and the one that passes them on, in order.
+    """Events on their way from the thread that reads them to the client, in order.
 
     Until open() they wait, the oldest dropped beyond LIMIT; then put() waits where too many do.
+    `act(rows)` gets them. It may have to look somebody up: the events of that conversation wait
+    for it, those of all others only PATIENCE seconds, so that quick look-ups keep the order of all.
     """
 
     LIMIT = 10_000
+    BATCH = 64
+    WORKERS = 16
+    PATIENCE = 0.25
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition()  # guards _rows, _open, dropped
-        self._rows: Deque[Row] = collections.deque()
+    def __init__(self, act: Callable[[List[Row]], None], log: Log) -> None:
+        self._act = act
+        self._crew = Crew(self.WORKERS, "events", log)
+        self._changed = threading.Condition()  # guards all below
+        self._rows: Dict[str, Deque[Tuple[int, Row]]] = {}  # conversation -> numbered events
+        self._busy: Dict[str, float] = {}      # conversation -> since when somebody is at it
+        self._put = self._size = self._workers = self._idle = 0
         self._open = False
-        self.dropped = 0
 
     def open(self) -> None:
-        """From now on somebody takes them."""
+        """From now on they are acted upon."""
         with self._changed:
             self._open = True
+            self._staff()
 
-    def put(self, row: Row) -> bool:
-        """Add one; whether it can be taken now.
-
-        The wait has an end: who takes may itself wait for an answer that comes after this.
-        """
+    def put(self, row: Row) -> None:
+        """Add one. The wait has an end: who acts may itself wait for an answer that comes after."""
         with self._changed:
             if self._open:
-                self._changed.wait_for(lambda: len(self._rows) < self.LIMIT, LOOKUP_SECONDS)
-            elif len(self._rows) >= self.LIMIT:
-                self._rows.popleft()
-                self.dropped += 1
-            self._rows.append(row)
-            return self._open
+                self._changed.wait_for(lambda: self._size < self.LIMIT, LOOKUP_SECONDS)
+            elif self._size >= self.LIMIT:
+                self._take_from(min(self._rows, key=lambda name: self._rows[name][0][0]), 1)
+            group, uid = number_of(row.get("group_id")), row.get("user_id") or row.get("target_id")
+            self._put += 1
+            self._size += 1
+            self._rows.setdefault(group or f"/{scalar(uid)}", collections.deque()).append(
+                (self._put, row))
+            if self._open:
+                self._staff()
 
-    def take(self) -> List[Row]:
-        """All that is there."""
-        with self._changed:
-            rows = list(self._rows)
-            self._rows.clear()
-            self._changed.notify_all()
-            return rows
+    def _free(self) -> List[str]:
+        return [name for name in self._rows if name not in self._busy]
+
+    def _staff(self) -> None:
+        if not self._idle and self._workers < self.WORKERS and self._free():
+            self._workers += 1
+            self._crew.submit(self._work)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._idle += 1
+                name = self._next()
+                self._idle -= 1
+                if name is None:
+                    self._workers -= 1
+                    return
+                rows = self._take_from(name, self.BATCH)
+                self._busy[name] = time.monotonic()
+                self._staff()
+            try:
+                self._act(rows)
+            finally:
+                with self._changed:
+                    del self._busy[name]
+                    self._changed.notify_all()
+
+    def _next(self) -> Optional[str]:
+        """The conversation whose turn it is, after a wait for those before; None: there is none."""
+        while True:
+            free = self._free()
+            if not free:
+                return None
+            wait = max(self._busy.values(), default=0.0) + self.PATIENCE - time.monotonic()
+            if wait <= 0 or not self._busy:
+                return min(free, key=lambda name: self._rows[name][0][0])
+            self._changed.wait(wait)
+
+    def _take_from(self, name: str, most: int) -> List[Row]:
+        """The oldest of a conversation, as far as no other's came in between."""
+        queue = self._rows[name]
+        number, row = queue.popleft()
+        rows = [row]
+        while queue and len(rows) < most and queue[0][0] == number + len(rows):
+            rows.append(queue.popleft()[1])
+        if not queue:
+            del self._rows[name]
+        self._size -= len(rows)
+        self._changed.notify_all()
+        return rows
 
 
 class BridgeActions(Link):
     """What a OneBot bridge is asked to do (ONEBOT.md, "Calls"), for the account `me`."""
 
-    fetches = True
+    fetches = real = True
+    any_group = ANY_GROUP
 
     def __init__(self, url: str, bridge: Bridge, log: Log) -> None:
         self._url, self._bridge, self._log = url, bridge, log
         self._is_here = is_loopback(urllib.parse.urlsplit(url).hostname or "")
-        self.me = ""                 # the account's own uid, once it is logged in
+        self.me = self._name = ""    # the account's own uid and name, once it is logged in
+
+    def account(self) -> str:
+        return self.me
 
     def _get(self, action: str, seconds: float = BRIDGE_SECONDS, **params: Json) -> Json:
         """The data of an answer. Unreachable, Declined."""
@@ -8060,10 +8239,11 @@ class BridgeActions(Link):
 
     def _rows(self, action: str, **params: Json) -> List[Row]:
         """The objects of a list; null is an empty one. Anything else would lose everybody."""
-        data = self._get(action, **params)
-        if not isinstance(data, (list, type(None))):
+        data = self._get(action, LIST_SECONDS, **params)
+        rows = rows_of(data)
+        if not isinstance(data, (list, type(None))) or data and not rows:
             raise Declined(f"its answer to {action} is no list")
-        return rows_of(data)
+        return rows
 
     def _do(self, action: str, **params: Json) -> bool:
         try:
@@ -8074,23 +8254,32 @@ class BridgeActions(Link):
         return True
 
     def roster(self) -> Row:
-        try:
-            me = self._row("get_login_info")
-            friends, groups = self._rows("get_friend_list"), self._rows("get_group_list")
-        except Declined as error:
-            raise Unreachable(f"the bridge does not tell who is there: {error.status}") from None
-        uid = scalar(me.get("user_id"))
-        return {"user": {"uid": uid, "id": uid, "account": uid, "name": scalar(me.get("nickname"))},
-                "friend": [friend_row(row) for row in friends if scalar(row.get("user_id"))],
-                "group": [group_row(row) for row in groups if scalar(row.get("group_id"))],
+        self._name = scalar(self._look_up("get_login_info").get("nickname")) or self._name
+        return {"user": {"uid": self.me, "id": self.me, "account": self.me, "name": self._name},
                 "discuss": []}
+
+    LISTS: Dict[str, Tuple[str, Callable[[Row], Row]]] = {
+        "friend": ("get_friend_list", friend_row), "group": ("get_group_list", group_row)}
+
+    def list(self, kind: str) -> List[Row]:
+        action, make = self.LISTS[kind]
+        told = self._rows(action)
+        rows = [row for row in map(make, told)
+                if row["uid"] and row["uid"] != ANY_GROUP]
+        if told and not rows:
+            raise Declined(f"its answer to {action} names nobody")
+        return rows
+
+    def find_group(self, uid: str) -> Optional[Row]:
+        row = filled(self._look_up("get_group_info", group_id=uid))
+        return group_row(row) if number_of(row.get("group_id")) == uid else None
 
     def details(self, group: str, members: bool) -> Row:
         if not members:
             row = self._row("get_group_member_info", group_id=group, user_id=self.me)
             return {"role": ROLES.get(str(row.get("role")), "attend")}
         rows = [member_row(row) for row in self._rows("get_group_member_list", group_id=group)
-                if scalar(row.get("user_id"))]
+                if number_of(row.get("user_id"))]
         if not rows:
             raise Declined("it names no members, not even ourselves")
         roles = {row["uid"]: row["role"] for row in rows}
@@ -8156,7 +8345,7 @@ class OneBotLink(BridgeActions):
     """A QQ account, through a OneBot 11 bridge (ONEBOT.md).
 
     A thread of its own keeps the connection and reads from it, so it must never wait for an answer;
-    a crew greets the bridge, another passes events on: they may.
+    a crew greets the bridge, another passes events on, a third looks up what nobody waits for.
     """
 
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
@@ -8165,9 +8354,11 @@ class OneBotLink(BridgeActions):
         super().__init__(url, kind(url, settings.onebot_token, log, self._hear), log)
         self.echoes = bool(settings.allow_message_sync)
         self._page = find_login_page(settings)
-        self._events = OneBotEvents(self._look_up, hooks.known, settings.allow_message_sync)
-        self._intake = Intake()
-        self._greeters, self._bearers = Crew(1, "greet", log), Crew(1, "events", log)
+        self._events = OneBotEvents(self._look_up, self._later, hooks.known, hooks.certain,
+                                    settings.allow_message_sync)
+        self._intake = Intake(self._act, log)
+        self._greeters, self._curious = Crew(1, "greet", log), Crew(2, "later", log)
+        self._handing = threading.Lock()  # guards _count: items are marked in the order they go
         self._closed = threading.Event()
         self._live_already = self._greeted = False
         self._turns, self._turn = itertools.count(1), 0  # greetings; the newest alone may act
@@ -8253,13 +8444,18 @@ class OneBotLink(BridgeActions):
 
     def _is_logged_in(self) -> bool:
         try:
-            uid = scalar(self._row("get_login_info").get("user_id")) or "0"
-            status = self._row("get_status")
+            row = self._row("get_login_info")
         except Declined:
             return False
-        if uid == "0" or status.get("online") is False:
+        uid = number_of(row.get("user_id"))
+        try:
+            status = self._row("get_status")
+        except Declined:
+            status = {}  # an old bridge does not know it
+        if not uid or status.get("online") is False:
             return False
-        self.me = self._events.me = uid
+        self.me, self._name = uid, scalar(row.get("nickname")) or uid
+        self._events.me = uid
         return True
 
     def _show_login(self) -> None:
@@ -8272,9 +8468,7 @@ class OneBotLink(BridgeActions):
         self._hooks.waiting(why)
 
     def renew(self) -> None:
-        self._shown = ""
-        if self._page:
-            self._page.renew()
+        """The page makes a new code by itself when the old one ends, and that is seen there."""
 
     def close(self) -> None:
         self._closed.set()
@@ -8291,8 +8485,8 @@ class OneBotLink(BridgeActions):
                 self._offline("it says so in its status")
         elif row.get("notice_type") == "bot_offline":
             self._offline(scalar(row.get("message")) or "the account was logged out")
-        elif self._intake.put(row):
-            self._bearers.submit(self._deliver)
+        else:
+            self._intake.put(row)
 
     def hear(self, row: Row) -> bool:
         me, uid = self.me, scalar(row.get("self_id"))
@@ -8310,32 +8504,50 @@ class OneBotLink(BridgeActions):
 
     def ready(self) -> None:
         self._intake.open()
-        self._bearers.submit(self._deliver)
 
-    def _deliver(self) -> None:
-        """In a crew's thread. What changes the roster is handed on before more is understood."""
+    def _act(self, rows: List[Row]) -> None:
+        """What changes the roster is handed on before more is understood."""
         items: List[Row] = []
-        for row in self._intake.take():
-            try:
-                found = self._events.items(row)
-            except BadRequest as error:
-                self._log.debug(f"an event of the bridge {error.status}")
-                continue
-            except Exception:  # one that cannot be understood must not stop all others
-                self._log.failure("an event of the bridge")
-                continue
-            items += [{**item, "mark": f"{self._era}:{next(self._count)}"} for item in found]
-            if len(items) >= 64 or any(item["do"] == "event" for item in found):
+        for row in rows:
+            found = self._understand(self._events.items, row)
+            items += found
+            if any(item["do"] == "event" for item in found):
                 items = self._hand_on(items)
         self._hand_on(items)
 
+    def _understand(self, read: Callable[..., List[Row]], *args: Any) -> List[Row]:
+        try:
+            return read(*args)
+        except BadRequest as error:
+            self._log.debug(f"an event of the bridge {error.status}")
+        except Exception:  # one that cannot be understood must not stop all others
+            self._log.failure("an event of the bridge")
+        return []
+
+    def _later(self, read: Callable[..., List[Row]], *args: Any) -> None:
+        self._curious.submit(self._look_later, read, args)
+
+    def _look_later(self, read: Callable[..., List[Row]], args: Tuple[Any, ...]) -> None:
+        self._hand_on(self._understand(read, *args))
+
     def _hand_on(self, items: List[Row]) -> List[Row]:
         try:
-            if items:
-                self._hooks.received(items)
+            with self._handing:
+                if items:
+                    self._hooks.received([{**item, "mark": f"{self._era}:{next(self._count)}"}
+                                          for item in items])
         except NotRunning:
             pass  # we stop
         return []
+
+    def kick(self, group: str, uids: List[str]) -> bool:
+        """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
+        done = [uid for uid in uids if super(OneBotLink, self).kick(group, [uid])]
+        for uid in done:
+            self._act([{"post_type": "notice", "notice_type": "group_decrease", "sub_type": "kick",
+                        "group_id": group, "user_id": uid, "operator_id": self.me,
+                        "time": time.time()}])
+        return done == uids
 
 
 # ------------------------------------------------------------------------------------------------
@@ -8403,6 +8615,7 @@ class Papers:
         self.pid = PidFile(settings.pid_path)
         self.shelf = Shelf(f"{start}media_{account}_", log)
         self.spool_path = f"{start}post_{account}.jsonl"
+        self.claim_path = start + "account_{}.pid"
         self.local_path = f"{start}local_{account}"
 
     def state_row(self, client: Client) -> Row:
@@ -8420,6 +8633,8 @@ class Papers:
                    start_time=str(client.start_time), state=client.state, version=VERSION,
                    plugin=[plugin.to_json(prefix)
                            for plugin in sorted(client.plugins, key=lambda p: p.name)])
+        if client.warnings:
+            row["warning"] = "; ".join(client.warnings.values())
         return dict(row, error=client.error) if client.error else row
 
     def write_state(self, client: Client) -> None:
@@ -8495,9 +8710,11 @@ class Roster:
 
     def __init__(self, fields: Mapping[str, Tuple[str, ...]]) -> None:
         self.fields = fields
-        self.lock = threading.Lock()  # guards user, changes, the dicts, and what is in them
+        # guards user, changes, touched, the dicts, and what is in them
+        self.lock = threading.Lock()
         self.user = User({})
         self.changes = 0              # how many there were, by events
+        self.touched: Dict[Tuple[str, str], int] = {}  # kind, uid -> the last one of it
         self.friend: Dict[str, Friend] = {}
         self.group: Dict[str, Group] = {}
         self.discuss: Dict[str, Discuss] = {}
@@ -8507,15 +8724,34 @@ class Roster:
         table: Dict[str, Any] = getattr(self, kind)
         return table
 
-    def load(self, row: Row, kinds: Iterable[str]) -> None:
-        """Take over what a link told; only the kinds that are wanted."""
+    def load(self, row: Row, kinds: Iterable[str], before: int) -> None:
+        """Take over what a link told; only the kinds that are wanted.
+
+        What events said since there were `before` of them is newer than that.
+        """
         with self.lock:
             for kind in kinds:
                 if kind == "user":
                     self.user = User(row["user"])
-                else:
-                    setattr(self, kind, {thing.uid: thing
-                                         for thing in map(THINGS[kind], row[kind])})
+                    continue
+                old = self.table(kind)
+                new = {thing.uid: thing for thing in map(THINGS[kind], row[kind])}
+                for uid in [uid for what, uid in self.touched
+                            if what == kind and self._is_newer(kind, uid, before)]:
+                    new.pop(uid, None)
+                    if uid in old:
+                        new[uid] = old[uid]
+                setattr(self, kind, new)
+
+    def _is_newer(self, kind: str, uid: str, before: int) -> bool:
+        return self.touched.get((kind, uid), 0) > before
+
+    def _touch(self, kind: str, uid: str) -> None:
+        self.changes += 1
+        self.touched.pop((kind, uid), None)
+        self.touched[kind, uid] = self.changes
+        if len(self.touched) > POST_QUEUE_LIMIT:
+            del self.touched[next(iter(self.touched))]
 
     def to_json(self, kind: str, members: bool = True) -> List[Row]:
         """The list of a kind, as documented."""
@@ -8556,7 +8792,7 @@ class Roster:
         if event == "new_group":
             item = {**item, "object": {"role": "attend", **item["object"]}}
         with self.lock:
-            self.changes += 1
+            self._touch(*self._about(item))
             if event.endswith("_property_change"):
                 return self._change(event, item)
             action, _, kind = event.partition("_")
@@ -8572,6 +8808,13 @@ class Roster:
             else:
                 thing = table.pop(uid, thing)
             return event, [thing] + ([circle] if circle else [])
+
+    def _about(self, item: Row) -> Tuple[str, str]:
+        """Kind and uid of the friend, group or discuss that an event tells of."""
+        kind = re.sub("(new|lose)_|_property_change", "", item["event"])
+        if "_member" in kind:
+            return kind[:-7], item["circle"]
+        return kind, item.get("uid") or item.get("object", {}).get("uid") or ""
 
     def _pass_on(self, event: str, item: Row) -> Tuple[str, List[Any]]:
         """Events that change nothing here; a request shows what the flavour's documents say."""
@@ -8595,20 +8838,25 @@ class Roster:
             thing = table.get(item["uid"]) if table else None
             if thing is None and "object" in item:  # of a group whose members are not loaded
                 thing = THINGS[kind](item["object"])
-        if thing is None or name not in self.fields[kind] or name == "displayname":
+        if thing is None or name not in (*self.fields[kind], "title") or name == "displayname":
             return None  # that follows from others
         old = thing.value(name)
         setattr(thing, name, item["value"])
         return (event, [thing, name, old, item["value"]]) if old != item["value"] else None
 
-    def differences(self, row: Row, kinds: Iterable[str]) -> List[Row]:
-        """What happened between the roster and what a link tells now, as events of a link."""
+    def differences(self, row: Row, kinds: Iterable[str], before: int) -> List[Row]:
+        """What happened between the roster and what a link tells now, as events of a link.
+
+        Nothing of what events told since there were `before` of them: it would be undone.
+        """
         found: List[Row] = []
         for kind in kinds:
             if kind == "user":
                 found += property_changes("user", self.user, row["user"], {})
                 continue
-            old, new = self.table(kind), {item["uid"]: item for item in row[kind]}
+            old, new = ({uid: thing for uid, thing in table.items()
+                         if not self._is_newer(kind, uid, before)}
+                        for table in (self.table(kind), {item["uid"]: item for item in row[kind]}))
             found += table_changes(kind, old, new, {})
             for uid in old.keys() & new.keys():
                 if "member" in new[uid]:
@@ -8621,7 +8869,10 @@ class Roster:
                              {row["uid"]: row for row in rows}, {"circle": circle.uid})
 
     def complete(self, uid: str, row: Row) -> None:
-        """Take over what a link told of a group: its role, or its members too."""
+        """Take over what a link told of a group: its role, or its members too.
+
+        Of a list that lacks too many nobody can say later who is new: it stays unloaded.
+        """
         group = self.group.get(uid)
         if group is None:
             return
@@ -8629,7 +8880,9 @@ class Roster:
         with self.lock:
             group.__dict__.update(row)
             if members:
-                group.member, group.loaded = dict(members), True
+                count = str(group.value("member_count") or "")
+                group.member = dict(members)
+                group.loaded = not count.isdigit() or 3 * len(members) >= 2 * int(count)
 
 
 def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
@@ -8825,6 +9078,30 @@ def find_plugin(name: Any) -> Plugin:
         raise Refusal(f"plugin {name} cannot be loaded: {error}") from None
 
 
+class Doubt:
+    """Whether to believe a list that is empty or lacks more than a third of those known.
+
+    Bridges tell such lists while they begin, or are thrown out. What a list says for DOUBT_SECONDS
+    is so.
+    """
+
+    def __init__(self) -> None:
+        self._told: Set[str] = set()
+        self._since: Optional[float] = None
+
+    def about(self, known: Iterable[str], told: Iterable[str], now: float) -> str:
+        """Why the uids that a list told are not believed, in words; empty if they are."""
+        old, new = set(known), set(told)
+        missing = len(old - new)
+        if not new or 3 * missing > len(old):
+            if self._since is None or new != self._told:
+                self._told, self._since = new, now
+            if now - self._since < DOUBT_SECONDS:
+                return f"lacks {missing} of {len(old)}" if old else "is empty"
+        self._since = None
+        return ""
+
+
 class Details:
     """Loads what a link left out of groups, when somebody asks for it. In its client's loop."""
 
@@ -8832,6 +9109,7 @@ class Details:
         self._client = client
         self._crew = Crew(4, "details", client.log)
         self._loading: Dict[Tuple[str, bool], Promise] = {}  # group, with members? -> who waits
+        self._doubts: Dict[str, Doubt] = {}                  # group -> what is thought of its list
 
     def wait(self, groups: Iterable[Circle], members: bool = True) -> None:
         """Have the members of groups loaded, or only one's role in them; from any thread.
@@ -8891,9 +9169,33 @@ class Details:
                 self._crew.submit(self._load, (row["uid"], True), self._compare)
 
     def _compare(self, uid: str, row: Row) -> None:
-        group = self._client.roster.group.get(uid)
-        for item in self._client.roster.member_changes(group, row["member"]) if group else ():
-            self._client.talk.happen(item)
+        client, group = self._client, self._client.roster.group.get(uid)
+        if group is None:
+            return
+        doubt = self._doubts.setdefault(uid, Doubt())
+        told = [item["uid"] for item in row["member"]]
+        if str(len(told)) != group.value("member_count") and doubt.about(
+                group.member, told, client.loop.clock()):
+            client.loop.later(DOUBT_SECONDS / 4, self._crew.submit, self._load, (uid, True),
+                              self._compare)
+            return
+        del self._doubts[uid]
+        for item in client.roster.member_changes(group, row["member"]):
+            client.talk.happen(item)
+
+
+class Listing:
+    """What a login knows of one list that its link tells apart from the roster."""
+
+    def __init__(self) -> None:
+        self.doubt = Doubt()
+        self.loaded = False          # it was believed once
+        self.good = False            # and there is nothing to be said against it now
+        self.asking = False          # the link is being asked
+        self.began = 0.0             # since then
+        self.failures = 0
+        self.timer: Optional[Timer] = None   # the next time that it is asked
+        self.waiting: List[Promise] = []     # who waits for its answer
 
 
 class Login:
@@ -8903,6 +9205,11 @@ class Login:
         self._client = client
         self._known = False                      # the roster is that of this login
         self._crew = Crew(2, "login", client.log)
+        self._askers = Crew(2, "lists", client.log)
+        self._lists = {kind: Listing() for kind in ("friend", "group")}
+        self._fresh: Optional[bool] = None       # to be told when the lists are there
+        self._patience: Optional[Timer] = None   # with them
+        self._claim: Optional[PidFile] = None    # on what the account is called outside
         self._codes = 0
         self._tries = 0
         self._timer: Optional[Timer] = None      # the QR code's end
@@ -8934,7 +9241,12 @@ class Login:
                      lambda cookie, fresh: call(self._confirmed, cookie, fresh),
                      lambda error: call(self._lost, error),
                      lambda items: str(ask(self._client.talk.receive, items).wait()),
-                     self._client.roster.find)
+                     self._client.roster.find, self.is_certain)
+
+    def is_certain(self, kind: str) -> bool:
+        """Whether who is not on the list is new: it is good, or not wanted at all."""
+        wanted = kind in self._kinds("is_init_")
+        return not self.link.real or self._lists[kind].good or not wanted
 
     def _wait(self, error: str) -> None:
         """There is no login, and no code to scan; the state file says why."""
@@ -8983,11 +9295,14 @@ class Login:
         """The client stops."""
         self._cancel()
         self.link.close()
+        if self._claim:
+            self._claim.drop()
         if self.network:
             self.network.stop()
 
     def _cancel(self) -> None:
-        for timer in self._timer, self._refresh:
+        for timer in (self._timer, self._refresh, self._patience,
+                      *(listing.timer for listing in self._lists.values())):
             if timer:
                 timer.cancel()
 
@@ -9016,7 +9331,7 @@ class Login:
         self._codes += 1
         if client.state == "stop":
             return
-        if self._codes > client.settings.qrcode_count_max:
+        if self._codes > client.settings.qrcode_count_max and not self.link.real:
             client.log.error(f"nobody scanned {self._codes - 1} QR codes: giving up")
             return client.stop()
         picture = qr_png(qr_matrix(text))
@@ -9029,7 +9344,8 @@ class Login:
         client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
                                      client.api_url("get_qrcode")])
         self._cancel()
-        self._timer = client.loop.later(seconds, self._expire)
+        if not self.link.real:
+            self._timer = client.loop.later(seconds, self._expire)
 
     def _expire(self) -> None:
         self._client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
@@ -9056,23 +9372,148 @@ class Login:
         self._client.loop.call(self._loaded, self.link.roster(), before, fresh)
 
     def _loaded(self, row: Row, before: int, fresh: bool) -> None:
-        client = self._client
+        """The roster is there, but perhaps for lists that the link tells apart from it.
+
+        The account runs once these are there too, and without them after LOOKUP_SECONDS.
+        """
+        client, roster = self._client, self._client.roster
         if client.state != "updating":
             return
         self._tries = 0
         row["user"]["state"] = client.settings.mode
+        kinds = [kind for kind in self._kinds("is_init_") if kind in row]
+        asked = [kind for kind in self._kinds("is_init_") if kind not in row]
+        if roster.user.value("uid") not in (None, row["user"]["uid"]):
+            self._known = False  # another account is logged in at the bridge
+            roster.load({kind: [] for kind in asked}, asked, roster.changes)
         if self._known and not fresh:
             self._compare(row, before)
-            client.enter("running")
+            self._fresh = None
         else:
-            client.roster.load(row, ["user"] + self._kinds("is_init_"))
+            roster.load(row, ["user", *kinds], before)
+            self._fresh = fresh
+            for kind in asked:
+                self._lists[kind].loaded = self._lists[kind].good = False
+        self._claim_account()
+        for kind in asked:
+            self._ask(kind)
+        self._patience = client.loop.later(LOOKUP_SECONDS if asked else 0.0, self._run)
+
+    def _run(self) -> None:
+        client = self._client
+        if self._patience:
+            self._patience.cancel()
+        if client.state != "updating":
+            return
+        fresh, self._fresh = self._fresh, None
+        if fresh is not None:
             self._report_update(["user", "friend", "group"])
-            client.enter("running")
+        client.enter("running")
+        if fresh is not None:
             client.log.info(f"帐号({client.account})登录成功 (logged in)")
             client.emit("login", [int(fresh)])
         self._known = True
         self._work(self.link.ready)
         self._plan_refresh()
+
+    def _claim_account(self) -> None:
+        """Two clients of one account hear and answer everything twice."""
+        client, name = self._client, self.link.account()
+        if self._claim or not name:
+            return
+        claim = PidFile(client.papers.claim_path.format(name))
+        try:
+            claim.take(f"another client of the account {name}")
+            self._claim = claim
+            client.warn("claim", "")
+        except Refusal as refusal:
+            client.warn("claim", f"{refusal.status}: both hear and answer the same; stop one")
+
+    # -- lists that the link tells apart from the roster
+
+    def _ask(self, kind: str) -> None:
+        """Ask the link for a list, unless that is under way."""
+        listing = self._lists[kind]
+        if listing.timer:
+            listing.timer.cancel()
+        if not listing.asking:
+            listing.asking, listing.began = True, self._client.loop.clock()
+            self._askers.submit(self._fetch, kind, self._client.roster.changes)
+
+    def _fetch(self, kind: str, before: int) -> None:
+        rows, why = None, ""
+        try:
+            rows = self.link.list(kind)
+        except OpenQQError as error:
+            why = error.status
+        except Exception as error:  # whatever a link does, it is asked again
+            why = repr(error)
+        self._client.loop.call(self._listed, kind, rows, why, before)
+
+    def _listed(self, kind: str, rows: Optional[List[Row]], why: str, before: int) -> None:
+        """A list came, or did not: what is known changes only by one that is believed."""
+        client, roster, listing = self._client, self._client.roster, self._lists[kind]
+        listing.asking = False
+        if client.state == "stop":
+            return
+        wait = DOUBT_SECONDS / 4
+        if rows is None:
+            listing.failures += 1
+            wait = backoff(listing.failures + 1, LIST_SECONDS)
+            why = f"cannot be had: {why}"
+        else:
+            why = listing.doubt.about(roster.table(kind), [row["uid"] for row in rows],
+                                      client.loop.clock())
+        listing.good = not why
+        client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, and "
+                    "it is asked again")
+        if why or rows is None:
+            listing.timer = client.loop.later(wait, self._ask, kind)
+        elif listing.loaded:
+            self._compare({kind: rows}, before)
+        else:
+            roster.load({kind: rows}, [kind], before)
+            if client.state == "running":
+                self._report_update([kind])
+        listing.loaded = listing.loaded or not why
+        listing.failures = listing.failures if why else 0
+        waiting, listing.waiting = listing.waiting, []
+        for promise in waiting:
+            promise.keep()
+        if client.state == "updating" and not any(each.asking for each in self._lists.values()):
+            self._run()
+
+    def look_for(self, kind: str, uid: str) -> Optional[Thing]:
+        """Whom a message goes to that the roster lacks; None if there is nobody. From any thread.
+
+        While the list is doubted anybody may be meant; a good one may be of before.
+        """
+        client, listing = self._client, self._lists.get(kind)
+        if listing is None or not self.link.real or not number_of(uid):
+            return None
+        if kind == "group" and listing.good:
+            row = self.link.find_group(uid)
+            if row:
+                client.loop.ask(client.talk.happen, {"event": "new_group", "object": row})
+        elif listing.good:
+            promise: Promise = client.loop.ask(self._ask_for_one, kind)
+            try:
+                promise.wait(DETAIL_SECONDS)
+            except TimeoutError:
+                listing.good = False  # until it comes
+        known: Optional[Thing] = client.roster.table(kind).get(uid)
+        stranger = THINGS[kind]({"uid": uid, "id": uid, "name": uid})
+        return known or (None if listing.good else stranger)
+
+    def _ask_for_one(self, kind: str) -> Promise:
+        promise, listing, loop = Promise(), self._lists[kind], self._client.loop
+        listing.waiting.append(promise)
+        wait = listing.began + LOGIN_SECONDS - loop.clock()
+        if wait > 0 and not listing.asking:
+            listing.timer = loop.later(wait, self._ask, kind)  # callers may come one by one
+        else:
+            self._ask(kind)
+        return promise
 
     def _kinds(self, setting: str) -> List[str]:
         return [kind for kind in ("friend", "group", "discuss")
@@ -9101,18 +9542,19 @@ class Login:
         if self._client.state == "running":
             row["user"]["state"] = self._client.settings.mode
             self._compare(row, before)
+            self._claim_account()
+            for kind in self._kinds("is_update_"):
+                if kind not in row:
+                    self._ask(kind)
             self._plan_refresh()
 
     def _compare(self, row: Row, before: int) -> None:
-        """Report what happened between the roster and what the link tells now.
-
-        Not if events have overtaken that since there were `before` of them: it would undo them.
-        """
+        """Report what happened between the roster, when there had been `before` changes of it, and
+        what the link tells now of some kinds."""
         client = self._client
-        if client.roster.changes != before:
-            return
-        kinds = (["user"] if client.settings.is_update_user else []) + self._kinds("is_update_")
-        for item in client.roster.differences(row, kinds):
+        kinds = [kind for kind in (["user"] if client.settings.is_update_user else [])
+                 + self._kinds("is_update_") if kind in row]
+        for item in client.roster.differences(row, kinds, before):
             client.talk.happen(item)
         if "group" in kinds:
             client.details.check(row["group"])
@@ -9125,9 +9567,15 @@ class Composer:
     def __init__(self, client: Client, answer: Callable[[Message, str], None]) -> None:
         self._client, self._answer = client, answer
 
-    def compose(self, type: str, kind: str, circle_uid: str, content: str, id: str) -> Message:
-        """A message of a type, in a group or discuss if `kind` says so."""
-        circle = self._client.roster.table(kind).get(circle_uid) if kind else None
+    def compose(self, type: str, kind: str, circle_uid: str, content: str, id: str,
+                name: str = "") -> Message:
+        """A message of a type, in a group or discuss if `kind` says so.
+
+        That one need not be listed, as where a bridge could not tell its groups; then `name`, if
+        it is known, is how it is called.
+        """
+        circle = (self._client.roster.table(kind).get(circle_uid) or THINGS[kind](
+            {"uid": circle_uid, "id": circle_uid, "name": name or circle_uid})) if kind else None
         flavour = self._client.flavour
         message = Message({"type": type, "content": content, "id": id, "circle": circle,
                            "peer_uid": None, "answer": self._answer, **flavour.text_format})
@@ -9212,6 +9660,10 @@ class Talk:
         self.numbers: Dict[str, Any] = {}  # id of a message -> the link's number for it
         self._answered_later: List[Tuple[str, Promise, Message]] = []  # mark, who waits, for what
 
+    def is_full(self) -> bool:
+        """Whether so many messages wait that no more are taken."""
+        return bool(self.queue.waiting() >= self._client.settings.send_queue_max_size)
+
     def put(self, type: str, content: str, uid: Optional[str], circle: str, origin: str,
             via: str, media: Optional[Row], cq: bool, promise: Promise) -> None:
         """Make a message and queue it; `media` is a row of the shelf, or None."""
@@ -9283,10 +9735,12 @@ class Talk:
         """A message came: report it."""
         kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
         message = self._composer.compose(item["type"], kind, str(item.get(kind)), item["content"],
-                                         item["id"])
+                                         item["id"], item.get("group_name") or "")
         thing = self._composer.find(item["uid"], message.circle)
-        if thing is None and message.circle and not message.circle.loaded:
-            thing = GroupMember(item["sender"])
+        if thing is None and "sender" in item and (
+                message.circle and not message.circle.loaded or not self._client.is_certain(
+                    "friend")):
+            thing = (GroupMember if message.circle else Friend)(item["sender"])
         if thing is None and self._client.settings.ignore_unknown_id:
             return self._client.spool.advance(mark)
         if not kind or item["type"] == "sess_message":
@@ -9380,6 +9834,8 @@ class Talk:
     def happen(self, item: Row, mark: str = "") -> bool:
         """Let an event of the link change the roster, and report it; False if it is void."""
         found = self._client.roster.apply(item)
+        if item.get("quiet"):
+            return False
         if found:
             self._client.emit(*found, mark)
             for promise in self._founded.pop(item.get("object", {}).get("uid"), []):
@@ -9391,6 +9847,8 @@ class Talk:
 
     def reply(self, row: Row, text: str, origin: str) -> None:
         """Send text to where a message, as it was reported, came from or went to."""
+        if self.is_full():
+            return self._client.log.warn("send queue full: a reply is not sent")
         uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
         kind = CIRCLE_OF.get(row["type"], str(row.get("via") or ""))
         alone = row["type"] in ("friend_message", "sess_message")
@@ -9430,6 +9888,7 @@ class Client:
         self.start_time = int(time.time())
         self.loop = Loop(self.log)
         self.state = self.previous_state = self.error = self.qrcode_text = ""
+        self.warnings: Dict[str, str] = {}           # what about -> what does not stop the account
         self.since = 0.0                             # in this state
         self.port = 0                                # of the API, once it is there
         self.roster = Roster(self.flavour.fields)
@@ -9538,6 +9997,14 @@ class Client:
         """The account's link."""
         return self._login.link
 
+    def look_for(self, kind: str, uid: str) -> Optional[Thing]:
+        """A friend or group that the roster lacks and a message may go to, or None."""
+        return self._login.look_for(kind, uid)
+
+    def is_certain(self, kind: str) -> bool:
+        """Whether who is not on the list of friends, or of groups, is none."""
+        return self._login.is_certain(kind)
+
     def public_url(self) -> str:
         """How this server is reached from outside, or its controller."""
         return self.settings.public_url or f"http://127.0.0.1:{self.port}"
@@ -9573,6 +10040,17 @@ class Client:
             self.parent.tell(state=state)
         if self.previous_state:
             self.emit("state_change", [self.previous_state, state])
+
+    def warn(self, about: str, text: str) -> None:
+        """Have the log and check_client tell of a trouble, or with no text of none any more."""
+        if text == self.warnings.get(about, ""):
+            return
+        if text:
+            self.warnings[about] = text
+            self.log.warn(text)
+        else:
+            del self.warnings[about]
+        self.papers.write_state(self)
 
     def _stop(self) -> None:
         if self.state == "stop":
@@ -9715,6 +10193,28 @@ class ReadApi:
                 if request.params.get(name)}
         return self.client.roster.search(kind, keys)
 
+    def one(self, kind: str, request: Request, missing: Row) -> Any:
+        """The friend, group or discuss that a call names. Answer, if there is none or more.
+
+        Of two that a name fits the one wins whose remark it is. A number that is not listed may
+        be known to the bridge all the same.
+        """
+        names = self.flavour.keys[kind]
+        found = self.find(kind, request, names)
+        if len(found) > 1:
+            said = {request.params.get(name) for name in names}
+            found = [thing for thing in found if thing.value("markname") in said] or found
+        if len(found) > 1:
+            raise Answer({**missing, "code": 100, "status": f"{kind} not unique"})
+        keys = [name for name in names if request.params.get(name)]
+        if not found and keys and {"id", "uid"}.issuperset(keys):
+            numbers = {request.params[name] for name in keys}
+            thing = self.client.look_for(kind, *numbers) if len(numbers) == 1 else None
+            found = [thing] if thing else []
+        if not found:
+            raise Answer(missing)
+        return found[0]
+
     def get_user_info(self, request: Request) -> Json:
         """Oneself."""
         roster = self.client.roster
@@ -9785,13 +10285,15 @@ class ReadApi:
     def get_avatar(self, request: Request) -> Response:
         """A picture of a friend, of a group or of somebody in it (CONTRACT 10)."""
         params = request.params
-        found: List[Any] = self.find("friend", request, self.flavour.keys["friend"])
+        found: List[Any]
         if params.get("group_id"):
             found = self.find("group", request, ("group_id",))
             if found and params.get("id"):
                 found = self.client.roster.members(found[0], {"id": params["id"]})
         elif params.get("id") == self.client.roster.user.id:
             found = [self.client.roster.user]
+        else:
+            found = [self.one("friend", request, self.flavour.missing["friend"])]
         if not found:
             return json_response(self.flavour.missing["friend"])
         return Response(avatar(found[0].uid), "image/png",
@@ -9812,30 +10314,26 @@ class SendApi(ReadApi):
         """To a friend, found by any of its keys."""
         if self.flavour.everybody and request.params.get("id") == self.flavour.everybody:
             return self._send_to_all(request)
-        found = self.find("friend", request, self.flavour.keys["friend"])
-        if not found:
-            return self.flavour.missing["friend"]
-        return self._send(request, "friend_message", found[0], found[0].uid)
+        friend = self.one("friend", request, self.flavour.missing["friend"])
+        return self._send(request, "friend_message", friend, friend.uid)
 
     def _send_to_all(self, request: Request) -> Json:
         content, media = self._what(request)
+        if self.client.talk.is_full():
+            raise QueueFull()
         for friend in list(self.client.roster.friend.values()):
             self.client.send("friend_message", content, friend.uid, media=media)
         return {"code": 0, "id": 0, "status": "request already executed"}
 
     def send_group_message(self, request: Request) -> Json:
         """To a group, found by any of its keys."""
-        found = self.find("group", request, self.flavour.keys["group"])
-        if not found:
-            return self.flavour.missing["group"]
-        return self._send(request, "group_message", found[0], circle=found[0].uid)
+        group = self.one("group", request, self.flavour.missing["group"])
+        return self._send(request, "group_message", group, circle=group.uid)
 
     def send_discuss_message(self, request: Request) -> Json:
         """To a discuss, found by any of its keys."""
-        found = self.find("discuss", request, self.flavour.keys["discuss"])
-        if not found:
-            return self.flavour.missing["discuss"]
-        return self._send(request, "discuss_message", found[0], circle=found[0].uid)
+        discuss = self.one("discuss", request, self.flavour.missing["discuss"])
+        return self._send(request, "discuss_message", discuss, circle=discuss.uid)
 
     def send_sess_message(self, request: Request) -> Json:
         """To a member, by id or uid, of a group (group_id, group_uid) or discuss (discuss_id)."""
@@ -9847,11 +10345,19 @@ class SendApi(ReadApi):
         else:
             return {"code": 105, "id": None,
                     "status": "discuss member or group member  not found"}
-        for circle in self.find(kind, request, (kind + "_id", kind + "_uid")):
+        keys = {name: params[name] for name in ("id", "uid") if params.get(name)}
+        circles = self.find(kind, request, (kind + "_id", kind + "_uid"))
+        for circle in circles:
             self.client.details.wait([circle])
-            keys = {name: params[name] for name in ("id", "uid") if params.get(name)}
             for member in self.client.roster.members(circle, keys):
                 return self._send(request, "sess_message", member, member.uid, circle.uid, kind)
+        uid = number_of(keys.get("uid") or keys.get("id"))
+        group = params.get("group_uid") or params.get("group_id") or ""
+        unlisted = group == self.client.link.any_group or (
+            not circles[0].loaded if circles else not self.client.is_certain("group"))
+        if self.client.link.real and kind == "group" and number_of(group) and uid and unlisted:
+            return self._send(request, "sess_message", THINGS["group_member"](
+                {"uid": uid, "id": uid, "name": uid}), uid, group, kind)
         return {"code": code, "id": None, "status": f"{kind} member not found"}
 
     def _send(self, request: Request, type: str, target: Thing, uid: Optional[str] = None,
@@ -9860,10 +10366,15 @@ class SendApi(ReadApi):
         cq = request.params.get("cq") == "1"
         if cq:
             check_cq(content)
+        if self.client.talk.is_full():
+            raise QueueFull()
         promise = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq)
         if request.params.get("async") == "1":
             return {"code": 0, "status": "request already in execution"}
-        return self._outcome(wait_patiently(request, promise), target)
+        try:
+            return self._outcome(wait_patiently(request, promise, SEND_SECONDS), target)
+        except TimeoutError:  # it will be sent: a failure would have the caller send it again
+            return {"code": 0, "id": None, "status": "request already in execution"}
 
     def _what(self, request: Request) -> Tuple[str, Optional[Row]]:
         """Text and picture that a call brings, one of them at least."""
@@ -9882,22 +10393,20 @@ class SendApi(ReadApi):
 
     def consult(self, request: Request) -> Json:
         """Send to a friend, and wait `timeout` (30) seconds for what it answers."""
-        found = self.find("friend", request, self.flavour.keys["friend"])
-        if not found:
-            return self.flavour.missing["friend"]
+        friend = self.one("friend", request, self.flavour.missing["friend"])
         seconds = request.params.get("timeout", "30")
         if not re.fullmatch("[0-9]{1,4}", seconds):
             raise BadRequest(400, "timeout must be a number of seconds")
-        answer = self.client.talk.expect(found[0].uid)
+        answer = self.client.talk.expect(friend.uid)
         try:
-            row = self._send(request, "friend_message", found[0], found[0].uid)
+            row = self._send(request, "friend_message", friend, friend.uid)
             if row["code"] != 0:
                 return {**row, "reply": None}
             return {**row, "reply": request.wait(answer, float(seconds))}
         except TimeoutError:
             return {**row, "reply": None, "reply_status": "reply timeout"}
         finally:
-            self.client.talk.expect_no_more(found[0].uid, answer)
+            self.client.talk.expect_no_more(friend.uid, answer)
 
     def revoke_message(self, request: Request) -> Json:
         """Take back a message by the id that its sending answered."""
@@ -10137,28 +10646,22 @@ class Api(SendApi):
 
     def invite_friend(self, request: Request) -> Json:
         """Bring friends into a group."""
-        groups = self.find("group", request, self.flavour.keys["group"])
-        if not groups:
-            return self.NOT_FOUND
+        group = self.one("group", request, self.NOT_FOUND)
         uids = self._people(request.params.get("friends", ""), "friend", self._friend)
-        return self._done(self.client.link.invite(groups[0].uid, uids))
+        return self._done(self.client.link.invite(group.uid, uids))
 
     def kick_members(self, request: Request) -> Json:
         """Remove members from a group."""
-        groups = self.find("group", request, self.flavour.keys["group"])
-        if not groups:
-            return self.NOT_FOUND
+        group = self.one("group", request, self.NOT_FOUND)
         uids = self._people(request.params.get("members", ""), "member", lambda name:
-                            self.client.roster.members(groups[0], {"id": name}))
-        return self._done(self.client.link.kick(groups[0].uid, uids))
+                            self.client.roster.members(group, {"id": name}))
+        return self._done(self.client.link.kick(group.uid, uids))
 
     def set_group_displayname(self, request: Request) -> Json:
         """Give a group another name."""
-        groups = self.find("group", request, self.flavour.keys["group"])
+        group = self.one("group", request, self.NOT_FOUND)
         name = request.params.get("new_displayname", "")
-        if not groups:
-            return self.NOT_FOUND
-        return self._done(name and self.client.link.rename(groups[0].uid, name))
+        return self._done(name and self.client.link.rename(group.uid, name))
 
     def stick(self, request: Request) -> Json:
         """Put a friend or group on top of the list; there is no list here, so that is all."""
@@ -10169,8 +10672,10 @@ class Api(SendApi):
     def set_markname(self, request: Request) -> Json:
         """What one calls a friend, or with group_id somebody in a group."""
         names = ("id", "account", "displayname", "markname")
-        found: List[Any] = self.find("friend", request, names)
-        if request.params.get("group_id"):
+        found: List[Any] = []
+        if not request.params.get("group_id"):
+            found = [self.one("friend", request, self.NOT_FOUND)]
+        else:
             found = [member for group in self.find("group", request, ("group_id",))
                      for member in self.client.roster.members(group, {
                          name: request.params[name] for name in names
@@ -10203,12 +10708,13 @@ class Api(SendApi):
                 "code": 0 if done else -1, "status": "success" if done else "failure"}
 
 
-def wait_patiently(request: Request, promise: Promise) -> Any:
-    """What a promise brings; only if that takes more than a moment is the caller watched."""
+def wait_patiently(request: Request, promise: Promise, seconds: float) -> Any:
+    """What a promise brings; only if that takes more than a moment is the caller watched.
+    TimeoutError."""
     try:
-        return promise.wait(1.0)
+        return promise.wait(min(1.0, seconds))
     except TimeoutError:
-        return request.wait(promise, 86_400.0)
+        return request.wait(promise, seconds)
 
 
 def qrcode_response(picture: Optional[bytes], flavour: Type[Flavour]) -> Response:
