@@ -10202,7 +10202,7 @@ class ReadApi:
         names = self.flavour.keys[kind]
         found = self.find(kind, request, names)
         if len(found) > 1:
-            said = {request.params.get(name) for name in names}
+            said = {request.params.get(name, "") for name in names}
             found = [thing for thing in found if thing.value("markname") in said] or found
         if len(found) > 1:
             raise Answer({**missing, "code": 100, "status": f"{kind} not unique"})

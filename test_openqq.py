@@ -9411,6 +9411,369 @@ def test_is_init_group_0_leaves_groups_to_what_they_say(harried):
     assert [row["id"] for row in program.call("get_group_info")] == ["30001"]
 
 
+# -- a bridge that fails or lies
+
+def lists_of(program):
+    return ([row["uid"] for row in program.call("get_friend_info")],
+            [row["uid"] for row in program.call("get_group_basic_info")])
+
+
+def warning(program):
+    return program.call("check_client")["client"][0].get("warning", "")
+
+
+ILL_LISTS = {"fails": {"retcode": 1200, "wording": "超时"}, "is text": {"data": "text"},
+             "is an object": {"data": {"list": []}}, "names nobody": {"data": [1, None, "x"]},
+             "has only nulls": {"data": [{"user_id": None, "group_id": 0}, {"user_id": "0"}]},
+             "is HTTP 500": 500, "never comes": "hang", "comes late": "late"}
+
+
+@pytest.mark.parametrize("way", ["ws", "url"])
+@pytest.mark.parametrize("ill", ILL_LISTS.values(), ids=ILL_LISTS)
+def test_a_list_that_a_bridge_cannot_tell_keeps_no_account_from_running(harried, ill, way):
+    bridge, lists, free = Bridge(), ("get_friend_list", "get_group_list"), threading.Event()
+    if ill == "hang":
+        bridge.hang(*lists)
+    elif ill == "late":
+        bridge.answers = {"get_friend_list": lambda params: free.wait(WAIT) and None,
+                          "get_group_list": lambda params: free.wait(WAIT) and None}
+    else:
+        bridge.answers = dict.fromkeys(lists, ill)
+    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS, url=getattr(bridge, way),
+                      LIST_SECONDS=WAIT if ill == "late" else 1.0)
+    try:
+        bridge.say_private(20001, "heard")
+        assert program.receiver.message("heard")["sender"] == "小明"
+        bridge.say_group(30001, 40001, "in the group")
+        assert program.receiver.message("in the group")["group_uid"] == "30001"
+        for path, uid in (TO_FRIEND, "20001"), (TO_FRIEND, "99999"), (TO_GROUP, "30001"):
+            assert program.call(path, uid=uid, content="x")["code"] == 0
+        if ill != "late":
+            assert eventually(lambda: "friends" in warning(program) and "groups" in warning(program))
+    finally:
+        free.set()
+        bridge.hanging.clear()
+        bridge.answers = {}
+    assert eventually(lambda: lists_of(program) == (["20001", "20002"], ["30001"]))
+    assert eventually(lambda: not warning(program))
+    bridge.say_private(20001, "last")
+    told = []
+    program.receiver.next(lambda event: event.get("content") == "last" or told.append(event))
+    assert not [event for event in told if str(event.get("event")).startswith(("new_", "lose_"))]
+    assert program.call(TO_FRIEND, uid="99999", content="x")["code"] == 100
+
+
+def test_a_list_that_shrinks_is_believed_once_it_has_said_the_same_for_a_while(harried):
+    bridge = Bridge()
+    bridge.friends += [{"user_id": 20003 + number, "nickname": "x"} for number in range(4)]
+    everybody = list(bridge.friends)
+    program = harried(bridge, "--update-interval", "1", "--post-event-list", ONEBOT_EVENTS,
+                      DOUBT_SECONDS=2.0)
+    bridge.friends[:] = []
+    assert eventually(lambda: "lacks 6 of 6" in warning(program))
+    assert len(program.call("get_friend_info")) == 6
+    assert program.call(TO_FRIEND, uid="20001", content="x")["code"] == 0
+    bridge.friends[:] = everybody
+    assert eventually(lambda: not warning(program))
+    bridge.say_private(20001, "end")
+    told = []
+    program.receiver.next(lambda event: event.get("content") == "end" or told.append(event))
+    assert "lose_friend" not in [event.get("event") for event in told]
+    bridge.friends[:] = everybody[:3]
+    lost = [program.receiver.next(lambda event: event.get("event") == "lose_friend")["params"][0]
+            for _ in "123"]
+    assert sorted(row["uid"] for row in lost) == ["20004", "20005", "20006"]
+    assert [row["uid"] for row in program.call("get_friend_info")] == ["20001", "20002", "20003"]
+    assert eventually(lambda: not warning(program))
+
+
+def test_what_a_notice_says_counts_at_once_also_while_the_list_is_doubted(harried):
+    bridge = Bridge()
+    bridge.groups += [{"group_id": 30002 + number, "group_name": "x", "members": []}
+                      for number in range(3)]
+    program = harried(bridge, "--update-interval", "1", DOUBT_SECONDS=600.0)
+    groups, bridge.groups[:] = list(bridge.groups), []
+    assert eventually(lambda: "groups" in warning(program))
+    for number, (kind, more) in enumerate([
+            ("group_decrease", {"sub_type": "kick_me", "user_id": 10001}),
+            ("group_dismiss", {"user_id": 40001})]):
+        for again in range(2):  # told twice, it is one event
+            bridge.emit(notice_type=kind, group_id=30002 + number, time=1000 + again, **more)
+        lost = program.receiver.next(lambda event: event.get("event") == "lose_group")
+        assert lost["params"][0]["uid"] == str(30002 + number)
+    bridge.say_private(20001, "end")
+    assert program.receiver.events.get(timeout=WAIT)["content"] == "end"
+    assert lists_of(program)[1] == ["30001", "30004"]
+    bridge.groups[:] = [groups[0], groups[3]]
+    assert eventually(lambda: not warning(program))
+
+
+def test_members_that_a_list_suddenly_lacks_are_not_lost_at_once(harried):
+    bridge = Bridge()
+    bridge.groups[0]["members"] += [bridge.member(50001 + number) for number in range(6)]
+    program = harried(bridge, "--update-interval", "1", "--post-event-list", ONEBOT_EVENTS,
+                      DOUBT_SECONDS=600.0)
+    assert len(program.call("get_group_info")[0]["member"]) == 9
+    bridge.groups[0]["member_count"] = 10
+    bridge.groups[0]["members"][1:] = []
+    for _ in "123":
+        bridge.wait_call("get_group_member_list")
+        bridge.wait_call("get_group_list")
+    bridge.say_private(20001, "end")
+    assert program.receiver.next(lambda event: "member" in str(event.get("event"))
+                                 or event.get("content") == "end")["content"] == "end"
+    assert len(program.call("get_group_info")[0]["member"]) == 9
+
+
+def test_a_number_that_no_list_told_is_asked_for_before_a_send_to_it_fails(harried):
+    bridge = Bridge()
+    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS)
+    assert program.call(TO_FRIEND, uid="20009", content="x")["code"] == 100
+    assert program.call(TO_GROUP, uid="30009", content="x")["code"] == 101
+    bridge.friends.append({"user_id": 20009, "nickname": "新友", "remark": ""})
+    bridge.groups.append({"group_id": 30009, "group_name": "新群", "members": []})
+    assert program.call(TO_FRIEND, uid="20009", content="x")["code"] == 0
+    assert program.call(TO_GROUP, id="30009", content="x")["code"] == 0
+    assert bridge.wait_call("send_private_msg")["user_id"] == "20009"
+    assert bridge.wait_call("send_group_msg")["group_id"] == "30009"
+    for kind, uid in ("new_friend", "20009"), ("new_group", "30009"):
+        assert program.receiver.next(lambda event: event.get("event") == kind)["params"][0][
+            "uid"] == uid
+    assert program.call(TO_FRIEND, displayname="nobody", content="x")["code"] == 100
+
+
+def test_one_slow_look_up_holds_up_its_own_conversation_only(harried):
+    bridge, free = Bridge(), threading.Event()
+    bridge.groups.append({"group_id": 30002, "group_name": "二群", "members": [
+        bridge.member(10001), bridge.member(40002)]})
+    bridge.answers["get_group_member_info"] = lambda params: free.wait(WAIT) and None
+    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS, LOOKUP_SECONDS=WAIT)
+    try:
+        bridge.say_group(30001, 40001, [segment("at", qq="50001"), segment("text", text="slow")])
+        bridge.wait_call("get_group_member_info")
+        bridge.say_group(30001, 40001, "behind it")
+        for number in range(3):
+            bridge.say_group(30002, 40002, f"quick {number}")
+            bridge.say_private(20001, f"friend {number}")
+            program.receiver.message(f"quick {number}")
+            program.receiver.message(f"friend {number}")
+        assert not [1 for *_, event in program.receiver.posts
+                    if event.get("content") == "behind it"]
+    finally:
+        free.set()
+    assert "slow" in program.receiver.next(lambda event: "content" in event)["content"]
+    program.receiver.message("behind it")
+
+
+def test_who_writes_first_is_known_from_the_message_and_looked_up_later(harried):
+    """A bridge that never tells of them holds up nobody."""
+    bridge = Bridge()
+    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS, LOOKUP_SECONDS=WAIT)
+    program.call("get_group_info")
+    bridge.hang("get_group_member_info", "get_stranger_info", "get_group_info")
+    for number in range(4):
+        uid = 51000 + number
+        sender = {"user_id": uid, "nickname": f"人{number}", "card": f"卡{number}",
+                  "role": "member"}
+        bridge.say_group(30001, uid, f"g{number}", sender=sender)
+        bridge.say_private(uid + 100, f"p{number}", sender={"user_id": uid + 100,
+                                                            "nickname": f"友{number}"})
+    for number in range(4):
+        assert program.receiver.message(f"g{number}")["sender"] == f"卡{number}"
+    assert {row["name"] for row in program.call("get_friend_info")} >= {"友0", "友3"}
+    bridge.hanging.clear()
+
+
+SAID_OF_SOMEBODY = [  # what a sender's block says now -> the property changes that come of it
+    ({"nickname": "路人", "card": "新卡", "role": "admin"}, [("card", None, "新卡")]),
+    ({"nickname": "路人", "card": "", "role": "member"},
+     [("card", "新卡", None), ("role", "admin", "member")]),
+    ({"nickname": "路人乙", "title": "元老"}, [("name", "路人", "路人乙"), ("title", None, "元老")]),
+    ({"nickname": "", "card": None, "role": "god", "title": 5}, []),
+    ({"nickname": "路人", "card": "", "role": "admin", "title": ""},
+     [("name", "路人乙", "路人"), ("title", "元老", None), ("role", "member", "admin")]),
+]
+
+
+def test_what_a_sender_says_of_himself_is_told_as_a_change(qq):
+    qq.call("get_group_info")
+    for sender, wanted in SAID_OF_SOMEBODY:
+        events = qq.events_of(in_group(30001, 40001, "x", sender={"user_id": 40001, **sender}))
+        assert [tuple(event["params"][1:]) for event in events[:-1]] == wanted
+        assert {(event["event"], event["params"][0]["uid"]) for event in events[:-1]} <= {
+            ("group_member_property_change", "40001")}
+        assert events[-1]["sender"] == (sender.get("card") or "路人乙" if wanted != [] and dict(
+            (name, new) for name, _, new in wanted).get("name") == "路人乙" or wanted == []
+            else sender.get("card") or "路人")
+    for name, old, new in [("小红", "小红", "改名"), ("改名", "改名", "小红")]:
+        events = qq.events_of(private(20002, sender={"user_id": 20002, "nickname": new}))
+        assert [event["params"][1:] for event in events[:-1]] == [["name", old, new]]
+        assert events[-1]["sender"] == new
+
+
+def test_a_member_who_was_kicked_is_gone_and_the_bridges_notice_is_no_second_event(qq):
+    qq.call("get_group_info")
+    qq.events_of(comes(30001, 50011))
+    member = {"group_id": "30001", "member_id": "50011"}
+    [event] = qq.events_of(lambda bridge: qq.call("kick_group_member", **member),
+                           goes(30001, 50011, "kick"), goes(30001, 50011, "kick"))
+    assert asked(event) == ("lose_group_member", "50011", "30001")
+    assert "50011" not in [row["uid"] for row in qq.call("get_group_info")[0]["member"]]
+
+
+def test_who_is_listed_and_comes_again_is_told_of_once(qq):
+    """A notice of the leaving was missed; but a bridge that repeats itself says nothing new."""
+    qq.call("get_group_info")
+    again = comes(30001, 20001)
+    assert [asked(event) for event in qq.events_of(again, again)] == [
+        ("new_group_member", "20001", "30001")]
+
+
+def test_a_friend_request_told_twice_is_one_event(qq):
+    requests = [notice(request_type="friend", user_id=50012, comment="我", flag="F-twice")
+                for _ in "12"]
+    assert len(qq.events_of(*requests)) == 1
+
+
+NOBODIES = [None, 0, "0", "", -5, True, "abc", 1.5, [], {}, "12 3"]
+
+
+def test_a_number_that_is_none_is_nobody(harried):
+    bridge = Bridge()
+    bridge.friends += [{"user_id": value, "nickname": "x"} for value in NOBODIES]
+    bridge.friends.append({"nickname": "without"})
+    bridge.groups += [{"group_id": value, "group_name": "x", "members": []} for value in NOBODIES]
+    bridge.groups.append({"group_id": 284840486, "group_name": "临时", "members": []})
+    bridge.groups[0]["members"] += [dict(bridge.member(1), user_id=value) for value in NOBODIES]
+    bridge.answers["get_stranger_info"] = {"data": {"user_id": None, "nickname": None}}
+    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS)
+    known = (["20001", "20002"], ["30001"])
+    assert lists_of(program) == known
+    assert [row["uid"] for row in program.call("get_group_info")[0]["member"]] == [
+        "10001", "20001", "40001"]
+    for value in NOBODIES:
+        bridge.emit(message_type="private", sub_type="friend", user_id=value, message_id=1,
+                    message="x", sender={"user_id": value, "nickname": "x"})
+        for kind in "group_increase", "group_decrease":
+            bridge.emit(notice_type=kind, group_id=30001, user_id=value, sub_type="leave")
+            bridge.emit(notice_type=kind, group_id=value, user_id=20001, sub_type="leave")
+        bridge.emit(notice_type="friend_add", user_id=value)
+        bridge.emit(request_type="friend", user_id=value, flag=f"F{value}")
+        bridge.emit(notice_type="group_card", group_id=30001, user_id=value, card_new="x")
+    bridge.emit(notice_type="friend_add", user_id=50001)
+    new = program.receiver.next(lambda event: event.get("event") not in (
+        "login", "state_change", "input_qrcode"))
+    assert (new["event"], new["params"][0]["uid"]) == ("new_friend", "50001")
+    assert lists_of(program) == (known[0] + ["50001"], known[1])
+    assert "fault of this program" not in program.log.text()
+
+
+def test_a_temporary_session_of_an_unknown_group_can_be_answered(qq):
+    """NapCat tells 284840486 where it does not know through which group somebody writes."""
+    [event] = qq.events_of(private(50013, "在吗", sub_type="group", group_id=284840486,
+                                   sender={"user_id": 50013, "nickname": "生人"}))
+    assert (event["type"], event["group_uid"], event["sender_uid"], event["sender"]) == (
+        "sess_message", "284840486", "50013", "生人")
+    assert qq.call("send_sess_message", group_uid="284840486", uid="50013",
+                   content="在")["code"] == 0
+    assert qq.bridge.wait_call("send_private_msg", lambda got: got["message"] == text_of("在"))[
+        "user_id"] == "50013"
+    assert "284840486" not in [row["uid"] for row in qq.call("get_group_basic_info")]
+
+
+def test_a_real_account_shows_codes_as_its_bridge_has_them_and_never_ends(harried, receive):
+    page, bridge = NapCatPage(), Bridge()
+    bridge.logged_in = False
+    try:
+        program = harried(bridge, "--onebot-login", "napcat", "--onebot-login-api", page.url,
+                          "--onebot-login-token", "napcat", "--qrcode-count-max", "2",
+                          running=False, TICKET_SECONDS=0.05)
+        for number in range(12):
+            page.qrcode = f"https://txz.qq.com/p?k={number}"
+            shows(program.receiver, page.qrcode)
+        codes = len([1 for *_, event in program.receiver.posts if is_qrcode(event)])
+        asked = len([1 for path, _ in page.calls if path.endswith("CheckLoginStatus")])
+        assert eventually(lambda: len([1 for path, _ in page.calls if path.endswith(
+            "CheckLoginStatus")]) > asked + 5)
+        assert len([1 for *_, event in program.receiver.posts if is_qrcode(event)]) == codes
+        assert "/api/QQLogin/RefreshQRcode" not in [path for path, _ in page.calls]
+        log_in(page, bridge)
+        until_running(program)
+    finally:
+        page.close()
+
+
+def test_two_clients_of_one_account_are_told_of(start):
+    controller, bridge = start("controller"), Bridge()
+    try:
+        first = Bridged(controller, "ws", bridge).running()
+        second = Bridged(controller, "ws-second", bridge)
+        second.until("running")
+        assert eventually(lambda: "another client of the account 10001" in second.state().get(
+            "warning", ""))
+        controller.log.wait(r"\[warn\] another client of the account 10001 is running already")
+        assert "warning" not in first.state()
+    finally:
+        bridge.close()
+
+
+def test_a_message_that_waits_long_is_not_called_failed_and_is_sent(harried):
+    bridge = Bridge()
+    program = harried(bridge, SEND_SECONDS=0.3, BRIDGE_SECONDS=WAIT)
+    free = threading.Event()
+    bridge.answers["send_private_msg"] = lambda params: free.wait(WAIT) and None
+    try:
+        answers = [program.call(TO_FRIEND, uid="20001", content=text) for text in "ab"]
+    finally:
+        free.set()
+    assert answers == [{"code": 0, "id": None, "status": "request already in execution"}] * 2
+    for text in "ab":
+        sent = program.receiver.next(lambda event: event.get("class") == "send")
+        assert (sent["content"], sent["code"]) == (text, 0)
+
+
+def test_a_full_send_queue_refuses_at_once(harried):
+    bridge, free = Bridge(), threading.Event()
+    program = harried(bridge, "--send-queue-max-size", "3", BRIDGE_SECONDS=WAIT)
+    bridge.answers["send_private_msg"] = lambda params: free.wait(WAIT) and None
+    try:
+        program.call(TO_FRIEND, uid="20001", content="0", **{"async": "1"})
+        bridge.wait_call("send_private_msg")
+        for text in "123":
+            assert program.call(TO_FRIEND, uid="20001", content=text, **{"async": "1"})["code"] == 0
+        for more in {}, {"async": "1"}:
+            query = urllib.parse.urlencode({"uid": "20001", "content": "x", **more})
+            status, _, body = request(program.base, f"/openqq/{TO_FRIEND}?{query}")
+            assert (status, json.loads(body)) == (503, {"code": 9, "status": "send queue full"})
+    finally:
+        free.set()
+    for text in "0123":
+        assert program.receiver.next(lambda event: event.get("class") == "send")["content"] == text
+
+
+def test_of_two_that_a_name_fits_the_remark_wins_and_equal_ones_are_refused(harried):
+    bridge = Bridge()
+    bridge.friends = [{"user_id": 20001, "nickname": "甲", "remark": ""},
+                      {"user_id": 20002, "nickname": "乙", "remark": "甲"},
+                      {"user_id": 20003, "nickname": "丙", "remark": ""},
+                      {"user_id": 20004, "nickname": "丙", "remark": ""}]
+    bridge.groups = [{"group_id": 30001, "group_name": "家", "members": []},
+                     {"group_id": 30002, "group_name": "家", "members": []},
+                     {"group_id": 30003, "group_name": "友", "group_remark": "家人", "members": []},
+                     {"group_id": 30004, "group_name": "家人", "members": []}]
+    program = harried(bridge)
+    assert program.call(TO_FRIEND, displayname="甲", content="x")["code"] == 0
+    assert bridge.wait_call("send_private_msg")["user_id"] == "20002"
+    assert program.call(TO_GROUP, displayname="家人", content="x")["code"] == 0
+    assert bridge.wait_call("send_group_msg")["group_id"] == "30003"
+    for key in "name", "displayname":
+        assert program.call(TO_FRIEND, **{key: "丙"}, content="x") == {
+            "code": 100, "id": None, "status": "friend not unique"}
+        assert program.call(TO_GROUP, **{key: "家"}, content="x") == {
+            "code": 100, "id": None, "status": "group not unique"}
+    assert program.call(TO_FRIEND, name="丙", uid="20004", content="x")["code"] == 0
+
+
 LOCAL_FILES = ["[CQ:image,file=file:///etc/passwd]", "[CQ:image,file=/etc/passwd]",
                "[CQ:image,file=\\\\host\\share\\x.png]", "[CQ:record,file=FILE:///etc/passwd]",
                "[CQ:image,file=x.png,url=file:///etc/passwd]", "[CQ:video,thumb=../x,file=x]",
