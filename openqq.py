@@ -1038,7 +1038,7 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("max_connections", 2048, _whole, "both", "connections at once", caller=False,
             between=(1, 1_000_000)),
     Setting("http_max_message_size", BODY_LIMIT, _whole, "both", "bytes of a request's body",
-            between=(1_000, 1 << 30)),
+            between=(1, 1 << 30)),
     Setting("one_cpu", True, _flag, "both",
             "each process on one CPU (Linux), which doubles its speed; 0: on all", caller=False),
     Setting("tmpdir", "", _path, "both", "directory of all files: the system's for such"),
@@ -5076,7 +5076,7 @@ follow();
 # These are texts, taken apart when somebody asks: a process that nobody asks carries no tables.
 CALLS = """
 start_client | +settings | child | 1 2 3 4 5 | log_level=info
-update_client | +changes | child | 1 4 5 | log_level=info
+update_client | +changes | child | 1 4 5
 stop_client | | stopped | 1
 delete_client | | child | 1
 check_client | | states | 1

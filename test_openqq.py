@@ -4553,7 +4553,7 @@ def test_every_attribute_of_the_documented_new_is_taken(tower):
 # A text that a setting takes, by the function that reads it: for each row of the table.
 SAMPLES = {"_flag": ("1", "maybe"), "_whole": ("7", "7.5"), "_port": ("65535", "65536"),
            "_number": ("0.5", "-1"), "_text": ("x y", "a\0b"), "_path": ("/tmp/x", "a\0b"),
-           "_words": ("a, b", None), "_level": ("fatal", "loud"), "_encoding": ("gbk", "klingon"),
+           "_words": ("a, b", "a\0b"), "_level": ("fatal", "loud"), "_encoding": ("gbk", "klingon"),
            "_url": ("http://h/a?b=1", "gopher://h/"),
            "_bridge_url": ("wss://h:3001/", "ftp://h/")}
 CHOICES = {"flavor": "qq", "restart": "never", "login_type": "login", "mode": "busy",
@@ -4596,14 +4596,191 @@ def test_each_setting_can_be_given_in_every_way_and_helped_with(whose):
 @pytest.mark.parametrize("row", openqq.SETTINGS.values(), ids=list(openqq.SETTINGS))
 def test_a_bad_value_is_refused_with_the_settings_name(row):
     _, bad = sample(row)
-    if bad is None:
-        assert row.read("anything, at all") == ["anything", "at", "all"]
-        return
     whose = "client" if row.whose == "both" else row.whose
     with pytest.raises(ValueError, match=row.name):
         openqq.Settings(whose, {row.name: bad}, {}, "MOJO_WEBQQ_")
     with pytest.raises(ValueError, match=row.name):
         openqq.Settings(whose, {}, {"MOJO_WEBQQ_" + row.name.upper(): bad}, "MOJO_WEBQQ_")
+
+
+# What nobody means, for each way to read a setting; {tmpdir} has in it: file, dir, fifo, link (to
+# file), twice (a second name of it).
+LONG = "a" * 5_000
+ODD_TEXTS = ["a\0b", "a\nb", "\x1b[31m", "\ud800", LONG, "\x9b", "\u2028", "a\rb", "\x7f", "a\tb",
+             " ", "{}{0}%s", "$(id)", "';--", "\u202eabc", "ä" * 4_000, "😀", "a,,b", "=", "a\\"]
+ODD_NUMBERS = ["nan", "inf", "-1", "-0", "1e9", "1e-9", "²", "٣", "１２", "+1", " 1", "1 ", "0x10",
+               "1_000", "0", "000", "0007", "0.0", "0.5", ".5", "5.", "1,5", "999999999",
+               "9999999999", "100000000", "2147483648", "0.000000001", "9" * 5_000, "true", "one"]
+ODD_PATHS = ["/dev/null", "/dev/full", "/", "~nobody", "~", "x", "../x", "{tmpdir}", "{tmpdir}/dir",
+             "{tmpdir}/fifo", "{tmpdir}/link", "{tmpdir}/twice", "{tmpdir}/file/x", "a\0b",
+             "{tmpdir}/no/such", "{tmpdir}/" + LONG, "{tmpdir}/" + "ä" * 200, "{tmpdir}/./",
+             "{tmpdir}/good", "{tmpdir}/dir/good", "{tmpdir}/mojo_webqq_cookie_odd.dat", "\ud800"]
+ODD_URLS = ["{s}://127.0.0.1:65536/", "{s}://127.0.0.1:0/", "{s}://127.0.0.1:99999999999/",
+            "{s}://127.0.0.1:x/", "{s}://127.0.0.1:-1/", "{s}://127.0.0.1:８０/", "{s}://:80/",
+            "{s}://127.0.0.1:/", "{s}://[::1", "{s}://[::1]x/", "{s}://[::g]/", "{s}://[127.0.0.1]/",
+            "{s}://[::1]:1/", "{s}://" + "a" * 300 + "/", "{s}://" + "a." * 150 + "/", "{s}://a..b/",
+            "{s}://" + "ü" * 80 + ".example/", "{s}://a\u2024b/", "{s}://a b/", "{s}://a\u3000b/",
+            "{s}://a\tb/", "{s}://a\\b@127.0.0.1:1/", "{s}://u@v@127.0.0.1:1/",
+            "{s}://u:p%zz@127.0.0.1:1/", "{s}://127.0.0.1:1 {s}://127.0.0.1:1",
+            "{s}://127.0.0.1:1/,{s}://127.0.0.1:1/", "{s}://127.0.0.1:1/;{S}://127.0.0.1:1/",
+            "{S}://127.0.0.1:1/", "{s}:/127.0.0.1/", "{s}:127.0.0.1", "//127.0.0.1/", "127.0.0.1:80",
+            "file:///etc/passwd", "{s}://", "{s}:///x", "{s}://127.0.0.1:1/\ud800",
+            "{s}://127.0.0.1:1/ä?ä#ä", "{s}://127.0.0.1:1?x", "{s}://127.0.0.1:1#x", " {s}://h/",
+            "{s}://a|b/", "{s}://a%00b/", "{s}://169.254.169.254/", "javascript:alert(1)"]
+ODD_ENCODINGS = ["idna", "punycode", "undefined", "rot13", "rot_13", "base64", "hex", "zip", "bz2",
+                 "uu", "quopri", "mbcs", "oem", "utf-16", "utf-32", "utf-8-sig", "utf-16-le",
+                 "unicode_escape", "raw_unicode_escape", "cp037", "a\0b", "..", "../../x", " ", "klingon",
+                 LONG, "aliases", "ascii", "gbk", "gb18030", "UTF8", "latin-1", "hz", "cp1252", "big5"]
+ODD_FLAGS = ["2", "-1", "01", "maybe", "TRUE", "Yes", "oN", "no", " 1", "１", "²", "null", "None",
+             "0.0", "1.0", "f", "t", "真", "\0", LONG, "[]"]
+ODD = {"_flag": ODD_FLAGS, "_whole": ODD_NUMBERS, "_number": ODD_NUMBERS, "_port": ODD_NUMBERS,
+       "_text": ODD_TEXTS, "_words": ODD_TEXTS, "_level": ODD_TEXTS + ["INFO", "info "],
+       "_encoding": ODD_ENCODINGS, "_path": ODD_PATHS, "choose": ODD_TEXTS + ["QRLOGIN", "Online"],
+       "_url": [url.replace("{s}", "http").replace("{S}", "HTTPS") for url in ODD_URLS],
+       "_bridge_url": [url.replace("{s}", scheme).replace("{S}", scheme.upper())
+                       for scheme in ("ws", "http") for url in ODD_URLS]}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A controller, and what lies in the tmpdir for ODD_PATHS."""
+    program = Program(tmp_path_factory.mktemp("odd"), "controller").ready()
+    put(program.tmpdir + "/file", "mine")
+    os.mkdir(program.tmpdir + "/dir")
+    os.mkfifo(program.tmpdir + "/fifo")
+    os.symlink("file", program.tmpdir + "/link")
+    put(program.tmpdir + "/one", "mine")
+    os.link(program.tmpdir + "/one", program.tmpdir + "/twice")
+    yield program
+    assert program.stop() == 0
+    assert content(program.tmpdir + "/file") == content(program.tmpdir + "/one") == b"mine"
+    assert not re.search("Traceback|fault of this program", program.log.text())
+
+
+def told(program, path, **params):
+    """(status, JSON) of a call with a JSON body, which can hold what no query can."""
+    status, _, body = request(program.base, "/openqq/" + path, "POST", json.dumps(params),
+                              {"Content-Type": "application/json"})
+    return status, json.loads(body)
+
+
+def odd_values(row, program):
+    return [value.replace("{tmpdir}", program.tmpdir) for value in ODD[row.read.__name__]]
+
+
+def is_taken(row, value, program):
+    """Whether start_client takes a value, without starting anything: it asks these two."""
+    try:
+        given = openqq.check_params({row.name: value})
+        openqq.check_paths(given, program.tmpdir, "mojo_webqq_{}_odd.dat", ())
+        return True
+    except openqq.NotAllowed as error:
+        assert error.status.startswith(row.name) and "not allowed" in error.status
+        assert len(error.status) < 400
+        return False
+
+
+CALLERS_ROWS = [row for row in openqq.SETTINGS.values() if row.caller]
+
+
+@pytest.mark.parametrize("read", sorted(ODD))
+def test_a_hostile_value_of_each_kind_is_refused_with_400_and_the_settings_name(odd, read):
+    if read == "_port":
+        assert not [row.name for row in CALLERS_ROWS if row.read.__name__ == read]
+        return
+    row = next(row for row in CALLERS_ROWS if row.read.__name__ == read and not row.secret)
+    for value in odd_values(row, odd):
+        if not is_taken(row, value, odd):
+            status, answer = told(odd, "start_client", client="odd", **{row.name: value})
+            if {"\0", "\ud800"} & set(value):  # no parameter holds that
+                assert (status, answer["code"]) == (400, 400), answer
+            else:
+                assert (status, answer["code"]) == (400, 6) and row.name in answer["status"], answer
+    assert not odd.call("check_client")["client"]
+
+
+def test_no_hostile_value_is_taken_that_later_fails(odd):
+    """Those that are taken, one of each setting in a client, run, and are no fault."""
+    taken = {row.name: [value for value in odd_values(row, odd) if is_taken(row, value, odd)]
+             for row in CALLERS_ROWS if row.name not in ("tmpdir", "login_type")}
+    assert sum(map(len, taken.values())) > 500
+    paths = ["cookie_path", "log_path", "state_path", "qrcode_path", "pid_path"]
+    others = {"is_init_friend": "1", "onebot_api": "", "onebot_login": "", "onebot_login_api": ""}
+
+    def live(number):
+        """A client with the number-th value of each setting."""
+        name = f"odd{number}"
+        own = {path: f"{odd.tmpdir}/{path}{number}" for path in paths}
+        given = {**{key: values[number % len(values)] for key, values in taken.items() if values},
+                 **own, **others}
+        status, answer = told(odd, "start_client", client=name, **given)
+        assert (status, answer["code"]) == (200, 0), (answer, given)
+        assert odd.call("/local/login", client=name)["code"] == 0, given
+        row = odd.state(name)
+        assert (row["state"], row["restarts"], row.get("error")) == ("running", 0, None), given
+        sent = odd.call("send_friend_message", client=name, name="小冰", content="hello")
+        assert sent["code"] == 0, (sent, given)
+        assert not re.search(rb"Traceback|fault of this program", content(own["log_path"]))
+        return True
+
+    count = max(len(values) for name, values in taken.items() if name not in others)
+    assert [live(number) for number in range(count)] == [True] * count
+    at_once(count, lambda number: odd.call("delete_client", client=f"odd{number}"))
+    assert not [name for name in os.listdir(odd.tmpdir) if name.startswith("mojo_webqq_cookie")]
+
+
+def test_a_bridges_url_that_is_taken_is_waited_for_in_words(odd):
+    urls = [value for value in odd_values(openqq.SETTINGS["onebot_api"], odd)
+            if is_taken(openqq.SETTINGS["onebot_api"], value, odd)]
+    assert len(urls) > 10
+    names = [f"b{number}" for number in range(len(urls))]
+    for name, url in zip(names, urls):
+        assert told(odd, "start_client", client=name, onebot_api=url)[1]["code"] == 0, url
+    for name, url in zip(names, urls):
+        row = eventually(lambda: odd.state(name).get("error") and odd.state(name))
+        assert row and (row["state"], row["restarts"]) == ("scaning", 0), (url, row)
+        assert "fault" not in row["error"]
+    at_once(len(names), lambda number: odd.call("delete_client", client=names[number]))
+
+
+@pytest.mark.parametrize("name", [row.name for row in CALLERS_ROWS if "url" in row.read.__name__])
+@pytest.mark.parametrize("value", ["http://127.0.0.1:65536/", "http://127.0.0.1:0/x", "http://a http://b",
+                                   "http://a,http://b", "http://a/;http://b/", "http://a/|HTTP://b/",
+                                   "http://a\thttp://b"])
+def test_a_url_that_is_none_or_two_is_refused_with_words(odd, name, value):
+    status, _, body = request(odd.base, "/openqq/start_client?" + urllib.parse.urlencode(
+        {"client": "odd", name: value}))
+    answer = json.loads(body)
+    assert (status, answer["code"]) == (400, 6)
+    assert re.match(rf"{name} .*must (be one URL|have a port of 1 to 65535)", answer["status"])
+
+
+@pytest.mark.parametrize("text, url, token", [
+    ("ws://h:3001/?access_token=S3c", "ws://h:3001/", "S3c"),
+    ("HTTP://h/x?a=1&access_token=S%2B3+c&b=2#f", "HTTP://h/x?a=1&b=2#f", "S+3 c"),
+    ("http://h?access_token=one&access_token=two", "http://h", "two"),
+    ("http://h/?access_token=", "http://h/", ""), ("http://h/?my_access_token=x",
+                                                   "http://h/?my_access_token=x", ""),
+    ("http://h/#?access_token=x", "http://h/#?access_token=x", ""),
+    ("gopher://h/?access_token=S3c", "gopher://h/", "S3c")])
+def test_a_token_in_a_bridges_url_is_taken_out_of_it(text, url, token):
+    assert openqq.SETTINGS["onebot_api"].split(text) == (url, token)
+    assert openqq.SETTINGS["post_api"].split(text) == (text, ""), "a receiver's is its own affair"
+    if url.startswith("gopher"):
+        with pytest.raises(ValueError) as refused:
+            openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
+        assert "S3c" not in str(refused.value)
+        return
+    flag = openqq.parse_flags("client", ["--onebot-api", text])
+    environment = openqq.from_environment({"MOJO_WEBQQ_ONEBOT_API": text}, "MOJO_WEBQQ_")
+    account = openqq.account_settings({"onebot_api": text})
+    caller = openqq.check_params({"onebot-api": text})
+    wanted = {"onebot_api": url, **({"onebot_token": token} if token else {})}
+    assert flag == environment == account == caller == wanted
+    found = openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
+    assert (found.onebot_api.lower(), found.onebot_token) == (url.lower(), token)
+    explicit = openqq.check_params({"onebot_api": text, "onebot-token": "mine"})
+    assert explicit == {"onebot_api": url, "onebot_token": "mine"}
 
 
 def test_the_plugins_name_is_stronger_than_the_plain_one_and_strangers_are_let_be():
