@@ -1102,8 +1102,7 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("login_type", "qrlogin", _choice("qrlogin", "login"), "client",
             "qrlogin: scan a code; login: with pwd, on the local network"),
     Setting("pwd", "", _text, "client", "password for login_type=login", secret=True),
-    Setting("qrcode_count_max", 10, _whole, "client", "QR codes shown before the client stops",
-            between=(1, 999_999_999)),
+    Setting("qrcode_count_max", 10, _whole, "client", "QR codes shown before the client stops"),
     Setting("send_interval", None, _number, "client",
             "seconds between two messages: 3, on the local network 0", between=(0, 86_400)),
     Setting("msg_ttl", 3, _whole, "client", "tries to send one message", between=(1, 1_000)),
@@ -4469,7 +4468,7 @@ const ZH = {
   "code 3": "进程无法启动", "code 4": "启动后立即退出", "code 5": "账号数量已达上限",
   "code 6": "名称或参数不可用", "code 7": "账号无响应", "code 8": "内置网络中没有或不允许",
   "code 100": "找不到对象", "code 201": "没有权限或未完成", "code 300": "账号未运行",
-  "code 400": "参数缺失或有误", "code 503": "服务器繁忙",
+  "code 400": "参数缺失或有误", "code 503": "服务器繁忙", "code 507": "磁盘空间不足",
   // what the settings are
   "http_max_message_size": "请求正文的最大字节数", "tmpdir": "所有文件的目录,默认为系统临时目录",
   "log_path": "日志文件,默认输出到 stderr", "log_encoding": "日志编码,默认 utf-8",
@@ -6066,7 +6065,7 @@ def check_properties(row: Row) -> None:
     for name, value in row.items():
         good = PROPERTIES.get(name, "(?s).*")
         if len(str(value)) > SETTING_LIMIT or not re.fullmatch(good, str(value)):
-            raise NotFound(f"{name[:100]} {str(value)[:100]!r} not found")
+            raise NotFound(f"{name[:100]} {str(value)[:100]} not found")
 
 
 class World:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import functools
 import gc
 import hashlib
 import hmac
@@ -7360,6 +7361,43 @@ def test_consult_hears_an_account_too(voices):
     assert answers.get(timeout=WAIT)["reply"] == "indeed"
 
 
+@pytest.mark.parametrize("flavor", ["qq", "weixin"])
+@pytest.mark.parametrize("ill", ["full disk", "tmpdir gone"])
+def test_a_picture_goes_and_comes_though_nothing_can_be_written(start, receive, flavor, ill):
+    """From memory, with the text; what has to be kept is 507."""
+    receiver = receive()
+    program = start("controller", "--flavor", flavor)
+    prefix = "/openwx/" if flavor == "weixin" else "/openqq/"
+    own = os.path.join(program.tmpdir, "own")
+    for name in "alice", "bob":
+        program.login(name, post_api=receiver.url + "?", post_event="0", tmpdir=own)
+    alice = Voice(program, "alice", prefix, True).now()
+    if ill == "full disk":
+        for row in program.call("check_client")["client"]:
+            resource.prlimit(row["pid"], resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    else:
+        shutil.rmtree(own)
+    status, _, body = alice.raw("send_friend_message", displayname="bob", content="look",
+                                media_data=PNG_TEXT)
+    assert (status, json.loads(body)["code"]) == (200, 0), body
+    want = "look" if flavor == "weixin" else "look[图片]"
+    events = [receiver.next(lambda event: event.get("content") == want) for _ in range(2)]
+    assert {event["post_type"] for event in events} == {"send_message", "receive_message"}
+    for event in events:
+        if flavor == "weixin":
+            assert base64.b64decode(event["media_data"]) == PNG
+            assert (event["media_id"], event["media_path"]) == (None, None)
+        else:
+            [medium] = event["media"]
+            assert (medium["type"], medium["url"], medium["size"]) == ("image", None, str(len(PNG)))
+    if flavor == "weixin":
+        status, _, body = alice.raw("upload_media", media_data=PNG_TEXT)
+        answer = json.loads(body)
+        assert (status, answer["code"]) == (507, 507)
+        assert answer["status"].startswith("the picture cannot be kept: ")
+    assert "fault of this program" not in program.log.text()
+
+
 # -- groups and friends
 
 def test_a_weixin_group_is_made_renamed_and_left(voices):
@@ -7989,7 +8027,91 @@ def test_a_links_calls_need_its_key_and_sense(pair):
     assert link(good, **{"X-OpenQQ-Key": key}) == 200
 
 
-@pytest.mark.parametrize("name, value", [("role", "king"), ("echo", "yes"), ("muted", "soon")])
+ODD_WORDS = ["", " ", "0", "00", "-1", "²", "１２", "1" * 30, "x" * 100_000, "\t", "\u202e", "*", "{}",
+             "小冰", "OpenQQ", "alice", "2854196301", "filehelper", "discuss", "group_message",
+             "discuss_message", "sess_message", "person", "friend_request", "null", "__class__"]
+
+
+@pytest.mark.parametrize("flavor", ["qq", "weixin"])
+def test_whatever_local_calls_are_given_is_answered_and_breaks_no_later_one(start, flavor):
+    """8 or 400 for nonsense, never 500; all that worked before works afterwards."""
+    program = start("controller", "--flavor", flavor)
+    prefix = {"qq": "/openqq/", "weixin": "/openwx/"}[flavor]
+    program.login("alice", numeric_ids="1", check_event_list_max_size="5")
+    spin = random.Random(12)
+    names = {"/local/change": ["do", "what", "uid", "in", "name", "role", "echo", "muted", "card",
+                               "owner_uid", "verify", "id", "account", "join_time"],
+             "/local/say": ["client", "from", "to", "type", "content"],
+             "/local/login": ["client"], "/local/scan": ["ticket"], "/local/world": ["uid"],
+             "/local/confirm": ["ticket"]}
+    good = {"do": ["add", "set", "remove"], "content": ["hello"], "from": ["小灰", "alice"],
+            "client": ["alice"], "type": ["group_message", "discuss_message", "sess_message"],
+            "what": ["person", "friend", "friend_request", "group", "discuss", "group_member",
+                     "discuss_member"],
+            "in": ["OpenQQ", "alice", "小灰"], "to": ["OpenQQ", "小灰"], "uid": ["alice", "小灰", "77"],
+            "muted": ["1.2.3", ".", "1e5"], "role": ["owner"], "echo": ["1"]}
+    spare = {"小冰", "小灰", "alice"}  # who are needed below are not removed, nor called otherwise
+    for number in range(much(1_200, 20_000)):
+        path = spin.choice(["/local/change"] * 6 + ["/local/say"] * 4 + sorted(names))
+        given = {name: spin.choice(good.get(name, []) * 3 + ODD_WORDS)
+                 for name in names[path] if spin.random() < 0.6}
+        if path == "/local/login" and given.get("client") != "alice" or (
+                given.get("do") in ("remove", "set") and spare & set(given.values())):
+            given.pop("client", given.pop("do", None))
+        status, _, body = request(program.base, path, "POST", json.dumps(given),
+                                  {"Content-Type": "application/json"})
+        assert status in (200, 400, 403, 404), (path, given, body)
+    for table in "people", "groups", "discuss":
+        rows = program.call("/local/world")[table]
+        assert all(row["name"].strip() and row["uid"] == str(int(row["uid"])) for row in rows)
+    program.call("stop_client", client="alice")
+    program.login("alice")
+    for content, params in [("a", {}), ("b", {"type": "group_message", "to": "OpenQQ"})]:
+        assert program.call("/local/say", client="alice", content=content,
+                            **{"from": "小灰"}, **params)["code"] == 0
+    sent = call(program.base, prefix + "send_friend_message", client="alice", content="hello",
+                displayname="小冰")
+    assert sent["code"] == 0
+    assert "fault of this program" not in program.log.text()
+
+
+def test_somebody_without_a_name_is_not_hit_by_calls_that_name_nobody(start):
+    program = start("controller")
+    change = functools.partial(program.call, "/local/change")
+    for given in [{"do": "set", "what": "person", "uid": "小灰", "name": ""},
+                  {"do": "set", "what": "group", "uid": "OpenQQ", "name": " "},
+                  {"do": "add", "what": "person", "name": ""}, {"do": "add", "what": "person"},
+                  {"do": "add", "what": "group"}, {"do": "add", "what": "person", "uid": "7" * 19},
+                  {"do": "add", "what": "person", "uid": "²"},
+                  {"do": "add", "what": "person", "uid": "2854196301", "name": "again"},
+                  {"do": "add", "what": "group", "uid": "20260001", "name": "again"},
+                  {"do": "set", "what": "person", "signature": "x"},
+                  {"do": "remove", "what": "person"}, {"do": "remove", "what": "group", "uid": ""},
+                  {"do": "set", "what": "person", "uid": "小灰", "signature": "x" * 5_000}]:
+        assert change(**given)["code"] == 8, given
+    world = program.call("/local/world")
+    assert [row["name"] for row in world["people"]] == ["小冰", "小灰"]
+    assert [row["name"] for row in world["groups"]] == ["OpenQQ"]
+
+
+def test_weixin_has_no_discuss_to_change_or_to_speak_in(start, tmp_path):
+    """Nor when a world file of the other flavour names one."""
+    world = {**openqq.Weixin.world, "discuss": openqq.QQ.world["discuss"]}
+    path = put(tmp_path / "world.json", json.dumps(world))
+    program = start("controller", "--flavor", "weixin", "--world", path, tmpdir=tmp_path / "t")
+    program.login("alice")
+    for kind in "discuss", "discuss_member":
+        for do in "add", "set", "remove":
+            assert program.call("/local/change", do=do, what=kind, uid="30260001", name="x",
+                                **{"in": "30260001"})["code"] == 8
+    for to in "OpenQQ", "30260001", "":
+        status, _, body = request(program.base, "/local/say?" + urllib.parse.urlencode(
+            {"client": "alice", "from": "小灰", "content": "x", "type": "discuss_message", "to": to}))
+        assert (status, json.loads(body)["code"]) == (404, 8)
+
+
+@pytest.mark.parametrize("name, value", [("role", "king"), ("echo", "yes"), ("muted", "soon"),
+                                         ("muted", "1.2.3")])
 def test_what_the_network_cannot_read_it_does_not_take(pair, start, tmp_path, name, value):
     answer = pair.call("/local/change", do="set", what="person", uid="小灰", **{name: value})
     assert answer == {"code": 8, "status": f"{name} {value} not found"}
