@@ -1180,7 +1180,8 @@ def renewed(former: Mapping[str, str], given: Mapping[str, str]) -> Dict[str, st
     prefixes = tuple(NETWORKS.values())
     kept = {name: value for name, value in former.items()
             if not (moved and name.startswith(prefixes)) and not new.intersection(urls_of(name))}
-    return {name: value for name, value in {**kept, **given}.items() if value}
+    return {name: value for name, value in {**kept, **{key: given[key] for key in new}}.items()
+            if value}
 
 
 class Settings:
