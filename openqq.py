@@ -879,7 +879,16 @@ def _text(text: str) -> str:
 
 
 def _path(text: str) -> str:
-    return os.path.abspath(os.path.expanduser(_text(text))) if text else text
+    if not text:
+        return text
+    path = os.path.abspath(os.path.expanduser(_text(text)))
+    try:
+        kind = os.stat(path).st_mode
+    except OSError:
+        return path
+    if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
+        raise ValueError("must not be a device")  # root would replace it
+    return path
 
 
 def _words(text: str) -> List[str]:
@@ -1180,8 +1189,8 @@ def renewed(former: Mapping[str, str], given: Mapping[str, str]) -> Dict[str, st
     prefixes = tuple(NETWORKS.values())
     kept = {name: value for name, value in former.items()
             if not (moved and name.startswith(prefixes)) and not new.intersection(urls_of(name))}
-    return {name: value for name, value in {**kept, **{key: given[key] for key in new}}.items()
-            if value}
+    kept.update((name, value) for name, value in given.items() if name in new or name not in kept)
+    return {name: value for name, value in kept.items() if value}
 
 
 class Settings:
@@ -10597,8 +10606,9 @@ def open_listener(host: str, port: int) -> socket.socket:
     """A listening socket; Refusal with the remedy."""
     try:
         return listen(host, port)
-    except OSError as error:
-        raise Refusal(f"cannot listen on {host} port {port}: {error.strerror or error}; "
+    except (OSError, ValueError, OverflowError) as error:  # ValueError: what is no name
+        why = getattr(error, "strerror", "") or error
+        raise Refusal(f"cannot listen on {host} port {port}: {why}; "
                       "give another with --host or --port") from None
 
 
@@ -11803,6 +11813,13 @@ class ControllerApi:
     def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._controller.loop.ask(function, *args)
 
+    def _await(self, promise: Promise, more: float = 0.0) -> None:
+        """What ends a process takes no longer; TooSlow if the system does."""
+        try:
+            promise.wait(KILL_SECONDS + 5.0 + more)
+        except TimeoutError:
+            raise TooSlow() from None
+
     def _in_turn(self, handler: Callable[[Request], Row]) -> Callable[[Request], Row]:
         def handle(request: Request) -> Row:
             return self._turns.take(self._name(request), lambda: handler(request))
@@ -11838,7 +11855,7 @@ class ControllerApi:
                      settings.log_path, settings.accounts, settings.world))
         row = None
         while row is None:
-            self._ask(self._controller.supervisor.farewell, name).wait(KILL_SECONDS + 5.0)
+            self._await(self._ask(self._controller.supervisor.farewell, name))
             row = self._ask(self._start, name, given)
         return {**request_echo(request), **row}
 
@@ -11858,7 +11875,8 @@ class ControllerApi:
         for name in request.keys():
             if getattr(setting_named(name), "read", None) is _path:
                 raise NotAllowed(f"{name} not allowed")
-        self._ask(self._controller.update_client, child, check_params(request.keys())).wait()
+        self._await(self._ask(self._controller.update_client, child,
+                              check_params(request.keys())), TRIAL_SECONDS)
         return {**child.shown(), "account": child.name}
 
     def stop_client(self, request: Request) -> Row:
@@ -11870,7 +11888,7 @@ class ControllerApi:
 
     def _stop(self, child: Account, end: Callable[..., Promise], event: str) -> None:
         """Those who read the events are told, as check_client knows no more of it."""
-        self._ask(end, child).wait(KILL_SECONDS + 5.0)
+        self._await(self._ask(end, child))
         if isinstance(child, Child):
             self._ask(self._controller.supervisor.release, child)
         self._controller.hub.tell({"event": event, "params": [child.name], "post_type": "event",

@@ -4618,20 +4618,23 @@ ODD_PATHS = ["/dev/null", "/dev/full", "/", "~nobody", "~", "x", "../x", "{tmpdi
              "{tmpdir}/good", "{tmpdir}/dir/good", "{tmpdir}/mojo_webqq_cookie_odd.dat", "\ud800"]
 ODD_URLS = ["{s}://127.0.0.1:65536/", "{s}://127.0.0.1:0/", "{s}://127.0.0.1:99999999999/",
             "{s}://127.0.0.1:x/", "{s}://127.0.0.1:-1/", "{s}://127.0.0.1:８０/", "{s}://:80/",
-            "{s}://127.0.0.1:/", "{s}://[::1", "{s}://[::1]x/", "{s}://[::g]/", "{s}://[127.0.0.1]/",
-            "{s}://[::1]:1/", "{s}://" + "a" * 300 + "/", "{s}://" + "a." * 150 + "/", "{s}://a..b/",
+            "{s}://127.0.0.1:/", "{s}://[::1", "{s}://[::1]x/", "{s}://[::g]/",
+            "{s}://[127.0.0.1]/", "{s}://[::1]:1/", "{s}://" + "a" * 300 + "/",
+            "{s}://" + "a." * 150 + "/", "{s}://a..b/",
             "{s}://" + "ü" * 80 + ".example/", "{s}://a\u2024b/", "{s}://a b/", "{s}://a\u3000b/",
             "{s}://a\tb/", "{s}://a\\b@127.0.0.1:1/", "{s}://u@v@127.0.0.1:1/",
             "{s}://u:p%zz@127.0.0.1:1/", "{s}://127.0.0.1:1 {s}://127.0.0.1:1",
             "{s}://127.0.0.1:1/,{s}://127.0.0.1:1/", "{s}://127.0.0.1:1/;{S}://127.0.0.1:1/",
-            "{S}://127.0.0.1:1/", "{s}:/127.0.0.1/", "{s}:127.0.0.1", "//127.0.0.1/", "127.0.0.1:80",
+            "{S}://127.0.0.1:1/", "{s}:/127.0.0.1/", "{s}:127.0.0.1", "//127.0.0.1/",
+            "127.0.0.1:80",
             "file:///etc/passwd", "{s}://", "{s}:///x", "{s}://127.0.0.1:1/\ud800",
             "{s}://127.0.0.1:1/ä?ä#ä", "{s}://127.0.0.1:1?x", "{s}://127.0.0.1:1#x", " {s}://h/",
             "{s}://a|b/", "{s}://a%00b/", "{s}://169.254.169.254/", "javascript:alert(1)"]
 ODD_ENCODINGS = ["idna", "punycode", "undefined", "rot13", "rot_13", "base64", "hex", "zip", "bz2",
                  "uu", "quopri", "mbcs", "oem", "utf-16", "utf-32", "utf-8-sig", "utf-16-le",
-                 "unicode_escape", "raw_unicode_escape", "cp037", "a\0b", "..", "../../x", " ", "klingon",
-                 LONG, "aliases", "ascii", "gbk", "gb18030", "UTF8", "latin-1", "hz", "cp1252", "big5"]
+                 "unicode_escape", "raw_unicode_escape", "cp037", "a\0b", "..", "../../x", " ",
+                 "klingon", LONG, "aliases", "ascii", "gbk", "gb18030", "UTF8", "latin-1", "hz",
+                 "cp1252", "big5"]
 ODD_FLAGS = ["2", "-1", "01", "maybe", "TRUE", "Yes", "oN", "no", " 1", "１", "²", "null", "None",
              "0.0", "1.0", "f", "t", "真", "\0", LONG, "[]"]
 ODD = {"_flag": ODD_FLAGS, "_whole": ODD_NUMBERS, "_number": ODD_NUMBERS, "_port": ODD_NUMBERS,
@@ -4706,7 +4709,8 @@ def test_no_hostile_value_is_taken_that_later_fails(odd):
              for row in CALLERS_ROWS if row.name not in ("tmpdir", "login_type")}
     assert sum(map(len, taken.values())) > 500
     paths = ["cookie_path", "log_path", "state_path", "qrcode_path", "pid_path"]
-    others = {"is_init_friend": "1", "onebot_api": "", "onebot_login": "", "onebot_login_api": ""}
+    others = {"is_init_friend": "1", "onebot_api": "", "onebot_login": "", "onebot_login_api": "",
+              "qrcode_count_max": "9"}  # 0 is taken: it ends one that would have to be scanned
 
     def live(number):
         """A client with the number-th value of each setting."""
@@ -4744,10 +4748,18 @@ def test_a_bridges_url_that_is_taken_is_waited_for_in_words(odd):
     at_once(len(names), lambda number: odd.call("delete_client", client=names[number]))
 
 
+def test_a_tmpdir_that_is_taken_can_be_worked_in(odd):
+    for value in odd_values(openqq.SETTINGS["tmpdir"], odd):
+        if is_taken(openqq.SETTINGS["tmpdir"], value, odd):
+            assert told(odd, "start_client", client="odd", tmpdir=value)[1]["code"] == 0, value
+            assert odd.call("/local/login", client="odd")["code"] == 0, value
+            assert odd.call("delete_client", client="odd")["code"] == 0, value
+
+
 @pytest.mark.parametrize("name", [row.name for row in CALLERS_ROWS if "url" in row.read.__name__])
-@pytest.mark.parametrize("value", ["http://127.0.0.1:65536/", "http://127.0.0.1:0/x", "http://a http://b",
-                                   "http://a,http://b", "http://a/;http://b/", "http://a/|HTTP://b/",
-                                   "http://a\thttp://b"])
+@pytest.mark.parametrize("value", [
+    "http://127.0.0.1:65536/", "http://127.0.0.1:0/x", "http://a http://b", "http://a,http://b",
+    "http://a/;http://b/", "http://a/|HTTP://b/", "http://a\thttp://b"])
 def test_a_url_that_is_none_or_two_is_refused_with_words(odd, name, value):
     status, _, body = request(odd.base, "/openqq/start_client?" + urllib.parse.urlencode(
         {"client": "odd", name: value}))
@@ -4814,6 +4826,7 @@ WRONG_CALLS = {
     "bad value": (["client", "--log_level", "loud"], {}, "log_level 'loud' .*info"),
     "bad value in the environment": (["controller"], {"MOJO_WEBQQ_PORT": "http"}, "port 'http'"),
     "bad name": (["client", "--account", "../x"], {}, "name not allowed"),
+    "a device": (["client", "--state-path", "/dev/null"], {}, "state_path .* not be a device"),
     "bad flavor": (["controller", "--flavor", "icq"], {}, "flavor .*qq"),
 }
 
@@ -4838,7 +4851,8 @@ def test_version_and_help_are_answered_on_stdout(words, said):
     (["--log-path", "{tmp}/file/x.log"], "log_path .*cannot be used"),
     (["--tmpdir", "{tmp}/file"], "tmpdir|{tmp}/file"),
     (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1 .*--host or --port"),
-], ids=["log file", "tmpdir", "address"])
+    (["--host", "a" * 300], "cannot listen on aaa.*--host or --port"),
+], ids=["log file", "tmpdir", "address", "name"])
 def test_what_cannot_be_had_is_said_in_one_line_with_status_1(tmp_path, words, said):
     (tmp_path / "file").write_text("")
     words = [word.format(tmp=tmp_path) for word in words]
@@ -5833,6 +5847,9 @@ RENEWED = {
                        {"onebot_api": "ws://g", "onebot_secret": "r", "msg_ttl": "5"}),
     "the same bridge": ({"onebot_api": "ws://h", "onebot_token": "t"}, {"onebot_api": "WS://h"},
                         {"onebot_api": "ws://h", "onebot_token": "t"}),
+    "another bridge, the same token": ({"onebot_api": "ws://h", "onebot_token": "t"},
+                                       {"onebot_api": "ws://g", "onebot_token": "t"},
+                                       {"onebot_api": "ws://g", "onebot_token": "t"}),
     "no bridge": ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_secret": "s"},
                   {"onebot_api": ""}, {}),
     "another page": ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_login_token": "u"},
@@ -5887,8 +5904,7 @@ def test_a_token_within_a_bridges_url_works_and_is_treated_as_a_secret(start):
         assert "S3CRET" not in json.dumps(answers)
         for name in left_files(controller) - {"cookie_ws.dat", "cookie_sse.dat"}:
             assert b"S3CRET" not in content(controller.path(name)), name
-        assert "S3CRET" not in "\n".join(line for line in controller.log.text().split("\n")
-                                         if "start_client" not in line and "update_" not in line)
+        assert "S3CRET" not in controller.log.text()
     finally:
         bridge.close()
     done = run_openqq("client", "--onebot-api", "gopher://h/?access_token=S3CRET")
@@ -5994,9 +6010,8 @@ def test_update_client_takes_all_or_nothing(start, receive):
         for method in "GET", "POST":
             query = urllib.parse.urlencode({"client": "alice", "post_secret": "x", **wrong})
             path, form = "/openqq/update_client", "application/x-www-form-urlencoded"
-            code, _, body = request(controller.base, path + ("?" + query if method == "GET" else ""),
-                                    method, query if method == "POST" else None,
-                                    {"Content-Type": form})
+            target, data = (path + "?" + query, None) if method == "GET" else (path, query)
+            code, _, body = request(controller.base, target, method, data, {"Content-Type": form})
             answer = json.loads(body)
             assert (code, answer["code"]) == (400, 6), wrong
             assert re.search(next(iter(wrong)), answer["status"])
@@ -6713,6 +6728,24 @@ def test_an_event_that_breaks_its_receiver_is_tried_five_times_and_dropped_not_f
         peer.close()
 
 
+def test_a_kept_connection_that_its_receiver_ended_costs_no_try(tmp_path):
+    bench, peer = Bench(), Breaker()
+    try:
+        spool = openqq.Spool(str(tmp_path / "post"), 100, bench.log)
+        reporter = openqq.Reporter(peer.url + "/", "", spool, bench.loop, bench.log,
+                                   lambda event, answer: None)
+        for number in range(5):
+            reporter.add({"content": str(number)}, "c")
+            reporter.flush()
+            bench.until(lambda: not reporter.waiting())
+            peer.drop()
+            assert eventually(lambda: not peer._connections)
+        assert reporter.counts == {"posted": 5, "retried": 0, "dropped": 0}
+        assert [what for what, _ in peer.got] == list("01234")
+    finally:
+        peer.close()
+
+
 def test_an_answer_that_never_comes_counts_as_one_that_says_later(far):
     far.said["a"] = [openqq.TooSlow("no answer in time", sent=True)] * 9
     far.add("a", "b")
@@ -6724,8 +6757,9 @@ def test_an_answer_that_never_comes_counts_as_one_that_says_later(far):
     assert far.tried() == ["a"] * 5 + ["b"] and far.reporter.counts["dropped"] == 1
 
 
-@pytest.mark.parametrize("error", [openqq.Unreachable("refused"), openqq.Unreachable("unknown host"),
-                                   openqq.TooSlow("no answer in time")])
+@pytest.mark.parametrize("error", [
+    openqq.Unreachable("refused"), openqq.Unreachable("unknown host"),
+    openqq.TooSlow("no answer in time")])
 def test_nobody_there_costs_no_try_however_often(far, error):
     """A connection that does not come in time is nobody there as well."""
     far.said["a"] = [error] * 30 + [500] * 4
@@ -8572,8 +8606,8 @@ def test_a_links_calls_need_its_key_and_sense(pair):
     assert link(good, **{"X-OpenQQ-Key": key}) == 200
 
 
-ODD_WORDS = ["", " ", "0", "00", "-1", "²", "１２", "1" * 30, "x" * 100_000, "\t", "\u202e", "*", "{}",
-             "小冰", "OpenQQ", "alice", "2854196301", "filehelper", "discuss", "group_message",
+ODD_WORDS = ["", " ", "0", "00", "-1", "²", "１２", "1" * 30, "x" * 100_000, "\t", "\u202e", "*",
+             "{}", "小冰", "OpenQQ", "alice", "2854196301", "filehelper", "discuss", "group_message",
              "discuss_message", "sess_message", "person", "friend_request", "null", "__class__"]
 
 
