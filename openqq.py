@@ -151,6 +151,7 @@ IDLE_SECONDS = 60.0              # between two requests of a connection
 WRITE_SECONDS = 30.0
 
 NAME_LIMIT = 64                  # characters of an account's name
+SETTING_LIMIT = 4_096            # of a setting, or a property on the local network
 CONTENT_LIMIT = 64 * 1024        # bytes of a message's text; QQ itself takes far less
 MEDIA_LIMIT = 5 * 1024 * 1024    # bytes of a picture: in base64 it still fits into a body
 BATCH_LIMIT = 1024 * 1024        # bytes that are handed on at once; a larger one goes alone
@@ -164,8 +165,10 @@ STREAM_BYTES = 16 * 1024 * 1024  # and how much they may take
 POST_SECONDS = 30.0              # one try at post_api (DESIGN, "Nothing is lost")
 POST_QUEUE_LIMIT = 10_000
 POST_LANES = 4                   # conversations posted at once
-POST_TRIES = 5                   # after answers that say "later"
-POST_DAY = 86_400.0              # how long no connection is borne
+POST_TRIES = 5                   # of an event that was sent, and not taken
+POST_PAUSE = 15.0                # at most, between two looks for a receiver that is away
+POST_DAY = 86_400.0              # how long it may be away
+LATE_SECONDS = 600.0             # an event that is posted later than that says so
 ECHO_SECONDS = 1.0               # how long a send waits for what it was answered on the spot
 READ_SECONDS = 0.1               # for callers to get their last answers before the process ends
 SEND_SECONDS = 50.0              # a caller waits so long for a send; nginx itself waits 60
@@ -173,6 +176,8 @@ STOP_SECONDS = 3.0               # what stop_client promises, and what the queue
 KILL_SECONDS = 10.0              # between TERM and KILL
 ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
 START_TRIES = 7                  # starts without reaching running
+TRIAL_SECONDS = 10.0             # a client that has not died by then has taken its new settings
+MEMORY_LIMIT = 1_000             # stopped clients whose settings are remembered
 WAITING_SECONDS = 600.0          # scaning for so long is worth a client_waiting
 
 BRIDGE_LIMIT = 16 * 1024 * 1024  # bytes of one message of a OneBot bridge
@@ -307,6 +312,12 @@ class QueueFull(OpenQQError):
     """So many messages wait to be sent that one more would not go out in a reasonable time."""
 
     code, status, http = 9, "send queue full", 503
+
+
+class NoRoom(OpenQQError):
+    """What was to be kept cannot be written."""
+
+    code, status, http = 507, "no room on the disk", 507
 
 
 class BadRequest(OpenQQError):
@@ -800,7 +811,9 @@ class Loop:
     def _until_timer(self) -> Optional[float]:
         while self._timers and self._timers[0][2].job is None:
             heapq.heappop(self._timers)
-        return max(0.0, self._timers[0][0] - self.clock()) if self._timers else None
+        if not self._timers:
+            return None
+        return min(POST_DAY, max(0.0, self._timers[0][0] - self.clock()))  # epoll takes 24 days
 
     def _run_timers(self) -> None:
         while self._timers and self._timers[0][0] <= self.clock():
@@ -877,11 +890,20 @@ def _text(text: str) -> str:
 
 
 def _path(text: str) -> str:
-    return os.path.abspath(os.path.expanduser(_text(text))) if text else text
+    if not text:
+        return text
+    path = os.path.abspath(os.path.expanduser(_text(text)))
+    try:
+        kind = os.stat(path).st_mode
+    except OSError:
+        return path
+    if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
+        raise ValueError("must not be a device")  # root would replace it
+    return path
 
 
 def _words(text: str) -> List[str]:
-    return [word for word in re.split(r"[\s,]+", text) if word]
+    return [word for word in re.split(r"[\s,]+", _text(text)) if word]
 
 
 def _level(text: str) -> str:
@@ -891,21 +913,54 @@ def _level(text: str) -> str:
 
 
 def _encoding(text: str) -> str:
+    """A codec for lines of any text: not idna or rot13, nor one that begins each with a mark."""
+    line = "[x] 1\n"
     try:
-        "".encode(text)
-    except LookupError:
-        raise ValueError("must be an encoding that Python knows") from None
+        good = not text or (line.encode(text) == line.encode()
+                            and bool("ä好😀\ud800\0".encode(text, "replace")))
+    except (LookupError, ValueError):
+        good = False
+    if not good:
+        raise ValueError("must be an encoding of text that Python knows, such as utf-8 or gbk")
     return text
+
+
+# User and password; a name, an IPv4 or IPv6 address (RFC 6874: with a zone); a port.
+NETLOC = re.compile(r"(?:[^@\\]*@)?(?:\[([0-9A-Fa-f:.]+)(?:%[\w.%~-]+)?\]|([\w.-]+))(?::([0-9]*))?")
 
 
 def _url(text: str, schemes: Sequence[str] = ("http", "https")) -> str:
-    parts = urllib.parse.urlsplit(text)
-    if text and (parts.scheme not in schemes or not parts.hostname):
+    if not text:
+        return text
+    if re.search(r"\s", _text(text)):
+        raise ValueError("must be one URL, without blanks")
+    if re.search("[,;|](https?|wss?)://", text, re.I):
+        raise ValueError("must be one URL, not several (a comma within one is spelt %2C)")
+    try:
+        parts = urllib.parse.urlsplit(text)
+    except ValueError as error:
+        raise ValueError(f"is no URL: {error}") from None
+    if parts.scheme not in schemes or not parts.netloc:
         words = " or ".join(f"{scheme}://" for scheme in schemes)
         raise ValueError(f"must be an {words} URL")
-    if not re.fullmatch(r"[\x21-\x7e\u0080-\U0010ffff]*", text):
-        raise ValueError("must not hold blanks or control characters")
-    return text
+    found = NETLOC.fullmatch(parts.netloc)
+    if not found or not _is_host(*found.group(1, 2)):
+        raise ValueError("must name a host, as example.com, 192.0.2.1 or [2001:db8::1]")
+    if found.group(3) and not 1 <= int(found.group(3)) <= 65_535:
+        raise ValueError("must have a port of 1 to 65535")
+    return parts.scheme + text[len(parts.scheme):]
+
+
+def _is_host(address: Optional[str], name: Optional[str]) -> bool:
+    try:
+        if address:
+            return bool(socket.inet_pton(socket.AF_INET6, address))
+        if name and not name.isascii():
+            name = name.encode("idna").decode()  # ValueError
+    except (OSError, ValueError):
+        return False
+    return len(name or "") <= 253 and all(
+        0 < len(label) < 64 for label in re.sub("[.]$", "", name or "").split("."))
 
 
 def _bridge_url(text: str) -> str:
@@ -927,23 +982,44 @@ class Setting:
     value of a text or raises ValueError, `whose` is "controller", "client" or "both", `caller`
     tells whether start_client takes it, `secret` that it is never shown, `plugin` that it travels
     to a client under the API plugin's name (000), `idle` that it has no effect any more.
+    `between` holds a number's bounds; `token` of a URL the parameter in it that is a secret, and
+    the setting where that belongs.
     """
 
     def __init__(self, name: str, default: Json, read: Callable[[str], Json], whose: str,
                  help: str, *, caller: bool = True, secret: bool = False, plugin: bool = False,
-                 idle: bool = False) -> None:
+                 idle: bool = False, between: Optional[Tuple[int, int]] = None,
+                 token: Tuple[str, str] = ("", "")) -> None:
         self.name, self.default, self.read, self.whose = name, default, read, whose
         self.help, self.caller, self.secret = help, caller and whose != "controller", secret
-        self.plugin, self.idle = plugin, idle
+        self.plugin, self.idle, self.between, self.token = plugin, idle, between, token
 
     def parse(self, value: Json) -> Json:
         """A value from a text, a number, a bool or a list; ValueError names the setting."""
         text = self.text(value)
         try:
-            return self.read(text)
+            if len(text) > SETTING_LIMIT:
+                raise ValueError(f"must not be longer than {SETTING_LIMIT} letters")
+            found = self.read(text)
+            if self.between and not self.between[0] <= found <= self.between[1]:
+                raise ValueError("must be {} to {}".format(*self.between))
+            return found
         except ValueError as error:
-            shown = "" if self.secret else f" {text!r}"
+            shown = "" if self.secret else f" {text[:100]!r}"
             raise ValueError(f"{self.name}{shown} {error}") from None
+
+    def split(self, url: str) -> Tuple[str, str]:
+        """A URL without the token that is its parameter, and that; empty if there is none."""
+        rest, mark, fragment = url.partition("#")
+        path, asks, query = rest.partition("?")
+        start = self.token[0] + "="
+        pairs = query.split("&")
+        kept = "&".join(pair for pair in pairs if not pair.startswith(start))
+        tokens = [pair[len(start):] for pair in pairs if pair.startswith(start)]
+        if not self.token[0] or not tokens:
+            return url, ""
+        return (path + (asks + kept if kept else "") + mark + fragment,
+                urllib.parse.unquote_plus(tokens[-1]))
 
     def text(self, value: Json) -> str:
         """A text that parse() takes for the same value."""
@@ -979,8 +1055,10 @@ SETTINGS = {setting.name: setting for setting in [
             caller=False, secret=True),
     Setting("public_url", "", _url, "both",
             "how a phone reaches this server: http://127.0.0.1:PORT", caller=False),
-    Setting("max_connections", 2048, _whole, "both", "connections at once", caller=False),
-    Setting("http_max_message_size", BODY_LIMIT, _whole, "both", "bytes of a request's body"),
+    Setting("max_connections", 2048, _whole, "both", "connections at once", caller=False,
+            between=(1, 1_000_000)),
+    Setting("http_max_message_size", BODY_LIMIT, _whole, "both", "bytes of a request's body",
+            between=(1, 1 << 30)),
     Setting("one_cpu", True, _flag, "both",
             "each process on one CPU (Linux), which doubles its speed; 0: on all", caller=False),
     Setting("tmpdir", "", _path, "both", "directory of all files: the system's for such"),
@@ -998,13 +1076,14 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("post_secret", "", _text, "both", "signs what is posted: X-Signature", secret=True),
     Setting("poll_api", "", _url, "both", "URL of the heartbeat and tunnel", plugin=True),
     Setting("poll_interval", 5.0, _number, "both", "seconds between two heartbeats",
-            plugin=True),
+            plugin=True, between=(0, 1_000_000)),
 
     Setting("backend_start_port", None, _port, "controller",
             "first port for clients: 5000 (weixin 3000)"),
     Setting("max_clients", 100, _whole, "controller", "clients alive at once"),
     Setting("check_interval", 5.0, _number, "controller",
-            "seconds between two looks at clients' processes, besides noticing their end at once"),
+            "seconds between two looks at clients' processes, besides noticing their end at once",
+            between=(0, 1_000_000)),
     Setting("template_path", "", _path, "controller", "the script that clients run: in tmpdir"),
     Setting("backend_path", "", _path, "controller", "file with the clients: in tmpdir"),
     Setting("accounts", "", _path, "controller", "JSON file, name to settings, started at boot"),
@@ -1019,18 +1098,21 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("post_event_list", None, _words, "client",
             "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of friend, "
             "group, group_member"),
-    Setting("check_event_list_max_size", 20, _whole, "client", "events that check_event keeps"),
+    Setting("check_event_list_max_size", 20, _whole, "client", "events that check_event keeps",
+            between=(0, 100_000)),
     Setting("download_media", True, _flag, "client", "weixin: keep received media as files"),
     Setting("numeric_ids", False, _flag, "client", "ids as JSON numbers"),
     Setting("onebot_api", "", _bridge_url, "client",
-            "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000"),
+            "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000",
+            token=("access_token", "onebot_token")),
     Setting("onebot_token", "", _text, "client", "the bridge's access token", secret=True),
     Setting("onebot_secret", "", _text, "client", "signs what the bridge posts to /onebot",
             secret=True),
     Setting("onebot_login", "", _choice("", "napcat", "llbot"), "client",
             "whose page has the QR code: napcat or llbot"),
     Setting("onebot_login_api", "", _url, "client",
-            "that page: port 6099 (llbot 3080) of the bridge's host"),
+            "that page: port 6099 (llbot 3080) of the bridge's host",
+            token=("token", "onebot_login_token")),
     Setting("onebot_login_token", "", _text, "client", "that page's token or password",
             secret=True),
     Setting("cookie_path", "", _path, "client", "cookie file: in tmpdir"),
@@ -1042,14 +1124,15 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("pwd", "", _text, "client", "password for login_type=login", secret=True),
     Setting("qrcode_count_max", 10, _whole, "client", "QR codes shown before the client stops"),
     Setting("send_interval", None, _number, "client",
-            "seconds between two messages: 3, on the local network 0"),
+            "seconds between two messages: 3, on the local network 0", between=(0, 86_400)),
     Setting("send_queue_max_size", 1000, _whole, "client",
-            "messages that may wait to be sent; more are refused"),
-    Setting("msg_ttl", 3, _whole, "client", "tries to send one message"),
+            "messages that may wait to be sent; more are refused", between=(1, 1_000_000)),
+    Setting("msg_ttl", 3, _whole, "client", "tries to send one message", between=(1, 1_000)),
     Setting("mode", "online", _choice("online", "away", "busy", "silent", "hidden", "offline",
                                       "callme"), "client", "the account's own state"),
     Setting("update_interval", 600.0, _number, "client",
-            "seconds between two refreshes of friends, groups and discusses"),
+            "seconds between two refreshes of friends, groups and discusses",
+            between=(0, 1_000_000)),
     Setting("is_init_friend", True, _flag, "client", "load friends at login"),
     Setting("is_init_group", True, _flag, "client", "load groups at login"),
     Setting("is_init_discuss", True, _flag, "client", "load discusses at login"),
@@ -1082,6 +1165,47 @@ def setting_named(name: str) -> Optional[Setting]:
     return SETTINGS.get(plain)
 
 
+# The setting that leads to a network -> how the names of all that is for it begin.
+NETWORKS = {"onebot_api": "onebot_"}
+UNKEPT = ("pwd", "token")        # the secrets that nothing remembers (DESIGN)
+
+
+def tokens_apart(given: Mapping[str, Json]) -> Row:
+    """Settings, by their own names, with each token that came within a URL where it belongs.
+
+    So it is treated as the secret that it is. One that is given by itself is stronger.
+    """
+    found, tokens = dict(given), {}
+    for name, value in given.items():
+        if SETTINGS[name].token[0]:
+            found[name], token = SETTINGS[name].split(SETTINGS[name].text(value))
+            if token and not given.get(SETTINGS[name].token[1]):
+                tokens[SETTINGS[name].token[1]] = token
+    return {**found, **tokens}
+
+
+def urls_of(name: str) -> List[str]:
+    """The settings with the URLs that a secret is for: with others there it is worth nothing, and
+    would be told to somebody else."""
+    return [url for url, setting in SETTINGS.items() if setting.token[1] == name or (
+        SETTINGS[name].secret and name.startswith(NETWORKS.get(url, "\0")))]
+
+
+def renewed(former: Mapping[str, str], given: Mapping[str, str]) -> Dict[str, str]:
+    """What holds after some settings are given anew: those win, an empty one clears, and a new
+    network clears what was said of any (its names, its secrets are for no other)."""
+    def read(name: str, text: str) -> Json:
+        return SETTINGS[name].parse(text) if text else None
+
+    new = {name for name in given if read(name, given[name]) != read(name, former.get(name, ""))}
+    moved = any(given[name] for name in new.intersection(NETWORKS))
+    prefixes = tuple(NETWORKS.values())
+    kept = {name: value for name, value in former.items()
+            if not (moved and name.startswith(prefixes)) and not new.intersection(urls_of(name))}
+    kept.update((name, value) for name, value in given.items() if name in new or name not in kept)
+    return {name: value for name, value in kept.items() if value}
+
+
 class Settings:
     """One server's settings, each an attribute: given, else from the environment, else default.
 
@@ -1094,12 +1218,18 @@ class Settings:
         self._given: Row = {name: SETTINGS[name].parse(value)
                             for name, value in from_environment(environ, prefix).items()
                             if SETTINGS[name].whose in (whose, "both")}
+        self._take(given, f"a setting of a {whose}", (whose, "both"))
+
+    def _take(self, given: Mapping[str, Json], what: str, whose: Sequence[str]) -> None:
+        named = {}
         for name, value in given.items():
             setting = setting_named(name)
-            if setting is None or setting.whose not in (whose, "both"):
-                raise ValueError(f"{name} is not a setting of a {whose}")
+            if setting is None or setting.whose not in whose:
+                raise ValueError(f"{name} is not {what}")
             if value is not None:
-                self._given[setting.name] = setting.parse(value)
+                named[setting.name] = value
+        for name, value in tokens_apart(named).items():
+            self._given[name] = SETTINGS[name].parse(value)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in SETTINGS:
@@ -1114,12 +1244,7 @@ class Settings:
         """A copy in which some are given anew; ValueError as above."""
         copy = Settings.__new__(Settings)
         copy._given = dict(self._given)
-        for name, value in given.items():
-            setting = setting_named(name)
-            if setting is None:
-                raise ValueError(f"{name} is not a setting")
-            if value is not None:
-                copy._given[setting.name] = setting.parse(value)
+        copy._take(given, "a setting", ("controller", "client", "both"))
         return copy
 
     def fill(self, **values: Json) -> None:
@@ -1131,7 +1256,7 @@ class Settings:
     def secrets(self) -> Row:
         """The secrets that outlive the process: in the cookie file only (DESIGN)."""
         return {name: value for name, value in self._given.items()
-                if SETTINGS[name].secret and name not in ("pwd", "token")}
+                if SETTINGS[name].secret and name not in UNKEPT}
 
 
 def from_environment(environ: Mapping[str, str], prefix: str) -> Dict[str, str]:
@@ -1145,7 +1270,7 @@ def from_environment(environ: Mapping[str, str], prefix: str) -> Dict[str, str]:
     plugin = {setting.name: value for name, value in found.items()
               for setting in [setting_named(name)] if setting and name != setting.name}
     token = {"token": environ["OPENQQ_TOKEN"]} if environ.get("OPENQQ_TOKEN") else {}
-    return {**plain, **plugin, **token}
+    return tokens_apart({**plain, **plugin, **token})
 
 
 def to_environment(values: Mapping[str, str], prefix: str, plugin: str) -> Dict[str, str]:
@@ -1630,6 +1755,23 @@ def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterabl
         raise NotAllowed(f"{name} not allowed")
 
 
+def check_usable(name: str, path: str, tmpdir: str) -> None:
+    """NotAllowed unless a client could write there: a plain file of ours or none, in a directory
+    that is there or will be (`tmpdir`); as for a `tmpdir` itself, a directory or none."""
+    place = path if name == "tmpdir" and os.path.isdir(path) else os.path.dirname(path)
+    try:
+        found = os.lstat(path)
+        good = stat.S_ISREG(found.st_mode) and found.st_uid in (0, os.geteuid()) and (
+            found.st_nlink == 1) if name != "tmpdir" else stat.S_ISDIR(found.st_mode)
+    except OSError as error:
+        good = error.errno == errno.ENOENT
+    while good and name == "tmpdir" and not os.path.lexists(place):
+        place = os.path.dirname(place)  # all of them are made
+    if not good or place != tmpdir and not (os.path.isdir(place) and os.access(place, os.W_OK)):
+        what = "a directory" if name == "tmpdir" else "a file in a directory that is there"
+        raise NotAllowed(f"{name} not allowed: it must be {what}, which can be written")
+
+
 class Shelf:
     """Pictures and other media of an account: files in tmpdir, each with an id (CONTRACT 10).
 
@@ -1644,12 +1786,19 @@ class Shelf:
         self._start, self._log = start, log
         self._names: Dict[str, str] = {}  # id -> the name that its giver gave it
         for path in self._paths():
-            if time.time() - os.lstat(path).st_mtime > self.KEEP_SECONDS:
-                remove_file(path)
+            try:
+                if time.time() - os.lstat(path).st_mtime > self.KEEP_SECONDS:
+                    remove_file(path)
+            except OSError:
+                pass  # somebody else was quicker
 
     def _paths(self) -> List[str]:
         directory, start = os.path.split(self._start)
-        return [os.path.join(directory, name) for name in os.listdir(directory)
+        try:
+            names = os.listdir(directory)
+        except OSError:
+            return []  # it is not made yet, or gone
+        return [os.path.join(directory, name) for name in names
                 if name.startswith(start) and self.NAME.fullmatch(name[len(start):])]
 
     def put(self, data: bytes, name: str) -> Row:
@@ -1673,7 +1822,10 @@ class Shelf:
         and media_mtime of what is kept under an id; None if that is nothing."""
         for path in self._paths():
             if os.path.basename(path)[len(os.path.basename(self._start)):].startswith(key + "."):
-                return self._row(key, path, media_type(read_file(path) or b"", path))
+                try:
+                    return self._row(key, path, media_type(read_file(path) or b"", path))
+                except OSError:
+                    return None  # it has just been cleared away
         return None
 
     def _row(self, key: str, path: str, mime: str) -> Row:
@@ -2018,7 +2170,8 @@ REASONS = {100: "Continue", 200: "OK", 400: "Bad Request", 403: "Forbidden", 404
            408: "Request Timeout", 411: "Length Required", 413: "Content Too Large",
            414: "URI Too Long", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
            500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
-           503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported"}
+           503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+           507: "Insufficient Storage"}
 FORWARDED = frozenset(("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via"))
 NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
 DESCRIPTORS = (65_536, 10_240)  # open files that a process wants, and what macOS grants
@@ -3088,6 +3241,12 @@ def with_params(url: str, **params: str) -> str:
             if pair and pair.partition("=")[0] not in params]
     query = "&".join([*kept, urllib.parse.urlencode(params)])
     return urllib.parse.urlunsplit(parts._replace(query=query))
+
+
+def beneath(url: str, path: str) -> str:
+    """The URL of a path below another URL, whose query stays."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit(parts._replace(path=parts.path.rstrip("/") + path, fragment=""))
 
 
 class Call(urllib.request.Request):
@@ -4335,7 +4494,7 @@ const ZH = {
   "code 6": "名称或参数不可用", "code 7": "账号无响应", "code 8": "内置网络中没有或不允许",
   "code 9": "发送队列已满",
   "code 100": "找不到对象", "code 201": "没有权限或未完成", "code 300": "账号未运行",
-  "code 400": "参数缺失或有误", "code 503": "服务器繁忙",
+  "code 400": "参数缺失或有误", "code 503": "服务器繁忙", "code 507": "磁盘空间不足",
   // what the settings are
   "http_max_message_size": "请求正文的最大字节数", "tmpdir": "所有文件的目录,默认为系统临时目录",
   "log_path": "日志文件,默认输出到 stderr", "log_encoding": "日志编码,默认 utf-8",
@@ -4943,6 +5102,7 @@ follow();
 # These are texts, taken apart when somebody asks: a process that nobody asks carries no tables.
 CALLS = """
 start_client | +settings | child | 1 2 3 4 5 | log_level=info
+update_client | +changes | child | 1 4 5
 stop_client | | stopped | 1
 delete_client | | child | 1
 check_client | | states | 1
@@ -4992,7 +5152,7 @@ set_markname | +friend group_id new_markname! | answer | 100 201 | displayname=�
     new_markname=小冰
 make_friend | id! verify | answer | 100 101 201 | id=filehelper
 get_avatar | +friend group_id | image | 100 | displayname=小冰
-upload_media | +media | uploaded | | media_data=iVBORw0KGgo= media_name=a.png
+upload_media | +media | uploaded | =507 | media_data=iVBORw0KGgo= media_name=a.png
 openapi.json | | document
 /local/login | client! | child | =404
 /local/say | client from! content! type to | said | =404 | from=小灰 to=小冰 content=hello
@@ -5058,8 +5218,8 @@ stopped | account client code! pid port runtime starttime status!
 states | client:state* code! status
 state | account! cookie_path disable_color error failed:flag http_debug keep_cookie link
     log_console log_encoding log_level log_path mode os pid! pid_path plugin:object* port!
-    previous_state qrcode_count_max qrcode_path restarts:int since start_time state!
-    state_path tmpdir ua_retry_times version warning
+    post_error:object previous_state qrcode_count_max qrcode_path restarts:int since start_time
+    state! state_path tmpdir ua_retry_times version warning
 sent | code! id info status!
 consulted | code! id reply reply_status status!
 accepted | code! displayname id status! ticket
@@ -5070,7 +5230,7 @@ uploaded | code! media_code media_ext media_id media_mime media_mtime media_name
     media_size status!
 event | seq! post_type! event params:any class code content id info msg time type sender
     sender_id sender_uid receiver receiver_id receiver_uid group group_id group_uid discuss
-    discuss_id media:media* raw_message
+    discuss_id media:media* raw_message late:int
 said | answers:object* code! id:int status!
 changed | code! status! uid
 world | code! people:object* groups:object* discuss:object* friends:any
@@ -5101,7 +5261,7 @@ class OpenApi:
     KINDS = {"image": "image/*", "bytes": "*/*", "html": "text/html", "metrics": "text/plain",
              "stream": "text/event-stream"}
     ERRORS = (AuthFailure, ApiNotFound, NotAllowed, NotFound, NotRunning, QueueFull, Unreachable,
-              TooSlow)
+              TooSlow, NoRoom)
 
     def __init__(self, flavour: Type[Flavour], has_token: bool,
                  through: Iterable[Route] = ()) -> None:
@@ -5171,8 +5331,9 @@ class OpenApi:
     def _names(self, take: str) -> Iterable[str]:
         """A set of parameters by its name, or the one that was named."""
         flavour = self._flavour
-        if take == "+settings":
-            return [name for name, row in SETTINGS.items() if row.caller and not row.idle]
+        if take in ("+settings", "+changes"):
+            return [name for name, row in SETTINGS.items() if row.caller and not row.idle
+                    and (take == "+settings" or row.read is not _path)]
         if take == "+media":
             return ("media_path", "media_data", "media_url", "media_id", "media_name")
         if take == "+properties":
@@ -5187,7 +5348,7 @@ class OpenApi:
         kind, about = self._about.get(name, ["", ""])[:2]
         if not about:
             kind, about = "", kind
-        if call == "start_client" and name != "client":
+        if call in ("start_client", "update_client") and name != "client":
             kind, about = "", SETTINGS[name].help
         schema: Row = {"type": "integer", "minimum": 0} if kind == "int" else {"type": "string"}
         if "/" in kind:
@@ -5468,22 +5629,28 @@ class Reporter:
     second conversation is posted beside the first once that has taken PATIENCE: so a slow answer
     holds up one chat only, and a kill finds one event on its way, not four, as long as the
     receiver is quick. `answered(event, answer)` gets each JSON object that a receiver answers.
+    `error` tells of the last event that was dropped, and `failed()` is called after it changed.
     """
 
     PATIENCE = 0.05
     LATER = (408, 425, 429)
+    TELL_SECONDS = 1.0           # between two calls of failed(): a file is written for it
 
     def __init__(self, url: str, secret: str, spool: Spool, loop: Loop, log: Log,
-                 answered: Callable[[Row, Row], None],
-                 fetch: Callable[..., Reply] = fetch) -> None:
+                 answered: Callable[[Row, Row], None], fetch: Callable[..., Reply] = fetch,
+                 failed: Callable[[], None] = lambda: None,
+                 clock: Callable[[], float] = time.time) -> None:
         self._url, self._secret, self._spool, self._loop = url, secret, spool, loop
         self._log, self._answered, self._fetch = log, answered, fetch
+        self._failed, self._clock = failed, clock
+        self.error: Row = {}                           # as check_client shows it: post_error
+        self._telling: Optional[Timer] = None
         self._crew = Crew(POST_LANES, "post", log)
         self._queues: Dict[str, Deque[int]] = {}       # conversation -> keys in the spool
         self._ready: Deque[str] = collections.deque()  # conversations that may go
         self._flying: Dict[str, float] = {}            # conversation -> when its post began
         self._waiting: Dict[str, Timer] = {}           # conversation -> its retry to come
-        self._tries: Dict[int, Tuple[int, float]] = {}  # key -> tries, time of the first
+        self._tries: Dict[int, Tuple[int, float]] = {}  # key -> times sent, of the first try
         self._allowed = 1                              # posts at once, up to POST_LANES
         self._widening: Optional[Timer] = None
         self._pause: Optional[Timer] = None            # nobody can be reached at all
@@ -5505,7 +5672,7 @@ class Reporter:
         """Queue an event for posting, together with its source's mark (Spool)."""
         if self._gone:
             return self._spool.advance(mark)
-        name = f"{int(time.time() * 1000):x}-{self._spool.last + 1:x}"
+        name = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
         key = self._spool.add({"id": name, "in": conversation, "event": event}, mark)
         self._enqueue(key, conversation)
         for old in self._spool.excess():
@@ -5555,8 +5722,16 @@ class Reporter:
         if self.counts["dropped"] & (self.counts["dropped"] - 1) == 0:  # 1, 2, 4, 8 …
             self._log.warn(f"{self.counts['dropped']} event(s) dropped, not posted to "
                            f"{shown_url(self._url)}: {why}")
+        self.error = {"time": str(int(self._clock())), "error": why,
+                      "dropped": self.counts["dropped"]}
+        if self._telling is None:
+            self._telling = self._loop.later(self.TELL_SECONDS, self._tell)
         self._tries.pop(key, None)
         self._spool.done(key)
+
+    def _tell(self) -> None:
+        self._telling = None
+        self._failed()
 
     def _pump(self) -> None:
         while self._ready and self._pause is None and len(self._flying) < self._allowed:
@@ -5578,13 +5753,19 @@ class Reporter:
 
     def _post(self, conversation: str, key: int, item: Row) -> None:
         """In a thread of the crew: one try."""
-        body = to_bytes(item["event"])
+        late = {"late": 1} if self._age(item) > LATE_SECONDS else {}
+        body = to_bytes({**item["event"], **late})
         fields = {"Content-Type": "application/json", "X-Event-ID": item["id"],
                   "User-Agent": "openqq/" + VERSION}
         if self._secret:
             fields["X-Signature"] = signature(self._secret, body)
         status, answer, error = self._try(fields, body)
         self._loop.call(self._landed, conversation, key, item, status, answer, error)
+
+    def _age(self, item: Row) -> float:
+        """How long it has been queued, also by a former process: its name begins with when."""
+        found = re.match("[0-9a-f]{1,15}(?=-)", str(item["id"]))
+        return self._clock() - int(found.group(), 16) / 1000 if found else 0.0
 
     def _try(self, fields: Fields, body: bytes) -> Tuple[int, Optional[Row],
                                                          Optional[Unreachable]]:
@@ -5611,12 +5792,12 @@ class Reporter:
             return  # another answer said meanwhile that the receiver is gone
         if self._loop.clock() - started < self.PATIENCE:  # but the slow ones keep their lanes
             self._allowed = max(min(len(self._flying) + 1, POST_LANES), self._allowed - 1)
-        if error is not None:
-            self._failed(conversation, key, error)
+        if error is not None and not error.sent:
+            self._nobody(conversation, key, error)
         elif status == 410:
             self._stop_for_good()
-        elif status in self.LATER or status >= 500:
-            self._refused(conversation, key, status)
+        elif error is not None or status in self.LATER or status >= 500:
+            self._refused(conversation, key, error.status if error else f"answered {status}")
         else:
             self._delivered(conversation, key, item, answer)
         self._spool.flush()
@@ -5642,25 +5823,16 @@ class Reporter:
         else:
             del self._queues[conversation]
 
-    def _refused(self, conversation: str, key: int, status: int) -> None:
+    def _refused(self, conversation: str, key: int, how: str) -> None:
+        """It came, or may have come, and was not taken: what breaks its receiver five times is
+        not to do so for a day."""
         tries, first = self._tries.get(key, (0, self._loop.clock()))
         self._tries[key] = tries + 1, first
         if tries + 1 >= POST_TRIES:
-            self._drop(key, f"answered {status} {POST_TRIES} times")
+            self._drop(key, f"{how}, {POST_TRIES} times")
             self._next(conversation, key)
         else:
             self._again(conversation, 2.0 ** tries)
-
-    def _failed(self, conversation: str, key: int, error: Unreachable) -> None:
-        tries, first = self._tries.get(key, (0, self._loop.clock()))
-        self._tries[key] = tries + 1, first
-        if self._loop.clock() - first > POST_DAY:
-            self._drop(key, "nobody there for a day")
-            self._next(conversation, key)
-        elif error.sent:
-            self._again(conversation, backoff(tries))
-        else:
-            self._nobody(conversation, error)
 
     def _again(self, conversation: str, seconds: float) -> None:
         self.counts["retried"] += 1
@@ -5671,8 +5843,12 @@ class Reporter:
         self._ready.appendleft(conversation)
         self._pump()
 
-    def _nobody(self, conversation: str, error: Unreachable) -> None:
+    def _nobody(self, conversation: str, key: int, error: Unreachable) -> None:
         """No connection: it would fare no better with the others, so all wait."""
+        _, first = self._tries.setdefault(key, (0, self._loop.clock()))
+        if self._loop.clock() - first > POST_DAY:
+            self._drop(key, "nobody there for a day")
+            return self._next(conversation, key)
         self.counts["retried"] += 1
         self._ready.appendleft(conversation)
         self._allowed = 1
@@ -5680,7 +5856,7 @@ class Reporter:
             if self._outage == 1:
                 self._log.warn(f"{shown_url(self._url)} cannot be reached ({error.status}); "
                                "events wait for it")
-            self._pause = self._loop.later(backoff(self._outage), self._resume)
+            self._pause = self._loop.later(backoff(self._outage, POST_PAUSE), self._resume)
             self._outage += 1
 
     def _resume(self) -> None:
@@ -5840,7 +6016,7 @@ class Heartbeat:
                 self._quiet = True
             except Exception:  # the next beat may fare better
                 self._log.failure("a heartbeat")
-            self._ended.wait(self._interval)
+            self._ended.wait(max(self._interval, float(self._quiet)))  # of 0 only while it works
 
     def beat(self) -> None:
         """Ask once, and follow where the answer leads. Unreachable."""
@@ -5907,11 +6083,17 @@ def typed(name: str, value: Json) -> Json:
     return int(text) if name in ("max_member", "max_admin") and LENGTH.fullmatch(text) else text
 
 
+UID = re.compile("[1-9][0-9]{0,17}")  # what a number of 64 bits holds, as typed clients keep it
+PROPERTIES = {"role": "owner|admin|member", "echo": "[01]", "name": r"(?s)(?=.*\S).*",
+              "muted": r"[0-9]{1,12}(\.[0-9]{1,9})?"}
+
+
 def check_properties(row: Row) -> None:
-    """NotFound for a property that the network itself reads and could not."""
-    for name, good in ("role", "owner|admin|member"), ("echo", "[01]"), ("muted", r"[0-9.]{1,15}"):
-        if name in row and not re.fullmatch(good, str(row[name])):
-            raise NotFound(f"{name} {row[name]} not found")
+    """NotFound for a property that the network itself reads and could not, or too long a one."""
+    for name, value in row.items():
+        good = PROPERTIES.get(name, "(?s).*")
+        if len(str(value)) > SETTING_LIMIT or not re.fullmatch(good, str(value)):
+            raise NotFound(f"{name[:100]} {str(value)[:100]} not found")
 
 
 class World:
@@ -5936,10 +6118,12 @@ class World:
         put(binascii.hexlify(os.urandom(4)).decode(), "about", "era")
         put(digest, "about", "world")
         for person in [*self.fixtures(), *spec["people"]]:
+            uid = str(person["uid"])
+            person = {**person, "name": str(person.get("name") or uid)}
             check_properties(person)
-            put(dict(person), "people", str(person["uid"]))
+            put(person, "people", uid)
         for what, member in ("groups", "group_member"), ("discuss", "discuss_member"):
-            for circle in spec.get(what, []):
+            for circle in spec.get(what, []) if member in self.flavour.fields else []:
                 self._begin_circle(what.rstrip("s") if what == "groups" else what, member, circle)
         for one, other in spec.get("friends", []):
             put({}, "friend", str(one), str(other))
@@ -5979,14 +6163,14 @@ class World:
     def find(self, table: str, who: str, viewer: str = "") -> str:
         """The uid of a person, group or discuss by uid, account, name or the viewer's id."""
         rows = self.ledger.table(table)
-        if who in rows:
-            return who
-        if table == "people" and who in self.ledger.table("login"):
-            return str(self.ledger.table("login", who)["uid"])
-        for uid, row in rows.items():
+        login = self.ledger.table("login", who) if table == "people" and who else {}
+        for uid in who, login.get("uid"):
+            if uid and uid in rows:
+                return str(uid)
+        for uid, row in rows.items() if who else ():
             if row.get("name") == who or (viewer and self.id_for(viewer, uid, table) == who):
                 return uid
-        raise NotFound(f"{who or table} not found")
+        raise NotFound(f"{who[:100] or table} not found")
 
     def id_for(self, account: str, uid: str, table: str = "people") -> str:
         """How an account's login calls a uid: another id than that, a new one after each scan."""
@@ -6498,10 +6682,10 @@ class Dealings:
         requests = self._ledger.table("request")
         if len(requests) > WAIT_LIMIT:  # nobody answered the oldest
             self._ledger.put(None, "request", next(iter(requests)))
-        row = self._ledger.table("people", asker)
+        name = self._ledger.table("people", asker).get("name") or asker
         self._society.tell(uid, "friend_request", {"request": lambda to: {
-            "id": self._world.id_for(to, asker), "name": row["name"],
-            "displayname": row["name"], "verify": verify, "ticket": ticket}}, away=True)
+            "id": self._world.id_for(to, asker), "name": name,
+            "displayname": name, "verify": verify, "ticket": ticket}}, away=True)
         return ticket
 
     def answer_request(self, account: str, ticket: str, accept: bool, markname: str) -> bool:
@@ -6778,7 +6962,7 @@ class Changes:
             "remove friend": self.remove_friend, "set friend": self.set_friend,
             "add friend_request": self.add_friend_request,
             "set group_member": self.set_group_member}
-        for table in "group", "discuss":
+        for table in {"group", "discuss"}.intersection(self._world.flavour.fields):
             for act, function in (
                     ("add {}", self._add_circle), ("remove {}", self._remove_circle),
                     ("set {}", self._set_circle), ("add {}_member", self._add_member),
@@ -6791,18 +6975,25 @@ class Changes:
         do, what, uid, place = [rest.pop(name, "") for name in ("do", "what", "uid", "in")]
         act = self._acts.get(f"{do} {what}")
         if act is None:
-            raise NotFound(f"do={do} what={what} not found")
+            raise NotFound(f"do={do[:100]} what={what[:100]} not found")
         check_properties(rest)
         return {"uid": act(uid, place, rest)}
 
     def add_person(self, uid: str, place: str, row: Row) -> str:
         """Somebody new, whom nobody knows yet."""
-        name = str(row.get("name") or uid)
-        uid = uid or name_to_uid(name)
-        if not uid.isdigit():
-            raise NotFound("uid as a number not found")
+        name, uid = self._new(uid, row, "people", "")
         self._ledger.put({**row, "uid": uid, "name": name}, "people", uid)
         return uid
+
+    def _new(self, uid: str, row: Row, table: str, salt: str) -> Tuple[str, str]:
+        """Name and uid of something new: each makes the other, if only one of them is given."""
+        name = str(row.get("name") or uid)
+        uid = uid or (name_to_uid(salt + name) if name else "")
+        if not UID.fullmatch(uid):
+            raise NotFound("uid as a number of 1 to 18 digits not found")
+        if uid in self._ledger.table(table):
+            raise NotFound(f"uid {uid} is there already: a free one not found")
+        return name, uid
 
     def remove_person(self, uid: str, place: str, row: Row) -> str:
         """Somebody is gone, from all friends, groups and discusses."""
@@ -6872,10 +7063,7 @@ class Changes:
 
     def _add_circle(self, table: str, uid: str, place: str, row: Row) -> str:
         """A new group or discuss, with its owner in it if `owner_uid` names one."""
-        name = str(row.get("name") or uid)
-        uid = uid or name_to_uid(table + name)
-        if not uid.isdigit():
-            raise NotFound("uid as a number not found")
+        name, uid = self._new(uid, row, table, table)
         owner = row.get("owner_uid") and self._world.find("people", row["owner_uid"])
         self._ledger.put({**row, "uid": uid, "name": name, "owner_uid": owner or ""}, table, uid)
         if owner:
@@ -7895,7 +8083,7 @@ class HttpBridge(Bridge):
     def _fetch(self, path: str, method: str, body: Optional[bytes], seconds: float) -> Reply:
         reads = path.startswith(("/get_", "/_"))
         fields = {**self._fields, "Content-Type": "application/json"}
-        reply = fetch(self._url + path, method, fields, body, seconds, repeat=reads)
+        reply = fetch(beneath(self._url, path), method, fields, body, seconds, repeat=reads)
         if reply.status in (401, 403):
             reply.close()
             raise Unreachable(self.REFUSED)
@@ -8003,7 +8191,8 @@ class LoginPage:
         return Unreachable(self._refused)
 
     def _call(self, method: str, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
-        reply = fetch(self._url + path, method, {**fields, "Content-Type": "application/json"},
+        reply = fetch(beneath(self._url, path), method,
+                      {**fields, "Content-Type": "application/json"},
                       body, BRIDGE_SECONDS, repeat=method == "GET")
         data = reply.read()
         if reply.status in (401, 403, 423, 429):
@@ -8635,6 +8824,9 @@ class Papers:
                            for plugin in sorted(client.plugins, key=lambda p: p.name)])
         if client.warnings:
             row["warning"] = "; ".join(client.warnings.values())
+        for outlet in client.outlets:
+            if outlet.reporter and outlet.reporter.error:
+                row["post_error"] = outlet.reporter.error
         return dict(row, error=client.error) if client.error else row
 
     def write_state(self, client: Client) -> None:
@@ -8663,10 +8855,12 @@ class Papers:
 
         Those of a bridge are for no other one.
         """
-        row = self.read_cookie()
-        same = row.get("bridge") == self._bridge()
-        return {name: str(value) for name, value in (row.get("secrets") or {}).items()
-                if name in SETTINGS and (same or not name.startswith("onebot_"))}
+        row, now = self.read_cookie(), self._urls()
+        then, secrets = row.get("bridge") or {}, row.get("secrets") or {}
+        if isinstance(then, list):
+            then = dict(zip(now, then))  # as former versions wrote it
+        return {name: str(value) for name, value in secrets.items() if name in SETTINGS
+                and all(then.get(url) == now[url] for url in urls_of(name))}
 
     def write_cookie(self, cookie: str) -> None:
         """Keep a login, and with it the secrets that a resumed client needs (DESIGN)."""
@@ -8676,13 +8870,18 @@ class Papers:
             self.keep_secrets()
 
     def share_secrets(self) -> None:
-        """Take over those of a former start, and have a later one find what was given now."""
-        self.settings.fill(**self.kept_secrets())
+        """Take over those of a former start, and have a later one find what was given now.
+
+        Not those that the controller was told to forget.
+        """
+        forget = os.environ.pop("OPENQQ_FORGET", "").split(",")
+        self.settings.fill(**{name: value for name, value in self.kept_secrets().items()
+                              if name not in forget})
         self.keep_secrets()
 
     def keep_secrets(self) -> None:
         """Keep them as long as the login is kept, or there is none yet."""
-        if self.settings.secrets():
+        if self.settings.secrets() or self.read_cookie().get("secrets"):
             self._write_cookie(str(self.read_cookie().get("cookie", "")))
 
     def remove_cookie(self) -> None:
@@ -8692,11 +8891,13 @@ class Papers:
 
     def _write_cookie(self, cookie: str) -> None:
         row = {"account": self.settings.account, "cookie": cookie, "time": int(time.time()),
-               "secrets": self.settings.secrets(), "bridge": self._bridge()}
+               "secrets": self.settings.secrets(), "bridge": self._urls()}
         self._write(self.settings.cookie_path, to_bytes(row))
 
-    def _bridge(self) -> List[str]:
-        return [self.settings.onebot_api, self.settings.onebot_login_api]
+    def _urls(self) -> Dict[str, str]:
+        """Where secrets go to."""
+        return {name: getattr(self.settings, name) for name, setting in SETTINGS.items()
+                if setting.token[0]}
 
     def _write(self, path: str, data: bytes) -> None:
         try:
@@ -9631,9 +9832,10 @@ class Composer:
         try:
             keep = self._client.settings.download_media
             row = self._client.papers.shelf.put(data, name) if keep else unkept_media(data, name)
-            self.add_media(message, row, media["data"])
         except OSError as error:
             self._client.log.warn(f"a picture could not be kept: {error}")
+            row = unkept_media(data, name)
+        self.add_media(message, row, media["data"])
 
     def show_links(self, message: Message, item: Row) -> None:
         """What a bridge tells of a message besides its text."""
@@ -9676,7 +9878,8 @@ class Talk:
         row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None,
                     "cq": cq}
         if media:
-            data = base64.b64encode(read_file(media["media_path"] or "") or b"").decode()
+            data = media.get("data") or base64.b64encode(
+                read_file(media["media_path"] or "") or b"").decode()
             row["media"] = {"name": media["media_name"], "mime": media["media_mime"], "data": data,
                             "url": media.get("url"), "path": media.get("path")}
             self._composer.add_media(message, media, data)
@@ -10418,11 +10621,14 @@ class SendApi(ReadApi):
 
     # -- media
 
-    def media(self, request: Request) -> Optional[Row]:
-        """The shelf's row of the picture that a call brings, by whichever media_* it is."""
-        params, shelf = request.params, self.client.papers.shelf
+    def media(self, request: Request, keep: bool = False) -> Optional[Row]:
+        """The shelf's row of the picture that a call brings, by whichever media_* it is.
+
+        One that cannot be kept comes in `data`; with `keep` it is NoRoom.
+        """
+        params = request.params
         if params.get("media_id"):
-            row = shelf.get(params["media_id"])
+            row = self.client.papers.shelf.get(params["media_id"])
             if row is None:
                 raise BadRequest(400, "media_id not found")
             return row
@@ -10436,8 +10642,17 @@ class SendApi(ReadApi):
                     raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
                 title = params.get("media_name") or params.get(name + ".filename") or title
                 path = os.path.realpath(params[name]) if name == "media_path" else None
-                return {**shelf.put(data, title), "path": path}
+                return {**self._put(data, title, keep), "path": path}
         return None
+
+    def _put(self, data: bytes, title: str, keep: bool) -> Row:
+        try:
+            return self.client.papers.shelf.put(data, title)
+        except OSError as error:
+            self.client.log.warn(f"a picture could not be kept: {error}")
+            if keep:
+                raise NoRoom(f"the picture cannot be kept: {error.strerror}") from None
+            return {**unkept_media(data, title), "data": base64.b64encode(data).decode()}
 
     def _linked(self, params: Params) -> Row:
         """What a Shelf tells of media, for those that somebody else will fetch."""
@@ -10491,7 +10706,7 @@ class SendApi(ReadApi):
 
     def upload_media(self, request: Request) -> Json:
         """Keep a picture for a later media_id."""
-        row = self.media(request)
+        row = self.media(request, keep=True)
         if row is None:
             raise BadRequest(400, "media_path, media_data or media_url missing")
         about = {name: value for name, value in row.items() if name.startswith("media_")}
@@ -10784,8 +10999,10 @@ def openqq_plugin(client: Client, data: Row) -> None:
     given = {name: value for name, value in data.items() if name != "listen"}
     settings = client.settings.with_(given)
     store = Store(settings.check_event_list_max_size)
-    reporter = Reporter(settings.post_api, settings.post_secret, client.spool, client.loop,
-                        client.log, Answers(client).answered) if settings.post_api else None
+    reporter = Reporter(
+        settings.post_api, settings.post_secret, client.spool, client.loop, client.log,
+        Answers(client).answered, failed=lambda: client.papers.write_state(client),
+    ) if settings.post_api else None
     listed = settings.post_event_list
     if listed is None:
         listed = client.flavour.post_event_list
@@ -10894,8 +11111,9 @@ def open_listener(host: str, port: int) -> socket.socket:
     """A listening socket; Refusal with the remedy."""
     try:
         return listen(host, port)
-    except OSError as error:
-        raise Refusal(f"cannot listen on {host} port {port}: {error.strerror or error}; "
+    except (OSError, ValueError, OverflowError) as error:  # ValueError: what is no name
+        why = getattr(error, "strerror", "") or error
+        raise Refusal(f"cannot listen on {host} port {port}: {why}; "
                       "give another with --host or --port") from None
 
 
@@ -10950,15 +11168,46 @@ READS = re.compile("/open(qq|wx)/(get|search)_")
 WAITS = re.compile("/open(qq|wx)/(check_event|consult)")
 
 
-class Child:
+class Account:
+    """A client's name and what it was started with; pid and port are those of the last time."""
+
+    def __init__(self, name: str, given: Dict[str, str], pid: int, port: int) -> None:
+        self.name, self.given = name, given          # settings as text, secrets included
+        self.pid, self.port = pid, port
+
+    def open_settings(self) -> Dict[str, str]:
+        """What it was given, without the secrets."""
+        return {name: value for name, value in self.given.items() if not SETTINGS[name].secret}
+
+    def shown(self) -> Row:
+        """What start_client and stop_client tell."""
+        return {**self.open_settings(), "client": self.name, "code": 0, "pid": self.pid,
+                "port": self.port, "status": "success"}
+
+    def row(self, run: bool) -> Row:
+        """What the backend file tells of it."""
+        return {"pid": self.pid, "port": self.port, "run": run, "given": self.open_settings()}
+
+
+class Renewal:
+    """A child's change of settings, until it has come up with them."""
+
+    def __init__(self, former: Tuple[Dict[str, str], Set[str]]) -> None:
+        self.former = former         # what it had: given, forget
+        self.begun = False           # its process of before is gone
+        self.done = Promise()
+
+
+class Child(Account):
     """One client as its controller sees it. Written in the controller's loop only."""
 
     def __init__(self, name: str, given: Dict[str, str], listener: socket.socket) -> None:
-        self.name, self.given = name, given          # settings as text, secrets included
+        super().__init__(name, given, 0, listener.getsockname()[1])
         self.listener = listener                     # ours too, so that the port stays taken
-        self.port: int = listener.getsockname()[1]
         self.process: Any = None                     # subprocess.Popen while it lives
-        self.pid = 0
+        self.forget: Set[str] = set()                # secrets that its cookie file is to lose
+        self.renewal: Optional[Renewal] = None
+        self.resuming = False                        # its process of a former controller lives
         self.turn = 0                                # which of the CPUs
         self.life: Optional[socket.socket] = None
         self.heard = b""                             # of a line that is not complete yet
@@ -10978,15 +11227,6 @@ class Child:
         """Whether it runs, or will again in a moment."""
         return self.process is not None or (self.timer is not None
                                             and self.timer.job is not None)
-
-    def open_settings(self) -> Dict[str, str]:
-        """What it was given, without the secrets."""
-        return {name: value for name, value in self.given.items() if not SETTINGS[name].secret}
-
-    def shown(self) -> Row:
-        """What start_client and stop_client tell."""
-        return {**self.open_settings(), "client": self.name, "code": 0, "pid": self.pid,
-                "port": self.port, "status": "success"}
 
 
 class Launcher:
@@ -11051,6 +11291,7 @@ class Launcher:
                 "MALLOC_ARENA_MAX": "1",  # glibc: else each thread has a heap of its own
                 "OPENQQ_FLAVOR": flavour.name, "OPENQQ_LOCAL": self._url,
                 "OPENQQ_KEY": self._key_for(child.name),
+                "OPENQQ_FORGET": ",".join(sorted(child.forget)),
                 "OPENQQ_TEMPLATE": settings.template_path}
 
 
@@ -11099,6 +11340,7 @@ class Supervisor:
         """Start a child of a former controller, once its former process is gone."""
         self.children[child.name] = child
         child.timer = Timer(lambda: None)  # counts as alive meanwhile
+        child.resuming = True
         self._crew.submit(self._await_end, child, pid_file)
 
     def _await_end(self, child: Child, pid_file: PidFile) -> None:
@@ -11122,6 +11364,8 @@ class Supervisor:
         self._enter(child, "init")
         self._serve_again(child)  # only now: without a process nobody is to wait in the backlog
         self._loop.watch(life, lambda: self._listen(child))
+        if child.renewal:
+            self._loop.later(TRIAL_SECONDS, self._settle, child, child.renewal)
         self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
 
     def _listen(self, child: Child) -> None:
@@ -11146,6 +11390,8 @@ class Supervisor:
             child.lines.append(str(news["log"]))
         if "state" in news:
             self._enter(child, str(news["state"]))
+            if child.renewal and child.renewal.begun and child.state != "init":
+                self._settle(child, child.renewal)  # it has read them, and serves
             if child.state == "running":
                 child.tries, child.since_running = 0, self._loop.clock()
                 child.failed = False
@@ -11183,8 +11429,10 @@ class Supervisor:
         self._gone(child.name)
         if child.timer:
             child.timer.cancel()
-        if child.stopping or status == 0 or self.ending:
-            told = child.stopping or self.ending
+        told = bool(child.stopping) or self.ending
+        if child.renewal and not told:
+            self._begin_anew(child, child.renewal)
+        elif told or status == 0:
             self._log.info(f"client {child.name} " + ("stopped" if told else "ended by itself"))
             self._stopped(child)
         else:
@@ -11211,8 +11459,54 @@ class Supervisor:
         waiting, child.stopping = child.stopping, []
         for promise in waiting:
             promise.keep()
+        if child.renewal:
+            child.renewal.done.fail(NotRunning("stopping"))
+            child.renewal = None
+
+    def renew(self, child: Child, given: Dict[str, str], forget: Set[str]) -> Promise:
+        """Have a child begin anew with other settings, on its port: kept when it has.
+
+        If it does not come up with them it goes on with what it had, and the promise brings
+        ClientDied. It is no restart of one that died.
+        """
+        child.renewal = renewal = Renewal((child.given, child.forget))
+        child.given, child.forget, child.failed = given, forget, False
+        self._log.info(f"client {child.name} begins anew with other settings")
+        self._changed()
+        if child.resuming:
+            renewal.begun = True  # it is started in a moment
+            return renewal.done
+        if child.timer:
+            child.timer.cancel()
+        if child.process is None:
+            self._begin_anew(child, renewal)
+        else:
+            self._signal(child, signal.SIGTERM)
+            child.timer = self._loop.later(KILL_SECONDS, self._signal, child, signal.SIGKILL)
+        return renewal.done
+
+    def _begin_anew(self, child: Child, renewal: Renewal) -> None:
+        """Its process is gone, so start it with what it has now; that is gone too: with what it
+        had."""
+        if renewal.begun:
+            child.given, child.forget = renewal.former
+            child.renewal = None
+            self._log.error(f"client {child.name} died of its new settings: it has those of before")
+            renewal.done.fail(ClientDied(reason="\n".join(child.lines)))
+        renewal.begun = True
+        child.lines.clear()
+        child.tries, child.restarts = 0, child.restarts - 1
+        self._try_again(child)
+
+    def _settle(self, child: Child, renewal: Renewal) -> None:
+        """From now on its death is one like any other."""
+        if child.renewal is renewal:
+            child.renewal = None
+            renewal.done.keep()
 
     def _crashed(self, child: Child, status: int) -> None:
+        if child.renewal:
+            return self._begin_anew(child, child.renewal)
         how = f"exit status {status}" if status > 0 else f"signal {-status}"
         child.lines.append(f"client {child.name} died: {how}")
         if not self._restart or child.tries >= START_TRIES:
@@ -11228,7 +11522,7 @@ class Supervisor:
         child.timer = self._loop.later(wait, self._try_again, child)
 
     def _try_again(self, child: Child) -> None:
-        child.timer = None
+        child.timer, child.resuming = None, False
         if self.ending or self.children.get(child.name) is not child:
             return self._stopped(child)
         try:
@@ -11584,25 +11878,45 @@ def watch_clients(metrics: Metrics, supervisor: Supervisor) -> None:
                   lambda: {"": supervisor.restarts})
 
 
-def check_params(params: Params, tmpdir: str, own_files: str,
-                 taken: Iterable[str]) -> Dict[str, str]:
+def check_params(params: Params) -> Dict[str, str]:
     """start_client's parameters as settings; NotAllowed for what callers may not give.
 
-    `own_files` and `taken` as check_path() has them.
+    An empty one is no value: it clears what is remembered.
     """
-    given = {}
+    named = {}
     for name, value in params.items():
         setting = setting_named(name)
         if setting is None or not setting.caller:
-            raise NotAllowed(f"{name} not allowed")
+            raise NotAllowed(f"{name[:100]} not allowed")
+        named[setting.name] = value
+    given: Dict[str, str] = tokens_apart(named)
+    for name, value in given.items():
         try:
-            parsed = setting.parse(value)
+            if value:
+                SETTINGS[name].parse(value)
         except ValueError as error:
             raise NotAllowed(f"{error}: not allowed") from None
-        if setting.read is _path and value:
-            check_path(name, parsed, tmpdir, own_files, taken)
-        given[setting.name] = value
     return given
+
+
+def check_paths(given: Mapping[str, str], tmpdir: str, own_files: str,
+                taken: Iterable[str]) -> None:
+    """NotAllowed for a caller's path that is no good: one file for two things among them.
+
+    `own_files` matches the names of this program's own files for a client, once the kind of file
+    is filled in; `taken` as check_path() has it.
+    """
+    paths = {name: str(_path(value)) for name, value in given.items()
+             if value and SETTINGS[name].read is _path}
+    for name, path in paths.items():
+        others = [other for key, other in paths.items() if key != name]
+        check_path(name, path, tmpdir, own_files.format(name[:-len("_path")]), [*taken, *others])
+        check_usable(name, path, paths.get("tmpdir", ""))
+
+
+def cleared(given: Mapping[str, str]) -> Set[str]:
+    """The secrets that are to be forgotten."""
+    return {name for name, value in given.items() if SETTINGS[name].secret and not value}
 
 
 def read_accounts(path: str, log: Log) -> Dict[str, Dict[str, str]]:
@@ -11634,10 +11948,10 @@ def account_settings(given: Json) -> Dict[str, str]:
         setting = setting_named(name)
         if setting is None or setting.whose == "controller":
             raise ValueError(f"{name} is not a setting of a client")
-        if value is not None:
+        texts[setting.name] = "" if value is None else setting.text(value)
+        if texts[setting.name]:
             setting.parse(value)
-            texts[setting.name] = setting.text(value)
-    return texts
+    return tokens_apart(texts)
 
 
 class Controller:
@@ -11671,6 +11985,7 @@ class Controller:
         self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
         self._reporter: Optional[Reporter] = None
         self._closing: List[Callable[[], None]] = []
+        self.former: Dict[str, Account] = {}  # clients that do not run, for their next start
         self._busy = False       # callers were still to be answered when the servers closed
 
     def _resolve_template(self) -> None:
@@ -11763,21 +12078,38 @@ class Controller:
             self._closing.append(heartbeat.stop)
         self.supervisor.look_after(self.settings.check_interval)
         backend = read_json(self.settings.backend_path, self.log)
+        accounts = read_accounts(self.settings.accounts, self.log) if self.settings.accounts else {}
         for name, row in backend.items():
-            self._resume(name, row)
-        if self.settings.accounts:
-            for name, given in read_accounts(self.settings.accounts, self.log).items():
-                self._start_known(name, given)
+            if isinstance(row, dict):
+                self._recall(name, row)
+        for name, known in list(self.former.items()):
+            if self.settings.resume and backend[name].get("run"):
+                self._resume(known, accounts.get(name, {}))
+        for name, given in accounts.items():
+            self._start_known(name, given)
 
-    def _resume(self, name: str, row: Row) -> None:
-        if not (self.settings.resume and isinstance(row, dict) and row.get("run")):
-            return
+    def _recall(self, name: str, row: Row) -> None:
+        """Know again what a former controller remembered, as far as it makes sense."""
+        given: Dict[str, str] = {}
+        for key, value in (row["given"] if isinstance(row.get("given"), dict) else {}).items():
+            try:
+                given.update(account_settings({key: value}))
+            except ValueError as error:
+                self.log.warn(f"client {name}: {error}; going on without")
         try:
-            given = {key: str(value) for key, value in row["given"].items()
-                     if key in SETTINGS and SETTINGS[key].whose != "controller"}
-            child = Child(check_name(name), given, self.ports.open(_port(str(row["port"]))))
-        except (OpenQQError, KeyError, ValueError, TypeError, AttributeError) as error:
-            return self.log.warn(f"client {name} cannot be resumed: {error}")
+            self.former[check_name(name)] = Account(name, renewed({}, given), 0,
+                                                    _port(str(row.get("port"))))
+        except (NotAllowed, ValueError) as error:
+            self.log.warn(f"client {name} cannot be resumed: {error}")
+
+    def _resume(self, known: Account, given: Dict[str, str]) -> None:
+        """What the operator's file says is given anew."""
+        try:
+            child = Child(known.name, renewed(known.given, given), self.ports.open(known.port))
+        except OpenQQError as error:
+            return self.log.warn(f"client {known.name} cannot be resumed: {error}")
+        child.forget = cleared(given)
+        del self.former[known.name]
         self.supervisor.resume(child, PidFile(self.path_of(child, "pid_path")))
 
     def _start_known(self, name: str, given: Dict[str, str]) -> None:
@@ -11790,17 +12122,56 @@ class Controller:
     # -- clients, in the loop
 
     def start_client(self, name: str, given: Dict[str, str]) -> Child:
-        """Start a client that is not alive; TooManyClients, NoPort, StartFailure, ClientDied."""
-        children = self.supervisor.children
-        if sum(child.alive() for child in children.values()) >= self.settings.max_clients:
-            raise TooManyClients()
+        """Start a client that is not alive, with what it is given and what is remembered of it;
+        TooManyClients, NoPort, StartFailure, ClientDied."""
+        self._check_room()
         self._check_template()
-        former = children.pop(name, None)
+        former = self.supervisor.children.pop(name, None)
         if former:
+            self.remember(former)
             self.supervisor.release(former)
-        child = Child(name, given, self.ports.open(former.port if former else 0))
+        known = self.former[name].given if name in self.former else {}
+        child = Child(name, renewed(known, given), self.ports.open(former.port if former else 0))
+        child.forget = cleared(given)
         self.supervisor.start(child)
+        self.former.pop(name, None)
         return child
+
+    def _check_room(self) -> None:
+        alive = sum(child.alive() for child in self.supervisor.children.values())
+        if alive >= self.settings.max_clients:
+            raise TooManyClients()
+
+    def remember(self, child: Child) -> None:
+        """Keep what a client was started with, until it is started again or deleted."""
+        given = {name: value for name, value in child.given.items() if name not in UNKEPT}
+        self.former.pop(child.name, None)  # the newest stands last
+        self.former[child.name] = Account(child.name, given, child.pid, child.port)
+        if len(self.former) > MEMORY_LIMIT:
+            del self.former[next(iter(self.former))]
+
+    def stop_client(self, child: Child) -> Promise:
+        """End a client whose settings are to be remembered; kept when it is gone."""
+        self.remember(child)
+        return self.supervisor.stop(child)
+
+    def forget_client(self, account: Account) -> Promise:
+        """End a client, if it runs, and remember nothing of it; kept when it is gone."""
+        self.former.pop(account.name, None)
+        self._changed()
+        return self.supervisor.stop(account) if isinstance(account, Child) else kept_promise()
+
+    def update_client(self, child: Child, given: Dict[str, str]) -> Promise:
+        """Let a client have some settings anew: kept when it has begun with them, at once if they
+        are what it has. TooManyClients, ClientDied."""
+        settings = renewed(child.given, given)
+        if settings == child.given and not cleared(given):
+            return kept_promise()
+        if not child.alive():
+            self._check_room()
+        self._check_template()
+        return self.supervisor.renew(child, settings, cleared(given) | {
+            name for name in child.forget if name not in settings})
 
     def _check_template(self) -> None:
         data = read_file(self.settings.template_path) or b""
@@ -11810,8 +12181,8 @@ class Controller:
             self.log.error(f"the template does not compile: {error}")
             raise ClientDied() from None
 
-    def path_of(self, child: Child, setting: str) -> str:
-        """Where a child's state, QR code or pid file is."""
+    def path_of(self, child: Account, setting: str) -> str:
+        """Where a client's state, QR code or pid file is."""
         given = child.given.get(setting)
         if given:
             return str(_path(given))
@@ -11820,7 +12191,7 @@ class Controller:
                      "spool_path": ("post", "jsonl")}[setting]
         return self._start_of(child, what) + "." + end
 
-    def _start_of(self, child: Child, what: str) -> str:
+    def _start_of(self, child: Account, what: str) -> str:
         directory = _path(child.given.get("tmpdir", "")) or self.settings.tmpdir
         return os.path.join(directory, f"{self.flavour.file_prefix}{what}_{child.name}")
 
@@ -11829,8 +12200,8 @@ class Controller:
         given = {**inherited(self.flavour), **child.given}
         return "onebot" if given.get("onebot_api") else "local"
 
-    def shelf_of(self, child: Child) -> Shelf:
-        """A child's pictures."""
+    def shelf_of(self, child: Account) -> Shelf:
+        """A client's pictures."""
         return Shelf(self._start_of(child, "media") + "_", self.log)
 
     def _changed(self) -> None:
@@ -11839,15 +12210,13 @@ class Controller:
             self.loop.call(self._save)
 
     def _save(self) -> None:
-        """The backend file: what a later controller resumes. Secrets are not in it."""
+        """The backend file: what a later controller resumes or remembers, without secrets."""
         self._dirty = False
         self.hub.look()
-        children = self.supervisor.children
-        rows = {name: {"pid": child.pid, "port": child.port,
-                       "run": child.alive() or self.supervisor.ending,
-                       "given": child.open_settings()}
-                for name, child in children.items() if child.alive() or child.failed
-                or child.state == "stop"}
+        rows = {name: account.row(False) for name, account in self.former.items()}
+        rows.update((name, child.row(child.alive() or self.supervisor.ending))
+                    for name, child in self.supervisor.children.items()
+                    if child.alive() or child.failed or child.state == "stop")
         try:
             write_file(self.settings.backend_path, to_bytes(rows))
         except OSError as error:
@@ -11888,19 +12257,49 @@ class Controller:
         self.loop.later(READ_SECONDS if self._busy else 0.0, self.loop.stop)
 
 
+def kept_promise() -> Promise:
+    """One that nobody has to wait for."""
+    promise = Promise()
+    promise.keep()
+    return promise
+
+
+class Turns:
+    """One call at a time for each name: whoever starts, changes, stops or deletes a client is done
+    with it before the next one begins."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards _busy
+        self._busy: Set[str] = set()
+
+    def take(self, name: str, function: Callable[[], Row]) -> Row:
+        """What function() returns or raises, when it is the turn of this call."""
+        with self._changed:
+            self._changed.wait_for(lambda: name not in self._busy)
+            self._busy.add(name)
+        try:
+            return function()
+        finally:
+            with self._changed:
+                self._busy.discard(name)
+                self._changed.notify_all()
+
+
 class ControllerApi:
     """The controller's own API (CONTRACT 2), and the way to the clients' for all else."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
+        self._turns = Turns()
         self._proxy = Proxy(controller.settings.token)
         self._own_paths = {route.path for route in self.routes()}  # whatever the method
 
     def routes(self) -> List[Route]:
         """The route table, under both prefixes."""
-        table = [("start_client", ACT, self.start_client),
-                 ("stop_client", ACT, self.stop_client),
-                 ("delete_client", ACT, self.delete_client),
+        table = [("start_client", ACT, self._in_turn(self.start_client)),
+                 ("update_client", ACT, self._in_turn(self.update_client)),
+                 ("stop_client", ACT, self._in_turn(self.stop_client)),
+                 ("delete_client", ACT, self._in_turn(self.delete_client)),
                  ("check_client", READ, self.check_client),
                  ("get_qrcode", READ, self.get_qrcode),
                  ("events", "GET", self.events)]
@@ -11918,6 +12317,19 @@ class ControllerApi:
 
     def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._controller.loop.ask(function, *args)
+
+    def _await(self, promise: Promise, more: float = 0.0) -> None:
+        """What ends a process takes no longer; TooSlow if the system does."""
+        try:
+            promise.wait(KILL_SECONDS + 5.0 + more)
+        except TimeoutError:
+            raise TooSlow() from None
+
+    def _in_turn(self, handler: Callable[[Request], Row]) -> Callable[[Request], Row]:
+        def handle(request: Request) -> Row:
+            return self._turns.take(self._name(request), lambda: handler(request))
+        handle.__doc__ = handler.__doc__
+        return handle
 
     def _name(self, request: Request) -> str:
         name = request.params.get("client", "")
@@ -11941,14 +12353,14 @@ class ControllerApi:
         """Start a client; answers before it has logged in."""
         name = self._name(request)
         settings = self._controller.settings
-        own = rf"{self._controller.flavour.file_prefix}(cookie|qrcode|state|pid)_" \
-              rf"{re.escape(name)}\.\w+"
-        taken = (settings.template_path, settings.backend_path, settings.pid_path,
-                 settings.log_path, settings.accounts, settings.world)
-        given = check_params(request.keys(), settings.tmpdir, own, taken)
+        given = check_params(request.keys())
+        check_paths(given, settings.tmpdir,
+                    rf"{self._controller.flavour.file_prefix}{{}}_{re.escape(name)}\.\w+",
+                    (settings.template_path, settings.backend_path, settings.pid_path,
+                     settings.log_path, settings.accounts, settings.world))
         row = None
         while row is None:
-            self._ask(self._controller.supervisor.farewell, name).wait(KILL_SECONDS + 5.0)
+            self._await(self._ask(self._controller.supervisor.farewell, name))
             row = self._ask(self._start, name, given)
         return {**request_echo(request), **row}
 
@@ -11962,26 +12374,38 @@ class ControllerApi:
             return {**child.shown(), "account": name, "status": "client already exists"}
         return {**controller.start_client(name, given).shown(), "account": name}
 
+    def update_client(self, request: Request) -> Row:
+        """Change settings of a client, which begins anew with them: all or none, but no paths."""
+        child = self._child(request)
+        for name in request.keys():
+            if getattr(setting_named(name), "read", None) is _path:
+                raise NotAllowed(f"{name} not allowed")
+        self._await(self._ask(self._controller.update_client, child,
+                              check_params(request.keys())), TRIAL_SECONDS)
+        return {**child.shown(), "account": child.name}
+
     def stop_client(self, request: Request) -> Row:
         """Stop a client, and answer when it has stopped: it can be started again at once."""
         child = self._child(request)
         row = child.shown()
-        self._stop(child, "client_stopped")
+        self._stop(child, self._controller.stop_client, "client_stopped")
         return row
 
-    def _stop(self, child: Child, event: str) -> None:
+    def _stop(self, child: Account, end: Callable[..., Promise], event: str) -> None:
         """Those who read the events are told, as check_client knows no more of it."""
-        promise = self._ask(self._controller.supervisor.stop, child)
-        promise.wait(KILL_SECONDS + 5.0)
-        self._ask(self._controller.supervisor.release, child)
+        self._await(self._ask(end, child))
+        if isinstance(child, Child):
+            self._ask(self._controller.supervisor.release, child)
         self._controller.hub.tell({"event": event, "params": [child.name], "post_type": "event",
                                    "settings": child.open_settings()}, child.name)
 
     def delete_client(self, request: Request) -> Row:
-        """Stop a client and forget its login, its state and what waits to be posted."""
-        controller, child = self._controller, self._child(request)
+        """Stop a client and forget its login, its state, its settings and what waits to be
+        posted; of one that was stopped before as well."""
+        controller = self._controller
+        child: Account = controller.former.get(self._name(request)) or self._child(request)
         row = child.shown()
-        self._stop(child, "client_deleted")
+        self._stop(child, controller.forget_client, "client_deleted")
         controller.network.loop.ask(controller.network.settle,
                                     controller.network.logins.delete, child.name)
         for name in "cookie_path", "state_path", "spool_path", "qrcode_path":
@@ -12056,8 +12480,9 @@ class ControllerApi:
 
 def request_echo(request: Request) -> Row:
     """The parameters that start_client tells again, as they were spelt; secrets stay out."""
-    return {name: value for name, value in request.keys().items()
-            if not (setting_named(name) or SETTINGS["token"]).secret}
+    rows = [(name, value, setting_named(name) or SETTINGS["token"])
+            for name, value in request.keys().items()]
+    return {name: setting.split(value)[0] for name, value, setting in rows if not setting.secret}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -12093,7 +12518,7 @@ def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
                 raise Refusal(f"{name} needs a value", 2)
             value = rest.pop(0)
         given[setting.name] = value
-    return given
+    return tokens_apart(given)
 
 
 def rename_process(whose: str, given: Dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import functools
 import gc
 import hashlib
 import hmac
@@ -4553,7 +4554,7 @@ def test_every_attribute_of_the_documented_new_is_taken(tower):
 # A text that a setting takes, by the function that reads it: for each row of the table.
 SAMPLES = {"_flag": ("1", "maybe"), "_whole": ("7", "7.5"), "_port": ("65535", "65536"),
            "_number": ("0.5", "-1"), "_text": ("x y", "a\0b"), "_path": ("/tmp/x", "a\0b"),
-           "_words": ("a, b", None), "_level": ("fatal", "loud"), "_encoding": ("gbk", "klingon"),
+           "_words": ("a, b", "a\0b"), "_level": ("fatal", "loud"), "_encoding": ("gbk", "klingon"),
            "_url": ("http://h/a?b=1", "gopher://h/"),
            "_bridge_url": ("wss://h:3001/", "ftp://h/")}
 CHOICES = {"flavor": "qq", "restart": "never", "login_type": "login", "mode": "busy",
@@ -4596,14 +4597,203 @@ def test_each_setting_can_be_given_in_every_way_and_helped_with(whose):
 @pytest.mark.parametrize("row", openqq.SETTINGS.values(), ids=list(openqq.SETTINGS))
 def test_a_bad_value_is_refused_with_the_settings_name(row):
     _, bad = sample(row)
-    if bad is None:
-        assert row.read("anything, at all") == ["anything", "at", "all"]
-        return
     whose = "client" if row.whose == "both" else row.whose
     with pytest.raises(ValueError, match=row.name):
         openqq.Settings(whose, {row.name: bad}, {}, "MOJO_WEBQQ_")
     with pytest.raises(ValueError, match=row.name):
         openqq.Settings(whose, {}, {"MOJO_WEBQQ_" + row.name.upper(): bad}, "MOJO_WEBQQ_")
+
+
+# What nobody means, for each way to read a setting; {tmpdir} has in it: file, dir, fifo, link (to
+# file), twice (a second name of it).
+LONG = "a" * 5_000
+ODD_TEXTS = ["a\0b", "a\nb", "\x1b[31m", "\ud800", LONG, "\x9b", "\u2028", "a\rb", "\x7f", "a\tb",
+             " ", "{}{0}%s", "$(id)", "';--", "\u202eabc", "ä" * 4_000, "😀", "a,,b", "=", "a\\"]
+ODD_NUMBERS = ["nan", "inf", "-1", "-0", "1e9", "1e-9", "²", "٣", "１２", "+1", " 1", "1 ", "0x10",
+               "1_000", "0", "000", "0007", "0.0", "0.5", ".5", "5.", "1,5", "999999999",
+               "9999999999", "100000000", "2147483648", "0.000000001", "9" * 5_000, "true", "one"]
+ODD_PATHS = ["/dev/null", "/dev/full", "/", "~nobody", "~", "x", "../x", "{tmpdir}", "{tmpdir}/dir",
+             "{tmpdir}/fifo", "{tmpdir}/link", "{tmpdir}/twice", "{tmpdir}/file/x", "a\0b",
+             "{tmpdir}/no/such", "{tmpdir}/" + LONG, "{tmpdir}/" + "ä" * 200, "{tmpdir}/./",
+             "{tmpdir}/good", "{tmpdir}/dir/good", "{tmpdir}/mojo_webqq_cookie_odd.dat", "\ud800"]
+ODD_URLS = ["{s}://127.0.0.1:65536/", "{s}://127.0.0.1:0/", "{s}://127.0.0.1:99999999999/",
+            "{s}://127.0.0.1:x/", "{s}://127.0.0.1:-1/", "{s}://127.0.0.1:８０/", "{s}://:80/",
+            "{s}://127.0.0.1:/", "{s}://[::1", "{s}://[::1]x/", "{s}://[::g]/",
+            "{s}://[127.0.0.1]/", "{s}://[::1]:1/", "{s}://" + "a" * 300 + "/",
+            "{s}://" + "a." * 150 + "/", "{s}://a..b/",
+            "{s}://" + "ü" * 80 + ".example/", "{s}://a\u2024b/", "{s}://a b/", "{s}://a\u3000b/",
+            "{s}://a\tb/", "{s}://a\\b@127.0.0.1:1/", "{s}://u@v@127.0.0.1:1/",
+            "{s}://u:p%zz@127.0.0.1:1/", "{s}://127.0.0.1:1 {s}://127.0.0.1:1",
+            "{s}://127.0.0.1:1/,{s}://127.0.0.1:1/", "{s}://127.0.0.1:1/;{S}://127.0.0.1:1/",
+            "{S}://127.0.0.1:1/", "{s}:/127.0.0.1/", "{s}:127.0.0.1", "//127.0.0.1/",
+            "127.0.0.1:80",
+            "file:///etc/passwd", "{s}://", "{s}:///x", "{s}://127.0.0.1:1/\ud800",
+            "{s}://127.0.0.1:1/ä?ä#ä", "{s}://127.0.0.1:1?x", "{s}://127.0.0.1:1#x", " {s}://h/",
+            "{s}://a|b/", "{s}://a%00b/", "{s}://169.254.169.254/", "javascript:alert(1)"]
+ODD_ENCODINGS = ["idna", "punycode", "undefined", "rot13", "rot_13", "base64", "hex", "zip", "bz2",
+                 "uu", "quopri", "mbcs", "oem", "utf-16", "utf-32", "utf-8-sig", "utf-16-le",
+                 "unicode_escape", "raw_unicode_escape", "cp037", "a\0b", "..", "../../x", " ",
+                 "klingon", LONG, "aliases", "ascii", "gbk", "gb18030", "UTF8", "latin-1", "hz",
+                 "cp1252", "big5"]
+ODD_FLAGS = ["2", "-1", "01", "maybe", "TRUE", "Yes", "oN", "no", " 1", "１", "²", "null", "None",
+             "0.0", "1.0", "f", "t", "真", "\0", LONG, "[]"]
+ODD = {"_flag": ODD_FLAGS, "_whole": ODD_NUMBERS, "_number": ODD_NUMBERS, "_port": ODD_NUMBERS,
+       "_text": ODD_TEXTS, "_words": ODD_TEXTS, "_level": ODD_TEXTS + ["INFO", "info "],
+       "_encoding": ODD_ENCODINGS, "_path": ODD_PATHS, "choose": ODD_TEXTS + ["QRLOGIN", "Online"],
+       "_url": [url.replace("{s}", "http").replace("{S}", "HTTPS") for url in ODD_URLS],
+       "_bridge_url": [url.replace("{s}", scheme).replace("{S}", scheme.upper())
+                       for scheme in ("ws", "http") for url in ODD_URLS]}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A controller, and what lies in the tmpdir for ODD_PATHS."""
+    program = Program(tmp_path_factory.mktemp("odd"), "controller").ready()
+    put(program.tmpdir + "/file", "mine")
+    os.mkdir(program.tmpdir + "/dir")
+    os.mkfifo(program.tmpdir + "/fifo")
+    os.symlink("file", program.tmpdir + "/link")
+    put(program.tmpdir + "/one", "mine")
+    os.link(program.tmpdir + "/one", program.tmpdir + "/twice")
+    yield program
+    assert program.stop() == 0
+    assert content(program.tmpdir + "/file") == content(program.tmpdir + "/one") == b"mine"
+    assert not re.search("Traceback|fault of this program", program.log.text())
+
+
+def told(program, path, **params):
+    """(status, JSON) of a call with a JSON body, which can hold what no query can."""
+    status, _, body = request(program.base, "/openqq/" + path, "POST", json.dumps(params),
+                              {"Content-Type": "application/json"})
+    return status, json.loads(body)
+
+
+def odd_values(row, program):
+    return [value.replace("{tmpdir}", program.tmpdir) for value in ODD[row.read.__name__]]
+
+
+def is_taken(row, value, program):
+    """Whether start_client takes a value, without starting anything: it asks these two."""
+    try:
+        given = openqq.check_params({row.name: value})
+        openqq.check_paths(given, program.tmpdir, "mojo_webqq_{}_odd.dat", ())
+        return True
+    except openqq.NotAllowed as error:
+        assert error.status.startswith(row.name) and "not allowed" in error.status
+        assert len(error.status) < 400
+        return False
+
+
+CALLERS_ROWS = [row for row in openqq.SETTINGS.values() if row.caller]
+
+
+@pytest.mark.parametrize("read", sorted(ODD))
+def test_a_hostile_value_of_each_kind_is_refused_with_400_and_the_settings_name(odd, read):
+    if read == "_port":
+        assert not [row.name for row in CALLERS_ROWS if row.read.__name__ == read]
+        return
+    row = next(row for row in CALLERS_ROWS if row.read.__name__ == read and not row.secret)
+    for value in odd_values(row, odd):
+        if not is_taken(row, value, odd):
+            status, answer = told(odd, "start_client", client="odd", **{row.name: value})
+            if {"\0", "\ud800"} & set(value):  # no parameter holds that
+                assert (status, answer["code"]) == (400, 400), answer
+            else:
+                assert (status, answer["code"]) == (400, 6) and row.name in answer["status"], answer
+    assert not odd.call("check_client")["client"]
+
+
+def test_no_hostile_value_is_taken_that_later_fails(odd):
+    """Those that are taken, one of each setting in a client, run, and are no fault."""
+    taken = {row.name: [value for value in odd_values(row, odd) if is_taken(row, value, odd)]
+             for row in CALLERS_ROWS if row.name not in ("tmpdir", "login_type")}
+    assert sum(map(len, taken.values())) > 500
+    paths = ["cookie_path", "log_path", "state_path", "qrcode_path", "pid_path"]
+    others = {"is_init_friend": "1", "onebot_api": "", "onebot_login": "", "onebot_login_api": "",
+              "qrcode_count_max": "9"}  # 0 is taken: it ends one that would have to be scanned
+
+    def live(number):
+        """A client with the number-th value of each setting."""
+        name = f"odd{number}"
+        own = {path: f"{odd.tmpdir}/{path}{number}" for path in paths}
+        given = {**{key: values[number % len(values)] for key, values in taken.items() if values},
+                 **own, **others}
+        status, answer = told(odd, "start_client", client=name, **given)
+        assert (status, answer["code"]) == (200, 0), (answer, given)
+        assert odd.call("/local/login", client=name)["code"] == 0, given
+        row = odd.state(name)
+        assert (row["state"], row["restarts"], row.get("error")) == ("running", 0, None), given
+        sent = odd.call("send_friend_message", client=name, name="小冰", content="hello")
+        assert sent["code"] == 0, (sent, given)
+        assert not re.search(rb"Traceback|fault of this program", content(own["log_path"]))
+        return True
+
+    count = max(len(values) for name, values in taken.items() if name not in others)
+    assert [live(number) for number in range(count)] == [True] * count
+    at_once(count, lambda number: odd.call("delete_client", client=f"odd{number}"))
+    assert not [name for name in os.listdir(odd.tmpdir) if name.startswith("mojo_webqq_cookie")]
+
+
+def test_a_bridges_url_that_is_taken_is_waited_for_in_words(odd):
+    urls = [value for value in odd_values(openqq.SETTINGS["onebot_api"], odd)
+            if is_taken(openqq.SETTINGS["onebot_api"], value, odd)]
+    assert len(urls) > 10
+    names = [f"b{number}" for number in range(len(urls))]
+    for name, url in zip(names, urls):
+        assert told(odd, "start_client", client=name, onebot_api=url)[1]["code"] == 0, url
+    for name, url in zip(names, urls):
+        row = eventually(lambda: odd.state(name).get("error") and odd.state(name))
+        assert row and (row["state"], row["restarts"]) == ("scaning", 0), (url, row)
+        assert "fault" not in row["error"]
+    at_once(len(names), lambda number: odd.call("delete_client", client=names[number]))
+
+
+def test_a_tmpdir_that_is_taken_can_be_worked_in(odd):
+    for value in odd_values(openqq.SETTINGS["tmpdir"], odd):
+        if is_taken(openqq.SETTINGS["tmpdir"], value, odd):
+            assert told(odd, "start_client", client="odd", tmpdir=value)[1]["code"] == 0, value
+            assert odd.call("/local/login", client="odd")["code"] == 0, value
+            assert odd.call("delete_client", client="odd")["code"] == 0, value
+
+
+@pytest.mark.parametrize("name", [row.name for row in CALLERS_ROWS if "url" in row.read.__name__])
+@pytest.mark.parametrize("value", [
+    "http://127.0.0.1:65536/", "http://127.0.0.1:0/x", "http://a http://b", "http://a,http://b",
+    "http://a/;http://b/", "http://a/|HTTP://b/", "http://a\thttp://b"])
+def test_a_url_that_is_none_or_two_is_refused_with_words(odd, name, value):
+    status, _, body = request(odd.base, "/openqq/start_client?" + urllib.parse.urlencode(
+        {"client": "odd", name: value}))
+    answer = json.loads(body)
+    assert (status, answer["code"]) == (400, 6)
+    assert re.match(rf"{name} .*must (be one URL|have a port of 1 to 65535)", answer["status"])
+
+
+@pytest.mark.parametrize("text, url, token", [
+    ("ws://h:3001/?access_token=S3c", "ws://h:3001/", "S3c"),
+    ("HTTP://h/x?a=1&access_token=S%2B3+c&b=2#f", "HTTP://h/x?a=1&b=2#f", "S+3 c"),
+    ("http://h?access_token=one&access_token=two", "http://h", "two"),
+    ("http://h/?access_token=", "http://h/", ""), ("http://h/?my_access_token=x",
+                                                   "http://h/?my_access_token=x", ""),
+    ("http://h/#?access_token=x", "http://h/#?access_token=x", ""),
+    ("gopher://h/?access_token=S3c", "gopher://h/", "S3c")])
+def test_a_token_in_a_bridges_url_is_taken_out_of_it(text, url, token):
+    assert openqq.SETTINGS["onebot_api"].split(text) == (url, token)
+    assert openqq.SETTINGS["post_api"].split(text) == (text, ""), "a receiver's is its own affair"
+    if url.startswith("gopher"):
+        with pytest.raises(ValueError) as refused:
+            openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
+        assert "S3c" not in str(refused.value)
+        return
+    flag = openqq.parse_flags("client", ["--onebot-api", text])
+    environment = openqq.from_environment({"MOJO_WEBQQ_ONEBOT_API": text}, "MOJO_WEBQQ_")
+    account = openqq.account_settings({"onebot_api": text})
+    caller = openqq.check_params({"onebot-api": text})
+    wanted = {"onebot_api": url, **({"onebot_token": token} if token else {})}
+    assert flag == environment == account == caller == wanted
+    found = openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
+    assert (found.onebot_api.lower(), found.onebot_token) == (url.lower(), token)
+    explicit = openqq.check_params({"onebot_api": text, "onebot-token": "mine"})
+    assert explicit == {"onebot_api": url, "onebot_token": "mine"}
 
 
 def test_the_plugins_name_is_stronger_than_the_plain_one_and_strangers_are_let_be():
@@ -4636,6 +4826,7 @@ WRONG_CALLS = {
     "bad value": (["client", "--log_level", "loud"], {}, "log_level 'loud' .*info"),
     "bad value in the environment": (["controller"], {"MOJO_WEBQQ_PORT": "http"}, "port 'http'"),
     "bad name": (["client", "--account", "../x"], {}, "name not allowed"),
+    "a device": (["client", "--state-path", "/dev/null"], {}, "state_path .* not be a device"),
     "bad flavor": (["controller", "--flavor", "icq"], {}, "flavor .*qq"),
 }
 
@@ -4660,7 +4851,8 @@ def test_version_and_help_are_answered_on_stdout(words, said):
     (["--log-path", "{tmp}/file/x.log"], "log_path .*cannot be used"),
     (["--tmpdir", "{tmp}/file"], "tmpdir|{tmp}/file"),
     (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1 .*--host or --port"),
-], ids=["log file", "tmpdir", "address"])
+    (["--host", "a" * 300], "cannot listen on aaa.*--host or --port"),
+], ids=["log file", "tmpdir", "address", "name"])
 def test_what_cannot_be_had_is_said_in_one_line_with_status_1(tmp_path, words, said):
     (tmp_path / "file").write_text("")
     words = [word.format(tmp=tmp_path) for word in words]
@@ -5544,7 +5736,371 @@ def test_deleted_client_leaves_nothing_and_must_be_scanned_again(start, receive)
     assert again["uid"] == who["uid"] and again["id"] != who["id"]
 
 
-@pytest.mark.parametrize("api", ["stop_client", "delete_client", "check_client", "get_qrcode"])
+def test_a_client_is_deleted_also_when_its_tmpdir_is_not_there(start):
+    controller = start("controller")
+    own = os.path.join(controller.tmpdir, "own")
+    controller.login("alice", tmpdir=own)
+    shutil.rmtree(own)
+    assert controller.call("delete_client", client="alice")["code"] == 0
+    controller.call("start_client", client="bob", tmpdir=own + "/not/yet")
+    assert controller.call("delete_client", client="bob")["code"] == 0  # it may be made, or not
+    assert controller.call("check_client") == {"client": [], "code": 0}
+    assert "fault of this program" not in controller.log.text()
+
+
+# -- what a client was started with
+
+def settings_of(controller, name):
+    """What the environment of a client's process says of the settings that tests give."""
+    with open(f"/proc/{controller.state(name)['pid']}/environ", "rb") as file:
+        found = openqq.from_environment(dict(entry.split("=", 1) for entry in
+                                             file.read().decode().split("\0") if entry),
+                                        "MOJO_WEBQQ_")
+    return {name: value for name, value in found.items()
+            if name in ("post_api", "post_secret", "msg_ttl", "pwd", "login_type", "keep_cookie",
+                        "post_event_list", "onebot_api", "onebot_token")}
+
+
+def backend_of(controller):
+    return json.loads(content(controller.path("controller_backend.dat")))
+
+
+@pytest.mark.parametrize("end", [None, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_client_comes_up_as_it_was_also_with_another_controller(start, receive, end):
+    receiver = receive()
+    controller = start("controller")
+    controller.login("alice", post_api=receiver.url, post_secret="S3CRET", msg_ttl="5",
+                     login_type="login", pwd="S3CRET-pwd")
+    assert controller.call("stop_client", client="alice")["msg_ttl"] == "5"
+    assert controller.call("check_client") == {"client": [], "code": 0}
+    assert controller.call("check_client", client="alice")["status"] == "client not exists"
+    row = backend_of(controller)["alice"]
+    assert row["run"] is False
+    assert row["given"] == {"post_api": receiver.url, "msg_ttl": "5", "login_type": "login"}
+    if end:
+        controller.process.send_signal(end)
+        assert all_gone(controller.log, WAIT)
+        assert b"S3CRET" not in content(controller.path("controller_backend.dat"))
+        controller = start("controller")
+        assert controller.call("check_client") == {"client": [], "code": 0}
+    answer = controller.call("start_client", client="alice")
+    assert {name: answer[name] for name in row["given"]} == row["given"]
+    assert "S3CRET" not in json.dumps(answer)
+    assert controller.call("/local/login", client="alice")["code"] == 0
+    del receiver.posts[:]
+    controller.call("/local/say", client="alice", content="again", **{"from": "小灰"})
+    receiver.message("again")
+    _, headers, body, _ = receiver.posts[-1]
+    assert headers["X-Signature"] == "sha1=" + hmac_sha1("S3CRET", body)
+    assert "pwd" not in settings_of(controller, "alice")
+
+
+def test_settings_given_anew_win_and_an_empty_one_clears(start, receive):
+    receiver = receive()
+    controller = start("controller")
+    controller.login("alice", post_api=receiver.url, post_secret="S3CRET", msg_ttl="5",
+                     post_event_list="login")
+    for again in False, True:  # by this controller's memory, and by what another one reads
+        controller.call("stop_client", client="alice")
+        if again:
+            controller.stop()
+            controller = start("controller")
+        answer = controller.call("start_client", client="alice", msg_ttl="6" if again else "",
+                                 post_secret="")
+        assert answer["post_api"] == receiver.url and answer["code"] == 0
+        wanted = {"post_api": receiver.url + "?client=alice", "post_event_list": "login"}
+        assert settings_of(controller, "alice") == {**wanted, **({"msg_ttl": "6"} if again else {})}
+        assert controller.call("/local/login", client="alice")["code"] == 0
+        controller.call("/local/say", client="alice", content=f"m{again}", **{"from": "小灰"})
+        receiver.message(f"m{again}")
+        assert "X-Signature" not in receiver.posts[-1][1]
+        assert b"S3CRET" not in content(controller.path("cookie_alice.dat"))
+    controller.call("stop_client", client="alice")
+    controller.call("start_client", client="alice", post_api="")
+    assert "post_api" not in settings_of(controller, "alice")
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_deleted_client_is_forgotten_also_when_it_was_stopped_before(start, running):
+    controller = start("controller")
+    controller.login("alice", msg_ttl="5", post_secret="S3CRET")
+    if not running:
+        controller.call("stop_client", client="alice")
+    deleted = controller.call("delete_client", client="alice")
+    assert (deleted["code"], deleted["client"], deleted["msg_ttl"]) == (0, "alice", "5")
+    assert not [name for name in left_files(controller) if "alice" in name]
+    assert controller.call("delete_client", client="alice")["status"] == "client not exists"
+    assert "msg_ttl" not in controller.call("start_client", client="alice")
+    assert settings_of(controller, "alice") == {}
+
+
+RENEWED = {
+    "nothing": ({"msg_ttl": "5"}, {}, {"msg_ttl": "5"}),
+    "one more": ({"msg_ttl": "5"}, {"mode": "busy"}, {"msg_ttl": "5", "mode": "busy"}),
+    "another": ({"msg_ttl": "5"}, {"msg_ttl": "6"}, {"msg_ttl": "6"}),
+    "empty": ({"msg_ttl": "5", "mode": "busy"}, {"msg_ttl": ""}, {"mode": "busy"}),
+    "a bridge": ({"msg_ttl": "5"}, {"onebot_api": "ws://h"}, {"msg_ttl": "5",
+                                                             "onebot_api": "ws://h"}),
+    "another bridge": ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_login": "napcat",
+                        "onebot_login_token": "u", "onebot_secret": "s", "msg_ttl": "5"},
+                       {"onebot_api": "ws://g", "onebot_secret": "r"},
+                       {"onebot_api": "ws://g", "onebot_secret": "r", "msg_ttl": "5"}),
+    "the same bridge": ({"onebot_api": "ws://h", "onebot_token": "t"}, {"onebot_api": "WS://h"},
+                        {"onebot_api": "ws://h", "onebot_token": "t"}),
+    "another bridge, the same token": ({"onebot_api": "ws://h", "onebot_token": "t"},
+                                       {"onebot_api": "ws://g", "onebot_token": "t"},
+                                       {"onebot_api": "ws://g", "onebot_token": "t"}),
+    "no bridge": ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_secret": "s"},
+                  {"onebot_api": ""}, {}),
+    "another page": ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_login_token": "u"},
+                     {"onebot_login_api": "http://p"},
+                     {"onebot_api": "ws://h", "onebot_token": "t", "onebot_login_api": "http://p"}),
+}
+
+
+@pytest.mark.parametrize("former, given, wanted", RENEWED.values(), ids=RENEWED)
+def test_what_holds_after_settings_are_given_anew(former, given, wanted):
+    assert openqq.renewed(former, given) == wanted
+
+
+def test_the_token_of_one_bridge_is_told_to_no_other_after_a_restart(start):
+    """Of the controller, which has no secrets: they come from the cookie's file."""
+    first, second = Bridge(token="S3CRET"), Bridge()
+    try:
+        controller = start("controller")
+        me = Bridged(controller, "ws", first, onebot_login_token="u").running()
+        controller.call("stop_client", client="ws")
+        controller.stop()
+        me.program = controller = start("controller")
+        assert controller.call("start_client", client="ws")["code"] == 0
+        me.running()
+        controller.call("stop_client", client="ws")
+        controller.call("start_client", client="ws", onebot_api=second.ws)
+        me.bridge = second
+        me.running()
+        assert b"S3CRET" not in content(controller.path("cookie_ws.dat"))
+        assert "S3CRET" not in controller.log.text() and not first.faults + second.faults
+    finally:
+        first.close()
+        second.close()
+
+
+def test_a_token_within_a_bridges_url_works_and_is_treated_as_a_secret(start):
+    """It stands in no answer, file or log, but for the cookie's; over HTTP as over WebSocket."""
+    bridge = Bridge(token="S3CRET")
+    try:
+        controller = start("controller", "--http-debug", "1", "--log-level", "debug")
+        answers = []
+        for name, url in ("ws", bridge.ws + "/?access_token=S3CRET"), (
+                "sse", bridge.url.replace("http", "HTTP") + "/?a=b&access_token=S3CRET"):
+            me = Bridged(controller, name, bridge, onebot_api=url, onebot_token="")
+            me.running()
+            answers += [me.started, me.state(), controller.call("start_client", client=name),
+                        controller.call("update_client", client=name, onebot_api=url),
+                        controller.call("stop_client", client=name),
+                        controller.call("start_client", client=name)]
+            assert me.started["onebot_api"] == url.partition("access_token")[0].rstrip("?&")
+            me.running()
+        assert "S3CRET" not in json.dumps(answers)
+        for name in left_files(controller) - {"cookie_ws.dat", "cookie_sse.dat"}:
+            assert b"S3CRET" not in content(controller.path(name)), name
+        assert "S3CRET" not in controller.log.text()
+    finally:
+        bridge.close()
+    done = run_openqq("client", "--onebot-api", "gopher://h/?access_token=S3CRET")
+    assert done.returncode == 2 and "S3CRET" not in done.stderr
+
+
+def test_the_accounts_file_wins_over_what_is_remembered(start, tmp_path):
+    """For those that are resumed too; what it does not name stays, null clears."""
+    accounts = put(tmp_path / "accounts.json", json.dumps({
+        "alice": {"msg_ttl": 7, "mode": None}, "bob": {"msg_ttl": 8}}))
+    first = start("controller", tmpdir=tmp_path / "t")
+    for name in "alice", "bob":
+        first.login(name, msg_ttl="5", mode="busy", post_event_list="login")
+    first.call("stop_client", client="bob")
+    first.stop()
+    second = start("controller", "--accounts", accounts, tmpdir=tmp_path / "t")
+    for name, ttl in ("alice", "7"), ("bob", "8"):
+        assert second.call("/local/login", client=name)["code"] == 0
+        assert settings_of(second, name) == {"msg_ttl": ttl, "post_event_list": "login"}
+    assert [second.state(name)["mode"] for name in ("alice", "bob")] == ["online", "busy"]
+
+
+def test_a_memory_that_is_no_good_stops_no_start(start, tmp_path):
+    good = {"msg_ttl": "5"}
+    put(tmp_path / "mojo_webqq_controller_backend.dat", json.dumps({
+        "alice": {"run": False, "port": 0, "given": {**good, "mode": "asleep", "gone": 1,
+                                                     "max_clients": "3", "post_api": ["x"]}},
+        "bob": {"run": False, "port": 0, "given": "?"}, "carol": {"run": False, "given": good},
+        "dave": {"port": 0, "given": good}, "..": {"run": False, "port": 0, "given": good}}))
+    controller = start("controller")
+    for name, wanted in ("alice", good), ("bob", {}), ("carol", {}), ("dave", good):
+        assert controller.call("start_client", client=name)["code"] == 0
+        assert settings_of(controller, name) == wanted, name
+    assert "fault of this program" not in controller.log.text()
+
+
+def test_a_thousand_stopped_clients_are_remembered_not_more(tmp_path):
+    controller = openqq.Controller(tmpdir=str(tmp_path), port=0)
+    for number in range(openqq.MEMORY_LIMIT + 5):
+        listener = openqq.listen("127.0.0.1", 0)
+        controller.remember(openqq.Child(f"c{number}", {"msg_ttl": "5", "pwd": "x"}, listener))
+        listener.close()
+    assert len(controller.former) == openqq.MEMORY_LIMIT and "c4" not in controller.former
+    assert controller.former["c5"].given == {"msg_ttl": "5"}
+    controller.loop._close()
+
+
+# -- update_client
+
+def test_settings_of_a_running_client_are_changed_without_a_scan_and_nothing_is_lost(
+        start, receive):
+    first, second = receive(), receive()
+    controller = start("controller")
+    before = controller.login("alice", post_api=first.url, post_secret="S3CRET", pwd="x",
+                              login_type="login", msg_ttl="5")
+    words = [f"m{number}" for number in range(60)]
+
+    def speak():
+        for word in words:
+            assert controller.call("/local/say", client="alice", content=word,
+                                   **{"from": "小灰"})["code"] == 0
+
+    speaker = threading.Thread(target=speak)
+    speaker.start()
+    first.message("m5")
+    answer = controller.call("update_client", client="alice", post_api=second.url, msg_ttl="")
+    speaker.join(WAIT)
+    assert {name: answer[name] for name in answer if name != "pid"} == {
+        "account": "alice", "client": "alice", "code": 0, "port": before["port"],
+        "status": "success", "post_api": second.url, "login_type": "login"}
+    second.message(words[-1])
+    got = [event["content"] for receiver in (first, second) for _, _, _, event in receiver.posts
+           if event.get("class") == "recv"]
+    assert list(dict.fromkeys(got)) == words and len(got) <= len(words) + 1
+    row = controller.state("alice")
+    assert (row["state"], row["restarts"], row["port"]) == ("running", 0, before["port"])
+    assert row["pid"] == answer["pid"] != before["pid"]
+    assert [event["params"] for _, _, _, event in second.posts if is_login(event)] == [[0]]
+    assert second.posts[-1][1]["X-Signature"] == "sha1=" + hmac_sha1("S3CRET", second.posts[-1][2])
+    assert backend_of(controller)["alice"]["given"] == {"post_api": second.url,
+                                                        "login_type": "login"}
+    os.kill(row["pid"], signal.SIGKILL)  # and those are what it has from now on
+    second.next(is_login)
+    assert settings_of(controller, "alice")["post_api"] == second.url + "?client=alice"
+    controller.process.kill()
+    assert all_gone(controller.log, WAIT)
+    controller = start("controller")
+    assert controller.call("/local/login", client="alice")["code"] == 0
+    assert settings_of(controller, "alice")["post_api"] == second.url + "?client=alice"
+    again = controller.call("update_client", client="alice", post_secret="")
+    assert controller.call("/local/login", client="alice")["code"] == 0
+    assert again["code"] == 0 and b"S3CRET" not in content(controller.path("cookie_alice.dat"))
+
+
+def test_update_client_takes_all_or_nothing(start, receive):
+    controller = start("controller")
+    before = controller.login("alice", msg_ttl="5")
+    status = controller.state("alice")
+    for wrong in [{"mode": "asleep"}, {"port": "1"}, {"nonsense": "1"}, {"msg_ttl": "0"},
+                  {"tmpdir": controller.tmpdir}, {"log_path": controller.tmpdir + "/x"},
+                  {"cookie_path": ""}, {"state-path": "x"}, {"post_api": "http://a http://b"},
+                  {"account": "bob"}, {"flavor": "weixin"}]:
+        for method in "GET", "POST":
+            query = urllib.parse.urlencode({"client": "alice", "post_secret": "x", **wrong})
+            path, form = "/openqq/update_client", "application/x-www-form-urlencoded"
+            target, data = (path + "?" + query, None) if method == "GET" else (path, query)
+            code, _, body = request(controller.base, target, method, data, {"Content-Type": form})
+            answer = json.loads(body)
+            assert (code, answer["code"]) == (400, 6), wrong
+            assert re.search(next(iter(wrong)), answer["status"])
+    assert controller.call("update_client") == {"code": 1, "status": "client not found"}
+    assert controller.call("update_client", client="nobody") == {
+        "code": 1, "status": "client not exists"}
+    for same in {}, {"msg_ttl": "5"}, {"msg_ttl": "05"}, {"mode": ""}:
+        answer = controller.call("update_client", client="alice", **same)
+        assert (answer["code"], answer["pid"]) == (0, before["pid"]), same
+    assert controller.state("alice") == status
+    controller.call("stop_client", client="alice")
+    assert controller.call("update_client", client="alice", msg_ttl="6") == {
+        "code": 1, "status": "client not exists"}
+    assert "msg_ttl" in controller.call("start_client", client="alice")
+    alone = start("client", "--account", "bob", tmpdir=controller.tmpdir + "/alone")
+    assert request(alone.base, "/openqq/update_client?msg_ttl=6")[::2] == (403, b"api not found")
+
+
+def test_a_client_that_dies_of_its_new_settings_goes_on_with_those_of_before(start):
+    controller = start("controller")
+    edit_template(controller, TEMPLATE.format(
+        "assert os.environ.get('MOJO_WEBQQ_MSG_TTL') != '13', 'unlucky'", ""))
+    before = controller.login("alice", msg_ttl="5")
+    answer = controller.call("update_client", client="alice", msg_ttl="13", mode="busy")
+    assert (answer["code"], answer["status"]) == (4, "client pid not ok")
+    assert "unlucky" in answer["reason"]
+    assert controller.call("/local/login", client="alice")["code"] == 0
+    row = controller.state("alice")
+    assert (row["state"], row["mode"], row["restarts"]) == ("running", "online", 0)
+    assert row["port"] == before["port"]
+    assert settings_of(controller, "alice") == {"msg_ttl": "5"}
+    assert backend_of(controller)["alice"]["given"] == {"msg_ttl": "5"}
+    assert controller.call("update_client", client="alice", msg_ttl="6")["msg_ttl"] == "6"
+
+
+def test_a_client_that_failed_is_put_right_by_update_client(start):
+    controller = start("controller", "--restart", "never")
+    edit_template(controller, TEMPLATE.format(
+        "assert os.environ.get('MOJO_WEBQQ_MSG_TTL') != '13', 'unlucky'", ""))
+    assert controller.call("start_client", client="alice", msg_ttl="13")["code"] == 0
+    assert eventually(lambda: controller.state("alice").get("failed"))
+    assert controller.call("update_client", client="alice", msg_ttl="5")["code"] == 0
+    assert controller.call("/local/login", client="alice")["code"] == 0
+    row = controller.state("alice")
+    assert (row["state"], row.get("failed")) == ("running", None)
+
+
+def test_a_send_that_waits_gets_an_answer_when_settings_change(start):
+    controller = start("controller")
+    controller.login("alice", send_interval="60")
+    sends = queue.Queue()
+
+    def send(number):
+        status, _, body = request(controller.base, "/openqq/send_friend_message?" + (
+            urllib.parse.urlencode({"client": "alice", "name": "小冰", "content": str(number)})))
+        sends.put((number, status, json.loads(body)["code"]))
+
+    send(1)
+    assert sends.get(timeout=WAIT) == (1, 200, 0)
+    threading.Thread(target=send, args=(2,)).start()
+    port = controller.state("alice")["port"]
+    assert eventually(lambda: b"openqq_send_queue_length 1" in request(
+        f"http://127.0.0.1:{port}", "/metrics")[2])
+    assert controller.call("update_client", client="alice", mode="busy")["code"] == 0
+    number, status, code = sends.get(timeout=WAIT)
+    assert number == 2 and (status, code) in ((503, 300), (502, 7)), (status, code)
+
+
+@pytest.mark.parametrize("round", range(much(3, 30)))
+def test_calls_of_one_name_at_once_neither_block_nor_leave_two_processes(start, round):
+    controller = start("controller")
+    spin = random.Random(round)
+    calls = ["start_client", "stop_client", "update_client", "delete_client"] * 4
+    spin.shuffle(calls)
+    answers = at_once(len(calls), lambda number: controller.call(
+        calls[number], client="alice", **({"msg_ttl": str(number + 1)}
+                                          if calls[number][0] in "su" else {})))
+    assert all(answer and answer["code"] in (0, 1) for answer in answers), answers
+    controller.call("start_client", client="alice")
+    assert controller.call("/local/login", client="alice")["code"] == 0
+    row = controller.state("alice")
+    assert (row["state"], row["restarts"]) == ("running", 0)
+    alive = subprocess.run(["pgrep", "-P", str(controller.pid)], stdout=subprocess.PIPE)
+    assert alive.stdout.split() == [str(row["pid"]).encode()]
+    assert not re.search("Traceback|fault of this program", controller.log.text())
+
+
+@pytest.mark.parametrize("api", ["stop_client", "delete_client", "check_client", "get_qrcode",
+                                 "update_client"])
 def test_calls_for_a_client_that_is_none_say_so(pair, api):
     if api != "check_client":
         assert pair.call(api) == {"code": 1, "status": "client not found"}
@@ -6120,6 +6676,155 @@ def test_answer_later_is_tried_five_times_under_one_id_and_dropped(far, status):
     assert "dropped" in far.bench.warnings[0]
 
 
+class Breaker(Peer):
+    """A receiver that reads `bad` and breaks the connection (`how`); it takes all others."""
+
+    def __init__(self, how="hang up"):
+        self.how, self.got = how, []
+        super().__init__()
+
+    def handle(self, handler):
+        event = json.loads(handler.body)
+        self.got.append((event.get("content"), handler.headers["X-Event-ID"]))
+        if event.get("content") != "bad":
+            return self.reply(handler, 200, {})
+        if self.how == "half":
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{")
+        elif self.how == "garbage":
+            handler.wfile.write(b"what?\r\n\r\n")
+        hang_up(handler.connection)
+        handler.close_connection = True
+
+
+@pytest.mark.parametrize("how", ["hang up", "half", "garbage"])
+def test_an_event_that_breaks_its_receiver_is_tried_five_times_and_dropped_not_for_a_day(
+        tmp_path, how):
+    """On connections that are kept from before and on fresh ones; others are not held up."""
+    bench, peer, told = Bench(), Breaker(how), []
+    try:
+        spool = openqq.Spool(str(tmp_path / "post"), 100, bench.log)
+        reporter = openqq.Reporter(peer.url + "/", "", spool, bench.loop, bench.log,
+                                   lambda event, answer: None, failed=lambda: told.append(1),
+                                   clock=lambda: bench.now)
+        for what in "first", "bad", "second":
+            reporter.add({"content": what}, "c")
+        reporter.add({"content": "other"}, "d")
+        reporter.flush()
+        for tries, wait in enumerate([1, 2, 4, 8], 1):
+            bench.until(lambda: len(reporter._waiting) == 1 and not reporter._flying)
+            assert [what for what, _ in peer.got].count("bad") == tries
+            bench.move(wait - 0.01)
+            assert len(reporter._waiting) == 1, "too early"
+            bench.move(0.01)
+        bench.until(lambda: not reporter.waiting())
+        assert sorted(what for what, _ in peer.got) == ["bad"] * 5 + ["first", "other", "second"]
+        assert len({id for what, id in peer.got if what == "bad"}) == 1
+        assert reporter.counts == {"posted": 3, "retried": 4, "dropped": 1}
+        assert reporter.error["dropped"] == 1 and "5 times" in reporter.error["error"]
+        assert reporter.error["time"] == str(int(bench.now))
+        bench.move(1)
+        assert told == [1]
+    finally:
+        peer.close()
+
+
+def test_a_kept_connection_that_its_receiver_ended_costs_no_try(tmp_path):
+    bench, peer = Bench(), Breaker()
+    try:
+        spool = openqq.Spool(str(tmp_path / "post"), 100, bench.log)
+        reporter = openqq.Reporter(peer.url + "/", "", spool, bench.loop, bench.log,
+                                   lambda event, answer: None)
+        for number in range(5):
+            reporter.add({"content": str(number)}, "c")
+            reporter.flush()
+            bench.until(lambda: not reporter.waiting())
+            peer.drop()
+            assert eventually(lambda: not peer._connections)
+        assert reporter.counts == {"posted": 5, "retried": 0, "dropped": 0}
+        assert [what for what, _ in peer.got] == list("01234")
+    finally:
+        peer.close()
+
+
+def test_an_answer_that_never_comes_counts_as_one_that_says_later(far):
+    far.said["a"] = [openqq.TooSlow("no answer in time", sent=True)] * 9
+    far.add("a", "b")
+    far.settle(1)
+    for tries in 2, 3, 4, 5:
+        far.bench.move(8)
+        far.bench.until(lambda: len(far.posts) >= tries and not far.reporter._flying)
+    far.settle(6)
+    assert far.tried() == ["a"] * 5 + ["b"] and far.reporter.counts["dropped"] == 1
+
+
+@pytest.mark.parametrize("error", [
+    openqq.Unreachable("refused"), openqq.Unreachable("unknown host"),
+    openqq.TooSlow("no answer in time")])
+def test_nobody_there_costs_no_try_however_often(far, error):
+    """A connection that does not come in time is nobody there as well."""
+    far.said["a"] = [error] * 30 + [500] * 4
+    far.add("a")
+    for tries in range(1, 36):
+        far.bench.until(lambda: len(far.posts) >= tries and not far.reporter._flying, pace=1)
+    assert far.reporter.counts == {"posted": 1, "retried": 34, "dropped": 0}
+
+
+def test_many_drops_are_told_once_a_second(far):
+    told = []
+    far.reporter._failed = lambda: told.append(dict(far.reporter.error))
+    far.spool._limit = 1
+    far.said["0"] = [openqq.Unreachable("refused")] * 99
+    for number in range(50):
+        far.add(str(number))
+    far.bench.move(0.9)
+    assert not told
+    far.bench.until(lambda: told, pace=0.1)
+    assert [row["dropped"] for row in told] == [far.reporter.counts["dropped"]]
+    assert told[0]["error"] == "over the limit of the queue"
+
+
+@pytest.mark.parametrize("age, late", [(0, None), (600, None), (601, 1), (80_000, 1)])
+def test_what_is_posted_over_ten_minutes_late_says_so_and_is_signed_as_it_is_sent(
+        tmp_path, receive, age, late):
+    """Also what waited on disk for the next process; the clock is that of the queueing."""
+    receiver, bench = receive(), Bench()
+
+    def reporter():
+        spool = openqq.Spool(str(tmp_path / "post"), 100, bench.log)
+        return openqq.Reporter(receiver.url, "s3cret", spool, bench.loop, bench.log,
+                               lambda event, answer: None, clock=lambda: bench.now)
+
+    former = reporter()
+    former.add({"content": "a"}, "c")
+    former._spool.close()  # and no flush: the process ends here
+    bench.now += age
+    again = reporter()
+    again.start()
+    bench.until(lambda: not again.waiting())
+    [(_, headers, body, event)] = receiver.posts
+    assert event == {"content": "a", **({"late": late} if late else {})}
+    assert headers["X-Signature"] == "sha1=" + hmac.new(b"s3cret", body, "sha1").hexdigest()
+    again._spool.close()
+    assert not openqq.Spool(str(tmp_path / "post"), 100, bench.log).pending
+
+
+def test_check_client_names_what_could_not_be_posted(start, receive):
+    """post_error: when, what, how many; by the controller and by a client alone."""
+    receiver = receive(lambda event: 410 if event.get("content") == "x" else 200)
+    controller = start("controller")
+    controller.login("alice", post_api=receiver.url)
+    alone = start("client", "--account", "bob", "--post-api", receiver.url,
+                  tmpdir=controller.tmpdir + "/alone")
+    assert alone.call("/local/login", client="bob")["code"] == 0
+    for program, name in (controller, "alice"), (alone, "bob"):
+        assert "post_error" not in program.state(name)
+        program.call("/local/say", client=name, content="x", **{"from": "小灰"})
+        found = eventually(lambda: program.state(name).get("post_error"))
+        assert set(found) == {"time", "error", "dropped"}
+        assert abs(int(found["time"]) - time.time()) < WAIT and found["dropped"] >= 1
+        assert found["error"] == "the receiver is gone"
+
+
 @pytest.mark.parametrize("status", [200, 204, 302, 400, 404, 413])
 def test_any_other_answer_is_a_delivery(far, status):
     far.said["a"] = [status]
@@ -6144,11 +6849,11 @@ def test_answer_410_ends_the_posting(far):
     assert "fault of this program" not in " ".join(far.bench.warnings)
 
 
-def test_without_connection_tries_come_after_0_1_2_4_to_60_seconds_for_a_day(far):
+def test_without_connection_tries_come_after_0_1_2_4_to_15_seconds_for_a_day(far):
     far.said["a"] = [openqq.Unreachable("refused")] * 2000
     far.add("a")
     far.settle(2)
-    for wait in [1, 2, 4, 8, 16, 32, 60, 60]:
+    for wait in [1, 2, 4, 8, 15, 15, 15, 15]:
         tries = len(far.posts)
         far.bench.move(wait - 0.01)
         assert len(far.posts) == tries, "too early"
@@ -6667,6 +7372,58 @@ def test_client_that_was_scanned_in_time_is_not_reported(nursery):
     assert not home.reports
 
 
+def test_client_with_new_settings_begins_when_the_former_process_is_gone_and_is_no_restart(nursery):
+    """One that does not heed TERM is killed; what comes up is told from what dies of them."""
+    home = nursery("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+                   "if os.environ['MOJO_WEBQQ_MODE'] == 'busy': sys.exit(1)\n"
+                   "say('{\"state\":\"loading\"}\\n')\nwhile 1: signal.pause()")
+    home.child.given = {"mode": "online"}
+    home.supervisor.start(home.child)
+    for mode, good in ("away", True), ("busy", False), ("hidden", True):
+        home.bench.until(lambda: home.child.state == "loading")
+        former, starts = home.child.given, len(home.starts)
+        done = home.supervisor.renew(home.child, {"mode": mode}, set())
+        home.bench.move(openqq.KILL_SECONDS - 0.1)
+        assert len(home.starts) == starts, "the former process lives"
+        home.bench.move(0.1)
+        home.bench.until(lambda: done.kept)
+        if good:
+            assert done.wait(0) is None and home.child.given == {"mode": mode}
+        else:
+            with pytest.raises(openqq.ClientDied):
+                done.wait(0)
+            assert home.child.given == former
+    home.bench.until(lambda: home.child.state == "loading")
+    assert home.child.restarts == 0 and home.supervisor.restarts == 0 and not home.reports
+    home.bench.move(openqq.TRIAL_SECONDS)
+
+
+def test_client_that_says_nothing_has_taken_its_new_settings_after_a_while(nursery):
+    """A template may not come to run(); its end is one like any other then."""
+    home = nursery("time.sleep(60)")
+    home.supervisor.start(home.child)
+    done = home.supervisor.renew(home.child, {"mode": "busy"}, set())
+    home.bench.until(lambda: len(home.starts) == 2)
+    home.bench.move(openqq.TRIAL_SECONDS - 0.1)
+    assert not done.kept
+    home.bench.move(0.1)
+    assert done.kept and home.child.renewal is None
+    home.processes[-1].kill()
+    home.bench.until(lambda: len(home.starts) == 3, pace=0.5)
+    assert home.child.given == {"mode": "busy"} and home.supervisor.restarts == 1
+
+
+def test_a_stop_ends_a_change_of_settings_too(nursery):
+    home, ended = nursery("time.sleep(60)"), []
+    home.supervisor.start(home.child)
+    done = home.supervisor.renew(home.child, {"mode": "busy"}, set())
+    home.supervisor.stop_all(signal.SIGTERM, lambda: ended.append(1))
+    home.bench.until(lambda: ended)
+    with pytest.raises(openqq.NotRunning):
+        done.wait(0)
+    assert len(home.starts) == 1
+
+
 def test_client_that_does_not_heed_term_is_killed_after_a_while_or_at_a_second_signal(nursery):
     stubborn = ("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
                 "say('{\"state\":\"running\"}\\n')\nwhile 1: signal.pause()")
@@ -7181,6 +7938,43 @@ def test_consult_hears_an_account_too(voices):
     bob.heard(text)
     assert bob.call("send_friend_message", displayname="alice", content="indeed")["code"] == 0
     assert answers.get(timeout=WAIT)["reply"] == "indeed"
+
+
+@pytest.mark.parametrize("flavor", ["qq", "weixin"])
+@pytest.mark.parametrize("ill", ["full disk", "tmpdir gone"])
+def test_a_picture_goes_and_comes_though_nothing_can_be_written(start, receive, flavor, ill):
+    """From memory, with the text; what has to be kept is 507."""
+    receiver = receive()
+    program = start("controller", "--flavor", flavor)
+    prefix = "/openwx/" if flavor == "weixin" else "/openqq/"
+    own = os.path.join(program.tmpdir, "own")
+    for name in "alice", "bob":
+        program.login(name, post_api=receiver.url + "?", post_event="0", tmpdir=own)
+    alice = Voice(program, "alice", prefix, True).now()
+    if ill == "full disk":
+        for row in program.call("check_client")["client"]:
+            resource.prlimit(row["pid"], resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    else:
+        shutil.rmtree(own)
+    status, _, body = alice.raw("send_friend_message", displayname="bob", content="look",
+                                media_data=PNG_TEXT)
+    assert (status, json.loads(body)["code"]) == (200, 0), body
+    want = "look" if flavor == "weixin" else "look[图片]"
+    events = [receiver.next(lambda event: event.get("content") == want) for _ in range(2)]
+    assert {event["post_type"] for event in events} == {"send_message", "receive_message"}
+    for event in events:
+        if flavor == "weixin":
+            assert base64.b64decode(event["media_data"]) == PNG
+            assert (event["media_id"], event["media_path"]) == (None, None)
+        else:
+            [medium] = event["media"]
+            assert (medium["type"], medium["url"], medium["size"]) == ("image", None, str(len(PNG)))
+    if flavor == "weixin":
+        status, _, body = alice.raw("upload_media", media_data=PNG_TEXT)
+        answer = json.loads(body)
+        assert (status, answer["code"]) == (507, 507)
+        assert answer["status"].startswith("the picture cannot be kept: ")
+    assert "fault of this program" not in program.log.text()
 
 
 # -- groups and friends
@@ -7812,7 +8606,92 @@ def test_a_links_calls_need_its_key_and_sense(pair):
     assert link(good, **{"X-OpenQQ-Key": key}) == 200
 
 
-@pytest.mark.parametrize("name, value", [("role", "king"), ("echo", "yes"), ("muted", "soon")])
+ODD_WORDS = ["", " ", "0", "00", "-1", "²", "１２", "1" * 30, "x" * 100_000, "\t", "\u202e", "*",
+             "{}", "小冰", "OpenQQ", "alice", "2854196301", "filehelper", "discuss", "group_message",
+             "discuss_message", "sess_message", "person", "friend_request", "null", "__class__"]
+
+
+@pytest.mark.parametrize("flavor", ["qq", "weixin"])
+def test_whatever_local_calls_are_given_is_answered_and_breaks_no_later_one(start, flavor):
+    """8 or 400 for nonsense, never 500; all that worked before works afterwards."""
+    program = start("controller", "--flavor", flavor)
+    prefix = {"qq": "/openqq/", "weixin": "/openwx/"}[flavor]
+    program.login("alice", numeric_ids="1", check_event_list_max_size="5")
+    spin = random.Random(12)
+    names = {"/local/change": ["do", "what", "uid", "in", "name", "role", "echo", "muted", "card",
+                               "owner_uid", "verify", "id", "account", "join_time"],
+             "/local/say": ["client", "from", "to", "type", "content"],
+             "/local/login": ["client"], "/local/scan": ["ticket"], "/local/world": ["uid"],
+             "/local/confirm": ["ticket"]}
+    good = {"do": ["add", "set", "remove"], "content": ["hello"], "from": ["小灰", "alice"],
+            "client": ["alice"], "type": ["group_message", "discuss_message", "sess_message"],
+            "what": ["person", "friend", "friend_request", "group", "discuss", "group_member",
+                     "discuss_member"],
+            "in": ["OpenQQ", "alice", "小灰"], "to": ["OpenQQ", "小灰"], "uid": ["alice", "小灰", "77"],
+            "muted": ["1.2.3", ".", "1e5"], "role": ["owner"], "echo": ["1"]}
+    spare = {"小冰", "小灰", "alice"}  # who are needed below are not removed, nor called otherwise
+    for number in range(much(1_200, 20_000)):
+        path = spin.choice(["/local/change"] * 6 + ["/local/say"] * 4 + sorted(names))
+        given = {name: spin.choice(good.get(name, []) if spin.random() < 0.8 and name in good
+                                   else ODD_WORDS)
+                 for name in names[path] if spin.random() < (0.9 if name in good else 0.2)}
+        if path == "/local/login" and given.get("client") != "alice" or (
+                given.get("do") in ("remove", "set") and spare & set(given.values())):
+            given.pop("client", given.pop("do", None))
+        status, _, body = request(program.base, path, "POST", json.dumps(given),
+                                  {"Content-Type": "application/json"})
+        assert status in (200, 400, 403, 404), (path, given, body)
+    for table in "people", "groups", "discuss":
+        rows = program.call("/local/world")[table]
+        assert all(row["name"].strip() and row["uid"] == str(int(row["uid"])) for row in rows)
+    program.call("stop_client", client="alice")
+    program.login("alice")
+    for content, params in [("a", {}), ("b", {"type": "group_message", "to": "OpenQQ"})]:
+        assert program.call("/local/say", client="alice", content=content,
+                            **{"from": "小灰"}, **params)["code"] == 0
+    sent = call(program.base, prefix + "send_friend_message", client="alice", content="hello",
+                displayname="小冰")
+    assert sent["code"] == 0
+    assert "fault of this program" not in program.log.text()
+
+
+def test_somebody_without_a_name_is_not_hit_by_calls_that_name_nobody(start):
+    program = start("controller")
+    change = functools.partial(program.call, "/local/change")
+    for given in [{"do": "set", "what": "person", "uid": "小灰", "name": ""},
+                  {"do": "set", "what": "group", "uid": "OpenQQ", "name": " "},
+                  {"do": "add", "what": "person", "name": ""}, {"do": "add", "what": "person"},
+                  {"do": "add", "what": "group"}, {"do": "add", "what": "person", "uid": "7" * 19},
+                  {"do": "add", "what": "person", "uid": "²"},
+                  {"do": "add", "what": "person", "uid": "2854196301", "name": "again"},
+                  {"do": "add", "what": "group", "uid": "20260001", "name": "again"},
+                  {"do": "set", "what": "person", "signature": "x"},
+                  {"do": "remove", "what": "person"}, {"do": "remove", "what": "group", "uid": ""},
+                  {"do": "set", "what": "person", "uid": "小灰", "signature": "x" * 5_000}]:
+        assert change(**given)["code"] == 8, given
+    world = program.call("/local/world")
+    assert [row["name"] for row in world["people"]] == ["小冰", "小灰"]
+    assert [row["name"] for row in world["groups"]] == ["OpenQQ"]
+
+
+def test_weixin_has_no_discuss_to_change_or_to_speak_in(start, tmp_path):
+    """Nor when a world file of the other flavour names one."""
+    world = {**openqq.Weixin.world, "discuss": openqq.QQ.world["discuss"]}
+    path = put(tmp_path / "world.json", json.dumps(world))
+    program = start("controller", "--flavor", "weixin", "--world", path, tmpdir=tmp_path / "t")
+    program.login("alice")
+    for kind in "discuss", "discuss_member":
+        for do in "add", "set", "remove":
+            assert program.call("/local/change", do=do, what=kind, uid="30260001", name="x",
+                                **{"in": "30260001"})["code"] == 8
+    for to in "OpenQQ", "30260001", "":
+        status, _, body = request(program.base, "/local/say?" + urllib.parse.urlencode(
+            {"client": "alice", "from": "小灰", "content": "x", "type": "discuss_message", "to": to}))
+        assert (status, json.loads(body)["code"]) == (404, 8)
+
+
+@pytest.mark.parametrize("name, value", [("role", "king"), ("echo", "yes"), ("muted", "soon"),
+                                         ("muted", "1.2.3")])
 def test_what_the_network_cannot_read_it_does_not_take(pair, start, tmp_path, name, value):
     answer = pair.call("/local/change", do="set", what="person", uid="小灰", **{name: value})
     assert answer == {"code": 8, "status": f"{name} {value} not found"}
