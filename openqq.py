@@ -335,6 +335,7 @@ class Refusal(OpenQQError):
 # ------------------------------------------------------------------------------------------------
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9_.@\-\u3400-\u4dbf\u4e00-\u9fff]{1,%d}" % NAME_LIMIT)
+SURROGATES = re.compile("[\ud800-\udfff]")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 ID_KEY = re.compile(r"(?:.*_)?u?id")
 encode_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
@@ -366,6 +367,21 @@ def object_in(data: bytes) -> Optional[Row]:
     return value if isinstance(value, dict) else None
 
 
+GB_NAMES = ("gb18030", "gbk", "gb2312", "cp936", "x-gbk")  # what a charset= may call it
+
+
+def read_text(data: bytes, charset: str = "") -> str:
+    """Text of somebody who need not say how it is written: UTF-8, else GB18030, as Chinese
+    consoles and old scripts write it; a `charset` that says so comes first. ValueError."""
+    gb_first = charset.lower() in GB_NAMES
+    for encoding in ("gb18030", "utf-8") if gb_first else ("utf-8", "gb18030"):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError:
+            pass
+    raise ValueError("neither UTF-8 nor GB18030")
+
+
 def check_name(name: str) -> str:
     """An account's name as it came, or NotAllowed: names become file names (DESIGN)."""
     if not NAME.fullmatch(name):
@@ -376,6 +392,26 @@ def check_name(name: str) -> str:
 def new_secret() -> str:
     """Something that nobody can guess: 32 hex digits."""
     return binascii.hexlify(os.urandom(16)).decode()
+
+
+class MessageIds:
+    """Ids of messages of our own making: growing by one, the first one by the clock, and below
+    2^31, since typed clients keep them in 31 bits. Who makes them besides has the `other` half."""
+
+    HALF = 2 ** 30
+
+    def __init__(self, clock: Callable[[], float] = time.time, other: bool = False,
+                 taken: Callable[[int], bool] = lambda number: False) -> None:
+        self._least = self.HALF if other else 0
+        self._last = self._least + int(clock()) % 100_000 * 10_000
+        self._taken = taken
+
+    def next(self) -> int:
+        """One that is not taken; after the last of all comes the first."""
+        while True:
+            self._last = self._least + (self._last - self._least) % (self.HALF - 1) + 1
+            if not self._taken(self._last):
+                return self._last
 
 
 def numbered(value: Json) -> Json:
@@ -1188,6 +1224,7 @@ class Flavour:
     apis: Dict[str, Tuple[str, str]]  # path -> its methods, and the API plugin's method
     any_state: Tuple[str, ...]   # those that answer before the account is running
     fields: Dict[str, Tuple[str, ...]]  # kind of thing -> members of its JSON object
+    other_names: Dict[str, Dict[str, str]]  # kind of thing -> what a search may call its members
     keys: Dict[str, Tuple[str, ...]]    # kind of thing -> what send_* finds it by
     missing: Dict[str, Row]      # kind of thing -> the answer when send_* does not find it
     parts: Dict[str, Tuple[str, ...]]   # role in a message -> what it tells of it (sender_id …)
@@ -1265,6 +1302,11 @@ class QQ(Flavour):
         "friend_request": ("id", "name", "verify", "ticket"),
         "media": ("type", "url", "name", "size"),
     }
+    # What the program's objects answered to besides (AUTOLOAD in Group.pm, Friend.pm).
+    other_names = {
+        "friend": {"qq": "uid", "nick": "name"},
+        "group": {"gnumber": "uid", "number": "uid", "gtype": "role", "gname": "name",
+                  "gid": "id", "gcode": "code"}}
     keys = {"friend": ("id", "uid", "name", "displayname"),
             "group": ("id", "uid", "name", "displayname"), "discuss": ("id", "name")}
     missing = {"friend": {"code": 100, "id": None, "status": "friend not found"},
@@ -1342,6 +1384,7 @@ class Weixin(Flavour):
         "friend_request": ("id", "displayname", "verify", "ticket"),
         "media": ("type", "url", "name", "size"),
     }
+    other_names = {"friend": {}, "group": {}}
     keys = {"friend": ("id", "account", "displayname", "markname"),
             "group": ("id", "displayname")}
     missing = dict.fromkeys(("friend", "group"),
@@ -1995,6 +2038,7 @@ FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xf
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e]*)?")
 LENGTH = re.compile(r"[0-9]{1,15}")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::([0-9]{1,5}))?")
+CHARSET = re.compile(r"""(?i);\s*charset=["']?([\w.-]+)""")
 BROKEN_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 CALLBACK = re.compile(r"(?=.{1,64}\Z)[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)*", re.ASCII)
 SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "content-type",
@@ -2219,11 +2263,12 @@ def body_length(fields: Fields) -> int:
 
 
 def parse_form(text: str) -> Params:
-    """Parameters of a query or form; the last of a name counts. BadRequest for a broken percent.
+    """Parameters of a query or form; the last of a name counts. BadRequest.
 
-    Bytes that are no UTF-8 become U+FFFD: 003 shows such a call, and it just finds nothing.
+    Bytes that are no UTF-8 stand in `text` as surrogates (PEP 383). Each name and value is read for
+    itself: a library may have spelt one in UTF-8, and a console the other in GBK.
     """
-    coded = "%" in text or "+" in text
+    coded = "%" in text or "+" in text or not text.isascii()
     if coded and BROKEN_PERCENT.search(text):
         raise BadRequest(400, "broken percent-encoding; a % itself is written %25")
     if text.count("&") > PARAM_LIMIT:
@@ -2232,12 +2277,26 @@ def parse_form(text: str) -> Params:
     for pair in text.split("&"):
         if pair:
             name, _, value = pair.partition("=")
-            params[_unquote(name) if coded else name] = _unquote(value) if coded else value
+            if coded:
+                name = _unquote("a name", name)
+                value = _unquote(name, value)
+            params[name] = value
     return params
 
 
-def _unquote(text: str) -> str:
-    return urllib.parse.unquote(text.replace("+", " "), errors="replace")
+def _unquote(name: str, text: str) -> str:
+    if "%" not in text and text.isascii():
+        return text.replace("+", " ")
+    return _legible(name, urllib.parse.unquote_to_bytes(
+        text.replace("+", " ").encode("utf-8", "surrogateescape")))
+
+
+def _legible(name: str, data: bytes) -> str:
+    """The text of a parameter; BadRequest."""
+    try:
+        return read_text(data)
+    except ValueError as error:
+        raise BadRequest(400, f"{name} is {error}") from None
 
 
 def parse_multipart(kind: str, body: bytes) -> Params:
@@ -2254,18 +2313,18 @@ def parse_multipart(kind: str, body: bytes) -> Params:
         name = re.search(rb'[;\s]name="([^"\r\n]*)"', head)
         if not name:
             raise BadRequest(400, "multipart part without a name")
-        key = name.group(1).decode("utf-8", "replace")
+        key = _legible("a name", name.group(1))
         file = re.search(rb'[;\s]filename="([^"\r\n]*)', head)
-        params[key] = (base64.b64encode(value) if file else value).decode("utf-8", "replace")
+        params[key] = base64.b64encode(value).decode() if file else _legible(key, value)
         if file:
-            params[key + ".filename"] = file.group(1).decode("utf-8", "replace")
+            params[key + ".filename"] = _legible(key, file.group(1))
     return params
 
 
-def parse_json_params(body: bytes) -> Params:
+def parse_json_params(body: bytes, charset: str = "") -> Params:
     """Parameters of a JSON object: scalars as text, lists joined by commas, null left out."""
     try:
-        value = from_bytes(body)
+        value = from_bytes(read_text(body, charset).encode())
     except ValueError as error:
         raise BadRequest(400, f"broken JSON: {error}") from None
     if not isinstance(value, dict):
@@ -2304,6 +2363,8 @@ class Request:
                  wait: Callable[[Promise, float], Any] = Promise.wait) -> None:
         path, _, self.query = target.partition("?")
         self.method, self.fields, self.body, self.peer = method, fields, body, peer
+        if not path.isascii():
+            path = path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         self.path = urllib.parse.unquote(path) if "%" in path else path
         self.target = target
         self.sock, self.old, self.wait = sock, old, wait
@@ -2326,11 +2387,12 @@ class Request:
         kind = self.fields.get("content-type", "")
         plain = kind.partition(";")[0].strip().lower()
         if plain == "application/x-www-form-urlencoded":
-            return parse_form(self.body.decode("utf-8", "replace").strip("\r\n"))
+            return parse_form(self.body.decode("utf-8", "surrogateescape").strip("\r\n"))
         if plain == "multipart/form-data":
             return parse_multipart(kind, self.body)
         if plain in ("application/json", "text/json"):
-            return parse_json_params(self.body)
+            charset = CHARSET.search(kind)
+            return parse_json_params(self.body, charset.group(1) if charset else "")
         return {}
 
     def read_url_only(self) -> None:
@@ -2771,7 +2833,7 @@ class Connection(BaseHTTPRequestHandler):
         body = self._read_body(fields, minor)
         wish = fields.get("connection", "").lower()
         keep = "close" not in wish and (minor == b"1" or "keep-alive" in wish)
-        return Request(method.decode(), target.decode("utf-8", "replace"), fields, body,
+        return Request(method.decode(), target.decode("utf-8", "surrogateescape"), fields, body,
                        self.client_address[0], self.connection, minor == b"0",
                        self._wait), keep
 
@@ -3090,7 +3152,7 @@ class Call(urllib.request.Request):
         scheme, self.own_host, secret = split_origin(found.group() if found else "")
         target = url[found.end() if found else 0:].partition("#")[0]
         if not self.PLAIN.fullmatch(target):
-            target = urllib.parse.quote(target, safe=self.SAFE)
+            target = urllib.parse.quote(target, safe=self.SAFE, errors="surrogateescape")
         # All that Request.__init__ would set, which parses again: 6 of a proxied call's 40 µs.
         self.type, self.host, self.origin_req_host = scheme, self.own_host, self.own_host
         self.selector = target if target.startswith("/") else "/" + target
@@ -5023,6 +5085,14 @@ new_displayname | the group's name from now on
 new_markname | the markname from now on
 op | 0/1 | 1 puts it on top
 verify | the words that come with the request
+qq | the uid
+nick | the name
+gnumber | the uid
+number | the uid
+gname | the name
+gid | the id
+gcode | the code
+gtype | the role
 from | who speaks, by name or uid
 type | friend_message/group_message/discuss_message/sess_message | what sort of message
 to | the group or discuss, by name, id or uid; the person, where no client is named
@@ -5043,15 +5113,15 @@ state | account! cookie_path disable_color error failed:flag http_debug keep_coo
     log_console log_encoding log_level log_path mode os pid! pid_path plugin:object* port!
     previous_state qrcode_count_max qrcode_path restarts:int since start_time state!
     state_path tmpdir ua_retry_times version
-sent | code! id info status!
-consulted | code! id reply reply_status status!
+sent | code! id info media_id status!
+consulted | code! id media_id reply reply_status status!
 accepted | code! displayname id status! ticket
 founded | code! group_id status!
 program | account code! http_debug log_encoding log_level log_path os pid runtime starttime
     status! version
 uploaded | code! media_code media_ext media_id media_mime media_mtime media_name media_path
     media_size status!
-event | seq! post_type! event params:any class code content id info msg time type sender
+event | seq! post_type! time! event params:any class code content id info msg type sender
     sender_id sender_uid receiver receiver_id receiver_uid group group_id group_uid discuss
     discuss_id media:media* raw_message
 said | answers:object* code! id:int status!
@@ -5160,7 +5230,8 @@ class OpenApi:
             return ("name", "card", "role", "markname", "verify", "signature")
         kind, _, fields = take[1:].partition("_") if take[0] == "+" else ("", "", "")
         if fields:
-            return dict.fromkeys([*flavour.fields[kind], "displayname"])
+            return dict.fromkeys([*flavour.fields[kind], "displayname",
+                                  *flavour.other_names[kind]])
         return flavour.keys[kind] if kind else [take]
 
     def _parameter(self, word: str, values: Dict[str, str], call: str) -> Row:
@@ -5275,6 +5346,9 @@ def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
 # ------------------------------------------------------------------------------------------------
 # 9. Events
 # ------------------------------------------------------------------------------------------------
+
+MOMENT = re.compile("[1-9][0-9]{0,11}")  # seconds, as an event's source may tell them
+
 
 class Feed:
     """What one stream has still to send, in the hands of its store's lock."""
@@ -5427,6 +5501,13 @@ class Store:
                 self._feeds.discard(feed)
 
 
+def event_row(event: str, params: List[Any], when: Optional[str] = None) -> Row:
+    """An event as it is told; `when` is its time in seconds, where its source knows that."""
+    known = when is not None and MOMENT.fullmatch(when)
+    return {"event": event, "params": params, "post_type": "event",
+            "time": when if known else str(int(time.time()))}
+
+
 def seq_of(text: Optional[str]) -> Optional[int]:
     """An event's number as callers give it, or None; BadRequest."""
     if text is None:
@@ -5456,8 +5537,9 @@ class Reporter:
 
     def __init__(self, url: str, secret: str, spool: Spool, loop: Loop, log: Log,
                  answered: Callable[[Row, Row], None],
-                 fetch: Callable[..., Reply] = fetch) -> None:
+                 fetch: Callable[..., Reply] = fetch, numeric: bool = False) -> None:
         self._url, self._secret, self._spool, self._loop = url, secret, spool, loop
+        self._numeric = numeric
         self._log, self._answered, self._fetch = log, answered, fetch
         self._crew = Crew(POST_LANES, "post", log)
         self._queues: Dict[str, Deque[int]] = {}       # conversation -> keys in the spool
@@ -5559,7 +5641,8 @@ class Reporter:
 
     def _post(self, conversation: str, key: int, item: Row) -> None:
         """In a thread of the crew: one try."""
-        body = to_bytes(item["event"])
+        event = item["event"]        # as it was when it was queued; numeric_ids may have changed
+        body = to_bytes(numbered(event) if self._numeric else event)
         fields = {"Content-Type": "application/json", "X-Event-ID": item["id"],
                   "User-Agent": "openqq/" + VERSION}
         if self._secret:
@@ -5722,7 +5805,11 @@ def same_origin(url: str, reply: Reply) -> str:
 
 
 def _json_object(kind: str, data: bytes) -> Optional[Row]:
-    return object_in(data) if kind in ("application/json", "text/json") else None
+    try:
+        json_too = kind in ("application/json", "text/json")
+        return object_in(read_text(data).encode()) if json_too else None
+    except ValueError:
+        return None
 
 
 class Outlet:
@@ -5745,9 +5832,9 @@ class Outlet:
 
     def put(self, event: str, row: Row, conversation: str, mark: str) -> bool:
         """Pass an event on; whether its mark went into the queue on disk with it."""
+        queued = row = row if self._bytes_too else {
+            name: value for name, value in row.items() if name != "media_data"}
         row = numbered(row) if self._numeric else row
-        if "media_data" in row and not self._bytes_too:
-            row = {name: value for name, value in row.items() if name != "media_data"}
         message = row["post_type"] != "event"
         listed = event in self._listed
         if message or self.KEPT.match(event) or (listed and self.KEPT_IF_LISTED.match(event)):
@@ -5759,7 +5846,7 @@ class Outlet:
         if self._stdout:
             self._print(row)
         if self.reporter:
-            self.reporter.add(row, conversation, mark or None)
+            self.reporter.add(queued, conversation, mark or None)
         return self.reporter is not None
 
     def _print(self, row: Row) -> None:
@@ -6282,7 +6369,8 @@ class Society:
         if "value" in parts:
             parts = {**parts, "value": typed(parts["property"], parts["value"])}
         if account is not None and (away or account in self.world.online):
-            self._outboxes.put(account, {"do": "event", "event": event, **{
+            self._outboxes.put(account, {"do": "event", "event": event,
+                                         "time": str(int(self.clock())), **{
                 name: part(account) if callable(part) else part for name, part in parts.items()}})
 
 
@@ -6555,9 +6643,11 @@ class LocalNetwork:
         self.outboxes = Outboxes(self._ledger, self.world.online)
         self.society = Society(self.world, self.outboxes, clock)
         self.logins = Logins(self.society, self.outboxes, url, clock)
-        self._last_id = int(clock() * 1000)
         self._waking: Optional[Timer] = None                 # for those who are told together
         self._sent: Dict[int, Row] = {}                      # the newest messages, by number
+        waiting = {item["id"] for items in self._ledger.table("wait").values()
+                   for item in items.values() if item["do"] == "message"}
+        self._ids = MessageIds(clock, True, lambda id: id in self._sent or str(id) in waiting)
         self._verbs: Dict[str, Callable[..., Any]] = {
             "attach": self.logins.attach, "ticket": self.logins.ticket,
             "ready": self.logins.ready, "logout": self.logins.logout,
@@ -6667,22 +6757,22 @@ class LocalNetwork:
         return [said, *(answer for answer in answers if answer)]
 
     def _deliver(self, uid: str, message: Row, receivers: List[str]) -> Row:
-        self._last_id += 1
+        number = self._ids.next()
         item = {"do": "message", "type": message["type"], "content": message["content"],
-                "time": str(int(self.clock())), "id": str(self._last_id), "uid": uid,
+                "time": str(int(self.clock())), "id": str(number), "uid": uid,
                 "name": self._ledger.table("people", uid)["name"],
                 "group": message.get("group"), "discuss": message.get("discuss"),
                 "media": message.get("media")}
-        self._remember({**item, "receivers": receivers})
+        self._remember(number, {**item, "receivers": receivers})
         for receiver in receivers:
             account = self.world.account_of.get(receiver)
             if account is not None:
                 self.outboxes.put(account, dict(item, sender_id=self.world.id_for(account, uid)))
         return item
 
-    def _remember(self, item: Row) -> None:
+    def _remember(self, number: int, item: Row) -> None:
         """For revoking; who asks later than WAIT_LIMIT messages after it comes too late."""
-        self._sent[self._last_id] = {name: item[name] for name in ("uid", "group", "receivers")}
+        self._sent[number] = {name: item[name] for name in ("uid", "group", "receivers")}
         if len(self._sent) > WAIT_LIMIT:
             del self._sent[next(iter(self._sent))]
 
@@ -8324,7 +8414,8 @@ class OneBotLink(BridgeActions):
             except Exception:  # one that cannot be understood must not stop all others
                 self._log.failure("an event of the bridge")
                 continue
-            items += [{**item, "mark": f"{self._era}:{next(self._count)}"} for item in found]
+            items += [{"time": scalar(row.get("time")), **item,
+                       "mark": f"{self._era}:{next(self._count)}"} for item in found]
             if len(items) >= 64 or any(item["do"] == "event" for item in found):
                 items = self._hand_on(items)
         self._hand_on(items)
@@ -9206,7 +9297,7 @@ class Talk:
                                link.send_interval if interval is None else interval, link.batch,
                                settings.msg_ttl, self._sent, self._release, client.log)
         self._held: List[Tuple[List[Row], Promise]] = []  # what came while a send was under way
-        self._last_id = int(time.time()) % 200_000 * 10_000  # fits the 31 bits of typed clients
+        self._ids = MessageIds()
         self._expected: Dict[str, List[Promise]] = {}  # friend's uid -> who waits for its word
         self._founded: Dict[str, List[Promise]] = {}   # group's uid -> who waits for it
         self.numbers: Dict[str, Any] = {}  # id of a message -> the link's number for it
@@ -9218,8 +9309,7 @@ class Talk:
         if self._client.state != "running":
             return promise.fail(NotRunning(state=self._client.state))
         kind = CIRCLE_OF.get(type, via)
-        self._last_id += 1
-        message = self._composer.compose(type, kind, circle, content, str(self._last_id))
+        message = self._composer.compose(type, kind, circle, content, str(self._ids.next()))
         self._composer.own(message, uid, origin, "local", str(int(time.time())))
         row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None,
                     "cq": cq}
@@ -9381,7 +9471,7 @@ class Talk:
         """Let an event of the link change the roster, and report it; False if it is void."""
         found = self._client.roster.apply(item)
         if found:
-            self._client.emit(*found, mark)
+            self._client.emit(*found, mark, item.get("time"))
             for promise in self._founded.pop(item.get("object", {}).get("uid"), []):
                 promise.keep(found[1][0])
         return found is not None
@@ -9620,14 +9710,14 @@ class Client:
 
     # -- events, in the loop's thread
 
-    def emit(self, event: str, params: List[Any], mark: str = "") -> None:
-        """Let everybody know of an event; with the mark that its source gave it."""
+    def emit(self, event: str, params: List[Any], mark: str = "",
+             when: Optional[str] = None) -> None:
+        """Let everybody know of an event; with the mark and the time that its source gave it."""
         fields = self.flavour.fields
         shown = [thing.full_json(fields) if isinstance(thing, Circle) and number == 0
                  else thing.to_json(fields) if isinstance(thing, Thing) else thing
                  for number, thing in enumerate(params)]
-        row = {"event": event, "params": shown, "post_type": "event"}
-        self._tell(event, row, "", [self, *params], mark)
+        self._tell(event, event_row(event, shown, when), "", [self, *params], mark)
 
     def emit_message(self, message: Message, mark: str = "") -> None:
         """Let everybody know of a message, received or sent."""
@@ -9749,7 +9839,11 @@ class ReadApi:
         return self._search("group", request)
 
     def _search(self, kind: str, request: Request) -> Json:
-        roster, keys = self.client.roster, request.keys()
+        roster, names = self.client.roster, self.flavour.other_names[kind]
+        keys: Dict[str, str] = {}
+        for given, value in request.keys().items():
+            if keys.setdefault(names.get(given, given), value) != value:
+                return {"code": 100, "status": "object not found"}  # one member, two values
         if kind == "group" and {"role", "owner_id", "owner_uid"} & keys.keys():
             self.client.details.wait(list(roster.group.values()), members="role" not in keys)
         found = roster.search(kind, keys)
@@ -10279,7 +10373,8 @@ def openqq_plugin(client: Client, data: Row) -> None:
     settings = client.settings.with_(given)
     store = Store(settings.check_event_list_max_size)
     reporter = Reporter(settings.post_api, settings.post_secret, client.spool, client.loop,
-                        client.log, Answers(client).answered) if settings.post_api else None
+                        client.log, Answers(client).answered,
+                        numeric=settings.numeric_ids) if settings.post_api else None
     listed = settings.post_event_list
     if listed is None:
         listed = client.flavour.post_event_list
@@ -11347,16 +11442,23 @@ class Controller:
         except OSError as error:
             self.log.warn(f"{self.settings.backend_path} cannot be written: {error.strerror}")
 
+    def event_of(self, child: Optional[Child], event: str, *params: Json) -> Row:
+        """An event of ours about a client, with numbers where that client's own have them."""
+        given = {**inherited(self.flavour), **(child.given if child else {})}
+        row = event_row(event, list(params))
+        return numbered(row) if SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0")) else row
+
     def _report(self, event: str, *params: Json) -> None:
         """Every event of ours begins with the client's name."""
-        row = {"event": event, "params": list(params), "post_type": "event"}
+        row = self.event_of(self.supervisor.children.get(str(params[0])), event, *params)
         self.hub.tell(row, str(params[0]))
         if self._reporter:
             self._reporter.add(row, "")
             self._reporter.flush()
 
     def _child_entered(self, name: str, old: str, new: str) -> None:
-        self.hub.tell({"event": "state_change", "params": [old, new], "post_type": "event"}, name)
+        child = self.supervisor.children.get(name) or self.supervisor.leaving.get(name)
+        self.hub.tell(self.event_of(child, "state_change", old, new), name)
 
     def _child_gone(self, name: str) -> None:
         self.network.loop.call(self.network.settle, self.network.logins.detach, name)
@@ -11468,8 +11570,8 @@ class ControllerApi:
         promise = self._ask(self._controller.supervisor.stop, child)
         promise.wait(KILL_SECONDS + 5.0)
         self._ask(self._controller.supervisor.release, child)
-        self._controller.hub.tell({"event": event, "params": [child.name], "post_type": "event",
-                                   "settings": child.open_settings()}, child.name)
+        row = self._controller.event_of(child, event, child.name)
+        self._controller.hub.tell({**row, "settings": child.open_settings()}, child.name)
 
     def delete_client(self, request: Request) -> Row:
         """Stop a client and forget its login, its state and what waits to be posted."""
@@ -11571,6 +11673,17 @@ def help_text(whose: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def typed_word(word: str) -> str:
+    """A word of the command line as text; Refusal with exit status 2.
+
+    Bytes that are not what Python takes the console to write stand in it as surrogates (PEP 383).
+    """
+    try:
+        return read_text(os.fsencode(word)) if SURROGATES.search(word) else word
+    except ValueError:
+        raise Refusal("a word is neither UTF-8 nor GB18030", 2) from None
+
+
 def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
     """--setting value and --setting=value as settings; Refusal with exit status 2."""
     given: Dict[str, str] = {}
@@ -11586,7 +11699,7 @@ def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
             if not rest:
                 raise Refusal(f"{name} needs a value", 2)
             value = rest.pop(0)
-        given[setting.name] = value
+        given[setting.name] = typed_word(value)
     return given
 
 
@@ -11607,14 +11720,18 @@ def rename_process(whose: str, given: Dict[str, str]) -> None:
     name = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
     hidden = {setting: value for setting, value in given.items() if SETTINGS[setting].secret}
     flags = [f"--{setting}={value}" for setting, value in given.items() if setting not in hidden]
-    environment = {**os.environ, "OPENQQ_PYTHON": sys.executable,
-                   **{flavour.environ + setting.upper(): value
-                      for setting, value in hidden.items()}}
+    environment: Dict[str, Any] = {
+        **os.environ, "OPENQQ_PYTHON": sys.executable,
+        **{flavour.environ + setting.upper(): utf8(value)[0] for setting, value in hidden.items()}}
     if "token" in hidden:
-        environment["OPENQQ_TOKEN"] = hidden["token"]
-    os.execve(sys.executable,
-              [os.path.join(os.path.dirname(sys.executable), name.replace("/", "_")),
-               "-S", *python_words(whose, *flags)], environment)
+        environment["OPENQQ_TOKEN"] = utf8(hidden["token"])[0]
+    title = os.path.join(os.path.dirname(sys.executable), name.replace("/", "_"))
+    os.execve(sys.executable, utf8(title, "-S", *python_words(whose, *flags)), environment)
+
+
+def utf8(*words: str) -> List[bytes]:
+    """Words for this file run once more (python_words): it reads UTF-8, whatever we read."""
+    return [word.encode("utf-8", "surrogateescape") for word in words]
 
 
 def run_controller(given: Dict[str, str]) -> int:
@@ -12108,12 +12225,10 @@ def parse_words(command: str, words: Sequence[str]) -> Tuple[List[str], Dict[str
 def run_command(command: str, words: Sequence[str]) -> int:
     """A command that calls a server's API; its exit status. Refusal."""
     try:
-        plain, flags = parse_words(command, words)
+        plain, flags = parse_words(command, [typed_word(word) for word in words])
         usage, least, most, _ = COMMANDS[command]
         if not least <= len(plain) <= most:
             raise Refusal(f"usage: python openqq.py {command} {usage}", 2)
-        if re.search("[\ud800-\udfff]", "".join([*plain, *flags.values()])):
-            raise Refusal("the words are not UTF-8", 2)
         if "token" in flags and sys.executable:
             hide_token(flags.pop("token"), [command, *(
                 f"--url={value}" if name == "url" else "--" + name
@@ -12152,8 +12267,8 @@ def show(text: str) -> int:
 
 def hide_token(token: str, words: Sequence[str]) -> None:
     """Begin once more with the token off the command line, where ps shows it to everybody."""
-    os.execve(sys.executable, [sys.executable, *python_words(*words)],
-              {**os.environ, "OPENQQ_TOKEN": token})
+    environment: Dict[str, Any] = {**os.environ, "OPENQQ_TOKEN": utf8(token)[0]}
+    os.execve(sys.executable, utf8(sys.executable, *python_words(*words)), environment)
 
 
 def main(words: Sequence[str]) -> int:
