@@ -5993,6 +5993,7 @@ class World:
     def __init__(self, ledger: Ledger, flavour: Type[Flavour]) -> None:
         self.ledger, self.flavour = ledger, flavour
         self.online: Set[str] = set()  # accounts
+        self.mode: Dict[str, str] = {}  # account -> the state that it wants to show
         self.account_of = {row["uid"]: account
                            for account, row in ledger.table("login").items()}
 
@@ -6078,9 +6079,18 @@ class World:
         return {name: typed(name, merged.get(name)) for name in self.flavour.fields[kind]}
 
     def state_of(self, uid: str) -> str:
-        """Residents are always there, accounts while they are logged in."""
+        """Residents are always there, accounts while they are logged in and not hidden."""
         account = self.account_of.get(uid)
-        return "online" if account is None or account in self.online else "offline"
+        if account is None:
+            return "online"
+        mode = self.mode.get(account, "online") if account in self.online else "offline"
+        return "offline" if mode == "hidden" else mode
+
+    def presence(self, account: str) -> Dict[str, str]:
+        """How people look to others now, uid -> state: accounts, and who was given a state."""
+        return {uid: str(row.get("state") or self.state_of(uid))
+                for uid, row in self.ledger.table("people").items()
+                if uid in self.account_of or "state" in row}
 
     def user(self, account: str) -> Row:
         """An account's own row."""
@@ -6395,8 +6405,10 @@ class Logins:
         self.running: Set[str] = set()                       # accounts
         self._hopes: Dict[str, List[Promise]] = {}           # /local/login's that wait for that
 
-    def attach(self, account: str, mark: str, cookie: str, password: bool) -> Row:
+    def attach(self, account: str, mark: str, cookie: str, password: bool,
+               mode: str = "online") -> Row:
         """An account's client is there. {"login": …} if it is logged in by that, else {}."""
+        self.world.mode[account] = mode
         self._outboxes.forget_notes(account)
         self._outboxes.acknowledge(account, mark)
         row = self._ledger.table("login", account)
@@ -6651,7 +6663,7 @@ class LocalNetwork:
         self._verbs: Dict[str, Callable[..., Any]] = {
             "attach": self.logins.attach, "ticket": self.logins.ticket,
             "ready": self.logins.ready, "logout": self.logins.logout,
-            "roster": self.world.roster, "send": self.send, "kick": self.kick,
+            "roster": self.world.roster, "presence": self.world.presence, "send": self.send, "kick": self.kick,
             "mute": self.mute}
         self._verbs.update(Dealings(self.society, self._sent).verbs())
 
@@ -7197,6 +7209,10 @@ class Link:
         """
         raise NotImplementedError
 
+    def presence(self) -> Dict[str, str]:
+        """uid -> state of those whose state no event tells; asked for before lists are shown."""
+        return {}
+
     def send(self, messages: List[Row]) -> List[Row]:
         """Send messages {type, content, cq, uid, group, discuss, media}; for each {"code", "info"}.
 
@@ -7264,15 +7280,16 @@ class LocalLink(Link):
     echoes = True
 
     def __init__(self, host: Callable[[str, Row], Json], hooks: Hooks, password: bool,
-                 log: Log) -> None:
+                 mode: str, log: Log) -> None:
         self._host, self._hooks, self._password, self._log = host, hooks, password, log
+        self._mode = mode
         self._closed = threading.Event()
         self._mark = ""
         self._pulling = False
 
     def login(self, cookie: str, mark: str) -> None:
         self._mark = mark
-        answer = self._host("attach", {"mark": mark, "cookie": cookie,
+        answer = self._host("attach", {"mark": mark, "cookie": cookie, "mode": self._mode,
                                        "password": self._password})
         if not self._pulling:
             self._pulling = True
@@ -7290,6 +7307,9 @@ class LocalLink(Link):
 
     def roster(self) -> Row:
         return dict(self._host("roster", {}))
+
+    def presence(self) -> Dict[str, str]:
+        return dict(self._host("presence", {}))
 
     def send(self, messages: List[Row]) -> List[Row]:
         return list(self._host("send", {"messages": messages}))
@@ -7358,7 +7378,8 @@ class LocalLink(Link):
 class RemoteHost:
     """LocalNetwork.call, in another process, for one account."""
 
-    SECONDS = {"pull": 330.0}    # longer than one may wait; 30 for all others
+    # pull: longer than one may wait; presence: a list is not worth more; 30 for all others
+    SECONDS = {"pull": 330.0, "presence": 2.0}
 
     def __init__(self, url: str, key: str, fetch: Callable[..., Reply] = fetch) -> None:
         self._url, self._fetch = url + "/local/link", fetch
@@ -7381,11 +7402,29 @@ class RemoteHost:
 # -- OneBot 11: real QQ, through a bridge (ONEBOT.md)
 
 CQ_CODE = re.compile(r"\[CQ:([A-Za-z0-9_.\-]+)((?:,[^,\[\]]*)*)\]")
+SEGMENT_TYPE = re.compile(r"[A-Za-z0-9_.\-]{1,32}")
 CQ_ESCAPES = (("&", "&amp;"), ("[", "&#91;"), ("]", "&#93;"), (",", "&#44;"))
 CQ_SOURCES = ("file", "url", "path", "image", "audio", "cover", "thumb", "icon")
-LABELS = {"face": "[表情]", "image": "[图片]", "record": "[语音]", "video": "[视频]",
-          "file": "[文件]", "reply": ""}
+# What segments read as, with members of their data (| or else) as far as they are there. What is
+# empty then, and what is not listed, reads [type]; a reply reads as nothing.
+LABELS = {"face": "[表情]", "bface": "[表情]", "sface": "[表情]",
+          "image": "[图片]", "cardimage": "[图片]", "record": "[语音]", "video": "[视频]",
+          "file": "[文件]{name|file_name|file}", "reply": "", "mface": "{summary}",
+          "keyboard": "[按钮]", "node": "[聊天记录]", "forward": "[聊天记录]",
+          "share": "[分享]{title|content} {url}", "music": "[音乐]{title} {url}",
+          "location": "[位置]{title|name|content|address}",
+          "contact": "[名片]{id}", "poke": "[戳一戳]", "shake": "[窗口抖动]",
+          "dice": "[骰子]{result}", "rps": "[猜拳]", "redbag": "[红包]{title}", "gift": "[礼物]",
+          "tts": "{text}", "miniapp": "[小程序]", "onlinefile": "[文件]", "flashtransfer": "[文件]"}
+DETAIL_LIMIT = 500               # letters of one such member
+AT_LIMIT = 8                     # names of a message that are asked for: each may take seconds
 SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
+MEMBERS = re.compile(r"\{([a-z_|]+)\}")
+IMAGE_SUMMARY = re.compile(r"\[[^\[\]]{1,20}\]")  # NapCat: [动画表情]
+XML_ATTRIBUTE = {
+    "brief": re.compile(r"""\bbrief=["']([^"']*)"""), "url": re.compile(r"""\burl=["']([^"']*)"""),
+    "title": re.compile(r"<title\b[^>]{0,200}>([^<]*)"),
+    "title attribute": re.compile(r"""\btitle=["']([^"']*)""")}
 MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
 
 
@@ -7404,12 +7443,27 @@ def cq_unescape(text: str) -> str:
 
 
 def segments_of(message: Json) -> List[Row]:
-    """A message as bridges spell it, with CQ codes or as a list, as [{"type", "data"}]."""
+    """A message as bridges spell it, with CQ codes or as a list, as [{"type", "data"}].
+
+    Whatever else a bridge may send, the type is a word and the data an object.
+    """
     if isinstance(message, str):
         return _cq_segments(message)
-    rows = message if isinstance(message, list) else [message]
-    return [{"type": str(row.get("type")), "data": row["data"]} for row in rows
-            if isinstance(row, dict) and isinstance(row.get("data"), dict)]
+    found: List[Row] = []
+    rows = [message] if message is not None else []
+    while rows:
+        row = rows.pop()
+        if isinstance(row, list):
+            rows += reversed(row)
+        elif isinstance(row, dict):
+            kind, data = detail(row.get("type")), row.get("data")
+            plain = {"text": data} if kind == "text" and isinstance(data, str) else {}
+            found.append({"type": kind if SEGMENT_TYPE.fullmatch(kind) else "?",
+                          "data": data if isinstance(data, dict) else plain})
+        else:
+            text = row if isinstance(row, str) else detail(row)
+            found += _text_segments(text) if text else [{"type": "?", "data": {}}]
+    return found
 
 
 def _cq_segments(text: str) -> List[Row]:
@@ -7432,7 +7486,8 @@ def cq_text(segments: Iterable[Row]) -> str:
     parts = []
     for segment in segments:
         if segment["type"] == "text":
-            parts.append(cq_escape(str(segment["data"].get("text", ""))))
+            text = segment["data"].get("text")
+            parts.append(cq_escape(text if isinstance(text, str) else detail(text)))
         else:
             pairs = "".join(f",{key}={cq_escape(_cq_value(value), True)}"
                             for key, value in segment["data"].items() if value is not None)
@@ -7441,7 +7496,7 @@ def cq_text(segments: Iterable[Row]) -> str:
 
 
 def _cq_value(value: Json) -> str:
-    return to_bytes(value).decode() if isinstance(value, (dict, list)) else str(value)
+    return value if isinstance(value, str) else to_bytes(value).decode()
 
 
 def check_cq(content: str) -> None:
@@ -7465,6 +7520,77 @@ def scalar(value: Json) -> Optional[str]:
         return None                  # JSON's 1e999 is no number that int() takes
     whole = isinstance(value, (bool, float)) and value == int(value)
     return str(int(value)) if whole else str(value)
+
+
+def detail(value: Json) -> str:
+    """A text or number of a segment's data on one line; empty for anything else."""
+    if isinstance(value, bool):
+        return ""
+    return " ".join(CONTROLS.sub(" ", scalar(value) or "").split())[:DETAIL_LIMIT]
+
+
+def readable(kind: str, data: Row) -> str:
+    """A segment as somebody reads it; those that name somebody (at) are not known here."""
+    if kind in ("text", "markdown"):  # as it is, lines and all
+        text = data.get("text" if kind == "text" else "content")
+        return text if isinstance(text, str) else detail(text) or f"[{kind}]"
+    if kind in ("json", "xml"):
+        return (_card if kind == "json" else _xml_card)(data.get("data")) or f"[{kind}]"
+    if kind == "image" and IMAGE_SUMMARY.fullmatch(detail(data.get("summary"))):
+        return detail(data["summary"])
+    if kind == "file" and re.search(r"[/\\]|^base64:", detail(data.get("file"))):
+        data = {**data, "file": None}    # where it lies; that is not its name
+    if kind == "forward":
+        news = " ".join(detail(row.get("text")) for row in rows_of(data.get("news")))
+        return detail(data.get("summary")) or detail(news) or detail(
+            data.get("prompt")) or LABELS[kind]
+    form = LABELS.get(kind)
+    if form is None:
+        return f"[{kind}]"
+    text = MEMBERS.sub(lambda found: next(
+        filter(None, (detail(data.get(name)) for name in found.group(1).split("|"))), ""), form)
+    return text.strip() or (f"[{kind}]" if form else "")
+
+
+def _card(text: Json) -> str:
+    """A json segment's card: what it says of itself, and where it leads."""
+    row = text if isinstance(text, dict) else object_in(text.encode("utf-8", "replace")
+                                                        ) if isinstance(text, str) else None
+    if row is None:
+        return ""
+    meta = row.get("meta")
+    parts = [row, *rows_of(list(meta.values()) if isinstance(meta, dict) else [])]
+    said = [detail(part.get(name)) for name in ("prompt", "title", "desc") for part in parts]
+    links = [detail(part.get(name)) for name in ("jumpUrl", "qqdocurl", "jump_url", "url")
+             for part in parts]
+    return _titled(said, links)
+
+
+def _xml_card(text: Json) -> str:
+    """The same of an xml segment. Its first letters tell, and no parser is led astray by them."""
+    text = text[:16_384] if isinstance(text, str) else ""
+    found = {name: XML_ATTRIBUTE[name].search(text) for name in XML_ATTRIBUTE}
+    import html
+    said = {name: detail(html.unescape(match.group(1))) for name, match in found.items() if match}
+    return _titled([said.get(name, "") for name in ("brief", "title", "title attribute")],
+                   [said.get("url", "")])
+
+
+def _titled(said: Iterable[str], links: Iterable[str]) -> str:
+    title = next(filter(None, said), "")
+    link = next((link for link in links if re.match("(?i)https?://", link)
+                 and len(link) < DETAIL_LIMIT), "")
+    return f"{title} {link}".strip()
+
+
+def cut_text(text: str) -> str:
+    """A text that came, not longer than one that may be sent."""
+    if len(text) * 4 <= CONTENT_LIMIT:
+        return text
+    data = text.encode("utf-8", "replace")
+    if len(data) <= CONTENT_LIMIT:
+        return text
+    return data[:CONTENT_LIMIT - 3].decode("utf-8", "ignore") + "…"
 
 
 def _id(row: Row, name: str) -> str:
@@ -7524,6 +7650,7 @@ class OneBotEvents:
         self.me = ""                                  # the account's own uid
         self._seen: Dict[int, None] = {}              # the newest events, by what tells them apart
         self._names: Dict[Tuple[str, str], str] = {}  # (group, uid) -> how `at` shows them
+        self._at_left = 0                             # of AT_LIMIT, for the message at hand
 
     def items(self, row: Row) -> List[Row]:
         """The items that come of an event, in order; none if it came before or means nothing."""
@@ -7577,8 +7704,8 @@ class OneBotEvents:
         return "friend_message", ""
 
     def _item(self, row: Row, kind: str, group: str) -> Row:
-        segments = segments_of(row.get("message"))
         raw = row.get("raw_message")
+        segments = segments_of(raw if row.get("message") is None else row["message"])
         return {"type": kind, "group": group or None, "id": str(scalar(row.get("message_id"))),
                 "number": row.get("message_id"), "content": self._readable(segments, group),
                 "raw_message": raw if isinstance(raw, str) else cq_text(segments),
@@ -7595,31 +7722,40 @@ class OneBotEvents:
                 "size": scalar(data.get("file_size"))}
 
     def _readable(self, segments: List[Row], group: str) -> str:
-        return "".join(self._readable_part(part["type"], part["data"], group)
-                       for part in segments)
+        """What a person reads, with one blank behind a name."""
+        parts: List[str] = []
+        after_name, self._at_left = False, AT_LIMIT
+        for part in segments:
+            if part["type"] == "at":
+                parts.append(self._at(part["data"], group))
+            else:
+                text = readable(part["type"], part["data"])
+                parts.append(text.lstrip(" ") if after_name else text)
+            after_name = part["type"] == "at" or after_name and not parts[-1]
+        return cut_text("".join(parts))
 
-    def _readable_part(self, kind: str, data: Row, group: str) -> str:
-        if kind == "text":
-            return str(data.get("text", ""))
-        if kind == "at":
-            return f"@{self._at_name(data, group)} "
-        return LABELS.get(kind, f"[{kind}]")
+    def _at(self, data: Row, group: str) -> str:
+        name = self._at_name(data, group)
+        return f"@{name} " if name else "[at]"
 
     def _at_name(self, data: Row, group: str) -> str:
-        uid = str(scalar(data.get("qq")))
+        """Whom an `at` names; empty if it names nobody."""
+        uid, told = detail(data.get("qq")), detail(data.get("name")).lstrip("@")
         if uid == "all":
             return "全体成员"
+        if uid in ("", "0"):
+            return told
         thing = self._known("group_member", uid, group)
-        name = thing.displayname if thing else scalar(data.get("name")) or self._names.get(
-            (group, uid))
-        if not name:
+        name = detail(thing.displayname) if thing else told or self._names.get((group, uid))
+        if not name and self._at_left > 0:
+            self._at_left -= 1
             row = member_row({"user_id": uid, **self._look_up(
                 "get_group_member_info", group_id=group, user_id=uid)}) if group else {}
-            name = row.get("card") or row.get("name") or uid
+            name = detail(row.get("card")) or detail(row.get("name")) or uid
             self._names[group, uid] = name
             if len(self._names) > WAIT_LIMIT:
                 del self._names[next(iter(self._names))]
-        return str(name)
+        return name or uid
 
     def _own_message(self, row: Row) -> List[Row]:
         kind, group = self._place(row, {})
@@ -8622,6 +8758,16 @@ class Roster:
                        else thing.to_json(self.fields))
             yield row
 
+    def show_states(self, states: Mapping[str, str]) -> None:
+        """Take over who is there now: nobody is told of that, the lists show it."""
+        with self.lock:
+            tables: List[Dict[str, Any]] = [self.friend]
+            tables += [circle.member for kind in ("group", "discuss")
+                       for circle in self.table(kind).values()]
+            for table in tables:
+                for uid in states.keys() & table.keys():
+                    table[uid].state = states[uid]
+
     def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
         """The things of a kind whose attributes equal all the keys; none without keys."""
         with self.lock:
@@ -8745,10 +8891,14 @@ def table_changes(kind: str, old: Mapping[str, Thing], new: Mapping[str, Row],
 
 
 def property_changes(kind: str, old: Thing, new: Row, where: Row) -> List[Row]:
-    """The property_change events that lead from one thing to another."""
+    """The property_change events that lead from one thing to another.
+
+    Others' states make none: everybody would be told of everybody's coming and going.
+    """
+    quiet = ("member",) if kind == "user" else ("member", "state")
     return [{"event": kind + "_property_change", "uid": new["uid"], "property": name,
              "value": value, **where}
-            for name, value in new.items() if name != "member" and old.value(name) != value]
+            for name, value in new.items() if name not in quiet and old.value(name) != value]
 
 
 class Job:
@@ -9015,7 +9165,7 @@ class Login:
             self.network.start()
             host = lambda verb, row: self.network and self.network.call(  # noqa: E731
                 client.account, verb, row)
-        return LocalLink(host, hooks, password, client.log)
+        return LocalLink(host, hooks, password, client.settings.mode, client.log)
 
     def _hooks(self) -> Hooks:
         call, ask = self._client.loop.call, self._client.loop.ask
@@ -9794,6 +9944,8 @@ class ReadApi:
     def __init__(self, client: Client, store: Store, numeric: bool) -> None:
         self.client, self.store, self.numeric = client, store, numeric
         self.flavour = client.flavour
+        self._looking = threading.Lock()     # guards _looked
+        self._looked = 0.0                   # until then it is known who is there
 
     def show(self, value: Json) -> Json:
         """An answer with ids as the setting numeric_ids wants them."""
@@ -9810,14 +9962,31 @@ class ReadApi:
         roster = self.client.roster
         return self.show(roster.user.to_json(roster.fields))
 
+    def look_who_is_there(self) -> None:
+        """Let the lists show states as they are now; under load a moment ago is now."""
+        if "state" not in self.flavour.fields["friend"]:
+            return
+        with self._looking:
+            if time.monotonic() < self._looked:
+                return
+            wait = 0.02
+            try:
+                self.client.roster.show_states(self.client.link.presence())
+            except OpenQQError as error:
+                self.client.log.debug(f"who is there: {error.status}")
+                wait = 5.0               # the list is worth more
+            self._looked = time.monotonic() + wait
+
     def get_friend_info(self, request: Request) -> Json:
         """All friends."""
+        self.look_who_is_there()
         return self.show(self.client.roster.to_json("friend"))
 
     def get_group_info(self, request: Request) -> Response:
         """All groups with their members, those that are not known yet loaded first."""
         roster = self.client.roster
         self.client.details.wait(list(roster.group.values()))
+        self.look_who_is_there()
         parts = [to_bytes(self.show(row)) for row in roster.rows("group", True)]
         return Response(b"[%b]" % b",".join(parts))  # one dump of all would hold up all threads
 
@@ -9828,6 +9997,7 @@ class ReadApi:
 
     def get_discuss_info(self, request: Request) -> Json:
         """All discusses with their members."""
+        self.look_who_is_there()
         return self.show(self.client.roster.to_json("discuss"))
 
     def search_friend(self, request: Request) -> Json:
@@ -9844,6 +10014,7 @@ class ReadApi:
         for given, value in request.keys().items():
             if keys.setdefault(names.get(given, given), value) != value:
                 return {"code": 100, "status": "object not found"}  # one member, two values
+        self.look_who_is_there()
         if kind == "group" and {"role", "owner_id", "owner_uid"} & keys.keys():
             self.client.details.wait(list(roster.group.values()), members="role" not in keys)
         found = roster.search(kind, keys)
