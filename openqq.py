@@ -357,6 +357,7 @@ class Refusal(OpenQQError):
 # ------------------------------------------------------------------------------------------------
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9_.@\-\u3400-\u4dbf\u4e00-\u9fff]{1,%d}" % NAME_LIMIT)
+SURROGATES = re.compile("[\ud800-\udfff]")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 ID_KEY = re.compile(r"(?:.*_)?u?id")
 encode_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
@@ -388,6 +389,21 @@ def object_in(data: bytes) -> Optional[Row]:
     return value if isinstance(value, dict) else None
 
 
+GB_NAMES = ("gb18030", "gbk", "gb2312", "cp936", "x-gbk")  # what a charset= may call it
+
+
+def read_text(data: bytes, charset: str = "") -> str:
+    """Text of somebody who need not say how it is written: UTF-8, else GB18030, as Chinese
+    consoles and old scripts write it; a `charset` that says so comes first. ValueError."""
+    gb_first = charset.lower() in GB_NAMES
+    for encoding in ("gb18030", "utf-8") if gb_first else ("utf-8", "gb18030"):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError:
+            pass
+    raise ValueError("neither UTF-8 nor GB18030")
+
+
 def check_name(name: str) -> str:
     """An account's name as it came, or NotAllowed: names become file names (DESIGN)."""
     if not NAME.fullmatch(name):
@@ -398,6 +414,26 @@ def check_name(name: str) -> str:
 def new_secret() -> str:
     """Something that nobody can guess: 32 hex digits."""
     return binascii.hexlify(os.urandom(16)).decode()
+
+
+class MessageIds:
+    """Ids of messages of our own making: growing by one, the first one by the clock, and below
+    2^31, since typed clients keep them in 31 bits. Who makes them besides has the `other` half."""
+
+    HALF = 2 ** 30
+
+    def __init__(self, clock: Callable[[], float] = time.time, other: bool = False,
+                 taken: Callable[[int], bool] = lambda number: False) -> None:
+        self._least = self.HALF if other else 0
+        self._last = self._least + int(clock()) % 100_000 * 10_000
+        self._taken = taken
+
+    def next(self) -> int:
+        """One that is not taken; after the last of all comes the first."""
+        while True:
+            self._last = self._least + (self._last - self._least) % (self.HALF - 1) + 1
+            if not self._taken(self._last):
+                return self._last
 
 
 def numbered(value: Json) -> Json:
@@ -1326,6 +1362,7 @@ class Flavour:
     apis: Dict[str, Tuple[str, str]]  # path -> its methods, and the API plugin's method
     any_state: Tuple[str, ...]   # those that answer before the account is running
     fields: Dict[str, Tuple[str, ...]]  # kind of thing -> members of its JSON object
+    other_names: Dict[str, Dict[str, str]]  # kind of thing -> what a search may call its members
     keys: Dict[str, Tuple[str, ...]]    # kind of thing -> what send_* finds it by
     missing: Dict[str, Row]      # kind of thing -> the answer when send_* does not find it
     parts: Dict[str, Tuple[str, ...]]   # role in a message -> what it tells of it (sender_id …)
@@ -1403,6 +1440,11 @@ class QQ(Flavour):
         "friend_request": ("id", "name", "verify", "ticket"),
         "media": ("type", "url", "name", "size"),
     }
+    # What the program's objects answered to besides (AUTOLOAD in Group.pm, Friend.pm).
+    other_names = {
+        "friend": {"qq": "uid", "nick": "name"},
+        "group": {"gnumber": "uid", "number": "uid", "gtype": "role", "gname": "name",
+                  "gid": "id", "gcode": "code"}}
     keys = {"friend": ("id", "uid", "name", "displayname"),
             "group": ("id", "uid", "name", "displayname"), "discuss": ("id", "name")}
     missing = {"friend": {"code": 100, "id": None, "status": "friend not found"},
@@ -1480,6 +1522,7 @@ class Weixin(Flavour):
         "friend_request": ("id", "displayname", "verify", "ticket"),
         "media": ("type", "url", "name", "size"),
     }
+    other_names = {"friend": {}, "group": {}}
     keys = {"friend": ("id", "account", "displayname", "markname"),
             "group": ("id", "displayname")}
     missing = dict.fromkeys(("friend", "group"),
@@ -2162,6 +2205,7 @@ FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xf
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e]*)?")
 LENGTH = re.compile(r"[0-9]{1,15}")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::([0-9]{1,5}))?")
+CHARSET = re.compile(r"""(?i);\s*charset=["']?([\w.-]+)""")
 BROKEN_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 CALLBACK = re.compile(r"(?=.{1,64}\Z)[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)*", re.ASCII)
 SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "content-type",
@@ -2387,11 +2431,12 @@ def body_length(fields: Fields) -> int:
 
 
 def parse_form(text: str) -> Params:
-    """Parameters of a query or form; the last of a name counts. BadRequest for a broken percent.
+    """Parameters of a query or form; the last of a name counts. BadRequest.
 
-    Bytes that are no UTF-8 become U+FFFD: 003 shows such a call, and it just finds nothing.
+    Bytes that are no UTF-8 stand in `text` as surrogates (PEP 383). Each name and value is read for
+    itself: a library may have spelt one in UTF-8, and a console the other in GBK.
     """
-    coded = "%" in text or "+" in text
+    coded = "%" in text or "+" in text or not text.isascii()
     if coded and BROKEN_PERCENT.search(text):
         raise BadRequest(400, "broken percent-encoding; a % itself is written %25")
     if text.count("&") > PARAM_LIMIT:
@@ -2400,12 +2445,26 @@ def parse_form(text: str) -> Params:
     for pair in text.split("&"):
         if pair:
             name, _, value = pair.partition("=")
-            params[_unquote(name) if coded else name] = _unquote(value) if coded else value
+            if coded:
+                name = _unquote("a name", name)
+                value = _unquote(name, value)
+            params[name] = value
     return params
 
 
-def _unquote(text: str) -> str:
-    return urllib.parse.unquote(text.replace("+", " "), errors="replace")
+def _unquote(name: str, text: str) -> str:
+    if "%" not in text and text.isascii():
+        return text.replace("+", " ")
+    return _legible(name, urllib.parse.unquote_to_bytes(
+        text.replace("+", " ").encode("utf-8", "surrogateescape")))
+
+
+def _legible(name: str, data: bytes) -> str:
+    """The text of a parameter; BadRequest."""
+    try:
+        return read_text(data)
+    except ValueError as error:
+        raise BadRequest(400, f"{name} is {error}") from None
 
 
 def parse_multipart(kind: str, body: bytes) -> Params:
@@ -2422,18 +2481,18 @@ def parse_multipart(kind: str, body: bytes) -> Params:
         name = re.search(rb'[;\s]name="([^"\r\n]*)"', head)
         if not name:
             raise BadRequest(400, "multipart part without a name")
-        key = name.group(1).decode("utf-8", "replace")
+        key = _legible("a name", name.group(1))
         file = re.search(rb'[;\s]filename="([^"\r\n]*)', head)
-        params[key] = (base64.b64encode(value) if file else value).decode("utf-8", "replace")
+        params[key] = base64.b64encode(value).decode() if file else _legible(key, value)
         if file:
-            params[key + ".filename"] = file.group(1).decode("utf-8", "replace")
+            params[key + ".filename"] = _legible(key, file.group(1))
     return params
 
 
-def parse_json_params(body: bytes) -> Params:
+def parse_json_params(body: bytes, charset: str = "") -> Params:
     """Parameters of a JSON object: scalars as text, lists joined by commas, null left out."""
     try:
-        value = from_bytes(body)
+        value = from_bytes(read_text(body, charset).encode())
     except ValueError as error:
         raise BadRequest(400, f"broken JSON: {error}") from None
     if not isinstance(value, dict):
@@ -2472,6 +2531,8 @@ class Request:
                  wait: Callable[[Promise, float], Any] = Promise.wait) -> None:
         path, _, self.query = target.partition("?")
         self.method, self.fields, self.body, self.peer = method, fields, body, peer
+        if not path.isascii():
+            path = path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         self.path = urllib.parse.unquote(path) if "%" in path else path
         self.target = target
         self.sock, self.old, self.wait = sock, old, wait
@@ -2494,11 +2555,12 @@ class Request:
         kind = self.fields.get("content-type", "")
         plain = kind.partition(";")[0].strip().lower()
         if plain == "application/x-www-form-urlencoded":
-            return parse_form(self.body.decode("utf-8", "replace").strip("\r\n"))
+            return parse_form(self.body.decode("utf-8", "surrogateescape").strip("\r\n"))
         if plain == "multipart/form-data":
             return parse_multipart(kind, self.body)
         if plain in ("application/json", "text/json"):
-            return parse_json_params(self.body)
+            charset = CHARSET.search(kind)
+            return parse_json_params(self.body, charset.group(1) if charset else "")
         return {}
 
     def read_url_only(self) -> None:
@@ -2939,7 +3001,7 @@ class Connection(BaseHTTPRequestHandler):
         body = self._read_body(fields, minor)
         wish = fields.get("connection", "").lower()
         keep = "close" not in wish and (minor == b"1" or "keep-alive" in wish)
-        return Request(method.decode(), target.decode("utf-8", "replace"), fields, body,
+        return Request(method.decode(), target.decode("utf-8", "surrogateescape"), fields, body,
                        self.client_address[0], self.connection, minor == b"0",
                        self._wait), keep
 
@@ -3264,7 +3326,7 @@ class Call(urllib.request.Request):
         scheme, self.own_host, secret = split_origin(found.group() if found else "")
         target = url[found.end() if found else 0:].partition("#")[0]
         if not self.PLAIN.fullmatch(target):
-            target = urllib.parse.quote(target, safe=self.SAFE)
+            target = urllib.parse.quote(target, safe=self.SAFE, errors="surrogateescape")
         # All that Request.__init__ would set, which parses again: 6 of a proxied call's 40 µs.
         self.type, self.host, self.origin_req_host = scheme, self.own_host, self.own_host
         self.selector = target if target.startswith("/") else "/" + target
@@ -5200,6 +5262,14 @@ new_displayname | the group's name from now on
 new_markname | the markname from now on
 op | 0/1 | 1 puts it on top
 verify | the words that come with the request
+qq | the uid
+nick | the name
+gnumber | the uid
+number | the uid
+gname | the name
+gid | the id
+gcode | the code
+gtype | the role
 from | who speaks, by name or uid
 type | friend_message/group_message/discuss_message/sess_message | what sort of message
 to | the group or discuss, by name, id or uid; the person, where no client is named
@@ -5220,15 +5290,15 @@ state | account! cookie_path disable_color error failed:flag http_debug keep_coo
     log_console log_encoding log_level log_path mode os pid! pid_path plugin:object* port!
     post_error:object previous_state qrcode_count_max qrcode_path restarts:int since start_time
     state! state_path tmpdir ua_retry_times version warning
-sent | code! id info status!
-consulted | code! id reply reply_status status!
+sent | code! id info media_id status!
+consulted | code! id media_id reply reply_status status!
 accepted | code! displayname id status! ticket
 founded | code! group_id status!
 program | account code! http_debug log_encoding log_level log_path os pid runtime starttime
     status! version
 uploaded | code! media_code media_ext media_id media_mime media_mtime media_name media_path
     media_size status!
-event | seq! post_type! event params:any class code content id info msg time type sender
+event | seq! post_type! time! event params:any class code content id info msg type sender
     sender_id sender_uid receiver receiver_id receiver_uid group group_id group_uid discuss
     discuss_id media:media* raw_message late:int
 said | answers:object* code! id:int status!
@@ -5340,7 +5410,8 @@ class OpenApi:
             return ("name", "card", "role", "markname", "verify", "signature")
         kind, _, fields = take[1:].partition("_") if take[0] == "+" else ("", "", "")
         if fields:
-            return dict.fromkeys([*flavour.fields[kind], "displayname"])
+            return dict.fromkeys([*flavour.fields[kind], "displayname",
+                                  *flavour.other_names[kind]])
         return flavour.keys[kind] if kind else [take]
 
     def _parameter(self, word: str, values: Dict[str, str], call: str) -> Row:
@@ -5455,6 +5526,9 @@ def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
 # ------------------------------------------------------------------------------------------------
 # 9. Events
 # ------------------------------------------------------------------------------------------------
+
+MOMENT = re.compile("[1-9][0-9]{0,11}")  # seconds, as an event's source may tell them
+
 
 class Feed:
     """What one stream has still to send, in the hands of its store's lock."""
@@ -5607,6 +5681,13 @@ class Store:
                 self._feeds.discard(feed)
 
 
+def event_row(event: str, params: List[Any], when: Optional[str] = None) -> Row:
+    """An event as it is told; `when` is its time in seconds, where its source knows that."""
+    known = when is not None and MOMENT.fullmatch(when)
+    return {"event": event, "params": params, "post_type": "event",
+            "time": when if known else str(int(time.time()))}
+
+
 def seq_of(text: Optional[str]) -> Optional[int]:
     """An event's number as callers give it, or None; BadRequest."""
     if text is None:
@@ -5639,8 +5720,9 @@ class Reporter:
     def __init__(self, url: str, secret: str, spool: Spool, loop: Loop, log: Log,
                  answered: Callable[[Row, Row], None], fetch: Callable[..., Reply] = fetch,
                  failed: Callable[[], None] = lambda: None,
-                 clock: Callable[[], float] = time.time) -> None:
+                 clock: Callable[[], float] = time.time, numeric: bool = False) -> None:
         self._url, self._secret, self._spool, self._loop = url, secret, spool, loop
+        self._numeric = numeric
         self._log, self._answered, self._fetch = log, answered, fetch
         self._failed, self._clock = failed, clock
         self.error: Row = {}                           # as check_client shows it: post_error
@@ -5753,8 +5835,9 @@ class Reporter:
 
     def _post(self, conversation: str, key: int, item: Row) -> None:
         """In a thread of the crew: one try."""
+        event = item["event"]        # as it was when it was queued; numeric_ids may have changed
         late = {"late": 1} if self._age(item) > LATE_SECONDS else {}
-        body = to_bytes({**item["event"], **late})
+        body = to_bytes({**(numbered(event) if self._numeric else event), **late})
         fields = {"Content-Type": "application/json", "X-Event-ID": item["id"],
                   "User-Agent": "openqq/" + VERSION}
         if self._secret:
@@ -5917,7 +6000,11 @@ def same_origin(url: str, reply: Reply) -> str:
 
 
 def _json_object(kind: str, data: bytes) -> Optional[Row]:
-    return object_in(data) if kind in ("application/json", "text/json") else None
+    try:
+        json_too = kind in ("application/json", "text/json")
+        return object_in(read_text(data).encode()) if json_too else None
+    except ValueError:
+        return None
 
 
 class Outlet:
@@ -5940,9 +6027,9 @@ class Outlet:
 
     def put(self, event: str, row: Row, conversation: str, mark: str) -> bool:
         """Pass an event on; whether its mark went into the queue on disk with it."""
+        queued = row = row if self._bytes_too else {
+            name: value for name, value in row.items() if name != "media_data"}
         row = numbered(row) if self._numeric else row
-        if "media_data" in row and not self._bytes_too:
-            row = {name: value for name, value in row.items() if name != "media_data"}
         message = row["post_type"] != "event"
         listed = event in self._listed
         if message or self.KEPT.match(event) or (listed and self.KEPT_IF_LISTED.match(event)):
@@ -5954,7 +6041,7 @@ class Outlet:
         if self._stdout:
             self._print(row)
         if self.reporter:
-            self.reporter.add(row, conversation, mark or None)
+            self.reporter.add(queued, conversation, mark or None)
         return self.reporter is not None
 
     def _print(self, row: Row) -> None:
@@ -6107,6 +6194,7 @@ class World:
     def __init__(self, ledger: Ledger, flavour: Type[Flavour]) -> None:
         self.ledger, self.flavour = ledger, flavour
         self.online: Set[str] = set()  # accounts
+        self.mode: Dict[str, str] = {}  # account -> the state that it wants to show
         self.account_of = {row["uid"]: account
                            for account, row in ledger.table("login").items()}
 
@@ -6194,9 +6282,18 @@ class World:
         return {name: typed(name, merged.get(name)) for name in self.flavour.fields[kind]}
 
     def state_of(self, uid: str) -> str:
-        """Residents are always there, accounts while they are logged in."""
+        """Residents are always there, accounts while they are logged in and not hidden."""
         account = self.account_of.get(uid)
-        return "online" if account is None or account in self.online else "offline"
+        if account is None:
+            return "online"
+        mode = self.mode.get(account, "online") if account in self.online else "offline"
+        return "offline" if mode == "hidden" else mode
+
+    def presence(self, account: str) -> Dict[str, str]:
+        """How people look to others now, uid -> state: accounts, and who was given a state."""
+        return {uid: str(row.get("state") or self.state_of(uid))
+                for uid, row in self.ledger.table("people").items()
+                if uid in self.account_of or "state" in row}
 
     def user(self, account: str) -> Row:
         """An account's own row."""
@@ -6485,7 +6582,8 @@ class Society:
         if "value" in parts:
             parts = {**parts, "value": typed(parts["property"], parts["value"])}
         if account is not None and (away or account in self.world.online):
-            self._outboxes.put(account, {"do": "event", "event": event, **{
+            self._outboxes.put(account, {"do": "event", "event": event,
+                                         "time": str(int(self.clock())), **{
                 name: part(account) if callable(part) else part for name, part in parts.items()}})
 
 
@@ -6510,8 +6608,10 @@ class Logins:
         self.running: Set[str] = set()                       # accounts
         self._hopes: Dict[str, List[Promise]] = {}           # /local/login's that wait for that
 
-    def attach(self, account: str, mark: str, cookie: str, password: bool) -> Row:
+    def attach(self, account: str, mark: str, cookie: str, password: bool,
+               mode: str = "online") -> Row:
         """An account's client is there. {"login": …} if it is logged in by that, else {}."""
+        self.world.mode[account] = mode
         self._outboxes.forget_notes(account)
         self._outboxes.acknowledge(account, mark)
         row = self._ledger.table("login", account)
@@ -6758,13 +6858,15 @@ class LocalNetwork:
         self.outboxes = Outboxes(self._ledger, self.world.online)
         self.society = Society(self.world, self.outboxes, clock)
         self.logins = Logins(self.society, self.outboxes, url, clock)
-        self._last_id = int(clock() * 1000)
         self._waking: Optional[Timer] = None                 # for those who are told together
         self._sent: Dict[int, Row] = {}                      # the newest messages, by number
+        waiting = {item["id"] for items in self._ledger.table("wait").values()
+                   for item in items.values() if item["do"] == "message"}
+        self._ids = MessageIds(clock, True, lambda id: id in self._sent or str(id) in waiting)
         self._verbs: Dict[str, Callable[..., Any]] = {
             "attach": self.logins.attach, "ticket": self.logins.ticket,
             "ready": self.logins.ready, "logout": self.logins.logout,
-            "roster": self.world.roster, "send": self.send, "kick": self.kick,
+            "roster": self.world.roster, "presence": self.world.presence, "send": self.send, "kick": self.kick,
             "mute": self.mute}
         self._verbs.update(Dealings(self.society, self._sent).verbs())
 
@@ -6870,22 +6972,22 @@ class LocalNetwork:
         return [said, *(answer for answer in answers if answer)]
 
     def _deliver(self, uid: str, message: Row, receivers: List[str]) -> Row:
-        self._last_id += 1
+        number = self._ids.next()
         item = {"do": "message", "type": message["type"], "content": message["content"],
-                "time": str(int(self.clock())), "id": str(self._last_id), "uid": uid,
+                "time": str(int(self.clock())), "id": str(number), "uid": uid,
                 "name": self._ledger.table("people", uid)["name"],
                 "group": message.get("group"), "discuss": message.get("discuss"),
                 "media": message.get("media")}
-        self._remember({**item, "receivers": receivers})
+        self._remember(number, {**item, "receivers": receivers})
         for receiver in receivers:
             account = self.world.account_of.get(receiver)
             if account is not None:
                 self.outboxes.put(account, dict(item, sender_id=self.world.id_for(account, uid)))
         return item
 
-    def _remember(self, item: Row) -> None:
+    def _remember(self, number: int, item: Row) -> None:
         """For revoking; who asks later than WAIT_LIMIT messages after it comes too late."""
-        self._sent[self._last_id] = {name: item[name] for name in ("uid", "group", "receivers")}
+        self._sent[number] = {name: item[name] for name in ("uid", "group", "receivers")}
         if len(self._sent) > WAIT_LIMIT:
             del self._sent[next(iter(self._sent))]
 
@@ -7330,6 +7432,10 @@ class Link:
         """
         raise NotImplementedError
 
+    def presence(self) -> Dict[str, str]:
+        """uid -> state of those whose state no event tells; asked for before lists are shown."""
+        return {}
+
     def send(self, messages: List[Row]) -> List[Row]:
         """Send messages {type, content, cq, uid, group, discuss, media}; for each {"code", "info"}.
 
@@ -7397,15 +7503,16 @@ class LocalLink(Link):
     echoes = True
 
     def __init__(self, host: Callable[[str, Row], Json], hooks: Hooks, password: bool,
-                 log: Log) -> None:
+                 mode: str, log: Log) -> None:
         self._host, self._hooks, self._password, self._log = host, hooks, password, log
+        self._mode = mode
         self._closed = threading.Event()
         self._mark = ""
         self._pulling = False
 
     def login(self, cookie: str, mark: str) -> None:
         self._mark = mark
-        answer = self._host("attach", {"mark": mark, "cookie": cookie,
+        answer = self._host("attach", {"mark": mark, "cookie": cookie, "mode": self._mode,
                                        "password": self._password})
         if not self._pulling:
             self._pulling = True
@@ -7423,6 +7530,9 @@ class LocalLink(Link):
 
     def roster(self) -> Row:
         return dict(self._host("roster", {}))
+
+    def presence(self) -> Dict[str, str]:
+        return dict(self._host("presence", {}))
 
     def send(self, messages: List[Row]) -> List[Row]:
         return list(self._host("send", {"messages": messages}))
@@ -7491,7 +7601,8 @@ class LocalLink(Link):
 class RemoteHost:
     """LocalNetwork.call, in another process, for one account."""
 
-    SECONDS = {"pull": 330.0}    # longer than one may wait; 30 for all others
+    # pull: longer than one may wait; presence: a list is not worth more; 30 for all others
+    SECONDS = {"pull": 330.0, "presence": 2.0}
 
     def __init__(self, url: str, key: str, fetch: Callable[..., Reply] = fetch) -> None:
         self._url, self._fetch = url + "/local/link", fetch
@@ -7514,12 +7625,30 @@ class RemoteHost:
 # -- OneBot 11: real QQ, through a bridge (ONEBOT.md)
 
 CQ_CODE = re.compile(r"\[CQ:([A-Za-z0-9_.\-]+)((?:,[^,\[\]]*)*)\]")
+SEGMENT_TYPE = re.compile(r"[A-Za-z0-9_.\-]{1,32}")
 CQ_ESCAPES = (("&", "&amp;"), ("[", "&#91;"), ("]", "&#93;"), (",", "&#44;"))
 CQ_SOURCES = ("file", "url", "path", "image", "audio", "cover", "thumb", "icon")
-LABELS = {"face": "[表情]", "image": "[图片]", "record": "[语音]", "video": "[视频]",
-          "file": "[文件]", "reply": ""}
+# What segments read as, with members of their data (| or else) as far as they are there. What is
+# empty then, and what is not listed, reads [type]; a reply reads as nothing.
+LABELS = {"face": "[表情]", "bface": "[表情]", "sface": "[表情]",
+          "image": "[图片]", "cardimage": "[图片]", "record": "[语音]", "video": "[视频]",
+          "file": "[文件]{name|file_name|file}", "reply": "", "mface": "{summary}",
+          "keyboard": "[按钮]", "node": "[聊天记录]", "forward": "[聊天记录]",
+          "share": "[分享]{title|content} {url}", "music": "[音乐]{title} {url}",
+          "location": "[位置]{title|name|content|address}",
+          "contact": "[名片]{id}", "poke": "[戳一戳]", "shake": "[窗口抖动]",
+          "dice": "[骰子]{result}", "rps": "[猜拳]", "redbag": "[红包]{title}", "gift": "[礼物]",
+          "tts": "{text}", "miniapp": "[小程序]", "onlinefile": "[文件]", "flashtransfer": "[文件]"}
+DETAIL_LIMIT = 500               # letters of one such member
+AT_LIMIT = 8                     # names of a message that are asked for: each may take seconds
 SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
 ANY_GROUP = "284840486"  # NapCat's, for a temporary session whose group it does not know
+MEMBERS = re.compile(r"\{([a-z_|]+)\}")
+IMAGE_SUMMARY = re.compile(r"\[[^\[\]]{1,20}\]")  # NapCat: [动画表情]
+XML_ATTRIBUTE = {
+    "brief": re.compile(r"""\bbrief=["']([^"']*)"""), "url": re.compile(r"""\burl=["']([^"']*)"""),
+    "title": re.compile(r"<title\b[^>]{0,200}>([^<]*)"),
+    "title attribute": re.compile(r"""\btitle=["']([^"']*)""")}
 MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
 
 
@@ -7538,12 +7667,27 @@ def cq_unescape(text: str) -> str:
 
 
 def segments_of(message: Json) -> List[Row]:
-    """A message as bridges spell it, with CQ codes or as a list, as [{"type", "data"}]."""
+    """A message as bridges spell it, with CQ codes or as a list, as [{"type", "data"}].
+
+    Whatever else a bridge may send, the type is a word and the data an object.
+    """
     if isinstance(message, str):
         return _cq_segments(message)
-    rows = message if isinstance(message, list) else [message]
-    return [{"type": str(row.get("type")), "data": row["data"]} for row in rows
-            if isinstance(row, dict) and isinstance(row.get("data"), dict)]
+    found: List[Row] = []
+    rows = [message] if message is not None else []
+    while rows:
+        row = rows.pop()
+        if isinstance(row, list):
+            rows += reversed(row)
+        elif isinstance(row, dict):
+            kind, data = detail(row.get("type")), row.get("data")
+            plain = {"text": data} if kind == "text" and isinstance(data, str) else {}
+            found.append({"type": kind if SEGMENT_TYPE.fullmatch(kind) else "?",
+                          "data": data if isinstance(data, dict) else plain})
+        else:
+            text = row if isinstance(row, str) else detail(row)
+            found += _text_segments(text) if text else [{"type": "?", "data": {}}]
+    return found
 
 
 def _cq_segments(text: str) -> List[Row]:
@@ -7566,7 +7710,8 @@ def cq_text(segments: Iterable[Row]) -> str:
     parts = []
     for segment in segments:
         if segment["type"] == "text":
-            parts.append(cq_escape(str(segment["data"].get("text", ""))))
+            text = segment["data"].get("text")
+            parts.append(cq_escape(text if isinstance(text, str) else detail(text)))
         else:
             pairs = "".join(f",{key}={cq_escape(_cq_value(value), True)}"
                             for key, value in segment["data"].items() if value is not None)
@@ -7575,7 +7720,7 @@ def cq_text(segments: Iterable[Row]) -> str:
 
 
 def _cq_value(value: Json) -> str:
-    return to_bytes(value).decode() if isinstance(value, (dict, list)) else str(value)
+    return value if isinstance(value, str) else to_bytes(value).decode()
 
 
 def check_cq(content: str) -> None:
@@ -7605,6 +7750,77 @@ def number_of(value: Json) -> str:
     """A number of QQ's, as text; empty for what is none: null, 0, "0" and such come (ONEBOT.md)."""
     text = "" if isinstance(value, bool) else scalar(value) or ""
     return text if re.fullmatch("[1-9][0-9]{0,18}", text) else ""
+
+
+def detail(value: Json) -> str:
+    """A text or number of a segment's data on one line; empty for anything else."""
+    if isinstance(value, bool):
+        return ""
+    return " ".join(CONTROLS.sub(" ", scalar(value) or "").split())[:DETAIL_LIMIT]
+
+
+def readable(kind: str, data: Row) -> str:
+    """A segment as somebody reads it; those that name somebody (at) are not known here."""
+    if kind in ("text", "markdown"):  # as it is, lines and all
+        text = data.get("text" if kind == "text" else "content")
+        return text if isinstance(text, str) else detail(text) or f"[{kind}]"
+    if kind in ("json", "xml"):
+        return (_card if kind == "json" else _xml_card)(data.get("data")) or f"[{kind}]"
+    if kind == "image" and IMAGE_SUMMARY.fullmatch(detail(data.get("summary"))):
+        return detail(data["summary"])
+    if kind == "file" and re.search(r"[/\\]|^base64:", detail(data.get("file"))):
+        data = {**data, "file": None}    # where it lies; that is not its name
+    if kind == "forward":
+        news = " ".join(detail(row.get("text")) for row in rows_of(data.get("news")))
+        return detail(data.get("summary")) or detail(news) or detail(
+            data.get("prompt")) or LABELS[kind]
+    form = LABELS.get(kind)
+    if form is None:
+        return f"[{kind}]"
+    text = MEMBERS.sub(lambda found: next(
+        filter(None, (detail(data.get(name)) for name in found.group(1).split("|"))), ""), form)
+    return text.strip() or (f"[{kind}]" if form else "")
+
+
+def _card(text: Json) -> str:
+    """A json segment's card: what it says of itself, and where it leads."""
+    row = text if isinstance(text, dict) else object_in(text.encode("utf-8", "replace")
+                                                        ) if isinstance(text, str) else None
+    if row is None:
+        return ""
+    meta = row.get("meta")
+    parts = [row, *rows_of(list(meta.values()) if isinstance(meta, dict) else [])]
+    said = [detail(part.get(name)) for name in ("prompt", "title", "desc") for part in parts]
+    links = [detail(part.get(name)) for name in ("jumpUrl", "qqdocurl", "jump_url", "url")
+             for part in parts]
+    return _titled(said, links)
+
+
+def _xml_card(text: Json) -> str:
+    """The same of an xml segment. Its first letters tell, and no parser is led astray by them."""
+    text = text[:16_384] if isinstance(text, str) else ""
+    found = {name: XML_ATTRIBUTE[name].search(text) for name in XML_ATTRIBUTE}
+    import html
+    said = {name: detail(html.unescape(match.group(1))) for name, match in found.items() if match}
+    return _titled([said.get(name, "") for name in ("brief", "title", "title attribute")],
+                   [said.get("url", "")])
+
+
+def _titled(said: Iterable[str], links: Iterable[str]) -> str:
+    title = next(filter(None, said), "")
+    link = next((link for link in links if re.match("(?i)https?://", link)
+                 and len(link) < DETAIL_LIMIT), "")
+    return f"{title} {link}".strip()
+
+
+def cut_text(text: str) -> str:
+    """A text that came, not longer than one that may be sent."""
+    if len(text) * 4 <= CONTENT_LIMIT:
+        return text
+    data = text.encode("utf-8", "replace")
+    if len(data) <= CONTENT_LIMIT:
+        return text
+    return data[:CONTENT_LIMIT - 3].decode("utf-8", "ignore") + "…"
 
 
 def _id(row: Row, name: str) -> str:
@@ -7665,6 +7881,7 @@ class OneBotEvents:
                "group_dismiss": "_dismiss", "friend_add": "_befriended", "group_card": "_card",
                "group_admin": "_admin", "group_recall": "_recall", "friend_recall": "_recall",
                "notify": "_notify"}
+
     def __init__(self, look_up: Callable[..., Row], later: Callable[..., None],
                  known: Callable[[str, str, str], Optional[Any]], certain: Callable[[str], bool],
                  sync: bool) -> None:
@@ -7754,8 +7971,8 @@ class OneBotEvents:
         return "friend_message", ""
 
     def _item(self, row: Row, kind: str, group: str) -> Row:
-        segments = segments_of(row.get("message"))
         raw = row.get("raw_message")
+        segments = segments_of(raw if row.get("message") is None else row["message"])
         return {"type": kind, "group": group or None, "id": str(scalar(row.get("message_id"))),
                 "number": row.get("message_id"), "content": self._readable(segments, group),
                 "raw_message": raw if isinstance(raw, str) else cq_text(segments),
@@ -7772,29 +7989,40 @@ class OneBotEvents:
                 "size": scalar(data.get("file_size"))}
 
     def _readable(self, segments: List[Row], group: str) -> str:
-        return "".join(self._readable_part(part["type"], part["data"], group)
-                       for part in segments)
+        """What a person reads, with one blank behind a name."""
+        parts: List[str] = []
+        asked: List[str] = []
+        after_name = False
+        for part in segments:
+            if part["type"] == "at":
+                parts.append(self._at(part["data"], group, asked))
+            else:
+                text = readable(part["type"], part["data"])
+                parts.append(text.lstrip(" ") if after_name else text)
+            after_name = part["type"] == "at" or after_name and not parts[-1]
+        return cut_text("".join(parts))
 
-    def _readable_part(self, kind: str, data: Row, group: str) -> str:
-        if kind == "text":
-            return str(data.get("text", ""))
-        if kind == "at":
-            return f"@{self._at_name(data, group)} "
-        return LABELS.get(kind, f"[{kind}]")
+    def _at(self, data: Row, group: str, asked: List[str]) -> str:
+        name = self._at_name(data, group, asked)
+        return f"@{name} " if name else "[at]"
 
-    def _at_name(self, data: Row, group: str) -> str:
-        uid = str(scalar(data.get("qq")))
+    def _at_name(self, data: Row, group: str, asked: List[str]) -> str:
+        """Whom an `at` names; empty if it names nobody. `asked` are those that were looked up for
+        this message."""
+        uid, told = detail(data.get("qq")), detail(data.get("name")).lstrip("@")
         if uid == "all":
             return "全体成员"
+        if uid in ("", "0"):
+            return told
         thing = self._known("group_member", uid, group)
-        name = thing.displayname if thing else scalar(data.get("name")) or self._names.get(
-            (group, uid))
-        if not name:
+        name = detail(thing.displayname) if thing else told or self._names.get((group, uid))
+        if not name and len(asked) < AT_LIMIT:
+            asked.append(uid)
             row = self._member(group, uid, {}) if group else {}
-            name = row.get("card") or row.get("name") or uid
+            name = detail(row.get("card")) or detail(row.get("name")) or uid
             with self._lock:
                 self._keep(self._names, (group, uid), name)
-        return str(name)
+        return name or uid
 
     def _own_message(self, row: Row) -> List[Row]:
         sender = row.get("sender")
@@ -8699,7 +8927,7 @@ class OneBotLink(BridgeActions):
         items: List[Row] = []
         for row in rows:
             found = self._understand(self._events.items, row)
-            items += found
+            items += [{"time": scalar(row.get("time")), **item} for item in found]
             if any(item["do"] == "event" for item in found):
                 items = self._hand_on(items)
         self._hand_on(items)
@@ -8968,6 +9196,16 @@ class Roster:
                        else thing.to_json(self.fields))
             yield row
 
+    def show_states(self, states: Mapping[str, str]) -> None:
+        """Take over who is there now: nobody is told of that, the lists show it."""
+        with self.lock:
+            tables: List[Dict[str, Any]] = [self.friend]
+            tables += [circle.member for kind in ("group", "discuss")
+                       for circle in self.table(kind).values()]
+            for table in tables:
+                for uid in states.keys() & table.keys():
+                    table[uid].state = states[uid]
+
     def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
         """The things of a kind whose attributes equal all the keys; none without keys."""
         with self.lock:
@@ -9108,10 +9346,14 @@ def table_changes(kind: str, old: Mapping[str, Thing], new: Mapping[str, Row],
 
 
 def property_changes(kind: str, old: Thing, new: Row, where: Row) -> List[Row]:
-    """The property_change events that lead from one thing to another."""
+    """The property_change events that lead from one thing to another.
+
+    Others' states make none: everybody would be told of everybody's coming and going.
+    """
+    quiet = ("member",) if kind == "user" else ("member", "state")
     return [{"event": kind + "_property_change", "uid": new["uid"], "property": name,
              "value": value, **where}
-            for name, value in new.items() if name != "member" and old.value(name) != value]
+            for name, value in new.items() if name not in quiet and old.value(name) != value]
 
 
 class Job:
@@ -9432,7 +9674,7 @@ class Login:
             self.network.start()
             host = lambda verb, row: self.network and self.network.call(  # noqa: E731
                 client.account, verb, row)
-        return LocalLink(host, hooks, password, client.log)
+        return LocalLink(host, hooks, password, client.settings.mode, client.log)
 
     def _hooks(self) -> Hooks:
         call, ask = self._client.loop.call, self._client.loop.ask
@@ -9856,7 +10098,7 @@ class Talk:
                                link.send_interval if interval is None else interval, link.batch,
                                settings.msg_ttl, self._sent, self._release, client.log)
         self._held: List[Tuple[List[Row], Promise]] = []  # what came while a send was under way
-        self._last_id = int(time.time()) % 200_000 * 10_000  # fits the 31 bits of typed clients
+        self._ids = MessageIds()
         self._expected: Dict[str, List[Promise]] = {}  # friend's uid -> who waits for its word
         self._founded: Dict[str, List[Promise]] = {}   # group's uid -> who waits for it
         self.numbers: Dict[str, Any] = {}  # id of a message -> the link's number for it
@@ -9872,8 +10114,7 @@ class Talk:
         if self._client.state != "running":
             return promise.fail(NotRunning(state=self._client.state))
         kind = CIRCLE_OF.get(type, via)
-        self._last_id += 1
-        message = self._composer.compose(type, kind, circle, content, str(self._last_id))
+        message = self._composer.compose(type, kind, circle, content, str(self._ids.next()))
         self._composer.own(message, uid, origin, "local", str(int(time.time())))
         row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None,
                     "cq": cq}
@@ -10040,7 +10281,7 @@ class Talk:
         if item.get("quiet"):
             return False
         if found:
-            self._client.emit(*found, mark)
+            self._client.emit(*found, mark, item.get("time"))
             for promise in self._founded.pop(item.get("object", {}).get("uid"), []):
                 promise.keep(found[1][0])
         return found is not None
@@ -10301,14 +10542,14 @@ class Client:
 
     # -- events, in the loop's thread
 
-    def emit(self, event: str, params: List[Any], mark: str = "") -> None:
-        """Let everybody know of an event; with the mark that its source gave it."""
+    def emit(self, event: str, params: List[Any], mark: str = "",
+             when: Optional[str] = None) -> None:
+        """Let everybody know of an event; with the mark and the time that its source gave it."""
         fields = self.flavour.fields
         shown = [thing.full_json(fields) if isinstance(thing, Circle) and number == 0
                  else thing.to_json(fields) if isinstance(thing, Thing) else thing
                  for number, thing in enumerate(params)]
-        row = {"event": event, "params": shown, "post_type": "event"}
-        self._tell(event, row, "", [self, *params], mark)
+        self._tell(event, event_row(event, shown, when), "", [self, *params], mark)
 
     def emit_message(self, message: Message, mark: str = "") -> None:
         """Let everybody know of a message, received or sent."""
@@ -10385,6 +10626,8 @@ class ReadApi:
     def __init__(self, client: Client, store: Store, numeric: bool) -> None:
         self.client, self.store, self.numeric = client, store, numeric
         self.flavour = client.flavour
+        self._looking = threading.Lock()     # guards _looked
+        self._looked = 0.0                   # until then it is known who is there
 
     def show(self, value: Json) -> Json:
         """An answer with ids as the setting numeric_ids wants them."""
@@ -10423,14 +10666,31 @@ class ReadApi:
         roster = self.client.roster
         return self.show(roster.user.to_json(roster.fields))
 
+    def look_who_is_there(self) -> None:
+        """Let the lists show states as they are now; under load a moment ago is now."""
+        if "state" not in self.flavour.fields["friend"]:
+            return
+        with self._looking:
+            if time.monotonic() < self._looked:
+                return
+            wait = 0.02
+            try:
+                self.client.roster.show_states(self.client.link.presence())
+            except OpenQQError as error:
+                self.client.log.debug(f"who is there: {error.status}")
+                wait = 5.0               # the list is worth more
+            self._looked = time.monotonic() + wait
+
     def get_friend_info(self, request: Request) -> Json:
         """All friends."""
+        self.look_who_is_there()
         return self.show(self.client.roster.to_json("friend"))
 
     def get_group_info(self, request: Request) -> Response:
         """All groups with their members, those that are not known yet loaded first."""
         roster = self.client.roster
         self.client.details.wait(list(roster.group.values()))
+        self.look_who_is_there()
         parts = [to_bytes(self.show(row)) for row in roster.rows("group", True)]
         return Response(b"[%b]" % b",".join(parts))  # one dump of all would hold up all threads
 
@@ -10441,6 +10701,7 @@ class ReadApi:
 
     def get_discuss_info(self, request: Request) -> Json:
         """All discusses with their members."""
+        self.look_who_is_there()
         return self.show(self.client.roster.to_json("discuss"))
 
     def search_friend(self, request: Request) -> Json:
@@ -10452,7 +10713,12 @@ class ReadApi:
         return self._search("group", request)
 
     def _search(self, kind: str, request: Request) -> Json:
-        roster, keys = self.client.roster, request.keys()
+        roster, names = self.client.roster, self.flavour.other_names[kind]
+        keys: Dict[str, str] = {}
+        for given, value in request.keys().items():
+            if keys.setdefault(names.get(given, given), value) != value:
+                return {"code": 100, "status": "object not found"}  # one member, two values
+        self.look_who_is_there()
         if kind == "group" and {"role", "owner_id", "owner_uid"} & keys.keys():
             self.client.details.wait(list(roster.group.values()), members="role" not in keys)
         found = roster.search(kind, keys)
@@ -11002,7 +11268,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
     reporter = Reporter(
         settings.post_api, settings.post_secret, client.spool, client.loop, client.log,
         Answers(client).answered, failed=lambda: client.papers.write_state(client),
-    ) if settings.post_api else None
+        numeric=settings.numeric_ids) if settings.post_api else None
     listed = settings.post_event_list
     if listed is None:
         listed = client.flavour.post_event_list
@@ -12222,16 +12488,23 @@ class Controller:
         except OSError as error:
             self.log.warn(f"{self.settings.backend_path} cannot be written: {error.strerror}")
 
+    def event_of(self, child: Optional[Account], event: str, *params: Json) -> Row:
+        """An event of ours about a client, with numbers where that client's own have them."""
+        given = {**inherited(self.flavour), **(child.given if child else {})}
+        row = event_row(event, list(params))
+        return numbered(row) if SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0")) else row
+
     def _report(self, event: str, *params: Json) -> None:
         """Every event of ours begins with the client's name."""
-        row = {"event": event, "params": list(params), "post_type": "event"}
+        row = self.event_of(self.supervisor.children.get(str(params[0])), event, *params)
         self.hub.tell(row, str(params[0]))
         if self._reporter:
             self._reporter.add(row, "")
             self._reporter.flush()
 
     def _child_entered(self, name: str, old: str, new: str) -> None:
-        self.hub.tell({"event": "state_change", "params": [old, new], "post_type": "event"}, name)
+        child = self.supervisor.children.get(name) or self.supervisor.leaving.get(name)
+        self.hub.tell(self.event_of(child, "state_change", old, new), name)
 
     def _child_gone(self, name: str) -> None:
         self.network.loop.call(self.network.settle, self.network.logins.detach, name)
@@ -12396,8 +12669,8 @@ class ControllerApi:
         self._await(self._ask(end, child))
         if isinstance(child, Child):
             self._ask(self._controller.supervisor.release, child)
-        self._controller.hub.tell({"event": event, "params": [child.name], "post_type": "event",
-                                   "settings": child.open_settings()}, child.name)
+        row = self._controller.event_of(child, event, child.name)
+        self._controller.hub.tell({**row, "settings": child.open_settings()}, child.name)
 
     def delete_client(self, request: Request) -> Row:
         """Stop a client and forget its login, its state, its settings and what waits to be
@@ -12502,6 +12775,17 @@ def help_text(whose: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def typed_word(word: str) -> str:
+    """A word of the command line as text; Refusal with exit status 2.
+
+    Bytes that are not what Python takes the console to write stand in it as surrogates (PEP 383).
+    """
+    try:
+        return read_text(os.fsencode(word)) if SURROGATES.search(word) else word
+    except ValueError:
+        raise Refusal("a word is neither UTF-8 nor GB18030", 2) from None
+
+
 def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
     """--setting value and --setting=value as settings; Refusal with exit status 2."""
     given: Dict[str, str] = {}
@@ -12517,7 +12801,7 @@ def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
             if not rest:
                 raise Refusal(f"{name} needs a value", 2)
             value = rest.pop(0)
-        given[setting.name] = value
+        given[setting.name] = typed_word(value)
     return tokens_apart(given)
 
 
@@ -12538,14 +12822,18 @@ def rename_process(whose: str, given: Dict[str, str]) -> None:
     name = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
     hidden = {setting: value for setting, value in given.items() if SETTINGS[setting].secret}
     flags = [f"--{setting}={value}" for setting, value in given.items() if setting not in hidden]
-    environment = {**os.environ, "OPENQQ_PYTHON": sys.executable,
-                   **{flavour.environ + setting.upper(): value
-                      for setting, value in hidden.items()}}
+    environment: Dict[str, Any] = {
+        **os.environ, "OPENQQ_PYTHON": sys.executable,
+        **{flavour.environ + setting.upper(): utf8(value)[0] for setting, value in hidden.items()}}
     if "token" in hidden:
-        environment["OPENQQ_TOKEN"] = hidden["token"]
-    os.execve(sys.executable,
-              [os.path.join(os.path.dirname(sys.executable), name.replace("/", "_")),
-               "-S", *python_words(whose, *flags)], environment)
+        environment["OPENQQ_TOKEN"] = utf8(hidden["token"])[0]
+    title = os.path.join(os.path.dirname(sys.executable), name.replace("/", "_"))
+    os.execve(sys.executable, utf8(title, "-S", *python_words(whose, *flags)), environment)
+
+
+def utf8(*words: str) -> List[bytes]:
+    """Words for this file run once more (python_words): it reads UTF-8, whatever we read."""
+    return [word.encode("utf-8", "surrogateescape") for word in words]
 
 
 def run_controller(given: Dict[str, str]) -> int:
@@ -13039,12 +13327,10 @@ def parse_words(command: str, words: Sequence[str]) -> Tuple[List[str], Dict[str
 def run_command(command: str, words: Sequence[str]) -> int:
     """A command that calls a server's API; its exit status. Refusal."""
     try:
-        plain, flags = parse_words(command, words)
+        plain, flags = parse_words(command, [typed_word(word) for word in words])
         usage, least, most, _ = COMMANDS[command]
         if not least <= len(plain) <= most:
             raise Refusal(f"usage: python openqq.py {command} {usage}", 2)
-        if re.search("[\ud800-\udfff]", "".join([*plain, *flags.values()])):
-            raise Refusal("the words are not UTF-8", 2)
         if "token" in flags and sys.executable:
             hide_token(flags.pop("token"), [command, *(
                 f"--url={value}" if name == "url" else "--" + name
@@ -13083,8 +13369,8 @@ def show(text: str) -> int:
 
 def hide_token(token: str, words: Sequence[str]) -> None:
     """Begin once more with the token off the command line, where ps shows it to everybody."""
-    os.execve(sys.executable, [sys.executable, *python_words(*words)],
-              {**os.environ, "OPENQQ_TOKEN": token})
+    environment: Dict[str, Any] = {**os.environ, "OPENQQ_TOKEN": utf8(token)[0]}
+    os.execve(sys.executable, utf8(sys.executable, *python_words(*words)), environment)
 
 
 def main(words: Sequence[str]) -> int:
