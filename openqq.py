@@ -9608,6 +9608,8 @@ class Details:
         for row in rows:
             group = self._client.roster.group.get(row["uid"])
             count = row.get("member_count")
+            if group:
+                group.member_count = count  # no member of the documents, so no event tells of it
             if group and group.loaded and count not in (None, str(len(group.member))):
                 self._crew.submit(self._load, (row["uid"], True), self._compare)
 
