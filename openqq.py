@@ -154,7 +154,7 @@ NAME_LIMIT = 64                  # characters of an account's name
 CONTENT_LIMIT = 64 * 1024        # bytes of a message's text; QQ itself takes far less
 MEDIA_LIMIT = 5 * 1024 * 1024    # bytes of a picture: in base64 it still fits into a body
 BATCH_LIMIT = 1024 * 1024        # bytes that are handed on at once; a larger one goes alone
-ANSWER_LIMIT = 1024 * 1024       # bytes read of what a post_api or poll_api answers
+ANSWER_LIMIT = 8 * 1024 * 1024   # bytes of an answer of post_api, which may hold a picture
 PROXY_SECONDS = 120.0            # without a byte from a client (CONTRACT 2)
 EVENT_SECONDS = 30.0             # check_event's wait (000)
 STREAM_SECONDS = 15.0            # of silence before a stream of events says that it lives
@@ -2049,6 +2049,9 @@ REASONS = {100: "Continue", 200: "OK", 400: "Bad Request", 403: "Forbidden", 404
            500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
            503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported"}
 FORWARDED = frozenset(("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via"))
+# What a request for a picture carries, wherever its address leads: no server of this program
+# answers it, but with pictures. Callers on this machine are trusted; who gave the address is none.
+MEDIA_MARK = "x-openqq-media"
 NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
 DESCRIPTORS = (65_536, 10_240)  # open files that a process wants, and what macOS grants
 
@@ -2701,6 +2704,8 @@ class App:
 
     def _answer(self, request: Request) -> Response:
         route = self.routes.get(request.path)
+        if MEDIA_MARK in request.fields and not request.path.endswith("/get_media"):
+            raise NotAllowed("a picture's address that leads to this program not allowed")
         if request.method != "OPTIONS" and not (route and route.open):
             self.gate.check(request)
         if route and request.method in route.methods:
@@ -3128,6 +3133,11 @@ def origin_of(url: str) -> Tuple[str, str, int]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
 
 
+def is_url(text: str) -> bool:
+    """Whether a text is meant as an http(s) URL."""
+    return re.match("(?i)https?://", text) is not None
+
+
 def with_params(url: str, **params: str) -> str:
     """A URL with parameters merged into its query; one that is there already is replaced."""
     parts = urllib.parse.urlsplit(url)
@@ -3535,6 +3545,26 @@ def connect(host: str, port: int, until: float) -> socket.socket:
             sock.close()
             failure = TimeoutError() if isinstance(error, socket.timeout) else error
     raise failure
+
+
+def addresses_of(host: str) -> List[str]:
+    """The numeric addresses of a name or address, in whatever spelling; none for an unknown one."""
+    try:
+        name = host.encode() if host.isascii() else host.encode("idna")
+        return [str(row[4][0]) for row in socket.getaddrinfo(name, 0, 0, socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):
+        return []
+
+
+def is_own(address: str) -> bool:
+    """Whether a numeric address is one of this machine's: only those can be bound."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+        return True
+    except OSError:
+        return False
 
 
 class Proxies(urllib.request.ProxyHandler):
@@ -6657,9 +6687,10 @@ class LocalNetwork:
         self.logins = Logins(self.society, self.outboxes, url, clock)
         self._waking: Optional[Timer] = None                 # for those who are told together
         self._sent: Dict[int, Row] = {}                      # the newest messages, by number
-        waiting = {item["id"] for items in self._ledger.table("wait").values()
-                   for item in items.values() if item["do"] == "message"}
-        self._ids = MessageIds(clock, True, lambda id: id in self._sent or str(id) in waiting)
+        waiting = {item.get("id") for items in self._ledger.table("wait").values()
+                   for item in items.values()}
+        self._ids = MessageIds(clock, True,
+                               lambda number: number in self._sent or str(number) in waiting)
         self._verbs: Dict[str, Callable[..., Any]] = {
             "attach": self.logins.attach, "ticket": self.logins.ticket,
             "ready": self.logins.ready, "logout": self.logins.logout,
@@ -7578,19 +7609,8 @@ def _xml_card(text: Json) -> str:
 
 def _titled(said: Iterable[str], links: Iterable[str]) -> str:
     title = next(filter(None, said), "")
-    link = next((link for link in links if re.match("(?i)https?://", link)
-                 and len(link) < DETAIL_LIMIT), "")
+    link = next((link for link in links if is_url(link) and len(link) < DETAIL_LIMIT), "")
     return f"{title} {link}".strip()
-
-
-def cut_text(text: str) -> str:
-    """A text that came, not longer than one that may be sent."""
-    if len(text) * 4 <= CONTENT_LIMIT:
-        return text
-    data = text.encode("utf-8", "replace")
-    if len(data) <= CONTENT_LIMIT:
-        return text
-    return data[:CONTENT_LIMIT - 3].decode("utf-8", "ignore") + "…"
 
 
 def _id(row: Row, name: str) -> str:
@@ -7724,15 +7744,17 @@ class OneBotEvents:
     def _readable(self, segments: List[Row], group: str) -> str:
         """What a person reads, with one blank behind a name."""
         parts: List[str] = []
-        after_name, self._at_left = False, AT_LIMIT
+        after_name, self._at_left, room = False, AT_LIMIT, CONTENT_LIMIT // 4
         for part in segments:
-            if part["type"] == "at":
-                parts.append(self._at(part["data"], group))
-            else:
-                text = readable(part["type"], part["data"])
-                parts.append(text.lstrip(" ") if after_name else text)
-            after_name = part["type"] == "at" or after_name and not parts[-1]
-        return cut_text("".join(parts))
+            at = part["type"] == "at"
+            text = (self._at(part["data"], group) if at
+                    else readable(part["type"], part["data"]))
+            if part["type"] != "text":
+                room -= len(text)
+                text = text if room > 0 else ""  # a text itself comes whole
+            parts.append(text.lstrip(" ") if after_name else text)
+            after_name = at or after_name and not parts[-1]
+        return "".join(parts)
 
     def _at(self, data: Row, group: str) -> str:
         name = self._at_name(data, group)
@@ -9001,20 +9023,56 @@ class SendQueue:
 
 
 class Answers:
-    """What a receiver of events wants done by its answer (003). In the client's loop."""
+    """What a receiver of events wants done by its answer (003). In the client's loop.
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    `media_of` is that of SendApi; a crew calls it, since pictures may come from far away.
+    """
+
+    MEDIA_LIMIT = 20             # pictures in one answer
+
+    def __init__(self, client: Client, media_of: Callable[[Params], Optional[Row]],
+                 post_api: str) -> None:
+        self._client, self._media_of = client, media_of
+        self._shares_files = is_loopback(urllib.parse.urlsplit(post_api).hostname or "")
+        self._crew = Crew(4, "media", client.log)
 
     def answered(self, row: Row, answer: Row) -> None:
-        """What a receiver of an event wants done (003): reply, shutup."""
+        """What a receiver of an event wants done (003, 001): reply, media, shutup."""
         reply = answer.get("reply")
         if row["post_type"] == "event":
             return
         if isinstance(reply, (str, int, float)) and not isinstance(reply, bool) and str(reply):
             self._client.talk.reply(row, str(reply), "api")
+        media = answer.get("media")
+        if media:
+            self._crew.submit(self._send_media, row, media if isinstance(media, list) else [media])
         if answer.get("shutup") in (1, "1") and row["type"] == "group_message":
             self._silence(row, answer.get("shutup_time", 60))
+
+    def _send_media(self, row: Row, items: List[Json]) -> None:
+        """One after the other, each behind the reply."""
+        if len(items) > self.MEDIA_LIMIT:
+            self._client.log.warn(f"{len(items)} media in an answer of post_api: the first "
+                                  f"{self.MEDIA_LIMIT} are sent")
+        for item in items[:self.MEDIA_LIMIT]:
+            try:
+                media = self._media_of(self._named(item))
+                self._client.talk.reply(row, "", "api", media)
+            except OpenQQError as error:
+                self._client.log.warn(f"media in an answer of post_api: {error.status}")
+
+    def _named(self, item: Json) -> Params:
+        """The parameter that a caller would give. BadRequest, NotAllowed."""
+        if not isinstance(item, str):
+            raise BadRequest(400, "it must be text, or a list of texts")
+        if is_url(item):
+            return {"media_url": item}
+        if item.startswith("base64://"):
+            return {"media_data": item[len("base64://"):]}
+        if not self._shares_files:
+            raise NotAllowed("a path not allowed, since post_api is on another machine: "
+                             "give http://… or base64://…")
+        return {"media_path": item}
 
     def _silence(self, row: Row, seconds: Json) -> None:
         wanted = int(seconds) if re.fullmatch("[0-9]{1,9}", str(seconds)) else 60
@@ -9629,13 +9687,13 @@ class Talk:
     def _answer(self, message: Message, text: str) -> None:
         self.reply(message.to_json({}), text, "code")
 
-    def reply(self, row: Row, text: str, origin: str) -> None:
-        """Send text to where a message, as it was reported, came from or went to."""
+    def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None) -> None:
+        """Send text, or media, to where a message, as it was reported, came from or went to."""
         uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
         kind = CIRCLE_OF.get(row["type"], str(row.get("via") or ""))
         alone = row["type"] in ("friend_message", "sess_message")
         self._client.send(row["type"], text, str(uid) if alone else None,
-                          self._circle_uid(kind, row), origin, kind if alone else "")
+                          self._circle_uid(kind, row), origin, kind if alone else "", media)
 
     def _circle_uid(self, kind: str, row: Row) -> str:
         if kind == "discuss":  # shows no uid, and its id changes with a scan
@@ -10070,8 +10128,16 @@ def avatar(uid: str) -> bytes:
     return qr_png(rows, scale=16, quiet=1)
 
 
+def kept_as(media: Optional[Row]) -> Row:
+    """What an answer says of a picture that went with a message: it can be sent again by that."""
+    return {"media_id": media["media_id"]} if media and media["media_id"] else {}
+
+
 class SendApi(ReadApi):
     """The part that sends (CONTRACT 4)."""
+
+    MEDIA_SECONDS = 30.0         # for a picture's address, redirects and all
+    MEDIA_HOPS = 5
 
     def send_friend_message(self, request: Request) -> Json:
         """To a friend, found by any of its keys."""
@@ -10128,11 +10194,11 @@ class SendApi(ReadApi):
         promise = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq)
         if request.params.get("async") == "1":
             return {"code": 0, "status": "request already in execution"}
-        return self._outcome(wait_patiently(request, promise), target)
+        return {**self._outcome(wait_patiently(request, promise), target), **kept_as(media)}
 
     def _what(self, request: Request) -> Tuple[str, Optional[Row]]:
         """Text and picture that a call brings, one of them at least."""
-        media, content = self.media(request), request.params.get("content", "")
+        media, content = self.media_of(request.params), request.params.get("content", "")
         return check_content(request.params) if content or not media else "", media
 
     def _outcome(self, message: Optional[Message], target: Thing) -> Row:
@@ -10174,9 +10240,9 @@ class SendApi(ReadApi):
 
     # -- media
 
-    def media(self, request: Request) -> Optional[Row]:
-        """The shelf's row of the picture that a call brings, by whichever media_* it is."""
-        params, shelf = request.params, self.client.papers.shelf
+    def media_of(self, params: Params) -> Optional[Row]:
+        """The shelf's row of the picture that parameters bring, by whichever media_* it is."""
+        shelf = self.client.papers.shelf
         if params.get("media_id"):
             row = shelf.get(params["media_id"])
             if row is None:
@@ -10184,30 +10250,38 @@ class SendApi(ReadApi):
             return row
         for name, read in (("media_path", self._read_path), ("media_data", self._read_base64),
                            ("media_url", self._read_url)):
-            if params.get(name):
-                if name == "media_url" and self.client.link.fetches:
-                    return self._linked(params)
-                data, title = read(params[name])
-                if len(data) > MEDIA_LIMIT:
-                    raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
-                title = params.get("media_name") or params.get(name + ".filename") or title
-                path = os.path.realpath(params[name]) if name == "media_path" else None
-                return {**shelf.put(data, title), "path": path}
+            given, path = params.get(name), None
+            if not given:
+                continue
+            try:
+                if name == "media_url" or name == "media_path" and is_url(given):  # 001 has both
+                    if self.client.link.fetches and not self._leads_here(given):
+                        return self._linked(given, params.get("media_name"))
+                    read = self._read_url
+                elif name == "media_path":
+                    path = os.path.realpath(given)
+                data, title = read(given)
+            except Unreachable as error:
+                raise BadRequest(400, f"{name}: {error.status}") from None
+            if len(data) > MEDIA_LIMIT:
+                raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
+            title = params.get("media_name") or params.get(name + ".filename") or title
+            return {**shelf.put(data, title), "path": path}
         return None
 
-    def _linked(self, params: Params) -> Row:
-        """What a Shelf tells of media, for those that somebody else will fetch."""
-        url = params["media_url"]
+    def _leads_here(self, url: str) -> bool:
+        """Whether a bridge must not fetch a picture: its calls carry no mark. Unreachable."""
         try:
-            host = origin_of(url)[1]
+            addresses = addresses_of(origin_of(url)[1])
         except ValueError as error:
-            raise BadRequest(400, f"media_url: {error}") from None
-        try:
-            if is_forbidden(host):
-                raise BadRequest(400, "media_url: link-local and metadata addresses are not called")
-        except OSError:
-            pass  # a name
-        name = params.get("media_name") or urllib.parse.urlsplit(url).path.rpartition("/")[2]
+            raise Unreachable(str(error)) from None
+        if any(map(is_forbidden, addresses)):
+            raise Unreachable("link-local and metadata addresses are not called")
+        return any(map(is_own, addresses))
+
+    def _linked(self, url: str, name: Optional[str]) -> Row:
+        """What a Shelf tells of media, for those that somebody else will fetch."""
+        name = name or urllib.parse.urlsplit(url).path.rpartition("/")[2]
         row = unkept_media(b"", name or "picture")
         known = row["media_mime"].partition("/")[0] in SEGMENTS
         return {**row, "url": url, "media_size": None,
@@ -10215,11 +10289,15 @@ class SendApi(ReadApi):
 
     def _read_path(self, path: str) -> Tuple[bytes, str]:
         settings, flavour = self.client.settings, self.flavour
-        check_path("media_path", path, settings.tmpdir,
-                   re.escape(f"{flavour.file_prefix}media_{self.client.account}_")
-                   + Shelf.NAME.pattern,
-                   (settings.cookie_path, settings.state_path, settings.pid_path,
-                    settings.log_path))
+        try:
+            check_path("media_path", path, settings.tmpdir,
+                       re.escape(f"{flavour.file_prefix}media_{self.client.account}_")
+                       + Shelf.NAME.pattern,
+                       (settings.cookie_path, settings.state_path, settings.pid_path,
+                        settings.log_path))
+        except NotAllowed as error:
+            raise NotAllowed(f"{error.status}: put the file into {settings.tmpdir}, "
+                             "or give media_data or media_url") from None
         try:
             data = read_file(path, MEDIA_LIMIT)
         except OSError:
@@ -10236,18 +10314,24 @@ class SendApi(ReadApi):
         return data, "picture"
 
     def _read_url(self, url: str) -> Tuple[bytes, str]:
-        try:
-            reply = fetch(url)
-            data = reply.read(MEDIA_LIMIT + 1)
-        except Unreachable as error:
-            raise BadRequest(400, f"media_url: {error.status}") from None
-        if reply.status != 200 or not data:
-            raise BadRequest(400, f"media_url answers {reply.status}")
-        return data, urllib.parse.urlsplit(url).path.rpartition("/")[2] or "picture"
+        """A picture from anywhere but from this program (MEDIA_MARK). Unreachable."""
+        until, given = time.monotonic() + self.MEDIA_SECONDS, url
+        for _ in range(self.MEDIA_HOPS + 1):
+            reply = fetch(url, fields={MEDIA_MARK: "1", "User-Agent": "openqq/" + VERSION},
+                          seconds=max(0.1, until - time.monotonic()))
+            target = redirect_of(url, reply)
+            if not target:
+                data = reply.read(MEDIA_LIMIT + 1)
+                if reply.status != 200 or not data:
+                    raise Unreachable(f"the server answers {reply.status}")
+                return data, urllib.parse.urlsplit(given).path.rpartition("/")[2] or "picture"
+            reply.read(BATCH_LIMIT)
+            url = target
+        raise Unreachable(f"over {self.MEDIA_HOPS} redirects")
 
     def upload_media(self, request: Request) -> Json:
         """Keep a picture for a later media_id."""
-        row = self.media(request)
+        row = self.media_of(request.params)
         if row is None:
             raise BadRequest(400, "media_path, media_data or media_url missing")
         about = {name: value for name, value in row.items() if name.startswith("media_")}
@@ -10543,8 +10627,9 @@ def openqq_plugin(client: Client, data: Row) -> None:
     given = {name: value for name, value in data.items() if name != "listen"}
     settings = client.settings.with_(given)
     store = Store(settings.check_event_list_max_size)
+    api = Api(client, store, settings.numeric_ids)
     reporter = Reporter(settings.post_api, settings.post_secret, client.spool, client.loop,
-                        client.log, Answers(client).answered,
+                        client.log, Answers(client, api.media_of, settings.post_api).answered,
                         numeric=settings.numeric_ids) if settings.post_api else None
     listed = settings.post_event_list
     if listed is None:
@@ -10552,7 +10637,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
     client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
                                  settings.post_stdout, settings.numeric_ids,
                                  settings.post_media_data))
-    _serve_api(client, Api(client, store, settings.numeric_ids), reporter, settings,
+    _serve_api(client, api, reporter, settings,
                data.get("listen") or [{"host": settings.host, "port": settings.port}])
     if settings.poll_api:
         _beat_when_running(client, settings)
@@ -11617,7 +11702,8 @@ class Controller:
         """An event of ours about a client, with numbers where that client's own have them."""
         given = {**inherited(self.flavour), **(child.given if child else {})}
         row = event_row(event, list(params))
-        return numbered(row) if SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0")) else row
+        numeric = SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0"))
+        return numbered(row) if numeric else row
 
     def _report(self, event: str, *params: Json) -> None:
         """Every event of ours begins with the client's name."""

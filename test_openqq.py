@@ -1593,11 +1593,81 @@ def test_parameters_that_cannot_be_read_are_refused(pair, query, kind, body):
         assert fields["content-type"] == "application/json"
 
 
-def test_text_that_is_no_utf_8_just_finds_nothing(pair):
+GB_CALLS = {  # how Chinese consoles and old scripts say name=小冰 and content=T
+    "percents": lambda text: ("?name=%D0%A1%B1%F9&content=" + urllib.parse.quote(
+        text.encode("gbk")), "GET", None, None),
+    "bare bytes": lambda text: (b"?name=\xd0\xa1\xb1\xf9&content=" + text.encode("gbk"), "GET",
+                                None, None),
+    "a name by a library, a text by hand": lambda text: (
+        b"?name=%E5%B0%8F%E5%86%B0&content=" + text.encode("gbk"), "GET", None, None),
+    "four bytes a letter": lambda text: ("?name=%D0%A1%B1%F9&content=" + urllib.parse.quote(
+        (text + "😀").encode("gb18030")), "GET", None, None),
+    "a form": lambda text: ("", "POST", FORM, f"name=小冰&content={text}".encode("gbk")),
+    "a form with percents": lambda text: ("", "POST", FORM, b"name=%D0%A1%B1%F9&content="
+                                          + urllib.parse.quote(text.encode("gbk")).encode()),
+    "a multipart form": lambda text: ("", "POST", "multipart/form-data; boundary=x", "".join(
+        f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        for name, value in (("name", "小冰"), ("content", text))).encode("gbk") + b"--x--\r\n"),
+    "JSON": lambda text: ("", "POST", "application/json", json.dumps(
+        {"name": "小冰", "content": text}, ensure_ascii=False).encode("gbk")),
+    "JSON that says so": lambda text: ("", "POST", "application/json; charset=GB2312", json.dumps(
+        {"name": "小冰", "content": text}, ensure_ascii=False).encode("gbk")),
+}
+
+
+@pytest.mark.parametrize("asking_in", GB_CALLS.values(), ids=GB_CALLS)
+def test_bytes_that_are_no_utf_8_but_gb18030_are_read_as_that(pair, asking_in):
+    heard(pair)  # what other tests left
     for port, query in ports_of(pair):
-        base = f"http://127.0.0.1:{port}"
-        assert call(base, f"search_friend?{query}name=%D0%A1%B1%F9") == {
-            "code": 100, "status": "object not found"}
+        text = f"联通，你好{random.random()}"
+        more, method, kind, body = asking_in(text)
+        more = more.encode() if isinstance(more, str) else more
+        path = b"/openqq/send_friend_message" + (more or b"?") + b"&" + query.encode()
+        fields = [b"Content-Type: " + kind.encode(), b"Content-Length: %d" % len(body)
+                  ] if body else []
+        answer = exchange(port, b"\r\n".join([
+            b"%b %b HTTP/1.1" % (method.encode(), path), b"Host: 127.0.0.1",
+            b"Connection: close", *fields, b"", body or b""]))
+        assert b'"code":0' in answer, answer
+        [found, echo] = heard(pair)
+        assert found == echo and found.rstrip("😀") == text
+
+
+def test_a_text_that_is_utf_8_is_never_read_as_anything_else(pair):
+    heard(pair)
+    said = ["һ", "Ñ", "ҫɫ", "é", "中文", "😀"]     # some of them are GB18030 as well
+    for port, query in ports_of(pair):
+        for text in said:
+            content = urllib.parse.quote(text)
+            assert call(f"http://127.0.0.1:{port}",
+                        f"send_friend_message?{query}name={ICE}&content={content}")["code"] == 0
+            assert heard(pair) == [text, text]
+
+
+def test_bytes_that_are_neither_utf_8_nor_gb18030_are_refused_in_words(pair):
+    part = b'--x\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n--x--\r\n'
+    multipart = "multipart/form-data; boundary=x"
+    for port, query in ports_of(pair):
+        base, path = f"http://127.0.0.1:{port}", f"/openqq/send_friend_message?{query}name={ICE}&"
+        for more, kind, body in [
+                ("content=%FF%FE", None, None), ("content=x&%FF=1", None, None),
+                ("", FORM, b"content=\xff\xfe"), ("", FORM, b"content=%80"),
+                ("", multipart, part % (b"content", b"\xff")),
+                ("", multipart, part % (b"\xff", b"x")),
+                ("", "application/json", b'{"content":"\xff"}'),
+                ("", "application/json; charset=gbk", b'{"content":"\xff"}'),
+                ("", "application/json", '{"content":"x"}'.encode("utf-16"))]:
+            status, _, answer = request(base, path + more, "POST" if kind else "GET", body,
+                                        {"Content-Type": kind} if kind else {})
+            assert (status, json.loads(answer)["code"]) == (400, 400), (more, body)
+            assert "neither UTF-8 nor GB18030" in json.loads(answer)["status"]
+
+
+def test_bytes_in_a_path_or_a_name_that_nobody_reads_are_no_fault(pair):
+    for port, query in ports_of(pair):
+        answer = exchange(port, b"GET /openqq/\xb0\xa1\xff?" + query.encode()
+                          + b" HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 403"), answer
 
 
 def test_a_message_must_hold_something_and_not_too_much(pair):
@@ -2484,7 +2554,8 @@ class Face:
         """The params of the next event of that name that is posted, and wanted."""
         row = self.receiver.next(lambda event: event.get("event") == name
                                  and wanted(event["params"]))
-        assert set(row) == {"event", "params", "post_type"} and row["post_type"] == "event"
+        assert set(row) == {"event", "params", "post_type", "time"}
+        assert row["post_type"] == "event" and abs(int(row["time"]) - time.time()) < 600
         return row["params"]
 
     def sent(self, content):
@@ -3038,7 +3109,7 @@ def test_every_documented_event_can_be_made_to_happen(face):
         seq = kept[-1]["seq"]
         kept = [row for row in kept if row["event"] == event and row["params"] == params]
         assert kept == [{"event": event, "params": params, "post_type": "event",
-                         "seq": kept[0]["seq"]}]
+                         "seq": kept[0]["seq"], "time": kept[0]["time"]}]
 
 
 @pytest.mark.parametrize("what", ["friend", "group", "discuss"])
@@ -7487,7 +7558,8 @@ def test_bad_media_is_refused_and_nothing_is_sent(media_pair, tmp_path):
                                     media_path=path)
         answer = json.loads(body)
         assert (path, status, answer["code"], answer["status"]) == (
-            path, 400, 6, "media_path not allowed")
+            path, 400, 6, "media_path not allowed: put the file into "
+            f"{os.path.realpath(tmpdir)}, or give media_data or media_url")
     for bad in ({"media_path": fifo}, {"media_path": tmpdir},
                 {"media_path": os.path.join(tmpdir, "none.png")}, {"media_data": "%%%"},
                 {"media_id": "0" * 32}, {"media_id": "../../etc/passwd"},
@@ -8084,7 +8156,7 @@ QQ_SEGMENTS = {
     "image": ([segment("text", text="看"), segment("image", file="A.png", url=PICTURE)], "看[图片]"),
     "record": ([segment("record", file="A.amr")], "[语音]"),
     "video": ([segment("video", file="A.mp4")], "[视频]"),
-    "file": ([segment("file", file="A.doc")], "[文件]"),
+    "file": ([segment("file", file="A.doc")], "[文件]A.doc"),
     "reply": ([segment("reply", id="-7"), segment("text", text="对")], "对"),
     "other": ([segment("json", data='{"a":[1,2]}'), segment("mface", id="1")], "[json][mface]"),
 }
@@ -8101,7 +8173,7 @@ def test_pictures_that_come_are_told_with_the_bridges_url(qq):
             segment("record", file="B.amr"), segment("video", url="https://h/v.mp4", name="v"),
             segment("file", file="C.doc", url="file:///etc/passwd")]
     [event] = qq.events_of(private(20001, rows))
-    assert event["content"] == "[图片][语音][视频][文件]"
+    assert event["content"] == "[图片][语音][视频][文件]C.doc"
     assert event["media"] == [
         {"type": "image", "url": PICTURE, "name": "A.png", "size": "512"},
         {"type": "audio", "url": None, "name": "B.amr", "size": None},
@@ -11477,7 +11549,7 @@ def test_events_tell_what_is_kept_and_then_what_comes_of_each_account(office):
              token="geheim")
         call(office.base, "/local/change", do="add", what="friend", uid="700", token="geheim",
              **{"in": "alice"})
-        log.wait("^alice · new_friend 客$")
+        log.wait(r"^\d\d:\d\d:\d\d alice · new_friend 客$")
         for text in "one", "two":
             assert log.text().count(f"alice → OpenQQ: {text}") == 1
     finally:
