@@ -4405,7 +4405,9 @@ const ZH = {
   "discuss_member_property_change": "讨论组成员资料变化",
   "input_qrcode": "二维码", "client_failed": "启动失败", "not sent": "未发送",
   "client_waiting": "无人扫码", "client_stopped": "账号停止", "client_deleted": "账号删除",
-  "owner": "群主", "admin": "管理员", "and {count} more": "还有 {count} 人",
+  "owner": "群主", "admin": "管理员", "member": "普通成员",
+  "create": "群主", "manage": "管理员", "attend": "普通成员", "name": "名称", "card": "群名片",
+  "markname": "备注", "role": "身份", "signature": "签名", "sex": "性别", "state": "状态", "and {count} more": "还有 {count} 人",
   // what the codes of answers mean
   "code -6": "没有访问权限", "code 1": "账号不存在", "code 2": "没有可用端口",
   "code 3": "进程无法启动", "code 4": "启动后立即退出", "code 5": "账号数量已达上限",
@@ -4441,12 +4443,20 @@ const ZH = {
   "is_update_friend": "刷新好友", "is_update_group": "刷新群", "is_update_discuss": "刷新讨论组",
   "allow_message_sync": "上报账号在其他设备上发送的消息", "ignore_unknown_id": "丢弃陌生人的消息",
 };
-const ONE = {                // what English says otherwise of a single one
+const EN = {                 // the words of the API that English says otherwise
+  "init": "starting", "scaning": "waiting for a scan", "confirming": "waiting for the button",
+  "stop": "stopped", "client_failed": "does not start", "client_waiting": "nobody scans",
+  "client_stopped": "account stopped", "client_deleted": "account deleted",
+  "input_qrcode": "QR code", "markname": "remark", "card": "name in the group",
+};
+const ONE = {                // and of a single one
   "{count} restarts": "{count} restart",
   "{name} is muted for {count} minutes.": "{name} is muted for {count} minute.",
 };
+const word = (table, text) => Object.hasOwn(table, text) && table[text];  // not "constructor"
 const t = (text, values = {}) =>
-  ((chinese ? ZH[text] : Number(values.count) === 1 && ONE[text]) || text)
+  ((chinese ? word(ZH, text) : Number(values.count) === 1 && word(ONE, text) || word(EN, text))
+    || (/^[a-z]+(_[a-z]+)+$/.test(text) ? text.replaceAll("_", " ") : text))
     .replace(/\{(\w+)\}/g, (_, name) => values[name]);
 const $ = (id) => document.getElementById(id);
 const api = (path) => config.prefix + path;
@@ -4684,15 +4694,16 @@ $("begin").onsubmit = async (event) => {
 
 // -- messages and events
 
-const events = [];           // the newest last
+const events = [];           // by their time, the newest last
 let paused = 0;              // 0: no; else one more than there are that wait
 let soon = null;
 let soonTalk = null;
+let soonEvents = null;
 
 function describe(event) {
   if (event.post_type !== "event") {
     const place = event.group || event.discuss || event.receiver;
-    const failed = event.code ? ` [${event.info || event.code}]` : "";
+    const failed = event.code ? ` [${reason(event)}]` : "";
     return [`${event.sender} → ${place}`, event.content + failed];
   }
   const [one, two, three, four] = event.params;
@@ -4700,9 +4711,13 @@ function describe(event) {
   if (event.event === "input_qrcode") return [t(event.event), t("a new QR code")];
   if (event.event === "login") return [t(event.event), ""];
   const names = event.params.map((part) => part && typeof part === "object" ? nameOf(part)
-    : String(part));
-  if (event.event.endsWith("_property_change")) names.splice(1, 3, `${two}: ${three} → ${four}`);
-  return [t(event.event), names.join(" · ")];
+    : part === null ? "" : String(part));
+  if (event.event.endsWith("_property_change")) {
+    const [old, fresh] = [three, four].map((value) =>
+      value === null || value === "" ? "–" : two === "role" ? t(value) : value);
+    names.splice(1, 3, `${t(two)}: ${old} → ${fresh}`);
+  }
+  return [t(event.event), names.filter(Boolean).join(" · ")];
 }
 
 function wanted(event) {
@@ -4712,13 +4727,18 @@ function wanted(event) {
 
 function eventRow(event) {
   const [title, text] = describe(event);
-  const time = new Date(event.at).toLocaleTimeString(navigator.language);
+  const at = new Date(event.at);
+  const today = at.toDateString() === new Date().toDateString();
+  const time = (today ? "" : at.toLocaleDateString(navigator.language) + " ")
+    + at.toLocaleTimeString(navigator.language);
   return el("li", {}, el("time", {}, time), " ", el("span", {className: "tag"},
     el("bdi", {}, event.client)), " ", el("b", {className: "who"}, el("bdi", {}, title)),
     el("bdi", {className: "text"}, text));
 }
 
 function showEvents() {
+  clearTimeout(soonEvents);
+  soonEvents = null;
   const rows = events.filter(wanted).slice(-200).reverse();
   $("events").replaceChildren(...rows.map(eventRow));
 }
@@ -4738,11 +4758,16 @@ $("pause").onclick = () => {
 function hear(event) {
   event.client = event.client || config.account;
   event.at = event.time ? event.time * 1000 : Date.now();
-  events.push(event);
+  let place = events.length;
+  while (place > 0 && events[place - 1].at > event.at) place -= 1;
+  const last = place === events.length;
+  events.splice(place, 0, event);
   events.splice(0, events.length - 500);
   if (paused) {
     paused += 1;
     showPause();
+  } else if (!last) {        // what an account kept, read after what another one did
+    soonEvents = soonEvents || setTimeout(showEvents, 50);
   } else if (wanted(event)) {
     $("events").prepend(eventRow(event));
     while ($("events").childElementCount > 200) $("events").lastChild.remove();
@@ -6694,8 +6719,8 @@ class LocalNetwork:
         self._verbs: Dict[str, Callable[..., Any]] = {
             "attach": self.logins.attach, "ticket": self.logins.ticket,
             "ready": self.logins.ready, "logout": self.logins.logout,
-            "roster": self.world.roster, "presence": self.world.presence, "send": self.send, "kick": self.kick,
-            "mute": self.mute}
+            "roster": self.world.roster, "presence": self.world.presence, "send": self.send,
+            "kick": self.kick, "mute": self.mute}
         self._verbs.update(Dealings(self.society, self._sent).verbs())
 
     def _open_world(self, path: str) -> None:
@@ -10027,7 +10052,7 @@ class ReadApi:
         with self._looking:
             if time.monotonic() < self._looked:
                 return
-            wait = 0.02
+            wait = 0.002                 # nobody comes or goes and is seen to within that
             try:
                 self.client.roster.show_states(self.client.link.presence())
             except OpenQQError as error:

@@ -2739,6 +2739,16 @@ SEARCHES = [
     ("group", {"name": "OpenQQ"}, 1), ("group", {"uid": OPENQQ_GROUP, "role": "create"}, 1),
     ("group", {"id": "{group[id]}"}, 1), ("group", {"max_member": "2000", "name": "OpenQQ"}, 1),
     ("group", {"uid": "1"}, 0), ("group", {}, 0), ("group", {"member": "1"}, 0),
+    # what the program's objects answered to as well
+    ("friend", {"qq": XIAOBING}, 1), ("friend", {"nick": "小冰"}, 1),
+    ("friend", {"qq": XIAOBING, "nick": "小冰", "uid": XIAOBING}, 1),
+    ("friend", {"qq": XIAOBING, "uid": XIAOHUI}, 0), ("friend", {"nick": XIAOBING}, 0),
+    ("friend", {"gnumber": XIAOBING}, 0),
+    ("group", {"gnumber": OPENQQ_GROUP}, 1), ("group", {"number": OPENQQ_GROUP}, 1),
+    ("group", {"gname": "OpenQQ"}, 1), ("group", {"gid": "{group[id]}"}, 1),
+    ("group", {"gcode": "{group[code]}"}, 1), ("group", {"gtype": "create", "gname": "OpenQQ"}, 1),
+    ("group", {"gtype": "attend", "gname": "OpenQQ"}, 0), ("group", {"gid": OPENQQ_GROUP}, 0),
+    ("group", {"gnumber": OPENQQ_GROUP, "number": "1"}, 0), ("group", {"qq": OPENQQ_GROUP}, 0),
 ]
 
 
@@ -2790,6 +2800,8 @@ def test_numeric_ids_makes_numbers_of_all_ids_at_once(fresh):
     for message in echo, own:
         assert all(type(message[name]) is int for name in (
             "id", "time", "sender_id", "sender_uid", "receiver_id", "receiver_uid"))
+    events = [event for _, _, _, event in face.receiver.posts if "event" in event]
+    assert events and all(type(event["time"]) is int for event in events)
     assert (own["id"], echo["sender_id"], echo["sender_uid"]) == (
         sent["id"], friend["id"], friend["uid"])
 
@@ -2955,6 +2967,56 @@ def test_messages_received_and_sent_have_exactly_the_documented_members(face):
                 assert (message["receiver"], message["receiver_uid"]) == ("小冰", XIAOBING)
 
 
+def test_ids_of_messages_fit_into_31_bits_and_no_two_are_equal(face):
+    seq = face.mark()
+    sent = [face.call("send_friend_message", name="小冰", content="id")["id"] for _ in range(3)]
+    said = [face.say("id")["id"] for _ in range(3)]
+    answered = face.program.call("/local/say", **{"from": "小灰", "to": "小冰", "content": "id"})
+    face.say("the last id")
+    told = face.since(seq, "the last id")
+    heard = [int(event["id"]) for event in told if event.get("content") == "id"]
+    assert set(sent) | set(said) <= set(heard)
+    all_ids = {*heard, answered["id"], int(answered["answers"][0]["id"])}
+    assert len(all_ids) == 3 + 3 + 3 + 2 and all(0 < number < 2 ** 31 for number in all_ids)
+    assert sent == [sent[0], sent[0] + 1, sent[0] + 2]
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("clock", [0, 1, 99_999, 100_000, 1_764_000_000, 1_764_099_999, 2 ** 40])
+def test_ids_stay_below_31_bits_whatever_the_clock_says_and_go_on_at_the_least(other, clock):
+    ids = openqq.MessageIds(lambda: clock, other)
+    numbers = [ids.next() for _ in range(3)]
+    assert numbers == [numbers[0], numbers[0] + 1, numbers[0] + 2]
+    least, end = (2 ** 30, 2 ** 31) if other else (0, 2 ** 30)
+    assert least < numbers[0] and numbers[-1] < end
+    ids._last = end - 2
+    taken = {least + 1, least + 2}
+    ids._taken = taken.__contains__
+    assert [ids.next() for _ in range(3)] == [end - 1, least + 3, least + 4]
+
+
+def test_an_id_that_waits_for_somebody_is_given_to_no_other_message(tmp_path):
+    def network():
+        made = openqq.LocalNetwork(str(tmp_path / "local"), "", openqq.QQ, openqq.Log(),
+                                   lambda: "http://x", clock=lambda: 1_764_000_000.0)
+        made.start()
+        return made
+
+    ids = []
+    for _ in range(2):
+        here = network()
+        for name in "alice", "bob":
+            here.call(name, "attach", {"mark": "", "cookie": "", "password": True})
+        [bob] = [row["uid"] for row in here.world.ledger.table("people").values()
+                 if row["name"] == "bob"]
+        here.loop.ask(here.settle, here.logins.detach, "bob")
+        [said] = here.call("alice", "send", {"messages": [
+            {"type": "friend_message", "content": "x", "uid": bob}]})
+        ids.append(said["number"])
+        here.stop()
+    assert len(set(ids)) == 2
+
+
 def test_a_message_is_told_before_what_answers_it(face):
     for number in range(10):
         face.call("send_friend_message", uid=XIAOBING, content=f"turn {number}")
@@ -3110,6 +3172,19 @@ def test_every_documented_event_can_be_made_to_happen(face):
         kept = [row for row in kept if row["event"] == event and row["params"] == params]
         assert kept == [{"event": event, "params": params, "post_type": "event",
                          "seq": kept[0]["seq"], "time": kept[0]["time"]}]
+
+
+def test_events_in_check_event_and_in_streams_have_their_time_too(face, follow):
+    stream = follow(face.base, streamed(face))
+    stream.heard.wait("retry")
+    before, seq = int(time.time()), face.mark()
+    uid = face.change("add", "person", name="有时")
+    face.change("add", "friend", uid, "alice")
+    _, told = stream.wait(event="new_friend")
+    kept = [row for row in face.call("check_event", since=seq) if row.get("event")]
+    assert kept == [told] and before <= int(told["time"]) <= time.time()
+    face.change("remove", "person", uid)
+    face.event("lose_friend")
 
 
 @pytest.mark.parametrize("what", ["friend", "group", "discuss"])
@@ -3401,6 +3476,63 @@ def test_what_is_sent_while_somebody_is_away_arrives_once_and_in_order(together)
     heard = [event["content"] for event in bob.since(0, "all now")]
     assert heard == contents + ["all now"]
     assert [row["id"] for row in bob.call("get_friend_info")] == before  # by its cookie: no scan
+
+
+def shown_states(face, name):
+    """The states of somebody in all lists of an account."""
+    friend = face.friend(name)
+    states = {row["state"] for kind in ("group", "discuss")
+              for circle in face.call(f"get_{kind}_info") if circle["name"] == "OpenQQ"
+              for row in circle["member"] if row["name"] == name}
+    states |= {row["state"] for row in face.group()["member"] if row["name"] == name}
+    states |= {row["state"] for row in face.call("get_friend_info") if row["name"] == name}
+    assert states == {friend["state"]}
+    return friend["state"]
+
+
+def test_lists_show_who_is_there_as_accounts_come_and_go_and_no_event_does(start, receive):
+    controller = start("controller")
+    receiver = receive()
+    everything = ",".join([ALL_EVENTS, "friend_property_change"])
+    controller.login("alice", post_api=receiver.url, post_event_list=everything,
+                     update_interval="1")
+    alice = Face(controller, "alice", receiver, True)
+    controller.login("bob")
+    assert shown_states(alice, "bob") == "online"
+    assert shown_states(alice, "小冰") == "online"
+    controller.call("stop_client", client="bob")
+    assert shown_states(alice, "bob") == "offline"
+    assert alice.call("search_friend", name="bob", state="online")["code"] == 100
+    for mode, shown in ("away", "away"), ("hidden", "offline"), ("busy", "busy"):
+        controller.call("start_client", client="bob", mode=mode)
+        assert controller.call("/local/login", client="bob")["code"] == 0
+        assert shown_states(alice, "bob") == shown
+        assert controller.call("get_user_info", client="bob")["state"] == mode
+        if mode == "busy":
+            os.kill(controller.state("bob")["pid"], signal.SIGKILL)
+            assert eventually(lambda: controller.state("bob")["restarts"] == 1)
+            assert eventually(lambda: shown_states(alice, "bob") == "busy")
+        controller.call("stop_client", client="bob")
+        assert shown_states(alice, "bob") == "offline"
+    alice.event("update_friend")
+    alice.event("update_friend")  # a refresh comes after all of that, and tells nothing of it
+    changes = [event for _, _, _, event in receiver.posts
+               if str(event.get("event")).endswith("friend_property_change")
+               or str(event.get("event")).endswith("member_property_change")]
+    assert changes == []
+    alice.change("set", "person", XIAOHUI, state="callme")  # that of a resident is an event
+    assert alice.event("friend_property_change")[1:] == ["state", "online", "callme"]
+    assert shown_states(alice, "小灰") == "callme"
+
+
+def test_lists_are_shown_though_the_host_does_not_say_who_is_there(alone):
+    link = openqq.LocalLink(lambda verb, row: (_ for _ in ()).throw(openqq.Unreachable()), None,
+                            False, "online", openqq.Log())
+    client = type("Client", (), {"link": link, "log": openqq.Log(), "flavour": openqq.QQ,
+                                 "roster": openqq.Roster(openqq.QQ.fields)})()
+    client.roster.load({"friend": [{"uid": "1", "name": "x", "state": "online"}]}, ["friend"])
+    api = openqq.ReadApi(client, None, False)
+    assert [row["state"] for row in api.get_friend_info(None)] == ["online"]
 
 
 def test_accounts_started_side_by_side_all_log_in(start):
@@ -10593,6 +10725,26 @@ def test_a_stream_answers_in_any_state_tells_each_change_and_ends_with_the_clien
     assert face.program.stop() == 0
     assert stream.news("state_change") == ["running", "stop"] and stream.news("stop") == []
     stream.heard.wait("end")
+
+
+@pytest.mark.parametrize("numeric, kind", [("0", str), ("1", int)])
+def test_the_controllers_own_events_have_their_time_as_the_accounts_have_it(
+        start, follow, receive, numeric, kind):
+    receiver = receive()
+    controller = start("controller", "--post-api", receiver.url, "--restart", "never")
+    stream = follow(controller.base)
+    stream.heard.wait("retry")
+    before = int(time.time())
+    for end in "stop_client", "delete_client":
+        controller.login("alice", numeric_ids=numeric)
+        controller.call(end, client="alice")
+    controller.login("alice", numeric_ids=numeric)
+    os.kill(controller.state("alice")["pid"], signal.SIGKILL)
+    failed = receiver.next(lambda event: event.get("event") == "client_failed")
+    told = [stream.wait(event=name)[1] for name in (
+        "client_stopped", "client_deleted", "client_failed", "state_change", "login")]
+    for event in [failed, *told]:
+        assert type(event["time"]) is kind and before <= int(event["time"]) <= time.time(), event
 
 
 def test_the_controllers_stream_joins_all_accounts_also_those_to_come(start, follow):
