@@ -2052,6 +2052,7 @@ FORWARDED = frozenset(("forwarded", "x-forwarded-for", "x-forwarded-host", "x-re
 # What a request for a picture carries, wherever its address leads: no server of this program
 # answers it, but with pictures. Callers on this machine are trusted; who gave the address is none.
 MEDIA_MARK = "x-openqq-media"
+PICTURES = re.compile("/open(qq|wx)/get_media")
 NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
 DESCRIPTORS = (65_536, 10_240)  # open files that a process wants, and what macOS grants
 
@@ -2697,6 +2698,8 @@ class App:
         except Hangup:
             raise
         except OpenQQError as error:
+            if MEDIA_MARK in request.fields:
+                error = BadRequest(400, error.status)  # an answer of 200 would be a picture
             return error_response(error)
         except Exception:
             self.log.failure(f"{request.method} {request.path}")
@@ -2704,7 +2707,7 @@ class App:
 
     def _answer(self, request: Request) -> Response:
         route = self.routes.get(request.path)
-        if MEDIA_MARK in request.fields and not request.path.endswith("/get_media"):
+        if MEDIA_MARK in request.fields and not PICTURES.fullmatch(request.path):
             raise NotAllowed("a picture's address that leads to this program not allowed")
         if request.method != "OPTIONS" and not (route and route.open):
             self.gate.check(request)

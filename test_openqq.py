@@ -4317,6 +4317,107 @@ def test_a_reply_to_the_report_of_a_sent_message_goes_to_the_same_receiver(tower
     assert (sent["receiver"], sent["type"]) == ("小灰", "friend_message")
 
 
+def sent_media(tower, name, count, seen):
+    """The next so many messages with a picture that a client sent: (receiver or group, bytes)."""
+    def is_new(event):
+        return event.get("class") == "send" and event.get("media") and event["id"] not in seen
+
+    found = []
+    for _ in range(count):
+        event = tower.posted(name, is_new)
+        seen.add(event["id"])
+        url = urllib.parse.urlsplit(event["media"][0]["url"])
+        status, _, body = request(tower.program.base, f"{url.path}?{url.query}")
+        assert status == 200
+        found.append((event.get("group") or event.get("discuss") or event["receiver"], body))
+    return found
+
+
+def test_media_in_the_answer_is_sent_after_the_reply_to_the_same_place(tower, gallery):
+    url, path = gallery.url + "/cat.png", os.path.join(tower.program.tmpdir, "狗.png")
+    put(path, PNG)
+    other = PNG + b"other"
+    spelt = "base64://" + base64.b64encode(other).decode()
+    group, seen = {"type": "group_message", "to": "OpenQQ"}, set()
+    for number, (media, pictures, params) in enumerate([
+            (url, [PNG], {}), (spelt, [other], group), (path, [PNG], {}),
+            ([spelt, url, "http://127.0.0.1:1/", 7, None, path], [other, PNG, PNG], group),
+            (gallery.to(url), [PNG], {"type": "discuss_message", "to": "OpenQQ"}),
+            (spelt, [other], {"type": "sess_message", "to": "OpenQQ"})]):
+        text = f"要图{number}"
+        tower.say(text, answer=(200, {}, {"reply": text + "来了", "media": media}), **params)
+        tower.posted("gina", lambda event: event.get("content") == text + "来了")
+        place = params.get("to", "小灰") if params.get("type") != "sess_message" else "OpenQQ"
+        assert sent_media(tower, "gina", len(pictures), seen) == [
+            (place, picture) for picture in pictures], media
+        ids = [int(event["id"]) for _, _, _, event in tower.posts("gina")
+               if event.get("content") == text + "来了" or event.get("id") in seen]
+        assert ids[-len(pictures) - 1] == min(ids[-len(pictures) - 1:]), "behind the reply"
+    tower.say("只要图", answer=(200, {}, {"media": spelt}))
+    assert sent_media(tower, "gina", 1, seen) == [("小灰", other)]
+    tower.log.wait("media in an answer of post_api: media_url: ")
+    tower.log.wait("media in an answer of post_api: it must be text")
+
+
+def test_media_in_the_answer_leads_to_no_port_of_this_program_and_to_no_foreign_file(
+        tower, gallery):
+    own = tower.program.base + "/openqq/stop_client?client=hugo"
+    cookie = tower.program.path("cookie_gina.dat")
+    refused = [own, gallery.to(own), "file:///etc/passwd", "/etc/passwd", cookie, "base64://%", "x"]
+    tower.say("偷", answer=(200, {}, {"reply": "没有", "media": refused}))
+    tower.posted("gina", lambda event: event.get("content") == "没有")
+    tower.log.wait("media in an answer of post_api: (media_data|media_path)", len(refused) - 2)
+    tower.say("然后", answer=(200, {}, {"reply": "还在"}))
+    tower.posted("gina", lambda event: event.get("content") == "还在")
+    assert tower.call("check_client", client="hugo")["client"][0]["state"] == "running"
+    assert not [event for _, _, _, event in tower.posts("gina")
+                if event.get("class") == "send" and "/etc/passwd" in str(event)]
+
+
+@pytest.mark.parametrize("post_api, path_too", [
+    ("http://127.0.0.1:9/", True), ("http://localhost/x", True), ("http://[::1]:9/", True),
+    ("http://bot.example/", False), ("http://192.0.2.9:80/", False), ("", False)])
+def test_a_path_in_an_answer_counts_only_where_the_receiver_is_on_this_machine(post_api, path_too):
+    client = type("Client", (), {"log": openqq.Log()})()
+    answers = openqq.Answers(client, lambda params: None, post_api)
+    if path_too:
+        assert answers._named("/tmp/x.png") == {"media_path": "/tmp/x.png"}
+    else:
+        with pytest.raises(openqq.NotAllowed, match="give http://"):
+            answers._named("/tmp/x.png")
+    assert answers._named("HTTPS://h/x.png") == {"media_url": "HTTPS://h/x.png"}
+    assert answers._named("base64://QUI=") == {"media_data": "QUI="}
+
+
+def test_an_answer_in_gb18030_is_read_too(tower):
+    kind = {"Content-Type": "application/json"}
+    tower.say("国标", answer=(200, kind, '{"reply":"你好，国标"}'.encode("gbk")))
+    tower.posted("gina", lambda event: event.get("content") == "你好，国标")
+
+
+@pytest.mark.parametrize("first, second, kind", [("0", "1", int), ("1", "0", str)])
+def test_events_that_wait_follow_numeric_ids_when_it_is_switched(
+        start, receive, first, second, kind):
+    """The receiver is away while the account talks, and there when it has been started anew."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/post_message"
+    controller = start("controller")
+    controller.login("alice", post_api=url, numeric_ids=first)
+    controller.call("send_friend_message", client="alice", name="小冰", content="它等着")
+    controller.call("stop_client", client="alice")
+    receiver = receive(port=port)
+    assert controller.call("start_client", client="alice", post_api=url,
+                           numeric_ids=second)["code"] == 0
+    receiver.message("它等着")
+    assert eventually(lambda: {event.get("event") for _, _, _, event in receiver.posts}
+                      >= {"login", "state_change"})
+    for event in [event for _, _, _, event in receiver.posts]:
+        ids = [value for name, value in event.items()
+               if re.fullmatch("(.*_)?u?id|time", name) and value is not None]
+        assert ids and {type(value) for value in ids} == {kind}, event
+
+
 @pytest.mark.parametrize("answer, seconds", [
     ({"shutup": 1}, 60), ({"shutup": 1, "shutup_time": 1}, 60),
     ({"shutup": 1, "shutup_time": 3600, "reply": "安静"}, 3600),
@@ -7714,6 +7815,102 @@ def test_bad_media_is_refused_and_nothing_is_sent(media_pair, tmp_path):
         os.remove(path)
 
 
+class Gallery(Peer):
+    """A server of pictures: /cat.png is one, /to?URL leads there, /round to itself, /empty has
+    nothing. `came_in` has (path, fields) of each request."""
+
+    def __init__(self):
+        self.came_in = []
+        super().__init__()
+
+    def handle(self, handler):
+        self.came_in.append((handler.path, dict(handler.headers)))
+        path, _, target = handler.requestline.split(" ")[1].partition("?")
+        if path in ("/to", "/round"):
+            handler.send_response(302)
+            handler.send_header("Location", urllib.parse.unquote(target) if target else "/round")
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+        else:
+            self.reply(handler, 200, b"" if path == "/empty" else PNG, "image/png")
+
+    def to(self, url):
+        """An address here that leads to another one."""
+        return f"{self.url}/to?{urllib.parse.quote(url, safe='')}"
+
+
+@pytest.fixture(scope="session")
+def gallery():
+    """One for all tests."""
+    found = Gallery()
+    yield found
+    found.close()
+
+
+def test_a_pictures_address_may_stand_in_media_path_too_and_may_lead_elsewhere(
+        media_pair, gallery):
+    alice, bob, weixin = media_pair
+    url = gallery.url + "/cat.png"
+    sends = [("send_friend_message", {"displayname": "bob"}),
+             ("send_group_message", {"displayname": "OpenQQ"})]
+    for number, (api, keys) in enumerate(sends):
+        for given in ({"media_path": url}, {"media_path": url.replace("http", "HTTP")},
+                      {"media_url": url}, {"media_path": gallery.to(gallery.to(url))},
+                      {"media_url": gallery.to("/cat.png")}):
+            text = os.urandom(4).hex()
+            answer = alice.call(api, content=text, **keys, **given)
+            assert answer["code"] == 0, (given, answer)
+            arrives(bob, weixin, text)
+            status, fields, body = alice.raw("get_media", id=answer["media_id"])
+            assert (status, fields["content-type"], body) == (200, "image/png", PNG)
+            text = os.urandom(4).hex()
+            again = alice.call(api, content=text, media_id=answer["media_id"], **keys)
+            assert (again["code"], again["media_id"]) == (0, answer["media_id"])
+            arrives(bob, weixin, text)
+    assert "media_id" not in alice.call("send_friend_message", displayname="bob", content="x")
+    assert "media_id" not in alice.call("send_friend_message", displayname="bob", content="x",
+                                        media_path=url, **{"async": 1})
+    if weixin:
+        row = alice.call("upload_media", media_path=url)
+        assert (row["code"], row["media_name"], row["media_size"]) == (0, "cat.png", str(len(PNG)))
+
+
+def ways_into(program, port):
+    """Addresses of a server of this program, by all the names that lead to it."""
+    names = ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.1", "0", "0.0.0.0"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))   # nothing is sent; that is how we are called outside
+            names.append(probe.getsockname()[0])
+        except OSError:
+            pass
+    paths = ["/", "/healthz", "/metrics", "/local/world", "/local/scan?ticket=1",
+             "/openqq/openapi.json", "/openqq/check_client", "/openqq/get_user_info?client=bob",
+             "/openwx/stop_client?client=bob", "/openqq/nope/get_media", "/openqq/get_media",
+             "/openqq/get_media?client=nobody&id=x", "/openqq/get_media?client=bob&id=x"]
+    return [f"http://{names[0]}:{port}{path}" for path in paths] + [
+        f"http://{name}:{port}/openqq/stop_client?client=bob" for name in names[1:]]
+
+
+def test_no_pictures_address_leads_to_a_port_of_this_program(media_pair, gallery, alone):
+    alice, _, _ = media_pair
+    program = alice.program
+    ports = [program.port, alone.program.port, *(
+        row["port"] for row in call(program.base, "check_client")["client"])]
+    for port in ports:
+        for url in ways_into(program, port):
+            for given in {"media_url": url}, {"media_path": url}, {"media_url": gallery.to(url)}:
+                status, _, body = alice.raw("send_friend_message", displayname="bob", **given)
+                assert (given, status) == (given, 400), body
+    for path in "/round", "/empty", "/to?file:///etc/passwd", "/to?http://169.254.169.254/x", \
+            "/to?http://[bad", "/to?http://127.0.0.1:70000/":
+        status, _, body = alice.raw("send_friend_message", displayname="bob",
+                                    media_url=gallery.url + path)
+        assert (path, status) == (path, 400), body
+    states = [row["state"] for row in call(program.base, "check_client")["client"]]
+    assert set(states) == {"running"}
+
+
 def test_what_media_a_caller_names_is_never_a_secret_of_another_place(start, tmp_path):
     """cookie_path and its like may lie in tmpdir under any name (start_client takes them)."""
     program = start("controller", "--flavor", "weixin")
@@ -8271,6 +8468,10 @@ def segment(kind, **data):
     return {"type": kind, "data": data}
 
 
+def text_of(text):
+    return [segment("text", text=text)]
+
+
 PICTURE = "http://127.0.0.1:9/a.png?x=1&y=[2],3"
 QQ_SEGMENTS = {
     "text": ([segment("text", text="a&b[c],d=e")], "a&b[c],d=e"),
@@ -8294,6 +8495,59 @@ QQ_SEGMENTS = {
 }
 
 
+def card_of(**row):
+    return [segment("json", data=json.dumps(row, ensure_ascii=False))]
+
+
+NEWS_CARD = {"title": "标题", "desc": "说明", "jumpUrl": "https://h.example/a?b=1&c=2"}
+QQ_SEGMENTS.update({
+    "at, then a blank": ([segment("at", qq="40001"), *text_of(" 来")], "@路人 来"),
+    "at, then blanks": ([segment("at", qq="all"), *text_of("  "), *text_of(" 来 吗")],
+                        "@全体成员 来 吗"),
+    "at twice": ([segment("at", qq="40001"), segment("at", qq="20001"), *text_of(" 来")],
+                 "@路人 @爸 来"),
+    "at, then a line": ([segment("at", qq="40001"), *text_of("\n来")], "@路人 \n来"),
+    "at 0": ([segment("at", qq="0")], "[at]"),
+    "a card's prompt and its link": (card_of(prompt="[分享]标题", meta={"news": NEWS_CARD}),
+                                     "[分享]标题 https://h.example/a?b=1&c=2"),
+    "a card without prompt": (card_of(prompt="", meta={"news": NEWS_CARD}),
+                              "标题 https://h.example/a?b=1&c=2"),
+    "a card with a description": (card_of(meta={"x": {"desc": "说明", "url": "m.qq.com/a"}}),
+                                  "说明"),
+    "a small program": (card_of(prompt="[QQ小程序]视频", meta={"detail_1": {
+        "url": "m.q.qq.com/a", "qqdocurl": "https://b23.example/x"}}),
+        "[QQ小程序]视频 https://b23.example/x"),
+    "cards that say nothing": (card_of(meta=[1], prompt=5, title=None) + card_of(prompt=None)
+                               + [segment("json", data="{"), segment("json", data="[1]")],
+                               "5[json][json][json]"),
+    "a card of XML": ([segment("xml", data='<?xml version="1.0"?><msg brief="[分享] 甲 &amp; 乙" '
+                               'url="http://h.example/?a=1&amp;b=2"><title>题</title></msg>')],
+                      "[分享] 甲 & 乙 http://h.example/?a=1&b=2"),
+    "a card of XML with a title": ([segment("xml", data="<msg><title size='3'>题</title></msg>")],
+                                   "题"),
+    "no card of XML": ([segment("xml", data="<title" * 9)], "[xml]"),
+    "a forward": ([segment("forward", id="F1")], "[聊天记录]"),
+    "a forward's summary": ([segment("forward", id="F1", summary="查看3条转发消息")],
+                            "查看3条转发消息"),
+    "markdown": ([segment("markdown", content="# 一\n二")], "# 一\n二"),
+    "a big face": ([segment("mface", summary="[汪汪]", emoji_id="1")], "[汪汪]"),
+    "a moving picture": ([segment("image", file="A", summary="[动画表情]")], "[动画表情]"),
+    "a picture that says nothing": ([segment("image", file="A", summary="")], "[图片]"),
+    "a file's name": ([segment("file", name="甲\n乙.doc", file_id="1")], "[文件]甲 乙.doc"),
+    "a file of the bridge's": ([segment("file", file="/tmp/x.doc", file_id="1")], "[文件]"),
+    "others that have a name": (
+        [segment("share", title="题", url="http://h"), segment("music", type="qq", id="1"),
+         segment("location", lat="1", lon="2", title="家"), segment("contact", type="qq", id="5"),
+         segment("poke", type="1", id="1"), segment("dice", result="4"), segment("rps"),
+         segment("node", id="1")],
+        "[分享]题 http://h[音乐][位置]家[名片]5[戳一戳][骰子]4[猜拳][聊天记录]"),
+    "segments without their data": (
+        [segment(kind) for kind in ("at", "face", "image", "file", "json", "xml", "forward",
+                                    "markdown", "mface", "share", "strange")],
+        "[at][表情][图片][文件][json][xml][聊天记录][markdown][mface][分享][strange]"),
+})
+
+
 @pytest.mark.parametrize("rows, content", QQ_SEGMENTS.values(), ids=QQ_SEGMENTS)
 def test_segments_become_readable_text_and_the_codes_are_told_besides(qq, rows, content):
     [event] = qq.events_of(in_group(30001, 40001, rows))
@@ -8311,6 +8565,84 @@ def test_pictures_that_come_are_told_with_the_bridges_url(qq):
         {"type": "audio", "url": None, "name": "B.amr", "size": None},
         {"type": "video", "url": "https://h/v.mp4", "name": "v", "size": None},
         {"type": "file", "url": None, "name": "C.doc", "size": None}]
+
+
+SAID_IN_FAMILY = {"message_type": "group", "sub_type": "normal", "group_id": 30001,
+                  "user_id": 40001, "sender": {"user_id": 40001, "nickname": "路人"}}
+ODD_MESSAGES = {
+    "null": (None, ""), "a number": (5, "5"), "a word": (True, "[?]"), "nothing": ([], ""),
+    "one segment": ({"type": "at", "data": {"qq": "all"}}, "@全体成员 "),
+    "lists in lists": ([["一", [text_of("二")]], 3, None, False], "一二3[?][?]"),
+    "no data": ([{"type": "at"}, {"type": "face", "data": None}, {"type": "text"}],
+                "[at][表情][text]"),
+    "data of another type": ([{"type": "at", "data": data} for data in (None, [1], "x", 5, True)],
+                             "[at]" * 5),
+    "a text as data": ([{"type": "text", "data": "直接"}], "直接"),
+    "texts that are none": ([segment("text", text=text) for text in (5, None, True, [1], {"a": 1})],
+                            "5" + "[text]" * 4),
+    "at whom": ([segment("at", qq=qq) for qq in (None, 0, True, [1], {"a": None})], "[at]" * 5),
+    "at a number that is no whole one": ([segment("at", qq=99997.0)], "@99997 "),
+    "types that are none": ([{"type": kind, "data": {}} for kind in (
+        None, 5, True, [], {}, "a]b", "x" * 99, "")] + [{"data": {}}, {}],
+        "[?][5][?][?][?][?][?][?][?][?]"),
+    "labels with members that are none": (
+        [segment("file", name=None), segment("file", name=True), segment("mface", summary={"a": 1}),
+         segment("forward", summary=[None], news=[None, {"text": None}, {"text": "甲: 乙"}]),
+         segment("json", data={"prompt": "对象"}), segment("json", data=None),
+         segment("xml", data=5), segment("share", title={"a": 1}, url=None)],
+        "[文件][文件][mface]甲: 乙对象[json][xml][分享]"),
+    "what steers a screen": ([segment("file", name="\x1b[2J\r\n甲")], "[文件][2J 甲"),
+}
+
+
+@pytest.mark.parametrize("message, content", ODD_MESSAGES.values(), ids=ODD_MESSAGES)
+def test_whatever_stands_in_a_message_reads_as_text_or_a_label_and_no_python(
+        bridged, message, content):
+    me = bridged["ws"]
+    [event] = me.events_of(lambda bridge: bridge.emit(message=message, message_id=next(TIMES),
+                                                      **SAID_IN_FAMILY))
+    assert event["content"] == content
+    for word in "None", "True", "False", "{'":
+        assert word not in event["content"] + event["raw_message"]
+
+
+@pytest.mark.parametrize("text, content", [
+    ("[CQ:at]", "[at]"), ("[CQ:at,qq]", "[at]"), ("[CQ:at,qq=]好", "[at]好"),
+    ("[CQ:file,file=甲.doc]", "[文件]甲.doc"), ("[CQ:strange,a=1]", "[strange]"),
+    ("[CQ:at,qq=40001] 来", "@路人 来")])
+def test_codes_without_their_values_read_as_labels(bridged, text, content):
+    me = bridged["ws-too"]
+    [event] = me.events_of(lambda bridge: bridge.emit(
+        message=text, raw_message=text, message_id=next(TIMES), **SAID_IN_FAMILY))
+    assert (event["content"], event["raw_message"]) == (content, text)
+
+
+def test_ten_thousand_segments_are_read_at_once_and_ask_for_few_names(bridged):
+    me = bridged["ws"]
+    count = len(me.bridge.calls)
+    rows = [segment("at", qq=str(900000 + number)) for number in range(10_000)]
+    [event] = me.events_of(lambda bridge: bridge.say_group(30001, 40001, rows))
+    assert event["content"].startswith("@900000 @900001 ")
+    assert len(event["content"].encode()) <= openqq.CONTENT_LIMIT
+    asked_for = [action for action, _ in me.bridge.calls[count:]]
+    assert asked_for.count("get_group_member_info") == openqq.AT_LIMIT
+    nested = {}
+    for _ in range(200):
+        nested = {"deep": nested}
+    [event] = me.events_of(private(20001, [segment("strange", deep=nested)], raw_message=None))
+    assert event["content"] == "[strange]"
+
+
+def test_the_time_of_an_event_is_the_bridges_where_it_tells_one(bridged):
+    me = bridged["ws"]
+    for told, known in ((1600000123, "1600000123"), ("1600000124", "1600000124"),
+                        (0, None), ("soon", None), (None, None), (1e999, None)):
+        before = int(time.time())
+        [event] = me.events_of(notice(notice_type="friend_recall", user_id=20001, time=told,
+                                      message_id=next(TIMES)))
+        assert event["event"] == "revoke_message"
+        assert event["time"] == known or known is None and (
+            before <= int(event["time"]) <= time.time())
 
 
 def test_a_message_without_raw_message_gets_one_made(qq):
@@ -8529,10 +8861,6 @@ def test_before_members_are_loaded_events_tell_who_it_is_and_load_none(bridged):
 
 # -- what is asked of the bridge
 
-def text_of(text):
-    return [segment("text", text=text)]
-
-
 TO_FRIEND, TO_GROUP = "send_friend_message", "send_group_message"
 QQ_CALLS = {
     "a friend by id": (TO_FRIEND, {"id": "20001", "content": "hi"}, "send_private_msg",
@@ -8556,6 +8884,9 @@ QQ_CALLS = {
     "a picture by URL": (TO_FRIEND, {"id": "20001", "media_url": "http://h/p.png"},
                          "send_private_msg", {"user_id": "20001", "message": [
                              segment("image", file="http://h/p.png", name="p.png")]}),
+    "a picture by URL as a path": (TO_FRIEND, {"id": "20001", "media_path": "http://h/p.png"},
+                                   "send_private_msg", {"user_id": "20001", "message": [
+                                       segment("image", file="http://h/p.png", name="p.png")]}),
     "a picture's bytes and a text": (
         TO_GROUP, {"id": "30001", "content": "看", "media_data": PNG_TEXT, "media_name": "猫.png"},
         "send_group_msg", {"group_id": "30001", "message": [
@@ -8594,6 +8925,21 @@ def test_a_picture_by_path_goes_as_a_file_to_a_bridge_on_this_machine(qq):
     source = {"file": "file://" + urllib.parse.quote(path), "name": os.path.basename(path)}
     qq.bridge.wait_call("send_private_msg", lambda got: got["message"] == [
         segment("image", **source)])
+
+
+def test_a_picture_on_this_machine_is_fetched_by_us_and_never_by_the_bridge(qq, gallery):
+    """A bridge follows redirects, and its calls are trusted here."""
+    spelt = [segment("image", file="base64://" + PNG_TEXT, name="cat.png")]
+    for given in ({"media_url": gallery.url + "/cat.png"}, {"media_path": gallery.url + "/cat.png"},
+                  {"media_url": gallery.url.replace("127.0.0.1", "localhost") + "/cat.png"}):
+        assert qq.call(TO_FRIEND, id="20001", **given)["code"] == 0
+        qq.bridge.wait_call("send_private_msg", lambda got: got["message"] == spelt)
+    count = len(qq.bridge.calls)
+    for url in ways_into(qq.program, qq.program.port):
+        for given in {"media_url": url}, {"media_path": gallery.to(url)}:
+            answer = qq.call(TO_GROUP, id="30001", **given)
+            assert (given, answer["code"]) == (given, 400)
+    assert not [action for action, _ in qq.bridge.calls[count:] if action.startswith("send_")]
 
 
 @pytest.mark.parametrize("code", ["[CQ:image,file=file:///etc/passwd]",
@@ -11443,6 +11789,68 @@ def test_messages_are_filtered_and_wait_while_the_page_is_paused(board, browser)
     assert browser.text("#pause") == "Pause"
 
 
+def test_the_page_shows_when_events_were_and_sorts_them_by_that(start, browser):
+    """What was there before it was opened, of several accounts, and what comes late."""
+    controller, bridge = start("controller"), Bridge()
+    try:
+        controller.login("alice")
+        me = Bridged(controller, "ws-when", bridge).running()
+        me.events_of(notice(notice_type="friend_recall", user_id=20001, message_id=1,
+                            time=1262304000))  # 2010
+        controller.call("send_friend_message", client="alice", name="小灰", content="alice's own")
+        last = [private(20001, text, time=when) for text, when in (
+            ("of the future", 4102444800), ("of long ago", 946684800 + 86400 * 200))]
+        me.events_of(*last)
+        for _ in range(2):
+            browser.open(controller.base + "/")
+            browser.reads("#events", "of long ago")
+            assert eventually(lambda: [
+                word for line in browser.text("#events").split("\n")
+                for word in ("of the future", "alice's own", "revoke message", "of long ago")
+                if word in line] == [
+                "of the future", "alice's own", "revoke message", "of long ago"])
+            times = browser.run("return [...document.querySelectorAll('#events li')].map("
+                                "(one) => [one.querySelector('time').textContent, one.innerText])")
+            [told] = [time for time, text in times if "revoke message" in text]
+            assert re.search(r"\b(1|12|31)/(1|12|31)/(2010|2009)\b", told), told
+        me.events_of(private(20001, "late", time=1262304000 + 86400))  # into its place
+        assert eventually(lambda: re.search("alice's own.*late.*revoke", browser.text("#events"),
+                                            re.S))
+    finally:
+        controller.stop()
+        bridge.close()
+
+
+def test_the_page_says_no_raw_words_in_english(board, browser):
+    browser.open(board.base + "/")
+    board.call("start_client", client="dora")
+    browser.find("[data-account=dora][data-state=scaning]")
+    browser.reads("[data-account=dora]", "waiting for a scan")
+    browser.reads("#events", "loading → waiting for a scan")
+    board.call("/local/change", do="add", what="person", uid="5100", name="新人")
+    board.call("/local/change", do="add", what="friend", uid="5100", **{"in": "alice"})
+    board.call("/local/change", do="set", what="friend", uid="5100", markname="旧",
+               **{"in": "alice"})
+    board.call("stop_client", client="dora")
+    browser.reads("#events", "new friend")
+    browser.reads("#events", "account stopped")
+    text = browser.text("body")
+    for word in ("scaning", "new_friend", "state_change", "client_stopped", "input_qrcode", "null",
+                 "undefined", "Invalid Date"):
+        assert word not in text, word
+    board.call("/local/change", do="remove", what="person", uid="5100")
+    board.call("delete_client", client="dora")
+
+
+def test_every_state_and_event_has_english_words():
+    script = openqq.DASHBOARD_SCRIPT
+    table = script[script.index("const EN"):script.index("const ONE")]
+    english = dict(re.findall(r'"(\w+)": "([^"]+)"', table))
+    assert english["scaning"] == "waiting for a scan"
+    for state in openqq.NEXT_STATES:
+        assert state in ("", "loading", "updating", "running") or english[state] != state
+
+
 def test_the_page_asks_once_for_the_token_and_keeps_it_for_the_tab(guarded, browser):
     source = request(guarded.base, "/")[2].decode()
     assert TOKEN not in source and "alice" not in source
@@ -11682,6 +12090,51 @@ def command_lines(office, count, *words):
         process.stdout.close()
         process.stderr.close()
     return lines
+
+
+@pytest.mark.parametrize("env", [{"LC_ALL": "C"}, {"LC_ALL": "C.UTF-8"}, {
+    "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["C", "UTF-8", "as it was before UTF-8"])
+def test_words_of_a_gb18030_console_are_read_as_that(office, env):
+    """Also with the token on the command line, where the words go through a second start."""
+    def kept(name):
+        return [event["content"] for event in call(office.base, "check_event", client=name,
+                                                   token="geheim", since=0) if "content" in event]
+
+    spelt = [word.encode("gbk") for word in ("小明", "小冰", "一二三，国标")]
+    for flags in ([], ["--token", "geheim"]):
+        env = dict(env, **({} if flags else {"OPENQQ_TOKEN": "geheim"}))
+        status, out, error = command(office.base, "send", spelt[0], "friend", spelt[1],
+                                     spelt[2], *flags, **env)
+        assert (status, error) == (0, ""), out
+        status, out, error = command(office.base, "call", "send_friend_message", "client=alice",
+                                     b"name=" + spelt[1], b"content=" + spelt[2], *flags, **env)
+        assert (status, error) == (0, ""), out
+        for name in "小明", "alice":
+            assert kept(name)[-2:] == ["一二三，国标"] * 2, name
+    status, _, error = command(office.base, "send", "alice", "friend", "x", b"\xff\xfe", **env)
+    assert status == 2 and "neither UTF-8 nor GB18030" in error
+
+
+def test_settings_typed_on_a_gb18030_console_are_read_as_that(tmp_path):
+    """A name that a client alone gets so is the one that files and ps show."""
+    environment = {**command_environment("", {}), "LC_ALL": "C"}
+    words = ["client", "--account", "小国".encode("gbk"), "--port", "0", "--tmpdir",
+             str(tmp_path), "--login_type", "login", "--pwd", "x"]
+    process = subprocess.Popen([sys.executable, FILE, *words], env=environment,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE)
+    log = Log(process.stderr)
+    try:
+        port = log.wait(r"监听地址: \[ http://[0-9.]+:(\d+)").group(1)
+        assert call(f"http://127.0.0.1:{port}", "get_client_info")["account"] == "小国"
+        assert (tmp_path / "mojo_webqq_state_小国.json").exists()
+    finally:
+        process.terminate()
+        assert process.wait(WAIT) == 0
+    done = subprocess.run([sys.executable, FILE, "client", "--account", b"\xff\xfe"],
+                          env=environment, stderr=subprocess.PIPE, timeout=WAIT)
+    assert done.returncode == 2 and b"neither UTF-8 nor GB18030" in done.stderr
 
 
 def test_events_tell_what_is_kept_and_then_what_comes_of_each_account(office):
