@@ -4410,7 +4410,8 @@ const ZH = {
   "client_waiting": "无人扫码", "client_stopped": "账号停止", "client_deleted": "账号删除",
   "owner": "群主", "admin": "管理员", "member": "普通成员",
   "create": "群主", "manage": "管理员", "attend": "普通成员", "name": "名称", "card": "群名片",
-  "markname": "备注", "role": "身份", "signature": "签名", "sex": "性别", "state": "状态", "and {count} more": "还有 {count} 人",
+  "markname": "备注", "role": "身份", "signature": "签名", "sex": "性别", "state": "状态",
+  "and {count} more": "还有 {count} 人",
   // what the codes of answers mean
   "code -6": "没有访问权限", "code 1": "账号不存在", "code 2": "没有可用端口",
   "code 3": "进程无法启动", "code 4": "启动后立即退出", "code 5": "账号数量已达上限",
@@ -5121,7 +5122,7 @@ markname | what one calls a friend
 content | the text
 async | 0/1 | 1 does not wait for the outcome
 cq | 0/1 | 1 takes CQ codes in the content
-media_path | a picture: a file within tmpdir
+media_path | a picture: a file within tmpdir, or its address
 media_data | a picture in base64
 media_url | a picture's address
 media_id | a picture that upload_media kept, or that came

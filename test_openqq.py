@@ -7885,7 +7885,7 @@ def ways_into(program, port):
         except OSError:
             pass
     paths = ["/", "/healthz", "/metrics", "/local/world", "/local/scan?ticket=1",
-             "/openqq/openapi.json", "/openqq/check_client", "/openqq/get_user_info?client=bob",
+             "/openqq/check_client", "/openqq/get_user_info?client=bob",
              "/openwx/stop_client?client=bob", "/openqq/nope/get_media", "/openqq/get_media",
              "/openqq/get_media?client=nobody&id=x", "/openqq/get_media?client=bob&id=x"]
     return [f"http://{names[0]}:{port}{path}" for path in paths] + [
