@@ -7559,17 +7559,22 @@ def _cq_value(value: Json) -> str:
     return value if isinstance(value, str) else to_bytes(value).decode()
 
 
-def check_cq(content: str) -> None:
-    """NotAllowed for a code that would send a file of the bridge's machine."""
+def check_cq(content: str, check_url: Callable[[str], None] = lambda url: None) -> None:
+    """NotAllowed for a code that would send a file of the bridge's machine.
+
+    `check_url` is called with each address that the bridge would fetch.
+    """
     for segment in segments_of(content):
         for value in segment["data"].values() if segment["type"] != "text" else ():
-            check_cq(value)  # a node's content holds codes of its own
+            check_cq(value, check_url)  # a node's content holds codes of its own
             if re.search(r"(?i)\bfile:", str(value)):
                 raise NotAllowed("file: in a CQ code not allowed: give http://… or base64://…")
         for key in CQ_SOURCES:
             source = str(segment["data"].get(key, ""))
             if not re.match("(https?|base64)://", source) and re.search(r"[/\\]", source):
                 raise NotAllowed(f"{key} in a CQ code not allowed: give http://… or base64://…")
+            if is_url(source):
+                check_url(source)
 
 
 def scalar(value: Json) -> Optional[str]:
@@ -10219,7 +10224,7 @@ class SendApi(ReadApi):
         content, media = self._what(request)
         cq = request.params.get("cq") == "1"
         if cq:
-            check_cq(content)
+            check_cq(content, self._check_address)
         promise = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq)
         if request.params.get("async") == "1":
             return {"code": 0, "status": "request already in execution"}
@@ -10307,6 +10312,14 @@ class SendApi(ReadApi):
         if any(map(is_forbidden, addresses)):
             raise Unreachable("link-local and metadata addresses are not called")
         return any(map(is_own, addresses))
+
+    def _check_address(self, url: str) -> None:
+        """BadRequest for an address that a bridge is to fetch and that leads to this program."""
+        try:
+            if self.client.link.fetches and self._leads_here(url):
+                self._read_url(url)  # as it answers us, it will answer the bridge
+        except Unreachable as error:
+            raise BadRequest(400, f"an address in a CQ code: {error.status}") from None
 
     def _linked(self, url: str, name: Optional[str]) -> Row:
         """What a Shelf tells of media, for those that somebody else will fetch."""

@@ -8927,6 +8927,10 @@ def test_a_picture_by_path_goes_as_a_file_to_a_bridge_on_this_machine(qq):
         segment("image", **source)])
 
 
+def cq_value(text):
+    return openqq.cq_escape(text, True)
+
+
 def test_a_picture_on_this_machine_is_fetched_by_us_and_never_by_the_bridge(qq, gallery):
     """A bridge follows redirects, and its calls are trusted here."""
     spelt = [segment("image", file="base64://" + PNG_TEXT, name="cat.png")]
@@ -8939,7 +8943,17 @@ def test_a_picture_on_this_machine_is_fetched_by_us_and_never_by_the_bridge(qq, 
         for given in {"media_url": url}, {"media_path": gallery.to(url)}:
             answer = qq.call(TO_GROUP, id="30001", **given)
             assert (given, answer["code"]) == (given, 400)
+    for url in [*ways_into(qq.program, qq.program.port), "http://169.254.169.254/x"]:
+        for code in (f"[CQ:image,file={cq_value(url)}]", f"[CQ:record,url={cq_value(url)}]",
+                     f"[CQ:node,content={cq_value(f'[CQ:image,file={cq_value(url)}]')}]",
+                     f"[CQ:image,file={cq_value(gallery.to(url))}]"):
+            answer = qq.call(TO_GROUP, id="30001", content=code, cq="1")
+            assert (code, answer["code"]) == (code, 400)
     assert not [action for action, _ in qq.bridge.calls[count:] if action.startswith("send_")]
+    code = f"[CQ:image,file={gallery.url}/cat.png]"  # somebody else's server is no such thing
+    assert qq.call(TO_GROUP, id="30001", content=code, cq="1")["code"] == 0
+    qq.bridge.wait_call("send_group_msg", lambda got: got["message"] == [
+        segment("image", file=gallery.url + "/cat.png")])
 
 
 @pytest.mark.parametrize("code", ["[CQ:image,file=file:///etc/passwd]",
