@@ -11837,6 +11837,7 @@ def test_the_page_shows_when_events_were_and_sorts_them_by_that(start, browser):
 
 def test_the_page_says_no_raw_words_in_english(board, browser):
     browser.open(board.base + "/")
+    browser.reads("#live", "live")
     board.call("start_client", client="dora")
     browser.find("[data-account=dora][data-state=scaning]")
     browser.reads("[data-account=dora]", "waiting for a scan")
