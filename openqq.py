@@ -155,7 +155,7 @@ SETTING_LIMIT = 4_096            # of a setting, or a property on the local netw
 CONTENT_LIMIT = 64 * 1024        # bytes of a message's text; QQ itself takes far less
 MEDIA_LIMIT = 5 * 1024 * 1024    # bytes of a picture: in base64 it still fits into a body
 BATCH_LIMIT = 1024 * 1024        # bytes that are handed on at once; a larger one goes alone
-ANSWER_LIMIT = 1024 * 1024       # bytes read of what a post_api or poll_api answers
+ANSWER_LIMIT = 8 * 1024 * 1024   # bytes of an answer of post_api, which may hold a picture
 PROXY_SECONDS = 120.0            # without a byte from a client (CONTRACT 2)
 EVENT_SECONDS = 30.0             # check_event's wait (000)
 STREAM_SECONDS = 15.0            # of silence before a stream of events says that it lives
@@ -2217,6 +2217,10 @@ REASONS = {100: "Continue", 200: "OK", 400: "Bad Request", 403: "Forbidden", 404
            503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
            507: "Insufficient Storage"}
 FORWARDED = frozenset(("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via"))
+# What a request for a picture carries, wherever its address leads: no server of this program
+# answers it, but with pictures. Callers on this machine are trusted; who gave the address is none.
+MEDIA_MARK = "x-openqq-media"
+PICTURES = re.compile("/open(qq|wx)/get_media")
 NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
 DESCRIPTORS = (65_536, 10_240)  # open files that a process wants, and what macOS grants
 
@@ -2862,6 +2866,8 @@ class App:
         except Hangup:
             raise
         except OpenQQError as error:
+            if MEDIA_MARK in request.fields:
+                error = BadRequest(400, error.status)  # an answer of 200 would be a picture
             return error_response(error)
         except Exception:
             self.log.failure(f"{request.method} {request.path}")
@@ -2869,6 +2875,8 @@ class App:
 
     def _answer(self, request: Request) -> Response:
         route = self.routes.get(request.path)
+        if MEDIA_MARK in request.fields and not PICTURES.fullmatch(request.path):
+            raise NotAllowed("a picture's address that leads to this program not allowed")
         if request.method != "OPTIONS" and not (route and route.open):
             self.gate.check(request)
         if route and request.method in route.methods:
@@ -3296,6 +3304,11 @@ def origin_of(url: str) -> Tuple[str, str, int]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
 
 
+def is_url(text: str) -> bool:
+    """Whether a text is meant as an http(s) URL."""
+    return re.match("(?i)https?://", text) is not None
+
+
 def with_params(url: str, **params: str) -> str:
     """A URL with parameters merged into its query; one that is there already is replaced."""
     parts = urllib.parse.urlsplit(url)
@@ -3709,6 +3722,26 @@ def connect(host: str, port: int, until: float) -> socket.socket:
             sock.close()
             failure = TimeoutError() if isinstance(error, socket.timeout) else error
     raise failure
+
+
+def addresses_of(host: str) -> List[str]:
+    """The numeric addresses of a name or address, in whatever spelling; none for an unknown one."""
+    try:
+        name = host.encode() if host.isascii() else host.encode("idna")
+        return [str(row[4][0]) for row in socket.getaddrinfo(name, 0, 0, socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):
+        return []
+
+
+def is_own(address: str) -> bool:
+    """Whether a numeric address is one of this machine's: only those can be bound."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+        return True
+    except OSError:
+        return False
 
 
 class Proxies(urllib.request.ProxyHandler):
@@ -4549,7 +4582,10 @@ const ZH = {
   "discuss_member_property_change": "讨论组成员资料变化",
   "input_qrcode": "二维码", "client_failed": "启动失败", "not sent": "未发送",
   "client_waiting": "无人扫码", "client_stopped": "账号停止", "client_deleted": "账号删除",
-  "owner": "群主", "admin": "管理员", "and {count} more": "还有 {count} 人",
+  "owner": "群主", "admin": "管理员", "member": "普通成员",
+  "create": "群主", "manage": "管理员", "attend": "普通成员", "name": "名称", "card": "群名片",
+  "markname": "备注", "role": "身份", "signature": "签名", "sex": "性别", "state": "状态",
+  "and {count} more": "还有 {count} 人",
   // what the codes of answers mean
   "code -6": "没有访问权限", "code 1": "账号不存在", "code 2": "没有可用端口",
   "code 3": "进程无法启动", "code 4": "启动后立即退出", "code 5": "账号数量已达上限",
@@ -4587,12 +4623,20 @@ const ZH = {
   "is_update_friend": "刷新好友", "is_update_group": "刷新群", "is_update_discuss": "刷新讨论组",
   "allow_message_sync": "上报账号在其他设备上发送的消息", "ignore_unknown_id": "丢弃陌生人的消息",
 };
-const ONE = {                // what English says otherwise of a single one
+const EN = {                 // the words of the API that English says otherwise
+  "init": "starting", "scaning": "waiting for a scan", "confirming": "waiting for the button",
+  "stop": "stopped", "client_failed": "does not start", "client_waiting": "nobody scans",
+  "client_stopped": "account stopped", "client_deleted": "account deleted",
+  "input_qrcode": "QR code", "markname": "remark", "card": "name in the group",
+};
+const ONE = {                // and of a single one
   "{count} restarts": "{count} restart",
   "{name} is muted for {count} minutes.": "{name} is muted for {count} minute.",
 };
+const word = (table, text) => Object.hasOwn(table, text) && table[text];  // not "constructor"
 const t = (text, values = {}) =>
-  ((chinese ? ZH[text] : Number(values.count) === 1 && ONE[text]) || text)
+  ((chinese ? word(ZH, text) : Number(values.count) === 1 && word(ONE, text) || word(EN, text))
+    || (/^[a-z]+(_[a-z]+)+$/.test(text) ? text.replaceAll("_", " ") : text))
     .replace(/\{(\w+)\}/g, (_, name) => values[name]);
 const $ = (id) => document.getElementById(id);
 const api = (path) => config.prefix + path;
@@ -4830,15 +4874,16 @@ $("begin").onsubmit = async (event) => {
 
 // -- messages and events
 
-const events = [];           // the newest last
+const events = [];           // by their time, the newest last
 let paused = 0;              // 0: no; else one more than there are that wait
 let soon = null;
 let soonTalk = null;
+let soonEvents = null;
 
 function describe(event) {
   if (event.post_type !== "event") {
     const place = event.group || event.discuss || event.receiver;
-    const failed = event.code ? ` [${event.info || event.code}]` : "";
+    const failed = event.code ? ` [${reason(event)}]` : "";
     return [`${event.sender} → ${place}`, event.content + failed];
   }
   const [one, two, three, four] = event.params;
@@ -4846,9 +4891,13 @@ function describe(event) {
   if (event.event === "input_qrcode") return [t(event.event), t("a new QR code")];
   if (event.event === "login") return [t(event.event), ""];
   const names = event.params.map((part) => part && typeof part === "object" ? nameOf(part)
-    : String(part));
-  if (event.event.endsWith("_property_change")) names.splice(1, 3, `${two}: ${three} → ${four}`);
-  return [t(event.event), names.join(" · ")];
+    : part === null ? "" : String(part));
+  if (event.event.endsWith("_property_change")) {
+    const [old, fresh] = [three, four].map((value) =>
+      value === null || value === "" ? "–" : two === "role" ? t(value) : value);
+    names.splice(1, 3, `${t(two)}: ${old} → ${fresh}`);
+  }
+  return [t(event.event), names.filter(Boolean).join(" · ")];
 }
 
 function wanted(event) {
@@ -4858,13 +4907,18 @@ function wanted(event) {
 
 function eventRow(event) {
   const [title, text] = describe(event);
-  const time = new Date(event.at).toLocaleTimeString(navigator.language);
+  const at = new Date(event.at);
+  const today = at.toDateString() === new Date().toDateString();
+  const time = (today ? "" : at.toLocaleDateString(navigator.language) + " ")
+    + at.toLocaleTimeString(navigator.language);
   return el("li", {}, el("time", {}, time), " ", el("span", {className: "tag"},
     el("bdi", {}, event.client)), " ", el("b", {className: "who"}, el("bdi", {}, title)),
     el("bdi", {className: "text"}, text));
 }
 
 function showEvents() {
+  clearTimeout(soonEvents);
+  soonEvents = null;
   const rows = events.filter(wanted).slice(-200).reverse();
   $("events").replaceChildren(...rows.map(eventRow));
 }
@@ -4884,11 +4938,16 @@ $("pause").onclick = () => {
 function hear(event) {
   event.client = event.client || config.account;
   event.at = event.time ? event.time * 1000 : Date.now();
-  events.push(event);
+  let place = events.length;
+  while (place > 0 && events[place - 1].at > event.at) place -= 1;
+  const last = place === events.length;
+  events.splice(place, 0, event);
   events.splice(0, events.length - 500);
   if (paused) {
     paused += 1;
     showPause();
+  } else if (!last) {        // what an account kept, read after what another one did
+    soonEvents = soonEvents || setTimeout(showEvents, 50);
   } else if (wanted(event)) {
     $("events").prepend(eventRow(event));
     while ($("events").childElementCount > 200) $("events").lastChild.remove();
@@ -5240,7 +5299,7 @@ markname | what one calls a friend
 content | the text
 async | 0/1 | 1 does not wait for the outcome
 cq | 0/1 | 1 takes CQ codes in the content
-media_path | a picture: a file within tmpdir
+media_path | a picture: a file within tmpdir, or its address
 media_data | a picture in base64
 media_url | a picture's address
 media_id | a picture that upload_media kept, or that came
@@ -6860,14 +6919,15 @@ class LocalNetwork:
         self.logins = Logins(self.society, self.outboxes, url, clock)
         self._waking: Optional[Timer] = None                 # for those who are told together
         self._sent: Dict[int, Row] = {}                      # the newest messages, by number
-        waiting = {item["id"] for items in self._ledger.table("wait").values()
-                   for item in items.values() if item["do"] == "message"}
-        self._ids = MessageIds(clock, True, lambda id: id in self._sent or str(id) in waiting)
+        waiting = {item.get("id") for items in self._ledger.table("wait").values()
+                   for item in items.values()}
+        self._ids = MessageIds(clock, True,
+                               lambda number: number in self._sent or str(number) in waiting)
         self._verbs: Dict[str, Callable[..., Any]] = {
             "attach": self.logins.attach, "ticket": self.logins.ticket,
             "ready": self.logins.ready, "logout": self.logins.logout,
-            "roster": self.world.roster, "presence": self.world.presence, "send": self.send, "kick": self.kick,
-            "mute": self.mute}
+            "roster": self.world.roster, "presence": self.world.presence, "send": self.send,
+            "kick": self.kick, "mute": self.mute}
         self._verbs.update(Dealings(self.society, self._sent).verbs())
 
     def _open_world(self, path: str) -> None:
@@ -7723,17 +7783,22 @@ def _cq_value(value: Json) -> str:
     return value if isinstance(value, str) else to_bytes(value).decode()
 
 
-def check_cq(content: str) -> None:
-    """NotAllowed for a code that would send a file of the bridge's machine."""
+def check_cq(content: str, check_url: Callable[[str], None] = lambda url: None) -> None:
+    """NotAllowed for a code that would send a file of the bridge's machine.
+
+    `check_url` is called with each address that the bridge would fetch.
+    """
     for segment in segments_of(content):
         for value in segment["data"].values() if segment["type"] != "text" else ():
-            check_cq(value)  # a node's content holds codes of its own
+            check_cq(value, check_url)  # a node's content holds codes of its own
             if re.search(r"(?i)\bfile:", str(value)):
                 raise NotAllowed("file: in a CQ code not allowed: give http://… or base64://…")
         for key in CQ_SOURCES:
             source = str(segment["data"].get(key, ""))
             if not re.match("(https?|base64)://", source) and re.search(r"[/\\]", source):
                 raise NotAllowed(f"{key} in a CQ code not allowed: give http://… or base64://…")
+            if is_url(source):
+                check_url(source)
 
 
 def scalar(value: Json) -> Optional[str]:
@@ -7808,19 +7873,8 @@ def _xml_card(text: Json) -> str:
 
 def _titled(said: Iterable[str], links: Iterable[str]) -> str:
     title = next(filter(None, said), "")
-    link = next((link for link in links if re.match("(?i)https?://", link)
-                 and len(link) < DETAIL_LIMIT), "")
+    link = next((link for link in links if is_url(link) and len(link) < DETAIL_LIMIT), "")
     return f"{title} {link}".strip()
-
-
-def cut_text(text: str) -> str:
-    """A text that came, not longer than one that may be sent."""
-    if len(text) * 4 <= CONTENT_LIMIT:
-        return text
-    data = text.encode("utf-8", "replace")
-    if len(data) <= CONTENT_LIMIT:
-        return text
-    return data[:CONTENT_LIMIT - 3].decode("utf-8", "ignore") + "…"
 
 
 def _id(row: Row, name: str) -> str:
@@ -7992,15 +8046,17 @@ class OneBotEvents:
         """What a person reads, with one blank behind a name."""
         parts: List[str] = []
         asked: List[str] = []
-        after_name = False
+        after_name, room = False, CONTENT_LIMIT // 4
         for part in segments:
-            if part["type"] == "at":
-                parts.append(self._at(part["data"], group, asked))
-            else:
-                text = readable(part["type"], part["data"])
-                parts.append(text.lstrip(" ") if after_name else text)
-            after_name = part["type"] == "at" or after_name and not parts[-1]
-        return cut_text("".join(parts))
+            at = part["type"] == "at"
+            text = (self._at(part["data"], group, asked) if at
+                    else readable(part["type"], part["data"]))
+            if part["type"] != "text":
+                room -= len(text)
+                text = text if room > 0 else ""  # a text itself comes whole
+            parts.append(text.lstrip(" ") if after_name else text)
+            after_name = at or after_name and not parts[-1]
+        return "".join(parts)
 
     def _at(self, data: Row, group: str, asked: List[str]) -> str:
         name = self._at_name(data, group, asked)
@@ -9456,20 +9512,56 @@ class SendQueue:
 
 
 class Answers:
-    """What a receiver of events wants done by its answer (003). In the client's loop."""
+    """What a receiver of events wants done by its answer (003). In the client's loop.
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    `media_of` is that of SendApi; a crew calls it, since pictures may come from far away.
+    """
+
+    MEDIA_LIMIT = 20             # pictures in one answer
+
+    def __init__(self, client: Client, media_of: Callable[[Params], Optional[Row]],
+                 post_api: str) -> None:
+        self._client, self._media_of = client, media_of
+        self._shares_files = is_loopback(urllib.parse.urlsplit(post_api).hostname or "")
+        self._crew = Crew(4, "media", client.log)
 
     def answered(self, row: Row, answer: Row) -> None:
-        """What a receiver of an event wants done (003): reply, shutup."""
+        """What a receiver of an event wants done (003, 001): reply, media, shutup."""
         reply = answer.get("reply")
         if row["post_type"] == "event":
             return
         if isinstance(reply, (str, int, float)) and not isinstance(reply, bool) and str(reply):
             self._client.talk.reply(row, str(reply), "api")
+        media = answer.get("media")
+        if media:
+            self._crew.submit(self._send_media, row, media if isinstance(media, list) else [media])
         if answer.get("shutup") in (1, "1") and row["type"] == "group_message":
             self._silence(row, answer.get("shutup_time", 60))
+
+    def _send_media(self, row: Row, items: List[Json]) -> None:
+        """One after the other, each behind the reply."""
+        if len(items) > self.MEDIA_LIMIT:
+            self._client.log.warn(f"{len(items)} media in an answer of post_api: the first "
+                                  f"{self.MEDIA_LIMIT} are sent")
+        for item in items[:self.MEDIA_LIMIT]:
+            try:
+                media = self._media_of(self._named(item))
+                self._client.talk.reply(row, "", "api", media)
+            except OpenQQError as error:
+                self._client.log.warn(f"media in an answer of post_api: {error.status}")
+
+    def _named(self, item: Json) -> Params:
+        """The parameter that a caller would give. BadRequest, NotAllowed."""
+        if not isinstance(item, str):
+            raise BadRequest(400, "it must be text, or a list of texts")
+        if is_url(item):
+            return {"media_url": item}
+        if item.startswith("base64://"):
+            return {"media_data": item[len("base64://"):]}
+        if not self._shares_files:
+            raise NotAllowed("a path not allowed, since post_api is on another machine: "
+                             "give http://… or base64://…")
+        return {"media_path": item}
 
     def _silence(self, row: Row, seconds: Json) -> None:
         wanted = int(seconds) if re.fullmatch("[0-9]{1,9}", str(seconds)) else 60
@@ -10291,15 +10383,15 @@ class Talk:
     def _answer(self, message: Message, text: str) -> None:
         self.reply(message.to_json({}), text, "code")
 
-    def reply(self, row: Row, text: str, origin: str) -> None:
-        """Send text to where a message, as it was reported, came from or went to."""
+    def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None) -> None:
+        """Send text, or media, to where a message, as it was reported, came from or went to."""
         if self.is_full():
             return self._client.log.warn("send queue full: a reply is not sent")
         uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
         kind = CIRCLE_OF.get(row["type"], str(row.get("via") or ""))
         alone = row["type"] in ("friend_message", "sess_message")
         self._client.send(row["type"], text, str(uid) if alone else None,
-                          self._circle_uid(kind, row), origin, kind if alone else "")
+                          self._circle_uid(kind, row), origin, kind if alone else "", media)
 
     def _circle_uid(self, kind: str, row: Row) -> str:
         if kind == "discuss":  # shows no uid, and its id changes with a scan
@@ -10675,7 +10767,7 @@ class ReadApi:
         with self._looking:
             if time.monotonic() < self._looked:
                 return
-            wait = 0.02
+            wait = 0.002                 # nobody comes or goes and is seen to within that
             try:
                 self.client.roster.show_states(self.client.link.presence())
             except OpenQQError as error:
@@ -10778,8 +10870,16 @@ def avatar(uid: str) -> bytes:
     return qr_png(rows, scale=16, quiet=1)
 
 
+def kept_as(media: Optional[Row]) -> Row:
+    """What an answer says of a picture that went with a message: it can be sent again by that."""
+    return {"media_id": media["media_id"]} if media and media["media_id"] else {}
+
+
 class SendApi(ReadApi):
     """The part that sends (CONTRACT 4)."""
+
+    MEDIA_SECONDS = 30.0         # for a picture's address, redirects and all
+    MEDIA_HOPS = 5
 
     def send_friend_message(self, request: Request) -> Json:
         """To a friend, found by any of its keys."""
@@ -10836,20 +10936,21 @@ class SendApi(ReadApi):
         content, media = self._what(request)
         cq = request.params.get("cq") == "1"
         if cq:
-            check_cq(content)
+            check_cq(content, self._check_address)
         if self.client.talk.is_full():
             raise QueueFull()
         promise = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq)
         if request.params.get("async") == "1":
             return {"code": 0, "status": "request already in execution"}
         try:
-            return self._outcome(wait_patiently(request, promise, SEND_SECONDS), target)
+            outcome = self._outcome(wait_patiently(request, promise, SEND_SECONDS), target)
+            return {**outcome, **kept_as(media)}
         except TimeoutError:  # it will be sent: a failure would have the caller send it again
             return {"code": 0, "id": None, "status": "request already in execution"}
 
     def _what(self, request: Request) -> Tuple[str, Optional[Row]]:
         """Text and picture that a call brings, one of them at least."""
-        media, content = self.media(request), request.params.get("content", "")
+        media, content = self.media_of(request.params), request.params.get("content", "")
         return check_content(request.params) if content or not media else "", media
 
     def _outcome(self, message: Optional[Message], target: Thing) -> Row:
@@ -10889,12 +10990,11 @@ class SendApi(ReadApi):
 
     # -- media
 
-    def media(self, request: Request, keep: bool = False) -> Optional[Row]:
-        """The shelf's row of the picture that a call brings, by whichever media_* it is.
+    def media_of(self, params: Params, keep: bool = False) -> Optional[Row]:
+        """The shelf's row of the picture that parameters bring, by whichever media_* it is.
 
         One that cannot be kept comes in `data`; with `keep` it is NoRoom.
         """
-        params = request.params
         if params.get("media_id"):
             row = self.client.papers.shelf.get(params["media_id"])
             if row is None:
@@ -10902,15 +11002,23 @@ class SendApi(ReadApi):
             return row
         for name, read in (("media_path", self._read_path), ("media_data", self._read_base64),
                            ("media_url", self._read_url)):
-            if params.get(name):
-                if name == "media_url" and self.client.link.fetches:
-                    return self._linked(params)
-                data, title = read(params[name])
-                if len(data) > MEDIA_LIMIT:
-                    raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
-                title = params.get("media_name") or params.get(name + ".filename") or title
-                path = os.path.realpath(params[name]) if name == "media_path" else None
-                return {**self._put(data, title, keep), "path": path}
+            given, path = params.get(name), None
+            if not given:
+                continue
+            try:
+                if name == "media_url" or name == "media_path" and is_url(given):  # 001 has both
+                    if self.client.link.fetches and not self._leads_here(given):
+                        return self._linked(given, params.get("media_name"))
+                    read = self._read_url
+                elif name == "media_path":
+                    path = os.path.realpath(given)
+                data, title = read(given)
+            except Unreachable as error:
+                raise BadRequest(400, f"{name}: {error.status}") from None
+            if len(data) > MEDIA_LIMIT:
+                raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
+            title = params.get("media_name") or params.get(name + ".filename") or title
+            return {**self._put(data, title, keep), "path": path}
         return None
 
     def _put(self, data: bytes, title: str, keep: bool) -> Row:
@@ -10922,19 +11030,27 @@ class SendApi(ReadApi):
                 raise NoRoom(f"the picture cannot be kept: {error.strerror}") from None
             return {**unkept_media(data, title), "data": base64.b64encode(data).decode()}
 
-    def _linked(self, params: Params) -> Row:
-        """What a Shelf tells of media, for those that somebody else will fetch."""
-        url = params["media_url"]
+    def _leads_here(self, url: str) -> bool:
+        """Whether a bridge must not fetch a picture: its calls carry no mark. Unreachable."""
         try:
-            host = origin_of(url)[1]
+            addresses = addresses_of(origin_of(url)[1])
         except ValueError as error:
-            raise BadRequest(400, f"media_url: {error}") from None
+            raise Unreachable(str(error)) from None
+        if any(map(is_forbidden, addresses)):
+            raise Unreachable("link-local and metadata addresses are not called")
+        return any(map(is_own, addresses))
+
+    def _check_address(self, url: str) -> None:
+        """BadRequest for an address that a bridge is to fetch and that leads to this program."""
         try:
-            if is_forbidden(host):
-                raise BadRequest(400, "media_url: link-local and metadata addresses are not called")
-        except OSError:
-            pass  # a name
-        name = params.get("media_name") or urllib.parse.urlsplit(url).path.rpartition("/")[2]
+            if self.client.link.fetches and self._leads_here(url):
+                self._read_url(url)  # as it answers us, it will answer the bridge
+        except Unreachable as error:
+            raise BadRequest(400, f"an address in a CQ code: {error.status}") from None
+
+    def _linked(self, url: str, name: Optional[str]) -> Row:
+        """What a Shelf tells of media, for those that somebody else will fetch."""
+        name = name or urllib.parse.urlsplit(url).path.rpartition("/")[2]
         row = unkept_media(b"", name or "picture")
         known = row["media_mime"].partition("/")[0] in SEGMENTS
         return {**row, "url": url, "media_size": None,
@@ -10942,11 +11058,15 @@ class SendApi(ReadApi):
 
     def _read_path(self, path: str) -> Tuple[bytes, str]:
         settings, flavour = self.client.settings, self.flavour
-        check_path("media_path", path, settings.tmpdir,
-                   re.escape(f"{flavour.file_prefix}media_{self.client.account}_")
-                   + Shelf.NAME.pattern,
-                   (settings.cookie_path, settings.state_path, settings.pid_path,
-                    settings.log_path))
+        try:
+            check_path("media_path", path, settings.tmpdir,
+                       re.escape(f"{flavour.file_prefix}media_{self.client.account}_")
+                       + Shelf.NAME.pattern,
+                       (settings.cookie_path, settings.state_path, settings.pid_path,
+                        settings.log_path))
+        except NotAllowed as error:
+            raise NotAllowed(f"{error.status}: put the file into {settings.tmpdir}, "
+                             "or give media_data or media_url") from None
         try:
             data = read_file(path, MEDIA_LIMIT)
         except OSError:
@@ -10963,18 +11083,24 @@ class SendApi(ReadApi):
         return data, "picture"
 
     def _read_url(self, url: str) -> Tuple[bytes, str]:
-        try:
-            reply = fetch(url)
-            data = reply.read(MEDIA_LIMIT + 1)
-        except Unreachable as error:
-            raise BadRequest(400, f"media_url: {error.status}") from None
-        if reply.status != 200 or not data:
-            raise BadRequest(400, f"media_url answers {reply.status}")
-        return data, urllib.parse.urlsplit(url).path.rpartition("/")[2] or "picture"
+        """A picture from anywhere but from this program (MEDIA_MARK). Unreachable."""
+        until, given = time.monotonic() + self.MEDIA_SECONDS, url
+        for _ in range(self.MEDIA_HOPS + 1):
+            reply = fetch(url, fields={MEDIA_MARK: "1", "User-Agent": "openqq/" + VERSION},
+                          seconds=max(0.1, until - time.monotonic()))
+            target = redirect_of(url, reply)
+            if not target:
+                data = reply.read(MEDIA_LIMIT + 1)
+                if reply.status != 200 or not data:
+                    raise Unreachable(f"the server answers {reply.status}")
+                return data, urllib.parse.urlsplit(given).path.rpartition("/")[2] or "picture"
+            reply.read(BATCH_LIMIT)
+            url = target
+        raise Unreachable(f"over {self.MEDIA_HOPS} redirects")
 
     def upload_media(self, request: Request) -> Json:
         """Keep a picture for a later media_id."""
-        row = self.media(request, keep=True)
+        row = self.media_of(request.params, keep=True)
         if row is None:
             raise BadRequest(400, "media_path, media_data or media_url missing")
         about = {name: value for name, value in row.items() if name.startswith("media_")}
@@ -11267,9 +11393,11 @@ def openqq_plugin(client: Client, data: Row) -> None:
     given = {name: value for name, value in data.items() if name != "listen"}
     settings = client.settings.with_(given)
     store = Store(settings.check_event_list_max_size)
+    api = Api(client, store, settings.numeric_ids)
     reporter = Reporter(
         settings.post_api, settings.post_secret, client.spool, client.loop, client.log,
-        Answers(client).answered, failed=lambda: client.papers.write_state(client),
+        Answers(client, api.media_of, settings.post_api).answered,
+        failed=lambda: client.papers.write_state(client),
         numeric=settings.numeric_ids) if settings.post_api else None
     listed = settings.post_event_list
     if listed is None:
@@ -11277,7 +11405,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
     client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
                                  settings.post_stdout, settings.numeric_ids,
                                  settings.post_media_data))
-    _serve_api(client, Api(client, store, settings.numeric_ids), reporter, settings,
+    _serve_api(client, api, reporter, settings,
                data.get("listen") or [{"host": settings.host, "port": settings.port}])
     if settings.poll_api:
         _beat_when_running(client, settings)
@@ -12494,7 +12622,8 @@ class Controller:
         """An event of ours about a client, with numbers where that client's own have them."""
         given = {**inherited(self.flavour), **(child.given if child else {})}
         row = event_row(event, list(params))
-        return numbered(row) if SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0")) else row
+        numeric = SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0"))
+        return numbered(row) if numeric else row
 
     def _report(self, event: str, *params: Json) -> None:
         """Every event of ours begins with the client's name."""

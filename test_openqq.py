@@ -1594,11 +1594,81 @@ def test_parameters_that_cannot_be_read_are_refused(pair, query, kind, body):
         assert fields["content-type"] == "application/json"
 
 
-def test_text_that_is_no_utf_8_just_finds_nothing(pair):
+GB_CALLS = {  # how Chinese consoles and old scripts say name=小冰 and content=T
+    "percents": lambda text: ("?name=%D0%A1%B1%F9&content=" + urllib.parse.quote(
+        text.encode("gbk")), "GET", None, None),
+    "bare bytes": lambda text: (b"?name=\xd0\xa1\xb1\xf9&content=" + text.encode("gbk"), "GET",
+                                None, None),
+    "a name by a library, a text by hand": lambda text: (
+        b"?name=%E5%B0%8F%E5%86%B0&content=" + text.encode("gbk"), "GET", None, None),
+    "four bytes a letter": lambda text: ("?name=%D0%A1%B1%F9&content=" + urllib.parse.quote(
+        (text + "😀").encode("gb18030")), "GET", None, None),
+    "a form": lambda text: ("", "POST", FORM, f"name=小冰&content={text}".encode("gbk")),
+    "a form with percents": lambda text: ("", "POST", FORM, b"name=%D0%A1%B1%F9&content="
+                                          + urllib.parse.quote(text.encode("gbk")).encode()),
+    "a multipart form": lambda text: ("", "POST", "multipart/form-data; boundary=x", "".join(
+        f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        for name, value in (("name", "小冰"), ("content", text))).encode("gbk") + b"--x--\r\n"),
+    "JSON": lambda text: ("", "POST", "application/json", json.dumps(
+        {"name": "小冰", "content": text}, ensure_ascii=False).encode("gbk")),
+    "JSON that says so": lambda text: ("", "POST", "application/json; charset=GB2312", json.dumps(
+        {"name": "小冰", "content": text}, ensure_ascii=False).encode("gbk")),
+}
+
+
+@pytest.mark.parametrize("asking_in", GB_CALLS.values(), ids=GB_CALLS)
+def test_bytes_that_are_no_utf_8_but_gb18030_are_read_as_that(pair, asking_in):
+    heard(pair)  # what other tests left
     for port, query in ports_of(pair):
-        base = f"http://127.0.0.1:{port}"
-        assert call(base, f"search_friend?{query}name=%D0%A1%B1%F9") == {
-            "code": 100, "status": "object not found"}
+        text = f"联通，你好{random.random()}"
+        more, method, kind, body = asking_in(text)
+        more = more.encode() if isinstance(more, str) else more
+        path = b"/openqq/send_friend_message" + (more or b"?") + b"&" + query.encode()
+        fields = [b"Content-Type: " + kind.encode(), b"Content-Length: %d" % len(body)
+                  ] if body else []
+        answer = exchange(port, b"\r\n".join([
+            b"%b %b HTTP/1.1" % (method.encode(), path), b"Host: 127.0.0.1",
+            b"Connection: close", *fields, b"", body or b""]))
+        assert b'"code":0' in answer, answer
+        [found, echo] = heard(pair)
+        assert found == echo and found.rstrip("😀") == text
+
+
+def test_a_text_that_is_utf_8_is_never_read_as_anything_else(pair):
+    heard(pair)
+    said = ["һ", "Ñ", "ҫɫ", "é", "中文", "😀"]     # some of them are GB18030 as well
+    for port, query in ports_of(pair):
+        for text in said:
+            content = urllib.parse.quote(text)
+            assert call(f"http://127.0.0.1:{port}",
+                        f"send_friend_message?{query}name={ICE}&content={content}")["code"] == 0
+            assert heard(pair) == [text, text]
+
+
+def test_bytes_that_are_neither_utf_8_nor_gb18030_are_refused_in_words(pair):
+    part = b'--x\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n--x--\r\n'
+    multipart = "multipart/form-data; boundary=x"
+    for port, query in ports_of(pair):
+        base, path = f"http://127.0.0.1:{port}", f"/openqq/send_friend_message?{query}name={ICE}&"
+        for more, kind, body in [
+                ("content=%FF%FE", None, None), ("content=x&%FF=1", None, None),
+                ("", FORM, b"content=\xff\xfe"), ("", FORM, b"content=%80"),
+                ("", multipart, part % (b"content", b"\xff")),
+                ("", multipart, part % (b"\xff", b"x")),
+                ("", "application/json", b'{"content":"\xff"}'),
+                ("", "application/json; charset=gbk", b'{"content":"\xff"}'),
+                ("", "application/json", '{"content":"x"}'.encode("utf-16"))]:
+            status, _, answer = request(base, path + more, "POST" if kind else "GET", body,
+                                        {"Content-Type": kind} if kind else {})
+            assert (status, json.loads(answer)["code"]) == (400, 400), (more, body)
+            assert "neither UTF-8 nor GB18030" in json.loads(answer)["status"]
+
+
+def test_bytes_in_a_path_or_a_name_that_nobody_reads_are_no_fault(pair):
+    for port, query in ports_of(pair):
+        answer = exchange(port, b"GET /openqq/\xb0\xa1\xff?" + query.encode()
+                          + b" HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 403"), answer
 
 
 def test_a_message_must_hold_something_and_not_too_much(pair):
@@ -2485,7 +2555,8 @@ class Face:
         """The params of the next event of that name that is posted, and wanted."""
         row = self.receiver.next(lambda event: event.get("event") == name
                                  and wanted(event["params"]))
-        assert set(row) == {"event", "params", "post_type"} and row["post_type"] == "event"
+        assert set(row) == {"event", "params", "post_type", "time"}
+        assert row["post_type"] == "event" and abs(int(row["time"]) - time.time()) < 600
         return row["params"]
 
     def sent(self, content):
@@ -2669,6 +2740,16 @@ SEARCHES = [
     ("group", {"name": "OpenQQ"}, 1), ("group", {"uid": OPENQQ_GROUP, "role": "create"}, 1),
     ("group", {"id": "{group[id]}"}, 1), ("group", {"max_member": "2000", "name": "OpenQQ"}, 1),
     ("group", {"uid": "1"}, 0), ("group", {}, 0), ("group", {"member": "1"}, 0),
+    # what the program's objects answered to as well
+    ("friend", {"qq": XIAOBING}, 1), ("friend", {"nick": "小冰"}, 1),
+    ("friend", {"qq": XIAOBING, "nick": "小冰", "uid": XIAOBING}, 1),
+    ("friend", {"qq": XIAOBING, "uid": XIAOHUI}, 0), ("friend", {"nick": XIAOBING}, 0),
+    ("friend", {"gnumber": XIAOBING}, 0),
+    ("group", {"gnumber": OPENQQ_GROUP}, 1), ("group", {"number": OPENQQ_GROUP}, 1),
+    ("group", {"gname": "OpenQQ"}, 1), ("group", {"gid": "{group[id]}"}, 1),
+    ("group", {"gcode": "{group[code]}"}, 1), ("group", {"gtype": "create", "gname": "OpenQQ"}, 1),
+    ("group", {"gtype": "attend", "gname": "OpenQQ"}, 0), ("group", {"gid": OPENQQ_GROUP}, 0),
+    ("group", {"gnumber": OPENQQ_GROUP, "number": "1"}, 0), ("group", {"qq": OPENQQ_GROUP}, 0),
 ]
 
 
@@ -2720,6 +2801,8 @@ def test_numeric_ids_makes_numbers_of_all_ids_at_once(fresh):
     for message in echo, own:
         assert all(type(message[name]) is int for name in (
             "id", "time", "sender_id", "sender_uid", "receiver_id", "receiver_uid"))
+    events = [event for _, _, _, event in face.receiver.posts if "event" in event]
+    assert events and all(type(event["time"]) is int for event in events)
     assert (own["id"], echo["sender_id"], echo["sender_uid"]) == (
         sent["id"], friend["id"], friend["uid"])
 
@@ -2885,6 +2968,56 @@ def test_messages_received_and_sent_have_exactly_the_documented_members(face):
                 assert (message["receiver"], message["receiver_uid"]) == ("小冰", XIAOBING)
 
 
+def test_ids_of_messages_fit_into_31_bits_and_no_two_are_equal(face):
+    seq = face.mark()
+    sent = [face.call("send_friend_message", name="小冰", content="id")["id"] for _ in range(3)]
+    said = [face.say("id")["id"] for _ in range(3)]
+    answered = face.program.call("/local/say", **{"from": "小灰", "to": "小冰", "content": "id"})
+    face.say("the last id")
+    told = face.since(seq, "the last id")
+    heard = [int(event["id"]) for event in told if event.get("content") == "id"]
+    assert set(sent) | set(said) <= set(heard)
+    all_ids = {*heard, answered["id"], int(answered["answers"][0]["id"])}
+    assert len(all_ids) == 3 + 3 + 3 + 2 and all(0 < number < 2 ** 31 for number in all_ids)
+    assert sent == [sent[0], sent[0] + 1, sent[0] + 2]
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("clock", [0, 1, 99_999, 100_000, 1_764_000_000, 1_764_099_999, 2 ** 40])
+def test_ids_stay_below_31_bits_whatever_the_clock_says_and_go_on_at_the_least(other, clock):
+    ids = openqq.MessageIds(lambda: clock, other)
+    numbers = [ids.next() for _ in range(3)]
+    assert numbers == [numbers[0], numbers[0] + 1, numbers[0] + 2]
+    least, end = (2 ** 30, 2 ** 31) if other else (0, 2 ** 30)
+    assert least < numbers[0] and numbers[-1] < end
+    ids._last = end - 2
+    taken = {least + 1, least + 2}
+    ids._taken = taken.__contains__
+    assert [ids.next() for _ in range(3)] == [end - 1, least + 3, least + 4]
+
+
+def test_an_id_that_waits_for_somebody_is_given_to_no_other_message(tmp_path):
+    def network():
+        made = openqq.LocalNetwork(str(tmp_path / "local"), "", openqq.QQ, openqq.Log(),
+                                   lambda: "http://x", clock=lambda: 1_764_000_000.0)
+        made.start()
+        return made
+
+    ids = []
+    for _ in range(2):
+        here = network()
+        for name in "alice", "bob":
+            here.call(name, "attach", {"mark": "", "cookie": "", "password": True})
+        [bob] = [row["uid"] for row in here.world.ledger.table("people").values()
+                 if row["name"] == "bob"]
+        here.loop.ask(here.settle, here.logins.detach, "bob")
+        [said] = here.call("alice", "send", {"messages": [
+            {"type": "friend_message", "content": "x", "uid": bob}]})
+        ids.append(said["number"])
+        here.stop()
+    assert len(set(ids)) == 2
+
+
 def test_a_message_is_told_before_what_answers_it(face):
     for number in range(10):
         face.call("send_friend_message", uid=XIAOBING, content=f"turn {number}")
@@ -3039,7 +3172,20 @@ def test_every_documented_event_can_be_made_to_happen(face):
         seq = kept[-1]["seq"]
         kept = [row for row in kept if row["event"] == event and row["params"] == params]
         assert kept == [{"event": event, "params": params, "post_type": "event",
-                         "seq": kept[0]["seq"]}]
+                         "seq": kept[0]["seq"], "time": kept[0]["time"]}]
+
+
+def test_events_in_check_event_and_in_streams_have_their_time_too(face, follow):
+    stream = follow(face.base, streamed(face))
+    stream.heard.wait("retry")
+    before, seq = int(time.time()), face.mark()
+    uid = face.change("add", "person", name="有时")
+    face.change("add", "friend", uid, "alice")
+    _, told = stream.wait(event="new_friend")
+    kept = [row for row in face.call("check_event", since=seq) if row.get("event")]
+    assert kept == [told] and before <= int(told["time"]) <= time.time()
+    face.change("remove", "person", uid)
+    face.event("lose_friend")
 
 
 @pytest.mark.parametrize("what", ["friend", "group", "discuss"])
@@ -3331,6 +3477,63 @@ def test_what_is_sent_while_somebody_is_away_arrives_once_and_in_order(together)
     heard = [event["content"] for event in bob.since(0, "all now")]
     assert heard == contents + ["all now"]
     assert [row["id"] for row in bob.call("get_friend_info")] == before  # by its cookie: no scan
+
+
+def shown_states(face, name):
+    """The states of somebody in all lists of an account."""
+    friend = face.friend(name)
+    states = {row["state"] for kind in ("group", "discuss")
+              for circle in face.call(f"get_{kind}_info") if circle["name"] == "OpenQQ"
+              for row in circle["member"] if row["name"] == name}
+    states |= {row["state"] for row in face.group()["member"] if row["name"] == name}
+    states |= {row["state"] for row in face.call("get_friend_info") if row["name"] == name}
+    assert states == {friend["state"]}
+    return friend["state"]
+
+
+def test_lists_show_who_is_there_as_accounts_come_and_go_and_no_event_does(start, receive):
+    controller = start("controller")
+    receiver = receive()
+    everything = ",".join([ALL_EVENTS, "friend_property_change"])
+    controller.login("alice", post_api=receiver.url, post_event_list=everything,
+                     update_interval="1")
+    alice = Face(controller, "alice", receiver, True)
+    controller.login("bob")
+    assert shown_states(alice, "bob") == "online"
+    assert shown_states(alice, "小冰") == "online"
+    controller.call("stop_client", client="bob")
+    assert shown_states(alice, "bob") == "offline"
+    assert alice.call("search_friend", name="bob", state="online")["code"] == 100
+    for mode, shown in ("away", "away"), ("hidden", "offline"), ("busy", "busy"):
+        controller.call("start_client", client="bob", mode=mode)
+        assert controller.call("/local/login", client="bob")["code"] == 0
+        assert shown_states(alice, "bob") == shown
+        assert controller.call("get_user_info", client="bob")["state"] == mode
+        if mode == "busy":
+            os.kill(controller.state("bob")["pid"], signal.SIGKILL)
+            assert eventually(lambda: controller.state("bob")["restarts"] == 1)
+            assert eventually(lambda: shown_states(alice, "bob") == "busy")
+        controller.call("stop_client", client="bob")
+        assert shown_states(alice, "bob") == "offline"
+    alice.event("update_friend")
+    alice.event("update_friend")  # a refresh comes after all of that, and tells nothing of it
+    changes = [event for _, _, _, event in receiver.posts
+               if str(event.get("event")).endswith("friend_property_change")
+               or str(event.get("event")).endswith("member_property_change")]
+    assert changes == []
+    alice.change("set", "person", XIAOHUI, state="callme")  # that of a resident is an event
+    assert alice.event("friend_property_change")[1:] == ["state", "online", "callme"]
+    assert shown_states(alice, "小灰") == "callme"
+
+
+def test_lists_are_shown_though_the_host_does_not_say_who_is_there(alone):
+    link = openqq.LocalLink(lambda verb, row: (_ for _ in ()).throw(openqq.Unreachable()), None,
+                            False, "online", openqq.Log())
+    client = type("Client", (), {"link": link, "log": openqq.Log(), "flavour": openqq.QQ,
+                                 "roster": openqq.Roster(openqq.QQ.fields)})()
+    client.roster.load({"friend": [{"uid": "1", "name": "x", "state": "online"}]}, ["friend"])
+    api = openqq.ReadApi(client, None, False)
+    assert [row["state"] for row in api.get_friend_info(None)] == ["online"]
 
 
 def test_accounts_started_side_by_side_all_log_in(start):
@@ -4113,6 +4316,107 @@ def test_a_reply_to_the_report_of_a_sent_message_goes_to_the_same_receiver(tower
     tower.call("send_friend_message", client="gina", name="小灰", content="第一句")
     sent = tower.posted("gina", lambda event: event.get("content") == "第二句")
     assert (sent["receiver"], sent["type"]) == ("小灰", "friend_message")
+
+
+def sent_media(tower, name, count, seen):
+    """The next so many messages with a picture that a client sent: (receiver or group, bytes)."""
+    def is_new(event):
+        return event.get("class") == "send" and event.get("media") and event["id"] not in seen
+
+    found = []
+    for _ in range(count):
+        event = tower.posted(name, is_new)
+        seen.add(event["id"])
+        url = urllib.parse.urlsplit(event["media"][0]["url"])
+        status, _, body = request(tower.program.base, f"{url.path}?{url.query}")
+        assert status == 200
+        found.append((event.get("group") or event.get("discuss") or event["receiver"], body))
+    return found
+
+
+def test_media_in_the_answer_is_sent_after_the_reply_to_the_same_place(tower, gallery):
+    url, path = gallery.url + "/cat.png", os.path.join(tower.program.tmpdir, "狗.png")
+    put(path, PNG)
+    other = PNG + b"other"
+    spelt = "base64://" + base64.b64encode(other).decode()
+    group, seen = {"type": "group_message", "to": "OpenQQ"}, set()
+    for number, (media, pictures, params) in enumerate([
+            (url, [PNG], {}), (spelt, [other], group), (path, [PNG], {}),
+            ([spelt, url, "http://127.0.0.1:1/", 7, None, path], [other, PNG, PNG], group),
+            (gallery.to(url), [PNG], {"type": "discuss_message", "to": "OpenQQ"}),
+            (spelt, [other], {"type": "sess_message", "to": "OpenQQ"})]):
+        text = f"要图{number}"
+        tower.say(text, answer=(200, {}, {"reply": text + "来了", "media": media}), **params)
+        tower.posted("gina", lambda event: event.get("content") == text + "来了")
+        place = params.get("to", "小灰") if params.get("type") != "sess_message" else "OpenQQ"
+        assert sent_media(tower, "gina", len(pictures), seen) == [
+            (place, picture) for picture in pictures], media
+        ids = [int(event["id"]) for _, _, _, event in tower.posts("gina")
+               if event.get("content") == text + "来了" or event.get("id") in seen]
+        assert ids[-len(pictures) - 1] == min(ids[-len(pictures) - 1:]), "behind the reply"
+    tower.say("只要图", answer=(200, {}, {"media": spelt}))
+    assert sent_media(tower, "gina", 1, seen) == [("小灰", other)]
+    tower.log.wait("media in an answer of post_api: media_url: ")
+    tower.log.wait("media in an answer of post_api: it must be text")
+
+
+def test_media_in_the_answer_leads_to_no_port_of_this_program_and_to_no_foreign_file(
+        tower, gallery):
+    own = tower.program.base + "/openqq/stop_client?client=hugo"
+    cookie = tower.program.path("cookie_gina.dat")
+    refused = [own, gallery.to(own), "file:///etc/passwd", "/etc/passwd", cookie, "base64://%", "x"]
+    tower.say("偷", answer=(200, {}, {"reply": "没有", "media": refused}))
+    tower.posted("gina", lambda event: event.get("content") == "没有")
+    tower.log.wait("media in an answer of post_api: (media_data|media_path)", len(refused) - 2)
+    tower.say("然后", answer=(200, {}, {"reply": "还在"}))
+    tower.posted("gina", lambda event: event.get("content") == "还在")
+    assert tower.call("check_client", client="hugo")["client"][0]["state"] == "running"
+    assert not [event for _, _, _, event in tower.posts("gina")
+                if event.get("class") == "send" and "/etc/passwd" in str(event)]
+
+
+@pytest.mark.parametrize("post_api, path_too", [
+    ("http://127.0.0.1:9/", True), ("http://localhost/x", True), ("http://[::1]:9/", True),
+    ("http://bot.example/", False), ("http://192.0.2.9:80/", False), ("", False)])
+def test_a_path_in_an_answer_counts_only_where_the_receiver_is_on_this_machine(post_api, path_too):
+    client = type("Client", (), {"log": openqq.Log()})()
+    answers = openqq.Answers(client, lambda params: None, post_api)
+    if path_too:
+        assert answers._named("/tmp/x.png") == {"media_path": "/tmp/x.png"}
+    else:
+        with pytest.raises(openqq.NotAllowed, match="give http://"):
+            answers._named("/tmp/x.png")
+    assert answers._named("HTTPS://h/x.png") == {"media_url": "HTTPS://h/x.png"}
+    assert answers._named("base64://QUI=") == {"media_data": "QUI="}
+
+
+def test_an_answer_in_gb18030_is_read_too(tower):
+    kind = {"Content-Type": "application/json"}
+    tower.say("国标", answer=(200, kind, '{"reply":"你好，国标"}'.encode("gbk")))
+    tower.posted("gina", lambda event: event.get("content") == "你好，国标")
+
+
+@pytest.mark.parametrize("first, second, kind", [("0", "1", int), ("1", "0", str)])
+def test_events_that_wait_follow_numeric_ids_when_it_is_switched(
+        start, receive, first, second, kind):
+    """The receiver is away while the account talks, and there when it has been started anew."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/post_message"
+    controller = start("controller")
+    controller.login("alice", post_api=url, numeric_ids=first)
+    controller.call("send_friend_message", client="alice", name="小冰", content="它等着")
+    controller.call("stop_client", client="alice")
+    receiver = receive(port=port)
+    assert controller.call("start_client", client="alice", post_api=url,
+                           numeric_ids=second)["code"] == 0
+    receiver.message("它等着")
+    assert eventually(lambda: {event.get("event") for _, _, _, event in receiver.posts}
+                      >= {"login", "state_change"})
+    for event in [event for _, _, _, event in receiver.posts]:
+        ids = [value for name, value in event.items()
+               if re.fullmatch("(.*_)?u?id|time", name) and value is not None]
+        assert ids and {type(value) for value in ids} == {kind}, event
 
 
 @pytest.mark.parametrize("answer, seconds", [
@@ -8281,7 +8585,8 @@ def test_bad_media_is_refused_and_nothing_is_sent(media_pair, tmp_path):
                                     media_path=path)
         answer = json.loads(body)
         assert (path, status, answer["code"], answer["status"]) == (
-            path, 400, 6, "media_path not allowed")
+            path, 400, 6, "media_path not allowed: put the file into "
+            f"{os.path.realpath(tmpdir)}, or give media_data or media_url")
     for bad in ({"media_path": fifo}, {"media_path": tmpdir},
                 {"media_path": os.path.join(tmpdir, "none.png")}, {"media_data": "%%%"},
                 {"media_id": "0" * 32}, {"media_id": "../../etc/passwd"},
@@ -8302,6 +8607,102 @@ def test_bad_media_is_refused_and_nothing_is_sent(media_pair, tmp_path):
     assert alice.raw("get_media", id="0" * 32)[0] == alice.raw("get_media")[0] == 404
     for path in link, fifo, cookie_link:
         os.remove(path)
+
+
+class Gallery(Peer):
+    """A server of pictures: /cat.png is one, /to?URL leads there, /round to itself, /empty has
+    nothing. `came_in` has (path, fields) of each request."""
+
+    def __init__(self):
+        self.came_in = []
+        super().__init__()
+
+    def handle(self, handler):
+        self.came_in.append((handler.path, dict(handler.headers)))
+        path, _, target = handler.requestline.split(" ")[1].partition("?")
+        if path in ("/to", "/round"):
+            handler.send_response(302)
+            handler.send_header("Location", urllib.parse.unquote(target) if target else "/round")
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+        else:
+            self.reply(handler, 200, b"" if path == "/empty" else PNG, "image/png")
+
+    def to(self, url):
+        """An address here that leads to another one."""
+        return f"{self.url}/to?{urllib.parse.quote(url, safe='')}"
+
+
+@pytest.fixture(scope="session")
+def gallery():
+    """One for all tests."""
+    found = Gallery()
+    yield found
+    found.close()
+
+
+def test_a_pictures_address_may_stand_in_media_path_too_and_may_lead_elsewhere(
+        media_pair, gallery):
+    alice, bob, weixin = media_pair
+    url = gallery.url + "/cat.png"
+    sends = [("send_friend_message", {"displayname": "bob"}),
+             ("send_group_message", {"displayname": "OpenQQ"})]
+    for number, (api, keys) in enumerate(sends):
+        for given in ({"media_path": url}, {"media_path": url.replace("http", "HTTP")},
+                      {"media_url": url}, {"media_path": gallery.to(gallery.to(url))},
+                      {"media_url": gallery.to("/cat.png")}):
+            text = os.urandom(4).hex()
+            answer = alice.call(api, content=text, **keys, **given)
+            assert answer["code"] == 0, (given, answer)
+            arrives(bob, weixin, text)
+            status, fields, body = alice.raw("get_media", id=answer["media_id"])
+            assert (status, fields["content-type"], body) == (200, "image/png", PNG)
+            text = os.urandom(4).hex()
+            again = alice.call(api, content=text, media_id=answer["media_id"], **keys)
+            assert (again["code"], again["media_id"]) == (0, answer["media_id"])
+            arrives(bob, weixin, text)
+    assert "media_id" not in alice.call("send_friend_message", displayname="bob", content="x")
+    assert "media_id" not in alice.call("send_friend_message", displayname="bob", content="x",
+                                        media_path=url, **{"async": 1})
+    if weixin:
+        row = alice.call("upload_media", media_path=url)
+        assert (row["code"], row["media_name"], row["media_size"]) == (0, "cat.png", str(len(PNG)))
+
+
+def ways_into(program, port):
+    """Addresses of a server of this program, by all the names that lead to it."""
+    names = ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.1", "0", "0.0.0.0"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))   # nothing is sent; that is how we are called outside
+            names.append(probe.getsockname()[0])
+        except OSError:
+            pass
+    paths = ["/", "/healthz", "/metrics", "/local/world", "/local/scan?ticket=1",
+             "/openqq/check_client", "/openqq/get_user_info?client=bob",
+             "/openwx/stop_client?client=bob", "/openqq/nope/get_media", "/openqq/get_media",
+             "/openqq/get_media?client=nobody&id=x", "/openqq/get_media?client=bob&id=x"]
+    return [f"http://{names[0]}:{port}{path}" for path in paths] + [
+        f"http://{name}:{port}/openqq/stop_client?client=bob" for name in names[1:]]
+
+
+def test_no_pictures_address_leads_to_a_port_of_this_program(media_pair, gallery, alone):
+    alice, _, _ = media_pair
+    program = alice.program
+    ports = [program.port, alone.program.port, *(
+        row["port"] for row in call(program.base, "check_client")["client"])]
+    for port in ports:
+        for url in ways_into(program, port):
+            for given in {"media_url": url}, {"media_path": url}, {"media_url": gallery.to(url)}:
+                status, _, body = alice.raw("send_friend_message", displayname="bob", **given)
+                assert (given, status) == (given, 400), body
+    for path in "/round", "/empty", "/to?file:///etc/passwd", "/to?http://169.254.169.254/x", \
+            "/to?http://[bad", "/to?http://127.0.0.1:70000/":
+        status, _, body = alice.raw("send_friend_message", displayname="bob",
+                                    media_url=gallery.url + path)
+        assert (path, status) == (path, 400), body
+    states = [row["state"] for row in call(program.base, "check_client")["client"]]
+    assert set(states) == {"running"}
 
 
 def test_what_media_a_caller_names_is_never_a_secret_of_another_place(start, tmp_path):
@@ -8944,6 +9345,10 @@ def segment(kind, **data):
     return {"type": kind, "data": data}
 
 
+def text_of(text):
+    return [segment("text", text=text)]
+
+
 PICTURE = "http://127.0.0.1:9/a.png?x=1&y=[2],3"
 QQ_SEGMENTS = {
     "text": ([segment("text", text="a&b[c],d=e")], "a&b[c],d=e"),
@@ -8961,10 +9366,63 @@ QQ_SEGMENTS = {
     "image": ([segment("text", text="看"), segment("image", file="A.png", url=PICTURE)], "看[图片]"),
     "record": ([segment("record", file="A.amr")], "[语音]"),
     "video": ([segment("video", file="A.mp4")], "[视频]"),
-    "file": ([segment("file", file="A.doc")], "[文件]"),
+    "file": ([segment("file", file="A.doc")], "[文件]A.doc"),
     "reply": ([segment("reply", id="-7"), segment("text", text="对")], "对"),
     "other": ([segment("json", data='{"a":[1,2]}'), segment("mface", id="1")], "[json][mface]"),
 }
+
+
+def card_of(**row):
+    return [segment("json", data=json.dumps(row, ensure_ascii=False))]
+
+
+NEWS_CARD = {"title": "标题", "desc": "说明", "jumpUrl": "https://h.example/a?b=1&c=2"}
+QQ_SEGMENTS.update({
+    "at, then a blank": ([segment("at", qq="40001"), *text_of(" 来")], "@路人 来"),
+    "at, then blanks": ([segment("at", qq="all"), *text_of("  "), *text_of(" 来 吗")],
+                        "@全体成员 来 吗"),
+    "at twice": ([segment("at", qq="40001"), segment("at", qq="20001"), *text_of(" 来")],
+                 "@路人 @爸 来"),
+    "at, then a line": ([segment("at", qq="40001"), *text_of("\n来")], "@路人 \n来"),
+    "at 0": ([segment("at", qq="0")], "[at]"),
+    "a card's prompt and its link": (card_of(prompt="[分享]标题", meta={"news": NEWS_CARD}),
+                                     "[分享]标题 https://h.example/a?b=1&c=2"),
+    "a card without prompt": (card_of(prompt="", meta={"news": NEWS_CARD}),
+                              "标题 https://h.example/a?b=1&c=2"),
+    "a card with a description": (card_of(meta={"x": {"desc": "说明", "url": "m.qq.com/a"}}),
+                                  "说明"),
+    "a small program": (card_of(prompt="[QQ小程序]视频", meta={"detail_1": {
+        "url": "m.q.qq.com/a", "qqdocurl": "https://b23.example/x"}}),
+        "[QQ小程序]视频 https://b23.example/x"),
+    "cards that say nothing": (card_of(meta=[1], prompt=5, title=None) + card_of(prompt=None)
+                               + [segment("json", data="{"), segment("json", data="[1]")],
+                               "5[json][json][json]"),
+    "a card of XML": ([segment("xml", data='<?xml version="1.0"?><msg brief="[分享] 甲 &amp; 乙" '
+                               'url="http://h.example/?a=1&amp;b=2"><title>题</title></msg>')],
+                      "[分享] 甲 & 乙 http://h.example/?a=1&b=2"),
+    "a card of XML with a title": ([segment("xml", data="<msg><title size='3'>题</title></msg>")],
+                                   "题"),
+    "no card of XML": ([segment("xml", data="<title" * 9)], "[xml]"),
+    "a forward": ([segment("forward", id="F1")], "[聊天记录]"),
+    "a forward's summary": ([segment("forward", id="F1", summary="查看3条转发消息")],
+                            "查看3条转发消息"),
+    "markdown": ([segment("markdown", content="# 一\n二")], "# 一\n二"),
+    "a big face": ([segment("mface", summary="[汪汪]", emoji_id="1")], "[汪汪]"),
+    "a moving picture": ([segment("image", file="A", summary="[动画表情]")], "[动画表情]"),
+    "a picture that says nothing": ([segment("image", file="A", summary="")], "[图片]"),
+    "a file's name": ([segment("file", name="甲\n乙.doc", file_id="1")], "[文件]甲 乙.doc"),
+    "a file of the bridge's": ([segment("file", file="/tmp/x.doc", file_id="1")], "[文件]"),
+    "others that have a name": (
+        [segment("share", title="题", url="http://h"), segment("music", type="qq", id="1"),
+         segment("location", lat="1", lon="2", title="家"), segment("contact", type="qq", id="5"),
+         segment("poke", type="1", id="1"), segment("dice", result="4"), segment("rps"),
+         segment("node", id="1")],
+        "[分享]题 http://h[音乐][位置]家[名片]5[戳一戳][骰子]4[猜拳][聊天记录]"),
+    "segments without their data": (
+        [segment(kind) for kind in ("at", "face", "image", "file", "json", "xml", "forward",
+                                    "markdown", "mface", "share", "strange")],
+        "[at][表情][图片][文件][json][xml][聊天记录][markdown][mface][分享][strange]"),
+})
 
 
 @pytest.mark.parametrize("rows, content", QQ_SEGMENTS.values(), ids=QQ_SEGMENTS)
@@ -8978,12 +9436,90 @@ def test_pictures_that_come_are_told_with_the_bridges_url(qq):
             segment("record", file="B.amr"), segment("video", url="https://h/v.mp4", name="v"),
             segment("file", file="C.doc", url="file:///etc/passwd")]
     [event] = qq.events_of(private(20001, rows))
-    assert event["content"] == "[图片][语音][视频][文件]"
+    assert event["content"] == "[图片][语音][视频][文件]C.doc"
     assert event["media"] == [
         {"type": "image", "url": PICTURE, "name": "A.png", "size": "512"},
         {"type": "audio", "url": None, "name": "B.amr", "size": None},
         {"type": "video", "url": "https://h/v.mp4", "name": "v", "size": None},
         {"type": "file", "url": None, "name": "C.doc", "size": None}]
+
+
+SAID_IN_FAMILY = {"message_type": "group", "sub_type": "normal", "group_id": 30001,
+                  "user_id": 40001, "sender": {"user_id": 40001, "nickname": "路人"}}
+ODD_MESSAGES = {
+    "null": (None, ""), "a number": (5, "5"), "a word": (True, "[?]"), "nothing": ([], ""),
+    "one segment": ({"type": "at", "data": {"qq": "all"}}, "@全体成员 "),
+    "lists in lists": ([["一", [text_of("二")]], 3, None, False], "一二3[?][?]"),
+    "no data": ([{"type": "at"}, {"type": "face", "data": None}, {"type": "text"}],
+                "[at][表情][text]"),
+    "data of another type": ([{"type": "at", "data": data} for data in (None, [1], "x", 5, True)],
+                             "[at]" * 5),
+    "a text as data": ([{"type": "text", "data": "直接"}], "直接"),
+    "texts that are none": ([segment("text", text=text) for text in (5, None, True, [1], {"a": 1})],
+                            "5" + "[text]" * 4),
+    "at whom": ([segment("at", qq=qq) for qq in (None, 0, True, [1], {"a": None})], "[at]" * 5),
+    "at a number that is no whole one": ([segment("at", qq=99997.0)], "@99997 "),
+    "types that are none": ([{"type": kind, "data": {}} for kind in (
+        None, 5, True, [], {}, "a]b", "x" * 99, "")] + [{"data": {}}, {}],
+        "[?][5][?][?][?][?][?][?][?][?]"),
+    "labels with members that are none": (
+        [segment("file", name=None), segment("file", name=True), segment("mface", summary={"a": 1}),
+         segment("forward", summary=[None], news=[None, {"text": None}, {"text": "甲: 乙"}]),
+         segment("json", data={"prompt": "对象"}), segment("json", data=None),
+         segment("xml", data=5), segment("share", title={"a": 1}, url=None)],
+        "[文件][文件][mface]甲: 乙对象[json][xml][分享]"),
+    "what steers a screen": ([segment("file", name="\x1b[2J\r\n甲")], "[文件][2J 甲"),
+}
+
+
+@pytest.mark.parametrize("message, content", ODD_MESSAGES.values(), ids=ODD_MESSAGES)
+def test_whatever_stands_in_a_message_reads_as_text_or_a_label_and_no_python(
+        bridged, message, content):
+    me = bridged["ws"]
+    [event] = me.events_of(lambda bridge: bridge.emit(message=message, message_id=next(TIMES),
+                                                      **SAID_IN_FAMILY))
+    assert event["content"] == content
+    for word in "None", "True", "False", "{'":
+        assert word not in event["content"] + event["raw_message"]
+
+
+@pytest.mark.parametrize("text, content", [
+    ("[CQ:at]", "[at]"), ("[CQ:at,qq]", "[at]"), ("[CQ:at,qq=]好", "[at]好"),
+    ("[CQ:file,file=甲.doc]", "[文件]甲.doc"), ("[CQ:strange,a=1]", "[strange]"),
+    ("[CQ:at,qq=40001] 来", "@路人 来")])
+def test_codes_without_their_values_read_as_labels(bridged, text, content):
+    me = bridged["ws-too"]
+    [event] = me.events_of(lambda bridge: bridge.emit(
+        message=text, raw_message=text, message_id=next(TIMES), **SAID_IN_FAMILY))
+    assert (event["content"], event["raw_message"]) == (content, text)
+
+
+def test_ten_thousand_segments_are_read_at_once_and_ask_for_few_names(bridged):
+    me = bridged["ws"]
+    count = len(me.bridge.calls)
+    rows = [segment("at", qq=str(900000 + number)) for number in range(10_000)]
+    [event] = me.events_of(lambda bridge: bridge.say_group(30001, 40001, rows))
+    assert event["content"].startswith("@900000 @900001 ")
+    assert len(event["content"].encode()) <= openqq.CONTENT_LIMIT
+    asked_for = [action for action, _ in me.bridge.calls[count:]]
+    assert asked_for.count("get_group_member_info") == openqq.AT_LIMIT
+    nested = {}
+    for _ in range(200):
+        nested = {"deep": nested}
+    [event] = me.events_of(private(20001, [segment("strange", deep=nested)], raw_message=None))
+    assert event["content"] == "[strange]"
+
+
+def test_the_time_of_an_event_is_the_bridges_where_it_tells_one(bridged):
+    me = bridged["ws"]
+    for told, known in ((1600000123, "1600000123"), ("1600000124", "1600000124"),
+                        (0, None), ("soon", None), (None, None), (1e999, None)):
+        before = int(time.time())
+        [event] = me.events_of(notice(notice_type="friend_recall", user_id=20001, time=told,
+                                      message_id=next(TIMES)))
+        assert event["event"] == "revoke_message"
+        assert event["time"] == known or known is None and (
+            before <= int(event["time"]) <= time.time())
 
 
 def test_a_message_without_raw_message_gets_one_made(qq):
@@ -9202,10 +9738,6 @@ def test_before_members_are_loaded_events_tell_who_it_is_and_load_none(bridged):
 
 # -- what is asked of the bridge
 
-def text_of(text):
-    return [segment("text", text=text)]
-
-
 TO_FRIEND, TO_GROUP = "send_friend_message", "send_group_message"
 QQ_CALLS = {
     "a friend by id": (TO_FRIEND, {"id": "20001", "content": "hi"}, "send_private_msg",
@@ -9229,6 +9761,9 @@ QQ_CALLS = {
     "a picture by URL": (TO_FRIEND, {"id": "20001", "media_url": "http://h/p.png"},
                          "send_private_msg", {"user_id": "20001", "message": [
                              segment("image", file="http://h/p.png", name="p.png")]}),
+    "a picture by URL as a path": (TO_FRIEND, {"id": "20001", "media_path": "http://h/p.png"},
+                                   "send_private_msg", {"user_id": "20001", "message": [
+                                       segment("image", file="http://h/p.png", name="p.png")]}),
     "a picture's bytes and a text": (
         TO_GROUP, {"id": "30001", "content": "看", "media_data": PNG_TEXT, "media_name": "猫.png"},
         "send_group_msg", {"group_id": "30001", "message": [
@@ -9269,6 +9804,35 @@ def test_a_picture_by_path_goes_as_a_file_to_a_bridge_on_this_machine(qq):
     source = {"file": "file://" + urllib.parse.quote(path), "name": os.path.basename(path)}
     qq.bridge.wait_call("send_private_msg", lambda got: got["message"] == [
         segment("image", **source)])
+
+
+def cq_value(text):
+    return openqq.cq_escape(text, True)
+
+
+def test_a_picture_on_this_machine_is_fetched_by_us_and_never_by_the_bridge(qq, gallery):
+    """A bridge follows redirects, and its calls are trusted here."""
+    spelt = [segment("image", file="base64://" + PNG_TEXT, name="cat.png")]
+    for given in ({"media_url": gallery.url + "/cat.png"}, {"media_path": gallery.url + "/cat.png"},
+                  {"media_url": gallery.url.replace("127.0.0.1", "localhost") + "/cat.png"}):
+        assert qq.call(TO_FRIEND, id="20001", **given)["code"] == 0
+        qq.bridge.wait_call("send_private_msg", lambda got: got["message"] == spelt)
+    count = len(qq.bridge.calls)
+    for url in ways_into(qq.program, qq.program.port):
+        for given in {"media_url": url}, {"media_path": gallery.to(url)}:
+            answer = qq.call(TO_GROUP, id="30001", **given)
+            assert (given, answer["code"]) == (given, 400)
+    for url in [*ways_into(qq.program, qq.program.port), "http://169.254.169.254/x"]:
+        for code in (f"[CQ:image,file={cq_value(url)}]", f"[CQ:record,url={cq_value(url)}]",
+                     f"[CQ:node,content={cq_value(f'[CQ:image,file={cq_value(url)}]')}]",
+                     f"[CQ:image,file={cq_value(gallery.to(url))}]"):
+            answer = qq.call(TO_GROUP, id="30001", content=code, cq="1")
+            assert (code, answer["code"]) == (code, 400)
+    assert not [action for action, _ in qq.bridge.calls[count:] if action.startswith("send_")]
+    code = f"[CQ:image,file={gallery.url}/cat.png]"  # somebody else's server is no such thing
+    assert qq.call(TO_GROUP, id="30001", content=code, cq="1")["code"] == 0
+    qq.bridge.wait_call("send_group_msg", lambda got: got["message"] == [
+        segment("image", file=gallery.url + "/cat.png")])
 
 
 @pytest.mark.parametrize("code", ["[CQ:image,file=file:///etc/passwd]",
@@ -11766,6 +12330,26 @@ def test_a_stream_answers_in_any_state_tells_each_change_and_ends_with_the_clien
     stream.heard.wait("end")
 
 
+@pytest.mark.parametrize("numeric, kind", [("0", str), ("1", int)])
+def test_the_controllers_own_events_have_their_time_as_the_accounts_have_it(
+        start, follow, receive, numeric, kind):
+    receiver = receive()
+    controller = start("controller", "--post-api", receiver.url, "--restart", "never")
+    stream = follow(controller.base)
+    stream.heard.wait("retry")
+    before = int(time.time())
+    for end in "stop_client", "delete_client":
+        controller.login("alice", numeric_ids=numeric)
+        controller.call(end, client="alice")
+    controller.login("alice", numeric_ids=numeric)
+    os.kill(controller.state("alice")["pid"], signal.SIGKILL)
+    failed = receiver.next(lambda event: event.get("event") == "client_failed")
+    told = [stream.wait(event=name)[1] for name in (
+        "client_stopped", "client_deleted", "client_failed", "state_change", "login")]
+    for event in [failed, *told]:
+        assert type(event["time"]) is kind and before <= int(event["time"]) <= time.time(), event
+
+
 def test_the_controllers_stream_joins_all_accounts_also_those_to_come(start, follow):
     controller = start("controller")
     controller.login("alice")
@@ -12462,6 +13046,69 @@ def test_messages_are_filtered_and_wait_while_the_page_is_paused(board, browser)
     assert browser.text("#pause") == "Pause"
 
 
+def test_the_page_shows_when_events_were_and_sorts_them_by_that(start, browser):
+    """What was there before it was opened, of several accounts, and what comes late."""
+    controller, bridge = start("controller"), Bridge()
+    try:
+        controller.login("alice")
+        me = Bridged(controller, "ws-when", bridge).running()
+        me.events_of(notice(notice_type="friend_recall", user_id=20001, message_id=1,
+                            time=1262304000))  # 2010
+        controller.call("send_friend_message", client="alice", name="小灰", content="alice's own")
+        last = [private(20001, text, time=when) for text, when in (
+            ("of the future", 4102444800), ("of long ago", 946684800 + 86400 * 200))]
+        me.events_of(*last)
+        for _ in range(2):
+            browser.open(controller.base + "/")
+            browser.reads("#events", "of long ago")
+            assert eventually(lambda: [
+                word for line in browser.text("#events").split("\n")
+                for word in ("of the future", "alice's own", "revoke message", "of long ago")
+                if word in line] == [
+                "of the future", "alice's own", "revoke message", "of long ago"])
+            times = browser.run("return [...document.querySelectorAll('#events li')].map("
+                                "(one) => [one.querySelector('time').textContent, one.innerText])")
+            [told] = [time for time, text in times if "revoke message" in text]
+            assert re.search(r"\b(1|12|31)/(1|12|31)/(2010|2009)\b", told), told
+        me.events_of(private(20001, "late", time=1262304000 + 86400))  # into its place
+        assert eventually(lambda: re.search("alice's own.*late.*revoke", browser.text("#events"),
+                                            re.S))
+    finally:
+        controller.stop()
+        bridge.close()
+
+
+def test_the_page_says_no_raw_words_in_english(board, browser):
+    browser.open(board.base + "/")
+    browser.reads("#live", "live")
+    board.call("start_client", client="dora")
+    browser.find("[data-account=dora][data-state=scaning]")
+    browser.reads("[data-account=dora]", "waiting for a scan")
+    browser.reads("#events", "loading → waiting for a scan")
+    board.call("/local/change", do="add", what="person", uid="5100", name="新人")
+    board.call("/local/change", do="add", what="friend", uid="5100", **{"in": "alice"})
+    board.call("/local/change", do="set", what="friend", uid="5100", markname="旧",
+               **{"in": "alice"})
+    board.call("stop_client", client="dora")
+    browser.reads("#events", "new friend")
+    browser.reads("#events", "account stopped")
+    text = browser.text("body")
+    for word in ("scaning", "new_friend", "state_change", "client_stopped", "input_qrcode", "null",
+                 "undefined", "Invalid Date"):
+        assert word not in text, word
+    board.call("/local/change", do="remove", what="person", uid="5100")
+    board.call("delete_client", client="dora")
+
+
+def test_every_state_and_event_has_english_words():
+    script = openqq.DASHBOARD_SCRIPT
+    table = script[script.index("const EN"):script.index("const ONE")]
+    english = dict(re.findall(r'"(\w+)": "([^"]+)"', table))
+    assert english["scaning"] == "waiting for a scan"
+    for state in openqq.NEXT_STATES:
+        assert state in ("", "loading", "updating", "running") or english[state] != state
+
+
 def test_the_page_asks_once_for_the_token_and_keeps_it_for_the_tab(guarded, browser):
     source = request(guarded.base, "/")[2].decode()
     assert TOKEN not in source and "alice" not in source
@@ -12703,6 +13350,51 @@ def command_lines(office, count, *words):
     return lines
 
 
+@pytest.mark.parametrize("env", [{"LC_ALL": "C"}, {"LC_ALL": "C.UTF-8"}, {
+    "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["C", "UTF-8", "as it was before UTF-8"])
+def test_words_of_a_gb18030_console_are_read_as_that(office, env):
+    """Also with the token on the command line, where the words go through a second start."""
+    def kept(name):
+        return [event["content"] for event in call(office.base, "check_event", client=name,
+                                                   token="geheim", since=0) if "content" in event]
+
+    spelt = [word.encode("gbk") for word in ("小明", "小冰", "一二三，国标")]
+    for flags in ([], ["--token", "geheim"]):
+        env = dict(env, **({} if flags else {"OPENQQ_TOKEN": "geheim"}))
+        status, out, error = command(office.base, "send", spelt[0], "friend", spelt[1],
+                                     spelt[2], *flags, **env)
+        assert (status, error) == (0, ""), out
+        status, out, error = command(office.base, "call", "send_friend_message", "client=alice",
+                                     b"name=" + spelt[1], b"content=" + spelt[2], *flags, **env)
+        assert (status, error) == (0, ""), out
+        for name in "小明", "alice":
+            assert kept(name)[-2:] == ["一二三，国标"] * 2, name
+    status, _, error = command(office.base, "send", "alice", "friend", "x", b"\xff\xfe", **env)
+    assert status == 2 and "neither UTF-8 nor GB18030" in error
+
+
+def test_settings_typed_on_a_gb18030_console_are_read_as_that(tmp_path):
+    """A name that a client alone gets so is the one that files and ps show."""
+    environment = {**command_environment("", {}), "LC_ALL": "C"}
+    words = ["client", "--account", "小国".encode("gbk"), "--port", "0", "--tmpdir",
+             str(tmp_path), "--login_type", "login", "--pwd", "x"]
+    process = subprocess.Popen([sys.executable, FILE, *words], env=environment,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE)
+    log = Log(process.stderr)
+    try:
+        port = log.wait(r"监听地址: \[ http://[0-9.]+:(\d+)").group(1)
+        assert call(f"http://127.0.0.1:{port}", "get_client_info")["account"] == "小国"
+        assert (tmp_path / "mojo_webqq_state_小国.json").exists()
+    finally:
+        process.terminate()
+        assert process.wait(WAIT) == 0
+    done = subprocess.run([sys.executable, FILE, "client", "--account", b"\xff\xfe"],
+                          env=environment, stderr=subprocess.PIPE, timeout=WAIT)
+    assert done.returncode == 2 and b"neither UTF-8 nor GB18030" in done.stderr
+
+
 def test_events_tell_what_is_kept_and_then_what_comes_of_each_account(office):
     process = subprocess.Popen(
         command_words("events"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -12720,7 +13412,7 @@ def test_events_tell_what_is_kept_and_then_what_comes_of_each_account(office):
              token="geheim")
         call(office.base, "/local/change", do="add", what="friend", uid="700", token="geheim",
              **{"in": "alice"})
-        log.wait("^alice · new_friend 客$")
+        log.wait(r"^\d\d:\d\d:\d\d alice · new_friend 客$")
         for text in "one", "two":
             assert log.text().count(f"alice → OpenQQ: {text}") == 1
     finally:
