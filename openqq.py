@@ -2540,7 +2540,7 @@ def is_own_host(name: str) -> bool:
     [::], [::ffff:7f00:1] and the like browsers send no Sec-Fetch fields, so that pages of other
     sites could not be told (measured with Chromium and Firefox).
     """
-    if name in ("localhost", "[::1]") or name.endswith(".localhost"):
+    if name == "[::1]" or re.fullmatch(r"(.+\.)?localhost\.?", name):
         return True
     if not re.fullmatch(r"127(\.(0|[1-9][0-9]{0,7})){1,3}", name):  # a 0 before is octal
         return False
@@ -10444,7 +10444,10 @@ class Webhook:
             return
         if self._secret and not self._client.settings.token:
             raise AuthFailure()
-        self._gate.check(request)
+        try:
+            self._gate.check(request)
+        except AuthFailure:
+            raise AuthFailure() from None  # what helps other callers is no advice for a bridge
 
 
 def _watch_client(client: Client, reporter: Optional[Reporter], metrics: Metrics) -> None:

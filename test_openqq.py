@@ -1759,8 +1759,8 @@ def test_unknown_paths_and_methods_are_answered_as_ever(pair):
 
 # -- who may call
 
-LOCAL_HOSTS = ["localhost", "LocalHost:4000", "127.0.0.1", "127.0.0.1:1", "127.1", "127.0.1",
-               "127.1:4000", "127.8.9.10", "127.1.65535", "127.16777215", "[::1]", "[::1]:4000",
+LOCAL_HOSTS = ["localhost", "LocalHost:4000", "localhost.", "127.0.0.1", "127.0.0.1:1", "127.1",
+               "127.0.1", "127.1:4000", "127.8.9.10", "127.1.65535", "127.16777215", "[::1]", "[::1]:4000",
                "bot.localhost", "a.b.LOCALHOST:65535"]
 OTHER_HOSTS = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0",
                "0", "[::]", "10.0.0.1", "[fe80::1]", "[::ffff:10.0.0.1]", "xn--localhost",
@@ -1770,8 +1770,8 @@ OTHER_HOSTS = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example
                "[0:0:0:0:0:ffff:7f00:1]", "[::7f00:1]", "[64:ff9b::127.0.0.1]", "[64:ff9b::7f00:1]",
                "[0:0:0:0:0:0:0:1]", "[::0001]", "0.0.0.0:4000", "0x7f.0.0.1", "0x7f000001",
                "0177.0.0.1", "127.0.0.01", "127.0x1", "2130706433", "017700000001", "127", "127.",
-               "127.0.0.1.", "127.256.0.1", "127.0.0.256", "127.1.2.3.4", "localhost.",
-               "a.localhost."]
+               "127.0.0.1.", "127.256.0.1", "127.0.0.256", "127.1.2.3.4", ".localhost",
+               "localhost.."]
 OUTSIDERS = [("Forwarded", "for=1.2.3.4"), ("X-Forwarded-For", "127.0.0.1"),
              ("x-forwarded-host", "localhost"), ("X-Real-IP", ""), ("VIA", "1.1 proxy"),
              ("X-Forwarded-Proto", "https"), ("X-Forwarded-Host", "127.0.0.1"),
@@ -10933,7 +10933,8 @@ class Browser:
         port = Log(self.driver.stdout).wait(r"successfully on port (\d+)").group(1)
         self.base, self.session = f"http://127.0.0.1:{port}", ""
         words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 f"--user-data-dir={tmpdir}", f"--lang={language}"]
+                 f"--user-data-dir={tmpdir}", f"--lang={language}",
+                 "--host-resolver-rules=MAP *.example 127.0.0.1"]
         self.session = self.do("POST", "/session", capabilities={"alwaysMatch": {
             "browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL"},
             "goog:chromeOptions": {"binary": CHROMIUM, "args": words}}})["sessionId"]
@@ -11040,6 +11041,64 @@ def board(tmp_path_factory):
     yield program
     assert program.stop() == 0
     assert "Traceback" not in program.log.text()
+
+
+# What a browser turns into this machine, and a name whose owner says that it is here (rebinding).
+SELVES = ["127.0.0.1", "127.1", "127.0.1", "127.8.9.10", "127.0.0.1.", "0x7f.0.0.1", "0x7f000001",
+          "0x7F.1", "0177.0.0.1", "017700000001", "2130706433", "127.0x1", "%31%32%37.0.0.1",
+          "１２７.０.０.１", "127。0。0。1", "0", "0.0.0.0", "0.0.0", "0x0", "localhost", "LOCALHOST",
+          "localhost.", "ｌｏｃａｌｈｏｓｔ", "a.localhost", "a.b.localhost", "a.localhost.",
+          "[::1]", "[0:0:0:0:0:0:0:1]", "[::0001]", "[::]", "[0::0]", "[::ffff:127.0.0.1]",
+          "[::ffff:7f00:1]", "[::FFFF:7F00:0001]", "[0:0:0:0:0:ffff:127.1.2.3]", "[::ffff:0.0.0.0]",
+          "rebound.example"]
+SLOW_SELVES = ["[::127.0.0.1]", "[::7f00:1]", "[64:ff9b::127.0.0.1]"]  # without a route: seconds
+ASK = """return Promise.all(arguments[0].map((host, number) => new Promise((done) => {
+    const image = new Image(), name = arguments[2] + number;
+    image.onload = image.onerror = done;
+    image.src = `http://${host}:${arguments[1]}/openqq/start_client?client=${name}`;
+}))).then(() => true)"""
+SAY = """return Promise.all(arguments[0].map((host, number) => fetch(
+    `http://${host}:${arguments[1]}/openqq/start_client`, {method: "POST", mode: "no-cors",
+     body: new URLSearchParams({client: arguments[2] + number})}).catch(() => 0))
+     ).then(() => true)"""
+
+
+class Page(Peer):
+    """A site of somebody else's: an empty page."""
+
+    def handle(self, handler):
+        handler.send_response(200)
+        for field in ("Content-Type", "text/html"), ("Content-Length", "0"):
+            handler.send_header(*field)
+        handler.end_headers()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_page_of_another_site_opens_no_door_however_it_spells_this_machine(browser, tmp_path,
+                                                                             host):
+    page = Page()
+    try:
+        program = Program(tmp_path, "controller", "--host", host)
+        program.port = int(program.log.wait(r"Listening at http://.*:(\d+)|cannot listen").group(1)
+                           or pytest.skip("no IPv6 here"))
+        program.base = f"http://127.0.0.1:{program.port}"
+        for number, site in enumerate(("evil.example", "rebound.example", "evil.localhost",
+                                       "127.0.0.1", "localhost")):
+            browser.open(f"http://{site}:{page.port}/")
+            for way, script in ("image", ASK), ("form", SAY):
+                assert browser.run(script, SELVES, program.port, f"{way}{number}-")
+        assert browser.run(ASK, SLOW_SELVES, program.port, "slow")
+        refused = re.search(rb'path="/openqq/start_client",code="403"\} (\d+)',
+                            request(program.base, "/metrics")[2])
+        assert int(refused.group(1)) >= 100, "few of these spellings have come here at all"
+        assert b'path="/openqq/start_client",code="200"' not in request(program.base, "/metrics")[2]
+        assert program.call("check_client")["client"] == []
+        browser.open(f"http://127.0.0.1:{program.port}/")
+        assert browser.run(SAY, ["127.0.0.1"], program.port, "own"), "but its own page may"
+        assert [row["account"] for row in program.call("check_client")["client"]] == ["own0"]
+        assert program.stop() == 0
+    finally:
+        page.stop()
 
 
 def talk_as(browser, speaker, peer, content):
