@@ -2172,8 +2172,11 @@ class Stream:
             if self.exactly(2) != b"\r\n":
                 raise BadRequest(400, "chunk longer than its size")
         for _ in range(FIELD_LIMIT):
-            if not self.line():
+            line = self.line()
+            if not line:
                 return
+            if not FIELD.fullmatch(line):
+                raise BadRequest(400, "broken trailer field")  # to others a request, maybe
         raise BadRequest(431, "trailer too long")
 
 
