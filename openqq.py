@@ -2709,7 +2709,8 @@ class App:
                        [*routes, Route("/metrics", READ, self.metrics.show)]}
         self.fallback = fallback
         self._counted = {*self.routes, *known}
-        self._refused: Set[str] = set()  # reasons that were logged; add only
+        self._lock = threading.Lock()    # guards _refused
+        self._refused: Set[str] = set()  # reasons that were logged
 
     def label(self, path: str) -> str:
         """The path under which a request is counted."""
@@ -2731,10 +2732,12 @@ class App:
 
     def _tell(self, reason: Optional[str]) -> None:
         """Log why somebody was refused: once, and so many reasons, since callers make them up."""
-        if reason and reason not in self._refused and len(self._refused) < REASON_LIMIT:
+        with self._lock:
+            if not reason or reason in self._refused or len(self._refused) >= REASON_LIMIT:
+                return
             self._refused.add(reason)
             more = "" if len(self._refused) < REASON_LIMIT else "; other reasons are not logged"
-            self.log.warn(f"a call was refused: {reason}{more}")
+        self.log.warn(f"a call was refused: {reason}{more}")
 
     def _answer(self, request: Request) -> Response:
         route = self.routes.get(request.path)
@@ -5150,7 +5153,7 @@ signature | somebody's own words
 """
 
 SHAPES = """
-answer | code! status!
+answer | code! status! reason
 child | account client code! pid port status!
 stopped | account client code! pid port runtime starttime status!
 states | client:state* code! status
