@@ -149,6 +149,7 @@ HEAD_SECONDS = 10.0              # from a head's first byte to its last
 BODY_SECONDS = 30.0
 IDLE_SECONDS = 60.0              # between two requests of a connection
 WRITE_SECONDS = 30.0
+REASON_LIMIT = 256               # reasons for a 403 that the log tells
 
 NAME_LIMIT = 64                  # characters of an account's name
 SETTING_LIMIT = 4_096            # of a setting, or a property on the local network
@@ -942,6 +943,17 @@ def _words(text: str) -> List[str]:
     return [word for word in re.split(r"[\s,]+", _text(text)) if word]
 
 
+def _hosts(text: str) -> List[str]:
+    """Names as browsers send them. No address: browsers say less of who asks one (Gate)."""
+    found = _words(text.lower())
+    label = "[0-9a-z_](?:[0-9a-z_-]*[0-9a-z_])?"
+    name = rf"(?=.{{1,253}}\Z)(?:{label}\.)*(?![0-9]+\Z|0x[0-9a-f]*\Z){label}"
+    if not all([re.fullmatch(name, host) for host in found]):
+        raise ValueError("must be host names such as bot.example.com, separated by commas, "
+                         "without *, port or http://; other letters than a to z as xn--")
+    return found
+
+
 def _level(text: str) -> str:
     if text not in LEVELS:
         raise ValueError("must be one of " + " ".join(LEVELS))
@@ -1089,6 +1101,9 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("flavor", "qq", _choice("qq", "weixin"), "both", "qq or weixin", caller=False),
     Setting("token", "", _text, "both", "what callers must know; also $OPENQQ_TOKEN",
             caller=False, secret=True),
+    Setting("allowed_hosts", [], _hosts, "both",
+            "without a token: public names of a server on this machine, served by https, that "
+            "passes calls on and asks who is there", caller=False),
     Setting("public_url", "", _url, "both",
             "how a phone reaches this server: http://127.0.0.1:PORT", caller=False),
     Setting("max_connections", 2048, _whole, "both", "connections at once", caller=False,
@@ -2199,10 +2214,14 @@ class Ledger:
 # 7. HTTP in
 # ------------------------------------------------------------------------------------------------
 
-REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[\x21-\x7e\x80-\xff]*) HTTP/1\.([01])")
+REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ((?:(?i:https?)://|/)[\x21-\x7e\x80-\xff]*|\*)"
+                          rb" HTTP/1\.([01])")
+ABSOLUTE = re.compile(rb"[A-Za-z]+://([^/?]*)(.*)")
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")
 FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e]*)?")
+CHUNK_LINE = re.compile(  # RFC 9112 7.1.1: an extension has a name, and may have a value
+    rb"""([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?:[ \t]*=[ \t]*(?:"""
+    rb"""[!#$%&'*+\-.^_`|~0-9A-Za-z]+|"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"))?)*""")
 LENGTH = re.compile(r"[0-9]{1,15}")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::([0-9]{1,5}))?")
 CHARSET = re.compile(r"""(?i);\s*charset=["']?([\w.-]+)""")
@@ -2216,7 +2235,9 @@ REASONS = {100: "Continue", 200: "OK", 400: "Bad Request", 403: "Forbidden", 404
            500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
            503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
            507: "Insufficient Storage"}
-FORWARDED = frozenset(("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via"))
+FORWARDED = frozenset(("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto",
+                       "x-real-ip", "via"))
+FORWARDED_PROTO = re.compile(r'\bproto\s*=\s*"?([^;,"]*)', re.IGNORECASE)  # RFC 7239
 # What a request for a picture carries, wherever its address leads: no server of this program
 # answers it, but with pictures. Callers on this machine are trusted; who gave the address is none.
 MEDIA_MARK = "x-openqq-media"
@@ -2367,8 +2388,11 @@ class Stream:
             if self.exactly(2) != b"\r\n":
                 raise BadRequest(400, "chunk longer than its size")
         for _ in range(FIELD_LIMIT):
-            if not self.line():
+            line = self.line()
+            if not line:
                 return
+            if not FIELD.fullmatch(line):
+                raise BadRequest(400, "broken trailer field")  # to others a request, maybe
         raise BadRequest(431, "trailer too long")
 
 
@@ -2644,18 +2668,25 @@ http_date = Dates()
 
 
 class Gate:
-    """Who may call (DESIGN): one decision, made for each request before anything is done for it."""
+    """Who may call (DESIGN): one decision, made for each request before anything is done for it.
 
-    def __init__(self, token: str = "") -> None:
+    Without a token that is who calls from this machine, and what a server here passes on that is
+    known by one of `hosts` (allowed_hosts): the name is what a page of another site cannot have.
+    """
+
+    def __init__(self, token: str = "", hosts: Iterable[str] = ()) -> None:
         self._token = token.encode()
+        self._hosts = frozenset(hosts)
 
     def check(self, request: Request) -> None:
         """AuthFailure unless this caller may."""
         if self._token:
             if not self._knows_token(request):
                 raise AuthFailure()
-        elif not self._is_local(request) or is_cross_site(request.fields):
-            raise AuthFailure()
+            return
+        reason = self._objection(request.peer, request.fields)
+        if reason:
+            raise AuthFailure(reason=reason)
 
     def _knows_token(self, request: Request) -> bool:
         scheme, _, given = request.fields.get("authorization", "").partition(" ")
@@ -2667,10 +2698,47 @@ class Gate:
             pass  # what cannot be read holds no token
         return any([same_bytes(offer, self._token) for offer in offers])
 
-    def _is_local(self, request: Request) -> bool:
-        found = HOST.fullmatch(request.fields.get("host", ""))
-        return (is_loopback(request.peer) and found is not None and is_loopback(found.group(1))
-                and FORWARDED.isdisjoint(request.fields))
+    def _objection(self, peer: str, fields: Fields) -> str:
+        """The rule that speaks against a call, and what would help; empty if none does."""
+        if not is_loopback(peer):
+            return f"it comes from another machine, {peer}: set token, and let the caller give it"
+        host = fields.get("host")
+        if host is None:
+            return "it has no Host: let the caller give one, or set token and let it give that"
+        name = host_name(host)
+        if not (is_own_host(name) or name in self._hosts):
+            return (f"its Host, {name[:100]}, is no name of this machine: set token; or "
+                    "allowed_hosts, if it is your own server's, which asks who is there")
+        if not FORWARDED.isdisjoint(fields):
+            host = fields.get("x-forwarded-host", "")
+            reason = self._objection_to_proxy(host, fields)
+            if reason:
+                return reason
+        if is_cross_site(fields, host):
+            page = fields.get("origin", fields.get("sec-fetch-site", ""))
+            return (f"a page of another site made it ({page[:100]!a}): "
+                    "set token, and let the page give it")
+        return ""
+
+    def _objection_to_proxy(self, host: str, fields: Fields) -> str:
+        if host_name(host) not in self._hosts:
+            given = f"its X-Forwarded-Host is {host[:100]!a}" if host else "no X-Forwarded-Host"
+            return (f"it came through a proxy ({', '.join(sorted(FORWARDED & fields.keys()))}), "
+                    f"{given}: set token; or allowed_hosts to the one name that the proxy is "
+                    "called by and passes on as X-Forwarded-Host")
+        protocols = FORWARDED_PROTO.findall(fields.get("forwarded", ""))
+        if "x-forwarded-proto" in fields:
+            protocols += fields["x-forwarded-proto"].split(",")
+        if any([protocol.strip().lower() != "https" for protocol in protocols]):
+            return ("it came to the proxy by plain http, where browsers do not say which site "
+                    f"asks: let {host_name(host)} be served by https only, or set token")
+        return ""
+
+
+def host_name(host: str) -> str:
+    """The name or address in a Host field or an authority, in small letters; "" if broken."""
+    found = HOST.fullmatch(host)
+    return found.group(1).lower() if found and int(found.group(2) or 0) < 65_536 else ""
 
 
 def bearer(token: str) -> str:
@@ -2689,20 +2757,41 @@ def signature(secret: str, body: bytes) -> str:
     return "sha1=" + hmac.new(secret.encode(), body, "sha1").hexdigest()
 
 
-def is_cross_site(fields: Fields) -> bool:
-    """Whether a browser says that a page of another site made this request."""
+def is_cross_site(fields: Fields, host: str) -> bool:
+    """Whether a browser says that a page of another site than this host made the request."""
     if fields.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         return True
     origin = fields.get("origin")
-    return origin is not None and origin.partition("://")[2].lower() != fields["host"].lower()
+    if origin is None:
+        return False
+    scheme, _, place = origin.lower().partition("://")
+    port = {"http": ":80", "https": ":443"}.get(scheme, "")  # which an origin leaves out
+    return place not in (host.lower(), re.sub(port + r"\Z", "", host.lower()))
+
+
+@functools.lru_cache(maxsize=256)
+def is_own_host(name: str) -> bool:
+    """Whether a Host, in small letters and without port, can only mean this machine.
+
+    `127.1` counts, as the documents' own examples call it. No other spelling does: to 0.0.0.0,
+    [::], [::ffff:7f00:1] and the like browsers send no Sec-Fetch fields, so that pages of other
+    sites could not be told (measured with Chromium and Firefox).
+    """
+    if name == "[::1]" or re.fullmatch(r"(.+\.)?localhost\.?", name):
+        return True
+    if not re.fullmatch(r"127(\.(0|[1-9][0-9]{0,7})){1,3}", name):  # a 0 before is octal
+        return False
+    try:
+        return len(socket.inet_aton(name)) == 4
+    except OSError:
+        return False  # a number too large
 
 
 @functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
-    """Whether a name or address, in brackets or not, can only mean this machine.
+    """Whether a peer or a URL's host, in brackets or not, can only be this machine.
 
-    `127.1` counts, as the documents' own examples call it; 0.0.0.0 does not, since browsers send
-    no Sec-Fetch fields to it.
+    Not for a Host field: see is_own_host().
     """
     host = host.lower().strip("[]").rstrip(".")
     if host == "localhost" or host.endswith(".localhost"):
@@ -2854,6 +2943,8 @@ class App:
                        [*routes, Route("/metrics", READ, self.metrics.show)]}
         self.fallback = fallback
         self._counted = {*self.routes, *known}
+        self._lock = threading.Lock()    # guards _refused
+        self._refused: Set[str] = set()  # reasons that were logged
 
     def label(self, path: str) -> str:
         """The path under which a request is counted."""
@@ -2866,12 +2957,23 @@ class App:
         except Hangup:
             raise
         except OpenQQError as error:
+            if isinstance(error, AuthFailure):
+                self._tell(error.extra.get("reason"))
             if MEDIA_MARK in request.fields:
                 error = BadRequest(400, error.status)  # an answer of 200 would be a picture
             return error_response(error)
         except Exception:
             self.log.failure(f"{request.method} {request.path}")
             return error_response(BadRequest(500, "a fault of this program; its log says more"))
+
+    def _tell(self, reason: Optional[str]) -> None:
+        """Log why somebody was refused: once, and so many reasons, since callers make them up."""
+        with self._lock:
+            if not reason or reason in self._refused or len(self._refused) >= REASON_LIMIT:
+                return
+            self._refused.add(reason)
+            more = "" if len(self._refused) < REASON_LIMIT else "; other reasons are not logged"
+        self.log.warn(f"a call was refused: {reason}{more}")
 
     def _answer(self, request: Request) -> Response:
         route = self.routes.get(request.path)
@@ -3004,14 +3106,30 @@ class Connection(BaseHTTPRequestHandler):
             raise self._line_error(line)
         method, target, minor = found.groups()
         fields = HEADS.parse(block)
-        if not HOST.fullmatch(fields.get("host", "")):
+        # Only HTTP/1.1 must have a Host (RFC 9112 3.2); health checks by HTTP/1.0 leave it out.
+        if ("host" in fields or minor == b"1") and not host_name(fields.get("host", "")):
             raise BadRequest(400, "no host field, or a broken one")
+        if target[:1] != b"/":
+            target, fields = self._absolute(method, target, fields)
         body = self._read_body(fields, minor)
         wish = fields.get("connection", "").lower()
         keep = "close" not in wish and (minor == b"1" or "keep-alive" in wish)
         return Request(method.decode(), target.decode("utf-8", "surrogateescape"), fields, body,
                        self.client_address[0], self.connection, minor == b"0",
                        self._wait), keep
+
+    def _absolute(self, method: bytes, target: bytes, fields: Fields) -> Tuple[bytes, Fields]:
+        """A whole URL as path and fields; its authority counts, whatever Host says (3.2.2)."""
+        if target == b"*":
+            if method != b"OPTIONS":
+                raise BadRequest(400, "only OPTIONS takes *")
+            return target, fields
+        found = ABSOLUTE.fullmatch(target)
+        host = found.group(1).decode("latin-1") if found else ""
+        if not found or not host_name(host):
+            raise BadRequest(400, "broken host in the request line")
+        path = found.group(2)
+        return path if path[:1] == b"/" else b"/" + path, {**fields, "host": host}
 
     def _read_head(self) -> bytes:
         """The next head; the wait for its first byte and the time for the rest are two things."""
@@ -5341,7 +5459,7 @@ signature | somebody's own words
 """
 
 SHAPES = """
-answer | code! status!
+answer | code! status! reason
 child | account client code! pid port status!
 stopped | account client code! pid port runtime starttime status!
 states | client:state* code! status
@@ -11451,7 +11569,10 @@ class Webhook:
             return
         if self._secret and not self._client.settings.token:
             raise AuthFailure()
-        self._gate.check(request)
+        try:
+            self._gate.check(request)
+        except AuthFailure:
+            raise AuthFailure() from None  # what helps other callers is no advice for a bridge
 
 
 def _watch_client(client: Client, reporter: Optional[Reporter], metrics: Metrics) -> None:
@@ -11465,7 +11586,7 @@ def _watch_client(client: Client, reporter: Optional[Reporter], metrics: Metrics
 
 def _serve_api(client: Client, api: Api, reporter: Optional[Reporter], settings: Settings,
                addresses: List[Row]) -> None:
-    gate, pages = Gate(settings.token), client.local_pages()
+    gate, pages = Gate(settings.token, settings.allowed_hosts), client.local_pages()
     config = dashboard_config(client.flavour, settings, client.account)
     index, own = (client_page, []) if client.parent else (lambda client: dashboard(config), [
         Route(prefix + "check_client", READ, api.check_client)
@@ -11499,6 +11620,9 @@ def gate_hint(settings: Settings) -> str:
     """Who is served, and how to change that: the first thing that an operator must know."""
     if settings.token:
         return "callers need the token"
+    if settings.allowed_hosts:
+        return (f"only this machine is served, with what a server on it passes on that is called "
+                f"{' or '.join(settings.allowed_hosts)}: by https, and it must ask who is there")
     return ("only callers on this machine are served, others get 403; "
             "to serve them as well, start with --token SECRET")
 
@@ -11672,6 +11796,7 @@ class Launcher:
         flavour, settings = self._flavour, self._settings
         given = {"log_level": settings.log_level, "tmpdir": settings.tmpdir,
                  "log_encoding": settings.log_encoding, "public_url": settings.public_url,
+                 "allowed_hosts": ",".join(settings.allowed_hosts),
                  "disable_color": str(int(settings.disable_color)),
                  "http_debug": str(int(settings.http_debug)),
                  "http_max_message_size": str(settings.http_max_message_size),
@@ -12376,7 +12501,7 @@ class Controller:
         self.loop = Loop(self.log)
         self.pid = PidFile(settings.pid_path)
         self._servers: List[Server] = []
-        self.gate = Gate(settings.token)
+        self.gate = Gate(settings.token, settings.allowed_hosts)
         self._dirty = False
         self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
         self._reporter: Optional[Reporter] = None
