@@ -3367,8 +3367,9 @@ def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
 # 8. HTTP out
 # ------------------------------------------------------------------------------------------------
 
-IDLE_LINES = 64                  # kept connections per host
-LINE_SECONDS = 50.0              # how long; servers of this program end them after 60
+IDLE_LINES = 64                  # kept connections per host,
+ALL_LINES = 256                  # and in all: each takes a descriptor here and one there
+LINE_SECONDS = 5.0               # how long; whoever ends a connection later finds it closed here
 CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 1.0           # before a proxied call watches its caller as well
 # Where a cloud tells a machine its secrets; link-local addresses besides (DESIGN).
@@ -3504,13 +3505,18 @@ class Line:
 
 
 class Pool:
-    """Connections that wait for the next request to the same server, the last used first."""
+    """Connections that wait for the next request to the same server, the last used first.
+
+    What nobody takes within LINE_SECONDS is closed by a thread that is there only while there is
+    something to close: else a server's end would leave its sockets half closed for ever.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lock = threading.Lock()  # guards _idle, _swept
+        self._lock = threading.Lock()  # guards _idle, _size, _sweeping
         self._idle: Dict[Tuple[Any, ...], List[Line]] = {}
+        self._size = 0
+        self._sweeping = False
         self._clock = clock
-        self._swept = clock()
 
     def take(self, key: Tuple[Any, ...], unseen: bool = False) -> Optional[Line]:
         """A connection that still seems alive, or None; `unseen` skips the look at it."""
@@ -3518,6 +3524,7 @@ class Pool:
             with self._lock:
                 lines = self._idle.get(key)
                 line = lines.pop() if lines else None
+                self._size -= line is not None
             if line is None:
                 return None
             if self._clock() - line.since < LINE_SECONDS and (
@@ -3528,25 +3535,53 @@ class Pool:
     def give(self, line: Line) -> None:
         """Take back a connection whose answer was read to its end."""
         line.since = self._clock()
+        old: List[Line] = []
         with self._lock:
             lines = self._idle.setdefault(line.key, [])
             lines.append(line)
-            old = lines[:1] if (len(lines) > IDLE_LINES
-                                or line.since - lines[0].since > LINE_SECONDS) else []
-            del lines[:len(old)]
-            if line.since - self._swept > LINE_SECONDS:
-                old += self._sweep(line.since)
+            self._size += 1
+            if len(lines) > IDLE_LINES:
+                old = [lines.pop(0)]
+                self._size -= 1
+            elif self._size > ALL_LINES:
+                old = self._take_out(min((line.since for line in self._all())))
+            start, self._sweeping = not self._sweeping, True
         for stale in old:
             stale.close()
+        if start:
+            spawn(self._sweep, name="pool")
 
-    def _sweep(self, now: float) -> List[Line]:
-        """Take out what is too old, also of servers that nobody calls any more."""
-        self._swept = now
-        old = [line for lines in self._idle.values() for line in lines
-               if now - line.since > LINE_SECONDS]
+    def drop(self, host: str) -> None:
+        """Close all that lead to a server, `host:port`, which has ended."""
+        with self._lock:
+            gone = [line for line in self._all() if line.key[1] == host]
+            self._idle = {key: lines for key, lines in self._idle.items() if key[1] != host}
+            self._size -= len(gone)
+        for line in gone:
+            line.close()
+
+    def _all(self) -> List[Line]:
+        return [line for lines in self._idle.values() for line in lines]
+
+    def _take_out(self, until: float) -> List[Line]:
+        """Those that wait since then or longer; with the lock."""
+        old = [line for line in self._all() if line.since <= until]
         self._idle = {key: kept for key, lines in self._idle.items()
-                      for kept in [[line for line in lines if line not in old]] if kept}
+                      for kept in [[line for line in lines if line.since > until]] if kept}
+        self._size -= len(old)
         return old
+
+    def _sweep(self) -> None:
+        while True:
+            time.sleep(LINE_SECONDS / 2)
+            with self._lock:
+                old = self._take_out(self._clock() - LINE_SECONDS)
+                self._sweeping = bool(self._idle)
+                more = self._sweeping
+            for line in old:
+                line.close()
+            if not more:
+                return
 
 
 class Reply:
@@ -11946,6 +11981,7 @@ class Supervisor:
         self._enter(child, "stop")
         self._loop.watch(child.listener, lambda: hang_up_waiting(child.listener))
         child.unserved = True
+        TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
         self._watch_waiting(child)
         self._gone(child.name)
         if child.timer:

@@ -2559,6 +2559,27 @@ def test_a_caller_who_leaves_frees_the_clients_waiter(pair):
         assert "after" in [event["content"] for event in pair.call("check_event", client="alice")]
 
 
+def connections_to(port):
+    """How many sockets of this machine lead to a port, open or left by the other side."""
+    with open("/proc/net/tcp") as file:
+        rows = [line.split()[2:4] for line in file]
+    return sum(far.endswith(":%04X" % port) and state in ("01", "08") for far, state in rows)
+
+
+def test_connections_to_clients_end_with_the_client_and_when_nobody_needs_them(start):
+    controller = start("controller", "--restart", "never")
+    ports = [controller.login(name)["port"] for name in ("alice", "bob")]
+    for name in "alice", "bob":
+        controller.call("send_friend_message", client=name, name="小冰", content="there is one")
+        at_once(60, lambda number: [controller.call("check_event", client=name, since=0)
+                                    for _ in range(8)])
+    assert all(0 < connections_to(port) <= openqq.IDLE_LINES + 8 for port in ports)
+    os.kill(controller.state("alice")["pid"], signal.SIGKILL)
+    controller.log.wait("alice died")
+    assert eventually(lambda: connections_to(ports[0]) == 0)
+    assert eventually(lambda: connections_to(ports[1]) <= 1)  # its own life line is none of these
+
+
 def test_a_dead_client_is_a_502(start):
     controller = start("controller", "--restart", "never")
     pid = controller.login("alice")["pid"]
