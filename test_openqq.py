@@ -3809,7 +3809,7 @@ def test_lists_are_shown_though_the_host_does_not_say_who_is_there(alone):
                             False, "online", openqq.Log())
     client = type("Client", (), {"link": link, "log": openqq.Log(), "flavour": openqq.QQ,
                                  "roster": openqq.Roster(openqq.QQ.fields)})()
-    client.roster.load({"friend": [{"uid": "1", "name": "x", "state": "online"}]}, ["friend"])
+    client.roster.load({"friend": [{"uid": "1", "name": "x", "state": "online"}]}, ["friend"], 0)
     api = openqq.ReadApi(client, None, False)
     assert [row["state"] for row in api.get_friend_info(None)] == ["online"]
 
