@@ -3573,7 +3573,7 @@ class Pool:
 
     def _sweep(self) -> None:
         while True:
-            time.sleep(LINE_SECONDS / 2)
+            time.sleep(LINE_SECONDS / 2)  # nothing tells of an age but the clock
             with self._lock:
                 old = self._take_out(self._clock() - LINE_SECONDS)
                 self._sweeping = bool(self._idle)
@@ -7815,7 +7815,7 @@ class RemoteHost:
     """LocalNetwork.call, in another process, for one account."""
 
     # pull: longer than one may wait; presence: a list is not worth more; 30 for all others
-    SECONDS = {"pull": 330.0, "presence": 2.0}
+    SECONDS = {"pull": 330.0, "presence": LOOKUP_SECONDS}
 
     def __init__(self, url: str, key: str, fetch: Callable[..., Reply] = fetch) -> None:
         self._url, self._fetch = url + "/local/link", fetch
