@@ -3777,22 +3777,22 @@ def test_lists_show_who_is_there_as_accounts_come_and_go_and_no_event_does(start
                      update_interval="1")
     alice = Face(controller, "alice", receiver, True)
     controller.login("bob")
-    assert shown_states(alice, "bob") == "online"
-    assert shown_states(alice, "小冰") == "online"
+    assert eventually(lambda: shown_states(alice, "bob") == "online")
+    assert eventually(lambda: shown_states(alice, "小冰") == "online")
     controller.call("stop_client", client="bob")
-    assert shown_states(alice, "bob") == "offline"
+    assert eventually(lambda: shown_states(alice, "bob") == "offline")
     assert alice.call("search_friend", name="bob", state="online")["code"] == 100
     for mode, shown in ("away", "away"), ("hidden", "offline"), ("busy", "busy"):
         controller.call("start_client", client="bob", mode=mode)
         assert controller.call("/local/login", client="bob")["code"] == 0
-        assert shown_states(alice, "bob") == shown
+        assert eventually(lambda: shown_states(alice, "bob") == shown)
         assert controller.call("get_user_info", client="bob")["state"] == mode
         if mode == "busy":
             os.kill(controller.state("bob")["pid"], signal.SIGKILL)
             assert eventually(lambda: controller.state("bob")["restarts"] == 1)
             assert eventually(lambda: shown_states(alice, "bob") == "busy")
         controller.call("stop_client", client="bob")
-        assert shown_states(alice, "bob") == "offline"
+        assert eventually(lambda: shown_states(alice, "bob") == "offline")
     alice.event("update_friend")
     alice.event("update_friend")  # a refresh comes after all of that, and tells nothing of it
     changes = [event for _, _, _, event in receiver.posts
