@@ -3012,7 +3012,7 @@ def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
 # ------------------------------------------------------------------------------------------------
 
 IDLE_LINES = 64                  # kept connections per host
-LINE_SECONDS = 50.0              # how long; servers of this program end them after 60
+LINE_SECONDS = 5.0               # how long; a new one on this machine costs 0.1 ms
 CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 1.0           # before a proxied call watches its caller as well
 # Where a cloud tells a machine its secrets; link-local addresses besides (DESIGN).
@@ -3137,49 +3137,80 @@ class Line:
 
 
 class Pool:
-    """Connections that wait for the next request to the same server, the last used first."""
+    """Connections that wait for the next request to the same server, the last used first.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lock = threading.Lock()  # guards _idle, _swept
+    None waits longer than LINE_SECONDS: else each server that went away would leave its sockets
+    here, in CLOSE-WAIT. The thread that sees to that ends with the last of them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below
         self._idle: Dict[Tuple[Any, ...], List[Line]] = {}
-        self._clock = clock
-        self._swept = clock()
+        self._ages: Dict[Line, None] = {}  # all of them, the oldest first
+        self._most = 0
+        self._sweeping = False
 
     def take(self, key: Tuple[Any, ...], unseen: bool = False) -> Optional[Line]:
         """A connection that still seems alive, or None; `unseen` skips the look at it."""
         while True:
             with self._lock:
                 lines = self._idle.get(key)
-                line = lines.pop() if lines else None
+                line = self._remove(lines[-1]) if lines else None
             if line is None:
                 return None
-            if self._clock() - line.since < LINE_SECONDS and (
+            if time.monotonic() - line.since < LINE_SECONDS and (
                     unseen or not has_ended(line.stream.sock)):
                 return line
             line.close()
 
     def give(self, line: Line) -> None:
         """Take back a connection whose answer was read to its end."""
-        line.since = self._clock()
+        line.since = time.monotonic()
         with self._lock:
             lines = self._idle.setdefault(line.key, [])
             lines.append(line)
-            old = lines[:1] if (len(lines) > IDLE_LINES
-                                or line.since - lines[0].since > LINE_SECONDS) else []
-            del lines[:len(old)]
-            if line.since - self._swept > LINE_SECONDS:
-                old += self._sweep(line.since)
-        for stale in old:
-            stale.close()
+            self._ages[line] = None
+            # A sixth of the connections that there may be: what callers cause has its own room.
+            self._most = self._most or max(1, room_for_connections() // 6)
+            oldest = (lines[0] if len(lines) > IDLE_LINES
+                      else next(iter(self._ages)) if len(self._ages) > self._most else None)
+            if oldest:
+                self._remove(oldest)
+            begin, self._sweeping = not self._sweeping, True
+        if oldest:
+            oldest.close()
+        if begin:
+            try:
+                spawn(self._sweep, name="sweeper")
+            except RuntimeError:  # no thread is to be had: the next one given tries again
+                self._sweeping = False
 
-    def _sweep(self, now: float) -> List[Line]:
-        """Take out what is too old, also of servers that nobody calls any more."""
-        self._swept = now
-        old = [line for lines in self._idle.values() for line in lines
-               if now - line.since > LINE_SECONDS]
-        self._idle = {key: kept for key, lines in self._idle.items()
-                      for kept in [[line for line in lines if line not in old]] if kept}
-        return old
+    def drop(self, host: str) -> None:
+        """Hang up on a server that has ended."""
+        with self._lock:
+            gone = [self._remove(line) for line in list(self._ages) if line.key[1] == host]
+        for line in gone:
+            line.close()
+
+    def _remove(self, line: Line) -> Line:
+        lines = self._idle[line.key]
+        lines.remove(line)
+        if not lines:
+            del self._idle[line.key]
+        del self._ages[line]
+        return line
+
+    def _sweep(self) -> None:
+        wait = LINE_SECONDS
+        while wait:
+            time.sleep(wait)
+            with self._lock:
+                due = time.monotonic() - LINE_SECONDS
+                old = [self._remove(line) for line in list(self._ages) if line.since <= due]
+                wait = max(0.001, next(iter(self._ages)).since - due) if self._ages else 0.0
+                self._sweeping = wait > 0.0
+            for line in old:
+                line.close()
 
 
 class Reply:
@@ -10670,6 +10701,7 @@ class Supervisor:
         child.life = None
         status = self._reap(child.process)
         child.process = None
+        TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
         self._enter(child, "stop")
         self._loop.watch(child.listener, lambda: hang_up_waiting(child.listener))
         child.unserved = True
