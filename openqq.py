@@ -3185,12 +3185,14 @@ class Pool:
             except RuntimeError:  # no thread is to be had: the next one given tries again
                 self._sweeping = False
 
-    def drop(self, host: str) -> None:
-        """Hang up on a server that has ended."""
+    def drop(self, host: str = "") -> bool:
+        """Hang up on a server that has ended, or on all; whether there was anything to close."""
         with self._lock:
-            gone = [self._remove(line) for line in list(self._ages) if line.key[1] == host]
+            gone = [self._remove(line) for line in list(self._ages)
+                    if not host or line.key[1] == host]
         for line in gone:
             line.close()
+        return bool(gone)
 
     def _remove(self, line: Line) -> Line:
         lines = self._idle[line.key]
@@ -3420,7 +3422,12 @@ class Transport(urllib.request.BaseHandler):
     def _connect(self, call: Call, key: Tuple[Any, ...]) -> Line:
         until = time.monotonic() + min(CONNECT_SECONDS, call.seconds)
         try:
-            sock = self._open(call, until)
+            try:
+                sock = self._open(call, until)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self.pool.drop():
+                    raise
+                sock = self._open(call, until)  # what merely waits must not cost a call
             if call.type == "https":
                 sock = self._secure(sock, call, until)
             return Line(sock, key)
