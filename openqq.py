@@ -11629,6 +11629,12 @@ def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
     return given
 
 
+# For glibc: one heap instead of one for each thread, and large buffers outside of it, so that
+# they go back to the system; else what a burst of callers needed is kept for good.
+FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
+          "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
 def rename_process(whose: str, given: Dict[str, str]) -> None:
     """Begin once more under the name that ps is to show, with the secrets off the command line.
 
@@ -11646,7 +11652,7 @@ def rename_process(whose: str, given: Dict[str, str]) -> None:
     name = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
     hidden = {setting: value for setting, value in given.items() if SETTINGS[setting].secret}
     flags = [f"--{setting}={value}" for setting, value in given.items() if setting not in hidden]
-    environment = {**os.environ, "OPENQQ_PYTHON": sys.executable,
+    environment = {**FRUGAL, **os.environ, "OPENQQ_PYTHON": sys.executable,
                    **{flavour.environ + setting.upper(): value
                       for setting, value in hidden.items()}}
     if "token" in hidden:

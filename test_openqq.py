@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import base64
+import concurrent.futures
+import contextlib
 import functools
 import gc
 import hashlib
@@ -9566,6 +9568,40 @@ def test_only_the_bridge_posts_events(harried, tmp_path):
             assert answer[0] == status, (given, fields, answer)
             if status == 200:
                 program.receiver.message(f"post {number}")
+
+
+def read_and_leave(port, readers):
+    """So many who open the stream of all events and leave, fifty at a time."""
+    for _ in range(readers // 50):
+        with contextlib.ExitStack() as crowd:
+            socks = [crowd.enter_context(socket.create_connection(("127.0.0.1", port), WAIT))
+                     for _ in range(50)]
+            for sock in socks:
+                sock.sendall(asking(line=b"GET /openqq/events?since=0 HTTP/1.1\r\n"))
+            assert {sock.recv(12) for sock in socks} == {b"HTTP/1.1 200"}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_the_controllers_memory_stays_small_after_many_starts_and_readers(start):
+    """Behind the typed command, whose environment tells glibc not to keep what it needed once."""
+    controller = start("controller", typed=True)
+
+    def churn(number):
+        for turn in range(much(2, 347)):
+            name = f"churn{number}x{turn}"
+            assert controller.call("start_client", client=name, login_type="login",
+                                   pwd="x")["code"] == 0
+            assert eventually(lambda: controller.state(name)["state"] == "running")
+            assert controller.call("delete_client", client=name)["code"] == 0
+
+    with concurrent.futures.ThreadPoolExecutor(8) as crowd:
+        list(crowd.map(churn, range(8)))
+    read_and_leave(controller.port, much(500, 19_000))
+    assert eventually(lambda: proc(controller.pid, "status", r"^VmRSS:\s+(\d+)") < 80 * 1024)
+    with open(f"/proc/{controller.pid}/environ", "rb") as file:
+        environment = file.read().split(b"\0")
+    assert {b"MALLOC_ARENA_MAX=1", b"MALLOC_MMAP_THRESHOLD_=65536",
+            b"MALLOC_TRIM_THRESHOLD_=131072"} <= set(environment)
 
 
 @pytest.mark.skipif(not SOAK, reason="takes long: OPENQQ_SOAK=1")
