@@ -6223,6 +6223,11 @@ class Outboxes:
         self._pulls[account] = Promise()
         return self._pulls[account]
 
+    def leave(self, account: str, promise: Promise) -> None:
+        """Nobody waits for a promise of wait() any more."""
+        if self._pulls.get(account) is promise:
+            del self._pulls[account]
+
     def forget_notes(self, account: str) -> None:
         """At a new beginning: what was said about the last login."""
         self._notes.pop(account, None)
@@ -6663,6 +6668,9 @@ class LocalNetwork:
             woken = wait(promise, 300.0)
         except TimeoutError:
             woken = True
+        except Hangup:  # which the promise holds, and with it all of the call
+            self.loop.call(self.outboxes.leave, account, promise)
+            raise
         return list(self.loop.ask(self._take, account)) if woken else []
 
     def _take_or_wait(self, account: str, mark: str) -> Tuple[List[Row], Optional[Promise]]:

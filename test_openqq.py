@@ -3764,6 +3764,16 @@ def network(tmp_path):
     made.stop()
 
 
+def test_a_client_that_died_while_it_waited_for_news_is_not_kept_in_memory(network):
+    def gone(promise, seconds):
+        raise openqq.Hangup()
+
+    for number in range(3):
+        with pytest.raises(openqq.Hangup):
+            network.call(f"client{number}", "pull", {"mark": ""}, gone)
+    assert network.loop.ask(lambda: network.outboxes._pulls) == {}
+
+
 @pytest.fixture
 def enter(network):
     """enter(account) logs it in by a code: its row of the login."""
@@ -9588,7 +9598,7 @@ def test_the_controllers_memory_stays_small_after_many_starts_and_readers(start)
 
     def churn(number):
         for turn in range(much(2, 347)):
-            name = f"churn{number}x{turn}"
+            name = f"churn{number}x{turn % 4}"
             assert controller.call("start_client", client=name, login_type="login",
                                    pwd="x")["code"] == 0
             assert eventually(lambda: controller.state(name)["state"] == "running")
