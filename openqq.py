@@ -3367,9 +3367,8 @@ def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
 # 8. HTTP out
 # ------------------------------------------------------------------------------------------------
 
-IDLE_LINES = 64                  # kept connections per host,
-ALL_LINES = 256                  # and in all: each takes a descriptor here and one there
-LINE_SECONDS = 5.0               # how long; whoever ends a connection later finds it closed here
+IDLE_LINES = 64                  # kept connections per host
+LINE_SECONDS = 5.0               # how long; a new one on this machine costs 0.1 ms
 CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 1.0           # before a proxied call watches its caller as well
 # Where a cloud tells a machine its secrets; link-local addresses besides (DESIGN).
@@ -3507,81 +3506,80 @@ class Line:
 class Pool:
     """Connections that wait for the next request to the same server, the last used first.
 
-    What nobody takes within LINE_SECONDS is closed by a thread that is there only while there is
-    something to close: else a server's end would leave its sockets half closed for ever.
+    None waits longer than LINE_SECONDS: else each server that went away would leave its sockets
+    here, in CLOSE-WAIT. The thread that sees to that ends with the last of them.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lock = threading.Lock()  # guards _idle, _size, _sweeping
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below
         self._idle: Dict[Tuple[Any, ...], List[Line]] = {}
-        self._size = 0
+        self._ages: Dict[Line, None] = {}  # all of them, the oldest first
+        self._most = 0
         self._sweeping = False
-        self._clock = clock
 
     def take(self, key: Tuple[Any, ...], unseen: bool = False) -> Optional[Line]:
         """A connection that still seems alive, or None; `unseen` skips the look at it."""
         while True:
             with self._lock:
                 lines = self._idle.get(key)
-                line = lines.pop() if lines else None
-                self._size -= line is not None
+                line = self._remove(lines[-1]) if lines else None
             if line is None:
                 return None
-            if self._clock() - line.since < LINE_SECONDS and (
+            if time.monotonic() - line.since < LINE_SECONDS and (
                     unseen or not has_ended(line.stream.sock)):
                 return line
             line.close()
 
     def give(self, line: Line) -> None:
         """Take back a connection whose answer was read to its end."""
-        line.since = self._clock()
-        old: List[Line] = []
+        line.since = time.monotonic()
         with self._lock:
             lines = self._idle.setdefault(line.key, [])
             lines.append(line)
-            self._size += 1
-            if len(lines) > IDLE_LINES:
-                old = [lines.pop(0)]
-                self._size -= 1
-            elif self._size > ALL_LINES:
-                old = self._take_out(min((line.since for line in self._all())))
-            start, self._sweeping = not self._sweeping, True
-        for stale in old:
-            stale.close()
-        if start:
-            spawn(self._sweep, name="pool")
+            self._ages[line] = None
+            # A sixth of the connections that there may be: what callers cause has its own room.
+            self._most = self._most or max(1, room_for_connections() // 6)
+            oldest = (lines[0] if len(lines) > IDLE_LINES
+                      else next(iter(self._ages)) if len(self._ages) > self._most else None)
+            if oldest:
+                self._remove(oldest)
+            begin, self._sweeping = not self._sweeping, True
+        if oldest:
+            oldest.close()
+        if begin:
+            try:
+                spawn(self._sweep, name="sweeper")
+            except RuntimeError:  # no thread is to be had: the next one given tries again
+                self._sweeping = False
 
-    def drop(self, host: str) -> None:
-        """Close all that lead to a server, `host:port`, which has ended."""
+    def drop(self, host: str = "") -> bool:
+        """Hang up on a server that has ended, or on all; whether there was anything to close."""
         with self._lock:
-            gone = [line for line in self._all() if line.key[1] == host]
-            self._idle = {key: lines for key, lines in self._idle.items() if key[1] != host}
-            self._size -= len(gone)
+            gone = [self._remove(line) for line in list(self._ages)
+                    if not host or line.key[1] == host]
         for line in gone:
             line.close()
+        return bool(gone)
 
-    def _all(self) -> List[Line]:
-        return [line for lines in self._idle.values() for line in lines]
-
-    def _take_out(self, until: float) -> List[Line]:
-        """Those that wait since then or longer; with the lock."""
-        old = [line for line in self._all() if line.since <= until]
-        self._idle = {key: kept for key, lines in self._idle.items()
-                      for kept in [[line for line in lines if line.since > until]] if kept}
-        self._size -= len(old)
-        return old
+    def _remove(self, line: Line) -> Line:
+        lines = self._idle[line.key]
+        lines.remove(line)
+        if not lines:
+            del self._idle[line.key]
+        del self._ages[line]
+        return line
 
     def _sweep(self) -> None:
-        while True:
-            time.sleep(LINE_SECONDS / 2)  # nothing tells of an age but the clock
+        wait = LINE_SECONDS
+        while wait:
+            time.sleep(wait)  # nothing tells of an age but the clock
             with self._lock:
-                old = self._take_out(self._clock() - LINE_SECONDS)
-                self._sweeping = bool(self._idle)
-                more = self._sweeping
+                due = time.monotonic() - LINE_SECONDS
+                old = [self._remove(line) for line in list(self._ages) if line.since <= due]
+                wait = max(0.001, next(iter(self._ages)).since - due) if self._ages else 0.0
+                self._sweeping = wait > 0.0
             for line in old:
                 line.close()
-            if not more:
-                return
 
 
 class Reply:
@@ -3791,7 +3789,12 @@ class Transport(urllib.request.BaseHandler):
     def _connect(self, call: Call, key: Tuple[Any, ...]) -> Line:
         until = time.monotonic() + min(CONNECT_SECONDS, call.seconds)
         try:
-            sock = self._open(call, until)
+            try:
+                sock = self._open(call, until)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self.pool.drop():
+                    raise
+                sock = self._open(call, until)  # what merely waits must not cost a call
             if call.type == "https":
                 sock = self._secure(sock, call, until)
             return Line(sock, key)
@@ -6697,6 +6700,11 @@ class Outboxes:
         self._pulls[account] = Promise()
         return self._pulls[account]
 
+    def leave(self, account: str, promise: Promise) -> None:
+        """Nobody waits for a promise of wait() any more."""
+        if self._pulls.get(account) is promise:
+            del self._pulls[account]
+
     def forget_notes(self, account: str) -> None:
         """At a new beginning: what was said about the last login."""
         self._notes.pop(account, None)
@@ -7143,6 +7151,9 @@ class LocalNetwork:
             woken = wait(promise, 300.0)
         except TimeoutError:
             woken = True
+        except Hangup:  # which the promise holds, and with it all of the call
+            self.loop.call(self.outboxes.leave, account, promise)
+            raise
         return list(self.loop.ask(self._take, account)) if woken else []
 
     def _take_or_wait(self, account: str, mark: str) -> Tuple[List[Row], Optional[Promise]]:
@@ -11978,10 +11989,10 @@ class Supervisor:
         child.life = None
         status = self._reap(child.process)
         child.process = None
+        TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
         self._enter(child, "stop")
         self._loop.watch(child.listener, lambda: hang_up_waiting(child.listener))
         child.unserved = True
-        TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
         self._watch_waiting(child)
         self._gone(child.name)
         if child.timer:
@@ -13097,6 +13108,12 @@ def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
     return tokens_apart(given)
 
 
+# For glibc: one heap instead of one for each thread, and large buffers outside of it, so that
+# they go back to the system; else what a burst of callers needed is kept for good.
+FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
+          "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
 def rename_process(whose: str, given: Dict[str, str]) -> None:
     """Begin once more under the name that ps is to show, with the secrets off the command line.
 
@@ -13115,7 +13132,7 @@ def rename_process(whose: str, given: Dict[str, str]) -> None:
     hidden = {setting: value for setting, value in given.items() if SETTINGS[setting].secret}
     flags = [f"--{setting}={value}" for setting, value in given.items() if setting not in hidden]
     environment: Dict[str, Any] = {
-        **os.environ, "OPENQQ_PYTHON": sys.executable,
+        **FRUGAL, **os.environ, "OPENQQ_PYTHON": sys.executable,
         **{flavour.environ + setting.upper(): utf8(value)[0] for setting, value in hidden.items()}}
     if "token" in hidden:
         environment["OPENQQ_TOKEN"] = utf8(hidden["token"])[0]

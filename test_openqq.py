@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import base64
+import concurrent.futures
+import contextlib
 import functools
 import gc
 import hashlib
@@ -37,6 +39,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -2535,11 +2538,14 @@ def test_the_controller_gives_a_clients_answers_byte_for_byte(pair):
             assert one[1] == two[1], path
 
 
-def connections(port, states=("01",)):
-    """How many connections a server on this machine has: 01 established, 08 left by the peer."""
+def connections(port, states=("01",), side=0):
+    """How many connections a server on this machine has: 01 established, 08 left by the peer.
+
+    Of its own sockets, or, with side=1, of those of its callers.
+    """
     with open("/proc/net/tcp") as file:
         rows = [line.split()[1:4] for line in file]
-    return sum(local.endswith(":%04X" % port) and state in states for local, _, state in rows)
+    return sum(row[side].endswith(":%04X" % port) and row[2] in states for row in rows)
 
 
 def test_a_caller_who_leaves_frees_the_clients_waiter(pair):
@@ -2559,25 +2565,89 @@ def test_a_caller_who_leaves_frees_the_clients_waiter(pair):
         assert "after" in [event["content"] for event in pair.call("check_event", client="alice")]
 
 
-def connections_to(port):
-    """How many sockets of this machine lead to a port, open or left by the other side."""
-    with open("/proc/net/tcp") as file:
-        rows = [line.split()[2:4] for line in file]
-    return sum(far.endswith(":%04X" % port) and state in ("01", "08") for far, state in rows)
+def wait_for_an_event(base, names, callers):
+    """The statuses of check_event when so many callers wait at each of some clients in turn."""
+    statuses, program = [], types.SimpleNamespace(call=functools.partial(call, base))
+
+    def ask(name):
+        statuses.append(request(base, f"/openqq/check_event?client={name}")[0])
+
+    for name in names:
+        port = call(base, "check_client", client=name)["client"][0]["port"]
+        heard(program, name)
+        asking = [threading.Thread(target=ask, args=(name,)) for _ in range(callers)]
+        for thread in asking:
+            thread.start()
+        eventually(lambda: connections(port) >= callers or len(statuses) % callers)
+        call(base, "send_friend_message", client=name, name="小冰", content="go")
+        for thread in asking:
+            thread.join()
+    return statuses
 
 
-def test_connections_to_clients_end_with_the_client_and_when_nobody_needs_them(start):
+def test_nothing_stays_open_to_clients_that_nobody_calls_any_more(start):
     controller = start("controller", "--restart", "never")
-    ports = [controller.login(name)["port"] for name in ("alice", "bob")]
-    for name in "alice", "bob":
-        controller.call("send_friend_message", client=name, name="小冰", content="there is one")
-        at_once(60, lambda number: [controller.call("check_event", client=name, since=0)
-                                    for _ in range(8)])
-    assert all(0 < connections_to(port) <= openqq.IDLE_LINES + 8 for port in ports)
-    os.kill(controller.state("alice")["pid"], signal.SIGKILL)
-    controller.log.wait("alice died")
-    assert eventually(lambda: connections_to(ports[0]) == 0)
-    assert eventually(lambda: connections_to(ports[1]) <= 1)  # its own life line is none of these
+    names = [f"client{number}" for number in range(4)]
+    pids = {name: controller.login(name)["pid"] for name in names}
+    ports = {name: controller.state(name)["port"] for name in names}
+    assert set(wait_for_an_event(controller.base, names, 100)) == {200}
+    assert connections(ports[names[-1]], side=1)
+
+    os.kill(pids[names[-1]], signal.SIGKILL)
+    assert eventually(lambda: controller.state(names[-1])["state"] == "stop")
+    assert not connections(ports[names[-1]], ("01", "08"), side=1)
+    controller.call("get_friend_info", client=names[0])
+    controller.call("stop_client", client=names[0])
+    assert not connections(ports[names[0]], ("01", "08"), side=1)
+
+    assert eventually(lambda: not any(
+        [connections(port, ("01", "08"), side=1) for port in ports.values()]))
+    assert controller.call("get_friend_info", client=names[1])
+
+
+def test_what_waits_for_a_next_call_never_costs_one_its_descriptor(tmp_path):
+    process, log, port = run_with_files(200, 200, tmp_path, "controller")
+    base, names = f"http://127.0.0.1:{port}", [f"client{number}" for number in range(4)]
+    try:
+        for name in names:
+            assert call(base, "start_client", client=name, login_type="login", pwd="x")["code"] == 0
+        assert eventually(lambda: {row["state"] for row in call(base, "check_client")["client"]}
+                          == {"running"})
+        statuses = wait_for_an_event(base, names, 45)
+        assert statuses == [200] * 180
+        assert "could not be taken" not in log.text()
+    finally:
+        process.terminate()
+        assert process.wait(WAIT) == 0
+
+
+def test_idle_connections_out_are_closed_by_a_thread_that_ends_with_them(upstream, monkeypatch):
+    def sweepers():
+        return [thread for thread in threading.enumerate() if thread.name == "sweeper"]
+
+    monkeypatch.setattr(openqq, "LINE_SECONDS", 1.0)
+    openqq.TRANSPORT.pool.drop()
+    assert eventually(lambda: not sweepers())
+    hung_up = []
+    servers = [upstream([good(b""), lambda sock: None]) for _ in range(3)]
+    for server in servers:
+        server._read = lambda sock, read=server._read: read(sock) or hung_up.append(1) or b""
+        openqq.fetch(server.url)
+    assert len(sweepers()) == 1
+    assert eventually(lambda: len(hung_up) == 3)
+    assert eventually(lambda: not sweepers())
+
+
+def test_all_kept_connections_together_have_a_limit(monkeypatch):
+    monkeypatch.setattr(openqq, "room_for_connections", lambda: 12)
+    pool, ends = openqq.Pool(), []
+    for number in range(5):
+        ours, theirs = socket.socketpair()
+        ends.append(theirs)
+        pool.give(openqq.Line(ours, ("http", f"host{number}", None)))
+    assert [end.recv(1) for end in ends[:3]] == [b""] * 3
+    assert [pool.take(("http", f"host{number}", None)) is None for number in range(5)] == [
+        True, True, True, False, False]
 
 
 def test_a_dead_client_is_a_502(start):
@@ -4152,6 +4222,16 @@ def network(tmp_path):
     made.start()
     yield made
     made.stop()
+
+
+def test_a_client_that_died_while_it_waited_for_news_is_not_kept_in_memory(network):
+    def gone(promise, seconds):
+        raise openqq.Hangup()
+
+    for number in range(3):
+        with pytest.raises(openqq.Hangup):
+            network.call(f"client{number}", "pull", {"mark": ""}, gone)
+    assert network.loop.ask(lambda: network.outboxes._pulls) == {}
 
 
 @pytest.fixture
@@ -11564,6 +11644,40 @@ def test_only_the_bridge_posts_events(harried, tmp_path):
                 program.receiver.message(f"post {number}")
 
 
+def read_and_leave(port, readers):
+    """So many who open the stream of all events and leave, fifty at a time."""
+    for _ in range(readers // 50):
+        with contextlib.ExitStack() as crowd:
+            socks = [crowd.enter_context(socket.create_connection(("127.0.0.1", port), WAIT))
+                     for _ in range(50)]
+            for sock in socks:
+                sock.sendall(asking(line=b"GET /openqq/events?since=0 HTTP/1.1\r\n"))
+            assert {sock.recv(12) for sock in socks} == {b"HTTP/1.1 200"}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_the_controllers_memory_stays_small_after_many_starts_and_readers(start):
+    """Behind the typed command, whose environment tells glibc not to keep what it needed once."""
+    controller = start("controller", typed=True)
+
+    def churn(number):
+        for turn in range(much(2, 347)):
+            name = f"churn{number}x{turn % 4}"
+            assert controller.call("start_client", client=name, login_type="login",
+                                   pwd="x")["code"] == 0
+            assert eventually(lambda: controller.state(name)["state"] == "running")
+            assert controller.call("delete_client", client=name)["code"] == 0
+
+    with concurrent.futures.ThreadPoolExecutor(8) as crowd:
+        list(crowd.map(churn, range(8)))
+    read_and_leave(controller.port, much(500, 19_000))
+    assert eventually(lambda: proc(controller.pid, "status", r"^VmRSS:\s+(\d+)") < 80 * 1024)
+    with open(f"/proc/{controller.pid}/environ", "rb") as file:
+        environment = file.read().split(b"\0")
+    assert {b"MALLOC_ARENA_MAX=1", b"MALLOC_MMAP_THRESHOLD_=65536",
+            b"MALLOC_TRIM_THRESHOLD_=131072"} <= set(environment)
+
+
 @pytest.mark.skipif(not SOAK, reason="takes long: OPENQQ_SOAK=1")
 def test_300_groups_of_2000_members_block_nothing(start):
     bridge = Bridge()
@@ -11861,14 +11975,15 @@ def test_idle_connections_are_ended(impatient):
         assert mute.recv(1) == served.recv(1) == b""
 
 
-def run_with_files(soft, hard, tmpdir):
-    """A client alone that may open so many files, as (process, its log, its port)."""
+def run_with_files(soft, hard, tmpdir, whose="client"):
+    """A program that may open so many files, as (process, its log, its port)."""
     process = subprocess.Popen(
         ["sh", "-c", f'ulimit -Sn {soft} && ulimit -Hn {hard} && exec "$@"', "sh", sys.executable,
-         FILE, "client", "--tmpdir", str(tmpdir), "--port", "0"],
+         FILE, whose, "--tmpdir", str(tmpdir), "--port", "0"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log = Log(process.stderr)
-    return process, log, int(log.wait(r"监听地址: \[ http://[0-9.]+:(\d+)").group(1))
+    return process, log, int(log.wait(
+        r"(?:Listening at |监听地址: \[ )http://[0-9.]+:(\d+)").group(1))
 
 
 def test_the_limit_of_open_files_is_raised_and_what_it_forbids_is_told_at_once(tmp_path):
