@@ -149,7 +149,7 @@ HEAD_SECONDS = 10.0              # from a head's first byte to its last
 BODY_SECONDS = 30.0
 IDLE_SECONDS = 60.0              # between two requests of a connection
 WRITE_SECONDS = 30.0
-REASON_LIMIT = 256               # reasons for a 403 that the log tells
+REASON_LIMIT = 8                 # causes of each reason for a 403 that the log tells
 
 NAME_LIMIT = 64                  # characters of an account's name
 SETTING_LIMIT = 4_096            # of a setting, or a property on the local network
@@ -363,6 +363,14 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 ID_KEY = re.compile(r"(?:.*_)?u?id")
 encode_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 decode_json = json.JSONDecoder().decode
+
+
+def no_number(name: str) -> None:
+    """ValueError: NaN and Infinity are no JSON (RFC 8259), and would be sent as words."""
+    raise ValueError(f"{name} is no JSON")
+
+
+decode_params = json.JSONDecoder(parse_float=str, parse_constant=no_number).decode
 
 
 def to_bytes(value: Json) -> bytes:
@@ -1012,7 +1020,10 @@ def _is_host(address: Optional[str], name: Optional[str]) -> bool:
 
 
 def _bridge_url(text: str) -> str:
-    return _url(text, ("http", "https", "ws", "wss"))
+    url = _url(text, ("http", "https", "ws", "wss"))
+    if "@" in urllib.parse.urlsplit(url).netloc:  # it would be shown like any other URL
+        raise ValueError("must not hold a password; a bridge's token is onebot_token")
+    return url
 
 
 def _choice(*words: str) -> Callable[[str], str]:
@@ -1060,10 +1071,10 @@ class Setting:
         """A URL without the token that is its parameter, and that; empty if there is none."""
         rest, mark, fragment = url.partition("#")
         path, asks, query = rest.partition("?")
-        start = self.token[0] + "="
-        pairs = query.split("&")
-        kept = "&".join(pair for pair in pairs if not pair.startswith(start))
-        tokens = [pair[len(start):] for pair in pairs if pair.startswith(start)]
+        named = [(urllib.parse.unquote_plus(pair.partition("=")[0]).lower() == self.token[0], pair)
+                 for pair in query.split("&")]
+        kept = "&".join(pair for is_token, pair in named if not is_token)
+        tokens = [pair.partition("=")[2] for is_token, pair in named if is_token]
         if not self.token[0] or not tokens:
             return url, ""
         return (path + (asks + kept if kept else "") + mark + fragment,
@@ -1173,7 +1184,8 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("login_type", "qrlogin", _choice("qrlogin", "login"), "client",
             "qrlogin: scan a code; login: with pwd, on the local network"),
     Setting("pwd", "", _text, "client", "password for login_type=login", secret=True),
-    Setting("qrcode_count_max", 10, _whole, "client", "QR codes shown before the client stops"),
+    Setting("qrcode_count_max", 10, _whole, "client", "QR codes shown before the client stops",
+            between=(1, 1_000_000)),
     Setting("send_interval", None, _number, "client",
             "seconds between two messages: 3, on the local network 0", between=(0, 86_400)),
     Setting("send_queue_max_size", 1000, _whole, "client",
@@ -1315,8 +1327,9 @@ def from_environment(environ: Mapping[str, str], prefix: str) -> Dict[str, str]:
 
     Names that are no setting are left to whom they belong; an empty value counts as none.
     """
-    found = {key[len(prefix):].lower(): value for key, value in sorted(environ.items())
-             if key.startswith(prefix) and value}
+    found = {key[len(prefix):].lower(): read_text(os.fsencode(value))
+             if SURROGATES.search(value) else value  # as typed words are: a console may write GBK
+             for key, value in sorted(environ.items()) if key.startswith(prefix) and value}
     plain = {name: value for name, value in found.items() if name in SETTINGS}
     plugin = {setting.name: value for name, value in found.items()
               for setting in [setting_named(name)] if setting and name != setting.name}
@@ -1741,12 +1754,12 @@ def read_json(path: str, log: Log) -> Row:
     return {}
 
 
-def create_in(directory: str) -> Tuple[int, str]:
+def create_in(directory: str, what: str = "") -> Tuple[int, str]:
     """A new file that only this user may read: its descriptor and path; OSError.
 
     As tempfile.mkstemp(), without the random numbers, which take each client 0.1 MiB.
     """
-    path = os.path.join(directory, ".openqq_" + new_secret())
+    path = os.path.join(directory, f".openqq_{what}_{new_secret()}")
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), path
 
 
@@ -1756,7 +1769,7 @@ def write_file(path: str, data: bytes) -> None:
     The file is 0600 from the start; what lies at `path`, be it a symlink, is replaced and not
     followed. OSError when the disk is full or the directory cannot be written.
     """
-    handle, temporary = create_in(os.path.dirname(path))
+    handle, temporary = create_in(*os.path.split(path))
     try:
         with open(handle, "wb") as file:
             file.write(data)
@@ -1774,6 +1787,18 @@ def remove_file(path: str) -> None:
         os.unlink(path)
     except OSError:
         pass
+
+
+def remove_leftovers(path: str) -> None:
+    """Remove what a process that was killed in write_file() left of a file: it may hold secrets."""
+    directory, name = os.path.split(path)
+    try:
+        found = os.listdir(directory)
+    except OSError:
+        return  # there is none
+    for other in found:
+        if re.fullmatch(re.escape(f".openqq_{name}_") + "[0-9a-f]{32}", other):
+            remove_file(os.path.join(directory, other))
 
 
 def check_tmpdir(path: str) -> str:
@@ -2235,8 +2260,15 @@ REASONS = {100: "Continue", 200: "OK", 400: "Bad Request", 403: "Forbidden", 404
            500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
            503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
            507: "Insufficient Storage"}
-FORWARDED = frozenset(("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto",
-                       "x-real-ip", "via"))
+# What a proxy says of how it was called, and how that reads if it was by https.
+SECURE = {"x-forwarded-proto": "https", "x-forwarded-protocol": "https", "x-scheme": "https",
+          "x-forwarded-scheme": "https", "x-url-scheme": "https", "x-forwarded-ssl": "on",
+          "front-end-https": "on", "cf-visitor": '{"scheme":"https"}'}
+FORWARDED = frozenset((
+    *SECURE, "forwarded", "forwarded-for", "via", "x-forwarded", "x-forwarded-for",
+    "x-forwarded-host", "x-forwarded-port", "x-forwarded-server", "x-forwarded-by",
+    "x-original-host", "x-original-forwarded-for", "x-real-ip", "x-client-ip",
+    "x-cluster-client-ip", "cf-connecting-ip", "true-client-ip", "fastly-client-ip"))
 FORWARDED_PROTO = re.compile(r'\bproto\s*=\s*"?([^;,"]*)', re.IGNORECASE)  # RFC 7239
 # What a request for a picture carries, wherever its address leads: no server of this program
 # answers it, but with pictures. Callers on this machine are trusted; who gave the address is none.
@@ -2458,7 +2490,13 @@ def body_length(fields: Fields) -> int:
     return int(length)
 
 
-def parse_form(text: str) -> Params:
+def charset_of(kind: str) -> str:
+    """The charset that a Content-Type names, or empty."""
+    found = CHARSET.search(kind)
+    return found.group(1) if found else ""
+
+
+def parse_form(text: str, charset: str = "") -> Params:
     """Parameters of a query or form; the last of a name counts. BadRequest.
 
     Bytes that are no UTF-8 stand in `text` as surrogates (PEP 383). Each name and value is read for
@@ -2474,44 +2512,47 @@ def parse_form(text: str) -> Params:
         if pair:
             name, _, value = pair.partition("=")
             if coded:
-                name = _unquote("a name", name)
-                value = _unquote(name, value)
+                name = _unquote("a name", name, charset)
+                value = _unquote(name, value, charset)
             params[name] = value
     return params
 
 
-def _unquote(name: str, text: str) -> str:
+def _unquote(name: str, text: str, charset: str) -> str:
     if "%" not in text and text.isascii():
         return text.replace("+", " ")
     return _legible(name, urllib.parse.unquote_to_bytes(
-        text.replace("+", " ").encode("utf-8", "surrogateescape")))
+        text.replace("+", " ").encode("utf-8", "surrogateescape")), charset)
 
 
-def _legible(name: str, data: bytes) -> str:
+def _legible(name: str, data: bytes, charset: str = "") -> str:
     """The text of a parameter; BadRequest."""
     try:
-        return read_text(data)
+        return read_text(data, charset)
     except ValueError as error:
         raise BadRequest(400, f"{name} is {error}") from None
 
 
 def parse_multipart(kind: str, body: bytes) -> Params:
     """Parameters of a multipart/form-data body (RFC 7578); a file's bytes become base64."""
-    found = re.search(r'boundary="?([!-!#-~]{1,70})"?', kind)
+    found = re.search(r'(?i)boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))', kind)
     if not found:
         raise BadRequest(400, "multipart without a boundary")
     params = {}
-    pieces = (b"\r\n" + body).split(b"\r\n--" + found.group(1).encode())
+    border = b"\r\n--" + re.escape((found.group(1) or found.group(2)).encode())
+    pieces = re.split(border + rb"(?=--|[ \t]*\r\n)", b"\r\n" + body)
     if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
         raise BadRequest(400, "broken multipart body")
     for piece in pieces[1:-1]:
         head, _, value = piece.partition(b"\r\n\r\n")
-        name = re.search(rb'[;\s]name="([^"\r\n]*)"', head)
+        name = re.search(rb'(?i)[;\s]name=(?:"([^"\r\n]*)"|([^\s";]+))', head)
         if not name:
             raise BadRequest(400, "multipart part without a name")
-        key = _legible("a name", name.group(1))
-        file = re.search(rb'[;\s]filename="([^"\r\n]*)', head)
-        params[key] = base64.b64encode(value).decode() if file else _legible(key, value)
+        charset = charset_of(head.decode("latin-1"))
+        key = _legible("a name", name.group(1) or name.group(2) or b"")
+        file = re.search(rb'(?i)[;\s]filename="([^"\r\n]*)', head)
+        params[key] = (base64.b64encode(value).decode() if file
+                       else _legible(key, value, charset))
         if file:
             params[key + ".filename"] = _legible(key, file.group(1))
     return params
@@ -2520,8 +2561,8 @@ def parse_multipart(kind: str, body: bytes) -> Params:
 def parse_json_params(body: bytes, charset: str = "") -> Params:
     """Parameters of a JSON object: scalars as text, lists joined by commas, null left out."""
     try:
-        value = from_bytes(read_text(body, charset).encode())
-    except ValueError as error:
+        value = decode_params(read_text(body, charset).lstrip("\ufeff").strip())
+    except (ValueError, RecursionError) as error:
         raise BadRequest(400, f"broken JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadRequest(400, "JSON must be an object")
@@ -2583,12 +2624,12 @@ class Request:
         kind = self.fields.get("content-type", "")
         plain = kind.partition(";")[0].strip().lower()
         if plain == "application/x-www-form-urlencoded":
-            return parse_form(self.body.decode("utf-8", "surrogateescape").strip("\r\n"))
+            return parse_form(self.body.decode("utf-8", "surrogateescape").strip("\r\n"),
+                              charset_of(kind))
         if plain == "multipart/form-data":
             return parse_multipart(kind, self.body)
         if plain in ("application/json", "text/json"):
-            charset = CHARSET.search(kind)
-            return parse_json_params(self.body, charset.group(1) if charset else "")
+            return parse_json_params(self.body, charset_of(kind))
         return {}
 
     def read_url_only(self) -> None:
@@ -2684,7 +2725,8 @@ class Gate:
             if not self._knows_token(request):
                 raise AuthFailure()
             return
-        reason = self._objection(request.peer, request.fields)
+        port = request.sock.getsockname()[1] if request.sock else 0
+        reason = self._objection(request.peer, request.fields, port)
         if reason:
             raise AuthFailure(reason=reason)
 
@@ -2698,7 +2740,7 @@ class Gate:
             pass  # what cannot be read holds no token
         return any([same_bytes(offer, self._token) for offer in offers])
 
-    def _objection(self, peer: str, fields: Fields) -> str:
+    def _objection(self, peer: str, fields: Fields, port: int) -> str:
         """The rule that speaks against a call, and what would help; empty if none does."""
         if not is_loopback(peer):
             return f"it comes from another machine, {peer}: set token, and let the caller give it"
@@ -2709,6 +2751,9 @@ class Gate:
         if not (is_own_host(name) or name in self._hosts):
             return (f"its Host, {name[:100]}, is no name of this machine: set token; or "
                     "allowed_hosts, if it is your own server's, which asks who is there")
+        if not is_own_host(name) and host.endswith(f":{port}"):
+            return (f"its Host, {name[:100]}, has our own port {port}: a browser found that name "
+                    "here itself, and does not say which site asks; let the server in front call")
         if not FORWARDED.isdisjoint(fields):
             host = fields.get("x-forwarded-host", "")
             reason = self._objection_to_proxy(host, fields)
@@ -2718,6 +2763,8 @@ class Gate:
             page = fields.get("origin", fields.get("sec-fetch-site", ""))
             return (f"a page of another site made it ({page[:100]!a}): "
                     "set token, and let the page give it")
+        if host != fields["host"] and fields.get("origin", "").startswith("http:"):
+            return self.PLAIN
         return ""
 
     def _objection_to_proxy(self, host: str, fields: Fields) -> str:
@@ -2726,13 +2773,16 @@ class Gate:
             return (f"it came through a proxy ({', '.join(sorted(FORWARDED & fields.keys()))}), "
                     f"{given}: set token; or allowed_hosts to the one name that the proxy is "
                     "called by and passes on as X-Forwarded-Host")
-        protocols = FORWARDED_PROTO.findall(fields.get("forwarded", ""))
-        if "x-forwarded-proto" in fields:
-            protocols += fields["x-forwarded-proto"].split(",")
-        if any([protocol.strip().lower() != "https" for protocol in protocols]):
-            return ("it came to the proxy by plain http, where browsers do not say which site "
-                    f"asks: let {host_name(host)} be served by https only, or set token")
+        said = [(protocol, "https") for protocol in FORWARDED_PROTO.findall(
+            fields.get("forwarded", ""))]
+        said += [(part, good) for name, good in SECURE.items() if name in fields
+                 for part in fields[name].split(",")]
+        if any([part.strip().lower() != good for part, good in said]):
+            return self.PLAIN
         return ""
+
+    PLAIN = ("it came to the proxy by plain http, where browsers do not say which site asks: let "
+             "that name be served by https only, or set token")
 
 
 def host_name(host: str) -> str:
@@ -2765,6 +2815,8 @@ def is_cross_site(fields: Fields, host: str) -> bool:
     if origin is None:
         return False
     scheme, _, place = origin.lower().partition("://")
+    if scheme not in ("http", "https"):
+        return True
     port = {"http": ":80", "https": ":443"}.get(scheme, "")  # which an origin leaves out
     return place not in (host.lower(), re.sub(port + r"\Z", "", host.lower()))
 
@@ -2777,7 +2829,7 @@ def is_own_host(name: str) -> bool:
     [::], [::ffff:7f00:1] and the like browsers send no Sec-Fetch fields, so that pages of other
     sites could not be told (measured with Chromium and Firefox).
     """
-    if name == "[::1]" or re.fullmatch(r"(.+\.)?localhost\.?", name):
+    if name == "[::1]" or re.fullmatch(r"([^.]+\.)*localhost\.?", name):
         return True
     if not re.fullmatch(r"127(\.(0|[1-9][0-9]{0,7})){1,3}", name):  # a 0 before is octal
         return False
@@ -2944,7 +2996,7 @@ class App:
         self.fallback = fallback
         self._counted = {*self.routes, *known}
         self._lock = threading.Lock()    # guards _refused
-        self._refused: Set[str] = set()  # reasons that were logged
+        self._refused: Dict[str, Set[str]] = {}  # rule -> what was logged of it
 
     def label(self, path: str) -> str:
         """The path under which a request is counted."""
@@ -2967,12 +3019,16 @@ class App:
             return error_response(BadRequest(500, "a fault of this program; its log says more"))
 
     def _tell(self, reason: Optional[str]) -> None:
-        """Log why somebody was refused: once, and so many reasons, since callers make them up."""
+        """Log why somebody was refused: each cause once. Callers make causes up, so there is a
+        limit; each rule has its own, or one would silence the others."""
+        if not reason:
+            return
         with self._lock:
-            if not reason or reason in self._refused or len(self._refused) >= REASON_LIMIT:
+            told = self._refused.setdefault(re.split("[,:(]", reason)[0], set())
+            if reason in told or len(told) >= REASON_LIMIT:
                 return
-            self._refused.add(reason)
-            more = "" if len(self._refused) < REASON_LIMIT else "; other reasons are not logged"
+            told.add(reason)
+            more = "" if len(told) < REASON_LIMIT else "; others like it are not logged"
         self.log.warn(f"a call was refused: {reason}{more}")
 
     def _answer(self, request: Request) -> Response:
@@ -5954,6 +6010,7 @@ class Reporter:
         self._outage = 0                               # tries in a row that found nobody
         self._emptied: Optional[Callable[[], None]] = None
         self._gone = False                             # the receiver said so
+        self._redirected = False                       # it sent us elsewhere, to no avail
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
         for key, item in list(spool.pending.items()):
             if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
@@ -6097,15 +6154,20 @@ class Reporter:
         elif error is not None or status in self.LATER or status >= 500:
             self._refused(conversation, key, error.status if error else f"answered {status}")
         else:
-            self._delivered(conversation, key, item, answer)
+            self._delivered(conversation, key, item, answer, 300 <= status < 400)
         self._spool.flush()
         self._pump()
 
-    def _delivered(self, conversation: str, key: int, item: Row, answer: Optional[Row]) -> None:
+    def _delivered(self, conversation: str, key: int, item: Row, answer: Optional[Row],
+                   redirected: bool) -> None:
         if self._outage > 1:
             self._log.info(f"{shown_url(self._url)} takes events again")
         self._outage = 0
         self.counts["posted"] += 1
+        if redirected and not self._redirected:
+            self._log.warn(f"{shown_url(self._url)} answers with a redirect that is not followed: "
+                           "give the URL that takes events")
+        self._redirected = redirected
         self._spool.done(key)
         self._next(conversation, key)
         if answer is not None:
@@ -7642,7 +7704,11 @@ class Link:
         raise NotImplementedError
 
     def find_group(self, uid: str) -> Optional[Row]:
-        """A group that no list told of, or None."""
+        """A group that no list told of, or None. Unreachable."""
+        return None
+
+    def find_member(self, group: str, uid: str) -> Optional[Row]:
+        """A member of a group that no list told of, or None. Unreachable."""
         return None
 
     def account(self) -> str:
@@ -7957,8 +8023,9 @@ def check_cq(content: str, check_url: Callable[[str], None] = lambda url: None) 
             check_cq(value, check_url)  # a node's content holds codes of its own
             if re.search(r"(?i)\bfile:", str(value)):
                 raise NotAllowed("file: in a CQ code not allowed: give http://… or base64://…")
+        data = {name.strip().lower(): value for name, value in segment["data"].items()}
         for key in CQ_SOURCES:
-            source = str(segment["data"].get(key, ""))
+            source = str(data.get(key, "")).strip()
             if not re.match("(https?|base64)://", source) and re.search(r"[/\\]", source):
                 raise NotAllowed(f"{key} in a CQ code not allowed: give http://… or base64://…")
             if is_url(source):
@@ -8072,7 +8139,7 @@ def group_row(row: Row) -> Row:
     uid, most = number_of(row.get("group_id")), scalar(row.get("max_member_count")) or ""
     return {"uid": uid, "id": uid, "name": scalar(row.get("group_name")) or uid,
             "markname": scalar(row.get("group_remark") or row.get("remark_name")) or None,
-            "max_member": int(most) if most.isdigit() and int(most) else None,
+            "max_member": int(number_of(most) or 0) or None,
             "member_count": scalar(row.get("member_count"))}
 
 
@@ -8110,6 +8177,7 @@ class OneBotEvents:
         self._seen: Dict[int, None] = {}              # the newest events, by what tells them apart
         self._names: Dict[Tuple[str, str], str] = {}  # (group, uid) -> how `at` shows them
         self._told: Dict[Tuple[str, ...], float] = {}  # what happened -> when it was told
+        self._ids = MessageIds(other=True)            # for messages that come without one
 
     def items(self, row: Row) -> List[Row]:
         """The items that come of an event, in order; none if it came before or means nothing."""
@@ -8133,7 +8201,7 @@ class OneBotEvents:
 
     def _is_repeated(self, row: Row) -> bool:
         """A webhook is tried again, and may come beside a stream."""
-        if row.get("message_id") is not None and "message_type" in row:
+        if self._message_id(row) and "message_type" in row:
             key = hash("/".join(str(row.get(name)) for name in (
                 "post_type", "message_type", "group_id", "user_id", "message_id", "time")))
         else:
@@ -8142,6 +8210,11 @@ class OneBotEvents:
             repeated = key in self._seen
             self._keep(self._seen, key, None)
         return repeated
+
+    def _message_id(self, row: Row) -> str:
+        """A bridge's number of a message, which may be negative; empty for what is none."""
+        number = scalar(row.get("message_id")) or ""
+        return "" if number in ("0", "None") else number
 
     def _was_told(self, seconds: float, *what: str, undoes: str = "") -> bool:
         """Whether the same was told so short a time ago; from now on it was, and what it `undoes`
@@ -8191,8 +8264,9 @@ class OneBotEvents:
     def _item(self, row: Row, kind: str, group: str) -> Row:
         raw = row.get("raw_message")
         segments = segments_of(raw if row.get("message") is None else row["message"])
-        return {"type": kind, "group": group or None, "id": str(scalar(row.get("message_id"))),
-                "number": row.get("message_id"), "content": self._readable(segments, group),
+        number = self._message_id(row)
+        return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
+                "number": row["message_id"] if number else None, "content": self._readable(segments, group),
                 "raw_message": raw if isinstance(raw, str) else cq_text(segments),
                 "time": scalar(row.get("time")) or str(int(time.time())),
                 "links": [self._link(segment) for segment in segments
@@ -8262,8 +8336,10 @@ class OneBotEvents:
         self._later(self._facts, "friend", "", uid, "get_stranger_info", friend_row)
         return self._new("friend", friend_row(who))
 
-    def _meet_group(self, uid: str, row: Row) -> List[Row]:
-        if uid == ANY_GROUP or not self._certain("group") or self._known("group", uid, ""):
+    def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
+        """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
+        if uid == ANY_GROUP or self._known("group", uid, "") or not (
+                sure or self._certain("group")):
             return []
         self._was_told(0.0, "enter", uid, undoes="lost")
         name = scalar(row.get("group_name"))
@@ -8279,8 +8355,13 @@ class OneBotEvents:
         self._later(self._facts, "group_member", group, uid, "get_group_member_info", member_row)
         return self._new("group_member", member_row(who), circle=group)
 
-    def _new(self, kind: str, thing: Row, **where: str) -> List[Row]:
-        return [{"do": "event", "event": "new_" + kind, "object": thing, **where}]
+    def _new(self, kind: str, thing: Row, circle: str = "") -> List[Row]:
+        return [{"do": "event", "event": "new_" + kind, "object": thing,
+                 **(self._within(circle) if circle else {})}]
+
+    def _within(self, group: str) -> Row:
+        """Where a member is; also of a group that no list has told of yet."""
+        return {"circle": group, "unlisted": not self._certain("group")}
 
     def _news(self, kind: str, group: str, uid: str, who: Row) -> List[Row]:
         """What a sender's block says of somebody that the roster did not know yet.
@@ -8294,7 +8375,7 @@ class OneBotEvents:
         if kind == "group_member":
             told.update({name: who[name] or None for name in ("card", "title")
                          if isinstance(who.get(name), str)})
-            if who.get("role") in ROLES:
+            if scalar(who.get("role")) in ROLES:
                 told["role"] = who["role"]
         return [self._change(kind, group, uid, name, value) for name, value in told.items()
                 if thing is not None and thing.value(name) != value]
@@ -8326,7 +8407,7 @@ class OneBotEvents:
     def _increase(self, row: Row) -> List[Row]:
         """Also of somebody who is listed: a notice of the leaving may have been missed."""
         group, uid = self._where(row)
-        met = self._meet_group(group, row)
+        met = self._meet_group(group, row, sure=uid == self.me)
         if uid == self.me or self._was_told(REPEAT_SECONDS, "increase", group, uid,
                                             undoes="decrease"):
             return met
@@ -8339,7 +8420,7 @@ class OneBotEvents:
         if self._was_told(LOSS_SECONDS, "decrease", group, _id(row, "user_id"), undoes="increase"):
             return []
         known = self._known("group_member", uid, group)
-        return [{"do": "event", "event": "lose_group_member", "circle": group,
+        return [{"do": "event", "event": "lose_group_member", **self._within(group),
                  "object": {"uid": uid} if known else member_row(self._stranger(uid))}]
 
     def _dismiss(self, row: Row) -> List[Row]:
@@ -8521,11 +8602,16 @@ class HttpBridge(Bridge):
 
     def _open(self) -> None:
         self._closed.clear()
-        reply = self._fetch("/_events", "GET", None, BRIDGE_SECONDS)
-        if reply.status == 200 and reply.kind == "text/event-stream":
+        reply: Optional[Reply]
+        try:
+            reply = self._fetch("/_events", "GET", None, LOOKUP_SECONDS)
+        except TooSlow:
+            reply = None  # LLBot answers nothing at a path that it does not know
+        if reply and reply.status == 200 and reply.kind == "text/event-stream":
             self._events = reply
         else:
-            reply.close()
+            if reply:
+                reply.close()
             self._log.info("the bridge has no stream of events; it must post them to /onebot")
 
     def _fetch(self, path: str, method: str, body: Optional[bytes], seconds: float) -> Reply:
@@ -8849,6 +8935,8 @@ class BridgeActions(Link):
         self._url, self._bridge, self._log = url, bridge, log
         self._is_here = is_loopback(urllib.parse.urlsplit(url).hostname or "")
         self.me = self._name = ""    # the account's own uid and name, once it is logged in
+        self._event = threading.local()      # until when the event at hand may be looked up for
+        self._slow: Dict[str, float] = {}    # action -> until when no event waits for it
 
     def account(self) -> str:
         return self.me
@@ -8865,6 +8953,22 @@ class BridgeActions(Link):
         try:
             data = self._get(action, LOOKUP_SECONDS, **params)
         except OpenQQError as error:
+            self._log.debug(f"the bridge, {action}: {error.status}")
+            data = None
+        return data if isinstance(data, dict) else {}
+
+    def _look_up_now(self, action: str, **params: Json) -> Row:
+        """The same for an event: all of one look-ups together take LOOKUP_SECONDS, and what has
+        just kept one waiting in vain is not asked for another."""
+        now = time.monotonic()
+        left = getattr(self._event, "until", now + LOOKUP_SECONDS) - now
+        if left <= 0 or self._slow.get(action, 0.0) > now:
+            return {}
+        try:
+            data = self._get(action, min(left, LOOKUP_SECONDS), **params)
+        except OpenQQError as error:
+            if isinstance(error, TooSlow):
+                self._slow[action] = time.monotonic() + 2 * LOOKUP_SECONDS
             self._log.debug(f"the bridge, {action}: {error.status}")
             data = None
         return data if isinstance(data, dict) else {}
@@ -8908,8 +9012,19 @@ class BridgeActions(Link):
         return rows
 
     def find_group(self, uid: str) -> Optional[Row]:
-        row = filled(self._look_up("get_group_info", group_id=uid))
-        return group_row(row) if number_of(row.get("group_id")) == uid else None
+        return self._found(group_row, "get_group_info", group_id=uid)
+
+    def find_member(self, group: str, uid: str) -> Optional[Row]:
+        return self._found(member_row, "get_group_member_info", group_id=group, user_id=uid)
+
+    def _found(self, make: Callable[[Row], Row], action: str, **params: str) -> Optional[Row]:
+        """What a bridge knows of a number, None for nobody. Unreachable, if it does not say."""
+        try:
+            data = self._get(action, LOOKUP_SECONDS, **params)
+        except Declined:
+            return None
+        row = make(filled(data)) if isinstance(data, dict) else {}
+        return row if row.get("uid") == list(params.values())[-1] else None
 
     def details(self, group: str, members: bool) -> Row:
         if not members:
@@ -8991,7 +9106,7 @@ class OneBotLink(BridgeActions):
         super().__init__(url, kind(url, settings.onebot_token, log, self._hear), log)
         self.echoes = bool(settings.allow_message_sync)
         self._page = find_login_page(settings)
-        self._events = OneBotEvents(self._look_up, self._later, hooks.known, hooks.certain,
+        self._events = OneBotEvents(self._look_up_now, self._later, hooks.known, hooks.certain,
                                     settings.allow_message_sync)
         self._intake = Intake(self._act, log)
         self._greeters, self._curious = Crew(1, "greet", log), Crew(2, "later", log)
@@ -9129,8 +9244,11 @@ class OneBotLink(BridgeActions):
         me, uid = self.me, scalar(row.get("self_id"))
         if me and uid and uid != me:
             self._log.warn(f"an event for {uid} was posted to us, who are {me}")
-        else:
-            self._hear(row)
+            now = self._look_up("get_login_info")
+            if scalar(now.get("user_id")) != uid:
+                return True
+            self._offline(f"another account, {uid}, is logged in there")
+        self._hear(row)
         return True
 
     def _offline(self, why: str) -> None:
@@ -9153,6 +9271,7 @@ class OneBotLink(BridgeActions):
         self._hand_on(items)
 
     def _understand(self, read: Callable[..., List[Row]], *args: Any) -> List[Row]:
+        self._event.until = time.monotonic() + LOOKUP_SECONDS
         try:
             return read(*args)
         except BadRequest as error:
@@ -9179,12 +9298,14 @@ class OneBotLink(BridgeActions):
 
     def kick(self, group: str, uids: List[str]) -> bool:
         """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
-        done = [uid for uid in uids if super(OneBotLink, self).kick(group, [uid])]
-        for uid in done:
-            self._act([{"post_type": "notice", "notice_type": "group_decrease", "sub_type": "kick",
-                        "group_id": group, "user_id": uid, "operator_id": self.me,
-                        "time": time.time()}])
-        return done == uids
+        done = 0
+        for uid in uids:
+            if super().kick(group, [uid]):
+                done += 1
+                self._act([{"post_type": "notice", "notice_type": "group_decrease",
+                            "sub_type": "kick", "group_id": group, "user_id": uid,
+                            "operator_id": self.me, "time": time.time()}])
+        return done == len(uids)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -9456,6 +9577,9 @@ class Roster:
                 return self._change(event, item)
             action, _, kind = event.partition("_")
             table, circle = self._place(kind, item)
+            if table is None and item.get("unlisted"):
+                circle = Group({name: item["circle"] for name in ("uid", "id", "name")})
+                table = circle.member
             if table is None:
                 return None
             uid = item["object"]["uid"]
@@ -9539,9 +9663,9 @@ class Roster:
         with self.lock:
             group.__dict__.update(row)
             if members:
-                count = str(group.value("member_count") or "")
+                count = int(number_of(group.value("member_count")) or 0)
                 group.member = dict(members)
-                group.loaded = not count.isdigit() or 3 * len(members) >= 2 * int(count)
+                group.loaded = 3 * len(members) >= 2 * count
 
 
 def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
@@ -9694,8 +9818,9 @@ class Answers:
         reply = answer.get("reply")
         if row["post_type"] == "event":
             return
-        if isinstance(reply, (str, int, float)) and not isinstance(reply, bool) and str(reply):
-            self._client.talk.reply(row, str(reply), "api")
+        text = reply if isinstance(reply, str) else "" if isinstance(reply, bool) else scalar(reply)
+        if text:
+            self._client.talk.reply(row, text, "api")
         media = answer.get("media")
         if media:
             self._crew.submit(self._send_media, row, media if isinstance(media, list) else [media])
@@ -9710,6 +9835,8 @@ class Answers:
         for item in items[:self.MEDIA_LIMIT]:
             try:
                 media = self._media_of(self._named(item))
+                if media is None:
+                    raise BadRequest(400, "it is empty")
                 self._client.talk.reply(row, "", "api", media)
             except OpenQQError as error:
                 self._client.log.warn(f"media in an answer of post_api: {error.status}")
@@ -9718,6 +9845,8 @@ class Answers:
         """The parameter that a caller would give. BadRequest, NotAllowed."""
         if not isinstance(item, str):
             raise BadRequest(400, "it must be text, or a list of texts")
+        if "\0" in _whole_text("media", item):
+            raise BadRequest(400, "NUL in media")
         if is_url(item):
             return {"media_url": item}
         if item.startswith("base64://"):
@@ -9909,8 +10038,10 @@ class Login:
         self._askers = Crew(2, "lists", client.log)
         self._lists = {kind: Listing() for kind in ("friend", "group")}
         self._fresh: Optional[bool] = None       # to be told when the lists are there
-        self._patience: Optional[Timer] = None   # with them
+        self._patience: Optional[Timer] = None   # with them; None: no login is to be ended
+        self._turn = 0                           # which login; the answers of former ones are void
         self._claim: Optional[PidFile] = None    # on what the account is called outside
+        self._claiming: Optional[Timer] = None   # the next try at it
         self._codes = 0
         self._tries = 0
         self._timer: Optional[Timer] = None      # the QR code's end
@@ -10006,6 +10137,8 @@ class Login:
                       *(listing.timer for listing in self._lists.values())):
             if timer:
                 timer.cancel()
+        self._patience = None
+        self._turn += 1
 
     def _work(self, function: Callable[..., None], *args: Any) -> None:
         self._crew.submit(self._try, function, args)
@@ -10066,19 +10199,19 @@ class Login:
         self._client.papers.write_cookie(cookie)
         self._client.enter("updating")
         self._client.papers.remove_qrcode()
-        self._work(self._load, fresh)
+        self._work(self._load, fresh, self._turn)
 
-    def _load(self, fresh: bool) -> None:
+    def _load(self, fresh: bool, turn: int) -> None:
         before = self._client.roster.changes
-        self._client.loop.call(self._loaded, self.link.roster(), before, fresh)
+        self._client.loop.call(self._loaded, self.link.roster(), before, fresh, turn)
 
-    def _loaded(self, row: Row, before: int, fresh: bool) -> None:
+    def _loaded(self, row: Row, before: int, fresh: bool, turn: int) -> None:
         """The roster is there, but perhaps for lists that the link tells apart from it.
 
         The account runs once these are there too, and without them after LOOKUP_SECONDS.
         """
         client, roster = self._client, self._client.roster
-        if client.state != "updating":
+        if client.state != "updating" or turn != self._turn:
             return
         self._tries = 0
         row["user"]["state"] = client.settings.mode
@@ -10086,6 +10219,10 @@ class Login:
         asked = [kind for kind in self._kinds("is_init_") if kind not in row]
         if roster.user.value("uid") not in (None, row["user"]["uid"]):
             self._known = False  # another account is logged in at the bridge
+            self._lists = {kind: Listing() for kind in self._lists}
+            if self._claim:
+                self._claim.drop()
+                self._claim = None
             roster.load({kind: [] for kind in asked}, asked, roster.changes)
         if self._known and not fresh:
             self._compare(row, before)
@@ -10102,10 +10239,10 @@ class Login:
 
     def _run(self) -> None:
         client = self._client
-        if self._patience:
-            self._patience.cancel()
-        if client.state != "updating":
-            return
+        if client.state != "updating" or self._patience is None:
+            return  # the link was lost meanwhile
+        self._patience.cancel()
+        self._patience = None
         fresh, self._fresh = self._fresh, None
         if fresh is not None:
             self._report_update(["user", "friend", "group"])
@@ -10120,7 +10257,7 @@ class Login:
     def _claim_account(self) -> None:
         """Two clients of one account hear and answer everything twice."""
         client, name = self._client, self.link.account()
-        if self._claim or not name:
+        if self._claim or not name or client.state == "stop":
             return
         claim = PidFile(client.papers.claim_path.format(name))
         try:
@@ -10129,6 +10266,9 @@ class Login:
             client.warn("claim", "")
         except Refusal as refusal:
             client.warn("claim", f"{refusal.status}: both hear and answer the same; stop one")
+            if self._claiming:
+                self._claiming.cancel()
+            self._claiming = client.loop.later(LIST_SECONDS, self._claim_account)  # it may stop
 
     # -- lists that the link tells apart from the roster
 
@@ -10139,9 +10279,9 @@ class Login:
             listing.timer.cancel()
         if not listing.asking:
             listing.asking, listing.began = True, self._client.loop.clock()
-            self._askers.submit(self._fetch, kind, self._client.roster.changes)
+            self._askers.submit(self._fetch, kind, listing, self._client.roster.changes)
 
-    def _fetch(self, kind: str, before: int) -> None:
+    def _fetch(self, kind: str, listing: Listing, before: int) -> None:
         rows, why = None, ""
         try:
             rows = self.link.list(kind)
@@ -10149,14 +10289,15 @@ class Login:
             why = error.status
         except Exception as error:  # whatever a link does, it is asked again
             why = repr(error)
-        self._client.loop.call(self._listed, kind, rows, why, before)
+        self._client.loop.call(self._listed, kind, listing, rows, why, before)
 
-    def _listed(self, kind: str, rows: Optional[List[Row]], why: str, before: int) -> None:
+    def _listed(self, kind: str, listing: Listing, rows: Optional[List[Row]], why: str,
+                before: int) -> None:
         """A list came, or did not: what is known changes only by one that is believed."""
-        client, roster, listing = self._client, self._client.roster, self._lists[kind]
+        client, roster = self._client, self._client.roster
         listing.asking = False
-        if client.state == "stop":
-            return
+        if client.state == "stop" or listing is not self._lists[kind]:
+            return  # the latter is of another account
         wait = DOUBT_SECONDS / 4
         if rows is None:
             listing.failures += 1
@@ -10193,7 +10334,10 @@ class Login:
         if listing is None or not self.link.real or not number_of(uid):
             return None
         if kind == "group" and listing.good:
-            row = self.link.find_group(uid)
+            try:
+                row = self.link.find_group(uid)
+            except Unreachable:
+                return THINGS[kind]({"uid": uid, "id": uid, "name": uid})  # it does not say
             if row:
                 client.loop.ask(client.talk.happen, {"event": "new_group", "object": row})
         elif listing.good:
@@ -10356,6 +10500,7 @@ class Talk:
                                link.send_interval if interval is None else interval, link.batch,
                                settings.msg_ttl, self._sent, self._release, client.log)
         self._held: List[Tuple[List[Row], Promise]] = []  # what came while a send was under way
+        self._own: List[Row] = []                         # what the account itself sent, meanwhile
         self._ids = MessageIds()
         self._expected: Dict[str, List[Promise]] = {}  # friend's uid -> who waits for its word
         self._founded: Dict[str, List[Promise]] = {}   # group's uid -> who waits for it
@@ -10416,7 +10561,7 @@ class Talk:
     def _hear_own(self, item: Row, mark: str) -> None:
         """The account sent something, from another device unless it was we."""
         if str(item["number"]) in map(str, self.numbers.values()):
-            return self._client.spool.advance(mark)
+            return self._client.spool.advance(mark or None)
         kind = "group" if item["group"] else ""
         message = self._composer.compose(item["type"], kind, str(item["group"]), item["content"],
                                          item["id"])
@@ -10494,6 +10639,11 @@ class Talk:
         While a send is under way it waits for that: nobody is to hear the echo before the call.
         """
         promise = Promise()
+        if self.queue.busy:  # it may be what we are sending: the answer tells its number
+            self._own += [item for item in items if item["do"] == "sent"]
+            items = [item for item in items if item["do"] != "sent"]
+            if self._own:
+                self._client.loop.later(BRIDGE_SECONDS, self._tell_own)
         self._held.append((items, promise))
         left = self.queue.began + ECHO_SECONDS - self._client.loop.clock()
         if self.queue.busy and self._link.echoes and left > 0:
@@ -10502,7 +10652,15 @@ class Talk:
             self._release()
         return promise
 
+    def _tell_own(self) -> None:
+        own, self._own = self._own, []
+        for item in own:
+            self._hear_own(item, "")
+        self._client.flush()
+
     def _release(self) -> None:
+        if self._own and not self.queue.busy:
+            self._tell_own()
         held, self._held = self._held, []
         for items, promise in held:
             promise.keep(self._take(items))
@@ -10586,6 +10744,8 @@ class Client:
             self.log.keep = self.parent.keep
         self.papers = Papers(self.settings, self.flavour, self.log)
         self.papers.pid.take(f"client {self.account}")
+        for path in self.settings.cookie_path, self.settings.state_path, self.settings.qrcode_path:
+            remove_leftovers(path)
         self.papers.share_secrets()
         self.start_time = int(time.time())
         self.loop = Loop(self.log)
@@ -10919,6 +11079,18 @@ class ReadApi:
             raise Answer(missing)
         return found[0]
 
+    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
+        """The members of a group or discuss that fit; a number may be known to the bridge only."""
+        found = self.client.roster.members(circle, keys)
+        if not found and len(keys) == 1 and self.client.link.real and circle.kind == "group":
+            try:
+                uid = number_of(*keys.values())
+                row = self.client.link.find_member(circle.uid, uid) if uid else None
+                return [GroupMember(row)] if row else []
+            except Unreachable as error:
+                self.client.log.debug(f"who {keys} is: {error.status}")
+        return found
+
     def get_user_info(self, request: Request) -> Json:
         """Oneself."""
         roster = self.client.roster
@@ -11084,7 +11256,7 @@ class SendApi(ReadApi):
         circles = self.find(kind, request, (kind + "_id", kind + "_uid"))
         for circle in circles:
             self.client.details.wait([circle])
-            for member in self.client.roster.members(circle, keys):
+            for member in self.members(circle, keys):
                 return self._send(request, "sess_message", member, member.uid, circle.uid, kind)
         uid = number_of(keys.get("uid") or keys.get("id"))
         group = params.get("group_uid") or params.get("group_id") or ""
@@ -11197,12 +11369,16 @@ class SendApi(ReadApi):
     def _leads_here(self, url: str) -> bool:
         """Whether a bridge must not fetch a picture: its calls carry no mark. Unreachable."""
         try:
-            addresses = addresses_of(origin_of(url)[1])
+            host = origin_of(url)[1].rstrip(".")
         except ValueError as error:
             raise Unreachable(str(error)) from None
+        # Others read a backslash, a blank, or a percent in the host another way than we do.
+        if re.search(r"[\\\s\x00-\x1f\x7f]", url) or not re.fullmatch(r"[\w.:-]+", host):
+            raise Unreachable("a URL that could be read in two ways")
+        addresses = addresses_of(host)
         if any(map(is_forbidden, addresses)):
             raise Unreachable("link-local and metadata addresses are not called")
-        return any(map(is_own, addresses))
+        return is_loopback(host) or any(map(is_own, addresses))
 
     def _check_address(self, url: str) -> None:
         """BadRequest for an address that a bridge is to fetch and that leads to this program."""
@@ -11317,6 +11493,9 @@ class Api(SendApi):
         """The checks in the order of CONTRACT 5, then the act."""
         params = request.params
         groups = self.find("group", request, ("group_id", "group_uid"))
+        uid = params.get("group_uid") or params.get("group_id") or ""
+        if not groups:
+            groups = list(filter(None, [self.client.look_for("group", uid)]))
         if not groups:
             return {"code": 100, "status": "object not found"}
         if not check(request):
@@ -11328,7 +11507,7 @@ class Api(SendApi):
         uids = []
         self.client.details.wait(groups[:1])
         for name in names:
-            found = self.client.roster.members(groups[0], {key: name})
+            found = self.members(groups[0], {key: name})
             if not found:
                 return {"code": 100, "status": f"member {name} not found"}
             uids.append(found[0].uid)
@@ -12183,7 +12362,8 @@ class Ports:
 @functools.lru_cache(maxsize=256)
 def is_passed_on(name: str) -> bool:
     """Whether a field of a call goes on to the client."""
-    return name not in HOP_BY_HOP and not ABOUT_THE_CALLER.fullmatch(name)
+    return (name not in HOP_BY_HOP and name not in FORWARDED
+            and not ABOUT_THE_CALLER.fullmatch(name))
 
 
 class Proxy:
@@ -12516,6 +12696,8 @@ def account_settings(given: Json) -> Dict[str, str]:
         setting = setting_named(name)
         if setting is None or setting.whose == "controller":
             raise ValueError(f"{name} is not a setting of a client")
+        if not setting.caller and (setting.whose == "both" or setting.name == "account"):
+            raise ValueError(f"{name} is the controller's to decide, for all its clients")
         texts[setting.name] = "" if value is None else setting.text(value)
         if texts[setting.name]:
             setting.parse(value)
@@ -12565,6 +12747,8 @@ class Controller:
     def run(self) -> int:
         """Serve until somebody says stop; the process's exit status."""
         self.pid.take("controller")
+        for path in self.settings.backend_path, self.settings.template_path:
+            remove_leftovers(path)
         try:
             self._open()
             self.loop.catch_signals(self._stop)
@@ -12986,6 +13170,7 @@ class ControllerApi:
                                     controller.network.logins.delete, child.name)
         for name in "cookie_path", "state_path", "spool_path", "qrcode_path":
             remove_file(controller.path_of(child, name))
+            remove_leftovers(controller.path_of(child, name))
         controller.shelf_of(child).clear()
         return row
 

@@ -2050,11 +2050,31 @@ def test_why_a_call_is_refused_is_logged_once_per_cause(start):
     hosts = [f"h{number}.example" for number in range(300)]
     for host in ["evil.example"] * 5 + hosts:
         assert request(program.base, "/local/world", headers={"Host": host})[0] == 403
-    program.log.wait("other reasons are not logged")
+    program.log.wait("others like it are not logged")
+    for _ in "12":  # what callers made up uses up no other rule's place in the log
+        assert request(program.base, "/local/world", headers={"X-Real-IP": "192.0.2.1"})[0] == 403
     assert program.stop() == 0
     refused = [line for line in program.log.lines if "a call was refused" in line]
-    assert len(refused) == openqq.REASON_LIMIT == len(set(refused))
+    assert len(refused) == openqq.REASON_LIMIT + 1 == len(set(refused))
     assert sum("Host, evil.example, is no name" in line for line in refused) == 1
+    assert "x-real-ip" in refused[-1]
+
+
+def test_a_browser_that_finds_an_allowed_host_on_this_machine_is_not_let_in(start):
+    """Where the name leads here without the server in front, it does not say which site asks."""
+    program = start("controller", "--allowed-hosts", "bot.example")
+    for host, status in [(f"bot.example:{program.port}", 403), ("bot.example", 200),
+                         ("bot.example:8443", 200), (f"localhost:{program.port}", 200)]:
+        assert request(program.base, "/local/world", headers={"Host": host})[0] == status
+    proxied = {"X-Forwarded-Host": "bot.example"}
+    for name, value in [("X-Forwarded-Ssl", "off"), ("X-Scheme", "http"), ("X-Url-Scheme", "http"),
+                        ("X-Forwarded-Scheme", "http"), ("Front-End-Https", "off"),
+                        ("Cf-Visitor", '{"scheme":"http"}'), ("Origin", "http://bot.example")]:
+        assert request(program.base, "/local/world", headers={**proxied, name: value})[0] == 403
+    for name in "X-Client-IP", "CF-Connecting-IP", "Forwarded-For", "X-Forwarded-Port":
+        assert request(program.base, "/local/world", headers={name: "192.0.2.1"})[0] == 403
+    assert request(program.base, "/local/world", headers={"Origin": f"x://127.0.0.1:{program.port}"}
+                   )[0] == 403
 
 
 TOKEN = "s3cr3t&=%密"
@@ -5373,7 +5393,7 @@ def test_no_hostile_value_is_taken_that_later_fails(odd):
     assert sum(map(len, taken.values())) > 500
     paths = ["cookie_path", "log_path", "state_path", "qrcode_path", "pid_path"]
     others = {"is_init_friend": "1", "onebot_api": "", "onebot_login": "", "onebot_login_api": "",
-              "qrcode_count_max": "9"}  # 0 is taken: it ends one that would have to be scanned
+              "qrcode_count_max": "9"}
 
     def live(number):
         """A client with the number-th value of each setting."""
@@ -11574,6 +11594,244 @@ def test_of_two_that_a_name_fits_the_remark_wins_and_equal_ones_are_refused(harr
         assert program.call(TO_GROUP, **{key: "家"}, content="x") == {
             "code": 100, "id": None, "status": "group not unique"}
     assert program.call(TO_FRIEND, name="丙", uid="20004", content="x")["code"] == 0
+
+
+def test_the_bridges_other_account_is_noticed_and_has_friends_of_its_own(harried):
+    """Also where nothing but events tells of it, and a list of the former one is still to come."""
+    for way in "webhook", "late list":
+        bridge, free = Bridge(sse=way != "webhook"), threading.Event()
+        program = harried(bridge, "--account", way[:4], "--update-interval", "1",
+                          url=bridge.url if way == "webhook" else bridge.ws, running=False,
+                          LIST_SECONDS=WAIT, DOUBT_SECONDS=600.0)
+        program.log.wait("logged in")
+        bridge.post_to = f"{program.base}/onebot" if way == "webhook" else ""
+        if way != "webhook":
+            former = list(bridge.friends)
+            bridge.answers["get_friend_list"] = lambda params: free.wait(WAIT) and {"data": former}
+            bridge.wait_call("get_friend_list", seconds=WAIT)
+            bridge.wait_call("get_friend_list", seconds=WAIT)
+            bridge.answers = {}
+        bridge.uin, bridge.friends = 10009, [{"user_id": 20101, "nickname": "新", "remark": ""}]
+        if way != "webhook":
+            bridge.emit(notice_type="bot_offline", message="weg")
+        bridge.say_private(20101, "who")
+        program.receiver.message("who")
+        assert eventually(lambda: program.call("get_user_info").get("uid") == "10009")
+        free.set()
+        assert eventually(lambda: [row["uid"] for row in program.call("get_friend_info")
+                                   ] == ["20101"])
+
+
+def test_an_account_whose_bridge_is_lost_while_it_loads_is_not_called_running(harried):
+    bridge = Bridge()
+    bridge.hang("get_friend_list", "get_group_list")
+    program = harried(bridge, running=False, LOOKUP_SECONDS=5.0, LIST_SECONDS=WAIT)
+    bridge.wait_call("get_friend_list")
+    bridge.stop()
+    program.log.wait("trying again in")
+    program.log.wait("trying again in 2 s")
+    assert link_state(program)["state"] != "running" and link_state(program)["error"]
+    bridge.hanging.clear()
+    bridge.start()
+    until_running(program)
+    states = [event["params"][1] for *_, event in program.receiver.posts
+              if event.get("event") == "state_change"]
+    assert states.count("running") == 1
+
+
+def test_messages_without_a_number_are_all_told_under_ids_of_their_own(harried):
+    bridge = Bridge()
+    program = harried(bridge)
+    for number, value in enumerate([0, "0", "", None, [], 0]):
+        bridge.say_private(20001, f"n{number}", message_id=value)
+    bridge.say_group(30001, 20001, "role", sender={"user_id": 20001, "role": []})
+    ids = [program.receiver.message(f"n{number}")["id"] for number in range(6)]
+    assert len(set(ids)) == 6 and all(re.fullmatch("[1-9][0-9]*", name) for name in ids)
+    assert eventually(lambda: "role" in [event.get("content") for *_, event
+                                         in list(program.receiver.posts)])
+    assert "fault of this program" not in program.log.text()
+
+
+def test_look_ups_in_vain_hold_up_no_queue_of_others(harried):
+    bridge = Bridge()
+    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS, LOOKUP_SECONDS=2.0)
+    bridge.hang("get_stranger_info", "get_group_member_info")
+    for number in range(64):
+        bridge.emit(request_type="friend", user_id=51000 + number, flag=f"F{number}", comment="x")
+    bridge.say_group(30001, 40001, [segment("at", qq=str(52000 + number)) for number in range(8)])
+    bridge.say_private(20002, "still?")
+    program.receiver.message("still?")
+    asked = [params for action, params in bridge.calls if action == "get_stranger_info"]
+    assert len(asked) <= openqq.Intake.WORKERS
+
+
+def test_an_echo_that_comes_long_before_its_answer_is_no_second_message(harried):
+    bridge, free = Bridge(), threading.Event()
+    program = harried(bridge, "--allow-message-sync", "1", BRIDGE_SECONDS=WAIT)
+
+    def send(params):
+        bridge._message("echo", message_type="private", post_type="message_sent", user_id=10001,
+                        target_id=20001, sender={"user_id": 10001}, message_id=7703)
+        free.wait(WAIT)
+        return {"data": {"message_id": 7703}}
+
+    bridge.answers["send_private_msg"] = send
+    program.call(TO_FRIEND, uid="20001", content="echo", **{"async": "1"})
+    bridge.wait_call("send_private_msg")
+    bridge.say_private(20001, "meanwhile")
+    program.receiver.message("meanwhile")
+    free.set()
+    assert program.receiver.next(lambda event: event.get("class") == "send")["source"] == "local"
+    bridge.say_private(20001, "end")
+    assert program.receiver.next(lambda event: "class" in event)["content"] == "end"
+
+
+def test_notices_count_before_the_group_list_is_there(harried):
+    bridge = Bridge()
+    bridge.hang("get_group_list")
+    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS, LIST_SECONDS=WAIT)
+    bridge.emit(notice_type="group_increase", group_id=30001, user_id=44444, sub_type="approve")
+    bridge.emit(notice_type="group_decrease", group_id=30001, user_id=20001, sub_type="leave")
+    bridge.emit(notice_type="group_increase", group_id=30005, user_id=10001, sub_type="invite")
+    seen = {(event["event"], event["params"][0]["uid"]) for event in (
+        program.receiver.next(lambda event: str(event.get("event")).startswith(("new_", "lose_")))
+        for _ in "123")}
+    assert seen == {("new_group_member", "44444"), ("lose_group_member", "20001"),
+                    ("new_group", "30005")}
+    bridge.hanging.clear()
+
+
+def test_a_member_that_no_list_told_is_asked_for_too(harried):
+    bridge = Bridge()
+    program = harried(bridge)
+    program.call("get_group_info")
+    bridge.groups[0]["members"] += [bridge.member(40011), bridge.member(40012)]
+    member = {"group_uid": "30001", "member_uid": "40011"}
+    assert program.call("shutup_group_member", time="1", **member)["code"] == 0
+    assert program.call("send_sess_message", group_uid="30001", uid="40011", content="x")["code"] == 0
+    assert program.call("shutup_group_member", time="1", group_uid="30001",
+                        member_uid="49999")["code"] == 100
+    bridge.groups.append({"group_id": 30007, "group_name": "新", "members": [
+        bridge.member(10001, "owner"), bridge.member(40013)]})
+    assert program.call("kick_group_member", group_uid="30007", member_uid="40013")["code"] == 0
+    assert bridge.wait_call("set_group_kick")["user_id"] == "40013"
+
+
+def test_a_bridge_that_never_answers_for_a_stream_is_heard_by_its_webhook(start):
+    class Silent(Bridge):
+        def handle(self, handler):
+            if handler.path == "/_events":
+                self.connected_for_ever(handler)
+            super().handle(handler)
+
+        def connected_for_ever(self, handler):
+            try:
+                handler.rfile.read(1)  # until it is hung up on
+            except OSError:
+                pass
+
+    controller, bridge = start("controller"), Silent(sse=False)
+    try:
+        me = Bridged(controller, "http", bridge)
+        me.until("running")
+        assert me.events_of(private(20002, "da"))[-1]["content"] == "da"
+    finally:
+        bridge.close()
+
+
+AMBIGUOUS = ["http://127.0.0.1.:{port}/x", "http://%31%32%37.0.0.1:{port}/x",
+             "http://127.0.0.1:{port}\\@h.invalid/x", "http://0177.0.0.1.:{port}/x",
+             "http://127.0.0.1:{port}\t@h.invalid/x", "http://localhost%2e:{port}/x",
+             "http://localhost.:{port}/x", "http://x.localhost:{port}/x"]
+
+
+@pytest.mark.parametrize("url", AMBIGUOUS)
+def test_no_url_that_others_read_in_another_way_makes_a_bridge_call_this_program(qq, url):
+    url = url.format(port=qq.program.port)
+    count = len(qq.bridge.calls)
+    for params in ({"media_url": url}, {"media_path": url},
+                   {"cq": "1", "content": f"[CQ:image,file={url}]"},
+                   {"cq": "1", "content": f"[CQ:image, File={url}]"}):
+        answer = qq.call(TO_FRIEND, id="20001", **params)
+        assert answer["code"] in (400, 6), (params, answer)
+    assert "send_private_msg" not in [action for action, _ in qq.bridge.calls[count:]]
+
+
+ODD_ANSWERS = [({"media": ["x\0y", "\ud800", "base64://", "", 5, None, "base64://" + PNG_TEXT]}, 1),
+               ({"media": "base64://"}, 0), ({"reply": float("nan")}, 0),
+               ({"reply": float("inf")}, 0), ({"reply": True}, 0), ({"reply": 12.0}, 1)]
+
+
+@pytest.mark.parametrize("answer, count", ODD_ANSWERS, ids=range(len(ODD_ANSWERS)))
+def test_one_odd_thing_in_an_answer_costs_nothing_else_of_it(start, receive, answer, count):
+    receiver = receive(lambda event: (200, {}, answer) if event.get("content") == "say" else None)
+    controller = start("controller")
+    controller.login("alice", post_api=receiver.url)
+    assert controller.call("/local/say", content="say", client="alice", **{"from": "小灰"}
+                           )["code"] == 0
+    receiver.message("say")
+
+    def sent():
+        return [event for *_, event in list(receiver.posts) if event.get("class") == "send"]
+
+    assert eventually(lambda: len(sent()) == count)
+    assert controller.call("send_friend_message", client="alice", name="小灰",
+                           content="last")["code"] == 0
+    receiver.next(lambda event: event.get("content") == "last")
+    assert [event["code"] for event in sent()] == [0] * (count + 1)
+    assert "fault of this program" not in controller.log.text()
+
+
+def test_a_json_body_is_json_and_its_numbers_stay_as_they_were_written(pair):
+    headers = {"Content-Type": "application/json"}
+    path = "/openqq/send_friend_message?client=alice"
+    for text in b"NaN", b"-Infinity", b'["a",NaN]':
+        status, _, body = request(pair.base, path, "POST", b'{"name":"x","content":%b}' % text,
+                                  headers)
+        assert (status, json.loads(body)["code"]) == (400, 400)
+    for text in b"1e22", b"1e999", b"12345678901234567890.5":
+        heard(pair)
+        body = '{"name":"小冰","content":%s}' % text.decode()
+        assert json.loads(request(pair.base, path, "POST", body.encode(), headers)[2])["code"] == 0
+        assert text.decode() in [event["content"] for event in pair.call("check_event",
+                                                                         client="alice")]
+
+
+def test_a_charset_that_says_gb_counts_in_forms_and_parts_too(pair):
+    text = "一模".encode("gbk")  # which are UTF-8 too, of other letters
+    part = (b'--b b\r\nContent-Disposition: form-data; name=content\r\n'
+            b'Content-Type: text/plain; charset=gbk\r\n\r\n' + text + b'\r\n--b b\r\n'
+            b'Content-Disposition: form-data; name="uid"\r\n\r\n%d\r\n--b b--\r\n' % 2854196301)
+    for kind, body in [("application/x-www-form-urlencoded; charset=gbk",
+                        b"uid=2854196301&content=" + urllib.parse.quote(text).encode()),
+                       ('multipart/form-data; boundary="b b"', part)]:
+        heard(pair)
+        answer = request(pair.base, "/openqq/send_friend_message?client=alice", "POST", body,
+                         {"Content-Type": kind})
+        assert json.loads(answer[2])["code"] == 0, answer
+        assert "一模" in [event["content"] for event in pair.call("check_event", client="alice")]
+
+
+def test_what_a_kill_leaves_of_a_file_is_removed_with_it(start, tmp_path):
+    left = [put(os.path.join(str(tmp_path), f".openqq_mojo_webqq_{name}_{'0' * 32}"), b"S3CRET")
+            for name in ("cookie_alice.dat", "state_alice.json", "controller_backend.dat")]
+    controller = start("controller")
+    assert not os.path.exists(left[2])
+    controller.login("alice")
+    assert not [path for path in left if os.path.exists(path)]
+    put(left[0], b"S3CRET")
+    assert controller.call("delete_client", client="alice")["code"] == 0
+    assert not os.path.exists(left[0])
+
+
+def test_an_accounts_file_does_not_decide_for_the_controller(start, tmp_path):
+    path = os.path.join(str(tmp_path), "accounts.json")
+    bad = {name: {name: "x"} for name in ("token", "host", "account", "flavor", "world")}
+    put(path, json.dumps({**bad, "good": {}}).encode())
+    controller = start("controller", "--accounts", path)
+    assert [row["account"] for row in controller.call("check_client")["client"]] == ["good"]
+    for name in bad:
+        controller.log.wait(f"{name} is the controller's to decide")
 
 
 LOCAL_FILES = ["[CQ:image,file=file:///etc/passwd]", "[CQ:image,file=/etc/passwd]",
