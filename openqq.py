@@ -1184,8 +1184,7 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("login_type", "qrlogin", _choice("qrlogin", "login"), "client",
             "qrlogin: scan a code; login: with pwd, on the local network"),
     Setting("pwd", "", _text, "client", "password for login_type=login", secret=True),
-    Setting("qrcode_count_max", 10, _whole, "client", "QR codes shown before the client stops",
-            between=(1, 1_000_000)),
+    Setting("qrcode_count_max", 10, _whole, "client", "QR codes shown before the client stops"),
     Setting("send_interval", None, _number, "client",
             "seconds between two messages: 3, on the local network 0", between=(0, 86_400)),
     Setting("send_queue_max_size", 1000, _whole, "client",
@@ -8266,7 +8265,8 @@ class OneBotEvents:
         segments = segments_of(raw if row.get("message") is None else row["message"])
         number = self._message_id(row)
         return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
-                "number": row["message_id"] if number else None, "content": self._readable(segments, group),
+                "number": row["message_id"] if number else None,
+                "content": self._readable(segments, group),
                 "raw_message": raw if isinstance(raw, str) else cq_text(segments),
                 "time": scalar(row.get("time")) or str(int(time.time())),
                 "links": [self._link(segment) for segment in segments
