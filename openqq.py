@@ -174,6 +174,7 @@ ECHO_SECONDS = 1.0               # how long a send waits for what it was answere
 READ_SECONDS = 0.1               # for callers to get their last answers before the process ends
 SEND_SECONDS = 50.0              # a caller waits so long for a send; nginx itself waits 60
 STOP_SECONDS = 3.0               # what stop_client promises, and what the queue gets on a stop
+LAND_SECONDS = 1.5               # and then what it has sent, to be answered: else it comes twice
 KILL_SECONDS = 10.0              # between TERM and KILL
 ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
 START_TRIES = 7                  # starts without reaching running
@@ -405,6 +406,11 @@ def read_text(data: bytes, charset: str = "") -> str:
     """Text of somebody who need not say how it is written: UTF-8, else GB18030, as Chinese
     consoles and old scripts write it; a `charset` that says so comes first. ValueError."""
     gb_first = charset.lower() in GB_NAMES
+    if not gb_first and charset.lower() not in ("", "utf-8", "utf8", "us-ascii", "ascii"):
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"in {charset}: write UTF-8 or GB18030") from None
     for encoding in ("gb18030", "utf-8") if gb_first else ("utf-8", "gb18030"):
         try:
             return data.decode(encoding)
@@ -1064,7 +1070,7 @@ class Setting:
                 raise ValueError("must be {} to {}".format(*self.between))
             return found
         except ValueError as error:
-            shown = "" if self.secret else f" {text[:100]!r}"
+            shown = "" if self.secret else f" {re.sub('//[^/@]*@', '//', text)[:100]!r}"
             raise ValueError(f"{self.name}{shown} {error}") from None
 
     def split(self, url: str) -> Tuple[str, str]:
@@ -2534,26 +2540,25 @@ def _legible(name: str, data: bytes, charset: str = "") -> str:
 
 def parse_multipart(kind: str, body: bytes) -> Params:
     """Parameters of a multipart/form-data body (RFC 7578); a file's bytes become base64."""
-    found = re.search(r'(?i)boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))', kind)
+    found = re.search(r'(?i)(?:^|;)\s*boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))', kind)
     if not found:
         raise BadRequest(400, "multipart without a boundary")
     params = {}
     border = b"\r\n--" + re.escape((found.group(1) or found.group(2)).encode())
-    pieces = re.split(border + rb"(?=--|[ \t]*\r\n)", b"\r\n" + body)
+    pieces = re.split(border + rb"(?=(?:--)?[ \t]*(?:\r\n|\Z))", b"\r\n" + body)
     if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
         raise BadRequest(400, "broken multipart body")
     for piece in pieces[1:-1]:
         head, _, value = piece.partition(b"\r\n\r\n")
-        name = re.search(rb'(?i)[;\s]name=(?:"([^"\r\n]*)"|([^\s";]+))', head)
-        if not name:
+        said = {found.group(1).lower(): found.group(2) or found.group(3) or b"" for found in
+                re.finditer(rb';\s*([\w*-]+)=(?:"([^"\r\n]*)"|([^\s";]+))', head)}
+        if b"name" not in said:
             raise BadRequest(400, "multipart part without a name")
-        charset = charset_of(head.decode("latin-1"))
-        key = _legible("a name", name.group(1) or name.group(2) or b"")
-        file = re.search(rb'(?i)[;\s]filename="([^"\r\n]*)', head)
-        params[key] = (base64.b64encode(value).decode() if file
-                       else _legible(key, value, charset))
-        if file:
-            params[key + ".filename"] = _legible(key, file.group(1))
+        key, is_file = _legible("a name", said[b"name"]), b"filename" in said
+        params[key] = (base64.b64encode(value).decode() if is_file
+                       else _legible(key, value, charset_of(head.decode("latin-1"))))
+        if is_file:
+            params[key + ".filename"] = _legible(key, said[b"filename"])
     return params
 
 
@@ -2750,10 +2755,11 @@ class Gate:
         if not (is_own_host(name) or name in self._hosts):
             return (f"its Host, {name[:100]}, is no name of this machine: set token; or "
                     "allowed_hosts, if it is your own server's, which asks who is there")
-        if not is_own_host(name) and host.endswith(f":{port}"):
+        if not is_own_host(name) and (host[len(name):] or ":80") == f":{port}":
             return (f"its Host, {name[:100]}, has our own port {port}: a browser found that name "
                     "here itself, and does not say which site asks; let the server in front call")
-        if not FORWARDED.isdisjoint(fields):
+        forwarded = not FORWARDED.isdisjoint(fields)
+        if forwarded:
             host = fields.get("x-forwarded-host", "")
             reason = self._objection_to_proxy(host, fields)
             if reason:
@@ -2762,7 +2768,7 @@ class Gate:
             page = fields.get("origin", fields.get("sec-fetch-site", ""))
             return (f"a page of another site made it ({page[:100]!a}): "
                     "set token, and let the page give it")
-        if host != fields["host"] and fields.get("origin", "").startswith("http:"):
+        if forwarded and fields.get("origin", "").startswith("http:"):
             return self.PLAIN
         return ""
 
@@ -6010,6 +6016,7 @@ class Reporter:
         self._emptied: Optional[Callable[[], None]] = None
         self._gone = False                             # the receiver said so
         self._redirected = False                       # it sent us elsewhere, to no avail
+        self._holding = False                          # the process is about to end
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
         for key, item in list(spool.pending.items()):
             if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
@@ -6041,9 +6048,18 @@ class Reporter:
         self._emptied = emptied
         self._pump()
 
+    def hold(self, landed: Callable[[], None]) -> None:
+        """Post no more; have landed() called once what is on its way has been answered."""
+        self._holding, self._emptied = True, landed
+        self._pump()
+
     def waiting(self) -> int:
         """How many events are not delivered yet."""
         return len(self._spool.pending)
+
+    def flying(self) -> int:
+        """How many are on their way."""
+        return len(self._flying)
 
     def _enqueue(self, key: int, conversation: str) -> None:
         queue = self._queues.get(conversation)
@@ -6087,14 +6103,15 @@ class Reporter:
         self._failed()
 
     def _pump(self) -> None:
-        while self._ready and self._pause is None and len(self._flying) < self._allowed:
+        while (self._ready and self._pause is None and not self._holding
+               and len(self._flying) < self._allowed):
             conversation = self._ready.popleft()
             key = self._queues[conversation][0]
             self._flying[conversation] = self._loop.clock()
             self._crew.submit(self._post, conversation, key, self._spool.pending[key])
         if self._ready and self._widening is None and self._allowed < POST_LANES:
             self._widening = self._loop.later(self.PATIENCE, self._widen)
-        if not self._queues and self._emptied is not None:
+        if self._emptied is not None and not (self._flying if self._holding else self._queues):
             emptied, self._emptied = self._emptied, None
             emptied()
 
@@ -6339,6 +6356,15 @@ class Outlet:
         """Have emptied() called once all is posted."""
         assert self.reporter is not None
         self.reporter.drain(emptied)
+
+    def hold(self, landed: Callable[[], None]) -> None:
+        """Post no more; have landed() called once what is on its way has been answered."""
+        if self.reporter:
+            self.reporter.hold(landed)
+
+    def flying(self) -> int:
+        """How many events are on their way."""
+        return self.reporter.flying() if self.reporter else 0
 
 
 class Heartbeat:
@@ -8645,7 +8671,14 @@ class HttpBridge(Bridge):
     def _check(self) -> None:
         if self._closed.is_set():
             raise Unreachable("the connection was closed")
-        status = self.ask("get_status", {}, BRIDGE_SECONDS).get("data")
+        status: Json = None
+        try:
+            status = self.ask("get_status", {}, BRIDGE_SECONDS).get("data")
+        except Declined:
+            pass  # an answer is a sign of life, whatever it says
+        except Unreachable as error:
+            if not error.sent or isinstance(error, TooSlow):
+                raise
         self._hear({"post_type": "meta_event", "meta_event_type": "heartbeat", "status": status})
 
     def ask(self, action: str, params: Row, seconds: float) -> Row:
@@ -8858,6 +8891,11 @@ class Intake:
             self._open = True
             self._staff()
 
+    def close(self) -> None:
+        """Let them wait again."""
+        with self._changed:
+            self._open = False
+
     def put(self, row: Row) -> None:
         """Add one. The wait has an end: who acts may itself wait for an answer that comes after."""
         with self._changed:
@@ -8885,7 +8923,7 @@ class Intake:
         while True:
             with self._changed:
                 self._idle += 1
-                name = self._next()
+                name = self._next() if self._open else None
                 self._idle -= 1
                 if name is None:
                     self._workers -= 1
@@ -9200,10 +9238,7 @@ class OneBotLink(BridgeActions):
         except Declined:
             return False
         uid = number_of(row.get("user_id"))
-        try:
-            status = self._row("get_status")
-        except Declined:
-            status = {}  # an old bridge does not know it
+        status = self._look_up("get_status")  # an old bridge does not know it
         if not uid or status.get("online") is False:
             return False
         self.me, self._name = uid, scalar(row.get("nickname")) or uid
@@ -9247,6 +9282,7 @@ class OneBotLink(BridgeActions):
             now = self._look_up("get_login_info")
             if scalar(now.get("user_id")) != uid:
                 return True
+            self._intake.close()
             self._offline(f"another account, {uid}, is logged in there")
         self._hear(row)
         return True
@@ -9727,10 +9763,19 @@ class SendQueue:
         self.busy = False
         self.began = 0.0         # when the last call did
         self._resting = False    # busy, or the interval is not over
+        self._turn = 0           # of the account, whose messages no other one is to send
 
     def waiting(self) -> int:
         """How many messages have not been tried yet."""
         return len(self._jobs)
+
+    def give_up(self) -> int:
+        """Call all that waits failed: it was surely not sent. How many that were."""
+        jobs, self._jobs = self._jobs, collections.deque()
+        self._turn += 1
+        for job in jobs:
+            self._sent(job, {"code": -3, "info": "发送异常"})
+        return len(jobs)
 
     def put(self, job: Job) -> None:
         """Queue a message; the first goes at once."""
@@ -9742,7 +9787,7 @@ class SendQueue:
             return
         self._resting = self.busy = True
         self.began = self._loop.clock()
-        self._crew.submit(self._try, self._take_batch(), self.began)
+        self._crew.submit(self._try, self._take_batch(), self.began, self._turn)
 
     def _take_batch(self) -> List[Job]:
         batch: List[Job] = []
@@ -9754,7 +9799,7 @@ class SendQueue:
             batch.append(self._jobs.popleft())
         return batch
 
-    def _try(self, batch: List[Job], began: float) -> None:
+    def _try(self, batch: List[Job], began: float, turn: int) -> None:
         """In the crew's thread."""
         results: List[Row] = []
         error: Optional[OpenQQError] = None
@@ -9764,9 +9809,9 @@ class SendQueue:
             error = failure
         except Exception as failure:  # the queue must go on whatever a link does
             error = Unreachable(repr(failure), True)
-        self._loop.call(self._tried, batch, began, results, error)
+        self._loop.call(self._tried, batch, began, turn, results, error)
 
-    def _tried(self, batch: List[Job], began: float, results: List[Row],
+    def _tried(self, batch: List[Job], began: float, turn: int, results: List[Row],
                error: Optional[OpenQQError]) -> None:
         wait = max(0.0, began + self._interval - self._loop.clock())
         if error is None:
@@ -9778,6 +9823,8 @@ class SendQueue:
         else:
             wait = max(wait, backoff(batch[0].tries))
             self._put_back(batch)
+            if turn != self._turn:
+                self.give_up()
         self.busy = False
         self._settled()
         if wait:
@@ -10219,11 +10266,12 @@ class Login:
         asked = [kind for kind in self._kinds("is_init_") if kind not in row]
         if roster.user.value("uid") not in (None, row["user"]["uid"]):
             self._known = False  # another account is logged in at the bridge
+            client.talk.queue.give_up()
             self._lists = {kind: Listing() for kind in self._lists}
             if self._claim:
                 self._claim.drop()
                 self._claim = None
-            roster.load({kind: [] for kind in asked}, asked, roster.changes)
+            roster.load({"friend": [], "group": []}, ["friend", "group"], roster.changes)
         if self._known and not fresh:
             self._compare(row, before)
             self._fresh = None
@@ -10501,6 +10549,7 @@ class Talk:
                                settings.msg_ttl, self._sent, self._release, client.log)
         self._held: List[Tuple[List[Row], Promise]] = []  # what came while a send was under way
         self._own: List[Row] = []                         # what the account itself sent, meanwhile
+        self._own_timer: Optional[Timer] = None           # when it is told all the same
         self._ids = MessageIds()
         self._expected: Dict[str, List[Promise]] = {}  # friend's uid -> who waits for its word
         self._founded: Dict[str, List[Promise]] = {}   # group's uid -> who waits for it
@@ -10560,7 +10609,7 @@ class Talk:
 
     def _hear_own(self, item: Row, mark: str) -> None:
         """The account sent something, from another device unless it was we."""
-        if str(item["number"]) in map(str, self.numbers.values()):
+        if item["number"] is not None and str(item["number"]) in map(str, self.numbers.values()):
             return self._client.spool.advance(mark or None)
         kind = "group" if item["group"] else ""
         message = self._composer.compose(item["type"], kind, str(item["group"]), item["content"],
@@ -10640,10 +10689,11 @@ class Talk:
         """
         promise = Promise()
         if self.queue.busy:  # it may be what we are sending: the answer tells its number
-            self._own += [item for item in items if item["do"] == "sent"]
+            own = [item for item in items if item["do"] == "sent"]
             items = [item for item in items if item["do"] != "sent"]
-            if self._own:
-                self._client.loop.later(BRIDGE_SECONDS, self._tell_own)
+            if own and not self._own:
+                self._own_timer = self._client.loop.later(BRIDGE_SECONDS, self._tell_own)
+            self._own += own
         self._held.append((items, promise))
         left = self.queue.began + ECHO_SECONDS - self._client.loop.clock()
         if self.queue.busy and self._link.echoes and left > 0:
@@ -10653,6 +10703,8 @@ class Talk:
         return promise
 
     def _tell_own(self) -> None:
+        if self._own_timer:
+            self._own_timer.cancel()
         own, self._own = self._own, []
         for item in own:
             self._hear_own(item, "")
@@ -10919,8 +10971,11 @@ class Client:
             return
         self.log.info("客户端停止运行 (stopping)")
         self.enter("stop")
+        unsent = self.talk.queue.give_up()
+        if unsent:
+            self.log.warn(f"{unsent} message(s) waited to be sent, and were not")
         self.emit("stop", [])
-        self.loop.later(STOP_SECONDS, self._end)
+        self.loop.later(STOP_SECONDS, self._hold)
         waiting = [outlet for outlet in self.outlets if outlet.waiting()]
         for outlet in waiting:
             outlet.drain(self._drained)
@@ -10929,6 +10984,16 @@ class Client:
 
     def _drained(self) -> None:
         if not any(outlet.waiting() for outlet in self.outlets):
+            self._end()
+
+    def _hold(self) -> None:
+        """The rest waits for the next start; what was sent and not answered would come twice."""
+        self.loop.later(LAND_SECONDS, self._end)
+        for outlet in self.outlets:
+            outlet.hold(self._landed)
+
+    def _landed(self) -> None:
+        if not any(outlet.flying() for outlet in self.outlets):
             self._end()
 
     def _end(self) -> None:
@@ -11321,7 +11386,8 @@ class SendApi(ReadApi):
         name = request.params.get("id", "").partition(":")[0]
         if name not in self.client.talk.numbers:
             return {"code": -1, "status": "msg id not found"}
-        done = self.client.link.revoke(self.client.talk.numbers[name])
+        number = self.client.talk.numbers[name]
+        done = number is not None and self.client.link.revoke(number)
         return {"code": 0, "status": "revoke success" if done else "revoke failure"}
 
     # -- media
@@ -11373,9 +11439,12 @@ class SendApi(ReadApi):
         except ValueError as error:
             raise Unreachable(str(error)) from None
         # Others read a backslash, a blank, or a percent in the host another way than we do.
-        if re.search(r"[\\\s\x00-\x1f\x7f]", url) or not re.fullmatch(r"[\w.:-]+", host):
-            raise Unreachable("a URL that could be read in two ways")
+        if re.search(r"[\\\s\x00-\x1f\x7f]", url) or not re.fullmatch("[A-Za-z0-9_.:-]+", host):
+            raise Unreachable("a URL that could be read in two ways (other letters as xn--)")
         addresses = addresses_of(host)
+        # To browsers and bridges what ends in a number is an address, whatever getaddrinfo says.
+        if not addresses and re.fullmatch("[0-9]+|0[xX][0-9A-Fa-f]*", host.rpartition(".")[2]):
+            raise Unreachable("a host that could be read in two ways")
         if any(map(is_forbidden, addresses)):
             raise Unreachable("link-local and metadata addresses are not called")
         return is_loopback(host) or any(map(is_own, addresses))

@@ -11739,10 +11739,87 @@ def test_a_bridge_that_never_answers_for_a_stream_is_heard_by_its_webhook(start)
         bridge.close()
 
 
+def test_the_echoes_of_a_long_row_of_sends_make_no_second_messages(harried):
+    bridge = Bridge()
+    program = harried(bridge, "--allow-message-sync", "1", BRIDGE_SECONDS=1.0)
+    numbers = itertools.count(7800)
+
+    def send(params):
+        number = next(numbers)
+        bridge._message("echo", message_type="private", post_type="message_sent", user_id=10001,
+                        target_id=20001, sender={"user_id": 10001}, message_id=number)
+        time.sleep(0.2)  # the bridge takes its time, as real ones do
+        return {"data": {"message_id": number}}
+
+    bridge.answers["send_private_msg"] = send
+    for _ in range(12):
+        program.call(TO_FRIEND, uid="20001", content="echo")
+    bridge.say_private(20001, "end")
+    program.receiver.message("end")
+    sources = [event["source"] for *_, event in program.receiver.posts
+               if event.get("class") == "send"]
+    assert sources == ["local"] * 12
+
+
+def test_what_waits_to_be_sent_goes_out_under_no_other_account_and_is_told_as_failed(harried):
+    bridge, free = Bridge(), threading.Event()
+    program = harried(bridge, BRIDGE_SECONDS=WAIT)
+    bridge.answers["send_private_msg"] = lambda params: free.wait(WAIT) and None
+    for text in "abc":
+        assert program.call(TO_FRIEND, uid="20001", content=text, **{"async": "1"})["code"] == 0
+    bridge.wait_call("send_private_msg")
+    bridge.uin = 10009
+    bridge.emit(notice_type="bot_offline", message="weg")
+    assert eventually(lambda: program.call("get_user_info").get("uid") == "10009")
+    free.set()
+    failed = {}
+    while len(failed) < 2:
+        event = program.receiver.next(lambda event: event.get("class") == "send")
+        if event["code"] != 0:
+            failed[event["content"]] = event["code"]
+    assert failed == {"b": -3, "c": -3}
+    assert [action for action, _ in bridge.calls].count("send_private_msg") == 1
+
+
+def test_what_a_stop_leaves_unsent_is_told_as_failed(start, receive):
+    receiver, controller = receive(), start("controller")
+    controller.login("alice", post_api=receiver.url, send_interval="600")
+    for text in "abc":
+        assert controller.call("send_friend_message", client="alice", name="小灰", content=text,
+                               **{"async": "1"})["code"] == 0
+    assert receiver.next(lambda event: event.get("class") == "send")["code"] == 0
+    assert controller.call("stop_client", client="alice")["code"] == 0
+    for text in "bc":
+        event = receiver.next(lambda event: event.get("class") == "send")
+        assert (event["content"], event["code"], event["info"]) == (text, -3, "发送异常")
+    controller.log.wait(r"2 message\(s\) waited to be sent, and were not")
+
+
+@pytest.mark.parametrize("way", ["ws", "url"])
+@pytest.mark.parametrize("ill", [404, 500, {"retcode": 1404}, "hang"])
+def test_a_bridge_without_a_status_runs_and_stays(harried, way, ill):
+    bridge = Bridge()
+    if ill == "hang":
+        bridge.hang("get_status")
+    else:
+        bridge.answers["get_status"] = ill
+    program = harried(bridge, url=getattr(bridge, way))
+    if ill == "hang":
+        return  # where nothing but that is heard, it counts as lost
+    for _ in "123":
+        if way == "url":
+            bridge.wait_call("get_status")
+    bridge.say_private(20001, "end")
+    program.receiver.message("end")
+    assert "trying again" not in program.log.text()
+
+
 AMBIGUOUS = ["http://127.0.0.1.:{port}/x", "http://%31%32%37.0.0.1:{port}/x",
              "http://127.0.0.1:{port}\\@h.invalid/x", "http://0177.0.0.1.:{port}/x",
              "http://127.0.0.1:{port}\t@h.invalid/x", "http://localhost%2e:{port}/x",
-             "http://localhost.:{port}/x", "http://x.localhost:{port}/x"]
+             "http://localhost.:{port}/x", "http://x.localhost:{port}/x",
+             "http://127.0x.1:{port}/x", "http://0x7f.0x.0x.1:{port}/x", "http://0x:{port}/x",
+             "http://l\u1d52calhost:{port}/x", "http://\U0001fbf1\U0001fbf2\U0001fbf7.0.0.1:{port}/x"]
 
 
 @pytest.mark.parametrize("url", AMBIGUOUS)
@@ -11795,6 +11872,45 @@ def test_a_json_body_is_json_and_its_numbers_stay_as_they_were_written(pair):
         assert json.loads(request(pair.base, path, "POST", body.encode(), headers)[2])["code"] == 0
         assert text.decode() in [event["content"] for event in pair.call("check_event",
                                                                          client="alice")]
+
+
+def test_a_part_of_a_multipart_body_is_what_its_own_fields_say(pair):
+    def part(about, value, kind=b""):
+        return b"--X\r\nContent-Disposition: form-data; %b\r\n%b\r\n%b\r\n" % (about, kind, value)
+
+    uid = part(b"name=uid", b"2854196301")
+    for body, content in [(uid + part(b'name="content"', b"a\r\n--X--more\r\n--Xmore"),
+                           "a\r\n--X--more\r\n--Xmore"),
+                          (part(b'filename="a; name=z"; name="media_data"', PNG) + uid
+                           + part(b"name=content", b"b"), "b[图片]")]:
+        heard(pair)
+        status, _, answer = request(
+            pair.base, "/openqq/send_friend_message?client=alice", "POST", body + b"--X--\r\n",
+            {"Content-Type": "multipart/form-data; xboundary=Q; boundary=X"})
+        assert (status, json.loads(answer)["code"]) == (200, 0), answer
+        assert content in [event["content"] for event in pair.call("check_event", client="alice")]
+    text = urllib.parse.urlencode({"uid": "2854196301", "content": "你好".encode("big5")}).encode()
+    status, _, answer = request(
+        pair.base, "/openqq/send_friend_message?client=alice", "POST", text,
+        {"Content-Type": "application/x-www-form-urlencoded; charset=big5"})
+    assert status == 400 and "big5" in json.loads(answer)["status"]
+
+
+def test_a_stop_waits_for_what_it_has_sent_so_that_nothing_comes_twice(start, receive):
+    def slowly(event):
+        time.sleep(0.05)  # a receiver that takes its time: something is always on its way
+
+    receiver = receive(slowly)
+    controller = start("controller")
+    controller.login("alice", post_api=receiver.url)
+    for number in range(120):
+        controller.call("/local/say", client="alice", content=f"n{number}", **{"from": "小灰"})
+        if number % 40 == 20:
+            assert controller.call("update_client", client="alice",
+                                   msg_ttl=str(3 + number))["code"] == 0
+    receiver.message("n119")
+    said = [event["content"] for *_, event in receiver.posts if event.get("class") == "recv"]
+    assert said == [f"n{number}" for number in range(120)]
 
 
 def test_a_charset_that_says_gb_counts_in_forms_and_parts_too(pair):
