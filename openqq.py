@@ -29,9 +29,9 @@ Map of this file (a section uses only what stands above it):
     15  command line
 
 Threads: whoever owns state has a Loop, one thread that everybody else hands calls to; what blocks
-is done by a Crew, threads that come when there is work and leave when there is none; each HTTP
-connection has a thread of the server's Crew. Nothing else holds state that two threads write,
-and where something does, a lock stands beside it with the names of the fields that it guards.
+is done by a ThreadPool, threads that come when there is work and leave when there is none; each
+HTTP connection has a thread of the server's. Nothing else holds state that two threads write, and
+where something does, a lock stands beside it with the names of the fields that it guards.
 All threads of a process keep to one CPU (share_cpu tells why).
 
 Docstrings say where a behaviour comes from: 000 to 004 are the documents of the Perl programs (000,
@@ -699,7 +699,7 @@ class Promise:
         return self._value
 
 
-class Crew:
+class ThreadPool:
     """At most `size` threads; one more comes when there is work, one leaves that has been idle."""
 
     def __init__(self, size: int, name: str, log: Log, linger: float = 10.0) -> None:
@@ -902,6 +902,114 @@ class Loop:
         self._selector.close()
         self._ear.close()
         self._mouth.close()
+
+
+class Timers:
+    """One thread for what is to happen later, for signals, and for sockets that say something.
+
+    What it calls runs with the owner's `lock` held, so that cancel() under the lock is certain:
+    what was cancelled does not happen. Such a call changes state and returns; what blocks is done
+    by a worker. `clock` gives seconds that never go back; `log` tells of calls that failed.
+    """
+
+    def __init__(self, lock: Any, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
+        self.lock, self.log, self.clock = lock, log, clock
+        self._calls: List[Tuple[float, int, Timer]] = []  # a heap; guarded by the lock
+        self._count = itertools.count()
+        self._selector = selectors.DefaultSelector()
+        self._ear, self._mouth = socket.socketpair()
+        self._ear.setblocking(False)
+        self._mouth.setblocking(False)
+        self._selector.register(self._ear, selectors.EVENT_READ, lambda: self._ear.recv(4096))
+        self._wakes_at = 0.0  # when the thread looks at the heap without being woken
+        self._ended = False
+        self._signals: Dict[int, Any] = {}  # those that are caught -> who had them before
+        self._caught: Deque[Tuple[Callable[[int], None], int]] = collections.deque()
+
+    def later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Timer:
+        """Have function(*args) called in `seconds`, with the lock held. From any thread."""
+        timer = Timer(lambda: function(*args))
+        with self.lock:
+            at = self.clock() + seconds
+            heapq.heappush(self._calls, (at, next(self._count), timer))
+            sleeps_on = at >= self._wakes_at
+        if not sleeps_on:
+            self._wake()
+        return timer
+
+    def watch(self, sock: socket.socket, function: Callable[[], None]) -> None:
+        """Have function() called, with the lock held, whenever the socket can be read."""
+        self._selector.register(sock, selectors.EVENT_READ, function)
+        self._wake()  # some systems' selectors take no notice while they wait
+
+    def unwatch(self, sock: socket.socket) -> None:
+        """Take a watch() back."""
+        self._selector.unregister(sock)
+
+    def catch_signals(self, act: Callable[[int], None]) -> None:
+        """Have act(number) called, with the lock held, for TERM, INT and HUP.
+
+        Only in the main thread, which has to run() too: Python's handlers run there. What was
+        ignored at start stays so (nohup). The wake-up descriptor matters: without it a signal that
+        comes just before the selector waits is not noticed until something else happens.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            former = signal.getsignal(number)
+            if former is not signal.SIG_IGN:
+                self._signals.setdefault(number, former)
+                # A handler runs between any two steps of this thread, perhaps in the middle of a
+                # change that the lock guards: it only takes a note, and the thread looks at it.
+                signal.signal(number, lambda number, frame: self._caught.append((act, number)))
+
+    def run(self) -> None:
+        """Work until stop()."""
+        while True:
+            with self.lock:
+                while self._calls and self._calls[0][2].job is None:
+                    heapq.heappop(self._calls)
+                wait = self._calls[0][0] - self.clock() if self._calls else POST_DAY
+                wait = 0.0 if self._caught else min(POST_DAY, max(0.0, wait))  # epoll: 24 days
+                self._wakes_at = self.clock() + wait
+            ready = self._selector.select(wait)
+            with self.lock:
+                self._wakes_at = 0.0
+                for key, _ in ready:
+                    self._call(key.data)
+                while self._caught:
+                    act, number = self._caught.popleft()
+                    self._call(act, number)
+                while self._calls and self._calls[0][0] <= self.clock():
+                    job = heapq.heappop(self._calls)[2].job
+                    if job is not None:
+                        self._call(job)
+                if self._ended:
+                    break
+        for number, former in self._signals.items():
+            signal.set_wakeup_fd(-1)
+            signal.signal(number, former)
+        self._selector.close()
+        self._ear.close()
+        self._mouth.close()
+
+    def stop(self) -> None:
+        """Let run() return after what it is doing. From any thread."""
+        self._ended = True
+        self._wake()
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            function(*args)
+        except Exception:
+            self.log.failure(f"the call of {getattr(function, '__qualname__', function)}")
+
+    def _wake(self) -> None:
+        try:
+            self._mouth.send(b"!")
+        except OSError:
+            pass  # full, so it will wake; or closed
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3310,7 +3418,7 @@ class Server(ThreadingHTTPServer):
         if self._max < max_connections:
             log.warn(f"{self._max} connections at once instead of {max_connections}: the system "
                      "allows no more open files (ulimit -n)")
-        self._crew = Crew(self._max, "http", log, linger=3.0)
+        self._crew = ThreadPool(self._max, "http", log, linger=3.0)
         self._open: Set[socket.socket] = set()  # all connections; add and discard only
         self._turned_away = app.metrics.begin()
         self._ear, self._mouth = socket.socketpair()
@@ -6003,7 +6111,7 @@ class Reporter:
         self._failed, self._clock = failed, clock
         self.error: Row = {}                           # as check_client shows it: post_error
         self._telling: Optional[Timer] = None
-        self._crew = Crew(POST_LANES, "post", log)
+        self._crew = ThreadPool(POST_LANES, "post", log)
         self._queues: Dict[str, Deque[int]] = {}       # conversation -> keys in the spool
         self._ready: Deque[str] = collections.deque()  # conversations that may go
         self._flying: Dict[str, float] = {}            # conversation -> when its post began
@@ -8878,7 +8986,7 @@ class Intake:
 
     def __init__(self, act: Callable[[List[Row]], None], log: Log) -> None:
         self._act = act
-        self._crew = Crew(self.WORKERS, "events", log)
+        self._crew = ThreadPool(self.WORKERS, "events", log)
         self._changed = threading.Condition()  # guards all below
         self._rows: Dict[str, Deque[Tuple[int, Row]]] = {}  # conversation -> numbered events
         self._busy: Dict[str, float] = {}      # conversation -> since when somebody is at it
@@ -9147,7 +9255,7 @@ class OneBotLink(BridgeActions):
         self._events = OneBotEvents(self._look_up_now, self._later, hooks.known, hooks.certain,
                                     settings.allow_message_sync)
         self._intake = Intake(self._act, log)
-        self._greeters, self._curious = Crew(1, "greet", log), Crew(2, "later", log)
+        self._greeters, self._curious = ThreadPool(1, "greet", log), ThreadPool(2, "later", log)
         self._handing = threading.Lock()  # guards _count: items are marked in the order they go
         self._closed = threading.Event()
         self._live_already = self._greeted = False
@@ -9759,7 +9867,7 @@ class SendQueue:
         self._batch = 1 if interval else batch
         self._ttl, self._sent, self._settled = ttl, sent, settled
         self._jobs: Deque[Job] = collections.deque()
-        self._crew = Crew(1, "send", log)
+        self._crew = ThreadPool(1, "send", log)
         self.busy = False
         self.began = 0.0         # when the last call did
         self._resting = False    # busy, or the interval is not over
@@ -9858,7 +9966,7 @@ class Answers:
                  post_api: str) -> None:
         self._client, self._media_of = client, media_of
         self._shares_files = is_loopback(urllib.parse.urlsplit(post_api).hostname or "")
-        self._crew = Crew(4, "media", client.log)
+        self._crew = ThreadPool(4, "media", client.log)
 
     def answered(self, row: Row, answer: Row) -> None:
         """What a receiver of an event wants done (003, 001): reply, media, shutup."""
@@ -9982,7 +10090,7 @@ class Details:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._crew = Crew(4, "details", client.log)
+        self._crew = ThreadPool(4, "details", client.log)
         self._loading: Dict[Tuple[str, bool], Promise] = {}  # group, with members? -> who waits
         self._doubts: Dict[str, Doubt] = {}                  # group -> what is thought of its list
 
@@ -10081,8 +10189,8 @@ class Login:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._known = False                      # the roster is that of this login
-        self._crew = Crew(2, "login", client.log)
-        self._askers = Crew(2, "lists", client.log)
+        self._crew = ThreadPool(2, "login", client.log)
+        self._askers = ThreadPool(2, "lists", client.log)
         self._lists = {kind: Listing() for kind in ("friend", "group")}
         self._fresh: Optional[bool] = None       # to be told when the lists are there
         self._patience: Optional[Timer] = None   # with them; None: no login is to be ended
@@ -10811,7 +10919,7 @@ class Client:
         self.plugins: List[Plugin] = []
         self.closing: List[Callable[[], Any]] = []  # the plugins' ends; True: wait a moment
         self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
-        self._crew = Crew(1, "callbacks", self.log)
+        self._crew = ThreadPool(1, "callbacks", self.log)
         self._login = Login(self)
         self.talk = Talk(self, self._login.link)
         self.details = Details(self)
@@ -12134,7 +12242,7 @@ class Supervisor:
         self._loop, self._launcher, self._log, self._restart = loop, launcher, log, restart
         self._changed, self._report, self._gone = changed, report, gone
         self._entered = entered
-        self._crew = Crew(16, "resume", log)
+        self._crew = ThreadPool(16, "resume", log)
         self.leaving: Dict[str, Child] = {}  # told to stop, not gone yet
         self.ending = False
         self.restarts = 0                    # of clients that had died
@@ -12536,7 +12644,7 @@ class Hub:
         self._fields = {"Connection": "close"}  # the body is not chunked then
         if token:
             self._fields["Authorization"] = bearer(token)
-        self._crew = Crew(8, "hub", log, linger=1.0)
+        self._crew = ThreadPool(8, "hub", log, linger=1.0)
         self._lock = threading.Lock()        # guards _loop, _until
         self._loop: Optional[Loop] = None    # while there is somebody
         self._until = 0.0
