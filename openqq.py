@@ -772,6 +772,7 @@ class Loop:
 
     def __init__(self, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
         self.log, self.clock = log, clock
+        self.lock = threading.RLock()  # held while it works: as with Timers, which replace it
         self._calls: Deque[Tuple[Callable[..., Any], Tuple[Any, ...]]] = collections.deque()
         self._timers: List[Tuple[float, int, Timer]] = []
         self._count = itertools.count()
@@ -806,9 +807,12 @@ class Loop:
         return promise.wait()
 
     def later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Timer:
-        """Have function(*args) called in `seconds`. In the loop's own thread only."""
+        """Have function(*args) called in `seconds`. From any thread."""
         timer = Timer(lambda: function(*args))
-        heapq.heappush(self._timers, (self.clock() + seconds, next(self._count), timer))
+        with self.lock:
+            heapq.heappush(self._timers, (self.clock() + seconds, next(self._count), timer))
+        if threading.get_ident() != self._thread:
+            self.call(lambda: None)
         return timer
 
     def watch(self, sock: socket.socket, function: Callable[[], None]) -> None:
@@ -860,21 +864,24 @@ class Loop:
         self._run_timers()
 
     def _until_timer(self) -> Optional[float]:
-        while self._timers and self._timers[0][2].job is None:
-            heapq.heappop(self._timers)
-        if not self._timers:
-            return None
-        return min(POST_DAY, max(0.0, self._timers[0][0] - self.clock()))  # epoll takes 24 days
+        with self.lock:
+            while self._timers and self._timers[0][2].job is None:
+                heapq.heappop(self._timers)
+            if not self._timers:
+                return None
+            return min(POST_DAY, max(0.0, self._timers[0][0] - self.clock()))  # epoll: 24 days
 
     def _run_timers(self) -> None:
         while self._timers and self._timers[0][0] <= self.clock():
-            job = heapq.heappop(self._timers)[2].job
+            with self.lock:
+                job = heapq.heappop(self._timers)[2].job
             if job is not None:
                 self._run(job)
 
     def _run(self, function: Callable[..., Any], *args: Any) -> None:
         try:
-            function(*args)
+            with self.lock:
+                function(*args)
         except Exception:
             self.log.failure(f"the call of {getattr(function, '__qualname__', function)}")
 
