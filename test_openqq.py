@@ -9647,13 +9647,20 @@ def bridged(tmp_path_factory):
     assert "Traceback" not in program.log.text()
 
 
-@pytest.fixture(params=list(ONEBOT_WAYS))
+@pytest.fixture(params=["ws", "sse"])
 def qq(request, bridged):
+    """Two of these accounts, which differ in all that the others do: the others are for a look."""
+    return bridged[request.param]
+
+
+@pytest.fixture(params=list(ONEBOT_WAYS))
+def each_way(request, bridged):
     """Each of these accounts."""
     return bridged[request.param]
 
 
-def test_who_is_there_on_qq_is_told_in_the_documented_words(qq):
+def test_who_is_there_on_qq_is_told_in_the_documented_words(each_way):
+    qq = each_way
     user = qq.call("get_user_info")
     assert (user["id"], user["uid"], user["account"], user["name"], user["state"]) == (
         "10001", "10001", "10001", "阿猫", "online")
@@ -10174,6 +10181,16 @@ def test_each_call_asks_the_bridge_for_the_action_of_the_table(qq, path, params,
     assert qq.bridge.wait_call(action, lambda got: got == wanted) == wanted
     if action == "set_group_kick":
         qq.events_of(comes(30001, 40001))
+
+
+def test_each_way_to_a_bridge_brings_messages_notices_and_calls(each_way):
+    for name in list(QQ_MESSAGES)[:3]:
+        test_messages_on_qq_say_where_they_come_from_and_who_wrote_them(
+            each_way, *QQ_MESSAGES[name])
+    for name in list(QQ_NOTICES)[:3]:
+        test_notices_and_requests_become_the_documented_events(each_way, *QQ_NOTICES[name])
+    for name in list(QQ_CALLS)[:3]:
+        test_each_call_asks_the_bridge_for_the_action_of_the_table(each_way, *QQ_CALLS[name])
 
 
 def test_several_members_are_one_action_each(qq):
