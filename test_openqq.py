@@ -1078,6 +1078,180 @@ class LLBotPage(Peer):
         self.reply(handler, 200, {"success": True, "data": data})
 
 
+class ILink(Peer):
+    """Tencent's bot API and its store of pictures, as far as WEIXIN.md knows them.
+
+    One person, `owner`, scans codes and speaks: scan(), confirm(), say(). `status` is what
+    get_qrcode_status answers; `calls`: (name, JSON). `ill[name]` is answered instead of what is
+    right: a row, a status, or "hang". A poll is answered when there is news, or after `hold` s.
+    """
+
+    def __init__(self, port=0, hold=3.0, prefix=""):
+        self.owner, self.me = "o1@im.wechat", "b1@im.bot"
+        self.status, self.code, self.token, self.digits = {"status": "wait"}, "", "", ""
+        self.hold, self.prefix, self.baseurl = hold, prefix, None
+        self.ill, self.media, self.left = {}, {}, 0
+        self.messages = []               # all that were ever said, their cursor is the count
+        self.sent = []                   # the msg of each sendmessage that was taken
+        self.pollers = 0
+        self._heard = Heard()
+        self.calls = self._heard.rows
+        self._news = threading.Condition()
+        super().__init__(port)
+
+    def wait_call(self, name, wanted=lambda row: True, seconds=WAIT):
+        return self._heard.wait(name, wanted, seconds)
+
+    def change(self, **status):
+        with self._news:
+            self.status = status
+            self._news.notify_all()
+
+    def scan(self):
+        self.change(status="scaned")
+
+    def confirm(self, **more):
+        self.token = "token-" + os.urandom(4).hex()
+        self.change(**{"status": "confirmed", "bot_token": self.token, "ilink_bot_id": self.me,
+                       "ilink_user_id": self.owner, "baseurl": self.baseurl or self.url, **more})
+
+    def end(self):
+        """The token is worth nothing any more."""
+        with self._news:
+            self.token, self.status = "", {"status": "wait"}
+            self._news.notify_all()
+
+    def say(self, *items, uid=None, **more):
+        """Somebody says a text, or items; the message's id."""
+        with self._news:
+            number = str((1 << 63) + len(self.messages))
+            parts = [item if isinstance(item, dict) else {"type": 1, "text_item": {"text": item}}
+                     for item in items]
+            self.messages.append({
+                "seq": len(self.messages), "message_id": int(number), "message_type": 1,
+                "message_state": 2, "from_user_id": uid or self.owner, "to_user_id": self.me,
+                "client_id": number, "create_time_ms": int(time.time() * 1000),
+                "context_token": f"context-{number}", "item_list": parts, **more})
+            self.left = 10
+            self._news.notify_all()
+        return number
+
+    def picture(self, data, way="hex"):
+        """An item with a picture that is on the server, its key told in one of the known ways."""
+        key, name = os.urandom(16), os.urandom(8).hex()
+        self.media[name] = openqq.aes_128_ecb(key, data, True)
+        media = {"encrypt_query_param": name, "encrypt_type": 1}
+        if way == "hex":
+            return {"type": 2, "image_item": {"media": media, "aeskey": key.hex()}}
+        if way == "plain":
+            self.media[name] = data
+            return {"type": 2, "image_item": {"media": media}}
+        text = key.hex().encode() if way == "base64 of hex" else key
+        media["aes_key"] = base64.b64encode(text).decode()
+        if way == "url":
+            media["full_url"] = f"{self.url}/download?encrypted_query_param={name}"
+        return {"type": 2, "image_item": {"media": media}}
+
+    def handle(self, handler):
+        name = handler.path.rpartition("/bot/")[2] if "/ilink/bot/" in handler.path else (
+            handler.path.strip("/"))
+        if name in ("download", "upload"):
+            return self._store(handler, name)
+        said = json.loads(handler.body or b"{}")
+        self._heard.add(name, {**said, **handler.query})
+        ill = self.ill.get(name)
+        if ill == "hang":
+            return time.sleep(60)  # as a server that is stuck
+        if isinstance(ill, int):
+            return self.reply(handler, ill, {})
+        bare = name in ("get_bot_qrcode", "get_qrcode_status")
+        if ill is None and not bare and (
+                handler.headers.get("Authorization") != f"Bearer {self.token}" or not self.token
+                or handler.headers.get("AuthorizationType") != "ilink_bot_token"):
+            ill = {"ret": -14, "errmsg": "session timeout"}
+        self.reply(handler, 200, ill or getattr(self, "_" + name.replace("/", "_"))(said, handler))
+
+    def _get_bot_qrcode(self, said, handler):
+        self.code = os.urandom(8).hex()
+        self.status = {"status": "wait"} if self.status["status"] != "binded_redirect" else (
+            self.status)
+        return {"qrcode": self.code,
+                "qrcode_img_content": f"https://liteapp.weixin.qq.com/q/{self.code}"}
+
+    def _get_qrcode_status(self, said, handler):
+        if handler.query.get("qrcode") != self.code:
+            return {"status": "expired"}
+        with self._news:
+            if self.digits and handler.query.get("verify_code") != self.digits and (
+                    self.status["status"] == "confirmed"):
+                return {"status": "need_verifycode"}
+            before = self.status
+            if before["status"] == "wait":
+                self._news.wait_for(lambda: self.status is not before, self.hold)
+            return dict(self.status)
+
+    def _getupdates(self, said, handler):
+        token, start = self.token, int(said["get_updates_buf"] or 0)
+        with self._news:
+            self.pollers += 1
+            self._news.wait_for(lambda: len(self.messages) > start or self.token != token,
+                                self.hold)
+            self.pollers -= 1
+            if self.token != token:
+                return {"ret": -14, "errmsg": "session timeout"}
+            return {"ret": 0, "msgs": self.messages[start:],
+                    "get_updates_buf": str(len(self.messages)) if self.messages[start:] else ""}
+
+    def _sendmessage(self, said, handler):
+        message = said["msg"]
+        known = [row["context_token"] for row in self.messages]
+        assert len(message["item_list"]) == 1 and message["message_type"] == 2
+        if message["context_token"] not in known or not self.left:
+            return {"ret": -2, "errmsg": "prepare failed"}
+        self.left -= 1
+        self.sent.append(message)
+        return {"message_id": str((1 << 62) + len(self.sent))}
+
+    def _getuploadurl(self, said, handler):
+        self.upload = said
+        return {"ret": 0, "upload_param": "up-" + said["filekey"]}
+
+    def _store(self, handler, name):
+        param = handler.query["encrypted_query_param"]
+        if name == "download":
+            data = self.media.get(param)
+            handler.send_response(200 if data is not None else 404)
+        else:
+            ill = self.ill.get("upload", 200)
+            handler.send_response(ill)
+            data = b""
+            if ill == 200:
+                assert len(handler.body) == self.upload["filesize"]
+                self.media["down-" + param] = handler.body
+                handler.send_header("x-encrypted-param", "down-" + param)
+            else:
+                handler.send_header("x-error-message", "not today")
+        handler.send_header("Content-Length", str(len(data or b"")))
+        handler.end_headers()
+        handler.wfile.write(data or b"")
+
+    def got(self, number):
+        """The bytes of a picture that was sent, by the key that its message tells."""
+        item = self.sent[number]["item_list"][0]
+        (kind,) = [key for key in item if key.endswith("_item")]
+        media = item[kind]["media"]
+        key = bytes.fromhex(base64.b64decode(media["aes_key"]).decode())
+        return openqq.aes_128_ecb(key, self.media[media["encrypt_query_param"]], False)
+
+    def _getconfig(self, said, handler):
+        return {"ret": 0, "typing_ticket": "ticket"}
+
+    def _sendtyping(self, said, handler):
+        return {"ret": 0}
+
+    _msg_notifystart = _msg_notifystop = _sendtyping
+
+
 @pytest.fixture
 def start(tmp_path):
     """start("controller", …) and start("client", …): programs that end with the test."""
