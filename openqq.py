@@ -7865,6 +7865,10 @@ class Link:
         """A member of a group that no list told of, or None. Unreachable."""
         return None
 
+    def status(self) -> Row:
+        """What check_client tells of this link besides."""
+        return {}
+
     def account(self) -> str:
         """What the account is called outside, where two clients may have the same; else empty."""
         return ""
@@ -9613,7 +9617,6 @@ class ILinkLink(Link):
         self._hooks, self._log = hooks, log
         self._api, self._cdn = settings.ilink_api.rstrip("/"), settings.ilink_cdn.rstrip("/")
         self._is_official = self._api == SETTINGS["ilink_api"].default
-        self._keeps_media = bool(settings.download_media)
         self._news = threading.Condition()  # guards _login, _turn, _digits
         self._login: Row = {}
         self._former: Row = {}               # a login that was given up, which may still be good
@@ -9836,9 +9839,9 @@ class ILinkLink(Link):
                 or scalar(text.get("text") if isinstance(text, dict) else None) or "…")
 
     def _fetch_media(self, kind: int, data: Row) -> Optional[Row]:
-        """{name, data (base64)} of what came, or None where it is not kept or cannot be had."""
+        """{name, data (base64)} of what came, or None if it cannot be had."""
         media = data.get("media")
-        if not self._keeps_media or not isinstance(media, dict):
+        if not isinstance(media, dict):
             return None
         url = scalar(media.get("full_url")) or f"{self._cdn}/download?" + urllib.parse.urlencode(
             {"encrypted_query_param": scalar(media.get("encrypt_query_param")) or ""})
@@ -9988,7 +9991,7 @@ def split_text(text: str, limit: int) -> List[str]:
                 break
         pieces.append(text[:cut + 1])
         text = text[cut + 1:]
-    return [*pieces, text] if text or not pieces else pieces
+    return [*pieces, text] if text else pieces
 
 
 # What each is where it is no account on the network inside.
@@ -10078,6 +10081,7 @@ class Papers:
                    start_time=str(client.start_time), state=client.state, version=VERSION,
                    plugin=[plugin.to_json(prefix)
                            for plugin in sorted(client.plugins, key=lambda p: p.name)])
+        row.update(client.link.status())
         if client.warnings:
             row["warning"] = "; ".join(client.warnings.values())
         for outlet in client.outlets:
@@ -10772,8 +10776,11 @@ class Login:
                      lambda cookie, fresh: call(self._confirmed, cookie, fresh),
                      lambda error: call(self._lost, error),
                      lambda items: str(ask(self._client.talk.receive, items).wait()),
-                     self._client.roster.find, self.is_certain,
-                     self._client.papers.write_cookie)
+                     self._client.roster.find, self.is_certain, self._keep)
+
+    def _keep(self, cookie: str) -> None:
+        self._client.papers.write_cookie(cookie)
+        self._client.papers.write_state(self._client)  # which tells what the link counts
 
     def is_certain(self, kind: str) -> bool:
         """Whether who is not on the list is new: it is good, or not wanted at all."""

@@ -12271,6 +12271,301 @@ def test_300_groups_of_2000_members_block_nothing(start):
 
 
 # ------------------------------------------------------------------------------------------------
+# Real WeChat (WEIXIN.md)
+# ------------------------------------------------------------------------------------------------
+
+
+class OnWeChat:
+    """An account of a controller, on a WeChat server of its own."""
+
+    def __init__(self, program, server, name="me", **settings):
+        self.program, self.server, self.name = program, server, name
+        assert self.call("start_client", ilink_api=server.url, ilink_cdn=server.url,
+                         check_event_list_max_size=1000, **settings)["code"] == 0
+
+    def call(self, path, **params):
+        return self.program.call("/openwx/" + path, client=self.name, **params)
+
+    def state(self):
+        return self.call("check_client")["client"][0]
+
+    def until(self, state):
+        assert eventually(lambda: self.state()["state"] == state), (
+            self.state(), self.program.log.text()[-2000:])
+
+    def log_in(self):
+        self.server.wait_call("get_qrcode_status")
+        self.server.scan()
+        self.until("confirming")
+        self.server.confirm()
+        self.until("running")
+        return self
+
+    def hear(self, *items, **more):
+        """What the account reports of what is said."""
+        number = self.server.say(*items, **more)
+        return self.find(lambda event: event.get("id") == number)
+
+    def find(self, wanted):
+        found = []
+        assert eventually(lambda: found.extend(
+            filter(wanted, self.call("check_event", since=0))) or found)
+        return found[0]
+
+
+@pytest.fixture
+def wechat(start):
+    """wechat(…) makes an OnWeChat; all end with the test."""
+    servers, programs = [], []
+
+    def begin(name="me", server=None, words=(), log_in=True, **settings):
+        if server is None:
+            server = ILink()
+            servers.append(server)
+        if not programs or words:
+            programs.append(start("controller", "--flavor", "weixin", *words))
+        account = OnWeChat(programs[-1], server, name, **settings)
+        return account.log_in() if log_in else account
+
+    yield begin
+    for server in servers:
+        server.stop()
+
+
+def test_a_scan_leads_to_a_running_wechat_account_and_a_restart_needs_none(wechat, start):
+    account = wechat(log_in=False)
+    server = account.server
+    server.wait_call("get_qrcode_status")
+    shown = f"https://liteapp.weixin.qq.com/q/{server.code}"
+    account.until("scaning")
+    picture = request(account.program.base, "/openwx/get_qrcode?client=me")[2]
+    assert picture == openqq.qr_png(openqq.qr_matrix(shown))
+    account.log_in()
+    assert account.state()["link"] == "ilink"
+    assert [row["id"] for row in account.call("get_friend_info")] == [server.owner, "filehelper"]
+    assert account.call("get_user_info")["id"] == server.me
+    assert account.call("get_group_info") == []
+    cookie = os.path.join(account.program.tmpdir, "mojo_weixin_cookie_me.dat")
+    assert os.stat(cookie).st_mode & 0o777 == 0o600
+    assert account.hear("早")["content"] == "早"
+    account.program.process.kill()
+    assert all_gone(account.program.log, WAIT)
+    account.program = start("controller", "--flavor", "weixin")
+    account.until("running")
+    assert [name for name, _ in server.calls].count("get_bot_qrcode") == 1
+    assert account.call("send_friend_message", id=server.owner, content="晚")["code"] == 0
+    assert server.sent[-1]["context_token"] == server.messages[-1]["context_token"]
+
+
+CODES = {  # what is answered instead of a confirmation -> how many codes are shown in all
+    "expired": ({"status": "expired"}, 2), "blocked": ({"status": "verify_code_blocked"}, 2),
+    "no JSON": (500, 1), "unknown": ({"status": "thinking"}, 1)}
+
+
+@pytest.mark.parametrize("ill, codes", CODES.values(), ids=CODES)
+def test_a_code_that_came_to_nothing_is_followed_by_another(wechat, ill, codes):
+    account = wechat(log_in=False)
+    server = account.server
+    server.wait_call("get_qrcode_status")
+    server.ill["get_qrcode_status"] = ill
+    server.change(status="wait")
+    server.wait_call("get_qrcode_status")
+    if codes > 1:
+        server.wait_call("get_bot_qrcode")
+        server.wait_call("get_bot_qrcode")
+    del server.ill["get_qrcode_status"]
+    server.confirm()
+    account.until("running")
+
+
+def test_a_login_may_lead_to_another_server_by_tls(wechat, tmp_path, monkeypatch):
+    pem = put(tmp_path / "tls.pem", TEST_PEM)
+    monkeypatch.setenv("SSL_CERT_FILE", pem)
+    other = ILink()
+    Sealed(other, pem)
+    try:
+        account = wechat(log_in=False)
+        other.code, other.status = account.server.code, {"status": "wait"}
+        account.server.wait_call("get_qrcode_status")
+        other.code = account.server.code
+        account.server.change(status="scaned_but_redirect", redirect_host=f"127.0.0.1:{other.port}")
+        other.wait_call("get_qrcode_status")
+        other.confirm(baseurl=account.server.url)
+        account.server.token = other.token
+        account.until("running")
+    finally:
+        other.stop()
+
+
+def test_an_ended_login_shows_a_new_code_and_says_why(wechat):
+    account = wechat()
+    account.server.end()
+    account.until("scaning")
+    assert "-14" in account.state()["error"]
+    account.server.confirm()
+    account.until("running")
+    assert "error" not in account.state()
+    token = account.server.token
+    account.call("relogin")
+    account.server.wait_call("get_bot_qrcode", lambda row: row["local_token_list"] == [token])
+    account.server.change(status="binded_redirect")
+    account.until("running")
+
+
+SPOKEN = {  # what the person sends -> what the account reports
+    "text": (["你好"], {"content": "你好", "type": "friend_message"}),
+    "voice": ([{"type": 3, "voice_item": {"text": "说的话", "playtime": 900}}],
+              {"content": "[语音]说的话"}),
+    "a quote": ([{"type": 1, "text_item": {"text": "对"}, "ref_msg": {
+        "title": "问题", "svr_id": 18446744073709551615}}], {"content": "「问题」\n对"}),
+    "unknown": ([{"type": 99}], {"content": ""}),
+    "rubbish": ([{"type": 1, "text_item": None}, {"type": "x"}, {"text_item": 5}, {}],
+                {"content": ""})}
+
+
+@pytest.mark.parametrize("items, wanted", SPOKEN.values(), ids=SPOKEN)
+def test_what_a_person_sends_on_wechat_is_reported(wechat, items, wanted):
+    account = wechat()
+    event = account.hear(*items)
+    shown = {"post_type": "receive_message", "sender_id": account.server.owner, **wanted}
+    assert {name: event[name] for name in shown} == shown
+    assert event["id"] == str(1 << 63)
+    assert abs(int(event["time"]) - time.time()) < WAIT
+
+
+def test_pictures_of_wechat_are_decrypted_however_their_key_is_told(wechat):
+    account = wechat()
+    server = account.server
+    for way in "hex", "base64", "base64 of hex", "url", "plain":
+        event = account.hear(server.picture(PNG, way))
+        assert content(event["media_path"]) == PNG and event["media_mime"] == "image/png", way
+    for broken in ({"type": 2}, {"type": 2, "image_item": {"media": {"encrypt_query_param": "x"}}},
+                   {"type": 4, "file_item": {"file_name": "a.txt", "media": {"aes_key": "!"}}}):
+        assert re.match(r"\[(图片|文件)\]", account.hear(broken)["content"])
+    wrong = server.picture(PNG)
+    wrong["image_item"]["aeskey"] = "00" * 16
+    assert account.hear(wrong)["content"] == "[图片]"
+    assert account.hear("还在")["content"] == "还在"
+
+
+def test_what_is_sent_arrives_on_wechat_in_pieces_that_it_takes(wechat):
+    account = wechat()
+    server = account.server
+    account.hear("在吗")
+    for receiver in server.owner, "filehelper":
+        answer = account.call("send_friend_message", id=receiver, content="你好")
+        assert answer["code"] == 0 and re.fullmatch(r"\d+:" + re.escape(receiver), answer["id"])
+        assert server.sent[-1]["to_user_id"] == server.owner
+    line = "一二三四五六七八九\n"
+    body = json.dumps({"client": "me", "id": server.owner, "content": line * 500})
+    fields = {"Content-Type": "application/json"}
+    request(account.program.base, "/openwx/send_friend_message", "POST", body, fields)
+    pieces = [row["item_list"][0]["text_item"]["text"] for row in server.sent[2:]]
+    assert "".join(pieces) == line * 500
+    assert all(len(piece) <= 4000 and piece.endswith("\n") for piece in pieces)
+    assert account.call("send_friend_message", id=server.owner, content="看",
+                        media_data=PNG_TEXT)["code"] == 0
+    assert [row["item_list"][0]["type"] for row in server.sent[-2:]] == [1, 2]
+    assert server.got(-1) == PNG
+    assert account.call("revoke_message", id=answer["id"]) == {
+        "code": 0, "status": "revoke failure"}
+
+
+def test_wechats_rule_is_counted_and_said(wechat):
+    account = wechat()
+    server = account.server
+    info = account.call("send_friend_message", id=server.owner, content="你好")
+    assert info["code"] == -3 and not server.sent
+    event = account.find(lambda event: event["post_type"] == "send_message")
+    assert "write first" in event["info"]
+    account.hear("在")
+    state = account.state()
+    assert state["sends_left"] == 10
+    assert abs(state["sends_until"] - time.time() - 86_400) < WAIT
+    for left in range(10, 0, -1):
+        assert account.state()["sends_left"] == left
+        assert account.call("send_friend_message", id=server.owner, content="答")["code"] == 0
+    assert account.call("send_friend_message", id=server.owner, content="答")["code"] == -3
+    assert len(server.sent) == 10
+    account.hear("再来")
+    server.left = 0  # it counts in another way than we do
+    answer = account.call("send_friend_message", id=server.owner, content="答")
+    assert answer["code"] == -3
+    assert "-2 prepare failed" in account.find(lambda event: "-2" in event.get("info", ""))["info"]
+
+
+def test_a_receivers_answer_and_its_picture_go_out_on_wechat(wechat, receive):
+    receiver = receive(lambda event: (200, {}, {"reply": "答", "media": "base64://" + PNG_TEXT})
+                       if event.get("content") == "问" else None)
+    account = wechat(post_api=receiver.url)
+    account.server.say("问")
+    assert eventually(lambda: len(account.server.sent) == 2)
+    assert account.server.got(1) == PNG
+
+
+TENCENT = "https://ilinkai.weixin.qq.com"
+
+
+@pytest.mark.parametrize("url, good", [
+    (TENCENT, True), ("https://szidc.weixin.qq.com/x", True), ("http://a.weixin.qq.com", False),
+    ("https://weixin.qq.com.evil.example", False), ("https://evilweixin.qq.com", False),
+    ("https://a.weixin.qq.com@evil.example/", False), ("https://127.0.0.1", False)])
+def test_tencents_servers_lead_to_no_others(url, good):
+    link = openqq.ILinkLink(openqq.Settings("client", {"link": "ilink"}, {}, "X_"), None, None)
+    if good:
+        assert link._allowed(url) == url
+    else:
+        with pytest.raises(openqq.Unreachable):
+            link._allowed(url)
+
+
+def test_kills_lose_and_double_nothing_that_is_said_on_wechat(wechat, receive):
+    receiver = receive()
+    account = wechat(post_api=receiver.url)
+    said, over = [], threading.Event()
+
+    def speak():
+        while not over.is_set():
+            said.append(f"m{len(said)}")
+            account.server.say(said[-1])
+            over.wait(0.02)  # a person who is in a hurry
+
+    speaker = threading.Thread(target=speak)
+    speaker.start()
+    for _ in range(much(4, 100)):
+        receiver.message(said[-1])
+        pid = account.state()["pid"]
+        os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: account.state()["pid"] != pid)
+        account.until("running")
+    over.set()
+    speaker.join()
+    account.server.say("the last")
+    receiver.message("the last")
+    posts = {headers["X-Event-ID"]: event["content"] for _, headers, _, event in receiver.posts
+             if event.get("class") == "recv"}
+    assert list(posts.values()) == [*said, "the last"]
+
+
+def test_five_accounts_answer_their_friends_side_by_side(wechat, receive):
+    receiver = receive(lambda event: (200, {}, {"reply": event["content"] + "!"})
+                       if event.get("class") == "recv" else None)
+    accounts = []
+    for number in range(5):
+        accounts.append(wechat(f"a{number}", server=ILink(), post_api=receiver.url))
+    try:
+        for account in accounts:
+            account.server.say(account.name)
+        for account in accounts:
+            assert eventually(lambda: account.server.sent)
+            assert account.server.sent[0]["item_list"][0]["text_item"]["text"] == account.name + "!"
+        account.program.process.kill()
+    finally:
+        for account in accounts:
+            account.server.stop()
+
+
+# ------------------------------------------------------------------------------------------------
 # Hostile callers, dying processes, an ill machine
 # ------------------------------------------------------------------------------------------------
 
