@@ -5922,14 +5922,11 @@ MOMENT = re.compile("[1-9][0-9]{0,11}")  # seconds, as an event's source may tel
 
 
 class Feed:
-    """What one stream has still to send, in the hands of its store's lock."""
+    """What one stream has still to send; guarded by its store's lock."""
 
-    __slots__ = ("rows", "size", "promise")
-
-    def __init__(self, rows: Iterable[Tuple[int, bytes]]) -> None:
-        self.rows = list(rows)       # a number of 0: not kept, so nothing to resume from
-        self.size = 0
-        self.promise = Promise()     # kept when there is more
+    def __init__(self, rows: List[Tuple[int, bytes]]) -> None:
+        self.rows, self.size = rows, 0   # a number of 0: not kept, so nothing to resume from
+        self.promise = Promise()         # kept when there is more
 
     def add(self, seq: int, data: bytes) -> bool:
         """One more; False if its reader is too far behind."""
@@ -5955,12 +5952,12 @@ class Store:
 
     def __init__(self, size: int, clock: Callable[[], float] = time.time,
                  room: int = 0) -> None:
-        # guards _ring, _bulk, _seq, _mark, _waiting, _feeds and what is in these
-        self._lock = threading.Lock()
-        self._ring: Deque[Tuple[int, bytes]] = collections.deque(maxlen=max(1, size))
-        self._room, self._bulk = room, 0
+        self._lock = threading.Lock()  # guards all that may change below, and each Feed
+        self._size, self._room = max(1, size), room
+        self._ring: Deque[Tuple[int, bytes]] = collections.deque()
+        self._bytes = 0                # of what is in the ring
         self._seq = self._mark = int(clock() * 1000)
-        self._waiting: Set[Promise] = set()
+        self._waiting: Set[Promise] = set()  # calls of check_event
         self._feeds: Set[Feed] = set()
 
     def add(self, event: Row) -> None:
@@ -5969,17 +5966,14 @@ class Store:
             self._seq += 1
             data = to_bytes({"seq": self._seq, **event})
             self._ring.append((self._seq, data))
-            if self._room:
-                self._shrink(len(data))
+            self._bytes += len(data)
+            while len(self._ring) > self._size or (
+                    0 < self._room < self._bytes and len(self._ring) > 1):
+                self._bytes -= len(self._ring.popleft()[1])
             self._feed(self._seq, data)
             waiting, self._waiting = self._waiting, set()
-        for promise in waiting:
-            promise.keep()
-
-    def _shrink(self, more: int) -> None:
-        self._bulk += more
-        while self._bulk > self._room and len(self._ring) > 1:
-            self._bulk -= len(self._ring.popleft()[1])
+            for promise in waiting:
+                promise.keep(True)
 
     def tell(self, event: Row) -> None:
         """News for those who stream just now; nothing of it is kept."""
@@ -6004,72 +5998,65 @@ class Store:
         """
         promise = Promise()
         with self._lock:
-            mark = self._mark if since is None else self._known(since)
-            events = self._after(mark)
-            if not events:
+            mark = self._mark if since is None else since
+            rows = self._after(mark)
+            if not rows:
                 self._waiting.add(promise)
-        if not events:
-            events = self._await(promise, mark, wait, seconds)
-        if events and since is None:
+        if not rows:
+            try:
+                wait(promise, seconds)
+            except TimeoutError:
+                pass
+            finally:
+                with self._lock:
+                    self._waiting.discard(promise)
+                    rows = self._after(mark)
+        if rows and since is None:
             with self._lock:
-                self._mark = max(self._mark, events[-1][0])
-        return b"[" + b",".join([data for _, data in events]) + b"]"
+                self._mark = max(self._mark, rows[-1][0])
+        return b"[" + b",".join([data for _, data in rows]) + b"]"
 
-    def _known(self, since: int) -> int:
-        return since if since <= self._seq else 0
-
-    def _await(self, promise: Promise, mark: int, wait: Callable[[Promise, float], Any],
-               seconds: float) -> List[Tuple[int, bytes]]:
-        try:
-            wait(promise, seconds)
-        except TimeoutError:
-            pass
-        finally:
-            with self._lock:
-                self._waiting.discard(promise)
-        with self._lock:
-            return self._after(mark)
-
-    def _after(self, mark: int) -> List[Tuple[int, bytes]]:
+    def _after(self, seq: int) -> List[Tuple[int, bytes]]:
+        """What is kept from after a number; all, if the number was never given."""
         found: List[Tuple[int, bytes]] = []
-        for item in reversed(self._ring):
-            if item[0] <= mark:
+        for row in reversed(self._ring):
+            if row[0] <= seq <= self._seq:
                 break
-            found.append(item)
+            found.append(row)
         return found[::-1]
 
     def stream(self, request: Request) -> Response:
-        """Server-sent events: what is kept from after Last-Event-ID, or else after `since`, and
-        then, also with neither, all that comes. BadRequest."""
-        since = seq_of(request.fields.get("last-event-id") or request.params.get("since"))
-        with self._lock:
-            mark = self._seq if since is None else self._known(since)
-        return Response(b"", "text/event-stream", fields={
-            "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-            pieces=self._flow(mark, request.wait))
+        """Server-sent events: what is kept from after Last-Event-ID, or else after `since`; a
+        `retry` where the present begins; then, also with neither, all that comes. BadRequest.
 
-    def _flow(self, mark: int, wait: Callable[[Promise, float], Any]) -> Iterator[bytes]:
-        """What is kept, a `retry` where the present begins, and what comes; ends with the server
-        or, by Hangup, with its reader."""
-        with self._lock:
-            feed = Feed(self._after(mark))
-            self._feeds.add(feed)
-            data = feed.take()
-        try:
-            yield data + b"retry: 1000\n\n"
-            ended = False
-            while not ended:
-                try:
-                    ended = wait(feed.promise, STREAM_SECONDS) is None
-                except TimeoutError:
-                    yield b":\n\n"
-                with self._lock:
-                    ended = ended or feed not in self._feeds
-                    data = feed.take()
-                yield data
-        finally:
+        It ends with the server or, by Hangup, with its reader.
+        """
+        since = seq_of(request.fields.get("last-event-id") or request.params.get("since"))
+        mark = self._seq if since is None else since
+
+        def pieces() -> Iterator[bytes]:
             with self._lock:
-                self._feeds.discard(feed)
+                feed = Feed(self._after(mark))
+                self._feeds.add(feed)
+                data = feed.take()
+            try:
+                yield data + b"retry: 1000\n\n"
+                ended = False
+                while not ended:
+                    try:
+                        ended = request.wait(feed.promise, STREAM_SECONDS) is None
+                    except TimeoutError:
+                        yield b":\n\n"
+                    with self._lock:
+                        ended = ended or feed not in self._feeds
+                        data = feed.take()
+                    yield data
+            finally:
+                with self._lock:
+                    self._feeds.discard(feed)
+
+        return Response(b"", "text/event-stream", pieces=pieces(), fields={
+            "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
 
 def event_row(event: str, params: List[Any], when: Optional[str] = None) -> Row:
@@ -6097,273 +6084,229 @@ def bulk_of(item: Json) -> int:
 class Reporter:
     """Posts events to post_api, each conversation in order, through a queue that survives.
 
-    Everything here happens in the loop's thread; only the posting itself is done by a crew. A
-    second conversation is posted beside the first once that has taken PATIENCE: so a slow answer
-    holds up one chat only, and a kill finds one event on its way, not four, as long as the
-    receiver is quick. `answered(event, answer)` gets each JSON object that a receiver answers.
-    `error` tells of the last event that was dropped, and `failed()` is called after it changed.
+    The threads of a pool post one event each, without a lock; the owner's, `timers.lock`, guards
+    the spool and all state here. A second conversation is posted beside the first once that has
+    taken PATIENCE: so a slow answer holds up one chat only, and a kill finds one event on its
+    way, not four, as long as the receiver is quick. Without a URL nothing is posted.
+
+    `answered(event, answer)` gets each JSON object that a receiver answers; it is called without
+    the lock, before the next event of that conversation goes. `error` tells of the last event
+    that was dropped; `failed()` is called after it changed, by the timers, with the lock held.
     """
 
     PATIENCE = 0.05
     LATER = (408, 425, 429)
     TELL_SECONDS = 1.0           # between two calls of failed(): a file is written for it
 
-    def __init__(self, url: str, secret: str, spool: Spool, loop: Loop, log: Log,
+    def __init__(self, url: str, secret: str, spool: Spool, timers: Any, log: Log,
                  answered: Callable[[Row, Row], None], fetch: Callable[..., Reply] = fetch,
                  failed: Callable[[], None] = lambda: None,
                  clock: Callable[[], float] = time.time, numeric: bool = False) -> None:
-        self._url, self._secret, self._spool, self._loop = url, secret, spool, loop
-        self._numeric = numeric
+        self._url, self._secret, self._spool, self._timers = url, secret, spool, timers
         self._log, self._answered, self._fetch = log, answered, fetch
-        self._failed, self._clock = failed, clock
-        self.error: Row = {}                           # as check_client shows it: post_error
-        self._telling: Optional[Timer] = None
-        self._crew = ThreadPool(POST_LANES, "post", log)
-        self._queues: Dict[str, Deque[int]] = {}       # conversation -> keys in the spool
-        self._ready: Deque[str] = collections.deque()  # conversations that may go
-        self._flying: Dict[str, float] = {}            # conversation -> when its post began
-        self._waiting: Dict[str, Timer] = {}           # conversation -> its retry to come
-        self._tries: Dict[int, Tuple[int, float]] = {}  # key -> times sent, of the first try
-        self._allowed = 1                              # posts at once, up to POST_LANES
-        self._widening: Optional[Timer] = None
-        self._pause: Optional[Timer] = None            # nobody can be reached at all
-        self._outage = 0                               # tries in a row that found nobody
-        self._emptied: Optional[Callable[[], None]] = None
-        self._gone = False                             # the receiver said so
-        self._redirected = False                       # it sent us elsewhere, to no avail
-        self._holding = False                          # the process is about to end
+        self._failed, self._clock, self._numeric = failed, clock, numeric
+        self._pool = ThreadPool(POST_LANES, "post", log)
+        self.error: Row = {}                            # as check_client shows it: post_error
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
-        for key, item in list(spool.pending.items()):
-            if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
-                self._enqueue(key, str(item["in"]))
-            else:
-                spool.done(key)  # no event: whoever wrote that into the file
-
-    def start(self) -> None:
-        """Go on with what a former process left."""
-        self._pump()
+        self._queues: Dict[str, Deque[int]] = {}        # conversation -> keys in the spool
+        self._flying: Dict[str, float] = {}             # conversation -> when its post began
+        self._waiting: Dict[str, float] = {}            # conversation -> when it may try again
+        self._tries: Dict[int, Tuple[int, float]] = {}  # key -> times refused, of the first try
+        self._pause_until = 0.0                         # nobody can be reached at all
+        self._outage = 0                                # tries in a row that found nobody
+        self._gone = not url                            # the receiver said so
+        self._redirected = False                        # it sent us elsewhere, to no avail
+        self._holding = False                           # the process is about to end
+        self._emptied: Optional[Callable[[], None]] = None
+        self._look_at = self._tell_at = 0.0             # when the timers do so next
+        with timers.lock:
+            for key, item in list(spool.pending.items() if url else ()):
+                if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
+                    self._queues.setdefault(str(item["in"]), collections.deque()).append(key)
+                else:
+                    spool.done(key)  # no event: whoever wrote that into the file
 
     def add(self, event: Row, conversation: str, mark: Json = None) -> None:
         """Queue an event for posting, together with its source's mark (Spool)."""
-        if self._gone:
-            return self._spool.advance(mark)
-        name = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
-        key = self._spool.add({"id": name, "in": conversation, "event": event}, mark)
-        self._enqueue(key, conversation)
-        for old in self._spool.excess():
-            self._forget(old)
+        with self._timers.lock:
+            if self._gone:
+                return self._spool.advance(mark) if mark is not None else None
+            name = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
+            key = self._spool.add({"id": name, "in": conversation, "event": event}, mark)
+            self._queues.setdefault(conversation, collections.deque()).append(key)
+            for old in self._spool.excess():
+                its = str(self._spool.pending[old]["in"])
+                if its not in self._flying or self._queues[its][0] != old:  # not on its way
+                    self._drop(its, old, "over the limit of the queue")
 
     def flush(self) -> None:
-        """Write what add() queued, then post it: in this order, or a kill could lose it."""
-        self._spool.flush()
-        self._pump()
+        """Write what was added, then post it: in this order, or a kill could lose it."""
+        with self._timers.lock:
+            flight = self._next()
+            if flight:
+                self._pool.submit(self._post, flight)
+
+    start = flush  # going on with what a former process left
 
     def drain(self, emptied: Callable[[], None]) -> None:
-        """Have emptied() called once nothing is left to post."""
-        self._emptied = emptied
-        self._pump()
+        """Have emptied() called, by the timers, once nothing is left to post."""
+        with self._timers.lock:
+            self._emptied = emptied
+            self.flush()
 
     def hold(self, landed: Callable[[], None]) -> None:
         """Post no more; have landed() called once what is on its way has been answered."""
-        self._holding, self._emptied = True, landed
-        self._pump()
+        with self._timers.lock:
+            self._holding = True
+            self.drain(landed)
 
     def waiting(self) -> int:
         """How many events are not delivered yet."""
-        return len(self._spool.pending)
+        return len(self._spool.pending) if self._url else 0
 
     def flying(self) -> int:
         """How many are on their way."""
         return len(self._flying)
 
-    def _enqueue(self, key: int, conversation: str) -> None:
-        queue = self._queues.get(conversation)
-        if queue is None:
-            self._queues[conversation] = collections.deque([key])
-            self._ready.append(conversation)
-        else:
-            queue.append(key)
+    def _next(self) -> Optional[Tuple[str, int, Row]]:
+        """What is to be posted now, as conversation, key and item; it counts as flying. One at
+        most: its answer, or PATIENCE, lets the next one go."""
+        self._spool.flush()
+        found, now = None, self._timers.clock()
+        wait = max([began + self.PATIENCE - now for began in self._flying.values()], default=0.0)
+        if (wait <= 0 and len(self._flying) < POST_LANES and now >= self._pause_until
+                and not self._holding):
+            for conversation, keys in self._queues.items():
+                if conversation not in self._flying and (
+                        self._waiting.get(conversation, now) <= now):
+                    found = conversation, keys[0], self._spool.pending[keys[0]]
+                    self._waiting.pop(conversation, None)
+                    self._flying[conversation], wait = now, self.PATIENCE
+                    break
+        if wait > 0 and now >= self._look_at and len(self._queues) > len(self._flying):
+            self._look_at = now + wait
+            self._timers.later(wait, self.flush)
+        if self._emptied and not (self._flying if self._holding else self._queues):
+            self._timers.later(0.0, self._emptied)
+            self._emptied = None
+        return found
 
-    def _forget(self, key: int) -> None:
-        conversation = self._spool.pending[key]["in"]
-        queue = self._queues[conversation]
-        if queue[0] == key and conversation in self._flying:
-            return  # on its way already
-        queue.remove(key)
-        self._drop(key, "over the limit of the queue")
-        if not queue:
-            del self._queues[conversation]
-            self._ready = collections.deque(c for c in self._ready if c != conversation)
-            self._stop_waiting(conversation)
+    def _post(self, flight: Optional[Tuple[str, int, Row]]) -> None:
+        """In a thread of the pool: post an event, note what came of it, and go on with the next
+        one, until there is none or another thread has it."""
+        while flight:
+            conversation, key, item = flight
+            status, answer, failure = 0, None, None
+            try:
+                status, answer = self._call(item)
+                if status in self.LATER or status >= 500:
+                    failure = Unreachable(f"answered {status}", True)
+            except Unreachable as error:
+                failure = error
+            except Exception as error:  # without an outcome the conversation would stand still
+                self._log.failure("posting an event")
+                failure = Unreachable(repr(error), True)
+            if answer is not None and failure is None and status != 410:
+                try:
+                    self._answered(item["event"], answer)
+                except Exception:
+                    self._log.failure("what an answer of post_api wants")
+            with self._timers.lock:
+                del self._flying[conversation]
+                self._note(conversation, key, status, failure)
+                flight = self._next()
 
-    def _stop_waiting(self, conversation: str) -> None:
-        timer = self._waiting.pop(conversation, None)
-        if timer:
-            timer.cancel()
-
-    def _drop(self, key: int, why: str) -> None:
-        self.counts["dropped"] += 1
-        if self.counts["dropped"] & (self.counts["dropped"] - 1) == 0:  # 1, 2, 4, 8 …
-            self._log.warn(f"{self.counts['dropped']} event(s) dropped, not posted to "
-                           f"{shown_url(self._url)}: {why}")
-        self.error = {"time": str(int(self._clock())), "error": why,
-                      "dropped": self.counts["dropped"]}
-        if self._telling is None:
-            self._telling = self._loop.later(self.TELL_SECONDS, self._tell)
-        self._tries.pop(key, None)
-        self._spool.done(key)
-
-    def _tell(self) -> None:
-        self._telling = None
-        self._failed()
-
-    def _pump(self) -> None:
-        while (self._ready and self._pause is None and not self._holding
-               and len(self._flying) < self._allowed):
-            conversation = self._ready.popleft()
-            key = self._queues[conversation][0]
-            self._flying[conversation] = self._loop.clock()
-            self._crew.submit(self._post, conversation, key, self._spool.pending[key])
-        if self._ready and self._widening is None and self._allowed < POST_LANES:
-            self._widening = self._loop.later(self.PATIENCE, self._widen)
-        if self._emptied is not None and not (self._flying if self._holding else self._queues):
-            emptied, self._emptied = self._emptied, None
-            emptied()
-
-    def _widen(self) -> None:
-        self._widening = None
-        if len(self._flying) >= self._allowed:
-            self._allowed = min(POST_LANES, self._allowed + 1)
-        self._pump()
-
-    def _post(self, conversation: str, key: int, item: Row) -> None:
-        """In a thread of the crew: one try."""
-        event = item["event"]        # as it was when it was queued; numeric_ids may have changed
-        late = {"late": 1} if self._age(item) > LATE_SECONDS else {}
-        body = to_bytes({**(numbered(event) if self._numeric else event), **late})
+    def _call(self, item: Row) -> Tuple[int, Optional[Row]]:
+        """Post an event, to where redirects on the same server lead: the answer's status, and the
+        JSON object in it. Unreachable."""
+        event, queued = item["event"], re.match("[0-9a-f]{1,15}(?=-)", str(item["id"]))
+        if self._numeric:            # which may have changed since it was queued
+            event = numbered(event)
+        if queued and self._clock() - int(queued.group(), 16) / 1000 > LATE_SECONDS:
+            event = {**event, "late": 1}
+        url, body, until = self._url, to_bytes(event), self._timers.clock() + POST_SECONDS
         fields = {"Content-Type": "application/json", "X-Event-ID": item["id"],
                   "User-Agent": "openqq/" + VERSION}
         if self._secret:
             fields["X-Signature"] = signature(self._secret, body)
-        status, answer, error = self._try(fields, body)
-        self._loop.call(self._landed, conversation, key, item, status, answer, error)
+        for _ in range(4):
+            reply = self._fetch(url, "POST", fields, body, max(0.1, until - self._timers.clock()))
+            data = reply.read()
+            target = redirect_of(url, reply)
+            if not same_origin(url, target):
+                break
+            url = target
+        answer = None
+        if reply.kind in ("application/json", "text/json"):
+            try:
+                answer = object_in(read_text(data).encode())
+            except ValueError:
+                pass  # no text in any encoding that we know
+        return reply.status, answer
 
-    def _age(self, item: Row) -> float:
-        """How long it has been queued, also by a former process: its name begins with when."""
-        found = re.match("[0-9a-f]{1,15}(?=-)", str(item["id"]))
-        return self._clock() - int(found.group(), 16) / 1000 if found else 0.0
+    def _note(self, conversation: str, key: int, status: int,
+              failure: Optional[Unreachable]) -> None:
+        """What became of a post decides when it, or the next one, is tried."""
+        now, url = self._timers.clock(), shown_url(self._url)
+        tries, first = self._tries.get(key, (0, now))
+        if self._gone:
+            return  # another answer said so meanwhile, and all has been dropped
+        if status == 410:
+            self._log.warn(f"{url} answered 410 Gone: nothing more is posted to it")
+            self._gone = True
+            for other, item in list(self._spool.pending.items()):
+                self._drop(str(item["in"]), other, "the receiver is gone")
+        elif failure is None:
+            if self._outage > 1:
+                self._log.info(f"{url} takes events again")
+            if 300 <= status < 400 and not self._redirected:
+                self._log.warn(f"{url} answers with a redirect that is not followed: "
+                               "give the URL that takes events")
+            self._outage, self._redirected = 0, 300 <= status < 400
+            self.counts["posted"] += 1
+            self._forget(conversation, key)
+        elif failure.sent and tries + 1 >= POST_TRIES:
+            self._drop(conversation, key, f"{failure.status}, {POST_TRIES} times")
+        elif failure.sent:  # what breaks its receiver is not to do so for a day
+            self.counts["retried"] += 1
+            self._tries[key] = tries + 1, first
+            self._waiting[conversation] = now + 2.0 ** tries
+            self._timers.later(2.0 ** tries, self.flush)
+        elif now - first > POST_DAY:
+            self._drop(conversation, key, "nobody there for a day")
+        else:  # no connection: it would fare no better with the others, so all wait
+            self.counts["retried"] += 1
+            self._tries[key] = tries, first
+            if now >= self._pause_until:
+                if self._outage == 1:
+                    self._log.warn(f"{url} cannot be reached ({failure.status}); "
+                                   "events wait for it")
+                pause = backoff(self._outage, POST_PAUSE)
+                self._outage += 1
+                self._pause_until = now + pause
+                self._timers.later(pause, self.flush)
 
-    def _try(self, fields: Fields, body: bytes) -> Tuple[int, Optional[Row],
-                                                         Optional[Unreachable]]:
-        url, until = self._url, self._loop.clock() + POST_SECONDS
-        try:
-            for _ in range(4):
-                reply = self._fetch(url, "POST", fields, body,
-                                    max(0.1, until - self._loop.clock()))
-                data = reply.read()
-                url = same_origin(url, reply)
-                if not url:
-                    break
-            return reply.status, _json_object(reply.kind, data), None
-        except Unreachable as error:
-            return 0, None, error
-        except Exception as error:  # a lane that never landed would be lost for good
-            self._log.failure("posting an event")
-            return 0, None, Unreachable(repr(error), True)
-
-    def _landed(self, conversation: str, key: int, item: Row, status: int,
-                answer: Optional[Row], error: Optional[Unreachable]) -> None:
-        started = self._flying.pop(conversation, None)
-        if started is None:
-            return  # another answer said meanwhile that the receiver is gone
-        if self._loop.clock() - started < self.PATIENCE:  # but the slow ones keep their lanes
-            self._allowed = max(min(len(self._flying) + 1, POST_LANES), self._allowed - 1)
-        if error is not None and not error.sent:
-            self._nobody(conversation, key, error)
-        elif status == 410:
-            self._stop_for_good()
-        elif error is not None or status in self.LATER or status >= 500:
-            self._refused(conversation, key, error.status if error else f"answered {status}")
-        else:
-            self._delivered(conversation, key, item, answer, 300 <= status < 400)
-        self._spool.flush()
-        self._pump()
-
-    def _delivered(self, conversation: str, key: int, item: Row, answer: Optional[Row],
-                   redirected: bool) -> None:
-        if self._outage > 1:
-            self._log.info(f"{shown_url(self._url)} takes events again")
-        self._outage = 0
-        self.counts["posted"] += 1
-        if redirected and not self._redirected:
-            self._log.warn(f"{shown_url(self._url)} answers with a redirect that is not followed: "
-                           "give the URL that takes events")
-        self._redirected = redirected
-        self._spool.done(key)
-        self._next(conversation, key)
-        if answer is not None:
-            self._answered(item["event"], answer)
-
-    def _next(self, conversation: str, key: int) -> None:
-        """Whatever became of the first of a conversation, the second is now the first."""
+    def _forget(self, conversation: str, key: int) -> None:
+        """Whatever became of an event: the next of its conversation waits behind the others."""
         self._tries.pop(key, None)
-        queue = self._queues[conversation]
-        queue.popleft()
-        if queue:
-            self._ready.append(conversation)
-        else:
-            del self._queues[conversation]
+        self._waiting.pop(conversation, None)
+        keys = self._queues.pop(conversation)
+        keys.remove(key)
+        if keys:
+            self._queues[conversation] = keys
+        self._spool.done(key)
 
-    def _refused(self, conversation: str, key: int, how: str) -> None:
-        """It came, or may have come, and was not taken: what breaks its receiver five times is
-        not to do so for a day."""
-        tries, first = self._tries.get(key, (0, self._loop.clock()))
-        self._tries[key] = tries + 1, first
-        if tries + 1 >= POST_TRIES:
-            self._drop(key, f"{how}, {POST_TRIES} times")
-            self._next(conversation, key)
-        else:
-            self._again(conversation, 2.0 ** tries)
-
-    def _again(self, conversation: str, seconds: float) -> None:
-        self.counts["retried"] += 1
-        self._waiting[conversation] = self._loop.later(seconds, self._retry, conversation)
-
-    def _retry(self, conversation: str) -> None:
-        del self._waiting[conversation]
-        self._ready.appendleft(conversation)
-        self._pump()
-
-    def _nobody(self, conversation: str, key: int, error: Unreachable) -> None:
-        """No connection: it would fare no better with the others, so all wait."""
-        _, first = self._tries.setdefault(key, (0, self._loop.clock()))
-        if self._loop.clock() - first > POST_DAY:
-            self._drop(key, "nobody there for a day")
-            return self._next(conversation, key)
-        self.counts["retried"] += 1
-        self._ready.appendleft(conversation)
-        self._allowed = 1
-        if self._pause is None:
-            if self._outage == 1:
-                self._log.warn(f"{shown_url(self._url)} cannot be reached ({error.status}); "
-                               "events wait for it")
-            self._pause = self._loop.later(backoff(self._outage, POST_PAUSE), self._resume)
-            self._outage += 1
-
-    def _resume(self) -> None:
-        self._pause = None
-        self._pump()
-
-    def _stop_for_good(self) -> None:
-        self._log.warn(f"{shown_url(self._url)} answered 410 Gone: nothing more is posted to it")
-        self._gone = True
-        for key in list(self._spool.pending):
-            self._drop(key, "the receiver is gone")
-        for conversation in list(self._waiting):
-            self._stop_waiting(conversation)
-        self._queues.clear()
-        self._ready.clear()
-        self._flying.clear()
+    def _drop(self, conversation: str, key: int, why: str) -> None:
+        self._forget(conversation, key)
+        self.counts["dropped"] += 1
+        dropped, now = self.counts["dropped"], self._timers.clock()
+        if dropped & (dropped - 1) == 0:  # 1, 2, 4, 8 …
+            self._log.warn(f"{dropped} event(s) dropped, not posted to {shown_url(self._url)}: "
+                           f"{why}")
+        self.error = {"time": str(int(self._clock())), "error": why, "dropped": dropped}
+        if now >= self._tell_at:
+            self._tell_at = now + self.TELL_SECONDS
+            self._timers.later(self.TELL_SECONDS, self._failed)
 
 
 def watch_posting(metrics: Metrics, reporter: Optional[Reporter]) -> None:
@@ -6398,21 +6341,12 @@ def redirect_of(url: str, reply: Reply) -> str:
         return "nowhere:"  # what cannot be read leads to nobody's server
 
 
-def same_origin(url: str, reply: Reply) -> str:
-    """Where a redirect leads if it stays with the same server, else empty."""
-    target = redirect_of(url, reply)
+def same_origin(url: str, other: str) -> bool:
+    """Whether two URLs lead to the same server."""
     try:
-        return target if target and origin_of(target) == origin_of(url) else ""
+        return origin_of(url) == origin_of(other)
     except ValueError:
-        return ""
-
-
-def _json_object(kind: str, data: bytes) -> Optional[Row]:
-    try:
-        json_too = kind in ("application/json", "text/json")
-        return object_in(read_text(data).encode()) if json_too else None
-    except ValueError:
-        return None
+        return False
 
 
 class Outlet:
@@ -6422,22 +6356,20 @@ class Outlet:
     KEPT_IF_LISTED = re.compile(".*_property_change|friend_request|revoke_message")
     NEWS = ("login", "stop", "state_change", "input_qrcode")  # streams tell them, nothing keeps
 
-    def __init__(self, store: Store, reporter: Optional[Reporter], listed: Iterable[str],
+    def __init__(self, store: Store, reporter: Reporter, listed: Iterable[str],
                  stdout: bool, numeric: bool, bytes_too: bool) -> None:
         self.store, self.reporter = store, reporter
         self._listed, self._stdout, self._numeric = set(listed), stdout, numeric
         self._bytes_too = bytes_too
-
-    def start(self) -> None:
-        """Go on with what a former process left."""
-        if self.reporter:
-            self.reporter.start()
+        self.start = self.flush = reporter.flush
+        self.drain, self.hold = reporter.drain, reporter.hold
+        self.waiting, self.flying = reporter.waiting, reporter.flying
 
     def put(self, event: str, row: Row, conversation: str, mark: str) -> bool:
         """Pass an event on; whether its mark went into the queue on disk with it."""
-        queued = row = row if self._bytes_too else {
+        queued = row if self._bytes_too else {
             name: value for name, value in row.items() if name != "media_data"}
-        row = numbered(row) if self._numeric else row
+        row = numbered(queued) if self._numeric else queued
         message = row["post_type"] != "event"
         listed = event in self._listed
         if message or self.KEPT.match(event) or (listed and self.KEPT_IF_LISTED.match(event)):
@@ -6447,39 +6379,12 @@ class Outlet:
         if not message and not listed:
             return False
         if self._stdout:
-            self._print(row)
-        if self.reporter:
-            self.reporter.add(queued, conversation, mark or None)
-        return self.reporter is not None
-
-    def _print(self, row: Row) -> None:
-        try:
-            os.write(1, to_bytes(row) + b"\n")
-        except OSError:
-            self._stdout = False  # nobody reads it any more
-
-    def flush(self) -> None:
-        """Let what was put go on its way."""
-        if self.reporter:
-            self.reporter.flush()
-
-    def waiting(self) -> int:
-        """How many events are still to be posted."""
-        return self.reporter.waiting() if self.reporter else 0
-
-    def drain(self, emptied: Callable[[], None]) -> None:
-        """Have emptied() called once all is posted."""
-        assert self.reporter is not None
-        self.reporter.drain(emptied)
-
-    def hold(self, landed: Callable[[], None]) -> None:
-        """Post no more; have landed() called once what is on its way has been answered."""
-        if self.reporter:
-            self.reporter.hold(landed)
-
-    def flying(self) -> int:
-        """How many events are on their way."""
-        return self.reporter.flying() if self.reporter else 0
+            try:
+                os.write(1, to_bytes(row) + b"\n")
+            except OSError:
+                self._stdout = False  # nobody reads it any more
+        self.reporter.add(queued, conversation, mark or None)
+        return True
 
 
 class Heartbeat:
@@ -6496,8 +6401,7 @@ class Heartbeat:
                  fetch: Callable[..., Reply] = fetch) -> None:
         self._url, self._interval, self._own, self._token = url, interval, own, token
         self._log, self._fetch = log, fetch
-        self._ended = threading.Event()
-        self._quiet = self._started = False
+        self._started, self._ended = False, threading.Event()
 
     def start(self) -> None:
         """Beat in a thread of its own, until stop(); a second call changes nothing."""
@@ -6510,19 +6414,20 @@ class Heartbeat:
         self._ended.set()
 
     def _run(self) -> None:
+        failed = False
         while not self._ended.is_set():
             try:
-                self.beat()
-                self._quiet = False
+                self._beat()
+                failed = False
             except Unreachable as error:
-                if not self._quiet:
+                if not failed:
                     self._log.warn(f"{shown_url(self._url)} (poll_api): {error.status}")
-                self._quiet = True
+                failed = True
             except Exception:  # the next beat may fare better
                 self._log.failure("a heartbeat")
-            self._ended.wait(max(self._interval, float(self._quiet)))  # of 0 only while it works
+            self._ended.wait(max(self._interval, float(failed)))  # of 0 only while it works
 
-    def beat(self) -> None:
+    def _beat(self) -> None:
         """Ask once, and follow where the answer leads. Unreachable."""
         url = self._url
         for _ in range(self.HOPS + 1):
@@ -6533,11 +6438,14 @@ class Heartbeat:
                 return
             own = self._own_call(target)
             if own:
-                return self._call(own)
-            url = same_origin(self._url, reply) and target
-            if not url:
+                fields = {"Authorization": bearer(self._token)} if self._token else {}
+                reply = self._fetch(own, "GET", fields, seconds=PROXY_SECONDS)
+                reply.read()
+                return self._log.info(f"poll_api had us call {shown_url(own)}: {reply.status}")
+            if not same_origin(self._url, target):
                 return self._log.warn(f"poll_api leads to {shown_url(target)}, which is neither "
                                       "our own API nor its own server: not followed")
+            url = target
         self._log.warn(f"poll_api leads on after {self.HOPS} redirects: given up")
 
     def _own_call(self, target: str) -> str:
@@ -6551,12 +6459,6 @@ class Heartbeat:
         if base is None or not re.match("/open(qq|wx)/", parts.path):
             return ""
         return base + urllib.parse.urlunsplit(parts._replace(scheme="", netloc="", fragment=""))
-
-    def _call(self, url: str) -> None:
-        fields = {"Authorization": bearer(self._token)} if self._token else {}
-        reply = self._fetch(url, "GET", fields, seconds=PROXY_SECONDS)
-        reply.read()
-        self._log.info(f"poll_api had us call {shown_url(url)}: {reply.status}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -11925,7 +11827,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
         settings.post_api, settings.post_secret, client.spool, client.loop, client.log,
         Answers(client, api.media_of, settings.post_api).answered,
         failed=lambda: client.papers.write_state(client),
-        numeric=settings.numeric_ids) if settings.post_api else None
+        numeric=settings.numeric_ids)
     listed = settings.post_event_list
     if listed is None:
         listed = client.flavour.post_event_list
