@@ -4309,66 +4309,198 @@ class WebSocket:
 # A. QR encoder
 # ------------------------------------------------------------------------------------------------
 
-# A symbol is thought of in two ways.  While it is drawn it is a grid: rows of modules, each
-# light (0), dark (1) or still free (2).  While it is masked and scored it is a plane: one int
-# whose bit y * (side + 1) + x stands for the module in row y, column x.  The spare column at
-# each row's end is always 0, so a shift never carries a module into the neighbouring row, and
-# one big-int operation treats all modules at once: that is what makes eight masks cheap.
-_QR_LIGHT, _QR_DARK, _QR_FREE = range(3)
+# Clauses, tables and figures are those of ISO/IEC 18004:2015. A symbol is a list of rows; a module
+# is 1 for dark, 0 for light, and while it is drawn QR_FREE where data are still to come.
+QR_FREE = 2
 
-# Error correction level M, versions 1..40 (ISO/IEC 18004:2015, table 9): the number of error
-# correction codewords in each block, and the number of blocks.
-_QR_CHECKS = bytes((
+# Error correction level M, versions 1..40 (table 9): the number of check codewords in each block,
+# and the number of blocks.
+QR_CHECKS = bytes((
     10, 16, 26, 18, 24, 16, 18, 22, 22, 26, 30, 22, 22, 24, 24, 28, 28, 26, 26, 26,
-    26, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28,
-))
-_QR_BLOCKS = bytes((
+    26, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28))
+QR_BLOCKS = bytes((
     1, 1, 1, 2, 2, 4, 4, 4, 5, 5, 5, 8, 9, 9, 10, 10, 11, 13, 14, 16,
-    17, 17, 18, 20, 21, 23, 25, 26, 28, 29, 31, 33, 35, 37, 38, 40, 43, 45, 47, 49,
-))
+    17, 17, 18, 20, 21, 23, 25, 26, 28, 29, 31, 33, 35, 37, 38, 40, 43, 45, 47, 49))
+
+QR_MASKS: List[Callable[[int, int], int]] = [  # table 10: what is 0 is flipped; row, column
+    lambda i, j: (i + j) % 2,
+    lambda i, j: i % 2,
+    lambda i, j: j % 3,
+    lambda i, j: (i + j) % 3,
+    lambda i, j: (i // 2 + j // 3) % 2,
+    lambda i, j: i * j % 2 + i * j % 3,
+    lambda i, j: (i * j % 2 + i * j % 3) % 2,
+    lambda i, j: ((i + j) % 2 + i * j % 3) % 2]
+
+# What costs a mask points (7.8.3), in a row or column.
+QR_RUN = re.compile(rb"\x00{5,}|\x01{5,}")
+QR_SQUARES = re.compile(rb"\x00{2,}|\x02{2,}")  # in the sums of two rows
+QR_FINDER = re.compile(rb"(?=\x01\x00\x01\x01\x01\x00\x01)(?:(?<=\x00{4})|(?=.{7}\x00{4}))", re.S)
 
 
-def qr_matrix(text: str) -> list[bytearray]:
-    """Draw `text` as a QR code at error correction level M (ISO/IEC 18004:2015, clause 7).
+def qr_matrix(text: str) -> List[bytearray]:
+    """Draw `text` as a QR code at error correction level M (clause 7).
 
-    In: any text.  It is stored in byte mode as UTF-8.  No ECI header says so, though the
-    standard's default is ISO 8859-1: scanners detect UTF-8, but not all know the header.
-    Out: the rows of the symbol, top first, without quiet zone: `side` bytearrays of `side`
-    modules, 1 for dark and 0 for light, where side = 17 + 4 * version.  The version is the
-    smallest of 1..40 that holds the text, the mask the one of least penalty (clause 7.8.3),
-    the lower number on a tie.
-
-    ValueError: the text exceeds 2331 bytes, or holds half of a surrogate pair.
+    It is stored in byte mode as UTF-8. No ECI header says so, though the standard's default is
+    ISO 8859-1: scanners detect UTF-8, but not all know the header. The rows have no quiet zone;
+    there are 17 + 4 * version of them. The version is the smallest that holds the text, the mask
+    the one of least penalty, the lower number on a tie. ValueError: the text exceeds 2331 bytes,
+    or holds half of a surrogate pair.
     """
     payload = text.encode("utf-8")
-    version = _qr_version(len(payload))
-    grid = _qr_patterns(version)
-    free = _qr_plane(grid, _QR_FREE)
-    _qr_place(grid, _qr_codewords(payload, version))
-    data, side = _qr_plane(grid, _QR_DARK), len(grid)
-    assert side == 17 + 4 * version
-    masks = enumerate(_qr_masks(side))
-    drawn = [data ^ (flips & free) ^ _qr_format(mask, side) for mask, flips in masks]
-    return _qr_grid(min(drawn, key=lambda plane: _qr_penalty(plane, side)), side)
+    version = next((version for version in range(1, 41) if len(payload) <= qr_room(version)), 0)
+    if not version:
+        raise ValueError(f"text of {len(payload)} bytes does not fit into a QR code: "
+                         f"shorten it to {qr_room(40)} bytes of UTF-8 or fewer")
+    grid = qr_patterns(version)
+    side = len(grid)
+    # Data go up and down in columns of two, from the right (7.7.3); the vertical timing pattern
+    # in column 6 belongs to none of them.
+    free = [(y, x) for turn, right in enumerate((*range(side - 1, 6, -2), 5, 3, 1))
+            for y in (range(side) if turn % 2 else range(side - 1, -1, -1))
+            for x in (right, right - 1) if grid[y][x] == QR_FREE]
+    codewords = qr_codewords(payload, version)
+    assert len(codewords) == len(free) // 8
+    bits = "".join([f"{codeword:08b}" for codeword in codewords]).ljust(len(free), "0")
+    drawn = []
+    for number, mask in enumerate(QR_MASKS):
+        candidate = [row[:] for row in grid]
+        for (y, x), bit in zip(free, bits):
+            candidate[y][x] = (bit == "1") ^ (mask(y, x) == 0)
+        qr_draw_format(candidate, number)
+        drawn.append(candidate)
+    return min(drawn, key=qr_penalty)
 
 
-def qr_png(matrix: list[bytearray], scale: int = 8, quiet: int = 4) -> bytes:
-    """Render a symbol as a PNG file: greyscale, one bit per pixel, not interlaced.
-
-    In: the rows of `qr_matrix`; the pixels per module (`scale` >= 1); the width in modules of
-    the light border (`quiet` >= 0; ISO/IEC 18004:2015, clause 6.3.8 demands 4).  Out: the
-    bytes of the file, (side + 2 * quiet) * scale pixels square.
-    """
-    assert scale >= 1 and quiet >= 0
-    rows = _qr_bordered(matrix, quiet)
-    width = len(rows) * scale
-    lines = b"".join(_qr_scanline(row, scale) * scale for row in rows)
-    header = struct.pack(">IIBBBBB", width, width, 1, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_qr_chunk(kind, body) for kind, body in chunks)
+def qr_room(version: int) -> int:
+    """How many bytes of text a version holds: its codewords, less the checks, and less what mode,
+    count and terminator take."""
+    modules = (16 * version + 128) * version + 64  # less finders, timing and format (table 1)
+    if version > 1:
+        centres = version // 7 + 2                 # alignment patterns in a row
+        modules -= (25 * centres - 10) * centres - 55
+    if version > 6:
+        modules -= 36
+    return (modules // 8 - QR_CHECKS[version - 1] * QR_BLOCKS[version - 1]
+            - (2 if version < 10 else 3))
 
 
-def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> list[bytearray]:
+def qr_codewords(payload: bytes, version: int) -> bytes:
+    """The payload as codewords: data in blocks, then their checks (7.4 to 7.6)."""
+    # Mode (4 bits), a count of 8 or 16, and terminator (4): no bit is left to align.
+    count = len(payload)
+    data = (((4 << (8 if version < 10 else 16) | count) << 8 * count
+             | int.from_bytes(payload, "big")) << 4).to_bytes(count + (2 if version < 10 else 3),
+                                                             "big")
+    spare = qr_room(version) - count
+    data += (b"\xec\x11" * spare)[:spare]
+    # The field GF(256) modulo x^8 + x^4 + x^3 + x^2 + 1: the powers of 2, twice over so that a
+    # sum of two logs needs no reduction, and the logs.
+    powers = [1]
+    for _ in range(509):
+        powers.append(powers[-1] << 1 ^ (powers[-1] >> 7) * 0x11D)
+    logs = {power: log for log, power in enumerate(powers[:255])}
+    divisor = [1]                              # (x - 2^0) (x - 2^1) …, as many as checks
+    for exponent in range(QR_CHECKS[version - 1]):
+        divisor.append(0)
+        for at in range(exponent + 1, 0, -1):
+            divisor[at] ^= powers[logs[divisor[at - 1]] + exponent]
+    terms = [logs[term] for term in divisor[1:]]
+
+    size, longer = divmod(len(data), QR_BLOCKS[version - 1])  # the last blocks are longer by one
+    blocks, checks, end = [], [], 0
+    for number in range(QR_BLOCKS[version - 1]):
+        start, end = end, end + size + (number >= QR_BLOCKS[version - 1] - longer)
+        blocks.append(data[start:end])
+        rest = bytearray(blocks[-1]) + bytes(len(terms))
+        for at in range(end - start):
+            if rest[at]:
+                log = logs[rest[at]]
+                for below, term in enumerate(terms, at + 1):
+                    rest[below] ^= powers[log + term]
+        checks.append(rest[end - start:])
+    return bytes(block[at] for part in (blocks, checks) for at in range(len(part[-1]))
+                 for block in part if at < len(block))
+
+
+def qr_patterns(version: int) -> List[bytearray]:
+    """A symbol with its function patterns only (6.3); the format is that of mask 0."""
+    side = 17 + 4 * version
+    grid = [bytearray([QR_FREE]) * side for _ in range(side)]
+    for at in range(side):
+        grid[6][at] = grid[at][6] = (at + 1) % 2
+    # Concentric squares, innermost first: finders, and in a lattice the alignment patterns, whose
+    # centres lie in even steps as short as reach the first gap (annex E).
+    squares = [(y, x, "11010") for y, x in ((3, 3), (3, side - 4), (side - 4, 3))]
+    if version > 1:
+        gaps, last = version // 7 + 1, side - 7
+        step = 26 if version == 32 else -(-(last - 6) // (2 * gaps)) * 2
+        lattice = [6, *[last - step * gap for gap in range(gaps)]]
+        squares += [(y, x, "101") for y in lattice for x in lattice
+                    if (y, x) not in ((6, 6), (6, last), (last, 6))]
+    for y, x, rings in squares:
+        for i in range(max(0, y - len(rings) + 1), min(side, y + len(rings))):
+            for j in range(max(0, x - len(rings) + 1), min(side, x + len(rings))):
+                grid[i][j] = int(rings[max(abs(i - y), abs(j - x))])
+    qr_draw_format(grid, 0)
+    if version > 6:                            # its number (7.10), twice
+        bits = qr_bch(version, 0x1F25)
+        for at in range(18):
+            i, j = at // 3, side - 11 + at % 3
+            grid[i][j] = grid[j][i] = bits >> at & 1
+    return grid
+
+
+def qr_draw_format(grid: List[bytearray], mask: int) -> None:
+    """Draw the number of a mask, for level M, and its copy (7.9, figure 25)."""
+    bits, side = qr_bch(mask, 0x537) ^ 0x5412, len(grid)
+    places = [(y, 8) for y in (0, 1, 2, 3, 4, 5, 7, 8)] + [(8, x) for x in (7, 5, 4, 3, 2, 1, 0)]
+    copies = [(8, side - 1 - at) for at in range(8)] + [(side - 7 + at, 8) for at in range(7)]
+    for at in range(15):
+        for y, x in places[at], copies[at]:
+            grid[y][x] = bits >> at & 1
+    grid[side - 8][8] = 1
+
+
+def qr_bch(value: int, divisor: int) -> int:
+    """`value`, and behind it its remainder modulo `divisor`, over GF(2) (annexes C, D)."""
+    degree = divisor.bit_length() - 1
+    rest = value << degree
+    while rest.bit_length() > degree:
+        rest ^= divisor << rest.bit_length() - 1 - degree
+    return value << degree | rest
+
+
+def qr_penalty(grid: List[bytearray]) -> int:
+    """What a masked symbol costs (7.8.3); the quiet zone does not count as light here."""
+    cost = 0
+    for line in map(bytes, (*grid, *zip(*grid))):
+        cost += sum([len(run) - 2 for run in QR_RUN.findall(line)])
+        cost += 40 * len(QR_FINDER.findall(line))
+    for above, below in zip(grid, grid[1:]):   # 2 x 2 modules of one colour
+        sums = bytes([upper + lower for upper, lower in zip(above, below)])
+        cost += 3 * sum([len(run) - 1 for run in QR_SQUARES.findall(sums)])
+    dark, total = sum(map(sum, grid)), len(grid) ** 2
+    return cost + abs(20 * dark - 10 * total) // total * 10
+
+
+def qr_png(matrix: List[bytearray], scale: int = 8, quiet: int = 4) -> bytes:
+    """A symbol as a PNG file: greyscale, one bit per pixel, `scale` pixels per module, and a light
+    border of `quiet` modules (clause 6.3.8 demands 4)."""
+    rows = qr_bordered(matrix, quiet)
+    width, lines = len(rows) * scale, []
+    for row in rows:
+        # Filter type 0, then eight pixels a byte. PNG counts light, QR counts dark.
+        pixels = "".join(["01"[not dark] * scale for dark in row]).ljust(width + -width % 8, "0")
+        lines += [b"\0" + int(pixels, 2).to_bytes(len(pixels) // 8, "big")] * scale
+    png = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + struct.pack(">IIBBBBB", width, width, 1, 0, 0, 0, 0),
+                  b"IDAT" + zlib.compress(b"".join(lines), 9), b"IEND"):
+        png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return png
+
+
+def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> List[bytearray]:
     """Read a symbol back out of what `qr_png` made of it, with the same scale and border.
 
     ValueError: it is another sort of picture.
@@ -4376,7 +4508,7 @@ def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> list[bytearray]:
     width = int.from_bytes(png[16:20], "big")
     side, rest = divmod(width - 2 * quiet * scale, scale)
     start, end, stride = png.find(b"IDAT") + 4, png.rfind(b"IEND") - 8, 1 + (width + 7) // 8
-    if (rest or side not in range(21, 178, 4) or png[24:29] != b"\1\0\0\0\0" or start < 4):
+    if rest or side not in range(21, 178, 4) or png[24:29] != b"\1\0\0\0\0" or start < 4:
         raise ValueError("not a QR code of this program")
     try:
         lines = zlib.decompressobj().decompress(png[start:end], width * stride)
@@ -4389,333 +4521,23 @@ def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> list[bytearray]:
             for y in places]
 
 
-def qr_text(matrix: list[bytearray], quiet: int = 2) -> str:
-    """Render a symbol for a terminal: two rows of modules per line, each line ended by \\n.
+def qr_text(matrix: List[bytearray], quiet: int = 2) -> str:
+    """A symbol for a terminal: lines of half blocks, each two rows of modules.
 
-    In: the rows of `qr_matrix`; the width in modules of the light border (`quiet` >= 0).  Two
-    are enough on a screen, though ISO/IEC 18004:2015, clause 6.3.8 demands 4.  Out: the text,
-    lines of half blocks, each of which sets black on white by itself and resets at its end,
-    so that a dark theme does not turn the code into its negative.
+    Each line sets black on white by itself and resets at its end, so that a dark theme does not
+    turn the code into its negative. A border of 2 is enough on a screen.
     """
-    assert quiet >= 0
-    rows = _qr_bordered(matrix, quiet)
-    # The number of rows is odd: the last line needs a light row for its lower half.
-    rows.append(bytearray(len(rows)))
-    lines = (
-        "".join(" ▀▄█"[upper + 2 * lower] for upper, lower in zip(*pair))
-        for pair in zip(rows[::2], rows[1::2])
-    )
-    return "".join("\x1b[30;47m" + line + "\x1b[0m\n" for line in lines)
-
-
-def _qr_bordered(matrix: list[bytearray], quiet: int) -> list[bytearray]:
-    """Copy the rows with `quiet` light modules on each of the four sides."""
-    blank, side = bytes(quiet), len(matrix) + 2 * quiet
-    above = [bytearray(side) for _ in range(quiet)]
-    return above + [bytearray(blank + row + blank) for row in matrix] + above
-
-
-def _qr_scanline(row: bytearray, scale: int) -> bytes:
-    """Pack one row of pixels as PNG does: filter type 0, eight pixels a byte, first is high."""
-    # PNG counts light, QR counts dark: a set bit is white.
-    pixels = "".join("01"[not dark] * scale for dark in row)
-    size = (len(pixels) + 7) // 8
-    return b"\0" + int(pixels.ljust(8 * size, "0"), 2).to_bytes(size, "big")
-
-
-def _qr_chunk(kind: bytes, body: bytes) -> bytes:
-    """Frame one PNG chunk: length, type, body, CRC over type and body."""
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def _qr_version(size: int) -> int:
-    """Find the smallest version (1..40) that holds `size` bytes in byte mode."""
-    for version in range(1, 41):
-        if size <= _qr_room(version):
-            return version
-    raise ValueError(
-        f"text of {size} bytes does not fit into a QR code:"
-        f" shorten it to {_qr_room(40)} bytes of UTF-8 or fewer"
-    )
-
-
-def _qr_room(version: int) -> int:
-    """Count the payload bytes of a version: what mode, count and terminator leave of the data."""
-    checks = _QR_CHECKS[version - 1] * _QR_BLOCKS[version - 1]
-    return _qr_capacity(version) - checks - (4 + _qr_count_bits(version) + 4) // 8
-
-
-def _qr_count_bits(version: int) -> int:
-    """Give the width of the character count in byte mode (table 3)."""
-    return 8 if version < 10 else 16
-
-
-def _qr_capacity(version: int) -> int:
-    """Count all codewords of a version (table 1): the modules no function pattern takes, by 8."""
-    side = 17 + 4 * version
-    # Three finders with separators; two timing patterns; twice the format, and the dark module.
-    free = side * side - 3 * 8 * 8 - 2 * (side - 16) - (2 * 15 + 1)
-    if version > 1:
-        # Of the lattice three are left out for the finders; those on a timing line share 5.
-        lattice = len(_qr_centres(version))
-        free -= 25 * (lattice * lattice - 3) - 2 * 5 * (lattice - 2)
-    if version > 6:
-        free -= 2 * 18
-    return free // 8
-
-
-def _qr_codewords(payload: bytes, version: int) -> bytes:
-    """Encode the payload as the final codeword sequence: data blocks, then checks (7.6)."""
-    blocks = _qr_split(_qr_data(payload, version), _QR_BLOCKS[version - 1])
-    divisor = _qr_divisor(_QR_CHECKS[version - 1])
-    checks = [_qr_remainder(block, divisor) for block in blocks]
-    codewords = _qr_interleave(blocks) + _qr_interleave(checks)
-    assert len(codewords) == _qr_capacity(version)
-    return codewords
-
-
-def _qr_data(payload: bytes, version: int) -> bytes:
-    """Encode the data codewords: byte mode, count, payload, terminator, padding (7.4)."""
-    size, room = len(payload), _qr_room(version)
-    assert size <= room
-    width = _qr_count_bits(version)
-    head = (0b0100 << width | size) << 4
-    # Mode (4 bits) and terminator (4 bits) together fill a byte, so no bit is left to align.
-    stream = head << 8 * size | int.from_bytes(payload, "big") << 4
-    padding = (b"\xec\x11" * (room - size))[: room - size]
-    return stream.to_bytes(1 + width // 8 + size, "big") + padding
-
-
-def _qr_split(data: bytes, count: int) -> list[bytes]:
-    """Cut the data into `count` blocks, of which the last may be one byte longer (7.5.1)."""
-    short, longer = divmod(len(data), count)
-    sizes = [short] * (count - longer) + [short + 1] * longer
-    starts = [sum(sizes[:index]) for index in range(count)]
-    return [data[start:start + size] for start, size in zip(starts, sizes)]
-
-
-def _qr_interleave(blocks: list[bytes]) -> bytes:
-    """Take the first byte of every block, then every second byte, and so on (7.6)."""
-    longest = max(map(len, blocks))
-    return bytes(block[at] for at in range(longest) for block in blocks if at < len(block))
-
-
-def _qr_powers() -> tuple[bytes, bytes]:
-    """Tabulate the field GF(256) modulo x^8 + x^4 + x^3 + x^2 + 1 (7.5.2): 2^n, and its log."""
-    powers, logs, value = bytearray(2 * 255), bytearray(256), 1
-    for exponent in range(255):
-        powers[exponent] = powers[exponent + 255] = value
-        logs[value] = exponent
-        value = value << 1 ^ (value >> 7) * 0x11D
-    assert value == 1
-    return bytes(powers), bytes(logs)
-
-
-# The powers are given twice over, so that a sum of two logs needs no reduction modulo 255.
-_QR_POWERS, _QR_LOGS = _qr_powers()
-
-
-def _qr_divisor(degree: int) -> bytes:
-    """Multiply out (x - 2^0) ... (x - 2^(degree - 1)) (annex A): logs, without the leading 1."""
-    terms = bytearray(b"\x01")
-    for exponent in range(degree):
-        terms.append(0)
-        for at in range(exponent + 1, 0, -1):
-            if terms[at - 1]:
-                terms[at] ^= _QR_POWERS[_QR_LOGS[terms[at - 1]] + exponent]
-    assert all(terms), "a log exists for each term"
-    return bytes(_QR_LOGS[term] for term in terms[1:])
-
-
-def _qr_remainder(block: bytes, divisor: bytes) -> bytes:
-    """Divide a data block by the divisor: the remainder is its check codewords (7.5.2)."""
-    rest = bytearray(block) + bytes(len(divisor))
-    for at in range(len(block)):
-        if rest[at]:
-            factor = _QR_LOGS[rest[at]]
-            for below, term in enumerate(divisor, at + 1):
-                rest[below] ^= _QR_POWERS[factor + term]
-    return bytes(rest[len(block):])
-
-
-def _qr_patterns(version: int) -> list[bytearray]:
-    """Draw the function patterns of a version (6.3) on a free grid; format stays light."""
-    side = 17 + 4 * version
-    grid = [bytearray([_QR_FREE]) * side for _ in range(side)]
-    for at in range(side):
-        grid[6][at] = grid[at][6] = (at + 1) % 2
-    for y, x in ((3, 3), (3, side - 4), (side - 4, 3)):
-        _qr_rings(grid, y, x, (1, 1, 0, 1, 0))
-    centres = _qr_centres(version)
-    for y in centres:
-        for x in centres:
-            if (y, x) not in ((6, 6), (6, side - 7), (side - 7, 6)):
-                _qr_rings(grid, y, x, (1, 0, 1))
-    _qr_reserve(grid, version)
-    return grid
-
-
-def _qr_rings(grid: list[bytearray], y: int, x: int, rings: tuple[int, ...]) -> None:
-    """Draw concentric squares around (y, x), innermost first, cut off at the grid's edge."""
-    side, reach = len(grid), range(1 - len(rings), len(rings))
-    for down in reach:
-        for right in reach:
-            if 0 <= y + down < side and 0 <= x + right < side:
-                grid[y + down][x + right] = rings[max(abs(down), abs(right))]
-
-
-def _qr_centres(version: int) -> list[int]:
-    """List the rows (and columns) of the alignment patterns' centres, ascending (annex E)."""
-    if version == 1:
-        return []
-    gaps, last = version // 7 + 1, 4 * version + 10
-    # Even steps, as short as reach the first gap; only version 32 of the annex departs from it.
-    step = 26 if version == 32 else -(-(last - 6) // (2 * gaps)) * 2
-    return [6] + [last - step * gap for gap in reversed(range(gaps))]
-
-
-def _qr_reserve(grid: list[bytearray], version: int) -> None:
-    """Take the modules of format (7.9) and version information (7.10); draw the latter."""
-    side = len(grid)
-    for y, x in _qr_format_places(side):
-        grid[y][x] = _QR_LIGHT
-    grid[side - 8][8] = _QR_DARK
-    if version > 6:
-        bits = _qr_bch(version, 0x1F25)
-        for at in range(18):
-            long, short = at // 3, side - 11 + at % 3
-            grid[long][short] = grid[short][long] = bits >> at & 1
-
-
-def _qr_bch(value: int, divisor: int) -> int:
-    """Append to `value` its remainder modulo `divisor`, both over GF(2) (annexes C, D)."""
-    degree = divisor.bit_length() - 1
-    rest = value << degree
-    while rest.bit_length() > degree:
-        rest ^= divisor << rest.bit_length() - 1 - degree
-    return value << degree | rest
-
-
-def _qr_format_places(side: int) -> list[tuple[int, int]]:
-    """List row and column of the format's bits 0..14, then of their copy (figure 25)."""
-    down = [(y, 8) for y in (0, 1, 2, 3, 4, 5, 7, 8)]
-    left = [(8, x) for x in (7, 5, 4, 3, 2, 1, 0)]
-    right = [(8, side - 1 - bit) for bit in range(8)]
-    bottom = [(side - 7 + bit, 8) for bit in range(7)]
-    return down + left + right + bottom
-
-
-def _qr_format(mask: int, side: int) -> int:
-    """Give the plane of the dark modules of the format information (7.9)."""
-    # Level M is 00, so the five data bits are those of the mask.
-    bits = _qr_bch(mask, 0x537) ^ 0x5412
-    places = enumerate(_qr_format_places(side))
-    return sum((bits >> (at % 15) & 1) << (y * (side + 1) + x) for at, (y, x) in places)
-
-
-def _qr_place(grid: list[bytearray], codewords: bytes) -> None:
-    """Fill the free modules, in columns of two from the right, first upwards (7.7.3)."""
-    side = len(grid)
-    bits = (codeword >> at & 1 for codeword in codewords for at in range(7, -1, -1))
-    # The vertical timing pattern in column 6 belongs to no column of two.
-    for turn, right in enumerate((*range(side - 1, 6, -2), 5, 3, 1)):
-        for row in grid if turn % 2 else grid[::-1]:
-            for x in (right, right - 1):
-                if row[x] == _QR_FREE:
-                    row[x] = next(bits, 0)
-    assert next(bits, None) is None
-
-
-def _qr_masks(side: int) -> list[int]:
-    """Give for each mask the plane of all it flips (7.8.2), function patterns included."""
-    # Every condition repeats after 12 rows and after 6 columns.
-    terms = [[_qr_mask_terms(i, j) for j in range(6)] for i in range(12)]
-    planes = []
-    for mask in range(8):
-        tile = [bytes(not cell[mask] for cell in row) * (side // 6 + 1) for row in terms]
-        grid = [bytearray(tile[i % 12][:side]) for i in range(side)]
-        planes.append(_qr_plane(grid, _QR_DARK))
-    return planes
-
-
-def _qr_mask_terms(i: int, j: int) -> tuple[int, ...]:
-    """Evaluate table 10 in row i, column j: a mask flips the module where its term is 0."""
-    odd, third = i * j % 2, i * j % 3
-    return (
-        (i + j) % 2,
-        i % 2,
-        j % 3,
-        (i + j) % 3,
-        (i // 2 + j // 3) % 2,
-        odd + third,
-        (odd + third) % 2,
-        (i + j + third) % 2,
-    )
-
-
-def _qr_plane(grid: list[bytearray], state: int) -> int:
-    """Turn a grid into the plane of the modules in the given state."""
-    digits = bytearray(b"000")
-    digits[state] = ord("1")
-    table = bytes.maketrans(bytes(range(3)), digits)
-    return int(b"0".join(grid).translate(table)[::-1], 2)
-
-
-def _qr_grid(plane: int, side: int) -> list[bytearray]:
-    """Turn a plane back into a grid of `side` rows."""
-    width = side + 1
-    bits = format(plane, "b").zfill(side * width)[::-1]
-    return [bytearray(map(int, bits[y * width:y * width + side])) for y in range(side)]
-
-
-def _qr_penalty(dark: int, side: int) -> int:
-    """Score a masked symbol by the four rules of clause 7.8.3; the lower the better."""
-    down = side + 1
-    light = dark ^ _qr_plane([bytearray(side)] * side, _QR_LIGHT)
-    colours = (dark, light)
-    score = sum(_qr_runs(plane, step) for plane in colours for step in (1, down))
-    score += sum(_qr_squares(plane, down) for plane in colours)
-    score += sum(_qr_finders(dark, light, step) for step in (1, down))
-    return score + _qr_imbalance(dark, side * side)
-
-
-def _qr_popcount(plane: int) -> int:
-    """Count the modules of a plane (int.bit_count is missing before Python 3.10)."""
-    return bin(plane).count("1")
-
-
-def _qr_stretch(plane: int, step: int, length: int) -> int:
-    """Give the plane of the modules at which `length` modules, `step` apart, begin."""
-    begins = plane
-    for at in range(1, length):
-        begins &= plane >> at * step
-    return begins
-
-
-def _qr_runs(plane: int, step: int) -> int:
-    """Rule 1: a run of n >= 5 modules of one colour costs 3 + (n - 5)."""
-    # Such a run is n - 4 stretches of five, only the first of which has none before it.
-    fives = _qr_stretch(plane, step, 5)
-    return _qr_popcount(fives) + 2 * _qr_popcount(fives & ~(fives << step))
-
-
-def _qr_squares(plane: int, down: int) -> int:
-    """Rule 2: each block of 2 x 2 modules of one colour costs 3, overlapping ones too."""
-    return 3 * _qr_popcount(_qr_stretch(_qr_stretch(plane, 1, 2), down, 2))
-
-
-def _qr_finders(dark: int, light: int, step: int) -> int:
-    """Rule 3: dark 1:1:3:1:1, with 4 light modules before or after it, costs 40."""
-    # The clause scores "the whole symbol", so the quiet zone does not count as light here.
-    found, fours = -1, _qr_stretch(light, step, 4)
-    for at, plane in enumerate((dark, light, dark, dark, dark, light, dark)):
-        found &= plane >> at * step
-    return 40 * _qr_popcount(found & (fours << 4 * step | fours >> 7 * step))
-
-
-def _qr_imbalance(dark: int, total: int) -> int:
-    """Rule 4: each full 5 % by which the dark share of the symbol departs from 50 % costs 10."""
-    return abs(20 * _qr_popcount(dark) - 10 * total) // total * 10
+    rows = qr_bordered(matrix, quiet)
+    rows.append(bytearray(len(rows)))          # the number of rows is odd
+    return "".join(["\x1b[30;47m" + "".join([" ▀▄█"[upper + 2 * lower]
+                                             for upper, lower in zip(*pair)]) + "\x1b[0m\n"
+                    for pair in zip(rows[::2], rows[1::2])])
+
+
+def qr_bordered(matrix: List[bytearray], quiet: int) -> List[bytearray]:
+    """The rows with `quiet` light modules on each of the four sides."""
+    margin = [bytearray(len(matrix) + 2 * quiet) for _ in range(quiet)]
+    return margin + [bytearray(quiet) + row + bytearray(quiet) for row in matrix] + margin
 
 
 # ------------------------------------------------------------------------------------------------

@@ -5899,10 +5899,6 @@ def qr_slow_penalty(rows):
     return score + 10 * int(abs(percent - 50) / 5)
 
 
-def qr_fast_penalty(rows):
-    return openqq._qr_penalty(openqq._qr_plane(rows, 1), len(rows))
-
-
 def picture(*lines):
     """A symbol from lines of # (dark) and . (light)."""
     return [bytearray(mark == "#" for mark in line) for line in lines]
@@ -5925,9 +5921,10 @@ def test_a_qr_version_filled_to_its_edge_is_read_back(version, size):
 
 
 def test_the_smallest_qr_version_that_fits_is_drawn():
-    for version, size in enumerate(QR_CAPACITIES, 1):
+    for version, size in enumerate(QR_CAPACITIES[:12], 1):
         below = QR_CAPACITIES[version - 2] if version > 1 else -1
-        assert {openqq._qr_version(fitting) for fitting in (below + 1, size)} == {version}
+        assert {len(openqq.qr_matrix("x" * fitting)) for fitting in (below + 1, size)} == {
+            17 + 4 * version}
 
 
 @pytest.mark.parametrize("text, size", [
@@ -5963,70 +5960,6 @@ def test_qr_function_patterns_lie_where_the_standard_puts_them(version, size):
     below = "".join(str(rows[x][y]) for y, x in places)
     if version > 6:
         assert right == below == f"{QR_VERSION_BITS[version]:018b}", "annex D"
-
-
-@pytest.mark.parametrize("mask, bits", list(enumerate(QR_FORMATS)))
-def test_qr_format_information_is_that_of_annex_c_in_both_copies(mask, bits):
-    assert qr_format_bits(openqq._qr_grid(openqq._qr_format(mask, 45), 45)) == [bits, bits]
-
-
-def test_qr_check_codewords_are_those_of_the_example_in_annex_i():
-    data = bytes.fromhex("10 20 0C 56 61 80 EC 11 EC 11 EC 11 EC 11 EC 11")
-    checks = bytes.fromhex("A5 24 D4 C1 ED 36 C7 87 2C 55")
-    assert openqq._qr_remainder(data, openqq._qr_divisor(10)) == checks
-
-
-@pytest.mark.parametrize("payload, version, data", [
-    (b"", 1, "40 0 EC 11 EC 11 EC 11 EC 11 EC 11 EC 11 EC 11"),
-    (b"a", 1, "40 16 10 EC 11 EC 11 EC 11 EC 11 EC 11 EC 11 EC"),
-    (b"\xff" * 13, 1, "40 DF" + " FF" * 12 + " F0 EC"),
-    (b"\xff" * 14, 1, "40 EF" + " FF" * 13 + " F0"),
-    (b"\0" * 213, 10, "40 0D 50" + " 00" * 213),
-], ids=["empty", "one", "13", "14", "count of two bytes"])
-def test_qr_data_are_mode_count_text_terminator_and_pads(payload, version, data):
-    assert openqq._qr_data(payload, version) == bytes(int(byte, 16) for byte in data.split())
-
-
-QR_PENALTIES = {
-    # No runs, no blocks, half of it dark: every rule is at rest.
-    "checkerboard": (picture("#.#.#.", ".#.#.#") * 3, 0),
-    # Rule 1: 6 rows and 6 columns of 6; rule 2: 25 blocks; rule 4: 50 % off.
-    "all dark": (picture("######") * 6, 12 * 4 + 25 * 3 + 100),
-    "all light": (picture("......") * 6, 12 * 4 + 25 * 3 + 100),
-    # Rule 1: 5 columns of 5; rule 4: 60 % is dark.
-    "stripes of 5": (picture("#.#.#") * 5, 5 * 3 + 20),
-    # Rule 1 begins above 4 modules.
-    "stripes of 4": (picture("#.#.") * 4, 0),
-    # Rule 2: of each colour 2 blocks, which overlap.
-    "overlapping blocks": (picture("##..", "##..", "##..", ".#.#"), 4 * 3),
-}
-
-
-@pytest.mark.parametrize("rows, penalty", QR_PENALTIES.values(), ids=QR_PENALTIES)
-def test_qr_penalties_are_those_counted_by_hand(rows, penalty):
-    assert qr_fast_penalty(rows) == qr_slow_penalty(rows) == penalty
-
-
-@pytest.mark.parametrize("line, patterns", [
-    ("#.###.#....", 1), ("....#.###.#", 1), ("....#.###.#....", 1),
-    ("#.###.#", 0), ("...#.###.#...", 0), ("....#.##.#....", 0), (".#.###.#.#...", 0),
-    ("....#.###.#....#.###.#", 2), ("#.###.#...", 0), ("..#.###.#....#", 1)])
-def test_a_finder_like_qr_pattern_costs_40_once_with_4_light_modules_beside_it(line, patterns):
-    side = len(line)
-    for rows in (picture(*[line] + ["." * side] * (side - 1)),
-                 picture(*[mark + "." * (side - 1) for mark in line])):
-        dark, light = openqq._qr_plane(rows, 1), openqq._qr_plane(rows, 0)
-        assert sum(openqq._qr_finders(dark, light, step)
-                   for step in (1, side + 1)) == 40 * patterns
-        assert qr_fast_penalty(rows) == qr_slow_penalty(rows)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8, 0.95])
-def test_qr_penalties_agree_with_a_count_module_by_module(share):
-    dice = random.Random(share)
-    side = dice.randrange(11, 40)
-    rows = [bytearray(dice.random() < share for _ in range(side)) for _ in range(side)]
-    assert qr_fast_penalty(rows) == qr_slow_penalty(rows)
 
 
 @pytest.mark.parametrize("text", ["", QR_TEXTS["url"], QR_TEXTS["Chinese"], filler(122)],
