@@ -4544,11 +4544,9 @@ def qr_bordered(matrix: List[bytearray], quiet: int) -> List[bytearray]:
 # B. Pages
 # ------------------------------------------------------------------------------------------------
 
-PAGE = """<!doctype html><html lang="{lang}"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>OpenQQ</title>
-<style nonce="{nonce}">body{{font:1.1em system-ui,sans-serif;max-width:40em;margin:2em auto;
-padding:0 1em;color-scheme:light dark}}button{{font:inherit;padding:.6em 2em}}
-pre{{overflow:auto;padding:1em;border:1px solid}}</style>{body}</html>"""
+PAGE_STYLE = """body{font:1.1em system-ui,sans-serif;max-width:40em;margin:2em auto;
+padding:0 1em;color-scheme:light dark}button{font:inherit;padding:.6em 2em}
+pre{overflow:auto;padding:1em;border:1px solid}"""
 
 SCAN_BODY = """<h1>{account}</h1><p>登录确认 · Log in on this network as <b>{account}</b>?</p>
 <form method="post" action="/local/confirm?client={client}">
@@ -4562,40 +4560,36 @@ INDEX_BODY = """<h1>OpenQQ</h1><p>{what} It serves the HTTP API below; the READM
 
 def page(body: str, values: Mapping[str, str], status: int = 200) -> Response:
     """An HTML page that may load nothing and run nothing; values are escaped into the body."""
-    nonce = new_nonce()
     safe = {name: escape(value) for name, value in values.items()}
-    text = PAGE.format(lang="zh", nonce=nonce, body=body.format(**safe))
-    return html_response(text, f"style-src 'nonce-{nonce}'; form-action 'self'", status)
+    return html_response("zh", PAGE_STYLE, body.format(**safe), "form-action 'self'", status)
 
 
 def dashboard(config: Json) -> Response:
     """The page to work with. It knows `config`, and learns all else from the API: nothing that is
     worth a token. What others wrote gets into it as text only, and Trusted Types see to that."""
-    nonce = new_nonce()
     data = to_bytes(config).decode().replace("<", "\\u003c")
-    text = "".join([
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width,initial-scale=1"><title>OpenQQ</title>'
-        f'<style nonce="{nonce}">', DASHBOARD_STYLE, "</style>", DASHBOARD_BODY,
-        '<script type="application/json" id="config">', data, "</script>"
-        f'<script nonce="{nonce}">', DASHBOARD_SCRIPT, "</script></html>"])
-    return html_response(text, f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
-                         "connect-src 'self'; img-src blob:; form-action 'none'; "
-                         "require-trusted-types-for 'script'")
+    return html_response(
+        "en", DASHBOARD_STYLE, f'{DASHBOARD_BODY}<script type="application/json" id="config">{data}'
+        f'</script><script nonce="">{DASHBOARD_SCRIPT}</script>', "script-src 'nonce-'; "
+        "connect-src 'self'; img-src blob:; form-action 'none'; require-trusted-types-for 'script'")
 
 
-def new_nonce() -> str:
-    """What marks the styles and scripts of one answer as ours."""
-    return base64.b64encode(os.urandom(12)).decode()
+def html_response(lang: str, style: str, body: str, policy: str, status: int = 200) -> Response:
+    """A page that nobody may frame, and that may do what the policy lists.
 
-
-def html_response(text: str, policy: str, status: int = 200) -> Response:
-    """A page that nobody may frame, and that may do what the policy lists."""
-    return Response(text.encode(), "text/html; charset=utf-8", status, {
-        "Content-Security-Policy": f"default-src 'none'; {policy}; frame-ancestors 'none'; "
-                                   "base-uri 'none'",
-        "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-store"})
+    What marks its own style and script gets into each empty nonce; values have no bare quotes.
+    """
+    nonce = base64.b64encode(os.urandom(12)).decode()
+    text = ('<!doctype html><html lang="' + lang + '"><meta charset="utf-8"><meta name="viewport" '
+            'content="width=device-width,initial-scale=1"><title>OpenQQ</title>'
+            f'<style nonce="">{style}</style>{body}</html>')
+    policy = (f"default-src 'none'; style-src 'nonce-'; {policy}; frame-ancestors 'none'; "
+              "base-uri 'none'")
+    return Response(
+        text.replace('nonce=""', f'nonce="{nonce}"').encode(), "text/html; charset=utf-8", status,
+        {"Content-Security-Policy": policy.replace("nonce-", "nonce-" + nonce),
+         "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+         "Cache-Control": "no-store"})
 
 
 def escape(text: str) -> str:
@@ -4695,7 +4689,8 @@ autocomplete="off"><button class="main" data-t>Send</button></form>
 
 DASHBOARD_SCRIPT = r"""
 "use strict";
-const config = JSON.parse(document.getElementById("config").textContent);
+const $ = (id) => document.getElementById(id);
+const config = JSON.parse($("config").textContent);
 const chinese = /^zh\b/i.test(navigator.language);
 const ZH = {
   "connecting": "正在连接", "live": "实时", "Access": "访问", "Open": "打开", "Accounts": "账号",
@@ -4792,7 +4787,6 @@ const t = (text, values = {}) =>
   ((chinese ? word(ZH, text) : Number(values.count) === 1 && word(ONE, text) || word(EN, text))
     || (/^[a-z]+(_[a-z]+)+$/.test(text) ? text.replaceAll("_", " ") : text))
     .replace(/\{(\w+)\}/g, (_, name) => values[name]);
-const $ = (id) => document.getElementById(id);
 const api = (path) => config.prefix + path;
 const when = (seconds) => new Date(seconds * 1000)
   .toLocaleString(navigator.language, {dateStyle: "short", timeStyle: "short"});
@@ -4805,10 +4799,18 @@ function el(tag, properties = {}, ...children) {
   node.append(...children);
   return node;
 }
+const bdi = (tag, text, className = "") => el(tag, {className}, el("bdi", {}, text));
 
 function say(text, bad = false) {
   $("said").textContent = text;
   $("said").className = bad ? "error" : "";
+}
+
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
+function soon(work, milliseconds) {   // once for all that comes together
+  let timer = 0;
+  return () => { timer = timer || setTimeout(() => { timer = 0; work(); }, milliseconds); };
 }
 
 // -- calls
@@ -4844,9 +4846,9 @@ function headers(more = {}) {  // a header carries bytes: UTF-8, each as one cha
 
 function request(method, path, params = {}) {
   const words = new URLSearchParams(params);
-  const query = method === "GET" && String(words) ? "?" + words : "";
-  return fetch(path + query, {
-    method, headers: headers(), cache: "no-store", body: method === "GET" ? undefined : words});
+  const read = method === "GET";
+  return fetch(read && String(words) ? path + "?" + words : path,
+    {method, headers: headers(), cache: "no-store", body: read ? undefined : words});
 }
 
 async function ask(method, path, params) {
@@ -4862,22 +4864,29 @@ function reason(answer) {
   return known ? `${known}(${text})` : text;
 }
 
-// Do what a button is for, and say in words how it went.
+// Do what a button is for, which gives an answer and the words for a good one, and say how it went.
 async function act(button, work) {
+  let done = false;
   button.disabled = true;
   try {
     const [answer, words] = await work();
-    if (answer.code === 0) say(words);
-    else say(t("It did not work: {why}", {why: reason(answer)}), true);
-    return answer.code === 0;
+    done = answer.code === 0;
+    say(done ? words : t("It did not work: {why}", {why: reason(answer)}), !done);
   } catch {
     say(t("It did not work: {why}", {why: t("the server does not answer")}), true);
-    return false;
-  } finally {
-    button.disabled = false;
-    refresh();
   }
+  button.disabled = false;
+  refresh();
+  return done;
 }
+
+function button(text, work, className = "") {
+  const made = el("button", {type: "button", textContent: t(text), className});
+  made.onclick = () => act(made, work);
+  return made;
+}
+
+const post = async (path, params, words) => [await ask("POST", path, params), words];
 
 // -- accounts
 
@@ -4885,42 +4894,30 @@ let accounts = new Map();
 const cards = new Map();
 const stopped = new Map();   // name -> the settings to start it with again
 
-const starting = (name, params) => async () => {
+async function startAccount(name, params) {
   const answer = await ask("POST", api("start_client"), {...params, client: name});
   if (answer.code === 0) stopped.delete(name);
   return [answer, answer.status === "client already exists" ? t("{name} runs already.", {name})
     : t("{name} started on port {port}.", {name, port: answer.port})];
-};
+}
 
-const stopping = (name) => async () => {
+async function stopAccount(name) {
   const answer = await ask("POST", api("stop_client"), {client: name});
-  const known = config.settings.map(([setting]) => setting);
   if (answer.code === 0 && config.controller) {
-    stopped.set(name, Object.fromEntries(known.filter((key) => key in answer)
-      .map((key) => [key, answer[key]])));
+    stopped.set(name, Object.fromEntries(config.settings.filter(([key]) => key in answer)
+      .map(([key]) => [key, answer[key]])));
   }
-  return [answer, t(config.controller ? "{name} has stopped." : "{name} stops in a moment.",
-    {name})];
-};
+  return [answer, config.controller ? t("{name} has stopped.", {name})
+    : t("{name} stops in a moment.", {name})];
+}
 
-const again = (name) => async () => {  // one that failed is still known, with its settings
-  if (!stopped.has(name)) await stopping(name)();
-  return starting(name, stopped.get(name) || {})();
-};
-
-const scanning = (name) => async () => [await ask("POST", "/local/login", {client: name}),
-  t("{name} is logged in.", {name})];
-
-const relogin = (name) => async () => [await ask("POST", api("relogin"), {client: name}),
-  t("{name} shows a new QR code in a moment.", {name})];
+async function startAgain(name) {  // one that failed is still known, with its settings
+  if (!stopped.has(name)) await stopAccount(name);
+  return startAccount(name, stopped.get(name) || {});
+}
 
 class Card {
   constructor(name) {
-    const button = (text, work) => {
-      const made = el("button", {type: "button", textContent: t(text)});
-      made.onclick = () => act(made, work(name));
-      return made;
-    };
     this.name = name;
     this.state = el("span");
     this.facts = el("p", {className: "facts"});
@@ -4928,39 +4925,35 @@ class Card {
     this.code = el("img", {className: "code", alt: t("QR code"), hidden: true});
     this.hint = el("p", {className: "facts", hidden: true,
       textContent: t("Scan the code with a phone; a new one comes by itself.")});
-    this.start = button("Start", again);
-    this.stop = button("Stop", stopping);
-    this.relogin = button("Log in again", relogin);
-    this.scan = button("Log in here", scanning);
-    this.node = el("article", {}, el("div", {className: "row"}, el("h3", {}, el("bdi", {}, name)),
-      this.state), this.facts, this.error, this.code, this.hint,
+    this.start = button("Start", () => startAgain(name));
+    this.stop = button("Stop", () => stopAccount(name));
+    this.scan = button("Log in here", () => post("/local/login", {client: name},
+      t("{name} is logged in.", {name})));
+    this.relogin = button("Log in again", () => post(api("relogin"), {client: name},
+      t("{name} shows a new QR code in a moment.", {name})));
+    this.node = el("article", {}, el("div", {className: "row"}, bdi("h3", name), this.state),
+      this.facts, this.error, this.code, this.hint,
       el("div", {className: "row"}, this.start, this.scan, this.relogin, this.stop));
     this.node.dataset.account = name;
   }
 
   update(row) {
-    const gone = row.state === "stop";
-    const waits = row.state === "scaning" || row.state === "confirming";
+    this.row = row;
+    const state = row.failed ? "failed" : row.state;
+    const waits = ["scaning", "confirming"].includes(row.state);
     this.node.dataset.state = row.state;
-    this.state.className = "state " + (row.failed ? "failed" : row.state);
-    this.state.textContent = t(row.failed ? "failed" : row.state);
+    this.state.className = "state " + state;
+    this.state.textContent = t(state);
     this.facts.textContent = [
       row.since && t("since {time}", {time: when(row.since)}),
       row.port && t("port {port}", {port: row.port}),
       row.restarts && t("{count} restarts", {count: row.restarts})].filter(Boolean).join(" · ");
     this.error.textContent = row.error || "";
-    this.start.hidden = !gone || !config.controller;
-    this.stop.hidden = gone;
-    this.relogin.hidden = gone || waits || !config.apis.includes("relogin");
+    this.stop.hidden = row.state === "stop";
+    this.start.hidden = !this.stop.hidden || !config.controller;
+    this.relogin.hidden = this.stop.hidden || waits || !config.apis.includes("relogin");
     this.scan.hidden = !waits || row.link !== "local";
     this.show(waits).catch(() => {});
-  }
-
-  doubt() {
-    this.node.dataset.state = "unknown";
-    this.state.className = "state unknown";
-    this.state.textContent = t("unknown");
-    this.code.hidden = this.hint.hidden = true;  // nobody would take it
   }
 
   async show(waits) {
@@ -4980,41 +4973,34 @@ async function refresh() {
   if (config.guarded && !token) return lock(false);
   const answer = await ask("GET", api("check_client")).catch(() => null);
   $("away").hidden = answer !== null;
-  if (!answer) cards.forEach((card) => card.doubt());
-  if (!answer || answer.code !== 0) return;
-  $("lock").hidden = true;
-  $("main").hidden = false;
-  showAccounts(answer.client);
-}
-
-function showAccounts(rows) {
-  const gone = [...stopped.keys()].map((name) => ({account: name, state: "stop"}));
-  const before = running().join();
-  accounts = new Map([...gone, ...rows].map((row) => [row.account, row]));
-  for (const [name, card] of cards) {
-    if (accounts.has(name)) continue;
-    card.node.remove();
-    cards.delete(name);
+  if (!answer) {
+    cards.forEach((card) => card.update({...card.row, failed: false, state: "unknown"}));
+  } else if (answer.code === 0) {
+    $("lock").hidden = true;
+    $("main").hidden = false;
+    showAccounts(answer.client);
   }
-  for (const [name, row] of accounts) {
-    if (!cards.has(name)) {
-      const card = new Card(name);
-      const next = [...cards.keys()].sort().find((other) => other > name);
-      $("accounts").insertBefore(card.node, next ? cards.get(next).node : null);
-      cards.set(name, card);
-    }
-    cards.get(name).update(row);
-  }
-  $("nobody").hidden = accounts.size > 0;
-  if (!world || before !== running().join()) loadWorld();
 }
 
 const running = () => [...accounts.values()].filter((row) => row.state === "running")
   .map((row) => row.account).sort();
 
-function settingField([name, help, value, secret]) {
-  return el("label", {}, name, el("input", {name, placeholder: value, autocomplete: "off",
-    type: secret ? "password" : "text"}), el("small", {}, (chinese && ZH[name]) || help));
+function showAccounts(rows) {
+  const before = running().join();
+  const gone = [...stopped.keys()].map((name) => ({account: name, state: "stop"}));
+  accounts = new Map([...gone, ...rows].map((row) => [row.account, row]));
+  for (const [name, row] of accounts) {
+    if (!cards.has(name)) cards.set(name, new Card(name));
+    cards.get(name).update(row);
+  }
+  [...cards.keys()].filter((name) => !accounts.has(name)).forEach((name) => cards.delete(name));
+  const nodes = [...cards.keys()].sort().map((name) => cards.get(name).node);
+  const shown = [...$("accounts").children];
+  if (nodes.length !== shown.length || nodes.some((node, at) => node !== shown[at])) {
+    $("accounts").replaceChildren(...nodes);
+  }
+  $("nobody").hidden = accounts.size > 0;
+  if (!world || before !== running().join()) loadWorld();
 }
 
 $("begin").onsubmit = async (event) => {
@@ -5022,17 +5008,15 @@ $("begin").onsubmit = async (event) => {
   const given = [...$("begin").querySelectorAll("label input")].filter((input) => input.value)
     .map((input) => [input.name, input.value]);
   const name = $("name").value.trim();
-  const done = await act(event.submitter, starting(name, Object.fromEntries(given)));
-  if (done) $("begin").reset();
+  if (await act(event.submitter, () => startAccount(name, Object.fromEntries(given)))) {
+    $("begin").reset();
+  }
 };
 
 // -- messages and events
 
 const events = [];           // by their time, the newest last
 let paused = 0;              // 0: no; else one more than there are that wait
-let soon = null;
-let soonTalk = null;
-let soonEvents = null;
 
 function describe(event) {
   if (event.post_type !== "event") {
@@ -5040,14 +5024,14 @@ function describe(event) {
     const failed = event.code ? ` [${reason(event)}]` : "";
     return [`${event.sender} → ${place}`, event.content + failed];
   }
-  const [one, two, three, four] = event.params;
-  if (event.event === "state_change") return [t(event.event), `${t(one)} → ${t(two)}`];
-  if (event.event === "input_qrcode") return [t(event.event), t("a new QR code")];
-  if (event.event === "login") return [t(event.event), ""];
+  const [one, two, ...values] = event.params;
+  const shown = {"login": () => "", "input_qrcode": () => t("a new QR code"),
+    "state_change": () => `${t(one)} → ${t(two)}`};
+  if (Object.hasOwn(shown, event.event)) return [t(event.event), shown[event.event]()];
   const names = event.params.map((part) => part && typeof part === "object" ? nameOf(part)
     : part === null ? "" : String(part));
   if (event.event.endsWith("_property_change")) {
-    const [old, fresh] = [three, four].map((value) =>
+    const [old, fresh] = values.map((value) =>
       value === null || value === "" ? "–" : two === "role" ? t(value) : value);
     names.splice(1, 3, `${t(two)}: ${old} → ${fresh}`);
   }
@@ -5063,23 +5047,18 @@ function eventRow(event) {
   const [title, text] = describe(event);
   const at = new Date(event.at);
   const today = at.toDateString() === new Date().toDateString();
-  const time = (today ? "" : at.toLocaleDateString(navigator.language) + " ")
-    + at.toLocaleTimeString(navigator.language);
-  return el("li", {}, el("time", {}, time), " ", el("span", {className: "tag"},
-    el("bdi", {}, event.client)), " ", el("b", {className: "who"}, el("bdi", {}, title)),
+  const day = today ? "" : at.toLocaleDateString(navigator.language) + " ";
+  return el("li", {}, el("time", {}, day + at.toLocaleTimeString(navigator.language)), " ",
+    bdi("span", event.client, "tag"), " ", bdi("b", title, "who"),
     el("bdi", {className: "text"}, text));
 }
 
 function showEvents() {
-  clearTimeout(soonEvents);
-  soonEvents = null;
-  const rows = events.filter(wanted).slice(-200).reverse();
-  $("events").replaceChildren(...rows.map(eventRow));
+  $("events").replaceChildren(...events.filter(wanted).slice(-200).reverse().map(eventRow));
 }
 
 function showPause() {
-  const waiting = paused > 1 ? ` (${paused - 1})` : "";
-  $("pause").textContent = t(paused ? "Resume" : "Pause") + waiting;
+  $("pause").textContent = t(paused ? "Resume" : "Pause") + (paused > 1 ? ` (${paused - 1})` : "");
 }
 
 $("filter").oninput = showEvents;
@@ -5089,11 +5068,15 @@ $("pause").onclick = () => {
   if (!paused) showEvents();
 };
 
+const showEventsSoon = soon(() => paused || showEvents(), 50);
+const showTalkSoon = soon(() => showTalk(true), 50);
+const refreshSoon = soon(refresh, 200);
+const loadWorldSoon = soon(() => loadWorld(), 200);
+
 function hear(event) {
   event.client = event.client || config.account;
   event.at = event.time ? event.time * 1000 : Date.now();
-  let place = events.length;
-  while (place > 0 && events[place - 1].at > event.at) place -= 1;
+  const place = events.findLastIndex((other) => other.at <= event.at) + 1;
   const last = place === events.length;
   events.splice(place, 0, event);
   events.splice(0, events.length - 500);
@@ -5101,21 +5084,16 @@ function hear(event) {
     paused += 1;
     showPause();
   } else if (!last) {        // what an account kept, read after what another one did
-    soonEvents = soonEvents || setTimeout(showEvents, 50);
+    showEventsSoon();
   } else if (wanted(event)) {
     $("events").prepend(eventRow(event));
     while ($("events").childElementCount > 200) $("events").lastChild.remove();
   }
   if (event.event === "client_stopped") stopped.set(event.client, event.settings);
   if (event.event === "client_deleted") stopped.delete(event.client);
-  if (inTalk(event)) soonTalk = soonTalk || setTimeout(showTalk, 50, true);  // many come at once
-  if (event.post_type === "event") {
-    clearTimeout(soon);
-    soon = setTimeout(() => {
-      refresh();
-      if (/^(new|lose)_|_change$/.test(event.event) && event.event !== "state_change") loadWorld();
-    }, 100);
-  }
+  if (inTalk(event)) showTalkSoon();
+  if (event.post_type === "event") refreshSoon();
+  if (/^(new|lose)_|_property_change$/.test(event.event)) loadWorldSoon();
 }
 
 function online(on) {
@@ -5123,41 +5101,28 @@ function online(on) {
   $("live").textContent = t(on ? "live" : "connecting");
 }
 
-// EventSource could not send the token.
 let stream = new AbortController();
 
-async function listen(last, block) {
-  stream = new AbortController();
-  const answer = await fetch(api("events?since=0"), {signal: stream.signal,
-    headers: headers(last.id ? {"Last-Event-ID": last.id} : {})});
-  if (!answer.ok) return;
-  online(true);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ;) {
-    const {value, done} = await reader.read();
-    if (done) return;
-    const blocks = (rest + value).split("\n\n");
-    rest = blocks.pop();
-    blocks.forEach(block);
-  }
-}
-
-const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
-
-async function follow() {
-  const last = {id: ""};
-  for (;;) {
+async function follow() {    // EventSource could not send the token
+  for (let last = ""; ; await pause(1000)) {
     while (locked || $("main").hidden) await pause(100);
-    await listen(last, (block) => {
-      const fields = Object.fromEntries(block.split("\n").map((line) => {
-        const [, name, value] = /^([^:]*): ?(.*)$/s.exec(line) || ["", "", ""];
-        return [name, value];
-      }));
-      last.id = fields.id || last.id;
-      if (fields.data) hear(JSON.parse(fields.data));
-    }).catch(() => {});
+    stream = new AbortController();
+    try {
+      const answer = await fetch(api("events?since=0"), {signal: stream.signal,
+        headers: headers(last ? {"Last-Event-ID": last} : {})});
+      online(answer.ok);
+      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+      for (let rest = "", piece; !(piece = await reader.read()).done;) {
+        const blocks = (rest + piece.value).split("\n\n");
+        rest = blocks.pop();
+        for (const block of blocks) {
+          const [, id, data] = /^(?:id: (\d+)\n)?data: (.*)$/s.exec(block) || [];
+          last = id || last;
+          if (data) hear(JSON.parse(data));
+        }
+      }
+    } catch { /* it broke off: there is a next time */ }
     online(false);
-    await pause(1000);
   }
 }
 
@@ -5190,10 +5155,9 @@ function fill(select, things) {
 }
 
 async function loadPeers() {
-  speaker = speakers.get($("speaker").value) || null;
-  $("chat").hidden = !speaker;
-  if (!speaker) return;
-  const asked = speaker;
+  const asked = speaker = speakers.get($("speaker").value) || null;
+  $("chat").hidden = !asked;
+  if (!asked) return;
   const [friends, groups] = asked.account ? await rosterOf(asked) : seenBy(asked);
   if (asked !== speaker) return;
   peers = new Map([...friends.map((row) => ["friend " + row.uid, {...row, kind: "friend"}]),
@@ -5203,32 +5167,26 @@ async function loadPeers() {
 }
 
 async function rosterOf(own) {
-  const rows = await Promise.all(["get_friend_info", "get_group_basic_info", "get_user_info"].map(
-    (path) => ask("GET", api(path), {client: own.account}).catch(() => [])));
-  own.uid = rows[2].uid;
-  return rows.slice(0, 2).map((row) => Array.isArray(row) ? row : []);
+  const [friends, groups, user] = await Promise.all(
+    ["get_friend_info", "get_group_basic_info", "get_user_info"].map(
+      (path) => ask("GET", api(path), {client: own.account}).catch(() => [])));
+  own.uid = user.uid;
+  return [friends, groups].map((rows) => Array.isArray(rows) ? rows : []);
 }
 
 function seenBy(person) {
   const local = running().filter((name) => accounts.get(name).link === "local");
   const known = new Set(world.friends.filter((pair) => pair.includes(person.uid)).flat());
-  const friends = world.people.filter((other) => other.uid !== person.uid
-    && known.has(other.uid));
-  return [friends.map((other) => local.includes(other.name)
-    ? {...other, account: other.name} : other),
-    world.groups.filter((group) => group.member.some((member) => member.uid === person.uid))];
+  return [world.people.filter((one) => one.uid !== person.uid && known.has(one.uid))
+    .map((one) => local.includes(one.name) ? {...one, account: one.name} : one),
+  world.groups.filter((group) => group.member.some((member) => member.uid === person.uid))];
 }
 
 async function choosePeer() {
-  peer = peers.get($("peer").value) || null;
+  const asked = peer = peers.get($("peer").value) || null;
   showTalk();
-  await loadMembers();
-}
-
-async function loadMembers() {
   $("group").hidden = !peer || peer.kind !== "group";
   if ($("group").hidden) return;
-  const asked = peer;
   let members = peer.member || [];
   if (speaker.account) {
     const found = await ask("GET", api("search_group"), {client: speaker.account, id: peer.id});
@@ -5251,80 +5209,69 @@ function memberRow(member) {
   const node = el("li", {}, el("bdi", {className: "grow who"}, name), ...role);
   node.dataset.member = name;
   if (!speaker.account || String(member.uid) === String(speaker.uid)) return node;
-  const who = {client: speaker.account, group_id: peer.id, member_id: member.id,
-    id: peer.id, members: member.id};   // the flavours call them differently
-  const button = (text, path, more, words) => {
-    const made = el("button", {type: "button", className: "small", textContent: t(text)});
-    made.onclick = async () => {
-      const minutes = $("minutes").value;
-      await act(made, async () => [await ask("POST", api(path), {...who, ...more(minutes)}),
-        t(words, {name, count: minutes})]);
-      loadMembers();
-    };
-    return made;
+  const does = async (path, more, words) => {
+    const answer = await ask("POST", api(path), {client: speaker.account, group_id: peer.id,
+      member_id: member.id, id: peer.id, members: member.id, ...more});  // as each flavour says
+    choosePeer();
+    return [answer, words];
   };
-  if (config.apis.includes("shutup_group_member")) {
-    node.append(button("Mute", "shutup_group_member", (time) => ({time}),
-      "{name} is muted for {count} minutes."));
+  const minutes = () => $("minutes").value;
+  if (!$("mute").hidden) {
+    node.append(button("Mute", () => does("shutup_group_member", {time: minutes()},
+      t("{name} is muted for {count} minutes.", {name, count: minutes()})), "small"));
   }
-  node.append(button("Kick", "kick_group_member", () => ({}), "{name} is out of the group."));
+  node.append(button("Kick", () => does("kick_group_member", {},
+    t("{name} is out of the group.", {name})), "small"));
   return node;
 }
 
 // Whose events tell of this talk: the account that speaks, is spoken to, or is in the group. Among
 // residents there is nobody.
 function witness() {
-  if (speaker.account || peer.account) return speaker.account || peer.account;
   const uids = (peer.member || []).map((member) => member.uid);
-  const person = world.people.find((one) => uids.includes(one.uid)
-    && running().includes(one.name));
-  return person && person.name;
+  return speaker.account || peer.account || world.people.filter((person) =>
+    uids.includes(person.uid)).map((person) => person.name).find((name) =>
+    running().includes(name));
 }
 
 function inTalk(event) {
   if (!peer || event.post_type === "event" || event.client !== witness()) return false;
-  if (peer.kind === "group") return String(event.group_uid) === String(peer.uid)
-    && event.type === "group_message";
-  const other = String(speaker.account ? peer.uid : speaker.uid);
-  return event.type === "friend_message"
-    && [String(event.sender_uid), String(event.receiver_uid)].includes(other);
+  if (event.type !== peer.kind + "_message") return false;
+  if (peer.kind === "group") return String(event.group_uid) === String(peer.uid);
+  const uid = String(speaker.account ? peer.uid : speaker.uid);
+  return [String(event.sender_uid), String(event.receiver_uid)].includes(uid);
 }
 
 const talk = () => peer.kind === "group" ? peer.uid : [speaker.uid, peer.uid].sort().join();
 
 function showTalk(more = false) {  // who reads what was said before stays there
-  clearTimeout(soonTalk);
-  soonTalk = null;
   const box = $("talk");
   const end = !more || box.scrollHeight - box.scrollTop - box.clientHeight < 40;
   const heard = !peer ? [] : witness() ? events.filter(inTalk)
     : overheard.filter((row) => row.talk === talk());
-  const rows = heard.slice(-100).map((event) => {
+  box.replaceChildren(...heard.slice(-100).map((event) => {
     const mine = speaker.account ? event.post_type === "send_message"
       : String(event.sender_uid) === String(speaker.uid);
-    return el("li", {className: mine ? "mine" : ""}, el("small", {}, el("bdi", {}, event.sender)),
+    return el("li", {className: mine ? "mine" : ""}, bdi("small", event.sender),
       el("bdi", {className: "text"}, event.content));
-  });
-  box.replaceChildren(...rows);
+  }));
   if (end) box.scrollTop = box.scrollHeight;
 }
 
-async function speaking(content) {
-  const group = peer.kind === "group";
-  if (speaker.account) {
-    return ask("POST", api(group ? "send_group_message" : "send_friend_message"),
-      {client: speaker.account, id: peer.id, content});
-  }
+async function speak(content) {
+  const type = peer.kind + "_message";
+  const params = {client: speaker.account, id: peer.id, content};
+  if (speaker.account) return post(api("send_" + type), params, t("Sent."));
   const said = {sender: speaker.name, sender_uid: speaker.uid, content, talk: talk()};
   const unheard = !witness();
-  const answer = await ask("POST", "/local/say", {from: speaker.uid, content, to: peer.uid,
-    type: group ? "group_message" : "friend_message"});
+  const answer = await ask("POST", "/local/say",
+    {from: speaker.uid, content, to: peer.uid, type});
   if (unheard && answer.code === 0) {
     overheard.push(said, ...answer.answers.map((row) => ({...row, talk: said.talk})));
     overheard.splice(0, overheard.length - 500);
     showTalk();
   }
-  return answer;
+  return [answer, t("Sent.")];
 }
 
 $("speaker").onchange = () => {  // ids are another's now
@@ -5337,8 +5284,7 @@ $("speaker").onchange = () => {  // ids are another's now
 $("peer").onchange = choosePeer;
 $("say").onsubmit = async (event) => {
   event.preventDefault();
-  const content = $("content").value;
-  if (peer && await act(event.submitter, async () => [await speaking(content), t("Sent.")])) {
+  if (peer && await act(event.submitter, () => speak($("content").value))) {
     $("content").value = "";
   }
   $("content").focus();
@@ -5347,16 +5293,16 @@ $("say").onsubmit = async (event) => {
 // -- the beginning
 
 document.documentElement.lang = chinese ? "zh" : "en";
-for (const node of document.querySelectorAll("[data-t]")) {
-  node.textContent = t(node.textContent);
-}
+for (const node of document.querySelectorAll("[data-t]")) node.textContent = t(node.textContent);
 for (const [id, text] of [["name", "Name of the account"], ["content", "Message"],
   ["filter", "Filter"]]) {
   $(id).placeholder = $(id).ariaLabel = t(text);
 }
 $("begin").hidden = !config.controller;
-for (const row of config.settings) {
-  $(row[0].startsWith("onebot_") ? "bridge" : "settings").append(settingField(row));
+for (const [name, help, value, secret] of config.settings) {
+  $(name.startsWith("onebot_") ? "bridge" : "settings").append(el("label", {}, name,
+    el("input", {name, placeholder: value, autocomplete: "off",
+      type: secret ? "password" : "text"}), el("small", {}, (chinese && ZH[name]) || help)));
 }
 // A page that waits to be gone back to would hold one of the few connections to a server.
 addEventListener("pagehide", () => stream.abort());
