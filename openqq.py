@@ -5025,9 +5025,9 @@ function describe(event) {
     return [`${event.sender} → ${place}`, event.content + failed];
   }
   const [one, two, ...values] = event.params;
-  const shown = {"login": () => "", "input_qrcode": () => t("a new QR code"),
-    "state_change": () => `${t(one)} → ${t(two)}`};
-  if (Object.hasOwn(shown, event.event)) return [t(event.event), shown[event.event]()];
+  if (event.event === "state_change") return [t(event.event), `${t(one)} → ${t(two)}`];
+  if (event.event === "input_qrcode") return [t(event.event), t("a new QR code")];
+  if (event.event === "login") return [t(event.event), ""];
   const names = event.params.map((part) => part && typeof part === "object" ? nameOf(part)
     : part === null ? "" : String(part));
   if (event.event.endsWith("_property_change")) {
@@ -5070,8 +5070,8 @@ $("pause").onclick = () => {
 
 const showEventsSoon = soon(() => paused || showEvents(), 50);
 const showTalkSoon = soon(() => showTalk(true), 50);
-const refreshSoon = soon(refresh, 200);
-const loadWorldSoon = soon(() => loadWorld(), 200);
+const refreshSoon = soon(refresh, 500);
+const loadWorldSoon = soon(loadWorld, 500);
 
 function hear(event) {
   event.client = event.client || config.account;
