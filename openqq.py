@@ -1481,6 +1481,7 @@ def open_log(settings: Settings, head: str) -> Log:
 
 # The methods of routes. HEAD only where GET does nothing but read.
 READ, READ_OR_POST, ACT = "GET|HEAD", "GET|HEAD|POST", "GET|POST"
+PREFIXES = ("/openqq/", "/openwx/")  # of the API's paths; each server answers to both
 
 PERSON = {"category": "我的好友", "client_type": "pc", "face": "0", "flag": "0", "is_vip": "0",
           "vip_level": "0", "sex": "unknown", "country": "中国", "province": "", "city": "",
@@ -1491,87 +1492,164 @@ PERSON = {"category": "我的好友", "client_type": "pc", "face": "0", "flag": 
 CIRCLE = {"max_member": 2000, "max_admin": 10, "memo": "", "createtime": "0", "level": "0"}
 
 
-class Flavour:
-    """What one of the two systems calls things: names, ports, files, wording. Data only."""
+class Verb:
+    """One call of the API. Routes, their handlers, and the document at openapi.json follow from it.
 
-    name: str
-    prefix: str                  # of the API's paths
-    port: int                    # controller
-    client_port: int             # a client alone, and the first under a controller
-    file_prefix: str
-    environ: str                 # prefix of the settings in the environment
-    program: str                 # the Perl program's name, in plugin names
-    plugin: str                  # the API plugin
-    ps: str                      # wqcontroller, wqclient(NAME)
-    phone: str                   # what one scans with
-    qrcode_type: str
-    post_event_list: List[str]
-    state_flags: Tuple[str, ...]  # settings that the state file shows as 0 or 1
-    apis: Dict[str, Tuple[str, str]]  # path -> its methods, and the API plugin's method
-    any_state: Tuple[str, ...]   # those that answer before the account is running
-    fields: Dict[str, Tuple[str, ...]]  # kind of thing -> members of its JSON object
-    other_names: Dict[str, Dict[str, str]]  # kind of thing -> what a search may call its members
-    keys: Dict[str, Tuple[str, ...]]    # kind of thing -> what send_* finds it by
-    missing: Dict[str, Row]      # kind of thing -> the answer when send_* does not find it
-    parts: Dict[str, Tuple[str, ...]]   # role in a message -> what it tells of it (sender_id …)
-    titles: Dict[str, str]       # type of a message -> what ShowMsg calls it
-    sent: Row                    # the answer to a send that worked, without its id
-    not_sent: str                # the status of one that did not
-    sent_id: str                 # the id in that answer
-    everybody: str               # the id that means all friends, or empty
-    text_format: Row             # what a message of plain text has besides
-    media_members: Tuple[str, ...]  # what a message with a picture has besides
-    media_content: str           # its content, made of {content}, {label} and {either}
-    ids: Dict[str, str]          # people, group or discuss -> the shape of an id
-    usual: Row                   # members of things on the local network, unless told otherwise
-    world: Row                   # who is there at the beginning
+    `about` says what it does. `takes` are its parameters (PARAMS says what they mean): ! is
+    required, + a set of them, as Flavour.keys. `gives` is the answer's shape (SHAPES,
+    Flavour.fields; * is a list); `codes` those besides 0, and HTTP statuses after =; `example`
+    parameters that work on the network inside. `on` is who serves it: client (a controller passes
+    it on), controller, both, or nothing for a path whose section declares the route; `flavour`
+    the one that alone has it.
+    `link` is a method of Link, and its arguments by name: what Api.act() makes of a word, in
+    the order of the checks. Then `yes` and `no` are the answers' code and status, after what is
+    to be told again (`echo`). Without `link` a method of the API does it: `_` and `name`, or with
+    an argument `does`.
+    """
+
+    def __init__(self, name: str, methods: str, about: str, takes: str = "",
+                 gives: str = "answer", codes: str = "", example: str = "", link: str = "",
+                 does: str = "", on: str = "client", flavour: str = "", any_state: bool = False,
+                 yes: str = "0 success", no: str = "201 failure", echo: str = "") -> None:
+        self.name, self.methods, self.about, self.takes = name, methods, about, takes
+        self.gives, self.codes, self.example, self.link = gives, codes, example, link
+        self.does, self.on, self.flavour, self.echo = does, on, flavour, echo
+        self.any_state = any_state or on != "client"  # else the account must be running
+        self.yes, self.no = yes, no
 
 
-class QQ(Flavour):
-    """Mojo-Webqq (000, 002, 003, 004; fields as CONTRACT 3 has them)."""
+# What can be done. A new call is a row here, and a method of Link or of the API.
+VERBS = [
+    Verb("start_client", ACT, "Start a client; answers before it has logged in.", "+settings",
+         "child", "1 2 3 4 5", "log_level=info", on="controller"),
+    Verb("update_client", ACT, "Change settings of a client, which begins anew with them: all or "
+         "none, but no paths.", "+changes", "child", "1 4 5", on="controller"),
+    Verb("stop_client", ACT, "Stop a client: a controller answers when it has stopped and can be "
+         "started again, a client itself before it ends.", "", "stopped", "1", on="both"),
+    Verb("delete_client", ACT, "Stop a client and forget its login, its state, its settings and "
+         "what waits to be posted.", "", "child", "1", on="controller"),
+    Verb("check_client", READ, "One client's state, or all clients'.", "", "states", "1",
+         on="both"),
+    Verb("get_qrcode", READ, "The picture to be scanned; 404 while there is none.", "", "image",
+         "=404", on="both"),
+    Verb("events", "GET", "A stream of one client's events and states, or of all clients'.",
+         "since Last-Event-ID", "stream", "", "since=0", on="both"),
+    Verb("relogin", ACT, "Drop the login and show a new QR code, in a moment.", "", "stopped",
+         flavour="qq", any_state=True),
+    Verb("get_client_info", READ_OR_POST, "The program, not the account.", "", "program",
+         any_state=True),
+    Verb("check_event", ACT, "The events since the last call, or the next one.", "since", "event*",
+         "", "since=0", any_state=True),
+    Verb("get_user_info", READ, "Oneself.", "", "user"),
+    Verb("get_friend_info", READ, "All friends.", "", "friend*", does="list friend"),
+    Verb("get_group_info", READ, "All groups with their members.", "", "group*", does="list group"),
+    Verb("get_group_basic_info", READ, "All groups without their members.", "", "group*"),
+    Verb("get_discuss_info", READ, "All discusses with their members.", "", "discuss*",
+         flavour="qq", does="list discuss"),
+    Verb("search_friend", READ_OR_POST, "Friends by any attributes.", "+friend_fields", "friend*",
+         "100", "displayname=小冰", does="search friend"),
+    Verb("search_group", READ_OR_POST, "Groups by any attributes.", "+group_fields", "group*",
+         "100", "displayname=OpenQQ", does="search group"),
+    Verb("send_friend_message", ACT, "To a friend, found by any of its keys.",
+         "+friend content async cq +media", "sent", "-5 -4 -3 -1 100",
+         "displayname=小冰 content=hello", does="send_to friend"),
+    Verb("send_group_message", ACT, "To a group, found by any of its keys.",
+         "+group content async cq +media", "sent", "-5 -4 -3 -1 100 101",
+         "displayname=OpenQQ content=hello", does="send_to group"),
+    Verb("send_discuss_message", ACT, "To a discuss, found by any of its keys.",
+         "+discuss content async cq +media", "sent", "-5 -4 -3 -1 100 102",
+         "name=OpenQQ content=hello", flavour="qq", does="send_to discuss"),
+    Verb("send_sess_message", ACT, "To a member, by id or uid, of a group (group_id, group_uid) or "
+         "discuss (discuss_id).", "+place discuss_id id uid content async cq +media", "sent",
+         "-5 -4 -3 -1 103 104 105", "group_uid=20260001 uid=2854196302 content=hello",
+         flavour="qq"),
+    Verb("consult", ACT, "Send to a friend, and wait `timeout` (30) seconds for what it answers.",
+         "+friend content timeout +media", "consulted", "100", "displayname=小冰 content=hello",
+         flavour="weixin"),
+    Verb("revoke_message", ACT, "Take back a message by the id that its sending answered.", "id!",
+         "answer", "-1", "id=57730001", "revoke number=id", yes="0 revoke success",
+         no="0 revoke failure"),
+    Verb("get_media", READ, "The bytes of a picture that came or went; 404 if there is none of "
+         "that id.", "id!", "bytes", "=404", "id=1", any_state=True),
+    Verb("upload_media", ACT, "Keep a picture for a later media_id.", "+media", "uploaded", "=507",
+         "media_data=iVBORw0KGgo= media_name=a.png", flavour="weixin"),
+    Verb("get_avatar", READ, "A picture of a friend, of a group or of somebody in it.",
+         "+friend group_id", "image", "100", "displayname=小冰", flavour="weixin"),
+    Verb("accept_friend_request", ACT, "Answer a friend_request by its ticket; accept=0 declines.",
+         "ticket! accept markname", "accepted", "-1", "ticket=1",
+         "answer_request ticket=ticket accept=accept markname=markname", no="-1 failure",
+         echo="id displayname ticket"),
+    Verb("make_friend", ACT, "Ask somebody whom one shares a group with to be a friend.",
+         "id! verify", "answer", "100 101 201", "id=filehelper",
+         "make_friend uid=stranger verify=verify", flavour="weixin"),
+    Verb("create_group", ACT, "Found a group with friends in it.", "friends! displayname",
+         "founded", "100 200 201", "friends=filehelper displayname=家", flavour="weixin"),
+    Verb("invite_friend", ACT, "Bring friends into a group.", "+place friends!", "answer",
+         "100 200 201", "displayname=OpenQQ friends=filehelper", "invite group=group uids=friends",
+         flavour="weixin"),
+    Verb("kick_group_member", ACT, "Remove members from a group.", "+place +members", "answer",
+         "100 200 201", "group_uid=20260001 member_uid=2854196302 displayname=OpenQQ "
+         "members=filehelper", "kick group=group uids=members"),
+    Verb("shutup_group_member", ACT, "Silence members of a group for `time` minutes.",
+         "+place +members time!", "answer", "100 200 201 400",
+         "group_uid=20260001 member_uid=2854196302 time=1",
+         "mute group=group seconds=time uids=members", flavour="qq"),
+    Verb("set_group_displayname", ACT, "Give a group another name.", "+place new_displayname!",
+         "answer", "100 201", "displayname=OpenQQ new_displayname=OpenQQ",
+         "rename group=group name=new_displayname", flavour="weixin"),
+    *[Verb(name, ACT, "What one calls a friend, or with group_id somebody in a group.",
+           "+friend group_id new_markname!", "answer", "100 201",
+           "displayname=小冰 new_markname=小冰", "set_markname uid=person markname=new_markname",
+           flavour="weixin") for name in ("set_friend_markname", "set_markname")],
+    Verb("stick", ACT, "Put a friend or group on top of the list; there is no list here, so that "
+         "is all.", "+friend op", "answer", "100 201", "displayname=小冰 op=1", flavour="weixin"),
+    Verb("openapi.json", READ, "This document: OpenAPI 3.1.", "", "document", on=""),
+    Verb("/local/login", ACT, "Log an account in as if somebody had scanned and pressed; answers "
+         "when it runs.", "client!", "child", "=404", on=""),
+    Verb("/local/say", ACT, "Let a resident speak to an account or a resident, or in a group or "
+         "discuss.", "client from! content! type to", "said", "=404",
+         "from=小灰 to=小冰 content=hello", on=""),
+    Verb("/local/change", ACT, "Change the world: every documented event can be made to happen.",
+         "do! what! uid in name card role markname verify signature", "changed", "=404",
+         "do=set what=person uid=小灰 signature=hello", on=""),
+    Verb("/local/world", READ, "Who and what there is, as --world reads it.", "", "world", on=""),
+    Verb("/local/scan", "GET", "The QR code's URL, opened by a phone: a page with a button.",
+         "ticket!", "html", "=404", "ticket=1", on=""),
+    Verb("/local/confirm", "POST", "The button.", "ticket!", "html", "=404", "ticket=1", on=""),
+    Verb("/onebot", "POST", "Take an event that a bridge posts.", "body", "object", "=403", on=""),
+    Verb("/healthz", READ, "Whether the server answers.", on=""),
+    Verb("/metrics", READ, "Figures, as Prometheus reads them.", "", "metrics", on=""),
+    Verb("/", READ, "The page that a browser sees.", "", "html", on="")]
+
+
+def verbs_of(flavour: str) -> Dict[str, Verb]:
+    """The calls by name that a flavour's clients serve."""
+    return {verb.name: verb for verb in VERBS
+            if verb.on in ("client", "both") and verb.flavour in ("", flavour)}
+
+
+class QQ:
+    """What Mojo-Webqq calls things: names, ports, files, wording. Data only, all that flavours
+    may differ in (000, 002, 003, 004; fields as CONTRACT 3 has them)."""
 
     name = "qq"
-    prefix = "/openqq/"
-    port = 4000
-    client_port = 5000
+    prefix = "/openqq/"          # of the API's paths
+    port, client_port = 4000, 5000  # a controller; a client alone, and the first under one
     file_prefix = "mojo_webqq_"
-    environ = "MOJO_WEBQQ_"
-    program = "Mojo::Webqq"
-    plugin = "Openqq"
-    ps = "wq"
-    phone = "手机QQ"
+    environ = "MOJO_WEBQQ_"      # prefix of the settings in the environment
+    program = "Mojo::Webqq"      # the Perl program, in plugin names
+    plugin = "Openqq"            # the API plugin
+    ps = "wq"                    # wqcontroller, wqclient(NAME)
+    phone = "手机QQ"             # what one scans with
     qrcode_type = "image/png"
+    apis = verbs_of("qq")        # the API of a client
     post_event_list = ["login", "stop", "state_change", "input_qrcode", "new_group",
                        "new_friend", "new_group_member", "lose_group", "lose_friend",
                        "lose_group_member"]
-    state_flags = ("disable_color", "http_debug", "keep_cookie", "log_console")
-    apis = {
-        "get_user_info": (READ, "get_user_info"),
-        "get_friend_info": (READ, "get_friend_info"),
-        "get_group_info": (READ, "get_group_info"),
-        "get_group_basic_info": (READ, "get_group_basic_info"),
-        "get_discuss_info": (READ, "get_discuss_info"),
-        "search_friend": (READ_OR_POST, "search_friend"),
-        "search_group": (READ_OR_POST, "search_group"),
-        "send_friend_message": (ACT, "send_friend_message"),
-        "send_group_message": (ACT, "send_group_message"),
-        "send_discuss_message": (ACT, "send_discuss_message"),
-        "send_sess_message": (ACT, "send_sess_message"),
-        "revoke_message": (ACT, "revoke_message"),
-        "accept_friend_request": (ACT, "accept_friend_request"),
-        "kick_group_member": (ACT, "kick_group_member"),
-        "shutup_group_member": (ACT, "shutup_group_member"),
-        "check_event": (ACT, "check_event"),
-        "events": ("GET", "events"),
-        "get_client_info": (READ_OR_POST, "get_client_info"),
-        "stop_client": (ACT, "stop_client"),
-        "relogin": (ACT, "relogin"),
-        "get_qrcode": (READ, "get_qrcode"),
-        "get_media": (READ, "get_media"),
-    }
-    any_state = ("check_event", "events", "get_client_info", "stop_client", "relogin",
-                 "get_qrcode", "get_media")
-    fields = {
+    # Settings that the state file shows as 0 or 1.
+    state_flags: Tuple[str, ...] = ("disable_color", "http_debug", "keep_cookie", "log_console")
+    # Kind of thing -> members of its JSON object.
+    fields: Dict[str, Tuple[str, ...]] = {
         "user": ("account", "allow", "birthday", "blood", "city", "client_type", "college",
                  "constel", "country", "email", "face", "homepage", "id", "mobile", "name",
                  "occupation", "personal", "phone", "province", "sex", "shengxiao", "signature",
@@ -1586,50 +1664,57 @@ class QQ(Flavour):
         "discuss": ("id", "name", "owner_id"),
         "discuss_member": ("client_type", "id", "name", "state", "uid"),
         "friend_request": ("id", "name", "verify", "ticket"),
-        "media": ("type", "url", "name", "size"),
-    }
-    # What the program's objects answered to besides (AUTOLOAD in Group.pm, Friend.pm).
-    other_names = {
+        "media": ("type", "url", "name", "size")}
+    # What a search may call members besides, as the program's objects did (AUTOLOAD in Group.pm,
+    # Friend.pm).
+    other_names: Dict[str, Dict[str, str]] = {
         "friend": {"qq": "uid", "nick": "name"},
         "group": {"gnumber": "uid", "number": "uid", "gtype": "role", "gname": "name",
                   "gid": "id", "gcode": "code"}}
-    keys = {"friend": ("id", "uid", "name", "displayname"),
-            "group": ("id", "uid", "name", "displayname"), "discuss": ("id", "name")}
-    missing = {"friend": {"code": 100, "id": None, "status": "friend not found"},
-               "group": {"code": 101, "id": None, "status": "group not found"},
-               "discuss": {"code": 102, "id": None, "status": "discuss not found"}}
-    parts = {"sender": ("id", "uid"), "receiver": ("id", "uid"), "group": ("id", "uid"),
-             "discuss": ("id",)}
+    # Kind of thing -> what send_* finds it by; and what control of groups finds them by.
+    keys: Dict[str, Tuple[str, ...]] = {
+        "friend": ("id", "uid", "name", "displayname"),
+        "group": ("id", "uid", "name", "displayname"), "discuss": ("id", "name"),
+        "place": ("group_id", "group_uid"), "members": ("member_id", "member_uid")}
+    unknown = "member {name} not found"  # the status when control of groups does not find somebody
+    # Kind of thing -> the answer when send_* does not find it.
+    missing: Dict[str, Row] = {
+        "friend": {"code": 100, "id": None, "status": "friend not found"},
+        "group": {"code": 101, "id": None, "status": "group not found"},
+        "discuss": {"code": 102, "id": None, "status": "discuss not found"}}
+    # Role in a message -> what it tells of it (sender_id …).
+    parts: Dict[str, Tuple[str, ...]] = {
+        "sender": ("id", "uid"), "receiver": ("id", "uid"), "group": ("id", "uid"),
+        "discuss": ("id",)}
+    # Type of a message -> what ShowMsg calls it.
     titles = {"friend_message": "好友消息", "group_message": "群消息",
               "discuss_message": "讨论组消息", "sess_message": "群临时消息",
               "sess_message/discuss": "讨论组临时消息"}
-    sent = {"code": 0, "info": "发送正常", "status": "发送成功"}
-    not_sent = "发送失败"
-    sent_id = "{id}"
-    everybody = ""
-    text_format: Row = {}
-    media_members = ("media",)
-    media_content = "{content}{label}"
-    ids = {"people": "{number}", "group": "{number}", "discuss": "{number}"}
-    usual = {**PERSON, **CIRCLE}
-    world = {
+    sent: Row = {"code": 0, "info": "发送正常", "status": "发送成功"}  # without its id
+    not_sent = "发送失败"         # the status of a send that failed
+    sent_id = "{id}"             # the id in the answer to one
+    everybody = ""               # the id that means all friends
+    text_format: Row = {}        # what a message of plain text has besides
+    media_members: Tuple[str, ...] = ("media",)  # what one with a picture has besides
+    media_content = "{content}{label}"           # and its content: or {either}
+    ids = {"people": "{number}", "group": "{number}", "discuss": "{number}"}  # their shapes
+    usual: Row = {**PERSON, **CIRCLE}  # members of things on the local network
+    world: Row = {               # who is there at the beginning
         "people": [{"uid": "2854196301", "name": "小冰", "echo": 1},
                    {"uid": "2854196302", "name": "小灰", "echo": 0}],
         "groups": [{"uid": "20260001", "name": "OpenQQ", "owner_uid": "",
                     "member": [{"uid": "2854196301"}, {"uid": "2854196302"}]}],
         "discuss": [{"uid": "30260001", "name": "OpenQQ", "owner_uid": "",
                      "member": ["2854196301", "2854196302"]}],
-        "friends": [["2854196301", "2854196302"]],
-    }
+        "friends": [["2854196301", "2854196302"]]}
 
 
-class Weixin(Flavour):
-    """Mojo-Weixin (001, CONTRACT 10)."""
+class Weixin(QQ):
+    """Mojo-Weixin, where it differs (001, CONTRACT 10)."""
 
     name = "weixin"
     prefix = "/openwx/"
-    port = 2000
-    client_port = 3000
+    port, client_port = 2000, 3000
     file_prefix = "mojo_weixin_"
     environ = "MOJO_WEIXIN_"
     program = "Mojo::Weixin"
@@ -1637,28 +1722,9 @@ class Weixin(Flavour):
     ps = "wx"
     phone = "手机微信"
     qrcode_type = "image/jpg"
+    apis = verbs_of("weixin")
     post_event_list = QQ.post_event_list + ["friend_request"]
     state_flags = QQ.state_flags + ("download_media",)
-    apis = {
-        **{path: QQ.apis[path] for path in (
-            "get_user_info", "get_friend_info", "get_group_info", "get_group_basic_info",
-            "search_friend", "search_group", "send_friend_message", "send_group_message",
-            "revoke_message", "accept_friend_request", "check_event", "events",
-            "get_client_info", "stop_client", "get_qrcode", "get_media")},
-        "consult": (ACT, "consult"),
-        "create_group": (ACT, "create_group"),
-        "invite_friend": (ACT, "invite_friend"),
-        "kick_group_member": (ACT, "kick_members"),
-        "set_group_displayname": (ACT, "set_group_displayname"),
-        "stick": (ACT, "stick"),
-        "set_friend_markname": (ACT, "set_markname"),
-        "set_markname": (ACT, "set_markname"),
-        "make_friend": (ACT, "make_friend"),
-        "get_avatar": (READ, "get_avatar"),
-        "upload_media": (ACT, "upload_media"),
-    }
-    any_state = ("check_event", "events", "get_client_info", "stop_client", "get_qrcode",
-                 "get_media")
     fields = {
         "user": ("account", "city", "display", "displayname", "id", "markname", "name",
                  "province", "sex", "signature", "uid"),
@@ -1668,17 +1734,17 @@ class Weixin(Flavour):
         "group_member": ("account", "city", "display", "displayname", "id", "markname", "name",
                          "province", "role", "sex", "signature", "uid"),
         "friend_request": ("id", "displayname", "verify", "ticket"),
-        "media": ("type", "url", "name", "size"),
-    }
+        "media": QQ.fields["media"]}
     other_names = {"friend": {}, "group": {}}
     keys = {"friend": ("id", "account", "displayname", "markname"),
-            "group": ("id", "displayname")}
+            "group": ("id", "displayname"),
+            "place": ("id", "displayname"), "members": ("members",)}
+    unknown = "{what} id {name} not found"
     missing = dict.fromkeys(("friend", "group"),
                             {"code": 100, "id": None, "status": "object not found"})
     parts = {"sender": ("id", "uid", "account", "name", "markname", "category"),
              "receiver": ("id", "uid", "account", "name", "markname"),
              "group": ("id", "uid", "name")}
-    titles = QQ.titles
     sent = {"code": 0, "status": "success"}
     not_sent = "failure"
     sent_id = "{id}:{target}"
@@ -1690,17 +1756,14 @@ class Weixin(Flavour):
     ids = {"people": "@{hex}", "group": "@@{hex}"}
     usual = {**PERSON, **CIRCLE, "category": "好友", "sex": "0", "country": ""}
     world = {
-        "people": [{"uid": "2854196301", "name": "小冰", "echo": 1},
-                   {"uid": "2854196302", "name": "小灰", "echo": 0},
+        "people": [*QQ.world["people"],
                    {"uid": "2854196303", "name": "OpenQQ订阅号", "echo": 0, "category": "公众号"},
                    {"uid": "2854196304", "name": "文件传输助手", "echo": 0, "id": "filehelper",
                     "account": "filehelper", "category": "系统帐号"}],
-        "groups": [QQ.world["groups"][0]],
-        "discuss": [],
-        "friends": [["2854196301", "2854196302"]],
-    }
+        "groups": QQ.world["groups"], "discuss": [], "friends": QQ.world["friends"]}
 
 
+Flavour = QQ                     # how annotations call either of them
 FLAVOURS: Dict[str, Type[Flavour]] = {flavour.name: flavour for flavour in (QQ, Weixin)}
 
 
@@ -1720,13 +1783,14 @@ class Thing:
     """A contact, a group or a message: attributes inside, a JSON object outside.
 
     `kind` names the row of Flavour.fields that lists the members of the JSON object; what is not
-    known is None.
+    known is None. Each kind is a class of its own, since the objects of one class share the keys
+    of their dicts: that more than halves the memory of a large roster (measured).
     """
 
     kind = ""
 
     def __init__(self, values: Row) -> None:
-        for name, value in values.items():  # one by one: such objects share their dict's keys
+        for name, value in values.items():  # one by one: update() would not share the keys
             if name != "displayname":       # which follows from others
                 setattr(self, name, value)
 
@@ -1753,6 +1817,10 @@ class Thing:
         if "displayname" in row:
             row["displayname"] = self.displayname
         return row
+
+    def full_json(self, fields: Mapping[str, Tuple[str, ...]]) -> Row:
+        """The documented JSON object, members included."""
+        return self.to_json(fields)
 
 
 class User(Thing):
@@ -1795,7 +1863,6 @@ class Circle(Thing):
             member.uid: member for member in map(self.member_class, values.get("member") or [])}
 
     def full_json(self, fields: Mapping[str, Tuple[str, ...]]) -> Row:
-        """The documented JSON object, members included."""
         return dict(self.to_json(fields),
                     member=[member.to_json(fields) for member in self.member.values()])
 
@@ -5316,78 +5383,8 @@ follow();
 # C. OpenAPI
 # ------------------------------------------------------------------------------------------------
 
-# What a route does not know of itself: the path's last part (before it a flavour's name, where
-# they differ), parameters (! required, + a set of them), the answer's shape (* a list of them),
-# codes besides 0 and =HTTP statuses, and values of parameters that work on the network inside. A
-# line that begins with a blank goes on with the one before.
-# These are texts, taken apart when somebody asks: a process that nobody asks carries no tables.
-CALLS = """
-start_client | +settings | child | 1 2 3 4 5 | log_level=info
-update_client | +changes | child | 1 4 5
-stop_client | | stopped | 1
-delete_client | | child | 1
-check_client | | states | 1
-get_qrcode | | image | =404
-get_user_info | | user
-get_friend_info | | friend*
-get_group_info | | group*
-get_group_basic_info | | group*
-get_discuss_info | | discuss*
-search_friend | +friend_fields | friend* | 100 | displayname=小冰
-search_group | +group_fields | group* | 100 | displayname=OpenQQ
-send_friend_message | +friend content async cq +media | sent | -5 -4 -3 -1 100 | displayname=小冰
-    content=hello
-send_group_message | +group content async cq +media | sent | -5 -4 -3 -1 100 101 |
-    displayname=OpenQQ content=hello
-send_discuss_message | +discuss content async cq +media | sent | -5 -4 -3 -1 100 102 | name=OpenQQ
-    content=hello
-send_sess_message | group_id group_uid discuss_id id uid content async cq +media | sent | -5 -4
-    -3 -1 103 104 105 | group_uid=20260001 uid=2854196302 content=hello
-revoke_message | id! | answer | -1 | id=57730001
-accept_friend_request | ticket! accept markname | accepted | -1 | ticket=1
-kick_group_member | group_id group_uid member_id member_uid | answer | 100 200 201 |
-    group_uid=20260001 member_uid=2854196302
-shutup_group_member | group_id group_uid member_id member_uid time! | answer | 100 200 201 400 |
-    group_uid=20260001 member_uid=2854196302 time=1
-check_event | since | event* | | since=0
-events | since Last-Event-ID | stream | | since=0
-get_client_info | | program
-relogin | | stopped
-get_media | id! | bytes | =404 | id=1
-weixin/send_friend_message | +friend content async +media | sent | -5 -4 -3 -1 100 |
-    displayname=小冰 content=hello
-weixin/send_group_message | +group content async +media | sent | -5 -4 -3 -1 100 |
-    displayname=OpenQQ content=hello
-weixin/kick_group_member | id displayname members! | answer | 100 200 201 | displayname=OpenQQ
-    members=filehelper
-consult | +friend content timeout +media | consulted | 100 | displayname=小冰 content=hello
-create_group | friends! displayname | founded | 100 200 201 | friends=filehelper displayname=家
-invite_friend | id displayname friends! | answer | 100 200 201 | displayname=OpenQQ
-    friends=filehelper
-set_group_displayname | id displayname new_displayname! | answer | 100 201 | displayname=OpenQQ
-    new_displayname=OpenQQ
-stick | +friend op | answer | 100 201 | displayname=小冰 op=1
-set_friend_markname | +friend group_id new_markname! | answer | 100 201 | displayname=小冰
-    new_markname=小冰
-set_markname | +friend group_id new_markname! | answer | 100 201 | displayname=小冰
-    new_markname=小冰
-make_friend | id! verify | answer | 100 101 201 | id=filehelper
-get_avatar | +friend group_id | image | 100 | displayname=小冰
-upload_media | +media | uploaded | =507 | media_data=iVBORw0KGgo= media_name=a.png
-openapi.json | | document
-/local/login | client! | child | =404
-/local/say | client from! content! type to | said | =404 | from=小灰 to=小冰 content=hello
-/local/change | do! what! uid in +properties | changed | =404 | do=set what=person uid=小灰
-    signature=hello
-/local/world | | world
-/local/scan | ticket! | html | =404 | ticket=1
-/local/confirm | ticket! | html | =404 | ticket=1
-/healthz | | answer
-/metrics | | metrics
-/onebot | body | object | =403
-/ | | html
-"""
-
+# What the parameters in VERBS mean: perhaps int or the values there are, and words. Of settings
+# their table says it. These are texts, taken apart when somebody asks: few processes are asked.
 PARAMS = """
 client | the account's name
 id | the id, which changes with every scan; of a message the one that its sending answered
@@ -5421,25 +5418,18 @@ new_displayname | the group's name from now on
 new_markname | the markname from now on
 op | 0/1 | 1 puts it on top
 verify | the words that come with the request
-qq | the uid
-nick | the name
-gnumber | the uid
-number | the uid
-gname | the name
-gid | the id
-gcode | the code
-gtype | the role
 from | who speaks, by name or uid
 type | friend_message/group_message/discuss_message/sess_message | what sort of message
 to | the group or discuss, by name, id or uid; the person, where no client is named
 do | add/remove/set | what to do
 what | person/friend/friend_request/group/discuss/group_member/discuss_member | with what
 in | the group, the discuss, or the other person
-role | owner/admin/member | somebody's role in a group
+role | somebody's in a group: owner, admin or member; one's own: create, manage or attend
 card | somebody's name in a group
 signature | somebody's own words
 """
 
+# Answers: their members, with ! those that are always there, and after a colon what they are.
 SHAPES = """
 answer | code! status! reason
 child | account client code! pid port status!
@@ -5467,218 +5457,203 @@ document | openapi! info:object paths:object components:object
 """
 
 CODES = """\
-0 done; 1 no such client; 2 no port; 3 no process; 4 it died at once; 5 too many clients;
-6 not allowed; 7 the client is not reachable; 8 not found on the network inside; -1 no such call,
-or the data is wrong; -3 not sent; -4 sent, perhaps; -5 not sent in time; -6 the token is missing;
-9 too many messages wait to be sent; 100 to 105 who it is for is not known, or two are called so;
-200 nobody named; 201 it was not done; 300 the account does
-not run; 400 a parameter is missing or wrong"""
+What can be read with GET can be asked for with HEAD as well. An answer's `code`: \
+0 done; 1 no such client; 2 no port; 3 no process; 4 it died at once; 5 too many clients; \
+6 not allowed; 7 the client is not reachable; 8 not found on the network inside; -1 no such call, \
+or the data is wrong; -3 not sent; -4 sent, perhaps; -5 not sent in time; -6 the token is missing; \
+9 too many messages wait to be sent; 100 to 105 who it is for is not known, or two are called so; \
+200 nobody named; 201 it was not done; 300 the account does \
+not run; 400 a parameter is missing or wrong."""
+
+# What a shape, or a word after a colon, is in JSON Schema; and answers that are no JSON.
+TYPES: Dict[str, Row] = {
+    "any": {}, "object": {"type": "object"}, "flag": {"type": "boolean"},
+    "int": {"type": "integer"}, "text": {"type": ["string", "null"]},
+    "id": {"type": ["string", "integer", "null"]}}  # a number where numeric_ids is set
+WHOLE = ("code", "pid", "port", "runtime", "starttime", "seq", "max_member", "max_admin")
+KINDS = {"image": "image/*", "bytes": "*/*", "html": "text/html", "metrics": "text/plain",
+         "stream": "text/event-stream"}
+
+
+def table(text: str) -> Dict[str, List[str]]:
+    """A text's lines by their first cell; one that begins with a blank goes on with the last."""
+    rows = [[cell.strip() for cell in line.split("|")]
+            for line in text.replace("\n ", " ").strip().splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def schema_of(word: str) -> Row:
+    """A shape by its name; with * a list of them."""
+    if word.endswith("*"):
+        return {"type": "array", "items": schema_of(word[:-1])}
+    return TYPES[word] if word in TYPES else {"$ref": "#/components/schemas/" + word}
+
+
+def shape(words: Iterable[str]) -> Row:
+    """An object with these members, by the rule for names (CONTRACT 1) where no type is given."""
+    members: Row = {}
+    for name, _, kind in (word.rstrip("!").partition(":") for word in words):
+        is_id = ID_KEY.fullmatch(name) or name == "time"
+        members[name] = schema_of(kind or (
+            "int" if name in WHOLE else "id" if is_id else "text"))
+    required = [word[:-1] for word in words if word.endswith("!")]
+    row: Row = {"type": "object", "properties": members}
+    return {**row, "required": required} if required else row
+
+
+def components(flavour: Type[Flavour]) -> Row:
+    """What the operations refer to: shapes, errors, and how a token is given."""
+    schemas = {name: shape(cells[0].split()) for name, cells in table(SHAPES).items()}
+    for kind, names in flavour.fields.items():
+        member = [f"member:{kind}_member*"] if kind + "_member" in flavour.fields else []
+        schemas[kind] = shape([name + ("!" if name != "code" else ":text")
+                               for name in names] + member)
+    about = {"400": ["code 400: a parameter is missing or wrong"]}
+    for error in (AuthFailure, ApiNotFound, NotAllowed, NotFound, NotRunning, QueueFull,
+                  Unreachable, TooSlow, NoRoom):
+        about.setdefault(str(error.http), []).append(f"code {error.code}: {error.status}")
+    answer = {"application/json": {"schema": schema_of("answer")}}
+    return {"schemas": schemas, "securitySchemes": {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "access_token": {"type": "apiKey", "in": "query", "name": "access_token"}},
+        "responses": {status: {"description": "; ".join(lines), "content": answer}
+                      for status, lines in about.items()}}
 
 
 class OpenApi:
-    """Describes a server's routes as OpenAPI 3.1.
+    """Describes paths as OpenAPI 3.1; `passed` are those that a controller passes on."""
 
-    `through` are the routes that a controller passes on to its clients; it has none of its own
-    if there are none.
-    """
+    def __init__(self, flavour: Type[Flavour], passed: Iterable[str]) -> None:
+        self.flavour, self.passed = flavour, set(passed)
+        self.verbs = {**{verb.name: verb for verb in VERBS}, **flavour.apis}
+        self.params = table(PARAMS)
+        open_settings = [row for row in SETTINGS.values() if row.caller and not row.idle]
+        self.sets = {
+            **flavour.keys,
+            "media": ("media_path", "media_data", "media_url", "media_id", "media_name"),
+            "settings": [row.name for row in open_settings],
+            "changes": [row.name for row in open_settings if row.read is not _path]}
+        for kind, names in flavour.other_names.items():
+            self.sets[kind + "_fields"] = list(dict.fromkeys(
+                [*flavour.fields[kind], "displayname", *names]))
+            self.params.update({name: self.params.get(names[name], [f"the {names[name]}"])
+                                for name in names})
 
-    WHOLE = ("code", "pid", "port", "runtime", "starttime", "seq", "max_member", "max_admin")
-    TYPES: Dict[str, Row] = {
-        "any": {}, "object": {"type": "object"}, "flag": {"type": "boolean"},
-        "int": {"type": "integer"}, "text": {"type": ["string", "null"]}}
-    REFERENCE = re.compile(r" \([^)]*\b(CONTRACT|DESIGN|ONEBOT|00[0-4])\b[^)]*\)")
-    KINDS = {"image": "image/*", "bytes": "*/*", "html": "text/html", "metrics": "text/plain",
-             "stream": "text/event-stream"}
-    ERRORS = (AuthFailure, ApiNotFound, NotAllowed, NotFound, NotRunning, QueueFull, Unreachable,
-              TooSlow, NoRoom)
+    def document(self, routes: Iterable[Route], has_token: bool) -> Row:
+        """The whole; a route that VERBS does not name is nobody's business."""
+        paths = {}
+        for route in routes:
+            verb = self.verbs.get(route.path.replace(self.flavour.prefix, "", 1))
+            if verb:
+                paths[route.path] = {method.lower(): self.operation(verb, route, method)
+                                     for method in route.methods if method != "HEAD"}
+        return {"openapi": "3.1.0", "paths": paths, "components": components(self.flavour),
+                "info": {"title": "OpenQQ", "version": VERSION, "description": CODES},
+                "security": [{"bearer": []}, {"access_token": []}] if has_token else []}
 
-    def __init__(self, flavour: Type[Flavour], has_token: bool,
-                 through: Iterable[Route] = ()) -> None:
-        self._flavour, self._has_token = flavour, has_token
-        self._through = list(through)
-        self._passed = {route.path for route in self._through}
-        self._calls = self._table(CALLS, 5)
-        self._about = self._table(PARAMS, 3)
-
-    def _table(self, text: str, width: int) -> Dict[str, List[str]]:
-        """A text's lines by their first cell, the others filled up to a width."""
-        found = {}
-        for line in text.replace("\n ", " ").strip().splitlines():
-            name, *cells = [cell.strip() for cell in line.split("|")]
-            found[name] = cells + [""] * (width - 1 - len(cells))
-        return found
-
-    def document(self, routes: Iterable[Route]) -> Row:
-        """The whole; routes that CALLS does not name are nobody's business."""
-        paths: Row = {}
-        for route in [*routes, *self._through]:
-            name = route.path.replace(self._flavour.prefix, "", 1)
-            call = self._calls.get(f"{self._flavour.name}/{name}") or self._calls.get(name)
-            if call:
-                paths[route.path] = {
-                    method.lower(): self._operation(route, method, name, call)
-                    for method in route.methods if method != "HEAD"}
-        text = ("What can be read with GET can be asked for with HEAD as well. An answer's "
-                "`code`: " + " ".join(CODES.split()) + ".")
-        return {"openapi": "3.1.0", "paths": paths, "components": self._components(),
-                "info": {"title": "OpenQQ", "version": VERSION, "description": text},
-                "security": [{"bearer": []}, {"access_token": []}] if self._has_token else []}
-
-    def _operation(self, route: Route, method: str, name: str, call: List[str]) -> Row:
-        takes, gives, codes, values = call
-        params = self._parameters(route, name, takes.split(), dict(
-            word.partition("=")[::2] for word in values.split()))
-        word = re.sub(r"\W+", "_", name).strip("_") or "index"
+    def operation(self, verb: Verb, route: Route, method: str) -> Row:
+        """One method of a path."""
+        word = re.sub(r"\W+", "_", verb.name).strip("_") or "index"
+        params = self.parameters(verb, route)
         row: Row = {"operationId": word if method == "GET" else f"{method.lower()}_{word}",
-                    "responses": self._responses(route, name, gives, codes.split(), params)}
-        about = self.REFERENCE.sub("", (route.handler.__doc__ or "").strip().partition("\n")[0])
-        if about:
-            row["summary"] = about
+                    "summary": verb.about, "responses": self.responses(verb, route, params)}
         if route.open:
             row["security"] = []
-        if method == "POST" and "body" not in takes:
-            row["requestBody"] = self._body(params)
-        elif params:
+        if method == "POST" and verb.takes != "body":
+            row["requestBody"] = body_of(params)
+            return row
+        if verb.takes == "body":
+            row["requestBody"] = {"content": {"application/json": {
+                "schema": TYPES["object"], "example": {"post_type": "meta_event"}}}}
+        if params:
             row["parameters"] = [{**param, "in": "header" if param["name"][0].isupper()
                                   else "query"} for param in params]
-        if method == "POST" and "body" in takes:
-            row["requestBody"] = {"content": {"application/json": {
-                "schema": self.TYPES["object"], "example": {"post_type": "meta_event"}}}}
         return row
 
-    def _parameters(self, route: Route, name: str, takes: List[str],
-                    values: Dict[str, str]) -> List[Row]:
-        if self._through and (route.path.startswith(self._flavour.prefix) or name == "/onebot"
-                              ) and name != "openapi.json":
-            takes = ["client" if name in ("check_client", "events") else "client!", *takes]
+    def parameters(self, verb: Verb, route: Route) -> List[Row]:
+        """What a path takes, of a set either or what it has; a controller has a client named."""
+        words: List[str] = []
+        for word in verb.takes.replace("body", "").split():
+            names = self.sets[word[1:]] if word[0] == "+" else [word]
+            words += names if len(names) > 1 or names[0] == word else [names[0] + "!"]
+        values = dict(word.partition("=")[::2] for word in verb.example.split())
+        if self.passed and (verb.on or verb.name == "/onebot"):
+            words = ["client" if verb.name in ("check_client", "events") else "client!", *words]
+        if "client!" in words or "client" in words and verb.on:
             values["client"] = "alice"
-        elif "client!" in takes:
-            values["client"] = "alice"
-        return [self._parameter(word, values, name) for take in takes if take != "body"
-                for word in self._names(take)]
+        found = []
+        for word in words:
+            name = word.rstrip("!")
+            *kinds, about = self.params.get(name, [f"its {name}"])
+            if verb.takes in ("+settings", "+changes") and name in SETTINGS:
+                kinds, about = [], SETTINGS[name].help
+            kind = "".join(kinds)
+            schema: Row = {"type": "string"}
+            if kind == "int":
+                schema = {"type": "integer", "minimum": 0}
+            elif kind:
+                schema["enum"] = kind.split("/")
+            found.append({"name": name, "required": word != name, "schema": schema,
+                          "description": about})
+            if name in values:
+                found[-1]["example"] = int(values[name]) if kind == "int" else values[name]
+        return found
 
-    def _names(self, take: str) -> Iterable[str]:
-        """A set of parameters by its name, or the one that was named."""
-        flavour = self._flavour
-        if take in ("+settings", "+changes"):
-            return [name for name, row in SETTINGS.items() if row.caller and not row.idle
-                    and (take == "+settings" or row.read is not _path)]
-        if take == "+media":
-            return ("media_path", "media_data", "media_url", "media_id", "media_name")
-        if take == "+properties":
-            return ("name", "card", "role", "markname", "verify", "signature")
-        kind, _, fields = take[1:].partition("_") if take[0] == "+" else ("", "", "")
-        if fields:
-            return dict.fromkeys([*flavour.fields[kind], "displayname",
-                                  *flavour.other_names[kind]])
-        return flavour.keys[kind] if kind else [take]
-
-    def _parameter(self, word: str, values: Dict[str, str], call: str) -> Row:
-        name = word.rstrip("!")
-        kind, about = self._about.get(name, ["", ""])[:2]
-        if not about:
-            kind, about = "", kind
-        if call in ("start_client", "update_client") and name != "client":
-            kind, about = "", SETTINGS[name].help
-        schema: Row = {"type": "integer", "minimum": 0} if kind == "int" else {"type": "string"}
-        if "/" in kind:
-            schema["enum"] = kind.split("/")
-        row = {"name": name, "required": word != name, "schema": schema,
-               "description": about or f"its {name}"}
-        if name in values:
-            row["example"] = int(values[name]) if kind == "int" else values[name]
-        return row
-
-    def _body(self, params: List[Row]) -> Row:
-        """What is posted: a form or a JSON object."""
-        schema = {"type": "object", "properties": {
-            param["name"]: {**param["schema"], "description": param["description"]}
-            for param in params}}
-        required = [param["name"] for param in params if param["required"]]
-        if required:
-            schema["required"] = required
-        values = {param["name"]: param["example"] for param in params if "example" in param}
-        kinds = ["application/x-www-form-urlencoded", "application/json"]
-        content: Row = {kind: {"schema": schema, "example": values} for kind in kinds}
-        if "media_data" in schema["properties"]:
-            content["multipart/form-data"] = {"schema": schema}  # with the picture as a file
-        return {"content": content}
-
-    def _responses(self, route: Route, name: str, gives: str, codes: List[str],
-                   params: List[Row]) -> Row:
-        passed = route.path in self._passed
-        needs_running = name in self._flavour.apis and name not in self._flavour.any_state
-        statuses = {word[1:] for word in codes if word[0] == "="}
+    def responses(self, verb: Verb, route: Route, params: List[Row]) -> Row:
+        """What a path answers, by HTTP statuses."""
+        passed, gives = route.path in self.passed, verb.gives
+        statuses = {word[1:] for word in verb.codes.split() if word[0] == "="}
         statuses |= {status for status, holds in (
-            ("400", params), ("403", not route.open), ("502", passed), ("503", needs_running),
-            ("504", passed)) if holds}
-        numbers = sorted({0, *(int(word) for word in codes if word[0] != "="),
-                          *([1] if passed else [])})
+            ("400", params), ("403", not route.open), ("502", passed),
+            ("503", not verb.any_state), ("504", passed)) if holds}
         rows: Row = {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
-        if gives in self.KINDS and "404" in rows:
-            rows["404"] = {"description": "There is none."}
-        rows["200"] = {"description": "Codes: " + ", ".join(map(str, numbers)),
-                       "content": self._content(gives, len(numbers) > 1)}
+        codes = {0, *(int(word) for word in verb.codes.split() if word[0] != "=")}
+        codes |= {1} if passed else set()
+        if gives in KINDS:
+            content: Row = {KINDS[gives]: {}}
+            if len(codes) > 1:
+                content["application/json"] = {"schema": schema_of("answer")}
+            if "404" in rows:
+                rows["404"] = {"description": "There is none."}
+        else:
+            schema = schema_of(gives)
+            if len(codes) > 1 and (gives.endswith("*") or gives in self.flavour.fields):
+                schema = {"anyOf": [schema, schema_of("answer")]}
+            content = {"application/json": {"schema": schema}}
+        rows["200"] = {"description": "Codes: " + ", ".join(map(str, sorted(codes))),
+                       "content": content}
         return rows
 
-    def _content(self, gives: str, may_fail: bool) -> Row:
-        said = {"application/json": {"schema": self._type("answer")}}
-        if gives in self.KINDS:
-            return {self.KINDS[gives]: {}, **(said if may_fail else {})}
-        schema = self._type(gives)
-        if may_fail and (gives.endswith("*") or gives in self._flavour.fields):
-            schema = {"anyOf": [schema, self._type("answer")]}
-        return {"application/json": {"schema": schema}}
 
-    def _type(self, word: str) -> Row:
-        if word.endswith("*"):
-            return {"type": "array", "items": self._type(word[:-1])}
-        return self.TYPES.get(word, {"$ref": "#/components/schemas/" + word})
-
-    def _components(self) -> Row:
-        schemas = {name: self._shape(cells[0].split())
-                   for name, cells in self._table(SHAPES, 2).items()}
-        for kind, names in self._flavour.fields.items():
-            member = [f"member:{kind}_member*"] if kind + "_member" in self._flavour.fields else []
-            schemas[kind] = self._shape([name + ("!" if name != "code" else ":text")
-                                         for name in names] + member)
-        answer = {"application/json": {"schema": self._type("answer")}}
-        about = {"400": ["code 400: a parameter is missing or wrong"]}
-        for error in self.ERRORS:
-            about.setdefault(str(error.http), []).append(f"code {error.code}: {error.status}")
-        return {"schemas": schemas, "securitySchemes": {
-            "bearer": {"type": "http", "scheme": "bearer"},
-            "access_token": {"type": "apiKey", "in": "query", "name": "access_token"}},
-            "responses": {status: {"description": "; ".join(lines), "content": answer}
-                          for status, lines in about.items()}}
-
-    def _shape(self, words: List[str]) -> Row:
-        """An object with these members; those with ! are always there."""
-        row: Row = {"type": "object", "properties": {
-            name: self._type(kind) if kind else self._member(name)
-            for name, _, kind in (word.rstrip("!").partition(":") for word in words)}}
-        required = [word[:-1] for word in words if word.endswith("!")]
-        return {**row, "required": required} if required else row
-
-    def _member(self, name: str) -> Row:
-        """A member by the rule for names (CONTRACT 1); ids are numbers where numeric_ids is set."""
-        if name in self.WHOLE:
-            return self.TYPES["int"]
-        if ID_KEY.fullmatch(name) or name == "time":
-            return {"type": ["string", "integer", "null"]}
-        return self.TYPES["text"]
+def body_of(params: List[Row]) -> Row:
+    """What is posted: a form or a JSON object, with a picture also a form that holds its file."""
+    schema = {"type": "object", "properties": {
+        param["name"]: {**param["schema"], "description": param["description"]}
+        for param in params}}
+    required = [param["name"] for param in params if param["required"]]
+    if required:
+        schema["required"] = required
+    values = {param["name"]: param["example"] for param in params if "example" in param}
+    content: Row = {kind: {"schema": schema, "example": values} for kind in (
+        "application/x-www-form-urlencoded", "application/json")}
+    if "media_data" in schema["properties"]:
+        content["multipart/form-data"] = {"schema": schema}
+    return {"content": content}
 
 
 def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
-                   through: Iterable[Route] = ()) -> List[Route]:
+                   is_controller: bool) -> List[Route]:
     """The routes of the document that describes the others, and these; see OpenApi."""
     def openapi_json(request: Request) -> Row:
-        """This document: OpenAPI 3.1."""
-        metrics = Route("/metrics", READ, Metrics().show)  # which every App has besides
-        return OpenApi(flavour, has_token, through).document([*routes, *own, metrics])
+        paths = {route.path for route in routes}
+        passed = [Route(flavour.prefix + verb.name, verb.methods, openapi_json)
+                  for verb in flavour.apis.values() if is_controller
+                  and flavour.prefix + verb.name not in paths]
+        metrics = Route("/metrics", READ, openapi_json)  # which every App has besides
+        return OpenApi(flavour, [route.path for route in passed]).document(
+            [*routes, *own, metrics, *passed], has_token)
 
-    own = [Route(prefix + "openapi.json", READ, openapi_json)
-           for prefix in ("/openqq/", "/openwx/")]
+    own = [Route(prefix + "openapi.json", READ, openapi_json) for prefix in PREFIXES]
     return own
 
 
@@ -9634,7 +9609,7 @@ class SendQueue:
 class Answers:
     """What a receiver of events wants done by its answer (003). In the client's loop.
 
-    `media_of` is that of SendApi; a crew calls it, since pictures may come from far away.
+    `media_of` is Media.take; a crew calls it, since pictures may come from far away.
     """
 
     MEDIA_LIMIT = 20             # pictures in one answer
@@ -10852,27 +10827,22 @@ class Client:
 
 def show_msg(client: Client, data: Row) -> None:
     """ShowMsg: every message in the log, in the form that tools parse (CONTRACT 9)."""
-    client.on("receive_message", _show_message)
-    client.on("send_message", _show_message)
+    def write(client: Client, message: Message) -> None:
+        kind = message.type if message.value("via") != "discuss" else message.type + "/discuss"
+        fields = message.to_json({})
+        circle = fields.get("group") or fields.get("discuss")
+        if fields["class"] == "send":
+            who = f"我->{fields.get('receiver') or circle} : "
+            failed = "" if message.code == 0 else f"[{message.msg}({message.info})]"
+        else:
+            thing = message.sender_thing
+            category = thing.value("category") or "我的好友" if thing else "陌生人"
+            who, failed = f"{message.sender}|{circle or category} : ", ""
+        who = CONTROLS.sub(" ", who).replace("\n", " ")
+        client.log.msg(client.flavour.titles[kind], who, message.content + failed)
 
-
-def _show_message(client: Client, message: Message) -> None:
-    kind = message.type if message.value("via") != "discuss" else message.type + "/discuss"
-    fields = message.to_json({})
-    circle = fields.get("group") or fields.get("discuss")
-    if fields["class"] == "send":
-        who = f"我->{fields.get('receiver') or circle} : "
-        failed = "" if message.code == 0 else f"[{message.msg}({message.info})]"
-    else:
-        thing = message.sender_thing
-        category = thing.value("category") or "我的好友" if thing else "陌生人"
-        who, failed = f"{message.sender}|{circle or category} : ", ""
-    client.log.msg(client.flavour.titles[kind], one_line(who), message.content + failed)
-
-
-def one_line(text: str) -> str:
-    """A name as one line of a log."""
-    return CONTROLS.sub(" ", text).replace("\n", " ")
+    client.on("receive_message", write)
+    client.on("send_message", write)
 
 
 def upload_qrcode(client: Client, data: Row) -> None:
@@ -10888,167 +10858,6 @@ def show_qrcode(client: Client, data: Row) -> None:
             sys.stderr.fileno(), qr_text(qr_matrix(client.qrcode_text)).encode()))
 
 
-class ReadApi:
-    """The client server's API, the part that reads (CONTRACT 3). Flavour.apis names the methods."""
-
-    def __init__(self, client: Client, store: Store, numeric: bool) -> None:
-        self.client, self.store, self.numeric = client, store, numeric
-        self.flavour = client.flavour
-        self._looking = threading.Lock()     # guards _looked
-        self._looked = 0.0                   # until then it is known who is there
-
-    def show(self, value: Json) -> Json:
-        """An answer with ids as the setting numeric_ids wants them."""
-        return numbered(value) if self.numeric else value
-
-    def find(self, kind: str, request: Request, names: Sequence[str]) -> List[Any]:
-        """The friends, groups or discusses that all the parameters of these names fit."""
-        keys = {name.replace(kind + "_", ""): request.params[name] for name in names
-                if request.params.get(name)}
-        return self.client.roster.search(kind, keys)
-
-    def one(self, kind: str, request: Request, missing: Row) -> Any:
-        """The friend, group or discuss that a call names. Answer, if there is none or more.
-
-        Of two that a name fits the one wins whose remark it is. A number that is not listed may
-        be known to the bridge all the same.
-        """
-        names = self.flavour.keys[kind]
-        found = self.find(kind, request, names)
-        if len(found) > 1:
-            said = {request.params.get(name, "") for name in names}
-            found = [thing for thing in found if thing.value("markname") in said] or found
-        if len(found) > 1:
-            raise Answer({**missing, "code": 100, "status": f"{kind} not unique"})
-        keys = [name for name in names if request.params.get(name)]
-        if not found and keys and {"id", "uid"}.issuperset(keys):
-            numbers = {request.params[name] for name in keys}
-            thing = self.client.look_for(kind, *numbers) if len(numbers) == 1 else None
-            found = [thing] if thing else []
-        if not found:
-            raise Answer(missing)
-        return found[0]
-
-    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
-        """The members of a group or discuss that fit; a number may be known to the bridge only."""
-        found = self.client.roster.members(circle, keys)
-        if not found and len(keys) == 1 and self.client.link.real and circle.kind == "group":
-            try:
-                uid = number_of(*keys.values())
-                row = self.client.link.find_member(circle.uid, uid) if uid else None
-                return [GroupMember(row)] if row else []
-            except Unreachable as error:
-                self.client.log.debug(f"who {keys} is: {error.status}")
-        return found
-
-    def get_user_info(self, request: Request) -> Json:
-        """Oneself."""
-        roster = self.client.roster
-        return self.show(roster.user.to_json(roster.fields))
-
-    def look_who_is_there(self) -> None:
-        """Let the lists show states as they are now; under load a moment ago is now."""
-        if "state" not in self.flavour.fields["friend"]:
-            return
-        with self._looking:
-            if time.monotonic() < self._looked:
-                return
-            wait = 0.002                 # nobody comes or goes and is seen to within that
-            try:
-                self.client.roster.show_states(self.client.link.presence())
-            except OpenQQError as error:
-                self.client.log.debug(f"who is there: {error.status}")
-                wait = 5.0               # the list is worth more
-            self._looked = time.monotonic() + wait
-
-    def get_friend_info(self, request: Request) -> Json:
-        """All friends."""
-        self.look_who_is_there()
-        return self.show(self.client.roster.to_json("friend"))
-
-    def get_group_info(self, request: Request) -> Response:
-        """All groups with their members, those that are not known yet loaded first."""
-        roster = self.client.roster
-        self.client.details.wait(list(roster.group.values()))
-        self.look_who_is_there()
-        parts = [to_bytes(self.show(row)) for row in roster.rows("group", True)]
-        return Response(b"[%b]" % b",".join(parts))  # one dump of all would hold up all threads
-
-    def get_group_basic_info(self, request: Request) -> Json:
-        """All groups without their members."""
-        self.client.details.wait(list(self.client.roster.group.values()), members=False)
-        return self.show(self.client.roster.to_json("group", members=False))
-
-    def get_discuss_info(self, request: Request) -> Json:
-        """All discusses with their members."""
-        self.look_who_is_there()
-        return self.show(self.client.roster.to_json("discuss"))
-
-    def search_friend(self, request: Request) -> Json:
-        """Friends by any attributes."""
-        return self._search("friend", request)
-
-    def search_group(self, request: Request) -> Json:
-        """Groups by any attributes."""
-        return self._search("group", request)
-
-    def _search(self, kind: str, request: Request) -> Json:
-        roster, names = self.client.roster, self.flavour.other_names[kind]
-        keys: Dict[str, str] = {}
-        for given, value in request.keys().items():
-            if keys.setdefault(names.get(given, given), value) != value:
-                return {"code": 100, "status": "object not found"}  # one member, two values
-        self.look_who_is_there()
-        if kind == "group" and {"role", "owner_id", "owner_uid"} & keys.keys():
-            self.client.details.wait(list(roster.group.values()), members="role" not in keys)
-        found = roster.search(kind, keys)
-        if kind == "group":
-            self.client.details.wait(found)
-        if not found:
-            return {"code": 100, "status": "object not found"}
-        return self.show([thing.full_json(roster.fields) if isinstance(thing, Circle)
-                          else thing.to_json(roster.fields) for thing in found])
-
-    def get_client_info(self, request: Request) -> Json:
-        """The program, not the account (003)."""
-        client = self.client
-        row = client.papers.state_row(client)
-        return {**{name: row[name] for name in ("account", "http_debug", "log_encoding",
-                                                "log_level", "log_path", "os", "pid", "version")},
-                "code": 0, "status": "success", "starttime": client.start_time,
-                "runtime": int(time.time()) - client.start_time}
-
-    def get_qrcode(self, request: Request) -> Response:
-        """The picture to be scanned; 404 while there is none."""
-        return qrcode_response(self.client.papers.read_qrcode(), self.flavour)
-
-    def get_media(self, request: Request) -> Response:
-        """The bytes of a picture that came or went; 404 if there is none of that id."""
-        row = self.client.papers.shelf.get(request.params.get("id", ""))
-        data = read_file(row["media_path"]) if row else None
-        if row is None or data is None:
-            return Response(b"", "", 404)
-        return Response(data, row["media_mime"], fields={
-            "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"})
-
-    def get_avatar(self, request: Request) -> Response:
-        """A picture of a friend, of a group or of somebody in it (CONTRACT 10)."""
-        params = request.params
-        found: List[Any]
-        if params.get("group_id"):
-            found = self.find("group", request, ("group_id",))
-            if found and params.get("id"):
-                found = self.client.roster.members(found[0], {"id": params["id"]})
-        elif params.get("id") == self.client.roster.user.id:
-            found = [self.client.roster.user]
-        else:
-            found = [self.one("friend", request, self.flavour.missing["friend"])]
-        if not found:
-            return json_response(self.flavour.missing["friend"])
-        return Response(avatar(found[0].uid), "image/png",
-                        fields={"Cache-Control": "max-age=3600"})
-
-
 def avatar(uid: str) -> bytes:
     """A small PNG that is the same for the same uid: a pattern of 5 by 5, left like right."""
     bits = zlib.crc32(uid.encode())
@@ -11056,168 +10865,66 @@ def avatar(uid: str) -> bytes:
     return qr_png(rows, scale=16, quiet=1)
 
 
-def kept_as(media: Optional[Row]) -> Row:
-    """What an answer says of a picture that went with a message: it can be sent again by that."""
-    return {"media_id": media["media_id"]} if media and media["media_id"] else {}
+def wait_for(request: Request, promise: Promise, seconds: float) -> Any:
+    """What a promise brings; only if that takes more than a moment is the caller watched.
+    TimeoutError."""
+    moment = min(1.0, seconds)
+    try:
+        return promise.wait(moment)
+    except TimeoutError:
+        return request.wait(promise, seconds - moment)
 
 
-class SendApi(ReadApi):
-    """The part that sends (CONTRACT 4)."""
+class Media:
+    """The pictures that callers bring to a client: as a file, in base64, as an address."""
 
-    MEDIA_SECONDS = 30.0         # for a picture's address, redirects and all
-    MEDIA_HOPS = 5
+    SECONDS = 30.0               # for a picture's address, redirects and all
+    HOPS = 5
 
-    def send_friend_message(self, request: Request) -> Json:
-        """To a friend, found by any of its keys."""
-        if self.flavour.everybody and request.params.get("id") == self.flavour.everybody:
-            return self._send_to_all(request)
-        friend = self.one("friend", request, self.flavour.missing["friend"])
-        return self._send(request, "friend_message", friend, friend.uid)
+    def __init__(self, client: Client) -> None:
+        self.client = client
 
-    def _send_to_all(self, request: Request) -> Json:
-        content, media = self._what(request)
-        if self.client.talk.is_full():
-            raise QueueFull()
-        for friend in list(self.client.roster.friend.values()):
-            self.client.send("friend_message", content, friend.uid, media=media)
-        return {"code": 0, "id": 0, "status": "request already executed"}
-
-    def send_group_message(self, request: Request) -> Json:
-        """To a group, found by any of its keys."""
-        group = self.one("group", request, self.flavour.missing["group"])
-        return self._send(request, "group_message", group, circle=group.uid)
-
-    def send_discuss_message(self, request: Request) -> Json:
-        """To a discuss, found by any of its keys."""
-        discuss = self.one("discuss", request, self.flavour.missing["discuss"])
-        return self._send(request, "discuss_message", discuss, circle=discuss.uid)
-
-    def send_sess_message(self, request: Request) -> Json:
-        """To a member, by id or uid, of a group (group_id, group_uid) or discuss (discuss_id)."""
-        params = request.params
-        if params.get("group_id") or params.get("group_uid"):
-            kind, code = "group", 103
-        elif params.get("discuss_id"):
-            kind, code = "discuss", 104
-        else:
-            return {"code": 105, "id": None,
-                    "status": "discuss member or group member  not found"}
-        keys = {name: params[name] for name in ("id", "uid") if params.get(name)}
-        circles = self.find(kind, request, (kind + "_id", kind + "_uid"))
-        for circle in circles:
-            self.client.details.wait([circle])
-            for member in self.members(circle, keys):
-                return self._send(request, "sess_message", member, member.uid, circle.uid, kind)
-        uid = number_of(keys.get("uid") or keys.get("id"))
-        group = params.get("group_uid") or params.get("group_id") or ""
-        unlisted = group == self.client.link.any_group or (
-            not circles[0].loaded if circles else not self.client.is_certain("group"))
-        if self.client.link.real and kind == "group" and number_of(group) and uid and unlisted:
-            return self._send(request, "sess_message", THINGS["group_member"](
-                {"uid": uid, "id": uid, "name": uid}), uid, group, kind)
-        return {"code": code, "id": None, "status": f"{kind} member not found"}
-
-    def _send(self, request: Request, type: str, target: Thing, uid: Optional[str] = None,
-              circle: str = "", via: str = "") -> Json:
-        content, media = self._what(request)
-        cq = request.params.get("cq") == "1"
-        if cq:
-            check_cq(content, self._check_address)
-        if self.client.talk.is_full():
-            raise QueueFull()
-        promise = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq)
-        if request.params.get("async") == "1":
-            return {"code": 0, "status": "request already in execution"}
-        try:
-            outcome = self._outcome(wait_patiently(request, promise, SEND_SECONDS), target)
-            return {**outcome, **kept_as(media)}
-        except TimeoutError:  # it will be sent: a failure would have the caller send it again
-            return {"code": 0, "id": None, "status": "request already in execution"}
-
-    def _what(self, request: Request) -> Tuple[str, Optional[Row]]:
-        """Text and picture that a call brings, one of them at least."""
-        media, content = self.media_of(request.params), request.params.get("content", "")
-        return check_content(request.params) if content or not media else "", media
-
-    def _outcome(self, message: Optional[Message], target: Thing) -> Row:
-        if message is None:
-            raise NotRunning(state=self.client.state)
-        name = self.flavour.sent_id.format(id=message.id, target=target.id)
-        row = {**self.flavour.sent, "code": message.code, "status": message.msg,
-               "id": int(name) if name.isdigit() else name}
-        if "info" in row:
-            row["info"] = message.info
-        return row
-
-    def consult(self, request: Request) -> Json:
-        """Send to a friend, and wait `timeout` (30) seconds for what it answers."""
-        friend = self.one("friend", request, self.flavour.missing["friend"])
-        seconds = request.params.get("timeout", "30")
-        if not re.fullmatch("[0-9]{1,4}", seconds):
-            raise BadRequest(400, "timeout must be a number of seconds")
-        answer = self.client.talk.expect(friend.uid)
-        try:
-            row = self._send(request, "friend_message", friend, friend.uid)
-            if row["code"] != 0:
-                return {**row, "reply": None}
-            return {**row, "reply": request.wait(answer, float(seconds))}
-        except TimeoutError:
-            return {**row, "reply": None, "reply_status": "reply timeout"}
-        finally:
-            self.client.talk.expect_no_more(friend.uid, answer)
-
-    def revoke_message(self, request: Request) -> Json:
-        """Take back a message by the id that its sending answered."""
-        name = request.params.get("id", "").partition(":")[0]
-        if name not in self.client.talk.numbers:
-            return {"code": -1, "status": "msg id not found"}
-        number = self.client.talk.numbers[name]
-        done = number is not None and self.client.link.revoke(number)
-        return {"code": 0, "status": "revoke success" if done else "revoke failure"}
-
-    # -- media
-
-    def media_of(self, params: Params, keep: bool = False) -> Optional[Row]:
+    def take(self, params: Params, keep: bool = False) -> Optional[Row]:
         """The shelf's row of the picture that parameters bring, by whichever media_* it is.
 
-        One that cannot be kept comes in `data`; with `keep` it is NoRoom.
+        One that cannot be kept comes in `data`; with `keep` it is NoRoom. BadRequest, NotAllowed.
         """
+        shelf = self.client.papers.shelf
         if params.get("media_id"):
-            row = self.client.papers.shelf.get(params["media_id"])
+            row = shelf.get(params["media_id"])
             if row is None:
                 raise BadRequest(400, "media_id not found")
             return row
-        for name, read in (("media_path", self._read_path), ("media_data", self._read_base64),
-                           ("media_url", self._read_url)):
-            given, path = params.get(name), None
-            if not given:
-                continue
-            try:
-                if name == "media_url" or name == "media_path" and is_url(given):  # 001 has both
-                    if self.client.link.fetches and not self._leads_here(given):
-                        return self._linked(given, params.get("media_name"))
-                    read = self._read_url
-                elif name == "media_path":
-                    path = os.path.realpath(given)
-                data, title = read(given)
-            except Unreachable as error:
-                raise BadRequest(400, f"{name}: {error.status}") from None
-            if len(data) > MEDIA_LIMIT:
-                raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
-            title = params.get("media_name") or params.get(name + ".filename") or title
-            return {**self._put(data, title, keep), "path": path}
-        return None
-
-    def _put(self, data: bytes, title: str, keep: bool) -> Row:
+        names = ("media_path", "media_data", "media_url")
+        name = next((name for name in names if params.get(name)), "")
+        if not name:
+            return None
+        given, path = params[name], None
         try:
-            return self.client.papers.shelf.put(data, title)
+            if name == "media_data":
+                data, title = self.read_base64(given), "picture"
+            elif name == "media_url" or is_url(given):  # 001 has addresses in media_path too
+                if self.client.link.fetches and not self.leads_here(given):
+                    return self.linked(given, params.get("media_name"))
+                data, title = self.read_url(given)
+            else:
+                path = os.path.realpath(given)
+                data, title = self.read_path(given), os.path.basename(given)
+        except Unreachable as error:
+            raise BadRequest(400, f"{name}: {error.status}") from None
+        if len(data) > MEDIA_LIMIT:
+            raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
+        title = params.get("media_name") or params.get(name + ".filename") or title
+        try:
+            return {**shelf.put(data, title), "path": path}
         except OSError as error:
             self.client.log.warn(f"a picture could not be kept: {error}")
             if keep:
                 raise NoRoom(f"the picture cannot be kept: {error.strerror}") from None
-            return {**unkept_media(data, title), "data": base64.b64encode(data).decode()}
+            return {**unkept_media(data, title), "data": base64.b64encode(data).decode(),
+                    "path": path}
 
-    def _leads_here(self, url: str) -> bool:
+    def leads_here(self, url: str) -> bool:
         """Whether a bridge must not fetch a picture: its calls carry no mark. Unreachable."""
         try:
             host = origin_of(url)[1].rstrip(".")
@@ -11234,15 +10941,15 @@ class SendApi(ReadApi):
             raise Unreachable("link-local and metadata addresses are not called")
         return is_loopback(host) or any(map(is_own, addresses))
 
-    def _check_address(self, url: str) -> None:
+    def check_address(self, url: str) -> None:
         """BadRequest for an address that a bridge is to fetch and that leads to this program."""
         try:
-            if self.client.link.fetches and self._leads_here(url):
-                self._read_url(url)  # as it answers us, it will answer the bridge
+            if self.client.link.fetches and self.leads_here(url):
+                self.read_url(url)  # as it answers us, it will answer the bridge
         except Unreachable as error:
             raise BadRequest(400, f"an address in a CQ code: {error.status}") from None
 
-    def _linked(self, url: str, name: Optional[str]) -> Row:
+    def linked(self, url: str, name: Optional[str]) -> Row:
         """What a Shelf tells of media, for those that somebody else will fetch."""
         name = name or urllib.parse.urlsplit(url).path.rpartition("/")[2]
         row = unkept_media(b"", name or "picture")
@@ -11250,8 +10957,17 @@ class SendApi(ReadApi):
         return {**row, "url": url, "media_size": None,
                 "media_mime": row["media_mime"] if known else "image/jpeg"}
 
-    def _read_path(self, path: str) -> Tuple[bytes, str]:
-        settings, flavour = self.client.settings, self.flavour
+    def read_base64(self, text: str) -> bytes:
+        """BadRequest for what is none."""
+        try:
+            return base64.b64decode(re.sub(r"\s", "", text), validate=True)
+        except ValueError:
+            raise BadRequest(400, "media_data is not base64") from None
+
+    def read_path(self, path: str) -> bytes:
+        """A file that callers may name: within tmpdir, and none of this program's own but media.
+        NotAllowed, BadRequest."""
+        settings, flavour = self.client.settings, self.client.flavour
         try:
             check_path("media_path", path, settings.tmpdir,
                        re.escape(f"{flavour.file_prefix}media_{self.client.account}_")
@@ -11267,19 +10983,12 @@ class SendApi(ReadApi):
             raise BadRequest(400, f"media_path over {MEDIA_LIMIT} bytes") from None
         if not data:
             raise BadRequest(400, "media_path cannot be read")
-        return data, os.path.basename(path)
+        return data
 
-    def _read_base64(self, text: str) -> Tuple[bytes, str]:
-        try:
-            data = base64.b64decode(re.sub(r"\s", "", text), validate=True)
-        except ValueError:
-            raise BadRequest(400, "media_data is not base64") from None
-        return data, "picture"
-
-    def _read_url(self, url: str) -> Tuple[bytes, str]:
+    def read_url(self, url: str) -> Tuple[bytes, str]:
         """A picture from anywhere but from this program (MEDIA_MARK). Unreachable."""
-        until, given = time.monotonic() + self.MEDIA_SECONDS, url
-        for _ in range(self.MEDIA_HOPS + 1):
+        until, given = time.monotonic() + self.SECONDS, url
+        for _ in range(self.HOPS + 1):
             reply = fetch(url, fields={MEDIA_MARK: "1", "User-Agent": "openqq/" + VERSION},
                           seconds=max(0.1, until - time.monotonic()))
             target = redirect_of(url, reply)
@@ -11290,237 +10999,408 @@ class SendApi(ReadApi):
                 return data, urllib.parse.urlsplit(given).path.rpartition("/")[2] or "picture"
             reply.read(BATCH_LIMIT)
             url = target
-        raise Unreachable(f"over {self.MEDIA_HOPS} redirects")
+        raise Unreachable(f"over {self.HOPS} redirects")
 
-    def upload_media(self, request: Request) -> Json:
-        """Keep a picture for a later media_id."""
-        row = self.media_of(request.params, keep=True)
+
+class Api:
+    """The client server's API: what the row NAME of VERBS tells of is done by the method _NAME, by
+    the one that `does` names, or by act()."""
+
+    NOT_FOUND = {"code": 100, "status": "object not found"}
+    FAILURE = {"code": 201, "status": "failure"}
+
+    def __init__(self, client: Client, store: Store, numeric: bool) -> None:
+        self.client, self.store, self.numeric = client, store, numeric
+        self.flavour, self.media = client.flavour, Media(client)
+        self._looking = threading.Lock()     # guards _looked
+        self._looked = 0.0                   # until then it is known who is there
+
+    def handler(self, verb: Verb) -> Callable[[Request], Any]:
+        """What a route calls for a row of VERBS."""
+        name, *args = verb.does.split() or [verb.name]
+        act: Callable[[Request], Any] = functools.partial(
+            self.act, verb) if verb.link else functools.partial(getattr(self, "_" + name), *args)
+
+        def when_running(request: Request) -> Any:
+            if self.client.state != "running":
+                raise NotRunning(state=self.client.state)
+            return act(request)
+        return act if verb.any_state else when_running
+
+    # -- who is meant
+
+    def show(self, value: Json) -> Json:
+        """An answer with ids as the setting numeric_ids wants them."""
+        return numbered(value) if self.numeric else value
+
+    def find(self, kind: str, params: Params, names: Iterable[str]) -> List[Any]:
+        """The friends, groups or discusses that all the parameters of these names fit."""
+        return self.client.roster.search(kind, {
+            name.replace(kind + "_", ""): params[name] for name in names if params.get(name)})
+
+    def one(self, kind: str, params: Params, names: Sequence[str] = (),
+            missing: Optional[Row] = None) -> Any:
+        """The friend, group or discuss that a call names. Answer, if there is none or more.
+
+        Of two that a name fits the one wins whose remark it is. A number that is not listed may
+        be known to the bridge all the same.
+        """
+        names, missing = names or self.flavour.keys[kind], missing or self.flavour.missing[kind]
+        found = self.find(kind, params, names)
+        if len(found) > 1:
+            said = {params.get(name, "") for name in names}
+            found = [thing for thing in found if thing.value("markname") in said] or found
+        if len(found) > 1:
+            raise Answer({**missing, "code": 100, "status": f"{kind} not unique"})
+        keys = [name for name in names if params.get(name)]
+        numbers = {params[name] for name in keys}
+        if not found and len(numbers) == 1 and all(name.endswith("id") for name in keys):
+            found = list(filter(None, [self.client.look_for(kind, *numbers)]))
+        if not found:
+            raise Answer(missing)
+        return found[0]
+
+    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
+        """The members of a group or discuss that fit; a number may be known to the bridge only."""
+        link = self.client.link
+        found = self.client.roster.members(circle, keys)
+        if not found and len(keys) == 1 and link.real and circle.kind == "group":
+            try:
+                uid = number_of(*keys.values())
+                row = link.find_member(circle.uid, uid) if uid else None
+                return [GroupMember(row)] if row else []
+            except Unreachable as error:
+                self.client.log.debug(f"who {keys} is: {error.status}")
+        return found
+
+    # -- reading (CONTRACT 3)
+
+    def _get_user_info(self, request: Request) -> Json:
+        roster = self.client.roster
+        return self.show(roster.user.to_json(roster.fields))
+
+    def look_who_is_there(self) -> None:
+        """Let the lists show states as they are now; under load a moment ago is now."""
+        if "state" not in self.flavour.fields["friend"]:
+            return
+        with self._looking:  # those who come meanwhile wait for this look
+            if time.monotonic() < self._looked:
+                return
+            wait = 0.002                 # nobody comes or goes and is seen to within that
+            try:
+                self.client.roster.show_states(self.client.link.presence())
+            except OpenQQError as error:
+                self.client.log.debug(f"who is there: {error.status}")
+                wait = 5.0               # the list is worth more
+            self._looked = time.monotonic() + wait
+
+    def _list(self, kind: str, request: Request) -> Response:
+        roster = self.client.roster
+        if kind == "group":  # those whose members are not known yet are loaded first
+            self.client.details.wait(list(roster.group.values()))
+        self.look_who_is_there()
+        parts = [to_bytes(self.show(row)) for row in roster.rows(kind, True)]
+        return Response(b"[%b]" % b",".join(parts))  # one dump of all would hold up all threads
+
+    def _get_group_basic_info(self, request: Request) -> Json:
+        self.client.details.wait(list(self.client.roster.group.values()), members=False)
+        return self.show(self.client.roster.to_json("group", members=False))
+
+    def _search(self, kind: str, request: Request) -> Json:
+        client, names = self.client, self.flavour.other_names[kind]
+        keys: Dict[str, str] = {}
+        for given, value in request.keys().items():
+            if keys.setdefault(names.get(given, given), value) != value:
+                return self.NOT_FOUND  # one member, two values
+        self.look_who_is_there()
+        if kind == "group" and {"role", "owner_id", "owner_uid"} & keys.keys():
+            client.details.wait(list(client.roster.group.values()), members="role" not in keys)
+        found = client.roster.search(kind, keys)
+        if kind == "group":
+            client.details.wait(found)
+        return self.show([thing.full_json(client.roster.fields) for thing in found]
+                         ) if found else self.NOT_FOUND
+
+    def _get_client_info(self, request: Request) -> Json:
+        client = self.client
+        row = client.papers.state_row(client)
+        return {**{name: row[name] for name in ("account", "http_debug", "log_encoding",
+                                                "log_level", "log_path", "os", "pid", "version")},
+                "code": 0, "status": "success", "starttime": client.start_time,
+                "runtime": int(time.time()) - client.start_time}
+
+    def _get_qrcode(self, request: Request) -> Response:
+        return qrcode_response(self.client.papers.read_qrcode(), self.flavour)
+
+    def _get_media(self, request: Request) -> Response:
+        row = self.client.papers.shelf.get(request.params.get("id", ""))
+        data = read_file(row["media_path"]) if row else None
+        if row is None or data is None:
+            return Response(b"", "", 404)
+        return Response(data, row["media_mime"], fields={
+            "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"})
+
+    def _get_avatar(self, request: Request) -> Response:
+        params, roster = request.params, self.client.roster
+        found: List[Any]
+        if params.get("group_id"):
+            found = self.find("group", params, ("group_id",))
+            if found and params.get("id"):
+                found = roster.members(found[0], {"id": params["id"]})
+        elif params.get("id") == roster.user.id:
+            found = [roster.user]
+        else:
+            found = [self.one("friend", params)]
+        if not found:
+            return json_response(self.flavour.missing["friend"])
+        return Response(avatar(found[0].uid), "image/png",
+                        fields={"Cache-Control": "max-age=3600"})
+
+    # -- sending (CONTRACT 4)
+
+    def _send_to(self, kind: str, request: Request) -> Json:
+        client, everybody = self.client, self.flavour.everybody
+        if everybody and kind == "friend" and request.params.get("id") == everybody:
+            content, media = self.what(request.params)
+            if client.talk.is_full():
+                raise QueueFull()
+            for friend in list(client.roster.friend.values()):
+                client.send("friend_message", content, friend.uid, media=media)
+            return {"code": 0, "id": 0, "status": "request already executed"}
+        target = self.one(kind, request.params)
+        uid, circle = (target.uid, "") if kind == "friend" else (None, target.uid)
+        return self.send(request, kind + "_message", target, uid, circle)
+
+    def _send_sess_message(self, request: Request) -> Json:
+        client, params = self.client, request.params
+        if params.get("group_id") or params.get("group_uid"):
+            kind, code = "group", 103
+        elif params.get("discuss_id"):
+            kind, code = "discuss", 104
+        else:
+            return {"code": 105, "id": None,
+                    "status": "discuss member or group member  not found"}
+        keys = {name: params[name] for name in ("id", "uid") if params.get(name)}
+        circles = self.find(kind, params, (kind + "_id", kind + "_uid"))
+        for circle in circles:
+            client.details.wait([circle])
+            for member in self.members(circle, keys):
+                return self.send(request, "sess_message", member, member.uid, circle.uid, kind)
+        uid = number_of(keys.get("uid") or keys.get("id"))
+        group = params.get("group_uid") or params.get("group_id") or ""
+        unlisted = group == client.link.any_group or (
+            not circles[0].loaded if circles else not client.is_certain("group"))
+        if client.link.real and kind == "group" and number_of(group) and uid and unlisted:
+            stranger = GroupMember({"uid": uid, "id": uid, "name": uid})
+            return self.send(request, "sess_message", stranger, uid, group, kind)
+        return {"code": code, "id": None, "status": f"{kind} member not found"}
+
+    def send(self, request: Request, type: str, target: Thing, uid: Optional[str] = None,
+             circle: str = "", via: str = "") -> Row:
+        """Queue a message, and wait for the outcome unless the caller does not want to."""
+        content, media = self.what(request.params)
+        cq = request.params.get("cq") == "1"
+        if cq:
+            check_cq(content, self.media.check_address)
+        if self.client.talk.is_full():
+            raise QueueFull()
+        promise = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq)
+        if request.params.get("async") == "1":
+            return {"code": 0, "status": "request already in execution"}
+        try:
+            message: Optional[Message] = wait_for(request, promise, SEND_SECONDS)
+        except TimeoutError:  # it will be sent: a failure would have the caller send it again
+            return {"code": 0, "id": None, "status": "request already in execution"}
+        if message is None:
+            raise NotRunning(state=self.client.state)
+        name = self.flavour.sent_id.format(id=message.id, target=target.id)
+        row = {**self.flavour.sent, "code": message.code, "status": message.msg,
+               "id": int(name) if name.isdigit() else name}
+        if "info" in row:
+            row["info"] = message.info
+        if media and media["media_id"]:
+            row["media_id"] = media["media_id"]  # by which it can be sent again
+        return row
+
+    def what(self, params: Params) -> Tuple[str, Optional[Row]]:
+        """Text and picture that a call brings, one of them at least."""
+        media, content = self.media.take(params), params.get("content", "")
+        return check_content(params) if content or not media else "", media
+
+    def _consult(self, request: Request) -> Json:
+        friend = self.one("friend", request.params)
+        seconds = request.params.get("timeout", "30")
+        if not re.fullmatch("[0-9]{1,4}", seconds):
+            raise BadRequest(400, "timeout must be a number of seconds")
+        answer = self.client.talk.expect(friend.uid)
+        try:
+            row = self.send(request, "friend_message", friend, friend.uid)
+            if row["code"] != 0:
+                return {**row, "reply": None}
+            return {**row, "reply": wait_for(request, answer, float(seconds))}
+        except TimeoutError:
+            return {**row, "reply": None, "reply_status": "reply timeout"}
+        finally:
+            self.client.talk.expect_no_more(friend.uid, answer)
+
+    def _upload_media(self, request: Request) -> Json:
+        row = self.media.take(request.params, keep=True)
         if row is None:
             raise BadRequest(400, "media_path, media_data or media_url missing")
         about = {name: value for name, value in row.items() if name.startswith("media_")}
         return {**about, "code": 0, "status": "success"}
 
+    # -- what the link does of itself (CONTRACT 5 and 10)
 
-class Api(SendApi):
-    """The whole of the client server's API: groups, friends, events, the life cycle besides."""
+    def act(self, verb: Verb, request: Request) -> Json:
+        """Have the link do what a row of VERBS says. A method _the_WORD finds what the parameters
+        mean, and may end the call with an Answer; other words are parameters' names."""
+        method, *pairs = verb.link.split()
+        given: Row = {}
+        for name, _, word in [pair.partition("=") for pair in pairs]:
+            find = getattr(self, "_the_" + word, None)
+            given[name] = (find(request.params, given) if find
+                           else request.params.get(word, ""))
+        done = getattr(self.client.link, method)(**{
+            name: value.uid if isinstance(value, Thing) else value
+            for name, value in given.items()})
+        code, _, status = (verb.yes if done else verb.no).partition(" ")
+        return {**{name: request.params.get(name) for name in verb.echo.split()},
+                "code": int(code), "status": status}
 
-    def routes(self) -> List[Route]:
-        """The route table, under both prefixes."""
-        return [Route(prefix + path, methods, self._handler(path, name))
-                for prefix in ("/openqq/", "/openwx/")
-                for path, (methods, name) in self.flavour.apis.items()]
+    def _the_group(self, params: Params, given: Row) -> Any:
+        return self.one("group", params, self.flavour.keys["place"], self.NOT_FOUND)
 
-    @classmethod
-    def described(cls, flavour: Type[Flavour]) -> List[Route]:
-        """The routes of a flavour's clients, to be told of and not to be called."""
-        return [Route(flavour.prefix + path, methods, getattr(cls, name))
-                for path, (methods, name) in flavour.apis.items()]
+    def _the_members(self, params: Params, given: Row) -> List[str]:
+        """The uids of members of that group, who are named by id or uid."""
+        group, names = given["group"], self.flavour.keys["members"]
+        name = next((name for name in names if params.get(name)), "")
+        key = "uid" if name.endswith("uid") else "id"
+        self.client.details.wait([group])
+        return self._uids(params.get(name, ""), "member",
+                          lambda person: self.members(group, {key: person}))
 
-    def _handler(self, path: str, name: str) -> Callable[[Request], Any]:
-        method: Callable[[Request], Any] = getattr(self, name)
-        return method if path in self.flavour.any_state else self._when_running(method)
+    def _the_friends(self, params: Params, given: Row) -> List[str]:
+        return self._uids(params.get("friends", ""), "friend",
+                          lambda person: self.client.roster.search("friend", {"id": person}))
 
-    def _when_running(self, handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
-        def handle(request: Request) -> Any:
-            if self.client.state != "running":
-                raise NotRunning(state=self.client.state)
-            return handler(request)
-        handle.__doc__ = handler.__doc__
-        return handle
-
-    # -- group control
-
-    def kick_group_member(self, request: Request) -> Json:
-        """Remove members from a group."""
-        return self._control(request, lambda r: True, lambda group, uids: self.client.link.kick(
-            group.uid, uids))
-
-    def shutup_group_member(self, request: Request) -> Json:
-        """Silence members of a group for `time` minutes (004 and the program; 003 erred)."""
-        minutes = request.params.get("time", "")
-        good = minutes.isascii() and minutes.isdigit() and 1 <= int(minutes[:9])
-        return self._control(request, lambda r: good, lambda group, uids: self.client.link.mute(
-            group.uid, uids, int(minutes[:9]) * 60))
-
-    def _control(self, request: Request, check: Callable[[Request], bool],
-                 act: Callable[[Group, List[str]], bool]) -> Json:
-        """The checks in the order of CONTRACT 5, then the act."""
-        params = request.params
-        groups = self.find("group", request, ("group_id", "group_uid"))
-        uid = params.get("group_uid") or params.get("group_id") or ""
-        if not groups:
-            groups = list(filter(None, [self.client.look_for("group", uid)]))
-        if not groups:
-            return {"code": 100, "status": "object not found"}
-        if not check(request):
-            return {"code": 400, "status": "shutup time missing or error"}
-        key = "id" if params.get("member_id") else "uid"
-        names = [name for name in params.get("member_" + key, "").split(",") if name]
-        if not names:
-            return {"code": 200, "status": "member id empty"}
-        uids = []
-        self.client.details.wait(groups[:1])
-        for name in names:
-            found = self.members(groups[0], {key: name})
-            if not found:
-                return {"code": 100, "status": f"member {name} not found"}
-            uids.append(found[0].uid)
-        if act(groups[0], uids):
-            return {"code": 0, "status": "success"}
-        return {"code": 201, "status": "failure"}
-
-    # -- events, life cycle
-
-    def check_event(self, request: Request) -> Response:
-        """The events since the last call, or the next one (CONTRACT 6)."""
-        return Response(self.store.take(seq_of(request.params.get("since")), request.wait))
-
-    def events(self, request: Request) -> Response:
-        """A stream of the events, and of what the account's state does besides."""
-        self._check_name(request)
-        return self.store.stream(request)
-
-    def _check_name(self, request: Request) -> None:
-        """Nobody who means another account is to stop this one or to take it for that one."""
-        if (request.params.get("client") or self.client.account) != self.client.account:
-            raise ClientMissing("client not exists")
-
-    def check_client(self, request: Request) -> Json:
-        """The account's state, as a controller tells it."""
-        self._check_name(request)
-        client = self.client
-        return {"code": 0, "client": [{
-            **client.papers.state_row(client), "port": client.port, "restarts": 0,
-            "since": str(int(client.since)),
-            "link": "onebot" if client.settings.onebot_api else "local"}]}
-
-    def stop_client(self, request: Request) -> Json:
-        """End, in a moment: the caller is to get the answer first."""
-        self._check_name(request)
-        return self._soon("stop", self.client.stop, {
-            "runtime": int(time.time()) - self.client.start_time,
-            "starttime": self.client.start_time, "pid": os.getpid()})
-
-    def relogin(self, request: Request) -> Json:
-        """Drop the login and show a new QR code, in a moment."""
-        self._check_name(request)
-        return self._soon("relogin", self.client.relogin, {})
-
-    def _soon(self, what: str, act: Callable[[], None], row: Row) -> Row:
-        loop = self.client.loop
-        loop.call(lambda: loop.later(STOP_SECONDS, act))
-        return {**row, "account": self.client.account, "code": 0,
-                "status": f"success, client({os.getpid()}) will {what} in 3 seconds"}
-
-    # -- friends and groups as weixin has them (CONTRACT 10)
-
-    NOT_FOUND = {"code": 100, "status": "object not found"}
-
-    def _done(self, done: object) -> Row:
-        return {"code": 0, "status": "success"} if done else {"code": 201, "status": "failure"}
-
-    def _people(self, text: str, what: str, known: Callable[[str], List[Any]]) -> List[str]:
-        """The uids of people by their ids, with commas; or an answer, as an exception."""
+    def _uids(self, text: str, what: str, find: Callable[[str], List[Any]]) -> List[str]:
         names = [name for name in text.split(",") if name]
         if not names:
             raise Answer({"code": 200, "status": f"{what} id empty"})
         uids = []
         for name in names:
-            found = known(name)
+            found = find(name)
             if not found:
-                raise Answer({"code": 100, "status": f"{what} id {name} not found"})
+                raise Answer({"code": 100, "status": self.flavour.unknown.format(
+                    what=what, name=name)})
             uids.append(found[0].uid)
         return uids
 
-    def _friend(self, name: str) -> List[Any]:
-        return self.client.roster.search("friend", {"id": name})
+    def _the_time(self, params: Params, given: Row) -> int:
+        """`time`, which is in minutes (004 and the program; 003 erred)."""
+        minutes = params.get("time", "")
+        if not re.fullmatch("[0-9]+", minutes) or int(minutes[:9]) < 1:
+            raise Answer({"code": 400, "status": "shutup time missing or error"})
+        return int(minutes[:9]) * 60
 
-    def create_group(self, request: Request) -> Json:
-        """Found a group with friends in it."""
-        uids = self._people(request.params.get("friends", ""), "friend", self._friend)
-        name = request.params.get("displayname") or "群聊"
-        uid = self.client.link.create_group(uids, name)
+    def _the_person(self, params: Params, given: Row) -> Any:
+        """A friend, or with group_id somebody in a group."""
+        if not params.get("group_id"):
+            return self.one("friend", params, missing=self.NOT_FOUND)
+        keys = {name: params[name] for name in self.flavour.keys["friend"] if params.get(name)}
+        for group in self.find("group", params, ("group_id",)):
+            for member in self.client.roster.members(group, keys):
+                return member
+        raise Answer(self.NOT_FOUND)
+
+    def _the_stranger(self, params: Params, given: Row) -> Any:
+        """Somebody, by id, whom one shares a group with and who is no friend yet."""
+        name, roster = params.get("id", ""), self.client.roster
+        if name and name == roster.user.id:
+            raise Answer({"code": 101, "status": "can not be yourself"})
+        if roster.search("friend", {"id": name}):
+            raise Answer({"code": 101, "status": "already a friend"})
+        for group in list(roster.group.values()):
+            for member in roster.members(group, {"id": name}):
+                return member
+        raise Answer(self.NOT_FOUND)
+
+    def _the_id(self, params: Params, given: Row) -> Any:
+        """The link's number of a message by the id that its sending answered."""
+        name, numbers = params.get("id", "").partition(":")[0], self.client.talk.numbers
+        if name not in numbers:
+            raise Answer({"code": -1, "status": "msg id not found"})
+        if numbers[name] is None:
+            raise Answer({"code": 0, "status": "revoke failure"})
+        return numbers[name]
+
+    def _the_accept(self, params: Params, given: Row) -> bool:
+        return params.get("accept", "1") != "0"
+
+    def _the_new_displayname(self, params: Params, given: Row) -> str:
+        if not params.get("new_displayname"):
+            raise Answer(self.FAILURE)
+        return params["new_displayname"]
+
+    def _create_group(self, request: Request) -> Json:
+        uids = self._the_friends(request.params, {})
+        uid = self.client.link.create_group(uids, request.params.get("displayname") or "群聊")
         if not uid:
-            return self._done(False)
+            return self.FAILURE
         try:
-            group = request.wait(self.client.talk.expect_group(uid), 10.0)
+            group = wait_for(request, self.client.talk.expect_group(uid), 10.0)
         except TimeoutError:
             group = None
         if group is None:
             raise NotRunning(state=self.client.state)
         return {"code": 0, "group_id": group.id, "status": "success"}
 
-    def invite_friend(self, request: Request) -> Json:
-        """Bring friends into a group."""
-        group = self.one("group", request, self.NOT_FOUND)
-        uids = self._people(request.params.get("friends", ""), "friend", self._friend)
-        return self._done(self.client.link.invite(group.uid, uids))
-
-    def kick_members(self, request: Request) -> Json:
-        """Remove members from a group."""
-        group = self.one("group", request, self.NOT_FOUND)
-        uids = self._people(request.params.get("members", ""), "member", lambda name:
-                            self.client.roster.members(group, {"id": name}))
-        return self._done(self.client.link.kick(group.uid, uids))
-
-    def set_group_displayname(self, request: Request) -> Json:
-        """Give a group another name."""
-        group = self.one("group", request, self.NOT_FOUND)
-        name = request.params.get("new_displayname", "")
-        return self._done(name and self.client.link.rename(group.uid, name))
-
-    def stick(self, request: Request) -> Json:
-        """Put a friend or group on top of the list; there is no list here, so that is all."""
-        found = (self.find("friend", request, self.flavour.keys["friend"])
-                 or self.find("group", request, self.flavour.keys["group"]))
-        return self._done(request.params.get("op", "1") in ("0", "1")) if found else self.NOT_FOUND
-
-    def set_markname(self, request: Request) -> Json:
-        """What one calls a friend, or with group_id somebody in a group."""
-        names = ("id", "account", "displayname", "markname")
-        found: List[Any] = []
-        if not request.params.get("group_id"):
-            found = [self.one("friend", request, self.NOT_FOUND)]
-        else:
-            found = [member for group in self.find("group", request, ("group_id",))
-                     for member in self.client.roster.members(group, {
-                         name: request.params[name] for name in names
-                         if request.params.get(name)})]
-        name = request.params.get("new_markname", "")
-        return self._done(self.client.link.set_markname(found[0].uid, name)
-                          ) if found else self.NOT_FOUND
-
-    def make_friend(self, request: Request) -> Json:
-        """Ask somebody whom one shares a group with to be a friend."""
-        name, roster = request.params.get("id", ""), self.client.roster
-        if name and name == roster.user.id:
-            return {"code": 101, "status": "can not be yourself"}
-        if self._friend(name):
-            return {"code": 101, "status": "already a friend"}
-        found = [member for group in list(roster.group.values())
-                 for member in roster.members(group, {"id": name})]
-        if not found:
+    def _stick(self, request: Request) -> Json:
+        params, keys = request.params, self.flavour.keys
+        if not (self.find("friend", params, keys["friend"])
+                or self.find("group", params, keys["group"])):
             return self.NOT_FOUND
-        return self._done(self.client.link.make_friend(found[0].uid,
-                                                       request.params.get("verify", "")))
+        good = params.get("op", "1") in ("0", "1")
+        return {"code": 0, "status": "success"} if good else self.FAILURE
 
-    def accept_friend_request(self, request: Request) -> Json:
-        """Answer a friend_request by its ticket; accept=0 declines."""
-        params = request.params
-        done = self.client.link.answer_request(params.get("ticket", ""),
-                                               params.get("accept", "1") != "0",
-                                               params.get("markname", ""))
-        return {**{name: params.get(name) for name in ("id", "displayname", "ticket")},
-                "code": 0 if done else -1, "status": "success" if done else "failure"}
+    # -- events, life cycle (CONTRACT 6 and 8)
 
+    def _check_event(self, request: Request) -> Response:
+        return Response(self.store.take(seq_of(request.params.get("since")), request.wait))
 
-def wait_patiently(request: Request, promise: Promise, seconds: float) -> Any:
-    """What a promise brings; only if that takes more than a moment is the caller watched.
-    TimeoutError."""
-    try:
-        return promise.wait(min(1.0, seconds))
-    except TimeoutError:
-        return request.wait(promise, seconds)
+    def _events(self, request: Request) -> Response:
+        self.check_name(request)
+        return self.store.stream(request)
+
+    def check_name(self, request: Request) -> None:
+        """Nobody who means another account is to stop this one or to take it for that one."""
+        if (request.params.get("client") or self.client.account) != self.client.account:
+            raise ClientMissing("client not exists")
+
+    def _check_client(self, request: Request) -> Json:
+        self.check_name(request)
+        client = self.client
+        return {"code": 0, "client": [{
+            **client.papers.state_row(client), "port": client.port, "restarts": 0,
+            "since": str(int(client.since)),
+            "link": "onebot" if client.settings.onebot_api else "local"}]}
+
+    def _stop_client(self, request: Request) -> Json:
+        return {**self.soon(request, "stop", self.client.stop),
+                "runtime": int(time.time()) - self.client.start_time,
+                "starttime": self.client.start_time, "pid": os.getpid()}
+
+    def _relogin(self, request: Request) -> Json:
+        return self.soon(request, "relogin", self.client.relogin)
+
+    def soon(self, request: Request, what: str, act: Callable[[], None]) -> Row:
+        """Have something done in 3 seconds, and the answer that says so."""
+        self.check_name(request)
+        loop = self.client.loop
+        loop.call(loop.later, STOP_SECONDS, act)
+        return {"account": self.client.account, "code": 0,
+                "status": f"success, client({os.getpid()}) will {what} in 3 seconds"}
 
 
 def qrcode_response(picture: Optional[bytes], flavour: Type[Flavour]) -> Response:
@@ -11530,10 +11410,15 @@ def qrcode_response(picture: Optional[bytes], flavour: Type[Flavour]) -> Respons
     return Response(picture, flavour.qrcode_type, fields={"Cache-Control": "no-cache"})
 
 
+def api_routes(verbs: Iterable[Verb], handler: Callable[[Verb], Callable[[Request], Any]]
+               ) -> List[Route]:
+    """The routes of calls, under both prefixes."""
+    return [Route(prefix + verb.name, verb.methods, handler(verb))
+            for prefix in PREFIXES for verb in verbs]
+
+
 class ClientApp(App):
     """A client server: CORS on every answer, JSONP where it is asked for (CONTRACT 1)."""
-
-    CORS = {"Access-Control-Allow-Origin": "*"}
 
     def answer(self, request: Request) -> Response:
         """As App.answer, wrapped; a bad callback is refused before anything is done."""
@@ -11546,11 +11431,10 @@ class ClientApp(App):
                                     {"X-Content-Type-Options": "nosniff"})
         except (NotAllowed, BadRequest) as error:
             response = error_response(error)
-        response.fields = {**response.fields, **self.CORS}
+        response.fields = {**response.fields, "Access-Control-Allow-Origin": "*"}
         return response
 
     def _callback(self, request: Request) -> str:
-        """The function that the answer is to be wrapped in, or empty. NotAllowed, BadRequest."""
         if "jsonp" not in request.query and b"jsonp" not in request.body:
             return ""
         try:
@@ -11581,19 +11465,51 @@ def client_fallback(request: Request) -> Response:
     return Response(b"api not found", "text/html;charset=UTF-8", 403)
 
 
+def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
+    """/onebot, where a bridge posts its events (ONEBOT.md). AuthFailure, BadRequest; ApiNotFound
+    for an account without a bridge.
+
+    A signature lets it in (NapCat signs with its token; one that is wrong is one too many), the
+    bridge's token, or what every other caller needs.
+    """
+    request.read_url_only()
+    settings, fields = client.settings, request.fields
+    token, secret = settings.onebot_token, settings.onebot_secret
+    offer = fields.get("x-signature", "").lower().encode("latin-1", "replace")
+    if "x-signature" in fields and (token or secret):
+        if not any([same_bytes(offer, signature(key, request.body).encode())
+                    for key in (secret, token) if key]):
+            raise AuthFailure()
+    elif secret or not token or not same_bytes(
+            fields.get("authorization", "").encode("latin-1", "replace"),
+            bearer(token).encode("latin-1", "replace")):
+        if secret and not settings.token:
+            raise AuthFailure()
+        try:
+            gate.check(request)
+        except AuthFailure:
+            raise AuthFailure() from None  # what helps other callers is no advice for a bridge
+    row = object_in(request.body)
+    if row is None:
+        raise BadRequest(400, "an event must be a JSON object")
+    if not client.link.hear(row):
+        raise ApiNotFound()
+    return {}
+
+
 def openqq_plugin(client: Client, data: Row) -> None:
     """Openqq: the HTTP API, and what is posted and asked of others.
 
     `data` may hold `listen`, a list of {"host", "port"}, and any setting (003: post_api …); what
     it does not name is as the client's settings say. Refusal if an address cannot be had.
     """
-    given = {name: value for name, value in data.items() if name != "listen"}
-    settings = client.settings.with_(given)
+    settings = client.settings.with_(
+        {name: value for name, value in data.items() if name != "listen"})
     store = Store(settings.check_event_list_max_size)
     api = Api(client, store, settings.numeric_ids)
     reporter = Reporter(
         settings.post_api, settings.post_secret, client.spool, client.loop, client.log,
-        Answers(client, api.media_of, settings.post_api).answered,
+        Answers(client, api.media.take, settings.post_api).answered,
         failed=lambda: client.papers.write_state(client),
         numeric=settings.numeric_ids)
     listed = settings.post_event_list
@@ -11602,97 +11518,64 @@ def openqq_plugin(client: Client, data: Row) -> None:
     client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
                                  settings.post_stdout, settings.numeric_ids,
                                  settings.post_media_data))
-    _serve_api(client, api, reporter, settings,
-               data.get("listen") or [{"host": settings.host, "port": settings.port}])
+    serve_client(client, api, reporter, settings,
+                 data.get("listen") or [{"host": settings.host, "port": settings.port}])
     if settings.poll_api:
-        _beat_when_running(client, settings)
+        own = {client.port: f"http://127.0.0.1:{client.port}"}
+        if client.parent and client.parent.local:
+            own[origin_of(client.parent.local)[2]] = client.parent.local
+        heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, own, settings.token,
+                              client.log)
+        client.on("login", lambda client, fresh: heartbeat.start())
+        client.closing.append(heartbeat.stop)
 
 
-class Webhook:
-    """/onebot, where a bridge posts its events (ONEBOT.md); a signature or a token lets it in."""
-
-    def __init__(self, client: Client, gate: Gate) -> None:
-        self._client, self._gate = client, gate
-        self._token = client.settings.onebot_token
-        self._secret = client.settings.onebot_secret
-
-    def __call__(self, request: Request) -> Json:
-        """Take an event. AuthFailure, BadRequest, ApiNotFound for an account without a bridge."""
-        request.read_url_only()
-        if not self._is_signed(request):
-            self._check(request)
-        row = object_in(request.body)
-        if row is None:
-            raise BadRequest(400, "an event must be a JSON object")
-        if not self._client.link.hear(row):
-            raise ApiNotFound()
-        return {}
-
-    def _is_signed(self, request: Request) -> bool:
-        """NapCat signs with its token; one signature that is wrong is one too many."""
-        given = request.fields.get("x-signature")
-        secrets = [secret for secret in (self._secret, self._token) if secret]
-        if given is None or not secrets:
-            return False
-        offer = given.lower().encode("latin-1", "replace")
-        if not any([same_bytes(offer, signature(secret, request.body).encode())
-                    for secret in secrets]):
-            raise AuthFailure()
-        return True
-
-    def _check(self, request: Request) -> None:
-        """Without a signature: the bridge's token, or whatever every other caller needs."""
-        if self._token and not self._secret and same_bytes(
-                request.fields.get("authorization", "").encode("latin-1", "replace"),
-                bearer(self._token).encode("latin-1", "replace")):
-            return
-        if self._secret and not self._client.settings.token:
-            raise AuthFailure()
-        try:
-            self._gate.check(request)
-        except AuthFailure:
-            raise AuthFailure() from None  # what helps other callers is no advice for a bridge
-
-
-def _watch_client(client: Client, reporter: Optional[Reporter], metrics: Metrics) -> None:
-    metrics.watch("clients", "gauge", "Clients by state.",
-                  lambda: {f'state="{state}"': state == client.state
-                           for state in NEXT_STATES if state})
-    metrics.watch("send_queue_length", "gauge", "Messages that wait to be sent.",
-                  lambda: {"": client.talk.queue.waiting()})
-    watch_posting(metrics, reporter)
-
-
-def _serve_api(client: Client, api: Api, reporter: Optional[Reporter], settings: Settings,
-               addresses: List[Row]) -> None:
-    gate, pages = Gate(settings.token, settings.allowed_hosts), client.local_pages()
-    config = dashboard_config(client.flavour, settings, client.account)
-    index, own = (client_page, []) if client.parent else (lambda client: dashboard(config), [
-        Route(prefix + "check_client", READ, api.check_client)
-        for prefix in ("/openqq/", "/openwx/")])
-    routes = [*api.routes(), *(pages.routes() if pages else []), HEALTH, *own,
-              Route("/", READ, lambda request: index(client), open=True),
-              Route("/onebot", "POST", Webhook(client, gate), open=True)]
-    routes += openapi_routes(client.flavour, bool(settings.token), routes[:])
+def serve_client(client: Client, api: Api, reporter: Optional[Reporter], settings: Settings,
+                 addresses: List[Row]) -> None:
+    """Serve an account's API at some addresses; a controller hands down a socket of its own."""
+    gate, flavour = Gate(settings.token, settings.allowed_hosts), client.flavour
+    pages = client.local_pages()
+    config = dashboard_config(flavour, settings, client.account)
+    routes = api_routes(flavour.apis.values(), api.handler)
+    routes += [*(pages.routes() if pages else []), HEALTH,
+               Route("/", READ, lambda request: client_page(client) if client.parent
+                     else dashboard(config), open=True),
+               Route("/onebot", "POST", functools.partial(take_from_bridge, client, gate),
+                     open=True)]
+    routes += openapi_routes(flavour, bool(settings.token), routes[:], False)
     app = ClientApp(gate, client.log, routes, client_fallback)
-    _watch_client(client, reporter, app.metrics)
-    watcher = Watcher(client.log)
-    for address in addresses:
-        listener = client.take_listener() or open_listener(
-            address.get("host") or settings.host, int(next(
-                port for port in (address.get("port"), settings.port, client.flavour.client_port)
-                if port not in (None, ""))))
-        server = Server(listener, app, client.log, watcher, settings.max_connections,
-                        settings.http_max_message_size)
-        if settings.http_debug:
-            server.debug = client.log.debug
-        client.port = client.port or server.server_address[1]
-        client.closing.append(server.close_down)
-        spawn(server.serve_forever, name="server")
-        client.log.info(f"插件[{client.flavour.program}::Plugin::{client.flavour.plugin}]监听地址: "
+    app.metrics.watch("clients", "gauge", "Clients by state.",
+                      lambda: {f'state="{state}"': state == client.state
+                               for state in NEXT_STATES if state})
+    app.metrics.watch("send_queue_length", "gauge", "Messages that wait to be sent.",
+                      lambda: {"": client.talk.queue.waiting()})
+    watch_posting(app.metrics, reporter)
+    listeners = [client.take_listener() or open_listener(
+        address.get("host") or settings.host, int(next(
+            port for port in (address.get("port"), settings.port, flavour.client_port)
+            if port not in (None, "")))) for address in addresses]
+    client.port = client.port or listeners[0].getsockname()[1]
+    client.closing += [server.close_down
+                       for server in serve(app, listeners, settings, client.log)]
+    for listener in listeners:
+        client.log.info(f"插件[{flavour.program}::Plugin::{flavour.plugin}]监听地址: "
                         f"[ http://{listener.getsockname()[0]}:{listener.getsockname()[1]} ]")
     if not client.parent:
         client.log.info(gate_hint(settings))
+
+
+def serve(app: App, listeners: Iterable[socket.socket], settings: Settings,
+          log: Log) -> List[Server]:
+    """Answer at sockets from now on, each in a thread of its own."""
+    watcher, servers = Watcher(log), []
+    for listener in listeners:
+        server = Server(listener, app, log, watcher, settings.max_connections,
+                        settings.http_max_message_size)
+        if settings.http_debug:
+            server.debug = log.debug
+        spawn(server.serve_forever, name="server")
+        servers.append(server)
+    return servers
 
 
 def gate_hint(settings: Settings) -> str:
@@ -11733,16 +11616,6 @@ def dashboard_config(flavour: Type[Flavour], settings: Settings, account: str) -
             "settings": [[setting.name, setting.help, setting.shown(), setting.secret]
                          for setting in SETTINGS.values()
                          if setting.caller and not setting.idle]}
-
-
-def _beat_when_running(client: Client, settings: Settings) -> None:
-    own = {client.port: f"http://127.0.0.1:{client.port}"}
-    if client.parent and client.parent.local:
-        own[origin_of(client.parent.local)[2]] = client.parent.local
-    heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, own, settings.token,
-                          client.log)
-    client.on("login", lambda client, fresh: heartbeat.start())
-    client.closing.append(heartbeat.stop)
 
 
 PLUGINS.update({"ShowMsg": (show_msg, 100), "UploadQRcode": (upload_qrcode, 0),
@@ -12910,24 +12783,18 @@ class ControllerApi:
 
     def routes(self) -> List[Route]:
         """The route table, under both prefixes."""
-        table = [("start_client", ACT, self._in_turn(self.start_client)),
-                 ("update_client", ACT, self._in_turn(self.update_client)),
-                 ("stop_client", ACT, self._in_turn(self.stop_client)),
-                 ("delete_client", ACT, self._in_turn(self.delete_client)),
-                 ("check_client", READ, self.check_client),
-                 ("get_qrcode", READ, self.get_qrcode),
-                 ("events", "GET", self.events)]
-        return [Route(prefix + path, methods, handler)
-                for prefix in ("/openqq/", "/openwx/") for path, methods, handler in table
-                ] + [Route("/", READ, self.index, open=True), HEALTH,
-                     Route("/onebot", "POST", self.onebot, open=True)]
+        def handler(verb: Verb) -> Callable[[Request], Any]:
+            act: Callable[[Request], Any] = getattr(self, verb.name)
+            return act if verb.methods != ACT else self._in_turn(act)
+
+        return api_routes([verb for verb in VERBS if verb.on in ("controller", "both")], handler
+                          ) + [Route("/", READ, self.index, open=True), HEALTH,
+                               Route("/onebot", "POST", self.onebot, open=True)]
 
     def all_routes(self, others: List[Route]) -> List[Route]:
         """These, others, and the one that describes them, with what is passed on to clients."""
-        routes, flavour = self.routes() + others, self._controller.flavour
-        through = [route for route in Api.described(flavour) if route.path not in self._own_paths]
-        token = bool(self._controller.settings.token)
-        return routes + openapi_routes(flavour, token, routes, through)
+        routes, token = self.routes() + others, bool(self._controller.settings.token)
+        return routes + openapi_routes(self._controller.flavour, token, routes, True)
 
     def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._controller.loop.ask(function, *args)
