@@ -40,56 +40,7 @@ CONTRACT joins them with what was measured on the wire, DESIGN is how this progr
 """
 from __future__ import annotations
 
-import sys
-import types
-
-
-class Later(types.ModuleType):
-    """Stands in for a module that may never be needed, until something of it is.
-
-    Only the modules that are imported below get to see it; who imports the real one afterwards
-    gets that. If it is `called`, they take functions out of it, which then stand in for themselves.
-    """
-
-    def __init__(self, name: str, called: bool) -> None:
-        super().__init__(name)
-        self.called = called
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(__import__(parent), child, self)
-        sys.modules[name] = self
-
-    def __getattr__(self, name: str) -> Any:
-        if not self.called:
-            return getattr(self._load(), name)
-        if name.startswith("__"):
-            raise AttributeError(name)  # an import asks for __path__
-        return lambda *args, **named: getattr(self._load(), name)(*args, **named)
-
-    def _load(self) -> types.ModuleType:
-        self.step_aside()
-        __import__(self.__name__)
-        return sys.modules[self.__name__]
-
-    def step_aside(self) -> None:
-        """Let the next one who imports this module have it; `from email import` has all by this."""
-        self.called = False
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-
-
-STAND_INS = []
-# A third of a client's memory, and of a start's time. A library leaves all modules as they are.
-if __name__ == "__main__" or (sys.argv[:1] == ["-c"] and sys.argv[1:]):
-    STAND_INS = [Later(name, called) for called, names in {
-        False: ("base64", "calendar", "contextlib", "copy", "datetime", "email.base64mime",
-                "email.errors", "email.header", "email.parser", "email.quoprimime", "hashlib",
-                "html", "ipaddress", "mimetypes", "shutil", "ssl", "string", "warnings",
-                "weakref"),
-        True: ("email._encoded_words", "email._parseaddr", "email.encoders", "email.iterators",
-               "email.utils", "quopri", "random")}.items()
-        for name in names if name not in sys.modules]
-
+import argparse
 import base64
 import binascii
 import collections
@@ -97,8 +48,11 @@ import errno
 import fcntl
 import functools
 import heapq
+import hmac
 import itertools
 import json
+import logging
+import mimetypes
 import os
 import queue
 import re
@@ -107,18 +61,16 @@ import signal
 import socket
 import stat
 import struct
+import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from _operator import _compare_digest  # what hmac exports, without hmac's imports
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-for _stand_in in STAND_INS:
-    _stand_in.step_aside()
 
 # ------------------------------------------------------------------------------------------------
 # 0. Map, version, limits
@@ -211,14 +163,11 @@ class OpenQQError(Exception):
     further members of the JSON answer. Errors that the original knows answer with HTTP 200.
     """
 
-    code = 1
-    status = "failure"
-    http = 200
+    code, status, http = 1, "failure", 200
 
     def __init__(self, status: Optional[str] = None, **extra: Any) -> None:
         super().__init__(status or self.status)
-        self.status = status or self.status
-        self.extra = extra
+        self.status, self.extra = status or self.status, extra
 
     def answer(self) -> Row:
         """The JSON object that a caller gets."""
@@ -227,49 +176,41 @@ class OpenQQError(Exception):
 
 class AuthFailure(OpenQQError):
     """The caller may not (DESIGN, "Who may call")."""
-
     code, status, http = -6, "auth failure", 403
 
 
 class ApiNotFound(OpenQQError):
     """No such path, or not with this method."""
-
     code, status, http = -1, "api not found", 403
 
 
 class ClientMissing(OpenQQError):
     """A call to the controller without `client`, or with one that it does not know."""
-
     code, status = 1, "client not found"
 
 
 class NoPort(OpenQQError):
     """start_client found nothing free above backend_start_port."""
-
     code, status = 2, "no available port"
 
 
 class StartFailure(OpenQQError):
     """start_client: no process came of it."""
-
     code, status = 3, "failure"
 
 
 class ClientDied(OpenQQError):
     """start_client: it died at once, or its template does not compile."""
-
     code, status = 4, "client pid not ok"
 
 
 class TooManyClients(OpenQQError):
     """max_clients are alive."""
-
     code, status = 5, "max clients exceed"
 
 
 class NotAllowed(OpenQQError):
     """A name, parameter, path or callback that callers may not give."""
-
     code, status, http = 6, "not allowed", 400
 
 
@@ -278,7 +219,6 @@ class Unreachable(OpenQQError):
 
     `sent` tells whether a part of the request may have been acted upon.
     """
-
     code, status, http = 7, "client not reachable", 502
 
     def __init__(self, status: Optional[str] = None, sent: bool = False, **extra: Any) -> None:
@@ -288,37 +228,31 @@ class Unreachable(OpenQQError):
 
 class TooSlow(Unreachable):
     """The other side took longer than it was given."""
-
     http = 504
 
 
 class Declined(OpenQQError):
     """A bridge understood, and did not do it; the status is its wording."""
-
     code = 201
 
 
 class NotFound(OpenQQError):
     """`/local/*`: nothing of that name."""
-
     code, status, http = 8, "not found", 404
 
 
 class NotRunning(OpenQQError):
     """An API that needs the state running, in another one."""
-
     code, status, http = 300, "client not running", 503
 
 
 class QueueFull(OpenQQError):
     """So many messages wait to be sent that one more would not go out in a reasonable time."""
-
     code, status, http = 9, "send queue full", 503
 
 
 class NoRoom(OpenQQError):
     """What was to be kept cannot be written."""
-
     code, status, http = 507, "no room on the disk", 507
 
 
@@ -334,12 +268,8 @@ class Answer(OpenQQError):
     """A documented answer that ends a call from within; its members are given."""
 
     def __init__(self, row: Row) -> None:
-        super().__init__(str(row["status"]))
-        self.row = row
-
-    def answer(self) -> Row:
-        """What was given."""
-        return self.row
+        super().__init__(**row)
+        self.code = row["code"]
 
 
 class Hangup(OpenQQError):
@@ -405,18 +335,18 @@ GB_NAMES = ("gb18030", "gbk", "gb2312", "cp936", "x-gbk")  # what a charset= may
 def read_text(data: bytes, charset: str = "") -> str:
     """Text of somebody who need not say how it is written: UTF-8, else GB18030, as Chinese
     consoles and old scripts write it; a `charset` that says so comes first. ValueError."""
-    gb_first = charset.lower() in GB_NAMES
-    if not gb_first and charset.lower() not in ("", "utf-8", "utf8", "us-ascii", "ascii"):
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            raise ValueError(f"in {charset}: write UTF-8 or GB18030") from None
-    for encoding in ("gb18030", "utf-8") if gb_first else ("utf-8", "gb18030"):
+    encodings = ["utf-8", "gb18030"]
+    if charset.lower() in GB_NAMES:
+        encodings.reverse()
+    elif charset.lower() not in ("", "utf-8", "utf8", "us-ascii", "ascii"):
+        encodings.pop()
+    for encoding in encodings:
         try:
             return data.decode(encoding)
         except UnicodeDecodeError:
             pass
-    raise ValueError("neither UTF-8 nor GB18030")
+    raise ValueError("neither UTF-8 nor GB18030" if encodings[1:] else
+                     f"in {charset}: write UTF-8 or GB18030")
 
 
 def check_name(name: str) -> str:
@@ -428,7 +358,7 @@ def check_name(name: str) -> str:
 
 def new_secret() -> str:
     """Something that nobody can guess: 32 hex digits."""
-    return binascii.hexlify(os.urandom(16)).decode()
+    return os.urandom(16).hex()
 
 
 class MessageIds:
@@ -456,14 +386,26 @@ def numbered(value: Json) -> Json:
     if isinstance(value, list):
         return [numbered(item) for item in value]
     if isinstance(value, dict):
-        return {key: _digits(item) if ID_KEY.fullmatch(key) or key == "time" else numbered(item)
+        return {key: int(item) if isinstance(item, str) and item.isascii() and item.isdigit()
+                and (key == "time" or ID_KEY.fullmatch(key)) else numbered(item)
                 for key, item in value.items()}
     return value
 
 
-def _digits(value: Json) -> Json:
-    is_number = isinstance(value, str) and value.isascii() and value.isdigit()
-    return int(value) if is_number else numbered(value)
+def backoff(tries: int, most: float = 60.0) -> float:
+    """Seconds to wait after so many tries in vain: 0, 1, 2, 4 …, `most` at most."""
+    return 0.0 if tries < 1 else min(most, 2.0 ** min(tries - 1, 20))
+
+
+def is_news(count: int) -> bool:
+    """Whether to tell of what happens again and again: the 1st time, the 2nd, 4th, 8th …"""
+    return count & (count - 1) == 0
+
+
+def keep_newest(table: Dict[Any, Any], limit: int) -> None:
+    """Drop from a dict what came first, until it holds no more than `limit`."""
+    while len(table) > limit:
+        del table[next(iter(table))]
 
 
 def own_opener(path: str, flags: int) -> int:
@@ -505,107 +447,81 @@ LEVELS = {"debug": 10, "info": 20, "msg": 25, "warn": 30, "error": 40, "fatal": 
 COLORS = {10: "34", 25: "32", 30: "33", 40: "31", 50: "35"}
 
 
-class LogStream:
-    """The terminal, or wherever stderr goes; one write per record, so that lines stay whole."""
+class LogHandler(logging.Handler):
+    """A log file that is opened again when it was moved away, and never through a symlink; without
+    a path stderr. A record is one write, past the text layer, so that lines stay whole.
 
-    def write(self, data: bytes) -> None:
-        """Write past the text layer: it would split and buffer, and know only one encoding."""
-        try:
-            os.write(sys.stderr.fileno(), data)
-        except (AttributeError, OSError, ValueError):
-            pass  # nobody reads any more
+    The form is the documents' (CONTRACT 9): `HEAD[yy/mm/dd HH:MM:SS] [level] text`, the prefix on
+    every line of the text. Logging's own WatchedFileHandler would take each client 0.5 MiB.
+    """
 
-
-class LogFile:
-    """A log file that is opened again when it was moved away, and never through a symlink."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()  # guards _file
-        self._file = self._open()
+    def __init__(self, path: str, encoding: str, head: str, colored: bool, level: int) -> None:
+        super().__init__(level)
+        self._path, self._encoding, self._head, self._colored = path, encoding, head, colored
+        self._file = self._open() if path else None
 
     def _open(self) -> Any:
         return open(self._path, "ab", 0, opener=own_opener)
 
-    def write(self, data: bytes) -> None:
-        """Neither a full disk nor a file that cannot be opened stops what the log tells about."""
-        with self._lock:
-            try:
-                if not self._is_there():
-                    self._file.close()
-                    self._file = self._open()
-                self._file.write(data)
-            except (OSError, ValueError):
-                pass  # it is tried again with the next record
+    def format(self, record: logging.LogRecord) -> str:
+        """Lines of text; control characters cannot reach the terminal."""
+        title, who = getattr(record, "message_of", ("", ""))
+        level = next(name for name, number in LEVELS.items() if number >= record.levelno)
+        when = time.strftime("%y/%m/%d %H:%M:%S", time.localtime(record.created))
+        prefix = f"{self._head}[{when}] [{title or level}] {who}"
+        text = CONTROLS.sub(lambda found: repr(found.group())[1:-1], record.getMessage())
+        lines = "\n".join(prefix + line for line in text.split("\n"))
+        color = COLORS.get(record.levelno) if self._colored else None
+        return f"\x1b[{color}m{lines}\x1b[0m\n" if color else lines + "\n"
 
-    def _is_there(self) -> bool:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Neither a full disk nor a reader who is gone stops what the log tells about."""
+        data = self.format(record).encode(self._encoding, "replace")
         try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
-        except (OSError, ValueError):
-            return False
+            if self._file is None:
+                os.write(sys.stderr.fileno(), data)
+                return
+            try:
+                moved = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+            except (OSError, ValueError):
+                moved = True
+            if moved:
+                self._file.close()
+                self._file = self._open()
+            self._file.write(data)
+        except (AttributeError, OSError, ValueError):
+            pass  # it is tried again with the next record
 
 
-class Log:
-    """The log of one controller or client, in the documents' levels and form (CONTRACT 9):
-    `HEAD[yy/mm/dd HH:MM:SS] [level] text`, the prefix on every line of the text.
+class Log(logging.Logger):
+    """The log of one controller or client, in the documents' levels (CONTRACT 9).
 
-    `keep` is called with the text of each warning or worse. Of the standard library's logging
-    nothing would be left but 0.6 MiB in each client.
+    `keep` is called with the text of each warning or worse, also of those that are not written.
     """
+
+    warn = logging.Logger.warning  # the documents' word for it; logging is about to give it up
 
     def __init__(self, head: str = "", level: str = "info", path: Optional[str] = None,
                  encoding: str = "utf-8", console: bool = True, colored: bool = False) -> None:
+        super().__init__("openqq", min(LEVELS[level], logging.WARNING))
         self.keep: Callable[[str], None] = lambda text: None
-        self._head, self._level, self._encoding = head, LEVELS[level], encoding
-        self._outlets: List[Tuple[Any, bool]] = []
         if path:
-            self._outlets.append((LogFile(path), False))
+            self.addHandler(LogHandler(path, encoding, head, False, LEVELS[level]))
         if console or not path:
-            self._outlets.append((LogStream(), colored))
+            self.addHandler(LogHandler("", encoding, head, colored, LEVELS[level]))
 
-    def _write(self, level: str, text: str, title: str = "", who: str = "") -> None:
-        """One record as one or more lines; control characters cannot reach the terminal."""
-        if LEVELS[level] < self._level:
-            return
-        prefix = f"{self._head}[{time.strftime('%y/%m/%d %H:%M:%S')}] [{title or level}] {who}"
-        text = CONTROLS.sub(lambda found: repr(found.group())[1:-1], text)
-        lines = "\n".join(prefix + line for line in text.split("\n"))
-        for outlet, colored in self._outlets:
-            color = COLORS.get(LEVELS[level]) if colored else None
-            shown = f"\x1b[{color}m{lines}\x1b[0m" if color else lines
-            outlet.write((shown + "\n").encode(self._encoding, "replace"))
-
-    def debug(self, text: str) -> None:
-        """Say what only somebody who looks for a fault wants to know."""
-        self._write("debug", text)
-
-    def info(self, text: str) -> None:
-        """Say what happens."""
-        self._write("info", text)
+    def handle(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        super().handle(record)
+        if record.levelno >= logging.WARNING:
+            self.keep(record.getMessage())
 
     def msg(self, title: str, who: str, text: str) -> None:
         """Show a chat message: its title stands where the level would (CONTRACT 9)."""
-        self._write("msg", text, title, who)
-
-    def warn(self, text: str) -> None:
-        """Say what may need somebody's eye."""
-        self._worse("warn", text)
-
-    def error(self, text: str) -> None:
-        """Say what went wrong."""
-        self._worse("error", text)
-
-    def fatal(self, text: str) -> None:
-        """Say why the program ends."""
-        self._worse("fatal", text)
-
-    def _worse(self, level: str, text: str) -> None:
-        self._write(level, text)
-        self.keep(text)
+        self.log(LEVELS["msg"], text, extra={"message_of": (title, who)})
 
     def failure(self, doing: str) -> None:
         """Report the exception being handled, with its place: a fault of this program."""
-        import traceback
         self.error(f"{doing} failed, which is a fault of this program:\n"
                    + traceback.format_exc().rstrip())
 
@@ -617,46 +533,25 @@ def spawn(function: Callable[..., None], *args: Any, name: str = "openqq") -> th
     return thread
 
 
-def usable_cpus() -> List[int]:
-    """The CPUs that this process may choose from; none where it has no choice, or no use of it."""
-    if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
-        try:
-            return sorted(os.sched_getaffinity(0))
-        except OSError:
-            pass  # the system does not tell us; it works as well
-    return []
-
-
-CPUS = usable_cpus()
+CPUS: List[int] = []  # those that a process may choose from, where there is a choice and a use
+if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
+    try:
+        CPUS = sorted(os.sched_getaffinity(0))
+    except OSError:
+        pass  # the system does not tell us; it works as well
 
 
 def share_cpu(number: int, pid: int = 0) -> None:
-    """Keep a process's threads, those to come too, to one of the CPUS.
+    """Keep a process that has no threads yet to one of the CPUS.
 
-    They run one at a time in any case, and wake each other all the time; to wake one on another
-    CPU is what took most of the time (measured on two: half as many proxied calls).
+    Its threads run one at a time in any case, and wake each other all the time; to wake one on
+    another CPU is what took most of the time (measured on two: half as many proxied calls).
     """
-    at = number % (len(CPUS) or 1)
-    _use_cpus(pid, CPUS[at:at + 1])
-
-
-def use_all_cpus(pid: int) -> None:
-    """Let a process that has just begun run where it likes."""
-    _use_cpus(pid, CPUS)
-
-
-def _use_cpus(pid: int, cpus: Sequence[int]) -> None:
-    if len(CPUS) < 2:
-        return
-    try:
-        tasks = os.listdir(f"/proc/{pid or 'self'}/task")
-    except OSError:
-        return  # it has just ended, or there is no /proc
-    for task in tasks:
+    if len(CPUS) > 1:
         try:
-            os.sched_setaffinity(int(task), cpus)
+            os.sched_setaffinity(pid, [CPUS[number % len(CPUS)]])
         except OSError:
-            pass  # this thread has just ended, or the system does not let us
+            pass  # it has just ended, or the system does not let us
 
 
 class Promise:
@@ -2918,7 +2813,7 @@ def bearer(token: str) -> str:
 
 def same_bytes(one: bytes, other: bytes) -> bool:
     """Whether they are equal, in a time that does not tell where they differ."""
-    return _compare_digest(one, other)
+    return hmac.compare_digest(one, other)
 
 
 def signature(secret: str, body: bytes) -> str:
@@ -6373,11 +6268,6 @@ def watch_posting(metrics: Metrics, reporter: Optional[Reporter]) -> None:
                   lambda: {f'result="{name}"': count for name, count in counts.items()})
     metrics.watch("post_queue_length", "gauge", "Events that wait to be posted.",
                   lambda: {"": reporter.waiting() if reporter else 0})
-
-
-def backoff(tries: int, most: float = 60.0) -> float:
-    """Seconds before the next try: 0, 1, 2, 4 … most."""
-    return min(most, 2.0 ** (tries - 1)) if tries else 0.0
 
 
 def shown_url(url: str) -> str:
@@ -12137,7 +12027,6 @@ class Child(Account):
         self.forget: Set[str] = set()                # secrets that its cookie file is to lose
         self.renewal: Optional[Renewal] = None
         self.resuming = False                        # its process of a former controller lives
-        self.turn = 0                                # which of the CPUs
         self.life: Optional[socket.socket] = None
         self.heard = b""                             # of a line that is not complete yet
         self.state = "init"
@@ -12190,14 +12079,8 @@ class Launcher:
         ours.setblocking(False)
         child.life, child.heard, child.pid = ours, b"", child.process.pid
         if self._settings.one_cpu:
-            use_all_cpus(child.pid)
-            child.turn = next(self._turn)
+            share_cpu(next(self._turn), child.pid)
         return ours
-
-    def settle(self, child: Child) -> None:
-        """It runs: keep it to one CPU. Those that begin go where there is room, as many may."""
-        if self._settings.one_cpu:
-            share_cpu(child.turn, child.pid)
 
     def _environment(self, child: Child) -> Dict[str, str]:
         kept = {name: value for name, value in os.environ.items()
@@ -12326,7 +12209,6 @@ class Supervisor:
                 child.tries, child.since_running = 0, self._loop.clock()
                 child.failed = False
                 child.lines.clear()
-                self._launcher.settle(child)
             self._watch_waiting(child)
 
     def _enter(self, child: Child, state: str) -> None:
@@ -13483,19 +13365,17 @@ FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
           "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
-def rename_process(whose: str, given: Dict[str, str]) -> None:
+def rename_process(whose: str, given: Dict[str, str]) -> Type[Flavour]:
     """Begin once more under the name that ps is to show, with the secrets off the command line.
 
     Only argv[0] makes a name that all of ps's forms show; its directory must stay Python's own,
     or a virtual environment would be lost.
     """
-    python = os.environ.pop("OPENQQ_PYTHON", "")
-    if python:
-        sys.executable = python
-        return
-    if not sys.executable:
-        return
     flavour = flavour_named(given.get("flavor"))
+    python = os.environ.pop("OPENQQ_PYTHON", "")
+    if python or not sys.executable:
+        sys.executable = python or sys.executable
+        return flavour
     account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
     name = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
     hidden = {setting: value for setting, value in given.items() if SETTINGS[setting].secret}
@@ -13514,21 +13394,18 @@ def utf8(*words: str) -> List[bytes]:
     return [word.encode("utf-8", "surrogateescape") for word in words]
 
 
-def run_controller(given: Dict[str, str]) -> int:
-    """`controller`: many accounts."""
-    rename_process("controller", given)
-    controller = Controller(None, **given)
-    if controller.settings.one_cpu:
+def run_server(whose: str, given: Dict[str, str]) -> int:
+    """`controller`: many accounts; `client`: one account alone."""
+    flavour = rename_process(whose, given)
+    try:
+        settings = Settings(whose, given, os.environ, flavour.environ)
+    except ValueError as error:
+        raise Refusal(str(error), 2) from None
+    if settings.one_cpu:
         share_cpu(os.getpid())
-    return controller.run()
-
-
-def run_client(given: Dict[str, str]) -> int:
-    """`client`: one account alone."""
-    rename_process("client", given)
+    if whose == "controller":
+        return Controller(None, **given).run()
     client = Client(**given)
-    if client.settings.one_cpu:
-        share_cpu(os.getpid())
     load_usual_plugins(client)
     return client.run()
 
@@ -14062,10 +13939,8 @@ def main(words: Sequence[str]) -> int:
             return written(lambda: show(f"OpenQQ {VERSION}\n"))
         elif command in ("controller", "client") and {"-h", "--help"} & set(rest):
             return written(lambda: show(help_text(whose)))
-        elif command == "controller":
-            return run_controller(parse_flags(whose, rest))
-        elif command == "client":
-            return run_client(parse_flags(whose, rest))
+        elif command in ("controller", "client"):
+            return run_server(whose, parse_flags(whose, rest))
         elif command in ("-h", "--help") or (command in COMMANDS and rest in (["-h"], ["--help"])):
             return written(lambda: show(USAGE))
         elif command in COMMANDS:

@@ -14851,16 +14851,6 @@ def test_readme_names_every_file_of_a_life(start, receive):
         assert named, name
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="reads /proc")
-def test_clients_load_no_tls_hashes_or_unicode_tables_before_they_need_them(start):
-    controller = start("controller")
-    pid = controller.login("alice")["pid"]
-    with open(f"/proc/{pid}/maps", encoding="utf-8") as file:
-        loaded = file.read()
-    for module in "_ssl", "_hashlib", "_datetime", "_random", "unicodedata", "_pickle":
-        assert f"/{module}." not in loaded
-
-
 @pytest.mark.skipif(len(openqq.CPUS) < 2, reason="needs a choice of CPUs")
 def test_each_process_keeps_to_one_cpu_and_clients_take_turns(start):
     """All threads of it, once it runs; on all CPUs where the operator says so."""
@@ -14967,14 +14957,4 @@ def test_runs_where_the_system_tells_nothing_of_cpus(tmp_path):
               "os.sched_getaffinity = os.sched_setaffinity = refuse\n"
               f"import sys; sys.path.insert(0, {HERE!r})\n"
               "import openqq; assert openqq.CPUS == []; openqq.share_cpu(0)\n")
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=WAIT)
-
-
-def test_library_leaves_modules_as_they_are_in_one_liners_too():
-    """Those of pytest-xdist, execnet and joblib are: `python -c`, without any words behind."""
-    script = (f"import sys; sys.path.insert(0, {HERE!r}); import openqq, types\n"
-              "assert not openqq.STAND_INS\n"
-              "assert not [name for module in list(sys.modules.values())\n"
-              "            for name, value in list(vars(module).items())\n"
-              "            if isinstance(value, openqq.Later)]\n")
     subprocess.run([sys.executable, "-c", script], check=True, timeout=WAIT)
