@@ -1756,9 +1756,7 @@ def read_json(path: str, log: Log) -> Row:
     `<path>.old` with a warning: it is the user's, and it must not stop a start.
     """
     data = read_file(path)
-    if not data:
-        return {}
-    value = object_in(data)
+    value = object_in(data) if data else {}
     if value is not None:
         return value
     log.warn(f"{path} is not a file of this program; it is kept as {path}.old")
@@ -1769,22 +1767,14 @@ def read_json(path: str, log: Log) -> Row:
     return {}
 
 
-def create_in(directory: str, what: str = "") -> Tuple[int, str]:
-    """A new file that only this user may read: its descriptor and path; OSError.
-
-    As tempfile.mkstemp(), without the random numbers, which take each client 0.1 MiB.
-    """
-    path = os.path.join(directory, f".openqq_{what}_{new_secret()}")
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), path
-
-
 def write_file(path: str, data: bytes) -> None:
     """Replace a file at once: another process sees the old bytes or the new, never a part.
 
     The file is 0600 from the start; what lies at `path`, be it a symlink, is replaced and not
     followed. OSError when the disk is full or the directory cannot be written.
     """
-    handle, temporary = create_in(*os.path.split(path))
+    directory, name = os.path.split(path)
+    handle, temporary = tempfile.mkstemp("", f".openqq_{name}_", directory)
     try:
         with open(handle, "wb") as file:
             file.write(data)
@@ -1796,6 +1786,14 @@ def write_file(path: str, data: bytes) -> None:
         raise
 
 
+def keep_file(path: str, data: bytes, log: Log) -> None:
+    """Replace a file that nobody can do much about when it cannot be written: a warning."""
+    try:
+        write_file(path, data)
+    except OSError as error:
+        log.warn(f"{path} cannot be written: {error.strerror}; going on without")
+
+
 def remove_file(path: str) -> None:
     """Remove a file if it is there."""
     try:
@@ -1804,16 +1802,20 @@ def remove_file(path: str) -> None:
         pass
 
 
+def files_in(directory: str, pattern: str) -> List[str]:
+    """The paths of the files in a directory whose whole names fit; none where it is not there."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return []
+    return [os.path.join(directory, name) for name in names if re.fullmatch(pattern, name)]
+
+
 def remove_leftovers(path: str) -> None:
     """Remove what a process that was killed in write_file() left of a file: it may hold secrets."""
     directory, name = os.path.split(path)
-    try:
-        found = os.listdir(directory)
-    except OSError:
-        return  # there is none
-    for other in found:
-        if re.fullmatch(re.escape(f".openqq_{name}_") + "[0-9a-f]{32}", other):
-            remove_file(os.path.join(directory, other))
+    for left in files_in(directory, re.escape(f".openqq_{name}_") + "([0-9a-z_]{8}|[0-9a-f]{32})"):
+        remove_file(left)
 
 
 def check_tmpdir(path: str) -> str:
@@ -1821,21 +1823,12 @@ def check_tmpdir(path: str) -> str:
     path = path or tempfile.gettempdir()
     try:
         os.makedirs(path, exist_ok=True)
-        handle, probe = create_in(path)
-        try:
-            os.write(handle, b"can this be written?")
-        finally:
-            os.close(handle)
-            os.unlink(probe)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"can this be written?")
     except OSError as error:
         raise Refusal(f"tmpdir {path} cannot be used: {error.strerror}; "
                       "give another one with --tmpdir") from None
     return os.path.realpath(path)
-
-
-def inside(path: str, directory: str) -> bool:
-    """Whether a path, symlinks followed, lies in a directory (which exists)."""
-    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(directory), ""))
 
 
 def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterable[str]) -> None:
@@ -1844,12 +1837,13 @@ def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterabl
     `own_files` matches the names of this program's own files that the caller may have, `taken`
     are paths that it may not, whatever they are called (empty ones count for nothing).
     """
-    base = os.path.basename(os.path.realpath(path))
-    reserved = {os.path.realpath(other) for other in taken if other}
-    foreign = re.match("mojo_|[.]", base) and not re.fullmatch(own_files, base)
-    same = name == "tmpdir" and os.path.realpath(path) == os.path.realpath(tmpdir)
-    if os.path.realpath(path) in reserved or not same and (
-            foreign or not inside(path, tmpdir)):
+    real, room = os.path.realpath(path), os.path.realpath(tmpdir)  # where symlinks lead to
+    base = os.path.basename(real)
+    good = real.startswith(os.path.join(room, "")) and (
+        not re.match("mojo_|[.]", base) or re.fullmatch(own_files, base))
+    if name == "tmpdir" and real == room:
+        good = True
+    if not good or real in {os.path.realpath(other) for other in taken if other}:
         raise NotAllowed(f"{name} not allowed")
 
 
@@ -1881,7 +1875,7 @@ class Shelf:
     NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 
     def __init__(self, start: str, log: Log) -> None:
-        self._start, self._log = start, log
+        self._start = start
         self._names: Dict[str, str] = {}  # id -> the name that its giver gave it
         for path in self._paths():
             try:
@@ -1892,17 +1886,11 @@ class Shelf:
 
     def _paths(self) -> List[str]:
         directory, start = os.path.split(self._start)
-        try:
-            names = os.listdir(directory)
-        except OSError:
-            return []  # it is not made yet, or gone
-        return [os.path.join(directory, name) for name in names
-                if name.startswith(start) and self.NAME.fullmatch(name[len(start):])]
+        return files_in(directory, re.escape(start) + self.NAME.pattern)
 
     def put(self, data: bytes, name: str) -> Row:
         """Keep bytes under a new id: the row that get() gives. OSError."""
         mime = media_type(data, name)
-        import mimetypes
         found = re.search(r"\.([a-z0-9]{1,8})$", name.lower())
         end = "." + found.group(1) if found else mimetypes.guess_extension(mime) or ".dat"
         key = new_secret()
@@ -1919,11 +1907,11 @@ class Shelf:
         """media_id, media_path, media_name, media_mime, media_ext, media_code, media_size (bytes)
         and media_mtime of what is kept under an id; None if that is nothing."""
         for path in self._paths():
-            if os.path.basename(path)[len(os.path.basename(self._start)):].startswith(key + "."):
+            if path.startswith(f"{self._start}{key}."):
                 try:
                     return self._row(key, path, media_type(read_file(path) or b"", path))
                 except OSError:
-                    return None  # it has just been cleared away
+                    pass  # it has just been cleared away
         return None
 
     def _row(self, key: str, path: str, mime: str) -> Row:
@@ -1946,7 +1934,6 @@ def media_type(data: bytes, name: str) -> str:
     for begin, kind in ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpeg"), (b"GIF8", "gif")):
         if data.startswith(begin):
             return "image/" + kind
-    import mimetypes
     return mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
@@ -1964,19 +1951,28 @@ class PidFile:
     def take(self, who: str) -> None:
         """Write our pid; Refusal, naming the holder, when another process has it."""
         while self._file is None:
-            file = self._open(who)
+            try:
+                file = open(self.path, "r+", encoding="utf-8", errors="replace",
+                            opener=lambda path, flags: own_opener(path, flags | os.O_CREAT))
+            except OSError as error:
+                raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
+                              "remove it, or give another --tmpdir") from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path)):
+                    self._file = file
+            except FileNotFoundError:
+                pass  # removed by its holder between our open and our lock
             except OSError:
                 holder = file.read(20).strip() or "unknown"
-                file.close()
                 raise Refusal(f"{who} is running already, with pid {holder}; "
                               f"{self.path} says so") from None
-            if self._is_current(file):
-                self._file = file
-            else:
-                file.close()  # removed by its holder between our open and our lock
-        self._write(f"{os.getpid()}\n")
+            finally:
+                if self._file is None:
+                    file.close()
+        self._file.truncate()
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
 
     def await_end(self) -> None:
         """Return when no living process has it."""
@@ -1993,48 +1989,24 @@ class PidFile:
             self._file.close()
             self._file = None
 
-    def _open(self, who: str) -> IO[str]:
-        try:
-            return open(self.path, "r+", encoding="utf-8", errors="replace",
-                        opener=lambda path, flags: own_opener(path, flags | os.O_CREAT))
-        except OSError as error:
-            raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
-                          "remove it, or give another --tmpdir") from None
-
-    def _is_current(self, file: IO[str]) -> bool:
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path))
-        except OSError:
-            return False
-
-    def _write(self, text: str) -> None:
-        assert self._file is not None
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(text)
-        self._file.flush()
-
 
 class Journal:
     """A file that only grows: one JSON value per line, and a torn last line is no line.
 
     write() appends in one system call; a process that is killed loses nothing that was written
     before. There is no fsync here (36 µs against 0.5): a machine that loses power may lose the
-    last moments. `rewrite` replaces the file by fewer lines, which is worth it when it has grown()
-    to twice what was left then. Errors of the disk are told once.
+    last moments. When the file has grown to twice what lasted the last time, it is replaced by the
+    lines that `lasting()` gives, with the number of bytes that it has put into another file. Errors
+    of the disk are told once.
     """
 
     COMPACT = 4 * 1024 * 1024    # bytes below which it is left alone
 
-    def __init__(self, path: str, log: Log) -> None:
-        self.path, self.log = path, log
-        self._handle: Optional[int] = None
+    def __init__(self, path: str, log: Log, lasting: Callable[[], Tuple[List[Json], int]]) -> None:
+        self.path, self.log, self._lasting = path, log, lasting
+        self._file: Any = None
         self._broken = False
-        self.size = self.base = 0    # bytes: now, and of what lasts
-
-    def grown(self) -> bool:
-        """Whether most of it is past."""
-        return self.size > max(self.COMPACT, 2 * self.base)
+        self._size = self._base = 0  # bytes: now, and of what lasts
 
     def read(self) -> Iterator[Json]:
         """The values, in order; lines that are not JSON are passed over."""
@@ -2046,49 +2018,39 @@ class Journal:
 
     def write(self, values: Iterable[Json]) -> None:
         """Append values; a full disk costs a warning and their survival, not the program."""
-        data = b"".join(to_bytes(value) + b"\n" for value in values)
         try:
-            if self._handle is None:
-                self._handle = self._open()
-            if os.write(self._handle, data) != len(data):
+            if self._file is None:
+                self._file = open(self.path, "a+b", 0, opener=own_opener)
+                self._size = os.fstat(self._file.fileno()).st_size
+                self._file.seek(max(0, self._size - 1))
+                if self._file.read() not in (b"", b"\n"):
+                    self._file.write(b"\n")  # what a kill tore off must not spoil the next line
+            data = b"".join(to_bytes(value) + b"\n" for value in values)
+            if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.size += len(data)
+            self._size += len(data)
+            if self._size > max(self.COMPACT, 2 * self._base):
+                self.compact()
             self._broken = False
         except OSError as error:
-            self._complain(error)
-
-    def rewrite(self, values: Iterable[Json]) -> None:
-        """Replace all there is."""
-        data = b"".join(to_bytes(value) + b"\n" for value in values)
-        try:
-            write_file(self.path, data)
+            if not self._broken:
+                self.log.warn(f"{self.path} cannot be written: {error.strerror}; going on without")
+            self._broken = True
             self.close()
-            self.size = self.base = len(data)
-        except OSError as error:
-            self._complain(error)
+
+    def compact(self) -> None:
+        """Replace all there is by what lasts. OSError."""
+        lines, elsewhere = self._lasting()
+        data = b"".join(to_bytes(line) + b"\n" for line in lines)
+        write_file(self.path, data)
+        self.close()
+        self._size, self._base = len(data), len(data) + elsewhere
 
     def close(self) -> None:
         """Give the descriptor back; a later write opens the file anew."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-    def _open(self) -> int:
-        handle = own_opener(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-        try:
-            self.size = os.fstat(handle).st_size
-            if self.size and os.pread(handle, 1, self.size - 1) != b"\n":
-                os.write(handle, b"\n")  # what a kill tore off must not spoil the next line
-        except OSError:
-            os.close(handle)
-            raise
-        return handle
-
-    def _complain(self, error: OSError) -> None:
-        if not self._broken:
-            self.log.warn(f"{self.path} cannot be written: {error.strerror}; going on without")
-        self._broken = True
-        self.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class Spool:
@@ -2102,28 +2064,22 @@ class Spool:
 
     def __init__(self, path: str, limit: int, log: Log,
                  bulk: Callable[[Json], int] = lambda item: 0) -> None:
-        self._journal = Journal(path, log)
+        self._journal = Journal(path, log, self._lasting)
         self._limit, self._bulk = limit, bulk
-        self._bytes = 0
         self.pending: Dict[int, Json] = {}
         self.mark: Json = None
         self.last = 0            # the newest key ever given
         self._batch: List[Json] = []
         for line in self._journal.read():
-            self._replay(line)
+            row = line if isinstance(line, dict) else {}
+            key, done = row.get("key", 0), row.get("done", 0)
+            if isinstance(key, int) and isinstance(done, int):
+                if "item" in row:
+                    self.pending[key] = row["item"]
+                self.pending.pop(done, None)
+                self.last = max(self.last, key)
+                self.mark = row.get("mark", self.mark)
         self._bytes = sum(map(bulk, self.pending.values()))
-
-    def _replay(self, line: Json) -> None:
-        if not isinstance(line, dict):
-            return
-        key, done = line.get("key", 0), line.get("done", 0)
-        if not isinstance(key, int) or not isinstance(done, int):
-            return
-        if "item" in line:
-            self.pending[key] = line["item"]
-        self.pending.pop(done, None)
-        self.last = max(self.last, key)
-        self.mark = line.get("mark", self.mark)
 
     def add(self, item: Json, mark: Json = None) -> int:
         """Queue an item, with the mark after it if its source has one; its key."""
@@ -2160,8 +2116,6 @@ class Spool:
         if self._batch:
             self._journal.write(self._batch)
         self._batch = []
-        if self._journal.grown():
-            self._compact()
 
     def close(self) -> None:
         """Flush, and give the descriptor back."""
@@ -2173,10 +2127,9 @@ class Spool:
             self.mark = line["mark"] = mark
         self._batch.append(line)
 
-    def _compact(self) -> None:
-        head = {"key": self.last, "mark": self.mark}
-        lines = [head, *({"key": key, "item": item} for key, item in self.pending.items())]
-        self._journal.rewrite(lines)
+    def _lasting(self) -> Tuple[List[Json], int]:
+        return [{"key": self.last, "mark": self.mark},
+                *({"key": key, "item": item} for key, item in self.pending.items())], 0
 
 
 class Ledger:
@@ -2188,15 +2141,26 @@ class Ledger:
 
     def __init__(self, path: str, journal_path: str, log: Log) -> None:
         self.path, self.log = path, log
-        self._journal = Journal(journal_path, log)
+        self._journal = Journal(journal_path, log, self._lasting)
         self.root: Row = read_json(path, log)
         self._changes: List[Json] = []
         for line in self._journal.read():
-            self._replay(line)
+            try:
+                for change in line:
+                    self.put(change[0], *change[1:])
+            except (TypeError, IndexError, KeyError, AttributeError):
+                log.warn(f"a line of {journal_path} is none of this program's: passed over")
+        self._changes = []
 
     def put(self, value: Json, *path: str) -> None:
         """Set the place that `path` leads to, making objects on the way; None removes it."""
-        self._set(value, path)
+        node = self.root
+        for step in path[:-1]:
+            node = node.setdefault(step, {})
+        if value is None:
+            node.pop(path[-1], None)
+        else:
+            node[path[-1]] = value
         self._changes.append([value, *path])
 
     def table(self, *path: str) -> Row:
@@ -2208,46 +2172,28 @@ class Ledger:
 
     def commit(self) -> None:
         """Let the changes survive."""
-        if not self._changes:
-            return
-        self._journal.write([self._changes])
-        self._changes = []
-        if self._journal.grown():
-            self.save()
+        if self._changes:
+            self._journal.write([self._changes])
+            self._changes = []
 
     def save(self) -> None:
         """Write everything into the one file and empty the journal."""
         try:
-            # Not sorted: the order of lists is the order in which things came.
-            text = json.dumps(self.root, ensure_ascii=False, separators=(",", ":"))
-            data = text.encode("utf-8", "replace")
-            write_file(self.path, data)
-            self._journal.rewrite([])
-            self._journal.base = len(data)
+            self._journal.compact()
         except OSError as error:
             self.log.warn(f"{self.path} cannot be written: {error.strerror}")
 
-    def _replay(self, line: Json) -> None:
-        try:
-            for change in line:
-                self._set(change[0], change[1:])
-        except (TypeError, IndexError, KeyError, AttributeError):
-            self.log.warn(f"a line of {self._journal.path} is none of this program's: passed over")
-
     def clear(self) -> None:
         """Forget everything."""
-        self.root = {}
-        self._changes = []
+        self.root, self._changes = {}, []
         self.save()
 
-    def _set(self, value: Json, path: Sequence[str]) -> None:
-        node = self.root
-        for step in path[:-1]:
-            node = node.setdefault(step, {})
-        if value is None:
-            node.pop(path[-1], None)
-        else:
-            node[path[-1]] = value
+    def _lasting(self) -> Tuple[List[Json], int]:
+        # Not sorted: the order of lists is the order in which things came.
+        text = json.dumps(self.root, ensure_ascii=False, separators=(",", ":"))
+        data = text.encode("utf-8", "replace")
+        write_file(self.path, data)
+        return [], len(data)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -9510,10 +9456,7 @@ class Papers:
                 if setting.token[0]}
 
     def _write(self, path: str, data: bytes) -> None:
-        try:
-            write_file(path, data)
-        except OSError as error:
-            self.log.warn(f"{path} cannot be written: {error.strerror}; going on without")
+        keep_file(path, data, self.log)
 
 
 class Roster:
@@ -13035,10 +12978,7 @@ class Controller:
         rows.update((name, child.row(child.alive() or self.supervisor.ending))
                     for name, child in self.supervisor.children.items()
                     if child.alive() or child.failed or child.state == "stop")
-        try:
-            write_file(self.settings.backend_path, to_bytes(rows))
-        except OSError as error:
-            self.log.warn(f"{self.settings.backend_path} cannot be written: {error.strerror}")
+        keep_file(self.settings.backend_path, to_bytes(rows), self.log)
 
     def event_of(self, child: Optional[Account], event: str, *params: Json) -> Row:
         """An event of ours about a client, with numbers where that client's own have them."""

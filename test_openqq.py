@@ -9532,19 +9532,21 @@ def test_client_that_never_comes_to_run_ends_with_its_controller(start):
 
 
 def test_full_disk_costs_no_descriptors(tmp_path):
-    path = put(tmp_path / "journal", '{"torn')
-    journal = openqq.Journal(path, Bench().log)
+    path, log = put(tmp_path / "spool", '{"torn'), Bench().log
+    spool = openqq.Spool(path, 100, log)
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path), former[1]))
     try:
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(5):
-            journal.write([1])
+            spool.add(1)
+            spool.flush()
         assert len(os.listdir("/proc/self/fd")) == before
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    journal.write([2])
-    assert list(journal.read()) == [2]
+    spool.add(2)
+    spool.close()
+    assert list(openqq.Spool(path, 100, log).pending.values()) == [2]
 
 
 # ------------------------------------------------------------------------------------------------
