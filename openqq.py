@@ -349,6 +349,14 @@ def read_text(data: bytes, charset: str = "") -> str:
                      f"in {charset}: write UTF-8 or GB18030")
 
 
+def typed_text(word: str) -> str:
+    """A word of the command line or the environment. ValueError.
+
+    Bytes that are not what Python takes the console to write stand in it as surrogates (PEP 383).
+    """
+    return read_text(os.fsencode(word)) if SURROGATES.search(word) else word
+
+
 def check_name(name: str) -> str:
     """An account's name as it came, or NotAllowed: names become file names (DESIGN)."""
     if not NAME.fullmatch(name):
@@ -978,12 +986,6 @@ def _hosts(text: str) -> List[str]:
     return found
 
 
-def _level(text: str) -> str:
-    if text not in LEVELS:
-        raise ValueError("must be one of " + " ".join(LEVELS))
-    return text
-
-
 def _encoding(text: str) -> str:
     """A codec for lines of any text: not idna or rot13, nor one that begins each with a mark."""
     line = "[x] 1\n"
@@ -1069,9 +1071,8 @@ class Setting:
         self.help, self.caller, self.secret = help, caller and whose != "controller", secret
         self.plugin, self.idle, self.between, self.token = plugin, idle, between, token
 
-    def parse(self, value: Json) -> Json:
-        """A value from a text, a number, a bool or a list; ValueError names the setting."""
-        text = self.text(value)
+    def parse(self, text: str) -> Json:
+        """The value that a text stands for; ValueError names the setting."""
         try:
             if len(text) > SETTING_LIMIT:
                 raise ValueError(f"must not be longer than {SETTING_LIMIT} letters")
@@ -1083,34 +1084,33 @@ class Setting:
             shown = "" if self.secret else f" {re.sub('//[^/@]*@', '//', text)[:100]!r}"
             raise ValueError(f"{self.name}{shown} {error}") from None
 
-    def split(self, url: str) -> Tuple[str, str]:
-        """A URL without the token that is its parameter, and that; empty if there is none."""
-        rest, mark, fragment = url.partition("#")
-        path, asks, query = rest.partition("?")
-        named = [(urllib.parse.unquote_plus(pair.partition("=")[0]).lower() == self.token[0], pair)
-                 for pair in query.split("&")]
-        kept = "&".join(pair for is_token, pair in named if not is_token)
-        tokens = [pair.partition("=")[2] for is_token, pair in named if is_token]
-        if not self.token[0] or not tokens:
-            return url, ""
-        return (path + (asks + kept if kept else "") + mark + fragment,
-                urllib.parse.unquote_plus(tokens[-1]))
-
     def text(self, value: Json) -> str:
-        """A text that parse() takes for the same value."""
+        """The text that parse() takes for a value, be it one from JSON or Python."""
+        if value is None:
+            return ""
         if isinstance(value, bool):
             value = int(value)
         return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
     def shown(self) -> str:
-        """The default as help and README show it."""
-        if self.default is None or self.default == "":
-            return ""
-        if isinstance(self.default, bool):
-            return str(int(self.default))
-        if isinstance(self.default, list):
-            return ",".join(self.default)
-        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+        """The default as help shows it."""
+        is_float = isinstance(self.default, float)
+        return f"{self.default:g}" if is_float else self.text(self.default)
+
+    def split(self, url: str) -> Tuple[str, str]:
+        """A URL without the token that is its parameter, and that; empty if there is none."""
+        rest, mark, fragment = url.partition("#")
+        path, asks, query = rest.partition("?")
+        kept, tokens = [], []
+        for pair in query.split("&"):
+            name, _, value = map(urllib.parse.unquote_plus, pair.partition("="))
+            if self.token[0] and name.lower() == self.token[0]:
+                tokens.append(value)
+            else:
+                kept.append(pair)
+        if not tokens:
+            return url, ""
+        return path + (asks + "&".join(kept) if kept else "") + mark + fragment, tokens[-1]
 
 
 def _idle(*names: str) -> List[Setting]:
@@ -1142,7 +1142,7 @@ SETTINGS = {setting.name: setting for setting in [
     Setting("tmpdir", "", _path, "both", "directory of all files: the system's for such"),
     Setting("log_path", "", _path, "both", "log file: none, the log goes to stderr"),
     Setting("log_encoding", "", _encoding, "both", "encoding of the log: utf-8"),
-    Setting("log_level", "info", _level, "both", " ".join(LEVELS)),
+    Setting("log_level", "info", _choice(*LEVELS), "both", " ".join(LEVELS)),
     Setting("log_head", None, _text, "both", "before each line: [wqc][PID] or [ACCOUNT][PID]"),
     Setting("log_console", False, _flag, "both", "log to stderr besides log_path"),
     Setting("disable_color", False, _flag, "both", "no colours on a terminal"),
@@ -1248,18 +1248,39 @@ NETWORKS = {"onebot_api": "onebot_"}
 UNKEPT = ("pwd", "token")        # the secrets that nothing remembers (DESIGN)
 
 
-def tokens_apart(given: Mapping[str, Json]) -> Row:
+def tokens_apart(given: Mapping[str, str]) -> Dict[str, str]:
     """Settings, by their own names, with each token that came within a URL where it belongs.
 
     So it is treated as the secret that it is. One that is given by itself is stronger.
     """
     found, tokens = dict(given), {}
-    for name, value in given.items():
-        if SETTINGS[name].token[0]:
-            found[name], token = SETTINGS[name].split(SETTINGS[name].text(value))
-            if token and not given.get(SETTINGS[name].token[1]):
-                tokens[SETTINGS[name].token[1]] = token
+    for name, text in given.items():
+        found[name], token = SETTINGS[name].split(text)
+        if token and not given.get(SETTINGS[name].token[1]):
+            tokens[SETTINGS[name].token[1]] = token
     return {**found, **tokens}
+
+
+def texts_of(given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
+             ) -> Dict[str, str]:
+    """What somebody gives, by the settings' own names, as texts that parse() takes.
+
+    All settings come this way: flags, keywords, callers' parameters, the accounts file and what
+    is resumed. `why_not(setting)` is what stands against one here, if anything; None is what is
+    no setting at all. ValueError for that, and for a bad value; an empty text is left as it is.
+    """
+    found = {}
+    for name, value in given.items():
+        setting = setting_named(name)
+        wrong = why_not(setting)
+        if wrong or setting is None:
+            raise ValueError(f"{name[:100]} {wrong}")
+        found[setting.name] = setting.text(value)
+    found = tokens_apart(found)
+    for name, text in found.items():
+        if text:
+            SETTINGS[name].parse(text)
+    return found
 
 
 def urls_of(name: str) -> List[str]:
@@ -1293,21 +1314,17 @@ class Settings:
 
     def __init__(self, whose: str, given: Mapping[str, Json], environ: Mapping[str, str],
                  prefix: str) -> None:
-        self._given: Row = {name: SETTINGS[name].parse(value)
-                            for name, value in from_environment(environ, prefix).items()
+        self._given: Row = {name: SETTINGS[name].parse(text)
+                            for name, text in from_environment(environ, prefix).items()
                             if SETTINGS[name].whose in (whose, "both")}
-        self._take(given, f"a setting of a {whose}", (whose, "both"))
+        self._take(given, lambda setting: "" if setting and setting.whose in (whose, "both")
+                   else f"is not a setting of a {whose}")
 
-    def _take(self, given: Mapping[str, Json], what: str, whose: Sequence[str]) -> None:
-        named = {}
-        for name, value in given.items():
-            setting = setting_named(name)
-            if setting is None or setting.whose not in whose:
-                raise ValueError(f"{name} is not {what}")
-            if value is not None:
-                named[setting.name] = value
-        for name, value in tokens_apart(named).items():
-            self._given[name] = SETTINGS[name].parse(value)
+    def _take(self, given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
+              ) -> None:
+        texts = texts_of({name: value for name, value in given.items() if value is not None},
+                         why_not)
+        self._given.update((name, SETTINGS[name].parse(text)) for name, text in texts.items())
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in SETTINGS:
@@ -1322,7 +1339,7 @@ class Settings:
         """A copy in which some are given anew; ValueError as above."""
         copy = Settings.__new__(Settings)
         copy._given = dict(self._given)
-        copy._take(given, "a setting", ("controller", "client", "both"))
+        copy._take(given, lambda setting: "" if setting else "is not a setting")
         return copy
 
     def fill(self, **values: Json) -> None:
@@ -1342,14 +1359,14 @@ def from_environment(environ: Mapping[str, str], prefix: str) -> Dict[str, str]:
 
     Names that are no setting are left to whom they belong; an empty value counts as none.
     """
-    found = {key[len(prefix):].lower(): read_text(os.fsencode(value))
-             if SURROGATES.search(value) else value  # as typed words are: a console may write GBK
-             for key, value in sorted(environ.items()) if key.startswith(prefix) and value}
-    plain = {name: value for name, value in found.items() if name in SETTINGS}
-    plugin = {setting.name: value for name, value in found.items()
-              for setting in [setting_named(name)] if setting and name != setting.name}
-    token = {"token": environ["OPENQQ_TOKEN"]} if environ.get("OPENQQ_TOKEN") else {}
-    return tokens_apart({**plain, **plugin, **token})
+    found = {}
+    for key in sorted(environ, key=lambda key: (key.startswith(prefix + "PLUGIN_"), key)):
+        setting = setting_named(key[len(prefix):].lower()) if key.startswith(prefix) else None
+        if setting and environ[key]:
+            found[setting.name] = typed_text(environ[key])
+    if environ.get("OPENQQ_TOKEN"):
+        found["token"] = environ["OPENQQ_TOKEN"]
+    return tokens_apart(found)
 
 
 def to_environment(values: Mapping[str, str], prefix: str, plugin: str) -> Dict[str, str]:
@@ -12640,20 +12657,12 @@ def check_params(params: Params) -> Dict[str, str]:
 
     An empty one is no value: it clears what is remembered.
     """
-    named = {}
-    for name, value in params.items():
-        setting = setting_named(name)
-        if setting is None or not setting.caller:
-            raise NotAllowed(f"{name[:100]} not allowed")
-        named[setting.name] = value
-    given: Dict[str, str] = tokens_apart(named)
-    for name, value in given.items():
-        try:
-            if value:
-                SETTINGS[name].parse(value)
-        except ValueError as error:
-            raise NotAllowed(f"{error}: not allowed") from None
-    return given
+    try:
+        return texts_of(params, lambda setting: "" if setting and setting.caller
+                        else "not allowed")
+    except ValueError as error:
+        why = str(error)
+        raise NotAllowed(why if why.endswith("not allowed") else why + ": not allowed") from None
 
 
 def check_paths(given: Mapping[str, str], tmpdir: str, own_files: str,
@@ -12700,17 +12709,15 @@ def account_settings(given: Json) -> Dict[str, str]:
     """The settings of one account, from any JSON scalars and lists; ValueError."""
     if not isinstance(given, dict):
         raise ValueError("its settings must be a JSON object")
-    texts = {}
-    for name, value in given.items():
-        setting = setting_named(name)
+
+    def why_not(setting: Optional[Setting]) -> str:
         if setting is None or setting.whose == "controller":
-            raise ValueError(f"{name} is not a setting of a client")
+            return "is not a setting of a client"
         if not setting.caller and (setting.whose == "both" or setting.name == "account"):
-            raise ValueError(f"{name} is the controller's to decide, for all its clients")
-        texts[setting.name] = "" if value is None else setting.text(value)
-        if texts[setting.name]:
-            setting.parse(value)
-    return tokens_apart(texts)
+            return "is the controller's to decide, for all its clients"
+        return ""
+
+    return texts_of(given, why_not)
 
 
 class Controller:
@@ -13269,17 +13276,6 @@ def help_text(whose: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def typed_word(word: str) -> str:
-    """A word of the command line as text; Refusal with exit status 2.
-
-    Bytes that are not what Python takes the console to write stand in it as surrogates (PEP 383).
-    """
-    try:
-        return read_text(os.fsencode(word)) if SURROGATES.search(word) else word
-    except ValueError:
-        raise Refusal("a word is neither UTF-8 nor GB18030", 2) from None
-
-
 def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
     """--setting value and --setting=value as settings; Refusal with exit status 2."""
     given: Dict[str, str] = {}
@@ -13295,8 +13291,11 @@ def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
             if not rest:
                 raise Refusal(f"{name} needs a value", 2)
             value = rest.pop(0)
-        given[setting.name] = typed_word(value)
-    return tokens_apart(given)
+        given[setting.name] = value
+    try:
+        return tokens_apart({name: typed_text(value) for name, value in given.items()})
+    except ValueError as error:
+        raise Refusal(f"a word is {error}", 2) from None
 
 
 # For glibc: one heap instead of one for each thread, and large buffers outside of it, so that
@@ -13822,7 +13821,11 @@ def parse_words(command: str, words: Sequence[str]) -> Tuple[List[str], Dict[str
 def run_command(command: str, words: Sequence[str]) -> int:
     """A command that calls a server's API; its exit status. Refusal."""
     try:
-        plain, flags = parse_words(command, [typed_word(word) for word in words])
+        try:
+            words = [typed_text(word) for word in words]
+        except ValueError as error:
+            raise Refusal(f"a word is {error}", 2) from None
+        plain, flags = parse_words(command, words)
         usage, least, most, _ = COMMANDS[command]
         if not least <= len(plain) <= most:
             raise Refusal(f"usage: python openqq.py {command} {usage}", 2)

@@ -5240,11 +5240,11 @@ def test_every_attribute_of_the_documented_new_is_taken(tower):
 SAMPLES = {"_flag": ("1", "maybe"), "_whole": ("7", "7.5"), "_port": ("65535", "65536"),
            "_number": ("0.5", "-1"), "_text": ("x y", "a\0b"), "_path": ("/tmp/x", "a\0b"),
            "_words": ("a, b", "a\0b"), "_hosts": ("a.example, b", "*.example"),
-           "_level": ("fatal", "loud"), "_encoding": ("gbk", "klingon"),
+           "_encoding": ("gbk", "klingon"),
            "_url": ("http://h/a?b=1", "gopher://h/"),
            "_bridge_url": ("wss://h:3001/", "ftp://h/")}
-CHOICES = {"flavor": "qq", "restart": "never", "login_type": "login", "mode": "busy",
-           "onebot_login": "llbot"}
+CHOICES = {"flavor": "qq", "log_level": "fatal", "restart": "never", "login_type": "login",
+           "mode": "busy", "onebot_login": "llbot"}
 
 
 def sample(setting):
@@ -5324,8 +5324,8 @@ ODD_ENCODINGS = ["idna", "punycode", "undefined", "rot13", "rot_13", "base64", "
 ODD_FLAGS = ["2", "-1", "01", "maybe", "TRUE", "Yes", "oN", "no", " 1", "１", "²", "null", "None",
              "0.0", "1.0", "f", "t", "真", "\0", LONG, "[]"]
 ODD = {"_flag": ODD_FLAGS, "_whole": ODD_NUMBERS, "_number": ODD_NUMBERS, "_port": ODD_NUMBERS,
-       "_text": ODD_TEXTS, "_words": ODD_TEXTS, "_level": ODD_TEXTS + ["INFO", "info "],
-       "_encoding": ODD_ENCODINGS, "_path": ODD_PATHS, "choose": ODD_TEXTS + ["QRLOGIN", "Online"],
+       "_text": ODD_TEXTS, "_words": ODD_TEXTS, "_encoding": ODD_ENCODINGS, "_path": ODD_PATHS,
+       "choose": ODD_TEXTS + ["INFO", "info ", "QRLOGIN", "Online"],
        "_url": [url.replace("{s}", "http").replace("{S}", "HTTPS") for url in ODD_URLS],
        "_bridge_url": [url.replace("{s}", scheme).replace("{S}", scheme.upper())
                        for scheme in ("ws", "http") for url in ODD_URLS]}
