@@ -81,7 +81,7 @@ VERSION = "1.0.0"
 TYPE_CHECKING = False  # so that no process pays for the import of typing
 if TYPE_CHECKING:
     from typing import (IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping,
-                        Optional, Sequence, Set, Tuple, Type)
+                        NoReturn, Optional, Sequence, Set, Tuple, Type)
     Address = Tuple[str, int]
     Json = Any                   # what the json module reads and writes
     Row = Dict[str, Any]         # a JSON object
@@ -13263,45 +13263,76 @@ def request_echo(request: Request) -> Row:
 # 15. Command line
 # ------------------------------------------------------------------------------------------------
 
+class Parser(argparse.ArgumentParser):
+    """argparse that refuses on one line, with exit status 2. A flag begins with two dashes."""
+
+    def __init__(self, stranger: str) -> None:
+        super().__init__(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS,
+                         argument_default=argparse.SUPPRESS,
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 40, 999))
+        self._stranger = stranger  # what is said of a word that it does not know
+
+    def error(self, message: str) -> NoReturn:
+        """A flag without its value, above all."""
+        raise Refusal(re.sub(r"argument ([^/:]+).*: expected one argument", r"\1 needs a value; "
+                             r"one that begins with -- is given as \1=VALUE", message), 2)
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        return super()._parse_optional(arg_string) if arg_string.startswith("--") else None
+
+    def read(self, words: Sequence[str]) -> Row:
+        """What the words say, those without a flag under `words`. Refusal."""
+        try:
+            found, strange = self.parse_known_intermixed_args(list(map(typed_text, words)))
+        except ValueError as error:
+            raise Refusal(f"a word is {error}", 2) from None
+        if strange:
+            raise Refusal(f"{strange[0].partition('=')[0]} {self._stranger}", 2)
+        return vars(found)
+
+
+def settings_parser(whose: str) -> Parser:
+    """All settings of a controller or client: each is a flag, under all of its names."""
+    parser = Parser(f"is not a setting of a {whose}; "
+                    f"python openqq.py {whose} --help shows them")
+    for setting in SETTINGS.values():
+        if setting.whose in (whose, "both"):
+            default = f" [{setting.shown()}]" if setting.shown() else ""
+            text = argparse.SUPPRESS if setting.idle else setting.help + default
+            plugins = [f"plugin_{name}_" for name in ("openqq", "openwx") if setting.plugin]
+            for name in setting.name, *[plugin + setting.name for plugin in plugins]:
+                for flag in dict.fromkeys(("--" + name.replace("_", "-"), "--" + name)):
+                    parser.add_argument(flag, dest=setting.name, metavar="VALUE", help=text)
+                    text = argparse.SUPPRESS  # but for the first one
+    return parser
+
+
 def help_text(whose: str) -> str:
     """All settings of a controller or client, as --help shows them."""
-    lines = [f"usage: python openqq.py {whose} [--setting value …]", "",
-             "Each setting takes a value; booleans are 0 and 1, lists have commas. In the",
-             "environment a setting is MOJO_WEBQQ_ and its name in capitals.", ""]
-    for setting in SETTINGS.values():
-        if setting.whose in (whose, "both") and not setting.idle:
-            default = f" [{setting.shown()}]" if setting.shown() else ""
-            flag = "--" + setting.name.replace("_", "-")
-            lines.append(f"  {flag:27} {setting.help}{default}")
-    return "\n".join(lines) + "\n"
+    return (f"usage: python openqq.py {whose} [--setting value …]\n\n"
+            "Each setting takes a value; booleans are 0 and 1, lists have commas. In the\n"
+            "environment a setting is MOJO_WEBQQ_ and its name in capitals.\n\n"
+            + settings_parser(whose).format_help().partition("\n")[2])
 
 
 def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
     """--setting value and --setting=value as settings; Refusal with exit status 2."""
-    given: Dict[str, str] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        setting = setting_named(name[2:]) if name.startswith("--") else None
-        if setting is None or setting.whose not in (whose, "both"):
-            raise Refusal(f"{name} is not a setting of a {whose}; "
-                          f"python openqq.py {whose} --help shows them", 2)
-        if not equals:
-            if not rest:
-                raise Refusal(f"{name} needs a value", 2)
-            value = rest.pop(0)
-        given[setting.name] = value
-    try:
-        return tokens_apart({name: typed_text(value) for name, value in given.items()})
-    except ValueError as error:
-        raise Refusal(f"a word is {error}", 2) from None
+    return tokens_apart(settings_parser(whose).read(words))
 
 
 # For glibc: one heap instead of one for each thread, and large buffers outside of it, so that
 # they go back to the system; else what a burst of callers needed is kept for good.
 FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
           "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
+def begin_again(title: str, words: Sequence[str], **environment: str) -> NoReturn:
+    """Run this file once more, as a process that is called `title`; it reads UTF-8 whatever we
+    read. What is in the environment cannot be seen by other users, as words can."""
+    spelt: Dict[str, Any] = {name: value.encode("utf-8", "surrogateescape")
+                             for name, value in environment.items()}
+    os.execve(sys.executable, [word.encode("utf-8", "surrogateescape") for word in (title, *words)],
+              {**os.environ, **spelt})
 
 
 def rename_process(whose: str, given: Dict[str, str]) -> Type[Flavour]:
@@ -13319,18 +13350,13 @@ def rename_process(whose: str, given: Dict[str, str]) -> Type[Flavour]:
     name = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
     hidden = {setting: value for setting, value in given.items() if SETTINGS[setting].secret}
     flags = [f"--{setting}={value}" for setting, value in given.items() if setting not in hidden]
-    environment: Dict[str, Any] = {
-        **FRUGAL, **os.environ, "OPENQQ_PYTHON": sys.executable,
-        **{flavour.environ + setting.upper(): utf8(value)[0] for setting, value in hidden.items()}}
+    environment = {name: value for name, value in FRUGAL.items() if name not in os.environ}
+    environment.update((flavour.environ + setting.upper(), value)
+                       for setting, value in hidden.items())
     if "token" in hidden:
-        environment["OPENQQ_TOKEN"] = utf8(hidden["token"])[0]
-    title = os.path.join(os.path.dirname(sys.executable), name.replace("/", "_"))
-    os.execve(sys.executable, utf8(title, "-S", *python_words(whose, *flags)), environment)
-
-
-def utf8(*words: str) -> List[bytes]:
-    """Words for this file run once more (python_words): it reads UTF-8, whatever we read."""
-    return [word.encode("utf-8", "surrogateescape") for word in words]
+        environment["OPENQQ_TOKEN"] = hidden["token"]
+    begin_again(os.path.join(os.path.dirname(sys.executable), name.replace("/", "_")),
+                ["-S", *python_words(whose, *flags)], OPENQQ_PYTHON=sys.executable, **environment)
 
 
 def run_server(whose: str, given: Dict[str, str]) -> int:
@@ -13405,148 +13431,29 @@ def run_template() -> int:
 
 # -- the commands that call a server's API
 
-class Said:
-    """What a server answered: `value` is its JSON, None if it is none; `good` unless it said no."""
-
-    def __init__(self, reply: Reply) -> None:
-        if reply.kind == "text/event-stream":
-            raise Refusal("that is a stream without an end; the command events reads it", 2)
-        self.status, self.kind, self.body = reply.status, reply.kind, reply.read(1 << 30)
-        try:
-            self.value = from_bytes(self.body) if self.kind == "application/json" else None
-        except ValueError:
-            self.value = None
-        self._row = self.value if isinstance(self.value, dict) else {}
-        self.good = self.status < 300 and self.code == 0
-
-    @property
-    def code(self) -> int:
-        """The answer's own code; 0 where it has none."""
-        code = self._row.get("code")
-        return code if isinstance(code, int) else 0
-
-    @property
-    def row(self) -> Row:
-        """The JSON object that it is; Refusal with exit status 3 for what only some other server
-        can have said."""
-        if not isinstance(self.value, dict):
-            raise Refusal("what answers at that URL does not speak this API", 3)
-        return self.value
-
-    def refusal(self) -> Refusal:
-        """Why it is no good: exit status 3 when a proxy found nobody, else 1."""
-        if self.value is None and self.status in (502, 503, 504):
-            return Refusal(f"nobody behind that URL: HTTP {self.status}", 3)
-        text = str(self._row.get("status") or self._row.get("reply_status") or "no")
-        if "state" in self._row:
-            text += f", it is {self._row['state']}"
-        if not self._row:  # a client alone says so in plain text
-            text = f"HTTP {self.status} " + self.body[:60].decode("utf-8", "replace")
-        return Refusal(f"{text} (code {self.code})" if self._row else text.strip())
-
-
-class Remote:
-    """The API of a server somewhere, as a command calls it."""
-
-    # What only reads is asked for with GET; all else is posted, so that no log keeps it.
-    READS = re.compile(r"(?:/open(?:qq|wx)/)?(?:get_|check_client|openapi|events)|"
-                       r"/local/(?:world|scan)|/healthz|/metrics|/$")
-
-    def __init__(self, url: str, token: str = "") -> None:
-        try:
-            origin_of(url)
-        except ValueError as error:
-            raise Refusal(f"--url: {error}; it looks like http://127.0.0.1:4000", 2) from None
-        self.url = url.rstrip("/")
-        self._fields = {"Authorization": bearer(token)} if token else {}
-
-    def ask(self, api: str, params: Mapping[str, str]) -> Said:
-        """Call an API; Refusal with exit status 3 if nobody answers.
-
-        `client` is always in the query, where a proxy before many controllers looks for it.
-        """
-        reads, rest = self.READS.match(api) is not None, dict(params)
-        query = rest if reads else {name: rest.pop(name) for name in ("client",) if name in rest}
-        url = self.url + (api if api.startswith("/") else "/openqq/" + api)
-        body = None if reads else urllib.parse.urlencode(rest).encode()
-        kind = {} if reads else {"Content-Type": "application/x-www-form-urlencoded"}
-        try:
-            return Said(fetch(url + ("?" + urllib.parse.urlencode(query) if query else ""),
-                              "GET" if reads else "POST", {**self._fields, **kind}, body,
-                              PROXY_SECONDS + KILL_SECONDS, repeat=reads))
-        except Unreachable as error:
-            raise Refusal(f"{self.url} is not reachable: {error.status}; does a controller run "
-                          "there, or is --url another one?", 3) from None
-
-    def follow(self, name: str) -> Iterator[Row]:
-        """The events that are kept, then new ones as they come; of one account, or of all.
-
-        Refusal when there are no more: with exit status 3 if the connection broke.
-        """
-        params = {"since": "0", **({"client": name} if name else {})}
-        events = ServerSent()
-        try:
-            reply = fetch(f"{self.url}/openqq/events?{urllib.parse.urlencode(params)}", "GET",
-                          self._fields, None, PROXY_SECONDS, repeat=True)
-            if reply.kind != "text/event-stream":
-                raise Said(reply).refusal()
-            for piece in reply.pieces(PROXY_SECONDS):
-                for data in events.feed(piece):
-                    yield {**({"client": name} if name else {}), **from_bytes(data)}
-        except Unreachable as error:
-            raise Refusal(f"{self.url} is not reachable: {error.status}", 3) from None
-        raise Refusal("the stream of events has ended")
-
-
-def printable(text: str) -> str:
+def printable(text: str, is_json: bool = False) -> str:
     """Text that does nothing to a terminal: names and messages come from anybody.
 
-    Controls, and what only steers the display, are spelt as Python does; blanks become blanks.
+    Controls, and what only steers the display, are spelt as Python does, or if the text is JSON
+    as JSON does; blanks of any kind become blanks, except in JSON.
     """
-    if text.isprintable():
-        return text
-    return "".join(
-        sign if sign.isprintable() or sign == "\u200d" else
-        " " if sign.isspace() and sign not in "\t\n\r" else
-        sign.encode("unicode_escape").decode() for sign in text)
+    def spelt(sign: str) -> str:
+        if sign.isprintable() or sign == ("\n" if is_json else "\u200d"):
+            return sign
+        if is_json:
+            return json.dumps(sign)[1:-1]
+        if sign.isspace() and sign not in "\t\n\r":
+            return " "
+        return sign.encode("unicode_escape").decode()
 
-
-def printable_json(text: str) -> str:
-    """JSON that does nothing to a terminal, and still is the same JSON."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else json.dumps(sign)[1:-1]
-                   for sign in text)
+    return text if text.isprintable() else "".join(map(spelt, text))
 
 
 def text_width(text: str) -> int:
     """How many columns a terminal needs for a text: two for a Chinese letter."""
-    import unicodedata
+    import unicodedata  # 1 MiB that no server needs
     return sum(0 if unicodedata.category(sign) in ("Mn", "Me", "Cf") else
                2 if unicodedata.east_asian_width(sign) in ("W", "F") else 1 for sign in text)
-
-
-def padded(text: str, width: int) -> str:
-    """A text in a column of a table."""
-    return text + " " * (width - text_width(text))
-
-
-def cut(text: str, width: int) -> str:
-    """As much of a text as fits, with … for the rest."""
-    if text_width(text) <= width:
-        return text
-    while text and text_width(text) >= width:
-        text = text[:-1]
-    return text + "…"
-
-
-def lasting(seconds: float) -> str:
-    """A duration in two words at most: 3d 4h, 12m 5s."""
-    parts: List[str] = []
-    left = max(0, int(seconds))
-    for size, unit in (86_400, "d"), (3600, "h"), (60, "m"), (1, "s"):
-        if left >= size or (unit == "s" and not parts):
-            parts.append(f"{left // size}{unit}")
-        left %= size
-    return " ".join(parts[:2])
 
 
 class Screen:
@@ -13559,9 +13466,8 @@ class Screen:
         self.is_terminal = self._out.isatty()
         self.can_move = self.is_terminal and os.environ.get("TERM", "dumb") != "dumb"
         self._colored = self.can_move and not os.environ.get("NO_COLOR")
-        reconfigure = getattr(self._out, "reconfigure", None)
-        if reconfigure:
-            reconfigure(errors="backslashreplace")
+        if hasattr(self._out, "reconfigure"):
+            self._out.reconfigure(errors="backslashreplace")
 
     def put(self, text: str) -> None:
         """Write lines, at once."""
@@ -13570,13 +13476,13 @@ class Screen:
 
     def put_raw(self, said: Said) -> None:
         """Write what came, byte for byte, unless it would play with a terminal."""
-        if self.is_terminal and said.kind == "application/json":
-            return self.put(printable_json(said.body.decode("utf-8", "replace")))
+        is_json = said.kind == "application/json"
+        if self.is_terminal and is_json:
+            return self.put(printable(said.body.decode("utf-8", "replace"), True))
         if self.is_terminal:
             raise Refusal(f"{len(said.body)} bytes of {said.kind or 'nothing'}: "
                           "not for a terminal, write them to a file")
-        self._out.flush()
-        self._out.buffer.write(said.body + (b"\n" if said.kind == "application/json" else b""))
+        self._out.buffer.write(said.body + (b"\n" if is_json else b""))
         self._out.buffer.flush()
 
     def color(self, text: str, code: str) -> str:
@@ -13591,11 +13497,17 @@ class Screen:
         filled = [place for place, cells in enumerate(zip(*rows)) if any(cells[1:])]
         rows = [[printable(row[place]) for place in filled] for row in rows]
         widths = [max(map(text_width, column)) for column in zip(*rows)]
-        room = os.get_terminal_size(self._out.fileno()).columns if self.is_terminal else 0
+        columns = os.get_terminal_size(self._out.fileno()).columns if self.is_terminal else 0
+        room = columns - sum(widths[:-1]) - 2 * len(widths)  # for the last column
         lines = []
         for place, row in enumerate(rows):
-            last = cut(row[-1], room - sum(widths[:-1]) - 2 * len(widths)) if room else row[-1]
-            cells = [padded(cell, width) for cell, width in zip(row[:-1], widths)] + [last]
+            last = row[-1]
+            if columns and text_width(last) > room:
+                while last and text_width(last) >= room:
+                    last = last[:-1]
+                last += "…"
+            cells = [cell + " " * (width - text_width(cell))
+                     for cell, width in zip(row[:-1], widths)] + [last]
             cells[1] = self.color(cells[1], self.STATES.get(row[1], "33") if place else "")
             line = "  ".join(cells).rstrip()
             lines.append(line if place else self.color(line, "1"))
@@ -13605,19 +13517,22 @@ class Screen:
         """A QR code; without colours light is what is written, as on a dark screen."""
         text = qr_text(matrix)
         if not self._colored:
-            text = re.sub("\x1b\\[[0-9;]*m", "", text).translate(
-                str.maketrans(" ▀▄█", "█▄▀ "))
+            text = re.sub("\x1b\\[[0-9;]*m", "", text).translate(str.maketrans(" ▀▄█", "█▄▀ "))
         return text.rstrip("\n")
 
 
 def account_cells(row: Row) -> List[str]:
-    """A line of the table of accounts, of what check_client says of one."""
+    """A line of the table of accounts, out of what check_client says of one."""
     state = "failed" if row.get("failed") else str(row.get("state") or "")
+    since, up = str(row.get("start_time") or ""), ""
     alive = state not in ("stop", "failed")
-    since = str(row.get("start_time") or "")
+    if alive and since.isdigit():
+        seconds = max(0, int(time.time() - int(since)))
+        parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "m"),
+                 (seconds % 60, "s")]
+        up = " ".join([f"{count}{unit}" for count, unit in parts if count][:2]) or "0s"
     return [str(row.get("account") or ""), state, str(row.get("port") or ""),
-            str(row.get("pid") or "") if alive else "",
-            lasting(time.time() - int(since)) if alive and since.isdigit() else "",
+            str(row.get("pid") or "") if alive else "", up,
             str(row.get("restarts") or ""), str(row.get("error") or "")]
 
 
@@ -13627,7 +13542,11 @@ def event_line(event: Row, screen: Screen) -> str:
     clock = time.strftime("%H:%M:%S ", time.localtime(int(when))) if when.isdigit() else ""
     head = clock + str(event.get("client") or "")  # a client alone has but one account
     if event.get("post_type") == "event":
-        words = [str(event.get("event"))] + [_short(param) for param in event.get("params") or []]
+        words = [str(event.get("event"))]
+        for param in event.get("params") or []:
+            if isinstance(param, dict):
+                param = param.get("displayname") or param.get("name") or param.get("id")
+            words.append(str(param)[:60])
         return screen.color(printable(f"{head} · {' '.join(words)}"), "36")
     place = event.get("group") or event.get("discuss")
     if event.get("class") == "send":
@@ -13638,72 +13557,117 @@ def event_line(event: Row, screen: Screen) -> str:
     return printable(f"{head} ← {event.get('sender')}{where}: {event.get('content')}")
 
 
-def _short(param: Json) -> str:
-    """A param of an event in a word or two."""
-    if isinstance(param, dict):
-        param = param.get("displayname") or param.get("name") or param.get("id")
-    return str(param)[:60]
+class Said:
+    """What a server answered: `value` is its JSON, None if it is none, `row` that if it is an
+    object; `code` the answer's own; `good` unless it said no."""
+
+    def __init__(self, reply: Reply) -> None:
+        if reply.kind == "text/event-stream":
+            raise Refusal("that is a stream without an end; the command events reads it", 2)
+        self.status, self.kind, self.body = reply.status, reply.kind, reply.read(1 << 30)
+        try:
+            self.value = from_bytes(self.body) if self.kind == "application/json" else None
+        except ValueError:
+            self.value = None
+        self.row: Row = self.value if isinstance(self.value, dict) else {}
+        self.code = self.row["code"] if isinstance(self.row.get("code"), int) else 0
+        self.good = self.status < 300 and self.code == 0
+
+    def refusal(self) -> Refusal:
+        """Why it is no good: exit status 3 when a proxy found nobody, else 1."""
+        if self.value is None and self.status in (502, 503, 504):
+            return Refusal(f"nobody behind that URL: HTTP {self.status}", 3)
+        if not self.row:  # a client alone says so in plain text
+            text = self.body[:60].decode("utf-8", "replace")
+            return Refusal(f"HTTP {self.status} {text}".strip())
+        text = str(self.row.get("status") or self.row.get("reply_status") or "no")
+        if "state" in self.row:
+            text += f", it is {self.row['state']}"
+        return Refusal(f"{text} (code {self.code})")
 
 
 class Terminal:
-    """The commands, each a method of its name, given the words behind it. COMMANDS lists them."""
+    """The commands, each a method of its name, given the words behind it. COMMANDS lists them.
+    Refusal for what goes wrong, Unreachable where nobody answers."""
 
     WATCH_SECONDS = 1.0
+    # What only reads is asked for with GET; all else is posted, so that no log keeps it.
+    READS = re.compile(r"(?:/open(?:qq|wx)/)?(?:get_|check_client|openapi|events)|"
+                       r"/local/(?:world|scan)|/healthz|/metrics|/$")
 
-    def __init__(self, flags: Mapping[str, str]) -> None:
-        url = flags.get("url") or os.environ.get("OPENQQ_URL") or f"http://127.0.0.1:{QQ.port}"
-        self._remote = Remote(url, flags.get("token") or os.environ.get("OPENQQ_TOKEN", ""))
-        self._json, self._watch = "json" in flags, "watch" in flags
+    def __init__(self, url: str, token: str, is_raw: bool, watch: bool) -> None:
+        try:
+            origin_of(url)
+        except ValueError as error:
+            raise Refusal(f"--url: {error}; it looks like http://127.0.0.1:4000", 2) from None
+        self._url, self._is_raw, self._watch = url.rstrip("/"), is_raw, watch
+        self._fields = {"Authorization": bearer(token)} if token else {}
         self._screen = Screen()
 
-    def _ask(self, api: str, **params: str) -> Said:
-        """Call an API, and print what came if that is wanted; Refusal if it says no."""
-        return self._finish(self._remote.ask(api, params))
+    def _open(self, api: str, params: Mapping[str, str]) -> Reply:
+        """Call an API. `client` is always in the query: a proxy before many looks for it there."""
+        url = self._url + (api if api.startswith("/") else "/openqq/" + api)
+        reads, fields, body = self.READS.match(api) is not None, dict(self._fields), None
+        query = {name: value for name, value in params.items() if reads or name == "client"}
+        if not reads:
+            fields["Content-Type"] = "application/x-www-form-urlencoded"
+            body = urllib.parse.urlencode(
+                {name: value for name, value in params.items() if name not in query}).encode()
+        return fetch(url + ("?" + urllib.parse.urlencode(query) if query else ""),
+                     "GET" if reads else "POST", fields, body, PROXY_SECONDS + KILL_SECONDS,
+                     repeat=reads)
 
-    def _finish(self, said: Said) -> Said:
-        if self._json:
+    def _ask(self, api: str, **params: str) -> Said:
+        return Said(self._open(api, params))
+
+    def _finish(self, said: Said, is_json: bool = True) -> bool:
+        """Print what came, if that is all that is wanted: else it is to be shown. Refusal if it
+        says no, or if it is not what only a server of ours can have said."""
+        if self._is_raw:
             self._screen.put_raw(said)
         if not said.good:
             raise said.refusal()
-        return said
+        if is_json and not self._is_raw and not said.row:
+            raise Refusal("what answers at that URL does not speak this API", 3)
+        return not self._is_raw
+
+    def _say(self, said: Said, *names: str) -> None:
+        """An answer's status, and those of its members that are of interest."""
+        if self._finish(said):
+            words = [f"{name} {said.row[name]}" for name in names if name in said.row]
+            self._screen.put(printable(", ".join([str(said.row.get("status")), *words])))
 
     def _check_account(self, name: str) -> None:
         """Refusal where there is no such account: with these calls a client alone does not look
         at `client`, so that it serves bots which name it as they please."""
-        said = self._remote.ask("check_client", {"client": name})
+        said = self._ask("check_client", client=name)
         if said.code == ClientMissing.code:
             self._finish(said)
 
-    def _say(self, said: Said, *names: str) -> None:
-        """An answer's status, and those of its members that are of interest."""
-        row = said.row
-        words = [str(row.get("status"))] + [f"{name} {row[name]}" for name in names if name in row]
-        if not self._json:
-            self._screen.put(printable(", ".join(words)))
-
-    def status(self, name: str = "") -> None:
+    def status(self, *names: str) -> None:
         """A table of the accounts; with --watch again and again, whatever becomes of them."""
-        self._show_accounts(name)
+        self._show_accounts(*names)
         while self._watch:
             time.sleep(self.WATCH_SECONDS)  # nothing tells of states but asking for them
             try:
-                self._show_accounts(name)
-            except Refusal as refusal:
-                print(f"openqq: {printable(refusal.status)}", file=sys.stderr)
+                self._show_accounts(*names)
+            except (Refusal, Unreachable) as error:
+                print(f"openqq: {printable(error.status)}", file=sys.stderr)
 
-    def _show_accounts(self, name: str) -> None:
-        said = self._ask("check_client", **({"client": name} if name else {}))
-        if self._json:
-            return
-        rows = [account_cells(row) for row in rows_of(said.row.get("client"))]
-        text = self._screen.table([["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"],
-                                   *rows]) if rows else "no accounts; start NAME makes one"
-        clear = "\x1b[H\x1b[J" if self._watch and self._screen.can_move else ""
-        self._screen.put(clear + text)
+    def _show_accounts(self, *names: str) -> None:
+        said = self._ask("check_client", **{"client": name for name in names})
+        if self._finish(said):
+            rows = [account_cells(row) for row in rows_of(said.row.get("client"))]
+            text = self._screen.table([
+                ["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"],
+                *rows]) if rows else "no accounts; start NAME makes one"
+            clear = "\x1b[H\x1b[J" if self._watch and self._screen.can_move else ""
+            self._screen.put(clear + text)
 
     def start(self, name: str, *settings: str) -> None:
         """Start an account with settings of its own."""
-        self._say(self._ask("start_client", **parse_pairs(settings), client=name), "pid", "port")
+        self._say(self._ask("start_client", **{**parse_pairs(settings), "client": name}),
+                  "pid", "port")
 
     def stop(self, name: str) -> None:
         """Stop an account."""
@@ -13716,16 +13680,14 @@ class Terminal:
         that scripts keep and logs show.
         """
         self._check_account(name)
-        said = self._remote.ask("get_qrcode", {"client": name})
+        said = self._ask("get_qrcode", client=name)
         if said.status == 404:
             raise Refusal(f"{name} has no QR code to scan; status says what it does")
-        self._finish(said)
-        if self._json:
-            return
-        try:
-            self._screen.put(self._screen.drawing(qr_unpng(said.body)))
-        except ValueError as error:
-            raise Refusal(f"the picture cannot be read: {error}") from None
+        if self._finish(said, False):
+            try:
+                self._screen.put(self._screen.drawing(qr_unpng(said.body)))
+            except ValueError as error:
+                raise Refusal(f"the picture cannot be read: {error}") from None
 
     def send(self, name: str, kind: str, who: str, text: str) -> None:
         """Send a message to whom the API finds, by uid, by id or by name."""
@@ -13733,29 +13695,34 @@ class Terminal:
             raise Refusal(f"{kind!r} is not friend, group or discuss", 2)
         self._check_account(name)
         for key in "uid", "id", "name", "displayname":
-            said = self._remote.ask(f"send_{kind}_message",
-                                    {"client": name, key: who, "content": text})
+            said = self._ask(f"send_{kind}_message",
+                             **{"client": name, key: who, "content": text})
             if said.code not in (100, 101, 102):
                 break
-        self._say(self._finish(said), "id")
+        self._say(said, "id")
 
     def events(self, *names: str) -> None:
         """Events as they come, those that are kept first; of one account or of all."""
-        for event in self._remote.follow("".join(names)):
-            if not self._json:
-                self._screen.put(event_line(event, self._screen))
-            else:
-                text = to_bytes(event).decode()
-                self._screen.put(printable_json(text) if self._screen.is_terminal else text)
+        client = {"client": name for name in names}
+        reply, events = self._open("events", {"since": "0", **client}), ServerSent()
+        if reply.kind != "text/event-stream":
+            raise Said(reply).refusal()
+        for piece in reply.pieces(PROXY_SECONDS):
+            for data in events.feed(piece):
+                event = {**client, **from_bytes(data)}
+                text = to_bytes(event).decode() if self._is_raw else event_line(event, self._screen)
+                is_seen = self._is_raw and self._screen.is_terminal
+                self._screen.put(printable(text, True) if is_seen else text)
+        raise Refusal("the stream of events has ended")
 
     def call(self, api: str, *pairs: str) -> None:
         """Any call of the API; its answer is laid out, unless --json wants it as it came."""
         said = self._ask(api, **parse_pairs(pairs))
-        if self._json:
-            return
-        if said.value is None:
-            return self._screen.put_raw(said)
-        self._screen.put(printable_json(json.dumps(said.value, ensure_ascii=False, indent=2)))
+        if self._finish(said, False):
+            if said.value is None:
+                return self._screen.put_raw(said)
+            text = json.dumps(said.value, ensure_ascii=False, indent=2)
+            self._screen.put(printable(text, True))
 
 
 def parse_pairs(words: Sequence[str]) -> Dict[str, str]:
@@ -13794,46 +13761,30 @@ Exit status: 0, 1 when the API says no, 2 for a wrong call, 3 when nobody answer
 """
 
 
-def parse_words(command: str, words: Sequence[str]) -> Tuple[List[str], Dict[str, str]]:
-    """The words behind a command, and the flags among them; Refusal with exit status 2."""
-    plain: List[str] = []
-    flags: Dict[str, str] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if word == "--":
-            plain, rest = plain + rest, []
-        elif name in ("--url", "--token"):
-            if not equals and not rest:
-                raise Refusal(f"{name} needs a value", 2)
-            flags[name[2:]] = value if equals else rest.pop(0)
-        elif word == "--json" or (word == "--watch" and command == "status"):
-            flags[word[2:]] = "1"
-        elif word.startswith("--"):
-            raise Refusal(f"{word} is not a flag of {command}; a text that begins so stands "
-                          "behind --", 2)
-        else:
-            plain.append(word)
-    return plain, flags
-
-
 def run_command(command: str, words: Sequence[str]) -> int:
     """A command that calls a server's API; its exit status. Refusal."""
+    usage, least, most, _ = COMMANDS[command]
+    parser = Parser(f"is not a flag of {command}; a text that begins so stands behind --")
+    parser.add_argument("words", nargs="*", default=[])
+    for flag in "--url", "--token":
+        parser.add_argument(flag)
+    for flag in ["--json", "--watch"][:1 + (command == "status")]:
+        parser.add_argument(flag, action="store_true")
+    url = os.environ.get("OPENQQ_URL") or f"http://127.0.0.1:{QQ.port}"
     try:
-        try:
-            words = [typed_text(word) for word in words]
-        except ValueError as error:
-            raise Refusal(f"a word is {error}", 2) from None
-        plain, flags = parse_words(command, words)
-        usage, least, most, _ = COMMANDS[command]
+        flags = parser.read(words)
+        plain, url = flags.pop("words"), flags.get("url") or url
         if not least <= len(plain) <= most:
             raise Refusal(f"usage: python openqq.py {command} {usage}", 2)
-        if "token" in flags and sys.executable:
-            hide_token(flags.pop("token"), [command, *(
-                f"--url={value}" if name == "url" else "--" + name
-                for name, value in flags.items()), "--", *plain])
-        getattr(Terminal(flags), command)(*plain)
+        if "token" in flags and sys.executable:  # ps would show it to everybody
+            again = [f"--url={url}", *(f"--{name}" for name in ("json", "watch") if name in flags)]
+            begin_again(sys.executable, python_words(command, *again, "--", *plain),
+                        OPENQQ_TOKEN=flags["token"])
+        token = flags.get("token") or os.environ.get("OPENQQ_TOKEN", "")
+        getattr(Terminal(url, token, "json" in flags, "watch" in flags), command)(*plain)
+    except Unreachable as error:
+        raise Refusal(printable(f"{url} is not reachable: {error.status}; does a controller run "
+                                "there, or is --url another one?"), 3) from None
     except Refusal as refusal:  # it tells what others said
         raise Refusal(printable(refusal.status), refusal.exit) from None
     except KeyboardInterrupt:
@@ -13841,13 +13792,13 @@ def run_command(command: str, words: Sequence[str]) -> int:
     return 0
 
 
-def written(write: Callable[[], int]) -> int:
+def written(write: Callable[[], Optional[int]]) -> int:
     """The exit status of what writes to standard output. Refusal when that takes no more.
 
     What is still in its buffer would be tried again at the end: it goes nowhere.
     """
     try:
-        status = write()
+        status = write() or 0
         if sys.stdout:
             sys.stdout.flush()
         return status
@@ -13859,43 +13810,32 @@ def written(write: Callable[[], int]) -> int:
         return 0  # whoever read has read enough
 
 
-def show(text: str) -> int:
-    """Print a text, whatever letters standard output has."""
-    Screen().put(text.rstrip("\n"))
-    return 0
-
-
-def hide_token(token: str, words: Sequence[str]) -> None:
-    """Begin once more with the token off the command line, where ps shows it to everybody."""
-    environment: Dict[str, Any] = {**os.environ, "OPENQQ_TOKEN": utf8(token)[0]}
-    os.execve(sys.executable, utf8(sys.executable, *python_words(*words)), environment)
-
-
 def main(words: Sequence[str]) -> int:
     """The program; its exit status: 0, 1 for a refusal, 2 for a wrong call, 3: nobody answers."""
-    command, rest = (words[0], words[1:]) if words else ("", [])
-    whose = command
+    command, rest = words[0] if words else "", words[1:]
+    is_server = command in ("controller", "client")
+    text = ""
+    if command == "--version":
+        text = f"OpenQQ {VERSION}"
+    elif is_server and {"-h", "--help"} & set(rest):
+        text = help_text(command).rstrip("\n")
+    elif command in ("-h", "--help") or command in COMMANDS and rest in (["-h"], ["--help"]):
+        text = USAGE.rstrip("\n")
     try:
         if command == "--client":
             return run_child()
-        if command == "--version":
-            return written(lambda: show(f"OpenQQ {VERSION}\n"))
-        elif command in ("controller", "client") and {"-h", "--help"} & set(rest):
-            return written(lambda: show(help_text(whose)))
-        elif command in ("controller", "client"):
-            return run_server(whose, parse_flags(whose, rest))
-        elif command in ("-h", "--help") or (command in COMMANDS and rest in (["-h"], ["--help"])):
-            return written(lambda: show(USAGE))
-        elif command in COMMANDS:
+        if text:
+            return written(lambda: Screen().put(text))
+        if is_server:
+            return run_server(command, parse_flags(command, rest))
+        if command in COMMANDS:
             return written(lambda: run_command(command, rest))
-        else:
-            wrong = f"openqq: there is no command {command!r}\n" if command else ""
-            print(wrong + USAGE, end="", file=sys.stderr)
-            return 2
     except Refusal as refusal:
         print(f"openqq: {refusal.status}", file=sys.stderr)
         return refusal.exit
-    return 0
+    wrong = f"openqq: there is no command {command!r}\n" if command else ""
+    print(wrong + USAGE, end="", file=sys.stderr)
+    return 2
 
 
 def command_line() -> None:
