@@ -174,44 +174,24 @@ class OpenQQError(Exception):
         return dict(self.extra, code=self.code, status=self.status)
 
 
-class AuthFailure(OpenQQError):
-    """The caller may not (DESIGN, "Who may call")."""
-    code, status, http = -6, "auth failure", 403
+def answering(code: int, status: str = OpenQQError.status, http: int = 200) -> Type[OpenQQError]:
+    """A class of errors that differ in nothing but their answer."""
+    return type("OpenQQError", (OpenQQError,), {"code": code, "status": status, "http": http})
 
 
-class ApiNotFound(OpenQQError):
-    """No such path, or not with this method."""
-    code, status, http = -1, "api not found", 403
-
-
-class ClientMissing(OpenQQError):
-    """A call to the controller without `client`, or with one that it does not know."""
-    code, status = 1, "client not found"
-
-
-class NoPort(OpenQQError):
-    """start_client found nothing free above backend_start_port."""
-    code, status = 2, "no available port"
-
-
-class StartFailure(OpenQQError):
-    """start_client: no process came of it."""
-    code, status = 3, "failure"
-
-
-class ClientDied(OpenQQError):
-    """start_client: it died at once, or its template does not compile."""
-    code, status = 4, "client pid not ok"
-
-
-class TooManyClients(OpenQQError):
-    """max_clients are alive."""
-    code, status = 5, "max clients exceed"
-
-
-class NotAllowed(OpenQQError):
-    """A name, parameter, path or callback that callers may not give."""
-    code, status, http = 6, "not allowed", 400
+AuthFailure = answering(-6, "auth failure", 403)  # the caller may not (DESIGN, "Who may call")
+ApiNotFound = answering(-1, "api not found", 403)  # no such path, or not with this method
+ClientMissing = answering(1, "client not found")  # the controller was given no `client` it knows
+NoPort = answering(2, "no available port")        # nothing is free above backend_start_port
+StartFailure = answering(3)                       # start_client: no process came of it
+ClientDied = answering(4, "client pid not ok")    # … or died at once, or no template compiles
+TooManyClients = answering(5, "max clients exceed")   # max_clients are alive
+NotAllowed = answering(6, "not allowed", 400)     # what callers may not give
+NotFound = answering(8, "not found", 404)         # /local/*: nothing of that name
+QueueFull = answering(9, "send queue full", 503)  # a message more would go out far too late
+Declined = answering(201)                         # a bridge understood, and did not do it
+NotRunning = answering(300, "client not running", 503)  # what needs the state running
+NoRoom = answering(507, "no room on the disk", 507)     # what was to be kept cannot be written
 
 
 class Unreachable(OpenQQError):
@@ -219,6 +199,7 @@ class Unreachable(OpenQQError):
 
     `sent` tells whether a part of the request may have been acted upon.
     """
+
     code, status, http = 7, "client not reachable", 502
 
     def __init__(self, status: Optional[str] = None, sent: bool = False, **extra: Any) -> None:
@@ -228,32 +209,8 @@ class Unreachable(OpenQQError):
 
 class TooSlow(Unreachable):
     """The other side took longer than it was given."""
+
     http = 504
-
-
-class Declined(OpenQQError):
-    """A bridge understood, and did not do it; the status is its wording."""
-    code = 201
-
-
-class NotFound(OpenQQError):
-    """`/local/*`: nothing of that name."""
-    code, status, http = 8, "not found", 404
-
-
-class NotRunning(OpenQQError):
-    """An API that needs the state running, in another one."""
-    code, status, http = 300, "client not running", 503
-
-
-class QueueFull(OpenQQError):
-    """So many messages wait to be sent that one more would not go out in a reasonable time."""
-    code, status, http = 9, "send queue full", 503
-
-
-class NoRoom(OpenQQError):
-    """What was to be kept cannot be written."""
-    code, status, http = 507, "no room on the disk", 507
 
 
 class BadRequest(OpenQQError):
@@ -13300,7 +13257,7 @@ def settings_parser(whose: str) -> Parser:
             default = f" [{setting.shown()}]" if setting.shown() else ""
             text = argparse.SUPPRESS if setting.idle else setting.help + default
             plugins = [f"plugin_{name}_" for name in ("openqq", "openwx") if setting.plugin]
-            for name in setting.name, *[plugin + setting.name for plugin in plugins]:
+            for name in [setting.name, *(plugin + setting.name for plugin in plugins)]:
                 for flag in dict.fromkeys(("--" + name.replace("_", "-"), "--" + name)):
                     parser.add_argument(flag, dest=setting.name, metavar="VALUE", help=text)
                     text = argparse.SUPPRESS  # but for the first one
