@@ -1020,12 +1020,14 @@ class Setting:
     the setting where that belongs.
     """
 
-    def __init__(self, name: str, default: Json, read: Callable[[str], Json], whose: str,
-                 help: str, *, caller: bool = True, secret: bool = False, plugin: bool = False,
-                 idle: bool = False, between: Optional[Tuple[int, int]] = None,
+    def __init__(self, whose: str, name: str, default: Json, read: Callable[[str], Json],
+                 help: str, chinese: str, *, caller: bool = True, secret: bool = False,
+                 plugin: bool = False, idle: bool = False,
+                 between: Optional[Tuple[int, int]] = None,
                  token: Tuple[str, str] = ("", "")) -> None:
         self.name, self.default, self.read, self.whose = name, default, read, whose
-        self.help, self.caller, self.secret = help, caller and whose != "controller", secret
+        self.help, self.chinese, self.secret = help, chinese, secret
+        self.caller = caller and whose != "controller"
         self.plugin, self.idle, self.between, self.token = plugin, idle, between, token
 
     def parse(self, text: str) -> Json:
@@ -1070,124 +1072,128 @@ class Setting:
         return path + (asks + "&".join(kept) if kept else "") + mark + fragment, tokens[-1]
 
 
-def _idle(*names: str) -> List[Setting]:
-    """Attributes of the documented `new` that are taken and change nothing."""
-    return [Setting(name, "", _text, "client", "taken, without effect", idle=True)
-            for name in names]
-
-
+_both, _controller, _client = (functools.partial(Setting, whose)
+                               for whose in ("both", "controller", "client"))
+IDLE = ("taken, without effect", "接受但不起作用")  # of attributes of the documented `new`
 SETTINGS = {setting.name: setting for setting in [
-    Setting("account", "default", _text, "client", "the account's name", caller=False),
-    Setting("host", "0.0.0.0", _text, "both", "address to listen on", caller=False),
-    Setting("port", None, _port, "both",
-            "port to listen on: 4000 controller, 5000 client (weixin 2000, 3000); 0: any",
-            caller=False, plugin=True),
-    Setting("flavor", "qq", _choice("qq", "weixin"), "both", "qq or weixin", caller=False),
-    Setting("token", "", _text, "both", "what callers must know; also $OPENQQ_TOKEN",
-            caller=False, secret=True),
-    Setting("allowed_hosts", [], _hosts, "both",
-            "without a token: public names of a server on this machine, served by https, that "
-            "passes calls on and asks who is there", caller=False),
-    Setting("public_url", "", _url, "both",
-            "how a phone reaches this server: http://127.0.0.1:PORT", caller=False),
-    Setting("max_connections", 2048, _whole, "both", "connections at once", caller=False,
-            between=(1, 1_000_000)),
-    Setting("http_max_message_size", BODY_LIMIT, _whole, "both", "bytes of a request's body",
-            between=(1, 1 << 30)),
-    Setting("one_cpu", True, _flag, "both",
-            "each process on one CPU (Linux), which doubles its speed; 0: on all", caller=False),
-    Setting("tmpdir", "", _path, "both", "directory of all files: the system's for such"),
-    Setting("log_path", "", _path, "both", "log file: none, the log goes to stderr"),
-    Setting("log_encoding", "", _encoding, "both", "encoding of the log: utf-8"),
-    Setting("log_level", "info", _choice(*LEVELS), "both", " ".join(LEVELS)),
-    Setting("log_head", None, _text, "both", "before each line: [wqc][PID] or [ACCOUNT][PID]"),
-    Setting("log_console", False, _flag, "both", "log to stderr besides log_path"),
-    Setting("disable_color", False, _flag, "both", "no colours on a terminal"),
-    Setting("http_debug", False, _flag, "both", "log every call at level debug"),
-    Setting("world", "", _path, "both", "JSON file that the local network starts with",
-            caller=False),
-    Setting("pid_path", "", _path, "both", "pid file: in tmpdir"),
-    Setting("post_api", "", _url, "both", "URL that gets every message and event", plugin=True),
-    Setting("post_secret", "", _text, "both", "signs what is posted: X-Signature", secret=True),
-    Setting("poll_api", "", _url, "both", "URL of the heartbeat and tunnel", plugin=True),
-    Setting("poll_interval", 5.0, _number, "both", "seconds between two heartbeats",
-            plugin=True, between=(0, 1_000_000)),
+    _client("account", "default", _text, "the account's name", "帐号名", caller=False),
+    _both("host", "0.0.0.0", _text, "address to listen on", "监听地址", caller=False),
+    _both("port", None, _port,
+        "port to listen on: 4000 controller, 5000 client (weixin 2000, 3000); 0: any", "监听端口，0 为任意",
+        caller=False, plugin=True),
+    _both("flavor", "qq", _choice("qq", "weixin"), "qq or weixin", "qq 或 weixin", caller=False),
+    _both("token", "", _text, "what callers must know; also $OPENQQ_TOKEN", "调用者必须提供的口令",
+        caller=False, secret=True),
+    _both("allowed_hosts", [], _hosts,
+        "without a token: public names of a server on this machine, served by https, that passes "
+        "calls on and asks who is there", "没有口令时，本机 https 代理的公开域名", caller=False),
+    _both("public_url", "", _url, "how a phone reaches this server: http://127.0.0.1:PORT",
+        "手机怎样访问本服务", caller=False),
+    _both("max_connections", 2048, _whole, "connections at once", "同时的连接数", caller=False,
+        between=(1, 1_000_000)),
+    _both("http_max_message_size", BODY_LIMIT, _whole, "bytes of a request's body", "请求正文的字节数",
+        between=(1, 1 << 30)),
+    _both("one_cpu", True, _flag,
+        "each process on one CPU (Linux), which doubles its speed; 0: on all", "每个进程只用一个 CPU，快一倍",
+        caller=False),
+    _both("tmpdir", "", _path, "directory of all files: the system's for such", "所有文件的目录"),
+    _both("log_path", "", _path, "log file: none, the log goes to stderr", "日志文件，默认写到 stderr"),
+    _both("log_encoding", "", _encoding, "encoding of the log: utf-8", "日志编码"),
+    _both("log_level", "info", _choice(*LEVELS), " ".join(LEVELS), "日志级别"),
+    _both("log_head", None, _text, "before each line: [wqc][PID] or [ACCOUNT][PID]", "每行日志的开头"),
+    _both("log_console", False, _flag, "log to stderr besides log_path", "除 log_path 外也写到 stderr"),
+    _both("disable_color", False, _flag, "no colours on a terminal", "终端不用颜色"),
+    _both("http_debug", False, _flag, "log every call at level debug", "以 debug 级别记录每个调用"),
+    _both("world", "", _path, "JSON file that the local network starts with", "本地网络起始的 JSON 文件",
+        caller=False),
+    _both("pid_path", "", _path, "pid file: in tmpdir", "进程号文件"),
+    _both("post_api", "", _url, "URL that gets every message and event", "接收所有消息和事件的 URL",
+        plugin=True),
+    _both("post_secret", "", _text, "signs what is posted: X-Signature", "上报的签名密钥", secret=True),
+    _both("poll_api", "", _url, "URL of the heartbeat and tunnel", "心跳和反向通道的 URL", plugin=True),
+    _both("poll_interval", 5.0, _number, "seconds between two heartbeats", "两次心跳相隔的秒数", plugin=True,
+        between=(0, 1_000_000)),
 
-    Setting("backend_start_port", None, _port, "controller",
-            "first port for clients: 5000 (weixin 3000)"),
-    Setting("max_clients", 100, _whole, "controller", "clients alive at once"),
-    Setting("check_interval", 5.0, _number, "controller",
-            "seconds between two looks at clients' processes, besides noticing their end at once",
-            between=(0, 1_000_000)),
-    Setting("template_path", "", _path, "controller", "the script that clients run: in tmpdir"),
-    Setting("backend_path", "", _path, "controller", "file with the clients: in tmpdir"),
-    Setting("accounts", "", _path, "controller", "JSON file, name to settings, started at boot"),
-    Setting("resume", True, _flag, "controller", "start the clients that ran when it ended"),
-    Setting("restart", "on-failure", _choice("on-failure", "never"), "controller",
-            "whether dead clients are started again: on-failure or never"),
+    _controller("backend_start_port", None, _port, "first port for clients: 5000 (weixin 3000)",
+        "客户端的起始端口"),
+    _controller("max_clients", 100, _whole, "clients alive at once", "同时运行的客户端数"),
+    _controller("check_interval", 5.0, _number,
+        "seconds between two looks at clients' processes, besides noticing their end at once",
+        "检查客户端进程的间隔秒数", between=(0, 1_000_000)),
+    _controller("template_path", "", _path, "the script that clients run: in tmpdir", "客户端运行的脚本"),
+    _controller("backend_path", "", _path, "file with the clients: in tmpdir", "记录客户端的文件"),
+    _controller("accounts", "", _path, "JSON file, name to settings, started at boot",
+        "启动时要启动的帐号的 JSON 文件"),
+    _controller("resume", True, _flag, "start the clients that ran when it ended",
+        "启动上次结束时在运行的客户端"),
+    _controller("restart", "on-failure", _choice("on-failure", "never"),
+        "whether dead clients are started again: on-failure or never", "是否重启死掉的客户端"),
 
-    Setting("post_event", True, _flag, "client", "post events besides messages", plugin=True),
-    Setting("post_media_data", True, _flag, "client", "post a picture's bytes too",
-            plugin=True),
-    Setting("post_stdout", False, _flag, "client", "one JSON line per event on stdout"),
-    Setting("post_event_list", None, _words, "client",
-            "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of friend, "
-            "group, group_member"),
-    Setting("check_event_list_max_size", 20, _whole, "client", "events that check_event keeps",
-            between=(0, 100_000)),
-    Setting("download_media", True, _flag, "client", "weixin: keep received media as files"),
-    Setting("numeric_ids", False, _flag, "client", "ids as JSON numbers"),
-    Setting("onebot_api", "", _bridge_url, "client",
-            "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000",
-            token=("access_token", "onebot_token")),
-    Setting("onebot_token", "", _text, "client", "the bridge's access token", secret=True),
-    Setting("onebot_secret", "", _text, "client", "signs what the bridge posts to /onebot",
-            secret=True),
-    Setting("onebot_login", "", _choice("", "napcat", "llbot"), "client",
-            "whose page has the QR code: napcat or llbot"),
-    Setting("onebot_login_api", "", _url, "client",
-            "that page: port 6099 (llbot 3080) of the bridge's host",
-            token=("token", "onebot_login_token")),
-    Setting("onebot_login_token", "", _text, "client", "that page's token or password",
-            secret=True),
-    Setting("cookie_path", "", _path, "client", "cookie file: in tmpdir"),
-    Setting("qrcode_path", "", _path, "client", "QR code file: in tmpdir"),
-    Setting("state_path", "", _path, "client", "state file: in tmpdir"),
-    Setting("keep_cookie", True, _flag, "client", "keep the login for the next start"),
-    Setting("login_type", "qrlogin", _choice("qrlogin", "login"), "client",
-            "qrlogin: scan a code; login: with pwd, on the local network"),
-    Setting("pwd", "", _text, "client", "password for login_type=login", secret=True),
-    Setting("qrcode_count_max", 10, _whole, "client", "QR codes shown before the client stops"),
-    Setting("send_interval", None, _number, "client",
-            "seconds between two messages: 3, on the local network 0", between=(0, 86_400)),
-    Setting("send_queue_max_size", 1000, _whole, "client",
-            "messages that may wait to be sent; more are refused", between=(1, 1_000_000)),
-    Setting("msg_ttl", 3, _whole, "client", "tries to send one message", between=(1, 1_000)),
-    Setting("mode", "online", _choice("online", "away", "busy", "silent", "hidden", "offline",
-                                      "callme"), "client", "the account's own state"),
-    Setting("update_interval", 600.0, _number, "client",
-            "seconds between two refreshes of friends, groups and discusses",
-            between=(0, 1_000_000)),
-    Setting("is_init_friend", True, _flag, "client", "load friends at login"),
-    Setting("is_init_group", True, _flag, "client", "load groups at login"),
-    Setting("is_init_discuss", True, _flag, "client", "load discusses at login"),
-    Setting("is_update_user", False, _flag, "client", "refresh the user too"),
-    Setting("is_update_friend", True, _flag, "client", "refresh friends"),
-    Setting("is_update_group", True, _flag, "client", "refresh groups"),
-    Setting("is_update_discuss", True, _flag, "client", "refresh discusses"),
-    Setting("allow_message_sync", False, _flag, "client",
-            "report what the account sends from another device"),
-    Setting("ignore_unknown_id", False, _flag, "client", "drop messages from strangers"),
-    Setting("ua_retry_times", 5, _whole, "client", "taken, without effect", idle=True),
-    *_idle("verifycode_path", "pic_dir", "ignore_retcode", "type", "check_account", "domain",
-           "ignore_poll_http_code", "default_send_real_comp_sign", "model_update_timeout",
-           "group_member_card_cut_length", "group_member_identify_callback",
-           "ua_debug_req_body", "ua_debug_res_body",
-           "ua_debug", "ua_connect_timeout", "ua_request_timeout", "ua_inactivity_timeout",
-           "is_init_recent", "is_update_group_ext", "is_update_friend_ext", "security",
-           "encrypt_method", "send_failure_count_max", "poll_failure_count_max",
-           "ignore_send_retcode", "ignore_poll_retcode", "log_unicode",
-           "group_member_card_ext_only", "group_member_card_cut", "group_member_use_fullcard"),
+    _client("post_event", True, _flag, "post events besides messages", "除消息外也上报事件", plugin=True),
+    _client("post_media_data", True, _flag, "post a picture's bytes too", "也上报图片数据", plugin=True),
+    _client("post_stdout", False, _flag, "one JSON line per event on stdout",
+        "每个事件在 stdout 输出一行 JSON"),
+    _client("post_event_list", None, _words,
+        "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of friend, "
+        "group, group_member", "要上报的事件"),
+    _client("check_event_list_max_size", 20, _whole, "events that check_event keeps",
+        "check_event 保留的事件数", between=(0, 100_000)),
+    _client("download_media", True, _flag, "weixin: keep received media as files", "微信：收到的媒体存为文件"),
+    _client("numeric_ids", False, _flag, "ids as JSON numbers", "id 用 JSON 数字"),
+    _client("onebot_api", "", _bridge_url,
+        "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000", "真实 QQ：OneBot 实现的地址",
+        token=("access_token", "onebot_token")),
+    _client("onebot_token", "", _text, "the bridge's access token", "它的 access token",
+        secret=True),
+    _client("onebot_secret", "", _text, "signs what the bridge posts to /onebot",
+        "OneBot 向 /onebot 上报的签名密钥", secret=True),
+    _client("onebot_login", "", _choice("", "napcat", "llbot"),
+        "whose page has the QR code: napcat or llbot", "谁的网页有二维码"),
+    _client("onebot_login_api", "", _url, "that page: port 6099 (llbot 3080) of the bridge's host",
+        "该网页的地址", token=("token", "onebot_login_token")),
+    _client("onebot_login_token", "", _text, "that page's token or password", "该网页的口令",
+        secret=True),
+    _client("cookie_path", "", _path, "cookie file: in tmpdir", "cookie 文件"),
+    _client("qrcode_path", "", _path, "QR code file: in tmpdir", "二维码文件"),
+    _client("state_path", "", _path, "state file: in tmpdir", "状态文件"),
+    _client("keep_cookie", True, _flag, "keep the login for the next start", "为下次启动保留登录"),
+    _client("login_type", "qrlogin", _choice("qrlogin", "login"),
+        "qrlogin: scan a code; login: with pwd, on the local network", "扫码，或用 pwd 登录"),
+    _client("pwd", "", _text, "password for login_type=login", "login_type=login 的密码", secret=True),
+    _client("qrcode_count_max", 10, _whole, "QR codes shown before the client stops", "最多几个二维码"),
+    _client("send_interval", None, _number,
+        "seconds between two messages: 3, on the local network 0", "两条消息相隔的秒数",
+        between=(0, 86_400)),
+    _client("send_queue_max_size", 1000, _whole,
+        "messages that may wait to be sent; more are refused", "等待发送的消息数上限",
+        between=(1, 1_000_000)),
+    _client("msg_ttl", 3, _whole, "tries to send one message", "一条消息尝试发送的次数", between=(1, 1_000)),
+    _client("mode", "online", _choice("online", "away", "busy", "silent", "hidden", "offline",
+                                      "callme"),
+        "the account's own state", "帐号的在线状态"),
+    _client("update_interval", 600.0, _number,
+        "seconds between two refreshes of friends, groups and discusses", "刷新好友、群、讨论组的间隔秒数",
+        between=(0, 1_000_000)),
+    _client("is_init_friend", True, _flag, "load friends at login", "登录时加载好友"),
+    _client("is_init_group", True, _flag, "load groups at login", "登录时加载群"),
+    _client("is_init_discuss", True, _flag, "load discusses at login", "登录时加载讨论组"),
+    _client("is_update_user", False, _flag, "refresh the user too", "也刷新个人资料"),
+    _client("is_update_friend", True, _flag, "refresh friends", "刷新好友"),
+    _client("is_update_group", True, _flag, "refresh groups", "刷新群"),
+    _client("is_update_discuss", True, _flag, "refresh discusses", "刷新讨论组"),
+    _client("allow_message_sync", False, _flag, "report what the account sends from another device",
+        "上报其他设备发出的消息"),
+    _client("ignore_unknown_id", False, _flag, "drop messages from strangers", "丢弃陌生人的消息"),
+    _client("ua_retry_times", 5, _whole, *IDLE, idle=True),
+    *(_client(name, "", _text, *IDLE, idle=True) for name in (
+        "verifycode_path", "pic_dir", "ignore_retcode", "type", "check_account", "domain",
+        "ignore_poll_http_code", "default_send_real_comp_sign", "model_update_timeout",
+        "group_member_card_cut_length", "group_member_identify_callback", "ua_debug_req_body",
+        "ua_debug_res_body", "ua_debug", "ua_connect_timeout", "ua_request_timeout",
+        "ua_inactivity_timeout", "is_init_recent", "is_update_group_ext", "is_update_friend_ext",
+        "security", "encrypt_method", "send_failure_count_max", "poll_failure_count_max",
+        "ignore_send_retcode", "ignore_poll_retcode", "log_unicode", "group_member_card_ext_only",
+        "group_member_card_cut", "group_member_use_fullcard")),
 ]}
 
 
@@ -13255,7 +13261,8 @@ def settings_parser(whose: str) -> Parser:
     for setting in SETTINGS.values():
         if setting.whose in (whose, "both"):
             default = f" [{setting.shown()}]" if setting.shown() else ""
-            text = argparse.SUPPRESS if setting.idle else setting.help + default
+            text = argparse.SUPPRESS if setting.idle else (
+                f"{setting.help}{default} | {setting.chinese}".replace("%", "%%"))
             plugins = [f"plugin_{name}_" for name in ("openqq", "openwx") if setting.plugin]
             for name in [setting.name, *(plugin + setting.name for plugin in plugins)]:
                 for flag in dict.fromkeys(("--" + name.replace("_", "-"), "--" + name)):
@@ -13268,7 +13275,8 @@ def help_text(whose: str) -> str:
     """All settings of a controller or client, as --help shows them."""
     return (f"usage: python openqq.py {whose} [--setting value …]\n\n"
             "Each setting takes a value; booleans are 0 and 1, lists have commas. In the\n"
-            "environment a setting is MOJO_WEBQQ_ and its name in capitals.\n\n"
+            "environment a setting is MOJO_WEBQQ_ and its name in capitals.\n"
+            "每个设置带一个值；布尔值为 0 或 1，列表用逗号分隔。环境变量名为 MOJO_WEBQQ_ 加大写的设置名。\n\n"
             + settings_parser(whose).format_help().partition("\n")[2])
 
 
@@ -13692,13 +13700,13 @@ def parse_pairs(words: Sequence[str]) -> Dict[str, str]:
 
 # command -> the words behind it, how many there may be, what it is for
 COMMANDS: Dict[str, Tuple[str, int, int, str]] = {
-    "status": ("[NAME] [--watch]", 0, 1, "the accounts, their states and errors"),
-    "start": ("NAME [setting=value …]", 1, 99, "start an account"),
-    "stop": ("NAME", 1, 1, "stop it"),
-    "qrcode": ("NAME", 1, 1, "draw the code that it waits with"),
-    "send": ("NAME friend|group|discuss WHO TEXT", 4, 4, "send a message to a uid, id or name"),
-    "events": ("[NAME]", 0, 1, "what accounts hear and send, as it comes"),
-    "call": ("API [key=value …]", 1, 99, "any call of the API"),
+    "status": ("[NAME] [--watch]", 0, 1, "the accounts, their states and errors  帐号、状态和错误"),
+    "start": ("NAME [setting=value …]", 1, 99, "start an account  启动帐号"),
+    "stop": ("NAME", 1, 1, "stop it  停止帐号"),
+    "qrcode": ("NAME", 1, 1, "draw the code that it waits with  显示待扫的二维码"),
+    "send": ("NAME friend|group|discuss WHO TEXT", 4, 4, "send to a uid, id or name  发送消息"),
+    "events": ("[NAME]", 0, 1, "what accounts hear and send, as it comes  实时收发的消息和事件"),
+    "call": ("API [key=value …]", 1, 99, "any call of the API  任意 API 调用"),
 }
 
 USAGE = """\
