@@ -1976,17 +1976,21 @@ class Journal:
     write() appends in one system call; a process that is killed loses nothing that was written
     before. There is no fsync here (36 µs against 0.5): a machine that loses power may lose the
     last moments. When the file has grown to twice what lasted the last time, it is replaced by the
-    lines that `lasting()` gives, with the number of bytes that it has put into another file. Errors
-    of the disk are told once.
+    lines that last. Errors of the disk are told once.
     """
 
     COMPACT = 4 * 1024 * 1024    # bytes below which it is left alone
 
-    def __init__(self, path: str, log: Log, lasting: Callable[[], Tuple[List[Json], int]]) -> None:
-        self.path, self.log, self._lasting = path, log, lasting
+    def __init__(self, path: str, log: Log) -> None:
+        self.path, self.log = path, log
         self._file: Any = None
         self._broken = False
         self._size = self._base = 0  # bytes: now, and of what lasts
+
+    def last_lines(self) -> Tuple[List[Json], int]:
+        """The lines that are as good as all there are, and how many bytes besides were put into
+        another file for that. OSError."""
+        raise NotImplementedError
 
     def read(self) -> Iterator[Json]:
         """The values, in order; lines that are not JSON are passed over."""
@@ -2016,24 +2020,24 @@ class Journal:
             if not self._broken:
                 self.log.warn(f"{self.path} cannot be written: {error.strerror}; going on without")
             self._broken = True
-            self.close()
+            self.release()
 
     def compact(self) -> None:
         """Replace all there is by what lasts. OSError."""
-        lines, elsewhere = self._lasting()
+        lines, elsewhere = self.last_lines()
         data = b"".join(to_bytes(line) + b"\n" for line in lines)
         write_file(self.path, data)
-        self.close()
+        self.release()
         self._size, self._base = len(data), len(data) + elsewhere
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Give the descriptor back; a later write opens the file anew."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
-class Spool:
+class Spool(Journal):
     """A bounded queue on disk, and beside it a mark: how far its source has been read.
 
     Items are JSON values under keys that grow. `pending` maps keys to items, oldest first. One
@@ -2044,13 +2048,13 @@ class Spool:
 
     def __init__(self, path: str, limit: int, log: Log,
                  bulk: Callable[[Json], int] = lambda item: 0) -> None:
-        self._journal = Journal(path, log, self._lasting)
+        super().__init__(path, log)
         self._limit, self._bulk = limit, bulk
         self.pending: Dict[int, Json] = {}
         self.mark: Json = None
         self.last = 0            # the newest key ever given
         self._batch: List[Json] = []
-        for line in self._journal.read():
+        for line in self.read():
             row = line if isinstance(line, dict) else {}
             key, done = row.get("key", 0), row.get("done", 0)
             if isinstance(key, int) and isinstance(done, int):
@@ -2094,25 +2098,25 @@ class Spool:
     def flush(self) -> None:
         """Write what add(), advance() and done() collected."""
         if self._batch:
-            self._journal.write(self._batch)
+            self.write(self._batch)
         self._batch = []
 
     def close(self) -> None:
         """Flush, and give the descriptor back."""
         self.flush()
-        self._journal.close()
+        self.release()
 
     def _put(self, line: Row, mark: Json) -> None:
         if mark is not None:
             self.mark = line["mark"] = mark
         self._batch.append(line)
 
-    def _lasting(self) -> Tuple[List[Json], int]:
+    def last_lines(self) -> Tuple[List[Json], int]:
         return [{"key": self.last, "mark": self.mark},
                 *({"key": key, "item": item} for key, item in self.pending.items())], 0
 
 
-class Ledger:
+class Ledger(Journal):
     """A tree of JSON objects that survives: a file with all of it, and a journal of changes.
 
     One thread uses it. put() changes one place; commit() writes all changes since the last one as
@@ -2120,11 +2124,11 @@ class Ledger:
     """
 
     def __init__(self, path: str, journal_path: str, log: Log) -> None:
-        self.path, self.log = path, log
-        self._journal = Journal(journal_path, log, self._lasting)
+        super().__init__(journal_path, log)
+        self._whole = path
         self.root: Row = read_json(path, log)
         self._changes: List[Json] = []
-        for line in self._journal.read():
+        for line in self.read():
             try:
                 for change in line:
                     self.put(change[0], *change[1:])
@@ -2153,26 +2157,26 @@ class Ledger:
     def commit(self) -> None:
         """Let the changes survive."""
         if self._changes:
-            self._journal.write([self._changes])
+            self.write([self._changes])
             self._changes = []
 
     def save(self) -> None:
         """Write everything into the one file and empty the journal."""
         try:
-            self._journal.compact()
+            self.compact()
         except OSError as error:
-            self.log.warn(f"{self.path} cannot be written: {error.strerror}")
+            self.log.warn(f"{self._whole} cannot be written: {error.strerror}")
 
     def clear(self) -> None:
         """Forget everything."""
         self.root, self._changes = {}, []
         self.save()
 
-    def _lasting(self) -> Tuple[List[Json], int]:
+    def last_lines(self) -> Tuple[List[Json], int]:
         # Not sorted: the order of lists is the order in which things came.
         text = json.dumps(self.root, ensure_ascii=False, separators=(",", ":"))
         data = text.encode("utf-8", "replace")
-        write_file(self.path, data)
+        write_file(self._whole, data)
         return [], len(data)
 
 
