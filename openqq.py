@@ -40,56 +40,7 @@ CONTRACT joins them with what was measured on the wire, DESIGN is how this progr
 """
 from __future__ import annotations
 
-import sys
-import types
-
-
-class Later(types.ModuleType):
-    """Stands in for a module that may never be needed, until something of it is.
-
-    Only the modules that are imported below get to see it; who imports the real one afterwards
-    gets that. If it is `called`, they take functions out of it, which then stand in for themselves.
-    """
-
-    def __init__(self, name: str, called: bool) -> None:
-        super().__init__(name)
-        self.called = called
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(__import__(parent), child, self)
-        sys.modules[name] = self
-
-    def __getattr__(self, name: str) -> Any:
-        if not self.called:
-            return getattr(self._load(), name)
-        if name.startswith("__"):
-            raise AttributeError(name)  # an import asks for __path__
-        return lambda *args, **named: getattr(self._load(), name)(*args, **named)
-
-    def _load(self) -> types.ModuleType:
-        self.step_aside()
-        __import__(self.__name__)
-        return sys.modules[self.__name__]
-
-    def step_aside(self) -> None:
-        """Let the next one who imports this module have it; `from email import` has all by this."""
-        self.called = False
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-
-
-STAND_INS = []
-# A third of a client's memory, and of a start's time. A library leaves all modules as they are.
-if __name__ == "__main__" or (sys.argv[:1] == ["-c"] and sys.argv[1:]):
-    STAND_INS = [Later(name, called) for called, names in {
-        False: ("base64", "calendar", "contextlib", "copy", "datetime", "email.base64mime",
-                "email.errors", "email.header", "email.parser", "email.quoprimime", "hashlib",
-                "html", "ipaddress", "mimetypes", "shutil", "ssl", "string", "warnings",
-                "weakref"),
-        True: ("email._encoded_words", "email._parseaddr", "email.encoders", "email.iterators",
-               "email.utils", "quopri", "random")}.items()
-        for name in names if name not in sys.modules]
-
+import argparse
 import base64
 import binascii
 import collections
@@ -97,8 +48,11 @@ import errno
 import fcntl
 import functools
 import heapq
+import hmac
 import itertools
 import json
+import logging
+import mimetypes
 import os
 import queue
 import re
@@ -107,18 +61,16 @@ import signal
 import socket
 import stat
 import struct
+import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from _operator import _compare_digest  # what hmac exports, without hmac's imports
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-for _stand_in in STAND_INS:
-    _stand_in.step_aside()
 
 # ------------------------------------------------------------------------------------------------
 # 0. Map, version, limits
@@ -129,7 +81,7 @@ VERSION = "1.0.0"
 TYPE_CHECKING = False  # so that no process pays for the import of typing
 if TYPE_CHECKING:
     from typing import (IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping,
-                        Optional, Sequence, Set, Tuple, Type)
+                        NoReturn, Optional, Sequence, Set, Tuple, Type)
     Address = Tuple[str, int]
     Json = Any                   # what the json module reads and writes
     Row = Dict[str, Any]         # a JSON object
@@ -211,66 +163,35 @@ class OpenQQError(Exception):
     further members of the JSON answer. Errors that the original knows answer with HTTP 200.
     """
 
-    code = 1
-    status = "failure"
-    http = 200
+    code, status, http = 1, "failure", 200
 
     def __init__(self, status: Optional[str] = None, **extra: Any) -> None:
         super().__init__(status or self.status)
-        self.status = status or self.status
-        self.extra = extra
+        self.status, self.extra = status or self.status, extra
 
     def answer(self) -> Row:
         """The JSON object that a caller gets."""
         return dict(self.extra, code=self.code, status=self.status)
 
 
-class AuthFailure(OpenQQError):
-    """The caller may not (DESIGN, "Who may call")."""
-
-    code, status, http = -6, "auth failure", 403
-
-
-class ApiNotFound(OpenQQError):
-    """No such path, or not with this method."""
-
-    code, status, http = -1, "api not found", 403
+def answering(code: int, status: str = OpenQQError.status, http: int = 200) -> Type[OpenQQError]:
+    """A class of errors that differ in nothing but their answer."""
+    return type("OpenQQError", (OpenQQError,), {"code": code, "status": status, "http": http})
 
 
-class ClientMissing(OpenQQError):
-    """A call to the controller without `client`, or with one that it does not know."""
-
-    code, status = 1, "client not found"
-
-
-class NoPort(OpenQQError):
-    """start_client found nothing free above backend_start_port."""
-
-    code, status = 2, "no available port"
-
-
-class StartFailure(OpenQQError):
-    """start_client: no process came of it."""
-
-    code, status = 3, "failure"
-
-
-class ClientDied(OpenQQError):
-    """start_client: it died at once, or its template does not compile."""
-
-    code, status = 4, "client pid not ok"
-
-
-class TooManyClients(OpenQQError):
-    """max_clients are alive."""
-
-    code, status = 5, "max clients exceed"
-
-
-class NotAllowed(OpenQQError):
-    """A name, parameter, path or callback that callers may not give."""
-
-    code, status, http = 6, "not allowed", 400
+AuthFailure = answering(-6, "auth failure", 403)  # the caller may not (DESIGN, "Who may call")
+ApiNotFound = answering(-1, "api not found", 403)  # no such path, or not with this method
+ClientMissing = answering(1, "client not found")  # the controller was given no `client` it knows
+NoPort = answering(2, "no available port")        # nothing is free above backend_start_port
+StartFailure = answering(3)                       # start_client: no process came of it
+ClientDied = answering(4, "client pid not ok")    # … or died at once, or no template compiles
+TooManyClients = answering(5, "max clients exceed")   # max_clients are alive
+NotAllowed = answering(6, "not allowed", 400)     # what callers may not give
+NotFound = answering(8, "not found", 404)         # /local/*: nothing of that name
+QueueFull = answering(9, "send queue full", 503)  # a message more would go out far too late
+Declined = answering(201)                         # a bridge understood, and did not do it
+NotRunning = answering(300, "client not running", 503)  # what needs the state running
+NoRoom = answering(507, "no room on the disk", 507)     # what was to be kept cannot be written
 
 
 class Unreachable(OpenQQError):
@@ -292,36 +213,6 @@ class TooSlow(Unreachable):
     http = 504
 
 
-class Declined(OpenQQError):
-    """A bridge understood, and did not do it; the status is its wording."""
-
-    code = 201
-
-
-class NotFound(OpenQQError):
-    """`/local/*`: nothing of that name."""
-
-    code, status, http = 8, "not found", 404
-
-
-class NotRunning(OpenQQError):
-    """An API that needs the state running, in another one."""
-
-    code, status, http = 300, "client not running", 503
-
-
-class QueueFull(OpenQQError):
-    """So many messages wait to be sent that one more would not go out in a reasonable time."""
-
-    code, status, http = 9, "send queue full", 503
-
-
-class NoRoom(OpenQQError):
-    """What was to be kept cannot be written."""
-
-    code, status, http = 507, "no room on the disk", 507
-
-
 class BadRequest(OpenQQError):
     """What came is not a request, or not one that is taken; code and http are one number."""
 
@@ -334,12 +225,8 @@ class Answer(OpenQQError):
     """A documented answer that ends a call from within; its members are given."""
 
     def __init__(self, row: Row) -> None:
-        super().__init__(str(row["status"]))
-        self.row = row
-
-    def answer(self) -> Row:
-        """What was given."""
-        return self.row
+        super().__init__(**row)
+        self.code = row["code"]
 
 
 class Hangup(OpenQQError):
@@ -405,18 +292,26 @@ GB_NAMES = ("gb18030", "gbk", "gb2312", "cp936", "x-gbk")  # what a charset= may
 def read_text(data: bytes, charset: str = "") -> str:
     """Text of somebody who need not say how it is written: UTF-8, else GB18030, as Chinese
     consoles and old scripts write it; a `charset` that says so comes first. ValueError."""
-    gb_first = charset.lower() in GB_NAMES
-    if not gb_first and charset.lower() not in ("", "utf-8", "utf8", "us-ascii", "ascii"):
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            raise ValueError(f"in {charset}: write UTF-8 or GB18030") from None
-    for encoding in ("gb18030", "utf-8") if gb_first else ("utf-8", "gb18030"):
+    encodings = ["utf-8", "gb18030"]
+    if charset.lower() in GB_NAMES:
+        encodings.reverse()
+    elif charset.lower() not in ("", "utf-8", "utf8", "us-ascii", "ascii"):
+        encodings.pop()
+    for encoding in encodings:
         try:
             return data.decode(encoding)
         except UnicodeDecodeError:
             pass
-    raise ValueError("neither UTF-8 nor GB18030")
+    raise ValueError("neither UTF-8 nor GB18030" if encodings[1:] else
+                     f"in {charset}: write UTF-8 or GB18030")
+
+
+def typed_text(word: str) -> str:
+    """A word of the command line or the environment. ValueError.
+
+    Bytes that are not what Python takes the console to write stand in it as surrogates (PEP 383).
+    """
+    return read_text(os.fsencode(word)) if SURROGATES.search(word) else word
 
 
 def check_name(name: str) -> str:
@@ -428,7 +323,7 @@ def check_name(name: str) -> str:
 
 def new_secret() -> str:
     """Something that nobody can guess: 32 hex digits."""
-    return binascii.hexlify(os.urandom(16)).decode()
+    return os.urandom(16).hex()
 
 
 class MessageIds:
@@ -456,14 +351,26 @@ def numbered(value: Json) -> Json:
     if isinstance(value, list):
         return [numbered(item) for item in value]
     if isinstance(value, dict):
-        return {key: _digits(item) if ID_KEY.fullmatch(key) or key == "time" else numbered(item)
+        return {key: int(item) if isinstance(item, str) and item.isascii() and item.isdigit()
+                and (key == "time" or ID_KEY.fullmatch(key)) else numbered(item)
                 for key, item in value.items()}
     return value
 
 
-def _digits(value: Json) -> Json:
-    is_number = isinstance(value, str) and value.isascii() and value.isdigit()
-    return int(value) if is_number else numbered(value)
+def backoff(tries: int, most: float = 60.0) -> float:
+    """Seconds to wait after so many tries in vain: 0, 1, 2, 4 …, `most` at most."""
+    return 0.0 if tries < 1 else min(most, 2.0 ** min(tries - 1, 20))
+
+
+def is_news(count: int) -> bool:
+    """Whether to tell of what happens again and again: the 1st time, the 2nd, 4th, 8th …"""
+    return count & (count - 1) == 0
+
+
+def keep_newest(table: Dict[Any, Any], limit: int) -> None:
+    """Drop from a dict what came first, until it holds no more than `limit`."""
+    while len(table) > limit:
+        del table[next(iter(table))]
 
 
 def own_opener(path: str, flags: int) -> int:
@@ -505,107 +412,81 @@ LEVELS = {"debug": 10, "info": 20, "msg": 25, "warn": 30, "error": 40, "fatal": 
 COLORS = {10: "34", 25: "32", 30: "33", 40: "31", 50: "35"}
 
 
-class LogStream:
-    """The terminal, or wherever stderr goes; one write per record, so that lines stay whole."""
+class LogHandler(logging.Handler):
+    """A log file that is opened again when it was moved away, and never through a symlink; without
+    a path stderr. A record is one write, past the text layer, so that lines stay whole.
 
-    def write(self, data: bytes) -> None:
-        """Write past the text layer: it would split and buffer, and know only one encoding."""
-        try:
-            os.write(sys.stderr.fileno(), data)
-        except (AttributeError, OSError, ValueError):
-            pass  # nobody reads any more
+    The form is the documents' (CONTRACT 9): `HEAD[yy/mm/dd HH:MM:SS] [level] text`, the prefix on
+    every line of the text. Logging's own WatchedFileHandler would take each client 0.5 MiB.
+    """
 
-
-class LogFile:
-    """A log file that is opened again when it was moved away, and never through a symlink."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()  # guards _file
-        self._file = self._open()
+    def __init__(self, path: str, encoding: str, head: str, colored: bool, level: int) -> None:
+        super().__init__(level)
+        self._path, self._encoding, self._head, self._colored = path, encoding, head, colored
+        self._file = self._open() if path else None
 
     def _open(self) -> Any:
         return open(self._path, "ab", 0, opener=own_opener)
 
-    def write(self, data: bytes) -> None:
-        """Neither a full disk nor a file that cannot be opened stops what the log tells about."""
-        with self._lock:
-            try:
-                if not self._is_there():
-                    self._file.close()
-                    self._file = self._open()
-                self._file.write(data)
-            except (OSError, ValueError):
-                pass  # it is tried again with the next record
+    def format(self, record: logging.LogRecord) -> str:
+        """Lines of text; control characters cannot reach the terminal."""
+        title, who = getattr(record, "message_of", ("", ""))
+        level = next(name for name, number in LEVELS.items() if number >= record.levelno)
+        when = time.strftime("%y/%m/%d %H:%M:%S", time.localtime(record.created))
+        prefix = f"{self._head}[{when}] [{title or level}] {who}"
+        text = CONTROLS.sub(lambda found: repr(found.group())[1:-1], record.getMessage())
+        lines = "\n".join(prefix + line for line in text.split("\n"))
+        color = COLORS.get(record.levelno) if self._colored else None
+        return f"\x1b[{color}m{lines}\x1b[0m\n" if color else lines + "\n"
 
-    def _is_there(self) -> bool:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Neither a full disk nor a reader who is gone stops what the log tells about."""
+        data = self.format(record).encode(self._encoding, "replace")
         try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
-        except (OSError, ValueError):
-            return False
+            if self._file is None:
+                os.write(sys.stderr.fileno(), data)
+                return
+            try:
+                moved = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+            except (OSError, ValueError):
+                moved = True
+            if moved:
+                self._file.close()
+                self._file = self._open()
+            self._file.write(data)
+        except (AttributeError, OSError, ValueError):
+            pass  # it is tried again with the next record
 
 
-class Log:
-    """The log of one controller or client, in the documents' levels and form (CONTRACT 9):
-    `HEAD[yy/mm/dd HH:MM:SS] [level] text`, the prefix on every line of the text.
+class Log(logging.Logger):
+    """The log of one controller or client, in the documents' levels (CONTRACT 9).
 
-    `keep` is called with the text of each warning or worse. Of the standard library's logging
-    nothing would be left but 0.6 MiB in each client.
+    `keep` is called with the text of each warning or worse, also of those that are not written.
     """
+
+    warn = logging.Logger.warning  # the documents' word for it; logging is about to give it up
 
     def __init__(self, head: str = "", level: str = "info", path: Optional[str] = None,
                  encoding: str = "utf-8", console: bool = True, colored: bool = False) -> None:
+        super().__init__("openqq", min(LEVELS[level], logging.WARNING))
         self.keep: Callable[[str], None] = lambda text: None
-        self._head, self._level, self._encoding = head, LEVELS[level], encoding
-        self._outlets: List[Tuple[Any, bool]] = []
         if path:
-            self._outlets.append((LogFile(path), False))
+            self.addHandler(LogHandler(path, encoding, head, False, LEVELS[level]))
         if console or not path:
-            self._outlets.append((LogStream(), colored))
+            self.addHandler(LogHandler("", encoding, head, colored, LEVELS[level]))
 
-    def _write(self, level: str, text: str, title: str = "", who: str = "") -> None:
-        """One record as one or more lines; control characters cannot reach the terminal."""
-        if LEVELS[level] < self._level:
-            return
-        prefix = f"{self._head}[{time.strftime('%y/%m/%d %H:%M:%S')}] [{title or level}] {who}"
-        text = CONTROLS.sub(lambda found: repr(found.group())[1:-1], text)
-        lines = "\n".join(prefix + line for line in text.split("\n"))
-        for outlet, colored in self._outlets:
-            color = COLORS.get(LEVELS[level]) if colored else None
-            shown = f"\x1b[{color}m{lines}\x1b[0m" if color else lines
-            outlet.write((shown + "\n").encode(self._encoding, "replace"))
-
-    def debug(self, text: str) -> None:
-        """Say what only somebody who looks for a fault wants to know."""
-        self._write("debug", text)
-
-    def info(self, text: str) -> None:
-        """Say what happens."""
-        self._write("info", text)
+    def handle(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        super().handle(record)
+        if record.levelno >= logging.WARNING:
+            self.keep(record.getMessage())
 
     def msg(self, title: str, who: str, text: str) -> None:
         """Show a chat message: its title stands where the level would (CONTRACT 9)."""
-        self._write("msg", text, title, who)
-
-    def warn(self, text: str) -> None:
-        """Say what may need somebody's eye."""
-        self._worse("warn", text)
-
-    def error(self, text: str) -> None:
-        """Say what went wrong."""
-        self._worse("error", text)
-
-    def fatal(self, text: str) -> None:
-        """Say why the program ends."""
-        self._worse("fatal", text)
-
-    def _worse(self, level: str, text: str) -> None:
-        self._write(level, text)
-        self.keep(text)
+        self.log(LEVELS["msg"], text, extra={"message_of": (title, who)})
 
     def failure(self, doing: str) -> None:
         """Report the exception being handled, with its place: a fault of this program."""
-        import traceback
         self.error(f"{doing} failed, which is a fault of this program:\n"
                    + traceback.format_exc().rstrip())
 
@@ -617,46 +498,25 @@ def spawn(function: Callable[..., None], *args: Any, name: str = "openqq") -> th
     return thread
 
 
-def usable_cpus() -> List[int]:
-    """The CPUs that this process may choose from; none where it has no choice, or no use of it."""
-    if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
-        try:
-            return sorted(os.sched_getaffinity(0))
-        except OSError:
-            pass  # the system does not tell us; it works as well
-    return []
-
-
-CPUS = usable_cpus()
+CPUS: List[int] = []  # those that a process may choose from, where there is a choice and a use
+if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
+    try:
+        CPUS = sorted(os.sched_getaffinity(0))
+    except OSError:
+        pass  # the system does not tell us; it works as well
 
 
 def share_cpu(number: int, pid: int = 0) -> None:
-    """Keep a process's threads, those to come too, to one of the CPUS.
+    """Keep a process that has no threads yet to one of the CPUS.
 
-    They run one at a time in any case, and wake each other all the time; to wake one on another
-    CPU is what took most of the time (measured on two: half as many proxied calls).
+    Its threads run one at a time in any case, and wake each other all the time; to wake one on
+    another CPU is what took most of the time (measured on two: half as many proxied calls).
     """
-    at = number % (len(CPUS) or 1)
-    _use_cpus(pid, CPUS[at:at + 1])
-
-
-def use_all_cpus(pid: int) -> None:
-    """Let a process that has just begun run where it likes."""
-    _use_cpus(pid, CPUS)
-
-
-def _use_cpus(pid: int, cpus: Sequence[int]) -> None:
-    if len(CPUS) < 2:
-        return
-    try:
-        tasks = os.listdir(f"/proc/{pid or 'self'}/task")
-    except OSError:
-        return  # it has just ended, or there is no /proc
-    for task in tasks:
+    if len(CPUS) > 1:
         try:
-            os.sched_setaffinity(int(task), cpus)
+            os.sched_setaffinity(pid, [CPUS[number % len(CPUS)]])
         except OSError:
-            pass  # this thread has just ended, or the system does not let us
+            pass  # it has just ended, or the system does not let us
 
 
 class Promise:
@@ -1083,12 +943,6 @@ def _hosts(text: str) -> List[str]:
     return found
 
 
-def _level(text: str) -> str:
-    if text not in LEVELS:
-        raise ValueError("must be one of " + " ".join(LEVELS))
-    return text
-
-
 def _encoding(text: str) -> str:
     """A codec for lines of any text: not idna or rot13, nor one that begins each with a mark."""
     line = "[x] 1\n"
@@ -1166,17 +1020,18 @@ class Setting:
     the setting where that belongs.
     """
 
-    def __init__(self, name: str, default: Json, read: Callable[[str], Json], whose: str,
-                 help: str, *, caller: bool = True, secret: bool = False, plugin: bool = False,
-                 idle: bool = False, between: Optional[Tuple[int, int]] = None,
+    def __init__(self, whose: str, name: str, default: Json, read: Callable[[str], Json],
+                 help: str, chinese: str, *, caller: bool = True, secret: bool = False,
+                 plugin: bool = False, idle: bool = False,
+                 between: Optional[Tuple[int, int]] = None,
                  token: Tuple[str, str] = ("", "")) -> None:
         self.name, self.default, self.read, self.whose = name, default, read, whose
-        self.help, self.caller, self.secret = help, caller and whose != "controller", secret
+        self.help, self.chinese, self.secret = help, chinese, secret
+        self.caller = caller and whose != "controller"
         self.plugin, self.idle, self.between, self.token = plugin, idle, between, token
 
-    def parse(self, value: Json) -> Json:
-        """A value from a text, a number, a bool or a list; ValueError names the setting."""
-        text = self.text(value)
+    def parse(self, text: str) -> Json:
+        """The value that a text stands for; ValueError names the setting."""
         try:
             if len(text) > SETTING_LIMIT:
                 raise ValueError(f"must not be longer than {SETTING_LIMIT} letters")
@@ -1188,154 +1043,157 @@ class Setting:
             shown = "" if self.secret else f" {re.sub('//[^/@]*@', '//', text)[:100]!r}"
             raise ValueError(f"{self.name}{shown} {error}") from None
 
-    def split(self, url: str) -> Tuple[str, str]:
-        """A URL without the token that is its parameter, and that; empty if there is none."""
-        rest, mark, fragment = url.partition("#")
-        path, asks, query = rest.partition("?")
-        named = [(urllib.parse.unquote_plus(pair.partition("=")[0]).lower() == self.token[0], pair)
-                 for pair in query.split("&")]
-        kept = "&".join(pair for is_token, pair in named if not is_token)
-        tokens = [pair.partition("=")[2] for is_token, pair in named if is_token]
-        if not self.token[0] or not tokens:
-            return url, ""
-        return (path + (asks + kept if kept else "") + mark + fragment,
-                urllib.parse.unquote_plus(tokens[-1]))
-
     def text(self, value: Json) -> str:
-        """A text that parse() takes for the same value."""
+        """The text that parse() takes for a value, be it one from JSON or Python."""
+        if value is None:
+            return ""
         if isinstance(value, bool):
             value = int(value)
         return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
     def shown(self) -> str:
-        """The default as help and README show it."""
-        if self.default is None or self.default == "":
-            return ""
-        if isinstance(self.default, bool):
-            return str(int(self.default))
-        if isinstance(self.default, list):
-            return ",".join(self.default)
-        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+        """The default as help shows it."""
+        is_float = isinstance(self.default, float)
+        return f"{self.default:g}" if is_float else self.text(self.default)
+
+    def split(self, url: str) -> Tuple[str, str]:
+        """A URL without the token that is its parameter, and that; empty if there is none."""
+        rest, mark, fragment = url.partition("#")
+        path, asks, query = rest.partition("?")
+        kept, tokens = [], []
+        for pair in query.split("&"):
+            name, _, value = map(urllib.parse.unquote_plus, pair.partition("="))
+            if self.token[0] and name.lower() == self.token[0]:
+                tokens.append(value)
+            else:
+                kept.append(pair)
+        if not tokens:
+            return url, ""
+        return path + (asks + "&".join(kept) if kept else "") + mark + fragment, tokens[-1]
 
 
-def _idle(*names: str) -> List[Setting]:
-    """Attributes of the documented `new` that are taken and change nothing."""
-    return [Setting(name, "", _text, "client", "taken, without effect", idle=True)
-            for name in names]
-
-
+_both, _controller, _client = (functools.partial(Setting, whose)
+                               for whose in ("both", "controller", "client"))
+IDLE = ("taken, without effect", "接受但不起作用")  # of attributes of the documented `new`
 SETTINGS = {setting.name: setting for setting in [
-    Setting("account", "default", _text, "client", "the account's name", caller=False),
-    Setting("host", "0.0.0.0", _text, "both", "address to listen on", caller=False),
-    Setting("port", None, _port, "both",
-            "port to listen on: 4000 controller, 5000 client (weixin 2000, 3000); 0: any",
-            caller=False, plugin=True),
-    Setting("flavor", "qq", _choice("qq", "weixin"), "both", "qq or weixin", caller=False),
-    Setting("token", "", _text, "both", "what callers must know; also $OPENQQ_TOKEN",
-            caller=False, secret=True),
-    Setting("allowed_hosts", [], _hosts, "both",
-            "without a token: public names of a server on this machine, served by https, that "
-            "passes calls on and asks who is there", caller=False),
-    Setting("public_url", "", _url, "both",
-            "how a phone reaches this server: http://127.0.0.1:PORT", caller=False),
-    Setting("max_connections", 2048, _whole, "both", "connections at once", caller=False,
-            between=(1, 1_000_000)),
-    Setting("http_max_message_size", BODY_LIMIT, _whole, "both", "bytes of a request's body",
-            between=(1, 1 << 30)),
-    Setting("one_cpu", True, _flag, "both",
-            "each process on one CPU (Linux), which doubles its speed; 0: on all", caller=False),
-    Setting("tmpdir", "", _path, "both", "directory of all files: the system's for such"),
-    Setting("log_path", "", _path, "both", "log file: none, the log goes to stderr"),
-    Setting("log_encoding", "", _encoding, "both", "encoding of the log: utf-8"),
-    Setting("log_level", "info", _level, "both", " ".join(LEVELS)),
-    Setting("log_head", None, _text, "both", "before each line: [wqc][PID] or [ACCOUNT][PID]"),
-    Setting("log_console", False, _flag, "both", "log to stderr besides log_path"),
-    Setting("disable_color", False, _flag, "both", "no colours on a terminal"),
-    Setting("http_debug", False, _flag, "both", "log every call at level debug"),
-    Setting("world", "", _path, "both", "JSON file that the local network starts with",
-            caller=False),
-    Setting("pid_path", "", _path, "both", "pid file: in tmpdir"),
-    Setting("post_api", "", _url, "both", "URL that gets every message and event", plugin=True),
-    Setting("post_secret", "", _text, "both", "signs what is posted: X-Signature", secret=True),
-    Setting("poll_api", "", _url, "both", "URL of the heartbeat and tunnel", plugin=True),
-    Setting("poll_interval", 5.0, _number, "both", "seconds between two heartbeats",
-            plugin=True, between=(0, 1_000_000)),
+    _client("account", "default", _text, "the account's name", "帐号名", caller=False),
+    _both("host", "0.0.0.0", _text, "address to listen on", "监听地址", caller=False),
+    _both("port", None, _port,
+        "port to listen on: 4000 controller, 5000 client (weixin 2000, 3000); 0: any", "监听端口，0 为任意",
+        caller=False, plugin=True),
+    _both("flavor", "qq", _choice("qq", "weixin"), "qq or weixin", "qq 或 weixin", caller=False),
+    _both("token", "", _text, "what callers must know; also $OPENQQ_TOKEN", "调用者必须提供的口令",
+        caller=False, secret=True),
+    _both("allowed_hosts", [], _hosts,
+        "without a token: public names of a server on this machine, served by https, that passes "
+        "calls on and asks who is there", "没有口令时，本机 https 代理的公开域名", caller=False),
+    _both("public_url", "", _url, "how a phone reaches this server: http://127.0.0.1:PORT",
+        "手机怎样访问本服务", caller=False),
+    _both("max_connections", 2048, _whole, "connections at once", "同时的连接数", caller=False,
+        between=(1, 1_000_000)),
+    _both("http_max_message_size", BODY_LIMIT, _whole, "bytes of a request's body", "请求正文的字节数",
+        between=(1, 1 << 30)),
+    _both("one_cpu", True, _flag,
+        "each process on one CPU (Linux), which doubles its speed; 0: on all", "每个进程只用一个 CPU，快一倍",
+        caller=False),
+    _both("tmpdir", "", _path, "directory of all files: the system's for such", "所有文件的目录"),
+    _both("log_path", "", _path, "log file: none, the log goes to stderr", "日志文件，默认写到 stderr"),
+    _both("log_encoding", "", _encoding, "encoding of the log: utf-8", "日志编码"),
+    _both("log_level", "info", _choice(*LEVELS), " ".join(LEVELS), "日志级别"),
+    _both("log_head", None, _text, "before each line: [wqc][PID] or [ACCOUNT][PID]", "每行日志的开头"),
+    _both("log_console", False, _flag, "log to stderr besides log_path", "除 log_path 外也写到 stderr"),
+    _both("disable_color", False, _flag, "no colours on a terminal", "终端不用颜色"),
+    _both("http_debug", False, _flag, "log every call at level debug", "以 debug 级别记录每个调用"),
+    _both("world", "", _path, "JSON file that the local network starts with", "本地网络起始的 JSON 文件",
+        caller=False),
+    _both("pid_path", "", _path, "pid file: in tmpdir", "进程号文件"),
+    _both("post_api", "", _url, "URL that gets every message and event", "接收所有消息和事件的 URL",
+        plugin=True),
+    _both("post_secret", "", _text, "signs what is posted: X-Signature", "上报的签名密钥", secret=True),
+    _both("poll_api", "", _url, "URL of the heartbeat and tunnel", "心跳和反向通道的 URL", plugin=True),
+    _both("poll_interval", 5.0, _number, "seconds between two heartbeats", "两次心跳相隔的秒数", plugin=True,
+        between=(0, 1_000_000)),
 
-    Setting("backend_start_port", None, _port, "controller",
-            "first port for clients: 5000 (weixin 3000)"),
-    Setting("max_clients", 100, _whole, "controller", "clients alive at once"),
-    Setting("check_interval", 5.0, _number, "controller",
-            "seconds between two looks at clients' processes, besides noticing their end at once",
-            between=(0, 1_000_000)),
-    Setting("template_path", "", _path, "controller", "the script that clients run: in tmpdir"),
-    Setting("backend_path", "", _path, "controller", "file with the clients: in tmpdir"),
-    Setting("accounts", "", _path, "controller", "JSON file, name to settings, started at boot"),
-    Setting("resume", True, _flag, "controller", "start the clients that ran when it ended"),
-    Setting("restart", "on-failure", _choice("on-failure", "never"), "controller",
-            "whether dead clients are started again: on-failure or never"),
+    _controller("backend_start_port", None, _port, "first port for clients: 5000 (weixin 3000)",
+        "客户端的起始端口"),
+    _controller("max_clients", 100, _whole, "clients alive at once", "同时运行的客户端数"),
+    _controller("check_interval", 5.0, _number,
+        "seconds between two looks at clients' processes, besides noticing their end at once",
+        "检查客户端进程的间隔秒数", between=(0, 1_000_000)),
+    _controller("template_path", "", _path, "the script that clients run: in tmpdir", "客户端运行的脚本"),
+    _controller("backend_path", "", _path, "file with the clients: in tmpdir", "记录客户端的文件"),
+    _controller("accounts", "", _path, "JSON file, name to settings, started at boot",
+        "启动时要启动的帐号的 JSON 文件"),
+    _controller("resume", True, _flag, "start the clients that ran when it ended",
+        "启动上次结束时在运行的客户端"),
+    _controller("restart", "on-failure", _choice("on-failure", "never"),
+        "whether dead clients are started again: on-failure or never", "是否重启死掉的客户端"),
 
-    Setting("post_event", True, _flag, "client", "post events besides messages", plugin=True),
-    Setting("post_media_data", True, _flag, "client", "post a picture's bytes too",
-            plugin=True),
-    Setting("post_stdout", False, _flag, "client", "one JSON line per event on stdout"),
-    Setting("post_event_list", None, _words, "client",
-            "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of friend, "
-            "group, group_member"),
-    Setting("check_event_list_max_size", 20, _whole, "client", "events that check_event keeps",
-            between=(0, 100_000)),
-    Setting("download_media", True, _flag, "client", "weixin: keep received media as files"),
-    Setting("numeric_ids", False, _flag, "client", "ids as JSON numbers"),
-    Setting("onebot_api", "", _bridge_url, "client",
-            "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000",
-            token=("access_token", "onebot_token")),
-    Setting("onebot_token", "", _text, "client", "the bridge's access token", secret=True),
-    Setting("onebot_secret", "", _text, "client", "signs what the bridge posts to /onebot",
-            secret=True),
-    Setting("onebot_login", "", _choice("", "napcat", "llbot"), "client",
-            "whose page has the QR code: napcat or llbot"),
-    Setting("onebot_login_api", "", _url, "client",
-            "that page: port 6099 (llbot 3080) of the bridge's host",
-            token=("token", "onebot_login_token")),
-    Setting("onebot_login_token", "", _text, "client", "that page's token or password",
-            secret=True),
-    Setting("cookie_path", "", _path, "client", "cookie file: in tmpdir"),
-    Setting("qrcode_path", "", _path, "client", "QR code file: in tmpdir"),
-    Setting("state_path", "", _path, "client", "state file: in tmpdir"),
-    Setting("keep_cookie", True, _flag, "client", "keep the login for the next start"),
-    Setting("login_type", "qrlogin", _choice("qrlogin", "login"), "client",
-            "qrlogin: scan a code; login: with pwd, on the local network"),
-    Setting("pwd", "", _text, "client", "password for login_type=login", secret=True),
-    Setting("qrcode_count_max", 10, _whole, "client", "QR codes shown before the client stops"),
-    Setting("send_interval", None, _number, "client",
-            "seconds between two messages: 3, on the local network 0", between=(0, 86_400)),
-    Setting("send_queue_max_size", 1000, _whole, "client",
-            "messages that may wait to be sent; more are refused", between=(1, 1_000_000)),
-    Setting("msg_ttl", 3, _whole, "client", "tries to send one message", between=(1, 1_000)),
-    Setting("mode", "online", _choice("online", "away", "busy", "silent", "hidden", "offline",
-                                      "callme"), "client", "the account's own state"),
-    Setting("update_interval", 600.0, _number, "client",
-            "seconds between two refreshes of friends, groups and discusses",
-            between=(0, 1_000_000)),
-    Setting("is_init_friend", True, _flag, "client", "load friends at login"),
-    Setting("is_init_group", True, _flag, "client", "load groups at login"),
-    Setting("is_init_discuss", True, _flag, "client", "load discusses at login"),
-    Setting("is_update_user", False, _flag, "client", "refresh the user too"),
-    Setting("is_update_friend", True, _flag, "client", "refresh friends"),
-    Setting("is_update_group", True, _flag, "client", "refresh groups"),
-    Setting("is_update_discuss", True, _flag, "client", "refresh discusses"),
-    Setting("allow_message_sync", False, _flag, "client",
-            "report what the account sends from another device"),
-    Setting("ignore_unknown_id", False, _flag, "client", "drop messages from strangers"),
-    Setting("ua_retry_times", 5, _whole, "client", "taken, without effect", idle=True),
-    *_idle("verifycode_path", "pic_dir", "ignore_retcode", "type", "check_account", "domain",
-           "ignore_poll_http_code", "default_send_real_comp_sign", "model_update_timeout",
-           "group_member_card_cut_length", "group_member_identify_callback",
-           "ua_debug_req_body", "ua_debug_res_body",
-           "ua_debug", "ua_connect_timeout", "ua_request_timeout", "ua_inactivity_timeout",
-           "is_init_recent", "is_update_group_ext", "is_update_friend_ext", "security",
-           "encrypt_method", "send_failure_count_max", "poll_failure_count_max",
-           "ignore_send_retcode", "ignore_poll_retcode", "log_unicode",
-           "group_member_card_ext_only", "group_member_card_cut", "group_member_use_fullcard"),
+    _client("post_event", True, _flag, "post events besides messages", "除消息外也上报事件", plugin=True),
+    _client("post_media_data", True, _flag, "post a picture's bytes too", "也上报图片数据", plugin=True),
+    _client("post_stdout", False, _flag, "one JSON line per event on stdout",
+        "每个事件在 stdout 输出一行 JSON"),
+    _client("post_event_list", None, _words,
+        "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of friend, "
+        "group, group_member", "要上报的事件"),
+    _client("check_event_list_max_size", 20, _whole, "events that check_event keeps",
+        "check_event 保留的事件数", between=(0, 100_000)),
+    _client("download_media", True, _flag, "weixin: keep received media as files", "微信：收到的媒体存为文件"),
+    _client("numeric_ids", False, _flag, "ids as JSON numbers", "id 用 JSON 数字"),
+    _client("onebot_api", "", _bridge_url,
+        "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000", "真实 QQ：OneBot 实现的地址",
+        token=("access_token", "onebot_token")),
+    _client("onebot_token", "", _text, "the bridge's access token", "它的 access token",
+        secret=True),
+    _client("onebot_secret", "", _text, "signs what the bridge posts to /onebot",
+        "OneBot 向 /onebot 上报的签名密钥", secret=True),
+    _client("onebot_login", "", _choice("", "napcat", "llbot"),
+        "whose page has the QR code: napcat or llbot", "谁的网页有二维码"),
+    _client("onebot_login_api", "", _url, "that page: port 6099 (llbot 3080) of the bridge's host",
+        "该网页的地址", token=("token", "onebot_login_token")),
+    _client("onebot_login_token", "", _text, "that page's token or password", "该网页的口令",
+        secret=True),
+    _client("cookie_path", "", _path, "cookie file: in tmpdir", "cookie 文件"),
+    _client("qrcode_path", "", _path, "QR code file: in tmpdir", "二维码文件"),
+    _client("state_path", "", _path, "state file: in tmpdir", "状态文件"),
+    _client("keep_cookie", True, _flag, "keep the login for the next start", "为下次启动保留登录"),
+    _client("login_type", "qrlogin", _choice("qrlogin", "login"),
+        "qrlogin: scan a code; login: with pwd, on the local network", "扫码，或用 pwd 登录"),
+    _client("pwd", "", _text, "password for login_type=login", "login_type=login 的密码", secret=True),
+    _client("qrcode_count_max", 10, _whole, "QR codes shown before the client stops", "最多几个二维码"),
+    _client("send_interval", None, _number,
+        "seconds between two messages: 3, on the local network 0", "两条消息相隔的秒数",
+        between=(0, 86_400)),
+    _client("send_queue_max_size", 1000, _whole,
+        "messages that may wait to be sent; more are refused", "等待发送的消息数上限",
+        between=(1, 1_000_000)),
+    _client("msg_ttl", 3, _whole, "tries to send one message", "一条消息尝试发送的次数", between=(1, 1_000)),
+    _client("mode", "online", _choice("online", "away", "busy", "silent", "hidden", "offline",
+                                      "callme"),
+        "the account's own state", "帐号的在线状态"),
+    _client("update_interval", 600.0, _number,
+        "seconds between two refreshes of friends, groups and discusses", "刷新好友、群、讨论组的间隔秒数",
+        between=(0, 1_000_000)),
+    _client("is_init_friend", True, _flag, "load friends at login", "登录时加载好友"),
+    _client("is_init_group", True, _flag, "load groups at login", "登录时加载群"),
+    _client("is_init_discuss", True, _flag, "load discusses at login", "登录时加载讨论组"),
+    _client("is_update_user", False, _flag, "refresh the user too", "也刷新个人资料"),
+    _client("is_update_friend", True, _flag, "refresh friends", "刷新好友"),
+    _client("is_update_group", True, _flag, "refresh groups", "刷新群"),
+    _client("is_update_discuss", True, _flag, "refresh discusses", "刷新讨论组"),
+    _client("allow_message_sync", False, _flag, "report what the account sends from another device",
+        "上报其他设备发出的消息"),
+    _client("ignore_unknown_id", False, _flag, "drop messages from strangers", "丢弃陌生人的消息"),
+    _client("ua_retry_times", 5, _whole, *IDLE, idle=True),
+    *(_client(name, "", _text, *IDLE, idle=True) for name in (
+        "verifycode_path", "pic_dir", "ignore_retcode", "type", "check_account", "domain",
+        "ignore_poll_http_code", "default_send_real_comp_sign", "model_update_timeout",
+        "group_member_card_cut_length", "group_member_identify_callback", "ua_debug_req_body",
+        "ua_debug_res_body", "ua_debug", "ua_connect_timeout", "ua_request_timeout",
+        "ua_inactivity_timeout", "is_init_recent", "is_update_group_ext", "is_update_friend_ext",
+        "security", "encrypt_method", "send_failure_count_max", "poll_failure_count_max",
+        "ignore_send_retcode", "ignore_poll_retcode", "log_unicode", "group_member_card_ext_only",
+        "group_member_card_cut", "group_member_use_fullcard")),
 ]}
 
 
@@ -1353,18 +1211,39 @@ NETWORKS = {"onebot_api": "onebot_"}
 UNKEPT = ("pwd", "token")        # the secrets that nothing remembers (DESIGN)
 
 
-def tokens_apart(given: Mapping[str, Json]) -> Row:
+def tokens_apart(given: Mapping[str, str]) -> Dict[str, str]:
     """Settings, by their own names, with each token that came within a URL where it belongs.
 
     So it is treated as the secret that it is. One that is given by itself is stronger.
     """
     found, tokens = dict(given), {}
-    for name, value in given.items():
-        if SETTINGS[name].token[0]:
-            found[name], token = SETTINGS[name].split(SETTINGS[name].text(value))
-            if token and not given.get(SETTINGS[name].token[1]):
-                tokens[SETTINGS[name].token[1]] = token
+    for name, text in given.items():
+        found[name], token = SETTINGS[name].split(text)
+        if token and not given.get(SETTINGS[name].token[1]):
+            tokens[SETTINGS[name].token[1]] = token
     return {**found, **tokens}
+
+
+def texts_of(given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
+             ) -> Dict[str, str]:
+    """What somebody gives, by the settings' own names, as texts that parse() takes.
+
+    All settings come this way: flags, keywords, callers' parameters, the accounts file and what
+    is resumed. `why_not(setting)` is what stands against one here, if anything; None is what is
+    no setting at all. ValueError for that, and for a bad value; an empty text is left as it is.
+    """
+    found = {}
+    for name, value in given.items():
+        setting = setting_named(name)
+        wrong = why_not(setting)
+        if wrong or setting is None:
+            raise ValueError(f"{name[:100]} {wrong}")
+        found[setting.name] = setting.text(value)
+    found = tokens_apart(found)
+    for name, text in found.items():
+        if text:
+            SETTINGS[name].parse(text)
+    return found
 
 
 def urls_of(name: str) -> List[str]:
@@ -1398,21 +1277,17 @@ class Settings:
 
     def __init__(self, whose: str, given: Mapping[str, Json], environ: Mapping[str, str],
                  prefix: str) -> None:
-        self._given: Row = {name: SETTINGS[name].parse(value)
-                            for name, value in from_environment(environ, prefix).items()
+        self._given: Row = {name: SETTINGS[name].parse(text)
+                            for name, text in from_environment(environ, prefix).items()
                             if SETTINGS[name].whose in (whose, "both")}
-        self._take(given, f"a setting of a {whose}", (whose, "both"))
+        self._take(given, lambda setting: "" if setting and setting.whose in (whose, "both")
+                   else f"is not a setting of a {whose}")
 
-    def _take(self, given: Mapping[str, Json], what: str, whose: Sequence[str]) -> None:
-        named = {}
-        for name, value in given.items():
-            setting = setting_named(name)
-            if setting is None or setting.whose not in whose:
-                raise ValueError(f"{name} is not {what}")
-            if value is not None:
-                named[setting.name] = value
-        for name, value in tokens_apart(named).items():
-            self._given[name] = SETTINGS[name].parse(value)
+    def _take(self, given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
+              ) -> None:
+        texts = texts_of({name: value for name, value in given.items() if value is not None},
+                         why_not)
+        self._given.update((name, SETTINGS[name].parse(text)) for name, text in texts.items())
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in SETTINGS:
@@ -1427,7 +1302,7 @@ class Settings:
         """A copy in which some are given anew; ValueError as above."""
         copy = Settings.__new__(Settings)
         copy._given = dict(self._given)
-        copy._take(given, "a setting", ("controller", "client", "both"))
+        copy._take(given, lambda setting: "" if setting else "is not a setting")
         return copy
 
     def fill(self, **values: Json) -> None:
@@ -1447,14 +1322,14 @@ def from_environment(environ: Mapping[str, str], prefix: str) -> Dict[str, str]:
 
     Names that are no setting are left to whom they belong; an empty value counts as none.
     """
-    found = {key[len(prefix):].lower(): read_text(os.fsencode(value))
-             if SURROGATES.search(value) else value  # as typed words are: a console may write GBK
-             for key, value in sorted(environ.items()) if key.startswith(prefix) and value}
-    plain = {name: value for name, value in found.items() if name in SETTINGS}
-    plugin = {setting.name: value for name, value in found.items()
-              for setting in [setting_named(name)] if setting and name != setting.name}
-    token = {"token": environ["OPENQQ_TOKEN"]} if environ.get("OPENQQ_TOKEN") else {}
-    return tokens_apart({**plain, **plugin, **token})
+    found = {}
+    for key in sorted(environ, key=lambda key: (key.startswith(prefix + "PLUGIN_"), key)):
+        setting = setting_named(key[len(prefix):].lower()) if key.startswith(prefix) else None
+        if setting and environ[key]:
+            found[setting.name] = typed_text(environ[key])
+    if environ.get("OPENQQ_TOKEN"):
+        found["token"] = environ["OPENQQ_TOKEN"]
+    return tokens_apart(found)
 
 
 def to_environment(values: Mapping[str, str], prefix: str, plugin: str) -> Dict[str, str]:
@@ -1928,9 +1803,7 @@ def read_json(path: str, log: Log) -> Row:
     `<path>.old` with a warning: it is the user's, and it must not stop a start.
     """
     data = read_file(path)
-    if not data:
-        return {}
-    value = object_in(data)
+    value = object_in(data) if data else {}
     if value is not None:
         return value
     log.warn(f"{path} is not a file of this program; it is kept as {path}.old")
@@ -1941,22 +1814,14 @@ def read_json(path: str, log: Log) -> Row:
     return {}
 
 
-def create_in(directory: str, what: str = "") -> Tuple[int, str]:
-    """A new file that only this user may read: its descriptor and path; OSError.
-
-    As tempfile.mkstemp(), without the random numbers, which take each client 0.1 MiB.
-    """
-    path = os.path.join(directory, f".openqq_{what}_{new_secret()}")
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), path
-
-
 def write_file(path: str, data: bytes) -> None:
     """Replace a file at once: another process sees the old bytes or the new, never a part.
 
     The file is 0600 from the start; what lies at `path`, be it a symlink, is replaced and not
     followed. OSError when the disk is full or the directory cannot be written.
     """
-    handle, temporary = create_in(*os.path.split(path))
+    directory, name = os.path.split(path)
+    handle, temporary = tempfile.mkstemp("", f".openqq_{name}_", directory)
     try:
         with open(handle, "wb") as file:
             file.write(data)
@@ -1968,6 +1833,14 @@ def write_file(path: str, data: bytes) -> None:
         raise
 
 
+def keep_file(path: str, data: bytes, log: Log) -> None:
+    """Replace a file that nobody can do much about when it cannot be written: a warning."""
+    try:
+        write_file(path, data)
+    except OSError as error:
+        log.warn(f"{path} cannot be written: {error.strerror}; going on without")
+
+
 def remove_file(path: str) -> None:
     """Remove a file if it is there."""
     try:
@@ -1976,16 +1849,20 @@ def remove_file(path: str) -> None:
         pass
 
 
+def files_in(directory: str, pattern: str) -> List[str]:
+    """The paths of the files in a directory whose whole names fit; none where it is not there."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return []
+    return [os.path.join(directory, name) for name in names if re.fullmatch(pattern, name)]
+
+
 def remove_leftovers(path: str) -> None:
     """Remove what a process that was killed in write_file() left of a file: it may hold secrets."""
     directory, name = os.path.split(path)
-    try:
-        found = os.listdir(directory)
-    except OSError:
-        return  # there is none
-    for other in found:
-        if re.fullmatch(re.escape(f".openqq_{name}_") + "[0-9a-f]{32}", other):
-            remove_file(os.path.join(directory, other))
+    for left in files_in(directory, re.escape(f".openqq_{name}_") + "([0-9a-z_]{8}|[0-9a-f]{32})"):
+        remove_file(left)
 
 
 def check_tmpdir(path: str) -> str:
@@ -1993,21 +1870,12 @@ def check_tmpdir(path: str) -> str:
     path = path or tempfile.gettempdir()
     try:
         os.makedirs(path, exist_ok=True)
-        handle, probe = create_in(path)
-        try:
-            os.write(handle, b"can this be written?")
-        finally:
-            os.close(handle)
-            os.unlink(probe)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"can this be written?")
     except OSError as error:
         raise Refusal(f"tmpdir {path} cannot be used: {error.strerror}; "
                       "give another one with --tmpdir") from None
     return os.path.realpath(path)
-
-
-def inside(path: str, directory: str) -> bool:
-    """Whether a path, symlinks followed, lies in a directory (which exists)."""
-    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(directory), ""))
 
 
 def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterable[str]) -> None:
@@ -2016,12 +1884,13 @@ def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterabl
     `own_files` matches the names of this program's own files that the caller may have, `taken`
     are paths that it may not, whatever they are called (empty ones count for nothing).
     """
-    base = os.path.basename(os.path.realpath(path))
-    reserved = {os.path.realpath(other) for other in taken if other}
-    foreign = re.match("mojo_|[.]", base) and not re.fullmatch(own_files, base)
-    same = name == "tmpdir" and os.path.realpath(path) == os.path.realpath(tmpdir)
-    if os.path.realpath(path) in reserved or not same and (
-            foreign or not inside(path, tmpdir)):
+    real, room = os.path.realpath(path), os.path.realpath(tmpdir)  # where symlinks lead to
+    base = os.path.basename(real)
+    good = real.startswith(os.path.join(room, "")) and (
+        not re.match("mojo_|[.]", base) or re.fullmatch(own_files, base))
+    if name == "tmpdir" and real == room:
+        good = True
+    if not good or real in {os.path.realpath(other) for other in taken if other}:
         raise NotAllowed(f"{name} not allowed")
 
 
@@ -2053,7 +1922,7 @@ class Shelf:
     NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 
     def __init__(self, start: str, log: Log) -> None:
-        self._start, self._log = start, log
+        self._start = start
         self._names: Dict[str, str] = {}  # id -> the name that its giver gave it
         for path in self._paths():
             try:
@@ -2064,17 +1933,11 @@ class Shelf:
 
     def _paths(self) -> List[str]:
         directory, start = os.path.split(self._start)
-        try:
-            names = os.listdir(directory)
-        except OSError:
-            return []  # it is not made yet, or gone
-        return [os.path.join(directory, name) for name in names
-                if name.startswith(start) and self.NAME.fullmatch(name[len(start):])]
+        return files_in(directory, re.escape(start) + self.NAME.pattern)
 
     def put(self, data: bytes, name: str) -> Row:
         """Keep bytes under a new id: the row that get() gives. OSError."""
         mime = media_type(data, name)
-        import mimetypes
         found = re.search(r"\.([a-z0-9]{1,8})$", name.lower())
         end = "." + found.group(1) if found else mimetypes.guess_extension(mime) or ".dat"
         key = new_secret()
@@ -2091,11 +1954,11 @@ class Shelf:
         """media_id, media_path, media_name, media_mime, media_ext, media_code, media_size (bytes)
         and media_mtime of what is kept under an id; None if that is nothing."""
         for path in self._paths():
-            if os.path.basename(path)[len(os.path.basename(self._start)):].startswith(key + "."):
+            if path.startswith(f"{self._start}{key}."):
                 try:
                     return self._row(key, path, media_type(read_file(path) or b"", path))
                 except OSError:
-                    return None  # it has just been cleared away
+                    pass  # it has just been cleared away
         return None
 
     def _row(self, key: str, path: str, mime: str) -> Row:
@@ -2118,7 +1981,6 @@ def media_type(data: bytes, name: str) -> str:
     for begin, kind in ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpeg"), (b"GIF8", "gif")):
         if data.startswith(begin):
             return "image/" + kind
-    import mimetypes
     return mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
@@ -2136,19 +1998,28 @@ class PidFile:
     def take(self, who: str) -> None:
         """Write our pid; Refusal, naming the holder, when another process has it."""
         while self._file is None:
-            file = self._open(who)
+            try:
+                file = open(self.path, "r+", encoding="utf-8", errors="replace",
+                            opener=lambda path, flags: own_opener(path, flags | os.O_CREAT))
+            except OSError as error:
+                raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
+                              "remove it, or give another --tmpdir") from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path)):
+                    self._file = file
+            except FileNotFoundError:
+                pass  # removed by its holder between our open and our lock
             except OSError:
                 holder = file.read(20).strip() or "unknown"
-                file.close()
                 raise Refusal(f"{who} is running already, with pid {holder}; "
                               f"{self.path} says so") from None
-            if self._is_current(file):
-                self._file = file
-            else:
-                file.close()  # removed by its holder between our open and our lock
-        self._write(f"{os.getpid()}\n")
+            finally:
+                if self._file is None:
+                    file.close()
+        self._file.truncate()
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
 
     def await_end(self) -> None:
         """Return when no living process has it."""
@@ -2165,48 +2036,28 @@ class PidFile:
             self._file.close()
             self._file = None
 
-    def _open(self, who: str) -> IO[str]:
-        try:
-            return open(self.path, "r+", encoding="utf-8", errors="replace",
-                        opener=lambda path, flags: own_opener(path, flags | os.O_CREAT))
-        except OSError as error:
-            raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
-                          "remove it, or give another --tmpdir") from None
-
-    def _is_current(self, file: IO[str]) -> bool:
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path))
-        except OSError:
-            return False
-
-    def _write(self, text: str) -> None:
-        assert self._file is not None
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(text)
-        self._file.flush()
-
 
 class Journal:
     """A file that only grows: one JSON value per line, and a torn last line is no line.
 
     write() appends in one system call; a process that is killed loses nothing that was written
     before. There is no fsync here (36 µs against 0.5): a machine that loses power may lose the
-    last moments. `rewrite` replaces the file by fewer lines, which is worth it when it has grown()
-    to twice what was left then. Errors of the disk are told once.
+    last moments. When the file has grown to twice what lasted the last time, it is replaced by the
+    lines that last. Errors of the disk are told once.
     """
 
     COMPACT = 4 * 1024 * 1024    # bytes below which it is left alone
 
     def __init__(self, path: str, log: Log) -> None:
         self.path, self.log = path, log
-        self._handle: Optional[int] = None
+        self._file: Any = None
         self._broken = False
-        self.size = self.base = 0    # bytes: now, and of what lasts
+        self._size = self._base = 0  # bytes: now, and of what lasts
 
-    def grown(self) -> bool:
-        """Whether most of it is past."""
-        return self.size > max(self.COMPACT, 2 * self.base)
+    def last_lines(self) -> Tuple[List[Json], int]:
+        """The lines that are as good as all there are, and how many bytes besides were put into
+        another file for that. OSError."""
+        raise NotImplementedError
 
     def read(self) -> Iterator[Json]:
         """The values, in order; lines that are not JSON are passed over."""
@@ -2218,52 +2069,42 @@ class Journal:
 
     def write(self, values: Iterable[Json]) -> None:
         """Append values; a full disk costs a warning and their survival, not the program."""
-        data = b"".join(to_bytes(value) + b"\n" for value in values)
         try:
-            if self._handle is None:
-                self._handle = self._open()
-            if os.write(self._handle, data) != len(data):
+            if self._file is None:
+                self._file = open(self.path, "a+b", 0, opener=own_opener)
+                self._size = os.fstat(self._file.fileno()).st_size
+                self._file.seek(max(0, self._size - 1))
+                if self._file.read() not in (b"", b"\n"):
+                    self._file.write(b"\n")  # what a kill tore off must not spoil the next line
+            data = b"".join(to_bytes(value) + b"\n" for value in values)
+            if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.size += len(data)
+            self._size += len(data)
+            if self._size > max(self.COMPACT, 2 * self._base):
+                self.compact()
             self._broken = False
         except OSError as error:
-            self._complain(error)
+            if not self._broken:
+                self.log.warn(f"{self.path} cannot be written: {error.strerror}; going on without")
+            self._broken = True
+            self.release()
 
-    def rewrite(self, values: Iterable[Json]) -> None:
-        """Replace all there is."""
-        data = b"".join(to_bytes(value) + b"\n" for value in values)
-        try:
-            write_file(self.path, data)
-            self.close()
-            self.size = self.base = len(data)
-        except OSError as error:
-            self._complain(error)
+    def compact(self) -> None:
+        """Replace all there is by what lasts. OSError."""
+        lines, elsewhere = self.last_lines()
+        data = b"".join(to_bytes(line) + b"\n" for line in lines)
+        write_file(self.path, data)
+        self.release()
+        self._size, self._base = len(data), len(data) + elsewhere
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Give the descriptor back; a later write opens the file anew."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-    def _open(self) -> int:
-        handle = own_opener(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-        try:
-            self.size = os.fstat(handle).st_size
-            if self.size and os.pread(handle, 1, self.size - 1) != b"\n":
-                os.write(handle, b"\n")  # what a kill tore off must not spoil the next line
-        except OSError:
-            os.close(handle)
-            raise
-        return handle
-
-    def _complain(self, error: OSError) -> None:
-        if not self._broken:
-            self.log.warn(f"{self.path} cannot be written: {error.strerror}; going on without")
-        self._broken = True
-        self.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
-class Spool:
+class Spool(Journal):
     """A bounded queue on disk, and beside it a mark: how far its source has been read.
 
     Items are JSON values under keys that grow. `pending` maps keys to items, oldest first. One
@@ -2274,28 +2115,22 @@ class Spool:
 
     def __init__(self, path: str, limit: int, log: Log,
                  bulk: Callable[[Json], int] = lambda item: 0) -> None:
-        self._journal = Journal(path, log)
+        super().__init__(path, log)
         self._limit, self._bulk = limit, bulk
-        self._bytes = 0
         self.pending: Dict[int, Json] = {}
         self.mark: Json = None
         self.last = 0            # the newest key ever given
         self._batch: List[Json] = []
-        for line in self._journal.read():
-            self._replay(line)
+        for line in self.read():
+            row = line if isinstance(line, dict) else {}
+            key, done = row.get("key", 0), row.get("done", 0)
+            if isinstance(key, int) and isinstance(done, int):
+                if "item" in row:
+                    self.pending[key] = row["item"]
+                self.pending.pop(done, None)
+                self.last = max(self.last, key)
+                self.mark = row.get("mark", self.mark)
         self._bytes = sum(map(bulk, self.pending.values()))
-
-    def _replay(self, line: Json) -> None:
-        if not isinstance(line, dict):
-            return
-        key, done = line.get("key", 0), line.get("done", 0)
-        if not isinstance(key, int) or not isinstance(done, int):
-            return
-        if "item" in line:
-            self.pending[key] = line["item"]
-        self.pending.pop(done, None)
-        self.last = max(self.last, key)
-        self.mark = line.get("mark", self.mark)
 
     def add(self, item: Json, mark: Json = None) -> int:
         """Queue an item, with the mark after it if its source has one; its key."""
@@ -2330,28 +2165,25 @@ class Spool:
     def flush(self) -> None:
         """Write what add(), advance() and done() collected."""
         if self._batch:
-            self._journal.write(self._batch)
+            self.write(self._batch)
         self._batch = []
-        if self._journal.grown():
-            self._compact()
 
     def close(self) -> None:
         """Flush, and give the descriptor back."""
         self.flush()
-        self._journal.close()
+        self.release()
 
     def _put(self, line: Row, mark: Json) -> None:
         if mark is not None:
             self.mark = line["mark"] = mark
         self._batch.append(line)
 
-    def _compact(self) -> None:
-        head = {"key": self.last, "mark": self.mark}
-        lines = [head, *({"key": key, "item": item} for key, item in self.pending.items())]
-        self._journal.rewrite(lines)
+    def last_lines(self) -> Tuple[List[Json], int]:
+        return [{"key": self.last, "mark": self.mark},
+                *({"key": key, "item": item} for key, item in self.pending.items())], 0
 
 
-class Ledger:
+class Ledger(Journal):
     """A tree of JSON objects that survives: a file with all of it, and a journal of changes.
 
     One thread uses it. put() changes one place; commit() writes all changes since the last one as
@@ -2359,16 +2191,27 @@ class Ledger:
     """
 
     def __init__(self, path: str, journal_path: str, log: Log) -> None:
-        self.path, self.log = path, log
-        self._journal = Journal(journal_path, log)
+        super().__init__(journal_path, log)
+        self._whole = path
         self.root: Row = read_json(path, log)
         self._changes: List[Json] = []
-        for line in self._journal.read():
-            self._replay(line)
+        for line in self.read():
+            try:
+                for change in line:
+                    self.put(change[0], *change[1:])
+            except (TypeError, IndexError, KeyError, AttributeError):
+                log.warn(f"a line of {journal_path} is none of this program's: passed over")
+        self._changes = []
 
     def put(self, value: Json, *path: str) -> None:
         """Set the place that `path` leads to, making objects on the way; None removes it."""
-        self._set(value, path)
+        node = self.root
+        for step in path[:-1]:
+            node = node.setdefault(step, {})
+        if value is None:
+            node.pop(path[-1], None)
+        else:
+            node[path[-1]] = value
         self._changes.append([value, *path])
 
     def table(self, *path: str) -> Row:
@@ -2380,46 +2223,28 @@ class Ledger:
 
     def commit(self) -> None:
         """Let the changes survive."""
-        if not self._changes:
-            return
-        self._journal.write([self._changes])
-        self._changes = []
-        if self._journal.grown():
-            self.save()
+        if self._changes:
+            self.write([self._changes])
+            self._changes = []
 
     def save(self) -> None:
         """Write everything into the one file and empty the journal."""
         try:
-            # Not sorted: the order of lists is the order in which things came.
-            text = json.dumps(self.root, ensure_ascii=False, separators=(",", ":"))
-            data = text.encode("utf-8", "replace")
-            write_file(self.path, data)
-            self._journal.rewrite([])
-            self._journal.base = len(data)
+            self.compact()
         except OSError as error:
-            self.log.warn(f"{self.path} cannot be written: {error.strerror}")
-
-    def _replay(self, line: Json) -> None:
-        try:
-            for change in line:
-                self._set(change[0], change[1:])
-        except (TypeError, IndexError, KeyError, AttributeError):
-            self.log.warn(f"a line of {self._journal.path} is none of this program's: passed over")
+            self.log.warn(f"{self._whole} cannot be written: {error.strerror}")
 
     def clear(self) -> None:
         """Forget everything."""
-        self.root = {}
-        self._changes = []
+        self.root, self._changes = {}, []
         self.save()
 
-    def _set(self, value: Json, path: Sequence[str]) -> None:
-        node = self.root
-        for step in path[:-1]:
-            node = node.setdefault(step, {})
-        if value is None:
-            node.pop(path[-1], None)
-        else:
-            node[path[-1]] = value
+    def last_lines(self) -> Tuple[List[Json], int]:
+        # Not sorted: the order of lists is the order in which things came.
+        text = json.dumps(self.root, ensure_ascii=False, separators=(",", ":"))
+        data = text.encode("utf-8", "replace")
+        write_file(self._whole, data)
+        return [], len(data)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2985,7 +2810,7 @@ def bearer(token: str) -> str:
 
 def same_bytes(one: bytes, other: bytes) -> bool:
     """Whether they are equal, in a time that does not tell where they differ."""
-    return _compare_digest(one, other)
+    return hmac.compare_digest(one, other)
 
 
 def signature(secret: str, body: bytes) -> str:
@@ -6059,11 +5884,6 @@ def watch_posting(metrics: Metrics, reporter: Optional[Reporter]) -> None:
                   lambda: {f'result="{name}"': count for name, count in counts.items()})
     metrics.watch("post_queue_length", "gauge", "Events that wait to be posted.",
                   lambda: {"": reporter.waiting() if reporter else 0})
-
-
-def backoff(tries: int, most: float = 60.0) -> float:
-    """Seconds before the next try: 0, 1, 2, 4 … most."""
-    return min(most, 2.0 ** (tries - 1)) if tries else 0.0
 
 
 def shown_url(url: str) -> str:
@@ -9265,10 +9085,7 @@ class Papers:
                 if setting.token[0]}
 
     def _write(self, path: str, data: bytes) -> None:
-        try:
-            write_file(path, data)
-        except OSError as error:
-            self.log.warn(f"{path} cannot be written: {error.strerror}; going on without")
+        keep_file(path, data, self.log)
 
 
 class Roster:
@@ -11680,7 +11497,6 @@ class Child(Account):
         self.forget: Set[str] = set()                # secrets that its cookie file is to lose
         self.renewal: Optional[Renewal] = None
         self.resuming = False                        # its process of a former controller lives
-        self.turn = 0                                # which of the CPUs
         self.life: Optional[socket.socket] = None
         self.heard = b""                             # of a line that is not complete yet
         self.state = "init"
@@ -11733,14 +11549,8 @@ class Launcher:
         ours.setblocking(False)
         child.life, child.heard, child.pid = ours, b"", child.process.pid
         if self._settings.one_cpu:
-            use_all_cpus(child.pid)
-            child.turn = next(self._turn)
+            share_cpu(next(self._turn), child.pid)
         return ours
-
-    def settle(self, child: Child) -> None:
-        """It runs: keep it to one CPU. Those that begin go where there is room, as many may."""
-        if self._settings.one_cpu:
-            share_cpu(child.turn, child.pid)
 
     def _environment(self, child: Child) -> Dict[str, str]:
         kept = {name: value for name, value in os.environ.items()
@@ -11869,7 +11679,6 @@ class Supervisor:
                 child.tries, child.since_running = 0, self._loop.clock()
                 child.failed = False
                 child.lines.clear()
-                self._launcher.settle(child)
             self._watch_waiting(child)
 
     def _enter(self, child: Child, state: str) -> None:
@@ -12358,20 +12167,12 @@ def check_params(params: Params) -> Dict[str, str]:
 
     An empty one is no value: it clears what is remembered.
     """
-    named = {}
-    for name, value in params.items():
-        setting = setting_named(name)
-        if setting is None or not setting.caller:
-            raise NotAllowed(f"{name[:100]} not allowed")
-        named[setting.name] = value
-    given: Dict[str, str] = tokens_apart(named)
-    for name, value in given.items():
-        try:
-            if value:
-                SETTINGS[name].parse(value)
-        except ValueError as error:
-            raise NotAllowed(f"{error}: not allowed") from None
-    return given
+    try:
+        return texts_of(params, lambda setting: "" if setting and setting.caller
+                        else "not allowed")
+    except ValueError as error:
+        why = str(error)
+        raise NotAllowed(why if why.endswith("not allowed") else why + ": not allowed") from None
 
 
 def check_paths(given: Mapping[str, str], tmpdir: str, own_files: str,
@@ -12418,17 +12219,15 @@ def account_settings(given: Json) -> Dict[str, str]:
     """The settings of one account, from any JSON scalars and lists; ValueError."""
     if not isinstance(given, dict):
         raise ValueError("its settings must be a JSON object")
-    texts = {}
-    for name, value in given.items():
-        setting = setting_named(name)
+
+    def why_not(setting: Optional[Setting]) -> str:
         if setting is None or setting.whose == "controller":
-            raise ValueError(f"{name} is not a setting of a client")
+            return "is not a setting of a client"
         if not setting.caller and (setting.whose == "both" or setting.name == "account"):
-            raise ValueError(f"{name} is the controller's to decide, for all its clients")
-        texts[setting.name] = "" if value is None else setting.text(value)
-        if texts[setting.name]:
-            setting.parse(value)
-    return tokens_apart(texts)
+            return "is the controller's to decide, for all its clients"
+        return ""
+
+    return texts_of(given, why_not)
 
 
 class Controller:
@@ -12696,10 +12495,7 @@ class Controller:
         rows.update((name, child.row(child.alive() or self.supervisor.ending))
                     for name, child in self.supervisor.children.items()
                     if child.alive() or child.failed or child.state == "stop")
-        try:
-            write_file(self.settings.backend_path, to_bytes(rows))
-        except OSError as error:
-            self.log.warn(f"{self.settings.backend_path} cannot be written: {error.strerror}")
+        keep_file(self.settings.backend_path, to_bytes(rows), self.log)
 
     def event_of(self, child: Optional[Account], event: str, *params: Json) -> Row:
         """An event of ours about a client, with numbers where that client's own have them."""
@@ -12971,47 +12767,63 @@ def request_echo(request: Request) -> Row:
 # 15. Command line
 # ------------------------------------------------------------------------------------------------
 
+class Parser(argparse.ArgumentParser):
+    """argparse that refuses on one line, with exit status 2. A flag begins with two dashes."""
+
+    def __init__(self, stranger: str) -> None:
+        super().__init__(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS,
+                         argument_default=argparse.SUPPRESS,
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 40, 999))
+        self._stranger = stranger  # what is said of a word that it does not know
+
+    def error(self, message: str) -> NoReturn:
+        """A flag without its value, above all."""
+        raise Refusal(re.sub(r"argument ([^/:]+).*: expected one argument", r"\1 needs a value; "
+                             r"one that begins with -- is given as \1=VALUE", message), 2)
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        return super()._parse_optional(arg_string) if arg_string.startswith("--") else None
+
+    def read(self, words: Sequence[str]) -> Row:
+        """What the words say, those without a flag under `words`. Refusal."""
+        try:
+            found, strange = self.parse_known_intermixed_args(list(map(typed_text, words)))
+        except ValueError as error:
+            raise Refusal(f"a word is {error}", 2) from None
+        if strange:
+            raise Refusal(f"{strange[0].partition('=')[0]} {self._stranger}", 2)
+        return vars(found)
+
+
+def settings_parser(whose: str) -> Parser:
+    """All settings of a controller or client: each is a flag, under all of its names."""
+    parser = Parser(f"is not a setting of a {whose}; "
+                    f"python openqq.py {whose} --help shows them")
+    for setting in SETTINGS.values():
+        if setting.whose in (whose, "both"):
+            default = f" [{setting.shown()}]" if setting.shown() else ""
+            text = argparse.SUPPRESS if setting.idle else (
+                f"{setting.help}{default} | {setting.chinese}".replace("%", "%%"))
+            plugins = [f"plugin_{name}_" for name in ("openqq", "openwx") if setting.plugin]
+            for name in [setting.name, *(plugin + setting.name for plugin in plugins)]:
+                for flag in dict.fromkeys(("--" + name.replace("_", "-"), "--" + name)):
+                    parser.add_argument(flag, dest=setting.name, metavar="VALUE", help=text)
+                    text = argparse.SUPPRESS  # but for the first one
+    return parser
+
+
 def help_text(whose: str) -> str:
     """All settings of a controller or client, as --help shows them."""
-    lines = [f"usage: python openqq.py {whose} [--setting value …]", "",
-             "Each setting takes a value; booleans are 0 and 1, lists have commas. In the",
-             "environment a setting is MOJO_WEBQQ_ and its name in capitals.", ""]
-    for setting in SETTINGS.values():
-        if setting.whose in (whose, "both") and not setting.idle:
-            default = f" [{setting.shown()}]" if setting.shown() else ""
-            flag = "--" + setting.name.replace("_", "-")
-            lines.append(f"  {flag:27} {setting.help}{default}")
-    return "\n".join(lines) + "\n"
-
-
-def typed_word(word: str) -> str:
-    """A word of the command line as text; Refusal with exit status 2.
-
-    Bytes that are not what Python takes the console to write stand in it as surrogates (PEP 383).
-    """
-    try:
-        return read_text(os.fsencode(word)) if SURROGATES.search(word) else word
-    except ValueError:
-        raise Refusal("a word is neither UTF-8 nor GB18030", 2) from None
+    return (f"usage: python openqq.py {whose} [--setting value …]\n\n"
+            "Each setting takes a value; booleans are 0 and 1, lists have commas. In the\n"
+            "environment a setting is MOJO_WEBQQ_ and its name in capitals.\n"
+            "每个设置带一个值；布尔值为 0 或 1，列表用逗号分隔。环境变量名为 MOJO_WEBQQ_ 加大写的设置名。\n\n"
+            + settings_parser(whose).format_help().partition("\n")[2])
 
 
 def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
     """--setting value and --setting=value as settings; Refusal with exit status 2."""
-    given: Dict[str, str] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        setting = setting_named(name[2:]) if name.startswith("--") else None
-        if setting is None or setting.whose not in (whose, "both"):
-            raise Refusal(f"{name} is not a setting of a {whose}; "
-                          f"python openqq.py {whose} --help shows them", 2)
-        if not equals:
-            if not rest:
-                raise Refusal(f"{name} needs a value", 2)
-            value = rest.pop(0)
-        given[setting.name] = typed_word(value)
-    return tokens_apart(given)
+    return tokens_apart(settings_parser(whose).read(words))
 
 
 # For glibc: one heap instead of one for each thread, and large buffers outside of it, so that
@@ -13020,52 +12832,51 @@ FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
           "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
-def rename_process(whose: str, given: Dict[str, str]) -> None:
+def begin_again(title: str, words: Sequence[str], **environment: str) -> NoReturn:
+    """Run this file once more, as a process that is called `title`; it reads UTF-8 whatever we
+    read. What is in the environment cannot be seen by other users, as words can."""
+    spelt: Dict[str, Any] = {name: value.encode("utf-8", "surrogateescape")
+                             for name, value in environment.items()}
+    os.execve(sys.executable, [word.encode("utf-8", "surrogateescape") for word in (title, *words)],
+              {**os.environ, **spelt})
+
+
+def rename_process(whose: str, given: Dict[str, str]) -> Type[Flavour]:
     """Begin once more under the name that ps is to show, with the secrets off the command line.
 
     Only argv[0] makes a name that all of ps's forms show; its directory must stay Python's own,
     or a virtual environment would be lost.
     """
-    python = os.environ.pop("OPENQQ_PYTHON", "")
-    if python:
-        sys.executable = python
-        return
-    if not sys.executable:
-        return
     flavour = flavour_named(given.get("flavor"))
+    python = os.environ.pop("OPENQQ_PYTHON", "")
+    if python or not sys.executable:
+        sys.executable = python or sys.executable
+        return flavour
     account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
     name = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
     hidden = {setting: value for setting, value in given.items() if SETTINGS[setting].secret}
     flags = [f"--{setting}={value}" for setting, value in given.items() if setting not in hidden]
-    environment: Dict[str, Any] = {
-        **FRUGAL, **os.environ, "OPENQQ_PYTHON": sys.executable,
-        **{flavour.environ + setting.upper(): utf8(value)[0] for setting, value in hidden.items()}}
+    environment = {name: value for name, value in FRUGAL.items() if name not in os.environ}
+    environment.update((flavour.environ + setting.upper(), value)
+                       for setting, value in hidden.items())
     if "token" in hidden:
-        environment["OPENQQ_TOKEN"] = utf8(hidden["token"])[0]
-    title = os.path.join(os.path.dirname(sys.executable), name.replace("/", "_"))
-    os.execve(sys.executable, utf8(title, "-S", *python_words(whose, *flags)), environment)
+        environment["OPENQQ_TOKEN"] = hidden["token"]
+    begin_again(os.path.join(os.path.dirname(sys.executable), name.replace("/", "_")),
+                ["-S", *python_words(whose, *flags)], OPENQQ_PYTHON=sys.executable, **environment)
 
 
-def utf8(*words: str) -> List[bytes]:
-    """Words for this file run once more (python_words): it reads UTF-8, whatever we read."""
-    return [word.encode("utf-8", "surrogateescape") for word in words]
-
-
-def run_controller(given: Dict[str, str]) -> int:
-    """`controller`: many accounts."""
-    rename_process("controller", given)
-    controller = Controller(None, **given)
-    if controller.settings.one_cpu:
+def run_server(whose: str, given: Dict[str, str]) -> int:
+    """`controller`: many accounts; `client`: one account alone."""
+    flavour = rename_process(whose, given)
+    try:
+        settings = Settings(whose, given, os.environ, flavour.environ)
+    except ValueError as error:
+        raise Refusal(str(error), 2) from None
+    if settings.one_cpu:
         share_cpu(os.getpid())
-    return controller.run()
-
-
-def run_client(given: Dict[str, str]) -> int:
-    """`client`: one account alone."""
-    rename_process("client", given)
+    if whose == "controller":
+        return Controller(None, **given).run()
     client = Client(**given)
-    if client.settings.one_cpu:
-        share_cpu(os.getpid())
     load_usual_plugins(client)
     return client.run()
 
@@ -13126,148 +12937,29 @@ def run_template() -> int:
 
 # -- the commands that call a server's API
 
-class Said:
-    """What a server answered: `value` is its JSON, None if it is none; `good` unless it said no."""
-
-    def __init__(self, reply: Reply) -> None:
-        if reply.kind == "text/event-stream":
-            raise Refusal("that is a stream without an end; the command events reads it", 2)
-        self.status, self.kind, self.body = reply.status, reply.kind, reply.read(1 << 30)
-        try:
-            self.value = from_bytes(self.body) if self.kind == "application/json" else None
-        except ValueError:
-            self.value = None
-        self._row = self.value if isinstance(self.value, dict) else {}
-        self.good = self.status < 300 and self.code == 0
-
-    @property
-    def code(self) -> int:
-        """The answer's own code; 0 where it has none."""
-        code = self._row.get("code")
-        return code if isinstance(code, int) else 0
-
-    @property
-    def row(self) -> Row:
-        """The JSON object that it is; Refusal with exit status 3 for what only some other server
-        can have said."""
-        if not isinstance(self.value, dict):
-            raise Refusal("what answers at that URL does not speak this API", 3)
-        return self.value
-
-    def refusal(self) -> Refusal:
-        """Why it is no good: exit status 3 when a proxy found nobody, else 1."""
-        if self.value is None and self.status in (502, 503, 504):
-            return Refusal(f"nobody behind that URL: HTTP {self.status}", 3)
-        text = str(self._row.get("status") or self._row.get("reply_status") or "no")
-        if "state" in self._row:
-            text += f", it is {self._row['state']}"
-        if not self._row:  # a client alone says so in plain text
-            text = f"HTTP {self.status} " + self.body[:60].decode("utf-8", "replace")
-        return Refusal(f"{text} (code {self.code})" if self._row else text.strip())
-
-
-class Remote:
-    """The API of a server somewhere, as a command calls it."""
-
-    # What only reads is asked for with GET; all else is posted, so that no log keeps it.
-    READS = re.compile(r"(?:/open(?:qq|wx)/)?(?:get_|check_client|openapi|events)|"
-                       r"/local/(?:world|scan)|/healthz|/metrics|/$")
-
-    def __init__(self, url: str, token: str = "") -> None:
-        try:
-            origin_of(url)
-        except ValueError as error:
-            raise Refusal(f"--url: {error}; it looks like http://127.0.0.1:4000", 2) from None
-        self.url = url.rstrip("/")
-        self._fields = {"Authorization": bearer(token)} if token else {}
-
-    def ask(self, api: str, params: Mapping[str, str]) -> Said:
-        """Call an API; Refusal with exit status 3 if nobody answers.
-
-        `client` is always in the query, where a proxy before many controllers looks for it.
-        """
-        reads, rest = self.READS.match(api) is not None, dict(params)
-        query = rest if reads else {name: rest.pop(name) for name in ("client",) if name in rest}
-        url = self.url + (api if api.startswith("/") else "/openqq/" + api)
-        body = None if reads else urllib.parse.urlencode(rest).encode()
-        kind = {} if reads else {"Content-Type": "application/x-www-form-urlencoded"}
-        try:
-            return Said(fetch(url + ("?" + urllib.parse.urlencode(query) if query else ""),
-                              "GET" if reads else "POST", {**self._fields, **kind}, body,
-                              PROXY_SECONDS + KILL_SECONDS, repeat=reads))
-        except Unreachable as error:
-            raise Refusal(f"{self.url} is not reachable: {error.status}; does a controller run "
-                          "there, or is --url another one?", 3) from None
-
-    def follow(self, name: str) -> Iterator[Row]:
-        """The events that are kept, then new ones as they come; of one account, or of all.
-
-        Refusal when there are no more: with exit status 3 if the connection broke.
-        """
-        params = {"since": "0", **({"client": name} if name else {})}
-        events = ServerSent()
-        try:
-            reply = fetch(f"{self.url}/openqq/events?{urllib.parse.urlencode(params)}", "GET",
-                          self._fields, None, PROXY_SECONDS, repeat=True)
-            if reply.kind != "text/event-stream":
-                raise Said(reply).refusal()
-            for piece in reply.pieces(PROXY_SECONDS):
-                for data in events.feed(piece):
-                    yield {**({"client": name} if name else {}), **from_bytes(data)}
-        except Unreachable as error:
-            raise Refusal(f"{self.url} is not reachable: {error.status}", 3) from None
-        raise Refusal("the stream of events has ended")
-
-
-def printable(text: str) -> str:
+def printable(text: str, is_json: bool = False) -> str:
     """Text that does nothing to a terminal: names and messages come from anybody.
 
-    Controls, and what only steers the display, are spelt as Python does; blanks become blanks.
+    Controls, and what only steers the display, are spelt as Python does, or if the text is JSON
+    as JSON does; blanks of any kind become blanks, except in JSON.
     """
-    if text.isprintable():
-        return text
-    return "".join(
-        sign if sign.isprintable() or sign == "\u200d" else
-        " " if sign.isspace() and sign not in "\t\n\r" else
-        sign.encode("unicode_escape").decode() for sign in text)
+    def spelt(sign: str) -> str:
+        if sign.isprintable() or sign == ("\n" if is_json else "\u200d"):
+            return sign
+        if is_json:
+            return json.dumps(sign)[1:-1]
+        if sign.isspace() and sign not in "\t\n\r":
+            return " "
+        return sign.encode("unicode_escape").decode()
 
-
-def printable_json(text: str) -> str:
-    """JSON that does nothing to a terminal, and still is the same JSON."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else json.dumps(sign)[1:-1]
-                   for sign in text)
+    return text if text.isprintable() else "".join(map(spelt, text))
 
 
 def text_width(text: str) -> int:
     """How many columns a terminal needs for a text: two for a Chinese letter."""
-    import unicodedata
+    import unicodedata  # 1 MiB that no server needs
     return sum(0 if unicodedata.category(sign) in ("Mn", "Me", "Cf") else
                2 if unicodedata.east_asian_width(sign) in ("W", "F") else 1 for sign in text)
-
-
-def padded(text: str, width: int) -> str:
-    """A text in a column of a table."""
-    return text + " " * (width - text_width(text))
-
-
-def cut(text: str, width: int) -> str:
-    """As much of a text as fits, with … for the rest."""
-    if text_width(text) <= width:
-        return text
-    while text and text_width(text) >= width:
-        text = text[:-1]
-    return text + "…"
-
-
-def lasting(seconds: float) -> str:
-    """A duration in two words at most: 3d 4h, 12m 5s."""
-    parts: List[str] = []
-    left = max(0, int(seconds))
-    for size, unit in (86_400, "d"), (3600, "h"), (60, "m"), (1, "s"):
-        if left >= size or (unit == "s" and not parts):
-            parts.append(f"{left // size}{unit}")
-        left %= size
-    return " ".join(parts[:2])
 
 
 class Screen:
@@ -13280,9 +12972,8 @@ class Screen:
         self.is_terminal = self._out.isatty()
         self.can_move = self.is_terminal and os.environ.get("TERM", "dumb") != "dumb"
         self._colored = self.can_move and not os.environ.get("NO_COLOR")
-        reconfigure = getattr(self._out, "reconfigure", None)
-        if reconfigure:
-            reconfigure(errors="backslashreplace")
+        if hasattr(self._out, "reconfigure"):
+            self._out.reconfigure(errors="backslashreplace")
 
     def put(self, text: str) -> None:
         """Write lines, at once."""
@@ -13291,13 +12982,13 @@ class Screen:
 
     def put_raw(self, said: Said) -> None:
         """Write what came, byte for byte, unless it would play with a terminal."""
-        if self.is_terminal and said.kind == "application/json":
-            return self.put(printable_json(said.body.decode("utf-8", "replace")))
+        is_json = said.kind == "application/json"
+        if self.is_terminal and is_json:
+            return self.put(printable(said.body.decode("utf-8", "replace"), True))
         if self.is_terminal:
             raise Refusal(f"{len(said.body)} bytes of {said.kind or 'nothing'}: "
                           "not for a terminal, write them to a file")
-        self._out.flush()
-        self._out.buffer.write(said.body + (b"\n" if said.kind == "application/json" else b""))
+        self._out.buffer.write(said.body + (b"\n" if is_json else b""))
         self._out.buffer.flush()
 
     def color(self, text: str, code: str) -> str:
@@ -13312,11 +13003,17 @@ class Screen:
         filled = [place for place, cells in enumerate(zip(*rows)) if any(cells[1:])]
         rows = [[printable(row[place]) for place in filled] for row in rows]
         widths = [max(map(text_width, column)) for column in zip(*rows)]
-        room = os.get_terminal_size(self._out.fileno()).columns if self.is_terminal else 0
+        columns = os.get_terminal_size(self._out.fileno()).columns if self.is_terminal else 0
+        room = columns - sum(widths[:-1]) - 2 * len(widths)  # for the last column
         lines = []
         for place, row in enumerate(rows):
-            last = cut(row[-1], room - sum(widths[:-1]) - 2 * len(widths)) if room else row[-1]
-            cells = [padded(cell, width) for cell, width in zip(row[:-1], widths)] + [last]
+            last = row[-1]
+            if columns and text_width(last) > room:
+                while last and text_width(last) >= room:
+                    last = last[:-1]
+                last += "…"
+            cells = [cell + " " * (width - text_width(cell))
+                     for cell, width in zip(row[:-1], widths)] + [last]
             cells[1] = self.color(cells[1], self.STATES.get(row[1], "33") if place else "")
             line = "  ".join(cells).rstrip()
             lines.append(line if place else self.color(line, "1"))
@@ -13326,19 +13023,22 @@ class Screen:
         """A QR code; without colours light is what is written, as on a dark screen."""
         text = qr_text(matrix)
         if not self._colored:
-            text = re.sub("\x1b\\[[0-9;]*m", "", text).translate(
-                str.maketrans(" ▀▄█", "█▄▀ "))
+            text = re.sub("\x1b\\[[0-9;]*m", "", text).translate(str.maketrans(" ▀▄█", "█▄▀ "))
         return text.rstrip("\n")
 
 
 def account_cells(row: Row) -> List[str]:
-    """A line of the table of accounts, of what check_client says of one."""
+    """A line of the table of accounts, out of what check_client says of one."""
     state = "failed" if row.get("failed") else str(row.get("state") or "")
+    since, up = str(row.get("start_time") or ""), ""
     alive = state not in ("stop", "failed")
-    since = str(row.get("start_time") or "")
+    if alive and since.isdigit():
+        seconds = max(0, int(time.time() - int(since)))
+        parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "m"),
+                 (seconds % 60, "s")]
+        up = " ".join([f"{count}{unit}" for count, unit in parts if count][:2]) or "0s"
     return [str(row.get("account") or ""), state, str(row.get("port") or ""),
-            str(row.get("pid") or "") if alive else "",
-            lasting(time.time() - int(since)) if alive and since.isdigit() else "",
+            str(row.get("pid") or "") if alive else "", up,
             str(row.get("restarts") or ""), str(row.get("error") or "")]
 
 
@@ -13348,7 +13048,11 @@ def event_line(event: Row, screen: Screen) -> str:
     clock = time.strftime("%H:%M:%S ", time.localtime(int(when))) if when.isdigit() else ""
     head = clock + str(event.get("client") or "")  # a client alone has but one account
     if event.get("post_type") == "event":
-        words = [str(event.get("event"))] + [_short(param) for param in event.get("params") or []]
+        words = [str(event.get("event"))]
+        for param in event.get("params") or []:
+            if isinstance(param, dict):
+                param = param.get("displayname") or param.get("name") or param.get("id")
+            words.append(str(param)[:60])
         return screen.color(printable(f"{head} · {' '.join(words)}"), "36")
     place = event.get("group") or event.get("discuss")
     if event.get("class") == "send":
@@ -13359,72 +13063,117 @@ def event_line(event: Row, screen: Screen) -> str:
     return printable(f"{head} ← {event.get('sender')}{where}: {event.get('content')}")
 
 
-def _short(param: Json) -> str:
-    """A param of an event in a word or two."""
-    if isinstance(param, dict):
-        param = param.get("displayname") or param.get("name") or param.get("id")
-    return str(param)[:60]
+class Said:
+    """What a server answered: `value` is its JSON, None if it is none, `row` that if it is an
+    object; `code` the answer's own; `good` unless it said no."""
+
+    def __init__(self, reply: Reply) -> None:
+        if reply.kind == "text/event-stream":
+            raise Refusal("that is a stream without an end; the command events reads it", 2)
+        self.status, self.kind, self.body = reply.status, reply.kind, reply.read(1 << 30)
+        try:
+            self.value = from_bytes(self.body) if self.kind == "application/json" else None
+        except ValueError:
+            self.value = None
+        self.row: Row = self.value if isinstance(self.value, dict) else {}
+        self.code = self.row["code"] if isinstance(self.row.get("code"), int) else 0
+        self.good = self.status < 300 and self.code == 0
+
+    def refusal(self) -> Refusal:
+        """Why it is no good: exit status 3 when a proxy found nobody, else 1."""
+        if self.value is None and self.status in (502, 503, 504):
+            return Refusal(f"nobody behind that URL: HTTP {self.status}", 3)
+        if not self.row:  # a client alone says so in plain text
+            text = self.body[:60].decode("utf-8", "replace")
+            return Refusal(f"HTTP {self.status} {text}".strip())
+        text = str(self.row.get("status") or self.row.get("reply_status") or "no")
+        if "state" in self.row:
+            text += f", it is {self.row['state']}"
+        return Refusal(f"{text} (code {self.code})")
 
 
 class Terminal:
-    """The commands, each a method of its name, given the words behind it. COMMANDS lists them."""
+    """The commands, each a method of its name, given the words behind it. COMMANDS lists them.
+    Refusal for what goes wrong, Unreachable where nobody answers."""
 
     WATCH_SECONDS = 1.0
+    # What only reads is asked for with GET; all else is posted, so that no log keeps it.
+    READS = re.compile(r"(?:/open(?:qq|wx)/)?(?:get_|check_client|openapi|events)|"
+                       r"/local/(?:world|scan)|/healthz|/metrics|/$")
 
-    def __init__(self, flags: Mapping[str, str]) -> None:
-        url = flags.get("url") or os.environ.get("OPENQQ_URL") or f"http://127.0.0.1:{QQ.port}"
-        self._remote = Remote(url, flags.get("token") or os.environ.get("OPENQQ_TOKEN", ""))
-        self._json, self._watch = "json" in flags, "watch" in flags
+    def __init__(self, url: str, token: str, is_raw: bool, watch: bool) -> None:
+        try:
+            origin_of(url)
+        except ValueError as error:
+            raise Refusal(f"--url: {error}; it looks like http://127.0.0.1:4000", 2) from None
+        self._url, self._is_raw, self._watch = url.rstrip("/"), is_raw, watch
+        self._fields = {"Authorization": bearer(token)} if token else {}
         self._screen = Screen()
 
-    def _ask(self, api: str, **params: str) -> Said:
-        """Call an API, and print what came if that is wanted; Refusal if it says no."""
-        return self._finish(self._remote.ask(api, params))
+    def _open(self, api: str, params: Mapping[str, str]) -> Reply:
+        """Call an API. `client` is always in the query: a proxy before many looks for it there."""
+        url = self._url + (api if api.startswith("/") else "/openqq/" + api)
+        reads, fields, body = self.READS.match(api) is not None, dict(self._fields), None
+        query = {name: value for name, value in params.items() if reads or name == "client"}
+        if not reads:
+            fields["Content-Type"] = "application/x-www-form-urlencoded"
+            body = urllib.parse.urlencode(
+                {name: value for name, value in params.items() if name not in query}).encode()
+        return fetch(url + ("?" + urllib.parse.urlencode(query) if query else ""),
+                     "GET" if reads else "POST", fields, body, PROXY_SECONDS + KILL_SECONDS,
+                     repeat=reads)
 
-    def _finish(self, said: Said) -> Said:
-        if self._json:
+    def _ask(self, api: str, **params: str) -> Said:
+        return Said(self._open(api, params))
+
+    def _finish(self, said: Said, is_json: bool = True) -> bool:
+        """Print what came, if that is all that is wanted: else it is to be shown. Refusal if it
+        says no, or if it is not what only a server of ours can have said."""
+        if self._is_raw:
             self._screen.put_raw(said)
         if not said.good:
             raise said.refusal()
-        return said
+        if is_json and not self._is_raw and not said.row:
+            raise Refusal("what answers at that URL does not speak this API", 3)
+        return not self._is_raw
+
+    def _say(self, said: Said, *names: str) -> None:
+        """An answer's status, and those of its members that are of interest."""
+        if self._finish(said):
+            words = [f"{name} {said.row[name]}" for name in names if name in said.row]
+            self._screen.put(printable(", ".join([str(said.row.get("status")), *words])))
 
     def _check_account(self, name: str) -> None:
         """Refusal where there is no such account: with these calls a client alone does not look
         at `client`, so that it serves bots which name it as they please."""
-        said = self._remote.ask("check_client", {"client": name})
+        said = self._ask("check_client", client=name)
         if said.code == ClientMissing.code:
             self._finish(said)
 
-    def _say(self, said: Said, *names: str) -> None:
-        """An answer's status, and those of its members that are of interest."""
-        row = said.row
-        words = [str(row.get("status"))] + [f"{name} {row[name]}" for name in names if name in row]
-        if not self._json:
-            self._screen.put(printable(", ".join(words)))
-
-    def status(self, name: str = "") -> None:
+    def status(self, *names: str) -> None:
         """A table of the accounts; with --watch again and again, whatever becomes of them."""
-        self._show_accounts(name)
+        self._show_accounts(*names)
         while self._watch:
             time.sleep(self.WATCH_SECONDS)  # nothing tells of states but asking for them
             try:
-                self._show_accounts(name)
-            except Refusal as refusal:
-                print(f"openqq: {printable(refusal.status)}", file=sys.stderr)
+                self._show_accounts(*names)
+            except (Refusal, Unreachable) as error:
+                print(f"openqq: {printable(error.status)}", file=sys.stderr)
 
-    def _show_accounts(self, name: str) -> None:
-        said = self._ask("check_client", **({"client": name} if name else {}))
-        if self._json:
-            return
-        rows = [account_cells(row) for row in rows_of(said.row.get("client"))]
-        text = self._screen.table([["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"],
-                                   *rows]) if rows else "no accounts; start NAME makes one"
-        clear = "\x1b[H\x1b[J" if self._watch and self._screen.can_move else ""
-        self._screen.put(clear + text)
+    def _show_accounts(self, *names: str) -> None:
+        said = self._ask("check_client", **{"client": name for name in names})
+        if self._finish(said):
+            rows = [account_cells(row) for row in rows_of(said.row.get("client"))]
+            text = self._screen.table([
+                ["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"],
+                *rows]) if rows else "no accounts; start NAME makes one"
+            clear = "\x1b[H\x1b[J" if self._watch and self._screen.can_move else ""
+            self._screen.put(clear + text)
 
     def start(self, name: str, *settings: str) -> None:
         """Start an account with settings of its own."""
-        self._say(self._ask("start_client", **parse_pairs(settings), client=name), "pid", "port")
+        self._say(self._ask("start_client", **{**parse_pairs(settings), "client": name}),
+                  "pid", "port")
 
     def stop(self, name: str) -> None:
         """Stop an account."""
@@ -13437,16 +13186,14 @@ class Terminal:
         that scripts keep and logs show.
         """
         self._check_account(name)
-        said = self._remote.ask("get_qrcode", {"client": name})
+        said = self._ask("get_qrcode", client=name)
         if said.status == 404:
             raise Refusal(f"{name} has no QR code to scan; status says what it does")
-        self._finish(said)
-        if self._json:
-            return
-        try:
-            self._screen.put(self._screen.drawing(qr_unpng(said.body)))
-        except ValueError as error:
-            raise Refusal(f"the picture cannot be read: {error}") from None
+        if self._finish(said, False):
+            try:
+                self._screen.put(self._screen.drawing(qr_unpng(said.body)))
+            except ValueError as error:
+                raise Refusal(f"the picture cannot be read: {error}") from None
 
     def send(self, name: str, kind: str, who: str, text: str) -> None:
         """Send a message to whom the API finds, by uid, by id or by name."""
@@ -13454,29 +13201,34 @@ class Terminal:
             raise Refusal(f"{kind!r} is not friend, group or discuss", 2)
         self._check_account(name)
         for key in "uid", "id", "name", "displayname":
-            said = self._remote.ask(f"send_{kind}_message",
-                                    {"client": name, key: who, "content": text})
+            said = self._ask(f"send_{kind}_message",
+                             **{"client": name, key: who, "content": text})
             if said.code not in (100, 101, 102):
                 break
-        self._say(self._finish(said), "id")
+        self._say(said, "id")
 
     def events(self, *names: str) -> None:
         """Events as they come, those that are kept first; of one account or of all."""
-        for event in self._remote.follow("".join(names)):
-            if not self._json:
-                self._screen.put(event_line(event, self._screen))
-            else:
-                text = to_bytes(event).decode()
-                self._screen.put(printable_json(text) if self._screen.is_terminal else text)
+        client = {"client": name for name in names}
+        reply, events = self._open("events", {"since": "0", **client}), ServerSent()
+        if reply.kind != "text/event-stream":
+            raise Said(reply).refusal()
+        for piece in reply.pieces(PROXY_SECONDS):
+            for data in events.feed(piece):
+                event = {**client, **from_bytes(data)}
+                text = to_bytes(event).decode() if self._is_raw else event_line(event, self._screen)
+                is_seen = self._is_raw and self._screen.is_terminal
+                self._screen.put(printable(text, True) if is_seen else text)
+        raise Refusal("the stream of events has ended")
 
     def call(self, api: str, *pairs: str) -> None:
         """Any call of the API; its answer is laid out, unless --json wants it as it came."""
         said = self._ask(api, **parse_pairs(pairs))
-        if self._json:
-            return
-        if said.value is None:
-            return self._screen.put_raw(said)
-        self._screen.put(printable_json(json.dumps(said.value, ensure_ascii=False, indent=2)))
+        if self._finish(said, False):
+            if said.value is None:
+                return self._screen.put_raw(said)
+            text = json.dumps(said.value, ensure_ascii=False, indent=2)
+            self._screen.put(printable(text, True))
 
 
 def parse_pairs(words: Sequence[str]) -> Dict[str, str]:
@@ -13489,13 +13241,13 @@ def parse_pairs(words: Sequence[str]) -> Dict[str, str]:
 
 # command -> the words behind it, how many there may be, what it is for
 COMMANDS: Dict[str, Tuple[str, int, int, str]] = {
-    "status": ("[NAME] [--watch]", 0, 1, "the accounts, their states and errors"),
-    "start": ("NAME [setting=value …]", 1, 99, "start an account"),
-    "stop": ("NAME", 1, 1, "stop it"),
-    "qrcode": ("NAME", 1, 1, "draw the code that it waits with"),
-    "send": ("NAME friend|group|discuss WHO TEXT", 4, 4, "send a message to a uid, id or name"),
-    "events": ("[NAME]", 0, 1, "what accounts hear and send, as it comes"),
-    "call": ("API [key=value …]", 1, 99, "any call of the API"),
+    "status": ("[NAME] [--watch]", 0, 1, "the accounts, their states and errors  帐号、状态和错误"),
+    "start": ("NAME [setting=value …]", 1, 99, "start an account  启动帐号"),
+    "stop": ("NAME", 1, 1, "stop it  停止帐号"),
+    "qrcode": ("NAME", 1, 1, "draw the code that it waits with  显示待扫的二维码"),
+    "send": ("NAME friend|group|discuss WHO TEXT", 4, 4, "send to a uid, id or name  发送消息"),
+    "events": ("[NAME]", 0, 1, "what accounts hear and send, as it comes  实时收发的消息和事件"),
+    "call": ("API [key=value …]", 1, 99, "any call of the API  任意 API 调用"),
 }
 
 USAGE = """\
@@ -13515,42 +13267,30 @@ Exit status: 0, 1 when the API says no, 2 for a wrong call, 3 when nobody answer
 """
 
 
-def parse_words(command: str, words: Sequence[str]) -> Tuple[List[str], Dict[str, str]]:
-    """The words behind a command, and the flags among them; Refusal with exit status 2."""
-    plain: List[str] = []
-    flags: Dict[str, str] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if word == "--":
-            plain, rest = plain + rest, []
-        elif name in ("--url", "--token"):
-            if not equals and not rest:
-                raise Refusal(f"{name} needs a value", 2)
-            flags[name[2:]] = value if equals else rest.pop(0)
-        elif word == "--json" or (word == "--watch" and command == "status"):
-            flags[word[2:]] = "1"
-        elif word.startswith("--"):
-            raise Refusal(f"{word} is not a flag of {command}; a text that begins so stands "
-                          "behind --", 2)
-        else:
-            plain.append(word)
-    return plain, flags
-
-
 def run_command(command: str, words: Sequence[str]) -> int:
     """A command that calls a server's API; its exit status. Refusal."""
+    usage, least, most, _ = COMMANDS[command]
+    parser = Parser(f"is not a flag of {command}; a text that begins so stands behind --")
+    parser.add_argument("words", nargs="*", default=[])
+    for flag in "--url", "--token":
+        parser.add_argument(flag)
+    for flag in ["--json", "--watch"][:1 + (command == "status")]:
+        parser.add_argument(flag, action="store_true")
+    url = os.environ.get("OPENQQ_URL") or f"http://127.0.0.1:{QQ.port}"
     try:
-        plain, flags = parse_words(command, [typed_word(word) for word in words])
-        usage, least, most, _ = COMMANDS[command]
+        flags = parser.read(words)
+        plain, url = flags.pop("words"), flags.get("url") or url
         if not least <= len(plain) <= most:
             raise Refusal(f"usage: python openqq.py {command} {usage}", 2)
-        if "token" in flags and sys.executable:
-            hide_token(flags.pop("token"), [command, *(
-                f"--url={value}" if name == "url" else "--" + name
-                for name, value in flags.items()), "--", *plain])
-        getattr(Terminal(flags), command)(*plain)
+        if "token" in flags and sys.executable:  # ps would show it to everybody
+            again = [f"--url={url}", *(f"--{name}" for name in ("json", "watch") if name in flags)]
+            begin_again(sys.executable, python_words(command, *again, "--", *plain),
+                        OPENQQ_TOKEN=flags["token"])
+        token = flags.get("token") or os.environ.get("OPENQQ_TOKEN", "")
+        getattr(Terminal(url, token, "json" in flags, "watch" in flags), command)(*plain)
+    except Unreachable as error:
+        raise Refusal(printable(f"{url} is not reachable: {error.status}; does a controller run "
+                                "there, or is --url another one?"), 3) from None
     except Refusal as refusal:  # it tells what others said
         raise Refusal(printable(refusal.status), refusal.exit) from None
     except KeyboardInterrupt:
@@ -13558,13 +13298,13 @@ def run_command(command: str, words: Sequence[str]) -> int:
     return 0
 
 
-def written(write: Callable[[], int]) -> int:
+def written(write: Callable[[], Optional[int]]) -> int:
     """The exit status of what writes to standard output. Refusal when that takes no more.
 
     What is still in its buffer would be tried again at the end: it goes nowhere.
     """
     try:
-        status = write()
+        status = write() or 0
         if sys.stdout:
             sys.stdout.flush()
         return status
@@ -13576,45 +13316,32 @@ def written(write: Callable[[], int]) -> int:
         return 0  # whoever read has read enough
 
 
-def show(text: str) -> int:
-    """Print a text, whatever letters standard output has."""
-    Screen().put(text.rstrip("\n"))
-    return 0
-
-
-def hide_token(token: str, words: Sequence[str]) -> None:
-    """Begin once more with the token off the command line, where ps shows it to everybody."""
-    environment: Dict[str, Any] = {**os.environ, "OPENQQ_TOKEN": utf8(token)[0]}
-    os.execve(sys.executable, utf8(sys.executable, *python_words(*words)), environment)
-
-
 def main(words: Sequence[str]) -> int:
     """The program; its exit status: 0, 1 for a refusal, 2 for a wrong call, 3: nobody answers."""
-    command, rest = (words[0], words[1:]) if words else ("", [])
-    whose = command
+    command, rest = words[0] if words else "", words[1:]
+    is_server = command in ("controller", "client")
+    text = ""
+    if command == "--version":
+        text = f"OpenQQ {VERSION}"
+    elif is_server and {"-h", "--help"} & set(rest):
+        text = help_text(command).rstrip("\n")
+    elif command in ("-h", "--help") or command in COMMANDS and rest in (["-h"], ["--help"]):
+        text = USAGE.rstrip("\n")
     try:
         if command == "--client":
             return run_child()
-        if command == "--version":
-            return written(lambda: show(f"OpenQQ {VERSION}\n"))
-        elif command in ("controller", "client") and {"-h", "--help"} & set(rest):
-            return written(lambda: show(help_text(whose)))
-        elif command == "controller":
-            return run_controller(parse_flags(whose, rest))
-        elif command == "client":
-            return run_client(parse_flags(whose, rest))
-        elif command in ("-h", "--help") or (command in COMMANDS and rest in (["-h"], ["--help"])):
-            return written(lambda: show(USAGE))
-        elif command in COMMANDS:
+        if text:
+            return written(lambda: Screen().put(text))
+        if is_server:
+            return run_server(command, parse_flags(command, rest))
+        if command in COMMANDS:
             return written(lambda: run_command(command, rest))
-        else:
-            wrong = f"openqq: there is no command {command!r}\n" if command else ""
-            print(wrong + USAGE, end="", file=sys.stderr)
-            return 2
     except Refusal as refusal:
         print(f"openqq: {refusal.status}", file=sys.stderr)
         return refusal.exit
-    return 0
+    wrong = f"openqq: there is no command {command!r}\n" if command else ""
+    print(wrong + USAGE, end="", file=sys.stderr)
+    return 2
 
 
 def command_line() -> None:
