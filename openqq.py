@@ -8184,18 +8184,6 @@ def card_text(kind: str, card: Json) -> str:
     return f"{title} {link}".strip()
 
 
-def media_of(segments: Iterable[Row]) -> List[Row]:
-    """The pictures, sounds, films and files of a message, as far as the bridge tells of them."""
-    found = []
-    for kind, data in ((segment["type"], segment["data"]) for segment in segments):
-        if kind in MEDIA:
-            url = scalar(data.get("url")) or scalar(data.get("file")) or ""
-            found.append({"type": MEDIA[kind], "url": url if re.match("https?://", url) else None,
-                          "name": scalar(data.get("name")) or scalar(data.get("file")),
-                          "size": scalar(data.get("file_size"))})
-    return found
-
-
 def friend_row(row: Row) -> Row:
     """A friend of a bridge's as ours; NapCat knows the category."""
     uid = number_of(row.get("user_id"))
@@ -8228,12 +8216,12 @@ def member_row(row: Row) -> Row:
 # -- the ways to a bridge
 
 class Bridge:
-    """One connection to a bridge: calls there, events back. One subclass per way.
+    """One connection to a bridge: calls there, events back. One subclass per way."""
 
-    open() connects; listen() gives each event to `hear` until the bridge is lost, which it always
-    raises; ask() is the bridge's answer to a call, whatever it says. Unreachable, Declined.
-    """
-
+    open: Callable[[], None]         # connect. Unreachable
+    listen: Callable[[], None]       # give events to `hear` until the bridge is lost: Unreachable
+    ask: Callable[[str, Row, float], Row]  # (action, params, seconds): the bridge's answer,
+    #                                  whatever it says. Unreachable, Declined
     REFUSED = "the bridge refuses onebot_token"
 
     def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
@@ -8243,15 +8231,6 @@ class Bridge:
         self._closed = threading.Event()
         self.complaint = ""          # why we, or the bridge in words of its own, end it
         self.news = threading.Event()  # set when it is time to see whether it is logged in
-
-    def open(self) -> None:
-        raise NotImplementedError
-
-    def listen(self) -> None:
-        raise NotImplementedError
-
-    def ask(self, action: str, params: Row, seconds: float) -> Row:
-        raise NotImplementedError
 
     def close(self, why: str = "the connection was closed") -> None:
         """End it, from any thread."""
@@ -8339,53 +8318,45 @@ class SocketBridge(Bridge):
     def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
         super().__init__(url, token, log, hear)
         self._count = itertools.count(1)
-        self._lock = threading.Lock()  # guards _waiting
-        self._waiting: Optional[Dict[str, Future[Row]]] = None  # while open: echo -> its answer
+        self._waiting: Dict[str, Future[Row]] = {}  # echo -> its answer; who takes one out sets it
 
     def open(self) -> None:
         try:
             self._line = WebSocket(self._url, self._fields, self._log, self._heard)
         except AuthFailure:
             raise Unreachable(self.REFUSED) from None
-        self._waiting = {}
 
     def listen(self) -> None:
         self._line.run()
 
     def close(self, why: str = "the connection was closed") -> None:
         super().close(why)
-        with self._lock:
-            waiting, self._waiting = self._waiting, None
-        for future in (waiting or {}).values():
-            future.set_exception(Unreachable("the connection to the bridge broke", True))
+        while self._waiting:
+            self._waiting.popitem()[1].set_exception(
+                Unreachable("the connection to the bridge broke", True))
 
     def ask(self, action: str, params: Row, seconds: float) -> Row:
         echo = str(next(self._count))
         text = to_bytes({"action": action, "params": params, "echo": echo})
-        future: Future[Row] = Future()
-        with self._lock:
-            if self._waiting is None:
-                raise Unreachable("the bridge is not connected")
-            self._waiting[echo] = future
+        future = self._waiting[echo] = Future()
         try:
+            if self._closed.is_set() or not self._line:  # looked at once close() would see ours
+                raise Unreachable("the bridge is not connected")
             self._line.loop.ask(self._line.send, text)
             return future.result(seconds)
         except NotRunning:
             raise Unreachable("the bridge is not connected") from None
         except FutureTimeout:
-            self._take(echo)
             raise TooSlow(f"the bridge does not answer {action}", True) from None
-
-    def _take(self, echo: str) -> Optional[Future[Row]]:
-        with self._lock:
-            return self._waiting.pop(echo, None) if self._waiting else None
+        finally:
+            self._waiting.pop(echo, None)
 
     def _heard(self, data: bytes) -> None:
         try:
             row = self._read(data)
         except Unreachable as error:
             return self.close(error.status)
-        future = self._take(str(row.get("echo")))
+        future = self._waiting.pop(str(row.get("echo")), None)
         if future:
             future.set_result(row)
         elif "post_type" in row:
@@ -8431,18 +8402,16 @@ def wording(row: Row) -> str:
 class LoginPage:
     """A page of the bridge's with its QR code (ONEBOT.md, "Login QR").
 
-    look() tells whether the bridge is logged in, the code's text, and what is wrong. Unreachable.
     A token that was refused is not offered again: LLBot locks the page for that.
     """
 
     PORT = 0
+    # whether the bridge is logged in, the code's text, and what is wrong. Unreachable
+    look: Callable[[], Tuple[bool, str, str]]
 
     def __init__(self, url: str, token: str) -> None:
         self._url, self._token = url.rstrip("/"), token
         self._refused = ""
-
-    def look(self) -> Tuple[bool, str, str]:
-        raise NotImplementedError
 
     def _call(self, method: str, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
         if self._refused:
@@ -8536,9 +8505,6 @@ LOGIN_PAGES: Dict[str, Type[LoginPage]] = {"napcat": NapCatPage, "llbot": LLBotP
 
 # -- a link through a bridge: what does not depend on the protocol
 
-FOREVER = float("inf")
-
-
 class Intake:
     """Events on their way from the thread that reads them to the client, in order.
 
@@ -8581,8 +8547,8 @@ class Intake:
             self._changed.notify_all()
 
     def _deal(self) -> None:
-        """A thread of its own: give a conversation's events to a worker, and wait a while for it
-        before those of the next."""
+        """A thread of its own: give events to their conversation's worker, and wait a while for
+        that before the next conversation's."""
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._wanted and self._rows)
@@ -8597,39 +8563,36 @@ class Intake:
                     self._changed.wait_for(lambda: name not in self._busy, self.PATIENCE)
 
     def _work(self, name: str) -> None:
+        rows: List[Row] = []
         while True:
             with self._changed:
-                rows, self._busy[name] = (self._busy[name][:self.BATCH],
-                                          self._busy[name][self.BATCH:])
+                self._size -= len(rows)
+                rows = self._busy[name][:self.BATCH]
+                del self._busy[name][:self.BATCH]
                 if not rows:
                     del self._busy[name]
-                    return self._changed.notify_all()
-            self._act(rows)
-            with self._changed:
-                self._size -= len(rows)
                 self._changed.notify_all()
+            if not rows:
+                return
+            self._act(rows)
 
 
 class Recent:
     """The newest WAIT_LIMIT things that were noted, and what was noted of them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _notes
-        self._notes: Dict[Any, Any] = {}
+        self._lock = threading.Lock()  # guards notes
+        self.notes: Dict[Any, Any] = {}
 
     def note(self, key: Any, value: Any, instead_of: Any = None) -> Any:
         """Note it, and forget another; what was noted before, or None."""
         with self._lock:
-            before = self._notes.pop(key, None)
-            self._notes.pop(instead_of, None)
-            self._notes[key] = value
-            if len(self._notes) > WAIT_LIMIT:
-                del self._notes[next(iter(self._notes))]
+            before = self.notes.pop(key, None)
+            self.notes.pop(instead_of, None)
+            self.notes[key] = value
+            if len(self.notes) > WAIT_LIMIT:
+                del self.notes[next(iter(self.notes))]
         return before
-
-    def get(self, key: Any) -> Any:
-        """What was noted of it, or None."""
-        return self._notes.get(key)
 
 
 def happened(event: str, **more: Any) -> Row:
@@ -8654,6 +8617,7 @@ class BridgeLink(Link):
 
     fetches = real = True
     any_group = ANY_GROUP
+    _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
     LISTS: Dict[str, Tuple[str, Callable[[Row], Row]]] = {
         "friend": ("get_friend_list", friend_row), "group": ("get_group_list", group_row)}
     NEEDS = {  # what is told of, and what an event must have to tell of it
@@ -8685,10 +8649,6 @@ class BridgeLink(Link):
         self._seen = Recent()                # events, by what tells them apart
         self._told = Recent()                # what happened -> when it was told
         self._names = Recent()               # (group, uid) -> how `at` shows them
-
-    def _hear(self, row: Row) -> None:
-        """Take an event; in the connection's thread, or in that of a server that it is posted to."""
-        raise NotImplementedError
 
     # -- the connection
 
@@ -8832,7 +8792,7 @@ class BridgeLink(Link):
         in vain is not asked for another.
         """
         now = time.monotonic()
-        seconds = min(getattr(self._event, "until", FOREVER) - now, LOOKUP_SECONDS)
+        seconds = getattr(self._event, "until", now + LOOKUP_SECONDS) - now
         if seconds <= 0 or self._slow.get(action, 0.0) > now:
             return {}
         try:
@@ -8895,24 +8855,25 @@ class BridgeLink(Link):
         return row if row["uid"] == uid else None
 
     def send(self, messages: List[Row]) -> List[Row]:
-        return [self._send(message) for message in messages]
-
-    def _send(self, message: Row) -> Row:
-        content, media = message["content"], message.get("media")
-        segments = segments_of(content) if message.get("cq") else text_segments(content)
-        if media:
-            source = media["url"] or "base64://" + str(media["data"])
-            if media["path"] and not media["url"] and self._is_here:
-                source = "file://" + urllib.parse.quote(media["path"])
-            kind = SEGMENTS.get(media["mime"].partition("/")[0], "file")
-            segments.append({"type": kind, "data": {"file": source, "name": media["name"]}})
-        action = "send_group_msg" if message["type"] == "group_message" else "send_private_msg"
-        place = {"user_id": message["uid"], "group_id": message.get("group")}
-        try:
-            data = self._get(action, message=segments, **filled(place))
-        except Declined as error:
-            return {"code": -4, "info": error.status}
-        return {"code": 0, "info": "发送正常", "number": object_of(data).get("message_id")}
+        results = []
+        for message in messages:
+            content, media = message["content"], message.get("media")
+            segments = segments_of(content) if message.get("cq") else text_segments(content)
+            if media:
+                source = media["url"] or "base64://" + str(media["data"])
+                if media["path"] and not media["url"] and self._is_here:
+                    source = "file://" + urllib.parse.quote(media["path"])
+                kind = SEGMENTS.get(media["mime"].partition("/")[0], "file")
+                segments.append({"type": kind, "data": {"file": source, "name": media["name"]}})
+            action = "send_group_msg" if message["type"] == "group_message" else "send_private_msg"
+            place = {"user_id": message["uid"], "group_id": message.get("group")}
+            try:
+                data = self._get(action, message=segments, **filled(place))
+                results.append({"code": 0, "info": "发送正常",
+                                "number": object_of(data).get("message_id")})
+            except Declined as error:
+                results.append({"code": -4, "info": error.status})
+        return results
 
     def kick(self, group: str, uids: List[str]) -> bool:
         """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
@@ -8957,9 +8918,8 @@ class BridgeLink(Link):
         """What changes the roster is handed on before more is understood."""
         items: List[Row] = []
         for row in rows:
-            found = self._understand(self._items, row)
-            items += [{"time": scalar(row.get("time")), **item} for item in found]
-            if any(item["do"] == "event" for item in found):
+            items += self._understand(self._items, row)
+            if any(item["do"] == "event" for item in items):
                 self._hand_on(items)
                 items = []
         self._hand_on(items)
@@ -8972,7 +8932,7 @@ class BridgeLink(Link):
             self._log.failure("an event of the bridge")
             return []
         finally:
-            self._event.until = FOREVER
+            del self._event.until
 
     def _hand_on(self, items: List[Row]) -> None:
         """Each under a mark of its own: a bridge numbers nothing, so none came before."""
@@ -9005,13 +8965,15 @@ class BridgeLink(Link):
             what = "message private"
         elif what == "notice notify":
             what = f"notify {row.get('sub_type')}"
-        missing = [name for name in self.NEEDS.get(what, "").split() if not number_of(row.get(name))]
-        if missing:
-            self._log.debug(f"an event of the bridge without {missing[0]}")
-        if missing or what not in self.NEEDS:
+        if what not in self.NEEDS:
             return []
+        for name in self.NEEDS[what].split():
+            if not number_of(row.get(name)):
+                self._log.debug(f"an event of the bridge without {name}")
+                return []
         tell = self._message if post_type == "message" else self._notice
-        return tell(what, number_of(row.get("group_id")), number_of(row.get("user_id")), row)
+        items = tell(what, number_of(row.get("group_id")), number_of(row.get("user_id")), row)
+        return [{"time": scalar(row.get("time")), **item} for item in items]
 
     # -- messages
 
@@ -9025,7 +8987,8 @@ class BridgeLink(Link):
         known, sub_type = self._hooks.known, row.get("sub_type") or ""
         who = {**object_of(row.get("sender")), "user_id": uid}
         kind = "group_message"
-        if what != "message group":  # NapCat has a temporary session's group at the top, LLBot in sender
+        if what != "message group":
+            # NapCat has a temporary session's group at the top, LLBot in sender
             group = (group or number_of(who.get("group_id"))) if sub_type == "group" else ""
             kind = "sess_message" if group else "friend_message"
         if uid == self.me or row.get("post_type") == "message_sent":
@@ -9041,14 +9004,14 @@ class BridgeLink(Link):
                 "friend") and not known("friend", uid, ""):
             # who writes as a friend is one; what else there is to know comes later
             found.append(happened("new_friend", object=friend_row(who)))
-            self._later("friend", "", uid)
+            self._curious.submit(self._look_later, "", uid)
         if sub_type not in ("anonymous", "notice"):
             circle = known("group", group, "") if kind == "group_message" else None
             if circle is not None and circle.loaded and uid not in circle.member:
                 # only where all are known can one be new; elsewhere the message says who it is
                 self._was_told(0.0, "increase", group, uid, undoes="decrease")
-                found.append(self._new_member(group, who))
-                self._later("group_member", group, uid)
+                found.append(self._of_member("new_group_member", group, member_row(who)))
+                self._curious.submit(self._look_later, group, uid)
             elif kind == "group_message":
                 found += self._news("group_member", group, who)
             found += self._news("friend", "", who)
@@ -9061,12 +9024,20 @@ class BridgeLink(Link):
         """What an item says of the message itself."""
         raw, number = row.get("raw_message"), self._number(row)
         segments = segments_of(raw if row.get("message") is None else row["message"])
+        links = []
+        for segment_type, data in ((segment["type"], segment["data"]) for segment in segments):
+            if segment_type in MEDIA:
+                url = scalar(data.get("url")) or scalar(data.get("file")) or ""
+                links.append({"type": MEDIA[segment_type],
+                              "url": url if re.match("https?://", url) else None,
+                              "name": scalar(data.get("name")) or scalar(data.get("file")),
+                              "size": scalar(data.get("file_size"))})
         return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
                 "number": row["message_id"] if number else None,
                 "content": self._content(segments, group),
                 "raw_message": raw if isinstance(raw, str) else cq_text(segments),
                 "time": scalar(row.get("time")) or str(int(time.time())),
-                "links": media_of(segments)}
+                "links": links}
 
     def _content(self, segments: List[Row], group: str) -> str:
         """What a person reads, with one blank behind a name."""
@@ -9092,7 +9063,7 @@ class BridgeLink(Link):
         if uid in ("", "0"):
             return told
         thing = self._hooks.known("group_member", uid, group)
-        name = detail(thing.displayname) if thing else told or self._names.get((group, uid))
+        name = detail(thing.displayname) if thing else told or self._names.notes.get((group, uid))
         if not name and len(asked) < AT_LIMIT:
             asked.append(uid)
             row = self._member(group, uid) if group else {}
@@ -9125,7 +9096,8 @@ class BridgeLink(Link):
             found = self._meet_group(group, row, sure=uid == me)
             if uid != me and not self._was_told(REPEAT_SECONDS, "increase", group, uid,
                                                 undoes="decrease"):
-                found.append(self._new_member(group, self._member(group, uid)))
+                found.append(self._of_member("new_group_member", group,
+                                             member_row(self._member(group, uid))))
             return found
         if what == "notice group_dismiss" or what == "notice group_decrease" and (
                 uid == me or sub_type in ("kick_me", "disband")):
@@ -9135,9 +9107,8 @@ class BridgeLink(Link):
         if what == "notice group_decrease":
             if not uid or self._was_told(LOSS_SECONDS, "decrease", group, uid, undoes="increase"):
                 return []
-            return [happened("lose_group_member", **self._within(group), object={"uid": uid}
-                             if known("group_member", uid, group)
-                             else member_row(self._stranger(uid)))]
+            return [self._of_member("lose_group_member", group, {"uid": uid} if known(
+                "group_member", uid, group) else member_row(self._stranger(uid)))]
         if what == "notice friend_add":
             if known("friend", uid, "") or self._was_told(REPEAT_SECONDS, "friend", uid):
                 return []
@@ -9179,21 +9150,18 @@ class BridgeLink(Link):
         about = {"group_name": name} if name else self._look_up("get_group_info", group_id=uid)
         return [happened("new_group", object=group_row({**about, "group_id": uid}))]
 
-    def _new_member(self, group: str, who: Row) -> Row:
-        return happened("new_group_member", object=member_row(who), **self._within(group))
+    def _of_member(self, event: str, group: str, member: Row) -> Row:
+        """Also of a group that no list has told of yet."""
+        return happened(event, object=member, circle=group,
+                        unlisted=not self._hooks.certain("group"))
 
-    def _within(self, group: str) -> Row:
-        """Where a member is; also of a group that no list has told of yet."""
-        return {"circle": group, "unlisted": not self._hooks.certain("group")}
-
-    def _later(self, kind: str, group: str, uid: str) -> None:
-        """Look up what there is to know of somebody new; nobody waits for it, and is told of it."""
-        def facts() -> List[Row]:
-            row = member_row(self._member(group, uid)) if group else friend_row(self._stranger(uid))
-            return [changed(kind, group, uid, name, value, quiet=True)
-                    for name, value in row.items() if value and name not in ("id", "uid", "name")]
-
-        self._curious.submit(lambda: self._hand_on(self._understand(facts)))
+    def _look_later(self, group: str, uid: str) -> None:
+        """What there is to know of somebody new; nobody waits for it, so nobody is told."""
+        row = member_row(self._member(group, uid)) if group else friend_row(self._stranger(uid))
+        kind = "group_member" if group else "friend"
+        self._hand_on([changed(kind, group, uid, name, value, quiet=True)
+                       for name, value in row.items()
+                       if value and name not in ("id", "uid", "name")])
 
 
 class OneBotLink(BridgeLink):
