@@ -70,6 +70,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
+from concurrent.futures import Future, TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # ------------------------------------------------------------------------------------------------
@@ -7276,7 +7277,33 @@ class Hooks:
 class Link:
     """Where an account's messages come from and go to: the face that every link has.
 
-    All methods may block and are called in threads of a crew; they raise Unreachable.
+    All methods may block and are called with no lock held; they raise Unreachable.
+
+    login(cookie, mark)   begin to log in, with a former login's cookie if there is one; hooks tell
+                          the rest
+    renew()               show a new QR code
+    ready()               the account is running
+    roster()              {"user": …, "friend": […], "group": […], "discuss": […]}; what is left
+                          out list() tells. A group without `member` has that, and its role, left
+                          to details()
+    list(kind)            the friends or groups that roster() left out. Declined
+    details(group, members)  what roster() left out of a group: role, and with `members` owner_id,
+                          owner_uid, member. Declined if there are none to be had
+    find_group(uid), find_member(group, uid)  one that no list told of, or None
+    account()             what the account is called outside, where two clients may have the same
+    presence()            uid -> state of those whose state no event tells
+    send(messages)        of {type, content, cq, uid, group, discuss, media}: for each {"code",
+                          "info"}, besides `number`, for revoke(), and `mark`, if an answer came
+                          with it: that of an item that hooks.received() will get. `media` is
+                          {name, mime, data (base64), url, path}
+    hear(row)             take an event that was posted to us; False if this link knows none
+    kick(group, uids), mute(group, uids, seconds)  False without the right to it
+    revoke(number)        take back a message, by the `number` in send()'s result
+    answer_request(ticket, accept, markname), make_friend(uid, verify)
+    create_group(uids, name)  the new group's uid
+    invite(group, uids), rename(group, name), set_markname(uid, markname)
+    logout()              end the login, so that the next one needs a scan
+    close()               the client stops; the login stays
     """
 
     send_interval = 3.0          # seconds between two messages unless settings say otherwise
@@ -7285,105 +7312,16 @@ class Link:
     fetches = False              # takes a picture as a URL, and fetches it by itself
     real = False                 # a network outside: a login may take days, a list may fail
     any_group = ""               # what stands for the unknown group of a temporary session
+    # what a verb answers that a link does not have
+    REFUSALS: Row = {"ready": None, "find_group": None, "find_member": None, "account": "",
+                "presence": {}, "hear": False, "revoke": False, "answer_request": False,
+                "make_friend": False, "create_group": "", "invite": False, "rename": False,
+                "set_markname": False, "renew": None, "logout": None, "close": None}
 
-    def login(self, cookie: str, mark: str) -> None:
-        """Begin to log in, with a former login's cookie if there is one; hooks tell the rest."""
-        raise NotImplementedError
-
-    def renew(self) -> None:
-        """Show a new QR code."""
-        raise NotImplementedError
-
-    def ready(self) -> None:
-        """The account is running."""
-
-    def roster(self) -> Row:
-        """{"user": …, "friend": […], "group": […], "discuss": […]}; what is left out, list() tells.
-
-        A group without `member` has that, and its role, left to details().
-        """
-        raise NotImplementedError
-
-    def list(self, kind: str) -> List[Row]:
-        """The friends or groups that roster() left out. Unreachable, Declined."""
-        raise NotImplementedError
-
-    def find_group(self, uid: str) -> Optional[Row]:
-        """A group that no list told of, or None. Unreachable."""
-        return None
-
-    def find_member(self, group: str, uid: str) -> Optional[Row]:
-        """A member of a group that no list told of, or None. Unreachable."""
-        return None
-
-    def account(self) -> str:
-        """What the account is called outside, where two clients may have the same; else empty."""
-        return ""
-
-    def details(self, group: str, members: bool) -> Row:
-        """What roster() left out of a group: role, and with `members` owner_id, owner_uid, member.
-
-        Declined if there are none to be had.
-        """
-        raise NotImplementedError
-
-    def presence(self) -> Dict[str, str]:
-        """uid -> state of those whose state no event tells; asked for before lists are shown."""
-        return {}
-
-    def send(self, messages: List[Row]) -> List[Row]:
-        """Send messages {type, content, cq, uid, group, discuss, media}; for each {"code", "info"}.
-
-        `number` besides, for revoke(); and `mark`, if an answer came with it: that of an item that
-        hooks.received() will get. `media` is {name, mime, data (base64), url, path}.
-        """
-        raise NotImplementedError
-
-    def hear(self, row: Row) -> bool:
-        """Take an event that was posted to us; False if this link knows none."""
-        return False
-
-    def kick(self, group: str, uids: List[str]) -> bool:
-        """Remove members of a group; False without the right to it."""
-        raise NotImplementedError
-
-    def mute(self, group: str, uids: List[str], seconds: int) -> bool:
-        """Silence members of a group; False without the right to it."""
-        raise NotImplementedError
-
-    def revoke(self, number: Any) -> bool:
-        """Take back a message, by the `number` in send()'s result."""
-        return False
-
-    def answer_request(self, ticket: str, accept: bool, markname: str) -> bool:
-        """Answer a friend_request."""
-        return False
-
-    def make_friend(self, uid: str, verify: str) -> bool:
-        """Ask somebody to be a friend."""
-        return False
-
-    def create_group(self, uids: List[str], name: str) -> str:
-        """Found a group: its uid, empty if that cannot be."""
-        return ""
-
-    def invite(self, group: str, uids: List[str]) -> bool:
-        """Bring friends into a group."""
-        return False
-
-    def rename(self, group: str, name: str) -> bool:
-        """Give a group another name."""
-        return False
-
-    def set_markname(self, uid: str, markname: str) -> bool:
-        """What one calls somebody."""
-        return False
-
-    def logout(self) -> None:
-        """End the login, so that the next one needs a scan."""
-
-    def close(self) -> None:
-        """The client stops; the login stays."""
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        if verb not in self.REFUSALS:
+            raise AttributeError(verb)
+        return lambda *args: self.REFUSALS[verb]
 
 
 class LocalLink(Link):
@@ -7517,7 +7455,7 @@ class RemoteHost:
         return value
 
 
-# -- OneBot 11: real QQ, through a bridge (ONEBOT.md)
+# -- what bridges say: values, messages, people (OneBot 11 and Milky spell nearly all alike)
 
 CQ_CODE = re.compile(r"\[CQ:([A-Za-z0-9_.\-]+)((?:,[^,\[\]]*)*)\]")
 SEGMENT_TYPE = re.compile(r"[A-Za-z0-9_.\-]{1,32}")
@@ -7537,104 +7475,14 @@ LABELS = {"face": "[表情]", "bface": "[表情]", "sface": "[表情]",
 DETAIL_LIMIT = 500               # letters of one such member
 AT_LIMIT = 8                     # names of a message that are asked for: each may take seconds
 SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
+MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
 ANY_GROUP = "284840486"  # NapCat's, for a temporary session whose group it does not know
 MEMBERS = re.compile(r"\{([a-z_|]+)\}")
 IMAGE_SUMMARY = re.compile(r"\[[^\[\]]{1,20}\]")  # NapCat: [动画表情]
-XML_ATTRIBUTE = {
-    "brief": re.compile(r"""\bbrief=["']([^"']*)"""), "url": re.compile(r"""\burl=["']([^"']*)"""),
-    "title": re.compile(r"<title\b[^>]{0,200}>([^<]*)"),
-    "title attribute": re.compile(r"""\btitle=["']([^"']*)""")}
-MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
-
-
-def cq_escape(text: str, value: bool = False) -> str:
-    """Text, or the value of a key, as CQ codes spell it."""
-    for plain, code in CQ_ESCAPES if value else CQ_ESCAPES[:3]:
-        text = text.replace(plain, code)
-    return text
-
-
-def cq_unescape(text: str) -> str:
-    """What cq_escape() was given; `&` comes last, or it would make new codes."""
-    for plain, code in reversed(CQ_ESCAPES):
-        text = text.replace(code, plain)
-    return text
-
-
-def segments_of(message: Json) -> List[Row]:
-    """A message as bridges spell it, with CQ codes or as a list, as [{"type", "data"}].
-
-    Whatever else a bridge may send, the type is a word and the data an object.
-    """
-    if isinstance(message, str):
-        return _cq_segments(message)
-    found: List[Row] = []
-    rows = [message] if message is not None else []
-    while rows:
-        row = rows.pop()
-        if isinstance(row, list):
-            rows += reversed(row)
-        elif isinstance(row, dict):
-            kind, data = detail(row.get("type")), row.get("data")
-            plain = {"text": data} if kind == "text" and isinstance(data, str) else {}
-            found.append({"type": kind if SEGMENT_TYPE.fullmatch(kind) else "?",
-                          "data": data if isinstance(data, dict) else plain})
-        else:
-            text = row if isinstance(row, str) else detail(row)
-            found += _text_segments(text) if text else [{"type": "?", "data": {}}]
-    return found
-
-
-def _cq_segments(text: str) -> List[Row]:
-    found, end = [], 0
-    for code in CQ_CODE.finditer(text):
-        found += _text_segments(cq_unescape(text[end:code.start()]))
-        pairs = [pair.partition("=") for pair in code.group(2).split(",")[1:]]
-        found.append({"type": code.group(1),
-                      "data": {key: cq_unescape(value) for key, _, value in pairs}})
-        end = code.end()
-    return found + _text_segments(cq_unescape(text[end:]))
-
-
-def _text_segments(text: str) -> List[Row]:
-    return [{"type": "text", "data": {"text": text}}] if text else []
-
-
-def cq_text(segments: Iterable[Row]) -> str:
-    """Segments as one text with CQ codes."""
-    parts = []
-    for segment in segments:
-        if segment["type"] == "text":
-            text = segment["data"].get("text")
-            parts.append(cq_escape(text if isinstance(text, str) else detail(text)))
-        else:
-            pairs = "".join(f",{key}={cq_escape(_cq_value(value), True)}"
-                            for key, value in segment["data"].items() if value is not None)
-            parts.append(f"[CQ:{segment['type']}{pairs}]")
-    return "".join(parts)
-
-
-def _cq_value(value: Json) -> str:
-    return value if isinstance(value, str) else to_bytes(value).decode()
-
-
-def check_cq(content: str, check_url: Callable[[str], None] = lambda url: None) -> None:
-    """NotAllowed for a code that would send a file of the bridge's machine.
-
-    `check_url` is called with each address that the bridge would fetch.
-    """
-    for segment in segments_of(content):
-        for value in segment["data"].values() if segment["type"] != "text" else ():
-            check_cq(value, check_url)  # a node's content holds codes of its own
-            if re.search(r"(?i)\bfile:", str(value)):
-                raise NotAllowed("file: in a CQ code not allowed: give http://… or base64://…")
-        data = {name.strip().lower(): value for name, value in segment["data"].items()}
-        for key in CQ_SOURCES:
-            source = str(data.get(key, "")).strip()
-            if not re.match("(https?|base64)://", source) and re.search(r"[/\\]", source):
-                raise NotAllowed(f"{key} in a CQ code not allowed: give http://… or base64://…")
-            if is_url(source):
-                check_url(source)
+XML_TITLES = (re.compile(r"""\bbrief=["']([^"']*)"""),
+              re.compile(r"<title\b[^>]{0,200}>([^<]*)"),
+              re.compile(r"""\btitle=["']([^"']*)"""))
+XML_LINK = re.compile(r"""\burl=["']([^"']*)""")
 
 
 def scalar(value: Json) -> Optional[str]:
@@ -7660,13 +7508,113 @@ def detail(value: Json) -> str:
     return " ".join(CONTROLS.sub(" ", scalar(value) or "").split())[:DETAIL_LIMIT]
 
 
+def filled(row: Row) -> Row:
+    """What a look-up really says: its nulls and empty texts replace nothing that is known."""
+    return {name: value for name, value in row.items() if value not in (None, "")}
+
+
+def object_of(value: Json) -> Row:
+    """An object; an empty one for whatever else a bridge may have put there."""
+    return value if isinstance(value, dict) else {}
+
+
+def rows_of(value: Json) -> List[Row]:
+    """The objects of a list; what else a bridge may have put there is left out."""
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def cq_escape(text: str, value: bool = False) -> str:
+    """Text, or the value of a key, as CQ codes spell it."""
+    for plain, code in CQ_ESCAPES if value else CQ_ESCAPES[:3]:
+        text = text.replace(plain, code)
+    return text
+
+
+def cq_unescape(text: str) -> str:
+    """What cq_escape() was given; `&` comes last, or it would make new codes."""
+    for plain, code in reversed(CQ_ESCAPES):
+        text = text.replace(code, plain)
+    return text
+
+
+def text_segments(text: str) -> List[Row]:
+    """A text as it is, no code in it acts."""
+    return [{"type": "text", "data": {"text": text}}] if text else []
+
+
+def segments_of(message: Json) -> List[Row]:
+    """A message as bridges spell it, with CQ codes or as a list, as [{"type", "data"}].
+
+    Whatever else a bridge may send, the type is a word and the data an object.
+    """
+    found: List[Row] = []
+    if isinstance(message, str):
+        parts = [*CQ_CODE.split(message), "", ""]  # text, type, values, text, type, values …
+        for text, kind, values in zip(parts[::3], parts[1::3], parts[2::3]):
+            found += text_segments(cq_unescape(text))
+            if kind:
+                pairs = [pair.partition("=") for pair in values.split(",")[1:]]
+                found.append({"type": kind, "data": {key: cq_unescape(value)
+                                                     for key, _, value in pairs}})
+        return found
+    rows = [message] if message is not None else []
+    while rows:
+        row = rows.pop()
+        if isinstance(row, list):
+            rows += reversed(row)
+        elif isinstance(row, dict):
+            kind, data = detail(row.get("type")), row.get("data")
+            if kind == "text" and isinstance(data, str):
+                data = {"text": data}
+            found.append({"type": kind if SEGMENT_TYPE.fullmatch(kind) else "?",
+                          "data": object_of(data)})
+        else:
+            text = row if isinstance(row, str) else detail(row)
+            found += text_segments(text) or [{"type": "?", "data": {}}]
+    return found
+
+
+def cq_text(segments: Iterable[Row]) -> str:
+    """Segments as one text with CQ codes."""
+    parts = []
+    for segment in segments:
+        if segment["type"] == "text":
+            text = segment["data"].get("text")
+            parts.append(cq_escape(text if isinstance(text, str) else detail(text)))
+        else:
+            values = {key: value if isinstance(value, str) else to_bytes(value).decode()
+                      for key, value in segment["data"].items() if value is not None}
+            pairs = [f",{key}={cq_escape(value, True)}" for key, value in values.items()]
+            parts.append(f"[CQ:{segment['type']}{''.join(pairs)}]")
+    return "".join(parts)
+
+
+def check_cq(content: str, check_url: Callable[[str], None] = lambda url: None) -> None:
+    """NotAllowed for a code that would send a file of the bridge's machine.
+
+    `check_url` is called with each address that the bridge would fetch.
+    """
+    for segment in segments_of(content):
+        for value in segment["data"].values() if segment["type"] != "text" else ():
+            check_cq(value, check_url)  # a node's content holds codes of its own
+            if re.search(r"(?i)\bfile:", str(value)):
+                raise NotAllowed("file: in a CQ code not allowed: give http://… or base64://…")
+        data = {name.strip().lower(): value for name, value in segment["data"].items()}
+        for key in CQ_SOURCES:
+            source = str(data.get(key, "")).strip()
+            if not re.match("(https?|base64)://", source) and re.search(r"[/\\]", source):
+                raise NotAllowed(f"{key} in a CQ code not allowed: give http://… or base64://…")
+            if is_url(source):
+                check_url(source)
+
+
 def readable(kind: str, data: Row) -> str:
     """A segment as somebody reads it; those that name somebody (at) are not known here."""
     if kind in ("text", "markdown"):  # as it is, lines and all
         text = data.get("text" if kind == "text" else "content")
         return text if isinstance(text, str) else detail(text) or f"[{kind}]"
     if kind in ("json", "xml"):
-        return (_card if kind == "json" else _xml_card)(data.get("data")) or f"[{kind}]"
+        return card_text(kind, data.get("data")) or f"[{kind}]"
     if kind == "image" and IMAGE_SUMMARY.fullmatch(detail(data.get("summary"))):
         return detail(data["summary"])
     if kind == "file" and re.search(r"[/\\]|^base64:", detail(data.get("file"))):
@@ -7676,62 +7624,33 @@ def readable(kind: str, data: Row) -> str:
         return detail(data.get("summary")) or detail(news) or detail(
             data.get("prompt")) or LABELS[kind]
     form = LABELS.get(kind)
-    if form is None:
-        return f"[{kind}]"
-    text = MEMBERS.sub(lambda found: next(
-        filter(None, (detail(data.get(name)) for name in found.group(1).split("|"))), ""), form)
-    return text.strip() or (f"[{kind}]" if form else "")
+    text = MEMBERS.sub(lambda found: next(filter(None, (
+        detail(data.get(name)) for name in found.group(1).split("|"))), ""), form or "").strip()
+    return text or ("" if form == "" else f"[{kind}]")
 
 
-def _card(text: Json) -> str:
-    """A json segment's card: what it says of itself, and where it leads."""
-    row = text if isinstance(text, dict) else object_in(text.encode("utf-8", "replace")
-                                                        ) if isinstance(text, str) else None
-    if row is None:
-        return ""
-    meta = row.get("meta")
-    parts = [row, *rows_of(list(meta.values()) if isinstance(meta, dict) else [])]
-    said = [detail(part.get(name)) for name in ("prompt", "title", "desc") for part in parts]
-    links = [detail(part.get(name)) for name in ("jumpUrl", "qqdocurl", "jump_url", "url")
-             for part in parts]
-    return _titled(said, links)
-
-
-def _xml_card(text: Json) -> str:
-    """The same of an xml segment. Its first letters tell, and no parser is led astray by them."""
-    text = text[:16_384] if isinstance(text, str) else ""
-    found = {name: XML_ATTRIBUTE[name].search(text) for name in XML_ATTRIBUTE}
-    import html
-    said = {name: detail(html.unescape(match.group(1))) for name, match in found.items() if match}
-    return _titled([said.get(name, "") for name in ("brief", "title", "title attribute")],
-                   [said.get("url", "")])
-
-
-def _titled(said: Iterable[str], links: Iterable[str]) -> str:
+def card_text(kind: str, card: Json) -> str:
+    """What the card in a json or xml segment says of itself, and where it leads."""
+    if kind == "xml":  # its first letters tell, and no parser is led astray by them
+        import html
+        text = card[:16_384] if isinstance(card, str) else ""
+        *said, link = [detail(html.unescape(match.group(1))) if match else "" for match in (
+            pattern.search(text) for pattern in (*XML_TITLES, XML_LINK))]
+        links = [link]
+    else:
+        row = object_of(object_in(card.encode("utf-8", "replace")) if isinstance(card, str)
+                        else card)
+        parts = [row, *rows_of(list(object_of(row.get("meta")).values()))]
+        said = [detail(part.get(name)) for name in ("prompt", "title", "desc") for part in parts]
+        links = [detail(part.get(name)) for name in ("jumpUrl", "qqdocurl", "jump_url", "url")
+                 for part in parts]
     title = next(filter(None, said), "")
     link = next((link for link in links if is_url(link) and len(link) < DETAIL_LIMIT), "")
     return f"{title} {link}".strip()
 
 
-def _id(row: Row, name: str) -> str:
-    uid = number_of(row.get(name))
-    if not uid:
-        raise BadRequest(400, f"without {name}")
-    return uid
-
-
-def filled(row: Row) -> Row:
-    """What a look-up really says: its nulls and empty texts replace nothing that is known."""
-    return {name: value for name, value in row.items() if value not in (None, "")}
-
-
-def rows_of(value: Json) -> List[Row]:
-    """The objects of a list; what else a bridge may have put there is left out."""
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-
-
 def friend_row(row: Row) -> Row:
-    """A friend of OneBot's as ours; NapCat knows the category."""
+    """A friend of a bridge's as ours; NapCat knows the category."""
     uid = number_of(row.get("user_id"))
     category = (row.get("categoryName") or row.get("category_name") or row.get("categroyName"))
     return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
@@ -7740,394 +7659,51 @@ def friend_row(row: Row) -> Row:
 
 
 def group_row(row: Row) -> Row:
-    """A group of OneBot's as ours; member_count is for us alone."""
-    uid, most = number_of(row.get("group_id")), scalar(row.get("max_member_count")) or ""
+    """A group of a bridge's as ours; member_count is for us alone."""
+    uid = number_of(row.get("group_id"))
     return {"uid": uid, "id": uid, "name": scalar(row.get("group_name")) or uid,
             "markname": scalar(row.get("group_remark") or row.get("remark_name")) or None,
-            "max_member": int(number_of(most) or 0) or None,
+            "max_member": int(number_of(row.get("max_member_count")) or 0) or None,
             "member_count": scalar(row.get("member_count"))}
 
 
 def member_row(row: Row) -> Row:
-    """A member of a group of OneBot's as ours; what is not known takes no memory."""
+    """A member of a group of a bridge's as ours; what is not known takes no memory."""
     uid = number_of(row.get("user_id"))
     known = {"sex": row.get("sex"), "join_time": row.get("join_time"), "level": row.get("level"),
              "last_speak_time": row.get("last_sent_time"), "province": row.get("area"),
              "title": row.get("title")}
     return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
             "card": scalar(row.get("card")) or None, "role": scalar(row.get("role")) or "member",
-            **{name: scalar(value) for name, value in known.items() if value not in (None, "")}}
+            **{name: scalar(value) for name, value in filled(known).items()}}
 
 
-class OneBotEvents:
-    """What a bridge tells, as items of a link (ONEBOT.md, "Mapping"). From any thread.
-
-    `look_up(action, **params)` asks the bridge for an object, {} if it has none; `later(function,
-    *args)` hands on the items that a function brings when it has asked; `known` and `certain` are
-    those of Hooks; `sync` tells whether what the account sends elsewhere counts.
-    """
-
-    NOTICES = {"group_increase": "_increase", "group_decrease": "_decrease",
-               "group_dismiss": "_dismiss", "friend_add": "_befriended", "group_card": "_card",
-               "group_admin": "_admin", "group_recall": "_recall", "friend_recall": "_recall",
-               "notify": "_notify"}
-
-    def __init__(self, look_up: Callable[..., Row], later: Callable[..., None],
-                 known: Callable[[str, str, str], Optional[Any]], certain: Callable[[str], bool],
-                 sync: bool) -> None:
-        self._look_up, self._later, self._sync = look_up, later, sync
-        self._known, self._certain = known, certain
-        self.me = ""                                  # the account's own uid
-        self._lock = threading.Lock()                 # guards _seen, _names, _told
-        self._seen: Dict[int, None] = {}              # the newest events, by what tells them apart
-        self._names: Dict[Tuple[str, str], str] = {}  # (group, uid) -> how `at` shows them
-        self._told: Dict[Tuple[str, ...], float] = {}  # what happened -> when it was told
-        self._ids = MessageIds(other=True)            # for messages that come without one
-
-    def items(self, row: Row) -> List[Row]:
-        """The items that come of an event, in order; none if it came before or means nothing."""
-        if self._is_repeated(row):
-            return []
-        post_type = row.get("post_type")
-        if post_type in ("message", "message_sent"):
-            own = post_type == "message_sent" or scalar(row.get("user_id")) == self.me
-            return self._own_message(row) if own else self._message(row)
-        if post_type == "request" and row.get("request_type") == "friend":
-            return self._request(row)
-        name = self.NOTICES.get(str(row.get("notice_type"))) if post_type == "notice" else None
-        return getattr(self, name)(row) if name else []
-
-    def _keep(self, table: Dict[Any, Any], key: Any, value: Any) -> None:
-        """Remember something, and no more than WAIT_LIMIT of it; with the lock."""
-        table.pop(key, None)
-        table[key] = value
-        if len(table) > WAIT_LIMIT:
-            del table[next(iter(table))]
-
-    def _is_repeated(self, row: Row) -> bool:
-        """A webhook is tried again, and may come beside a stream."""
-        if self._message_id(row) and "message_type" in row:
-            key = hash("/".join(str(row.get(name)) for name in (
-                "post_type", "message_type", "group_id", "user_id", "message_id", "time")))
-        else:
-            key = hash(to_bytes(row))  # not itself: it may be of any size
-        with self._lock:
-            repeated = key in self._seen
-            self._keep(self._seen, key, None)
-        return repeated
-
-    def _message_id(self, row: Row) -> str:
-        """A bridge's number of a message, which may be negative; empty for what is none."""
-        number = scalar(row.get("message_id")) or ""
-        return "" if number in ("0", "None") else number
-
-    def _was_told(self, seconds: float, *what: str, undoes: str = "") -> bool:
-        """Whether the same was told so short a time ago; from now on it was, and what it `undoes`
-        was not."""
-        now = time.monotonic()
-        with self._lock:
-            before = self._told.get(what, now - seconds - 1.0)
-            self._keep(self._told, what, now)
-            self._told.pop((undoes, *what[1:]), None)
-        return now - before <= seconds
-
-    # -- messages
-
-    def _message(self, row: Row) -> List[Row]:
-        sender = row.get("sender")
-        uid = _id(row, "user_id")
-        who = {**(sender if isinstance(sender, dict) else {}), "user_id": uid}
-        anonymous = row.get("anonymous")
-        if isinstance(anonymous, dict):
-            who.update(nickname=anonymous.get("name"), card=None)
-        kind, group = self._place(row, who)
-        sub_type = str(row.get("sub_type") or "")
-        if not group:
-            found = self._meet_friend(uid, who) if sub_type in ("", "friend") else []
-        else:
-            found = self._meet_group(group, row)
-        if kind == "group_message" and sub_type not in ("anonymous", "notice"):
-            found += (self._meet_member(group, uid, who)
-                      or self._news("group_member", group, uid, who))
-        if sub_type not in ("anonymous", "notice"):
-            found += self._news("friend", "", uid, who)
-        item = self._item(row, kind, group)
-        member = member_row(who) if group else friend_row(who)
-        return found + [{**item, "do": "message", "uid": uid, "sender_id": uid,
-                         "name": member["name"], "sender": member,
-                         "group_name": scalar(row.get("group_name"))}]
-
-    def _place(self, row: Row, who: Row) -> Tuple[str, str]:
-        """Type and group; NapCat has a temporary session's group at the top, LLBot in sender."""
-        if row.get("message_type") == "group":
-            return "group_message", _id(row, "group_id")
-        group = number_of(row.get("group_id")) or number_of(who.get("group_id"))
-        if row.get("sub_type") == "group" and group:
-            return "sess_message", group
-        return "friend_message", ""
-
-    def _item(self, row: Row, kind: str, group: str) -> Row:
-        raw = row.get("raw_message")
-        segments = segments_of(raw if row.get("message") is None else row["message"])
-        number = self._message_id(row)
-        return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
-                "number": row["message_id"] if number else None,
-                "content": self._readable(segments, group),
-                "raw_message": raw if isinstance(raw, str) else cq_text(segments),
-                "time": scalar(row.get("time")) or str(int(time.time())),
-                "links": [self._link(segment) for segment in segments
-                          if segment["type"] in MEDIA]}
-
-    def _link(self, segment: Row) -> Row:
-        data = segment["data"]
-        url = scalar(data.get("url")) or scalar(data.get("file")) or ""
-        return {"type": MEDIA[segment["type"]],
-                "url": url if re.match("https?://", url) else None,
-                "name": scalar(data.get("name")) or scalar(data.get("file")),
-                "size": scalar(data.get("file_size"))}
-
-    def _readable(self, segments: List[Row], group: str) -> str:
-        """What a person reads, with one blank behind a name."""
-        parts: List[str] = []
-        asked: List[str] = []
-        after_name, room = False, CONTENT_LIMIT // 4
-        for part in segments:
-            at = part["type"] == "at"
-            text = (self._at(part["data"], group, asked) if at
-                    else readable(part["type"], part["data"]))
-            if part["type"] != "text":
-                room -= len(text)
-                text = text if room > 0 else ""  # a text itself comes whole
-            parts.append(text.lstrip(" ") if after_name else text)
-            after_name = at or after_name and not parts[-1]
-        return "".join(parts)
-
-    def _at(self, data: Row, group: str, asked: List[str]) -> str:
-        name = self._at_name(data, group, asked)
-        return f"@{name} " if name else "[at]"
-
-    def _at_name(self, data: Row, group: str, asked: List[str]) -> str:
-        """Whom an `at` names; empty if it names nobody. `asked` are those that were looked up for
-        this message."""
-        uid, told = detail(data.get("qq")), detail(data.get("name")).lstrip("@")
-        if uid == "all":
-            return "全体成员"
-        if uid in ("", "0"):
-            return told
-        thing = self._known("group_member", uid, group)
-        name = detail(thing.displayname) if thing else told or self._names.get((group, uid))
-        if not name and len(asked) < AT_LIMIT:
-            asked.append(uid)
-            row = self._member(group, uid, {}) if group else {}
-            name = detail(row.get("card")) or detail(row.get("name")) or uid
-            with self._lock:
-                self._keep(self._names, (group, uid), name)
-        return name or uid
-
-    def _own_message(self, row: Row) -> List[Row]:
-        sender = row.get("sender")
-        kind, group = self._place(row, sender if isinstance(sender, dict) else {})
-        uid = number_of(row.get("target_id"))
-        if not self._sync or not (uid or group):
-            return []
-        return [{**self._item(row, kind, group), "do": "sent",
-                 "uid": None if kind == "group_message" else uid}]
-
-    # -- who is new
-
-    def _meet_friend(self, uid: str, who: Row) -> List[Row]:
-        """Who writes as a friend is one; what else there is to know comes later."""
-        if not self._certain("friend") or self._known("friend", uid, ""):
-            return []
-        self._later(self._facts, "friend", "", uid, "get_stranger_info", friend_row)
-        return self._new("friend", friend_row(who))
-
-    def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
-        """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
-        if uid == ANY_GROUP or self._known("group", uid, "") or not (
-                sure or self._certain("group")):
-            return []
-        self._was_told(0.0, "enter", uid, undoes="lost")
-        name = scalar(row.get("group_name"))
-        about = {"group_name": name} if name else self._look_up("get_group_info", group_id=uid)
-        return self._new("group", group_row({**filled(about), "group_id": uid}))
-
-    def _meet_member(self, group: str, uid: str, who: Row) -> List[Row]:
-        """Only where all are known can one be new; elsewhere the message itself says who it is."""
-        circle = self._known("group", group, "")
-        if circle is None or not circle.loaded or uid in circle.member:
-            return []
-        self._was_told(0.0, "increase", group, uid, undoes="decrease")
-        self._later(self._facts, "group_member", group, uid, "get_group_member_info", member_row)
-        return self._new("group_member", member_row(who), circle=group)
-
-    def _new(self, kind: str, thing: Row, circle: str = "") -> List[Row]:
-        return [{"do": "event", "event": "new_" + kind, "object": thing,
-                 **(self._within(circle) if circle else {})}]
-
-    def _within(self, group: str) -> Row:
-        """Where a member is; also of a group that no list has told of yet."""
-        return {"circle": group, "unlisted": not self._certain("group")}
-
-    def _news(self, kind: str, group: str, uid: str, who: Row) -> List[Row]:
-        """What a sender's block says of somebody that the roster did not know yet.
-
-        A block without a member says nothing about it; an empty card or title is none.
-        """
-        thing = self._known(kind, uid, group)
-        told: Row = {}
-        if scalar(who.get("nickname")):
-            told["name"] = scalar(who["nickname"])
-        if kind == "group_member":
-            told.update({name: who[name] or None for name in ("card", "title")
-                         if isinstance(who.get(name), str)})
-            if scalar(who.get("role")) in ROLES:
-                told["role"] = who["role"]
-        return [self._change(kind, group, uid, name, value) for name, value in told.items()
-                if thing is not None and thing.value(name) != value]
-
-    def _change(self, kind: str, group: str, uid: str, name: str, value: Json) -> Row:
-        return {"do": "event", "event": kind + "_property_change", "circle": group, "uid": uid,
-                "property": name, "value": value}
-
-    def _facts(self, kind: str, group: str, uid: str, action: str,
-               make: Callable[[Row], Row]) -> List[Row]:
-        """What the bridge knows of somebody new; nobody was waiting for it, so nobody is told."""
-        place = {"group_id": group} if group else {}
-        row = make({**filled(self._look_up(action, **place, user_id=uid)), "user_id": uid})
-        return [{**self._change(kind, group, uid, name, value), "quiet": True}
-                for name, value in row.items() if value and name not in ("id", "uid", "name")]
-
-    def _stranger(self, uid: str) -> Row:
-        return {**filled(self._look_up("get_stranger_info", user_id=uid)), "user_id": uid}
-
-    def _member(self, group: str, uid: str, who: Row) -> Row:
-        return member_row({**who, **filled(self._look_up(
-            "get_group_member_info", group_id=group, user_id=uid)), "user_id": uid})
-
-    # -- notices
-
-    def _where(self, row: Row) -> Tuple[str, str]:
-        return _id(row, "group_id"), _id(row, "user_id")
-
-    def _increase(self, row: Row) -> List[Row]:
-        """Also of somebody who is listed: a notice of the leaving may have been missed."""
-        group, uid = self._where(row)
-        met = self._meet_group(group, row, sure=uid == self.me)
-        if uid == self.me or self._was_told(REPEAT_SECONDS, "increase", group, uid,
-                                            undoes="decrease"):
-            return met
-        return met + self._new("group_member", self._member(group, uid, {}), circle=group)
-
-    def _decrease(self, row: Row) -> List[Row]:
-        group, uid = _id(row, "group_id"), number_of(row.get("user_id"))
-        if uid == self.me or row.get("sub_type") in ("kick_me", "disband"):
-            return self._dismiss(row)
-        if self._was_told(LOSS_SECONDS, "decrease", group, _id(row, "user_id"), undoes="increase"):
-            return []
-        known = self._known("group_member", uid, group)
-        return [{"do": "event", "event": "lose_group_member", **self._within(group),
-                 "object": {"uid": uid} if known else member_row(self._stranger(uid))}]
-
-    def _dismiss(self, row: Row) -> List[Row]:
-        group = _id(row, "group_id")
-        if self._was_told(LOSS_SECONDS, "lost", group, undoes="enter"):
-            return []
-        return [{"do": "event", "event": "lose_group",
-                 "object": {"uid": group, "id": group, "name": group}}]
-
-    def _befriended(self, row: Row) -> List[Row]:
-        uid = _id(row, "user_id")
-        if self._known("friend", uid, "") or self._was_told(REPEAT_SECONDS, "friend", uid):
-            return []
-        return self._new("friend", friend_row(self._stranger(uid)))
-
-    def _changed(self, row: Row, name: str, value: Optional[str], old: Optional[str]) -> List[Row]:
-        group, uid = self._where(row)
-        return [{"do": "event", "event": "group_member_property_change", "circle": group,
-                 "uid": uid, "property": name, "value": value,
-                 "object": {**member_row({"user_id": uid}), name: old}}]
-
-    def _card(self, row: Row) -> List[Row]:
-        return self._changed(row, "card", scalar(row.get("card_new")) or None,
-                             scalar(row.get("card_old")) or None)
-
-    def _admin(self, row: Row) -> List[Row]:
-        group, uid = self._where(row)
-        role, old = (("admin", "member") if row.get("sub_type") == "set" else ("member", "admin"))
-        own = [self._of_group(group, "role", ROLES[role])] if uid == self.me else []
-        return own + self._changed(row, "role", role, old)
-
-    def _of_group(self, group: str, name: str, value: str) -> Row:
-        return {"do": "event", "event": "group_property_change", "uid": group, "property": name,
-                "value": value}
-
-    def _notify(self, row: Row) -> List[Row]:
-        if row.get("sub_type") == "title":
-            return self._changed(row, "title", scalar(row.get("title")) or None, None)
-        name = scalar(row.get("name_new")) or scalar(row.get("group_name"))
-        if row.get("sub_type") != "group_name" or not name:
-            return []
-        return [self._of_group(_id(row, "group_id"), "name", name)]
-
-    def _recall(self, row: Row) -> List[Row]:
-        uid, message = number_of(row.get("user_id")) or None, scalar(row.get("message_id"))
-        return [{"do": "event", "event": "revoke_message", "params": [
-            message, uid, number_of(row.get("operator_id")) or uid,
-            number_of(row.get("group_id")) or None]}] if message else []
-
-    def _request(self, row: Row) -> List[Row]:
-        uid, flag = _id(row, "user_id"), scalar(row.get("flag"))
-        if flag and self._was_told(COOKIE_SECONDS, "request", flag):
-            return []
-        friend = friend_row(self._stranger(uid))
-        return [{"do": "event", "event": "friend_request", "request": {
-            "id": friend["uid"], "name": friend["name"], "displayname": friend["name"],
-            "verify": scalar(row.get("comment")) or "", "ticket": flag}}]
-
+# -- the ways to a bridge
 
 class Bridge:
-    """The way to a OneBot bridge: actions there, events back. One subclass per way.
+    """One connection to a bridge: calls there, events back. One subclass per way."""
 
-    `hear(row)` gets each event, in the thread that is in listen().
-    """
+    open: Callable[[], None]         # connect. Unreachable
+    listen: Callable[[], None]       # give events to `hear` until the bridge is lost: Unreachable
+    ask: Callable[[str, Row, float], Row]  # (action, params, seconds): the bridge's answer,
+    #                                  whatever it says. Unreachable, Declined
+    REFUSED = "the bridge refuses onebot_token"
 
     def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
         self._url, self._log, self._hear = url.rstrip("/"), log, hear
         self._fields = {"Authorization": bearer(token)} if token else {}
-        self._complaint = ""         # why we, or the bridge in words of its own, end it
-
-    def open(self) -> None:
-        """Connect. Unreachable."""
-        self._complaint = ""
-        self._open()
-
-    def listen(self) -> None:
-        """Pass events on until the bridge is lost: always raises Unreachable."""
-        try:
-            self._listen()
-        except Unreachable as error:
-            raise Unreachable(self._complaint or error.status) from None
+        self._line: Any = None       # what is to be closed: a Reply or a WebSocket
+        self._closed = threading.Event()
+        self.complaint = ""          # why we, or the bridge in words of its own, end it
+        self.news = threading.Event()  # set when it is time to see whether it is logged in
 
     def close(self, why: str = "the connection was closed") -> None:
-        """Let listen() end, from any thread."""
-        self._complaint = self._complaint or why
-        self._hang_up()
-
-    def ask(self, action: str, params: Row, seconds: float) -> Row:
-        """The bridge's answer to an action, whatever it says. Unreachable, Declined."""
-        raise NotImplementedError
-
-    def _open(self) -> None:
-        raise NotImplementedError
-
-    def _listen(self) -> None:
-        raise NotImplementedError
-
-    def _hang_up(self) -> None:
-        raise NotImplementedError
-
-    REFUSED = "the bridge refuses onebot_token"
+        """End it, from any thread."""
+        self.complaint = self.complaint or why
+        self._closed.set()
+        self.news.set()
+        if self._line:
+            self._line.close()
 
     def _read(self, data: bytes) -> Row:
         row = object_in(data)
@@ -8136,124 +7712,44 @@ class Bridge:
         return row
 
 
-class SocketBridge(Bridge):
-    """One forward WebSocket for all."""
-
-    def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
-        super().__init__(url, token, log, hear)
-        self._count = itertools.count(1)
-        self._socket: Optional[WebSocket] = None
-        self._waiting: Dict[str, Promise] = {}  # echo -> who waits; in the socket's loop
-
-    def _open(self) -> None:
-        try:
-            self._socket = WebSocket(self._url, self._fields, self._log, self._heard)
-        except AuthFailure:
-            raise Unreachable(self.REFUSED) from None
-
-    def _listen(self) -> None:
-        assert self._socket is not None
-        try:
-            self._socket.run()
-        finally:
-            waiting, self._waiting = self._waiting, {}
-            for promise in waiting.values():
-                promise.fail(Unreachable("the connection to the bridge broke", True))
-
-    def ask(self, action: str, params: Row, seconds: float) -> Row:
-        socket, echo, promise = self._socket, str(next(self._count)), Promise()
-        text = to_bytes({"action": action, "params": params, "echo": echo})
-        if socket is None:
-            raise Unreachable("the bridge is not connected")
-        try:
-            socket.loop.ask(self._send, socket, echo, text, promise)
-            row: Row = promise.wait(seconds)
-            return row
-        except NotRunning:
-            raise Unreachable("the bridge is not connected") from None
-        except TimeoutError:
-            socket.loop.call(self._waiting.pop, echo, None)
-            raise TooSlow(f"the bridge does not answer {action}", True) from None
-
-    def _send(self, socket: WebSocket, echo: str, text: bytes, promise: Promise) -> None:
-        self._waiting[echo] = promise
-        socket.send(text)
-
-    def _heard(self, data: bytes) -> None:
-        try:
-            row = self._read(data)
-        except Unreachable as error:
-            return self.close(error.status)
-        promise = self._waiting.pop(str(row.get("echo")), None)
-        if promise:
-            promise.keep(row)
-        elif "post_type" in row:
-            self._hear(row)
-        elif row.get("status") == "failed" and row.get("echo") is None:  # as NapCat refuses a token
-            refused = scalar(row.get("retcode")) in ("1401", "1403")
-            self._complaint = (f"{self.REFUSED}: " if refused else "") + wording(row)
-
-    def _hang_up(self) -> None:
-        if self._socket:
-            self._socket.close()
-
-
 class HttpBridge(Bridge):
-    """Actions by POST; events by SSE where the bridge has that, else it posts them to /onebot."""
+    """Calls by POST; events by SSE where the bridge has that, else it posts them to /onebot."""
 
-    def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
-        super().__init__(url, token, log, hear)
-        self._closed = threading.Event()
-        self._events: Optional[Reply] = None  # the stream, while there is one
+    CALLS, EVENTS, ALIVE = "/", "/_events", "get_status"
 
-    def _open(self) -> None:
-        self._closed.clear()
-        reply: Optional[Reply]
+    def open(self) -> None:
         try:
-            reply = self._fetch("/_events", "GET", None, LOOKUP_SECONDS)
-        except TooSlow:
-            reply = None  # LLBot answers nothing at a path that it does not know
+            reply = self._fetch(self.EVENTS, "GET", None, LOOKUP_SECONDS, True)
+        except TooSlow:              # LLBot answers nothing at a path that it does not know
+            reply = None
         if reply and reply.status == 200 and reply.kind == "text/event-stream":
-            self._events = reply
-        else:
-            if reply:
-                reply.close()
-            self._log.info("the bridge has no stream of events; it must post them to /onebot")
-
-    def _fetch(self, path: str, method: str, body: Optional[bytes], seconds: float) -> Reply:
-        reads = path.startswith(("/get_", "/_"))
-        fields = {**self._fields, "Content-Type": "application/json"}
-        reply = fetch(beneath(self._url, path), method, fields, body, seconds, repeat=reads)
-        if reply.status in (401, 403):
+            self._line = reply
+            return
+        if reply:
             reply.close()
-            raise Unreachable(self.REFUSED)
-        return reply
+        self._log.info("the bridge has no stream of events; it must post them to /onebot")
 
-    def _listen(self) -> None:
-        if self._events:
-            self._follow(self._events)
-        while not self._closed.wait(BRIDGE_SECONDS):
-            self._check()
-        raise Unreachable("the connection was closed")
-
-    def _follow(self, reply: Reply) -> None:
-        """NapCat's stream has no sign of life, so in a silence it is asked for one."""
-        events = ServerSent()
+    def listen(self) -> None:
+        reply, events = self._line, ServerSent()
+        if not reply:
+            while True:
+                self._closed.wait(BRIDGE_SECONDS)
+                self._check()
         try:
             for piece in reply.flow(BRIDGE_SECONDS, self._check):
                 for data in events.feed(piece):
                     self._hear(self._read(data))
         finally:
-            self._events = None
             reply.close()
         raise Unreachable("the bridge ended its stream of events")
 
     def _check(self) -> None:
+        """NapCat's stream has no sign of life, so in a silence it is asked for one."""
         if self._closed.is_set():
             raise Unreachable("the connection was closed")
         status: Json = None
         try:
-            status = self.ask("get_status", {}, BRIDGE_SECONDS).get("data")
+            status = self.ask(self.ALIVE, {}, BRIDGE_SECONDS).get("data")
         except Declined:
             pass  # an answer is a sign of life, whatever it says
         except Unreachable as error:
@@ -8262,7 +7758,8 @@ class HttpBridge(Bridge):
         self._hear({"post_type": "meta_event", "meta_event_type": "heartbeat", "status": status})
 
     def ask(self, action: str, params: Row, seconds: float) -> Row:
-        reply = self._fetch("/" + action, "POST", to_bytes(params), seconds)
+        reply = self._fetch(self.CALLS + action, "POST", to_bytes(params), seconds,
+                            action.startswith("get_"))
         data = reply.read(BRIDGE_LIMIT)
         if reply.status == 404:
             raise Declined(f"the bridge knows no {action}")
@@ -8270,11 +7767,68 @@ class HttpBridge(Bridge):
             raise Unreachable(f"the bridge answers {reply.status}", True)
         return self._read(data)
 
-    def _hang_up(self) -> None:
-        self._closed.set()
-        reply = self._events
-        if reply:
+    def _fetch(self, path: str, method: str, body: Optional[bytes], seconds: float,
+               repeat: bool) -> Reply:
+        fields = {**self._fields, "Content-Type": "application/json"}
+        reply = fetch(beneath(self._url, path), method, fields, body, seconds, repeat=repeat)
+        if reply.status in (401, 403):
             reply.close()
+            raise Unreachable(self.REFUSED)
+        return reply
+
+
+class SocketBridge(Bridge):
+    """One forward WebSocket for all."""
+
+    def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
+        super().__init__(url, token, log, hear)
+        self._count = itertools.count(1)
+        self._waiting: Dict[str, Future[Row]] = {}  # echo -> its answer; who takes one out sets it
+
+    def open(self) -> None:
+        try:
+            self._line = WebSocket(self._url, self._fields, self._log, self._heard)
+        except AuthFailure:
+            raise Unreachable(self.REFUSED) from None
+
+    def listen(self) -> None:
+        self._line.run()
+
+    def close(self, why: str = "the connection was closed") -> None:
+        super().close(why)
+        while self._waiting:
+            self._waiting.popitem()[1].set_exception(
+                Unreachable("the connection to the bridge broke", True))
+
+    def ask(self, action: str, params: Row, seconds: float) -> Row:
+        echo = str(next(self._count))
+        text = to_bytes({"action": action, "params": params, "echo": echo})
+        future = self._waiting[echo] = Future()
+        try:
+            if self._closed.is_set() or not self._line:  # looked at once close() would see ours
+                raise Unreachable("the bridge is not connected")
+            self._line.loop.ask(self._line.send, text)
+            return future.result(seconds)
+        except NotRunning:
+            raise Unreachable("the bridge is not connected") from None
+        except FutureTimeout:
+            raise TooSlow(f"the bridge does not answer {action}", True) from None
+        finally:
+            self._waiting.pop(echo, None)
+
+    def _heard(self, data: bytes) -> None:
+        try:
+            row = self._read(data)
+        except Unreachable as error:
+            return self.close(error.status)
+        future = self._waiting.pop(str(row.get("echo")), None)
+        if future:
+            future.set_result(row)
+        elif "post_type" in row:
+            self._hear(row)
+        elif row.get("status") == "failed" and row.get("echo") is None:  # as NapCat refuses a token
+            refused = scalar(row.get("retcode")) in ("1401", "1403")
+            self.complaint = (f"{self.REFUSED}: " if refused else "") + wording(row)
 
 
 class ServerSent:
@@ -8308,36 +7862,25 @@ def wording(row: Row) -> str:
             or f"retcode {row.get('retcode')}")[:WORDING_LIMIT]
 
 
+# -- where a bridge shows the QR code of its QQ
+
 class LoginPage:
-    """Where a bridge shows the QR code of its QQ (ONEBOT.md, "Login QR").
+    """A page of the bridge's with its QR code (ONEBOT.md, "Login QR").
 
     A token that was refused is not offered again: LLBot locks the page for that.
     """
 
     PORT = 0
+    # whether the bridge is logged in, the code's text, and what is wrong. Unreachable
+    look: Callable[[], Tuple[bool, str, str]]
 
     def __init__(self, url: str, token: str) -> None:
         self._url, self._token = url.rstrip("/"), token
         self._refused = ""
 
-    def look(self) -> Tuple[bool, str, str]:
-        """Whether the bridge is logged in, the code's text, and what is wrong. Unreachable."""
+    def _call(self, method: str, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
         if self._refused:
             raise Unreachable(self._refused)
-        return self._look()
-
-    def renew(self) -> str:
-        """Have the bridge make a new code: its text, empty if look() will tell. Unreachable."""
-        return ""
-
-    def _look(self) -> Tuple[bool, str, str]:
-        raise NotImplementedError
-
-    def _refuse(self, why: str) -> Unreachable:
-        self._refused = f"the login page refuses onebot_login_token ({why}); it is not asked again"
-        return Unreachable(self._refused)
-
-    def _call(self, method: str, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
         reply = fetch(beneath(self._url, path), method,
                       {**fields, "Content-Type": "application/json"},
                       body, BRIDGE_SECONDS, repeat=method == "GET")
@@ -8349,40 +7892,32 @@ class LoginPage:
             raise Unreachable(f"the login page answers {reply.status}")
         return row
 
+    def _refuse(self, why: str) -> Unreachable:
+        self._refused = f"the login page refuses onebot_login_token ({why}); it is not asked again"
+        return Unreachable(self._refused)
+
     def _digest(self, text: str) -> str:
         import hashlib
         return hashlib.sha256(text.encode()).hexdigest()
-
-    def _data(self, row: Row) -> Row:
-        data = row.get("data")
-        return data if isinstance(data, dict) else {}
 
 
 class NapCatPage(LoginPage):
     """NapCat's WebUI: a login for an hour, then all is POST and HTTP 200."""
 
     PORT = 6099
+    _credential, _rest_until = "", 0.0
 
-    def __init__(self, url: str, token: str) -> None:
-        super().__init__(url, token)
-        self._credential = ""
-        self._rest_until = 0.0
-
-    def _look(self) -> Tuple[bool, str, str]:
+    def look(self) -> Tuple[bool, str, str]:
         data = self._ask("CheckLoginStatus")
         offline = data.get("isOffline")
         if data.get("isLogin") and not offline:
             return True, "", ""
-        text = scalar(data.get("qrcodeurl")) or scalar(
-            self._ask("GetQQLoginQrcode").get("qrcode"))
+        text = scalar(data.get("qrcodeurl")) or scalar(self._ask("GetQQLoginQrcode").get("qrcode"))
         if offline and not text and time.monotonic() > self._rest_until:
             self._rest_until = time.monotonic() + BRIDGE_SECONDS
-            text = self.renew()  # after a kick-off it has none before it is asked
+            # after a kick-off it has none before it is asked for one, and may tell it at once
+            text = scalar(self._ask("RefreshQRcode").get("qrcodeurl"))
         return False, text or "", scalar(data.get("loginError")) or ""
-
-    def renew(self) -> str:
-        """NapCat makes one when it is asked, and may tell it at once."""
-        return scalar(self._ask("RefreshQRcode").get("qrcodeurl")) or ""
 
     def _ask(self, name: str) -> Row:
         fresh = not self._credential
@@ -8392,7 +7927,7 @@ class NapCatPage(LoginPage):
                          {"Authorization": "Bearer " + self._credential}, b"{}")
         why = scalar(row.get("message")) or ""
         if scalar(row.get("code")) == "0":
-            return self._data(row)
+            return object_of(row.get("data"))
         if not re.search("unauthor|credential|token", why, re.I):
             return {}
         self._credential = ""  # its hour is over
@@ -8405,7 +7940,7 @@ class NapCatPage(LoginPage):
             raise Unreachable("the login page wants to be left alone for a while")
         row = self._call("POST", "/api/auth/login", {},
                          to_bytes({"hash": self._digest(self._token + ".napcat")}))
-        data, why = self._data(row), scalar(row.get("message")) or ""
+        data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
         credential = scalar(data.get("Credential"))
         if scalar(row.get("code")) == "0" and credential:
             return credential
@@ -8420,35 +7955,27 @@ class LLBotPage(LoginPage):
 
     PORT = 3080
 
-    def _look(self) -> Tuple[bool, str, str]:
+    def look(self) -> Tuple[bool, str, str]:
         if self._ask("login-info").get("online"):
             return True, "", ""
         return False, scalar(self._ask("login-qrcode").get("qrcodeUrl")) or "", ""
 
     def _ask(self, name: str) -> Row:
-        return self._data(self._call("GET", "/api/" + name,
-                                     {"X-Webui-Token": self._digest(self._token)}))
+        row = self._call("GET", "/api/" + name, {"X-Webui-Token": self._digest(self._token)})
+        return object_of(row.get("data"))
 
 
 LOGIN_PAGES: Dict[str, Type[LoginPage]] = {"napcat": NapCatPage, "llbot": LLBotPage}
 
 
-def find_login_page(settings: Settings) -> Optional[LoginPage]:
-    """The page that settings name, by default on the bridge's host; None without onebot_login."""
-    if not settings.onebot_login:
-        return None
-    kind = LOGIN_PAGES[settings.onebot_login]
-    host = urllib.parse.urlsplit(settings.onebot_api).hostname or ""
-    url = settings.onebot_login_api or f"http://{f'[{host}]' if ':' in host else host}:{kind.PORT}"
-    return kind(url, settings.onebot_login_token)
-
+# -- a link through a bridge: what does not depend on the protocol
 
 class Intake:
     """Events on their way from the thread that reads them to the client, in order.
 
-    Until open() they wait, the oldest dropped beyond LIMIT; then put() waits where too many do.
-    `act(rows)` gets them. It may have to look somebody up: the events of that conversation wait
-    for it, those of all others only PATIENCE seconds, so that quick look-ups keep the order of all.
+    Until they are `wanted` they wait, the oldest dropped beyond LIMIT; then put() waits where too
+    many do. `act(rows)` gets them. It may have to look somebody up: the events of that conversation
+    wait for it, all others only PATIENCE seconds, so that quick look-ups keep the order of all.
     """
 
     LIMIT = 10_000
@@ -8458,151 +7985,254 @@ class Intake:
 
     def __init__(self, act: Callable[[List[Row]], None], log: Log) -> None:
         self._act = act
-        self._crew = ThreadPool(self.WORKERS, "events", log)
+        self._pool = ThreadPool(self.WORKERS, "events", log)
         self._changed = threading.Condition()  # guards all below
-        self._rows: Dict[str, Deque[Tuple[int, Row]]] = {}  # conversation -> numbered events
-        self._busy: Dict[str, float] = {}      # conversation -> since when somebody is at it
-        self._put = self._size = self._workers = self._idle = 0
-        self._open = False
+        self._rows: Deque[Tuple[str, Row]] = collections.deque()  # (conversation, event)
+        self._busy: Dict[str, List[Row]] = {}  # conversation that a worker is at -> what it has yet
+        self._size = 0                         # events in both
+        self._wanted = False
+        spawn(self._deal, name="events")
 
-    def open(self) -> None:
-        """From now on they are acted upon."""
+    def want(self, wanted: bool) -> None:
+        """Whether they are acted upon from now on, or wait."""
         with self._changed:
-            self._open = True
-            self._staff()
+            self._wanted = wanted
+            self._changed.notify_all()
 
-    def close(self) -> None:
-        """Let them wait again."""
-        with self._changed:
-            self._open = False
-
-    def put(self, row: Row) -> None:
+    def put(self, conversation: str, row: Row) -> None:
         """Add one. The wait has an end: who acts may itself wait for an answer that comes after."""
         with self._changed:
-            if self._open:
+            if self._wanted:
                 self._changed.wait_for(lambda: self._size < self.LIMIT, LOOKUP_SECONDS)
-            elif self._size >= self.LIMIT:
-                self._take_from(min(self._rows, key=lambda name: self._rows[name][0][0]), 1)
-            group, uid = number_of(row.get("group_id")), row.get("user_id") or row.get("target_id")
-            self._put += 1
+            elif len(self._rows) >= self.LIMIT:
+                self._rows.popleft()
+                self._size -= 1
+            self._rows.append((conversation, row))
             self._size += 1
-            self._rows.setdefault(group or f"/{scalar(uid)}", collections.deque()).append(
-                (self._put, row))
-            if self._open:
-                self._staff()
+            self._changed.notify_all()
 
-    def _free(self) -> List[str]:
-        return [name for name in self._rows if name not in self._busy]
+    def _deal(self) -> None:
+        """A thread of its own: give events to their conversation's worker, and wait a while for
+        that before the next conversation's."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: self._wanted and self._rows)
+                name, rows = self._rows[0][0], []
+                while self._rows and self._rows[0][0] == name:
+                    rows.append(self._rows.popleft()[1])
+                if name in self._busy:
+                    self._busy[name] += rows
+                else:
+                    self._busy[name] = rows
+                    self._pool.submit(self._work, name)
+                    self._changed.wait_for(lambda: name not in self._busy, self.PATIENCE)
 
-    def _staff(self) -> None:
-        if not self._idle and self._workers < self.WORKERS and self._free():
-            self._workers += 1
-            self._crew.submit(self._work)
-
-    def _work(self) -> None:
+    def _work(self, name: str) -> None:
+        rows: List[Row] = []
         while True:
             with self._changed:
-                self._idle += 1
-                name = self._next() if self._open else None
-                self._idle -= 1
-                if name is None:
-                    self._workers -= 1
-                    return
-                rows = self._take_from(name, self.BATCH)
-                self._busy[name] = time.monotonic()
-                self._staff()
-            try:
-                self._act(rows)
-            finally:
-                with self._changed:
+                self._size -= len(rows)
+                rows = self._busy[name][:self.BATCH]
+                del self._busy[name][:self.BATCH]
+                if not rows:
                     del self._busy[name]
-                    self._changed.notify_all()
-
-    def _next(self) -> Optional[str]:
-        """The conversation whose turn it is, after a wait for those before; None: there is none."""
-        while True:
-            free = self._free()
-            if not free:
-                return None
-            wait = max(self._busy.values(), default=0.0) + self.PATIENCE - time.monotonic()
-            if wait <= 0 or not self._busy:
-                return min(free, key=lambda name: self._rows[name][0][0])
-            self._changed.wait(wait)
-
-    def _take_from(self, name: str, most: int) -> List[Row]:
-        """The oldest of a conversation, as far as no other's came in between."""
-        queue = self._rows[name]
-        number, row = queue.popleft()
-        rows = [row]
-        while queue and len(rows) < most and queue[0][0] == number + len(rows):
-            rows.append(queue.popleft()[1])
-        if not queue:
-            del self._rows[name]
-        self._size -= len(rows)
-        self._changed.notify_all()
-        return rows
+                self._changed.notify_all()
+            if not rows:
+                return
+            self._act(rows)
 
 
-class BridgeActions(Link):
-    """What a OneBot bridge is asked to do (ONEBOT.md, "Calls"), for the account `me`."""
+class Recent:
+    """The newest WAIT_LIMIT things that were noted, and what was noted of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards notes
+        self.notes: Dict[Any, Any] = {}
+
+    def note(self, key: Any, value: Any, instead_of: Any = None) -> Any:
+        """Note it, and forget another; what was noted before, or None."""
+        with self._lock:
+            before = self.notes.pop(key, None)
+            self.notes.pop(instead_of, None)
+            self.notes[key] = value
+            if len(self.notes) > WAIT_LIMIT:
+                del self.notes[next(iter(self.notes))]
+        return before
+
+
+def happened(event: str, **more: Any) -> Row:
+    """An item of a link: an event of the documents."""
+    return {"do": "event", "event": event, **more}
+
+
+def changed(kind: str, group: str, uid: str, name: str, value: Json, **more: Any) -> Row:
+    """An item of a link: a property has another value."""
+    return happened(kind + "_property_change", circle=group, uid=uid, property=name, value=value,
+                    **more)
+
+
+class BridgeLink(Link):
+    """A QQ account, through a bridge.
+
+    What bridges are asked and what they tell is spelled as in OneBot 11 (ONEBOT.md) throughout; a
+    subclass for another protocol puts it into its own words, in `_get` and `_hear`. `connect()`
+    makes a connection, which a thread reads from; since that must never wait for an answer, another
+    greets the bridge, those of Intake pass events on, `_curious` looks up what nobody waits for.
+    """
 
     fetches = real = True
     any_group = ANY_GROUP
+    _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
+    LISTS: Dict[str, Tuple[str, Callable[[Row], Row]]] = {
+        "friend": ("get_friend_list", friend_row), "group": ("get_group_list", group_row)}
+    NEEDS = {  # what is told of, and what an event must have to tell of it
+        "message private": "user_id", "message group": "group_id user_id",
+        "notice group_increase": "group_id user_id", "notice group_decrease": "group_id",
+        "notice group_dismiss": "group_id", "notice group_card": "group_id user_id",
+        "notice group_admin": "group_id user_id", "notice group_recall": "",
+        "notice friend_recall": "", "notice friend_add": "user_id",
+        "notify title": "group_id user_id", "notify group_name": "group_id",
+        "request friend": "user_id"}
 
-    def __init__(self, url: str, bridge: Bridge, log: Log) -> None:
-        self._url, self._bridge, self._log = url, bridge, log
+    def __init__(self, url: str, connect: Callable[[], Bridge], page: Optional[LoginPage],
+                 sync: bool, hooks: Hooks, log: Log) -> None:
+        self.echoes, self._hooks, self._log = sync, hooks, log
+        self._url, self._connect, self._page = url, connect, page
         self._is_here = is_loopback(urllib.parse.urlsplit(url).hostname or "")
-        self.me = self._name = ""    # the account's own uid and name, once it is logged in
+        self.bridge = connect()              # the newest connection
+        self.me = self._name = ""            # the account's own uid and name, once it is logged in
+        self._closed = threading.Event()
+        self._living = self._greeted = False
+        self._shown = ""                     # the code that was shown since the last login
+        self._thrown_out = ""                # why there is no login any more
+        self._intake = Intake(self._act, log)
+        self._curious = ThreadPool(2, "later", log)
         self._event = threading.local()      # until when the event at hand may be looked up for
-        self._slow: Dict[str, float] = {}    # action -> until when no event waits for it
+        self._slow: Dict[str, float] = {}    # action -> until when nothing waits for it
+        self._marks = itertools.count(time.time_ns())
+        self._ids = MessageIds(other=True)   # for messages that come without one
+        self._seen = Recent()                # events, by what tells them apart
+        self._told = Recent()                # what happened -> when it was told
+        self._names = Recent()               # (group, uid) -> how `at` shows them
 
-    def account(self) -> str:
-        return self.me
+    # -- the connection
 
-    def _get(self, action: str, seconds: float = BRIDGE_SECONDS, **params: Json) -> Json:
+    def login(self, cookie: str, mark: str) -> None:
+        self.bridge.news.set()
+        if not self._living:
+            self._living = True
+            spawn(self._live, name="link")
+
+    def _live(self) -> None:
+        """Connect, wait for a login whenever there is none, and again 1 to 30 s after a loss."""
+        failures = 0
+        while not self._closed.is_set():
+            bridge = self.bridge = self._connect()
+            try:
+                self._await_page()
+                bridge.open()
+                spawn(self._read, bridge, name="bridge")
+                while True:
+                    self._greet(bridge)
+                    bridge.news.wait()
+            except OpenQQError as error:
+                why = bridge.complaint or error.status
+            except Exception as error:  # whatever it was, an account must not go deaf
+                self._log.failure("the bridge's thread")
+                why = repr(error)
+            bridge.close()
+            failures = 1 if self._greeted else failures + 1
+            self._greeted = False
+            if not self._closed.is_set():
+                wait = backoff(failures, 30.0)
+                self._hooks.lost(f"the OneBot bridge {shown_url(self._url)}: {why}; "
+                                 f"trying again in {wait:g} s")
+                self._closed.wait(wait)
+
+    def _read(self, bridge: Bridge) -> None:
+        """A connection's thread: it must never wait for an answer."""
+        try:
+            bridge.listen()
+        except OpenQQError as error:
+            bridge.close(error.status)
+        except Exception as error:
+            self._log.failure("the bridge's thread")
+            bridge.close(repr(error))
+
+    def _await_page(self) -> None:
+        """NapCat opens its OneBot ports only when QQ is logged in; its page is there before."""
+        try:
+            while self._page and not self._closed.is_set() and not self._look_at(self._page):
+                self._closed.wait(LOGIN_SECONDS)
+        except Unreachable as error:
+            self._log.warn(f"the bridge's login page: {error.status}")
+
+    def _look_at(self, page: LoginPage) -> bool:
+        """Whether the page says that it is logged in; else its code is shown."""
+        logged_in, text, why = page.look()
+        if not logged_in and text and text != self._shown:
+            self._shown = text
+            self._hooks.qrcode(text, TICKET_SECONDS, self._thrown_out)
+        elif not logged_in and not text:
+            self._hooks.waiting(self._thrown_out or "the bridge is not logged in, and shows no code"
+                                + (f": {why}" if why else ""))
+        return logged_in
+
+    def _greet(self, bridge: Bridge) -> None:
+        """Wait until the bridge is logged in, then say so. Unreachable when it is lost."""
+        while True:
+            bridge.news.clear()
+            if bridge.complaint:
+                raise Unreachable(bridge.complaint)
+            if not self._is_logged_in():
+                why = self._thrown_out or "the bridge is not logged in: scan the code that it shows"
+                try:
+                    shown = bool(self._page and (not self._look_at(self._page) or self._shown))
+                except Unreachable as error:
+                    shown, why = False, error.status
+                if not shown:
+                    self._hooks.waiting(why)
+                bridge.news.wait(LOGIN_SECONDS)
+            elif not bridge.news.is_set():
+                break
+        fresh, self._greeted = bool(self._shown), True
+        self._shown = self._thrown_out = ""
+        if fresh:
+            self._hooks.scanned()
+        self._hooks.confirmed("", fresh)
+
+    def _is_logged_in(self) -> bool:
+        try:
+            row = object_of(self._get("get_login_info"))
+        except Declined:
+            return False
+        uid = number_of(row.get("user_id"))
+        if not uid or self._look_up("get_status").get("online") is False:  # if it knows that
+            return False
+        self.me, self._name = uid, scalar(row.get("nickname")) or uid
+        return True
+
+    def _offline(self, why: str) -> None:
+        self._greeted = False
+        self._thrown_out = f"QQ is offline at the bridge: {why}"
+        self._hooks.waiting(self._thrown_out)
+        self.bridge.news.set()
+
+    def logout(self) -> None:
+        self._log.warn("only the phone or the bridge itself can log out there; asking it again")
+
+    def close(self) -> None:
+        self._closed.set()
+        self.bridge.close()
+
+    # -- what it is asked
+
+    def _get(self, action: str, seconds: float = 0.0, **params: Json) -> Json:
         """The data of an answer. Unreachable, Declined."""
-        row = self._bridge.ask(action, params, seconds)
+        row = self.bridge.ask(action, params, seconds or BRIDGE_SECONDS)
         if row.get("status") == "failed" or scalar(row.get("retcode")) not in ("0", "1", None):
             raise Declined(wording(row))
         return row.get("data")
-
-    def _look_up(self, action: str, **params: Json) -> Row:
-        """An object, for a message that waits for it; {} if it does not come in time."""
-        try:
-            data = self._get(action, LOOKUP_SECONDS, **params)
-        except OpenQQError as error:
-            self._log.debug(f"the bridge, {action}: {error.status}")
-            data = None
-        return data if isinstance(data, dict) else {}
-
-    def _look_up_now(self, action: str, **params: Json) -> Row:
-        """The same for an event: all of one look-ups together take LOOKUP_SECONDS, and what has
-        just kept one waiting in vain is not asked for another."""
-        now = time.monotonic()
-        left = getattr(self._event, "until", now + LOOKUP_SECONDS) - now
-        if left <= 0 or self._slow.get(action, 0.0) > now:
-            return {}
-        try:
-            data = self._get(action, min(left, LOOKUP_SECONDS), **params)
-        except OpenQQError as error:
-            if isinstance(error, TooSlow):
-                self._slow[action] = time.monotonic() + 2 * LOOKUP_SECONDS
-            self._log.debug(f"the bridge, {action}: {error.status}")
-            data = None
-        return data if isinstance(data, dict) else {}
-
-    def _row(self, action: str, **params: Json) -> Row:
-        """The object that an answer brings; {} for anything else. Unreachable, Declined."""
-        data = self._get(action, **params)
-        return data if isinstance(data, dict) else {}
-
-    def _rows(self, action: str, **params: Json) -> List[Row]:
-        """The objects of a list; null is an empty one. Anything else would lose everybody."""
-        data = self._get(action, LIST_SECONDS, **params)
-        rows = rows_of(data)
-        if not isinstance(data, (list, type(None))) or data and not rows:
-            raise Declined(f"its answer to {action} is no list")
-        return rows
 
     def _do(self, action: str, **params: Json) -> bool:
         try:
@@ -8612,44 +8242,61 @@ class BridgeActions(Link):
             return False
         return True
 
+    def _rows(self, action: str, **params: Json) -> List[Row]:
+        """The objects of a list; null is an empty one. Anything else would lose everybody."""
+        data = self._get(action, LIST_SECONDS, **params)
+        rows = rows_of(data)
+        if not isinstance(data, (list, type(None))) or data and not rows:
+            raise Declined(f"its answer to {action} is no list")
+        return rows
+
+    def _look_up(self, action: str, **params: Json) -> Row:
+        """An object that something waits for; {} if it does not come in time.
+
+        All look-ups for one event together take LOOKUP_SECONDS, and what has just kept one waiting
+        in vain is not asked for another.
+        """
+        now = time.monotonic()
+        seconds = getattr(self._event, "until", now + LOOKUP_SECONDS) - now
+        if seconds <= 0 or self._slow.get(action, 0.0) > now:
+            return {}
+        try:
+            return filled(object_of(self._get(action, seconds, **params)))
+        except OpenQQError as error:
+            if isinstance(error, TooSlow):
+                self._slow[action] = time.monotonic() + 2 * LOOKUP_SECONDS
+            self._log.debug(f"the bridge, {action}: {error.status}")
+            return {}
+
+    def _stranger(self, uid: str) -> Row:
+        return {**self._look_up("get_stranger_info", user_id=uid), "user_id": uid}
+
+    def _member(self, group: str, uid: str) -> Row:
+        return {**self._look_up("get_group_member_info", group_id=group, user_id=uid),
+                "user_id": uid}
+
+    def account(self) -> str:
+        return self.me
+
     def roster(self) -> Row:
         self._name = scalar(self._look_up("get_login_info").get("nickname")) or self._name
         return {"user": {"uid": self.me, "id": self.me, "account": self.me, "name": self._name},
                 "discuss": []}
 
-    LISTS: Dict[str, Tuple[str, Callable[[Row], Row]]] = {
-        "friend": ("get_friend_list", friend_row), "group": ("get_group_list", group_row)}
-
     def list(self, kind: str) -> List[Row]:
         action, make = self.LISTS[kind]
         told = self._rows(action)
-        rows = [row for row in map(make, told)
-                if row["uid"] and row["uid"] != ANY_GROUP]
+        rows = [row for row in map(make, told) if row["uid"] not in ("", ANY_GROUP)]
         if told and not rows:
             raise Declined(f"its answer to {action} names nobody")
         return rows
 
-    def find_group(self, uid: str) -> Optional[Row]:
-        return self._found(group_row, "get_group_info", group_id=uid)
-
-    def find_member(self, group: str, uid: str) -> Optional[Row]:
-        return self._found(member_row, "get_group_member_info", group_id=group, user_id=uid)
-
-    def _found(self, make: Callable[[Row], Row], action: str, **params: str) -> Optional[Row]:
-        """What a bridge knows of a number, None for nobody. Unreachable, if it does not say."""
-        try:
-            data = self._get(action, LOOKUP_SECONDS, **params)
-        except Declined:
-            return None
-        row = make(filled(data)) if isinstance(data, dict) else {}
-        return row if row.get("uid") == list(params.values())[-1] else None
-
     def details(self, group: str, members: bool) -> Row:
         if not members:
-            row = self._row("get_group_member_info", group_id=group, user_id=self.me)
+            row = object_of(self._get("get_group_member_info", group_id=group, user_id=self.me))
             return {"role": ROLES.get(str(row.get("role")), "attend")}
-        rows = [member_row(row) for row in self._rows("get_group_member_list", group_id=group)
-                if number_of(row.get("user_id"))]
+        rows = [row for row in map(member_row, self._rows("get_group_member_list", group_id=group))
+                if row["uid"]]
         if not rows:
             raise Declined("it names no members, not even ourselves")
         roles = {row["uid"]: row["role"] for row in rows}
@@ -8657,42 +8304,51 @@ class BridgeActions(Link):
         return {"role": ROLES.get(roles.get(self.me, ""), "attend"), "owner_id": owner,
                 "owner_uid": owner, "member": rows}
 
-    def send(self, messages: List[Row]) -> List[Row]:
-        return [self._send(message) for message in messages]
+    def find_group(self, uid: str) -> Optional[Row]:
+        return self._found(uid, group_row, "get_group_info", group_id=uid)
 
-    def _send(self, message: Row) -> Row:
-        params: Row = {"message": self._segments(message)}
-        action = "send_group_msg" if message["type"] == "group_message" else "send_private_msg"
-        if message["uid"] is not None:
-            params["user_id"] = message["uid"]
-        if message.get("group"):
-            params["group_id"] = message["group"]
+    def find_member(self, group: str, uid: str) -> Optional[Row]:
+        return self._found(uid, member_row, "get_group_member_info", group_id=group, user_id=uid)
+
+    def _found(self, uid: str, make: Callable[[Row], Row], action: str,
+               **params: str) -> Optional[Row]:
+        """What a bridge knows of a number, None for nobody. Unreachable, if it does not say."""
         try:
-            data = self._get(action, **params)
-        except Declined as error:
-            return {"code": -4, "info": error.status}
-        number = data.get("message_id") if isinstance(data, dict) else None
-        return {"code": 0, "info": "发送正常", "number": number}
+            row = make(filled(object_of(self._get(action, LOOKUP_SECONDS, **params))))
+        except Declined:
+            return None
+        return row if row["uid"] == uid else None
 
-    def _segments(self, message: Row) -> List[Row]:
-        content, media = message["content"], message.get("media")
-        found = segments_of(content) if message.get("cq") else _text_segments(content)
-        if media:
-            kind = SEGMENTS.get(media["mime"].partition("/")[0], "file")
-            found.append({"type": kind, "data": {"file": self._source(media),
-                                                 "name": media["name"]}})
-        return found
-
-    def _source(self, media: Row) -> str:
-        if media["url"]:
-            return str(media["url"])
-        if media["path"] and self._is_here:
-            return "file://" + urllib.parse.quote(media["path"])
-        return "base64://" + str(media["data"])
+    def send(self, messages: List[Row]) -> List[Row]:
+        results = []
+        for message in messages:
+            content, media = message["content"], message.get("media")
+            segments = segments_of(content) if message.get("cq") else text_segments(content)
+            if media:
+                source = media["url"] or "base64://" + str(media["data"])
+                if media["path"] and not media["url"] and self._is_here:
+                    source = "file://" + urllib.parse.quote(media["path"])
+                kind = SEGMENTS.get(media["mime"].partition("/")[0], "file")
+                segments.append({"type": kind, "data": {"file": source, "name": media["name"]}})
+            action = "send_group_msg" if message["type"] == "group_message" else "send_private_msg"
+            place = {"user_id": message["uid"], "group_id": message.get("group")}
+            try:
+                data = self._get(action, message=segments, **filled(place))
+                results.append({"code": 0, "info": "发送正常",
+                                "number": object_of(data).get("message_id")})
+            except Declined as error:
+                results.append({"code": -4, "info": error.status})
+        return results
 
     def kick(self, group: str, uids: List[str]) -> bool:
-        return all([self._do("set_group_kick", group_id=group, user_id=uid,
-                             reject_add_request=False) for uid in uids])
+        """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
+        gone = []
+        for uid in uids:
+            if self._do("set_group_kick", group_id=group, user_id=uid, reject_add_request=False):
+                gone.append(uid)
+                self._act([{"post_type": "notice", "notice_type": "group_decrease",
+                            "group_id": group, "user_id": uid, "time": time.time()}])
+        return gone == uids
 
     def mute(self, group: str, uids: List[str], seconds: int) -> bool:
         return all([self._do("set_group_ban", group_id=group, user_id=uid, duration=seconds)
@@ -8707,221 +8363,296 @@ class BridgeActions(Link):
     def rename(self, group: str, name: str) -> bool:
         return self._do("set_group_name", group_id=group, group_name=name)
 
-    def logout(self) -> None:
-        self._log.warn("only the phone or the bridge itself can log out there; asking it again")
+    # -- what it tells
 
-
-class OneBotLink(BridgeActions):
-    """A QQ account, through a OneBot 11 bridge (ONEBOT.md).
-
-    A thread of its own keeps the connection and reads from it, so it must never wait for an answer;
-    a crew greets the bridge, another passes events on, a third looks up what nobody waits for.
-    """
-
-    def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
-        url, self._hooks = settings.onebot_api, hooks
-        kind: Type[Bridge] = SocketBridge if url.startswith("ws") else HttpBridge
-        super().__init__(url, kind(url, settings.onebot_token, log, self._hear), log)
-        self.echoes = bool(settings.allow_message_sync)
-        self._page = find_login_page(settings)
-        self._events = OneBotEvents(self._look_up_now, self._later, hooks.known, hooks.certain,
-                                    settings.allow_message_sync)
-        self._intake = Intake(self._act, log)
-        self._greeters, self._curious = ThreadPool(1, "greet", log), ThreadPool(2, "later", log)
-        self._handing = threading.Lock()  # guards _count: items are marked in the order they go
-        self._closed = threading.Event()
-        self._live_already = self._greeted = False
-        self._turns, self._turn = itertools.count(1), 0  # greetings; the newest alone may act
-        self._fresh = False          # a code was shown since the last login
-        self._shown = ""             # that code
-        self._thrown_out = ""        # why there is no login any more
-        self._era, self._count = str(time.time_ns()), itertools.count(1)
-
-    # -- the connection
-
-    def login(self, cookie: str, mark: str) -> None:
-        if self._live_already:
-            return self._begin_greeting()
-        self._live_already = True
-        spawn(self._live, name="link")
-
-    def _live(self) -> None:
-        """Connect, read until that ends, and again, after 1 to 30 s."""
-        failures = 0
-        while not self._closed.is_set():
-            try:
-                self._await_page()
-                self._turn = next(self._turns)  # who greets an older connection lets this one be
-                self._bridge.open()
-                self._begin_greeting()
-                self._bridge.listen()
-            except OpenQQError as error:
-                why = error.status
-            except Exception as error:  # whatever it was, an account must not go deaf
-                self._log.failure("the bridge's thread")
-                why = repr(error)
-            failures = 1 if self._greeted else failures + 1
-            self._greeted = False
-            if not self._closed.is_set():
-                wait = backoff(failures, 30.0)
-                self._hooks.lost(f"the OneBot bridge {shown_url(self._url)}: {why}; "
-                                 f"trying again in {wait:g} s")
-                self._closed.wait(wait)
-
-    def _await_page(self) -> None:
-        """NapCat opens its OneBot ports only when QQ is logged in; its page is there before."""
-        try:
-            while self._page and not self._closed.is_set():
-                if self._look_at(self._page):
-                    return
-                self._closed.wait(LOGIN_SECONDS)
-        except Unreachable as error:
-            self._log.warn(f"the bridge's login page: {error.status}")
-
-    def _look_at(self, page: LoginPage) -> bool:
-        """Whether the page says that it is logged in; else its code is shown."""
-        logged_in, text, why = page.look()
-        if not logged_in and text and text != self._shown:
-            self._shown, self._fresh = text, True
-            self._hooks.qrcode(text, TICKET_SECONDS, self._thrown_out)
-        elif not logged_in and not text:
-            self._hooks.waiting(self._thrown_out or "the bridge is not logged in, and shows no code"
-                                + (f": {why}" if why else ""))
-        return logged_in
-
-    def _begin_greeting(self) -> None:
-        self._turn = turn = next(self._turns)
-        self._greeters.submit(self._greet, turn)
-
-    def _greet(self, turn: int) -> None:
-        """In a crew's thread: wait until the bridge is logged in, then say so."""
-        try:
-            while turn == self._turn and not self._is_logged_in():
-                self._show_login()
-                if self._closed.wait(LOGIN_SECONDS):
-                    return
-        except OpenQQError as error:
-            if turn == self._turn:
-                self._bridge.close(error.status)  # and once more from the beginning
-            return
-        if turn != self._turn:
-            return  # a newer one will say it
-        if self._fresh:
-            self._hooks.scanned()
-        fresh, self._fresh, self._greeted = self._fresh, False, True
-        self._shown = self._thrown_out = ""
-        self._hooks.confirmed("", fresh)
-
-    def _is_logged_in(self) -> bool:
-        try:
-            row = self._row("get_login_info")
-        except Declined:
-            return False
-        uid = number_of(row.get("user_id"))
-        status = self._look_up("get_status")  # an old bridge does not know it
-        if not uid or status.get("online") is False:
-            return False
-        self.me, self._name = uid, scalar(row.get("nickname")) or uid
-        self._events.me = uid
-        return True
-
-    def _show_login(self) -> None:
-        why = self._thrown_out or "the bridge is not logged in: scan the code that it shows"
-        try:
-            if self._page and (not self._look_at(self._page) or self._shown):
-                return
-        except Unreachable as error:
-            why = error.status
-        self._hooks.waiting(why)
-
-    def renew(self) -> None:
-        """The page makes a new code by itself when the old one ends, and that is seen there."""
-
-    def close(self) -> None:
-        self._closed.set()
-        self._bridge.close()
-
-    # -- events
-
-    def _hear(self, row: Row) -> None:
-        """In the connection's thread, or in that of a server whom a bridge posts to."""
-        if row.get("post_type") == "meta_event":
-            status = row.get("status")
-            online = status.get("online") if isinstance(status, dict) else None
-            if online is False and self._greeted:
-                self._offline("it says so in its status")
-        elif row.get("notice_type") == "bot_offline":
-            self._offline(scalar(row.get("message")) or "the account was logged out")
-        else:
-            self._intake.put(row)
+    def ready(self) -> None:
+        self._intake.want(True)
 
     def hear(self, row: Row) -> bool:
         me, uid = self.me, scalar(row.get("self_id"))
         if me and uid and uid != me:
             self._log.warn(f"an event for {uid} was posted to us, who are {me}")
-            now = self._look_up("get_login_info")
-            if scalar(now.get("user_id")) != uid:
+            if scalar(self._look_up("get_login_info").get("user_id")) != uid:
                 return True
-            self._intake.close()
+            self._intake.want(False)
             self._offline(f"another account, {uid}, is logged in there")
         self._hear(row)
         return True
-
-    def _offline(self, why: str) -> None:
-        self._greeted = False
-        self._thrown_out = f"QQ is offline at the bridge: {why}"
-        self._hooks.waiting(self._thrown_out)
-        self._begin_greeting()
-
-    def ready(self) -> None:
-        self._intake.open()
 
     def _act(self, rows: List[Row]) -> None:
         """What changes the roster is handed on before more is understood."""
         items: List[Row] = []
         for row in rows:
-            found = self._understand(self._events.items, row)
-            items += [{"time": scalar(row.get("time")), **item} for item in found]
-            if any(item["do"] == "event" for item in found):
-                items = self._hand_on(items)
+            items += self._understand(self._items, row)
+            if any(item["do"] == "event" for item in items):
+                self._hand_on(items)
+                items = []
         self._hand_on(items)
 
     def _understand(self, read: Callable[..., List[Row]], *args: Any) -> List[Row]:
         self._event.until = time.monotonic() + LOOKUP_SECONDS
         try:
             return read(*args)
-        except BadRequest as error:
-            self._log.debug(f"an event of the bridge {error.status}")
         except Exception:  # one that cannot be understood must not stop all others
             self._log.failure("an event of the bridge")
-        return []
+            return []
+        finally:
+            del self._event.until
 
-    def _later(self, read: Callable[..., List[Row]], *args: Any) -> None:
-        self._curious.submit(self._look_later, read, args)
-
-    def _look_later(self, read: Callable[..., List[Row]], args: Tuple[Any, ...]) -> None:
-        self._hand_on(self._understand(read, *args))
-
-    def _hand_on(self, items: List[Row]) -> List[Row]:
+    def _hand_on(self, items: List[Row]) -> None:
+        """Each under a mark of its own: a bridge numbers nothing, so none came before."""
         try:
-            with self._handing:
-                if items:
-                    self._hooks.received([{**item, "mark": f"{self._era}:{next(self._count)}"}
-                                          for item in items])
+            if items:
+                self._hooks.received([{**item, "mark": f"{next(self._marks)}:0"}
+                                      for item in items])
         except NotRunning:
             pass  # we stop
-        return []
 
-    def kick(self, group: str, uids: List[str]) -> bool:
-        """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
-        done = 0
-        for uid in uids:
-            if super().kick(group, [uid]):
-                done += 1
-                self._act([{"post_type": "notice", "notice_type": "group_decrease",
-                            "sub_type": "kick", "group_id": group, "user_id": uid,
-                            "operator_id": self.me, "time": time.time()}])
-        return done == len(uids)
+    def _was_told(self, seconds: float, *what: str, undoes: str = "") -> bool:
+        """Whether the same was told so short a time ago; from now on it was, and what it `undoes`
+        was not."""
+        now = time.monotonic()
+        before = self._told.note(what, now, instead_of=(undoes, *what[1:]))
+        return before is not None and now - before <= seconds
+
+    def _items(self, row: Row) -> List[Row]:
+        """The items that come of an event, in order; none if it came before or means nothing."""
+        key: Json = row
+        if self._number(row) and "message_type" in row:
+            key = [str(row.get(name)) for name in (
+                "post_type", "message_type", "group_id", "user_id", "message_id", "time")]
+        # a webhook is tried again, and may come beside a stream; kept is what is small
+        if self._seen.note(hash(to_bytes(key)), True) is not None:
+            return []
+        post_type = str(row.get("post_type")).replace("_sent", "")
+        what = f"{post_type} {row.get(post_type + '_type')}"
+        if post_type == "message" and what != "message group":
+            what = "message private"
+        elif what == "notice notify":
+            what = f"notify {row.get('sub_type')}"
+        if what not in self.NEEDS:
+            return []
+        for name in self.NEEDS[what].split():
+            if not number_of(row.get(name)):
+                self._log.debug(f"an event of the bridge without {name}")
+                return []
+        tell = self._message if post_type == "message" else self._notice
+        items = tell(what, number_of(row.get("group_id")), number_of(row.get("user_id")), row)
+        return [{"time": scalar(row.get("time")), **item} for item in items]
+
+    # -- messages
+
+    def _number(self, row: Row) -> str:
+        """The bridge's number of a message, which may be negative; empty for what is none."""
+        number = scalar(row.get("message_id")) or ""
+        return "" if number in ("0", "None") else number
+
+    def _message(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
+        """A message, after what it tells of who wrote it."""
+        known, sub_type = self._hooks.known, row.get("sub_type") or ""
+        who = {**object_of(row.get("sender")), "user_id": uid}
+        kind = "group_message"
+        if what != "message group":
+            # NapCat has a temporary session's group at the top, LLBot in sender
+            group = (group or number_of(who.get("group_id"))) if sub_type == "group" else ""
+            kind = "sess_message" if group else "friend_message"
+        if uid == self.me or row.get("post_type") == "message_sent":
+            uid = number_of(row.get("target_id"))
+            if not self.echoes or not (uid or group):
+                return []
+            return [{**self._said(kind, group, row), "do": "sent",
+                     "uid": None if kind == "group_message" else uid}]
+        if isinstance(row.get("anonymous"), dict):
+            who.update(nickname=row["anonymous"].get("name"), card=None)
+        found: List[Row] = self._meet_group(group, row) if group else []
+        if not group and sub_type in ("", "friend") and self._hooks.certain(
+                "friend") and not known("friend", uid, ""):
+            # who writes as a friend is one; what else there is to know comes later
+            found.append(happened("new_friend", object=friend_row(who)))
+            self._curious.submit(self._look_later, "", uid)
+        if sub_type not in ("anonymous", "notice"):
+            circle = known("group", group, "") if kind == "group_message" else None
+            if circle is not None and circle.loaded and uid not in circle.member:
+                # only where all are known can one be new; elsewhere the message says who it is
+                self._was_told(0.0, "increase", group, uid, undoes="decrease")
+                found.append(self._of_member("new_group_member", group, member_row(who)))
+                self._curious.submit(self._look_later, group, uid)
+            elif kind == "group_message":
+                found += self._news("group_member", group, who)
+            found += self._news("friend", "", who)
+        sender = member_row(who) if group else friend_row(who)
+        return found + [{**self._said(kind, group, row), "do": "message", "uid": uid,
+                         "sender_id": uid, "name": sender["name"], "sender": sender,
+                         "group_name": scalar(row.get("group_name"))}]
+
+    def _said(self, kind: str, group: str, row: Row) -> Row:
+        """What an item says of the message itself."""
+        raw, number = row.get("raw_message"), self._number(row)
+        segments = segments_of(raw if row.get("message") is None else row["message"])
+        links = []
+        for segment_type, data in ((segment["type"], segment["data"]) for segment in segments):
+            if segment_type in MEDIA:
+                url = scalar(data.get("url")) or scalar(data.get("file")) or ""
+                links.append({"type": MEDIA[segment_type],
+                              "url": url if re.match("https?://", url) else None,
+                              "name": scalar(data.get("name")) or scalar(data.get("file")),
+                              "size": scalar(data.get("file_size"))})
+        return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
+                "number": row["message_id"] if number else None,
+                "content": self._content(segments, group),
+                "raw_message": raw if isinstance(raw, str) else cq_text(segments),
+                "time": scalar(row.get("time")) or str(int(time.time())),
+                "links": links}
+
+    def _content(self, segments: List[Row], group: str) -> str:
+        """What a person reads, with one blank behind a name."""
+        parts: List[str] = []
+        asked: List[str] = []        # those who were looked up for this message
+        after_name, room = False, CONTENT_LIMIT // 4
+        for part in segments:
+            at, data = part["type"] == "at", part["data"]
+            name = self._at_name(data, group, asked) if at else ""
+            text = f"@{name} " if name else readable(part["type"], data)
+            if part["type"] != "text":
+                room -= len(text)
+                text = text if room > 0 else ""  # a text itself comes whole
+            parts.append(text.lstrip(" ") if after_name else text)
+            after_name = at or after_name and not parts[-1]
+        return "".join(parts)
+
+    def _at_name(self, data: Row, group: str, asked: List[str]) -> str:
+        """Whom an `at` names; empty if it names nobody."""
+        uid, told = detail(data.get("qq")), detail(data.get("name")).lstrip("@")
+        if uid == "all":
+            return "全体成员"
+        if uid in ("", "0"):
+            return told
+        thing = self._hooks.known("group_member", uid, group)
+        name = detail(thing.displayname) if thing else told or self._names.notes.get((group, uid))
+        if not name and len(asked) < AT_LIMIT:
+            asked.append(uid)
+            row = self._member(group, uid) if group else {}
+            name = detail(row.get("card")) or detail(row.get("nickname")) or uid
+            self._names.note((group, uid), name)
+        return name or uid
+
+    def _news(self, kind: str, group: str, who: Row) -> List[Row]:
+        """What a sender's block says of somebody that the roster did not know yet.
+
+        A block without a member says nothing about it; an empty card or title is none.
+        """
+        thing = self._hooks.known(kind, who["user_id"], group)
+        told: Row = {}
+        if scalar(who.get("nickname")):
+            told["name"] = scalar(who["nickname"])
+        if kind == "group_member":
+            told.update({name: who[name] or None for name in ("card", "title")
+                         if isinstance(who.get(name), str)})
+            if scalar(who.get("role")) in ROLES:
+                told["role"] = who["role"]
+        return [changed(kind, group, who["user_id"], name, value) for name, value in told.items()
+                if thing is not None and thing.value(name) != value]
+
+    # -- who is new, or gone, or has changed
+
+    def _notice(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
+        known, sub_type, me = self._hooks.known, row.get("sub_type"), self.me
+        if what == "notice group_increase":  # also of somebody listed: his leaving may have been missed
+            found = self._meet_group(group, row, sure=uid == me)
+            if uid != me and not self._was_told(REPEAT_SECONDS, "increase", group, uid,
+                                                undoes="decrease"):
+                found.append(self._of_member("new_group_member", group,
+                                             member_row(self._member(group, uid))))
+            return found
+        if what == "notice group_dismiss" or what == "notice group_decrease" and (
+                uid == me or sub_type in ("kick_me", "disband")):
+            if self._was_told(LOSS_SECONDS, "lost", group, undoes="enter"):
+                return []
+            return [happened("lose_group", object={"uid": group, "id": group, "name": group})]
+        if what == "notice group_decrease":
+            if not uid or self._was_told(LOSS_SECONDS, "decrease", group, uid, undoes="increase"):
+                return []
+            return [self._of_member("lose_group_member", group, {"uid": uid} if known(
+                "group_member", uid, group) else member_row(self._stranger(uid)))]
+        if what == "notice friend_add":
+            if known("friend", uid, "") or self._was_told(REPEAT_SECONDS, "friend", uid):
+                return []
+            return [happened("new_friend", object=friend_row(self._stranger(uid)))]
+        if what == "request friend":
+            flag = scalar(row.get("flag"))
+            if flag and self._was_told(COOKIE_SECONDS, "request", flag):
+                return []
+            name = friend_row(self._stranger(uid))["name"]
+            return [happened("friend_request", request={
+                "id": uid, "name": name, "displayname": name, "ticket": flag,
+                "verify": scalar(row.get("comment")) or ""})]
+        if what in ("notice group_recall", "notice friend_recall"):
+            message, operator = scalar(row.get("message_id")), number_of(row.get("operator_id"))
+            return [happened("revoke_message", params=[
+                message, uid or None, operator or uid or None, group or None])] if message else []
+        if what == "notify group_name":
+            name = scalar(row.get("name_new")) or scalar(row.get("group_name"))
+            return [changed("group", "", group, "name", name)] if name else []
+        changes: Dict[str, Tuple[str, Json, Json]] = {
+            "notice group_card": ("card", row.get("card_new"), row.get("card_old")),
+            "notify title": ("title", row.get("title"), None),
+            "notice group_admin": ("role", "admin", "member") if sub_type == "set"
+            else ("role", "member", "admin")}
+        prop, new, old = changes[what]
+        found = [changed("group_member", group, uid, prop, scalar(new) or None, object={
+            **member_row({"user_id": uid}), prop: scalar(old) or None})]
+        if prop == "role" and uid == me:
+            found.insert(0, changed("group", "", group, "role", ROLES[new]))
+        return found
+
+    def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
+        """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
+        if uid == ANY_GROUP or self._hooks.known("group", uid, "") or not (
+                sure or self._hooks.certain("group")):
+            return []
+        self._was_told(0.0, "enter", uid, undoes="lost")
+        name = scalar(row.get("group_name"))
+        about = {"group_name": name} if name else self._look_up("get_group_info", group_id=uid)
+        return [happened("new_group", object=group_row({**about, "group_id": uid}))]
+
+    def _of_member(self, event: str, group: str, member: Row) -> Row:
+        """Also of a group that no list has told of yet."""
+        return happened(event, object=member, circle=group,
+                        unlisted=not self._hooks.certain("group"))
+
+    def _look_later(self, group: str, uid: str) -> None:
+        """What there is to know of somebody new; nobody waits for it, so nobody is told."""
+        row = member_row(self._member(group, uid)) if group else friend_row(self._stranger(uid))
+        kind = "group_member" if group else "friend"
+        self._hand_on([changed(kind, group, uid, name, value, quiet=True)
+                       for name, value in row.items()
+                       if value and name not in ("id", "uid", "name")])
+
+
+class OneBotLink(BridgeLink):
+    """A QQ account, through a OneBot 11 bridge (ONEBOT.md): NapCatQQ, LLBot and their like."""
+
+    def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
+        url, page = settings.onebot_api, None
+        way: Type[Bridge] = SocketBridge if url.startswith("ws") else HttpBridge
+        if settings.onebot_login:  # by default on the bridge's host
+            kind = LOGIN_PAGES[settings.onebot_login]
+            host = urllib.parse.urlsplit(url).hostname or ""
+            host = f"[{host}]" if ":" in host else host
+            page = kind(settings.onebot_login_api or f"http://{host}:{kind.PORT}",
+                        settings.onebot_login_token)
+        super().__init__(url, lambda: way(url, settings.onebot_token, log, self._hear), page,
+                         bool(settings.allow_message_sync), hooks, log)
+
+    def _hear(self, row: Row) -> None:
+        if row.get("post_type") == "meta_event":
+            if object_of(row.get("status")).get("online") is False and self._greeted:
+                self._offline("it says so in its status")
+        elif row.get("notice_type") == "bot_offline":
+            self._offline(scalar(row.get("message")) or "the account was logged out")
+        else:
+            who = row.get("user_id") or row.get("target_id")
+            self._intake.put(number_of(row.get("group_id")) or f"/{scalar(who)}", row)
 
 
 # ------------------------------------------------------------------------------------------------

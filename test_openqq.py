@@ -10519,7 +10519,8 @@ def test_only_a_bridge_on_this_machine_is_given_a_path(url, source):
     way = AskedOf()
     media = {"name": "b.png", "mime": "image/png", "data": "QUI=", "url": None,
              "path": "/tmp/a b.png"}
-    [result] = openqq.BridgeActions(url, way, None).send([{
+    link = openqq.BridgeLink(url, lambda: way, None, False, None, None)
+    [result] = link.send([{
         "type": "friend_message", "content": "", "cq": False, "uid": "1", "media": media}])
     assert (result["code"], result["number"]) == (0, 1)
     assert way.asked == [("send_private_msg", {"user_id": "1", "message": [
@@ -10777,7 +10778,6 @@ def hurried(tmpdir, **seconds):
     """A python that runs a client whose patience with its bridge is shorter."""
     seconds = {**HURRY, **seconds}
     code = (f"import sys; sys.path[0] = {HERE!r}; import openqq; vars(openqq).update({seconds!r}); "
-            f"openqq.BridgeActions._get.__defaults__ = ({seconds['BRIDGE_SECONDS']},); "
             f"openqq.WebSocket.LOOK_SECONDS = {seconds['BRIDGE_SECONDS'] / 2}; "
             "openqq.command_line()")
     path = os.path.join(str(tmpdir), "python-in-a-hurry")
@@ -10963,12 +10963,11 @@ def test_rubbish_at_login_only_delays_it(harried, way):
     bridge.answers["get_login_info"] = {"data": [1]}
     program = harried(bridge, url=getattr(bridge, way), running=False)
     for action, data in RUBBISH:
-        bridge.answers = {action: {"data": data}}
+        count, bridge.answers = len(bridge.calls), {action: {"data": data}}
         bridge.emit(notice_type="bot_offline", message="weg")
-        for _ in range(3):
-            bridge.wait_call(action)
+        assert eventually(lambda: (action, {}) in bridge.calls[count:])
         bridge.answers = {}
-        until_running(program)
+        program.receiver.next(is_login)
     assert "fault of this program" not in program.log.text()
     assert not bridge.faults
 
