@@ -44,6 +44,7 @@ import argparse
 import base64
 import binascii
 import collections
+import contextlib
 import errno
 import fcntl
 import functools
@@ -70,7 +71,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from concurrent.futures import Future, TimeoutError as FutureTimeout
+from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # ------------------------------------------------------------------------------------------------
@@ -8747,85 +8748,69 @@ class Papers:
 
     def write_state(self, client: Client) -> None:
         """Replace the state file."""
-        self._write(self.settings.state_path, to_bytes(self.state_row(client)))
-
-    def write_qrcode(self, data: bytes) -> None:
-        """Replace the picture."""
-        self._write(self.settings.qrcode_path, data)
+        self.write(self.settings.state_path, to_bytes(self.state_row(client)))
 
     def read_qrcode(self) -> Optional[bytes]:
         """The picture, or None while there is none."""
         return read_file(self.settings.qrcode_path)
-
-    def remove_qrcode(self) -> None:
-        """There is nothing to scan any more."""
-        remove_file(self.settings.qrcode_path)
 
     def read_cookie(self) -> Row:
         """The last login's cookie file; {} if there is none, or it is another account's."""
         row = read_json(self.settings.cookie_path, self.log)
         return row if row.get("account") == self.settings.account else {}
 
-    def kept_secrets(self) -> Dict[str, str]:
-        """The secrets that a client was first started with; a resumed one has no others.
+    def write_cookie(self, cookie: Optional[str] = None) -> None:
+        """Keep a login, and with it the secrets that a resumed client needs (DESIGN).
 
-        Those of a bridge are for no other one.
+        Without a `cookie`, or where none is to be kept, what is there stays, and the secrets
+        beside it are replaced by those of now.
+        """
+        old, secrets = self.read_cookie(), self.settings.secrets()
+        if cookie is None or not self.settings.keep_cookie:
+            if not secrets and not old.get("secrets"):
+                return
+            cookie = str(old.get("cookie", ""))
+        self.write(self.settings.cookie_path, to_bytes({
+            "account": self.settings.account, "cookie": cookie, "time": int(time.time()),
+            "secrets": secrets, "bridge": self._urls()}))
+
+    def share_secrets(self) -> None:
+        """Take over the secrets of a former start, and have a later one find what was given now.
+
+        A resumed client has no others. Not those that the controller was told to forget, nor
+        those of a bridge at another address.
         """
         row, now = self.read_cookie(), self._urls()
+        forget = os.environ.pop("OPENQQ_FORGET", "").split(",")
         then, secrets = row.get("bridge") or {}, row.get("secrets") or {}
         if isinstance(then, list):
             then = dict(zip(now, then))  # as former versions wrote it
-        return {name: str(value) for name, value in secrets.items() if name in SETTINGS
-                and all(then.get(url) == now[url] for url in urls_of(name))}
-
-    def write_cookie(self, cookie: str) -> None:
-        """Keep a login, and with it the secrets that a resumed client needs (DESIGN)."""
-        if self.settings.keep_cookie:
-            self._write_cookie(cookie)
-        else:
-            self.keep_secrets()
-
-    def share_secrets(self) -> None:
-        """Take over those of a former start, and have a later one find what was given now.
-
-        Not those that the controller was told to forget.
-        """
-        forget = os.environ.pop("OPENQQ_FORGET", "").split(",")
-        self.settings.fill(**{name: value for name, value in self.kept_secrets().items()
-                              if name not in forget})
-        self.keep_secrets()
-
-    def keep_secrets(self) -> None:
-        """Keep them as long as the login is kept, or there is none yet."""
-        if self.settings.secrets() or self.read_cookie().get("secrets"):
-            self._write_cookie(str(self.read_cookie().get("cookie", "")))
+        self.settings.fill(**{
+            name: str(value) for name, value in secrets.items()
+            if name in SETTINGS and name not in forget
+            and all(then.get(url) == now[url] for url in urls_of(name))})
+        self.write_cookie()
 
     def remove_cookie(self) -> None:
-        """The login is over, the client is not."""
+        """The login is over, the client is not: the secrets stay."""
         remove_file(self.settings.cookie_path)
-        self.keep_secrets()
-
-    def _write_cookie(self, cookie: str) -> None:
-        row = {"account": self.settings.account, "cookie": cookie, "time": int(time.time()),
-               "secrets": self.settings.secrets(), "bridge": self._urls()}
-        self._write(self.settings.cookie_path, to_bytes(row))
+        self.write_cookie()
 
     def _urls(self) -> Dict[str, str]:
         """Where secrets go to."""
         return {name: getattr(self.settings, name) for name, setting in SETTINGS.items()
                 if setting.token[0]}
 
-    def _write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes) -> None:
+        """Replace a file of ours."""
         keep_file(path, data, self.log)
 
 
 class Roster:
-    """Who the account knows. Written by the client's loop, read by everybody."""
+    """Who the account knows; `lock`, the client's, guards all of it."""
 
-    def __init__(self, fields: Mapping[str, Tuple[str, ...]]) -> None:
-        self.fields = fields
-        # guards user, changes, touched, the dicts, and what is in them
-        self.lock = threading.Lock()
+    def __init__(self, fields: Mapping[str, Tuple[str, ...]], lock: Any) -> None:
+        self.fields, self.lock = fields, lock
         self.user = User({})
         self.changes = 0              # how many there were, by events
         self.touched: Dict[Tuple[str, str], int] = {}  # kind, uid -> the last one of it
@@ -8838,34 +8823,7 @@ class Roster:
         table: Dict[str, Any] = getattr(self, kind)
         return table
 
-    def load(self, row: Row, kinds: Iterable[str], before: int) -> None:
-        """Take over what a link told; only the kinds that are wanted.
-
-        What events said since there were `before` of them is newer than that.
-        """
-        with self.lock:
-            for kind in kinds:
-                if kind == "user":
-                    self.user = User(row["user"])
-                    continue
-                old = self.table(kind)
-                new = {thing.uid: thing for thing in map(THINGS[kind], row[kind])}
-                for uid in [uid for what, uid in self.touched
-                            if what == kind and self._is_newer(kind, uid, before)]:
-                    new.pop(uid, None)
-                    if uid in old:
-                        new[uid] = old[uid]
-                setattr(self, kind, new)
-
-    def _is_newer(self, kind: str, uid: str, before: int) -> bool:
-        return self.touched.get((kind, uid), 0) > before
-
-    def _touch(self, kind: str, uid: str) -> None:
-        self.changes += 1
-        self.touched.pop((kind, uid), None)
-        self.touched[kind, uid] = self.changes
-        if len(self.touched) > POST_QUEUE_LIMIT:
-            del self.touched[next(iter(self.touched))]
+    # -- reading, from any thread
 
     def to_json(self, kind: str, members: bool = True) -> List[Row]:
         """The list of a kind, as documented."""
@@ -8881,6 +8839,46 @@ class Roster:
                        else thing.to_json(self.fields))
             yield row
 
+    def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
+        """The things of a kind whose attributes equal all the keys; none without keys."""
+        with self.lock:
+            return match(self.table(kind).values(), keys)
+
+    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
+        """The members of a group or discuss whose attributes equal all the keys."""
+        with self.lock:
+            return match(circle.member.values(), keys)
+
+    def find(self, kind: str, uid: str, circle: str) -> Optional[Any]:
+        """One thing by its uid, a member by that of its group or discuss too; or None."""
+        if not kind.endswith("_member"):
+            return self.table(kind).get(uid)
+        place = self.table(kind[:-7]).get(circle)
+        return place.member.get(uid) if place else None
+
+    # -- what changes it
+
+    def load(self, row: Row, kinds: Iterable[str], before: int) -> None:
+        """Take over what a link told; only the kinds that are wanted.
+
+        What events said since there were `before` of them is newer than that.
+        """
+        for kind in kinds:
+            if kind == "user":
+                self.user = User(row["user"])
+                continue
+            old = self.table(kind)
+            new = {thing.uid: thing for thing in map(THINGS[kind], row[kind])}
+            for uid in [uid for what, uid in self.touched
+                        if what == kind and self._is_newer(kind, uid, before)]:
+                new.pop(uid, None)
+                if uid in old:
+                    new[uid] = old[uid]
+            setattr(self, kind, new)
+
+    def _is_newer(self, kind: str, uid: str, before: int) -> bool:
+        return self.touched.get((kind, uid), 0) > before
+
     def show_states(self, states: Mapping[str, str]) -> None:
         """Take over who is there now: nobody is told of that, the lists show it."""
         with self.lock:
@@ -8891,85 +8889,68 @@ class Roster:
                 for uid in states.keys() & table.keys():
                     table[uid].state = states[uid]
 
-    def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
-        """The things of a kind whose attributes equal all the keys; none without keys."""
-        with self.lock:
-            return match(self.table(kind).values(), keys)
+    def complete(self, uid: str, row: Row) -> None:
+        """Take over what a link told of a group: its role, or its members too.
 
-    def find(self, kind: str, uid: str, circle: str) -> Optional[Any]:
-        """One thing by its uid, a member by that of its group or discuss too; or None."""
-        if not kind.endswith("_member"):
-            return self.table(kind).get(uid)
-        place = self.table(kind[:-7]).get(circle)
-        return place.member.get(uid) if place else None
-
-    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
-        """The members of a group or discuss whose attributes equal all the keys."""
-        with self.lock:
-            return match(circle.member.values(), keys)
+        Of a list that lacks too many nobody can say later who is new: it stays unloaded.
+        """
+        group = self.group.get(uid)
+        if group is None:
+            return
+        members = {item["uid"]: GroupMember(item) for item in row.pop("member", ())}
+        group.__dict__.update(row)
+        if members:
+            count = int(number_of(group.value("member_count")) or 0)
+            group.member = dict(members)
+            group.loaded = 3 * len(members) >= 2 * count
 
     def apply(self, item: Row) -> Optional[Tuple[str, List[Any]]]:
         """Let an event of a link change the roster: its name and params, or None if it is void."""
         event = str(item["event"])
-        if event in ("friend_request", "revoke_message"):
-            return self._pass_on(event, item)
-        if event == "new_group":
-            item = {**item, "object": {"role": "attend", **item["object"]}}
-        with self.lock:
-            self._touch(*self._about(item))
-            if event.endswith("_property_change"):
-                return self._change(event, item)
-            action, _, kind = event.partition("_")
-            table, circle = self._place(kind, item)
-            if table is None and item.get("unlisted"):
-                circle = Group({name: item["circle"] for name in ("uid", "id", "name")})
-                table = circle.member
-            if table is None:
-                return None
-            uid = item["object"]["uid"]
-            thing = THINGS[kind](item["object"])
-            if circle:
-                circle.moves += 1
-            if action == "new":
-                table[uid] = thing
-            else:
-                thing = table.pop(uid, thing)
-            return event, [thing] + ([circle] if circle else [])
-
-    def _about(self, item: Row) -> Tuple[str, str]:
-        """Kind and uid of the friend, group or discuss that an event tells of."""
-        kind = re.sub("(new|lose)_|_property_change", "", item["event"])
-        if "_member" in kind:
-            return kind[:-7], item["circle"]
-        return kind, item.get("uid") or item.get("object", {}).get("uid") or ""
-
-    def _pass_on(self, event: str, item: Row) -> Tuple[str, List[Any]]:
-        """Events that change nothing here; a request shows what the flavour's documents say."""
         if event == "revoke_message":
             return event, list(item["params"])
-        return event, [{name: item["request"].get(name)
-                        for name in self.fields["friend_request"]}]
-
-    def _place(self, kind: str, item: Row) -> Tuple[Optional[Dict[str, Any]], Optional[Circle]]:
-        if not kind.endswith("_member"):
-            return self.table(kind), None
-        circle = self.table(kind[:-7]).get(item["circle"])
-        return (circle.member, circle) if circle else (None, None)
-
-    def _change(self, event: str, item: Row) -> Optional[Tuple[str, List[Any]]]:
-        kind, name = event[:-len("_property_change")], item["property"]
+        if event == "friend_request":
+            return event, [{name: item["request"].get(name)
+                            for name in self.fields["friend_request"]}]
+        kind = re.sub("(new|lose)_|_property_change", "", event)
+        uid = item["uid"] if event.endswith("_property_change") else item["object"]["uid"]
+        of = kind[:-7] if kind.endswith("_member") else ""   # a member: of a group, or a discuss
+        place = (of, item["circle"]) if of else (kind, uid)
+        self.changes += 1
+        self.touched.pop(place, None)
+        self.touched[place] = self.changes
+        if len(self.touched) > POST_QUEUE_LIMIT:
+            del self.touched[next(iter(self.touched))]
+        circle = self.table(of).get(item["circle"]) if of else None
         if kind == "user":
-            thing: Any = self.user
+            table: Dict[str, Any] = {uid: self.user}
+        elif of:
+            table = circle.member if circle else {}
         else:
-            table, _ = self._place(kind, item)
-            thing = table.get(item["uid"]) if table else None
+            table = self.table(kind)
+        if event.endswith("_property_change"):
+            thing, name = table.get(uid), item["property"]
             if thing is None and "object" in item:  # of a group whose members are not loaded
                 thing = THINGS[kind](item["object"])
-        if thing is None or name not in (*self.fields[kind], "title") or name == "displayname":
-            return None  # that follows from others
-        old = thing.value(name)
-        setattr(thing, name, item["value"])
-        return (event, [thing, name, old, item["value"]]) if old != item["value"] else None
+            if thing is None or name not in (*self.fields[kind], "title") or (
+                    name == "displayname"):  # which follows from others
+                return None
+            old = thing.value(name)
+            setattr(thing, name, item["value"])
+            return (event, [thing, name, old, item["value"]]) if old != item["value"] else None
+        if of and circle is None:
+            if not item.get("unlisted"):
+                return None
+            circle = Group({name: item["circle"] for name in ("uid", "id", "name")})
+        if circle:
+            circle.moves += 1
+        thing = THINGS[kind]({"role": "attend", **item["object"]} if event == "new_group"
+                             else item["object"])
+        if event.startswith("new_"):
+            table[uid] = thing
+        else:
+            thing = table.pop(uid, thing)
+        return event, [thing] + ([circle] if circle else [])
 
     def differences(self, row: Row, kinds: Iterable[str], before: int) -> List[Row]:
         """What happened between the roster and what a link tells now, as events of a link.
@@ -8995,29 +8976,14 @@ class Roster:
         return table_changes(circle.kind + "_member", circle.member,
                              {row["uid"]: row for row in rows}, {"circle": circle.uid})
 
-    def complete(self, uid: str, row: Row) -> None:
-        """Take over what a link told of a group: its role, or its members too.
-
-        Of a list that lacks too many nobody can say later who is new: it stays unloaded.
-        """
-        group = self.group.get(uid)
-        if group is None:
-            return
-        members = {item["uid"]: GroupMember(item) for item in row.pop("member", ())}
-        with self.lock:
-            group.__dict__.update(row)
-            if members:
-                count = int(number_of(group.value("member_count")) or 0)
-                group.member = dict(members)
-                group.loaded = 3 * len(members) >= 2 * count
-
 
 def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
     """Those whose attributes equal all the keys, as text; none without keys."""
-    wanted = list(keys.items())
-    return [thing for thing in things
-            if wanted and all(str(thing.value(name)) == value for name, value in wanted
-                              ) and None not in [thing.value(name) for name in keys]]
+    if not keys:
+        return []
+    return [thing for thing in things if all(
+        thing.value(name) is not None and str(thing.value(name)) == value
+        for name, value in keys.items())]
 
 
 def table_changes(kind: str, old: Mapping[str, Thing], new: Mapping[str, Row],
@@ -9044,58 +9010,95 @@ def property_changes(kind: str, old: Thing, new: Row, where: Row) -> List[Row]:
             for name, value in new.items() if name not in quiet and old.value(name) != value]
 
 
+def settle(future: Future[Any], value: Any) -> None:
+    """Set a result, unless something else was quicker."""
+    try:
+        future.set_result(value)
+    except InvalidStateError:
+        pass
+
+
 class Job:
     """A message to be sent: what the link gets, and who waits for the outcome."""
 
-    __slots__ = ("message", "row", "promise", "tries")
+    __slots__ = ("message", "row", "future", "tries")
 
-    def __init__(self, message: Message, row: Row, promise: Promise) -> None:
-        self.message, self.row, self.promise, self.tries = message, row, promise, 0
+    def __init__(self, message: Message, row: Row, future: Future[Message]) -> None:
+        self.message, self.row, self.future, self.tries = message, row, future, 0
 
 
 class SendQueue:
     """One queue for all that an account sends: first in, first out (CONTRACT 4).
 
-    Used in the loop's thread only. `sent(job, result)` tells each outcome, as Link.send() does;
-    `settled()` is called after those of one call. `busy` while a call is under way.
+    One thread hands batches of it to `send`, without the lock; then `sent(outcomes)` is called,
+    with it, for each job that is over and its result, as Link.send() tells that. `lock`, the
+    client's, guards everything here; `changed` is notified when a call of `send` is over.
     """
 
-    def __init__(self, loop: Loop, send: Callable[[List[Row]], List[Row]], interval: float,
-                 batch: int, ttl: int, sent: Callable[[Job, Row], None],
-                 settled: Callable[[], None], log: Log) -> None:
-        self._loop, self._send, self._interval = loop, send, interval
-        self._batch = 1 if interval else batch
-        self._ttl, self._sent, self._settled = ttl, sent, settled
+    def __init__(self, lock: Any, send: Callable[[List[Row]], List[Row]], interval: float,
+                 batch: int, ttl: int, sent: Callable[[List[Tuple[Job, Row]]], None], log: Log,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.changed = threading.Condition(lock)
+        self._send, self._interval, self._ttl, self._sent = send, interval, ttl, sent
+        self._batch, self._log, self._clock = 1 if interval else batch, log, clock
         self._jobs: Deque[Job] = collections.deque()
-        self._crew = ThreadPool(1, "send", log)
-        self.busy = False
-        self.began = 0.0         # when the last call did
-        self._resting = False    # busy, or the interval is not over
+        self._thread = ThreadPool(1, "send", log)
+        self._working = False    # the thread is at it
+        self.busy = False        # and send() is under way
+        self.began = 0.0         # when its last call began
+        self._rests_until = 0.0
         self._turn = 0           # of the account, whose messages no other one is to send
 
     def waiting(self) -> int:
         """How many messages have not been tried yet."""
         return len(self._jobs)
 
+    def put(self, job: Job) -> None:
+        """Queue a message; the first goes at once. With the lock held."""
+        self._jobs.append(job)
+        if not self._working:
+            self._working = True
+            self._thread.submit(self._work)
+
     def give_up(self) -> int:
         """Call all that waits failed: it was surely not sent. How many that were."""
         jobs, self._jobs = self._jobs, collections.deque()
         self._turn += 1
-        for job in jobs:
-            self._sent(job, {"code": -3, "info": "发送异常"})
+        self._sent([(job, {"code": -3, "info": "发送异常"}) for job in jobs])
         return len(jobs)
 
-    def put(self, job: Job) -> None:
-        """Queue a message; the first goes at once."""
-        self._jobs.append(job)
-        self._pump()
-
-    def _pump(self) -> None:
-        if self._resting or not self._jobs:
-            return
-        self._resting = self.busy = True
-        self.began = self._loop.clock()
-        self._crew.submit(self._try, self._take_batch(), self.began, self._turn)
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                while self._jobs and self._clock() < self._rests_until:
+                    self.changed.wait(self._rests_until - self._clock())
+                if not self._jobs:
+                    self._working = False
+                    return
+                batch, turn = self._take_batch(), self._turn
+                self.busy, self.began = True, self._clock()
+            results: List[Row] = []
+            error: Optional[Exception] = None
+            try:
+                results = self._send([job.row for job in batch])
+            except Exception as failure:  # the queue must go on whatever a link does
+                error = failure
+            with self.changed:
+                self.busy = False
+                self._rests_until = self.began + self._interval
+                try:
+                    if error is None:
+                        self._sent(list(zip(batch, results)))
+                    elif getattr(error, "sent", True):
+                        why = f"响应未知: {getattr(error, 'status', repr(error))}"
+                        self._sent([(job, {"code": -4, "info": why}) for job in batch])
+                    else:
+                        self._put_back(batch)
+                        if turn != self._turn:
+                            self.give_up()
+                except Exception:
+                    self._log.failure("the outcome of a message")
+                self.changed.notify_all()
 
     def _take_batch(self) -> List[Job]:
         batch: List[Job] = []
@@ -9107,55 +9110,19 @@ class SendQueue:
             batch.append(self._jobs.popleft())
         return batch
 
-    def _try(self, batch: List[Job], began: float, turn: int) -> None:
-        """In the crew's thread."""
-        results: List[Row] = []
-        error: Optional[OpenQQError] = None
-        try:
-            results = self._send([job.row for job in batch])
-        except OpenQQError as failure:
-            error = failure
-        except Exception as failure:  # the queue must go on whatever a link does
-            error = Unreachable(repr(failure), True)
-        self._loop.call(self._tried, batch, began, turn, results, error)
-
-    def _tried(self, batch: List[Job], began: float, turn: int, results: List[Row],
-               error: Optional[OpenQQError]) -> None:
-        wait = max(0.0, began + self._interval - self._loop.clock())
-        if error is None:
-            for job, result in zip(batch, results):
-                self._sent(job, result)
-        elif getattr(error, "sent", True):
-            for job in batch:
-                self._sent(job, {"code": -4, "info": f"响应未知: {error.status}"})
-        else:
-            wait = max(wait, backoff(batch[0].tries))
-            self._put_back(batch)
-            if turn != self._turn:
-                self.give_up()
-        self.busy = False
-        self._settled()
-        if wait:
-            self._loop.later(wait, self._free)
-        else:
-            self._free()
-
     def _put_back(self, batch: List[Job]) -> None:
         """Surely not sent: once more, in the same order, until the tries are used up."""
-        for job in reversed(batch):
+        pause = self._clock() + backoff(batch[0].tries)
+        self._rests_until = max(self._rests_until, pause)
+        for job in batch:
             job.tries += 1
-            if job.tries < self._ttl:
-                self._jobs.appendleft(job)
-            else:
-                self._sent(job, {"code": -5, "info": "TTL失效"})
-
-    def _free(self) -> None:
-        self._resting = False
-        self._pump()
+        self._jobs.extendleft(job for job in reversed(batch) if job.tries < self._ttl)
+        self._sent([(job, {"code": -5, "info": "TTL失效"})
+                    for job in batch if job.tries >= self._ttl])
 
 
 class Answers:
-    """What a receiver of events wants done by its answer (003). In the client's loop.
+    """What a receiver of events wants done by its answer (003).
 
     `media_of` is Media.take; a crew calls it, since pictures may come from far away.
     """
@@ -9170,17 +9137,20 @@ class Answers:
 
     def answered(self, row: Row, answer: Row) -> None:
         """What a receiver of an event wants done (003, 001): reply, media, shutup."""
-        reply = answer.get("reply")
         if row["post_type"] == "event":
             return
+        reply = answer.get("reply")
         text = reply if isinstance(reply, str) else "" if isinstance(reply, bool) else scalar(reply)
         if text:
             self._client.talk.reply(row, text, "api")
         media = answer.get("media")
         if media:
             self._crew.submit(self._send_media, row, media if isinstance(media, list) else [media])
-        if answer.get("shutup") in (1, "1") and row["type"] == "group_message":
-            self._silence(row, answer.get("shutup_time", 60))
+        if answer.get("shutup") in (1, "1") and row["type"] == "group_message" and (
+                row["class"] == "recv"):
+            seconds = str(answer.get("shutup_time", 60))
+            spawn(self._mute, str(row["group_uid"]), str(row["sender_uid"]),
+                  max(60, int(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else 60))
 
     def _send_media(self, row: Row, items: List[Json]) -> None:
         """One after the other, each behind the reply."""
@@ -9210,11 +9180,6 @@ class Answers:
             raise NotAllowed("a path not allowed, since post_api is on another machine: "
                              "give http://… or base64://…")
         return {"media_path": item}
-
-    def _silence(self, row: Row, seconds: Json) -> None:
-        wanted = int(seconds) if re.fullmatch("[0-9]{1,9}", str(seconds)) else 60
-        if row["class"] == "recv":
-            spawn(self._mute, str(row["group_uid"]), str(row["sender_uid"]), max(60, wanted))
 
     def _mute(self, group: str, uid: str, seconds: int) -> None:
         try:
@@ -9272,9 +9237,9 @@ class Doubt:
         self._told: Set[str] = set()
         self._since: Optional[float] = None
 
-    def about(self, known: Iterable[str], told: Iterable[str], now: float) -> str:
+    def about(self, known: Iterable[str], told: Iterable[str]) -> str:
         """Why the uids that a list told are not believed, in words; empty if they are."""
-        old, new = set(known), set(told)
+        old, new, now = set(known), set(told), time.monotonic()
         missing = len(old - new)
         if not new or 3 * missing > len(old):
             if self._since is None or new != self._told:
@@ -9286,62 +9251,54 @@ class Doubt:
 
 
 class Details:
-    """Loads what a link left out of groups, when somebody asks for it. In its client's loop."""
+    """Loads what a link left out of groups, when somebody asks for it."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._crew = ThreadPool(4, "details", client.log)
-        self._loading: Dict[Tuple[str, bool], Promise] = {}  # group, with members? -> who waits
-        self._doubts: Dict[str, Doubt] = {}                  # group -> what is thought of its list
+        self._loading: Set[Tuple[str, bool]] = set()  # group, with members?
+        self._doubts: Dict[str, Doubt] = {}           # group -> what is thought of its list
 
     def wait(self, groups: Iterable[Circle], members: bool = True) -> None:
         """Have the members of groups loaded, or only one's role in them; from any thread.
 
         After DETAIL_SECONDS it returns with what there is then; the rest is loaded all the same.
         """
-        wanted = [(str(group.uid), members) for group in groups
-                  if not group.loaded and (members or group.value("role") is None)]
+        wanted = {(str(group.uid), members) for group in groups
+                  if not group.loaded and (members or group.value("role") is None)}
         if not wanted:
             return
-        until = time.monotonic() + DETAIL_SECONDS
-        try:
-            for promise in self._client.loop.ask(self._begin, wanted):
-                promise.wait(max(0.0, until - time.monotonic()))
-        except TimeoutError:
-            self._client.log.warn("the bridge is slow to tell the members of groups")
-
-    def _begin(self, wanted: List[Tuple[str, bool]]) -> List[Promise]:
-        for key in wanted:
-            if key not in self._loading:
-                self._loading[key] = Promise()
+        with self._client.lock:
+            for key in wanted - self._loading:
+                self._loading.add(key)
                 self._crew.submit(self._load, key, self._client.roster.complete)
-        return [self._loading[key] for key in wanted]
+            if not self._client.changed.wait_for(lambda: not wanted & self._loading,
+                                                 DETAIL_SECONDS):
+                self._client.log.warn("the bridge is slow to tell the members of groups")
 
     def _load(self, key: Tuple[str, bool], act: Callable[[str, Row], None]) -> None:
-        """In a crew's thread."""
-        row: Optional[Row] = None
-        moves = self._moves(key[0])
-        try:
-            row = self._client.link.details(*key)
-        except OpenQQError as error:
-            self._client.log.debug(f"group {key[0]}: {error.status}")
-        except Exception:  # whatever it was, those who wait must not wait for ever
-            self._client.log.failure(f"loading group {key[0]}")
-        self._client.loop.call(self._loaded, key, row, act, moves)
-
-    def _moves(self, uid: str) -> int:
-        group = self._client.roster.group.get(uid)
-        return group.moves if group else 0
-
-    def _loaded(self, key: Tuple[str, bool], row: Optional[Row],
-                act: Callable[[str, Row], None], moves: int) -> None:
-        if row is not None and moves != self._moves(key[0]):
-            return self._crew.submit(self._load, key, act)  # the list may be of before
-        if row is not None:
-            act(key[0], row)
-        promise = self._loading.pop(key, None)
-        if promise:
-            promise.keep()
+        """In a worker: ask once more if somebody came or went meanwhile, as the list may be of
+        before; then let `act` have it."""
+        client, uid = self._client, key[0]
+        while True:
+            group = client.roster.group.get(uid)
+            moves = group.moves if group else 0
+            row: Optional[Row] = None
+            try:
+                row = client.link.details(*key)
+            except OpenQQError as error:
+                client.log.debug(f"group {uid}: {error.status}")
+            except Exception:  # whatever it was, those who wait must not wait for ever
+                client.log.failure(f"loading group {uid}")
+            with client.lock:
+                group = client.roster.group.get(uid)
+                if row is not None and moves != (group.moves if group else 0):
+                    continue
+                if row is not None:
+                    act(uid, row)
+                self._loading.discard(key)
+                client.changed.notify_all()
+                return
 
     def check(self, rows: Iterable[Row]) -> None:
         """Load again the members of those groups whose number says that a notice was missed."""
@@ -9359,14 +9316,14 @@ class Details:
             return
         doubt = self._doubts.setdefault(uid, Doubt())
         told = [item["uid"] for item in row["member"]]
-        if str(len(told)) != group.value("member_count") and doubt.about(
-                group.member, told, client.loop.clock()):
-            client.loop.later(DOUBT_SECONDS / 4, self._crew.submit, self._load, (uid, True),
-                              self._compare)
+        if str(len(told)) != group.value("member_count") and doubt.about(group.member, told):
+            client.timers.later(DOUBT_SECONDS / 4, self._crew.submit, self._load, (uid, True),
+                                self._compare)
             return
         del self._doubts[uid]
-        for item in client.roster.member_changes(group, row["member"]):
-            client.talk.happen(item)
+        with client.batch():
+            for item in client.roster.member_changes(group, row["member"]):
+                client.talk.happen(item)
 
 
 class Listing:
@@ -9378,237 +9335,207 @@ class Listing:
         self.good = False            # and there is nothing to be said against it now
         self.asking = False          # the link is being asked
         self.began = 0.0             # since then
-        self.failures = 0
-        self.timer: Optional[Timer] = None   # the next time that it is asked
-        self.waiting: List[Promise] = []     # who waits for its answer
+        self.answers = 0             # how often it told it, or did not
+        self.failures = 0            # in a row
 
 
 class Login:
-    """How an account gets to running: cookie, QR codes, roster. In its client's loop."""
+    """How an account gets to running, and how what it knows stays true.
+
+    The link's threads call the hooks: a QR code, a scan, a login, its loss. What the link is asked
+    is asked by workers, from top to bottom: login; the roster, the lists, running; a list again.
+    """
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._known = False                      # the roster is that of this login
-        self._crew = ThreadPool(2, "login", client.log)
+        self._workers = ThreadPool(3, "login", client.log)
         self._askers = ThreadPool(2, "lists", client.log)
+        self._known = False                      # the roster is that of this login
         self._lists = {kind: Listing() for kind in ("friend", "group")}
-        self._fresh: Optional[bool] = None       # to be told when the lists are there
-        self._patience: Optional[Timer] = None   # with them; None: no login is to be ended
         self._turn = 0                           # which login; the answers of former ones are void
         self._claim: Optional[PidFile] = None    # on what the account is called outside
-        self._claiming: Optional[Timer] = None   # the next try at it
-        self._codes = 0
-        self._tries = 0
-        self._timer: Optional[Timer] = None      # the QR code's end
-        self._refresh: Optional[Timer] = None
+        self._codes = self._tries = 0
+        self._plans: Dict[str, Timer] = {}       # code, refresh, claim, a list's kind
         self.network: Optional[LocalNetwork] = None  # of a client alone
-        self.link = self._make_link()
-
-    def _make_link(self) -> Link:
-        client, hooks = self._client, self._hooks()
+        hooks = Hooks(self._show, self._wait, self._scanned, self._confirmed, self._lost,
+                      lambda items: client.talk.receive(items), client.roster.find,
+                      self.is_certain)
+        self.link: Link
         if client.settings.onebot_api:
-            return OneBotLink(client.settings, hooks, client.log)
-        password = client.settings.login_type == "login"
+            self.link = OneBotLink(client.settings, hooks, client.log)
+            return
         if client.parent:
             host: Callable[[str, Row], Json] = RemoteHost(client.parent.local, client.parent.key)
         else:
-            self.network = LocalNetwork(client.papers.local_path, client.settings.world,
-                                        client.flavour, client.log, client.public_url,
-                                        lambda account: account == client.account)
-            self.network.start()
-            host = lambda verb, row: self.network and self.network.call(  # noqa: E731
-                client.account, verb, row)
-        return LocalLink(host, hooks, password, client.settings.mode, client.log)
+            network = self.network = LocalNetwork(
+                client.papers.local_path, client.settings.world, client.flavour, client.log,
+                client.public_url, lambda account: account == client.account)
+            network.start()
+            host = lambda verb, row: network.call(client.account, verb, row)  # noqa: E731
+        self.link = LocalLink(host, hooks, client.settings.login_type == "login",
+                              client.settings.mode, client.log)
 
-    def _hooks(self) -> Hooks:
-        call, ask = self._client.loop.call, self._client.loop.ask
-        return Hooks(lambda text, seconds, error: call(self._show, text, seconds, error),
-                     lambda error: call(self._wait, error),
-                     lambda: call(self._scanned),
-                     lambda cookie, fresh: call(self._confirmed, cookie, fresh),
-                     lambda error: call(self._lost, error),
-                     lambda items: str(ask(self._client.talk.receive, items).wait()),
-                     self._client.roster.find, self.is_certain)
+    # -- to the login
 
-    def is_certain(self, kind: str) -> bool:
-        """Whether who is not on the list is new: it is good, or not wanted at all."""
-        wanted = kind in self._kinds("is_init_")
-        return not self.link.real or self._lists[kind].good or not wanted
+    def begin(self) -> None:
+        """Log in, by the cookie if there is one."""
+        self._workers.submit(self._attempt, self._log_in)
+
+    def anew(self) -> None:
+        """Drop the login, and begin with a new QR code."""
+        client = self._client
+        with client.lock:
+            if client.state != "stop":
+                client.papers.remove_cookie()
+                self._codes = 0
+                self._known = False
+                self._cancel()
+                self._workers.submit(self._attempt, self._log_in, True)
+
+    def _attempt(self, step: Callable[..., None], *args: Any) -> None:
+        """In a worker: a step; if it fails all begins again, which the cookie makes short."""
+        client = self._client
+        try:
+            step(*args)
+        except NotRunning:
+            pass  # we stop
+        except Exception as error:  # whatever a link does
+            why = str(error) or repr(error)
+            with client.lock:
+                if client.state != "stop":
+                    client.log.warn(f"logging in failed: {why}; trying again")
+                    client.enter(client.state, why)
+                    client.timers.later(backoff(self._tries, 30.0), self.begin)
+                    self._tries += 1
+
+    def _log_in(self, anew: bool = False) -> None:
+        if anew:
+            self.link.logout()
+        cookie = self._client.papers.read_cookie().get("cookie", "")
+        self.link.login(str(cookie), str(self._client.spool.mark or ""))
+
+    def _show(self, text: str, seconds: float, error: str) -> None:
+        """A QR code: the file lies there before anybody hears of it."""
+        client, picture = self._client, qr_png(qr_matrix(text))
+        with client.lock:
+            self._codes += 1
+            if client.state == "stop":
+                return
+            if self._codes > client.settings.qrcode_count_max and not self.link.real:
+                client.log.error(f"nobody scanned {self._codes - 1} QR codes: giving up")
+                return client.stop()
+            path = client.settings.qrcode_path
+            client.papers.write(path, picture)
+            client.log.info(f"二维码已下载到本地[ {path} ] (QR code)")
+            client.log.info(f"等待{client.flavour.phone}扫描二维码... (waiting for a scan: {text})")
+            client.enter("scaning", error)
+            client.qrcode_text = text
+            client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
+                                         client.api_url("get_qrcode")])
+            self._cancel()
+            if not self.link.real:
+                self._plan("code", seconds, self._expire)
+
+    def _expire(self) -> None:
+        self._client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
+        self._workers.submit(self._attempt, self.link.renew)
 
     def _wait(self, error: str) -> None:
         """There is no login, and no code to scan; the state file says why."""
         client = self._client
-        if client.state == "stop" or (client.state, client.error) == ("scaning", error):
-            return
-        self._cancel()
-        self._known = False
-        client.papers.remove_qrcode()
-        client.log.warn(error)
-        client.enter("scaning", error)
+        with client.lock:
+            if client.state == "stop" or (client.state, client.error) == ("scaning", error):
+                return
+            self._cancel()
+            self._known = False
+            remove_file(client.settings.qrcode_path)
+            client.log.warn(error)
+            client.enter("scaning", error)
+
+    def _scanned(self) -> None:
+        client = self._client
+        with client.lock:
+            if client.state == "scaning":
+                client.log.info(f"{client.flavour.phone}扫码成功,请在手机上点击[登录]按钮... (scanned)")
+                client.enter("confirming")
 
     def _lost(self, error: str) -> None:
         """The link is down; what it does about that is its own affair."""
         client = self._client
-        if client.state == "stop":
-            return
-        client.log.warn(error)
-        if client.state in ("running", "updating"):
-            self._cancel()
-            client.enter("updating", error)
-        else:
-            client.enter("scaning" if client.state == "loading" else client.state, error)
-
-    def begin(self) -> None:
-        """Log in, by the cookie if there is one."""
-        cookie = self._client.papers.read_cookie()
-        self._work(self.link.login, str(cookie.get("cookie", "")),
-                   str(self._client.spool.mark or ""))
-
-    def anew(self) -> None:
-        """Drop the login, and begin with a new QR code."""
-        if self._client.state == "stop":
-            return
-        self._client.papers.remove_cookie()
-        self._codes = 0
-        self._known = False
-        self._cancel()
-        self._work(self._leave)
-
-    def _leave(self) -> None:
-        self.link.logout()
-        self._client.loop.call(self.begin)
-
-    def end(self) -> None:
-        """The client stops."""
-        self._cancel()
-        self.link.close()
-        if self._claim:
-            self._claim.drop()
-        if self.network:
-            self.network.stop()
-
-    def _cancel(self) -> None:
-        for timer in (self._timer, self._refresh, self._patience,
-                      *(listing.timer for listing in self._lists.values())):
-            if timer:
-                timer.cancel()
-        self._patience = None
-        self._turn += 1
-
-    def _work(self, function: Callable[..., None], *args: Any) -> None:
-        self._crew.submit(self._try, function, args)
-
-    def _try(self, function: Callable[..., None], args: Tuple[Any, ...]) -> None:
-        try:
-            function(*args)
-        except NotRunning:
-            pass  # we stop
-        except Exception as error:  # whatever a link does, it is tried again
-            self._client.loop.call(self._failed, str(error) or repr(error))
-
-    def _failed(self, error: str) -> None:
-        """Whatever step it was: begin again, the cookie makes it short."""
-        if self._client.state != "stop":
-            self._client.log.warn(f"logging in failed: {error}; trying again")
-            self._client.enter(self._client.state, error)
-            self._client.loop.later(backoff(self._tries, 30.0), self.begin)
-            self._tries += 1
-
-    def _show(self, text: str, seconds: float, error: str) -> None:
-        """A QR code: the file lies there before anybody hears of it."""
-        client = self._client
-        self._codes += 1
-        if client.state == "stop":
-            return
-        if self._codes > client.settings.qrcode_count_max and not self.link.real:
-            client.log.error(f"nobody scanned {self._codes - 1} QR codes: giving up")
-            return client.stop()
-        picture = qr_png(qr_matrix(text))
-        client.papers.write_qrcode(picture)
-        path = client.settings.qrcode_path
-        client.log.info(f"二维码已下载到本地[ {path} ] (QR code)")
-        client.log.info(f"等待{client.flavour.phone}扫描二维码... (waiting for a scan: {text})")
-        client.enter("scaning", error)
-        client.qrcode_text = text
-        client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
-                                     client.api_url("get_qrcode")])
-        self._cancel()
-        if not self.link.real:
-            self._timer = client.loop.later(seconds, self._expire)
-
-    def _expire(self) -> None:
-        self._client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
-        self._work(self.link.renew)
-
-    def _scanned(self) -> None:
-        if self._client.state == "scaning":
-            phone = self._client.flavour.phone
-            self._client.log.info(f"{phone}扫码成功,请在手机上点击[登录]按钮... (scanned)")
-            self._client.enter("confirming")
+        with client.lock:
+            if client.state == "stop":
+                return
+            client.log.warn(error)
+            state = {"running": "updating", "loading": "scaning"}.get(client.state, client.state)
+            if state == "updating":
+                self._cancel()
+            client.enter(state, error)
 
     def _confirmed(self, cookie: str, fresh: bool) -> None:
-        if self._client.state == "stop":
-            return
-        self._cancel()
-        self._codes = 0
-        self._client.papers.write_cookie(cookie)
-        self._client.enter("updating")
-        self._client.papers.remove_qrcode()
-        self._work(self._load, fresh, self._turn)
+        client = self._client
+        with client.lock:
+            if client.state == "stop":
+                return
+            self._cancel()
+            self._codes = 0
+            client.papers.write_cookie(cookie)
+            client.enter("updating")
+            remove_file(client.settings.qrcode_path)
+            self._workers.submit(self._attempt, self._load, fresh, self._turn)
 
     def _load(self, fresh: bool, turn: int) -> None:
-        before = self._client.roster.changes
-        self._client.loop.call(self._loaded, self.link.roster(), before, fresh, turn)
+        """In a worker: learn who the account is and whom it knows, then run.
 
-    def _loaded(self, row: Row, before: int, fresh: bool, turn: int) -> None:
-        """The roster is there, but perhaps for lists that the link tells apart from it.
-
-        The account runs once these are there too, and without them after LOOKUP_SECONDS.
+        Lists that the link tells apart may take long: it runs without them after LOOKUP_SECONDS.
         """
         client, roster = self._client, self._client.roster
-        if client.state != "updating" or turn != self._turn:
-            return
-        self._tries = 0
-        row["user"]["state"] = client.settings.mode
-        kinds = [kind for kind in self._kinds("is_init_") if kind in row]
-        asked = [kind for kind in self._kinds("is_init_") if kind not in row]
-        if roster.user.value("uid") not in (None, row["user"]["uid"]):
-            self._known = False  # another account is logged in at the bridge
-            client.talk.queue.give_up()
-            self._lists = {kind: Listing() for kind in self._lists}
-            if self._claim:
-                self._claim.drop()
-                self._claim = None
-            roster.load({"friend": [], "group": []}, ["friend", "group"], roster.changes)
-        if self._known and not fresh:
-            self._compare(row, before)
-            self._fresh = None
-        else:
-            roster.load(row, ["user", *kinds], before)
-            self._fresh = fresh
+        before = roster.changes
+        row = self.link.roster()
+        with client.lock:
+            if client.state != "updating" or turn != self._turn:
+                return
+            self._tries = 0
+            row["user"]["state"] = client.settings.mode
+            wanted = self._kinds("is_init_")
+            asked = [kind for kind in wanted if kind not in row]
+            if roster.user.value("uid") not in (None, row["user"]["uid"]):
+                self._forget_account()
+            news = fresh or not self._known
+            if news:
+                roster.load(row, ["user", *(kind for kind in wanted if kind in row)], before)
+                for kind in asked:
+                    self._lists[kind].loaded = self._lists[kind].good = False
+            else:
+                self._compare(row, before)
+            self._claim_account()
             for kind in asked:
-                self._lists[kind].loaded = self._lists[kind].good = False
-        self._claim_account()
-        for kind in asked:
-            self._ask(kind)
-        self._patience = client.loop.later(LOOKUP_SECONDS if asked else 0.0, self._run)
+                self._ask(kind)
+            if asked:
+                client.changed.wait_for(
+                    lambda: turn != self._turn or not any(
+                        listing.asking for listing in self._lists.values()), LOOKUP_SECONDS)
+            if client.state != "updating" or turn != self._turn:
+                return  # the link was lost meanwhile
+            if news:
+                self._report_update(["user", "friend", "group"])
+            client.enter("running")
+            if news:
+                client.log.info(f"帐号({client.account})登录成功 (logged in)")
+                client.emit("login", [int(fresh)])
+            self._known = True
+            self._plan_refresh()
+        self.link.ready()
 
-    def _run(self) -> None:
-        client = self._client
-        if client.state != "updating" or self._patience is None:
-            return  # the link was lost meanwhile
-        self._patience.cancel()
-        self._patience = None
-        fresh, self._fresh = self._fresh, None
-        if fresh is not None:
-            self._report_update(["user", "friend", "group"])
-        client.enter("running")
-        if fresh is not None:
-            client.log.info(f"帐号({client.account})登录成功 (logged in)")
-            client.emit("login", [int(fresh)])
-        self._known = True
-        self._work(self.link.ready)
-        self._plan_refresh()
+    def _forget_account(self) -> None:
+        """Another account is logged in at the bridge."""
+        self._known = False
+        self._client.talk.queue.give_up()
+        self._lists = {kind: Listing() for kind in self._lists}
+        if self._claim:
+            self._claim.drop()
+            self._claim = None
+        roster = self._client.roster
+        roster.load({"friend": [], "group": []}, ["friend", "group"], roster.changes)
 
     def _claim_account(self) -> None:
         """Two clients of one account hear and answer everything twice."""
@@ -9622,103 +9549,69 @@ class Login:
             client.warn("claim", "")
         except Refusal as refusal:
             client.warn("claim", f"{refusal.status}: both hear and answer the same; stop one")
-            if self._claiming:
-                self._claiming.cancel()
-            self._claiming = client.loop.later(LIST_SECONDS, self._claim_account)  # it may stop
+            self._plan("claim", LIST_SECONDS, self._claim_account)  # it may stop
 
-    # -- lists that the link tells apart from the roster
+    def end(self) -> None:
+        """The client stops."""
+        self._cancel()
+        self.link.close()
+        if self._claim:
+            self._claim.drop()
+        if self.network:
+            self.network.stop()
 
-    def _ask(self, kind: str) -> None:
-        """Ask the link for a list, unless that is under way."""
-        listing = self._lists[kind]
-        if listing.timer:
-            listing.timer.cancel()
-        if not listing.asking:
-            listing.asking, listing.began = True, self._client.loop.clock()
-            self._askers.submit(self._fetch, kind, listing, self._client.roster.changes)
+    def _plan(self, what: str, seconds: float, act: Callable[..., None], *args: Any) -> None:
+        """Have something done later, instead of what was planned under the same name."""
+        if what in self._plans:
+            self._plans[what].cancel()
+        self._plans[what] = self._client.timers.later(seconds, act, *args)
 
-    def _fetch(self, kind: str, listing: Listing, before: int) -> None:
-        rows, why = None, ""
-        try:
-            rows = self.link.list(kind)
-        except OpenQQError as error:
-            why = error.status
-        except Exception as error:  # whatever a link does, it is asked again
-            why = repr(error)
-        self._client.loop.call(self._listed, kind, listing, rows, why, before)
+    def _cancel(self) -> None:
+        """This login is over, or what it shows: nothing that was planned for it happens."""
+        for what, timer in self._plans.items():
+            if what != "claim":
+                timer.cancel()
+        self._turn += 1
+        self._client.changed.notify_all()
 
-    def _listed(self, kind: str, listing: Listing, rows: Optional[List[Row]], why: str,
-                before: int) -> None:
-        """A list came, or did not: what is known changes only by one that is believed."""
-        client, roster = self._client, self._client.roster
-        listing.asking = False
-        if client.state == "stop" or listing is not self._lists[kind]:
-            return  # the latter is of another account
-        wait = DOUBT_SECONDS / 4
-        if rows is None:
-            listing.failures += 1
-            wait = backoff(listing.failures + 1, LIST_SECONDS)
-            why = f"cannot be had: {why}"
-        else:
-            why = listing.doubt.about(roster.table(kind), [row["uid"] for row in rows],
-                                      client.loop.clock())
-        listing.good = not why
-        client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, and "
-                    "it is asked again")
-        if why or rows is None:
-            listing.timer = client.loop.later(wait, self._ask, kind)
-        elif listing.loaded:
-            self._compare({kind: rows}, before)
-        else:
-            roster.load({kind: rows}, [kind], before)
-            if client.state == "running":
-                self._report_update([kind])
-        listing.loaded = listing.loaded or not why
-        listing.failures = listing.failures if why else 0
-        waiting, listing.waiting = listing.waiting, []
-        for promise in waiting:
-            promise.keep()
-        if client.state == "updating" and not any(each.asking for each in self._lists.values()):
-            self._run()
-
-    def look_for(self, kind: str, uid: str) -> Optional[Thing]:
-        """Whom a message goes to that the roster lacks; None if there is nobody. From any thread.
-
-        While the list is doubted anybody may be meant; a good one may be of before.
-        """
-        client, listing = self._client, self._lists.get(kind)
-        if listing is None or not self.link.real or not number_of(uid):
-            return None
-        if kind == "group" and listing.good:
-            try:
-                row = self.link.find_group(uid)
-            except Unreachable:
-                return THINGS[kind]({"uid": uid, "id": uid, "name": uid})  # it does not say
-            if row:
-                client.loop.ask(client.talk.happen, {"event": "new_group", "object": row})
-        elif listing.good:
-            promise: Promise = client.loop.ask(self._ask_for_one, kind)
-            try:
-                promise.wait(DETAIL_SECONDS)
-            except TimeoutError:
-                listing.good = False  # until it comes
-        known: Optional[Thing] = client.roster.table(kind).get(uid)
-        stranger = THINGS[kind]({"uid": uid, "id": uid, "name": uid})
-        return known or (None if listing.good else stranger)
-
-    def _ask_for_one(self, kind: str) -> Promise:
-        promise, listing, loop = Promise(), self._lists[kind], self._client.loop
-        listing.waiting.append(promise)
-        wait = listing.began + LOGIN_SECONDS - loop.clock()
-        if wait > 0 and not listing.asking:
-            listing.timer = loop.later(wait, self._ask, kind)  # callers may come one by one
-        else:
-            self._ask(kind)
-        return promise
+    # -- what changes while it runs
 
     def _kinds(self, setting: str) -> List[str]:
         return [kind for kind in ("friend", "group", "discuss")
                 if getattr(self._client.settings, setting + kind)]
+
+    def _plan_refresh(self) -> None:
+        interval = self._client.settings.update_interval
+        if interval:
+            self._plan("refresh", max(1.0, interval), self._workers.submit, self._attempt,
+                       self._refresh)
+
+    def _refresh(self) -> None:
+        """In a worker: look at what is known, and have the lists asked for."""
+        client, before = self._client, self._client.roster.changes
+        row = self.link.roster()
+        with client.lock:
+            if client.state == "running":
+                row["user"]["state"] = client.settings.mode
+                self._compare(row, before)
+                self._claim_account()
+                for kind in self._kinds("is_update_"):
+                    if kind not in row:
+                        self._ask(kind)
+                self._plan_refresh()
+
+    def _compare(self, row: Row, before: int) -> None:
+        """Report what happened between the roster, when there had been `before` changes of it, and
+        what the link tells now of some kinds."""
+        client = self._client
+        kinds = [kind for kind in (["user"] if client.settings.is_update_user else [])
+                 + self._kinds("is_update_") if kind in row]
+        with client.batch():
+            for item in client.roster.differences(row, kinds, before):
+                client.talk.happen(item)
+            if "group" in kinds:
+                client.details.check(row["group"])
+            self._report_update(kinds)
 
     def _report_update(self, kinds: Iterable[str]) -> None:
         roster = self._client.roster
@@ -9728,42 +9621,88 @@ class Login:
             if kind in kinds:
                 self._client.emit("update_" + kind, [roster.to_json(kind, members=False)])
 
-    def _plan_refresh(self) -> None:
-        interval = self._client.settings.update_interval
-        if self._refresh:
-            self._refresh.cancel()  # a login may have come while one was under way
-        if interval:
-            self._refresh = self._client.loop.later(max(1.0, interval), self._work, self._update)
+    # -- lists that the link tells apart from the roster
 
-    def _update(self) -> None:
-        before = self._client.roster.changes
-        self._client.loop.call(self._updated, self.link.roster(), before)
+    def is_certain(self, kind: str) -> bool:
+        """Whether who is not on the list is new: it is good, or not wanted at all."""
+        wanted = kind in self._kinds("is_init_")
+        return not self.link.real or self._lists[kind].good or not wanted
 
-    def _updated(self, row: Row, before: int) -> None:
-        if self._client.state == "running":
-            row["user"]["state"] = self._client.settings.mode
-            self._compare(row, before)
-            self._claim_account()
-            for kind in self._kinds("is_update_"):
-                if kind not in row:
-                    self._ask(kind)
-            self._plan_refresh()
+    def _ask(self, kind: str) -> None:
+        """Have the link asked for a list now, unless that is under way."""
+        listing = self._lists[kind]
+        if kind in self._plans:
+            self._plans[kind].cancel()
+        if not listing.asking:
+            listing.asking, listing.began = True, self._client.timers.clock()
+            self._askers.submit(self._fetch, kind, listing)
 
-    def _compare(self, row: Row, before: int) -> None:
-        """Report what happened between the roster, when there had been `before` changes of it, and
-        what the link tells now of some kinds."""
-        client = self._client
-        kinds = [kind for kind in (["user"] if client.settings.is_update_user else [])
-                 + self._kinds("is_update_") if kind in row]
-        for item in client.roster.differences(row, kinds, before):
-            client.talk.happen(item)
-        if "group" in kinds:
-            client.details.check(row["group"])
-        self._report_update(kinds)
+    def _fetch(self, kind: str, listing: Listing) -> None:
+        """In a worker: ask for a list. What is known changes only by one that is believed."""
+        client, roster = self._client, self._client.roster
+        before = roster.changes
+        rows: Optional[List[Row]] = None
+        try:
+            rows = self.link.list(kind)
+        except Exception as error:  # whatever a link does, it is asked again
+            why = f"cannot be had: {getattr(error, 'status', repr(error))}"
+        with client.lock:
+            listing.asking = False
+            if client.state == "stop" or listing is not self._lists[kind]:
+                return  # the latter is of another account
+            wait = DOUBT_SECONDS / 4
+            if rows is None:
+                listing.failures += 1
+                wait = backoff(listing.failures + 1, LIST_SECONDS)
+            else:
+                why = listing.doubt.about(roster.table(kind), [row["uid"] for row in rows])
+            listing.good = not why
+            client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, "
+                        "and it is asked again")
+            if why or rows is None:
+                self._plan(kind, wait, self._ask, kind)
+            else:
+                if listing.loaded:
+                    self._compare({kind: rows}, before)
+                else:
+                    roster.load({kind: rows}, [kind], before)
+                    if client.state == "running":
+                        self._report_update([kind])
+                listing.loaded, listing.failures = True, 0
+            listing.answers += 1
+            client.changed.notify_all()
+
+    def look_for(self, kind: str, uid: str) -> Optional[Thing]:
+        """Whom a message goes to that the roster lacks; None if there is nobody. From any thread.
+
+        While the list is doubted anybody may be meant; a good one may be of before.
+        """
+        client, listing = self._client, self._lists.get(kind)
+        if listing is None or not self.link.real or not number_of(uid):
+            return None
+        stranger = THINGS[kind]({"uid": uid, "id": uid, "name": uid})
+        if kind == "group" and listing.good:
+            try:
+                row = self.link.find_group(uid)
+            except Unreachable:
+                return stranger  # it does not say
+            if row:
+                with client.lock:
+                    client.talk.happen({"event": "new_group", "object": row})
+        elif listing.good:
+            with client.lock:
+                answers = listing.answers
+                if not listing.asking:  # not for each: callers may come one by one
+                    wait = listing.began + LOGIN_SECONDS - client.timers.clock()
+                    self._plan(kind, max(0.0, wait), self._ask, kind)
+                if not client.changed.wait_for(lambda: listing.answers != answers, DETAIL_SECONDS):
+                    listing.good = False  # until it comes
+        known: Optional[Thing] = client.roster.table(kind).get(uid)
+        return known or (None if listing.good else stranger)
 
 
 class Composer:
-    """Makes messages, as they are reported, of what comes and goes. In its client's loop."""
+    """Makes messages, as they are reported, of what comes and goes. With the client's lock held."""
 
     def __init__(self, client: Client, answer: Callable[[Message, str], None]) -> None:
         self._client, self._answer = client, answer
@@ -9829,12 +9768,12 @@ class Composer:
     def keep_media(self, message: Message, media: Row) -> None:
         """Put a picture that came on the shelf, and tell of it."""
         data, name = base64.b64decode(media["data"]), str(media["name"])
-        try:
-            keep = self._client.settings.download_media
-            row = self._client.papers.shelf.put(data, name) if keep else unkept_media(data, name)
-        except OSError as error:
-            self._client.log.warn(f"a picture could not be kept: {error}")
-            row = unkept_media(data, name)
+        row = unkept_media(data, name)
+        if self._client.settings.download_media:
+            try:
+                row = self._client.papers.shelf.put(data, name)
+            except OSError as error:
+                self._client.log.warn(f"a picture could not be kept: {error}")
         self.add_media(message, row, media["data"])
 
     def show_links(self, message: Message, item: Row) -> None:
@@ -9846,36 +9785,35 @@ class Composer:
 
 
 class Talk:
-    """What an account says and hears. In its client's loop."""
+    """What an account says and hears."""
 
-    def __init__(self, client: Client, link: Link) -> None:
-        self._client, self._link = client, link
+    def __init__(self, client: Client) -> None:
+        self._client, self._link = client, client.link
         self._composer = Composer(client, self._answer)
         settings, interval = client.settings, client.settings.send_interval
-        self.queue = SendQueue(client.loop, link.send,
-                               link.send_interval if interval is None else interval, link.batch,
-                               settings.msg_ttl, self._sent, self._release, client.log)
-        self._held: List[Tuple[List[Row], Promise]] = []  # what came while a send was under way
-        self._own: List[Row] = []                         # what the account itself sent, meanwhile
-        self._own_timer: Optional[Timer] = None           # when it is told all the same
+        self.queue = SendQueue(
+            client.lock, self._link.send,
+            self._link.send_interval if interval is None else interval, self._link.batch,
+            settings.msg_ttl, self._sent, client.log)
         self._ids = MessageIds()
-        self._expected: Dict[str, List[Promise]] = {}  # friend's uid -> who waits for its word
-        self._founded: Dict[str, List[Promise]] = {}   # group's uid -> who waits for it
-        self.numbers: Dict[str, Any] = {}  # id of a message -> the link's number for it
-        self._answered_later: List[Tuple[str, Promise, Message]] = []  # mark, who waits, for what
+        self.numbers: Dict[str, Any] = {}         # id of a message -> the link's number for it
+        self._own: List[Row] = []                 # what we sent, it seems, while a send was under way
+        self._own_timer: Optional[Timer] = None   # when it is told all the same
+        self._answered: List[Tuple[str, Job]] = []  # sent, and answered by the item of a mark to come
+        self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
+        self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
+
+    # -- saying
 
     def is_full(self) -> bool:
         """Whether so many messages wait that no more are taken."""
-        return bool(self.queue.waiting() >= self._client.settings.send_queue_max_size)
+        return self.queue.waiting() >= int(self._client.settings.send_queue_max_size)
 
-    def put(self, type: str, content: str, uid: Optional[str], circle: str, origin: str,
-            via: str, media: Optional[Row], cq: bool, promise: Promise) -> None:
+    def send(self, type: str, content: str, uid: Optional[str], circle: str, origin: str,
+             via: str, media: Optional[Row], cq: bool) -> Future[Message]:
         """Make a message and queue it; `media` is a row of the shelf, or None."""
-        if self._client.state != "running":
-            return promise.fail(NotRunning(state=self._client.state))
+        client, future = self._client, Future()  # type: Client, Future[Message]
         kind = CIRCLE_OF.get(type, via)
-        message = self._composer.compose(type, kind, circle, content, str(self._ids.next()))
-        self._composer.own(message, uid, origin, "local", str(int(time.time())))
         row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None,
                     "cq": cq}
         if media:
@@ -9883,25 +9821,55 @@ class Talk:
                 read_file(media["media_path"] or "") or b"").decode()
             row["media"] = {"name": media["media_name"], "mime": media["media_mime"], "data": data,
                             "url": media.get("url"), "path": media.get("path")}
-            self._composer.add_media(message, media, data)
-        job = Job(message, row, promise)
-        if is_sendable(message.content):
-            self.queue.put(job)
-        else:
-            self._sent(job, {"code": -1, "info": "数据格式错误"})
+        with client.lock:
+            if client.state != "running":
+                future.set_exception(NotRunning(state=client.state))
+                return future
+            message = self._composer.compose(type, kind, circle, content, str(self._ids.next()))
+            self._composer.own(message, uid, origin, "local", str(int(time.time())))
+            if media:
+                self._composer.add_media(message, media, data)
+            job = Job(message, row, future)
+            if is_sendable(message.content):
+                self.queue.put(job)
+            else:
+                self._sent([(job, {"code": -1, "info": "数据格式错误"})])
+        return future
 
-    def _sent(self, job: Job, result: Row) -> None:
-        """Whoever waits for the outcome hears of it when what was answered on the spot is there."""
-        message, loop = job.message, self._client.loop
-        self._number(message.id, result.get("number", 0))
-        message.ttl -= job.tries
-        self._tell_outcome(message, result, "")
-        mark = result.get("mark", "")
-        if mark and not self._is_old(mark):
-            self._answered_later.append((mark, job.promise, message))
-            loop.later(ECHO_SECONDS, job.promise.keep, message)
-        else:
-            loop.call(job.promise.keep, message)  # after the flush that emit asked for
+    def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None) -> None:
+        """Send text, or media, to where a message, as it was reported, came from or went to."""
+        if self.is_full():
+            return self._client.log.warn("send queue full: a reply is not sent")
+        uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
+        kind = CIRCLE_OF.get(row["type"], str(row.get("via") or ""))
+        circle = str(row["group_uid"]) if kind == "group" else ""
+        if kind == "discuss":  # shows no uid, and its id changes with a scan
+            found = self._client.roster.search(kind, {"id": str(row["discuss_id"])})
+            circle = str(found[0].uid) if found else ""
+        alone = row["type"] in ("friend_message", "sess_message")
+        self.send(row["type"], text, str(uid) if alone else None, circle, origin,
+                  kind if alone else "", media, False)
+
+    def _answer(self, message: Message, text: str) -> None:
+        self.reply(message.to_json({}), text, "code")
+
+    def _sent(self, outcomes: List[Tuple[Job, Row]]) -> None:
+        """Report what became of messages. Who waits for it hears of it when what was answered on
+        the spot is there too, and everything has survived."""
+        with self._client.batch():
+            for job, result in outcomes:
+                self._number(job.message.id, result.get("number", 0))
+                job.message.ttl -= job.tries
+                self._tell_outcome(job.message, result, "")
+            if not self.queue.busy:
+                self._tell_own()
+        for job, result in outcomes:
+            mark = result.get("mark", "")
+            if mark and not self._is_old(mark):
+                self._answered.append((mark, job))
+                self._client.timers.later(ECHO_SECONDS, settle, job.future, job.message)
+            else:
+                settle(job.future, job.message)
 
     def _number(self, id: str, number: Any) -> None:
         """Keep what a message is revoked by."""
@@ -9915,6 +9883,92 @@ class Talk:
         message.msg = flavour.sent["status"] if message.code == 0 else flavour.not_sent
         self._client.emit_message(message, mark)
 
+    # -- hearing
+
+    def receive(self, items: List[Row]) -> str:
+        """Take over what a link brought; the mark of what is safe on disk then. NotRunning.
+
+        While a send is under way it waits for that: nobody is to hear the echo before the call.
+        """
+        client, queue = self._client, self.queue
+        with client.lock:
+            if queue.busy:  # it may be what we are sending: the answer tells its number
+                own = [item for item in items if item["do"] == "sent"]
+                items = [item for item in items if item["do"] != "sent"]
+                if own and not self._own:
+                    self._own_timer = client.timers.later(BRIDGE_SECONDS, self._tell_own)
+                self._own += own
+                if self._link.echoes:
+                    began = queue.began
+                    left = began + ECHO_SECONDS - client.timers.clock()
+                    queue.changed.wait_for(lambda: not queue.busy or queue.began != began,
+                                           max(0.0, left))
+            if client.ended:
+                raise NotRunning("stopping")
+            with client.batch():
+                for item in items:
+                    if not self._is_old(item["mark"]):
+                        try:
+                            self._take(item, item["mark"])
+                        except Exception:  # one that cannot be understood must not stop all others
+                            client.log.failure("an item of the link")
+                            client.spool.advance(item["mark"])
+            for mark, job in self._answered:
+                if self._is_old(mark):
+                    settle(job.future, job.message)
+            self._answered = [entry for entry in self._answered if not entry[1].future.done()]
+            return str(client.spool.mark)
+
+    def _is_old(self, mark: str) -> bool:
+        """Whether it came before: our answer to that was lost with a connection."""
+        era, _, number = mark.partition(":")
+        old_era, _, old_number = str(self._client.spool.mark or "").partition(":")
+        return era == old_era and int(number) <= int(old_number)
+
+    def _take(self, item: Row, mark: str) -> None:
+        if item["do"] == "message":
+            self._hear(item, mark)
+        elif item["do"] == "sent":
+            self._hear_own(item, mark)
+        elif not self.happen(item, mark):
+            self._client.spool.advance(mark)
+
+    def _hear(self, item: Row, mark: str) -> None:
+        """A message came: report it."""
+        client, composer = self._client, self._composer
+        kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
+        message = composer.compose(item["type"], kind, str(item.get(kind)), item["content"],
+                                   item["id"], item.get("group_name") or "")
+        thing = composer.find(item["uid"], message.circle)
+        if thing is None and "sender" in item and (
+                message.circle and not message.circle.loaded or not client.is_certain("friend")):
+            thing = (GroupMember if message.circle else Friend)(item["sender"])
+        if thing is None and client.settings.ignore_unknown_id:
+            return client.spool.advance(mark)
+        if not kind or item["type"] == "sess_message":
+            message.peer_uid = item["uid"]
+        message.__dict__.update({"class": "recv", "post_type": "receive_message",
+                                 "time": item["time"]})
+        composer.name(message, "receiver", client.roster.user, {})
+        composer.name(message, "sender", thing, {**item, "id": item.get("sender_id")})
+        if item.get("media"):
+            composer.keep_media(message, item["media"])
+        if "number" in item:
+            self._number(message.id, item["number"])
+        composer.show_links(message, item)
+        for future in self._expected.pop(item["uid"], []) if not kind else []:
+            settle(future, message.content)
+        client.emit_message(message, mark)
+
+    def _tell_own(self) -> None:
+        """What came while a send was under way, and may be that."""
+        if self._own_timer:
+            self._own_timer.cancel()
+        own, self._own = self._own, []
+        with self._client.batch():
+            for item in own:
+                self._hear_own(item, "")
+
     def _hear_own(self, item: Row, mark: str) -> None:
         """The account sent something, from another device unless it was we."""
         if item["number"] is not None and str(item["number"]) in map(str, self.numbers.values()):
@@ -9927,130 +9981,6 @@ class Talk:
         self._number(message.id, item["number"])
         self._tell_outcome(message, {"code": 0, "info": "发送正常"}, mark)
 
-    def _answer_those_who_wait(self) -> None:
-        waiting, self._answered_later = self._answered_later, []
-        for mark, promise, message in waiting:
-            if self._is_old(mark):
-                promise.keep(message)
-            elif not promise.kept:
-                self._answered_later.append((mark, promise, message))
-
-    def _hear(self, item: Row, mark: str) -> None:
-        """A message came: report it."""
-        kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
-        message = self._composer.compose(item["type"], kind, str(item.get(kind)), item["content"],
-                                         item["id"], item.get("group_name") or "")
-        thing = self._composer.find(item["uid"], message.circle)
-        if thing is None and "sender" in item and (
-                message.circle and not message.circle.loaded or not self._client.is_certain(
-                    "friend")):
-            thing = (GroupMember if message.circle else Friend)(item["sender"])
-        if thing is None and self._client.settings.ignore_unknown_id:
-            return self._client.spool.advance(mark)
-        if not kind or item["type"] == "sess_message":
-            message.peer_uid = item["uid"]
-        message.__dict__.update({"class": "recv", "post_type": "receive_message",
-                                 "time": item["time"]})
-        self._composer.name(message, "receiver", self._client.roster.user, {})
-        self._composer.name(message, "sender", thing, {**item, "id": item.get("sender_id")})
-        if item.get("media"):
-            self._composer.keep_media(message, item["media"])
-        if "number" in item:
-            self._number(message.id, item["number"])
-        self._composer.show_links(message, item)
-        for promise in self._expected.pop(item["uid"], []) if not kind else []:
-            promise.keep(message.content)
-        self._client.emit_message(message, mark)
-
-    def expect_group(self, uid: str) -> Promise:
-        """A group that was just founded, once the roster has it."""
-        promise = Promise()
-        self._client.loop.call(self._meet_group, uid, promise)
-        return promise
-
-    def _meet_group(self, uid: str, promise: Promise) -> None:
-        group = self._client.roster.group.get(uid)
-        if group:
-            promise.keep(group)
-        else:
-            self._founded.setdefault(uid, []).append(promise)
-
-    def expect(self, uid: str) -> Promise:
-        """What the next message from a friend says."""
-        promise = Promise()
-        self._client.loop.call(lambda: self._expected.setdefault(uid, []).append(promise))
-        return promise
-
-    def expect_no_more(self, uid: str, promise: Promise) -> None:
-        """One of those who expect() a friend's word gives up."""
-        self._client.loop.call(self._give_up, uid, promise)
-
-    def _give_up(self, uid: str, promise: Promise) -> None:
-        left = [other for other in self._expected.pop(uid, []) if other is not promise]
-        if left:
-            self._expected[uid] = left
-
-    def receive(self, items: List[Row]) -> Promise:
-        """Take over what a link brought; brings the mark of what is safe on disk then.
-
-        While a send is under way it waits for that: nobody is to hear the echo before the call.
-        """
-        promise = Promise()
-        if self.queue.busy:  # it may be what we are sending: the answer tells its number
-            own = [item for item in items if item["do"] == "sent"]
-            items = [item for item in items if item["do"] != "sent"]
-            if own and not self._own:
-                self._own_timer = self._client.loop.later(BRIDGE_SECONDS, self._tell_own)
-            self._own += own
-        self._held.append((items, promise))
-        left = self.queue.began + ECHO_SECONDS - self._client.loop.clock()
-        if self.queue.busy and self._link.echoes and left > 0:
-            self._client.loop.later(left, self._release)
-        else:
-            self._release()
-        return promise
-
-    def _tell_own(self) -> None:
-        if self._own_timer:
-            self._own_timer.cancel()
-        own, self._own = self._own, []
-        for item in own:
-            self._hear_own(item, "")
-        self._client.flush()
-
-    def _release(self) -> None:
-        if self._own and not self.queue.busy:
-            self._tell_own()
-        held, self._held = self._held, []
-        for items, promise in held:
-            promise.keep(self._take(items))
-
-    def _take(self, items: List[Row]) -> str:
-        for item in items:
-            if not self._is_old(item["mark"]):
-                try:
-                    self._take_one(item, item["mark"])
-                except Exception:  # one that cannot be understood must not stop all others
-                    self._client.log.failure("an item of the link")
-                    self._client.spool.advance(item["mark"])
-        self._client.flush()
-        self._answer_those_who_wait()
-        return str(self._client.spool.mark)
-
-    def _take_one(self, item: Row, mark: str) -> None:
-        if item["do"] == "message":
-            self._hear(item, mark)
-        elif item["do"] == "sent":
-            self._hear_own(item, mark)
-        elif not self.happen(item, mark):
-            self._client.spool.advance(mark)
-
-    def _is_old(self, mark: str) -> bool:
-        """Whether it came before: our answer to that was lost with a connection."""
-        era, _, number = mark.partition(":")
-        old_era, _, old_number = str(self._client.spool.mark or "").partition(":")
-        return era == old_era and int(number) <= int(old_number)
-
     def happen(self, item: Row, mark: str = "") -> bool:
         """Let an event of the link change the roster, and report it; False if it is void."""
         found = self._client.roster.apply(item)
@@ -10058,36 +9988,41 @@ class Talk:
             return False
         if found:
             self._client.emit(*found, mark, item.get("time"))
-            for promise in self._founded.pop(item.get("object", {}).get("uid"), []):
-                promise.keep(found[1][0])
+            for future in self._founded.pop(item.get("object", {}).get("uid"), []):
+                settle(future, found[1][0])
         return found is not None
 
-    def _answer(self, message: Message, text: str) -> None:
-        self.reply(message.to_json({}), text, "code")
+    def expect_group(self, uid: str) -> Future[Group]:
+        """A group that was just founded, once the roster has it."""
+        future: Future[Group] = Future()
+        with self._client.lock:
+            group = self._client.roster.group.get(uid)
+            if group:
+                settle(future, group)
+            else:
+                self._founded.setdefault(uid, []).append(future)
+        return future
 
-    def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None) -> None:
-        """Send text, or media, to where a message, as it was reported, came from or went to."""
-        if self.is_full():
-            return self._client.log.warn("send queue full: a reply is not sent")
-        uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
-        kind = CIRCLE_OF.get(row["type"], str(row.get("via") or ""))
-        alone = row["type"] in ("friend_message", "sess_message")
-        self._client.send(row["type"], text, str(uid) if alone else None,
-                          self._circle_uid(kind, row), origin, kind if alone else "", media)
+    def expect(self, uid: str) -> Future[str]:
+        """What the next message from a friend says."""
+        future: Future[str] = Future()
+        with self._client.lock:
+            self._expected.setdefault(uid, []).append(future)
+        return future
 
-    def _circle_uid(self, kind: str, row: Row) -> str:
-        if kind == "discuss":  # shows no uid, and its id changes with a scan
-            found = self._client.roster.search(kind, {"id": str(row["discuss_id"])})
-            return str(found[0].uid) if found else ""
-        return str(row["group_uid"]) if kind else ""
+    def expect_no_more(self, uid: str, future: Future[str]) -> None:
+        """One of those who expect() a friend's word gives up."""
+        with self._client.lock:
+            left = [other for other in self._expected.pop(uid, []) if other is not future]
+            if left:
+                self._expected[uid] = left
 
 
 class Client:
     """One account: its states, its roster, its messages. The public face is that of Mojo::Webqq.
 
-    Settings are given as keyword arguments, else taken from the environment. run() works in the
-    thread that calls it, which owns the state; the other methods may be called from anywhere.
-    Refusal if it cannot start.
+    Settings are given as keyword arguments, else taken from the environment. run() keeps the thread
+    that calls it; the methods may be called from anywhere. Refusal if it cannot start.
     """
 
     def __init__(self, **given: Any) -> None:
@@ -10108,21 +10043,30 @@ class Client:
             remove_leftovers(path)
         self.papers.share_secrets()
         self.start_time = int(time.time())
-        self.loop = Loop(self.log)
+        # The lock guards everything that changes from here on, and so all of the roster, the
+        # queues, the spool, the outlets' reporters, and what Login, Details and Talk know.
+        # Nobody who holds it waits for a network, or calls into the local one.
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)  # a list came, members, an event was posted
+        self.timers = self.loop = Timers(self.lock, self.log)
         self.state = self.previous_state = self.error = self.qrcode_text = ""
         self.warnings: Dict[str, str] = {}           # what about -> what does not stop the account
         self.since = 0.0                             # in this state
         self.port = 0                                # of the API, once it is there
-        self.roster = Roster(self.flavour.fields)
+        self.ended = False
+        self.roster = Roster(self.flavour.fields, self.lock)
         self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log, bulk_of)
         self.outlets: List[Outlet] = []
         self.plugins: List[Plugin] = []
         self.closing: List[Callable[[], Any]] = []  # the plugins' ends; True: wait a moment
         self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
         self._crew = ThreadPool(1, "callbacks", self.log)
+        self._batches = 0                            # batch() within batch()
         self._login = Login(self)
-        self.talk = Talk(self, self._login.link)
+        self.link = self._login.link
+        self.look_for, self.is_certain = self._login.look_for, self._login.is_certain
         self.details = Details(self)
+        self.talk = Talk(self)
         self.enter("init")
 
     # -- the public face
@@ -10143,7 +10087,7 @@ class Client:
             plugin.data, plugin.call_on_load = data or {}, call_on_load
             self.plugins.append(plugin)
             if call_on_load:
-                self.loop.catch_signals(self._signalled)  # it may serve from now on
+                self.timers.catch_signals(self._signalled)  # it may serve from now on
                 self._call_plugin(plugin)
 
     def _call_plugin(self, plugin: Plugin) -> None:
@@ -10155,15 +10099,17 @@ class Client:
 
     def run(self) -> int:
         """Log in and work until somebody says stop; the process's exit status."""
-        self.loop.catch_signals(self._signalled)
+        self.timers.catch_signals(self._signalled)
         if self.parent:
-            self.loop.watch(self.parent.life, self._orphaned)
-        self.enter("loading")
+            self.timers.watch(self.parent.life, self._orphaned)
+        with self.lock:
+            if self.state != "stop":
+                self.enter("loading")
         for plugin in sorted(self.plugins, key=lambda plugin: -plugin.priority):
             if not plugin.call_on_load:
                 self._call_plugin(plugin)
-        self.loop.call(self._begin)
-        self.loop.run()
+        self.timers.later(0.0, self._begin)  # a signal may come first
+        self.timers.run()
         return 0
 
     def take_listener(self) -> Optional[socket.socket]:
@@ -10179,53 +10125,47 @@ class Client:
 
     def stop(self) -> None:
         """End cleanly: report it, give the queue a moment, remove pid and QR code."""
-        self.loop.call(self._stop)
+        with self.lock:
+            if self.state == "stop":
+                return
+            self.log.info("客户端停止运行 (stopping)")
+            self.enter("stop")
+            unsent = self.talk.queue.give_up()
+            if unsent:
+                self.log.warn(f"{unsent} message(s) waited to be sent, and were not")
+            self.emit("stop", [])
+            spawn(self._wind_up, name="stop")
 
     def relogin(self) -> None:
         """Drop the login and ask to be scanned anew."""
-        self.loop.call(self._login.anew)
+        self._login.anew()
 
     def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
              origin: str = "api", via: str = "", media: Optional[Row] = None,
-             cq: bool = False) -> Promise:
+             cq: bool = False) -> Future[Message]:
         """Queue a message to a uid, or to a group or discuss (`circle`, its uid).
 
         `type` is a message's type, `via` group or discuss for a sess_message, `media` a row of the
-        client's shelf; with `cq` a bridge reads CQ codes in `content`. The promise brings the
+        client's shelf; with `cq` a bridge reads CQ codes in `content`. The future brings the
         Message, with code, info and msg set.
         """
-        promise = Promise()
-        self.loop.call(self.talk.put, type, content, uid, circle, origin, via, media, cq, promise)
-        return promise
+        return self.talk.send(type, content, uid, circle, origin, via, media, cq)
 
-    def send_friend_message(self, friend: Friend, content: str) -> Promise:
+    def send_friend_message(self, friend: Friend, content: str) -> Future[Message]:
         """Queue a message to a friend."""
         return self.send("friend_message", content, friend.uid, origin="code")
 
-    def send_group_message(self, group: Group, content: str) -> Promise:
+    def send_group_message(self, group: Group, content: str) -> Future[Message]:
         """Queue a message to a group."""
         return self.send("group_message", content, circle=group.uid, origin="code")
 
-    def send_discuss_message(self, discuss: Discuss, content: str) -> Promise:
+    def send_discuss_message(self, discuss: Discuss, content: str) -> Future[Message]:
         """Queue a message to a discuss."""
         return self.send("discuss_message", content, circle=discuss.uid, origin="code")
 
-    def send_sess_message(self, member: Thing, circle: Circle, content: str) -> Promise:
+    def send_sess_message(self, member: Thing, circle: Circle, content: str) -> Future[Message]:
         """Queue a temporary session's message to a member of a group or discuss."""
         return self.send("sess_message", content, member.uid, circle.uid, "code", circle.kind)
-
-    @property
-    def link(self) -> Link:
-        """The account's link."""
-        return self._login.link
-
-    def look_for(self, kind: str, uid: str) -> Optional[Thing]:
-        """A friend or group that the roster lacks and a message may go to, or None."""
-        return self._login.look_for(kind, uid)
-
-    def is_certain(self, kind: str) -> bool:
-        """Whether who is not on the list of friends, or of groups, is none."""
-        return self._login.is_certain(kind)
 
     def public_url(self) -> str:
         """How this server is reached from outside, or its controller."""
@@ -10238,14 +10178,13 @@ class Client:
         query = "?" + urllib.parse.urlencode(params) if params else ""
         return f"{self.public_url()}{self.flavour.prefix}{api}{query}"
 
-    # -- the state, in the loop's thread
+    # -- the state, with the lock held
 
     def _begin(self) -> None:
-        if self.state == "stop":
-            return  # a signal came first
-        for outlet in self.outlets:
-            outlet.start()
-        self._login.begin()
+        if self.state != "stop":
+            for outlet in self.outlets:
+                outlet.start()
+            self._login.begin()
 
     def enter(self, state: str, error: str = "") -> None:
         """The one door for a change of state: the file first, then everybody hears of it."""
@@ -10274,45 +10213,6 @@ class Client:
             del self.warnings[about]
         self.papers.write_state(self)
 
-    def _stop(self) -> None:
-        if self.state == "stop":
-            return
-        self.log.info("客户端停止运行 (stopping)")
-        self.enter("stop")
-        unsent = self.talk.queue.give_up()
-        if unsent:
-            self.log.warn(f"{unsent} message(s) waited to be sent, and were not")
-        self.emit("stop", [])
-        self.loop.later(STOP_SECONDS, self._hold)
-        waiting = [outlet for outlet in self.outlets if outlet.waiting()]
-        for outlet in waiting:
-            outlet.drain(self._drained)
-        if not waiting:
-            self._end()
-
-    def _drained(self) -> None:
-        if not any(outlet.waiting() for outlet in self.outlets):
-            self._end()
-
-    def _hold(self) -> None:
-        """The rest waits for the next start; what was sent and not answered would come twice."""
-        self.loop.later(LAND_SECONDS, self._end)
-        for outlet in self.outlets:
-            outlet.hold(self._landed)
-
-    def _landed(self) -> None:
-        if not any(outlet.flying() for outlet in self.outlets):
-            self._end()
-
-    def _end(self) -> None:
-        closing, self.closing = self.closing, []
-        busy = [close() for close in closing]
-        self._login.end()
-        self.spool.close()
-        self.papers.remove_qrcode()
-        self.papers.pid.drop()
-        self.loop.later(READ_SECONDS if any(busy) else 0.0, self.loop.stop)
-
     def _signalled(self, number: int) -> None:
         name = signal.Signals(number).name
         if number == signal.SIGINT and not os.isatty(0):
@@ -10321,17 +10221,61 @@ class Client:
             self._end()  # a second one hurries
         else:
             self.log.info(f"捕获到停止信号[{name[3:]}],准备停止... (signal)")
-            self._stop()
+            self.stop()
 
     def _orphaned(self) -> None:
         parent = self.parent
         if parent and has_ended(parent.life):
-            self.loop.unwatch(parent.life)
+            self.timers.unwatch(parent.life)
             self.parent = None
             self.log.warn("the controller is gone: stopping")
-            self._stop()
+            self.stop()
 
-    # -- events, in the loop's thread
+    def _wind_up(self) -> None:
+        """In a thread of its own: what waits to be posted gets a moment, and after it what is on
+        its way: sent and not answered it would come twice. The rest waits for the next start."""
+        with self.lock:
+            for outlet in self.outlets:
+                if outlet.waiting():
+                    outlet.drain(self.changed.notify_all)
+            self.changed.wait_for(lambda: self.ended or not any(
+                outlet.waiting() for outlet in self.outlets), STOP_SECONDS)
+            for outlet in self.outlets:
+                outlet.hold(self.changed.notify_all)
+            self.changed.wait_for(lambda: self.ended or not any(
+                outlet.flying() for outlet in self.outlets), LAND_SECONDS)
+            self._end()
+
+    def _end(self) -> None:
+        if self.ended:
+            return
+        self.ended = True
+        busy = [close() for close in self.closing]
+        self._login.end()
+        self.spool.close()
+        remove_file(self.settings.qrcode_path)
+        self.papers.pid.drop()
+        self.changed.notify_all()
+        self.timers.later(READ_SECONDS if any(busy) else 0.0, self.timers.stop)
+
+    # -- events, with the lock held
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """What is reported within it goes on its way at its end, all at once."""
+        self._batches += 1
+        try:
+            yield
+        finally:
+            self._batches -= 1
+            self._flush()
+
+    def _flush(self) -> None:
+        """Let what was reported survive, and only then go on its way."""
+        if not self._batches:
+            self.spool.flush()
+            for outlet in self.outlets:
+                outlet.flush()
 
     def emit(self, event: str, params: List[Any], mark: str = "",
              when: Optional[str] = None) -> None:
@@ -10354,13 +10298,7 @@ class Client:
             self.spool.advance(mark)
         for callback in self._callbacks.get(event, []):
             self._crew.submit(self._call_back, event, callback, args)
-        self.loop.call(self.flush)
-
-    def flush(self) -> None:
-        """Let what was reported survive, then go on its way."""
-        self.spool.flush()
-        for outlet in self.outlets:
-            outlet.flush()
+        self._flush()
 
     def _call_back(self, event: str, callback: Callable[..., Any], args: List[Any]) -> None:
         try:
@@ -10413,14 +10351,16 @@ def avatar(uid: str) -> bytes:
     return qr_png(rows, scale=16, quiet=1)
 
 
-def wait_for(request: Request, promise: Promise, seconds: float) -> Any:
-    """What a promise brings; only if that takes more than a moment is the caller watched.
+def wait_for(request: Request, future: Future[Any], seconds: float) -> Any:
+    """What a future brings; only if that takes more than a moment is the caller watched.
     TimeoutError."""
-    moment = min(1.0, seconds)
+    promise = Promise()
+    future.add_done_callback(lambda done: promise.fail(done.exception())  # type: ignore
+                             if done.exception() else promise.keep(done.result()))
     try:
-        return promise.wait(moment)
+        return promise.wait(min(1.0, seconds))
     except TimeoutError:
-        return request.wait(promise, seconds - moment)
+        return request.wait(promise, max(0.0, seconds - 1.0))
 
 
 class Media:
@@ -10945,8 +10885,7 @@ class Api:
     def soon(self, request: Request, what: str, act: Callable[[], None]) -> Row:
         """Have something done in 3 seconds, and the answer that says so."""
         self.check_name(request)
-        loop = self.client.loop
-        loop.call(loop.later, STOP_SECONDS, act)
+        self.client.timers.later(STOP_SECONDS, act)
         return {"account": self.client.account, "code": 0,
                 "status": f"success, client({os.getpid()}) will {what} in 3 seconds"}
 

@@ -3901,7 +3901,8 @@ def test_lists_are_shown_though_the_host_does_not_say_who_is_there(alone):
     link = openqq.LocalLink(lambda verb, row: (_ for _ in ()).throw(openqq.Unreachable()), None,
                             False, "online", openqq.Log())
     client = type("Client", (), {"link": link, "log": openqq.Log(), "flavour": openqq.QQ,
-                                 "roster": openqq.Roster(openqq.QQ.fields), "state": "running"})()
+                                 "roster": openqq.Roster(openqq.QQ.fields, threading.RLock()),
+                                 "state": "running"})()
     client.roster.load({"friend": [{"uid": "1", "name": "x", "state": "online"}]}, ["friend"], 0)
     api = openqq.Api(client, None, False)
     answer = api.handler(openqq.QQ.apis["get_friend_info"])(None)
@@ -5624,7 +5625,7 @@ def change(client, old, new):
 def login(client, fresh):
     print("login", client.account, fresh)
     for friend in client.roster.search("friend", {"name": "小灰"}):
-        print("sent", client.send_friend_message(friend, "我来了").wait(10).code)
+        print("sent", client.send_friend_message(friend, "我来了").result(10).code)
 
 def receive(client, message):
     print("got", message.type, message.sender, message.content, message.receiver,
@@ -7781,30 +7782,38 @@ def test_everybody_who_waits_gets_the_event_and_who_goes_away_takes_none():
 
 
 class Outgoing:
-    """A SendQueue on a bench; `results` are what the link says, 0 or an exception."""
+    """A SendQueue whose clock the test moves; `results` are what the link says, 0 or an exception.
+    """
 
     def __init__(self, interval=0.0, ttl=3, batch=1):
-        self.bench, self.sends, self.outcomes, self.results = Bench(), [], [], []
-        self.queue = openqq.SendQueue(self.bench.loop, self._send, interval, batch, ttl,
-                                      self._sent, lambda: None, self.bench.log)
+        self.now, self.sends, self.outcomes, self.results = 1000.0, [], [], []
+        self.queue = openqq.SendQueue(threading.RLock(), self._send, interval, batch, ttl,
+                                      self._sent, openqq.Log(level="fatal"), lambda: self.now)
 
     def _send(self, rows):
-        self.sends.append((self.bench.now - 1000.0, [row["n"] for row in rows]))
+        self.sends.append((self.now - 1000.0, [row["n"] for row in rows]))
         result = self.results.pop(0) if self.results else 0
         if isinstance(result, Exception):
             raise result
         return [{"code": result, "info": ""} for _ in rows]
 
-    def _sent(self, job, result):
-        self.outcomes.append((job.row["n"], result["code"], result["info"]))
+    def _sent(self, outcomes):
+        self.outcomes += [(job.row["n"], row["code"], row["info"]) for job, row in outcomes]
 
     def put(self, *numbers):
-        for number in numbers:
-            self.queue.put(openqq.Job(None, {"n": number, "content": ""}, None))
+        with self.queue.changed:
+            for number in numbers:
+                self.queue.put(openqq.Job(None, {"n": number, "content": ""}, None))
+
+    def move(self, seconds):
+        """Let time go by, and the queue do what is due then."""
+        with self.queue.changed:
+            self.now += seconds
+            self.queue.changed.notify_all()
+        time.sleep(0.05)
 
     def settle(self, sends):
-        self.bench.until(lambda: len(self.sends) >= sends)
-        self.bench.until(lambda: not self.queue.busy)
+        assert eventually(lambda: len(self.sends) >= sends and not self.queue.busy)
 
 
 def test_messages_go_send_interval_apart_and_the_first_at_once():
@@ -7812,12 +7821,12 @@ def test_messages_go_send_interval_apart_and_the_first_at_once():
     out.put(1, 2, 3)
     out.settle(1)
     for sends in 2, 3:
-        out.bench.move(2.99)
+        out.move(2.99)
         assert len(out.sends) == sends - 1, "too early"
-        out.bench.move(0.01)
+        out.move(0.01)
         out.settle(sends)
     assert [(round(when, 3), rows) for when, rows in out.sends] == [(0, [1]), (3, [2]), (6, [3])]
-    out.bench.move(60)
+    out.move(60)
     out.put(4)
     out.settle(4)
     assert out.sends[-1] == (66, [4]), "at once again"
@@ -7830,7 +7839,7 @@ def test_message_that_surely_was_not_sent_is_tried_msg_ttl_times_before_the_next
         out.put(1, 2)
         for sends in range(1, ttl + 2):
             out.settle(sends)
-            out.bench.move(60)
+            out.move(60)
         assert [rows for _, rows in out.sends] == [[1]] * ttl + [[2]]
         assert out.outcomes == [(1, -5, "TTL失效"), (2, 0, "")]
 
@@ -7842,8 +7851,8 @@ def test_message_whose_answer_was_lost_ends_as_minus_4_and_is_not_repeated(error
     out.results = [error]
     out.put(1, 2)
     out.settle(2)
-    out.bench.until(lambda: len(out.outcomes) == 2)
-    out.bench.move(60)
+    assert eventually(lambda: len(out.outcomes) == 2)
+    out.move(60)
     assert [rows for _, rows in out.sends] == [[1], [2]]
     assert out.outcomes == [(1, -4, f"响应未知: {getattr(error, 'status', repr(error))}"),
                             (2, 0, "")]
