@@ -40,65 +40,20 @@ CONTRACT joins them with what was measured on the wire, DESIGN is how this progr
 """
 from __future__ import annotations
 
-import sys
-import types
-
-
-class Later(types.ModuleType):
-    """Stands in for a module that may never be needed, until something of it is.
-
-    Only the modules that are imported below get to see it; who imports the real one afterwards
-    gets that. If it is `called`, they take functions out of it, which then stand in for themselves.
-    """
-
-    def __init__(self, name: str, called: bool) -> None:
-        super().__init__(name)
-        self.called = called
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(__import__(parent), child, self)
-        sys.modules[name] = self
-
-    def __getattr__(self, name: str) -> Any:
-        if not self.called:
-            return getattr(self._load(), name)
-        if name.startswith("__"):
-            raise AttributeError(name)  # an import asks for __path__
-        return lambda *args, **named: getattr(self._load(), name)(*args, **named)
-
-    def _load(self) -> types.ModuleType:
-        self.step_aside()
-        __import__(self.__name__)
-        return sys.modules[self.__name__]
-
-    def step_aside(self) -> None:
-        """Let the next one who imports this module have it; `from email import` has all by this."""
-        self.called = False
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-
-
-STAND_INS = []
-# A third of a client's memory, and of a start's time. A library leaves all modules as they are.
-if __name__ == "__main__" or (sys.argv[:1] == ["-c"] and sys.argv[1:]):
-    STAND_INS = [Later(name, called) for called, names in {
-        False: ("base64", "calendar", "contextlib", "copy", "datetime", "email.base64mime",
-                "email.errors", "email.header", "email.parser", "email.quoprimime", "hashlib",
-                "html", "ipaddress", "mimetypes", "shutil", "ssl", "string", "warnings",
-                "weakref"),
-        True: ("email._encoded_words", "email._parseaddr", "email.encoders", "email.iterators",
-               "email.utils", "quopri", "random")}.items()
-        for name in names if name not in sys.modules]
-
+import argparse
 import base64
 import binascii
 import collections
+import contextlib
 import errno
 import fcntl
 import functools
 import heapq
+import hmac
 import itertools
 import json
+import logging
+import mimetypes
 import os
 import queue
 import re
@@ -107,18 +62,17 @@ import signal
 import socket
 import stat
 import struct
+import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from _operator import _compare_digest  # what hmac exports, without hmac's imports
+from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-for _stand_in in STAND_INS:
-    _stand_in.step_aside()
 
 # ------------------------------------------------------------------------------------------------
 # 0. Map, version, limits
@@ -129,7 +83,7 @@ VERSION = "1.0.0"
 TYPE_CHECKING = False  # so that no process pays for the import of typing
 if TYPE_CHECKING:
     from typing import (IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping,
-                        Optional, Sequence, Set, Tuple, Type)
+                        NoReturn, Optional, Sequence, Set, Tuple, Type)
     Address = Tuple[str, int]
     Json = Any                   # what the json module reads and writes
     Row = Dict[str, Any]         # a JSON object
@@ -211,66 +165,35 @@ class OpenQQError(Exception):
     further members of the JSON answer. Errors that the original knows answer with HTTP 200.
     """
 
-    code = 1
-    status = "failure"
-    http = 200
+    code, status, http = 1, "failure", 200
 
     def __init__(self, status: Optional[str] = None, **extra: Any) -> None:
         super().__init__(status or self.status)
-        self.status = status or self.status
-        self.extra = extra
+        self.status, self.extra = status or self.status, extra
 
     def answer(self) -> Row:
         """The JSON object that a caller gets."""
         return dict(self.extra, code=self.code, status=self.status)
 
 
-class AuthFailure(OpenQQError):
-    """The caller may not (DESIGN, "Who may call")."""
-
-    code, status, http = -6, "auth failure", 403
-
-
-class ApiNotFound(OpenQQError):
-    """No such path, or not with this method."""
-
-    code, status, http = -1, "api not found", 403
+def answering(code: int, status: str = OpenQQError.status, http: int = 200) -> Type[OpenQQError]:
+    """A class of errors that differ in nothing but their answer."""
+    return type("OpenQQError", (OpenQQError,), {"code": code, "status": status, "http": http})
 
 
-class ClientMissing(OpenQQError):
-    """A call to the controller without `client`, or with one that it does not know."""
-
-    code, status = 1, "client not found"
-
-
-class NoPort(OpenQQError):
-    """start_client found nothing free above backend_start_port."""
-
-    code, status = 2, "no available port"
-
-
-class StartFailure(OpenQQError):
-    """start_client: no process came of it."""
-
-    code, status = 3, "failure"
-
-
-class ClientDied(OpenQQError):
-    """start_client: it died at once, or its template does not compile."""
-
-    code, status = 4, "client pid not ok"
-
-
-class TooManyClients(OpenQQError):
-    """max_clients are alive."""
-
-    code, status = 5, "max clients exceed"
-
-
-class NotAllowed(OpenQQError):
-    """A name, parameter, path or callback that callers may not give."""
-
-    code, status, http = 6, "not allowed", 400
+AuthFailure = answering(-6, "auth failure", 403)  # the caller may not (DESIGN, "Who may call")
+ApiNotFound = answering(-1, "api not found", 403)  # no such path, or not with this method
+ClientMissing = answering(1, "client not found")  # the controller was given no `client` it knows
+NoPort = answering(2, "no available port")        # nothing is free above backend_start_port
+StartFailure = answering(3)                       # start_client: no process came of it
+ClientDied = answering(4, "client pid not ok")    # … or died at once, or no template compiles
+TooManyClients = answering(5, "max clients exceed")   # max_clients are alive
+NotAllowed = answering(6, "not allowed", 400)     # what callers may not give
+NotFound = answering(8, "not found", 404)         # /local/*: nothing of that name
+QueueFull = answering(9, "send queue full", 503)  # a message more would go out far too late
+Declined = answering(201)                         # a bridge understood, and did not do it
+NotRunning = answering(300, "client not running", 503)  # what needs the state running
+NoRoom = answering(507, "no room on the disk", 507)     # what was to be kept cannot be written
 
 
 class Unreachable(OpenQQError):
@@ -292,36 +215,6 @@ class TooSlow(Unreachable):
     http = 504
 
 
-class Declined(OpenQQError):
-    """A bridge understood, and did not do it; the status is its wording."""
-
-    code = 201
-
-
-class NotFound(OpenQQError):
-    """`/local/*`: nothing of that name."""
-
-    code, status, http = 8, "not found", 404
-
-
-class NotRunning(OpenQQError):
-    """An API that needs the state running, in another one."""
-
-    code, status, http = 300, "client not running", 503
-
-
-class QueueFull(OpenQQError):
-    """So many messages wait to be sent that one more would not go out in a reasonable time."""
-
-    code, status, http = 9, "send queue full", 503
-
-
-class NoRoom(OpenQQError):
-    """What was to be kept cannot be written."""
-
-    code, status, http = 507, "no room on the disk", 507
-
-
 class BadRequest(OpenQQError):
     """What came is not a request, or not one that is taken; code and http are one number."""
 
@@ -334,12 +227,8 @@ class Answer(OpenQQError):
     """A documented answer that ends a call from within; its members are given."""
 
     def __init__(self, row: Row) -> None:
-        super().__init__(str(row["status"]))
-        self.row = row
-
-    def answer(self) -> Row:
-        """What was given."""
-        return self.row
+        super().__init__(**row)
+        self.code = row["code"]
 
 
 class Hangup(OpenQQError):
@@ -405,18 +294,26 @@ GB_NAMES = ("gb18030", "gbk", "gb2312", "cp936", "x-gbk")  # what a charset= may
 def read_text(data: bytes, charset: str = "") -> str:
     """Text of somebody who need not say how it is written: UTF-8, else GB18030, as Chinese
     consoles and old scripts write it; a `charset` that says so comes first. ValueError."""
-    gb_first = charset.lower() in GB_NAMES
-    if not gb_first and charset.lower() not in ("", "utf-8", "utf8", "us-ascii", "ascii"):
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            raise ValueError(f"in {charset}: write UTF-8 or GB18030") from None
-    for encoding in ("gb18030", "utf-8") if gb_first else ("utf-8", "gb18030"):
+    encodings = ["utf-8", "gb18030"]
+    if charset.lower() in GB_NAMES:
+        encodings.reverse()
+    elif charset.lower() not in ("", "utf-8", "utf8", "us-ascii", "ascii"):
+        encodings.pop()
+    for encoding in encodings:
         try:
             return data.decode(encoding)
         except UnicodeDecodeError:
             pass
-    raise ValueError("neither UTF-8 nor GB18030")
+    raise ValueError("neither UTF-8 nor GB18030" if encodings[1:] else
+                     f"in {charset}: write UTF-8 or GB18030")
+
+
+def typed_text(word: str) -> str:
+    """A word of the command line or the environment. ValueError.
+
+    Bytes that are not what Python takes the console to write stand in it as surrogates (PEP 383).
+    """
+    return read_text(os.fsencode(word)) if SURROGATES.search(word) else word
 
 
 def check_name(name: str) -> str:
@@ -428,7 +325,7 @@ def check_name(name: str) -> str:
 
 def new_secret() -> str:
     """Something that nobody can guess: 32 hex digits."""
-    return binascii.hexlify(os.urandom(16)).decode()
+    return os.urandom(16).hex()
 
 
 class MessageIds:
@@ -456,14 +353,26 @@ def numbered(value: Json) -> Json:
     if isinstance(value, list):
         return [numbered(item) for item in value]
     if isinstance(value, dict):
-        return {key: _digits(item) if ID_KEY.fullmatch(key) or key == "time" else numbered(item)
+        return {key: int(item) if isinstance(item, str) and item.isascii() and item.isdigit()
+                and (key == "time" or ID_KEY.fullmatch(key)) else numbered(item)
                 for key, item in value.items()}
     return value
 
 
-def _digits(value: Json) -> Json:
-    is_number = isinstance(value, str) and value.isascii() and value.isdigit()
-    return int(value) if is_number else numbered(value)
+def backoff(tries: int, most: float = 60.0) -> float:
+    """Seconds to wait after so many tries in vain: 0, 1, 2, 4 …, `most` at most."""
+    return 0.0 if tries < 1 else min(most, 2.0 ** min(tries - 1, 20))
+
+
+def is_news(count: int) -> bool:
+    """Whether to tell of what happens again and again: the 1st time, the 2nd, 4th, 8th …"""
+    return count & (count - 1) == 0
+
+
+def keep_newest(table: Dict[Any, Any], limit: int) -> None:
+    """Drop from a dict what came first, until it holds no more than `limit`."""
+    while len(table) > limit:
+        del table[next(iter(table))]
 
 
 def own_opener(path: str, flags: int) -> int:
@@ -505,107 +414,81 @@ LEVELS = {"debug": 10, "info": 20, "msg": 25, "warn": 30, "error": 40, "fatal": 
 COLORS = {10: "34", 25: "32", 30: "33", 40: "31", 50: "35"}
 
 
-class LogStream:
-    """The terminal, or wherever stderr goes; one write per record, so that lines stay whole."""
+class LogHandler(logging.Handler):
+    """A log file that is opened again when it was moved away, and never through a symlink; without
+    a path stderr. A record is one write, past the text layer, so that lines stay whole.
 
-    def write(self, data: bytes) -> None:
-        """Write past the text layer: it would split and buffer, and know only one encoding."""
-        try:
-            os.write(sys.stderr.fileno(), data)
-        except (AttributeError, OSError, ValueError):
-            pass  # nobody reads any more
+    The form is the documents' (CONTRACT 9): `HEAD[yy/mm/dd HH:MM:SS] [level] text`, the prefix on
+    every line of the text. Logging's own WatchedFileHandler would take each client 0.5 MiB.
+    """
 
-
-class LogFile:
-    """A log file that is opened again when it was moved away, and never through a symlink."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()  # guards _file
-        self._file = self._open()
+    def __init__(self, path: str, encoding: str, head: str, colored: bool, level: int) -> None:
+        super().__init__(level)
+        self._path, self._encoding, self._head, self._colored = path, encoding, head, colored
+        self._file = self._open() if path else None
 
     def _open(self) -> Any:
         return open(self._path, "ab", 0, opener=own_opener)
 
-    def write(self, data: bytes) -> None:
-        """Neither a full disk nor a file that cannot be opened stops what the log tells about."""
-        with self._lock:
-            try:
-                if not self._is_there():
-                    self._file.close()
-                    self._file = self._open()
-                self._file.write(data)
-            except (OSError, ValueError):
-                pass  # it is tried again with the next record
+    def format(self, record: logging.LogRecord) -> str:
+        """Lines of text; control characters cannot reach the terminal."""
+        title, who = getattr(record, "message_of", ("", ""))
+        level = next(name for name, number in LEVELS.items() if number >= record.levelno)
+        when = time.strftime("%y/%m/%d %H:%M:%S", time.localtime(record.created))
+        prefix = f"{self._head}[{when}] [{title or level}] {who}"
+        text = CONTROLS.sub(lambda found: repr(found.group())[1:-1], record.getMessage())
+        lines = "\n".join(prefix + line for line in text.split("\n"))
+        color = COLORS.get(record.levelno) if self._colored else None
+        return f"\x1b[{color}m{lines}\x1b[0m\n" if color else lines + "\n"
 
-    def _is_there(self) -> bool:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Neither a full disk nor a reader who is gone stops what the log tells about."""
+        data = self.format(record).encode(self._encoding, "replace")
         try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
-        except (OSError, ValueError):
-            return False
+            if self._file is None:
+                os.write(sys.stderr.fileno(), data)
+                return
+            try:
+                moved = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+            except (OSError, ValueError):
+                moved = True
+            if moved:
+                self._file.close()
+                self._file = self._open()
+            self._file.write(data)
+        except (AttributeError, OSError, ValueError):
+            pass  # it is tried again with the next record
 
 
-class Log:
-    """The log of one controller or client, in the documents' levels and form (CONTRACT 9):
-    `HEAD[yy/mm/dd HH:MM:SS] [level] text`, the prefix on every line of the text.
+class Log(logging.Logger):
+    """The log of one controller or client, in the documents' levels (CONTRACT 9).
 
-    `keep` is called with the text of each warning or worse. Of the standard library's logging
-    nothing would be left but 0.6 MiB in each client.
+    `keep` is called with the text of each warning or worse, also of those that are not written.
     """
+
+    warn = logging.Logger.warning  # the documents' word for it; logging is about to give it up
 
     def __init__(self, head: str = "", level: str = "info", path: Optional[str] = None,
                  encoding: str = "utf-8", console: bool = True, colored: bool = False) -> None:
+        super().__init__("openqq", min(LEVELS[level], logging.WARNING))
         self.keep: Callable[[str], None] = lambda text: None
-        self._head, self._level, self._encoding = head, LEVELS[level], encoding
-        self._outlets: List[Tuple[Any, bool]] = []
         if path:
-            self._outlets.append((LogFile(path), False))
+            self.addHandler(LogHandler(path, encoding, head, False, LEVELS[level]))
         if console or not path:
-            self._outlets.append((LogStream(), colored))
+            self.addHandler(LogHandler("", encoding, head, colored, LEVELS[level]))
 
-    def _write(self, level: str, text: str, title: str = "", who: str = "") -> None:
-        """One record as one or more lines; control characters cannot reach the terminal."""
-        if LEVELS[level] < self._level:
-            return
-        prefix = f"{self._head}[{time.strftime('%y/%m/%d %H:%M:%S')}] [{title or level}] {who}"
-        text = CONTROLS.sub(lambda found: repr(found.group())[1:-1], text)
-        lines = "\n".join(prefix + line for line in text.split("\n"))
-        for outlet, colored in self._outlets:
-            color = COLORS.get(LEVELS[level]) if colored else None
-            shown = f"\x1b[{color}m{lines}\x1b[0m" if color else lines
-            outlet.write((shown + "\n").encode(self._encoding, "replace"))
-
-    def debug(self, text: str) -> None:
-        """Say what only somebody who looks for a fault wants to know."""
-        self._write("debug", text)
-
-    def info(self, text: str) -> None:
-        """Say what happens."""
-        self._write("info", text)
+    def handle(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        super().handle(record)
+        if record.levelno >= logging.WARNING:
+            self.keep(record.getMessage())
 
     def msg(self, title: str, who: str, text: str) -> None:
         """Show a chat message: its title stands where the level would (CONTRACT 9)."""
-        self._write("msg", text, title, who)
-
-    def warn(self, text: str) -> None:
-        """Say what may need somebody's eye."""
-        self._worse("warn", text)
-
-    def error(self, text: str) -> None:
-        """Say what went wrong."""
-        self._worse("error", text)
-
-    def fatal(self, text: str) -> None:
-        """Say why the program ends."""
-        self._worse("fatal", text)
-
-    def _worse(self, level: str, text: str) -> None:
-        self._write(level, text)
-        self.keep(text)
+        self.log(LEVELS["msg"], text, extra={"message_of": (title, who)})
 
     def failure(self, doing: str) -> None:
         """Report the exception being handled, with its place: a fault of this program."""
-        import traceback
         self.error(f"{doing} failed, which is a fault of this program:\n"
                    + traceback.format_exc().rstrip())
 
@@ -617,46 +500,25 @@ def spawn(function: Callable[..., None], *args: Any, name: str = "openqq") -> th
     return thread
 
 
-def usable_cpus() -> List[int]:
-    """The CPUs that this process may choose from; none where it has no choice, or no use of it."""
-    if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
-        try:
-            return sorted(os.sched_getaffinity(0))
-        except OSError:
-            pass  # the system does not tell us; it works as well
-    return []
-
-
-CPUS = usable_cpus()
+CPUS: List[int] = []  # those that a process may choose from, where there is a choice and a use
+if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
+    try:
+        CPUS = sorted(os.sched_getaffinity(0))
+    except OSError:
+        pass  # the system does not tell us; it works as well
 
 
 def share_cpu(number: int, pid: int = 0) -> None:
-    """Keep a process's threads, those to come too, to one of the CPUS.
+    """Keep a process that has no threads yet to one of the CPUS.
 
-    They run one at a time in any case, and wake each other all the time; to wake one on another
-    CPU is what took most of the time (measured on two: half as many proxied calls).
+    Its threads run one at a time in any case, and wake each other all the time; to wake one on
+    another CPU is what took most of the time (measured on two: half as many proxied calls).
     """
-    at = number % (len(CPUS) or 1)
-    _use_cpus(pid, CPUS[at:at + 1])
-
-
-def use_all_cpus(pid: int) -> None:
-    """Let a process that has just begun run where it likes."""
-    _use_cpus(pid, CPUS)
-
-
-def _use_cpus(pid: int, cpus: Sequence[int]) -> None:
-    if len(CPUS) < 2:
-        return
-    try:
-        tasks = os.listdir(f"/proc/{pid or 'self'}/task")
-    except OSError:
-        return  # it has just ended, or there is no /proc
-    for task in tasks:
+    if len(CPUS) > 1:
         try:
-            os.sched_setaffinity(int(task), cpus)
+            os.sched_setaffinity(pid, [CPUS[number % len(CPUS)]])
         except OSError:
-            pass  # this thread has just ended, or the system does not let us
+            pass  # it has just ended, or the system does not let us
 
 
 class Promise:
@@ -1083,12 +945,6 @@ def _hosts(text: str) -> List[str]:
     return found
 
 
-def _level(text: str) -> str:
-    if text not in LEVELS:
-        raise ValueError("must be one of " + " ".join(LEVELS))
-    return text
-
-
 def _encoding(text: str) -> str:
     """A codec for lines of any text: not idna or rot13, nor one that begins each with a mark."""
     line = "[x] 1\n"
@@ -1166,17 +1022,18 @@ class Setting:
     the setting where that belongs.
     """
 
-    def __init__(self, name: str, default: Json, read: Callable[[str], Json], whose: str,
-                 help: str, *, caller: bool = True, secret: bool = False, plugin: bool = False,
-                 idle: bool = False, between: Optional[Tuple[int, int]] = None,
+    def __init__(self, whose: str, name: str, default: Json, read: Callable[[str], Json],
+                 help: str, chinese: str, *, caller: bool = True, secret: bool = False,
+                 plugin: bool = False, idle: bool = False,
+                 between: Optional[Tuple[int, int]] = None,
                  token: Tuple[str, str] = ("", "")) -> None:
         self.name, self.default, self.read, self.whose = name, default, read, whose
-        self.help, self.caller, self.secret = help, caller and whose != "controller", secret
+        self.help, self.chinese, self.secret = help, chinese, secret
+        self.caller = caller and whose != "controller"
         self.plugin, self.idle, self.between, self.token = plugin, idle, between, token
 
-    def parse(self, value: Json) -> Json:
-        """A value from a text, a number, a bool or a list; ValueError names the setting."""
-        text = self.text(value)
+    def parse(self, text: str) -> Json:
+        """The value that a text stands for; ValueError names the setting."""
         try:
             if len(text) > SETTING_LIMIT:
                 raise ValueError(f"must not be longer than {SETTING_LIMIT} letters")
@@ -1188,161 +1045,164 @@ class Setting:
             shown = "" if self.secret else f" {re.sub('//[^/@]*@', '//', text)[:100]!r}"
             raise ValueError(f"{self.name}{shown} {error}") from None
 
-    def split(self, url: str) -> Tuple[str, str]:
-        """A URL without the token that is its parameter, and that; empty if there is none."""
-        rest, mark, fragment = url.partition("#")
-        path, asks, query = rest.partition("?")
-        named = [(urllib.parse.unquote_plus(pair.partition("=")[0]).lower() == self.token[0], pair)
-                 for pair in query.split("&")]
-        kept = "&".join(pair for is_token, pair in named if not is_token)
-        tokens = [pair.partition("=")[2] for is_token, pair in named if is_token]
-        if not self.token[0] or not tokens:
-            return url, ""
-        return (path + (asks + kept if kept else "") + mark + fragment,
-                urllib.parse.unquote_plus(tokens[-1]))
-
     def text(self, value: Json) -> str:
-        """A text that parse() takes for the same value."""
+        """The text that parse() takes for a value, be it one from JSON or Python."""
+        if value is None:
+            return ""
         if isinstance(value, bool):
             value = int(value)
         return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
     def shown(self) -> str:
-        """The default as help and README show it."""
-        if self.default is None or self.default == "":
-            return ""
-        if isinstance(self.default, bool):
-            return str(int(self.default))
-        if isinstance(self.default, list):
-            return ",".join(self.default)
-        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+        """The default as help shows it."""
+        is_float = isinstance(self.default, float)
+        return f"{self.default:g}" if is_float else self.text(self.default)
+
+    def split(self, url: str) -> Tuple[str, str]:
+        """A URL without the token that is its parameter, and that; empty if there is none."""
+        rest, mark, fragment = url.partition("#")
+        path, asks, query = rest.partition("?")
+        kept, tokens = [], []
+        for pair in query.split("&"):
+            name, _, value = map(urllib.parse.unquote_plus, pair.partition("="))
+            if self.token[0] and name.lower() == self.token[0]:
+                tokens.append(value)
+            else:
+                kept.append(pair)
+        if not tokens:
+            return url, ""
+        return path + (asks + "&".join(kept) if kept else "") + mark + fragment, tokens[-1]
 
 
-def _idle(*names: str) -> List[Setting]:
-    """Attributes of the documented `new` that are taken and change nothing."""
-    return [Setting(name, "", _text, "client", "taken, without effect", idle=True)
-            for name in names]
-
-
+_both, _controller, _client = (functools.partial(Setting, whose)
+                               for whose in ("both", "controller", "client"))
+IDLE = ("taken, without effect", "接受但不起作用")  # of attributes of the documented `new`
 SETTINGS = {setting.name: setting for setting in [
-    Setting("account", "default", _text, "client", "the account's name", caller=False),
-    Setting("host", "0.0.0.0", _text, "both", "address to listen on", caller=False),
-    Setting("port", None, _port, "both",
-            "port to listen on: 4000 controller, 5000 client (weixin 2000, 3000); 0: any",
-            caller=False, plugin=True),
-    Setting("flavor", "qq", _choice("qq", "weixin"), "both", "qq or weixin", caller=False),
-    Setting("token", "", _text, "both", "what callers must know; also $OPENQQ_TOKEN",
-            caller=False, secret=True),
-    Setting("allowed_hosts", [], _hosts, "both",
-            "without a token: public names of a server on this machine, served by https, that "
-            "passes calls on and asks who is there", caller=False),
-    Setting("public_url", "", _url, "both",
-            "how a phone reaches this server: http://127.0.0.1:PORT", caller=False),
-    Setting("max_connections", 2048, _whole, "both", "connections at once", caller=False,
-            between=(1, 1_000_000)),
-    Setting("http_max_message_size", BODY_LIMIT, _whole, "both", "bytes of a request's body",
-            between=(1, 1 << 30)),
-    Setting("one_cpu", True, _flag, "both",
-            "each process on one CPU (Linux), which doubles its speed; 0: on all", caller=False),
-    Setting("tmpdir", "", _path, "both", "directory of all files: the system's for such"),
-    Setting("log_path", "", _path, "both", "log file: none, the log goes to stderr"),
-    Setting("log_encoding", "", _encoding, "both", "encoding of the log: utf-8"),
-    Setting("log_level", "info", _level, "both", " ".join(LEVELS)),
-    Setting("log_head", None, _text, "both", "before each line: [wqc][PID] or [ACCOUNT][PID]"),
-    Setting("log_console", False, _flag, "both", "log to stderr besides log_path"),
-    Setting("disable_color", False, _flag, "both", "no colours on a terminal"),
-    Setting("http_debug", False, _flag, "both", "log every call at level debug"),
-    Setting("world", "", _path, "both", "JSON file that the local network starts with",
-            caller=False),
-    Setting("pid_path", "", _path, "both", "pid file: in tmpdir"),
-    Setting("post_api", "", _url, "both", "URL that gets every message and event", plugin=True),
-    Setting("post_secret", "", _text, "both", "signs what is posted: X-Signature", secret=True),
-    Setting("poll_api", "", _url, "both", "URL of the heartbeat and tunnel", plugin=True),
-    Setting("poll_interval", 5.0, _number, "both", "seconds between two heartbeats",
-            plugin=True, between=(0, 1_000_000)),
+    _client("account", "default", _text, "the account's name", "帐号名", caller=False),
+    _both("host", "0.0.0.0", _text, "address to listen on", "监听地址", caller=False),
+    _both("port", None, _port,
+        "port to listen on: 4000 controller, 5000 client (weixin 2000, 3000); 0: any", "监听端口，0 为任意",
+        caller=False, plugin=True),
+    _both("flavor", "qq", _choice("qq", "weixin"), "qq or weixin", "qq 或 weixin", caller=False),
+    _both("token", "", _text, "what callers must know; also $OPENQQ_TOKEN", "调用者必须提供的口令",
+        caller=False, secret=True),
+    _both("allowed_hosts", [], _hosts,
+        "without a token: public names of a server on this machine, served by https, that passes "
+        "calls on and asks who is there", "没有口令时，本机 https 代理的公开域名", caller=False),
+    _both("public_url", "", _url, "how a phone reaches this server: http://127.0.0.1:PORT",
+        "手机怎样访问本服务", caller=False),
+    _both("max_connections", 2048, _whole, "connections at once", "同时的连接数", caller=False,
+        between=(1, 1_000_000)),
+    _both("http_max_message_size", BODY_LIMIT, _whole, "bytes of a request's body", "请求正文的字节数",
+        between=(1, 1 << 30)),
+    _both("one_cpu", True, _flag,
+        "each process on one CPU (Linux), which doubles its speed; 0: on all", "每个进程只用一个 CPU，快一倍",
+        caller=False),
+    _both("tmpdir", "", _path, "directory of all files: the system's for such", "所有文件的目录"),
+    _both("log_path", "", _path, "log file: none, the log goes to stderr", "日志文件，默认写到 stderr"),
+    _both("log_encoding", "", _encoding, "encoding of the log: utf-8", "日志编码"),
+    _both("log_level", "info", _choice(*LEVELS), " ".join(LEVELS), "日志级别"),
+    _both("log_head", None, _text, "before each line: [wqc][PID] or [ACCOUNT][PID]", "每行日志的开头"),
+    _both("log_console", False, _flag, "log to stderr besides log_path", "除 log_path 外也写到 stderr"),
+    _both("disable_color", False, _flag, "no colours on a terminal", "终端不用颜色"),
+    _both("http_debug", False, _flag, "log every call at level debug", "以 debug 级别记录每个调用"),
+    _both("world", "", _path, "JSON file that the local network starts with", "本地网络起始的 JSON 文件",
+        caller=False),
+    _both("pid_path", "", _path, "pid file: in tmpdir", "进程号文件"),
+    _both("post_api", "", _url, "URL that gets every message and event", "接收所有消息和事件的 URL",
+        plugin=True),
+    _both("post_secret", "", _text, "signs what is posted: X-Signature", "上报的签名密钥", secret=True),
+    _both("poll_api", "", _url, "URL of the heartbeat and tunnel", "心跳和反向通道的 URL", plugin=True),
+    _both("poll_interval", 5.0, _number, "seconds between two heartbeats", "两次心跳相隔的秒数", plugin=True,
+        between=(0, 1_000_000)),
 
-    Setting("backend_start_port", None, _port, "controller",
-            "first port for clients: 5000 (weixin 3000)"),
-    Setting("max_clients", 100, _whole, "controller", "clients alive at once"),
-    Setting("check_interval", 5.0, _number, "controller",
-            "seconds between two looks at clients' processes, besides noticing their end at once",
-            between=(0, 1_000_000)),
-    Setting("template_path", "", _path, "controller", "the script that clients run: in tmpdir"),
-    Setting("backend_path", "", _path, "controller", "file with the clients: in tmpdir"),
-    Setting("accounts", "", _path, "controller", "JSON file, name to settings, started at boot"),
-    Setting("resume", True, _flag, "controller", "start the clients that ran when it ended"),
-    Setting("restart", "on-failure", _choice("on-failure", "never"), "controller",
-            "whether dead clients are started again: on-failure or never"),
+    _controller("backend_start_port", None, _port, "first port for clients: 5000 (weixin 3000)",
+        "客户端的起始端口"),
+    _controller("max_clients", 100, _whole, "clients alive at once", "同时运行的客户端数"),
+    _controller("check_interval", 5.0, _number,
+        "seconds between two looks at clients' processes, besides noticing their end at once",
+        "检查客户端进程的间隔秒数", between=(0, 1_000_000)),
+    _controller("template_path", "", _path, "the script that clients run: in tmpdir", "客户端运行的脚本"),
+    _controller("backend_path", "", _path, "file with the clients: in tmpdir", "记录客户端的文件"),
+    _controller("accounts", "", _path, "JSON file, name to settings, started at boot",
+        "启动时要启动的帐号的 JSON 文件"),
+    _controller("resume", True, _flag, "start the clients that ran when it ended",
+        "启动上次结束时在运行的客户端"),
+    _controller("restart", "on-failure", _choice("on-failure", "never"),
+        "whether dead clients are started again: on-failure or never", "是否重启死掉的客户端"),
 
-    Setting("post_event", True, _flag, "client", "post events besides messages", plugin=True),
-    Setting("post_media_data", True, _flag, "client", "post a picture's bytes too",
-            plugin=True),
-    Setting("post_stdout", False, _flag, "client", "one JSON line per event on stdout"),
-    Setting("post_event_list", None, _words, "client",
-            "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of friend, "
-            "group, group_member"),
-    Setting("check_event_list_max_size", 20, _whole, "client", "events that check_event keeps",
-            between=(0, 100_000)),
-    Setting("download_media", True, _flag, "client", "weixin: keep received media as files"),
-    Setting("numeric_ids", False, _flag, "client", "ids as JSON numbers"),
-    Setting("onebot_api", "", _bridge_url, "client",
-            "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000",
-            token=("access_token", "onebot_token")),
-    Setting("onebot_token", "", _text, "client", "the bridge's access token", secret=True),
-    Setting("onebot_secret", "", _text, "client", "signs what the bridge posts to /onebot",
-            secret=True),
-    Setting("onebot_login", "", _choice("", "napcat", "llbot"), "client",
-            "whose page has the QR code: napcat or llbot"),
-    Setting("onebot_login_api", "", _url, "client",
-            "that page: port 6099 (llbot 3080) of the bridge's host",
-            token=("token", "onebot_login_token")),
-    Setting("onebot_login_token", "", _text, "client", "that page's token or password",
-            secret=True),
-    Setting("link", "", _choice("", "local", "onebot", "ilink"), "client",
-            "where messages come from: local, onebot (QQ), ilink (WeChat); else as the address "
-            "that is given says"),
-    Setting("ilink_api", "https://ilinkai.weixin.qq.com", _url, "client",
-            "real WeChat: Tencent's bot API"),
-    Setting("ilink_cdn", "https://novac2c.cdn.weixin.qq.com/c2c", _url, "client",
-            "where WeChat keeps pictures"),
-    Setting("cookie_path", "", _path, "client", "cookie file: in tmpdir"),
-    Setting("qrcode_path", "", _path, "client", "QR code file: in tmpdir"),
-    Setting("state_path", "", _path, "client", "state file: in tmpdir"),
-    Setting("keep_cookie", True, _flag, "client", "keep the login for the next start"),
-    Setting("login_type", "qrlogin", _choice("qrlogin", "login"), "client",
-            "qrlogin: scan a code; login: with pwd, on the local network"),
-    Setting("pwd", "", _text, "client", "password for login_type=login", secret=True),
-    Setting("qrcode_count_max", 10, _whole, "client", "QR codes shown before the client stops"),
-    Setting("send_interval", None, _number, "client",
-            "seconds between two messages: 3, on the local network 0", between=(0, 86_400)),
-    Setting("send_queue_max_size", 1000, _whole, "client",
-            "messages that may wait to be sent; more are refused", between=(1, 1_000_000)),
-    Setting("msg_ttl", 3, _whole, "client", "tries to send one message", between=(1, 1_000)),
-    Setting("mode", "online", _choice("online", "away", "busy", "silent", "hidden", "offline",
-                                      "callme"), "client", "the account's own state"),
-    Setting("update_interval", 600.0, _number, "client",
-            "seconds between two refreshes of friends, groups and discusses",
-            between=(0, 1_000_000)),
-    Setting("is_init_friend", True, _flag, "client", "load friends at login"),
-    Setting("is_init_group", True, _flag, "client", "load groups at login"),
-    Setting("is_init_discuss", True, _flag, "client", "load discusses at login"),
-    Setting("is_update_user", False, _flag, "client", "refresh the user too"),
-    Setting("is_update_friend", True, _flag, "client", "refresh friends"),
-    Setting("is_update_group", True, _flag, "client", "refresh groups"),
-    Setting("is_update_discuss", True, _flag, "client", "refresh discusses"),
-    Setting("allow_message_sync", False, _flag, "client",
-            "report what the account sends from another device"),
-    Setting("ignore_unknown_id", False, _flag, "client", "drop messages from strangers"),
-    Setting("ua_retry_times", 5, _whole, "client", "taken, without effect", idle=True),
-    *_idle("verifycode_path", "pic_dir", "ignore_retcode", "type", "check_account", "domain",
-           "ignore_poll_http_code", "default_send_real_comp_sign", "model_update_timeout",
-           "group_member_card_cut_length", "group_member_identify_callback",
-           "ua_debug_req_body", "ua_debug_res_body",
-           "ua_debug", "ua_connect_timeout", "ua_request_timeout", "ua_inactivity_timeout",
-           "is_init_recent", "is_update_group_ext", "is_update_friend_ext", "security",
-           "encrypt_method", "send_failure_count_max", "poll_failure_count_max",
-           "ignore_send_retcode", "ignore_poll_retcode", "log_unicode",
-           "group_member_card_ext_only", "group_member_card_cut", "group_member_use_fullcard"),
+    _client("post_event", True, _flag, "post events besides messages", "除消息外也上报事件", plugin=True),
+    _client("post_media_data", True, _flag, "post a picture's bytes too", "也上报图片数据", plugin=True),
+    _client("post_stdout", False, _flag, "one JSON line per event on stdout",
+        "每个事件在 stdout 输出一行 JSON"),
+    _client("post_event_list", None, _words,
+        "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of friend, "
+        "group, group_member", "要上报的事件"),
+    _client("check_event_list_max_size", 20, _whole, "events that check_event keeps",
+        "check_event 保留的事件数", between=(0, 100_000)),
+    _client("download_media", True, _flag, "weixin: keep received media as files", "微信：收到的媒体存为文件"),
+    _client("numeric_ids", False, _flag, "ids as JSON numbers", "id 用 JSON 数字"),
+    _client("onebot_api", "", _bridge_url,
+        "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000", "真实 QQ：OneBot 实现的地址",
+        token=("access_token", "onebot_token")),
+    _client("onebot_token", "", _text, "the bridge's access token", "它的 access token",
+        secret=True),
+    _client("onebot_secret", "", _text, "signs what the bridge posts to /onebot",
+        "OneBot 向 /onebot 上报的签名密钥", secret=True),
+    _client("onebot_login", "", _choice("", "napcat", "llbot"),
+        "whose page has the QR code: napcat or llbot", "谁的网页有二维码"),
+    _client("onebot_login_api", "", _url, "that page: port 6099 (llbot 3080) of the bridge's host",
+        "该网页的地址", token=("token", "onebot_login_token")),
+    _client("onebot_login_token", "", _text, "that page's token or password", "该网页的口令",
+        secret=True),
+    _client("link", "", _choice("", "local", "onebot", "ilink"),
+        "where messages come from: local, onebot (QQ), ilink (WeChat); by itself as the address "
+        "given says", "消息来自哪里：local 内置网络、onebot（QQ）、ilink（微信）"),
+    _client("ilink_api", "https://ilinkai.weixin.qq.com", _url,
+        "real WeChat: Tencent's bot API", "真实微信：腾讯的机器人接口"),
+    _client("ilink_cdn", "https://novac2c.cdn.weixin.qq.com/c2c", _url,
+        "where WeChat keeps pictures", "微信存放图片的地址"),
+    _client("cookie_path", "", _path, "cookie file: in tmpdir", "cookie 文件"),
+    _client("qrcode_path", "", _path, "QR code file: in tmpdir", "二维码文件"),
+    _client("state_path", "", _path, "state file: in tmpdir", "状态文件"),
+    _client("keep_cookie", True, _flag, "keep the login for the next start", "为下次启动保留登录"),
+    _client("login_type", "qrlogin", _choice("qrlogin", "login"),
+        "qrlogin: scan a code; login: with pwd, on the local network", "扫码，或用 pwd 登录"),
+    _client("pwd", "", _text, "password for login_type=login", "login_type=login 的密码", secret=True),
+    _client("qrcode_count_max", 10, _whole, "QR codes shown before the client stops", "最多几个二维码"),
+    _client("send_interval", None, _number,
+        "seconds between two messages: 3, on the local network 0", "两条消息相隔的秒数",
+        between=(0, 86_400)),
+    _client("send_queue_max_size", 1000, _whole,
+        "messages that may wait to be sent; more are refused", "等待发送的消息数上限",
+        between=(1, 1_000_000)),
+    _client("msg_ttl", 3, _whole, "tries to send one message", "一条消息尝试发送的次数", between=(1, 1_000)),
+    _client("mode", "online", _choice("online", "away", "busy", "silent", "hidden", "offline",
+                                      "callme"),
+        "the account's own state", "帐号的在线状态"),
+    _client("update_interval", 600.0, _number,
+        "seconds between two refreshes of friends, groups and discusses", "刷新好友、群、讨论组的间隔秒数",
+        between=(0, 1_000_000)),
+    _client("is_init_friend", True, _flag, "load friends at login", "登录时加载好友"),
+    _client("is_init_group", True, _flag, "load groups at login", "登录时加载群"),
+    _client("is_init_discuss", True, _flag, "load discusses at login", "登录时加载讨论组"),
+    _client("is_update_user", False, _flag, "refresh the user too", "也刷新个人资料"),
+    _client("is_update_friend", True, _flag, "refresh friends", "刷新好友"),
+    _client("is_update_group", True, _flag, "refresh groups", "刷新群"),
+    _client("is_update_discuss", True, _flag, "refresh discusses", "刷新讨论组"),
+    _client("allow_message_sync", False, _flag, "report what the account sends from another device",
+        "上报其他设备发出的消息"),
+    _client("ignore_unknown_id", False, _flag, "drop messages from strangers", "丢弃陌生人的消息"),
+    _client("ua_retry_times", 5, _whole, *IDLE, idle=True),
+    *(_client(name, "", _text, *IDLE, idle=True) for name in (
+        "verifycode_path", "pic_dir", "ignore_retcode", "type", "check_account", "domain",
+        "ignore_poll_http_code", "default_send_real_comp_sign", "model_update_timeout",
+        "group_member_card_cut_length", "group_member_identify_callback", "ua_debug_req_body",
+        "ua_debug_res_body", "ua_debug", "ua_connect_timeout", "ua_request_timeout",
+        "ua_inactivity_timeout", "is_init_recent", "is_update_group_ext", "is_update_friend_ext",
+        "security", "encrypt_method", "send_failure_count_max", "poll_failure_count_max",
+        "ignore_send_retcode", "ignore_poll_retcode", "log_unicode", "group_member_card_ext_only",
+        "group_member_card_cut", "group_member_use_fullcard")),
 ]}
 
 
@@ -1365,18 +1225,39 @@ def link_of(given: Callable[[str], Json]) -> str:
     return str(given("link") or next((url[:-4] for url in NETWORKS if given(url)), "local"))
 
 
-def tokens_apart(given: Mapping[str, Json]) -> Row:
+def tokens_apart(given: Mapping[str, str]) -> Dict[str, str]:
     """Settings, by their own names, with each token that came within a URL where it belongs.
 
     So it is treated as the secret that it is. One that is given by itself is stronger.
     """
     found, tokens = dict(given), {}
-    for name, value in given.items():
-        if SETTINGS[name].token[0]:
-            found[name], token = SETTINGS[name].split(SETTINGS[name].text(value))
-            if token and not given.get(SETTINGS[name].token[1]):
-                tokens[SETTINGS[name].token[1]] = token
+    for name, text in given.items():
+        found[name], token = SETTINGS[name].split(text)
+        if token and not given.get(SETTINGS[name].token[1]):
+            tokens[SETTINGS[name].token[1]] = token
     return {**found, **tokens}
+
+
+def texts_of(given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
+             ) -> Dict[str, str]:
+    """What somebody gives, by the settings' own names, as texts that parse() takes.
+
+    All settings come this way: flags, keywords, callers' parameters, the accounts file and what
+    is resumed. `why_not(setting)` is what stands against one here, if anything; None is what is
+    no setting at all. ValueError for that, and for a bad value; an empty text is left as it is.
+    """
+    found = {}
+    for name, value in given.items():
+        setting = setting_named(name)
+        wrong = why_not(setting)
+        if wrong or setting is None:
+            raise ValueError(f"{name[:100]} {wrong}")
+        found[setting.name] = setting.text(value)
+    found = tokens_apart(found)
+    for name, text in found.items():
+        if text:
+            SETTINGS[name].parse(text)
+    return found
 
 
 def urls_of(name: str) -> List[str]:
@@ -1410,21 +1291,17 @@ class Settings:
 
     def __init__(self, whose: str, given: Mapping[str, Json], environ: Mapping[str, str],
                  prefix: str) -> None:
-        self._given: Row = {name: SETTINGS[name].parse(value)
-                            for name, value in from_environment(environ, prefix).items()
+        self._given: Row = {name: SETTINGS[name].parse(text)
+                            for name, text in from_environment(environ, prefix).items()
                             if SETTINGS[name].whose in (whose, "both")}
-        self._take(given, f"a setting of a {whose}", (whose, "both"))
+        self._take(given, lambda setting: "" if setting and setting.whose in (whose, "both")
+                   else f"is not a setting of a {whose}")
 
-    def _take(self, given: Mapping[str, Json], what: str, whose: Sequence[str]) -> None:
-        named = {}
-        for name, value in given.items():
-            setting = setting_named(name)
-            if setting is None or setting.whose not in whose:
-                raise ValueError(f"{name} is not {what}")
-            if value is not None:
-                named[setting.name] = value
-        for name, value in tokens_apart(named).items():
-            self._given[name] = SETTINGS[name].parse(value)
+    def _take(self, given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
+              ) -> None:
+        texts = texts_of({name: value for name, value in given.items() if value is not None},
+                         why_not)
+        self._given.update((name, SETTINGS[name].parse(text)) for name, text in texts.items())
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in SETTINGS:
@@ -1439,7 +1316,7 @@ class Settings:
         """A copy in which some are given anew; ValueError as above."""
         copy = Settings.__new__(Settings)
         copy._given = dict(self._given)
-        copy._take(given, "a setting", ("controller", "client", "both"))
+        copy._take(given, lambda setting: "" if setting else "is not a setting")
         return copy
 
     def fill(self, **values: Json) -> None:
@@ -1459,14 +1336,14 @@ def from_environment(environ: Mapping[str, str], prefix: str) -> Dict[str, str]:
 
     Names that are no setting are left to whom they belong; an empty value counts as none.
     """
-    found = {key[len(prefix):].lower(): read_text(os.fsencode(value))
-             if SURROGATES.search(value) else value  # as typed words are: a console may write GBK
-             for key, value in sorted(environ.items()) if key.startswith(prefix) and value}
-    plain = {name: value for name, value in found.items() if name in SETTINGS}
-    plugin = {setting.name: value for name, value in found.items()
-              for setting in [setting_named(name)] if setting and name != setting.name}
-    token = {"token": environ["OPENQQ_TOKEN"]} if environ.get("OPENQQ_TOKEN") else {}
-    return tokens_apart({**plain, **plugin, **token})
+    found = {}
+    for key in sorted(environ, key=lambda key: (key.startswith(prefix + "PLUGIN_"), key)):
+        setting = setting_named(key[len(prefix):].lower()) if key.startswith(prefix) else None
+        if setting and environ[key]:
+            found[setting.name] = typed_text(environ[key])
+    if environ.get("OPENQQ_TOKEN"):
+        found["token"] = environ["OPENQQ_TOKEN"]
+    return tokens_apart(found)
 
 
 def to_environment(values: Mapping[str, str], prefix: str, plugin: str) -> Dict[str, str]:
@@ -1493,6 +1370,7 @@ def open_log(settings: Settings, head: str) -> Log:
 
 # The methods of routes. HEAD only where GET does nothing but read.
 READ, READ_OR_POST, ACT = "GET|HEAD", "GET|HEAD|POST", "GET|POST"
+PREFIXES = ("/openqq/", "/openwx/")  # of the API's paths; each server answers to both
 
 PERSON = {"category": "我的好友", "client_type": "pc", "face": "0", "flag": "0", "is_vip": "0",
           "vip_level": "0", "sex": "unknown", "country": "中国", "province": "", "city": "",
@@ -1503,87 +1381,167 @@ PERSON = {"category": "我的好友", "client_type": "pc", "face": "0", "flag": 
 CIRCLE = {"max_member": 2000, "max_admin": 10, "memo": "", "createtime": "0", "level": "0"}
 
 
-class Flavour:
-    """What one of the two systems calls things: names, ports, files, wording. Data only."""
+class Verb:
+    """One call of the API. Routes, their handlers, and the document at openapi.json follow from it.
 
-    name: str
-    prefix: str                  # of the API's paths
-    port: int                    # controller
-    client_port: int             # a client alone, and the first under a controller
-    file_prefix: str
-    environ: str                 # prefix of the settings in the environment
-    program: str                 # the Perl program's name, in plugin names
-    plugin: str                  # the API plugin
-    ps: str                      # wqcontroller, wqclient(NAME)
-    phone: str                   # what one scans with
-    qrcode_type: str
-    post_event_list: List[str]
-    state_flags: Tuple[str, ...]  # settings that the state file shows as 0 or 1
-    apis: Dict[str, Tuple[str, str]]  # path -> its methods, and the API plugin's method
-    any_state: Tuple[str, ...]   # those that answer before the account is running
-    fields: Dict[str, Tuple[str, ...]]  # kind of thing -> members of its JSON object
-    other_names: Dict[str, Dict[str, str]]  # kind of thing -> what a search may call its members
-    keys: Dict[str, Tuple[str, ...]]    # kind of thing -> what send_* finds it by
-    missing: Dict[str, Row]      # kind of thing -> the answer when send_* does not find it
-    parts: Dict[str, Tuple[str, ...]]   # role in a message -> what it tells of it (sender_id …)
-    titles: Dict[str, str]       # type of a message -> what ShowMsg calls it
-    sent: Row                    # the answer to a send that worked, without its id
-    not_sent: str                # the status of one that did not
-    sent_id: str                 # the id in that answer
-    everybody: str               # the id that means all friends, or empty
-    text_format: Row             # what a message of plain text has besides
-    media_members: Tuple[str, ...]  # what a message with a picture has besides
-    media_content: str           # its content, made of {content}, {label} and {either}
-    ids: Dict[str, str]          # people, group or discuss -> the shape of an id
-    usual: Row                   # members of things on the local network, unless told otherwise
-    world: Row                   # who is there at the beginning
+    `about` says what it does. `takes` are its parameters (PARAMS says what they mean): ! is
+    required, + a set of them, as Flavour.keys. `gives` is the answer's shape (SHAPES,
+    Flavour.fields; * is a list); `codes` those besides 0, and HTTP statuses after =; `example`
+    parameters that work on the network inside. `on` is who serves it: client (a controller passes
+    it on), controller, both, or nothing for a path whose section declares the route; `flavour`
+    the one that alone has it.
+    `link` is a method of Link, and its arguments by name: what Api.act() makes of a word, in
+    the order of the checks. Then `yes` and `no` are the answers' code and status, after what is
+    to be told again (`echo`). Without `link` a method of the API does it: `_` and `name`, or with
+    an argument `does`.
+    """
+
+    def __init__(self, name: str, methods: str, about: str, takes: str = "",
+                 gives: str = "answer", codes: str = "", example: str = "", link: str = "",
+                 does: str = "", on: str = "client", flavour: str = "", any_state: bool = False,
+                 yes: str = "0 success", no: str = "201 failure", echo: str = "") -> None:
+        self.name, self.methods, self.about, self.takes = name, methods, about, takes
+        self.gives, self.codes, self.example, self.link = gives, codes, example, link
+        self.does, self.on, self.flavour, self.echo = does, on, flavour, echo
+        self.any_state = any_state or on != "client"  # else the account must be running
+        self.yes, self.no = yes, no
 
 
-class QQ(Flavour):
-    """Mojo-Webqq (000, 002, 003, 004; fields as CONTRACT 3 has them)."""
+# What can be done. A new call is a row here, and a method of Link or of the API.
+VERBS = [
+    Verb("start_client", ACT, "Start a client; answers before it has logged in.", "+settings",
+         "child", "1 2 3 4 5", "log_level=info", on="controller"),
+    Verb("update_client", ACT, "Change settings of a client, which begins anew with them: all or "
+         "none, but no paths.", "+changes", "child", "1 4 5", on="controller"),
+    Verb("stop_client", ACT, "Stop a client: a controller answers when it has stopped and can be "
+         "started again, a client itself before it ends.", "", "stopped", "1", on="both"),
+    Verb("delete_client", ACT, "Stop a client and forget its login, its state, its settings and "
+         "what waits to be posted.", "", "child", "1", on="controller"),
+    Verb("check_client", READ, "One client's state, or all clients'.", "", "states", "1",
+         on="both"),
+    Verb("get_qrcode", READ, "The picture to be scanned; 404 while there is none.", "", "image",
+         "=404", on="both"),
+    Verb("events", "GET", "A stream of one client's events and states, or of all clients'.",
+         "since Last-Event-ID", "stream", "", "since=0", on="both"),
+    Verb("relogin", ACT, "Drop the login and show a new QR code, in a moment.", "", "stopped",
+         flavour="qq", any_state=True),
+    Verb("get_client_info", READ_OR_POST, "The program, not the account.", "", "program",
+         any_state=True),
+    Verb("check_event", ACT, "The events since the last call, or the next one.", "since", "event*",
+         "", "since=0", any_state=True),
+    Verb("get_user_info", READ, "Oneself.", "", "user"),
+    Verb("get_friend_info", READ, "All friends.", "", "friend*", does="list friend"),
+    Verb("get_group_info", READ, "All groups with their members.", "", "group*", does="list group"),
+    Verb("get_group_basic_info", READ, "All groups without their members.", "", "group*"),
+    Verb("get_discuss_info", READ, "All discusses with their members.", "", "discuss*",
+         flavour="qq", does="list discuss"),
+    Verb("search_friend", READ_OR_POST, "Friends by any attributes.", "+friend_fields", "friend*",
+         "100", "displayname=小冰", does="search friend"),
+    Verb("search_group", READ_OR_POST, "Groups by any attributes.", "+group_fields", "group*",
+         "100", "displayname=OpenQQ", does="search group"),
+    Verb("send_friend_message", ACT, "To a friend, found by any of its keys.",
+         "+friend content async cq +media", "sent", "-5 -4 -3 -1 100",
+         "displayname=小冰 content=hello", does="send_to friend"),
+    Verb("send_group_message", ACT, "To a group, found by any of its keys.",
+         "+group content async cq +media", "sent", "-5 -4 -3 -1 100 101",
+         "displayname=OpenQQ content=hello", does="send_to group"),
+    Verb("send_discuss_message", ACT, "To a discuss, found by any of its keys.",
+         "+discuss content async cq +media", "sent", "-5 -4 -3 -1 100 102",
+         "name=OpenQQ content=hello", flavour="qq", does="send_to discuss"),
+    Verb("send_sess_message", ACT, "To a member, by id or uid, of a group (group_id, group_uid) or "
+         "discuss (discuss_id).", "+place discuss_id id uid content async cq +media", "sent",
+         "-5 -4 -3 -1 103 104 105", "group_uid=20260001 uid=2854196302 content=hello",
+         flavour="qq"),
+    Verb("verify_code", ACT, "Give the digits that the phone shows after a scan, where WeChat asks "
+         "for them.", "code!", "answer", "201 400", "code=123456", "verify_code code=digits",
+         flavour="weixin", any_state=True),
+    Verb("consult", ACT, "Send to a friend, and wait `timeout` (30) seconds for what it answers.",
+         "+friend content timeout +media", "consulted", "100", "displayname=小冰 content=hello",
+         flavour="weixin"),
+    Verb("revoke_message", ACT, "Take back a message by the id that its sending answered.", "id!",
+         "answer", "-1", "id=57730001", "revoke number=id", yes="0 revoke success",
+         no="0 revoke failure"),
+    Verb("get_media", READ, "The bytes of a picture that came or went; 404 if there is none of "
+         "that id.", "id!", "bytes", "=404", "id=1", any_state=True),
+    Verb("upload_media", ACT, "Keep a picture for a later media_id.", "+media", "uploaded", "=507",
+         "media_data=iVBORw0KGgo= media_name=a.png", flavour="weixin"),
+    Verb("get_avatar", READ, "A picture of a friend, of a group or of somebody in it.",
+         "+friend group_id", "image", "100", "displayname=小冰", flavour="weixin"),
+    Verb("accept_friend_request", ACT, "Answer a friend_request by its ticket; accept=0 declines.",
+         "ticket! accept markname", "accepted", "-1", "ticket=1",
+         "answer_request ticket=ticket accept=accept markname=markname", no="-1 failure",
+         echo="id displayname ticket"),
+    Verb("make_friend", ACT, "Ask somebody whom one shares a group with to be a friend.",
+         "id! verify", "answer", "100 101 201", "id=filehelper",
+         "make_friend uid=stranger verify=verify", flavour="weixin"),
+    Verb("create_group", ACT, "Found a group with friends in it.", "friends! displayname",
+         "founded", "100 200 201", "friends=filehelper displayname=家", flavour="weixin"),
+    Verb("invite_friend", ACT, "Bring friends into a group.", "+place friends!", "answer",
+         "100 200 201", "displayname=OpenQQ friends=filehelper", "invite group=group uids=friends",
+         flavour="weixin"),
+    Verb("kick_group_member", ACT, "Remove members from a group.", "+place +members", "answer",
+         "100 200 201", "group_uid=20260001 member_uid=2854196302 displayname=OpenQQ "
+         "members=filehelper", "kick group=group uids=members"),
+    Verb("shutup_group_member", ACT, "Silence members of a group for `time` minutes.",
+         "+place +members time!", "answer", "100 200 201 400",
+         "group_uid=20260001 member_uid=2854196302 time=1",
+         "mute group=group seconds=time uids=members", flavour="qq"),
+    Verb("set_group_displayname", ACT, "Give a group another name.", "+place new_displayname!",
+         "answer", "100 201", "displayname=OpenQQ new_displayname=OpenQQ",
+         "rename group=group name=new_displayname", flavour="weixin"),
+    *[Verb(name, ACT, "What one calls a friend, or with group_id somebody in a group.",
+           "+friend group_id new_markname!", "answer", "100 201",
+           "displayname=小冰 new_markname=小冰", "set_markname uid=person markname=new_markname",
+           flavour="weixin") for name in ("set_friend_markname", "set_markname")],
+    Verb("stick", ACT, "Put a friend or group on top of the list; there is no list here, so that "
+         "is all.", "+friend op", "answer", "100 201", "displayname=小冰 op=1", flavour="weixin"),
+    Verb("openapi.json", READ, "This document: OpenAPI 3.1.", "", "document", on=""),
+    Verb("/local/login", ACT, "Log an account in as if somebody had scanned and pressed; answers "
+         "when it runs.", "client!", "child", "=404", on=""),
+    Verb("/local/say", ACT, "Let a resident speak to an account or a resident, or in a group or "
+         "discuss.", "client from! content! type to", "said", "=404",
+         "from=小灰 to=小冰 content=hello", on=""),
+    Verb("/local/change", ACT, "Change the world: every documented event can be made to happen.",
+         "do! what! uid in name card role markname verify signature", "changed", "=404",
+         "do=set what=person uid=小灰 signature=hello", on=""),
+    Verb("/local/world", READ, "Who and what there is, as --world reads it.", "", "world", on=""),
+    Verb("/local/scan", "GET", "The QR code's URL, opened by a phone: a page with a button.",
+         "ticket!", "html", "=404", "ticket=1", on=""),
+    Verb("/local/confirm", "POST", "The button.", "ticket!", "html", "=404", "ticket=1", on=""),
+    Verb("/onebot", "POST", "Take an event that a bridge posts.", "body", "object", "=403", on=""),
+    Verb("/healthz", READ, "Whether the server answers.", on=""),
+    Verb("/metrics", READ, "Figures, as Prometheus reads them.", "", "metrics", on=""),
+    Verb("/", READ, "The page that a browser sees.", "", "html", on="")]
+
+
+def verbs_of(flavour: str) -> Dict[str, Verb]:
+    """The calls by name that a flavour's clients serve."""
+    return {verb.name: verb for verb in VERBS
+            if verb.on in ("client", "both") and verb.flavour in ("", flavour)}
+
+
+class QQ:
+    """What Mojo-Webqq calls things: names, ports, files, wording. Data only, all that flavours
+    may differ in (000, 002, 003, 004; fields as CONTRACT 3 has them)."""
 
     name = "qq"
-    prefix = "/openqq/"
-    port = 4000
-    client_port = 5000
+    prefix = "/openqq/"          # of the API's paths
+    port, client_port = 4000, 5000  # a controller; a client alone, and the first under one
     file_prefix = "mojo_webqq_"
-    environ = "MOJO_WEBQQ_"
-    program = "Mojo::Webqq"
-    plugin = "Openqq"
-    ps = "wq"
-    phone = "手机QQ"
+    environ = "MOJO_WEBQQ_"      # prefix of the settings in the environment
+    program = "Mojo::Webqq"      # the Perl program, in plugin names
+    plugin = "Openqq"            # the API plugin
+    ps = "wq"                    # wqcontroller, wqclient(NAME)
+    phone = "手机QQ"             # what one scans with
     qrcode_type = "image/png"
+    apis = verbs_of("qq")        # the API of a client
     post_event_list = ["login", "stop", "state_change", "input_qrcode", "new_group",
                        "new_friend", "new_group_member", "lose_group", "lose_friend",
                        "lose_group_member"]
-    state_flags = ("disable_color", "http_debug", "keep_cookie", "log_console")
-    apis = {
-        "get_user_info": (READ, "get_user_info"),
-        "get_friend_info": (READ, "get_friend_info"),
-        "get_group_info": (READ, "get_group_info"),
-        "get_group_basic_info": (READ, "get_group_basic_info"),
-        "get_discuss_info": (READ, "get_discuss_info"),
-        "search_friend": (READ_OR_POST, "search_friend"),
-        "search_group": (READ_OR_POST, "search_group"),
-        "send_friend_message": (ACT, "send_friend_message"),
-        "send_group_message": (ACT, "send_group_message"),
-        "send_discuss_message": (ACT, "send_discuss_message"),
-        "send_sess_message": (ACT, "send_sess_message"),
-        "revoke_message": (ACT, "revoke_message"),
-        "accept_friend_request": (ACT, "accept_friend_request"),
-        "kick_group_member": (ACT, "kick_group_member"),
-        "shutup_group_member": (ACT, "shutup_group_member"),
-        "check_event": (ACT, "check_event"),
-        "events": ("GET", "events"),
-        "get_client_info": (READ_OR_POST, "get_client_info"),
-        "stop_client": (ACT, "stop_client"),
-        "relogin": (ACT, "relogin"),
-        "get_qrcode": (READ, "get_qrcode"),
-        "get_media": (READ, "get_media"),
-    }
-    any_state = ("check_event", "events", "get_client_info", "stop_client", "relogin",
-                 "get_qrcode", "get_media")
-    fields = {
+    # Settings that the state file shows as 0 or 1.
+    state_flags: Tuple[str, ...] = ("disable_color", "http_debug", "keep_cookie", "log_console")
+    # Kind of thing -> members of its JSON object.
+    fields: Dict[str, Tuple[str, ...]] = {
         "user": ("account", "allow", "birthday", "blood", "city", "client_type", "college",
                  "constel", "country", "email", "face", "homepage", "id", "mobile", "name",
                  "occupation", "personal", "phone", "province", "sex", "shengxiao", "signature",
@@ -1598,50 +1556,57 @@ class QQ(Flavour):
         "discuss": ("id", "name", "owner_id"),
         "discuss_member": ("client_type", "id", "name", "state", "uid"),
         "friend_request": ("id", "name", "verify", "ticket"),
-        "media": ("type", "url", "name", "size"),
-    }
-    # What the program's objects answered to besides (AUTOLOAD in Group.pm, Friend.pm).
-    other_names = {
+        "media": ("type", "url", "name", "size")}
+    # What a search may call members besides, as the program's objects did (AUTOLOAD in Group.pm,
+    # Friend.pm).
+    other_names: Dict[str, Dict[str, str]] = {
         "friend": {"qq": "uid", "nick": "name"},
         "group": {"gnumber": "uid", "number": "uid", "gtype": "role", "gname": "name",
                   "gid": "id", "gcode": "code"}}
-    keys = {"friend": ("id", "uid", "name", "displayname"),
-            "group": ("id", "uid", "name", "displayname"), "discuss": ("id", "name")}
-    missing = {"friend": {"code": 100, "id": None, "status": "friend not found"},
-               "group": {"code": 101, "id": None, "status": "group not found"},
-               "discuss": {"code": 102, "id": None, "status": "discuss not found"}}
-    parts = {"sender": ("id", "uid"), "receiver": ("id", "uid"), "group": ("id", "uid"),
-             "discuss": ("id",)}
+    # Kind of thing -> what send_* finds it by; and what control of groups finds them by.
+    keys: Dict[str, Tuple[str, ...]] = {
+        "friend": ("id", "uid", "name", "displayname"),
+        "group": ("id", "uid", "name", "displayname"), "discuss": ("id", "name"),
+        "place": ("group_id", "group_uid"), "members": ("member_id", "member_uid")}
+    unknown = "member {name} not found"  # the status when control of groups does not find somebody
+    # Kind of thing -> the answer when send_* does not find it.
+    missing: Dict[str, Row] = {
+        "friend": {"code": 100, "id": None, "status": "friend not found"},
+        "group": {"code": 101, "id": None, "status": "group not found"},
+        "discuss": {"code": 102, "id": None, "status": "discuss not found"}}
+    # Role in a message -> what it tells of it (sender_id …).
+    parts: Dict[str, Tuple[str, ...]] = {
+        "sender": ("id", "uid"), "receiver": ("id", "uid"), "group": ("id", "uid"),
+        "discuss": ("id",)}
+    # Type of a message -> what ShowMsg calls it.
     titles = {"friend_message": "好友消息", "group_message": "群消息",
               "discuss_message": "讨论组消息", "sess_message": "群临时消息",
               "sess_message/discuss": "讨论组临时消息"}
-    sent = {"code": 0, "info": "发送正常", "status": "发送成功"}
-    not_sent = "发送失败"
-    sent_id = "{id}"
-    everybody = ""
-    text_format: Row = {}
-    media_members = ("media",)
-    media_content = "{content}{label}"
-    ids = {"people": "{number}", "group": "{number}", "discuss": "{number}"}
-    usual = {**PERSON, **CIRCLE}
-    world = {
+    sent: Row = {"code": 0, "info": "发送正常", "status": "发送成功"}  # without its id
+    not_sent = "发送失败"         # the status of a send that failed
+    sent_id = "{id}"             # the id in the answer to one
+    everybody = ""               # the id that means all friends
+    text_format: Row = {}        # what a message of plain text has besides
+    media_members: Tuple[str, ...] = ("media",)  # what one with a picture has besides
+    media_content = "{content}{label}"           # and its content: or {either}
+    ids = {"people": "{number}", "group": "{number}", "discuss": "{number}"}  # their shapes
+    usual: Row = {**PERSON, **CIRCLE}  # members of things on the local network
+    world: Row = {               # who is there at the beginning
         "people": [{"uid": "2854196301", "name": "小冰", "echo": 1},
                    {"uid": "2854196302", "name": "小灰", "echo": 0}],
         "groups": [{"uid": "20260001", "name": "OpenQQ", "owner_uid": "",
                     "member": [{"uid": "2854196301"}, {"uid": "2854196302"}]}],
         "discuss": [{"uid": "30260001", "name": "OpenQQ", "owner_uid": "",
                      "member": ["2854196301", "2854196302"]}],
-        "friends": [["2854196301", "2854196302"]],
-    }
+        "friends": [["2854196301", "2854196302"]]}
 
 
-class Weixin(Flavour):
-    """Mojo-Weixin (001, CONTRACT 10)."""
+class Weixin(QQ):
+    """Mojo-Weixin, where it differs (001, CONTRACT 10)."""
 
     name = "weixin"
     prefix = "/openwx/"
-    port = 2000
-    client_port = 3000
+    port, client_port = 2000, 3000
     file_prefix = "mojo_weixin_"
     environ = "MOJO_WEIXIN_"
     program = "Mojo::Weixin"
@@ -1649,28 +1614,9 @@ class Weixin(Flavour):
     ps = "wx"
     phone = "手机微信"
     qrcode_type = "image/jpg"
+    apis = verbs_of("weixin")
     post_event_list = QQ.post_event_list + ["friend_request"]
     state_flags = QQ.state_flags + ("download_media",)
-    apis = {
-        **{path: QQ.apis[path] for path in (
-            "get_user_info", "get_friend_info", "get_group_info", "get_group_basic_info",
-            "search_friend", "search_group", "send_friend_message", "send_group_message",
-            "revoke_message", "accept_friend_request", "check_event", "events",
-            "get_client_info", "stop_client", "get_qrcode", "get_media")},
-        "consult": (ACT, "consult"),
-        "create_group": (ACT, "create_group"),
-        "invite_friend": (ACT, "invite_friend"),
-        "kick_group_member": (ACT, "kick_members"),
-        "set_group_displayname": (ACT, "set_group_displayname"),
-        "stick": (ACT, "stick"),
-        "set_friend_markname": (ACT, "set_markname"),
-        "set_markname": (ACT, "set_markname"),
-        "make_friend": (ACT, "make_friend"),
-        "get_avatar": (READ, "get_avatar"),
-        "upload_media": (ACT, "upload_media"),
-    }
-    any_state = ("check_event", "events", "get_client_info", "stop_client", "get_qrcode",
-                 "get_media")
     fields = {
         "user": ("account", "city", "display", "displayname", "id", "markname", "name",
                  "province", "sex", "signature", "uid"),
@@ -1680,17 +1626,17 @@ class Weixin(Flavour):
         "group_member": ("account", "city", "display", "displayname", "id", "markname", "name",
                          "province", "role", "sex", "signature", "uid"),
         "friend_request": ("id", "displayname", "verify", "ticket"),
-        "media": ("type", "url", "name", "size"),
-    }
+        "media": QQ.fields["media"]}
     other_names = {"friend": {}, "group": {}}
     keys = {"friend": ("id", "account", "displayname", "markname"),
-            "group": ("id", "displayname")}
+            "group": ("id", "displayname"),
+            "place": ("id", "displayname"), "members": ("members",)}
+    unknown = "{what} id {name} not found"
     missing = dict.fromkeys(("friend", "group"),
                             {"code": 100, "id": None, "status": "object not found"})
     parts = {"sender": ("id", "uid", "account", "name", "markname", "category"),
              "receiver": ("id", "uid", "account", "name", "markname"),
              "group": ("id", "uid", "name")}
-    titles = QQ.titles
     sent = {"code": 0, "status": "success"}
     not_sent = "failure"
     sent_id = "{id}:{target}"
@@ -1702,17 +1648,14 @@ class Weixin(Flavour):
     ids = {"people": "@{hex}", "group": "@@{hex}"}
     usual = {**PERSON, **CIRCLE, "category": "好友", "sex": "0", "country": ""}
     world = {
-        "people": [{"uid": "2854196301", "name": "小冰", "echo": 1},
-                   {"uid": "2854196302", "name": "小灰", "echo": 0},
+        "people": [*QQ.world["people"],
                    {"uid": "2854196303", "name": "OpenQQ订阅号", "echo": 0, "category": "公众号"},
                    {"uid": "2854196304", "name": "文件传输助手", "echo": 0, "id": "filehelper",
                     "account": "filehelper", "category": "系统帐号"}],
-        "groups": [QQ.world["groups"][0]],
-        "discuss": [],
-        "friends": [["2854196301", "2854196302"]],
-    }
+        "groups": QQ.world["groups"], "discuss": [], "friends": QQ.world["friends"]}
 
 
+Flavour = QQ                     # how annotations call either of them
 FLAVOURS: Dict[str, Type[Flavour]] = {flavour.name: flavour for flavour in (QQ, Weixin)}
 
 
@@ -1732,13 +1675,14 @@ class Thing:
     """A contact, a group or a message: attributes inside, a JSON object outside.
 
     `kind` names the row of Flavour.fields that lists the members of the JSON object; what is not
-    known is None.
+    known is None. Each kind is a class of its own, since the objects of one class share the keys
+    of their dicts: that more than halves the memory of a large roster (measured).
     """
 
     kind = ""
 
     def __init__(self, values: Row) -> None:
-        for name, value in values.items():  # one by one: such objects share their dict's keys
+        for name, value in values.items():  # one by one: update() would not share the keys
             if name != "displayname":       # which follows from others
                 setattr(self, name, value)
 
@@ -1765,6 +1709,10 @@ class Thing:
         if "displayname" in row:
             row["displayname"] = self.displayname
         return row
+
+    def full_json(self, fields: Mapping[str, Tuple[str, ...]]) -> Row:
+        """The documented JSON object, members included."""
+        return self.to_json(fields)
 
 
 class User(Thing):
@@ -1807,7 +1755,6 @@ class Circle(Thing):
             member.uid: member for member in map(self.member_class, values.get("member") or [])}
 
     def full_json(self, fields: Mapping[str, Tuple[str, ...]]) -> Row:
-        """The documented JSON object, members included."""
         return dict(self.to_json(fields),
                     member=[member.to_json(fields) for member in self.member.values()])
 
@@ -1873,9 +1820,7 @@ def read_json(path: str, log: Log) -> Row:
     `<path>.old` with a warning: it is the user's, and it must not stop a start.
     """
     data = read_file(path)
-    if not data:
-        return {}
-    value = object_in(data)
+    value = object_in(data) if data else {}
     if value is not None:
         return value
     log.warn(f"{path} is not a file of this program; it is kept as {path}.old")
@@ -1886,22 +1831,14 @@ def read_json(path: str, log: Log) -> Row:
     return {}
 
 
-def create_in(directory: str, what: str = "") -> Tuple[int, str]:
-    """A new file that only this user may read: its descriptor and path; OSError.
-
-    As tempfile.mkstemp(), without the random numbers, which take each client 0.1 MiB.
-    """
-    path = os.path.join(directory, f".openqq_{what}_{new_secret()}")
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), path
-
-
 def write_file(path: str, data: bytes) -> None:
     """Replace a file at once: another process sees the old bytes or the new, never a part.
 
     The file is 0600 from the start; what lies at `path`, be it a symlink, is replaced and not
     followed. OSError when the disk is full or the directory cannot be written.
     """
-    handle, temporary = create_in(*os.path.split(path))
+    directory, name = os.path.split(path)
+    handle, temporary = tempfile.mkstemp("", f".openqq_{name}_", directory)
     try:
         with open(handle, "wb") as file:
             file.write(data)
@@ -1913,6 +1850,14 @@ def write_file(path: str, data: bytes) -> None:
         raise
 
 
+def keep_file(path: str, data: bytes, log: Log) -> None:
+    """Replace a file that nobody can do much about when it cannot be written: a warning."""
+    try:
+        write_file(path, data)
+    except OSError as error:
+        log.warn(f"{path} cannot be written: {error.strerror}; going on without")
+
+
 def remove_file(path: str) -> None:
     """Remove a file if it is there."""
     try:
@@ -1921,16 +1866,20 @@ def remove_file(path: str) -> None:
         pass
 
 
+def files_in(directory: str, pattern: str) -> List[str]:
+    """The paths of the files in a directory whose whole names fit; none where it is not there."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return []
+    return [os.path.join(directory, name) for name in names if re.fullmatch(pattern, name)]
+
+
 def remove_leftovers(path: str) -> None:
     """Remove what a process that was killed in write_file() left of a file: it may hold secrets."""
     directory, name = os.path.split(path)
-    try:
-        found = os.listdir(directory)
-    except OSError:
-        return  # there is none
-    for other in found:
-        if re.fullmatch(re.escape(f".openqq_{name}_") + "[0-9a-f]{32}", other):
-            remove_file(os.path.join(directory, other))
+    for left in files_in(directory, re.escape(f".openqq_{name}_") + "([0-9a-z_]{8}|[0-9a-f]{32})"):
+        remove_file(left)
 
 
 def check_tmpdir(path: str) -> str:
@@ -1938,21 +1887,12 @@ def check_tmpdir(path: str) -> str:
     path = path or tempfile.gettempdir()
     try:
         os.makedirs(path, exist_ok=True)
-        handle, probe = create_in(path)
-        try:
-            os.write(handle, b"can this be written?")
-        finally:
-            os.close(handle)
-            os.unlink(probe)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"can this be written?")
     except OSError as error:
         raise Refusal(f"tmpdir {path} cannot be used: {error.strerror}; "
                       "give another one with --tmpdir") from None
     return os.path.realpath(path)
-
-
-def inside(path: str, directory: str) -> bool:
-    """Whether a path, symlinks followed, lies in a directory (which exists)."""
-    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(directory), ""))
 
 
 def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterable[str]) -> None:
@@ -1961,12 +1901,13 @@ def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterabl
     `own_files` matches the names of this program's own files that the caller may have, `taken`
     are paths that it may not, whatever they are called (empty ones count for nothing).
     """
-    base = os.path.basename(os.path.realpath(path))
-    reserved = {os.path.realpath(other) for other in taken if other}
-    foreign = re.match("mojo_|[.]", base) and not re.fullmatch(own_files, base)
-    same = name == "tmpdir" and os.path.realpath(path) == os.path.realpath(tmpdir)
-    if os.path.realpath(path) in reserved or not same and (
-            foreign or not inside(path, tmpdir)):
+    real, room = os.path.realpath(path), os.path.realpath(tmpdir)  # where symlinks lead to
+    base = os.path.basename(real)
+    good = real.startswith(os.path.join(room, "")) and (
+        not re.match("mojo_|[.]", base) or re.fullmatch(own_files, base))
+    if name == "tmpdir" and real == room:
+        good = True
+    if not good or real in {os.path.realpath(other) for other in taken if other}:
         raise NotAllowed(f"{name} not allowed")
 
 
@@ -1998,7 +1939,7 @@ class Shelf:
     NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 
     def __init__(self, start: str, log: Log) -> None:
-        self._start, self._log = start, log
+        self._start = start
         self._names: Dict[str, str] = {}  # id -> the name that its giver gave it
         for path in self._paths():
             try:
@@ -2009,17 +1950,11 @@ class Shelf:
 
     def _paths(self) -> List[str]:
         directory, start = os.path.split(self._start)
-        try:
-            names = os.listdir(directory)
-        except OSError:
-            return []  # it is not made yet, or gone
-        return [os.path.join(directory, name) for name in names
-                if name.startswith(start) and self.NAME.fullmatch(name[len(start):])]
+        return files_in(directory, re.escape(start) + self.NAME.pattern)
 
     def put(self, data: bytes, name: str) -> Row:
         """Keep bytes under a new id: the row that get() gives. OSError."""
         mime = media_type(data, name)
-        import mimetypes
         found = re.search(r"\.([a-z0-9]{1,8})$", name.lower())
         end = "." + found.group(1) if found else mimetypes.guess_extension(mime) or ".dat"
         key = new_secret()
@@ -2036,11 +1971,11 @@ class Shelf:
         """media_id, media_path, media_name, media_mime, media_ext, media_code, media_size (bytes)
         and media_mtime of what is kept under an id; None if that is nothing."""
         for path in self._paths():
-            if os.path.basename(path)[len(os.path.basename(self._start)):].startswith(key + "."):
+            if path.startswith(f"{self._start}{key}."):
                 try:
                     return self._row(key, path, media_type(read_file(path) or b"", path))
                 except OSError:
-                    return None  # it has just been cleared away
+                    pass  # it has just been cleared away
         return None
 
     def _row(self, key: str, path: str, mime: str) -> Row:
@@ -2063,7 +1998,6 @@ def media_type(data: bytes, name: str) -> str:
     for begin, kind in ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpeg"), (b"GIF8", "gif")):
         if data.startswith(begin):
             return "image/" + kind
-    import mimetypes
     return mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
@@ -2081,19 +2015,28 @@ class PidFile:
     def take(self, who: str) -> None:
         """Write our pid; Refusal, naming the holder, when another process has it."""
         while self._file is None:
-            file = self._open(who)
+            try:
+                file = open(self.path, "r+", encoding="utf-8", errors="replace",
+                            opener=lambda path, flags: own_opener(path, flags | os.O_CREAT))
+            except OSError as error:
+                raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
+                              "remove it, or give another --tmpdir") from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path)):
+                    self._file = file
+            except FileNotFoundError:
+                pass  # removed by its holder between our open and our lock
             except OSError:
                 holder = file.read(20).strip() or "unknown"
-                file.close()
                 raise Refusal(f"{who} is running already, with pid {holder}; "
                               f"{self.path} says so") from None
-            if self._is_current(file):
-                self._file = file
-            else:
-                file.close()  # removed by its holder between our open and our lock
-        self._write(f"{os.getpid()}\n")
+            finally:
+                if self._file is None:
+                    file.close()
+        self._file.truncate()
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
 
     def await_end(self) -> None:
         """Return when no living process has it."""
@@ -2110,48 +2053,28 @@ class PidFile:
             self._file.close()
             self._file = None
 
-    def _open(self, who: str) -> IO[str]:
-        try:
-            return open(self.path, "r+", encoding="utf-8", errors="replace",
-                        opener=lambda path, flags: own_opener(path, flags | os.O_CREAT))
-        except OSError as error:
-            raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
-                          "remove it, or give another --tmpdir") from None
-
-    def _is_current(self, file: IO[str]) -> bool:
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path))
-        except OSError:
-            return False
-
-    def _write(self, text: str) -> None:
-        assert self._file is not None
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(text)
-        self._file.flush()
-
 
 class Journal:
     """A file that only grows: one JSON value per line, and a torn last line is no line.
 
     write() appends in one system call; a process that is killed loses nothing that was written
     before. There is no fsync here (36 µs against 0.5): a machine that loses power may lose the
-    last moments. `rewrite` replaces the file by fewer lines, which is worth it when it has grown()
-    to twice what was left then. Errors of the disk are told once.
+    last moments. When the file has grown to twice what lasted the last time, it is replaced by the
+    lines that last. Errors of the disk are told once.
     """
 
     COMPACT = 4 * 1024 * 1024    # bytes below which it is left alone
 
     def __init__(self, path: str, log: Log) -> None:
         self.path, self.log = path, log
-        self._handle: Optional[int] = None
+        self._file: Any = None
         self._broken = False
-        self.size = self.base = 0    # bytes: now, and of what lasts
+        self._size = self._base = 0  # bytes: now, and of what lasts
 
-    def grown(self) -> bool:
-        """Whether most of it is past."""
-        return self.size > max(self.COMPACT, 2 * self.base)
+    def last_lines(self) -> Tuple[List[Json], int]:
+        """The lines that are as good as all there are, and how many bytes besides were put into
+        another file for that. OSError."""
+        raise NotImplementedError
 
     def read(self) -> Iterator[Json]:
         """The values, in order; lines that are not JSON are passed over."""
@@ -2163,52 +2086,42 @@ class Journal:
 
     def write(self, values: Iterable[Json]) -> None:
         """Append values; a full disk costs a warning and their survival, not the program."""
-        data = b"".join(to_bytes(value) + b"\n" for value in values)
         try:
-            if self._handle is None:
-                self._handle = self._open()
-            if os.write(self._handle, data) != len(data):
+            if self._file is None:
+                self._file = open(self.path, "a+b", 0, opener=own_opener)
+                self._size = os.fstat(self._file.fileno()).st_size
+                self._file.seek(max(0, self._size - 1))
+                if self._file.read() not in (b"", b"\n"):
+                    self._file.write(b"\n")  # what a kill tore off must not spoil the next line
+            data = b"".join(to_bytes(value) + b"\n" for value in values)
+            if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.size += len(data)
+            self._size += len(data)
+            if self._size > max(self.COMPACT, 2 * self._base):
+                self.compact()
             self._broken = False
         except OSError as error:
-            self._complain(error)
+            if not self._broken:
+                self.log.warn(f"{self.path} cannot be written: {error.strerror}; going on without")
+            self._broken = True
+            self.release()
 
-    def rewrite(self, values: Iterable[Json]) -> None:
-        """Replace all there is."""
-        data = b"".join(to_bytes(value) + b"\n" for value in values)
-        try:
-            write_file(self.path, data)
-            self.close()
-            self.size = self.base = len(data)
-        except OSError as error:
-            self._complain(error)
+    def compact(self) -> None:
+        """Replace all there is by what lasts. OSError."""
+        lines, elsewhere = self.last_lines()
+        data = b"".join(to_bytes(line) + b"\n" for line in lines)
+        write_file(self.path, data)
+        self.release()
+        self._size, self._base = len(data), len(data) + elsewhere
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Give the descriptor back; a later write opens the file anew."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-    def _open(self) -> int:
-        handle = own_opener(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-        try:
-            self.size = os.fstat(handle).st_size
-            if self.size and os.pread(handle, 1, self.size - 1) != b"\n":
-                os.write(handle, b"\n")  # what a kill tore off must not spoil the next line
-        except OSError:
-            os.close(handle)
-            raise
-        return handle
-
-    def _complain(self, error: OSError) -> None:
-        if not self._broken:
-            self.log.warn(f"{self.path} cannot be written: {error.strerror}; going on without")
-        self._broken = True
-        self.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
-class Spool:
+class Spool(Journal):
     """A bounded queue on disk, and beside it a mark: how far its source has been read.
 
     Items are JSON values under keys that grow. `pending` maps keys to items, oldest first. One
@@ -2219,28 +2132,22 @@ class Spool:
 
     def __init__(self, path: str, limit: int, log: Log,
                  bulk: Callable[[Json], int] = lambda item: 0) -> None:
-        self._journal = Journal(path, log)
+        super().__init__(path, log)
         self._limit, self._bulk = limit, bulk
-        self._bytes = 0
         self.pending: Dict[int, Json] = {}
         self.mark: Json = None
         self.last = 0            # the newest key ever given
         self._batch: List[Json] = []
-        for line in self._journal.read():
-            self._replay(line)
+        for line in self.read():
+            row = line if isinstance(line, dict) else {}
+            key, done = row.get("key", 0), row.get("done", 0)
+            if isinstance(key, int) and isinstance(done, int):
+                if "item" in row:
+                    self.pending[key] = row["item"]
+                self.pending.pop(done, None)
+                self.last = max(self.last, key)
+                self.mark = row.get("mark", self.mark)
         self._bytes = sum(map(bulk, self.pending.values()))
-
-    def _replay(self, line: Json) -> None:
-        if not isinstance(line, dict):
-            return
-        key, done = line.get("key", 0), line.get("done", 0)
-        if not isinstance(key, int) or not isinstance(done, int):
-            return
-        if "item" in line:
-            self.pending[key] = line["item"]
-        self.pending.pop(done, None)
-        self.last = max(self.last, key)
-        self.mark = line.get("mark", self.mark)
 
     def add(self, item: Json, mark: Json = None) -> int:
         """Queue an item, with the mark after it if its source has one; its key."""
@@ -2275,28 +2182,25 @@ class Spool:
     def flush(self) -> None:
         """Write what add(), advance() and done() collected."""
         if self._batch:
-            self._journal.write(self._batch)
+            self.write(self._batch)
         self._batch = []
-        if self._journal.grown():
-            self._compact()
 
     def close(self) -> None:
         """Flush, and give the descriptor back."""
         self.flush()
-        self._journal.close()
+        self.release()
 
     def _put(self, line: Row, mark: Json) -> None:
         if mark is not None:
             self.mark = line["mark"] = mark
         self._batch.append(line)
 
-    def _compact(self) -> None:
-        head = {"key": self.last, "mark": self.mark}
-        lines = [head, *({"key": key, "item": item} for key, item in self.pending.items())]
-        self._journal.rewrite(lines)
+    def last_lines(self) -> Tuple[List[Json], int]:
+        return [{"key": self.last, "mark": self.mark},
+                *({"key": key, "item": item} for key, item in self.pending.items())], 0
 
 
-class Ledger:
+class Ledger(Journal):
     """A tree of JSON objects that survives: a file with all of it, and a journal of changes.
 
     One thread uses it. put() changes one place; commit() writes all changes since the last one as
@@ -2304,16 +2208,27 @@ class Ledger:
     """
 
     def __init__(self, path: str, journal_path: str, log: Log) -> None:
-        self.path, self.log = path, log
-        self._journal = Journal(journal_path, log)
+        super().__init__(journal_path, log)
+        self._whole = path
         self.root: Row = read_json(path, log)
         self._changes: List[Json] = []
-        for line in self._journal.read():
-            self._replay(line)
+        for line in self.read():
+            try:
+                for change in line:
+                    self.put(change[0], *change[1:])
+            except (TypeError, IndexError, KeyError, AttributeError):
+                log.warn(f"a line of {journal_path} is none of this program's: passed over")
+        self._changes = []
 
     def put(self, value: Json, *path: str) -> None:
         """Set the place that `path` leads to, making objects on the way; None removes it."""
-        self._set(value, path)
+        node = self.root
+        for step in path[:-1]:
+            node = node.setdefault(step, {})
+        if value is None:
+            node.pop(path[-1], None)
+        else:
+            node[path[-1]] = value
         self._changes.append([value, *path])
 
     def table(self, *path: str) -> Row:
@@ -2325,46 +2240,28 @@ class Ledger:
 
     def commit(self) -> None:
         """Let the changes survive."""
-        if not self._changes:
-            return
-        self._journal.write([self._changes])
-        self._changes = []
-        if self._journal.grown():
-            self.save()
+        if self._changes:
+            self.write([self._changes])
+            self._changes = []
 
     def save(self) -> None:
         """Write everything into the one file and empty the journal."""
         try:
-            # Not sorted: the order of lists is the order in which things came.
-            text = json.dumps(self.root, ensure_ascii=False, separators=(",", ":"))
-            data = text.encode("utf-8", "replace")
-            write_file(self.path, data)
-            self._journal.rewrite([])
-            self._journal.base = len(data)
+            self.compact()
         except OSError as error:
-            self.log.warn(f"{self.path} cannot be written: {error.strerror}")
-
-    def _replay(self, line: Json) -> None:
-        try:
-            for change in line:
-                self._set(change[0], change[1:])
-        except (TypeError, IndexError, KeyError, AttributeError):
-            self.log.warn(f"a line of {self._journal.path} is none of this program's: passed over")
+            self.log.warn(f"{self._whole} cannot be written: {error.strerror}")
 
     def clear(self) -> None:
         """Forget everything."""
-        self.root = {}
-        self._changes = []
+        self.root, self._changes = {}, []
         self.save()
 
-    def _set(self, value: Json, path: Sequence[str]) -> None:
-        node = self.root
-        for step in path[:-1]:
-            node = node.setdefault(step, {})
-        if value is None:
-            node.pop(path[-1], None)
-        else:
-            node[path[-1]] = value
+    def last_lines(self) -> Tuple[List[Json], int]:
+        # Not sorted: the order of lists is the order in which things came.
+        text = json.dumps(self.root, ensure_ascii=False, separators=(",", ":"))
+        data = text.encode("utf-8", "replace")
+        write_file(self._whole, data)
+        return [], len(data)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2930,7 +2827,7 @@ def bearer(token: str) -> str:
 
 def same_bytes(one: bytes, other: bytes) -> bool:
     """Whether they are equal, in a time that does not tell where they differ."""
-    return _compare_digest(one, other)
+    return hmac.compare_digest(one, other)
 
 
 def signature(secret: str, body: bytes) -> str:
@@ -4321,66 +4218,198 @@ class WebSocket:
 # A. QR encoder
 # ------------------------------------------------------------------------------------------------
 
-# A symbol is thought of in two ways.  While it is drawn it is a grid: rows of modules, each
-# light (0), dark (1) or still free (2).  While it is masked and scored it is a plane: one int
-# whose bit y * (side + 1) + x stands for the module in row y, column x.  The spare column at
-# each row's end is always 0, so a shift never carries a module into the neighbouring row, and
-# one big-int operation treats all modules at once: that is what makes eight masks cheap.
-_QR_LIGHT, _QR_DARK, _QR_FREE = range(3)
+# Clauses, tables and figures are those of ISO/IEC 18004:2015. A symbol is a list of rows; a module
+# is 1 for dark, 0 for light, and while it is drawn QR_FREE where data are still to come.
+QR_FREE = 2
 
-# Error correction level M, versions 1..40 (ISO/IEC 18004:2015, table 9): the number of error
-# correction codewords in each block, and the number of blocks.
-_QR_CHECKS = bytes((
+# Error correction level M, versions 1..40 (table 9): the number of check codewords in each block,
+# and the number of blocks.
+QR_CHECKS = bytes((
     10, 16, 26, 18, 24, 16, 18, 22, 22, 26, 30, 22, 22, 24, 24, 28, 28, 26, 26, 26,
-    26, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28,
-))
-_QR_BLOCKS = bytes((
+    26, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28))
+QR_BLOCKS = bytes((
     1, 1, 1, 2, 2, 4, 4, 4, 5, 5, 5, 8, 9, 9, 10, 10, 11, 13, 14, 16,
-    17, 17, 18, 20, 21, 23, 25, 26, 28, 29, 31, 33, 35, 37, 38, 40, 43, 45, 47, 49,
-))
+    17, 17, 18, 20, 21, 23, 25, 26, 28, 29, 31, 33, 35, 37, 38, 40, 43, 45, 47, 49))
+
+QR_MASKS: List[Callable[[int, int], int]] = [  # table 10: what is 0 is flipped; row, column
+    lambda i, j: (i + j) % 2,
+    lambda i, j: i % 2,
+    lambda i, j: j % 3,
+    lambda i, j: (i + j) % 3,
+    lambda i, j: (i // 2 + j // 3) % 2,
+    lambda i, j: i * j % 2 + i * j % 3,
+    lambda i, j: (i * j % 2 + i * j % 3) % 2,
+    lambda i, j: ((i + j) % 2 + i * j % 3) % 2]
+
+# What costs a mask points (7.8.3), in a row or column.
+QR_RUN = re.compile(rb"\x00{5,}|\x01{5,}")
+QR_SQUARES = re.compile(rb"\x00{2,}|\x02{2,}")  # in the sums of two rows
+QR_FINDER = re.compile(rb"(?=\x01\x00\x01\x01\x01\x00\x01)(?:(?<=\x00{4})|(?=.{7}\x00{4}))", re.S)
 
 
-def qr_matrix(text: str) -> list[bytearray]:
-    """Draw `text` as a QR code at error correction level M (ISO/IEC 18004:2015, clause 7).
+def qr_matrix(text: str) -> List[bytearray]:
+    """Draw `text` as a QR code at error correction level M (clause 7).
 
-    In: any text.  It is stored in byte mode as UTF-8.  No ECI header says so, though the
-    standard's default is ISO 8859-1: scanners detect UTF-8, but not all know the header.
-    Out: the rows of the symbol, top first, without quiet zone: `side` bytearrays of `side`
-    modules, 1 for dark and 0 for light, where side = 17 + 4 * version.  The version is the
-    smallest of 1..40 that holds the text, the mask the one of least penalty (clause 7.8.3),
-    the lower number on a tie.
-
-    ValueError: the text exceeds 2331 bytes, or holds half of a surrogate pair.
+    It is stored in byte mode as UTF-8. No ECI header says so, though the standard's default is
+    ISO 8859-1: scanners detect UTF-8, but not all know the header. The rows have no quiet zone;
+    there are 17 + 4 * version of them. The version is the smallest that holds the text, the mask
+    the one of least penalty, the lower number on a tie. ValueError: the text exceeds 2331 bytes,
+    or holds half of a surrogate pair.
     """
     payload = text.encode("utf-8")
-    version = _qr_version(len(payload))
-    grid = _qr_patterns(version)
-    free = _qr_plane(grid, _QR_FREE)
-    _qr_place(grid, _qr_codewords(payload, version))
-    data, side = _qr_plane(grid, _QR_DARK), len(grid)
-    assert side == 17 + 4 * version
-    masks = enumerate(_qr_masks(side))
-    drawn = [data ^ (flips & free) ^ _qr_format(mask, side) for mask, flips in masks]
-    return _qr_grid(min(drawn, key=lambda plane: _qr_penalty(plane, side)), side)
+    version = next((version for version in range(1, 41) if len(payload) <= qr_room(version)), 0)
+    if not version:
+        raise ValueError(f"text of {len(payload)} bytes does not fit into a QR code: "
+                         f"shorten it to {qr_room(40)} bytes of UTF-8 or fewer")
+    grid = qr_patterns(version)
+    side = len(grid)
+    # Data go up and down in columns of two, from the right (7.7.3); the vertical timing pattern
+    # in column 6 belongs to none of them.
+    free = [(y, x) for turn, right in enumerate((*range(side - 1, 6, -2), 5, 3, 1))
+            for y in (range(side) if turn % 2 else range(side - 1, -1, -1))
+            for x in (right, right - 1) if grid[y][x] == QR_FREE]
+    codewords = qr_codewords(payload, version)
+    assert len(codewords) == len(free) // 8
+    bits = "".join([f"{codeword:08b}" for codeword in codewords]).ljust(len(free), "0")
+    drawn = []
+    for number, mask in enumerate(QR_MASKS):
+        candidate = [row[:] for row in grid]
+        for (y, x), bit in zip(free, bits):
+            candidate[y][x] = (bit == "1") ^ (mask(y, x) == 0)
+        qr_draw_format(candidate, number)
+        drawn.append(candidate)
+    return min(drawn, key=qr_penalty)
 
 
-def qr_png(matrix: list[bytearray], scale: int = 8, quiet: int = 4) -> bytes:
-    """Render a symbol as a PNG file: greyscale, one bit per pixel, not interlaced.
-
-    In: the rows of `qr_matrix`; the pixels per module (`scale` >= 1); the width in modules of
-    the light border (`quiet` >= 0; ISO/IEC 18004:2015, clause 6.3.8 demands 4).  Out: the
-    bytes of the file, (side + 2 * quiet) * scale pixels square.
-    """
-    assert scale >= 1 and quiet >= 0
-    rows = _qr_bordered(matrix, quiet)
-    width = len(rows) * scale
-    lines = b"".join(_qr_scanline(row, scale) * scale for row in rows)
-    header = struct.pack(">IIBBBBB", width, width, 1, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_qr_chunk(kind, body) for kind, body in chunks)
+def qr_room(version: int) -> int:
+    """How many bytes of text a version holds: its codewords, less the checks, and less what mode,
+    count and terminator take."""
+    modules = (16 * version + 128) * version + 64  # less finders, timing and format (table 1)
+    if version > 1:
+        centres = version // 7 + 2                 # alignment patterns in a row
+        modules -= (25 * centres - 10) * centres - 55
+    if version > 6:
+        modules -= 36
+    return (modules // 8 - QR_CHECKS[version - 1] * QR_BLOCKS[version - 1]
+            - (2 if version < 10 else 3))
 
 
-def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> list[bytearray]:
+def qr_codewords(payload: bytes, version: int) -> bytes:
+    """The payload as codewords: data in blocks, then their checks (7.4 to 7.6)."""
+    # Mode (4 bits), a count of 8 or 16, and terminator (4): no bit is left to align.
+    count = len(payload)
+    data = (((4 << (8 if version < 10 else 16) | count) << 8 * count
+             | int.from_bytes(payload, "big")) << 4).to_bytes(count + (2 if version < 10 else 3),
+                                                             "big")
+    spare = qr_room(version) - count
+    data += (b"\xec\x11" * spare)[:spare]
+    # The field GF(256) modulo x^8 + x^4 + x^3 + x^2 + 1: the powers of 2, twice over so that a
+    # sum of two logs needs no reduction, and the logs.
+    powers = [1]
+    for _ in range(509):
+        powers.append(powers[-1] << 1 ^ (powers[-1] >> 7) * 0x11D)
+    logs = {power: log for log, power in enumerate(powers[:255])}
+    divisor = [1]                              # (x - 2^0) (x - 2^1) …, as many as checks
+    for exponent in range(QR_CHECKS[version - 1]):
+        divisor.append(0)
+        for at in range(exponent + 1, 0, -1):
+            divisor[at] ^= powers[logs[divisor[at - 1]] + exponent]
+    terms = [logs[term] for term in divisor[1:]]
+
+    size, longer = divmod(len(data), QR_BLOCKS[version - 1])  # the last blocks are longer by one
+    blocks, checks, end = [], [], 0
+    for number in range(QR_BLOCKS[version - 1]):
+        start, end = end, end + size + (number >= QR_BLOCKS[version - 1] - longer)
+        blocks.append(data[start:end])
+        rest = bytearray(blocks[-1]) + bytes(len(terms))
+        for at in range(end - start):
+            if rest[at]:
+                log = logs[rest[at]]
+                for below, term in enumerate(terms, at + 1):
+                    rest[below] ^= powers[log + term]
+        checks.append(rest[end - start:])
+    return bytes(block[at] for part in (blocks, checks) for at in range(len(part[-1]))
+                 for block in part if at < len(block))
+
+
+def qr_patterns(version: int) -> List[bytearray]:
+    """A symbol with its function patterns only (6.3); the format is that of mask 0."""
+    side = 17 + 4 * version
+    grid = [bytearray([QR_FREE]) * side for _ in range(side)]
+    for at in range(side):
+        grid[6][at] = grid[at][6] = (at + 1) % 2
+    # Concentric squares, innermost first: finders, and in a lattice the alignment patterns, whose
+    # centres lie in even steps as short as reach the first gap (annex E).
+    squares = [(y, x, "11010") for y, x in ((3, 3), (3, side - 4), (side - 4, 3))]
+    if version > 1:
+        gaps, last = version // 7 + 1, side - 7
+        step = 26 if version == 32 else -(-(last - 6) // (2 * gaps)) * 2
+        lattice = [6, *[last - step * gap for gap in range(gaps)]]
+        squares += [(y, x, "101") for y in lattice for x in lattice
+                    if (y, x) not in ((6, 6), (6, last), (last, 6))]
+    for y, x, rings in squares:
+        for i in range(max(0, y - len(rings) + 1), min(side, y + len(rings))):
+            for j in range(max(0, x - len(rings) + 1), min(side, x + len(rings))):
+                grid[i][j] = int(rings[max(abs(i - y), abs(j - x))])
+    qr_draw_format(grid, 0)
+    if version > 6:                            # its number (7.10), twice
+        bits = qr_bch(version, 0x1F25)
+        for at in range(18):
+            i, j = at // 3, side - 11 + at % 3
+            grid[i][j] = grid[j][i] = bits >> at & 1
+    return grid
+
+
+def qr_draw_format(grid: List[bytearray], mask: int) -> None:
+    """Draw the number of a mask, for level M, and its copy (7.9, figure 25)."""
+    bits, side = qr_bch(mask, 0x537) ^ 0x5412, len(grid)
+    places = [(y, 8) for y in (0, 1, 2, 3, 4, 5, 7, 8)] + [(8, x) for x in (7, 5, 4, 3, 2, 1, 0)]
+    copies = [(8, side - 1 - at) for at in range(8)] + [(side - 7 + at, 8) for at in range(7)]
+    for at in range(15):
+        for y, x in places[at], copies[at]:
+            grid[y][x] = bits >> at & 1
+    grid[side - 8][8] = 1
+
+
+def qr_bch(value: int, divisor: int) -> int:
+    """`value`, and behind it its remainder modulo `divisor`, over GF(2) (annexes C, D)."""
+    degree = divisor.bit_length() - 1
+    rest = value << degree
+    while rest.bit_length() > degree:
+        rest ^= divisor << rest.bit_length() - 1 - degree
+    return value << degree | rest
+
+
+def qr_penalty(grid: List[bytearray]) -> int:
+    """What a masked symbol costs (7.8.3); the quiet zone does not count as light here."""
+    cost = 0
+    for line in map(bytes, (*grid, *zip(*grid))):
+        cost += sum([len(run) - 2 for run in QR_RUN.findall(line)])
+        cost += 40 * len(QR_FINDER.findall(line))
+    for above, below in zip(grid, grid[1:]):   # 2 x 2 modules of one colour
+        sums = bytes([upper + lower for upper, lower in zip(above, below)])
+        cost += 3 * sum([len(run) - 1 for run in QR_SQUARES.findall(sums)])
+    dark, total = sum(map(sum, grid)), len(grid) ** 2
+    return cost + abs(20 * dark - 10 * total) // total * 10
+
+
+def qr_png(matrix: List[bytearray], scale: int = 8, quiet: int = 4) -> bytes:
+    """A symbol as a PNG file: greyscale, one bit per pixel, `scale` pixels per module, and a light
+    border of `quiet` modules (clause 6.3.8 demands 4)."""
+    rows = qr_bordered(matrix, quiet)
+    width, lines = len(rows) * scale, []
+    for row in rows:
+        # Filter type 0, then eight pixels a byte. PNG counts light, QR counts dark.
+        pixels = "".join(["01"[not dark] * scale for dark in row]).ljust(width + -width % 8, "0")
+        lines += [b"\0" + int(pixels, 2).to_bytes(len(pixels) // 8, "big")] * scale
+    png = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + struct.pack(">IIBBBBB", width, width, 1, 0, 0, 0, 0),
+                  b"IDAT" + zlib.compress(b"".join(lines), 9), b"IEND"):
+        png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return png
+
+
+def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> List[bytearray]:
     """Read a symbol back out of what `qr_png` made of it, with the same scale and border.
 
     ValueError: it is another sort of picture.
@@ -4388,7 +4417,7 @@ def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> list[bytearray]:
     width = int.from_bytes(png[16:20], "big")
     side, rest = divmod(width - 2 * quiet * scale, scale)
     start, end, stride = png.find(b"IDAT") + 4, png.rfind(b"IEND") - 8, 1 + (width + 7) // 8
-    if (rest or side not in range(21, 178, 4) or png[24:29] != b"\1\0\0\0\0" or start < 4):
+    if rest or side not in range(21, 178, 4) or png[24:29] != b"\1\0\0\0\0" or start < 4:
         raise ValueError("not a QR code of this program")
     try:
         lines = zlib.decompressobj().decompress(png[start:end], width * stride)
@@ -4401,344 +4430,32 @@ def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> list[bytearray]:
             for y in places]
 
 
-def qr_text(matrix: list[bytearray], quiet: int = 2) -> str:
-    """Render a symbol for a terminal: two rows of modules per line, each line ended by \\n.
+def qr_text(matrix: List[bytearray], quiet: int = 2) -> str:
+    """A symbol for a terminal: lines of half blocks, each two rows of modules.
 
-    In: the rows of `qr_matrix`; the width in modules of the light border (`quiet` >= 0).  Two
-    are enough on a screen, though ISO/IEC 18004:2015, clause 6.3.8 demands 4.  Out: the text,
-    lines of half blocks, each of which sets black on white by itself and resets at its end,
-    so that a dark theme does not turn the code into its negative.
+    Each line sets black on white by itself and resets at its end, so that a dark theme does not
+    turn the code into its negative. A border of 2 is enough on a screen.
     """
-    assert quiet >= 0
-    rows = _qr_bordered(matrix, quiet)
-    # The number of rows is odd: the last line needs a light row for its lower half.
-    rows.append(bytearray(len(rows)))
-    lines = (
-        "".join(" ▀▄█"[upper + 2 * lower] for upper, lower in zip(*pair))
-        for pair in zip(rows[::2], rows[1::2])
-    )
-    return "".join("\x1b[30;47m" + line + "\x1b[0m\n" for line in lines)
-
-
-def _qr_bordered(matrix: list[bytearray], quiet: int) -> list[bytearray]:
-    """Copy the rows with `quiet` light modules on each of the four sides."""
-    blank, side = bytes(quiet), len(matrix) + 2 * quiet
-    above = [bytearray(side) for _ in range(quiet)]
-    return above + [bytearray(blank + row + blank) for row in matrix] + above
-
-
-def _qr_scanline(row: bytearray, scale: int) -> bytes:
-    """Pack one row of pixels as PNG does: filter type 0, eight pixels a byte, first is high."""
-    # PNG counts light, QR counts dark: a set bit is white.
-    pixels = "".join("01"[not dark] * scale for dark in row)
-    size = (len(pixels) + 7) // 8
-    return b"\0" + int(pixels.ljust(8 * size, "0"), 2).to_bytes(size, "big")
-
-
-def _qr_chunk(kind: bytes, body: bytes) -> bytes:
-    """Frame one PNG chunk: length, type, body, CRC over type and body."""
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def _qr_version(size: int) -> int:
-    """Find the smallest version (1..40) that holds `size` bytes in byte mode."""
-    for version in range(1, 41):
-        if size <= _qr_room(version):
-            return version
-    raise ValueError(
-        f"text of {size} bytes does not fit into a QR code:"
-        f" shorten it to {_qr_room(40)} bytes of UTF-8 or fewer"
-    )
-
-
-def _qr_room(version: int) -> int:
-    """Count the payload bytes of a version: what mode, count and terminator leave of the data."""
-    checks = _QR_CHECKS[version - 1] * _QR_BLOCKS[version - 1]
-    return _qr_capacity(version) - checks - (4 + _qr_count_bits(version) + 4) // 8
-
-
-def _qr_count_bits(version: int) -> int:
-    """Give the width of the character count in byte mode (table 3)."""
-    return 8 if version < 10 else 16
-
-
-def _qr_capacity(version: int) -> int:
-    """Count all codewords of a version (table 1): the modules no function pattern takes, by 8."""
-    side = 17 + 4 * version
-    # Three finders with separators; two timing patterns; twice the format, and the dark module.
-    free = side * side - 3 * 8 * 8 - 2 * (side - 16) - (2 * 15 + 1)
-    if version > 1:
-        # Of the lattice three are left out for the finders; those on a timing line share 5.
-        lattice = len(_qr_centres(version))
-        free -= 25 * (lattice * lattice - 3) - 2 * 5 * (lattice - 2)
-    if version > 6:
-        free -= 2 * 18
-    return free // 8
-
-
-def _qr_codewords(payload: bytes, version: int) -> bytes:
-    """Encode the payload as the final codeword sequence: data blocks, then checks (7.6)."""
-    blocks = _qr_split(_qr_data(payload, version), _QR_BLOCKS[version - 1])
-    divisor = _qr_divisor(_QR_CHECKS[version - 1])
-    checks = [_qr_remainder(block, divisor) for block in blocks]
-    codewords = _qr_interleave(blocks) + _qr_interleave(checks)
-    assert len(codewords) == _qr_capacity(version)
-    return codewords
-
-
-def _qr_data(payload: bytes, version: int) -> bytes:
-    """Encode the data codewords: byte mode, count, payload, terminator, padding (7.4)."""
-    size, room = len(payload), _qr_room(version)
-    assert size <= room
-    width = _qr_count_bits(version)
-    head = (0b0100 << width | size) << 4
-    # Mode (4 bits) and terminator (4 bits) together fill a byte, so no bit is left to align.
-    stream = head << 8 * size | int.from_bytes(payload, "big") << 4
-    padding = (b"\xec\x11" * (room - size))[: room - size]
-    return stream.to_bytes(1 + width // 8 + size, "big") + padding
-
-
-def _qr_split(data: bytes, count: int) -> list[bytes]:
-    """Cut the data into `count` blocks, of which the last may be one byte longer (7.5.1)."""
-    short, longer = divmod(len(data), count)
-    sizes = [short] * (count - longer) + [short + 1] * longer
-    starts = [sum(sizes[:index]) for index in range(count)]
-    return [data[start:start + size] for start, size in zip(starts, sizes)]
-
-
-def _qr_interleave(blocks: list[bytes]) -> bytes:
-    """Take the first byte of every block, then every second byte, and so on (7.6)."""
-    longest = max(map(len, blocks))
-    return bytes(block[at] for at in range(longest) for block in blocks if at < len(block))
-
-
-def _qr_powers() -> tuple[bytes, bytes]:
-    """Tabulate the field GF(256) modulo x^8 + x^4 + x^3 + x^2 + 1 (7.5.2): 2^n, and its log."""
-    powers, logs, value = bytearray(2 * 255), bytearray(256), 1
-    for exponent in range(255):
-        powers[exponent] = powers[exponent + 255] = value
-        logs[value] = exponent
-        value = value << 1 ^ (value >> 7) * 0x11D
-    assert value == 1
-    return bytes(powers), bytes(logs)
-
-
-# The powers are given twice over, so that a sum of two logs needs no reduction modulo 255.
-_QR_POWERS, _QR_LOGS = _qr_powers()
-
-
-def _qr_divisor(degree: int) -> bytes:
-    """Multiply out (x - 2^0) ... (x - 2^(degree - 1)) (annex A): logs, without the leading 1."""
-    terms = bytearray(b"\x01")
-    for exponent in range(degree):
-        terms.append(0)
-        for at in range(exponent + 1, 0, -1):
-            if terms[at - 1]:
-                terms[at] ^= _QR_POWERS[_QR_LOGS[terms[at - 1]] + exponent]
-    assert all(terms), "a log exists for each term"
-    return bytes(_QR_LOGS[term] for term in terms[1:])
-
-
-def _qr_remainder(block: bytes, divisor: bytes) -> bytes:
-    """Divide a data block by the divisor: the remainder is its check codewords (7.5.2)."""
-    rest = bytearray(block) + bytes(len(divisor))
-    for at in range(len(block)):
-        if rest[at]:
-            factor = _QR_LOGS[rest[at]]
-            for below, term in enumerate(divisor, at + 1):
-                rest[below] ^= _QR_POWERS[factor + term]
-    return bytes(rest[len(block):])
-
-
-def _qr_patterns(version: int) -> list[bytearray]:
-    """Draw the function patterns of a version (6.3) on a free grid; format stays light."""
-    side = 17 + 4 * version
-    grid = [bytearray([_QR_FREE]) * side for _ in range(side)]
-    for at in range(side):
-        grid[6][at] = grid[at][6] = (at + 1) % 2
-    for y, x in ((3, 3), (3, side - 4), (side - 4, 3)):
-        _qr_rings(grid, y, x, (1, 1, 0, 1, 0))
-    centres = _qr_centres(version)
-    for y in centres:
-        for x in centres:
-            if (y, x) not in ((6, 6), (6, side - 7), (side - 7, 6)):
-                _qr_rings(grid, y, x, (1, 0, 1))
-    _qr_reserve(grid, version)
-    return grid
-
-
-def _qr_rings(grid: list[bytearray], y: int, x: int, rings: tuple[int, ...]) -> None:
-    """Draw concentric squares around (y, x), innermost first, cut off at the grid's edge."""
-    side, reach = len(grid), range(1 - len(rings), len(rings))
-    for down in reach:
-        for right in reach:
-            if 0 <= y + down < side and 0 <= x + right < side:
-                grid[y + down][x + right] = rings[max(abs(down), abs(right))]
-
-
-def _qr_centres(version: int) -> list[int]:
-    """List the rows (and columns) of the alignment patterns' centres, ascending (annex E)."""
-    if version == 1:
-        return []
-    gaps, last = version // 7 + 1, 4 * version + 10
-    # Even steps, as short as reach the first gap; only version 32 of the annex departs from it.
-    step = 26 if version == 32 else -(-(last - 6) // (2 * gaps)) * 2
-    return [6] + [last - step * gap for gap in reversed(range(gaps))]
-
-
-def _qr_reserve(grid: list[bytearray], version: int) -> None:
-    """Take the modules of format (7.9) and version information (7.10); draw the latter."""
-    side = len(grid)
-    for y, x in _qr_format_places(side):
-        grid[y][x] = _QR_LIGHT
-    grid[side - 8][8] = _QR_DARK
-    if version > 6:
-        bits = _qr_bch(version, 0x1F25)
-        for at in range(18):
-            long, short = at // 3, side - 11 + at % 3
-            grid[long][short] = grid[short][long] = bits >> at & 1
-
-
-def _qr_bch(value: int, divisor: int) -> int:
-    """Append to `value` its remainder modulo `divisor`, both over GF(2) (annexes C, D)."""
-    degree = divisor.bit_length() - 1
-    rest = value << degree
-    while rest.bit_length() > degree:
-        rest ^= divisor << rest.bit_length() - 1 - degree
-    return value << degree | rest
-
-
-def _qr_format_places(side: int) -> list[tuple[int, int]]:
-    """List row and column of the format's bits 0..14, then of their copy (figure 25)."""
-    down = [(y, 8) for y in (0, 1, 2, 3, 4, 5, 7, 8)]
-    left = [(8, x) for x in (7, 5, 4, 3, 2, 1, 0)]
-    right = [(8, side - 1 - bit) for bit in range(8)]
-    bottom = [(side - 7 + bit, 8) for bit in range(7)]
-    return down + left + right + bottom
-
-
-def _qr_format(mask: int, side: int) -> int:
-    """Give the plane of the dark modules of the format information (7.9)."""
-    # Level M is 00, so the five data bits are those of the mask.
-    bits = _qr_bch(mask, 0x537) ^ 0x5412
-    places = enumerate(_qr_format_places(side))
-    return sum((bits >> (at % 15) & 1) << (y * (side + 1) + x) for at, (y, x) in places)
-
-
-def _qr_place(grid: list[bytearray], codewords: bytes) -> None:
-    """Fill the free modules, in columns of two from the right, first upwards (7.7.3)."""
-    side = len(grid)
-    bits = (codeword >> at & 1 for codeword in codewords for at in range(7, -1, -1))
-    # The vertical timing pattern in column 6 belongs to no column of two.
-    for turn, right in enumerate((*range(side - 1, 6, -2), 5, 3, 1)):
-        for row in grid if turn % 2 else grid[::-1]:
-            for x in (right, right - 1):
-                if row[x] == _QR_FREE:
-                    row[x] = next(bits, 0)
-    assert next(bits, None) is None
-
-
-def _qr_masks(side: int) -> list[int]:
-    """Give for each mask the plane of all it flips (7.8.2), function patterns included."""
-    # Every condition repeats after 12 rows and after 6 columns.
-    terms = [[_qr_mask_terms(i, j) for j in range(6)] for i in range(12)]
-    planes = []
-    for mask in range(8):
-        tile = [bytes(not cell[mask] for cell in row) * (side // 6 + 1) for row in terms]
-        grid = [bytearray(tile[i % 12][:side]) for i in range(side)]
-        planes.append(_qr_plane(grid, _QR_DARK))
-    return planes
-
-
-def _qr_mask_terms(i: int, j: int) -> tuple[int, ...]:
-    """Evaluate table 10 in row i, column j: a mask flips the module where its term is 0."""
-    odd, third = i * j % 2, i * j % 3
-    return (
-        (i + j) % 2,
-        i % 2,
-        j % 3,
-        (i + j) % 3,
-        (i // 2 + j // 3) % 2,
-        odd + third,
-        (odd + third) % 2,
-        (i + j + third) % 2,
-    )
-
-
-def _qr_plane(grid: list[bytearray], state: int) -> int:
-    """Turn a grid into the plane of the modules in the given state."""
-    digits = bytearray(b"000")
-    digits[state] = ord("1")
-    table = bytes.maketrans(bytes(range(3)), digits)
-    return int(b"0".join(grid).translate(table)[::-1], 2)
-
-
-def _qr_grid(plane: int, side: int) -> list[bytearray]:
-    """Turn a plane back into a grid of `side` rows."""
-    width = side + 1
-    bits = format(plane, "b").zfill(side * width)[::-1]
-    return [bytearray(map(int, bits[y * width:y * width + side])) for y in range(side)]
-
-
-def _qr_penalty(dark: int, side: int) -> int:
-    """Score a masked symbol by the four rules of clause 7.8.3; the lower the better."""
-    down = side + 1
-    light = dark ^ _qr_plane([bytearray(side)] * side, _QR_LIGHT)
-    colours = (dark, light)
-    score = sum(_qr_runs(plane, step) for plane in colours for step in (1, down))
-    score += sum(_qr_squares(plane, down) for plane in colours)
-    score += sum(_qr_finders(dark, light, step) for step in (1, down))
-    return score + _qr_imbalance(dark, side * side)
-
-
-def _qr_popcount(plane: int) -> int:
-    """Count the modules of a plane (int.bit_count is missing before Python 3.10)."""
-    return bin(plane).count("1")
-
-
-def _qr_stretch(plane: int, step: int, length: int) -> int:
-    """Give the plane of the modules at which `length` modules, `step` apart, begin."""
-    begins = plane
-    for at in range(1, length):
-        begins &= plane >> at * step
-    return begins
-
-
-def _qr_runs(plane: int, step: int) -> int:
-    """Rule 1: a run of n >= 5 modules of one colour costs 3 + (n - 5)."""
-    # Such a run is n - 4 stretches of five, only the first of which has none before it.
-    fives = _qr_stretch(plane, step, 5)
-    return _qr_popcount(fives) + 2 * _qr_popcount(fives & ~(fives << step))
-
-
-def _qr_squares(plane: int, down: int) -> int:
-    """Rule 2: each block of 2 x 2 modules of one colour costs 3, overlapping ones too."""
-    return 3 * _qr_popcount(_qr_stretch(_qr_stretch(plane, 1, 2), down, 2))
-
-
-def _qr_finders(dark: int, light: int, step: int) -> int:
-    """Rule 3: dark 1:1:3:1:1, with 4 light modules before or after it, costs 40."""
-    # The clause scores "the whole symbol", so the quiet zone does not count as light here.
-    found, fours = -1, _qr_stretch(light, step, 4)
-    for at, plane in enumerate((dark, light, dark, dark, dark, light, dark)):
-        found &= plane >> at * step
-    return 40 * _qr_popcount(found & (fours << 4 * step | fours >> 7 * step))
-
-
-def _qr_imbalance(dark: int, total: int) -> int:
-    """Rule 4: each full 5 % by which the dark share of the symbol departs from 50 % costs 10."""
-    return abs(20 * _qr_popcount(dark) - 10 * total) // total * 10
+    rows = qr_bordered(matrix, quiet)
+    rows.append(bytearray(len(rows)))          # the number of rows is odd
+    return "".join(["\x1b[30;47m" + "".join([" ▀▄█"[upper + 2 * lower]
+                                             for upper, lower in zip(*pair)]) + "\x1b[0m\n"
+                    for pair in zip(rows[::2], rows[1::2])])
+
+
+def qr_bordered(matrix: List[bytearray], quiet: int) -> List[bytearray]:
+    """The rows with `quiet` light modules on each of the four sides."""
+    margin = [bytearray(len(matrix) + 2 * quiet) for _ in range(quiet)]
+    return margin + [bytearray(quiet) + row + bytearray(quiet) for row in matrix] + margin
 
 
 # ------------------------------------------------------------------------------------------------
 # B. Pages
 # ------------------------------------------------------------------------------------------------
 
-PAGE = """<!doctype html><html lang="{lang}"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>OpenQQ</title>
-<style nonce="{nonce}">body{{font:1.1em system-ui,sans-serif;max-width:40em;margin:2em auto;
-padding:0 1em;color-scheme:light dark}}button{{font:inherit;padding:.6em 2em}}
-pre{{overflow:auto;padding:1em;border:1px solid}}</style>{body}</html>"""
+PAGE_STYLE = """body{font:1.1em system-ui,sans-serif;max-width:40em;margin:2em auto;
+padding:0 1em;color-scheme:light dark}button{font:inherit;padding:.6em 2em}
+pre{overflow:auto;padding:1em;border:1px solid}"""
 
 SCAN_BODY = """<h1>{account}</h1><p>登录确认 · Log in on this network as <b>{account}</b>?</p>
 <form method="post" action="/local/confirm?client={client}">
@@ -4752,40 +4469,36 @@ INDEX_BODY = """<h1>OpenQQ</h1><p>{what} It serves the HTTP API below; the READM
 
 def page(body: str, values: Mapping[str, str], status: int = 200) -> Response:
     """An HTML page that may load nothing and run nothing; values are escaped into the body."""
-    nonce = new_nonce()
     safe = {name: escape(value) for name, value in values.items()}
-    text = PAGE.format(lang="zh", nonce=nonce, body=body.format(**safe))
-    return html_response(text, f"style-src 'nonce-{nonce}'; form-action 'self'", status)
+    return html_response("zh", PAGE_STYLE, body.format(**safe), "form-action 'self'", status)
 
 
 def dashboard(config: Json) -> Response:
     """The page to work with. It knows `config`, and learns all else from the API: nothing that is
     worth a token. What others wrote gets into it as text only, and Trusted Types see to that."""
-    nonce = new_nonce()
     data = to_bytes(config).decode().replace("<", "\\u003c")
-    text = "".join([
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width,initial-scale=1"><title>OpenQQ</title>'
-        f'<style nonce="{nonce}">', DASHBOARD_STYLE, "</style>", DASHBOARD_BODY,
-        '<script type="application/json" id="config">', data, "</script>"
-        f'<script nonce="{nonce}">', DASHBOARD_SCRIPT, "</script></html>"])
-    return html_response(text, f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
-                         "connect-src 'self'; img-src blob:; form-action 'none'; "
-                         "require-trusted-types-for 'script'")
+    return html_response(
+        "en", DASHBOARD_STYLE, f'{DASHBOARD_BODY}<script type="application/json" id="config">{data}'
+        f'</script><script nonce="">{DASHBOARD_SCRIPT}</script>', "script-src 'nonce-'; "
+        "connect-src 'self'; img-src blob:; form-action 'none'; require-trusted-types-for 'script'")
 
 
-def new_nonce() -> str:
-    """What marks the styles and scripts of one answer as ours."""
-    return base64.b64encode(os.urandom(12)).decode()
+def html_response(lang: str, style: str, body: str, policy: str, status: int = 200) -> Response:
+    """A page that nobody may frame, and that may do what the policy lists.
 
-
-def html_response(text: str, policy: str, status: int = 200) -> Response:
-    """A page that nobody may frame, and that may do what the policy lists."""
-    return Response(text.encode(), "text/html; charset=utf-8", status, {
-        "Content-Security-Policy": f"default-src 'none'; {policy}; frame-ancestors 'none'; "
-                                   "base-uri 'none'",
-        "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-store"})
+    What marks its own style and script gets into each empty nonce; values have no bare quotes.
+    """
+    nonce = base64.b64encode(os.urandom(12)).decode()
+    text = ('<!doctype html><html lang="' + lang + '"><meta charset="utf-8"><meta name="viewport" '
+            'content="width=device-width,initial-scale=1"><title>OpenQQ</title>'
+            f'<style nonce="">{style}</style>{body}</html>')
+    policy = (f"default-src 'none'; style-src 'nonce-'; {policy}; frame-ancestors 'none'; "
+              "base-uri 'none'")
+    return Response(
+        text.replace('nonce=""', f'nonce="{nonce}"').encode(), "text/html; charset=utf-8", status,
+        {"Content-Security-Policy": policy.replace("nonce-", "nonce-" + nonce),
+         "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+         "Cache-Control": "no-store"})
 
 
 def escape(text: str) -> str:
@@ -4885,7 +4598,8 @@ autocomplete="off"><button class="main" data-t>Send</button></form>
 
 DASHBOARD_SCRIPT = r"""
 "use strict";
-const config = JSON.parse(document.getElementById("config").textContent);
+const $ = (id) => document.getElementById(id);
+const config = JSON.parse($("config").textContent);
 const chinese = /^zh\b/i.test(navigator.language);
 const ZH = {
   "connecting": "正在连接", "live": "实时", "Access": "访问", "Open": "打开", "Accounts": "账号",
@@ -4982,7 +4696,6 @@ const t = (text, values = {}) =>
   ((chinese ? word(ZH, text) : Number(values.count) === 1 && word(ONE, text) || word(EN, text))
     || (/^[a-z]+(_[a-z]+)+$/.test(text) ? text.replaceAll("_", " ") : text))
     .replace(/\{(\w+)\}/g, (_, name) => values[name]);
-const $ = (id) => document.getElementById(id);
 const api = (path) => config.prefix + path;
 const when = (seconds) => new Date(seconds * 1000)
   .toLocaleString(navigator.language, {dateStyle: "short", timeStyle: "short"});
@@ -4995,10 +4708,18 @@ function el(tag, properties = {}, ...children) {
   node.append(...children);
   return node;
 }
+const bdi = (tag, text, className = "") => el(tag, {className}, el("bdi", {}, text));
 
 function say(text, bad = false) {
   $("said").textContent = text;
   $("said").className = bad ? "error" : "";
+}
+
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
+function soon(work, milliseconds) {   // once for all that comes together
+  let timer = 0;
+  return () => { timer = timer || setTimeout(() => { timer = 0; work(); }, milliseconds); };
 }
 
 // -- calls
@@ -5034,9 +4755,9 @@ function headers(more = {}) {  // a header carries bytes: UTF-8, each as one cha
 
 function request(method, path, params = {}) {
   const words = new URLSearchParams(params);
-  const query = method === "GET" && String(words) ? "?" + words : "";
-  return fetch(path + query, {
-    method, headers: headers(), cache: "no-store", body: method === "GET" ? undefined : words});
+  const read = method === "GET";
+  return fetch(read && String(words) ? path + "?" + words : path,
+    {method, headers: headers(), cache: "no-store", body: read ? undefined : words});
 }
 
 async function ask(method, path, params) {
@@ -5052,22 +4773,29 @@ function reason(answer) {
   return known ? `${known}(${text})` : text;
 }
 
-// Do what a button is for, and say in words how it went.
+// Do what a button is for, which gives an answer and the words for a good one, and say how it went.
 async function act(button, work) {
+  let done = false;
   button.disabled = true;
   try {
     const [answer, words] = await work();
-    if (answer.code === 0) say(words);
-    else say(t("It did not work: {why}", {why: reason(answer)}), true);
-    return answer.code === 0;
+    done = answer.code === 0;
+    say(done ? words : t("It did not work: {why}", {why: reason(answer)}), !done);
   } catch {
     say(t("It did not work: {why}", {why: t("the server does not answer")}), true);
-    return false;
-  } finally {
-    button.disabled = false;
-    refresh();
   }
+  button.disabled = false;
+  refresh();
+  return done;
 }
+
+function button(text, work, className = "") {
+  const made = el("button", {type: "button", textContent: t(text), className});
+  made.onclick = () => act(made, work);
+  return made;
+}
+
+const post = async (path, params, words) => [await ask("POST", path, params), words];
 
 // -- accounts
 
@@ -5075,42 +4803,30 @@ let accounts = new Map();
 const cards = new Map();
 const stopped = new Map();   // name -> the settings to start it with again
 
-const starting = (name, params) => async () => {
+async function startAccount(name, params) {
   const answer = await ask("POST", api("start_client"), {...params, client: name});
   if (answer.code === 0) stopped.delete(name);
   return [answer, answer.status === "client already exists" ? t("{name} runs already.", {name})
     : t("{name} started on port {port}.", {name, port: answer.port})];
-};
+}
 
-const stopping = (name) => async () => {
+async function stopAccount(name) {
   const answer = await ask("POST", api("stop_client"), {client: name});
-  const known = config.settings.map(([setting]) => setting);
   if (answer.code === 0 && config.controller) {
-    stopped.set(name, Object.fromEntries(known.filter((key) => key in answer)
-      .map((key) => [key, answer[key]])));
+    stopped.set(name, Object.fromEntries(config.settings.filter(([key]) => key in answer)
+      .map(([key]) => [key, answer[key]])));
   }
-  return [answer, t(config.controller ? "{name} has stopped." : "{name} stops in a moment.",
-    {name})];
-};
+  return [answer, config.controller ? t("{name} has stopped.", {name})
+    : t("{name} stops in a moment.", {name})];
+}
 
-const again = (name) => async () => {  // one that failed is still known, with its settings
-  if (!stopped.has(name)) await stopping(name)();
-  return starting(name, stopped.get(name) || {})();
-};
-
-const scanning = (name) => async () => [await ask("POST", "/local/login", {client: name}),
-  t("{name} is logged in.", {name})];
-
-const relogin = (name) => async () => [await ask("POST", api("relogin"), {client: name}),
-  t("{name} shows a new QR code in a moment.", {name})];
+async function startAgain(name) {  // one that failed is still known, with its settings
+  if (!stopped.has(name)) await stopAccount(name);
+  return startAccount(name, stopped.get(name) || {});
+}
 
 class Card {
   constructor(name) {
-    const button = (text, work) => {
-      const made = el("button", {type: "button", textContent: t(text)});
-      made.onclick = () => act(made, work(name));
-      return made;
-    };
     this.name = name;
     this.state = el("span");
     this.facts = el("p", {className: "facts"});
@@ -5118,39 +4834,35 @@ class Card {
     this.code = el("img", {className: "code", alt: t("QR code"), hidden: true});
     this.hint = el("p", {className: "facts", hidden: true,
       textContent: t("Scan the code with a phone; a new one comes by itself.")});
-    this.start = button("Start", again);
-    this.stop = button("Stop", stopping);
-    this.relogin = button("Log in again", relogin);
-    this.scan = button("Log in here", scanning);
-    this.node = el("article", {}, el("div", {className: "row"}, el("h3", {}, el("bdi", {}, name)),
-      this.state), this.facts, this.error, this.code, this.hint,
+    this.start = button("Start", () => startAgain(name));
+    this.stop = button("Stop", () => stopAccount(name));
+    this.scan = button("Log in here", () => post("/local/login", {client: name},
+      t("{name} is logged in.", {name})));
+    this.relogin = button("Log in again", () => post(api("relogin"), {client: name},
+      t("{name} shows a new QR code in a moment.", {name})));
+    this.node = el("article", {}, el("div", {className: "row"}, bdi("h3", name), this.state),
+      this.facts, this.error, this.code, this.hint,
       el("div", {className: "row"}, this.start, this.scan, this.relogin, this.stop));
     this.node.dataset.account = name;
   }
 
   update(row) {
-    const gone = row.state === "stop";
-    const waits = row.state === "scaning" || row.state === "confirming";
+    this.row = row;
+    const state = row.failed ? "failed" : row.state;
+    const waits = ["scaning", "confirming"].includes(row.state);
     this.node.dataset.state = row.state;
-    this.state.className = "state " + (row.failed ? "failed" : row.state);
-    this.state.textContent = t(row.failed ? "failed" : row.state);
+    this.state.className = "state " + state;
+    this.state.textContent = t(state);
     this.facts.textContent = [
       row.since && t("since {time}", {time: when(row.since)}),
       row.port && t("port {port}", {port: row.port}),
       row.restarts && t("{count} restarts", {count: row.restarts})].filter(Boolean).join(" · ");
     this.error.textContent = row.error || "";
-    this.start.hidden = !gone || !config.controller;
-    this.stop.hidden = gone;
-    this.relogin.hidden = gone || waits || !config.apis.includes("relogin");
+    this.stop.hidden = row.state === "stop";
+    this.start.hidden = !this.stop.hidden || !config.controller;
+    this.relogin.hidden = this.stop.hidden || waits || !config.apis.includes("relogin");
     this.scan.hidden = !waits || row.link !== "local";
     this.show(waits).catch(() => {});
-  }
-
-  doubt() {
-    this.node.dataset.state = "unknown";
-    this.state.className = "state unknown";
-    this.state.textContent = t("unknown");
-    this.code.hidden = this.hint.hidden = true;  // nobody would take it
   }
 
   async show(waits) {
@@ -5170,41 +4882,34 @@ async function refresh() {
   if (config.guarded && !token) return lock(false);
   const answer = await ask("GET", api("check_client")).catch(() => null);
   $("away").hidden = answer !== null;
-  if (!answer) cards.forEach((card) => card.doubt());
-  if (!answer || answer.code !== 0) return;
-  $("lock").hidden = true;
-  $("main").hidden = false;
-  showAccounts(answer.client);
-}
-
-function showAccounts(rows) {
-  const gone = [...stopped.keys()].map((name) => ({account: name, state: "stop"}));
-  const before = running().join();
-  accounts = new Map([...gone, ...rows].map((row) => [row.account, row]));
-  for (const [name, card] of cards) {
-    if (accounts.has(name)) continue;
-    card.node.remove();
-    cards.delete(name);
+  if (!answer) {
+    cards.forEach((card) => card.update({...card.row, failed: false, state: "unknown"}));
+  } else if (answer.code === 0) {
+    $("lock").hidden = true;
+    $("main").hidden = false;
+    showAccounts(answer.client);
   }
-  for (const [name, row] of accounts) {
-    if (!cards.has(name)) {
-      const card = new Card(name);
-      const next = [...cards.keys()].sort().find((other) => other > name);
-      $("accounts").insertBefore(card.node, next ? cards.get(next).node : null);
-      cards.set(name, card);
-    }
-    cards.get(name).update(row);
-  }
-  $("nobody").hidden = accounts.size > 0;
-  if (!world || before !== running().join()) loadWorld();
 }
 
 const running = () => [...accounts.values()].filter((row) => row.state === "running")
   .map((row) => row.account).sort();
 
-function settingField([name, help, value, secret]) {
-  return el("label", {}, name, el("input", {name, placeholder: value, autocomplete: "off",
-    type: secret ? "password" : "text"}), el("small", {}, (chinese && ZH[name]) || help));
+function showAccounts(rows) {
+  const before = running().join();
+  const gone = [...stopped.keys()].map((name) => ({account: name, state: "stop"}));
+  accounts = new Map([...gone, ...rows].map((row) => [row.account, row]));
+  for (const [name, row] of accounts) {
+    if (!cards.has(name)) cards.set(name, new Card(name));
+    cards.get(name).update(row);
+  }
+  [...cards.keys()].filter((name) => !accounts.has(name)).forEach((name) => cards.delete(name));
+  const nodes = [...cards.keys()].sort().map((name) => cards.get(name).node);
+  const shown = [...$("accounts").children];
+  if (nodes.length !== shown.length || nodes.some((node, at) => node !== shown[at])) {
+    $("accounts").replaceChildren(...nodes);
+  }
+  $("nobody").hidden = accounts.size > 0;
+  if (!world || before !== running().join()) loadWorld();
 }
 
 $("begin").onsubmit = async (event) => {
@@ -5212,17 +4917,15 @@ $("begin").onsubmit = async (event) => {
   const given = [...$("begin").querySelectorAll("label input")].filter((input) => input.value)
     .map((input) => [input.name, input.value]);
   const name = $("name").value.trim();
-  const done = await act(event.submitter, starting(name, Object.fromEntries(given)));
-  if (done) $("begin").reset();
+  if (await act(event.submitter, () => startAccount(name, Object.fromEntries(given)))) {
+    $("begin").reset();
+  }
 };
 
 // -- messages and events
 
 const events = [];           // by their time, the newest last
 let paused = 0;              // 0: no; else one more than there are that wait
-let soon = null;
-let soonTalk = null;
-let soonEvents = null;
 
 function describe(event) {
   if (event.post_type !== "event") {
@@ -5230,14 +4933,14 @@ function describe(event) {
     const failed = event.code ? ` [${reason(event)}]` : "";
     return [`${event.sender} → ${place}`, event.content + failed];
   }
-  const [one, two, three, four] = event.params;
+  const [one, two, ...values] = event.params;
   if (event.event === "state_change") return [t(event.event), `${t(one)} → ${t(two)}`];
   if (event.event === "input_qrcode") return [t(event.event), t("a new QR code")];
   if (event.event === "login") return [t(event.event), ""];
   const names = event.params.map((part) => part && typeof part === "object" ? nameOf(part)
     : part === null ? "" : String(part));
   if (event.event.endsWith("_property_change")) {
-    const [old, fresh] = [three, four].map((value) =>
+    const [old, fresh] = values.map((value) =>
       value === null || value === "" ? "–" : two === "role" ? t(value) : value);
     names.splice(1, 3, `${t(two)}: ${old} → ${fresh}`);
   }
@@ -5253,23 +4956,18 @@ function eventRow(event) {
   const [title, text] = describe(event);
   const at = new Date(event.at);
   const today = at.toDateString() === new Date().toDateString();
-  const time = (today ? "" : at.toLocaleDateString(navigator.language) + " ")
-    + at.toLocaleTimeString(navigator.language);
-  return el("li", {}, el("time", {}, time), " ", el("span", {className: "tag"},
-    el("bdi", {}, event.client)), " ", el("b", {className: "who"}, el("bdi", {}, title)),
+  const day = today ? "" : at.toLocaleDateString(navigator.language) + " ";
+  return el("li", {}, el("time", {}, day + at.toLocaleTimeString(navigator.language)), " ",
+    bdi("span", event.client, "tag"), " ", bdi("b", title, "who"),
     el("bdi", {className: "text"}, text));
 }
 
 function showEvents() {
-  clearTimeout(soonEvents);
-  soonEvents = null;
-  const rows = events.filter(wanted).slice(-200).reverse();
-  $("events").replaceChildren(...rows.map(eventRow));
+  $("events").replaceChildren(...events.filter(wanted).slice(-200).reverse().map(eventRow));
 }
 
 function showPause() {
-  const waiting = paused > 1 ? ` (${paused - 1})` : "";
-  $("pause").textContent = t(paused ? "Resume" : "Pause") + waiting;
+  $("pause").textContent = t(paused ? "Resume" : "Pause") + (paused > 1 ? ` (${paused - 1})` : "");
 }
 
 $("filter").oninput = showEvents;
@@ -5279,11 +4977,15 @@ $("pause").onclick = () => {
   if (!paused) showEvents();
 };
 
+const showEventsSoon = soon(() => paused || showEvents(), 50);
+const showTalkSoon = soon(() => showTalk(true), 50);
+const refreshSoon = soon(refresh, 500);
+const loadWorldSoon = soon(loadWorld, 500);
+
 function hear(event) {
   event.client = event.client || config.account;
   event.at = event.time ? event.time * 1000 : Date.now();
-  let place = events.length;
-  while (place > 0 && events[place - 1].at > event.at) place -= 1;
+  const place = events.findLastIndex((other) => other.at <= event.at) + 1;
   const last = place === events.length;
   events.splice(place, 0, event);
   events.splice(0, events.length - 500);
@@ -5291,21 +4993,16 @@ function hear(event) {
     paused += 1;
     showPause();
   } else if (!last) {        // what an account kept, read after what another one did
-    soonEvents = soonEvents || setTimeout(showEvents, 50);
+    showEventsSoon();
   } else if (wanted(event)) {
     $("events").prepend(eventRow(event));
     while ($("events").childElementCount > 200) $("events").lastChild.remove();
   }
   if (event.event === "client_stopped") stopped.set(event.client, event.settings);
   if (event.event === "client_deleted") stopped.delete(event.client);
-  if (inTalk(event)) soonTalk = soonTalk || setTimeout(showTalk, 50, true);  // many come at once
-  if (event.post_type === "event") {
-    clearTimeout(soon);
-    soon = setTimeout(() => {
-      refresh();
-      if (/^(new|lose)_|_change$/.test(event.event) && event.event !== "state_change") loadWorld();
-    }, 100);
-  }
+  if (inTalk(event)) showTalkSoon();
+  if (event.post_type === "event") refreshSoon();
+  if (/^(new|lose)_|_property_change$/.test(event.event)) loadWorldSoon();
 }
 
 function online(on) {
@@ -5313,41 +5010,28 @@ function online(on) {
   $("live").textContent = t(on ? "live" : "connecting");
 }
 
-// EventSource could not send the token.
 let stream = new AbortController();
 
-async function listen(last, block) {
-  stream = new AbortController();
-  const answer = await fetch(api("events?since=0"), {signal: stream.signal,
-    headers: headers(last.id ? {"Last-Event-ID": last.id} : {})});
-  if (!answer.ok) return;
-  online(true);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ;) {
-    const {value, done} = await reader.read();
-    if (done) return;
-    const blocks = (rest + value).split("\n\n");
-    rest = blocks.pop();
-    blocks.forEach(block);
-  }
-}
-
-const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
-
-async function follow() {
-  const last = {id: ""};
-  for (;;) {
+async function follow() {    // EventSource could not send the token
+  for (let last = ""; ; await pause(1000)) {
     while (locked || $("main").hidden) await pause(100);
-    await listen(last, (block) => {
-      const fields = Object.fromEntries(block.split("\n").map((line) => {
-        const [, name, value] = /^([^:]*): ?(.*)$/s.exec(line) || ["", "", ""];
-        return [name, value];
-      }));
-      last.id = fields.id || last.id;
-      if (fields.data) hear(JSON.parse(fields.data));
-    }).catch(() => {});
+    stream = new AbortController();
+    try {
+      const answer = await fetch(api("events?since=0"), {signal: stream.signal,
+        headers: headers(last ? {"Last-Event-ID": last} : {})});
+      online(answer.ok);
+      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+      for (let rest = "", piece; !(piece = await reader.read()).done;) {
+        const blocks = (rest + piece.value).split("\n\n");
+        rest = blocks.pop();
+        for (const block of blocks) {
+          const [, id, data] = /^(?:id: (\d+)\n)?data: (.*)$/s.exec(block) || [];
+          last = id || last;
+          if (data) hear(JSON.parse(data));
+        }
+      }
+    } catch { /* it broke off: there is a next time */ }
     online(false);
-    await pause(1000);
   }
 }
 
@@ -5380,10 +5064,9 @@ function fill(select, things) {
 }
 
 async function loadPeers() {
-  speaker = speakers.get($("speaker").value) || null;
-  $("chat").hidden = !speaker;
-  if (!speaker) return;
-  const asked = speaker;
+  const asked = speaker = speakers.get($("speaker").value) || null;
+  $("chat").hidden = !asked;
+  if (!asked) return;
   const [friends, groups] = asked.account ? await rosterOf(asked) : seenBy(asked);
   if (asked !== speaker) return;
   peers = new Map([...friends.map((row) => ["friend " + row.uid, {...row, kind: "friend"}]),
@@ -5393,32 +5076,26 @@ async function loadPeers() {
 }
 
 async function rosterOf(own) {
-  const rows = await Promise.all(["get_friend_info", "get_group_basic_info", "get_user_info"].map(
-    (path) => ask("GET", api(path), {client: own.account}).catch(() => [])));
-  own.uid = rows[2].uid;
-  return rows.slice(0, 2).map((row) => Array.isArray(row) ? row : []);
+  const [friends, groups, user] = await Promise.all(
+    ["get_friend_info", "get_group_basic_info", "get_user_info"].map(
+      (path) => ask("GET", api(path), {client: own.account}).catch(() => [])));
+  own.uid = user.uid;
+  return [friends, groups].map((rows) => Array.isArray(rows) ? rows : []);
 }
 
 function seenBy(person) {
   const local = running().filter((name) => accounts.get(name).link === "local");
   const known = new Set(world.friends.filter((pair) => pair.includes(person.uid)).flat());
-  const friends = world.people.filter((other) => other.uid !== person.uid
-    && known.has(other.uid));
-  return [friends.map((other) => local.includes(other.name)
-    ? {...other, account: other.name} : other),
-    world.groups.filter((group) => group.member.some((member) => member.uid === person.uid))];
+  return [world.people.filter((one) => one.uid !== person.uid && known.has(one.uid))
+    .map((one) => local.includes(one.name) ? {...one, account: one.name} : one),
+  world.groups.filter((group) => group.member.some((member) => member.uid === person.uid))];
 }
 
 async function choosePeer() {
-  peer = peers.get($("peer").value) || null;
+  const asked = peer = peers.get($("peer").value) || null;
   showTalk();
-  await loadMembers();
-}
-
-async function loadMembers() {
   $("group").hidden = !peer || peer.kind !== "group";
   if ($("group").hidden) return;
-  const asked = peer;
   let members = peer.member || [];
   if (speaker.account) {
     const found = await ask("GET", api("search_group"), {client: speaker.account, id: peer.id});
@@ -5441,80 +5118,69 @@ function memberRow(member) {
   const node = el("li", {}, el("bdi", {className: "grow who"}, name), ...role);
   node.dataset.member = name;
   if (!speaker.account || String(member.uid) === String(speaker.uid)) return node;
-  const who = {client: speaker.account, group_id: peer.id, member_id: member.id,
-    id: peer.id, members: member.id};   // the flavours call them differently
-  const button = (text, path, more, words) => {
-    const made = el("button", {type: "button", className: "small", textContent: t(text)});
-    made.onclick = async () => {
-      const minutes = $("minutes").value;
-      await act(made, async () => [await ask("POST", api(path), {...who, ...more(minutes)}),
-        t(words, {name, count: minutes})]);
-      loadMembers();
-    };
-    return made;
+  const does = async (path, more, words) => {
+    const answer = await ask("POST", api(path), {client: speaker.account, group_id: peer.id,
+      member_id: member.id, id: peer.id, members: member.id, ...more});  // as each flavour says
+    choosePeer();
+    return [answer, words];
   };
-  if (config.apis.includes("shutup_group_member")) {
-    node.append(button("Mute", "shutup_group_member", (time) => ({time}),
-      "{name} is muted for {count} minutes."));
+  const minutes = () => $("minutes").value;
+  if (!$("mute").hidden) {
+    node.append(button("Mute", () => does("shutup_group_member", {time: minutes()},
+      t("{name} is muted for {count} minutes.", {name, count: minutes()})), "small"));
   }
-  node.append(button("Kick", "kick_group_member", () => ({}), "{name} is out of the group."));
+  node.append(button("Kick", () => does("kick_group_member", {},
+    t("{name} is out of the group.", {name})), "small"));
   return node;
 }
 
 // Whose events tell of this talk: the account that speaks, is spoken to, or is in the group. Among
 // residents there is nobody.
 function witness() {
-  if (speaker.account || peer.account) return speaker.account || peer.account;
   const uids = (peer.member || []).map((member) => member.uid);
-  const person = world.people.find((one) => uids.includes(one.uid)
-    && running().includes(one.name));
-  return person && person.name;
+  return speaker.account || peer.account || world.people.filter((person) =>
+    uids.includes(person.uid)).map((person) => person.name).find((name) =>
+    running().includes(name));
 }
 
 function inTalk(event) {
   if (!peer || event.post_type === "event" || event.client !== witness()) return false;
-  if (peer.kind === "group") return String(event.group_uid) === String(peer.uid)
-    && event.type === "group_message";
-  const other = String(speaker.account ? peer.uid : speaker.uid);
-  return event.type === "friend_message"
-    && [String(event.sender_uid), String(event.receiver_uid)].includes(other);
+  if (event.type !== peer.kind + "_message") return false;
+  if (peer.kind === "group") return String(event.group_uid) === String(peer.uid);
+  const uid = String(speaker.account ? peer.uid : speaker.uid);
+  return [String(event.sender_uid), String(event.receiver_uid)].includes(uid);
 }
 
 const talk = () => peer.kind === "group" ? peer.uid : [speaker.uid, peer.uid].sort().join();
 
 function showTalk(more = false) {  // who reads what was said before stays there
-  clearTimeout(soonTalk);
-  soonTalk = null;
   const box = $("talk");
   const end = !more || box.scrollHeight - box.scrollTop - box.clientHeight < 40;
   const heard = !peer ? [] : witness() ? events.filter(inTalk)
     : overheard.filter((row) => row.talk === talk());
-  const rows = heard.slice(-100).map((event) => {
+  box.replaceChildren(...heard.slice(-100).map((event) => {
     const mine = speaker.account ? event.post_type === "send_message"
       : String(event.sender_uid) === String(speaker.uid);
-    return el("li", {className: mine ? "mine" : ""}, el("small", {}, el("bdi", {}, event.sender)),
+    return el("li", {className: mine ? "mine" : ""}, bdi("small", event.sender),
       el("bdi", {className: "text"}, event.content));
-  });
-  box.replaceChildren(...rows);
+  }));
   if (end) box.scrollTop = box.scrollHeight;
 }
 
-async function speaking(content) {
-  const group = peer.kind === "group";
-  if (speaker.account) {
-    return ask("POST", api(group ? "send_group_message" : "send_friend_message"),
-      {client: speaker.account, id: peer.id, content});
-  }
+async function speak(content) {
+  const type = peer.kind + "_message";
+  const params = {client: speaker.account, id: peer.id, content};
+  if (speaker.account) return post(api("send_" + type), params, t("Sent."));
   const said = {sender: speaker.name, sender_uid: speaker.uid, content, talk: talk()};
   const unheard = !witness();
-  const answer = await ask("POST", "/local/say", {from: speaker.uid, content, to: peer.uid,
-    type: group ? "group_message" : "friend_message"});
+  const answer = await ask("POST", "/local/say",
+    {from: speaker.uid, content, to: peer.uid, type});
   if (unheard && answer.code === 0) {
     overheard.push(said, ...answer.answers.map((row) => ({...row, talk: said.talk})));
     overheard.splice(0, overheard.length - 500);
     showTalk();
   }
-  return answer;
+  return [answer, t("Sent.")];
 }
 
 $("speaker").onchange = () => {  // ids are another's now
@@ -5527,8 +5193,7 @@ $("speaker").onchange = () => {  // ids are another's now
 $("peer").onchange = choosePeer;
 $("say").onsubmit = async (event) => {
   event.preventDefault();
-  const content = $("content").value;
-  if (peer && await act(event.submitter, async () => [await speaking(content), t("Sent.")])) {
+  if (peer && await act(event.submitter, () => speak($("content").value))) {
     $("content").value = "";
   }
   $("content").focus();
@@ -5537,16 +5202,16 @@ $("say").onsubmit = async (event) => {
 // -- the beginning
 
 document.documentElement.lang = chinese ? "zh" : "en";
-for (const node of document.querySelectorAll("[data-t]")) {
-  node.textContent = t(node.textContent);
-}
+for (const node of document.querySelectorAll("[data-t]")) node.textContent = t(node.textContent);
 for (const [id, text] of [["name", "Name of the account"], ["content", "Message"],
   ["filter", "Filter"]]) {
   $(id).placeholder = $(id).ariaLabel = t(text);
 }
 $("begin").hidden = !config.controller;
-for (const row of config.settings) {
-  $(row[0].startsWith("onebot_") ? "bridge" : "settings").append(settingField(row));
+for (const [name, help, value, secret] of config.settings) {
+  $(name.startsWith("onebot_") ? "bridge" : "settings").append(el("label", {}, name,
+    el("input", {name, placeholder: value, autocomplete: "off",
+      type: secret ? "password" : "text"}), el("small", {}, (chinese && ZH[name]) || help)));
 }
 // A page that waits to be gone back to would hold one of the few connections to a server.
 addEventListener("pagehide", () => stream.abort());
@@ -5560,78 +5225,8 @@ follow();
 # C. OpenAPI
 # ------------------------------------------------------------------------------------------------
 
-# What a route does not know of itself: the path's last part (before it a flavour's name, where
-# they differ), parameters (! required, + a set of them), the answer's shape (* a list of them),
-# codes besides 0 and =HTTP statuses, and values of parameters that work on the network inside. A
-# line that begins with a blank goes on with the one before.
-# These are texts, taken apart when somebody asks: a process that nobody asks carries no tables.
-CALLS = """
-start_client | +settings | child | 1 2 3 4 5 | log_level=info
-update_client | +changes | child | 1 4 5
-stop_client | | stopped | 1
-delete_client | | child | 1
-check_client | | states | 1
-get_qrcode | | image | =404
-get_user_info | | user
-get_friend_info | | friend*
-get_group_info | | group*
-get_group_basic_info | | group*
-get_discuss_info | | discuss*
-search_friend | +friend_fields | friend* | 100 | displayname=小冰
-search_group | +group_fields | group* | 100 | displayname=OpenQQ
-send_friend_message | +friend content async cq +media | sent | -5 -4 -3 -1 100 | displayname=小冰
-    content=hello
-send_group_message | +group content async cq +media | sent | -5 -4 -3 -1 100 101 |
-    displayname=OpenQQ content=hello
-send_discuss_message | +discuss content async cq +media | sent | -5 -4 -3 -1 100 102 | name=OpenQQ
-    content=hello
-send_sess_message | group_id group_uid discuss_id id uid content async cq +media | sent | -5 -4
-    -3 -1 103 104 105 | group_uid=20260001 uid=2854196302 content=hello
-revoke_message | id! | answer | -1 | id=57730001
-accept_friend_request | ticket! accept markname | accepted | -1 | ticket=1
-kick_group_member | group_id group_uid member_id member_uid | answer | 100 200 201 |
-    group_uid=20260001 member_uid=2854196302
-shutup_group_member | group_id group_uid member_id member_uid time! | answer | 100 200 201 400 |
-    group_uid=20260001 member_uid=2854196302 time=1
-check_event | since | event* | | since=0
-events | since Last-Event-ID | stream | | since=0
-get_client_info | | program
-relogin | | stopped
-get_media | id! | bytes | =404 | id=1
-weixin/send_friend_message | +friend content async +media | sent | -5 -4 -3 -1 100 |
-    displayname=小冰 content=hello
-weixin/send_group_message | +group content async +media | sent | -5 -4 -3 -1 100 |
-    displayname=OpenQQ content=hello
-weixin/kick_group_member | id displayname members! | answer | 100 200 201 | displayname=OpenQQ
-    members=filehelper
-consult | +friend content timeout +media | consulted | 100 | displayname=小冰 content=hello
-create_group | friends! displayname | founded | 100 200 201 | friends=filehelper displayname=家
-invite_friend | id displayname friends! | answer | 100 200 201 | displayname=OpenQQ
-    friends=filehelper
-set_group_displayname | id displayname new_displayname! | answer | 100 201 | displayname=OpenQQ
-    new_displayname=OpenQQ
-stick | +friend op | answer | 100 201 | displayname=小冰 op=1
-set_friend_markname | +friend group_id new_markname! | answer | 100 201 | displayname=小冰
-    new_markname=小冰
-set_markname | +friend group_id new_markname! | answer | 100 201 | displayname=小冰
-    new_markname=小冰
-make_friend | id! verify | answer | 100 101 201 | id=filehelper
-get_avatar | +friend group_id | image | 100 | displayname=小冰
-upload_media | +media | uploaded | =507 | media_data=iVBORw0KGgo= media_name=a.png
-openapi.json | | document
-/local/login | client! | child | =404
-/local/say | client from! content! type to | said | =404 | from=小灰 to=小冰 content=hello
-/local/change | do! what! uid in +properties | changed | =404 | do=set what=person uid=小灰
-    signature=hello
-/local/world | | world
-/local/scan | ticket! | html | =404 | ticket=1
-/local/confirm | ticket! | html | =404 | ticket=1
-/healthz | | answer
-/metrics | | metrics
-/onebot | body | object | =403
-/ | | html
-"""
-
+# What the parameters in VERBS mean: perhaps int or the values there are, and words. Of settings
+# their table says it. These are texts, taken apart when somebody asks: few processes are asked.
 PARAMS = """
 client | the account's name
 id | the id, which changes with every scan; of a message the one that its sending answered
@@ -5665,25 +5260,18 @@ new_displayname | the group's name from now on
 new_markname | the markname from now on
 op | 0/1 | 1 puts it on top
 verify | the words that come with the request
-qq | the uid
-nick | the name
-gnumber | the uid
-number | the uid
-gname | the name
-gid | the id
-gcode | the code
-gtype | the role
 from | who speaks, by name or uid
 type | friend_message/group_message/discuss_message/sess_message | what sort of message
 to | the group or discuss, by name, id or uid; the person, where no client is named
 do | add/remove/set | what to do
 what | person/friend/friend_request/group/discuss/group_member/discuss_member | with what
 in | the group, the discuss, or the other person
-role | owner/admin/member | somebody's role in a group
+role | somebody's in a group: owner, admin or member; one's own: create, manage or attend
 card | somebody's name in a group
 signature | somebody's own words
 """
 
+# Answers: their members, with ! those that are always there, and after a colon what they are.
 SHAPES = """
 answer | code! status! reason
 child | account client code! pid port status!
@@ -5711,218 +5299,203 @@ document | openapi! info:object paths:object components:object
 """
 
 CODES = """\
-0 done; 1 no such client; 2 no port; 3 no process; 4 it died at once; 5 too many clients;
-6 not allowed; 7 the client is not reachable; 8 not found on the network inside; -1 no such call,
-or the data is wrong; -3 not sent; -4 sent, perhaps; -5 not sent in time; -6 the token is missing;
-9 too many messages wait to be sent; 100 to 105 who it is for is not known, or two are called so;
-200 nobody named; 201 it was not done; 300 the account does
-not run; 400 a parameter is missing or wrong"""
+What can be read with GET can be asked for with HEAD as well. An answer's `code`: \
+0 done; 1 no such client; 2 no port; 3 no process; 4 it died at once; 5 too many clients; \
+6 not allowed; 7 the client is not reachable; 8 not found on the network inside; -1 no such call, \
+or the data is wrong; -3 not sent; -4 sent, perhaps; -5 not sent in time; -6 the token is missing; \
+9 too many messages wait to be sent; 100 to 105 who it is for is not known, or two are called so; \
+200 nobody named; 201 it was not done; 300 the account does \
+not run; 400 a parameter is missing or wrong."""
+
+# What a shape, or a word after a colon, is in JSON Schema; and answers that are no JSON.
+TYPES: Dict[str, Row] = {
+    "any": {}, "object": {"type": "object"}, "flag": {"type": "boolean"},
+    "int": {"type": "integer"}, "text": {"type": ["string", "null"]},
+    "id": {"type": ["string", "integer", "null"]}}  # a number where numeric_ids is set
+WHOLE = ("code", "pid", "port", "runtime", "starttime", "seq", "max_member", "max_admin")
+KINDS = {"image": "image/*", "bytes": "*/*", "html": "text/html", "metrics": "text/plain",
+         "stream": "text/event-stream"}
+
+
+def table(text: str) -> Dict[str, List[str]]:
+    """A text's lines by their first cell; one that begins with a blank goes on with the last."""
+    rows = [[cell.strip() for cell in line.split("|")]
+            for line in text.replace("\n ", " ").strip().splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def schema_of(word: str) -> Row:
+    """A shape by its name; with * a list of them."""
+    if word.endswith("*"):
+        return {"type": "array", "items": schema_of(word[:-1])}
+    return TYPES[word] if word in TYPES else {"$ref": "#/components/schemas/" + word}
+
+
+def shape(words: Iterable[str]) -> Row:
+    """An object with these members, by the rule for names (CONTRACT 1) where no type is given."""
+    members: Row = {}
+    for name, _, kind in (word.rstrip("!").partition(":") for word in words):
+        is_id = ID_KEY.fullmatch(name) or name == "time"
+        members[name] = schema_of(kind or (
+            "int" if name in WHOLE else "id" if is_id else "text"))
+    required = [word[:-1] for word in words if word.endswith("!")]
+    row: Row = {"type": "object", "properties": members}
+    return {**row, "required": required} if required else row
+
+
+def components(flavour: Type[Flavour]) -> Row:
+    """What the operations refer to: shapes, errors, and how a token is given."""
+    schemas = {name: shape(cells[0].split()) for name, cells in table(SHAPES).items()}
+    for kind, names in flavour.fields.items():
+        member = [f"member:{kind}_member*"] if kind + "_member" in flavour.fields else []
+        schemas[kind] = shape([name + ("!" if name != "code" else ":text")
+                               for name in names] + member)
+    about = {"400": ["code 400: a parameter is missing or wrong"]}
+    for error in (AuthFailure, ApiNotFound, NotAllowed, NotFound, NotRunning, QueueFull,
+                  Unreachable, TooSlow, NoRoom):
+        about.setdefault(str(error.http), []).append(f"code {error.code}: {error.status}")
+    answer = {"application/json": {"schema": schema_of("answer")}}
+    return {"schemas": schemas, "securitySchemes": {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "access_token": {"type": "apiKey", "in": "query", "name": "access_token"}},
+        "responses": {status: {"description": "; ".join(lines), "content": answer}
+                      for status, lines in about.items()}}
 
 
 class OpenApi:
-    """Describes a server's routes as OpenAPI 3.1.
+    """Describes paths as OpenAPI 3.1; `passed` are those that a controller passes on."""
 
-    `through` are the routes that a controller passes on to its clients; it has none of its own
-    if there are none.
-    """
+    def __init__(self, flavour: Type[Flavour], passed: Iterable[str]) -> None:
+        self.flavour, self.passed = flavour, set(passed)
+        self.verbs = {**{verb.name: verb for verb in VERBS}, **flavour.apis}
+        self.params = table(PARAMS)
+        open_settings = [row for row in SETTINGS.values() if row.caller and not row.idle]
+        self.sets = {
+            **flavour.keys,
+            "media": ("media_path", "media_data", "media_url", "media_id", "media_name"),
+            "settings": [row.name for row in open_settings],
+            "changes": [row.name for row in open_settings if row.read is not _path]}
+        for kind, names in flavour.other_names.items():
+            self.sets[kind + "_fields"] = list(dict.fromkeys(
+                [*flavour.fields[kind], "displayname", *names]))
+            self.params.update({name: self.params.get(names[name], [f"the {names[name]}"])
+                                for name in names})
 
-    WHOLE = ("code", "pid", "port", "runtime", "starttime", "seq", "max_member", "max_admin")
-    TYPES: Dict[str, Row] = {
-        "any": {}, "object": {"type": "object"}, "flag": {"type": "boolean"},
-        "int": {"type": "integer"}, "text": {"type": ["string", "null"]}}
-    REFERENCE = re.compile(r" \([^)]*\b(CONTRACT|DESIGN|ONEBOT|00[0-4])\b[^)]*\)")
-    KINDS = {"image": "image/*", "bytes": "*/*", "html": "text/html", "metrics": "text/plain",
-             "stream": "text/event-stream"}
-    ERRORS = (AuthFailure, ApiNotFound, NotAllowed, NotFound, NotRunning, QueueFull, Unreachable,
-              TooSlow, NoRoom)
+    def document(self, routes: Iterable[Route], has_token: bool) -> Row:
+        """The whole; a route that VERBS does not name is nobody's business."""
+        paths = {}
+        for route in routes:
+            verb = self.verbs.get(route.path.replace(self.flavour.prefix, "", 1))
+            if verb:
+                paths[route.path] = {method.lower(): self.operation(verb, route, method)
+                                     for method in route.methods if method != "HEAD"}
+        return {"openapi": "3.1.0", "paths": paths, "components": components(self.flavour),
+                "info": {"title": "OpenQQ", "version": VERSION, "description": CODES},
+                "security": [{"bearer": []}, {"access_token": []}] if has_token else []}
 
-    def __init__(self, flavour: Type[Flavour], has_token: bool,
-                 through: Iterable[Route] = ()) -> None:
-        self._flavour, self._has_token = flavour, has_token
-        self._through = list(through)
-        self._passed = {route.path for route in self._through}
-        self._calls = self._table(CALLS, 5)
-        self._about = self._table(PARAMS, 3)
-
-    def _table(self, text: str, width: int) -> Dict[str, List[str]]:
-        """A text's lines by their first cell, the others filled up to a width."""
-        found = {}
-        for line in text.replace("\n ", " ").strip().splitlines():
-            name, *cells = [cell.strip() for cell in line.split("|")]
-            found[name] = cells + [""] * (width - 1 - len(cells))
-        return found
-
-    def document(self, routes: Iterable[Route]) -> Row:
-        """The whole; routes that CALLS does not name are nobody's business."""
-        paths: Row = {}
-        for route in [*routes, *self._through]:
-            name = route.path.replace(self._flavour.prefix, "", 1)
-            call = self._calls.get(f"{self._flavour.name}/{name}") or self._calls.get(name)
-            if call:
-                paths[route.path] = {
-                    method.lower(): self._operation(route, method, name, call)
-                    for method in route.methods if method != "HEAD"}
-        text = ("What can be read with GET can be asked for with HEAD as well. An answer's "
-                "`code`: " + " ".join(CODES.split()) + ".")
-        return {"openapi": "3.1.0", "paths": paths, "components": self._components(),
-                "info": {"title": "OpenQQ", "version": VERSION, "description": text},
-                "security": [{"bearer": []}, {"access_token": []}] if self._has_token else []}
-
-    def _operation(self, route: Route, method: str, name: str, call: List[str]) -> Row:
-        takes, gives, codes, values = call
-        params = self._parameters(route, name, takes.split(), dict(
-            word.partition("=")[::2] for word in values.split()))
-        word = re.sub(r"\W+", "_", name).strip("_") or "index"
+    def operation(self, verb: Verb, route: Route, method: str) -> Row:
+        """One method of a path."""
+        word = re.sub(r"\W+", "_", verb.name).strip("_") or "index"
+        params = self.parameters(verb, route)
         row: Row = {"operationId": word if method == "GET" else f"{method.lower()}_{word}",
-                    "responses": self._responses(route, name, gives, codes.split(), params)}
-        about = self.REFERENCE.sub("", (route.handler.__doc__ or "").strip().partition("\n")[0])
-        if about:
-            row["summary"] = about
+                    "summary": verb.about, "responses": self.responses(verb, route, params)}
         if route.open:
             row["security"] = []
-        if method == "POST" and "body" not in takes:
-            row["requestBody"] = self._body(params)
-        elif params:
+        if method == "POST" and verb.takes != "body":
+            row["requestBody"] = body_of(params)
+            return row
+        if verb.takes == "body":
+            row["requestBody"] = {"content": {"application/json": {
+                "schema": TYPES["object"], "example": {"post_type": "meta_event"}}}}
+        if params:
             row["parameters"] = [{**param, "in": "header" if param["name"][0].isupper()
                                   else "query"} for param in params]
-        if method == "POST" and "body" in takes:
-            row["requestBody"] = {"content": {"application/json": {
-                "schema": self.TYPES["object"], "example": {"post_type": "meta_event"}}}}
         return row
 
-    def _parameters(self, route: Route, name: str, takes: List[str],
-                    values: Dict[str, str]) -> List[Row]:
-        if self._through and (route.path.startswith(self._flavour.prefix) or name == "/onebot"
-                              ) and name != "openapi.json":
-            takes = ["client" if name in ("check_client", "events") else "client!", *takes]
+    def parameters(self, verb: Verb, route: Route) -> List[Row]:
+        """What a path takes, of a set either or what it has; a controller has a client named."""
+        words: List[str] = []
+        for word in verb.takes.replace("body", "").split():
+            names = self.sets[word[1:]] if word[0] == "+" else [word]
+            words += names if len(names) > 1 or names[0] == word else [names[0] + "!"]
+        values = dict(word.partition("=")[::2] for word in verb.example.split())
+        if self.passed and (verb.on or verb.name == "/onebot"):
+            words = ["client" if verb.name in ("check_client", "events") else "client!", *words]
+        if "client!" in words or "client" in words and verb.on:
             values["client"] = "alice"
-        elif "client!" in takes:
-            values["client"] = "alice"
-        return [self._parameter(word, values, name) for take in takes if take != "body"
-                for word in self._names(take)]
+        found = []
+        for word in words:
+            name = word.rstrip("!")
+            *kinds, about = self.params.get(name, [f"its {name}"])
+            if verb.takes in ("+settings", "+changes") and name in SETTINGS:
+                kinds, about = [], SETTINGS[name].help
+            kind = "".join(kinds)
+            schema: Row = {"type": "string"}
+            if kind == "int":
+                schema = {"type": "integer", "minimum": 0}
+            elif kind:
+                schema["enum"] = kind.split("/")
+            found.append({"name": name, "required": word != name, "schema": schema,
+                          "description": about})
+            if name in values:
+                found[-1]["example"] = int(values[name]) if kind == "int" else values[name]
+        return found
 
-    def _names(self, take: str) -> Iterable[str]:
-        """A set of parameters by its name, or the one that was named."""
-        flavour = self._flavour
-        if take in ("+settings", "+changes"):
-            return [name for name, row in SETTINGS.items() if row.caller and not row.idle
-                    and (take == "+settings" or row.read is not _path)]
-        if take == "+media":
-            return ("media_path", "media_data", "media_url", "media_id", "media_name")
-        if take == "+properties":
-            return ("name", "card", "role", "markname", "verify", "signature")
-        kind, _, fields = take[1:].partition("_") if take[0] == "+" else ("", "", "")
-        if fields:
-            return dict.fromkeys([*flavour.fields[kind], "displayname",
-                                  *flavour.other_names[kind]])
-        return flavour.keys[kind] if kind else [take]
-
-    def _parameter(self, word: str, values: Dict[str, str], call: str) -> Row:
-        name = word.rstrip("!")
-        kind, about = self._about.get(name, ["", ""])[:2]
-        if not about:
-            kind, about = "", kind
-        if call in ("start_client", "update_client") and name != "client":
-            kind, about = "", SETTINGS[name].help
-        schema: Row = {"type": "integer", "minimum": 0} if kind == "int" else {"type": "string"}
-        if "/" in kind:
-            schema["enum"] = kind.split("/")
-        row = {"name": name, "required": word != name, "schema": schema,
-               "description": about or f"its {name}"}
-        if name in values:
-            row["example"] = int(values[name]) if kind == "int" else values[name]
-        return row
-
-    def _body(self, params: List[Row]) -> Row:
-        """What is posted: a form or a JSON object."""
-        schema = {"type": "object", "properties": {
-            param["name"]: {**param["schema"], "description": param["description"]}
-            for param in params}}
-        required = [param["name"] for param in params if param["required"]]
-        if required:
-            schema["required"] = required
-        values = {param["name"]: param["example"] for param in params if "example" in param}
-        kinds = ["application/x-www-form-urlencoded", "application/json"]
-        content: Row = {kind: {"schema": schema, "example": values} for kind in kinds}
-        if "media_data" in schema["properties"]:
-            content["multipart/form-data"] = {"schema": schema}  # with the picture as a file
-        return {"content": content}
-
-    def _responses(self, route: Route, name: str, gives: str, codes: List[str],
-                   params: List[Row]) -> Row:
-        passed = route.path in self._passed
-        needs_running = name in self._flavour.apis and name not in self._flavour.any_state
-        statuses = {word[1:] for word in codes if word[0] == "="}
+    def responses(self, verb: Verb, route: Route, params: List[Row]) -> Row:
+        """What a path answers, by HTTP statuses."""
+        passed, gives = route.path in self.passed, verb.gives
+        statuses = {word[1:] for word in verb.codes.split() if word[0] == "="}
         statuses |= {status for status, holds in (
-            ("400", params), ("403", not route.open), ("502", passed), ("503", needs_running),
-            ("504", passed)) if holds}
-        numbers = sorted({0, *(int(word) for word in codes if word[0] != "="),
-                          *([1] if passed else [])})
+            ("400", params), ("403", not route.open), ("502", passed),
+            ("503", not verb.any_state), ("504", passed)) if holds}
         rows: Row = {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
-        if gives in self.KINDS and "404" in rows:
-            rows["404"] = {"description": "There is none."}
-        rows["200"] = {"description": "Codes: " + ", ".join(map(str, numbers)),
-                       "content": self._content(gives, len(numbers) > 1)}
+        codes = {0, *(int(word) for word in verb.codes.split() if word[0] != "=")}
+        codes |= {1} if passed else set()
+        if gives in KINDS:
+            content: Row = {KINDS[gives]: {}}
+            if len(codes) > 1:
+                content["application/json"] = {"schema": schema_of("answer")}
+            if "404" in rows:
+                rows["404"] = {"description": "There is none."}
+        else:
+            schema = schema_of(gives)
+            if len(codes) > 1 and (gives.endswith("*") or gives in self.flavour.fields):
+                schema = {"anyOf": [schema, schema_of("answer")]}
+            content = {"application/json": {"schema": schema}}
+        rows["200"] = {"description": "Codes: " + ", ".join(map(str, sorted(codes))),
+                       "content": content}
         return rows
 
-    def _content(self, gives: str, may_fail: bool) -> Row:
-        said = {"application/json": {"schema": self._type("answer")}}
-        if gives in self.KINDS:
-            return {self.KINDS[gives]: {}, **(said if may_fail else {})}
-        schema = self._type(gives)
-        if may_fail and (gives.endswith("*") or gives in self._flavour.fields):
-            schema = {"anyOf": [schema, self._type("answer")]}
-        return {"application/json": {"schema": schema}}
 
-    def _type(self, word: str) -> Row:
-        if word.endswith("*"):
-            return {"type": "array", "items": self._type(word[:-1])}
-        return self.TYPES.get(word, {"$ref": "#/components/schemas/" + word})
-
-    def _components(self) -> Row:
-        schemas = {name: self._shape(cells[0].split())
-                   for name, cells in self._table(SHAPES, 2).items()}
-        for kind, names in self._flavour.fields.items():
-            member = [f"member:{kind}_member*"] if kind + "_member" in self._flavour.fields else []
-            schemas[kind] = self._shape([name + ("!" if name != "code" else ":text")
-                                         for name in names] + member)
-        answer = {"application/json": {"schema": self._type("answer")}}
-        about = {"400": ["code 400: a parameter is missing or wrong"]}
-        for error in self.ERRORS:
-            about.setdefault(str(error.http), []).append(f"code {error.code}: {error.status}")
-        return {"schemas": schemas, "securitySchemes": {
-            "bearer": {"type": "http", "scheme": "bearer"},
-            "access_token": {"type": "apiKey", "in": "query", "name": "access_token"}},
-            "responses": {status: {"description": "; ".join(lines), "content": answer}
-                          for status, lines in about.items()}}
-
-    def _shape(self, words: List[str]) -> Row:
-        """An object with these members; those with ! are always there."""
-        row: Row = {"type": "object", "properties": {
-            name: self._type(kind) if kind else self._member(name)
-            for name, _, kind in (word.rstrip("!").partition(":") for word in words)}}
-        required = [word[:-1] for word in words if word.endswith("!")]
-        return {**row, "required": required} if required else row
-
-    def _member(self, name: str) -> Row:
-        """A member by the rule for names (CONTRACT 1); ids are numbers where numeric_ids is set."""
-        if name in self.WHOLE:
-            return self.TYPES["int"]
-        if ID_KEY.fullmatch(name) or name == "time":
-            return {"type": ["string", "integer", "null"]}
-        return self.TYPES["text"]
+def body_of(params: List[Row]) -> Row:
+    """What is posted: a form or a JSON object, with a picture also a form that holds its file."""
+    schema = {"type": "object", "properties": {
+        param["name"]: {**param["schema"], "description": param["description"]}
+        for param in params}}
+    required = [param["name"] for param in params if param["required"]]
+    if required:
+        schema["required"] = required
+    values = {param["name"]: param["example"] for param in params if "example" in param}
+    content: Row = {kind: {"schema": schema, "example": values} for kind in (
+        "application/x-www-form-urlencoded", "application/json")}
+    if "media_data" in schema["properties"]:
+        content["multipart/form-data"] = {"schema": schema}
+    return {"content": content}
 
 
 def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
-                   through: Iterable[Route] = ()) -> List[Route]:
+                   is_controller: bool) -> List[Route]:
     """The routes of the document that describes the others, and these; see OpenApi."""
     def openapi_json(request: Request) -> Row:
-        """This document: OpenAPI 3.1."""
-        metrics = Route("/metrics", READ, Metrics().show)  # which every App has besides
-        return OpenApi(flavour, has_token, through).document([*routes, *own, metrics])
+        paths = {route.path for route in routes}
+        passed = [Route(flavour.prefix + verb.name, verb.methods, openapi_json)
+                  for verb in flavour.apis.values() if is_controller
+                  and flavour.prefix + verb.name not in paths]
+        metrics = Route("/metrics", READ, openapi_json)  # which every App has besides
+        return OpenApi(flavour, [route.path for route in passed]).document(
+            [*routes, *own, metrics, *passed], has_token)
 
-    own = [Route(prefix + "openapi.json", READ, openapi_json)
-           for prefix in ("/openqq/", "/openwx/")]
+    own = [Route(prefix + "openapi.json", READ, openapi_json) for prefix in PREFIXES]
     return own
 
 
@@ -5934,14 +5507,11 @@ MOMENT = re.compile("[1-9][0-9]{0,11}")  # seconds, as an event's source may tel
 
 
 class Feed:
-    """What one stream has still to send, in the hands of its store's lock."""
+    """What one stream has still to send; guarded by its store's lock."""
 
-    __slots__ = ("rows", "size", "promise")
-
-    def __init__(self, rows: Iterable[Tuple[int, bytes]]) -> None:
-        self.rows = list(rows)       # a number of 0: not kept, so nothing to resume from
-        self.size = 0
-        self.promise = Promise()     # kept when there is more
+    def __init__(self, rows: List[Tuple[int, bytes]]) -> None:
+        self.rows, self.size = rows, 0   # a number of 0: not kept, so nothing to resume from
+        self.promise = Promise()         # kept when there is more
 
     def add(self, seq: int, data: bytes) -> bool:
         """One more; False if its reader is too far behind."""
@@ -5967,12 +5537,12 @@ class Store:
 
     def __init__(self, size: int, clock: Callable[[], float] = time.time,
                  room: int = 0) -> None:
-        # guards _ring, _bulk, _seq, _mark, _waiting, _feeds and what is in these
-        self._lock = threading.Lock()
-        self._ring: Deque[Tuple[int, bytes]] = collections.deque(maxlen=max(1, size))
-        self._room, self._bulk = room, 0
+        self._lock = threading.Lock()  # guards all that may change below, and each Feed
+        self._size, self._room = max(1, size), room
+        self._ring: Deque[Tuple[int, bytes]] = collections.deque()
+        self._bytes = 0                # of what is in the ring
         self._seq = self._mark = int(clock() * 1000)
-        self._waiting: Set[Promise] = set()
+        self._waiting: Set[Promise] = set()  # calls of check_event
         self._feeds: Set[Feed] = set()
 
     def add(self, event: Row) -> None:
@@ -5981,17 +5551,14 @@ class Store:
             self._seq += 1
             data = to_bytes({"seq": self._seq, **event})
             self._ring.append((self._seq, data))
-            if self._room:
-                self._shrink(len(data))
+            self._bytes += len(data)
+            while len(self._ring) > self._size or (
+                    0 < self._room < self._bytes and len(self._ring) > 1):
+                self._bytes -= len(self._ring.popleft()[1])
             self._feed(self._seq, data)
             waiting, self._waiting = self._waiting, set()
-        for promise in waiting:
-            promise.keep()
-
-    def _shrink(self, more: int) -> None:
-        self._bulk += more
-        while self._bulk > self._room and len(self._ring) > 1:
-            self._bulk -= len(self._ring.popleft()[1])
+            for promise in waiting:
+                promise.keep(True)
 
     def tell(self, event: Row) -> None:
         """News for those who stream just now; nothing of it is kept."""
@@ -6016,72 +5583,65 @@ class Store:
         """
         promise = Promise()
         with self._lock:
-            mark = self._mark if since is None else self._known(since)
-            events = self._after(mark)
-            if not events:
+            mark = self._mark if since is None else since
+            rows = self._after(mark)
+            if not rows:
                 self._waiting.add(promise)
-        if not events:
-            events = self._await(promise, mark, wait, seconds)
-        if events and since is None:
+        if not rows:
+            try:
+                wait(promise, seconds)
+            except TimeoutError:
+                pass
+            finally:
+                with self._lock:
+                    self._waiting.discard(promise)
+                    rows = self._after(mark)
+        if rows and since is None:
             with self._lock:
-                self._mark = max(self._mark, events[-1][0])
-        return b"[" + b",".join([data for _, data in events]) + b"]"
+                self._mark = max(self._mark, rows[-1][0])
+        return b"[" + b",".join([data for _, data in rows]) + b"]"
 
-    def _known(self, since: int) -> int:
-        return since if since <= self._seq else 0
-
-    def _await(self, promise: Promise, mark: int, wait: Callable[[Promise, float], Any],
-               seconds: float) -> List[Tuple[int, bytes]]:
-        try:
-            wait(promise, seconds)
-        except TimeoutError:
-            pass
-        finally:
-            with self._lock:
-                self._waiting.discard(promise)
-        with self._lock:
-            return self._after(mark)
-
-    def _after(self, mark: int) -> List[Tuple[int, bytes]]:
+    def _after(self, seq: int) -> List[Tuple[int, bytes]]:
+        """What is kept from after a number; all, if the number was never given."""
         found: List[Tuple[int, bytes]] = []
-        for item in reversed(self._ring):
-            if item[0] <= mark:
+        for row in reversed(self._ring):
+            if row[0] <= seq <= self._seq:
                 break
-            found.append(item)
+            found.append(row)
         return found[::-1]
 
     def stream(self, request: Request) -> Response:
-        """Server-sent events: what is kept from after Last-Event-ID, or else after `since`, and
-        then, also with neither, all that comes. BadRequest."""
-        since = seq_of(request.fields.get("last-event-id") or request.params.get("since"))
-        with self._lock:
-            mark = self._seq if since is None else self._known(since)
-        return Response(b"", "text/event-stream", fields={
-            "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-            pieces=self._flow(mark, request.wait))
+        """Server-sent events: what is kept from after Last-Event-ID, or else after `since`; a
+        `retry` where the present begins; then, also with neither, all that comes. BadRequest.
 
-    def _flow(self, mark: int, wait: Callable[[Promise, float], Any]) -> Iterator[bytes]:
-        """What is kept, a `retry` where the present begins, and what comes; ends with the server
-        or, by Hangup, with its reader."""
-        with self._lock:
-            feed = Feed(self._after(mark))
-            self._feeds.add(feed)
-            data = feed.take()
-        try:
-            yield data + b"retry: 1000\n\n"
-            ended = False
-            while not ended:
-                try:
-                    ended = wait(feed.promise, STREAM_SECONDS) is None
-                except TimeoutError:
-                    yield b":\n\n"
-                with self._lock:
-                    ended = ended or feed not in self._feeds
-                    data = feed.take()
-                yield data
-        finally:
+        It ends with the server or, by Hangup, with its reader.
+        """
+        since = seq_of(request.fields.get("last-event-id") or request.params.get("since"))
+        mark = self._seq if since is None else since
+
+        def pieces() -> Iterator[bytes]:
             with self._lock:
-                self._feeds.discard(feed)
+                feed = Feed(self._after(mark))
+                self._feeds.add(feed)
+                data = feed.take()
+            try:
+                yield data + b"retry: 1000\n\n"
+                ended = False
+                while not ended:
+                    try:
+                        ended = request.wait(feed.promise, STREAM_SECONDS) is None
+                    except TimeoutError:
+                        yield b":\n\n"
+                    with self._lock:
+                        ended = ended or feed not in self._feeds
+                        data = feed.take()
+                    yield data
+            finally:
+                with self._lock:
+                    self._feeds.discard(feed)
+
+        return Response(b"", "text/event-stream", pieces=pieces(), fields={
+            "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
 
 def event_row(event: str, params: List[Any], when: Optional[str] = None) -> Row:
@@ -6109,273 +5669,229 @@ def bulk_of(item: Json) -> int:
 class Reporter:
     """Posts events to post_api, each conversation in order, through a queue that survives.
 
-    Everything here happens in the loop's thread; only the posting itself is done by a crew. A
-    second conversation is posted beside the first once that has taken PATIENCE: so a slow answer
-    holds up one chat only, and a kill finds one event on its way, not four, as long as the
-    receiver is quick. `answered(event, answer)` gets each JSON object that a receiver answers.
-    `error` tells of the last event that was dropped, and `failed()` is called after it changed.
+    The threads of a pool post one event each, without a lock; the owner's, `timers.lock`, guards
+    the spool and all state here. A second conversation is posted beside the first once that has
+    taken PATIENCE: so a slow answer holds up one chat only, and a kill finds one event on its
+    way, not four, as long as the receiver is quick. Without a URL nothing is posted.
+
+    `answered(event, answer)` gets each JSON object that a receiver answers; it is called without
+    the lock, before the next event of that conversation goes. `error` tells of the last event
+    that was dropped; `failed()` is called after it changed, by the timers, with the lock held.
     """
 
     PATIENCE = 0.05
     LATER = (408, 425, 429)
     TELL_SECONDS = 1.0           # between two calls of failed(): a file is written for it
 
-    def __init__(self, url: str, secret: str, spool: Spool, loop: Loop, log: Log,
+    def __init__(self, url: str, secret: str, spool: Spool, timers: Any, log: Log,
                  answered: Callable[[Row, Row], None], fetch: Callable[..., Reply] = fetch,
                  failed: Callable[[], None] = lambda: None,
                  clock: Callable[[], float] = time.time, numeric: bool = False) -> None:
-        self._url, self._secret, self._spool, self._loop = url, secret, spool, loop
-        self._numeric = numeric
+        self._url, self._secret, self._spool, self._timers = url, secret, spool, timers
         self._log, self._answered, self._fetch = log, answered, fetch
-        self._failed, self._clock = failed, clock
-        self.error: Row = {}                           # as check_client shows it: post_error
-        self._telling: Optional[Timer] = None
-        self._crew = ThreadPool(POST_LANES, "post", log)
-        self._queues: Dict[str, Deque[int]] = {}       # conversation -> keys in the spool
-        self._ready: Deque[str] = collections.deque()  # conversations that may go
-        self._flying: Dict[str, float] = {}            # conversation -> when its post began
-        self._waiting: Dict[str, Timer] = {}           # conversation -> its retry to come
-        self._tries: Dict[int, Tuple[int, float]] = {}  # key -> times sent, of the first try
-        self._allowed = 1                              # posts at once, up to POST_LANES
-        self._widening: Optional[Timer] = None
-        self._pause: Optional[Timer] = None            # nobody can be reached at all
-        self._outage = 0                               # tries in a row that found nobody
-        self._emptied: Optional[Callable[[], None]] = None
-        self._gone = False                             # the receiver said so
-        self._redirected = False                       # it sent us elsewhere, to no avail
-        self._holding = False                          # the process is about to end
+        self._failed, self._clock, self._numeric = failed, clock, numeric
+        self._pool = ThreadPool(POST_LANES, "post", log)
+        self.error: Row = {}                            # as check_client shows it: post_error
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
-        for key, item in list(spool.pending.items()):
-            if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
-                self._enqueue(key, str(item["in"]))
-            else:
-                spool.done(key)  # no event: whoever wrote that into the file
-
-    def start(self) -> None:
-        """Go on with what a former process left."""
-        self._pump()
+        self._queues: Dict[str, Deque[int]] = {}        # conversation -> keys in the spool
+        self._flying: Dict[str, float] = {}             # conversation -> when its post began
+        self._waiting: Dict[str, float] = {}            # conversation -> when it may try again
+        self._tries: Dict[int, Tuple[int, float]] = {}  # key -> times refused, of the first try
+        self._pause_until = 0.0                         # nobody can be reached at all
+        self._outage = 0                                # tries in a row that found nobody
+        self._gone = not url                            # the receiver said so
+        self._redirected = False                        # it sent us elsewhere, to no avail
+        self._holding = False                           # the process is about to end
+        self._emptied: Optional[Callable[[], None]] = None
+        self._look_at = self._tell_at = 0.0             # when the timers do so next
+        with timers.lock:
+            for key, item in list(spool.pending.items() if url else ()):
+                if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
+                    self._queues.setdefault(str(item["in"]), collections.deque()).append(key)
+                else:
+                    spool.done(key)  # no event: whoever wrote that into the file
 
     def add(self, event: Row, conversation: str, mark: Json = None) -> None:
         """Queue an event for posting, together with its source's mark (Spool)."""
-        if self._gone:
-            return self._spool.advance(mark)
-        name = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
-        key = self._spool.add({"id": name, "in": conversation, "event": event}, mark)
-        self._enqueue(key, conversation)
-        for old in self._spool.excess():
-            self._forget(old)
+        with self._timers.lock:
+            if self._gone:
+                return self._spool.advance(mark) if mark is not None else None
+            name = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
+            key = self._spool.add({"id": name, "in": conversation, "event": event}, mark)
+            self._queues.setdefault(conversation, collections.deque()).append(key)
+            for old in self._spool.excess():
+                its = str(self._spool.pending[old]["in"])
+                if its not in self._flying or self._queues[its][0] != old:  # not on its way
+                    self._drop(its, old, "over the limit of the queue")
 
     def flush(self) -> None:
-        """Write what add() queued, then post it: in this order, or a kill could lose it."""
-        self._spool.flush()
-        self._pump()
+        """Write what was added, then post it: in this order, or a kill could lose it."""
+        with self._timers.lock:
+            flight = self._next()
+            if flight:
+                self._pool.submit(self._post, flight)
+
+    start = flush  # going on with what a former process left
 
     def drain(self, emptied: Callable[[], None]) -> None:
-        """Have emptied() called once nothing is left to post."""
-        self._emptied = emptied
-        self._pump()
+        """Have emptied() called, by the timers, once nothing is left to post."""
+        with self._timers.lock:
+            self._emptied = emptied
+            self.flush()
 
     def hold(self, landed: Callable[[], None]) -> None:
         """Post no more; have landed() called once what is on its way has been answered."""
-        self._holding, self._emptied = True, landed
-        self._pump()
+        with self._timers.lock:
+            self._holding = True
+            self.drain(landed)
 
     def waiting(self) -> int:
         """How many events are not delivered yet."""
-        return len(self._spool.pending)
+        return len(self._spool.pending) if self._url else 0
 
     def flying(self) -> int:
         """How many are on their way."""
         return len(self._flying)
 
-    def _enqueue(self, key: int, conversation: str) -> None:
-        queue = self._queues.get(conversation)
-        if queue is None:
-            self._queues[conversation] = collections.deque([key])
-            self._ready.append(conversation)
-        else:
-            queue.append(key)
+    def _next(self) -> Optional[Tuple[str, int, Row]]:
+        """What is to be posted now, as conversation, key and item; it counts as flying. One at
+        most: its answer, or PATIENCE, lets the next one go."""
+        self._spool.flush()
+        found, now = None, self._timers.clock()
+        wait = max([began + self.PATIENCE - now for began in self._flying.values()], default=0.0)
+        if (wait <= 0 and len(self._flying) < POST_LANES and now >= self._pause_until
+                and not self._holding):
+            for conversation, keys in self._queues.items():
+                if conversation not in self._flying and (
+                        self._waiting.get(conversation, now) <= now):
+                    found = conversation, keys[0], self._spool.pending[keys[0]]
+                    self._waiting.pop(conversation, None)
+                    self._flying[conversation], wait = now, self.PATIENCE
+                    break
+        if wait > 0 and now >= self._look_at and len(self._queues) > len(self._flying):
+            self._look_at = now + wait
+            self._timers.later(wait, self.flush)
+        if self._emptied and not (self._flying if self._holding else self._queues):
+            self._timers.later(0.0, self._emptied)
+            self._emptied = None
+        return found
 
-    def _forget(self, key: int) -> None:
-        conversation = self._spool.pending[key]["in"]
-        queue = self._queues[conversation]
-        if queue[0] == key and conversation in self._flying:
-            return  # on its way already
-        queue.remove(key)
-        self._drop(key, "over the limit of the queue")
-        if not queue:
-            del self._queues[conversation]
-            self._ready = collections.deque(c for c in self._ready if c != conversation)
-            self._stop_waiting(conversation)
+    def _post(self, flight: Optional[Tuple[str, int, Row]]) -> None:
+        """In a thread of the pool: post an event, note what came of it, and go on with the next
+        one, until there is none or another thread has it."""
+        while flight:
+            conversation, key, item = flight
+            status, answer, failure = 0, None, None
+            try:
+                status, answer = self._call(item)
+                if status in self.LATER or status >= 500:
+                    failure = Unreachable(f"answered {status}", True)
+            except Unreachable as error:
+                failure = error
+            except Exception as error:  # without an outcome the conversation would stand still
+                self._log.failure("posting an event")
+                failure = Unreachable(repr(error), True)
+            if answer is not None and failure is None and status != 410:
+                try:
+                    self._answered(item["event"], answer)
+                except Exception:
+                    self._log.failure("what an answer of post_api wants")
+            with self._timers.lock:
+                del self._flying[conversation]
+                self._note(conversation, key, status, failure)
+                flight = self._next()
 
-    def _stop_waiting(self, conversation: str) -> None:
-        timer = self._waiting.pop(conversation, None)
-        if timer:
-            timer.cancel()
-
-    def _drop(self, key: int, why: str) -> None:
-        self.counts["dropped"] += 1
-        if self.counts["dropped"] & (self.counts["dropped"] - 1) == 0:  # 1, 2, 4, 8 …
-            self._log.warn(f"{self.counts['dropped']} event(s) dropped, not posted to "
-                           f"{shown_url(self._url)}: {why}")
-        self.error = {"time": str(int(self._clock())), "error": why,
-                      "dropped": self.counts["dropped"]}
-        if self._telling is None:
-            self._telling = self._loop.later(self.TELL_SECONDS, self._tell)
-        self._tries.pop(key, None)
-        self._spool.done(key)
-
-    def _tell(self) -> None:
-        self._telling = None
-        self._failed()
-
-    def _pump(self) -> None:
-        while (self._ready and self._pause is None and not self._holding
-               and len(self._flying) < self._allowed):
-            conversation = self._ready.popleft()
-            key = self._queues[conversation][0]
-            self._flying[conversation] = self._loop.clock()
-            self._crew.submit(self._post, conversation, key, self._spool.pending[key])
-        if self._ready and self._widening is None and self._allowed < POST_LANES:
-            self._widening = self._loop.later(self.PATIENCE, self._widen)
-        if self._emptied is not None and not (self._flying if self._holding else self._queues):
-            emptied, self._emptied = self._emptied, None
-            emptied()
-
-    def _widen(self) -> None:
-        self._widening = None
-        if len(self._flying) >= self._allowed:
-            self._allowed = min(POST_LANES, self._allowed + 1)
-        self._pump()
-
-    def _post(self, conversation: str, key: int, item: Row) -> None:
-        """In a thread of the crew: one try."""
-        event = item["event"]        # as it was when it was queued; numeric_ids may have changed
-        late = {"late": 1} if self._age(item) > LATE_SECONDS else {}
-        body = to_bytes({**(numbered(event) if self._numeric else event), **late})
+    def _call(self, item: Row) -> Tuple[int, Optional[Row]]:
+        """Post an event, to where redirects on the same server lead: the answer's status, and the
+        JSON object in it. Unreachable."""
+        event, queued = item["event"], re.match("[0-9a-f]{1,15}(?=-)", str(item["id"]))
+        if self._numeric:            # which may have changed since it was queued
+            event = numbered(event)
+        if queued and self._clock() - int(queued.group(), 16) / 1000 > LATE_SECONDS:
+            event = {**event, "late": 1}
+        url, body, until = self._url, to_bytes(event), self._timers.clock() + POST_SECONDS
         fields = {"Content-Type": "application/json", "X-Event-ID": item["id"],
                   "User-Agent": "openqq/" + VERSION}
         if self._secret:
             fields["X-Signature"] = signature(self._secret, body)
-        status, answer, error = self._try(fields, body)
-        self._loop.call(self._landed, conversation, key, item, status, answer, error)
+        for _ in range(4):
+            reply = self._fetch(url, "POST", fields, body, max(0.1, until - self._timers.clock()))
+            data = reply.read()
+            target = redirect_of(url, reply)
+            if not same_origin(url, target):
+                break
+            url = target
+        answer = None
+        if reply.kind in ("application/json", "text/json"):
+            try:
+                answer = object_in(read_text(data).encode())
+            except ValueError:
+                pass  # no text in any encoding that we know
+        return reply.status, answer
 
-    def _age(self, item: Row) -> float:
-        """How long it has been queued, also by a former process: its name begins with when."""
-        found = re.match("[0-9a-f]{1,15}(?=-)", str(item["id"]))
-        return self._clock() - int(found.group(), 16) / 1000 if found else 0.0
+    def _note(self, conversation: str, key: int, status: int,
+              failure: Optional[Unreachable]) -> None:
+        """What became of a post decides when it, or the next one, is tried."""
+        now, url = self._timers.clock(), shown_url(self._url)
+        tries, first = self._tries.get(key, (0, now))
+        if self._gone:
+            return  # another answer said so meanwhile, and all has been dropped
+        if status == 410:
+            self._log.warn(f"{url} answered 410 Gone: nothing more is posted to it")
+            self._gone = True
+            for other, item in list(self._spool.pending.items()):
+                self._drop(str(item["in"]), other, "the receiver is gone")
+        elif failure is None:
+            if self._outage > 1:
+                self._log.info(f"{url} takes events again")
+            if 300 <= status < 400 and not self._redirected:
+                self._log.warn(f"{url} answers with a redirect that is not followed: "
+                               "give the URL that takes events")
+            self._outage, self._redirected = 0, 300 <= status < 400
+            self.counts["posted"] += 1
+            self._forget(conversation, key)
+        elif failure.sent and tries + 1 >= POST_TRIES:
+            self._drop(conversation, key, f"{failure.status}, {POST_TRIES} times")
+        elif failure.sent:  # what breaks its receiver is not to do so for a day
+            self.counts["retried"] += 1
+            self._tries[key] = tries + 1, first
+            self._waiting[conversation] = now + 2.0 ** tries
+            self._timers.later(2.0 ** tries, self.flush)
+        elif now - first > POST_DAY:
+            self._drop(conversation, key, "nobody there for a day")
+        else:  # no connection: it would fare no better with the others, so all wait
+            self.counts["retried"] += 1
+            self._tries[key] = tries, first
+            if now >= self._pause_until:
+                if self._outage == 1:
+                    self._log.warn(f"{url} cannot be reached ({failure.status}); "
+                                   "events wait for it")
+                pause = backoff(self._outage, POST_PAUSE)
+                self._outage += 1
+                self._pause_until = now + pause
+                self._timers.later(pause, self.flush)
 
-    def _try(self, fields: Fields, body: bytes) -> Tuple[int, Optional[Row],
-                                                         Optional[Unreachable]]:
-        url, until = self._url, self._loop.clock() + POST_SECONDS
-        try:
-            for _ in range(4):
-                reply = self._fetch(url, "POST", fields, body,
-                                    max(0.1, until - self._loop.clock()))
-                data = reply.read()
-                url = same_origin(url, reply)
-                if not url:
-                    break
-            return reply.status, _json_object(reply.kind, data), None
-        except Unreachable as error:
-            return 0, None, error
-        except Exception as error:  # a lane that never landed would be lost for good
-            self._log.failure("posting an event")
-            return 0, None, Unreachable(repr(error), True)
-
-    def _landed(self, conversation: str, key: int, item: Row, status: int,
-                answer: Optional[Row], error: Optional[Unreachable]) -> None:
-        started = self._flying.pop(conversation, None)
-        if started is None:
-            return  # another answer said meanwhile that the receiver is gone
-        if self._loop.clock() - started < self.PATIENCE:  # but the slow ones keep their lanes
-            self._allowed = max(min(len(self._flying) + 1, POST_LANES), self._allowed - 1)
-        if error is not None and not error.sent:
-            self._nobody(conversation, key, error)
-        elif status == 410:
-            self._stop_for_good()
-        elif error is not None or status in self.LATER or status >= 500:
-            self._refused(conversation, key, error.status if error else f"answered {status}")
-        else:
-            self._delivered(conversation, key, item, answer, 300 <= status < 400)
-        self._spool.flush()
-        self._pump()
-
-    def _delivered(self, conversation: str, key: int, item: Row, answer: Optional[Row],
-                   redirected: bool) -> None:
-        if self._outage > 1:
-            self._log.info(f"{shown_url(self._url)} takes events again")
-        self._outage = 0
-        self.counts["posted"] += 1
-        if redirected and not self._redirected:
-            self._log.warn(f"{shown_url(self._url)} answers with a redirect that is not followed: "
-                           "give the URL that takes events")
-        self._redirected = redirected
-        self._spool.done(key)
-        self._next(conversation, key)
-        if answer is not None:
-            self._answered(item["event"], answer)
-
-    def _next(self, conversation: str, key: int) -> None:
-        """Whatever became of the first of a conversation, the second is now the first."""
+    def _forget(self, conversation: str, key: int) -> None:
+        """Whatever became of an event: the next of its conversation waits behind the others."""
         self._tries.pop(key, None)
-        queue = self._queues[conversation]
-        queue.popleft()
-        if queue:
-            self._ready.append(conversation)
-        else:
-            del self._queues[conversation]
+        self._waiting.pop(conversation, None)
+        keys = self._queues.pop(conversation)
+        keys.remove(key)
+        if keys:
+            self._queues[conversation] = keys
+        self._spool.done(key)
 
-    def _refused(self, conversation: str, key: int, how: str) -> None:
-        """It came, or may have come, and was not taken: what breaks its receiver five times is
-        not to do so for a day."""
-        tries, first = self._tries.get(key, (0, self._loop.clock()))
-        self._tries[key] = tries + 1, first
-        if tries + 1 >= POST_TRIES:
-            self._drop(key, f"{how}, {POST_TRIES} times")
-            self._next(conversation, key)
-        else:
-            self._again(conversation, 2.0 ** tries)
-
-    def _again(self, conversation: str, seconds: float) -> None:
-        self.counts["retried"] += 1
-        self._waiting[conversation] = self._loop.later(seconds, self._retry, conversation)
-
-    def _retry(self, conversation: str) -> None:
-        del self._waiting[conversation]
-        self._ready.appendleft(conversation)
-        self._pump()
-
-    def _nobody(self, conversation: str, key: int, error: Unreachable) -> None:
-        """No connection: it would fare no better with the others, so all wait."""
-        _, first = self._tries.setdefault(key, (0, self._loop.clock()))
-        if self._loop.clock() - first > POST_DAY:
-            self._drop(key, "nobody there for a day")
-            return self._next(conversation, key)
-        self.counts["retried"] += 1
-        self._ready.appendleft(conversation)
-        self._allowed = 1
-        if self._pause is None:
-            if self._outage == 1:
-                self._log.warn(f"{shown_url(self._url)} cannot be reached ({error.status}); "
-                               "events wait for it")
-            self._pause = self._loop.later(backoff(self._outage, POST_PAUSE), self._resume)
-            self._outage += 1
-
-    def _resume(self) -> None:
-        self._pause = None
-        self._pump()
-
-    def _stop_for_good(self) -> None:
-        self._log.warn(f"{shown_url(self._url)} answered 410 Gone: nothing more is posted to it")
-        self._gone = True
-        for key in list(self._spool.pending):
-            self._drop(key, "the receiver is gone")
-        for conversation in list(self._waiting):
-            self._stop_waiting(conversation)
-        self._queues.clear()
-        self._ready.clear()
-        self._flying.clear()
+    def _drop(self, conversation: str, key: int, why: str) -> None:
+        self._forget(conversation, key)
+        self.counts["dropped"] += 1
+        dropped, now = self.counts["dropped"], self._timers.clock()
+        if dropped & (dropped - 1) == 0:  # 1, 2, 4, 8 …
+            self._log.warn(f"{dropped} event(s) dropped, not posted to {shown_url(self._url)}: "
+                           f"{why}")
+        self.error = {"time": str(int(self._clock())), "error": why, "dropped": dropped}
+        if now >= self._tell_at:
+            self._tell_at = now + self.TELL_SECONDS
+            self._timers.later(self.TELL_SECONDS, self._failed)
 
 
 def watch_posting(metrics: Metrics, reporter: Optional[Reporter]) -> None:
@@ -6385,11 +5901,6 @@ def watch_posting(metrics: Metrics, reporter: Optional[Reporter]) -> None:
                   lambda: {f'result="{name}"': count for name, count in counts.items()})
     metrics.watch("post_queue_length", "gauge", "Events that wait to be posted.",
                   lambda: {"": reporter.waiting() if reporter else 0})
-
-
-def backoff(tries: int, most: float = 60.0) -> float:
-    """Seconds before the next try: 0, 1, 2, 4 … most."""
-    return min(most, 2.0 ** (tries - 1)) if tries else 0.0
 
 
 def shown_url(url: str) -> str:
@@ -6410,21 +5921,12 @@ def redirect_of(url: str, reply: Reply) -> str:
         return "nowhere:"  # what cannot be read leads to nobody's server
 
 
-def same_origin(url: str, reply: Reply) -> str:
-    """Where a redirect leads if it stays with the same server, else empty."""
-    target = redirect_of(url, reply)
+def same_origin(url: str, other: str) -> bool:
+    """Whether two URLs lead to the same server."""
     try:
-        return target if target and origin_of(target) == origin_of(url) else ""
+        return origin_of(url) == origin_of(other)
     except ValueError:
-        return ""
-
-
-def _json_object(kind: str, data: bytes) -> Optional[Row]:
-    try:
-        json_too = kind in ("application/json", "text/json")
-        return object_in(read_text(data).encode()) if json_too else None
-    except ValueError:
-        return None
+        return False
 
 
 class Outlet:
@@ -6434,22 +5936,20 @@ class Outlet:
     KEPT_IF_LISTED = re.compile(".*_property_change|friend_request|revoke_message")
     NEWS = ("login", "stop", "state_change", "input_qrcode")  # streams tell them, nothing keeps
 
-    def __init__(self, store: Store, reporter: Optional[Reporter], listed: Iterable[str],
+    def __init__(self, store: Store, reporter: Reporter, listed: Iterable[str],
                  stdout: bool, numeric: bool, bytes_too: bool) -> None:
         self.store, self.reporter = store, reporter
         self._listed, self._stdout, self._numeric = set(listed), stdout, numeric
         self._bytes_too = bytes_too
-
-    def start(self) -> None:
-        """Go on with what a former process left."""
-        if self.reporter:
-            self.reporter.start()
+        self.start = self.flush = reporter.flush
+        self.drain, self.hold = reporter.drain, reporter.hold
+        self.waiting, self.flying = reporter.waiting, reporter.flying
 
     def put(self, event: str, row: Row, conversation: str, mark: str) -> bool:
         """Pass an event on; whether its mark went into the queue on disk with it."""
-        queued = row = row if self._bytes_too else {
+        queued = row if self._bytes_too else {
             name: value for name, value in row.items() if name != "media_data"}
-        row = numbered(row) if self._numeric else row
+        row = numbered(queued) if self._numeric else queued
         message = row["post_type"] != "event"
         listed = event in self._listed
         if message or self.KEPT.match(event) or (listed and self.KEPT_IF_LISTED.match(event)):
@@ -6459,39 +5959,12 @@ class Outlet:
         if not message and not listed:
             return False
         if self._stdout:
-            self._print(row)
-        if self.reporter:
-            self.reporter.add(queued, conversation, mark or None)
-        return self.reporter is not None
-
-    def _print(self, row: Row) -> None:
-        try:
-            os.write(1, to_bytes(row) + b"\n")
-        except OSError:
-            self._stdout = False  # nobody reads it any more
-
-    def flush(self) -> None:
-        """Let what was put go on its way."""
-        if self.reporter:
-            self.reporter.flush()
-
-    def waiting(self) -> int:
-        """How many events are still to be posted."""
-        return self.reporter.waiting() if self.reporter else 0
-
-    def drain(self, emptied: Callable[[], None]) -> None:
-        """Have emptied() called once all is posted."""
-        assert self.reporter is not None
-        self.reporter.drain(emptied)
-
-    def hold(self, landed: Callable[[], None]) -> None:
-        """Post no more; have landed() called once what is on its way has been answered."""
-        if self.reporter:
-            self.reporter.hold(landed)
-
-    def flying(self) -> int:
-        """How many events are on their way."""
-        return self.reporter.flying() if self.reporter else 0
+            try:
+                os.write(1, to_bytes(row) + b"\n")
+            except OSError:
+                self._stdout = False  # nobody reads it any more
+        self.reporter.add(queued, conversation, mark or None)
+        return True
 
 
 class Heartbeat:
@@ -6508,8 +5981,7 @@ class Heartbeat:
                  fetch: Callable[..., Reply] = fetch) -> None:
         self._url, self._interval, self._own, self._token = url, interval, own, token
         self._log, self._fetch = log, fetch
-        self._ended = threading.Event()
-        self._quiet = self._started = False
+        self._started, self._ended = False, threading.Event()
 
     def start(self) -> None:
         """Beat in a thread of its own, until stop(); a second call changes nothing."""
@@ -6522,19 +5994,20 @@ class Heartbeat:
         self._ended.set()
 
     def _run(self) -> None:
+        failed = False
         while not self._ended.is_set():
             try:
-                self.beat()
-                self._quiet = False
+                self._beat()
+                failed = False
             except Unreachable as error:
-                if not self._quiet:
+                if not failed:
                     self._log.warn(f"{shown_url(self._url)} (poll_api): {error.status}")
-                self._quiet = True
+                failed = True
             except Exception:  # the next beat may fare better
                 self._log.failure("a heartbeat")
-            self._ended.wait(max(self._interval, float(self._quiet)))  # of 0 only while it works
+            self._ended.wait(max(self._interval, float(failed)))  # of 0 only while it works
 
-    def beat(self) -> None:
+    def _beat(self) -> None:
         """Ask once, and follow where the answer leads. Unreachable."""
         url = self._url
         for _ in range(self.HOPS + 1):
@@ -6545,11 +6018,14 @@ class Heartbeat:
                 return
             own = self._own_call(target)
             if own:
-                return self._call(own)
-            url = same_origin(self._url, reply) and target
-            if not url:
+                fields = {"Authorization": bearer(self._token)} if self._token else {}
+                reply = self._fetch(own, "GET", fields, seconds=PROXY_SECONDS)
+                reply.read()
+                return self._log.info(f"poll_api had us call {shown_url(own)}: {reply.status}")
+            if not same_origin(self._url, target):
                 return self._log.warn(f"poll_api leads to {shown_url(target)}, which is neither "
                                       "our own API nor its own server: not followed")
+            url = target
         self._log.warn(f"poll_api leads on after {self.HOPS} redirects: given up")
 
     def _own_call(self, target: str) -> str:
@@ -6563,12 +6039,6 @@ class Heartbeat:
         if base is None or not re.match("/open(qq|wx)/", parts.path):
             return ""
         return base + urllib.parse.urlunsplit(parts._replace(scheme="", netloc="", fragment=""))
-
-    def _call(self, url: str) -> None:
-        fields = {"Authorization": bearer(self._token)} if self._token else {}
-        reply = self._fetch(url, "GET", fields, seconds=PROXY_SECONDS)
-        reply.read()
-        self._log.info(f"poll_api had us call {shown_url(url)}: {reply.status}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -7808,7 +7278,7 @@ class Hooks:
     gone, in words. `received(items)`: what happened; returns the mark of what is safe on disk.
     `known(kind, uid, circle)`: a thing of the roster, or None. `certain(kind)`: whether who is not
     known there is new (a list that was not told, or is doubted, says nothing about that).
-    `kept(cookie)`: what a later login needs has changed.
+    `kept(cookie)`: what a later login needs has changed, and what status() tells.
     """
 
     def __init__(self, qrcode: Callable[[str, float, str], None], waiting: Callable[[str], None],
@@ -7825,7 +7295,35 @@ class Hooks:
 class Link:
     """Where an account's messages come from and go to: the face that every link has.
 
-    All methods may block and are called in threads of a crew; they raise Unreachable.
+    All methods may block and are called with no lock held; they raise Unreachable.
+
+    login(cookie, mark)   begin to log in, with a former login's cookie if there is one; hooks tell
+                          the rest
+    renew()               show a new QR code
+    ready()               the account is running
+    roster()              {"user": …, "friend": […], "group": […], "discuss": […]}; what is left
+                          out list() tells. A group without `member` has that, and its role, left
+                          to details()
+    list(kind)            the friends or groups that roster() left out. Declined
+    details(group, members)  what roster() left out of a group: role, and with `members` owner_id,
+                          owner_uid, member. Declined if there are none to be had
+    find_group(uid), find_member(group, uid)  one that no list told of, or None
+    account()             what the account is called outside, where two clients may have the same
+    status()              what check_client tells of this link besides
+    presence()            uid -> state of those whose state no event tells
+    send(messages)        of {type, content, cq, uid, group, discuss, media}: for each {"code",
+                          "info"}, besides `number`, for revoke(), and `mark`, if an answer came
+                          with it: that of an item that hooks.received() will get. `media` is
+                          {name, mime, data (base64), url, path}
+    hear(row)             take an event that was posted to us; False if this link knows none
+    kick(group, uids), mute(group, uids, seconds)  False without the right to it
+    revoke(number)        take back a message, by the `number` in send()'s result
+    answer_request(ticket, accept, markname), make_friend(uid, verify)
+    create_group(uids, name)  the new group's uid
+    invite(group, uids), rename(group, name), set_markname(uid, markname)
+    verify_code(code)     the digits that a phone shows; False when nobody asks for them
+    logout()              end the login, so that the next one needs a scan
+    close()               the client stops; the login stays
     """
 
     send_interval = 3.0          # seconds between two messages unless settings say otherwise
@@ -7834,109 +7332,17 @@ class Link:
     fetches = False              # takes a picture as a URL, and fetches it by itself
     real = False                 # a network outside: a login may take days, a list may fail
     any_group = ""               # what stands for the unknown group of a temporary session
+    lacks: Sequence[str] = ()    # calls of the API (VERBS) that this network cannot do
+    # what a verb answers that a link does not have
+    REFUSALS: Row = {"status": {}, "verify_code": False, "ready": None, "find_group": None, "find_member": None, "account": "",
+                "presence": {}, "hear": False, "revoke": False, "answer_request": False,
+                "make_friend": False, "create_group": "", "invite": False, "rename": False,
+                "set_markname": False, "renew": None, "logout": None, "close": None}
 
-    def login(self, cookie: str, mark: str) -> None:
-        """Begin to log in, with a former login's cookie if there is one; hooks tell the rest."""
-        raise NotImplementedError
-
-    def renew(self) -> None:
-        """Show a new QR code."""
-        raise NotImplementedError
-
-    def ready(self) -> None:
-        """The account is running."""
-
-    def roster(self) -> Row:
-        """{"user": …, "friend": […], "group": […], "discuss": […]}; what is left out, list() tells.
-
-        A group without `member` has that, and its role, left to details().
-        """
-        raise NotImplementedError
-
-    def list(self, kind: str) -> List[Row]:
-        """The friends or groups that roster() left out. Unreachable, Declined."""
-        raise NotImplementedError
-
-    def find_group(self, uid: str) -> Optional[Row]:
-        """A group that no list told of, or None. Unreachable."""
-        return None
-
-    def find_member(self, group: str, uid: str) -> Optional[Row]:
-        """A member of a group that no list told of, or None. Unreachable."""
-        return None
-
-    def status(self) -> Row:
-        """What check_client tells of this link besides."""
-        return {}
-
-    def account(self) -> str:
-        """What the account is called outside, where two clients may have the same; else empty."""
-        return ""
-
-    def details(self, group: str, members: bool) -> Row:
-        """What roster() left out of a group: role, and with `members` owner_id, owner_uid, member.
-
-        Declined if there are none to be had.
-        """
-        raise NotImplementedError
-
-    def presence(self) -> Dict[str, str]:
-        """uid -> state of those whose state no event tells; asked for before lists are shown."""
-        return {}
-
-    def send(self, messages: List[Row]) -> List[Row]:
-        """Send messages {type, content, cq, uid, group, discuss, media}; for each {"code", "info"}.
-
-        `number` besides, for revoke(); and `mark`, if an answer came with it: that of an item that
-        hooks.received() will get. `media` is {name, mime, data (base64), url, path}.
-        """
-        raise NotImplementedError
-
-    def hear(self, row: Row) -> bool:
-        """Take an event that was posted to us; False if this link knows none."""
-        return False
-
-    def kick(self, group: str, uids: List[str]) -> bool:
-        """Remove members of a group; False without the right to it."""
-        raise NotImplementedError
-
-    def mute(self, group: str, uids: List[str], seconds: int) -> bool:
-        """Silence members of a group; False without the right to it."""
-        raise NotImplementedError
-
-    def revoke(self, number: Any) -> bool:
-        """Take back a message, by the `number` in send()'s result."""
-        return False
-
-    def answer_request(self, ticket: str, accept: bool, markname: str) -> bool:
-        """Answer a friend_request."""
-        return False
-
-    def make_friend(self, uid: str, verify: str) -> bool:
-        """Ask somebody to be a friend."""
-        return False
-
-    def create_group(self, uids: List[str], name: str) -> str:
-        """Found a group: its uid, empty if that cannot be."""
-        return ""
-
-    def invite(self, group: str, uids: List[str]) -> bool:
-        """Bring friends into a group."""
-        return False
-
-    def rename(self, group: str, name: str) -> bool:
-        """Give a group another name."""
-        return False
-
-    def set_markname(self, uid: str, markname: str) -> bool:
-        """What one calls somebody."""
-        return False
-
-    def logout(self) -> None:
-        """End the login, so that the next one needs a scan."""
-
-    def close(self) -> None:
-        """The client stops; the login stays."""
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        if verb not in self.REFUSALS:
+            raise AttributeError(verb)
+        return lambda *args, **named: self.REFUSALS[verb]
 
 
 class LocalLink(Link):
@@ -8070,7 +7476,7 @@ class RemoteHost:
         return value
 
 
-# -- OneBot 11: real QQ, through a bridge (ONEBOT.md)
+# -- what bridges say: values, messages, people (OneBot 11 and Milky spell nearly all alike)
 
 CQ_CODE = re.compile(r"\[CQ:([A-Za-z0-9_.\-]+)((?:,[^,\[\]]*)*)\]")
 SEGMENT_TYPE = re.compile(r"[A-Za-z0-9_.\-]{1,32}")
@@ -8090,104 +7496,14 @@ LABELS = {"face": "[表情]", "bface": "[表情]", "sface": "[表情]",
 DETAIL_LIMIT = 500               # letters of one such member
 AT_LIMIT = 8                     # names of a message that are asked for: each may take seconds
 SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
+MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
 ANY_GROUP = "284840486"  # NapCat's, for a temporary session whose group it does not know
 MEMBERS = re.compile(r"\{([a-z_|]+)\}")
 IMAGE_SUMMARY = re.compile(r"\[[^\[\]]{1,20}\]")  # NapCat: [动画表情]
-XML_ATTRIBUTE = {
-    "brief": re.compile(r"""\bbrief=["']([^"']*)"""), "url": re.compile(r"""\burl=["']([^"']*)"""),
-    "title": re.compile(r"<title\b[^>]{0,200}>([^<]*)"),
-    "title attribute": re.compile(r"""\btitle=["']([^"']*)""")}
-MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
-
-
-def cq_escape(text: str, value: bool = False) -> str:
-    """Text, or the value of a key, as CQ codes spell it."""
-    for plain, code in CQ_ESCAPES if value else CQ_ESCAPES[:3]:
-        text = text.replace(plain, code)
-    return text
-
-
-def cq_unescape(text: str) -> str:
-    """What cq_escape() was given; `&` comes last, or it would make new codes."""
-    for plain, code in reversed(CQ_ESCAPES):
-        text = text.replace(code, plain)
-    return text
-
-
-def segments_of(message: Json) -> List[Row]:
-    """A message as bridges spell it, with CQ codes or as a list, as [{"type", "data"}].
-
-    Whatever else a bridge may send, the type is a word and the data an object.
-    """
-    if isinstance(message, str):
-        return _cq_segments(message)
-    found: List[Row] = []
-    rows = [message] if message is not None else []
-    while rows:
-        row = rows.pop()
-        if isinstance(row, list):
-            rows += reversed(row)
-        elif isinstance(row, dict):
-            kind, data = detail(row.get("type")), row.get("data")
-            plain = {"text": data} if kind == "text" and isinstance(data, str) else {}
-            found.append({"type": kind if SEGMENT_TYPE.fullmatch(kind) else "?",
-                          "data": data if isinstance(data, dict) else plain})
-        else:
-            text = row if isinstance(row, str) else detail(row)
-            found += _text_segments(text) if text else [{"type": "?", "data": {}}]
-    return found
-
-
-def _cq_segments(text: str) -> List[Row]:
-    found, end = [], 0
-    for code in CQ_CODE.finditer(text):
-        found += _text_segments(cq_unescape(text[end:code.start()]))
-        pairs = [pair.partition("=") for pair in code.group(2).split(",")[1:]]
-        found.append({"type": code.group(1),
-                      "data": {key: cq_unescape(value) for key, _, value in pairs}})
-        end = code.end()
-    return found + _text_segments(cq_unescape(text[end:]))
-
-
-def _text_segments(text: str) -> List[Row]:
-    return [{"type": "text", "data": {"text": text}}] if text else []
-
-
-def cq_text(segments: Iterable[Row]) -> str:
-    """Segments as one text with CQ codes."""
-    parts = []
-    for segment in segments:
-        if segment["type"] == "text":
-            text = segment["data"].get("text")
-            parts.append(cq_escape(text if isinstance(text, str) else detail(text)))
-        else:
-            pairs = "".join(f",{key}={cq_escape(_cq_value(value), True)}"
-                            for key, value in segment["data"].items() if value is not None)
-            parts.append(f"[CQ:{segment['type']}{pairs}]")
-    return "".join(parts)
-
-
-def _cq_value(value: Json) -> str:
-    return value if isinstance(value, str) else to_bytes(value).decode()
-
-
-def check_cq(content: str, check_url: Callable[[str], None] = lambda url: None) -> None:
-    """NotAllowed for a code that would send a file of the bridge's machine.
-
-    `check_url` is called with each address that the bridge would fetch.
-    """
-    for segment in segments_of(content):
-        for value in segment["data"].values() if segment["type"] != "text" else ():
-            check_cq(value, check_url)  # a node's content holds codes of its own
-            if re.search(r"(?i)\bfile:", str(value)):
-                raise NotAllowed("file: in a CQ code not allowed: give http://… or base64://…")
-        data = {name.strip().lower(): value for name, value in segment["data"].items()}
-        for key in CQ_SOURCES:
-            source = str(data.get(key, "")).strip()
-            if not re.match("(https?|base64)://", source) and re.search(r"[/\\]", source):
-                raise NotAllowed(f"{key} in a CQ code not allowed: give http://… or base64://…")
-            if is_url(source):
-                check_url(source)
+XML_TITLES = (re.compile(r"""\bbrief=["']([^"']*)"""),
+              re.compile(r"<title\b[^>]{0,200}>([^<]*)"),
+              re.compile(r"""\btitle=["']([^"']*)"""))
+XML_LINK = re.compile(r"""\burl=["']([^"']*)""")
 
 
 def scalar(value: Json) -> Optional[str]:
@@ -8213,13 +7529,113 @@ def detail(value: Json) -> str:
     return " ".join(CONTROLS.sub(" ", scalar(value) or "").split())[:DETAIL_LIMIT]
 
 
+def filled(row: Row) -> Row:
+    """What a look-up really says: its nulls and empty texts replace nothing that is known."""
+    return {name: value for name, value in row.items() if value not in (None, "")}
+
+
+def object_of(value: Json) -> Row:
+    """An object; an empty one for whatever else a bridge may have put there."""
+    return value if isinstance(value, dict) else {}
+
+
+def rows_of(value: Json) -> List[Row]:
+    """The objects of a list; what else a bridge may have put there is left out."""
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def cq_escape(text: str, value: bool = False) -> str:
+    """Text, or the value of a key, as CQ codes spell it."""
+    for plain, code in CQ_ESCAPES if value else CQ_ESCAPES[:3]:
+        text = text.replace(plain, code)
+    return text
+
+
+def cq_unescape(text: str) -> str:
+    """What cq_escape() was given; `&` comes last, or it would make new codes."""
+    for plain, code in reversed(CQ_ESCAPES):
+        text = text.replace(code, plain)
+    return text
+
+
+def text_segments(text: str) -> List[Row]:
+    """A text as it is, no code in it acts."""
+    return [{"type": "text", "data": {"text": text}}] if text else []
+
+
+def segments_of(message: Json) -> List[Row]:
+    """A message as bridges spell it, with CQ codes or as a list, as [{"type", "data"}].
+
+    Whatever else a bridge may send, the type is a word and the data an object.
+    """
+    found: List[Row] = []
+    if isinstance(message, str):
+        parts = [*CQ_CODE.split(message), "", ""]  # text, type, values, text, type, values …
+        for text, kind, values in zip(parts[::3], parts[1::3], parts[2::3]):
+            found += text_segments(cq_unescape(text))
+            if kind:
+                pairs = [pair.partition("=") for pair in values.split(",")[1:]]
+                found.append({"type": kind, "data": {key: cq_unescape(value)
+                                                     for key, _, value in pairs}})
+        return found
+    rows = [message] if message is not None else []
+    while rows:
+        row = rows.pop()
+        if isinstance(row, list):
+            rows += reversed(row)
+        elif isinstance(row, dict):
+            kind, data = detail(row.get("type")), row.get("data")
+            if kind == "text" and isinstance(data, str):
+                data = {"text": data}
+            found.append({"type": kind if SEGMENT_TYPE.fullmatch(kind) else "?",
+                          "data": object_of(data)})
+        else:
+            text = row if isinstance(row, str) else detail(row)
+            found += text_segments(text) or [{"type": "?", "data": {}}]
+    return found
+
+
+def cq_text(segments: Iterable[Row]) -> str:
+    """Segments as one text with CQ codes."""
+    parts = []
+    for segment in segments:
+        if segment["type"] == "text":
+            text = segment["data"].get("text")
+            parts.append(cq_escape(text if isinstance(text, str) else detail(text)))
+        else:
+            values = {key: value if isinstance(value, str) else to_bytes(value).decode()
+                      for key, value in segment["data"].items() if value is not None}
+            pairs = [f",{key}={cq_escape(value, True)}" for key, value in values.items()]
+            parts.append(f"[CQ:{segment['type']}{''.join(pairs)}]")
+    return "".join(parts)
+
+
+def check_cq(content: str, check_url: Callable[[str], None] = lambda url: None) -> None:
+    """NotAllowed for a code that would send a file of the bridge's machine.
+
+    `check_url` is called with each address that the bridge would fetch.
+    """
+    for segment in segments_of(content):
+        for value in segment["data"].values() if segment["type"] != "text" else ():
+            check_cq(value, check_url)  # a node's content holds codes of its own
+            if re.search(r"(?i)\bfile:", str(value)):
+                raise NotAllowed("file: in a CQ code not allowed: give http://… or base64://…")
+        data = {name.strip().lower(): value for name, value in segment["data"].items()}
+        for key in CQ_SOURCES:
+            source = str(data.get(key, "")).strip()
+            if not re.match("(https?|base64)://", source) and re.search(r"[/\\]", source):
+                raise NotAllowed(f"{key} in a CQ code not allowed: give http://… or base64://…")
+            if is_url(source):
+                check_url(source)
+
+
 def readable(kind: str, data: Row) -> str:
     """A segment as somebody reads it; those that name somebody (at) are not known here."""
     if kind in ("text", "markdown"):  # as it is, lines and all
         text = data.get("text" if kind == "text" else "content")
         return text if isinstance(text, str) else detail(text) or f"[{kind}]"
     if kind in ("json", "xml"):
-        return (_card if kind == "json" else _xml_card)(data.get("data")) or f"[{kind}]"
+        return card_text(kind, data.get("data")) or f"[{kind}]"
     if kind == "image" and IMAGE_SUMMARY.fullmatch(detail(data.get("summary"))):
         return detail(data["summary"])
     if kind == "file" and re.search(r"[/\\]|^base64:", detail(data.get("file"))):
@@ -8229,62 +7645,33 @@ def readable(kind: str, data: Row) -> str:
         return detail(data.get("summary")) or detail(news) or detail(
             data.get("prompt")) or LABELS[kind]
     form = LABELS.get(kind)
-    if form is None:
-        return f"[{kind}]"
-    text = MEMBERS.sub(lambda found: next(
-        filter(None, (detail(data.get(name)) for name in found.group(1).split("|"))), ""), form)
-    return text.strip() or (f"[{kind}]" if form else "")
+    text = MEMBERS.sub(lambda found: next(filter(None, (
+        detail(data.get(name)) for name in found.group(1).split("|"))), ""), form or "").strip()
+    return text or ("" if form == "" else f"[{kind}]")
 
 
-def _card(text: Json) -> str:
-    """A json segment's card: what it says of itself, and where it leads."""
-    row = text if isinstance(text, dict) else object_in(text.encode("utf-8", "replace")
-                                                        ) if isinstance(text, str) else None
-    if row is None:
-        return ""
-    meta = row.get("meta")
-    parts = [row, *rows_of(list(meta.values()) if isinstance(meta, dict) else [])]
-    said = [detail(part.get(name)) for name in ("prompt", "title", "desc") for part in parts]
-    links = [detail(part.get(name)) for name in ("jumpUrl", "qqdocurl", "jump_url", "url")
-             for part in parts]
-    return _titled(said, links)
-
-
-def _xml_card(text: Json) -> str:
-    """The same of an xml segment. Its first letters tell, and no parser is led astray by them."""
-    text = text[:16_384] if isinstance(text, str) else ""
-    found = {name: XML_ATTRIBUTE[name].search(text) for name in XML_ATTRIBUTE}
-    import html
-    said = {name: detail(html.unescape(match.group(1))) for name, match in found.items() if match}
-    return _titled([said.get(name, "") for name in ("brief", "title", "title attribute")],
-                   [said.get("url", "")])
-
-
-def _titled(said: Iterable[str], links: Iterable[str]) -> str:
+def card_text(kind: str, card: Json) -> str:
+    """What the card in a json or xml segment says of itself, and where it leads."""
+    if kind == "xml":  # its first letters tell, and no parser is led astray by them
+        import html
+        text = card[:16_384] if isinstance(card, str) else ""
+        *said, link = [detail(html.unescape(match.group(1))) if match else "" for match in (
+            pattern.search(text) for pattern in (*XML_TITLES, XML_LINK))]
+        links = [link]
+    else:
+        row = object_of(object_in(card.encode("utf-8", "replace")) if isinstance(card, str)
+                        else card)
+        parts = [row, *rows_of(list(object_of(row.get("meta")).values()))]
+        said = [detail(part.get(name)) for name in ("prompt", "title", "desc") for part in parts]
+        links = [detail(part.get(name)) for name in ("jumpUrl", "qqdocurl", "jump_url", "url")
+                 for part in parts]
     title = next(filter(None, said), "")
     link = next((link for link in links if is_url(link) and len(link) < DETAIL_LIMIT), "")
     return f"{title} {link}".strip()
 
 
-def _id(row: Row, name: str) -> str:
-    uid = number_of(row.get(name))
-    if not uid:
-        raise BadRequest(400, f"without {name}")
-    return uid
-
-
-def filled(row: Row) -> Row:
-    """What a look-up really says: its nulls and empty texts replace nothing that is known."""
-    return {name: value for name, value in row.items() if value not in (None, "")}
-
-
-def rows_of(value: Json) -> List[Row]:
-    """The objects of a list; what else a bridge may have put there is left out."""
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-
-
 def friend_row(row: Row) -> Row:
-    """A friend of OneBot's as ours; NapCat knows the category."""
+    """A friend of a bridge's as ours; NapCat knows the category."""
     uid = number_of(row.get("user_id"))
     category = (row.get("categoryName") or row.get("category_name") or row.get("categroyName"))
     return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
@@ -8293,394 +7680,51 @@ def friend_row(row: Row) -> Row:
 
 
 def group_row(row: Row) -> Row:
-    """A group of OneBot's as ours; member_count is for us alone."""
-    uid, most = number_of(row.get("group_id")), scalar(row.get("max_member_count")) or ""
+    """A group of a bridge's as ours; member_count is for us alone."""
+    uid = number_of(row.get("group_id"))
     return {"uid": uid, "id": uid, "name": scalar(row.get("group_name")) or uid,
             "markname": scalar(row.get("group_remark") or row.get("remark_name")) or None,
-            "max_member": int(number_of(most) or 0) or None,
+            "max_member": int(number_of(row.get("max_member_count")) or 0) or None,
             "member_count": scalar(row.get("member_count"))}
 
 
 def member_row(row: Row) -> Row:
-    """A member of a group of OneBot's as ours; what is not known takes no memory."""
+    """A member of a group of a bridge's as ours; what is not known takes no memory."""
     uid = number_of(row.get("user_id"))
     known = {"sex": row.get("sex"), "join_time": row.get("join_time"), "level": row.get("level"),
              "last_speak_time": row.get("last_sent_time"), "province": row.get("area"),
              "title": row.get("title")}
     return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
             "card": scalar(row.get("card")) or None, "role": scalar(row.get("role")) or "member",
-            **{name: scalar(value) for name, value in known.items() if value not in (None, "")}}
+            **{name: scalar(value) for name, value in filled(known).items()}}
 
 
-class OneBotEvents:
-    """What a bridge tells, as items of a link (ONEBOT.md, "Mapping"). From any thread.
-
-    `look_up(action, **params)` asks the bridge for an object, {} if it has none; `later(function,
-    *args)` hands on the items that a function brings when it has asked; `known` and `certain` are
-    those of Hooks; `sync` tells whether what the account sends elsewhere counts.
-    """
-
-    NOTICES = {"group_increase": "_increase", "group_decrease": "_decrease",
-               "group_dismiss": "_dismiss", "friend_add": "_befriended", "group_card": "_card",
-               "group_admin": "_admin", "group_recall": "_recall", "friend_recall": "_recall",
-               "notify": "_notify"}
-
-    def __init__(self, look_up: Callable[..., Row], later: Callable[..., None],
-                 known: Callable[[str, str, str], Optional[Any]], certain: Callable[[str], bool],
-                 sync: bool) -> None:
-        self._look_up, self._later, self._sync = look_up, later, sync
-        self._known, self._certain = known, certain
-        self.me = ""                                  # the account's own uid
-        self._lock = threading.Lock()                 # guards _seen, _names, _told
-        self._seen: Dict[int, None] = {}              # the newest events, by what tells them apart
-        self._names: Dict[Tuple[str, str], str] = {}  # (group, uid) -> how `at` shows them
-        self._told: Dict[Tuple[str, ...], float] = {}  # what happened -> when it was told
-        self._ids = MessageIds(other=True)            # for messages that come without one
-
-    def items(self, row: Row) -> List[Row]:
-        """The items that come of an event, in order; none if it came before or means nothing."""
-        if self._is_repeated(row):
-            return []
-        post_type = row.get("post_type")
-        if post_type in ("message", "message_sent"):
-            own = post_type == "message_sent" or scalar(row.get("user_id")) == self.me
-            return self._own_message(row) if own else self._message(row)
-        if post_type == "request" and row.get("request_type") == "friend":
-            return self._request(row)
-        name = self.NOTICES.get(str(row.get("notice_type"))) if post_type == "notice" else None
-        return getattr(self, name)(row) if name else []
-
-    def _keep(self, table: Dict[Any, Any], key: Any, value: Any) -> None:
-        """Remember something, and no more than WAIT_LIMIT of it; with the lock."""
-        table.pop(key, None)
-        table[key] = value
-        if len(table) > WAIT_LIMIT:
-            del table[next(iter(table))]
-
-    def _is_repeated(self, row: Row) -> bool:
-        """A webhook is tried again, and may come beside a stream."""
-        if self._message_id(row) and "message_type" in row:
-            key = hash("/".join(str(row.get(name)) for name in (
-                "post_type", "message_type", "group_id", "user_id", "message_id", "time")))
-        else:
-            key = hash(to_bytes(row))  # not itself: it may be of any size
-        with self._lock:
-            repeated = key in self._seen
-            self._keep(self._seen, key, None)
-        return repeated
-
-    def _message_id(self, row: Row) -> str:
-        """A bridge's number of a message, which may be negative; empty for what is none."""
-        number = scalar(row.get("message_id")) or ""
-        return "" if number in ("0", "None") else number
-
-    def _was_told(self, seconds: float, *what: str, undoes: str = "") -> bool:
-        """Whether the same was told so short a time ago; from now on it was, and what it `undoes`
-        was not."""
-        now = time.monotonic()
-        with self._lock:
-            before = self._told.get(what, now - seconds - 1.0)
-            self._keep(self._told, what, now)
-            self._told.pop((undoes, *what[1:]), None)
-        return now - before <= seconds
-
-    # -- messages
-
-    def _message(self, row: Row) -> List[Row]:
-        sender = row.get("sender")
-        uid = _id(row, "user_id")
-        who = {**(sender if isinstance(sender, dict) else {}), "user_id": uid}
-        anonymous = row.get("anonymous")
-        if isinstance(anonymous, dict):
-            who.update(nickname=anonymous.get("name"), card=None)
-        kind, group = self._place(row, who)
-        sub_type = str(row.get("sub_type") or "")
-        if not group:
-            found = self._meet_friend(uid, who) if sub_type in ("", "friend") else []
-        else:
-            found = self._meet_group(group, row)
-        if kind == "group_message" and sub_type not in ("anonymous", "notice"):
-            found += (self._meet_member(group, uid, who)
-                      or self._news("group_member", group, uid, who))
-        if sub_type not in ("anonymous", "notice"):
-            found += self._news("friend", "", uid, who)
-        item = self._item(row, kind, group)
-        member = member_row(who) if group else friend_row(who)
-        return found + [{**item, "do": "message", "uid": uid, "sender_id": uid,
-                         "name": member["name"], "sender": member,
-                         "group_name": scalar(row.get("group_name"))}]
-
-    def _place(self, row: Row, who: Row) -> Tuple[str, str]:
-        """Type and group; NapCat has a temporary session's group at the top, LLBot in sender."""
-        if row.get("message_type") == "group":
-            return "group_message", _id(row, "group_id")
-        group = number_of(row.get("group_id")) or number_of(who.get("group_id"))
-        if row.get("sub_type") == "group" and group:
-            return "sess_message", group
-        return "friend_message", ""
-
-    def _item(self, row: Row, kind: str, group: str) -> Row:
-        raw = row.get("raw_message")
-        segments = segments_of(raw if row.get("message") is None else row["message"])
-        number = self._message_id(row)
-        return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
-                "number": row["message_id"] if number else None,
-                "content": self._readable(segments, group),
-                "raw_message": raw if isinstance(raw, str) else cq_text(segments),
-                "time": scalar(row.get("time")) or str(int(time.time())),
-                "links": [self._link(segment) for segment in segments
-                          if segment["type"] in MEDIA]}
-
-    def _link(self, segment: Row) -> Row:
-        data = segment["data"]
-        url = scalar(data.get("url")) or scalar(data.get("file")) or ""
-        return {"type": MEDIA[segment["type"]],
-                "url": url if re.match("https?://", url) else None,
-                "name": scalar(data.get("name")) or scalar(data.get("file")),
-                "size": scalar(data.get("file_size"))}
-
-    def _readable(self, segments: List[Row], group: str) -> str:
-        """What a person reads, with one blank behind a name."""
-        parts: List[str] = []
-        asked: List[str] = []
-        after_name, room = False, CONTENT_LIMIT // 4
-        for part in segments:
-            at = part["type"] == "at"
-            text = (self._at(part["data"], group, asked) if at
-                    else readable(part["type"], part["data"]))
-            if part["type"] != "text":
-                room -= len(text)
-                text = text if room > 0 else ""  # a text itself comes whole
-            parts.append(text.lstrip(" ") if after_name else text)
-            after_name = at or after_name and not parts[-1]
-        return "".join(parts)
-
-    def _at(self, data: Row, group: str, asked: List[str]) -> str:
-        name = self._at_name(data, group, asked)
-        return f"@{name} " if name else "[at]"
-
-    def _at_name(self, data: Row, group: str, asked: List[str]) -> str:
-        """Whom an `at` names; empty if it names nobody. `asked` are those that were looked up for
-        this message."""
-        uid, told = detail(data.get("qq")), detail(data.get("name")).lstrip("@")
-        if uid == "all":
-            return "全体成员"
-        if uid in ("", "0"):
-            return told
-        thing = self._known("group_member", uid, group)
-        name = detail(thing.displayname) if thing else told or self._names.get((group, uid))
-        if not name and len(asked) < AT_LIMIT:
-            asked.append(uid)
-            row = self._member(group, uid, {}) if group else {}
-            name = detail(row.get("card")) or detail(row.get("name")) or uid
-            with self._lock:
-                self._keep(self._names, (group, uid), name)
-        return name or uid
-
-    def _own_message(self, row: Row) -> List[Row]:
-        sender = row.get("sender")
-        kind, group = self._place(row, sender if isinstance(sender, dict) else {})
-        uid = number_of(row.get("target_id"))
-        if not self._sync or not (uid or group):
-            return []
-        return [{**self._item(row, kind, group), "do": "sent",
-                 "uid": None if kind == "group_message" else uid}]
-
-    # -- who is new
-
-    def _meet_friend(self, uid: str, who: Row) -> List[Row]:
-        """Who writes as a friend is one; what else there is to know comes later."""
-        if not self._certain("friend") or self._known("friend", uid, ""):
-            return []
-        self._later(self._facts, "friend", "", uid, "get_stranger_info", friend_row)
-        return self._new("friend", friend_row(who))
-
-    def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
-        """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
-        if uid == ANY_GROUP or self._known("group", uid, "") or not (
-                sure or self._certain("group")):
-            return []
-        self._was_told(0.0, "enter", uid, undoes="lost")
-        name = scalar(row.get("group_name"))
-        about = {"group_name": name} if name else self._look_up("get_group_info", group_id=uid)
-        return self._new("group", group_row({**filled(about), "group_id": uid}))
-
-    def _meet_member(self, group: str, uid: str, who: Row) -> List[Row]:
-        """Only where all are known can one be new; elsewhere the message itself says who it is."""
-        circle = self._known("group", group, "")
-        if circle is None or not circle.loaded or uid in circle.member:
-            return []
-        self._was_told(0.0, "increase", group, uid, undoes="decrease")
-        self._later(self._facts, "group_member", group, uid, "get_group_member_info", member_row)
-        return self._new("group_member", member_row(who), circle=group)
-
-    def _new(self, kind: str, thing: Row, circle: str = "") -> List[Row]:
-        return [{"do": "event", "event": "new_" + kind, "object": thing,
-                 **(self._within(circle) if circle else {})}]
-
-    def _within(self, group: str) -> Row:
-        """Where a member is; also of a group that no list has told of yet."""
-        return {"circle": group, "unlisted": not self._certain("group")}
-
-    def _news(self, kind: str, group: str, uid: str, who: Row) -> List[Row]:
-        """What a sender's block says of somebody that the roster did not know yet.
-
-        A block without a member says nothing about it; an empty card or title is none.
-        """
-        thing = self._known(kind, uid, group)
-        told: Row = {}
-        if scalar(who.get("nickname")):
-            told["name"] = scalar(who["nickname"])
-        if kind == "group_member":
-            told.update({name: who[name] or None for name in ("card", "title")
-                         if isinstance(who.get(name), str)})
-            if scalar(who.get("role")) in ROLES:
-                told["role"] = who["role"]
-        return [self._change(kind, group, uid, name, value) for name, value in told.items()
-                if thing is not None and thing.value(name) != value]
-
-    def _change(self, kind: str, group: str, uid: str, name: str, value: Json) -> Row:
-        return {"do": "event", "event": kind + "_property_change", "circle": group, "uid": uid,
-                "property": name, "value": value}
-
-    def _facts(self, kind: str, group: str, uid: str, action: str,
-               make: Callable[[Row], Row]) -> List[Row]:
-        """What the bridge knows of somebody new; nobody was waiting for it, so nobody is told."""
-        place = {"group_id": group} if group else {}
-        row = make({**filled(self._look_up(action, **place, user_id=uid)), "user_id": uid})
-        return [{**self._change(kind, group, uid, name, value), "quiet": True}
-                for name, value in row.items() if value and name not in ("id", "uid", "name")]
-
-    def _stranger(self, uid: str) -> Row:
-        return {**filled(self._look_up("get_stranger_info", user_id=uid)), "user_id": uid}
-
-    def _member(self, group: str, uid: str, who: Row) -> Row:
-        return member_row({**who, **filled(self._look_up(
-            "get_group_member_info", group_id=group, user_id=uid)), "user_id": uid})
-
-    # -- notices
-
-    def _where(self, row: Row) -> Tuple[str, str]:
-        return _id(row, "group_id"), _id(row, "user_id")
-
-    def _increase(self, row: Row) -> List[Row]:
-        """Also of somebody who is listed: a notice of the leaving may have been missed."""
-        group, uid = self._where(row)
-        met = self._meet_group(group, row, sure=uid == self.me)
-        if uid == self.me or self._was_told(REPEAT_SECONDS, "increase", group, uid,
-                                            undoes="decrease"):
-            return met
-        return met + self._new("group_member", self._member(group, uid, {}), circle=group)
-
-    def _decrease(self, row: Row) -> List[Row]:
-        group, uid = _id(row, "group_id"), number_of(row.get("user_id"))
-        if uid == self.me or row.get("sub_type") in ("kick_me", "disband"):
-            return self._dismiss(row)
-        if self._was_told(LOSS_SECONDS, "decrease", group, _id(row, "user_id"), undoes="increase"):
-            return []
-        known = self._known("group_member", uid, group)
-        return [{"do": "event", "event": "lose_group_member", **self._within(group),
-                 "object": {"uid": uid} if known else member_row(self._stranger(uid))}]
-
-    def _dismiss(self, row: Row) -> List[Row]:
-        group = _id(row, "group_id")
-        if self._was_told(LOSS_SECONDS, "lost", group, undoes="enter"):
-            return []
-        return [{"do": "event", "event": "lose_group",
-                 "object": {"uid": group, "id": group, "name": group}}]
-
-    def _befriended(self, row: Row) -> List[Row]:
-        uid = _id(row, "user_id")
-        if self._known("friend", uid, "") or self._was_told(REPEAT_SECONDS, "friend", uid):
-            return []
-        return self._new("friend", friend_row(self._stranger(uid)))
-
-    def _changed(self, row: Row, name: str, value: Optional[str], old: Optional[str]) -> List[Row]:
-        group, uid = self._where(row)
-        return [{"do": "event", "event": "group_member_property_change", "circle": group,
-                 "uid": uid, "property": name, "value": value,
-                 "object": {**member_row({"user_id": uid}), name: old}}]
-
-    def _card(self, row: Row) -> List[Row]:
-        return self._changed(row, "card", scalar(row.get("card_new")) or None,
-                             scalar(row.get("card_old")) or None)
-
-    def _admin(self, row: Row) -> List[Row]:
-        group, uid = self._where(row)
-        role, old = (("admin", "member") if row.get("sub_type") == "set" else ("member", "admin"))
-        own = [self._of_group(group, "role", ROLES[role])] if uid == self.me else []
-        return own + self._changed(row, "role", role, old)
-
-    def _of_group(self, group: str, name: str, value: str) -> Row:
-        return {"do": "event", "event": "group_property_change", "uid": group, "property": name,
-                "value": value}
-
-    def _notify(self, row: Row) -> List[Row]:
-        if row.get("sub_type") == "title":
-            return self._changed(row, "title", scalar(row.get("title")) or None, None)
-        name = scalar(row.get("name_new")) or scalar(row.get("group_name"))
-        if row.get("sub_type") != "group_name" or not name:
-            return []
-        return [self._of_group(_id(row, "group_id"), "name", name)]
-
-    def _recall(self, row: Row) -> List[Row]:
-        uid, message = number_of(row.get("user_id")) or None, scalar(row.get("message_id"))
-        return [{"do": "event", "event": "revoke_message", "params": [
-            message, uid, number_of(row.get("operator_id")) or uid,
-            number_of(row.get("group_id")) or None]}] if message else []
-
-    def _request(self, row: Row) -> List[Row]:
-        uid, flag = _id(row, "user_id"), scalar(row.get("flag"))
-        if flag and self._was_told(COOKIE_SECONDS, "request", flag):
-            return []
-        friend = friend_row(self._stranger(uid))
-        return [{"do": "event", "event": "friend_request", "request": {
-            "id": friend["uid"], "name": friend["name"], "displayname": friend["name"],
-            "verify": scalar(row.get("comment")) or "", "ticket": flag}}]
-
+# -- the ways to a bridge
 
 class Bridge:
-    """The way to a OneBot bridge: actions there, events back. One subclass per way.
+    """One connection to a bridge: calls there, events back. One subclass per way."""
 
-    `hear(row)` gets each event, in the thread that is in listen().
-    """
+    open: Callable[[], None]         # connect. Unreachable
+    listen: Callable[[], None]       # give events to `hear` until the bridge is lost: Unreachable
+    ask: Callable[[str, Row, float], Row]  # (action, params, seconds): the bridge's answer,
+    #                                  whatever it says. Unreachable, Declined
+    REFUSED = "the bridge refuses onebot_token"
 
     def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
         self._url, self._log, self._hear = url.rstrip("/"), log, hear
         self._fields = {"Authorization": bearer(token)} if token else {}
-        self._complaint = ""         # why we, or the bridge in words of its own, end it
-
-    def open(self) -> None:
-        """Connect. Unreachable."""
-        self._complaint = ""
-        self._open()
-
-    def listen(self) -> None:
-        """Pass events on until the bridge is lost: always raises Unreachable."""
-        try:
-            self._listen()
-        except Unreachable as error:
-            raise Unreachable(self._complaint or error.status) from None
+        self._line: Any = None       # what is to be closed: a Reply or a WebSocket
+        self._closed = threading.Event()
+        self.complaint = ""          # why we, or the bridge in words of its own, end it
+        self.news = threading.Event()  # set when it is time to see whether it is logged in
 
     def close(self, why: str = "the connection was closed") -> None:
-        """Let listen() end, from any thread."""
-        self._complaint = self._complaint or why
-        self._hang_up()
-
-    def ask(self, action: str, params: Row, seconds: float) -> Row:
-        """The bridge's answer to an action, whatever it says. Unreachable, Declined."""
-        raise NotImplementedError
-
-    def _open(self) -> None:
-        raise NotImplementedError
-
-    def _listen(self) -> None:
-        raise NotImplementedError
-
-    def _hang_up(self) -> None:
-        raise NotImplementedError
-
-    REFUSED = "the bridge refuses onebot_token"
+        """End it, from any thread."""
+        self.complaint = self.complaint or why
+        self._closed.set()
+        self.news.set()
+        if self._line:
+            self._line.close()
 
     def _read(self, data: bytes) -> Row:
         row = object_in(data)
@@ -8689,124 +7733,44 @@ class Bridge:
         return row
 
 
-class SocketBridge(Bridge):
-    """One forward WebSocket for all."""
-
-    def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
-        super().__init__(url, token, log, hear)
-        self._count = itertools.count(1)
-        self._socket: Optional[WebSocket] = None
-        self._waiting: Dict[str, Promise] = {}  # echo -> who waits; in the socket's loop
-
-    def _open(self) -> None:
-        try:
-            self._socket = WebSocket(self._url, self._fields, self._log, self._heard)
-        except AuthFailure:
-            raise Unreachable(self.REFUSED) from None
-
-    def _listen(self) -> None:
-        assert self._socket is not None
-        try:
-            self._socket.run()
-        finally:
-            waiting, self._waiting = self._waiting, {}
-            for promise in waiting.values():
-                promise.fail(Unreachable("the connection to the bridge broke", True))
-
-    def ask(self, action: str, params: Row, seconds: float) -> Row:
-        socket, echo, promise = self._socket, str(next(self._count)), Promise()
-        text = to_bytes({"action": action, "params": params, "echo": echo})
-        if socket is None:
-            raise Unreachable("the bridge is not connected")
-        try:
-            socket.loop.ask(self._send, socket, echo, text, promise)
-            row: Row = promise.wait(seconds)
-            return row
-        except NotRunning:
-            raise Unreachable("the bridge is not connected") from None
-        except TimeoutError:
-            socket.loop.call(self._waiting.pop, echo, None)
-            raise TooSlow(f"the bridge does not answer {action}", True) from None
-
-    def _send(self, socket: WebSocket, echo: str, text: bytes, promise: Promise) -> None:
-        self._waiting[echo] = promise
-        socket.send(text)
-
-    def _heard(self, data: bytes) -> None:
-        try:
-            row = self._read(data)
-        except Unreachable as error:
-            return self.close(error.status)
-        promise = self._waiting.pop(str(row.get("echo")), None)
-        if promise:
-            promise.keep(row)
-        elif "post_type" in row:
-            self._hear(row)
-        elif row.get("status") == "failed" and row.get("echo") is None:  # as NapCat refuses a token
-            refused = scalar(row.get("retcode")) in ("1401", "1403")
-            self._complaint = (f"{self.REFUSED}: " if refused else "") + wording(row)
-
-    def _hang_up(self) -> None:
-        if self._socket:
-            self._socket.close()
-
-
 class HttpBridge(Bridge):
-    """Actions by POST; events by SSE where the bridge has that, else it posts them to /onebot."""
+    """Calls by POST; events by SSE where the bridge has that, else it posts them to /onebot."""
 
-    def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
-        super().__init__(url, token, log, hear)
-        self._closed = threading.Event()
-        self._events: Optional[Reply] = None  # the stream, while there is one
+    CALLS, EVENTS, ALIVE = "/", "/_events", "get_status"
 
-    def _open(self) -> None:
-        self._closed.clear()
-        reply: Optional[Reply]
+    def open(self) -> None:
         try:
-            reply = self._fetch("/_events", "GET", None, LOOKUP_SECONDS)
-        except TooSlow:
-            reply = None  # LLBot answers nothing at a path that it does not know
+            reply = self._fetch(self.EVENTS, "GET", None, LOOKUP_SECONDS, True)
+        except TooSlow:              # LLBot answers nothing at a path that it does not know
+            reply = None
         if reply and reply.status == 200 and reply.kind == "text/event-stream":
-            self._events = reply
-        else:
-            if reply:
-                reply.close()
-            self._log.info("the bridge has no stream of events; it must post them to /onebot")
-
-    def _fetch(self, path: str, method: str, body: Optional[bytes], seconds: float) -> Reply:
-        reads = path.startswith(("/get_", "/_"))
-        fields = {**self._fields, "Content-Type": "application/json"}
-        reply = fetch(beneath(self._url, path), method, fields, body, seconds, repeat=reads)
-        if reply.status in (401, 403):
+            self._line = reply
+            return
+        if reply:
             reply.close()
-            raise Unreachable(self.REFUSED)
-        return reply
+        self._log.info("the bridge has no stream of events; it must post them to /onebot")
 
-    def _listen(self) -> None:
-        if self._events:
-            self._follow(self._events)
-        while not self._closed.wait(BRIDGE_SECONDS):
-            self._check()
-        raise Unreachable("the connection was closed")
-
-    def _follow(self, reply: Reply) -> None:
-        """NapCat's stream has no sign of life, so in a silence it is asked for one."""
-        events = ServerSent()
+    def listen(self) -> None:
+        reply, events = self._line, ServerSent()
+        if not reply:
+            while True:
+                self._closed.wait(BRIDGE_SECONDS)
+                self._check()
         try:
             for piece in reply.flow(BRIDGE_SECONDS, self._check):
                 for data in events.feed(piece):
                     self._hear(self._read(data))
         finally:
-            self._events = None
             reply.close()
         raise Unreachable("the bridge ended its stream of events")
 
     def _check(self) -> None:
+        """NapCat's stream has no sign of life, so in a silence it is asked for one."""
         if self._closed.is_set():
             raise Unreachable("the connection was closed")
         status: Json = None
         try:
-            status = self.ask("get_status", {}, BRIDGE_SECONDS).get("data")
+            status = self.ask(self.ALIVE, {}, BRIDGE_SECONDS).get("data")
         except Declined:
             pass  # an answer is a sign of life, whatever it says
         except Unreachable as error:
@@ -8815,7 +7779,8 @@ class HttpBridge(Bridge):
         self._hear({"post_type": "meta_event", "meta_event_type": "heartbeat", "status": status})
 
     def ask(self, action: str, params: Row, seconds: float) -> Row:
-        reply = self._fetch("/" + action, "POST", to_bytes(params), seconds)
+        reply = self._fetch(self.CALLS + action, "POST", to_bytes(params), seconds,
+                            action.startswith("get_"))
         data = reply.read(BRIDGE_LIMIT)
         if reply.status == 404:
             raise Declined(f"the bridge knows no {action}")
@@ -8823,11 +7788,68 @@ class HttpBridge(Bridge):
             raise Unreachable(f"the bridge answers {reply.status}", True)
         return self._read(data)
 
-    def _hang_up(self) -> None:
-        self._closed.set()
-        reply = self._events
-        if reply:
+    def _fetch(self, path: str, method: str, body: Optional[bytes], seconds: float,
+               repeat: bool) -> Reply:
+        fields = {**self._fields, "Content-Type": "application/json"}
+        reply = fetch(beneath(self._url, path), method, fields, body, seconds, repeat=repeat)
+        if reply.status in (401, 403):
             reply.close()
+            raise Unreachable(self.REFUSED)
+        return reply
+
+
+class SocketBridge(Bridge):
+    """One forward WebSocket for all."""
+
+    def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
+        super().__init__(url, token, log, hear)
+        self._count = itertools.count(1)
+        self._waiting: Dict[str, Future[Row]] = {}  # echo -> its answer; who takes one out sets it
+
+    def open(self) -> None:
+        try:
+            self._line = WebSocket(self._url, self._fields, self._log, self._heard)
+        except AuthFailure:
+            raise Unreachable(self.REFUSED) from None
+
+    def listen(self) -> None:
+        self._line.run()
+
+    def close(self, why: str = "the connection was closed") -> None:
+        super().close(why)
+        while self._waiting:
+            self._waiting.popitem()[1].set_exception(
+                Unreachable("the connection to the bridge broke", True))
+
+    def ask(self, action: str, params: Row, seconds: float) -> Row:
+        echo = str(next(self._count))
+        text = to_bytes({"action": action, "params": params, "echo": echo})
+        future = self._waiting[echo] = Future()
+        try:
+            if self._closed.is_set() or not self._line:  # looked at once close() would see ours
+                raise Unreachable("the bridge is not connected")
+            self._line.loop.ask(self._line.send, text)
+            return future.result(seconds)
+        except NotRunning:
+            raise Unreachable("the bridge is not connected") from None
+        except FutureTimeout:
+            raise TooSlow(f"the bridge does not answer {action}", True) from None
+        finally:
+            self._waiting.pop(echo, None)
+
+    def _heard(self, data: bytes) -> None:
+        try:
+            row = self._read(data)
+        except Unreachable as error:
+            return self.close(error.status)
+        future = self._waiting.pop(str(row.get("echo")), None)
+        if future:
+            future.set_result(row)
+        elif "post_type" in row:
+            self._hear(row)
+        elif row.get("status") == "failed" and row.get("echo") is None:  # as NapCat refuses a token
+            refused = scalar(row.get("retcode")) in ("1401", "1403")
+            self.complaint = (f"{self.REFUSED}: " if refused else "") + wording(row)
 
 
 class ServerSent:
@@ -8861,36 +7883,25 @@ def wording(row: Row) -> str:
             or f"retcode {row.get('retcode')}")[:WORDING_LIMIT]
 
 
+# -- where a bridge shows the QR code of its QQ
+
 class LoginPage:
-    """Where a bridge shows the QR code of its QQ (ONEBOT.md, "Login QR").
+    """A page of the bridge's with its QR code (ONEBOT.md, "Login QR").
 
     A token that was refused is not offered again: LLBot locks the page for that.
     """
 
     PORT = 0
+    # whether the bridge is logged in, the code's text, and what is wrong. Unreachable
+    look: Callable[[], Tuple[bool, str, str]]
 
     def __init__(self, url: str, token: str) -> None:
         self._url, self._token = url.rstrip("/"), token
         self._refused = ""
 
-    def look(self) -> Tuple[bool, str, str]:
-        """Whether the bridge is logged in, the code's text, and what is wrong. Unreachable."""
+    def _call(self, method: str, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
         if self._refused:
             raise Unreachable(self._refused)
-        return self._look()
-
-    def renew(self) -> str:
-        """Have the bridge make a new code: its text, empty if look() will tell. Unreachable."""
-        return ""
-
-    def _look(self) -> Tuple[bool, str, str]:
-        raise NotImplementedError
-
-    def _refuse(self, why: str) -> Unreachable:
-        self._refused = f"the login page refuses onebot_login_token ({why}); it is not asked again"
-        return Unreachable(self._refused)
-
-    def _call(self, method: str, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
         reply = fetch(beneath(self._url, path), method,
                       {**fields, "Content-Type": "application/json"},
                       body, BRIDGE_SECONDS, repeat=method == "GET")
@@ -8902,40 +7913,32 @@ class LoginPage:
             raise Unreachable(f"the login page answers {reply.status}")
         return row
 
+    def _refuse(self, why: str) -> Unreachable:
+        self._refused = f"the login page refuses onebot_login_token ({why}); it is not asked again"
+        return Unreachable(self._refused)
+
     def _digest(self, text: str) -> str:
         import hashlib
         return hashlib.sha256(text.encode()).hexdigest()
-
-    def _data(self, row: Row) -> Row:
-        data = row.get("data")
-        return data if isinstance(data, dict) else {}
 
 
 class NapCatPage(LoginPage):
     """NapCat's WebUI: a login for an hour, then all is POST and HTTP 200."""
 
     PORT = 6099
+    _credential, _rest_until = "", 0.0
 
-    def __init__(self, url: str, token: str) -> None:
-        super().__init__(url, token)
-        self._credential = ""
-        self._rest_until = 0.0
-
-    def _look(self) -> Tuple[bool, str, str]:
+    def look(self) -> Tuple[bool, str, str]:
         data = self._ask("CheckLoginStatus")
         offline = data.get("isOffline")
         if data.get("isLogin") and not offline:
             return True, "", ""
-        text = scalar(data.get("qrcodeurl")) or scalar(
-            self._ask("GetQQLoginQrcode").get("qrcode"))
+        text = scalar(data.get("qrcodeurl")) or scalar(self._ask("GetQQLoginQrcode").get("qrcode"))
         if offline and not text and time.monotonic() > self._rest_until:
             self._rest_until = time.monotonic() + BRIDGE_SECONDS
-            text = self.renew()  # after a kick-off it has none before it is asked
+            # after a kick-off it has none before it is asked for one, and may tell it at once
+            text = scalar(self._ask("RefreshQRcode").get("qrcodeurl"))
         return False, text or "", scalar(data.get("loginError")) or ""
-
-    def renew(self) -> str:
-        """NapCat makes one when it is asked, and may tell it at once."""
-        return scalar(self._ask("RefreshQRcode").get("qrcodeurl")) or ""
 
     def _ask(self, name: str) -> Row:
         fresh = not self._credential
@@ -8945,7 +7948,7 @@ class NapCatPage(LoginPage):
                          {"Authorization": "Bearer " + self._credential}, b"{}")
         why = scalar(row.get("message")) or ""
         if scalar(row.get("code")) == "0":
-            return self._data(row)
+            return object_of(row.get("data"))
         if not re.search("unauthor|credential|token", why, re.I):
             return {}
         self._credential = ""  # its hour is over
@@ -8958,7 +7961,7 @@ class NapCatPage(LoginPage):
             raise Unreachable("the login page wants to be left alone for a while")
         row = self._call("POST", "/api/auth/login", {},
                          to_bytes({"hash": self._digest(self._token + ".napcat")}))
-        data, why = self._data(row), scalar(row.get("message")) or ""
+        data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
         credential = scalar(data.get("Credential"))
         if scalar(row.get("code")) == "0" and credential:
             return credential
@@ -8973,35 +7976,27 @@ class LLBotPage(LoginPage):
 
     PORT = 3080
 
-    def _look(self) -> Tuple[bool, str, str]:
+    def look(self) -> Tuple[bool, str, str]:
         if self._ask("login-info").get("online"):
             return True, "", ""
         return False, scalar(self._ask("login-qrcode").get("qrcodeUrl")) or "", ""
 
     def _ask(self, name: str) -> Row:
-        return self._data(self._call("GET", "/api/" + name,
-                                     {"X-Webui-Token": self._digest(self._token)}))
+        row = self._call("GET", "/api/" + name, {"X-Webui-Token": self._digest(self._token)})
+        return object_of(row.get("data"))
 
 
 LOGIN_PAGES: Dict[str, Type[LoginPage]] = {"napcat": NapCatPage, "llbot": LLBotPage}
 
 
-def find_login_page(settings: Settings) -> Optional[LoginPage]:
-    """The page that settings name, by default on the bridge's host; None without onebot_login."""
-    if not settings.onebot_login:
-        return None
-    kind = LOGIN_PAGES[settings.onebot_login]
-    host = urllib.parse.urlsplit(settings.onebot_api).hostname or ""
-    url = settings.onebot_login_api or f"http://{f'[{host}]' if ':' in host else host}:{kind.PORT}"
-    return kind(url, settings.onebot_login_token)
-
+# -- a link through a bridge: what does not depend on the protocol
 
 class Intake:
     """Events on their way from the thread that reads them to the client, in order.
 
-    Until open() they wait, the oldest dropped beyond LIMIT; then put() waits where too many do.
-    `act(rows)` gets them. It may have to look somebody up: the events of that conversation wait
-    for it, those of all others only PATIENCE seconds, so that quick look-ups keep the order of all.
+    Until they are `wanted` they wait, the oldest dropped beyond LIMIT; then put() waits where too
+    many do. `act(rows)` gets them. It may have to look somebody up: the events of that conversation
+    wait for it, all others only PATIENCE seconds, so that quick look-ups keep the order of all.
     """
 
     LIMIT = 10_000
@@ -9011,151 +8006,254 @@ class Intake:
 
     def __init__(self, act: Callable[[List[Row]], None], log: Log) -> None:
         self._act = act
-        self._crew = ThreadPool(self.WORKERS, "events", log)
+        self._pool = ThreadPool(self.WORKERS, "events", log)
         self._changed = threading.Condition()  # guards all below
-        self._rows: Dict[str, Deque[Tuple[int, Row]]] = {}  # conversation -> numbered events
-        self._busy: Dict[str, float] = {}      # conversation -> since when somebody is at it
-        self._put = self._size = self._workers = self._idle = 0
-        self._open = False
+        self._rows: Deque[Tuple[str, Row]] = collections.deque()  # (conversation, event)
+        self._busy: Dict[str, List[Row]] = {}  # conversation that a worker is at -> what it has yet
+        self._size = 0                         # events in both
+        self._wanted = False
+        spawn(self._deal, name="events")
 
-    def open(self) -> None:
-        """From now on they are acted upon."""
+    def want(self, wanted: bool) -> None:
+        """Whether they are acted upon from now on, or wait."""
         with self._changed:
-            self._open = True
-            self._staff()
+            self._wanted = wanted
+            self._changed.notify_all()
 
-    def close(self) -> None:
-        """Let them wait again."""
-        with self._changed:
-            self._open = False
-
-    def put(self, row: Row) -> None:
+    def put(self, conversation: str, row: Row) -> None:
         """Add one. The wait has an end: who acts may itself wait for an answer that comes after."""
         with self._changed:
-            if self._open:
+            if self._wanted:
                 self._changed.wait_for(lambda: self._size < self.LIMIT, LOOKUP_SECONDS)
-            elif self._size >= self.LIMIT:
-                self._take_from(min(self._rows, key=lambda name: self._rows[name][0][0]), 1)
-            group, uid = number_of(row.get("group_id")), row.get("user_id") or row.get("target_id")
-            self._put += 1
+            elif len(self._rows) >= self.LIMIT:
+                self._rows.popleft()
+                self._size -= 1
+            self._rows.append((conversation, row))
             self._size += 1
-            self._rows.setdefault(group or f"/{scalar(uid)}", collections.deque()).append(
-                (self._put, row))
-            if self._open:
-                self._staff()
+            self._changed.notify_all()
 
-    def _free(self) -> List[str]:
-        return [name for name in self._rows if name not in self._busy]
+    def _deal(self) -> None:
+        """A thread of its own: give events to their conversation's worker, and wait a while for
+        that before the next conversation's."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: self._wanted and self._rows)
+                name, rows = self._rows[0][0], []
+                while self._rows and self._rows[0][0] == name:
+                    rows.append(self._rows.popleft()[1])
+                if name in self._busy:
+                    self._busy[name] += rows
+                else:
+                    self._busy[name] = rows
+                    self._pool.submit(self._work, name)
+                    self._changed.wait_for(lambda: name not in self._busy, self.PATIENCE)
 
-    def _staff(self) -> None:
-        if not self._idle and self._workers < self.WORKERS and self._free():
-            self._workers += 1
-            self._crew.submit(self._work)
-
-    def _work(self) -> None:
+    def _work(self, name: str) -> None:
+        rows: List[Row] = []
         while True:
             with self._changed:
-                self._idle += 1
-                name = self._next() if self._open else None
-                self._idle -= 1
-                if name is None:
-                    self._workers -= 1
-                    return
-                rows = self._take_from(name, self.BATCH)
-                self._busy[name] = time.monotonic()
-                self._staff()
-            try:
-                self._act(rows)
-            finally:
-                with self._changed:
+                self._size -= len(rows)
+                rows = self._busy[name][:self.BATCH]
+                del self._busy[name][:self.BATCH]
+                if not rows:
                     del self._busy[name]
-                    self._changed.notify_all()
-
-    def _next(self) -> Optional[str]:
-        """The conversation whose turn it is, after a wait for those before; None: there is none."""
-        while True:
-            free = self._free()
-            if not free:
-                return None
-            wait = max(self._busy.values(), default=0.0) + self.PATIENCE - time.monotonic()
-            if wait <= 0 or not self._busy:
-                return min(free, key=lambda name: self._rows[name][0][0])
-            self._changed.wait(wait)
-
-    def _take_from(self, name: str, most: int) -> List[Row]:
-        """The oldest of a conversation, as far as no other's came in between."""
-        queue = self._rows[name]
-        number, row = queue.popleft()
-        rows = [row]
-        while queue and len(rows) < most and queue[0][0] == number + len(rows):
-            rows.append(queue.popleft()[1])
-        if not queue:
-            del self._rows[name]
-        self._size -= len(rows)
-        self._changed.notify_all()
-        return rows
+                self._changed.notify_all()
+            if not rows:
+                return
+            self._act(rows)
 
 
-class BridgeActions(Link):
-    """What a OneBot bridge is asked to do (ONEBOT.md, "Calls"), for the account `me`."""
+class Recent:
+    """The newest WAIT_LIMIT things that were noted, and what was noted of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards notes
+        self.notes: Dict[Any, Any] = {}
+
+    def note(self, key: Any, value: Any, instead_of: Any = None) -> Any:
+        """Note it, and forget another; what was noted before, or None."""
+        with self._lock:
+            before = self.notes.pop(key, None)
+            self.notes.pop(instead_of, None)
+            self.notes[key] = value
+            if len(self.notes) > WAIT_LIMIT:
+                del self.notes[next(iter(self.notes))]
+        return before
+
+
+def happened(event: str, **more: Any) -> Row:
+    """An item of a link: an event of the documents."""
+    return {"do": "event", "event": event, **more}
+
+
+def changed(kind: str, group: str, uid: str, name: str, value: Json, **more: Any) -> Row:
+    """An item of a link: a property has another value."""
+    return happened(kind + "_property_change", circle=group, uid=uid, property=name, value=value,
+                    **more)
+
+
+class BridgeLink(Link):
+    """A QQ account, through a bridge.
+
+    What bridges are asked and what they tell is spelled as in OneBot 11 (ONEBOT.md) throughout; a
+    subclass for another protocol puts it into its own words, in `_get` and `_hear`. `connect()`
+    makes a connection, which a thread reads from; since that must never wait for an answer, another
+    greets the bridge, those of Intake pass events on, `_curious` looks up what nobody waits for.
+    """
 
     fetches = real = True
     any_group = ANY_GROUP
+    _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
+    LISTS: Dict[str, Tuple[str, Callable[[Row], Row]]] = {
+        "friend": ("get_friend_list", friend_row), "group": ("get_group_list", group_row)}
+    NEEDS = {  # what is told of, and what an event must have to tell of it
+        "message private": "user_id", "message group": "group_id user_id",
+        "notice group_increase": "group_id user_id", "notice group_decrease": "group_id",
+        "notice group_dismiss": "group_id", "notice group_card": "group_id user_id",
+        "notice group_admin": "group_id user_id", "notice group_recall": "",
+        "notice friend_recall": "", "notice friend_add": "user_id",
+        "notify title": "group_id user_id", "notify group_name": "group_id",
+        "request friend": "user_id"}
 
-    def __init__(self, url: str, bridge: Bridge, log: Log) -> None:
-        self._url, self._bridge, self._log = url, bridge, log
+    def __init__(self, url: str, connect: Callable[[], Bridge], page: Optional[LoginPage],
+                 sync: bool, hooks: Hooks, log: Log) -> None:
+        self.echoes, self._hooks, self._log = sync, hooks, log
+        self._url, self._connect, self._page = url, connect, page
         self._is_here = is_loopback(urllib.parse.urlsplit(url).hostname or "")
-        self.me = self._name = ""    # the account's own uid and name, once it is logged in
+        self.bridge = connect()              # the newest connection
+        self.me = self._name = ""            # the account's own uid and name, once it is logged in
+        self._closed = threading.Event()
+        self._living = self._greeted = False
+        self._shown = ""                     # the code that was shown since the last login
+        self._thrown_out = ""                # why there is no login any more
+        self._intake = Intake(self._act, log)
+        self._curious = ThreadPool(2, "later", log)
         self._event = threading.local()      # until when the event at hand may be looked up for
-        self._slow: Dict[str, float] = {}    # action -> until when no event waits for it
+        self._slow: Dict[str, float] = {}    # action -> until when nothing waits for it
+        self._marks = itertools.count(time.time_ns())
+        self._ids = MessageIds(other=True)   # for messages that come without one
+        self._seen = Recent()                # events, by what tells them apart
+        self._told = Recent()                # what happened -> when it was told
+        self._names = Recent()               # (group, uid) -> how `at` shows them
 
-    def account(self) -> str:
-        return self.me
+    # -- the connection
 
-    def _get(self, action: str, seconds: float = BRIDGE_SECONDS, **params: Json) -> Json:
+    def login(self, cookie: str, mark: str) -> None:
+        self.bridge.news.set()
+        if not self._living:
+            self._living = True
+            spawn(self._live, name="link")
+
+    def _live(self) -> None:
+        """Connect, wait for a login whenever there is none, and again 1 to 30 s after a loss."""
+        failures = 0
+        while not self._closed.is_set():
+            bridge = self.bridge = self._connect()
+            try:
+                self._await_page()
+                bridge.open()
+                spawn(self._read, bridge, name="bridge")
+                while True:
+                    self._greet(bridge)
+                    bridge.news.wait()
+            except OpenQQError as error:
+                why = bridge.complaint or error.status
+            except Exception as error:  # whatever it was, an account must not go deaf
+                self._log.failure("the bridge's thread")
+                why = repr(error)
+            bridge.close()
+            failures = 1 if self._greeted else failures + 1
+            self._greeted = False
+            if not self._closed.is_set():
+                wait = backoff(failures, 30.0)
+                self._hooks.lost(f"the OneBot bridge {shown_url(self._url)}: {why}; "
+                                 f"trying again in {wait:g} s")
+                self._closed.wait(wait)
+
+    def _read(self, bridge: Bridge) -> None:
+        """A connection's thread: it must never wait for an answer."""
+        try:
+            bridge.listen()
+        except OpenQQError as error:
+            bridge.close(error.status)
+        except Exception as error:
+            self._log.failure("the bridge's thread")
+            bridge.close(repr(error))
+
+    def _await_page(self) -> None:
+        """NapCat opens its OneBot ports only when QQ is logged in; its page is there before."""
+        try:
+            while self._page and not self._closed.is_set() and not self._look_at(self._page):
+                self._closed.wait(LOGIN_SECONDS)
+        except Unreachable as error:
+            self._log.warn(f"the bridge's login page: {error.status}")
+
+    def _look_at(self, page: LoginPage) -> bool:
+        """Whether the page says that it is logged in; else its code is shown."""
+        logged_in, text, why = page.look()
+        if not logged_in and text and text != self._shown:
+            self._shown = text
+            self._hooks.qrcode(text, TICKET_SECONDS, self._thrown_out)
+        elif not logged_in and not text:
+            self._hooks.waiting(self._thrown_out or "the bridge is not logged in, and shows no code"
+                                + (f": {why}" if why else ""))
+        return logged_in
+
+    def _greet(self, bridge: Bridge) -> None:
+        """Wait until the bridge is logged in, then say so. Unreachable when it is lost."""
+        while True:
+            bridge.news.clear()
+            if bridge.complaint:
+                raise Unreachable(bridge.complaint)
+            if not self._is_logged_in():
+                why = self._thrown_out or "the bridge is not logged in: scan the code that it shows"
+                try:
+                    shown = bool(self._page and (not self._look_at(self._page) or self._shown))
+                except Unreachable as error:
+                    shown, why = False, error.status
+                if not shown:
+                    self._hooks.waiting(why)
+                bridge.news.wait(LOGIN_SECONDS)
+            elif not bridge.news.is_set():
+                break
+        fresh, self._greeted = bool(self._shown), True
+        self._shown = self._thrown_out = ""
+        if fresh:
+            self._hooks.scanned()
+        self._hooks.confirmed("", fresh)
+
+    def _is_logged_in(self) -> bool:
+        try:
+            row = object_of(self._get("get_login_info"))
+        except Declined:
+            return False
+        uid = number_of(row.get("user_id"))
+        if not uid or self._look_up("get_status").get("online") is False:  # if it knows that
+            return False
+        self.me, self._name = uid, scalar(row.get("nickname")) or uid
+        return True
+
+    def _offline(self, why: str) -> None:
+        self._greeted = False
+        self._thrown_out = f"QQ is offline at the bridge: {why}"
+        self._hooks.waiting(self._thrown_out)
+        self.bridge.news.set()
+
+    def logout(self) -> None:
+        self._log.warn("only the phone or the bridge itself can log out there; asking it again")
+
+    def close(self) -> None:
+        self._closed.set()
+        self.bridge.close()
+
+    # -- what it is asked
+
+    def _get(self, action: str, seconds: float = 0.0, **params: Json) -> Json:
         """The data of an answer. Unreachable, Declined."""
-        row = self._bridge.ask(action, params, seconds)
+        row = self.bridge.ask(action, params, seconds or BRIDGE_SECONDS)
         if row.get("status") == "failed" or scalar(row.get("retcode")) not in ("0", "1", None):
             raise Declined(wording(row))
         return row.get("data")
-
-    def _look_up(self, action: str, **params: Json) -> Row:
-        """An object, for a message that waits for it; {} if it does not come in time."""
-        try:
-            data = self._get(action, LOOKUP_SECONDS, **params)
-        except OpenQQError as error:
-            self._log.debug(f"the bridge, {action}: {error.status}")
-            data = None
-        return data if isinstance(data, dict) else {}
-
-    def _look_up_now(self, action: str, **params: Json) -> Row:
-        """The same for an event: all of one look-ups together take LOOKUP_SECONDS, and what has
-        just kept one waiting in vain is not asked for another."""
-        now = time.monotonic()
-        left = getattr(self._event, "until", now + LOOKUP_SECONDS) - now
-        if left <= 0 or self._slow.get(action, 0.0) > now:
-            return {}
-        try:
-            data = self._get(action, min(left, LOOKUP_SECONDS), **params)
-        except OpenQQError as error:
-            if isinstance(error, TooSlow):
-                self._slow[action] = time.monotonic() + 2 * LOOKUP_SECONDS
-            self._log.debug(f"the bridge, {action}: {error.status}")
-            data = None
-        return data if isinstance(data, dict) else {}
-
-    def _row(self, action: str, **params: Json) -> Row:
-        """The object that an answer brings; {} for anything else. Unreachable, Declined."""
-        data = self._get(action, **params)
-        return data if isinstance(data, dict) else {}
-
-    def _rows(self, action: str, **params: Json) -> List[Row]:
-        """The objects of a list; null is an empty one. Anything else would lose everybody."""
-        data = self._get(action, LIST_SECONDS, **params)
-        rows = rows_of(data)
-        if not isinstance(data, (list, type(None))) or data and not rows:
-            raise Declined(f"its answer to {action} is no list")
-        return rows
 
     def _do(self, action: str, **params: Json) -> bool:
         try:
@@ -9165,44 +8263,61 @@ class BridgeActions(Link):
             return False
         return True
 
+    def _rows(self, action: str, **params: Json) -> List[Row]:
+        """The objects of a list; null is an empty one. Anything else would lose everybody."""
+        data = self._get(action, LIST_SECONDS, **params)
+        rows = rows_of(data)
+        if not isinstance(data, (list, type(None))) or data and not rows:
+            raise Declined(f"its answer to {action} is no list")
+        return rows
+
+    def _look_up(self, action: str, **params: Json) -> Row:
+        """An object that something waits for; {} if it does not come in time.
+
+        All look-ups for one event together take LOOKUP_SECONDS, and what has just kept one waiting
+        in vain is not asked for another.
+        """
+        now = time.monotonic()
+        seconds = getattr(self._event, "until", now + LOOKUP_SECONDS) - now
+        if seconds <= 0 or self._slow.get(action, 0.0) > now:
+            return {}
+        try:
+            return filled(object_of(self._get(action, seconds, **params)))
+        except OpenQQError as error:
+            if isinstance(error, TooSlow):
+                self._slow[action] = time.monotonic() + 2 * LOOKUP_SECONDS
+            self._log.debug(f"the bridge, {action}: {error.status}")
+            return {}
+
+    def _stranger(self, uid: str) -> Row:
+        return {**self._look_up("get_stranger_info", user_id=uid), "user_id": uid}
+
+    def _member(self, group: str, uid: str) -> Row:
+        return {**self._look_up("get_group_member_info", group_id=group, user_id=uid),
+                "user_id": uid}
+
+    def account(self) -> str:
+        return self.me
+
     def roster(self) -> Row:
         self._name = scalar(self._look_up("get_login_info").get("nickname")) or self._name
         return {"user": {"uid": self.me, "id": self.me, "account": self.me, "name": self._name},
                 "discuss": []}
 
-    LISTS: Dict[str, Tuple[str, Callable[[Row], Row]]] = {
-        "friend": ("get_friend_list", friend_row), "group": ("get_group_list", group_row)}
-
     def list(self, kind: str) -> List[Row]:
         action, make = self.LISTS[kind]
         told = self._rows(action)
-        rows = [row for row in map(make, told)
-                if row["uid"] and row["uid"] != ANY_GROUP]
+        rows = [row for row in map(make, told) if row["uid"] not in ("", ANY_GROUP)]
         if told and not rows:
             raise Declined(f"its answer to {action} names nobody")
         return rows
 
-    def find_group(self, uid: str) -> Optional[Row]:
-        return self._found(group_row, "get_group_info", group_id=uid)
-
-    def find_member(self, group: str, uid: str) -> Optional[Row]:
-        return self._found(member_row, "get_group_member_info", group_id=group, user_id=uid)
-
-    def _found(self, make: Callable[[Row], Row], action: str, **params: str) -> Optional[Row]:
-        """What a bridge knows of a number, None for nobody. Unreachable, if it does not say."""
-        try:
-            data = self._get(action, LOOKUP_SECONDS, **params)
-        except Declined:
-            return None
-        row = make(filled(data)) if isinstance(data, dict) else {}
-        return row if row.get("uid") == list(params.values())[-1] else None
-
     def details(self, group: str, members: bool) -> Row:
         if not members:
-            row = self._row("get_group_member_info", group_id=group, user_id=self.me)
+            row = object_of(self._get("get_group_member_info", group_id=group, user_id=self.me))
             return {"role": ROLES.get(str(row.get("role")), "attend")}
-        rows = [member_row(row) for row in self._rows("get_group_member_list", group_id=group)
-                if number_of(row.get("user_id"))]
+        rows = [row for row in map(member_row, self._rows("get_group_member_list", group_id=group))
+                if row["uid"]]
         if not rows:
             raise Declined("it names no members, not even ourselves")
         roles = {row["uid"]: row["role"] for row in rows}
@@ -9210,42 +8325,51 @@ class BridgeActions(Link):
         return {"role": ROLES.get(roles.get(self.me, ""), "attend"), "owner_id": owner,
                 "owner_uid": owner, "member": rows}
 
-    def send(self, messages: List[Row]) -> List[Row]:
-        return [self._send(message) for message in messages]
+    def find_group(self, uid: str) -> Optional[Row]:
+        return self._found(uid, group_row, "get_group_info", group_id=uid)
 
-    def _send(self, message: Row) -> Row:
-        params: Row = {"message": self._segments(message)}
-        action = "send_group_msg" if message["type"] == "group_message" else "send_private_msg"
-        if message["uid"] is not None:
-            params["user_id"] = message["uid"]
-        if message.get("group"):
-            params["group_id"] = message["group"]
+    def find_member(self, group: str, uid: str) -> Optional[Row]:
+        return self._found(uid, member_row, "get_group_member_info", group_id=group, user_id=uid)
+
+    def _found(self, uid: str, make: Callable[[Row], Row], action: str,
+               **params: str) -> Optional[Row]:
+        """What a bridge knows of a number, None for nobody. Unreachable, if it does not say."""
         try:
-            data = self._get(action, **params)
-        except Declined as error:
-            return {"code": -4, "info": error.status}
-        number = data.get("message_id") if isinstance(data, dict) else None
-        return {"code": 0, "info": "发送正常", "number": number}
+            row = make(filled(object_of(self._get(action, LOOKUP_SECONDS, **params))))
+        except Declined:
+            return None
+        return row if row["uid"] == uid else None
 
-    def _segments(self, message: Row) -> List[Row]:
-        content, media = message["content"], message.get("media")
-        found = segments_of(content) if message.get("cq") else _text_segments(content)
-        if media:
-            kind = SEGMENTS.get(media["mime"].partition("/")[0], "file")
-            found.append({"type": kind, "data": {"file": self._source(media),
-                                                 "name": media["name"]}})
-        return found
-
-    def _source(self, media: Row) -> str:
-        if media["url"]:
-            return str(media["url"])
-        if media["path"] and self._is_here:
-            return "file://" + urllib.parse.quote(media["path"])
-        return "base64://" + str(media["data"])
+    def send(self, messages: List[Row]) -> List[Row]:
+        results = []
+        for message in messages:
+            content, media = message["content"], message.get("media")
+            segments = segments_of(content) if message.get("cq") else text_segments(content)
+            if media:
+                source = media["url"] or "base64://" + str(media["data"])
+                if media["path"] and not media["url"] and self._is_here:
+                    source = "file://" + urllib.parse.quote(media["path"])
+                kind = SEGMENTS.get(media["mime"].partition("/")[0], "file")
+                segments.append({"type": kind, "data": {"file": source, "name": media["name"]}})
+            action = "send_group_msg" if message["type"] == "group_message" else "send_private_msg"
+            place = {"user_id": message["uid"], "group_id": message.get("group")}
+            try:
+                data = self._get(action, message=segments, **filled(place))
+                results.append({"code": 0, "info": "发送正常",
+                                "number": object_of(data).get("message_id")})
+            except Declined as error:
+                results.append({"code": -4, "info": error.status})
+        return results
 
     def kick(self, group: str, uids: List[str]) -> bool:
-        return all([self._do("set_group_kick", group_id=group, user_id=uid,
-                             reject_add_request=False) for uid in uids])
+        """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
+        gone = []
+        for uid in uids:
+            if self._do("set_group_kick", group_id=group, user_id=uid, reject_add_request=False):
+                gone.append(uid)
+                self._act([{"post_type": "notice", "notice_type": "group_decrease",
+                            "group_id": group, "user_id": uid, "time": time.time()}])
+        return gone == uids
 
     def mute(self, group: str, uids: List[str], seconds: int) -> bool:
         return all([self._do("set_group_ban", group_id=group, user_id=uid, duration=seconds)
@@ -9260,221 +8384,296 @@ class BridgeActions(Link):
     def rename(self, group: str, name: str) -> bool:
         return self._do("set_group_name", group_id=group, group_name=name)
 
-    def logout(self) -> None:
-        self._log.warn("only the phone or the bridge itself can log out there; asking it again")
+    # -- what it tells
 
-
-class OneBotLink(BridgeActions):
-    """A QQ account, through a OneBot 11 bridge (ONEBOT.md).
-
-    A thread of its own keeps the connection and reads from it, so it must never wait for an answer;
-    a crew greets the bridge, another passes events on, a third looks up what nobody waits for.
-    """
-
-    def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
-        url, self._hooks = settings.onebot_api, hooks
-        kind: Type[Bridge] = SocketBridge if url.startswith("ws") else HttpBridge
-        super().__init__(url, kind(url, settings.onebot_token, log, self._hear), log)
-        self.echoes = bool(settings.allow_message_sync)
-        self._page = find_login_page(settings)
-        self._events = OneBotEvents(self._look_up_now, self._later, hooks.known, hooks.certain,
-                                    settings.allow_message_sync)
-        self._intake = Intake(self._act, log)
-        self._greeters, self._curious = ThreadPool(1, "greet", log), ThreadPool(2, "later", log)
-        self._handing = threading.Lock()  # guards _count: items are marked in the order they go
-        self._closed = threading.Event()
-        self._live_already = self._greeted = False
-        self._turns, self._turn = itertools.count(1), 0  # greetings; the newest alone may act
-        self._fresh = False          # a code was shown since the last login
-        self._shown = ""             # that code
-        self._thrown_out = ""        # why there is no login any more
-        self._era, self._count = str(time.time_ns()), itertools.count(1)
-
-    # -- the connection
-
-    def login(self, cookie: str, mark: str) -> None:
-        if self._live_already:
-            return self._begin_greeting()
-        self._live_already = True
-        spawn(self._live, name="link")
-
-    def _live(self) -> None:
-        """Connect, read until that ends, and again, after 1 to 30 s."""
-        failures = 0
-        while not self._closed.is_set():
-            try:
-                self._await_page()
-                self._turn = next(self._turns)  # who greets an older connection lets this one be
-                self._bridge.open()
-                self._begin_greeting()
-                self._bridge.listen()
-            except OpenQQError as error:
-                why = error.status
-            except Exception as error:  # whatever it was, an account must not go deaf
-                self._log.failure("the bridge's thread")
-                why = repr(error)
-            failures = 1 if self._greeted else failures + 1
-            self._greeted = False
-            if not self._closed.is_set():
-                wait = backoff(failures, 30.0)
-                self._hooks.lost(f"the OneBot bridge {shown_url(self._url)}: {why}; "
-                                 f"trying again in {wait:g} s")
-                self._closed.wait(wait)
-
-    def _await_page(self) -> None:
-        """NapCat opens its OneBot ports only when QQ is logged in; its page is there before."""
-        try:
-            while self._page and not self._closed.is_set():
-                if self._look_at(self._page):
-                    return
-                self._closed.wait(LOGIN_SECONDS)
-        except Unreachable as error:
-            self._log.warn(f"the bridge's login page: {error.status}")
-
-    def _look_at(self, page: LoginPage) -> bool:
-        """Whether the page says that it is logged in; else its code is shown."""
-        logged_in, text, why = page.look()
-        if not logged_in and text and text != self._shown:
-            self._shown, self._fresh = text, True
-            self._hooks.qrcode(text, TICKET_SECONDS, self._thrown_out)
-        elif not logged_in and not text:
-            self._hooks.waiting(self._thrown_out or "the bridge is not logged in, and shows no code"
-                                + (f": {why}" if why else ""))
-        return logged_in
-
-    def _begin_greeting(self) -> None:
-        self._turn = turn = next(self._turns)
-        self._greeters.submit(self._greet, turn)
-
-    def _greet(self, turn: int) -> None:
-        """In a crew's thread: wait until the bridge is logged in, then say so."""
-        try:
-            while turn == self._turn and not self._is_logged_in():
-                self._show_login()
-                if self._closed.wait(LOGIN_SECONDS):
-                    return
-        except OpenQQError as error:
-            if turn == self._turn:
-                self._bridge.close(error.status)  # and once more from the beginning
-            return
-        if turn != self._turn:
-            return  # a newer one will say it
-        if self._fresh:
-            self._hooks.scanned()
-        fresh, self._fresh, self._greeted = self._fresh, False, True
-        self._shown = self._thrown_out = ""
-        self._hooks.confirmed("", fresh)
-
-    def _is_logged_in(self) -> bool:
-        try:
-            row = self._row("get_login_info")
-        except Declined:
-            return False
-        uid = number_of(row.get("user_id"))
-        status = self._look_up("get_status")  # an old bridge does not know it
-        if not uid or status.get("online") is False:
-            return False
-        self.me, self._name = uid, scalar(row.get("nickname")) or uid
-        self._events.me = uid
-        return True
-
-    def _show_login(self) -> None:
-        why = self._thrown_out or "the bridge is not logged in: scan the code that it shows"
-        try:
-            if self._page and (not self._look_at(self._page) or self._shown):
-                return
-        except Unreachable as error:
-            why = error.status
-        self._hooks.waiting(why)
-
-    def renew(self) -> None:
-        """The page makes a new code by itself when the old one ends, and that is seen there."""
-
-    def close(self) -> None:
-        self._closed.set()
-        self._bridge.close()
-
-    # -- events
-
-    def _hear(self, row: Row) -> None:
-        """In the connection's thread, or in that of a server whom a bridge posts to."""
-        if row.get("post_type") == "meta_event":
-            status = row.get("status")
-            online = status.get("online") if isinstance(status, dict) else None
-            if online is False and self._greeted:
-                self._offline("it says so in its status")
-        elif row.get("notice_type") == "bot_offline":
-            self._offline(scalar(row.get("message")) or "the account was logged out")
-        else:
-            self._intake.put(row)
+    def ready(self) -> None:
+        self._intake.want(True)
 
     def hear(self, row: Row) -> bool:
         me, uid = self.me, scalar(row.get("self_id"))
         if me and uid and uid != me:
             self._log.warn(f"an event for {uid} was posted to us, who are {me}")
-            now = self._look_up("get_login_info")
-            if scalar(now.get("user_id")) != uid:
+            if scalar(self._look_up("get_login_info").get("user_id")) != uid:
                 return True
-            self._intake.close()
+            self._intake.want(False)
             self._offline(f"another account, {uid}, is logged in there")
         self._hear(row)
         return True
-
-    def _offline(self, why: str) -> None:
-        self._greeted = False
-        self._thrown_out = f"QQ is offline at the bridge: {why}"
-        self._hooks.waiting(self._thrown_out)
-        self._begin_greeting()
-
-    def ready(self) -> None:
-        self._intake.open()
 
     def _act(self, rows: List[Row]) -> None:
         """What changes the roster is handed on before more is understood."""
         items: List[Row] = []
         for row in rows:
-            found = self._understand(self._events.items, row)
-            items += [{"time": scalar(row.get("time")), **item} for item in found]
-            if any(item["do"] == "event" for item in found):
-                items = self._hand_on(items)
+            items += self._understand(self._items, row)
+            if any(item["do"] == "event" for item in items):
+                self._hand_on(items)
+                items = []
         self._hand_on(items)
 
     def _understand(self, read: Callable[..., List[Row]], *args: Any) -> List[Row]:
         self._event.until = time.monotonic() + LOOKUP_SECONDS
         try:
             return read(*args)
-        except BadRequest as error:
-            self._log.debug(f"an event of the bridge {error.status}")
         except Exception:  # one that cannot be understood must not stop all others
             self._log.failure("an event of the bridge")
-        return []
+            return []
+        finally:
+            del self._event.until
 
-    def _later(self, read: Callable[..., List[Row]], *args: Any) -> None:
-        self._curious.submit(self._look_later, read, args)
-
-    def _look_later(self, read: Callable[..., List[Row]], args: Tuple[Any, ...]) -> None:
-        self._hand_on(self._understand(read, *args))
-
-    def _hand_on(self, items: List[Row]) -> List[Row]:
+    def _hand_on(self, items: List[Row]) -> None:
+        """Each under a mark of its own: a bridge numbers nothing, so none came before."""
         try:
-            with self._handing:
-                if items:
-                    self._hooks.received([{**item, "mark": f"{self._era}:{next(self._count)}"}
-                                          for item in items])
+            if items:
+                self._hooks.received([{**item, "mark": f"{next(self._marks)}:0"}
+                                      for item in items])
         except NotRunning:
             pass  # we stop
-        return []
 
-    def kick(self, group: str, uids: List[str]) -> bool:
-        """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
-        done = 0
-        for uid in uids:
-            if super().kick(group, [uid]):
-                done += 1
-                self._act([{"post_type": "notice", "notice_type": "group_decrease",
-                            "sub_type": "kick", "group_id": group, "user_id": uid,
-                            "operator_id": self.me, "time": time.time()}])
-        return done == len(uids)
+    def _was_told(self, seconds: float, *what: str, undoes: str = "") -> bool:
+        """Whether the same was told so short a time ago; from now on it was, and what it `undoes`
+        was not."""
+        now = time.monotonic()
+        before = self._told.note(what, now, instead_of=(undoes, *what[1:]))
+        return before is not None and now - before <= seconds
+
+    def _items(self, row: Row) -> List[Row]:
+        """The items that come of an event, in order; none if it came before or means nothing."""
+        key: Json = row
+        if self._number(row) and "message_type" in row:
+            key = [str(row.get(name)) for name in (
+                "post_type", "message_type", "group_id", "user_id", "message_id", "time")]
+        # a webhook is tried again, and may come beside a stream; kept is what is small
+        if self._seen.note(hash(to_bytes(key)), True) is not None:
+            return []
+        post_type = str(row.get("post_type")).replace("_sent", "")
+        what = f"{post_type} {row.get(post_type + '_type')}"
+        if post_type == "message" and what != "message group":
+            what = "message private"
+        elif what == "notice notify":
+            what = f"notify {row.get('sub_type')}"
+        if what not in self.NEEDS:
+            return []
+        for name in self.NEEDS[what].split():
+            if not number_of(row.get(name)):
+                self._log.debug(f"an event of the bridge without {name}")
+                return []
+        tell = self._message if post_type == "message" else self._notice
+        items = tell(what, number_of(row.get("group_id")), number_of(row.get("user_id")), row)
+        return [{"time": scalar(row.get("time")), **item} for item in items]
+
+    # -- messages
+
+    def _number(self, row: Row) -> str:
+        """The bridge's number of a message, which may be negative; empty for what is none."""
+        number = scalar(row.get("message_id")) or ""
+        return "" if number in ("0", "None") else number
+
+    def _message(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
+        """A message, after what it tells of who wrote it."""
+        known, sub_type = self._hooks.known, row.get("sub_type") or ""
+        who = {**object_of(row.get("sender")), "user_id": uid}
+        kind = "group_message"
+        if what != "message group":
+            # NapCat has a temporary session's group at the top, LLBot in sender
+            group = (group or number_of(who.get("group_id"))) if sub_type == "group" else ""
+            kind = "sess_message" if group else "friend_message"
+        if uid == self.me or row.get("post_type") == "message_sent":
+            uid = number_of(row.get("target_id"))
+            if not self.echoes or not (uid or group):
+                return []
+            return [{**self._said(kind, group, row), "do": "sent",
+                     "uid": None if kind == "group_message" else uid}]
+        if isinstance(row.get("anonymous"), dict):
+            who.update(nickname=row["anonymous"].get("name"), card=None)
+        found: List[Row] = self._meet_group(group, row) if group else []
+        if not group and sub_type in ("", "friend") and self._hooks.certain(
+                "friend") and not known("friend", uid, ""):
+            # who writes as a friend is one; what else there is to know comes later
+            found.append(happened("new_friend", object=friend_row(who)))
+            self._curious.submit(self._look_later, "", uid)
+        if sub_type not in ("anonymous", "notice"):
+            circle = known("group", group, "") if kind == "group_message" else None
+            if circle is not None and circle.loaded and uid not in circle.member:
+                # only where all are known can one be new; elsewhere the message says who it is
+                self._was_told(0.0, "increase", group, uid, undoes="decrease")
+                found.append(self._of_member("new_group_member", group, member_row(who)))
+                self._curious.submit(self._look_later, group, uid)
+            elif kind == "group_message":
+                found += self._news("group_member", group, who)
+            found += self._news("friend", "", who)
+        sender = member_row(who) if group else friend_row(who)
+        return found + [{**self._said(kind, group, row), "do": "message", "uid": uid,
+                         "sender_id": uid, "name": sender["name"], "sender": sender,
+                         "group_name": scalar(row.get("group_name"))}]
+
+    def _said(self, kind: str, group: str, row: Row) -> Row:
+        """What an item says of the message itself."""
+        raw, number = row.get("raw_message"), self._number(row)
+        segments = segments_of(raw if row.get("message") is None else row["message"])
+        links = []
+        for segment_type, data in ((segment["type"], segment["data"]) for segment in segments):
+            if segment_type in MEDIA:
+                url = scalar(data.get("url")) or scalar(data.get("file")) or ""
+                links.append({"type": MEDIA[segment_type],
+                              "url": url if re.match("https?://", url) else None,
+                              "name": scalar(data.get("name")) or scalar(data.get("file")),
+                              "size": scalar(data.get("file_size"))})
+        return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
+                "number": row["message_id"] if number else None,
+                "content": self._content(segments, group),
+                "raw_message": raw if isinstance(raw, str) else cq_text(segments),
+                "time": scalar(row.get("time")) or str(int(time.time())),
+                "links": links}
+
+    def _content(self, segments: List[Row], group: str) -> str:
+        """What a person reads, with one blank behind a name."""
+        parts: List[str] = []
+        asked: List[str] = []        # those who were looked up for this message
+        after_name, room = False, CONTENT_LIMIT // 4
+        for part in segments:
+            at, data = part["type"] == "at", part["data"]
+            name = self._at_name(data, group, asked) if at else ""
+            text = f"@{name} " if name else readable(part["type"], data)
+            if part["type"] != "text":
+                room -= len(text)
+                text = text if room > 0 else ""  # a text itself comes whole
+            parts.append(text.lstrip(" ") if after_name else text)
+            after_name = at or after_name and not parts[-1]
+        return "".join(parts)
+
+    def _at_name(self, data: Row, group: str, asked: List[str]) -> str:
+        """Whom an `at` names; empty if it names nobody."""
+        uid, told = detail(data.get("qq")), detail(data.get("name")).lstrip("@")
+        if uid == "all":
+            return "全体成员"
+        if uid in ("", "0"):
+            return told
+        thing = self._hooks.known("group_member", uid, group)
+        name = detail(thing.displayname) if thing else told or self._names.notes.get((group, uid))
+        if not name and len(asked) < AT_LIMIT:
+            asked.append(uid)
+            row = self._member(group, uid) if group else {}
+            name = detail(row.get("card")) or detail(row.get("nickname")) or uid
+            self._names.note((group, uid), name)
+        return name or uid
+
+    def _news(self, kind: str, group: str, who: Row) -> List[Row]:
+        """What a sender's block says of somebody that the roster did not know yet.
+
+        A block without a member says nothing about it; an empty card or title is none.
+        """
+        thing = self._hooks.known(kind, who["user_id"], group)
+        told: Row = {}
+        if scalar(who.get("nickname")):
+            told["name"] = scalar(who["nickname"])
+        if kind == "group_member":
+            told.update({name: who[name] or None for name in ("card", "title")
+                         if isinstance(who.get(name), str)})
+            if scalar(who.get("role")) in ROLES:
+                told["role"] = who["role"]
+        return [changed(kind, group, who["user_id"], name, value) for name, value in told.items()
+                if thing is not None and thing.value(name) != value]
+
+    # -- who is new, or gone, or has changed
+
+    def _notice(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
+        known, sub_type, me = self._hooks.known, row.get("sub_type"), self.me
+        if what == "notice group_increase":  # also of somebody listed: his leaving may have been missed
+            found = self._meet_group(group, row, sure=uid == me)
+            if uid != me and not self._was_told(REPEAT_SECONDS, "increase", group, uid,
+                                                undoes="decrease"):
+                found.append(self._of_member("new_group_member", group,
+                                             member_row(self._member(group, uid))))
+            return found
+        if what == "notice group_dismiss" or what == "notice group_decrease" and (
+                uid == me or sub_type in ("kick_me", "disband")):
+            if self._was_told(LOSS_SECONDS, "lost", group, undoes="enter"):
+                return []
+            return [happened("lose_group", object={"uid": group, "id": group, "name": group})]
+        if what == "notice group_decrease":
+            if not uid or self._was_told(LOSS_SECONDS, "decrease", group, uid, undoes="increase"):
+                return []
+            return [self._of_member("lose_group_member", group, {"uid": uid} if known(
+                "group_member", uid, group) else member_row(self._stranger(uid)))]
+        if what == "notice friend_add":
+            if known("friend", uid, "") or self._was_told(REPEAT_SECONDS, "friend", uid):
+                return []
+            return [happened("new_friend", object=friend_row(self._stranger(uid)))]
+        if what == "request friend":
+            flag = scalar(row.get("flag"))
+            if flag and self._was_told(COOKIE_SECONDS, "request", flag):
+                return []
+            name = friend_row(self._stranger(uid))["name"]
+            return [happened("friend_request", request={
+                "id": uid, "name": name, "displayname": name, "ticket": flag,
+                "verify": scalar(row.get("comment")) or ""})]
+        if what in ("notice group_recall", "notice friend_recall"):
+            message, operator = scalar(row.get("message_id")), number_of(row.get("operator_id"))
+            return [happened("revoke_message", params=[
+                message, uid or None, operator or uid or None, group or None])] if message else []
+        if what == "notify group_name":
+            name = scalar(row.get("name_new")) or scalar(row.get("group_name"))
+            return [changed("group", "", group, "name", name)] if name else []
+        changes: Dict[str, Tuple[str, Json, Json]] = {
+            "notice group_card": ("card", row.get("card_new"), row.get("card_old")),
+            "notify title": ("title", row.get("title"), None),
+            "notice group_admin": ("role", "admin", "member") if sub_type == "set"
+            else ("role", "member", "admin")}
+        prop, new, old = changes[what]
+        found = [changed("group_member", group, uid, prop, scalar(new) or None, object={
+            **member_row({"user_id": uid}), prop: scalar(old) or None})]
+        if prop == "role" and uid == me:
+            found.insert(0, changed("group", "", group, "role", ROLES[new]))
+        return found
+
+    def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
+        """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
+        if uid == ANY_GROUP or self._hooks.known("group", uid, "") or not (
+                sure or self._hooks.certain("group")):
+            return []
+        self._was_told(0.0, "enter", uid, undoes="lost")
+        name = scalar(row.get("group_name"))
+        about = {"group_name": name} if name else self._look_up("get_group_info", group_id=uid)
+        return [happened("new_group", object=group_row({**about, "group_id": uid}))]
+
+    def _of_member(self, event: str, group: str, member: Row) -> Row:
+        """Also of a group that no list has told of yet."""
+        return happened(event, object=member, circle=group,
+                        unlisted=not self._hooks.certain("group"))
+
+    def _look_later(self, group: str, uid: str) -> None:
+        """What there is to know of somebody new; nobody waits for it, so nobody is told."""
+        row = member_row(self._member(group, uid)) if group else friend_row(self._stranger(uid))
+        kind = "group_member" if group else "friend"
+        self._hand_on([changed(kind, group, uid, name, value, quiet=True)
+                       for name, value in row.items()
+                       if value and name not in ("id", "uid", "name")])
+
+
+class OneBotLink(BridgeLink):
+    """A QQ account, through a OneBot 11 bridge (ONEBOT.md): NapCatQQ, LLBot and their like."""
+
+    def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
+        url, page = settings.onebot_api, None
+        way: Type[Bridge] = SocketBridge if url.startswith("ws") else HttpBridge
+        if settings.onebot_login:  # by default on the bridge's host
+            kind = LOGIN_PAGES[settings.onebot_login]
+            host = urllib.parse.urlsplit(url).hostname or ""
+            host = f"[{host}]" if ":" in host else host
+            page = kind(settings.onebot_login_api or f"http://{host}:{kind.PORT}",
+                        settings.onebot_login_token)
+        super().__init__(url, lambda: way(url, settings.onebot_token, log, self._hear), page,
+                         bool(settings.allow_message_sync), hooks, log)
+
+    def _hear(self, row: Row) -> None:
+        if row.get("post_type") == "meta_event":
+            if object_of(row.get("status")).get("online") is False and self._greeted:
+                self._offline("it says so in its status")
+        elif row.get("notice_type") == "bot_offline":
+            self._offline(scalar(row.get("message")) or "the account was logged out")
+        else:
+            who = row.get("user_id") or row.get("target_id")
+            self._intake.put(number_of(row.get("group_id")) or f"/{scalar(who)}", row)
 
 
 def aes_128_ecb(key: bytes, data: bytes, encrypt: bool) -> bytes:
@@ -9586,7 +8785,7 @@ def aes_by_tables(key: bytes, data: bytes, encrypt: bool) -> bytes:
     return struct.pack(f">{len(out)}I", *out)
 
 
-class LoginEnded(Declined):
+class LoginEnded(OpenQQError):
     """WeChat's -14: the token is no good any more, and only a new code helps."""
 
 
@@ -9601,6 +8800,9 @@ class ILinkLink(Link):
 
     real = True
     send_interval = 0.0
+    lacks = ("accept_friend_request", "create_group", "get_avatar", "invite_friend",
+             "kick_group_member", "make_friend", "set_friend_markname", "set_group_displayname",
+             "set_markname", "shutup_group_member", "stick")
     APP = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": "132105"}  # of Tencent's own 2.4.9
     BASE_INFO = {"channel_version": "2.4.9", "bot_agent": "OpenQQ/" + VERSION}
     LABELS = {2: "[图片]", 3: "[语音]", 4: "[文件]", 5: "[视频]"}
@@ -9657,9 +8859,6 @@ class ILinkLink(Link):
         user, *friends = [{"uid": uid, "id": uid, "account": uid, "name": name, "markname": None}
                           for uid, name in people.items()]
         return {"user": user, "friend": friends, "group": [], "discuss": []}
-
-    def renew(self) -> None:
-        """A new code comes when the old one ends."""
 
     def logout(self) -> None:
         with self._news:
@@ -9760,11 +8959,13 @@ class ILinkLink(Link):
                     wrong = " (those before were wrong)" if "verify_code" in params else ""
                     self._log.warn("WeChat asks for the digits that the phone shows: give them to "
                                    f"verify_code?code=…{wrong}")
+                    self._digits = ""
+                    self._hooks.kept("")  # so that check_client tells it
                     with self._news:
-                        self._digits = ""
                         self._news.wait_for(lambda: self._digits or turn != self._turn,
                                             until - time.monotonic())
                         params["verify_code"], self._digits = self._digits or "", None
+                    self._hooks.kept("")
                     continue
                 elif status in ("expired", "verify_code_blocked", "binded_redirect"):
                     break
@@ -10091,88 +9292,69 @@ class Papers:
 
     def write_state(self, client: Client) -> None:
         """Replace the state file."""
-        self._write(self.settings.state_path, to_bytes(self.state_row(client)))
-
-    def write_qrcode(self, data: bytes) -> None:
-        """Replace the picture."""
-        self._write(self.settings.qrcode_path, data)
+        self.write(self.settings.state_path, to_bytes(self.state_row(client)))
 
     def read_qrcode(self) -> Optional[bytes]:
         """The picture, or None while there is none."""
         return read_file(self.settings.qrcode_path)
-
-    def remove_qrcode(self) -> None:
-        """There is nothing to scan any more."""
-        remove_file(self.settings.qrcode_path)
 
     def read_cookie(self) -> Row:
         """The last login's cookie file; {} if there is none, or it is another account's."""
         row = read_json(self.settings.cookie_path, self.log)
         return row if row.get("account") == self.settings.account else {}
 
-    def kept_secrets(self) -> Dict[str, str]:
-        """The secrets that a client was first started with; a resumed one has no others.
+    def write_cookie(self, cookie: Optional[str] = None) -> None:
+        """Keep a login, and with it the secrets that a resumed client needs (DESIGN).
 
-        Those of a bridge are for no other one.
+        Without a `cookie`, or where none is to be kept, what is there stays, and the secrets
+        beside it are replaced by those of now.
+        """
+        old, secrets = self.read_cookie(), self.settings.secrets()
+        if cookie is None or not self.settings.keep_cookie:
+            if not secrets and not old.get("secrets"):
+                return
+            cookie = str(old.get("cookie", ""))
+        self.write(self.settings.cookie_path, to_bytes({
+            "account": self.settings.account, "cookie": cookie, "time": int(time.time()),
+            "secrets": secrets, "bridge": self._urls()}))
+
+    def share_secrets(self) -> None:
+        """Take over the secrets of a former start, and have a later one find what was given now.
+
+        A resumed client has no others. Not those that the controller was told to forget, nor
+        those of a bridge at another address.
         """
         row, now = self.read_cookie(), self._urls()
+        forget = os.environ.pop("OPENQQ_FORGET", "").split(",")
         then, secrets = row.get("bridge") or {}, row.get("secrets") or {}
         if isinstance(then, list):
             then = dict(zip(now, then))  # as former versions wrote it
-        return {name: str(value) for name, value in secrets.items() if name in SETTINGS
-                and all(then.get(url) == now[url] for url in urls_of(name))}
-
-    def write_cookie(self, cookie: str) -> None:
-        """Keep a login, and with it the secrets that a resumed client needs (DESIGN)."""
-        if self.settings.keep_cookie:
-            self._write_cookie(cookie)
-        else:
-            self.keep_secrets()
-
-    def share_secrets(self) -> None:
-        """Take over those of a former start, and have a later one find what was given now.
-
-        Not those that the controller was told to forget.
-        """
-        forget = os.environ.pop("OPENQQ_FORGET", "").split(",")
-        self.settings.fill(**{name: value for name, value in self.kept_secrets().items()
-                              if name not in forget})
-        self.keep_secrets()
-
-    def keep_secrets(self) -> None:
-        """Keep them as long as the login is kept, or there is none yet."""
-        if self.settings.secrets() or self.read_cookie().get("secrets"):
-            self._write_cookie(str(self.read_cookie().get("cookie", "")))
+        self.settings.fill(**{
+            name: str(value) for name, value in secrets.items()
+            if name in SETTINGS and name not in forget
+            and all(then.get(url) == now[url] for url in urls_of(name))})
+        self.write_cookie()
 
     def remove_cookie(self) -> None:
-        """The login is over, the client is not."""
+        """The login is over, the client is not: the secrets stay."""
         remove_file(self.settings.cookie_path)
-        self.keep_secrets()
-
-    def _write_cookie(self, cookie: str) -> None:
-        row = {"account": self.settings.account, "cookie": cookie, "time": int(time.time()),
-               "secrets": self.settings.secrets(), "bridge": self._urls()}
-        self._write(self.settings.cookie_path, to_bytes(row))
+        self.write_cookie()
 
     def _urls(self) -> Dict[str, str]:
         """Where secrets go to."""
         return {name: getattr(self.settings, name) for name, setting in SETTINGS.items()
                 if setting.token[0]}
 
-    def _write(self, path: str, data: bytes) -> None:
-        try:
-            write_file(path, data)
-        except OSError as error:
-            self.log.warn(f"{path} cannot be written: {error.strerror}; going on without")
+    def write(self, path: str, data: bytes) -> None:
+        """Replace a file of ours."""
+        keep_file(path, data, self.log)
 
 
 class Roster:
-    """Who the account knows. Written by the client's loop, read by everybody."""
+    """Who the account knows; `lock`, the client's, guards all of it."""
 
-    def __init__(self, fields: Mapping[str, Tuple[str, ...]]) -> None:
-        self.fields = fields
-        # guards user, changes, touched, the dicts, and what is in them
-        self.lock = threading.Lock()
+    def __init__(self, fields: Mapping[str, Tuple[str, ...]], lock: Any) -> None:
+        self.fields, self.lock = fields, lock
         self.user = User({})
         self.changes = 0              # how many there were, by events
         self.touched: Dict[Tuple[str, str], int] = {}  # kind, uid -> the last one of it
@@ -10185,34 +9367,7 @@ class Roster:
         table: Dict[str, Any] = getattr(self, kind)
         return table
 
-    def load(self, row: Row, kinds: Iterable[str], before: int) -> None:
-        """Take over what a link told; only the kinds that are wanted.
-
-        What events said since there were `before` of them is newer than that.
-        """
-        with self.lock:
-            for kind in kinds:
-                if kind == "user":
-                    self.user = User(row["user"])
-                    continue
-                old = self.table(kind)
-                new = {thing.uid: thing for thing in map(THINGS[kind], row[kind])}
-                for uid in [uid for what, uid in self.touched
-                            if what == kind and self._is_newer(kind, uid, before)]:
-                    new.pop(uid, None)
-                    if uid in old:
-                        new[uid] = old[uid]
-                setattr(self, kind, new)
-
-    def _is_newer(self, kind: str, uid: str, before: int) -> bool:
-        return self.touched.get((kind, uid), 0) > before
-
-    def _touch(self, kind: str, uid: str) -> None:
-        self.changes += 1
-        self.touched.pop((kind, uid), None)
-        self.touched[kind, uid] = self.changes
-        if len(self.touched) > POST_QUEUE_LIMIT:
-            del self.touched[next(iter(self.touched))]
+    # -- reading, from any thread
 
     def to_json(self, kind: str, members: bool = True) -> List[Row]:
         """The list of a kind, as documented."""
@@ -10228,6 +9383,46 @@ class Roster:
                        else thing.to_json(self.fields))
             yield row
 
+    def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
+        """The things of a kind whose attributes equal all the keys; none without keys."""
+        with self.lock:
+            return match(self.table(kind).values(), keys)
+
+    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
+        """The members of a group or discuss whose attributes equal all the keys."""
+        with self.lock:
+            return match(circle.member.values(), keys)
+
+    def find(self, kind: str, uid: str, circle: str) -> Optional[Any]:
+        """One thing by its uid, a member by that of its group or discuss too; or None."""
+        if not kind.endswith("_member"):
+            return self.table(kind).get(uid)
+        place = self.table(kind[:-7]).get(circle)
+        return place.member.get(uid) if place else None
+
+    # -- what changes it
+
+    def load(self, row: Row, kinds: Iterable[str], before: int) -> None:
+        """Take over what a link told; only the kinds that are wanted.
+
+        What events said since there were `before` of them is newer than that.
+        """
+        for kind in kinds:
+            if kind == "user":
+                self.user = User(row["user"])
+                continue
+            old = self.table(kind)
+            new = {thing.uid: thing for thing in map(THINGS[kind], row[kind])}
+            for uid in [uid for what, uid in self.touched
+                        if what == kind and self._is_newer(kind, uid, before)]:
+                new.pop(uid, None)
+                if uid in old:
+                    new[uid] = old[uid]
+            setattr(self, kind, new)
+
+    def _is_newer(self, kind: str, uid: str, before: int) -> bool:
+        return self.touched.get((kind, uid), 0) > before
+
     def show_states(self, states: Mapping[str, str]) -> None:
         """Take over who is there now: nobody is told of that, the lists show it."""
         with self.lock:
@@ -10238,85 +9433,68 @@ class Roster:
                 for uid in states.keys() & table.keys():
                     table[uid].state = states[uid]
 
-    def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
-        """The things of a kind whose attributes equal all the keys; none without keys."""
-        with self.lock:
-            return match(self.table(kind).values(), keys)
+    def complete(self, uid: str, row: Row) -> None:
+        """Take over what a link told of a group: its role, or its members too.
 
-    def find(self, kind: str, uid: str, circle: str) -> Optional[Any]:
-        """One thing by its uid, a member by that of its group or discuss too; or None."""
-        if not kind.endswith("_member"):
-            return self.table(kind).get(uid)
-        place = self.table(kind[:-7]).get(circle)
-        return place.member.get(uid) if place else None
-
-    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
-        """The members of a group or discuss whose attributes equal all the keys."""
-        with self.lock:
-            return match(circle.member.values(), keys)
+        Of a list that lacks too many nobody can say later who is new: it stays unloaded.
+        """
+        group = self.group.get(uid)
+        if group is None:
+            return
+        members = {item["uid"]: GroupMember(item) for item in row.pop("member", ())}
+        group.__dict__.update(row)
+        if members:
+            count = int(number_of(group.value("member_count")) or 0)
+            group.member = dict(members)
+            group.loaded = 3 * len(members) >= 2 * count
 
     def apply(self, item: Row) -> Optional[Tuple[str, List[Any]]]:
         """Let an event of a link change the roster: its name and params, or None if it is void."""
         event = str(item["event"])
-        if event in ("friend_request", "revoke_message"):
-            return self._pass_on(event, item)
-        if event == "new_group":
-            item = {**item, "object": {"role": "attend", **item["object"]}}
-        with self.lock:
-            self._touch(*self._about(item))
-            if event.endswith("_property_change"):
-                return self._change(event, item)
-            action, _, kind = event.partition("_")
-            table, circle = self._place(kind, item)
-            if table is None and item.get("unlisted"):
-                circle = Group({name: item["circle"] for name in ("uid", "id", "name")})
-                table = circle.member
-            if table is None:
-                return None
-            uid = item["object"]["uid"]
-            thing = THINGS[kind](item["object"])
-            if circle:
-                circle.moves += 1
-            if action == "new":
-                table[uid] = thing
-            else:
-                thing = table.pop(uid, thing)
-            return event, [thing] + ([circle] if circle else [])
-
-    def _about(self, item: Row) -> Tuple[str, str]:
-        """Kind and uid of the friend, group or discuss that an event tells of."""
-        kind = re.sub("(new|lose)_|_property_change", "", item["event"])
-        if "_member" in kind:
-            return kind[:-7], item["circle"]
-        return kind, item.get("uid") or item.get("object", {}).get("uid") or ""
-
-    def _pass_on(self, event: str, item: Row) -> Tuple[str, List[Any]]:
-        """Events that change nothing here; a request shows what the flavour's documents say."""
         if event == "revoke_message":
             return event, list(item["params"])
-        return event, [{name: item["request"].get(name)
-                        for name in self.fields["friend_request"]}]
-
-    def _place(self, kind: str, item: Row) -> Tuple[Optional[Dict[str, Any]], Optional[Circle]]:
-        if not kind.endswith("_member"):
-            return self.table(kind), None
-        circle = self.table(kind[:-7]).get(item["circle"])
-        return (circle.member, circle) if circle else (None, None)
-
-    def _change(self, event: str, item: Row) -> Optional[Tuple[str, List[Any]]]:
-        kind, name = event[:-len("_property_change")], item["property"]
+        if event == "friend_request":
+            return event, [{name: item["request"].get(name)
+                            for name in self.fields["friend_request"]}]
+        kind = re.sub("(new|lose)_|_property_change", "", event)
+        uid = item["uid"] if event.endswith("_property_change") else item["object"]["uid"]
+        of = kind[:-7] if kind.endswith("_member") else ""   # a member: of a group, or a discuss
+        place = (of, item["circle"]) if of else (kind, uid)
+        self.changes += 1
+        self.touched.pop(place, None)
+        self.touched[place] = self.changes
+        if len(self.touched) > POST_QUEUE_LIMIT:
+            del self.touched[next(iter(self.touched))]
+        circle = self.table(of).get(item["circle"]) if of else None
         if kind == "user":
-            thing: Any = self.user
+            table: Dict[str, Any] = {uid: self.user}
+        elif of:
+            table = circle.member if circle else {}
         else:
-            table, _ = self._place(kind, item)
-            thing = table.get(item["uid"]) if table else None
+            table = self.table(kind)
+        if event.endswith("_property_change"):
+            thing, name = table.get(uid), item["property"]
             if thing is None and "object" in item:  # of a group whose members are not loaded
                 thing = THINGS[kind](item["object"])
-        if thing is None or name not in (*self.fields[kind], "title") or name == "displayname":
-            return None  # that follows from others
-        old = thing.value(name)
-        setattr(thing, name, item["value"])
-        return (event, [thing, name, old, item["value"]]) if old != item["value"] else None
+            if thing is None or name not in (*self.fields[kind], "title") or (
+                    name == "displayname"):  # which follows from others
+                return None
+            old = thing.value(name)
+            setattr(thing, name, item["value"])
+            return (event, [thing, name, old, item["value"]]) if old != item["value"] else None
+        if of and circle is None:
+            if not item.get("unlisted"):
+                return None
+            circle = Group({name: item["circle"] for name in ("uid", "id", "name")})
+        if circle:
+            circle.moves += 1
+        thing = THINGS[kind]({"role": "attend", **item["object"]} if event == "new_group"
+                             else item["object"])
+        if event.startswith("new_"):
+            table[uid] = thing
+        else:
+            thing = table.pop(uid, thing)
+        return event, [thing] + ([circle] if circle else [])
 
     def differences(self, row: Row, kinds: Iterable[str], before: int) -> List[Row]:
         """What happened between the roster and what a link tells now, as events of a link.
@@ -10342,29 +9520,14 @@ class Roster:
         return table_changes(circle.kind + "_member", circle.member,
                              {row["uid"]: row for row in rows}, {"circle": circle.uid})
 
-    def complete(self, uid: str, row: Row) -> None:
-        """Take over what a link told of a group: its role, or its members too.
-
-        Of a list that lacks too many nobody can say later who is new: it stays unloaded.
-        """
-        group = self.group.get(uid)
-        if group is None:
-            return
-        members = {item["uid"]: GroupMember(item) for item in row.pop("member", ())}
-        with self.lock:
-            group.__dict__.update(row)
-            if members:
-                count = int(number_of(group.value("member_count")) or 0)
-                group.member = dict(members)
-                group.loaded = 3 * len(members) >= 2 * count
-
 
 def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
     """Those whose attributes equal all the keys, as text; none without keys."""
-    wanted = list(keys.items())
-    return [thing for thing in things
-            if wanted and all(str(thing.value(name)) == value for name, value in wanted
-                              ) and None not in [thing.value(name) for name in keys]]
+    if not keys:
+        return []
+    return [thing for thing in things if all(
+        thing.value(name) is not None and str(thing.value(name)) == value
+        for name, value in keys.items())]
 
 
 def table_changes(kind: str, old: Mapping[str, Thing], new: Mapping[str, Row],
@@ -10391,58 +9554,95 @@ def property_changes(kind: str, old: Thing, new: Row, where: Row) -> List[Row]:
             for name, value in new.items() if name not in quiet and old.value(name) != value]
 
 
+def settle(future: Future[Any], value: Any) -> None:
+    """Set a result, unless something else was quicker."""
+    try:
+        future.set_result(value)
+    except InvalidStateError:
+        pass
+
+
 class Job:
     """A message to be sent: what the link gets, and who waits for the outcome."""
 
-    __slots__ = ("message", "row", "promise", "tries")
+    __slots__ = ("message", "row", "future", "tries")
 
-    def __init__(self, message: Message, row: Row, promise: Promise) -> None:
-        self.message, self.row, self.promise, self.tries = message, row, promise, 0
+    def __init__(self, message: Message, row: Row, future: Future[Message]) -> None:
+        self.message, self.row, self.future, self.tries = message, row, future, 0
 
 
 class SendQueue:
     """One queue for all that an account sends: first in, first out (CONTRACT 4).
 
-    Used in the loop's thread only. `sent(job, result)` tells each outcome, as Link.send() does;
-    `settled()` is called after those of one call. `busy` while a call is under way.
+    One thread hands batches of it to `send`, without the lock; then `sent(outcomes)` is called,
+    with it, for each job that is over and its result, as Link.send() tells that. `lock`, the
+    client's, guards everything here; `changed` is notified when a call of `send` is over.
     """
 
-    def __init__(self, loop: Loop, send: Callable[[List[Row]], List[Row]], interval: float,
-                 batch: int, ttl: int, sent: Callable[[Job, Row], None],
-                 settled: Callable[[], None], log: Log) -> None:
-        self._loop, self._send, self._interval = loop, send, interval
-        self._batch = 1 if interval else batch
-        self._ttl, self._sent, self._settled = ttl, sent, settled
+    def __init__(self, lock: Any, send: Callable[[List[Row]], List[Row]], interval: float,
+                 batch: int, ttl: int, sent: Callable[[List[Tuple[Job, Row]]], None], log: Log,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.changed = threading.Condition(lock)
+        self._send, self._interval, self._ttl, self._sent = send, interval, ttl, sent
+        self._batch, self._log, self._clock = 1 if interval else batch, log, clock
         self._jobs: Deque[Job] = collections.deque()
-        self._crew = ThreadPool(1, "send", log)
-        self.busy = False
-        self.began = 0.0         # when the last call did
-        self._resting = False    # busy, or the interval is not over
+        self._thread = ThreadPool(1, "send", log)
+        self._working = False    # the thread is at it
+        self.busy = False        # and send() is under way
+        self.began = 0.0         # when its last call began
+        self._rests_until = 0.0
         self._turn = 0           # of the account, whose messages no other one is to send
 
     def waiting(self) -> int:
         """How many messages have not been tried yet."""
         return len(self._jobs)
 
+    def put(self, job: Job) -> None:
+        """Queue a message; the first goes at once. With the lock held."""
+        self._jobs.append(job)
+        if not self._working:
+            self._working = True
+            self._thread.submit(self._work)
+
     def give_up(self) -> int:
         """Call all that waits failed: it was surely not sent. How many that were."""
         jobs, self._jobs = self._jobs, collections.deque()
         self._turn += 1
-        for job in jobs:
-            self._sent(job, {"code": -3, "info": "发送异常"})
+        self._sent([(job, {"code": -3, "info": "发送异常"}) for job in jobs])
         return len(jobs)
 
-    def put(self, job: Job) -> None:
-        """Queue a message; the first goes at once."""
-        self._jobs.append(job)
-        self._pump()
-
-    def _pump(self) -> None:
-        if self._resting or not self._jobs:
-            return
-        self._resting = self.busy = True
-        self.began = self._loop.clock()
-        self._crew.submit(self._try, self._take_batch(), self.began, self._turn)
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                while self._jobs and self._clock() < self._rests_until:
+                    self.changed.wait(self._rests_until - self._clock())
+                if not self._jobs:
+                    self._working = False
+                    return
+                batch, turn = self._take_batch(), self._turn
+                self.busy, self.began = True, self._clock()
+            results: List[Row] = []
+            error: Optional[Exception] = None
+            try:
+                results = self._send([job.row for job in batch])
+            except Exception as failure:  # the queue must go on whatever a link does
+                error = failure
+            with self.changed:
+                self.busy = False
+                self._rests_until = self.began + self._interval
+                try:
+                    if error is None:
+                        self._sent(list(zip(batch, results)))
+                    elif getattr(error, "sent", True):
+                        why = f"响应未知: {getattr(error, 'status', repr(error))}"
+                        self._sent([(job, {"code": -4, "info": why}) for job in batch])
+                    else:
+                        self._put_back(batch)
+                        if turn != self._turn:
+                            self.give_up()
+                except Exception:
+                    self._log.failure("the outcome of a message")
+                self.changed.notify_all()
 
     def _take_batch(self) -> List[Job]:
         batch: List[Job] = []
@@ -10454,57 +9654,21 @@ class SendQueue:
             batch.append(self._jobs.popleft())
         return batch
 
-    def _try(self, batch: List[Job], began: float, turn: int) -> None:
-        """In the crew's thread."""
-        results: List[Row] = []
-        error: Optional[OpenQQError] = None
-        try:
-            results = self._send([job.row for job in batch])
-        except OpenQQError as failure:
-            error = failure
-        except Exception as failure:  # the queue must go on whatever a link does
-            error = Unreachable(repr(failure), True)
-        self._loop.call(self._tried, batch, began, turn, results, error)
-
-    def _tried(self, batch: List[Job], began: float, turn: int, results: List[Row],
-               error: Optional[OpenQQError]) -> None:
-        wait = max(0.0, began + self._interval - self._loop.clock())
-        if error is None:
-            for job, result in zip(batch, results):
-                self._sent(job, result)
-        elif getattr(error, "sent", True):
-            for job in batch:
-                self._sent(job, {"code": -4, "info": f"响应未知: {error.status}"})
-        else:
-            wait = max(wait, backoff(batch[0].tries))
-            self._put_back(batch)
-            if turn != self._turn:
-                self.give_up()
-        self.busy = False
-        self._settled()
-        if wait:
-            self._loop.later(wait, self._free)
-        else:
-            self._free()
-
     def _put_back(self, batch: List[Job]) -> None:
         """Surely not sent: once more, in the same order, until the tries are used up."""
-        for job in reversed(batch):
+        pause = self._clock() + backoff(batch[0].tries)
+        self._rests_until = max(self._rests_until, pause)
+        for job in batch:
             job.tries += 1
-            if job.tries < self._ttl:
-                self._jobs.appendleft(job)
-            else:
-                self._sent(job, {"code": -5, "info": "TTL失效"})
-
-    def _free(self) -> None:
-        self._resting = False
-        self._pump()
+        self._jobs.extendleft(job for job in reversed(batch) if job.tries < self._ttl)
+        self._sent([(job, {"code": -5, "info": "TTL失效"})
+                    for job in batch if job.tries >= self._ttl])
 
 
 class Answers:
-    """What a receiver of events wants done by its answer (003). In the client's loop.
+    """What a receiver of events wants done by its answer (003).
 
-    `media_of` is that of SendApi; a crew calls it, since pictures may come from far away.
+    `media_of` is Media.take; a crew calls it, since pictures may come from far away.
     """
 
     MEDIA_LIMIT = 20             # pictures in one answer
@@ -10517,17 +9681,20 @@ class Answers:
 
     def answered(self, row: Row, answer: Row) -> None:
         """What a receiver of an event wants done (003, 001): reply, media, shutup."""
-        reply = answer.get("reply")
         if row["post_type"] == "event":
             return
+        reply = answer.get("reply")
         text = reply if isinstance(reply, str) else "" if isinstance(reply, bool) else scalar(reply)
         if text:
             self._client.talk.reply(row, text, "api")
         media = answer.get("media")
         if media:
             self._crew.submit(self._send_media, row, media if isinstance(media, list) else [media])
-        if answer.get("shutup") in (1, "1") and row["type"] == "group_message":
-            self._silence(row, answer.get("shutup_time", 60))
+        if answer.get("shutup") in (1, "1") and row["type"] == "group_message" and (
+                row["class"] == "recv"):
+            seconds = str(answer.get("shutup_time", 60))
+            spawn(self._mute, str(row["group_uid"]), str(row["sender_uid"]),
+                  max(60, int(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else 60))
 
     def _send_media(self, row: Row, items: List[Json]) -> None:
         """One after the other, each behind the reply."""
@@ -10557,11 +9724,6 @@ class Answers:
             raise NotAllowed("a path not allowed, since post_api is on another machine: "
                              "give http://… or base64://…")
         return {"media_path": item}
-
-    def _silence(self, row: Row, seconds: Json) -> None:
-        wanted = int(seconds) if re.fullmatch("[0-9]{1,9}", str(seconds)) else 60
-        if row["class"] == "recv":
-            spawn(self._mute, str(row["group_uid"]), str(row["sender_uid"]), max(60, wanted))
 
     def _mute(self, group: str, uid: str, seconds: int) -> None:
         try:
@@ -10619,9 +9781,9 @@ class Doubt:
         self._told: Set[str] = set()
         self._since: Optional[float] = None
 
-    def about(self, known: Iterable[str], told: Iterable[str], now: float) -> str:
+    def about(self, known: Iterable[str], told: Iterable[str]) -> str:
         """Why the uids that a list told are not believed, in words; empty if they are."""
-        old, new = set(known), set(told)
+        old, new, now = set(known), set(told), time.monotonic()
         missing = len(old - new)
         if not new or 3 * missing > len(old):
             if self._since is None or new != self._told:
@@ -10633,62 +9795,54 @@ class Doubt:
 
 
 class Details:
-    """Loads what a link left out of groups, when somebody asks for it. In its client's loop."""
+    """Loads what a link left out of groups, when somebody asks for it."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._crew = ThreadPool(4, "details", client.log)
-        self._loading: Dict[Tuple[str, bool], Promise] = {}  # group, with members? -> who waits
-        self._doubts: Dict[str, Doubt] = {}                  # group -> what is thought of its list
+        self._loading: Set[Tuple[str, bool]] = set()  # group, with members?
+        self._doubts: Dict[str, Doubt] = {}           # group -> what is thought of its list
 
     def wait(self, groups: Iterable[Circle], members: bool = True) -> None:
         """Have the members of groups loaded, or only one's role in them; from any thread.
 
         After DETAIL_SECONDS it returns with what there is then; the rest is loaded all the same.
         """
-        wanted = [(str(group.uid), members) for group in groups
-                  if not group.loaded and (members or group.value("role") is None)]
+        wanted = {(str(group.uid), members) for group in groups
+                  if not group.loaded and (members or group.value("role") is None)}
         if not wanted:
             return
-        until = time.monotonic() + DETAIL_SECONDS
-        try:
-            for promise in self._client.loop.ask(self._begin, wanted):
-                promise.wait(max(0.0, until - time.monotonic()))
-        except TimeoutError:
-            self._client.log.warn("the bridge is slow to tell the members of groups")
-
-    def _begin(self, wanted: List[Tuple[str, bool]]) -> List[Promise]:
-        for key in wanted:
-            if key not in self._loading:
-                self._loading[key] = Promise()
+        with self._client.lock:
+            for key in wanted - self._loading:
+                self._loading.add(key)
                 self._crew.submit(self._load, key, self._client.roster.complete)
-        return [self._loading[key] for key in wanted]
+            if not self._client.changed.wait_for(lambda: not wanted & self._loading,
+                                                 DETAIL_SECONDS):
+                self._client.log.warn("the bridge is slow to tell the members of groups")
 
     def _load(self, key: Tuple[str, bool], act: Callable[[str, Row], None]) -> None:
-        """In a crew's thread."""
-        row: Optional[Row] = None
-        moves = self._moves(key[0])
-        try:
-            row = self._client.link.details(*key)
-        except OpenQQError as error:
-            self._client.log.debug(f"group {key[0]}: {error.status}")
-        except Exception:  # whatever it was, those who wait must not wait for ever
-            self._client.log.failure(f"loading group {key[0]}")
-        self._client.loop.call(self._loaded, key, row, act, moves)
-
-    def _moves(self, uid: str) -> int:
-        group = self._client.roster.group.get(uid)
-        return group.moves if group else 0
-
-    def _loaded(self, key: Tuple[str, bool], row: Optional[Row],
-                act: Callable[[str, Row], None], moves: int) -> None:
-        if row is not None and moves != self._moves(key[0]):
-            return self._crew.submit(self._load, key, act)  # the list may be of before
-        if row is not None:
-            act(key[0], row)
-        promise = self._loading.pop(key, None)
-        if promise:
-            promise.keep()
+        """In a worker: ask once more if somebody came or went meanwhile, as the list may be of
+        before; then let `act` have it."""
+        client, uid = self._client, key[0]
+        while True:
+            group = client.roster.group.get(uid)
+            moves = group.moves if group else 0
+            row: Optional[Row] = None
+            try:
+                row = client.link.details(*key)
+            except OpenQQError as error:
+                client.log.debug(f"group {uid}: {error.status}")
+            except Exception:  # whatever it was, those who wait must not wait for ever
+                client.log.failure(f"loading group {uid}")
+            with client.lock:
+                group = client.roster.group.get(uid)
+                if row is not None and moves != (group.moves if group else 0):
+                    continue
+                if row is not None:
+                    act(uid, row)
+                self._loading.discard(key)
+                client.changed.notify_all()
+                return
 
     def check(self, rows: Iterable[Row]) -> None:
         """Load again the members of those groups whose number says that a notice was missed."""
@@ -10706,14 +9860,14 @@ class Details:
             return
         doubt = self._doubts.setdefault(uid, Doubt())
         told = [item["uid"] for item in row["member"]]
-        if str(len(told)) != group.value("member_count") and doubt.about(
-                group.member, told, client.loop.clock()):
-            client.loop.later(DOUBT_SECONDS / 4, self._crew.submit, self._load, (uid, True),
-                              self._compare)
+        if str(len(told)) != group.value("member_count") and doubt.about(group.member, told):
+            client.timers.later(DOUBT_SECONDS / 4, self._crew.submit, self._load, (uid, True),
+                                self._compare)
             return
         del self._doubts[uid]
-        for item in client.roster.member_changes(group, row["member"]):
-            client.talk.happen(item)
+        with client.batch():
+            for item in client.roster.member_changes(group, row["member"]):
+                client.talk.happen(item)
 
 
 class Listing:
@@ -10725,242 +9879,208 @@ class Listing:
         self.good = False            # and there is nothing to be said against it now
         self.asking = False          # the link is being asked
         self.began = 0.0             # since then
-        self.failures = 0
-        self.timer: Optional[Timer] = None   # the next time that it is asked
-        self.waiting: List[Promise] = []     # who waits for its answer
+        self.answers = 0             # how often it told it, or did not
+        self.failures = 0            # in a row
 
 
 class Login:
-    """How an account gets to running: cookie, QR codes, roster. In its client's loop."""
+    """How an account gets to running, and how what it knows stays true.
+
+    The link's threads call the hooks: a QR code, a scan, a login, its loss. What the link is asked
+    is asked by workers, from top to bottom: login; the roster, the lists, running; a list again.
+    """
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._known = False                      # the roster is that of this login
-        self._crew = ThreadPool(2, "login", client.log)
+        self._workers = ThreadPool(3, "login", client.log)
         self._askers = ThreadPool(2, "lists", client.log)
+        self._known = False                      # the roster is that of this login
         self._lists = {kind: Listing() for kind in ("friend", "group")}
-        self._fresh: Optional[bool] = None       # to be told when the lists are there
-        self._patience: Optional[Timer] = None   # with them; None: no login is to be ended
         self._turn = 0                           # which login; the answers of former ones are void
         self._claim: Optional[PidFile] = None    # on what the account is called outside
-        self._claiming: Optional[Timer] = None   # the next try at it
-        self._codes = 0
-        self._tries = 0
-        self._timer: Optional[Timer] = None      # the QR code's end
-        self._refresh: Optional[Timer] = None
+        self._codes = self._tries = 0
+        self._plans: Dict[str, Timer] = {}       # code, refresh, claim, a list's kind
         self.network: Optional[LocalNetwork] = None  # of a client alone
-        self.link = self._make_link()
-
-    def _make_link(self) -> Link:
-        client, hooks = self._client, self._hooks()
+        hooks = Hooks(self._show, self._wait, self._scanned, self._confirmed, self._lost,
+                      lambda items: client.talk.receive(items), client.roster.find,
+                      self.is_certain, self._keep)
+        self.link: Link
         kind = link_of(client.settings.given)
         if kind in LINKS:
-            return LINKS[kind](client.settings, hooks, client.log)
-        password = client.settings.login_type == "login"
+            self.link = LINKS[kind](client.settings, hooks, client.log)
+            return
         if client.parent:
             host: Callable[[str, Row], Json] = RemoteHost(client.parent.local, client.parent.key)
         else:
-            self.network = LocalNetwork(client.papers.local_path, client.settings.world,
-                                        client.flavour, client.log, client.public_url,
-                                        lambda account: account == client.account)
-            self.network.start()
-            host = lambda verb, row: self.network and self.network.call(  # noqa: E731
-                client.account, verb, row)
-        return LocalLink(host, hooks, password, client.settings.mode, client.log)
+            network = self.network = LocalNetwork(
+                client.papers.local_path, client.settings.world, client.flavour, client.log,
+                client.public_url, lambda account: account == client.account)
+            network.start()
+            host = lambda verb, row: network.call(client.account, verb, row)  # noqa: E731
+        self.link = LocalLink(host, hooks, client.settings.login_type == "login",
+                              client.settings.mode, client.log)
 
-    def _hooks(self) -> Hooks:
-        call, ask = self._client.loop.call, self._client.loop.ask
-        return Hooks(lambda text, seconds, error: call(self._show, text, seconds, error),
-                     lambda error: call(self._wait, error),
-                     lambda: call(self._scanned),
-                     lambda cookie, fresh: call(self._confirmed, cookie, fresh),
-                     lambda error: call(self._lost, error),
-                     lambda items: str(ask(self._client.talk.receive, items).wait()),
-                     self._client.roster.find, self.is_certain, self._keep)
+    # -- to the login
 
-    def _keep(self, cookie: str) -> None:
-        self._client.papers.write_cookie(cookie)
-        self._client.papers.write_state(self._client)  # which tells what the link counts
+    def begin(self) -> None:
+        """Log in, by the cookie if there is one."""
+        self._workers.submit(self._attempt, self._log_in)
 
-    def is_certain(self, kind: str) -> bool:
-        """Whether who is not on the list is new: it is good, or not wanted at all."""
-        wanted = kind in self._kinds("is_init_")
-        return not self.link.real or self._lists[kind].good or not wanted
+    def anew(self) -> None:
+        """Drop the login, and begin with a new QR code."""
+        client = self._client
+        with client.lock:
+            if client.state != "stop":
+                client.papers.remove_cookie()
+                self._codes = 0
+                self._known = False
+                self._cancel()
+                self._workers.submit(self._attempt, self._log_in, True)
+
+    def _attempt(self, step: Callable[..., None], *args: Any) -> None:
+        """In a worker: a step; if it fails all begins again, which the cookie makes short."""
+        client = self._client
+        try:
+            step(*args)
+        except NotRunning:
+            pass  # we stop
+        except Exception as error:  # whatever a link does
+            why = str(error) or repr(error)
+            with client.lock:
+                if client.state != "stop":
+                    client.log.warn(f"logging in failed: {why}; trying again")
+                    client.enter(client.state, why)
+                    client.timers.later(backoff(self._tries, 30.0), self.begin)
+                    self._tries += 1
+
+    def _log_in(self, anew: bool = False) -> None:
+        if anew:
+            self.link.logout()
+        cookie = self._client.papers.read_cookie().get("cookie", "")
+        self.link.login(str(cookie), str(self._client.spool.mark or ""))
+
+    def _show(self, text: str, seconds: float, error: str) -> None:
+        """A QR code: the file lies there before anybody hears of it."""
+        client, picture = self._client, qr_png(qr_matrix(text))
+        with client.lock:
+            self._codes += 1
+            if client.state == "stop":
+                return
+            if self._codes > client.settings.qrcode_count_max and not self.link.real:
+                client.log.error(f"nobody scanned {self._codes - 1} QR codes: giving up")
+                return client.stop()
+            path = client.settings.qrcode_path
+            client.papers.write(path, picture)
+            client.log.info(f"二维码已下载到本地[ {path} ] (QR code)")
+            client.log.info(f"等待{client.flavour.phone}扫描二维码... (waiting for a scan: {text})")
+            client.enter("scaning", error)
+            client.qrcode_text = text
+            client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
+                                         client.api_url("get_qrcode")])
+            self._cancel()
+            if not self.link.real:
+                self._plan("code", seconds, self._expire)
+
+    def _expire(self) -> None:
+        self._client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
+        self._workers.submit(self._attempt, self.link.renew)
 
     def _wait(self, error: str) -> None:
         """There is no login, and no code to scan; the state file says why."""
         client = self._client
-        if client.state == "stop" or (client.state, client.error) == ("scaning", error):
-            return
-        self._cancel()
-        self._known = False
-        client.papers.remove_qrcode()
-        client.log.warn(error)
-        client.enter("scaning", error)
+        with client.lock:
+            if client.state == "stop" or (client.state, client.error) == ("scaning", error):
+                return
+            self._cancel()
+            self._known = False
+            remove_file(client.settings.qrcode_path)
+            client.log.warn(error)
+            client.enter("scaning", error)
+
+    def _scanned(self) -> None:
+        client = self._client
+        with client.lock:
+            if client.state == "scaning":
+                client.log.info(f"{client.flavour.phone}扫码成功,请在手机上点击[登录]按钮... (scanned)")
+                client.enter("confirming")
 
     def _lost(self, error: str) -> None:
         """The link is down; what it does about that is its own affair."""
         client = self._client
-        if client.state == "stop":
-            return
-        client.log.warn(error)
-        if client.state in ("running", "updating"):
-            self._cancel()
-            client.enter("updating", error)
-        else:
-            client.enter("scaning" if client.state == "loading" else client.state, error)
-
-    def begin(self) -> None:
-        """Log in, by the cookie if there is one."""
-        cookie = self._client.papers.read_cookie()
-        self._work(self.link.login, str(cookie.get("cookie", "")),
-                   str(self._client.spool.mark or ""))
-
-    def anew(self) -> None:
-        """Drop the login, and begin with a new QR code."""
-        if self._client.state == "stop":
-            return
-        self._client.papers.remove_cookie()
-        self._codes = 0
-        self._known = False
-        self._cancel()
-        self._work(self._leave)
-
-    def _leave(self) -> None:
-        self.link.logout()
-        self._client.loop.call(self.begin)
-
-    def end(self) -> None:
-        """The client stops."""
-        self._cancel()
-        self.link.close()
-        if self._claim:
-            self._claim.drop()
-        if self.network:
-            self.network.stop()
-
-    def _cancel(self) -> None:
-        for timer in (self._timer, self._refresh, self._patience,
-                      *(listing.timer for listing in self._lists.values())):
-            if timer:
-                timer.cancel()
-        self._patience = None
-        self._turn += 1
-
-    def _work(self, function: Callable[..., None], *args: Any) -> None:
-        self._crew.submit(self._try, function, args)
-
-    def _try(self, function: Callable[..., None], args: Tuple[Any, ...]) -> None:
-        try:
-            function(*args)
-        except NotRunning:
-            pass  # we stop
-        except Exception as error:  # whatever a link does, it is tried again
-            self._client.loop.call(self._failed, str(error) or repr(error))
-
-    def _failed(self, error: str) -> None:
-        """Whatever step it was: begin again, the cookie makes it short."""
-        if self._client.state != "stop":
-            self._client.log.warn(f"logging in failed: {error}; trying again")
-            self._client.enter(self._client.state, error)
-            self._client.loop.later(backoff(self._tries, 30.0), self.begin)
-            self._tries += 1
-
-    def _show(self, text: str, seconds: float, error: str) -> None:
-        """A QR code: the file lies there before anybody hears of it."""
-        client = self._client
-        self._codes += 1
-        if client.state == "stop":
-            return
-        if self._codes > client.settings.qrcode_count_max and not self.link.real:
-            client.log.error(f"nobody scanned {self._codes - 1} QR codes: giving up")
-            return client.stop()
-        picture = qr_png(qr_matrix(text))
-        client.papers.write_qrcode(picture)
-        path = client.settings.qrcode_path
-        client.log.info(f"二维码已下载到本地[ {path} ] (QR code)")
-        client.log.info(f"等待{client.flavour.phone}扫描二维码... (waiting for a scan: {text})")
-        client.enter("scaning", error)
-        client.qrcode_text = text
-        client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
-                                     client.api_url("get_qrcode")])
-        self._cancel()
-        if not self.link.real:
-            self._timer = client.loop.later(seconds, self._expire)
-
-    def _expire(self) -> None:
-        self._client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
-        self._work(self.link.renew)
-
-    def _scanned(self) -> None:
-        if self._client.state == "scaning":
-            phone = self._client.flavour.phone
-            self._client.log.info(f"{phone}扫码成功,请在手机上点击[登录]按钮... (scanned)")
-            self._client.enter("confirming")
+        with client.lock:
+            if client.state == "stop":
+                return
+            client.log.warn(error)
+            state = {"running": "updating", "loading": "scaning"}.get(client.state, client.state)
+            if state == "updating":
+                self._cancel()
+            client.enter(state, error)
 
     def _confirmed(self, cookie: str, fresh: bool) -> None:
-        if self._client.state == "stop":
-            return
-        self._cancel()
-        self._codes = 0
-        self._client.papers.write_cookie(cookie)
-        self._client.enter("updating")
-        self._client.papers.remove_qrcode()
-        self._work(self._load, fresh, self._turn)
+        client = self._client
+        with client.lock:
+            if client.state == "stop":
+                return
+            self._cancel()
+            self._codes = 0
+            client.papers.write_cookie(cookie)
+            client.enter("updating")
+            remove_file(client.settings.qrcode_path)
+            self._workers.submit(self._attempt, self._load, fresh, self._turn)
 
     def _load(self, fresh: bool, turn: int) -> None:
-        before = self._client.roster.changes
-        self._client.loop.call(self._loaded, self.link.roster(), before, fresh, turn)
+        """In a worker: learn who the account is and whom it knows, then run.
 
-    def _loaded(self, row: Row, before: int, fresh: bool, turn: int) -> None:
-        """The roster is there, but perhaps for lists that the link tells apart from it.
-
-        The account runs once these are there too, and without them after LOOKUP_SECONDS.
+        Lists that the link tells apart may take long: it runs without them after LOOKUP_SECONDS.
         """
         client, roster = self._client, self._client.roster
-        if client.state != "updating" or turn != self._turn:
-            return
-        self._tries = 0
-        row["user"]["state"] = client.settings.mode
-        kinds = [kind for kind in self._kinds("is_init_") if kind in row]
-        asked = [kind for kind in self._kinds("is_init_") if kind not in row]
-        if roster.user.value("uid") not in (None, row["user"]["uid"]):
-            self._known = False  # another account is logged in at the bridge
-            client.talk.queue.give_up()
-            self._lists = {kind: Listing() for kind in self._lists}
-            if self._claim:
-                self._claim.drop()
-                self._claim = None
-            roster.load({"friend": [], "group": []}, ["friend", "group"], roster.changes)
-        if self._known and not fresh:
-            self._compare(row, before)
-            self._fresh = None
-        else:
-            roster.load(row, ["user", *kinds], before)
-            self._fresh = fresh
+        before = roster.changes
+        row = self.link.roster()
+        with client.lock:
+            if client.state != "updating" or turn != self._turn:
+                return
+            self._tries = 0
+            row["user"]["state"] = client.settings.mode
+            wanted = self._kinds("is_init_")
+            asked = [kind for kind in wanted if kind not in row]
+            if roster.user.value("uid") not in (None, row["user"]["uid"]):
+                self._forget_account()
+            news = fresh or not self._known
+            if news:
+                roster.load(row, ["user", *(kind for kind in wanted if kind in row)], before)
+                for kind in asked:
+                    self._lists[kind].loaded = self._lists[kind].good = False
+            else:
+                self._compare(row, before)
+            self._claim_account()
             for kind in asked:
-                self._lists[kind].loaded = self._lists[kind].good = False
-        self._claim_account()
-        for kind in asked:
-            self._ask(kind)
-        self._patience = client.loop.later(LOOKUP_SECONDS if asked else 0.0, self._run)
+                self._ask(kind)
+            if asked:
+                client.changed.wait_for(
+                    lambda: turn != self._turn or not any(
+                        listing.asking for listing in self._lists.values()), LOOKUP_SECONDS)
+            if client.state != "updating" or turn != self._turn:
+                return  # the link was lost meanwhile
+            if news:
+                self._report_update(["user", "friend", "group"])
+            client.enter("running")
+            if news:
+                client.log.info(f"帐号({client.account})登录成功 (logged in)")
+                client.emit("login", [int(fresh)])
+            self._known = True
+            self._plan_refresh()
+        self.link.ready()
 
-    def _run(self) -> None:
-        client = self._client
-        if client.state != "updating" or self._patience is None:
-            return  # the link was lost meanwhile
-        self._patience.cancel()
-        self._patience = None
-        fresh, self._fresh = self._fresh, None
-        if fresh is not None:
-            self._report_update(["user", "friend", "group"])
-        client.enter("running")
-        if fresh is not None:
-            client.log.info(f"帐号({client.account})登录成功 (logged in)")
-            client.emit("login", [int(fresh)])
-        self._known = True
-        self._work(self.link.ready)
-        self._plan_refresh()
+    def _forget_account(self) -> None:
+        """Another account is logged in at the bridge."""
+        self._known = False
+        self._client.talk.queue.give_up()
+        self._lists = {kind: Listing() for kind in self._lists}
+        if self._claim:
+            self._claim.drop()
+            self._claim = None
+        roster = self._client.roster
+        roster.load({"friend": [], "group": []}, ["friend", "group"], roster.changes)
 
     def _claim_account(self) -> None:
         """Two clients of one account hear and answer everything twice."""
@@ -10974,103 +10094,69 @@ class Login:
             client.warn("claim", "")
         except Refusal as refusal:
             client.warn("claim", f"{refusal.status}: both hear and answer the same; stop one")
-            if self._claiming:
-                self._claiming.cancel()
-            self._claiming = client.loop.later(LIST_SECONDS, self._claim_account)  # it may stop
+            self._plan("claim", LIST_SECONDS, self._claim_account)  # it may stop
 
-    # -- lists that the link tells apart from the roster
+    def end(self) -> None:
+        """The client stops."""
+        self._cancel()
+        self.link.close()
+        if self._claim:
+            self._claim.drop()
+        if self.network:
+            self.network.stop()
 
-    def _ask(self, kind: str) -> None:
-        """Ask the link for a list, unless that is under way."""
-        listing = self._lists[kind]
-        if listing.timer:
-            listing.timer.cancel()
-        if not listing.asking:
-            listing.asking, listing.began = True, self._client.loop.clock()
-            self._askers.submit(self._fetch, kind, listing, self._client.roster.changes)
+    def _plan(self, what: str, seconds: float, act: Callable[..., None], *args: Any) -> None:
+        """Have something done later, instead of what was planned under the same name."""
+        if what in self._plans:
+            self._plans[what].cancel()
+        self._plans[what] = self._client.timers.later(seconds, act, *args)
 
-    def _fetch(self, kind: str, listing: Listing, before: int) -> None:
-        rows, why = None, ""
-        try:
-            rows = self.link.list(kind)
-        except OpenQQError as error:
-            why = error.status
-        except Exception as error:  # whatever a link does, it is asked again
-            why = repr(error)
-        self._client.loop.call(self._listed, kind, listing, rows, why, before)
+    def _cancel(self) -> None:
+        """This login is over, or what it shows: nothing that was planned for it happens."""
+        for what, timer in self._plans.items():
+            if what != "claim":
+                timer.cancel()
+        self._turn += 1
+        self._client.changed.notify_all()
 
-    def _listed(self, kind: str, listing: Listing, rows: Optional[List[Row]], why: str,
-                before: int) -> None:
-        """A list came, or did not: what is known changes only by one that is believed."""
-        client, roster = self._client, self._client.roster
-        listing.asking = False
-        if client.state == "stop" or listing is not self._lists[kind]:
-            return  # the latter is of another account
-        wait = DOUBT_SECONDS / 4
-        if rows is None:
-            listing.failures += 1
-            wait = backoff(listing.failures + 1, LIST_SECONDS)
-            why = f"cannot be had: {why}"
-        else:
-            why = listing.doubt.about(roster.table(kind), [row["uid"] for row in rows],
-                                      client.loop.clock())
-        listing.good = not why
-        client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, and "
-                    "it is asked again")
-        if why or rows is None:
-            listing.timer = client.loop.later(wait, self._ask, kind)
-        elif listing.loaded:
-            self._compare({kind: rows}, before)
-        else:
-            roster.load({kind: rows}, [kind], before)
-            if client.state == "running":
-                self._report_update([kind])
-        listing.loaded = listing.loaded or not why
-        listing.failures = listing.failures if why else 0
-        waiting, listing.waiting = listing.waiting, []
-        for promise in waiting:
-            promise.keep()
-        if client.state == "updating" and not any(each.asking for each in self._lists.values()):
-            self._run()
-
-    def look_for(self, kind: str, uid: str) -> Optional[Thing]:
-        """Whom a message goes to that the roster lacks; None if there is nobody. From any thread.
-
-        While the list is doubted anybody may be meant; a good one may be of before.
-        """
-        client, listing = self._client, self._lists.get(kind)
-        if listing is None or not self.link.real or not number_of(uid):
-            return None
-        if kind == "group" and listing.good:
-            try:
-                row = self.link.find_group(uid)
-            except Unreachable:
-                return THINGS[kind]({"uid": uid, "id": uid, "name": uid})  # it does not say
-            if row:
-                client.loop.ask(client.talk.happen, {"event": "new_group", "object": row})
-        elif listing.good:
-            promise: Promise = client.loop.ask(self._ask_for_one, kind)
-            try:
-                promise.wait(DETAIL_SECONDS)
-            except TimeoutError:
-                listing.good = False  # until it comes
-        known: Optional[Thing] = client.roster.table(kind).get(uid)
-        stranger = THINGS[kind]({"uid": uid, "id": uid, "name": uid})
-        return known or (None if listing.good else stranger)
-
-    def _ask_for_one(self, kind: str) -> Promise:
-        promise, listing, loop = Promise(), self._lists[kind], self._client.loop
-        listing.waiting.append(promise)
-        wait = listing.began + LOGIN_SECONDS - loop.clock()
-        if wait > 0 and not listing.asking:
-            listing.timer = loop.later(wait, self._ask, kind)  # callers may come one by one
-        else:
-            self._ask(kind)
-        return promise
+    # -- what changes while it runs
 
     def _kinds(self, setting: str) -> List[str]:
         return [kind for kind in ("friend", "group", "discuss")
                 if getattr(self._client.settings, setting + kind)]
+
+    def _plan_refresh(self) -> None:
+        interval = self._client.settings.update_interval
+        if interval:
+            self._plan("refresh", max(1.0, interval), self._workers.submit, self._attempt,
+                       self._refresh)
+
+    def _refresh(self) -> None:
+        """In a worker: look at what is known, and have the lists asked for."""
+        client, before = self._client, self._client.roster.changes
+        row = self.link.roster()
+        with client.lock:
+            if client.state == "running":
+                row["user"]["state"] = client.settings.mode
+                self._compare(row, before)
+                self._claim_account()
+                for kind in self._kinds("is_update_"):
+                    if kind not in row:
+                        self._ask(kind)
+                self._plan_refresh()
+
+    def _compare(self, row: Row, before: int) -> None:
+        """Report what happened between the roster, when there had been `before` changes of it, and
+        what the link tells now of some kinds."""
+        client = self._client
+        kinds = [kind for kind in (["user"] if client.settings.is_update_user else [])
+                 + self._kinds("is_update_") if kind in row]
+        with client.batch():
+            for item in client.roster.differences(row, kinds, before):
+                client.talk.happen(item)
+            if "group" in kinds:
+                client.details.check(row["group"])
+            self._report_update(kinds)
 
     def _report_update(self, kinds: Iterable[str]) -> None:
         roster = self._client.roster
@@ -11080,42 +10166,93 @@ class Login:
             if kind in kinds:
                 self._client.emit("update_" + kind, [roster.to_json(kind, members=False)])
 
-    def _plan_refresh(self) -> None:
-        interval = self._client.settings.update_interval
-        if self._refresh:
-            self._refresh.cancel()  # a login may have come while one was under way
-        if interval:
-            self._refresh = self._client.loop.later(max(1.0, interval), self._work, self._update)
+    # -- lists that the link tells apart from the roster
 
-    def _update(self) -> None:
-        before = self._client.roster.changes
-        self._client.loop.call(self._updated, self.link.roster(), before)
+    def _keep(self, cookie: str) -> None:
+        self._client.papers.write_cookie(cookie)
+        with self._client.lock:
+            self._client.papers.write_state(self._client)  # which tells what the link counts
 
-    def _updated(self, row: Row, before: int) -> None:
-        if self._client.state == "running":
-            row["user"]["state"] = self._client.settings.mode
-            self._compare(row, before)
-            self._claim_account()
-            for kind in self._kinds("is_update_"):
-                if kind not in row:
-                    self._ask(kind)
-            self._plan_refresh()
+    def is_certain(self, kind: str) -> bool:
+        """Whether who is not on the list is new: it is good, or not wanted at all."""
+        wanted = kind in self._kinds("is_init_")
+        return not self.link.real or self._lists[kind].good or not wanted
 
-    def _compare(self, row: Row, before: int) -> None:
-        """Report what happened between the roster, when there had been `before` changes of it, and
-        what the link tells now of some kinds."""
-        client = self._client
-        kinds = [kind for kind in (["user"] if client.settings.is_update_user else [])
-                 + self._kinds("is_update_") if kind in row]
-        for item in client.roster.differences(row, kinds, before):
-            client.talk.happen(item)
-        if "group" in kinds:
-            client.details.check(row["group"])
-        self._report_update(kinds)
+    def _ask(self, kind: str) -> None:
+        """Have the link asked for a list now, unless that is under way."""
+        listing = self._lists[kind]
+        if kind in self._plans:
+            self._plans[kind].cancel()
+        if not listing.asking:
+            listing.asking, listing.began = True, self._client.timers.clock()
+            self._askers.submit(self._fetch, kind, listing)
+
+    def _fetch(self, kind: str, listing: Listing) -> None:
+        """In a worker: ask for a list. What is known changes only by one that is believed."""
+        client, roster = self._client, self._client.roster
+        before = roster.changes
+        rows: Optional[List[Row]] = None
+        try:
+            rows = self.link.list(kind)
+        except Exception as error:  # whatever a link does, it is asked again
+            why = f"cannot be had: {getattr(error, 'status', repr(error))}"
+        with client.lock:
+            listing.asking = False
+            if client.state == "stop" or listing is not self._lists[kind]:
+                return  # the latter is of another account
+            wait = DOUBT_SECONDS / 4
+            if rows is None:
+                listing.failures += 1
+                wait = backoff(listing.failures + 1, LIST_SECONDS)
+            else:
+                why = listing.doubt.about(roster.table(kind), [row["uid"] for row in rows])
+            listing.good = not why
+            client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, "
+                        "and it is asked again")
+            if why or rows is None:
+                self._plan(kind, wait, self._ask, kind)
+            else:
+                if listing.loaded:
+                    self._compare({kind: rows}, before)
+                else:
+                    roster.load({kind: rows}, [kind], before)
+                    if client.state == "running":
+                        self._report_update([kind])
+                listing.loaded, listing.failures = True, 0
+            listing.answers += 1
+            client.changed.notify_all()
+
+    def look_for(self, kind: str, uid: str) -> Optional[Thing]:
+        """Whom a message goes to that the roster lacks; None if there is nobody. From any thread.
+
+        While the list is doubted anybody may be meant; a good one may be of before.
+        """
+        client, listing = self._client, self._lists.get(kind)
+        if listing is None or not self.link.real or not number_of(uid):
+            return None
+        stranger = THINGS[kind]({"uid": uid, "id": uid, "name": uid})
+        if kind == "group" and listing.good:
+            try:
+                row = self.link.find_group(uid)
+            except Unreachable:
+                return stranger  # it does not say
+            if row:
+                with client.lock:
+                    client.talk.happen({"event": "new_group", "object": row})
+        elif listing.good:
+            with client.lock:
+                answers = listing.answers
+                if not listing.asking:  # not for each: callers may come one by one
+                    wait = listing.began + LOGIN_SECONDS - client.timers.clock()
+                    self._plan(kind, max(0.0, wait), self._ask, kind)
+                if not client.changed.wait_for(lambda: listing.answers != answers, DETAIL_SECONDS):
+                    listing.good = False  # until it comes
+        known: Optional[Thing] = client.roster.table(kind).get(uid)
+        return known or (None if listing.good else stranger)
 
 
 class Composer:
-    """Makes messages, as they are reported, of what comes and goes. In its client's loop."""
+    """Makes messages, as they are reported, of what comes and goes. With the client's lock held."""
 
     def __init__(self, client: Client, answer: Callable[[Message, str], None]) -> None:
         self._client, self._answer = client, answer
@@ -11181,12 +10318,12 @@ class Composer:
     def keep_media(self, message: Message, media: Row) -> None:
         """Put a picture that came on the shelf, and tell of it."""
         data, name = base64.b64decode(media["data"]), str(media["name"])
-        try:
-            keep = self._client.settings.download_media
-            row = self._client.papers.shelf.put(data, name) if keep else unkept_media(data, name)
-        except OSError as error:
-            self._client.log.warn(f"a picture could not be kept: {error}")
-            row = unkept_media(data, name)
+        row = unkept_media(data, name)
+        if self._client.settings.download_media:
+            try:
+                row = self._client.papers.shelf.put(data, name)
+            except OSError as error:
+                self._client.log.warn(f"a picture could not be kept: {error}")
         self.add_media(message, row, media["data"])
 
     def show_links(self, message: Message, item: Row) -> None:
@@ -11198,36 +10335,35 @@ class Composer:
 
 
 class Talk:
-    """What an account says and hears. In its client's loop."""
+    """What an account says and hears."""
 
-    def __init__(self, client: Client, link: Link) -> None:
-        self._client, self._link = client, link
+    def __init__(self, client: Client) -> None:
+        self._client, self._link = client, client.link
         self._composer = Composer(client, self._answer)
         settings, interval = client.settings, client.settings.send_interval
-        self.queue = SendQueue(client.loop, link.send,
-                               link.send_interval if interval is None else interval, link.batch,
-                               settings.msg_ttl, self._sent, self._release, client.log)
-        self._held: List[Tuple[List[Row], Promise]] = []  # what came while a send was under way
-        self._own: List[Row] = []                         # what the account itself sent, meanwhile
-        self._own_timer: Optional[Timer] = None           # when it is told all the same
+        self.queue = SendQueue(
+            client.lock, self._link.send,
+            self._link.send_interval if interval is None else interval, self._link.batch,
+            settings.msg_ttl, self._sent, client.log)
         self._ids = MessageIds()
-        self._expected: Dict[str, List[Promise]] = {}  # friend's uid -> who waits for its word
-        self._founded: Dict[str, List[Promise]] = {}   # group's uid -> who waits for it
-        self.numbers: Dict[str, Any] = {}  # id of a message -> the link's number for it
-        self._answered_later: List[Tuple[str, Promise, Message]] = []  # mark, who waits, for what
+        self.numbers: Dict[str, Any] = {}         # id of a message -> the link's number for it
+        self._own: List[Row] = []                 # what we sent, it seems, while a send was under way
+        self._own_timer: Optional[Timer] = None   # when it is told all the same
+        self._answered: List[Tuple[str, Job]] = []  # sent, and answered by the item of a mark to come
+        self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
+        self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
+
+    # -- saying
 
     def is_full(self) -> bool:
         """Whether so many messages wait that no more are taken."""
-        return bool(self.queue.waiting() >= self._client.settings.send_queue_max_size)
+        return self.queue.waiting() >= int(self._client.settings.send_queue_max_size)
 
-    def put(self, type: str, content: str, uid: Optional[str], circle: str, origin: str,
-            via: str, media: Optional[Row], cq: bool, promise: Promise) -> None:
+    def send(self, type: str, content: str, uid: Optional[str], circle: str, origin: str,
+             via: str, media: Optional[Row], cq: bool) -> Future[Message]:
         """Make a message and queue it; `media` is a row of the shelf, or None."""
-        if self._client.state != "running":
-            return promise.fail(NotRunning(state=self._client.state))
+        client, future = self._client, Future()  # type: Client, Future[Message]
         kind = CIRCLE_OF.get(type, via)
-        message = self._composer.compose(type, kind, circle, content, str(self._ids.next()))
-        self._composer.own(message, uid, origin, "local", str(int(time.time())))
         row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None,
                     "cq": cq}
         if media:
@@ -11235,25 +10371,55 @@ class Talk:
                 read_file(media["media_path"] or "") or b"").decode()
             row["media"] = {"name": media["media_name"], "mime": media["media_mime"], "data": data,
                             "url": media.get("url"), "path": media.get("path")}
-            self._composer.add_media(message, media, data)
-        job = Job(message, row, promise)
-        if is_sendable(message.content):
-            self.queue.put(job)
-        else:
-            self._sent(job, {"code": -1, "info": "数据格式错误"})
+        with client.lock:
+            if client.state != "running":
+                future.set_exception(NotRunning(state=client.state))
+                return future
+            message = self._composer.compose(type, kind, circle, content, str(self._ids.next()))
+            self._composer.own(message, uid, origin, "local", str(int(time.time())))
+            if media:
+                self._composer.add_media(message, media, data)
+            job = Job(message, row, future)
+            if is_sendable(message.content):
+                self.queue.put(job)
+            else:
+                self._sent([(job, {"code": -1, "info": "数据格式错误"})])
+        return future
 
-    def _sent(self, job: Job, result: Row) -> None:
-        """Whoever waits for the outcome hears of it when what was answered on the spot is there."""
-        message, loop = job.message, self._client.loop
-        self._number(message.id, result.get("number", 0))
-        message.ttl -= job.tries
-        self._tell_outcome(message, result, "")
-        mark = result.get("mark", "")
-        if mark and not self._is_old(mark):
-            self._answered_later.append((mark, job.promise, message))
-            loop.later(ECHO_SECONDS, job.promise.keep, message)
-        else:
-            loop.call(job.promise.keep, message)  # after the flush that emit asked for
+    def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None) -> None:
+        """Send text, or media, to where a message, as it was reported, came from or went to."""
+        if self.is_full():
+            return self._client.log.warn("send queue full: a reply is not sent")
+        uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
+        kind = CIRCLE_OF.get(row["type"], str(row.get("via") or ""))
+        circle = str(row["group_uid"]) if kind == "group" else ""
+        if kind == "discuss":  # shows no uid, and its id changes with a scan
+            found = self._client.roster.search(kind, {"id": str(row["discuss_id"])})
+            circle = str(found[0].uid) if found else ""
+        alone = row["type"] in ("friend_message", "sess_message")
+        self.send(row["type"], text, str(uid) if alone else None, circle, origin,
+                  kind if alone else "", media, False)
+
+    def _answer(self, message: Message, text: str) -> None:
+        self.reply(message.to_json({}), text, "code")
+
+    def _sent(self, outcomes: List[Tuple[Job, Row]]) -> None:
+        """Report what became of messages. Who waits for it hears of it when what was answered on
+        the spot is there too, and everything has survived."""
+        with self._client.batch():
+            for job, result in outcomes:
+                self._number(job.message.id, result.get("number", 0))
+                job.message.ttl -= job.tries
+                self._tell_outcome(job.message, result, "")
+            if not self.queue.busy:
+                self._tell_own()
+        for job, result in outcomes:
+            mark = result.get("mark", "")
+            if mark and not self._is_old(mark):
+                self._answered.append((mark, job))
+                self._client.timers.later(ECHO_SECONDS, settle, job.future, job.message)
+            else:
+                settle(job.future, job.message)
 
     def _number(self, id: str, number: Any) -> None:
         """Keep what a message is revoked by."""
@@ -11267,6 +10433,92 @@ class Talk:
         message.msg = flavour.sent["status"] if message.code == 0 else flavour.not_sent
         self._client.emit_message(message, mark)
 
+    # -- hearing
+
+    def receive(self, items: List[Row]) -> str:
+        """Take over what a link brought; the mark of what is safe on disk then. NotRunning.
+
+        While a send is under way it waits for that: nobody is to hear the echo before the call.
+        """
+        client, queue = self._client, self.queue
+        with client.lock:
+            if queue.busy:  # it may be what we are sending: the answer tells its number
+                own = [item for item in items if item["do"] == "sent"]
+                items = [item for item in items if item["do"] != "sent"]
+                if own and not self._own:
+                    self._own_timer = client.timers.later(BRIDGE_SECONDS, self._tell_own)
+                self._own += own
+                if self._link.echoes:
+                    began = queue.began
+                    left = began + ECHO_SECONDS - client.timers.clock()
+                    queue.changed.wait_for(lambda: not queue.busy or queue.began != began,
+                                           max(0.0, left))
+            if client.ended:
+                raise NotRunning("stopping")
+            with client.batch():
+                for item in items:
+                    if not self._is_old(item["mark"]):
+                        try:
+                            self._take(item, item["mark"])
+                        except Exception:  # one that cannot be understood must not stop all others
+                            client.log.failure("an item of the link")
+                            client.spool.advance(item["mark"])
+            for mark, job in self._answered:
+                if self._is_old(mark):
+                    settle(job.future, job.message)
+            self._answered = [entry for entry in self._answered if not entry[1].future.done()]
+            return str(client.spool.mark)
+
+    def _is_old(self, mark: str) -> bool:
+        """Whether it came before: our answer to that was lost with a connection."""
+        era, _, number = mark.partition(":")
+        old_era, _, old_number = str(self._client.spool.mark or "").partition(":")
+        return era == old_era and int(number) <= int(old_number)
+
+    def _take(self, item: Row, mark: str) -> None:
+        if item["do"] == "message":
+            self._hear(item, mark)
+        elif item["do"] == "sent":
+            self._hear_own(item, mark)
+        elif not self.happen(item, mark):
+            self._client.spool.advance(mark)
+
+    def _hear(self, item: Row, mark: str) -> None:
+        """A message came: report it."""
+        client, composer = self._client, self._composer
+        kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
+        message = composer.compose(item["type"], kind, str(item.get(kind)), item["content"],
+                                   item["id"], item.get("group_name") or "")
+        thing = composer.find(item["uid"], message.circle)
+        if thing is None and "sender" in item and (
+                message.circle and not message.circle.loaded or not client.is_certain("friend")):
+            thing = (GroupMember if message.circle else Friend)(item["sender"])
+        if thing is None and client.settings.ignore_unknown_id:
+            return client.spool.advance(mark)
+        if not kind or item["type"] == "sess_message":
+            message.peer_uid = item["uid"]
+        message.__dict__.update({"class": "recv", "post_type": "receive_message",
+                                 "time": item["time"]})
+        composer.name(message, "receiver", client.roster.user, {})
+        composer.name(message, "sender", thing, {**item, "id": item.get("sender_id")})
+        if item.get("media"):
+            composer.keep_media(message, item["media"])
+        if "number" in item:
+            self._number(message.id, item["number"])
+        composer.show_links(message, item)
+        for future in self._expected.pop(item["uid"], []) if not kind else []:
+            settle(future, message.content)
+        client.emit_message(message, mark)
+
+    def _tell_own(self) -> None:
+        """What came while a send was under way, and may be that."""
+        if self._own_timer:
+            self._own_timer.cancel()
+        own, self._own = self._own, []
+        with self._client.batch():
+            for item in own:
+                self._hear_own(item, "")
+
     def _hear_own(self, item: Row, mark: str) -> None:
         """The account sent something, from another device unless it was we."""
         if item["number"] is not None and str(item["number"]) in map(str, self.numbers.values()):
@@ -11279,130 +10531,6 @@ class Talk:
         self._number(message.id, item["number"])
         self._tell_outcome(message, {"code": 0, "info": "发送正常"}, mark)
 
-    def _answer_those_who_wait(self) -> None:
-        waiting, self._answered_later = self._answered_later, []
-        for mark, promise, message in waiting:
-            if self._is_old(mark):
-                promise.keep(message)
-            elif not promise.kept:
-                self._answered_later.append((mark, promise, message))
-
-    def _hear(self, item: Row, mark: str) -> None:
-        """A message came: report it."""
-        kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
-        message = self._composer.compose(item["type"], kind, str(item.get(kind)), item["content"],
-                                         item["id"], item.get("group_name") or "")
-        thing = self._composer.find(item["uid"], message.circle)
-        if thing is None and "sender" in item and (
-                message.circle and not message.circle.loaded or not self._client.is_certain(
-                    "friend")):
-            thing = (GroupMember if message.circle else Friend)(item["sender"])
-        if thing is None and self._client.settings.ignore_unknown_id:
-            return self._client.spool.advance(mark)
-        if not kind or item["type"] == "sess_message":
-            message.peer_uid = item["uid"]
-        message.__dict__.update({"class": "recv", "post_type": "receive_message",
-                                 "time": item["time"]})
-        self._composer.name(message, "receiver", self._client.roster.user, {})
-        self._composer.name(message, "sender", thing, {**item, "id": item.get("sender_id")})
-        if item.get("media"):
-            self._composer.keep_media(message, item["media"])
-        if "number" in item:
-            self._number(message.id, item["number"])
-        self._composer.show_links(message, item)
-        for promise in self._expected.pop(item["uid"], []) if not kind else []:
-            promise.keep(message.content)
-        self._client.emit_message(message, mark)
-
-    def expect_group(self, uid: str) -> Promise:
-        """A group that was just founded, once the roster has it."""
-        promise = Promise()
-        self._client.loop.call(self._meet_group, uid, promise)
-        return promise
-
-    def _meet_group(self, uid: str, promise: Promise) -> None:
-        group = self._client.roster.group.get(uid)
-        if group:
-            promise.keep(group)
-        else:
-            self._founded.setdefault(uid, []).append(promise)
-
-    def expect(self, uid: str) -> Promise:
-        """What the next message from a friend says."""
-        promise = Promise()
-        self._client.loop.call(lambda: self._expected.setdefault(uid, []).append(promise))
-        return promise
-
-    def expect_no_more(self, uid: str, promise: Promise) -> None:
-        """One of those who expect() a friend's word gives up."""
-        self._client.loop.call(self._give_up, uid, promise)
-
-    def _give_up(self, uid: str, promise: Promise) -> None:
-        left = [other for other in self._expected.pop(uid, []) if other is not promise]
-        if left:
-            self._expected[uid] = left
-
-    def receive(self, items: List[Row]) -> Promise:
-        """Take over what a link brought; brings the mark of what is safe on disk then.
-
-        While a send is under way it waits for that: nobody is to hear the echo before the call.
-        """
-        promise = Promise()
-        if self.queue.busy:  # it may be what we are sending: the answer tells its number
-            own = [item for item in items if item["do"] == "sent"]
-            items = [item for item in items if item["do"] != "sent"]
-            if own and not self._own:
-                self._own_timer = self._client.loop.later(BRIDGE_SECONDS, self._tell_own)
-            self._own += own
-        self._held.append((items, promise))
-        left = self.queue.began + ECHO_SECONDS - self._client.loop.clock()
-        if self.queue.busy and self._link.echoes and left > 0:
-            self._client.loop.later(left, self._release)
-        else:
-            self._release()
-        return promise
-
-    def _tell_own(self) -> None:
-        if self._own_timer:
-            self._own_timer.cancel()
-        own, self._own = self._own, []
-        for item in own:
-            self._hear_own(item, "")
-        self._client.flush()
-
-    def _release(self) -> None:
-        if self._own and not self.queue.busy:
-            self._tell_own()
-        held, self._held = self._held, []
-        for items, promise in held:
-            promise.keep(self._take(items))
-
-    def _take(self, items: List[Row]) -> str:
-        for item in items:
-            if not self._is_old(item["mark"]):
-                try:
-                    self._take_one(item, item["mark"])
-                except Exception:  # one that cannot be understood must not stop all others
-                    self._client.log.failure("an item of the link")
-                    self._client.spool.advance(item["mark"])
-        self._client.flush()
-        self._answer_those_who_wait()
-        return str(self._client.spool.mark)
-
-    def _take_one(self, item: Row, mark: str) -> None:
-        if item["do"] == "message":
-            self._hear(item, mark)
-        elif item["do"] == "sent":
-            self._hear_own(item, mark)
-        elif not self.happen(item, mark):
-            self._client.spool.advance(mark)
-
-    def _is_old(self, mark: str) -> bool:
-        """Whether it came before: our answer to that was lost with a connection."""
-        era, _, number = mark.partition(":")
-        old_era, _, old_number = str(self._client.spool.mark or "").partition(":")
-        return era == old_era and int(number) <= int(old_number)
-
     def happen(self, item: Row, mark: str = "") -> bool:
         """Let an event of the link change the roster, and report it; False if it is void."""
         found = self._client.roster.apply(item)
@@ -11410,36 +10538,41 @@ class Talk:
             return False
         if found:
             self._client.emit(*found, mark, item.get("time"))
-            for promise in self._founded.pop(item.get("object", {}).get("uid"), []):
-                promise.keep(found[1][0])
+            for future in self._founded.pop(item.get("object", {}).get("uid"), []):
+                settle(future, found[1][0])
         return found is not None
 
-    def _answer(self, message: Message, text: str) -> None:
-        self.reply(message.to_json({}), text, "code")
+    def expect_group(self, uid: str) -> Future[Group]:
+        """A group that was just founded, once the roster has it."""
+        future: Future[Group] = Future()
+        with self._client.lock:
+            group = self._client.roster.group.get(uid)
+            if group:
+                settle(future, group)
+            else:
+                self._founded.setdefault(uid, []).append(future)
+        return future
 
-    def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None) -> None:
-        """Send text, or media, to where a message, as it was reported, came from or went to."""
-        if self.is_full():
-            return self._client.log.warn("send queue full: a reply is not sent")
-        uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
-        kind = CIRCLE_OF.get(row["type"], str(row.get("via") or ""))
-        alone = row["type"] in ("friend_message", "sess_message")
-        self._client.send(row["type"], text, str(uid) if alone else None,
-                          self._circle_uid(kind, row), origin, kind if alone else "", media)
+    def expect(self, uid: str) -> Future[str]:
+        """What the next message from a friend says."""
+        future: Future[str] = Future()
+        with self._client.lock:
+            self._expected.setdefault(uid, []).append(future)
+        return future
 
-    def _circle_uid(self, kind: str, row: Row) -> str:
-        if kind == "discuss":  # shows no uid, and its id changes with a scan
-            found = self._client.roster.search(kind, {"id": str(row["discuss_id"])})
-            return str(found[0].uid) if found else ""
-        return str(row["group_uid"]) if kind else ""
+    def expect_no_more(self, uid: str, future: Future[str]) -> None:
+        """One of those who expect() a friend's word gives up."""
+        with self._client.lock:
+            left = [other for other in self._expected.pop(uid, []) if other is not future]
+            if left:
+                self._expected[uid] = left
 
 
 class Client:
     """One account: its states, its roster, its messages. The public face is that of Mojo::Webqq.
 
-    Settings are given as keyword arguments, else taken from the environment. run() works in the
-    thread that calls it, which owns the state; the other methods may be called from anywhere.
-    Refusal if it cannot start.
+    Settings are given as keyword arguments, else taken from the environment. run() keeps the thread
+    that calls it; the methods may be called from anywhere. Refusal if it cannot start.
     """
 
     def __init__(self, **given: Any) -> None:
@@ -11460,21 +10593,30 @@ class Client:
             remove_leftovers(path)
         self.papers.share_secrets()
         self.start_time = int(time.time())
-        self.loop = Loop(self.log)
+        # The lock guards everything that changes from here on, and so all of the roster, the
+        # queues, the spool, the outlets' reporters, and what Login, Details and Talk know.
+        # Nobody who holds it waits for a network, or calls into the local one.
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)  # a list came, members, an event was posted
+        self.timers = self.loop = Timers(self.lock, self.log)
         self.state = self.previous_state = self.error = self.qrcode_text = ""
         self.warnings: Dict[str, str] = {}           # what about -> what does not stop the account
         self.since = 0.0                             # in this state
         self.port = 0                                # of the API, once it is there
-        self.roster = Roster(self.flavour.fields)
+        self.ended = False
+        self.roster = Roster(self.flavour.fields, self.lock)
         self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log, bulk_of)
         self.outlets: List[Outlet] = []
         self.plugins: List[Plugin] = []
         self.closing: List[Callable[[], Any]] = []  # the plugins' ends; True: wait a moment
         self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
         self._crew = ThreadPool(1, "callbacks", self.log)
+        self._batches = 0                            # batch() within batch()
         self._login = Login(self)
-        self.talk = Talk(self, self._login.link)
+        self.link = self._login.link
+        self.look_for, self.is_certain = self._login.look_for, self._login.is_certain
         self.details = Details(self)
+        self.talk = Talk(self)
         self.enter("init")
 
     # -- the public face
@@ -11495,7 +10637,7 @@ class Client:
             plugin.data, plugin.call_on_load = data or {}, call_on_load
             self.plugins.append(plugin)
             if call_on_load:
-                self.loop.catch_signals(self._signalled)  # it may serve from now on
+                self.timers.catch_signals(self._signalled)  # it may serve from now on
                 self._call_plugin(plugin)
 
     def _call_plugin(self, plugin: Plugin) -> None:
@@ -11507,15 +10649,17 @@ class Client:
 
     def run(self) -> int:
         """Log in and work until somebody says stop; the process's exit status."""
-        self.loop.catch_signals(self._signalled)
+        self.timers.catch_signals(self._signalled)
         if self.parent:
-            self.loop.watch(self.parent.life, self._orphaned)
-        self.enter("loading")
+            self.timers.watch(self.parent.life, self._orphaned)
+        with self.lock:
+            if self.state != "stop":
+                self.enter("loading")
         for plugin in sorted(self.plugins, key=lambda plugin: -plugin.priority):
             if not plugin.call_on_load:
                 self._call_plugin(plugin)
-        self.loop.call(self._begin)
-        self.loop.run()
+        self.timers.later(0.0, self._begin)  # a signal may come first
+        self.timers.run()
         return 0
 
     def take_listener(self) -> Optional[socket.socket]:
@@ -11531,53 +10675,47 @@ class Client:
 
     def stop(self) -> None:
         """End cleanly: report it, give the queue a moment, remove pid and QR code."""
-        self.loop.call(self._stop)
+        with self.lock:
+            if self.state == "stop":
+                return
+            self.log.info("客户端停止运行 (stopping)")
+            self.enter("stop")
+            unsent = self.talk.queue.give_up()
+            if unsent:
+                self.log.warn(f"{unsent} message(s) waited to be sent, and were not")
+            self.emit("stop", [])
+            spawn(self._wind_up, name="stop")
 
     def relogin(self) -> None:
         """Drop the login and ask to be scanned anew."""
-        self.loop.call(self._login.anew)
+        self._login.anew()
 
     def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
              origin: str = "api", via: str = "", media: Optional[Row] = None,
-             cq: bool = False) -> Promise:
+             cq: bool = False) -> Future[Message]:
         """Queue a message to a uid, or to a group or discuss (`circle`, its uid).
 
         `type` is a message's type, `via` group or discuss for a sess_message, `media` a row of the
-        client's shelf; with `cq` a bridge reads CQ codes in `content`. The promise brings the
+        client's shelf; with `cq` a bridge reads CQ codes in `content`. The future brings the
         Message, with code, info and msg set.
         """
-        promise = Promise()
-        self.loop.call(self.talk.put, type, content, uid, circle, origin, via, media, cq, promise)
-        return promise
+        return self.talk.send(type, content, uid, circle, origin, via, media, cq)
 
-    def send_friend_message(self, friend: Friend, content: str) -> Promise:
+    def send_friend_message(self, friend: Friend, content: str) -> Future[Message]:
         """Queue a message to a friend."""
         return self.send("friend_message", content, friend.uid, origin="code")
 
-    def send_group_message(self, group: Group, content: str) -> Promise:
+    def send_group_message(self, group: Group, content: str) -> Future[Message]:
         """Queue a message to a group."""
         return self.send("group_message", content, circle=group.uid, origin="code")
 
-    def send_discuss_message(self, discuss: Discuss, content: str) -> Promise:
+    def send_discuss_message(self, discuss: Discuss, content: str) -> Future[Message]:
         """Queue a message to a discuss."""
         return self.send("discuss_message", content, circle=discuss.uid, origin="code")
 
-    def send_sess_message(self, member: Thing, circle: Circle, content: str) -> Promise:
+    def send_sess_message(self, member: Thing, circle: Circle, content: str) -> Future[Message]:
         """Queue a temporary session's message to a member of a group or discuss."""
         return self.send("sess_message", content, member.uid, circle.uid, "code", circle.kind)
-
-    @property
-    def link(self) -> Link:
-        """The account's link."""
-        return self._login.link
-
-    def look_for(self, kind: str, uid: str) -> Optional[Thing]:
-        """A friend or group that the roster lacks and a message may go to, or None."""
-        return self._login.look_for(kind, uid)
-
-    def is_certain(self, kind: str) -> bool:
-        """Whether who is not on the list of friends, or of groups, is none."""
-        return self._login.is_certain(kind)
 
     def public_url(self) -> str:
         """How this server is reached from outside, or its controller."""
@@ -11590,14 +10728,13 @@ class Client:
         query = "?" + urllib.parse.urlencode(params) if params else ""
         return f"{self.public_url()}{self.flavour.prefix}{api}{query}"
 
-    # -- the state, in the loop's thread
+    # -- the state, with the lock held
 
     def _begin(self) -> None:
-        if self.state == "stop":
-            return  # a signal came first
-        for outlet in self.outlets:
-            outlet.start()
-        self._login.begin()
+        if self.state != "stop":
+            for outlet in self.outlets:
+                outlet.start()
+            self._login.begin()
 
     def enter(self, state: str, error: str = "") -> None:
         """The one door for a change of state: the file first, then everybody hears of it."""
@@ -11626,45 +10763,6 @@ class Client:
             del self.warnings[about]
         self.papers.write_state(self)
 
-    def _stop(self) -> None:
-        if self.state == "stop":
-            return
-        self.log.info("客户端停止运行 (stopping)")
-        self.enter("stop")
-        unsent = self.talk.queue.give_up()
-        if unsent:
-            self.log.warn(f"{unsent} message(s) waited to be sent, and were not")
-        self.emit("stop", [])
-        self.loop.later(STOP_SECONDS, self._hold)
-        waiting = [outlet for outlet in self.outlets if outlet.waiting()]
-        for outlet in waiting:
-            outlet.drain(self._drained)
-        if not waiting:
-            self._end()
-
-    def _drained(self) -> None:
-        if not any(outlet.waiting() for outlet in self.outlets):
-            self._end()
-
-    def _hold(self) -> None:
-        """The rest waits for the next start; what was sent and not answered would come twice."""
-        self.loop.later(LAND_SECONDS, self._end)
-        for outlet in self.outlets:
-            outlet.hold(self._landed)
-
-    def _landed(self) -> None:
-        if not any(outlet.flying() for outlet in self.outlets):
-            self._end()
-
-    def _end(self) -> None:
-        closing, self.closing = self.closing, []
-        busy = [close() for close in closing]
-        self._login.end()
-        self.spool.close()
-        self.papers.remove_qrcode()
-        self.papers.pid.drop()
-        self.loop.later(READ_SECONDS if any(busy) else 0.0, self.loop.stop)
-
     def _signalled(self, number: int) -> None:
         name = signal.Signals(number).name
         if number == signal.SIGINT and not os.isatty(0):
@@ -11673,17 +10771,61 @@ class Client:
             self._end()  # a second one hurries
         else:
             self.log.info(f"捕获到停止信号[{name[3:]}],准备停止... (signal)")
-            self._stop()
+            self.stop()
 
     def _orphaned(self) -> None:
         parent = self.parent
         if parent and has_ended(parent.life):
-            self.loop.unwatch(parent.life)
+            self.timers.unwatch(parent.life)
             self.parent = None
             self.log.warn("the controller is gone: stopping")
-            self._stop()
+            self.stop()
 
-    # -- events, in the loop's thread
+    def _wind_up(self) -> None:
+        """In a thread of its own: what waits to be posted gets a moment, and after it what is on
+        its way: sent and not answered it would come twice. The rest waits for the next start."""
+        with self.lock:
+            for outlet in self.outlets:
+                if outlet.waiting():
+                    outlet.drain(self.changed.notify_all)
+            self.changed.wait_for(lambda: self.ended or not any(
+                outlet.waiting() for outlet in self.outlets), STOP_SECONDS)
+            for outlet in self.outlets:
+                outlet.hold(self.changed.notify_all)
+            self.changed.wait_for(lambda: self.ended or not any(
+                outlet.flying() for outlet in self.outlets), LAND_SECONDS)
+            self._end()
+
+    def _end(self) -> None:
+        if self.ended:
+            return
+        self.ended = True
+        busy = [close() for close in self.closing]
+        self._login.end()
+        self.spool.close()
+        remove_file(self.settings.qrcode_path)
+        self.papers.pid.drop()
+        self.changed.notify_all()
+        self.timers.later(READ_SECONDS if any(busy) else 0.0, self.timers.stop)
+
+    # -- events, with the lock held
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """What is reported within it goes on its way at its end, all at once."""
+        self._batches += 1
+        try:
+            yield
+        finally:
+            self._batches -= 1
+            self._flush()
+
+    def _flush(self) -> None:
+        """Let what was reported survive, and only then go on its way."""
+        if not self._batches:
+            self.spool.flush()
+            for outlet in self.outlets:
+                outlet.flush()
 
     def emit(self, event: str, params: List[Any], mark: str = "",
              when: Optional[str] = None) -> None:
@@ -11706,13 +10848,7 @@ class Client:
             self.spool.advance(mark)
         for callback in self._callbacks.get(event, []):
             self._crew.submit(self._call_back, event, callback, args)
-        self.loop.call(self.flush)
-
-    def flush(self) -> None:
-        """Let what was reported survive, then go on its way."""
-        self.spool.flush()
-        for outlet in self.outlets:
-            outlet.flush()
+        self._flush()
 
     def _call_back(self, event: str, callback: Callable[..., Any], args: List[Any]) -> None:
         try:
@@ -11727,27 +10863,22 @@ class Client:
 
 def show_msg(client: Client, data: Row) -> None:
     """ShowMsg: every message in the log, in the form that tools parse (CONTRACT 9)."""
-    client.on("receive_message", _show_message)
-    client.on("send_message", _show_message)
+    def write(client: Client, message: Message) -> None:
+        kind = message.type if message.value("via") != "discuss" else message.type + "/discuss"
+        fields = message.to_json({})
+        circle = fields.get("group") or fields.get("discuss")
+        if fields["class"] == "send":
+            who = f"我->{fields.get('receiver') or circle} : "
+            failed = "" if message.code == 0 else f"[{message.msg}({message.info})]"
+        else:
+            thing = message.sender_thing
+            category = thing.value("category") or "我的好友" if thing else "陌生人"
+            who, failed = f"{message.sender}|{circle or category} : ", ""
+        who = CONTROLS.sub(" ", who).replace("\n", " ")
+        client.log.msg(client.flavour.titles[kind], who, message.content + failed)
 
-
-def _show_message(client: Client, message: Message) -> None:
-    kind = message.type if message.value("via") != "discuss" else message.type + "/discuss"
-    fields = message.to_json({})
-    circle = fields.get("group") or fields.get("discuss")
-    if fields["class"] == "send":
-        who = f"我->{fields.get('receiver') or circle} : "
-        failed = "" if message.code == 0 else f"[{message.msg}({message.info})]"
-    else:
-        thing = message.sender_thing
-        category = thing.value("category") or "我的好友" if thing else "陌生人"
-        who, failed = f"{message.sender}|{circle or category} : ", ""
-    client.log.msg(client.flavour.titles[kind], one_line(who), message.content + failed)
-
-
-def one_line(text: str) -> str:
-    """A name as one line of a log."""
-    return CONTROLS.sub(" ", text).replace("\n", " ")
+    client.on("receive_message", write)
+    client.on("send_message", write)
 
 
 def upload_qrcode(client: Client, data: Row) -> None:
@@ -11763,167 +10894,6 @@ def show_qrcode(client: Client, data: Row) -> None:
             sys.stderr.fileno(), qr_text(qr_matrix(client.qrcode_text)).encode()))
 
 
-class ReadApi:
-    """The client server's API, the part that reads (CONTRACT 3). Flavour.apis names the methods."""
-
-    def __init__(self, client: Client, store: Store, numeric: bool) -> None:
-        self.client, self.store, self.numeric = client, store, numeric
-        self.flavour = client.flavour
-        self._looking = threading.Lock()     # guards _looked
-        self._looked = 0.0                   # until then it is known who is there
-
-    def show(self, value: Json) -> Json:
-        """An answer with ids as the setting numeric_ids wants them."""
-        return numbered(value) if self.numeric else value
-
-    def find(self, kind: str, request: Request, names: Sequence[str]) -> List[Any]:
-        """The friends, groups or discusses that all the parameters of these names fit."""
-        keys = {name.replace(kind + "_", ""): request.params[name] for name in names
-                if request.params.get(name)}
-        return self.client.roster.search(kind, keys)
-
-    def one(self, kind: str, request: Request, missing: Row) -> Any:
-        """The friend, group or discuss that a call names. Answer, if there is none or more.
-
-        Of two that a name fits the one wins whose remark it is. A number that is not listed may
-        be known to the bridge all the same.
-        """
-        names = self.flavour.keys[kind]
-        found = self.find(kind, request, names)
-        if len(found) > 1:
-            said = {request.params.get(name, "") for name in names}
-            found = [thing for thing in found if thing.value("markname") in said] or found
-        if len(found) > 1:
-            raise Answer({**missing, "code": 100, "status": f"{kind} not unique"})
-        keys = [name for name in names if request.params.get(name)]
-        if not found and keys and {"id", "uid"}.issuperset(keys):
-            numbers = {request.params[name] for name in keys}
-            thing = self.client.look_for(kind, *numbers) if len(numbers) == 1 else None
-            found = [thing] if thing else []
-        if not found:
-            raise Answer(missing)
-        return found[0]
-
-    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
-        """The members of a group or discuss that fit; a number may be known to the bridge only."""
-        found = self.client.roster.members(circle, keys)
-        if not found and len(keys) == 1 and self.client.link.real and circle.kind == "group":
-            try:
-                uid = number_of(*keys.values())
-                row = self.client.link.find_member(circle.uid, uid) if uid else None
-                return [GroupMember(row)] if row else []
-            except Unreachable as error:
-                self.client.log.debug(f"who {keys} is: {error.status}")
-        return found
-
-    def get_user_info(self, request: Request) -> Json:
-        """Oneself."""
-        roster = self.client.roster
-        return self.show(roster.user.to_json(roster.fields))
-
-    def look_who_is_there(self) -> None:
-        """Let the lists show states as they are now; under load a moment ago is now."""
-        if "state" not in self.flavour.fields["friend"]:
-            return
-        with self._looking:
-            if time.monotonic() < self._looked:
-                return
-            wait = 0.002                 # nobody comes or goes and is seen to within that
-            try:
-                self.client.roster.show_states(self.client.link.presence())
-            except OpenQQError as error:
-                self.client.log.debug(f"who is there: {error.status}")
-                wait = 5.0               # the list is worth more
-            self._looked = time.monotonic() + wait
-
-    def get_friend_info(self, request: Request) -> Json:
-        """All friends."""
-        self.look_who_is_there()
-        return self.show(self.client.roster.to_json("friend"))
-
-    def get_group_info(self, request: Request) -> Response:
-        """All groups with their members, those that are not known yet loaded first."""
-        roster = self.client.roster
-        self.client.details.wait(list(roster.group.values()))
-        self.look_who_is_there()
-        parts = [to_bytes(self.show(row)) for row in roster.rows("group", True)]
-        return Response(b"[%b]" % b",".join(parts))  # one dump of all would hold up all threads
-
-    def get_group_basic_info(self, request: Request) -> Json:
-        """All groups without their members."""
-        self.client.details.wait(list(self.client.roster.group.values()), members=False)
-        return self.show(self.client.roster.to_json("group", members=False))
-
-    def get_discuss_info(self, request: Request) -> Json:
-        """All discusses with their members."""
-        self.look_who_is_there()
-        return self.show(self.client.roster.to_json("discuss"))
-
-    def search_friend(self, request: Request) -> Json:
-        """Friends by any attributes."""
-        return self._search("friend", request)
-
-    def search_group(self, request: Request) -> Json:
-        """Groups by any attributes."""
-        return self._search("group", request)
-
-    def _search(self, kind: str, request: Request) -> Json:
-        roster, names = self.client.roster, self.flavour.other_names[kind]
-        keys: Dict[str, str] = {}
-        for given, value in request.keys().items():
-            if keys.setdefault(names.get(given, given), value) != value:
-                return {"code": 100, "status": "object not found"}  # one member, two values
-        self.look_who_is_there()
-        if kind == "group" and {"role", "owner_id", "owner_uid"} & keys.keys():
-            self.client.details.wait(list(roster.group.values()), members="role" not in keys)
-        found = roster.search(kind, keys)
-        if kind == "group":
-            self.client.details.wait(found)
-        if not found:
-            return {"code": 100, "status": "object not found"}
-        return self.show([thing.full_json(roster.fields) if isinstance(thing, Circle)
-                          else thing.to_json(roster.fields) for thing in found])
-
-    def get_client_info(self, request: Request) -> Json:
-        """The program, not the account (003)."""
-        client = self.client
-        row = client.papers.state_row(client)
-        return {**{name: row[name] for name in ("account", "http_debug", "log_encoding",
-                                                "log_level", "log_path", "os", "pid", "version")},
-                "code": 0, "status": "success", "starttime": client.start_time,
-                "runtime": int(time.time()) - client.start_time}
-
-    def get_qrcode(self, request: Request) -> Response:
-        """The picture to be scanned; 404 while there is none."""
-        return qrcode_response(self.client.papers.read_qrcode(), self.flavour)
-
-    def get_media(self, request: Request) -> Response:
-        """The bytes of a picture that came or went; 404 if there is none of that id."""
-        row = self.client.papers.shelf.get(request.params.get("id", ""))
-        data = read_file(row["media_path"]) if row else None
-        if row is None or data is None:
-            return Response(b"", "", 404)
-        return Response(data, row["media_mime"], fields={
-            "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"})
-
-    def get_avatar(self, request: Request) -> Response:
-        """A picture of a friend, of a group or of somebody in it (CONTRACT 10)."""
-        params = request.params
-        found: List[Any]
-        if params.get("group_id"):
-            found = self.find("group", request, ("group_id",))
-            if found and params.get("id"):
-                found = self.client.roster.members(found[0], {"id": params["id"]})
-        elif params.get("id") == self.client.roster.user.id:
-            found = [self.client.roster.user]
-        else:
-            found = [self.one("friend", request, self.flavour.missing["friend"])]
-        if not found:
-            return json_response(self.flavour.missing["friend"])
-        return Response(avatar(found[0].uid), "image/png",
-                        fields={"Cache-Control": "max-age=3600"})
-
-
 def avatar(uid: str) -> bytes:
     """A small PNG that is the same for the same uid: a pattern of 5 by 5, left like right."""
     bits = zlib.crc32(uid.encode())
@@ -11931,168 +10901,68 @@ def avatar(uid: str) -> bytes:
     return qr_png(rows, scale=16, quiet=1)
 
 
-def kept_as(media: Optional[Row]) -> Row:
-    """What an answer says of a picture that went with a message: it can be sent again by that."""
-    return {"media_id": media["media_id"]} if media and media["media_id"] else {}
+def wait_for(request: Request, future: Future[Any], seconds: float) -> Any:
+    """What a future brings; only if that takes more than a moment is the caller watched.
+    TimeoutError."""
+    promise = Promise()
+    future.add_done_callback(lambda done: promise.fail(done.exception())  # type: ignore
+                             if done.exception() else promise.keep(done.result()))
+    try:
+        return promise.wait(min(1.0, seconds))
+    except TimeoutError:
+        return request.wait(promise, max(0.0, seconds - 1.0))
 
 
-class SendApi(ReadApi):
-    """The part that sends (CONTRACT 4)."""
+class Media:
+    """The pictures that callers bring to a client: as a file, in base64, as an address."""
 
-    MEDIA_SECONDS = 30.0         # for a picture's address, redirects and all
-    MEDIA_HOPS = 5
+    SECONDS = 30.0               # for a picture's address, redirects and all
+    HOPS = 5
 
-    def send_friend_message(self, request: Request) -> Json:
-        """To a friend, found by any of its keys."""
-        if self.flavour.everybody and request.params.get("id") == self.flavour.everybody:
-            return self._send_to_all(request)
-        friend = self.one("friend", request, self.flavour.missing["friend"])
-        return self._send(request, "friend_message", friend, friend.uid)
+    def __init__(self, client: Client) -> None:
+        self.client = client
 
-    def _send_to_all(self, request: Request) -> Json:
-        content, media = self._what(request)
-        if self.client.talk.is_full():
-            raise QueueFull()
-        for friend in list(self.client.roster.friend.values()):
-            self.client.send("friend_message", content, friend.uid, media=media)
-        return {"code": 0, "id": 0, "status": "request already executed"}
-
-    def send_group_message(self, request: Request) -> Json:
-        """To a group, found by any of its keys."""
-        group = self.one("group", request, self.flavour.missing["group"])
-        return self._send(request, "group_message", group, circle=group.uid)
-
-    def send_discuss_message(self, request: Request) -> Json:
-        """To a discuss, found by any of its keys."""
-        discuss = self.one("discuss", request, self.flavour.missing["discuss"])
-        return self._send(request, "discuss_message", discuss, circle=discuss.uid)
-
-    def send_sess_message(self, request: Request) -> Json:
-        """To a member, by id or uid, of a group (group_id, group_uid) or discuss (discuss_id)."""
-        params = request.params
-        if params.get("group_id") or params.get("group_uid"):
-            kind, code = "group", 103
-        elif params.get("discuss_id"):
-            kind, code = "discuss", 104
-        else:
-            return {"code": 105, "id": None,
-                    "status": "discuss member or group member  not found"}
-        keys = {name: params[name] for name in ("id", "uid") if params.get(name)}
-        circles = self.find(kind, request, (kind + "_id", kind + "_uid"))
-        for circle in circles:
-            self.client.details.wait([circle])
-            for member in self.members(circle, keys):
-                return self._send(request, "sess_message", member, member.uid, circle.uid, kind)
-        uid = number_of(keys.get("uid") or keys.get("id"))
-        group = params.get("group_uid") or params.get("group_id") or ""
-        unlisted = group == self.client.link.any_group or (
-            not circles[0].loaded if circles else not self.client.is_certain("group"))
-        if self.client.link.real and kind == "group" and number_of(group) and uid and unlisted:
-            return self._send(request, "sess_message", THINGS["group_member"](
-                {"uid": uid, "id": uid, "name": uid}), uid, group, kind)
-        return {"code": code, "id": None, "status": f"{kind} member not found"}
-
-    def _send(self, request: Request, type: str, target: Thing, uid: Optional[str] = None,
-              circle: str = "", via: str = "") -> Json:
-        content, media = self._what(request)
-        cq = request.params.get("cq") == "1"
-        if cq:
-            check_cq(content, self._check_address)
-        if self.client.talk.is_full():
-            raise QueueFull()
-        promise = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq)
-        if request.params.get("async") == "1":
-            return {"code": 0, "status": "request already in execution"}
-        try:
-            outcome = self._outcome(wait_patiently(request, promise, SEND_SECONDS), target)
-            return {**outcome, **kept_as(media)}
-        except TimeoutError:  # it will be sent: a failure would have the caller send it again
-            return {"code": 0, "id": None, "status": "request already in execution"}
-
-    def _what(self, request: Request) -> Tuple[str, Optional[Row]]:
-        """Text and picture that a call brings, one of them at least."""
-        media, content = self.media_of(request.params), request.params.get("content", "")
-        return check_content(request.params) if content or not media else "", media
-
-    def _outcome(self, message: Optional[Message], target: Thing) -> Row:
-        if message is None:
-            raise NotRunning(state=self.client.state)
-        name = self.flavour.sent_id.format(id=message.id, target=target.id)
-        row = {**self.flavour.sent, "code": message.code, "status": message.msg,
-               "id": int(name) if name.isdigit() else name}
-        if "info" in row:
-            row["info"] = message.info
-        return row
-
-    def consult(self, request: Request) -> Json:
-        """Send to a friend, and wait `timeout` (30) seconds for what it answers."""
-        friend = self.one("friend", request, self.flavour.missing["friend"])
-        seconds = request.params.get("timeout", "30")
-        if not re.fullmatch("[0-9]{1,4}", seconds):
-            raise BadRequest(400, "timeout must be a number of seconds")
-        answer = self.client.talk.expect(friend.uid)
-        try:
-            row = self._send(request, "friend_message", friend, friend.uid)
-            if row["code"] != 0:
-                return {**row, "reply": None}
-            return {**row, "reply": request.wait(answer, float(seconds))}
-        except TimeoutError:
-            return {**row, "reply": None, "reply_status": "reply timeout"}
-        finally:
-            self.client.talk.expect_no_more(friend.uid, answer)
-
-    def revoke_message(self, request: Request) -> Json:
-        """Take back a message by the id that its sending answered."""
-        name = request.params.get("id", "").partition(":")[0]
-        if name not in self.client.talk.numbers:
-            return {"code": -1, "status": "msg id not found"}
-        number = self.client.talk.numbers[name]
-        done = number is not None and self.client.link.revoke(number)
-        return {"code": 0, "status": "revoke success" if done else "revoke failure"}
-
-    # -- media
-
-    def media_of(self, params: Params, keep: bool = False) -> Optional[Row]:
+    def take(self, params: Params, keep: bool = False) -> Optional[Row]:
         """The shelf's row of the picture that parameters bring, by whichever media_* it is.
 
-        One that cannot be kept comes in `data`; with `keep` it is NoRoom.
+        One that cannot be kept comes in `data`; with `keep` it is NoRoom. BadRequest, NotAllowed.
         """
+        shelf = self.client.papers.shelf
         if params.get("media_id"):
-            row = self.client.papers.shelf.get(params["media_id"])
+            row = shelf.get(params["media_id"])
             if row is None:
                 raise BadRequest(400, "media_id not found")
             return row
-        for name, read in (("media_path", self._read_path), ("media_data", self._read_base64),
-                           ("media_url", self._read_url)):
-            given, path = params.get(name), None
-            if not given:
-                continue
-            try:
-                if name == "media_url" or name == "media_path" and is_url(given):  # 001 has both
-                    if self.client.link.fetches and not self._leads_here(given):
-                        return self._linked(given, params.get("media_name"))
-                    read = self._read_url
-                elif name == "media_path":
-                    path = os.path.realpath(given)
-                data, title = read(given)
-            except Unreachable as error:
-                raise BadRequest(400, f"{name}: {error.status}") from None
-            if len(data) > MEDIA_LIMIT:
-                raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
-            title = params.get("media_name") or params.get(name + ".filename") or title
-            return {**self._put(data, title, keep), "path": path}
-        return None
-
-    def _put(self, data: bytes, title: str, keep: bool) -> Row:
+        names = ("media_path", "media_data", "media_url")
+        name = next((name for name in names if params.get(name)), "")
+        if not name:
+            return None
+        given, path = params[name], None
         try:
-            return self.client.papers.shelf.put(data, title)
+            if name == "media_data":
+                data, title = self.read_base64(given), "picture"
+            elif name == "media_url" or is_url(given):  # 001 has addresses in media_path too
+                if self.client.link.fetches and not self.leads_here(given):
+                    return self.linked(given, params.get("media_name"))
+                data, title = self.read_url(given)
+            else:
+                path = os.path.realpath(given)
+                data, title = self.read_path(given), os.path.basename(given)
+        except Unreachable as error:
+            raise BadRequest(400, f"{name}: {error.status}") from None
+        if len(data) > MEDIA_LIMIT:
+            raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
+        title = params.get("media_name") or params.get(name + ".filename") or title
+        try:
+            return {**shelf.put(data, title), "path": path}
         except OSError as error:
             self.client.log.warn(f"a picture could not be kept: {error}")
             if keep:
                 raise NoRoom(f"the picture cannot be kept: {error.strerror}") from None
-            return {**unkept_media(data, title), "data": base64.b64encode(data).decode()}
+            return {**unkept_media(data, title), "data": base64.b64encode(data).decode(),
+                    "path": path}
 
-    def _leads_here(self, url: str) -> bool:
+    def leads_here(self, url: str) -> bool:
         """Whether a bridge must not fetch a picture: its calls carry no mark. Unreachable."""
         try:
             host = origin_of(url)[1].rstrip(".")
@@ -12109,15 +10979,15 @@ class SendApi(ReadApi):
             raise Unreachable("link-local and metadata addresses are not called")
         return is_loopback(host) or any(map(is_own, addresses))
 
-    def _check_address(self, url: str) -> None:
+    def check_address(self, url: str) -> None:
         """BadRequest for an address that a bridge is to fetch and that leads to this program."""
         try:
-            if self.client.link.fetches and self._leads_here(url):
-                self._read_url(url)  # as it answers us, it will answer the bridge
+            if self.client.link.fetches and self.leads_here(url):
+                self.read_url(url)  # as it answers us, it will answer the bridge
         except Unreachable as error:
             raise BadRequest(400, f"an address in a CQ code: {error.status}") from None
 
-    def _linked(self, url: str, name: Optional[str]) -> Row:
+    def linked(self, url: str, name: Optional[str]) -> Row:
         """What a Shelf tells of media, for those that somebody else will fetch."""
         name = name or urllib.parse.urlsplit(url).path.rpartition("/")[2]
         row = unkept_media(b"", name or "picture")
@@ -12125,8 +10995,17 @@ class SendApi(ReadApi):
         return {**row, "url": url, "media_size": None,
                 "media_mime": row["media_mime"] if known else "image/jpeg"}
 
-    def _read_path(self, path: str) -> Tuple[bytes, str]:
-        settings, flavour = self.client.settings, self.flavour
+    def read_base64(self, text: str) -> bytes:
+        """BadRequest for what is none."""
+        try:
+            return base64.b64decode(re.sub(r"\s", "", text), validate=True)
+        except ValueError:
+            raise BadRequest(400, "media_data is not base64") from None
+
+    def read_path(self, path: str) -> bytes:
+        """A file that callers may name: within tmpdir, and none of this program's own but media.
+        NotAllowed, BadRequest."""
+        settings, flavour = self.client.settings, self.client.flavour
         try:
             check_path("media_path", path, settings.tmpdir,
                        re.escape(f"{flavour.file_prefix}media_{self.client.account}_")
@@ -12142,19 +11021,12 @@ class SendApi(ReadApi):
             raise BadRequest(400, f"media_path over {MEDIA_LIMIT} bytes") from None
         if not data:
             raise BadRequest(400, "media_path cannot be read")
-        return data, os.path.basename(path)
+        return data
 
-    def _read_base64(self, text: str) -> Tuple[bytes, str]:
-        try:
-            data = base64.b64decode(re.sub(r"\s", "", text), validate=True)
-        except ValueError:
-            raise BadRequest(400, "media_data is not base64") from None
-        return data, "picture"
-
-    def _read_url(self, url: str) -> Tuple[bytes, str]:
+    def read_url(self, url: str) -> Tuple[bytes, str]:
         """A picture from anywhere but from this program (MEDIA_MARK). Unreachable."""
-        until, given = time.monotonic() + self.MEDIA_SECONDS, url
-        for _ in range(self.MEDIA_HOPS + 1):
+        until, given = time.monotonic() + self.SECONDS, url
+        for _ in range(self.HOPS + 1):
             reply = fetch(url, fields={MEDIA_MARK: "1", "User-Agent": "openqq/" + VERSION},
                           seconds=max(0.1, until - time.monotonic()))
             target = redirect_of(url, reply)
@@ -12165,237 +11037,415 @@ class SendApi(ReadApi):
                 return data, urllib.parse.urlsplit(given).path.rpartition("/")[2] or "picture"
             reply.read(BATCH_LIMIT)
             url = target
-        raise Unreachable(f"over {self.MEDIA_HOPS} redirects")
+        raise Unreachable(f"over {self.HOPS} redirects")
 
-    def upload_media(self, request: Request) -> Json:
-        """Keep a picture for a later media_id."""
-        row = self.media_of(request.params, keep=True)
+
+class Api:
+    """The client server's API: what the row NAME of VERBS tells of is done by the method _NAME, by
+    the one that `does` names, or by act()."""
+
+    NOT_FOUND = {"code": 100, "status": "object not found"}
+    FAILURE = {"code": 201, "status": "failure"}
+
+    def __init__(self, client: Client, store: Store, numeric: bool) -> None:
+        self.client, self.store, self.numeric = client, store, numeric
+        self.flavour, self.media = client.flavour, Media(client)
+        self._looking = threading.Lock()     # guards _looked
+        self._looked = 0.0                   # until then it is known who is there
+
+    def handler(self, verb: Verb) -> Callable[[Request], Any]:
+        """What a route calls for a row of VERBS."""
+        name, *args = verb.does.split() or [verb.name]
+        act: Callable[[Request], Any] = functools.partial(
+            self.act, verb) if verb.link else functools.partial(getattr(self, "_" + name), *args)
+
+        def when_running(request: Request) -> Any:
+            if self.client.state != "running":
+                raise NotRunning(state=self.client.state)
+            if verb.name in self.client.link.lacks:
+                return Response(b"", "", 503) if verb.gives == "image" else {
+                    "code": 201, "status": "not with this link"}
+            return act(request)
+        return act if verb.any_state else when_running
+
+    # -- who is meant
+
+    def show(self, value: Json) -> Json:
+        """An answer with ids as the setting numeric_ids wants them."""
+        return numbered(value) if self.numeric else value
+
+    def find(self, kind: str, params: Params, names: Iterable[str]) -> List[Any]:
+        """The friends, groups or discusses that all the parameters of these names fit."""
+        return self.client.roster.search(kind, {
+            name.replace(kind + "_", ""): params[name] for name in names if params.get(name)})
+
+    def one(self, kind: str, params: Params, names: Sequence[str] = (),
+            missing: Optional[Row] = None) -> Any:
+        """The friend, group or discuss that a call names. Answer, if there is none or more.
+
+        Of two that a name fits the one wins whose remark it is. A number that is not listed may
+        be known to the bridge all the same.
+        """
+        names, missing = names or self.flavour.keys[kind], missing or self.flavour.missing[kind]
+        found = self.find(kind, params, names)
+        if len(found) > 1:
+            said = {params.get(name, "") for name in names}
+            found = [thing for thing in found if thing.value("markname") in said] or found
+        if len(found) > 1:
+            raise Answer({**missing, "code": 100, "status": f"{kind} not unique"})
+        keys = [name for name in names if params.get(name)]
+        numbers = {params[name] for name in keys}
+        if not found and len(numbers) == 1 and all(name.endswith("id") for name in keys):
+            found = list(filter(None, [self.client.look_for(kind, *numbers)]))
+        if not found:
+            raise Answer(missing)
+        return found[0]
+
+    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
+        """The members of a group or discuss that fit; a number may be known to the bridge only."""
+        link = self.client.link
+        found = self.client.roster.members(circle, keys)
+        if not found and len(keys) == 1 and link.real and circle.kind == "group":
+            try:
+                uid = number_of(*keys.values())
+                row = link.find_member(circle.uid, uid) if uid else None
+                return [GroupMember(row)] if row else []
+            except Unreachable as error:
+                self.client.log.debug(f"who {keys} is: {error.status}")
+        return found
+
+    # -- reading (CONTRACT 3)
+
+    def _get_user_info(self, request: Request) -> Json:
+        roster = self.client.roster
+        return self.show(roster.user.to_json(roster.fields))
+
+    def look_who_is_there(self) -> None:
+        """Let the lists show states as they are now; under load a moment ago is now."""
+        if "state" not in self.flavour.fields["friend"]:
+            return
+        with self._looking:  # those who come meanwhile wait for this look
+            if time.monotonic() < self._looked:
+                return
+            wait = 0.002                 # nobody comes or goes and is seen to within that
+            try:
+                self.client.roster.show_states(self.client.link.presence())
+            except OpenQQError as error:
+                self.client.log.debug(f"who is there: {error.status}")
+                wait = 5.0               # the list is worth more
+            self._looked = time.monotonic() + wait
+
+    def _list(self, kind: str, request: Request) -> Response:
+        roster = self.client.roster
+        if kind == "group":  # those whose members are not known yet are loaded first
+            self.client.details.wait(list(roster.group.values()))
+        self.look_who_is_there()
+        parts = [to_bytes(self.show(row)) for row in roster.rows(kind, True)]
+        return Response(b"[%b]" % b",".join(parts))  # one dump of all would hold up all threads
+
+    def _get_group_basic_info(self, request: Request) -> Json:
+        self.client.details.wait(list(self.client.roster.group.values()), members=False)
+        return self.show(self.client.roster.to_json("group", members=False))
+
+    def _search(self, kind: str, request: Request) -> Json:
+        client, names = self.client, self.flavour.other_names[kind]
+        keys: Dict[str, str] = {}
+        for given, value in request.keys().items():
+            if keys.setdefault(names.get(given, given), value) != value:
+                return self.NOT_FOUND  # one member, two values
+        self.look_who_is_there()
+        if kind == "group" and {"role", "owner_id", "owner_uid"} & keys.keys():
+            client.details.wait(list(client.roster.group.values()), members="role" not in keys)
+        found = client.roster.search(kind, keys)
+        if kind == "group":
+            client.details.wait(found)
+        return self.show([thing.full_json(client.roster.fields) for thing in found]
+                         ) if found else self.NOT_FOUND
+
+    def _get_client_info(self, request: Request) -> Json:
+        client = self.client
+        row = client.papers.state_row(client)
+        return {**{name: row[name] for name in ("account", "http_debug", "log_encoding",
+                                                "log_level", "log_path", "os", "pid", "version")},
+                "code": 0, "status": "success", "starttime": client.start_time,
+                "runtime": int(time.time()) - client.start_time}
+
+    def _get_qrcode(self, request: Request) -> Response:
+        return qrcode_response(self.client.papers.read_qrcode(), self.flavour)
+
+    def _get_media(self, request: Request) -> Response:
+        row = self.client.papers.shelf.get(request.params.get("id", ""))
+        data = read_file(row["media_path"]) if row else None
+        if row is None or data is None:
+            return Response(b"", "", 404)
+        return Response(data, row["media_mime"], fields={
+            "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"})
+
+    def _get_avatar(self, request: Request) -> Response:
+        params, roster = request.params, self.client.roster
+        found: List[Any]
+        if params.get("group_id"):
+            found = self.find("group", params, ("group_id",))
+            if found and params.get("id"):
+                found = roster.members(found[0], {"id": params["id"]})
+        elif params.get("id") == roster.user.id:
+            found = [roster.user]
+        else:
+            found = [self.one("friend", params)]
+        if not found:
+            return json_response(self.flavour.missing["friend"])
+        return Response(avatar(found[0].uid), "image/png",
+                        fields={"Cache-Control": "max-age=3600"})
+
+    # -- sending (CONTRACT 4)
+
+    def _send_to(self, kind: str, request: Request) -> Json:
+        client, everybody = self.client, self.flavour.everybody
+        if everybody and kind == "friend" and request.params.get("id") == everybody:
+            content, media = self.what(request.params)
+            if client.talk.is_full():
+                raise QueueFull()
+            for friend in list(client.roster.friend.values()):
+                client.send("friend_message", content, friend.uid, media=media)
+            return {"code": 0, "id": 0, "status": "request already executed"}
+        target = self.one(kind, request.params)
+        uid, circle = (target.uid, "") if kind == "friend" else (None, target.uid)
+        return self.send(request, kind + "_message", target, uid, circle)
+
+    def _send_sess_message(self, request: Request) -> Json:
+        client, params = self.client, request.params
+        if params.get("group_id") or params.get("group_uid"):
+            kind, code = "group", 103
+        elif params.get("discuss_id"):
+            kind, code = "discuss", 104
+        else:
+            return {"code": 105, "id": None,
+                    "status": "discuss member or group member  not found"}
+        keys = {name: params[name] for name in ("id", "uid") if params.get(name)}
+        circles = self.find(kind, params, (kind + "_id", kind + "_uid"))
+        for circle in circles:
+            client.details.wait([circle])
+            for member in self.members(circle, keys):
+                return self.send(request, "sess_message", member, member.uid, circle.uid, kind)
+        uid = number_of(keys.get("uid") or keys.get("id"))
+        group = params.get("group_uid") or params.get("group_id") or ""
+        unlisted = group == client.link.any_group or (
+            not circles[0].loaded if circles else not client.is_certain("group"))
+        if client.link.real and kind == "group" and number_of(group) and uid and unlisted:
+            stranger = GroupMember({"uid": uid, "id": uid, "name": uid})
+            return self.send(request, "sess_message", stranger, uid, group, kind)
+        return {"code": code, "id": None, "status": f"{kind} member not found"}
+
+    def send(self, request: Request, type: str, target: Thing, uid: Optional[str] = None,
+             circle: str = "", via: str = "") -> Row:
+        """Queue a message, and wait for the outcome unless the caller does not want to."""
+        content, media = self.what(request.params)
+        cq = request.params.get("cq") == "1"
+        if cq:
+            check_cq(content, self.media.check_address)
+        if self.client.talk.is_full():
+            raise QueueFull()
+        promise = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq)
+        if request.params.get("async") == "1":
+            return {"code": 0, "status": "request already in execution"}
+        try:
+            message: Optional[Message] = wait_for(request, promise, SEND_SECONDS)
+        except TimeoutError:  # it will be sent: a failure would have the caller send it again
+            return {"code": 0, "id": None, "status": "request already in execution"}
+        if message is None:
+            raise NotRunning(state=self.client.state)
+        name = self.flavour.sent_id.format(id=message.id, target=target.id)
+        row = {**self.flavour.sent, "code": message.code, "status": message.msg,
+               "id": int(name) if name.isdigit() else name}
+        if "info" in row:
+            row["info"] = message.info
+        if media and media["media_id"]:
+            row["media_id"] = media["media_id"]  # by which it can be sent again
+        return row
+
+    def what(self, params: Params) -> Tuple[str, Optional[Row]]:
+        """Text and picture that a call brings, one of them at least."""
+        media, content = self.media.take(params), params.get("content", "")
+        return check_content(params) if content or not media else "", media
+
+    def _consult(self, request: Request) -> Json:
+        friend = self.one("friend", request.params)
+        seconds = request.params.get("timeout", "30")
+        if not re.fullmatch("[0-9]{1,4}", seconds):
+            raise BadRequest(400, "timeout must be a number of seconds")
+        answer = self.client.talk.expect(friend.uid)
+        try:
+            row = self.send(request, "friend_message", friend, friend.uid)
+            if row["code"] != 0:
+                return {**row, "reply": None}
+            return {**row, "reply": wait_for(request, answer, float(seconds))}
+        except TimeoutError:
+            return {**row, "reply": None, "reply_status": "reply timeout"}
+        finally:
+            self.client.talk.expect_no_more(friend.uid, answer)
+
+    def _upload_media(self, request: Request) -> Json:
+        row = self.media.take(request.params, keep=True)
         if row is None:
             raise BadRequest(400, "media_path, media_data or media_url missing")
         about = {name: value for name, value in row.items() if name.startswith("media_")}
         return {**about, "code": 0, "status": "success"}
 
+    # -- what the link does of itself (CONTRACT 5 and 10)
 
-class Api(SendApi):
-    """The whole of the client server's API: groups, friends, events, the life cycle besides."""
+    def act(self, verb: Verb, request: Request) -> Json:
+        """Have the link do what a row of VERBS says. A method _the_WORD finds what the parameters
+        mean, and may end the call with an Answer; other words are parameters' names."""
+        method, *pairs = verb.link.split()
+        given: Row = {}
+        for name, _, word in [pair.partition("=") for pair in pairs]:
+            find = getattr(self, "_the_" + word, None)
+            given[name] = (find(request.params, given) if find
+                           else request.params.get(word, ""))
+        done = getattr(self.client.link, method)(**{
+            name: value.uid if isinstance(value, Thing) else value
+            for name, value in given.items()})
+        code, _, status = (verb.yes if done else verb.no).partition(" ")
+        return {**{name: request.params.get(name) for name in verb.echo.split()},
+                "code": int(code), "status": status}
 
-    def routes(self) -> List[Route]:
-        """The route table, under both prefixes."""
-        return [Route(prefix + path, methods, self._handler(path, name))
-                for prefix in ("/openqq/", "/openwx/")
-                for path, (methods, name) in self.flavour.apis.items()]
+    def _the_group(self, params: Params, given: Row) -> Any:
+        return self.one("group", params, self.flavour.keys["place"], self.NOT_FOUND)
 
-    @classmethod
-    def described(cls, flavour: Type[Flavour]) -> List[Route]:
-        """The routes of a flavour's clients, to be told of and not to be called."""
-        return [Route(flavour.prefix + path, methods, getattr(cls, name))
-                for path, (methods, name) in flavour.apis.items()]
+    def _the_members(self, params: Params, given: Row) -> List[str]:
+        """The uids of members of that group, who are named by id or uid."""
+        group, names = given["group"], self.flavour.keys["members"]
+        name = next((name for name in names if params.get(name)), "")
+        key = "uid" if name.endswith("uid") else "id"
+        self.client.details.wait([group])
+        return self._uids(params.get(name, ""), "member",
+                          lambda person: self.members(group, {key: person}))
 
-    def _handler(self, path: str, name: str) -> Callable[[Request], Any]:
-        method: Callable[[Request], Any] = getattr(self, name)
-        return method if path in self.flavour.any_state else self._when_running(method)
+    def _the_friends(self, params: Params, given: Row) -> List[str]:
+        return self._uids(params.get("friends", ""), "friend",
+                          lambda person: self.client.roster.search("friend", {"id": person}))
 
-    def _when_running(self, handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
-        def handle(request: Request) -> Any:
-            if self.client.state != "running":
-                raise NotRunning(state=self.client.state)
-            return handler(request)
-        handle.__doc__ = handler.__doc__
-        return handle
-
-    # -- group control
-
-    def kick_group_member(self, request: Request) -> Json:
-        """Remove members from a group."""
-        return self._control(request, lambda r: True, lambda group, uids: self.client.link.kick(
-            group.uid, uids))
-
-    def shutup_group_member(self, request: Request) -> Json:
-        """Silence members of a group for `time` minutes (004 and the program; 003 erred)."""
-        minutes = request.params.get("time", "")
-        good = minutes.isascii() and minutes.isdigit() and 1 <= int(minutes[:9])
-        return self._control(request, lambda r: good, lambda group, uids: self.client.link.mute(
-            group.uid, uids, int(minutes[:9]) * 60))
-
-    def _control(self, request: Request, check: Callable[[Request], bool],
-                 act: Callable[[Group, List[str]], bool]) -> Json:
-        """The checks in the order of CONTRACT 5, then the act."""
-        params = request.params
-        groups = self.find("group", request, ("group_id", "group_uid"))
-        uid = params.get("group_uid") or params.get("group_id") or ""
-        if not groups:
-            groups = list(filter(None, [self.client.look_for("group", uid)]))
-        if not groups:
-            return {"code": 100, "status": "object not found"}
-        if not check(request):
-            return {"code": 400, "status": "shutup time missing or error"}
-        key = "id" if params.get("member_id") else "uid"
-        names = [name for name in params.get("member_" + key, "").split(",") if name]
-        if not names:
-            return {"code": 200, "status": "member id empty"}
-        uids = []
-        self.client.details.wait(groups[:1])
-        for name in names:
-            found = self.members(groups[0], {key: name})
-            if not found:
-                return {"code": 100, "status": f"member {name} not found"}
-            uids.append(found[0].uid)
-        if act(groups[0], uids):
-            return {"code": 0, "status": "success"}
-        return {"code": 201, "status": "failure"}
-
-    # -- events, life cycle
-
-    def check_event(self, request: Request) -> Response:
-        """The events since the last call, or the next one (CONTRACT 6)."""
-        return Response(self.store.take(seq_of(request.params.get("since")), request.wait))
-
-    def events(self, request: Request) -> Response:
-        """A stream of the events, and of what the account's state does besides."""
-        self._check_name(request)
-        return self.store.stream(request)
-
-    def _check_name(self, request: Request) -> None:
-        """Nobody who means another account is to stop this one or to take it for that one."""
-        if (request.params.get("client") or self.client.account) != self.client.account:
-            raise ClientMissing("client not exists")
-
-    def check_client(self, request: Request) -> Json:
-        """The account's state, as a controller tells it."""
-        self._check_name(request)
-        client = self.client
-        return {"code": 0, "client": [{
-            **client.papers.state_row(client), "port": client.port, "restarts": 0,
-            "since": str(int(client.since)),
-            "link": link_of(client.settings.given)}]}
-
-    def stop_client(self, request: Request) -> Json:
-        """End, in a moment: the caller is to get the answer first."""
-        self._check_name(request)
-        return self._soon("stop", self.client.stop, {
-            "runtime": int(time.time()) - self.client.start_time,
-            "starttime": self.client.start_time, "pid": os.getpid()})
-
-    def relogin(self, request: Request) -> Json:
-        """Drop the login and show a new QR code, in a moment."""
-        self._check_name(request)
-        return self._soon("relogin", self.client.relogin, {})
-
-    def _soon(self, what: str, act: Callable[[], None], row: Row) -> Row:
-        loop = self.client.loop
-        loop.call(lambda: loop.later(STOP_SECONDS, act))
-        return {**row, "account": self.client.account, "code": 0,
-                "status": f"success, client({os.getpid()}) will {what} in 3 seconds"}
-
-    # -- friends and groups as weixin has them (CONTRACT 10)
-
-    NOT_FOUND = {"code": 100, "status": "object not found"}
-
-    def _done(self, done: object) -> Row:
-        return {"code": 0, "status": "success"} if done else {"code": 201, "status": "failure"}
-
-    def _people(self, text: str, what: str, known: Callable[[str], List[Any]]) -> List[str]:
-        """The uids of people by their ids, with commas; or an answer, as an exception."""
+    def _uids(self, text: str, what: str, find: Callable[[str], List[Any]]) -> List[str]:
         names = [name for name in text.split(",") if name]
         if not names:
             raise Answer({"code": 200, "status": f"{what} id empty"})
         uids = []
         for name in names:
-            found = known(name)
+            found = find(name)
             if not found:
-                raise Answer({"code": 100, "status": f"{what} id {name} not found"})
+                raise Answer({"code": 100, "status": self.flavour.unknown.format(
+                    what=what, name=name)})
             uids.append(found[0].uid)
         return uids
 
-    def _friend(self, name: str) -> List[Any]:
-        return self.client.roster.search("friend", {"id": name})
+    def _the_time(self, params: Params, given: Row) -> int:
+        """`time`, which is in minutes (004 and the program; 003 erred)."""
+        minutes = params.get("time", "")
+        if not re.fullmatch("[0-9]+", minutes) or int(minutes[:9]) < 1:
+            raise Answer({"code": 400, "status": "shutup time missing or error"})
+        return int(minutes[:9]) * 60
 
-    def create_group(self, request: Request) -> Json:
-        """Found a group with friends in it."""
-        uids = self._people(request.params.get("friends", ""), "friend", self._friend)
-        name = request.params.get("displayname") or "群聊"
-        uid = self.client.link.create_group(uids, name)
+    def _the_person(self, params: Params, given: Row) -> Any:
+        """A friend, or with group_id somebody in a group."""
+        if not params.get("group_id"):
+            return self.one("friend", params, missing=self.NOT_FOUND)
+        keys = {name: params[name] for name in self.flavour.keys["friend"] if params.get(name)}
+        for group in self.find("group", params, ("group_id",)):
+            for member in self.client.roster.members(group, keys):
+                return member
+        raise Answer(self.NOT_FOUND)
+
+    def _the_stranger(self, params: Params, given: Row) -> Any:
+        """Somebody, by id, whom one shares a group with and who is no friend yet."""
+        name, roster = params.get("id", ""), self.client.roster
+        if name and name == roster.user.id:
+            raise Answer({"code": 101, "status": "can not be yourself"})
+        if roster.search("friend", {"id": name}):
+            raise Answer({"code": 101, "status": "already a friend"})
+        for group in list(roster.group.values()):
+            for member in roster.members(group, {"id": name}):
+                return member
+        raise Answer(self.NOT_FOUND)
+
+    def _the_id(self, params: Params, given: Row) -> Any:
+        """The link's number of a message by the id that its sending answered."""
+        name, numbers = params.get("id", "").partition(":")[0], self.client.talk.numbers
+        if name not in numbers:
+            raise Answer({"code": -1, "status": "msg id not found"})
+        if numbers[name] is None:
+            raise Answer({"code": 0, "status": "revoke failure"})
+        return numbers[name]
+
+    def _the_digits(self, params: Params, given: Row) -> str:
+        if not re.fullmatch("[0-9]{1,16}", params.get("code", "")):
+            raise Answer({"code": 400, "status": "code must be digits"})
+        return params["code"]
+
+    def _the_accept(self, params: Params, given: Row) -> bool:
+        return params.get("accept", "1") != "0"
+
+    def _the_new_displayname(self, params: Params, given: Row) -> str:
+        if not params.get("new_displayname"):
+            raise Answer(self.FAILURE)
+        return params["new_displayname"]
+
+    def _create_group(self, request: Request) -> Json:
+        uids = self._the_friends(request.params, {})
+        uid = self.client.link.create_group(uids, request.params.get("displayname") or "群聊")
         if not uid:
-            return self._done(False)
+            return self.FAILURE
         try:
-            group = request.wait(self.client.talk.expect_group(uid), 10.0)
+            group = wait_for(request, self.client.talk.expect_group(uid), 10.0)
         except TimeoutError:
             group = None
         if group is None:
             raise NotRunning(state=self.client.state)
         return {"code": 0, "group_id": group.id, "status": "success"}
 
-    def invite_friend(self, request: Request) -> Json:
-        """Bring friends into a group."""
-        group = self.one("group", request, self.NOT_FOUND)
-        uids = self._people(request.params.get("friends", ""), "friend", self._friend)
-        return self._done(self.client.link.invite(group.uid, uids))
-
-    def kick_members(self, request: Request) -> Json:
-        """Remove members from a group."""
-        group = self.one("group", request, self.NOT_FOUND)
-        uids = self._people(request.params.get("members", ""), "member", lambda name:
-                            self.client.roster.members(group, {"id": name}))
-        return self._done(self.client.link.kick(group.uid, uids))
-
-    def set_group_displayname(self, request: Request) -> Json:
-        """Give a group another name."""
-        group = self.one("group", request, self.NOT_FOUND)
-        name = request.params.get("new_displayname", "")
-        return self._done(name and self.client.link.rename(group.uid, name))
-
-    def stick(self, request: Request) -> Json:
-        """Put a friend or group on top of the list; there is no list here, so that is all."""
-        found = (self.find("friend", request, self.flavour.keys["friend"])
-                 or self.find("group", request, self.flavour.keys["group"]))
-        return self._done(request.params.get("op", "1") in ("0", "1")) if found else self.NOT_FOUND
-
-    def set_markname(self, request: Request) -> Json:
-        """What one calls a friend, or with group_id somebody in a group."""
-        names = ("id", "account", "displayname", "markname")
-        found: List[Any] = []
-        if not request.params.get("group_id"):
-            found = [self.one("friend", request, self.NOT_FOUND)]
-        else:
-            found = [member for group in self.find("group", request, ("group_id",))
-                     for member in self.client.roster.members(group, {
-                         name: request.params[name] for name in names
-                         if request.params.get(name)})]
-        name = request.params.get("new_markname", "")
-        return self._done(self.client.link.set_markname(found[0].uid, name)
-                          ) if found else self.NOT_FOUND
-
-    def make_friend(self, request: Request) -> Json:
-        """Ask somebody whom one shares a group with to be a friend."""
-        name, roster = request.params.get("id", ""), self.client.roster
-        if name and name == roster.user.id:
-            return {"code": 101, "status": "can not be yourself"}
-        if self._friend(name):
-            return {"code": 101, "status": "already a friend"}
-        found = [member for group in list(roster.group.values())
-                 for member in roster.members(group, {"id": name})]
-        if not found:
+    def _stick(self, request: Request) -> Json:
+        params, keys = request.params, self.flavour.keys
+        if not (self.find("friend", params, keys["friend"])
+                or self.find("group", params, keys["group"])):
             return self.NOT_FOUND
-        return self._done(self.client.link.make_friend(found[0].uid,
-                                                       request.params.get("verify", "")))
+        good = params.get("op", "1") in ("0", "1")
+        return {"code": 0, "status": "success"} if good else self.FAILURE
 
-    def accept_friend_request(self, request: Request) -> Json:
-        """Answer a friend_request by its ticket; accept=0 declines."""
-        params = request.params
-        done = self.client.link.answer_request(params.get("ticket", ""),
-                                               params.get("accept", "1") != "0",
-                                               params.get("markname", ""))
-        return {**{name: params.get(name) for name in ("id", "displayname", "ticket")},
-                "code": 0 if done else -1, "status": "success" if done else "failure"}
+    # -- events, life cycle (CONTRACT 6 and 8)
 
+    def _check_event(self, request: Request) -> Response:
+        return Response(self.store.take(seq_of(request.params.get("since")), request.wait))
 
-def wait_patiently(request: Request, promise: Promise, seconds: float) -> Any:
-    """What a promise brings; only if that takes more than a moment is the caller watched.
-    TimeoutError."""
-    try:
-        return promise.wait(min(1.0, seconds))
-    except TimeoutError:
-        return request.wait(promise, seconds)
+    def _events(self, request: Request) -> Response:
+        self.check_name(request)
+        return self.store.stream(request)
+
+    def check_name(self, request: Request) -> None:
+        """Nobody who means another account is to stop this one or to take it for that one."""
+        if (request.params.get("client") or self.client.account) != self.client.account:
+            raise ClientMissing("client not exists")
+
+    def _check_client(self, request: Request) -> Json:
+        self.check_name(request)
+        client = self.client
+        return {"code": 0, "client": [{
+            **client.papers.state_row(client), "port": client.port, "restarts": 0,
+            "since": str(int(client.since)),
+            "link": link_of(client.settings.given)}]}
+
+    def _stop_client(self, request: Request) -> Json:
+        return {**self.soon(request, "stop", self.client.stop),
+                "runtime": int(time.time()) - self.client.start_time,
+                "starttime": self.client.start_time, "pid": os.getpid()}
+
+    def _relogin(self, request: Request) -> Json:
+        return self.soon(request, "relogin", self.client.relogin)
+
+    def soon(self, request: Request, what: str, act: Callable[[], None]) -> Row:
+        """Have something done in 3 seconds, and the answer that says so."""
+        self.check_name(request)
+        self.client.timers.later(STOP_SECONDS, act)
+        return {"account": self.client.account, "code": 0,
+                "status": f"success, client({os.getpid()}) will {what} in 3 seconds"}
 
 
 def qrcode_response(picture: Optional[bytes], flavour: Type[Flavour]) -> Response:
@@ -12405,10 +11455,15 @@ def qrcode_response(picture: Optional[bytes], flavour: Type[Flavour]) -> Respons
     return Response(picture, flavour.qrcode_type, fields={"Cache-Control": "no-cache"})
 
 
+def api_routes(verbs: Iterable[Verb], handler: Callable[[Verb], Callable[[Request], Any]]
+               ) -> List[Route]:
+    """The routes of calls, under both prefixes."""
+    return [Route(prefix + verb.name, verb.methods, handler(verb))
+            for prefix in PREFIXES for verb in verbs]
+
+
 class ClientApp(App):
     """A client server: CORS on every answer, JSONP where it is asked for (CONTRACT 1)."""
-
-    CORS = {"Access-Control-Allow-Origin": "*"}
 
     def answer(self, request: Request) -> Response:
         """As App.answer, wrapped; a bad callback is refused before anything is done."""
@@ -12421,11 +11476,10 @@ class ClientApp(App):
                                     {"X-Content-Type-Options": "nosniff"})
         except (NotAllowed, BadRequest) as error:
             response = error_response(error)
-        response.fields = {**response.fields, **self.CORS}
+        response.fields = {**response.fields, "Access-Control-Allow-Origin": "*"}
         return response
 
     def _callback(self, request: Request) -> str:
-        """The function that the answer is to be wrapped in, or empty. NotAllowed, BadRequest."""
         if "jsonp" not in request.query and b"jsonp" not in request.body:
             return ""
         try:
@@ -12456,118 +11510,117 @@ def client_fallback(request: Request) -> Response:
     return Response(b"api not found", "text/html;charset=UTF-8", 403)
 
 
+def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
+    """/onebot, where a bridge posts its events (ONEBOT.md). AuthFailure, BadRequest; ApiNotFound
+    for an account without a bridge.
+
+    A signature lets it in (NapCat signs with its token; one that is wrong is one too many), the
+    bridge's token, or what every other caller needs.
+    """
+    request.read_url_only()
+    settings, fields = client.settings, request.fields
+    token, secret = settings.onebot_token, settings.onebot_secret
+    offer = fields.get("x-signature", "").lower().encode("latin-1", "replace")
+    if "x-signature" in fields and (token or secret):
+        if not any([same_bytes(offer, signature(key, request.body).encode())
+                    for key in (secret, token) if key]):
+            raise AuthFailure()
+    elif secret or not token or not same_bytes(
+            fields.get("authorization", "").encode("latin-1", "replace"),
+            bearer(token).encode("latin-1", "replace")):
+        if secret and not settings.token:
+            raise AuthFailure()
+        try:
+            gate.check(request)
+        except AuthFailure:
+            raise AuthFailure() from None  # what helps other callers is no advice for a bridge
+    row = object_in(request.body)
+    if row is None:
+        raise BadRequest(400, "an event must be a JSON object")
+    if not client.link.hear(row):
+        raise ApiNotFound()
+    return {}
+
+
 def openqq_plugin(client: Client, data: Row) -> None:
     """Openqq: the HTTP API, and what is posted and asked of others.
 
     `data` may hold `listen`, a list of {"host", "port"}, and any setting (003: post_api …); what
     it does not name is as the client's settings say. Refusal if an address cannot be had.
     """
-    given = {name: value for name, value in data.items() if name != "listen"}
-    settings = client.settings.with_(given)
+    settings = client.settings.with_(
+        {name: value for name, value in data.items() if name != "listen"})
     store = Store(settings.check_event_list_max_size)
     api = Api(client, store, settings.numeric_ids)
     reporter = Reporter(
         settings.post_api, settings.post_secret, client.spool, client.loop, client.log,
-        Answers(client, api.media_of, settings.post_api).answered,
+        Answers(client, api.media.take, settings.post_api).answered,
         failed=lambda: client.papers.write_state(client),
-        numeric=settings.numeric_ids) if settings.post_api else None
+        numeric=settings.numeric_ids)
     listed = settings.post_event_list
     if listed is None:
         listed = client.flavour.post_event_list
     client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
                                  settings.post_stdout, settings.numeric_ids,
                                  settings.post_media_data))
-    _serve_api(client, api, reporter, settings,
-               data.get("listen") or [{"host": settings.host, "port": settings.port}])
+    serve_client(client, api, reporter, settings,
+                 data.get("listen") or [{"host": settings.host, "port": settings.port}])
     if settings.poll_api:
-        _beat_when_running(client, settings)
+        own = {client.port: f"http://127.0.0.1:{client.port}"}
+        if client.parent and client.parent.local:
+            own[origin_of(client.parent.local)[2]] = client.parent.local
+        heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, own, settings.token,
+                              client.log)
+        client.on("login", lambda client, fresh: heartbeat.start())
+        client.closing.append(heartbeat.stop)
 
 
-class Webhook:
-    """/onebot, where a bridge posts its events (ONEBOT.md); a signature or a token lets it in."""
-
-    def __init__(self, client: Client, gate: Gate) -> None:
-        self._client, self._gate = client, gate
-        self._token = client.settings.onebot_token
-        self._secret = client.settings.onebot_secret
-
-    def __call__(self, request: Request) -> Json:
-        """Take an event. AuthFailure, BadRequest, ApiNotFound for an account without a bridge."""
-        request.read_url_only()
-        if not self._is_signed(request):
-            self._check(request)
-        row = object_in(request.body)
-        if row is None:
-            raise BadRequest(400, "an event must be a JSON object")
-        if not self._client.link.hear(row):
-            raise ApiNotFound()
-        return {}
-
-    def _is_signed(self, request: Request) -> bool:
-        """NapCat signs with its token; one signature that is wrong is one too many."""
-        given = request.fields.get("x-signature")
-        secrets = [secret for secret in (self._secret, self._token) if secret]
-        if given is None or not secrets:
-            return False
-        offer = given.lower().encode("latin-1", "replace")
-        if not any([same_bytes(offer, signature(secret, request.body).encode())
-                    for secret in secrets]):
-            raise AuthFailure()
-        return True
-
-    def _check(self, request: Request) -> None:
-        """Without a signature: the bridge's token, or whatever every other caller needs."""
-        if self._token and not self._secret and same_bytes(
-                request.fields.get("authorization", "").encode("latin-1", "replace"),
-                bearer(self._token).encode("latin-1", "replace")):
-            return
-        if self._secret and not self._client.settings.token:
-            raise AuthFailure()
-        try:
-            self._gate.check(request)
-        except AuthFailure:
-            raise AuthFailure() from None  # what helps other callers is no advice for a bridge
-
-
-def _watch_client(client: Client, reporter: Optional[Reporter], metrics: Metrics) -> None:
-    metrics.watch("clients", "gauge", "Clients by state.",
-                  lambda: {f'state="{state}"': state == client.state
-                           for state in NEXT_STATES if state})
-    metrics.watch("send_queue_length", "gauge", "Messages that wait to be sent.",
-                  lambda: {"": client.talk.queue.waiting()})
-    watch_posting(metrics, reporter)
-
-
-def _serve_api(client: Client, api: Api, reporter: Optional[Reporter], settings: Settings,
-               addresses: List[Row]) -> None:
-    gate, pages = Gate(settings.token, settings.allowed_hosts), client.local_pages()
-    config = dashboard_config(client.flavour, settings, client.account)
-    index, own = (client_page, []) if client.parent else (lambda client: dashboard(config), [
-        Route(prefix + "check_client", READ, api.check_client)
-        for prefix in ("/openqq/", "/openwx/")])
-    routes = [*api.routes(), *(pages.routes() if pages else []), HEALTH, *own,
-              Route("/", READ, lambda request: index(client), open=True),
-              Route("/onebot", "POST", Webhook(client, gate), open=True)]
-    routes += openapi_routes(client.flavour, bool(settings.token), routes[:])
+def serve_client(client: Client, api: Api, reporter: Optional[Reporter], settings: Settings,
+                 addresses: List[Row]) -> None:
+    """Serve an account's API at some addresses; a controller hands down a socket of its own."""
+    gate, flavour = Gate(settings.token, settings.allowed_hosts), client.flavour
+    pages = client.local_pages()
+    config = dashboard_config(flavour, settings, client.account)
+    routes = api_routes(flavour.apis.values(), api.handler)
+    routes += [*(pages.routes() if pages else []), HEALTH,
+               Route("/", READ, lambda request: client_page(client) if client.parent
+                     else dashboard(config), open=True),
+               Route("/onebot", "POST", functools.partial(take_from_bridge, client, gate),
+                     open=True)]
+    routes += openapi_routes(flavour, bool(settings.token), routes[:], False)
     app = ClientApp(gate, client.log, routes, client_fallback)
-    _watch_client(client, reporter, app.metrics)
-    watcher = Watcher(client.log)
-    for address in addresses:
-        listener = client.take_listener() or open_listener(
-            address.get("host") or settings.host, int(next(
-                port for port in (address.get("port"), settings.port, client.flavour.client_port)
-                if port not in (None, ""))))
-        server = Server(listener, app, client.log, watcher, settings.max_connections,
-                        settings.http_max_message_size)
-        if settings.http_debug:
-            server.debug = client.log.debug
-        client.port = client.port or server.server_address[1]
-        client.closing.append(server.close_down)
-        spawn(server.serve_forever, name="server")
-        client.log.info(f"插件[{client.flavour.program}::Plugin::{client.flavour.plugin}]监听地址: "
+    app.metrics.watch("clients", "gauge", "Clients by state.",
+                      lambda: {f'state="{state}"': state == client.state
+                               for state in NEXT_STATES if state})
+    app.metrics.watch("send_queue_length", "gauge", "Messages that wait to be sent.",
+                      lambda: {"": client.talk.queue.waiting()})
+    watch_posting(app.metrics, reporter)
+    listeners = [client.take_listener() or open_listener(
+        address.get("host") or settings.host, int(next(
+            port for port in (address.get("port"), settings.port, flavour.client_port)
+            if port not in (None, "")))) for address in addresses]
+    client.port = client.port or listeners[0].getsockname()[1]
+    client.closing += [server.close_down
+                       for server in serve(app, listeners, settings, client.log)]
+    for listener in listeners:
+        client.log.info(f"插件[{flavour.program}::Plugin::{flavour.plugin}]监听地址: "
                         f"[ http://{listener.getsockname()[0]}:{listener.getsockname()[1]} ]")
     if not client.parent:
         client.log.info(gate_hint(settings))
+
+
+def serve(app: App, listeners: Iterable[socket.socket], settings: Settings,
+          log: Log) -> List[Server]:
+    """Answer at sockets from now on, each in a thread of its own."""
+    watcher, servers = Watcher(log), []
+    for listener in listeners:
+        server = Server(listener, app, log, watcher, settings.max_connections,
+                        settings.http_max_message_size)
+        if settings.http_debug:
+            server.debug = log.debug
+        spawn(server.serve_forever, name="server")
+        servers.append(server)
+    return servers
 
 
 def gate_hint(settings: Settings) -> str:
@@ -12608,16 +11661,6 @@ def dashboard_config(flavour: Type[Flavour], settings: Settings, account: str) -
             "settings": [[setting.name, setting.help, setting.shown(), setting.secret]
                          for setting in SETTINGS.values()
                          if setting.caller and not setting.idle]}
-
-
-def _beat_when_running(client: Client, settings: Settings) -> None:
-    own = {client.port: f"http://127.0.0.1:{client.port}"}
-    if client.parent and client.parent.local:
-        own[origin_of(client.parent.local)[2]] = client.parent.local
-    heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, own, settings.token,
-                          client.log)
-    client.on("login", lambda client, fresh: heartbeat.start())
-    client.closing.append(heartbeat.stop)
 
 
 PLUGINS.update({"ShowMsg": (show_msg, 100), "UploadQRcode": (upload_qrcode, 0),
@@ -12682,7 +11725,6 @@ class Child(Account):
         self.forget: Set[str] = set()                # secrets that its cookie file is to lose
         self.renewal: Optional[Renewal] = None
         self.resuming = False                        # its process of a former controller lives
-        self.turn = 0                                # which of the CPUs
         self.life: Optional[socket.socket] = None
         self.heard = b""                             # of a line that is not complete yet
         self.state = "init"
@@ -12735,14 +11777,8 @@ class Launcher:
         ours.setblocking(False)
         child.life, child.heard, child.pid = ours, b"", child.process.pid
         if self._settings.one_cpu:
-            use_all_cpus(child.pid)
-            child.turn = next(self._turn)
+            share_cpu(next(self._turn), child.pid)
         return ours
-
-    def settle(self, child: Child) -> None:
-        """It runs: keep it to one CPU. Those that begin go where there is room, as many may."""
-        if self._settings.one_cpu:
-            share_cpu(child.turn, child.pid)
 
     def _environment(self, child: Child) -> Dict[str, str]:
         kept = {name: value for name, value in os.environ.items()
@@ -12871,7 +11907,6 @@ class Supervisor:
                 child.tries, child.since_running = 0, self._loop.clock()
                 child.failed = False
                 child.lines.clear()
-                self._launcher.settle(child)
             self._watch_waiting(child)
 
     def _enter(self, child: Child, state: str) -> None:
@@ -13360,20 +12395,12 @@ def check_params(params: Params) -> Dict[str, str]:
 
     An empty one is no value: it clears what is remembered.
     """
-    named = {}
-    for name, value in params.items():
-        setting = setting_named(name)
-        if setting is None or not setting.caller:
-            raise NotAllowed(f"{name[:100]} not allowed")
-        named[setting.name] = value
-    given: Dict[str, str] = tokens_apart(named)
-    for name, value in given.items():
-        try:
-            if value:
-                SETTINGS[name].parse(value)
-        except ValueError as error:
-            raise NotAllowed(f"{error}: not allowed") from None
-    return given
+    try:
+        return texts_of(params, lambda setting: "" if setting and setting.caller
+                        else "not allowed")
+    except ValueError as error:
+        why = str(error)
+        raise NotAllowed(why if why.endswith("not allowed") else why + ": not allowed") from None
 
 
 def check_paths(given: Mapping[str, str], tmpdir: str, own_files: str,
@@ -13420,17 +12447,15 @@ def account_settings(given: Json) -> Dict[str, str]:
     """The settings of one account, from any JSON scalars and lists; ValueError."""
     if not isinstance(given, dict):
         raise ValueError("its settings must be a JSON object")
-    texts = {}
-    for name, value in given.items():
-        setting = setting_named(name)
+
+    def why_not(setting: Optional[Setting]) -> str:
         if setting is None or setting.whose == "controller":
-            raise ValueError(f"{name} is not a setting of a client")
+            return "is not a setting of a client"
         if not setting.caller and (setting.whose == "both" or setting.name == "account"):
-            raise ValueError(f"{name} is the controller's to decide, for all its clients")
-        texts[setting.name] = "" if value is None else setting.text(value)
-        if texts[setting.name]:
-            setting.parse(value)
-    return tokens_apart(texts)
+            return "is the controller's to decide, for all its clients"
+        return ""
+
+    return texts_of(given, why_not)
 
 
 class Controller:
@@ -13677,7 +12702,7 @@ class Controller:
         return os.path.join(directory, f"{self.flavour.file_prefix}{what}_{child.name}")
 
     def link_of(self, child: Child) -> str:
-        """Where a child's messages come from: onebot or local."""
+        """Where a child's messages come from."""
         given = {**inherited(self.flavour), **child.given}
         return link_of(given.get)
 
@@ -13698,10 +12723,7 @@ class Controller:
         rows.update((name, child.row(child.alive() or self.supervisor.ending))
                     for name, child in self.supervisor.children.items()
                     if child.alive() or child.failed or child.state == "stop")
-        try:
-            write_file(self.settings.backend_path, to_bytes(rows))
-        except OSError as error:
-            self.log.warn(f"{self.settings.backend_path} cannot be written: {error.strerror}")
+        keep_file(self.settings.backend_path, to_bytes(rows), self.log)
 
     def event_of(self, child: Optional[Account], event: str, *params: Json) -> Row:
         """An event of ours about a client, with numbers where that client's own have them."""
@@ -13785,24 +12807,18 @@ class ControllerApi:
 
     def routes(self) -> List[Route]:
         """The route table, under both prefixes."""
-        table = [("start_client", ACT, self._in_turn(self.start_client)),
-                 ("update_client", ACT, self._in_turn(self.update_client)),
-                 ("stop_client", ACT, self._in_turn(self.stop_client)),
-                 ("delete_client", ACT, self._in_turn(self.delete_client)),
-                 ("check_client", READ, self.check_client),
-                 ("get_qrcode", READ, self.get_qrcode),
-                 ("events", "GET", self.events)]
-        return [Route(prefix + path, methods, handler)
-                for prefix in ("/openqq/", "/openwx/") for path, methods, handler in table
-                ] + [Route("/", READ, self.index, open=True), HEALTH,
-                     Route("/onebot", "POST", self.onebot, open=True)]
+        def handler(verb: Verb) -> Callable[[Request], Any]:
+            act: Callable[[Request], Any] = getattr(self, verb.name)
+            return act if verb.methods != ACT else self._in_turn(act)
+
+        return api_routes([verb for verb in VERBS if verb.on in ("controller", "both")], handler
+                          ) + [Route("/", READ, self.index, open=True), HEALTH,
+                               Route("/onebot", "POST", self.onebot, open=True)]
 
     def all_routes(self, others: List[Route]) -> List[Route]:
         """These, others, and the one that describes them, with what is passed on to clients."""
-        routes, flavour = self.routes() + others, self._controller.flavour
-        through = [route for route in Api.described(flavour) if route.path not in self._own_paths]
-        token = bool(self._controller.settings.token)
-        return routes + openapi_routes(flavour, token, routes, through)
+        routes, token = self.routes() + others, bool(self._controller.settings.token)
+        return routes + openapi_routes(self._controller.flavour, token, routes, True)
 
     def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
         return self._controller.loop.ask(function, *args)
@@ -13979,47 +12995,63 @@ def request_echo(request: Request) -> Row:
 # 15. Command line
 # ------------------------------------------------------------------------------------------------
 
+class Parser(argparse.ArgumentParser):
+    """argparse that refuses on one line, with exit status 2. A flag begins with two dashes."""
+
+    def __init__(self, stranger: str) -> None:
+        super().__init__(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS,
+                         argument_default=argparse.SUPPRESS,
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 40, 999))
+        self._stranger = stranger  # what is said of a word that it does not know
+
+    def error(self, message: str) -> NoReturn:
+        """A flag without its value, above all."""
+        raise Refusal(re.sub(r"argument ([^/:]+).*: expected one argument", r"\1 needs a value; "
+                             r"one that begins with -- is given as \1=VALUE", message), 2)
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        return super()._parse_optional(arg_string) if arg_string.startswith("--") else None
+
+    def read(self, words: Sequence[str]) -> Row:
+        """What the words say, those without a flag under `words`. Refusal."""
+        try:
+            found, strange = self.parse_known_intermixed_args(list(map(typed_text, words)))
+        except ValueError as error:
+            raise Refusal(f"a word is {error}", 2) from None
+        if strange:
+            raise Refusal(f"{strange[0].partition('=')[0]} {self._stranger}", 2)
+        return vars(found)
+
+
+def settings_parser(whose: str) -> Parser:
+    """All settings of a controller or client: each is a flag, under all of its names."""
+    parser = Parser(f"is not a setting of a {whose}; "
+                    f"python openqq.py {whose} --help shows them")
+    for setting in SETTINGS.values():
+        if setting.whose in (whose, "both"):
+            default = f" [{setting.shown()}]" if setting.shown() else ""
+            text = argparse.SUPPRESS if setting.idle else (
+                f"{setting.help}{default} | {setting.chinese}".replace("%", "%%"))
+            plugins = [f"plugin_{name}_" for name in ("openqq", "openwx") if setting.plugin]
+            for name in [setting.name, *(plugin + setting.name for plugin in plugins)]:
+                for flag in dict.fromkeys(("--" + name.replace("_", "-"), "--" + name)):
+                    parser.add_argument(flag, dest=setting.name, metavar="VALUE", help=text)
+                    text = argparse.SUPPRESS  # but for the first one
+    return parser
+
+
 def help_text(whose: str) -> str:
     """All settings of a controller or client, as --help shows them."""
-    lines = [f"usage: python openqq.py {whose} [--setting value …]", "",
-             "Each setting takes a value; booleans are 0 and 1, lists have commas. In the",
-             "environment a setting is MOJO_WEBQQ_ and its name in capitals.", ""]
-    for setting in SETTINGS.values():
-        if setting.whose in (whose, "both") and not setting.idle:
-            default = f" [{setting.shown()}]" if setting.shown() else ""
-            flag = "--" + setting.name.replace("_", "-")
-            lines.append(f"  {flag:27} {setting.help}{default}")
-    return "\n".join(lines) + "\n"
-
-
-def typed_word(word: str) -> str:
-    """A word of the command line as text; Refusal with exit status 2.
-
-    Bytes that are not what Python takes the console to write stand in it as surrogates (PEP 383).
-    """
-    try:
-        return read_text(os.fsencode(word)) if SURROGATES.search(word) else word
-    except ValueError:
-        raise Refusal("a word is neither UTF-8 nor GB18030", 2) from None
+    return (f"usage: python openqq.py {whose} [--setting value …]\n\n"
+            "Each setting takes a value; booleans are 0 and 1, lists have commas. In the\n"
+            "environment a setting is MOJO_WEBQQ_ and its name in capitals.\n"
+            "每个设置带一个值；布尔值为 0 或 1，列表用逗号分隔。环境变量名为 MOJO_WEBQQ_ 加大写的设置名。\n\n"
+            + settings_parser(whose).format_help().partition("\n")[2])
 
 
 def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
     """--setting value and --setting=value as settings; Refusal with exit status 2."""
-    given: Dict[str, str] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        setting = setting_named(name[2:]) if name.startswith("--") else None
-        if setting is None or setting.whose not in (whose, "both"):
-            raise Refusal(f"{name} is not a setting of a {whose}; "
-                          f"python openqq.py {whose} --help shows them", 2)
-        if not equals:
-            if not rest:
-                raise Refusal(f"{name} needs a value", 2)
-            value = rest.pop(0)
-        given[setting.name] = typed_word(value)
-    return tokens_apart(given)
+    return tokens_apart(settings_parser(whose).read(words))
 
 
 # For glibc: one heap instead of one for each thread, and large buffers outside of it, so that
@@ -14028,52 +13060,51 @@ FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
           "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
-def rename_process(whose: str, given: Dict[str, str]) -> None:
+def begin_again(title: str, words: Sequence[str], **environment: str) -> NoReturn:
+    """Run this file once more, as a process that is called `title`; it reads UTF-8 whatever we
+    read. What is in the environment cannot be seen by other users, as words can."""
+    spelt: Dict[str, Any] = {name: value.encode("utf-8", "surrogateescape")
+                             for name, value in environment.items()}
+    os.execve(sys.executable, [word.encode("utf-8", "surrogateescape") for word in (title, *words)],
+              {**os.environ, **spelt})
+
+
+def rename_process(whose: str, given: Dict[str, str]) -> Type[Flavour]:
     """Begin once more under the name that ps is to show, with the secrets off the command line.
 
     Only argv[0] makes a name that all of ps's forms show; its directory must stay Python's own,
     or a virtual environment would be lost.
     """
-    python = os.environ.pop("OPENQQ_PYTHON", "")
-    if python:
-        sys.executable = python
-        return
-    if not sys.executable:
-        return
     flavour = flavour_named(given.get("flavor"))
+    python = os.environ.pop("OPENQQ_PYTHON", "")
+    if python or not sys.executable:
+        sys.executable = python or sys.executable
+        return flavour
     account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
     name = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
     hidden = {setting: value for setting, value in given.items() if SETTINGS[setting].secret}
     flags = [f"--{setting}={value}" for setting, value in given.items() if setting not in hidden]
-    environment: Dict[str, Any] = {
-        **FRUGAL, **os.environ, "OPENQQ_PYTHON": sys.executable,
-        **{flavour.environ + setting.upper(): utf8(value)[0] for setting, value in hidden.items()}}
+    environment = {name: value for name, value in FRUGAL.items() if name not in os.environ}
+    environment.update((flavour.environ + setting.upper(), value)
+                       for setting, value in hidden.items())
     if "token" in hidden:
-        environment["OPENQQ_TOKEN"] = utf8(hidden["token"])[0]
-    title = os.path.join(os.path.dirname(sys.executable), name.replace("/", "_"))
-    os.execve(sys.executable, utf8(title, "-S", *python_words(whose, *flags)), environment)
+        environment["OPENQQ_TOKEN"] = hidden["token"]
+    begin_again(os.path.join(os.path.dirname(sys.executable), name.replace("/", "_")),
+                ["-S", *python_words(whose, *flags)], OPENQQ_PYTHON=sys.executable, **environment)
 
 
-def utf8(*words: str) -> List[bytes]:
-    """Words for this file run once more (python_words): it reads UTF-8, whatever we read."""
-    return [word.encode("utf-8", "surrogateescape") for word in words]
-
-
-def run_controller(given: Dict[str, str]) -> int:
-    """`controller`: many accounts."""
-    rename_process("controller", given)
-    controller = Controller(None, **given)
-    if controller.settings.one_cpu:
+def run_server(whose: str, given: Dict[str, str]) -> int:
+    """`controller`: many accounts; `client`: one account alone."""
+    flavour = rename_process(whose, given)
+    try:
+        settings = Settings(whose, given, os.environ, flavour.environ)
+    except ValueError as error:
+        raise Refusal(str(error), 2) from None
+    if settings.one_cpu:
         share_cpu(os.getpid())
-    return controller.run()
-
-
-def run_client(given: Dict[str, str]) -> int:
-    """`client`: one account alone."""
-    rename_process("client", given)
+    if whose == "controller":
+        return Controller(None, **given).run()
     client = Client(**given)
-    if client.settings.one_cpu:
-        share_cpu(os.getpid())
     load_usual_plugins(client)
     return client.run()
 
@@ -14134,148 +13165,29 @@ def run_template() -> int:
 
 # -- the commands that call a server's API
 
-class Said:
-    """What a server answered: `value` is its JSON, None if it is none; `good` unless it said no."""
-
-    def __init__(self, reply: Reply) -> None:
-        if reply.kind == "text/event-stream":
-            raise Refusal("that is a stream without an end; the command events reads it", 2)
-        self.status, self.kind, self.body = reply.status, reply.kind, reply.read(1 << 30)
-        try:
-            self.value = from_bytes(self.body) if self.kind == "application/json" else None
-        except ValueError:
-            self.value = None
-        self._row = self.value if isinstance(self.value, dict) else {}
-        self.good = self.status < 300 and self.code == 0
-
-    @property
-    def code(self) -> int:
-        """The answer's own code; 0 where it has none."""
-        code = self._row.get("code")
-        return code if isinstance(code, int) else 0
-
-    @property
-    def row(self) -> Row:
-        """The JSON object that it is; Refusal with exit status 3 for what only some other server
-        can have said."""
-        if not isinstance(self.value, dict):
-            raise Refusal("what answers at that URL does not speak this API", 3)
-        return self.value
-
-    def refusal(self) -> Refusal:
-        """Why it is no good: exit status 3 when a proxy found nobody, else 1."""
-        if self.value is None and self.status in (502, 503, 504):
-            return Refusal(f"nobody behind that URL: HTTP {self.status}", 3)
-        text = str(self._row.get("status") or self._row.get("reply_status") or "no")
-        if "state" in self._row:
-            text += f", it is {self._row['state']}"
-        if not self._row:  # a client alone says so in plain text
-            text = f"HTTP {self.status} " + self.body[:60].decode("utf-8", "replace")
-        return Refusal(f"{text} (code {self.code})" if self._row else text.strip())
-
-
-class Remote:
-    """The API of a server somewhere, as a command calls it."""
-
-    # What only reads is asked for with GET; all else is posted, so that no log keeps it.
-    READS = re.compile(r"(?:/open(?:qq|wx)/)?(?:get_|check_client|openapi|events)|"
-                       r"/local/(?:world|scan)|/healthz|/metrics|/$")
-
-    def __init__(self, url: str, token: str = "") -> None:
-        try:
-            origin_of(url)
-        except ValueError as error:
-            raise Refusal(f"--url: {error}; it looks like http://127.0.0.1:4000", 2) from None
-        self.url = url.rstrip("/")
-        self._fields = {"Authorization": bearer(token)} if token else {}
-
-    def ask(self, api: str, params: Mapping[str, str]) -> Said:
-        """Call an API; Refusal with exit status 3 if nobody answers.
-
-        `client` is always in the query, where a proxy before many controllers looks for it.
-        """
-        reads, rest = self.READS.match(api) is not None, dict(params)
-        query = rest if reads else {name: rest.pop(name) for name in ("client",) if name in rest}
-        url = self.url + (api if api.startswith("/") else "/openqq/" + api)
-        body = None if reads else urllib.parse.urlencode(rest).encode()
-        kind = {} if reads else {"Content-Type": "application/x-www-form-urlencoded"}
-        try:
-            return Said(fetch(url + ("?" + urllib.parse.urlencode(query) if query else ""),
-                              "GET" if reads else "POST", {**self._fields, **kind}, body,
-                              PROXY_SECONDS + KILL_SECONDS, repeat=reads))
-        except Unreachable as error:
-            raise Refusal(f"{self.url} is not reachable: {error.status}; does a controller run "
-                          "there, or is --url another one?", 3) from None
-
-    def follow(self, name: str) -> Iterator[Row]:
-        """The events that are kept, then new ones as they come; of one account, or of all.
-
-        Refusal when there are no more: with exit status 3 if the connection broke.
-        """
-        params = {"since": "0", **({"client": name} if name else {})}
-        events = ServerSent()
-        try:
-            reply = fetch(f"{self.url}/openqq/events?{urllib.parse.urlencode(params)}", "GET",
-                          self._fields, None, PROXY_SECONDS, repeat=True)
-            if reply.kind != "text/event-stream":
-                raise Said(reply).refusal()
-            for piece in reply.pieces(PROXY_SECONDS):
-                for data in events.feed(piece):
-                    yield {**({"client": name} if name else {}), **from_bytes(data)}
-        except Unreachable as error:
-            raise Refusal(f"{self.url} is not reachable: {error.status}", 3) from None
-        raise Refusal("the stream of events has ended")
-
-
-def printable(text: str) -> str:
+def printable(text: str, is_json: bool = False) -> str:
     """Text that does nothing to a terminal: names and messages come from anybody.
 
-    Controls, and what only steers the display, are spelt as Python does; blanks become blanks.
+    Controls, and what only steers the display, are spelt as Python does, or if the text is JSON
+    as JSON does; blanks of any kind become blanks, except in JSON.
     """
-    if text.isprintable():
-        return text
-    return "".join(
-        sign if sign.isprintable() or sign == "\u200d" else
-        " " if sign.isspace() and sign not in "\t\n\r" else
-        sign.encode("unicode_escape").decode() for sign in text)
+    def spelt(sign: str) -> str:
+        if sign.isprintable() or sign == ("\n" if is_json else "\u200d"):
+            return sign
+        if is_json:
+            return json.dumps(sign)[1:-1]
+        if sign.isspace() and sign not in "\t\n\r":
+            return " "
+        return sign.encode("unicode_escape").decode()
 
-
-def printable_json(text: str) -> str:
-    """JSON that does nothing to a terminal, and still is the same JSON."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else json.dumps(sign)[1:-1]
-                   for sign in text)
+    return text if text.isprintable() else "".join(map(spelt, text))
 
 
 def text_width(text: str) -> int:
     """How many columns a terminal needs for a text: two for a Chinese letter."""
-    import unicodedata
+    import unicodedata  # 1 MiB that no server needs
     return sum(0 if unicodedata.category(sign) in ("Mn", "Me", "Cf") else
                2 if unicodedata.east_asian_width(sign) in ("W", "F") else 1 for sign in text)
-
-
-def padded(text: str, width: int) -> str:
-    """A text in a column of a table."""
-    return text + " " * (width - text_width(text))
-
-
-def cut(text: str, width: int) -> str:
-    """As much of a text as fits, with … for the rest."""
-    if text_width(text) <= width:
-        return text
-    while text and text_width(text) >= width:
-        text = text[:-1]
-    return text + "…"
-
-
-def lasting(seconds: float) -> str:
-    """A duration in two words at most: 3d 4h, 12m 5s."""
-    parts: List[str] = []
-    left = max(0, int(seconds))
-    for size, unit in (86_400, "d"), (3600, "h"), (60, "m"), (1, "s"):
-        if left >= size or (unit == "s" and not parts):
-            parts.append(f"{left // size}{unit}")
-        left %= size
-    return " ".join(parts[:2])
 
 
 class Screen:
@@ -14288,9 +13200,8 @@ class Screen:
         self.is_terminal = self._out.isatty()
         self.can_move = self.is_terminal and os.environ.get("TERM", "dumb") != "dumb"
         self._colored = self.can_move and not os.environ.get("NO_COLOR")
-        reconfigure = getattr(self._out, "reconfigure", None)
-        if reconfigure:
-            reconfigure(errors="backslashreplace")
+        if hasattr(self._out, "reconfigure"):
+            self._out.reconfigure(errors="backslashreplace")
 
     def put(self, text: str) -> None:
         """Write lines, at once."""
@@ -14299,13 +13210,13 @@ class Screen:
 
     def put_raw(self, said: Said) -> None:
         """Write what came, byte for byte, unless it would play with a terminal."""
-        if self.is_terminal and said.kind == "application/json":
-            return self.put(printable_json(said.body.decode("utf-8", "replace")))
+        is_json = said.kind == "application/json"
+        if self.is_terminal and is_json:
+            return self.put(printable(said.body.decode("utf-8", "replace"), True))
         if self.is_terminal:
             raise Refusal(f"{len(said.body)} bytes of {said.kind or 'nothing'}: "
                           "not for a terminal, write them to a file")
-        self._out.flush()
-        self._out.buffer.write(said.body + (b"\n" if said.kind == "application/json" else b""))
+        self._out.buffer.write(said.body + (b"\n" if is_json else b""))
         self._out.buffer.flush()
 
     def color(self, text: str, code: str) -> str:
@@ -14320,11 +13231,17 @@ class Screen:
         filled = [place for place, cells in enumerate(zip(*rows)) if any(cells[1:])]
         rows = [[printable(row[place]) for place in filled] for row in rows]
         widths = [max(map(text_width, column)) for column in zip(*rows)]
-        room = os.get_terminal_size(self._out.fileno()).columns if self.is_terminal else 0
+        columns = os.get_terminal_size(self._out.fileno()).columns if self.is_terminal else 0
+        room = columns - sum(widths[:-1]) - 2 * len(widths)  # for the last column
         lines = []
         for place, row in enumerate(rows):
-            last = cut(row[-1], room - sum(widths[:-1]) - 2 * len(widths)) if room else row[-1]
-            cells = [padded(cell, width) for cell, width in zip(row[:-1], widths)] + [last]
+            last = row[-1]
+            if columns and text_width(last) > room:
+                while last and text_width(last) >= room:
+                    last = last[:-1]
+                last += "…"
+            cells = [cell + " " * (width - text_width(cell))
+                     for cell, width in zip(row[:-1], widths)] + [last]
             cells[1] = self.color(cells[1], self.STATES.get(row[1], "33") if place else "")
             line = "  ".join(cells).rstrip()
             lines.append(line if place else self.color(line, "1"))
@@ -14334,19 +13251,22 @@ class Screen:
         """A QR code; without colours light is what is written, as on a dark screen."""
         text = qr_text(matrix)
         if not self._colored:
-            text = re.sub("\x1b\\[[0-9;]*m", "", text).translate(
-                str.maketrans(" ▀▄█", "█▄▀ "))
+            text = re.sub("\x1b\\[[0-9;]*m", "", text).translate(str.maketrans(" ▀▄█", "█▄▀ "))
         return text.rstrip("\n")
 
 
 def account_cells(row: Row) -> List[str]:
-    """A line of the table of accounts, of what check_client says of one."""
+    """A line of the table of accounts, out of what check_client says of one."""
     state = "failed" if row.get("failed") else str(row.get("state") or "")
+    since, up = str(row.get("start_time") or ""), ""
     alive = state not in ("stop", "failed")
-    since = str(row.get("start_time") or "")
+    if alive and since.isdigit():
+        seconds = max(0, int(time.time() - int(since)))
+        parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "m"),
+                 (seconds % 60, "s")]
+        up = " ".join([f"{count}{unit}" for count, unit in parts if count][:2]) or "0s"
     return [str(row.get("account") or ""), state, str(row.get("port") or ""),
-            str(row.get("pid") or "") if alive else "",
-            lasting(time.time() - int(since)) if alive and since.isdigit() else "",
+            str(row.get("pid") or "") if alive else "", up,
             str(row.get("restarts") or ""), str(row.get("error") or "")]
 
 
@@ -14356,7 +13276,11 @@ def event_line(event: Row, screen: Screen) -> str:
     clock = time.strftime("%H:%M:%S ", time.localtime(int(when))) if when.isdigit() else ""
     head = clock + str(event.get("client") or "")  # a client alone has but one account
     if event.get("post_type") == "event":
-        words = [str(event.get("event"))] + [_short(param) for param in event.get("params") or []]
+        words = [str(event.get("event"))]
+        for param in event.get("params") or []:
+            if isinstance(param, dict):
+                param = param.get("displayname") or param.get("name") or param.get("id")
+            words.append(str(param)[:60])
         return screen.color(printable(f"{head} · {' '.join(words)}"), "36")
     place = event.get("group") or event.get("discuss")
     if event.get("class") == "send":
@@ -14367,72 +13291,117 @@ def event_line(event: Row, screen: Screen) -> str:
     return printable(f"{head} ← {event.get('sender')}{where}: {event.get('content')}")
 
 
-def _short(param: Json) -> str:
-    """A param of an event in a word or two."""
-    if isinstance(param, dict):
-        param = param.get("displayname") or param.get("name") or param.get("id")
-    return str(param)[:60]
+class Said:
+    """What a server answered: `value` is its JSON, None if it is none, `row` that if it is an
+    object; `code` the answer's own; `good` unless it said no."""
+
+    def __init__(self, reply: Reply) -> None:
+        if reply.kind == "text/event-stream":
+            raise Refusal("that is a stream without an end; the command events reads it", 2)
+        self.status, self.kind, self.body = reply.status, reply.kind, reply.read(1 << 30)
+        try:
+            self.value = from_bytes(self.body) if self.kind == "application/json" else None
+        except ValueError:
+            self.value = None
+        self.row: Row = self.value if isinstance(self.value, dict) else {}
+        self.code = self.row["code"] if isinstance(self.row.get("code"), int) else 0
+        self.good = self.status < 300 and self.code == 0
+
+    def refusal(self) -> Refusal:
+        """Why it is no good: exit status 3 when a proxy found nobody, else 1."""
+        if self.value is None and self.status in (502, 503, 504):
+            return Refusal(f"nobody behind that URL: HTTP {self.status}", 3)
+        if not self.row:  # a client alone says so in plain text
+            text = self.body[:60].decode("utf-8", "replace")
+            return Refusal(f"HTTP {self.status} {text}".strip())
+        text = str(self.row.get("status") or self.row.get("reply_status") or "no")
+        if "state" in self.row:
+            text += f", it is {self.row['state']}"
+        return Refusal(f"{text} (code {self.code})")
 
 
 class Terminal:
-    """The commands, each a method of its name, given the words behind it. COMMANDS lists them."""
+    """The commands, each a method of its name, given the words behind it. COMMANDS lists them.
+    Refusal for what goes wrong, Unreachable where nobody answers."""
 
     WATCH_SECONDS = 1.0
+    # What only reads is asked for with GET; all else is posted, so that no log keeps it.
+    READS = re.compile(r"(?:/open(?:qq|wx)/)?(?:get_|check_client|openapi|events)|"
+                       r"/local/(?:world|scan)|/healthz|/metrics|/$")
 
-    def __init__(self, flags: Mapping[str, str]) -> None:
-        url = flags.get("url") or os.environ.get("OPENQQ_URL") or f"http://127.0.0.1:{QQ.port}"
-        self._remote = Remote(url, flags.get("token") or os.environ.get("OPENQQ_TOKEN", ""))
-        self._json, self._watch = "json" in flags, "watch" in flags
+    def __init__(self, url: str, token: str, is_raw: bool, watch: bool) -> None:
+        try:
+            origin_of(url)
+        except ValueError as error:
+            raise Refusal(f"--url: {error}; it looks like http://127.0.0.1:4000", 2) from None
+        self._url, self._is_raw, self._watch = url.rstrip("/"), is_raw, watch
+        self._fields = {"Authorization": bearer(token)} if token else {}
         self._screen = Screen()
 
-    def _ask(self, api: str, **params: str) -> Said:
-        """Call an API, and print what came if that is wanted; Refusal if it says no."""
-        return self._finish(self._remote.ask(api, params))
+    def _open(self, api: str, params: Mapping[str, str]) -> Reply:
+        """Call an API. `client` is always in the query: a proxy before many looks for it there."""
+        url = self._url + (api if api.startswith("/") else "/openqq/" + api)
+        reads, fields, body = self.READS.match(api) is not None, dict(self._fields), None
+        query = {name: value for name, value in params.items() if reads or name == "client"}
+        if not reads:
+            fields["Content-Type"] = "application/x-www-form-urlencoded"
+            body = urllib.parse.urlencode(
+                {name: value for name, value in params.items() if name not in query}).encode()
+        return fetch(url + ("?" + urllib.parse.urlencode(query) if query else ""),
+                     "GET" if reads else "POST", fields, body, PROXY_SECONDS + KILL_SECONDS,
+                     repeat=reads)
 
-    def _finish(self, said: Said) -> Said:
-        if self._json:
+    def _ask(self, api: str, **params: str) -> Said:
+        return Said(self._open(api, params))
+
+    def _finish(self, said: Said, is_json: bool = True) -> bool:
+        """Print what came, if that is all that is wanted: else it is to be shown. Refusal if it
+        says no, or if it is not what only a server of ours can have said."""
+        if self._is_raw:
             self._screen.put_raw(said)
         if not said.good:
             raise said.refusal()
-        return said
+        if is_json and not self._is_raw and not said.row:
+            raise Refusal("what answers at that URL does not speak this API", 3)
+        return not self._is_raw
+
+    def _say(self, said: Said, *names: str) -> None:
+        """An answer's status, and those of its members that are of interest."""
+        if self._finish(said):
+            words = [f"{name} {said.row[name]}" for name in names if name in said.row]
+            self._screen.put(printable(", ".join([str(said.row.get("status")), *words])))
 
     def _check_account(self, name: str) -> None:
         """Refusal where there is no such account: with these calls a client alone does not look
         at `client`, so that it serves bots which name it as they please."""
-        said = self._remote.ask("check_client", {"client": name})
+        said = self._ask("check_client", client=name)
         if said.code == ClientMissing.code:
             self._finish(said)
 
-    def _say(self, said: Said, *names: str) -> None:
-        """An answer's status, and those of its members that are of interest."""
-        row = said.row
-        words = [str(row.get("status"))] + [f"{name} {row[name]}" for name in names if name in row]
-        if not self._json:
-            self._screen.put(printable(", ".join(words)))
-
-    def status(self, name: str = "") -> None:
+    def status(self, *names: str) -> None:
         """A table of the accounts; with --watch again and again, whatever becomes of them."""
-        self._show_accounts(name)
+        self._show_accounts(*names)
         while self._watch:
             time.sleep(self.WATCH_SECONDS)  # nothing tells of states but asking for them
             try:
-                self._show_accounts(name)
-            except Refusal as refusal:
-                print(f"openqq: {printable(refusal.status)}", file=sys.stderr)
+                self._show_accounts(*names)
+            except (Refusal, Unreachable) as error:
+                print(f"openqq: {printable(error.status)}", file=sys.stderr)
 
-    def _show_accounts(self, name: str) -> None:
-        said = self._ask("check_client", **({"client": name} if name else {}))
-        if self._json:
-            return
-        rows = [account_cells(row) for row in rows_of(said.row.get("client"))]
-        text = self._screen.table([["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"],
-                                   *rows]) if rows else "no accounts; start NAME makes one"
-        clear = "\x1b[H\x1b[J" if self._watch and self._screen.can_move else ""
-        self._screen.put(clear + text)
+    def _show_accounts(self, *names: str) -> None:
+        said = self._ask("check_client", **{"client": name for name in names})
+        if self._finish(said):
+            rows = [account_cells(row) for row in rows_of(said.row.get("client"))]
+            text = self._screen.table([
+                ["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"],
+                *rows]) if rows else "no accounts; start NAME makes one"
+            clear = "\x1b[H\x1b[J" if self._watch and self._screen.can_move else ""
+            self._screen.put(clear + text)
 
     def start(self, name: str, *settings: str) -> None:
         """Start an account with settings of its own."""
-        self._say(self._ask("start_client", **parse_pairs(settings), client=name), "pid", "port")
+        self._say(self._ask("start_client", **{**parse_pairs(settings), "client": name}),
+                  "pid", "port")
 
     def stop(self, name: str) -> None:
         """Stop an account."""
@@ -14445,16 +13414,14 @@ class Terminal:
         that scripts keep and logs show.
         """
         self._check_account(name)
-        said = self._remote.ask("get_qrcode", {"client": name})
+        said = self._ask("get_qrcode", client=name)
         if said.status == 404:
             raise Refusal(f"{name} has no QR code to scan; status says what it does")
-        self._finish(said)
-        if self._json:
-            return
-        try:
-            self._screen.put(self._screen.drawing(qr_unpng(said.body)))
-        except ValueError as error:
-            raise Refusal(f"the picture cannot be read: {error}") from None
+        if self._finish(said, False):
+            try:
+                self._screen.put(self._screen.drawing(qr_unpng(said.body)))
+            except ValueError as error:
+                raise Refusal(f"the picture cannot be read: {error}") from None
 
     def send(self, name: str, kind: str, who: str, text: str) -> None:
         """Send a message to whom the API finds, by uid, by id or by name."""
@@ -14462,29 +13429,34 @@ class Terminal:
             raise Refusal(f"{kind!r} is not friend, group or discuss", 2)
         self._check_account(name)
         for key in "uid", "id", "name", "displayname":
-            said = self._remote.ask(f"send_{kind}_message",
-                                    {"client": name, key: who, "content": text})
+            said = self._ask(f"send_{kind}_message",
+                             **{"client": name, key: who, "content": text})
             if said.code not in (100, 101, 102):
                 break
-        self._say(self._finish(said), "id")
+        self._say(said, "id")
 
     def events(self, *names: str) -> None:
         """Events as they come, those that are kept first; of one account or of all."""
-        for event in self._remote.follow("".join(names)):
-            if not self._json:
-                self._screen.put(event_line(event, self._screen))
-            else:
-                text = to_bytes(event).decode()
-                self._screen.put(printable_json(text) if self._screen.is_terminal else text)
+        client = {"client": name for name in names}
+        reply, events = self._open("events", {"since": "0", **client}), ServerSent()
+        if reply.kind != "text/event-stream":
+            raise Said(reply).refusal()
+        for piece in reply.pieces(PROXY_SECONDS):
+            for data in events.feed(piece):
+                event = {**client, **from_bytes(data)}
+                text = to_bytes(event).decode() if self._is_raw else event_line(event, self._screen)
+                is_seen = self._is_raw and self._screen.is_terminal
+                self._screen.put(printable(text, True) if is_seen else text)
+        raise Refusal("the stream of events has ended")
 
     def call(self, api: str, *pairs: str) -> None:
         """Any call of the API; its answer is laid out, unless --json wants it as it came."""
         said = self._ask(api, **parse_pairs(pairs))
-        if self._json:
-            return
-        if said.value is None:
-            return self._screen.put_raw(said)
-        self._screen.put(printable_json(json.dumps(said.value, ensure_ascii=False, indent=2)))
+        if self._finish(said, False):
+            if said.value is None:
+                return self._screen.put_raw(said)
+            text = json.dumps(said.value, ensure_ascii=False, indent=2)
+            self._screen.put(printable(text, True))
 
 
 def parse_pairs(words: Sequence[str]) -> Dict[str, str]:
@@ -14497,13 +13469,13 @@ def parse_pairs(words: Sequence[str]) -> Dict[str, str]:
 
 # command -> the words behind it, how many there may be, what it is for
 COMMANDS: Dict[str, Tuple[str, int, int, str]] = {
-    "status": ("[NAME] [--watch]", 0, 1, "the accounts, their states and errors"),
-    "start": ("NAME [setting=value …]", 1, 99, "start an account"),
-    "stop": ("NAME", 1, 1, "stop it"),
-    "qrcode": ("NAME", 1, 1, "draw the code that it waits with"),
-    "send": ("NAME friend|group|discuss WHO TEXT", 4, 4, "send a message to a uid, id or name"),
-    "events": ("[NAME]", 0, 1, "what accounts hear and send, as it comes"),
-    "call": ("API [key=value …]", 1, 99, "any call of the API"),
+    "status": ("[NAME] [--watch]", 0, 1, "the accounts, their states and errors  帐号、状态和错误"),
+    "start": ("NAME [setting=value …]", 1, 99, "start an account  启动帐号"),
+    "stop": ("NAME", 1, 1, "stop it  停止帐号"),
+    "qrcode": ("NAME", 1, 1, "draw the code that it waits with  显示待扫的二维码"),
+    "send": ("NAME friend|group|discuss WHO TEXT", 4, 4, "send to a uid, id or name  发送消息"),
+    "events": ("[NAME]", 0, 1, "what accounts hear and send, as it comes  实时收发的消息和事件"),
+    "call": ("API [key=value …]", 1, 99, "any call of the API  任意 API 调用"),
 }
 
 USAGE = """\
@@ -14523,42 +13495,30 @@ Exit status: 0, 1 when the API says no, 2 for a wrong call, 3 when nobody answer
 """
 
 
-def parse_words(command: str, words: Sequence[str]) -> Tuple[List[str], Dict[str, str]]:
-    """The words behind a command, and the flags among them; Refusal with exit status 2."""
-    plain: List[str] = []
-    flags: Dict[str, str] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if word == "--":
-            plain, rest = plain + rest, []
-        elif name in ("--url", "--token"):
-            if not equals and not rest:
-                raise Refusal(f"{name} needs a value", 2)
-            flags[name[2:]] = value if equals else rest.pop(0)
-        elif word == "--json" or (word == "--watch" and command == "status"):
-            flags[word[2:]] = "1"
-        elif word.startswith("--"):
-            raise Refusal(f"{word} is not a flag of {command}; a text that begins so stands "
-                          "behind --", 2)
-        else:
-            plain.append(word)
-    return plain, flags
-
-
 def run_command(command: str, words: Sequence[str]) -> int:
     """A command that calls a server's API; its exit status. Refusal."""
+    usage, least, most, _ = COMMANDS[command]
+    parser = Parser(f"is not a flag of {command}; a text that begins so stands behind --")
+    parser.add_argument("words", nargs="*", default=[])
+    for flag in "--url", "--token":
+        parser.add_argument(flag)
+    for flag in ["--json", "--watch"][:1 + (command == "status")]:
+        parser.add_argument(flag, action="store_true")
+    url = os.environ.get("OPENQQ_URL") or f"http://127.0.0.1:{QQ.port}"
     try:
-        plain, flags = parse_words(command, [typed_word(word) for word in words])
-        usage, least, most, _ = COMMANDS[command]
+        flags = parser.read(words)
+        plain, url = flags.pop("words"), flags.get("url") or url
         if not least <= len(plain) <= most:
             raise Refusal(f"usage: python openqq.py {command} {usage}", 2)
-        if "token" in flags and sys.executable:
-            hide_token(flags.pop("token"), [command, *(
-                f"--url={value}" if name == "url" else "--" + name
-                for name, value in flags.items()), "--", *plain])
-        getattr(Terminal(flags), command)(*plain)
+        if "token" in flags and sys.executable:  # ps would show it to everybody
+            again = [f"--url={url}", *(f"--{name}" for name in ("json", "watch") if name in flags)]
+            begin_again(sys.executable, python_words(command, *again, "--", *plain),
+                        OPENQQ_TOKEN=flags["token"])
+        token = flags.get("token") or os.environ.get("OPENQQ_TOKEN", "")
+        getattr(Terminal(url, token, "json" in flags, "watch" in flags), command)(*plain)
+    except Unreachable as error:
+        raise Refusal(printable(f"{url} is not reachable: {error.status}; does a controller run "
+                                "there, or is --url another one?"), 3) from None
     except Refusal as refusal:  # it tells what others said
         raise Refusal(printable(refusal.status), refusal.exit) from None
     except KeyboardInterrupt:
@@ -14566,13 +13526,13 @@ def run_command(command: str, words: Sequence[str]) -> int:
     return 0
 
 
-def written(write: Callable[[], int]) -> int:
+def written(write: Callable[[], Optional[int]]) -> int:
     """The exit status of what writes to standard output. Refusal when that takes no more.
 
     What is still in its buffer would be tried again at the end: it goes nowhere.
     """
     try:
-        status = write()
+        status = write() or 0
         if sys.stdout:
             sys.stdout.flush()
         return status
@@ -14584,45 +13544,32 @@ def written(write: Callable[[], int]) -> int:
         return 0  # whoever read has read enough
 
 
-def show(text: str) -> int:
-    """Print a text, whatever letters standard output has."""
-    Screen().put(text.rstrip("\n"))
-    return 0
-
-
-def hide_token(token: str, words: Sequence[str]) -> None:
-    """Begin once more with the token off the command line, where ps shows it to everybody."""
-    environment: Dict[str, Any] = {**os.environ, "OPENQQ_TOKEN": utf8(token)[0]}
-    os.execve(sys.executable, utf8(sys.executable, *python_words(*words)), environment)
-
-
 def main(words: Sequence[str]) -> int:
     """The program; its exit status: 0, 1 for a refusal, 2 for a wrong call, 3: nobody answers."""
-    command, rest = (words[0], words[1:]) if words else ("", [])
-    whose = command
+    command, rest = words[0] if words else "", words[1:]
+    is_server = command in ("controller", "client")
+    text = ""
+    if command == "--version":
+        text = f"OpenQQ {VERSION}"
+    elif is_server and {"-h", "--help"} & set(rest):
+        text = help_text(command).rstrip("\n")
+    elif command in ("-h", "--help") or command in COMMANDS and rest in (["-h"], ["--help"]):
+        text = USAGE.rstrip("\n")
     try:
         if command == "--client":
             return run_child()
-        if command == "--version":
-            return written(lambda: show(f"OpenQQ {VERSION}\n"))
-        elif command in ("controller", "client") and {"-h", "--help"} & set(rest):
-            return written(lambda: show(help_text(whose)))
-        elif command == "controller":
-            return run_controller(parse_flags(whose, rest))
-        elif command == "client":
-            return run_client(parse_flags(whose, rest))
-        elif command in ("-h", "--help") or (command in COMMANDS and rest in (["-h"], ["--help"])):
-            return written(lambda: show(USAGE))
-        elif command in COMMANDS:
+        if text:
+            return written(lambda: Screen().put(text))
+        if is_server:
+            return run_server(command, parse_flags(command, rest))
+        if command in COMMANDS:
             return written(lambda: run_command(command, rest))
-        else:
-            wrong = f"openqq: there is no command {command!r}\n" if command else ""
-            print(wrong + USAGE, end="", file=sys.stderr)
-            return 2
     except Refusal as refusal:
         print(f"openqq: {refusal.status}", file=sys.stderr)
         return refusal.exit
-    return 0
+    wrong = f"openqq: there is no command {command!r}\n" if command else ""
+    print(wrong + USAGE, end="", file=sys.stderr)
+    return 2
 
 
 def command_line() -> None:
