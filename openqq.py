@@ -6088,7 +6088,7 @@ def watch_posting(metrics: Metrics, reporter: Optional[Reporter]) -> None:
 
 def backoff(tries: int, most: float = 60.0) -> float:
     """Seconds before the next try: 0, 1, 2, 4 … most."""
-    return min(most, 2.0 ** (tries - 1)) if tries else 0.0
+    return 0.0 if tries < 1 else min(most, 2.0 ** min(tries - 1, 20))
 
 
 def shown_url(url: str) -> str:
