@@ -7394,6 +7394,11 @@ def test_nobody_there_costs_no_try_however_often(far, error):
     assert far.reporter.counts == {"posted": 1, "retried": 34, "dropped": 0}
 
 
+def test_an_outage_may_last_a_day_of_tries():
+    waits = [openqq.backoff(tries, 15.0) for tries in range(6000)]  # one each 15 seconds
+    assert waits[:6] == [0, 1, 2, 4, 8, 15] and set(waits[5:]) == {15.0}
+
+
 def test_many_drops_are_told_once_a_second(far):
     told = []
     far.reporter._failed = lambda: told.append(dict(far.reporter.error))
