@@ -7694,14 +7694,14 @@ class Bridge:
         self._url, self._log, self._hear = url.rstrip("/"), log, hear
         self._fields = {"Authorization": bearer(token)} if token else {}
         self._line: Any = None       # what is to be closed: a Reply or a WebSocket
-        self._closed = threading.Event()
+        self.closed = threading.Event()
         self.complaint = ""          # why we, or the bridge in words of its own, end it
         self.news = threading.Event()  # set when it is time to see whether it is logged in
 
     def close(self, why: str = "the connection was closed") -> None:
         """End it, from any thread."""
         self.complaint = self.complaint or why
-        self._closed.set()
+        self.closed.set()
         self.news.set()
         if self._line:
             self._line.close()
@@ -7734,7 +7734,7 @@ class HttpBridge(Bridge):
         reply, events = self._line, ServerSent()
         if not reply:
             while True:
-                self._closed.wait(BRIDGE_SECONDS)
+                self.closed.wait(BRIDGE_SECONDS)
                 self._check()
         try:
             for piece in reply.flow(BRIDGE_SECONDS, self._check):
@@ -7746,7 +7746,7 @@ class HttpBridge(Bridge):
 
     def _check(self) -> None:
         """NapCat's stream has no sign of life, so in a silence it is asked for one."""
-        if self._closed.is_set():
+        if self.closed.is_set():
             raise Unreachable("the connection was closed")
         status: Json = None
         try:
@@ -7797,16 +7797,17 @@ class SocketBridge(Bridge):
 
     def close(self, why: str = "the connection was closed") -> None:
         super().close(why)
-        while self._waiting:
-            self._waiting.popitem()[1].set_exception(
-                Unreachable("the connection to the bridge broke", True))
+        for echo in list(self._waiting):
+            future = self._waiting.pop(echo, None)
+            if future:
+                future.set_exception(Unreachable("the connection to the bridge broke", True))
 
     def ask(self, action: str, params: Row, seconds: float) -> Row:
         echo = str(next(self._count))
         text = to_bytes({"action": action, "params": params, "echo": echo})
         future = self._waiting[echo] = Future()
         try:
-            if self._closed.is_set() or not self._line:  # looked at once close() would see ours
+            if self.closed.is_set() or not self._line:  # looked at once close() would see ours
                 raise Unreachable("the bridge is not connected")
             self._line.loop.ask(self._line.send, text)
             return future.result(seconds)
@@ -7991,14 +7992,17 @@ class Intake:
         self._rows: Deque[Tuple[str, Row]] = collections.deque()  # (conversation, event)
         self._busy: Dict[str, List[Row]] = {}  # conversation that a worker is at -> what it has yet
         self._size = 0                         # events in both
-        self._wanted = False
-        spawn(self._deal, name="events")
+        self._wanted: Optional[object] = None  # of the thread that deals them out, while one does
 
     def want(self, wanted: bool) -> None:
         """Whether they are acted upon from now on, or wait."""
         with self._changed:
-            self._wanted = wanted
-            self._changed.notify_all()
+            if wanted and not self._wanted:
+                self._wanted = object()
+                spawn(self._deal, self._wanted, name="events")
+            elif not wanted:
+                self._wanted = None
+                self._changed.notify_all()
 
     def put(self, conversation: str, row: Row) -> None:
         """Add one. The wait has an end: who acts may itself wait for an answer that comes after."""
@@ -8012,12 +8016,14 @@ class Intake:
             self._size += 1
             self._changed.notify_all()
 
-    def _deal(self) -> None:
+    def _deal(self, turn: object) -> None:
         """A thread of its own: give events to their conversation's worker, and wait a while for
         that before the next conversation's."""
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._wanted and self._rows)
+                self._changed.wait_for(lambda: self._rows or self._wanted is not turn)
+                if self._wanted is not turn:
+                    return
                 name, rows = self._rows[0][0], []
                 while self._rows and self._rows[0][0] == name:
                     rows.append(self._rows.popleft()[1])
@@ -8083,6 +8089,7 @@ class BridgeLink(Link):
 
     fetches = real = True
     any_group = ANY_GROUP
+    PROTOCOL = "OneBot"
     _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
     LISTS: Dict[str, Tuple[str, Callable[[Row], Row]]] = {
         "friend": ("get_friend_list", friend_row), "group": ("get_group_list", group_row)}
@@ -8146,7 +8153,7 @@ class BridgeLink(Link):
             self._greeted = False
             if not self._closed.is_set():
                 wait = backoff(failures, 30.0)
-                self._hooks.lost(f"the OneBot bridge {shown_url(self._url)}: {why}; "
+                self._hooks.lost(f"the {self.PROTOCOL} bridge {shown_url(self._url)}: {why}; "
                                  f"trying again in {wait:g} s")
                 self._closed.wait(wait)
 
@@ -8183,7 +8190,7 @@ class BridgeLink(Link):
         """Wait until the bridge is logged in, then say so. Unreachable when it is lost."""
         while True:
             bridge.news.clear()
-            if bridge.complaint:
+            if bridge.closed.is_set():
                 raise Unreachable(bridge.complaint)
             if not self._is_logged_in():
                 why = self._thrown_out or "the bridge is not logged in: scan the code that it shows"
@@ -8224,6 +8231,7 @@ class BridgeLink(Link):
 
     def close(self) -> None:
         self._closed.set()
+        self._intake.want(False)
         self.bridge.close()
 
     # -- what it is asked
@@ -8558,7 +8566,8 @@ class BridgeLink(Link):
 
     def _notice(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
         known, sub_type, me = self._hooks.known, row.get("sub_type"), self.me
-        if what == "notice group_increase":  # also of somebody listed: his leaving may have been missed
+        if what == "notice group_increase":
+            # also of somebody who is listed: a notice of the leaving may have been missed
             found = self._meet_group(group, row, sure=uid == me)
             if uid != me and not self._was_told(REPEAT_SECONDS, "increase", group, uid,
                                                 undoes="decrease"):
