@@ -1482,7 +1482,7 @@ VERBS = [
          "is all.", "+friend op", "answer", "100 201", "displayname=小冰 op=1", flavour="weixin"),
     Verb("openapi.json", READ, "This document: OpenAPI 3.1.", "", "document", on=""),
     Verb("/local/login", ACT, "Log an account in as if somebody had scanned and pressed; answers "
-         "when it runs.", "client!", "child", "=404", on=""),
+         "when it runs.", "client!", "child", "=404", "client=alice", on=""),
     Verb("/local/say", ACT, "Let a resident speak to an account or a resident, or in a group or "
          "discuss.", "client from! content! type to", "said", "=404",
          "from=小灰 to=小冰 content=hello", on=""),
@@ -5210,31 +5210,22 @@ follow();
 # C. OpenAPI
 # ------------------------------------------------------------------------------------------------
 
-# What the parameters in VERBS mean: perhaps int or the values there are, and words. Of settings
-# their table says it. These are texts, taken apart when somebody asks: few processes are asked.
+# What parameters mean where a name does not tell it all: perhaps int or the values there are, and
+# words. Settings have theirs in SETTINGS. Texts, which few processes are ever asked for.
 PARAMS = """
 client | the account's name
-id | the id, which changes with every scan; of a message the one that its sending answered
-uid | the number that stays
-name | the name
+id gid | the id, which changes with every scan; of a message the one that its sending answered
+uid qq gnumber number | the number that stays
 displayname | the markname, else the card, else the name
-account | the account's name
 markname | what one calls a friend
-content | the text
 async | 0/1 | 1 does not wait for the outcome
 cq | 0/1 | 1 takes CQ codes in the content
 media_path | a picture: a file within tmpdir, or its address
 media_data | a picture in base64
 media_url | a picture's address
 media_id | a picture that upload_media kept, or that came
-media_name | the picture's name
-group_id | the group's id
-group_uid | the group's uid
-discuss_id | the discuss's id
-member_id | ids of members, with commas
-member_uid | uids of members, with commas
-members | ids of members, with commas
-friends | ids of friends, with commas
+member_id members friends | ids, with commas
+member_uid | uids, with commas
 time | int | minutes
 ticket | what the event or the QR code told
 accept | 0/1 | 0 declines
@@ -5245,13 +5236,15 @@ new_displayname | the group's name from now on
 new_markname | the markname from now on
 op | 0/1 | 1 puts it on top
 verify | the words that come with the request
+nick gname | the name
+gcode | the code
+role gtype | of oneself in a group: create, manage or attend; of others: owner, admin or member
 from | who speaks, by name or uid
 type | friend_message/group_message/discuss_message/sess_message | what sort of message
 to | the group or discuss, by name, id or uid; the person, where no client is named
 do | add/remove/set | what to do
 what | person/friend/friend_request/group/discuss/group_member/discuss_member | with what
 in | the group, the discuss, or the other person
-role | somebody's in a group: owner, admin or member; one's own: create, manage or attend
 card | somebody's name in a group
 signature | somebody's own words
 """
@@ -5302,11 +5295,11 @@ KINDS = {"image": "image/*", "bytes": "*/*", "html": "text/html", "metrics": "te
          "stream": "text/event-stream"}
 
 
-def table(text: str) -> Dict[str, List[str]]:
-    """A text's lines by their first cell; one that begins with a blank goes on with the last."""
+def cells_of(text: str) -> Dict[str, List[str]]:
+    """The cells of a text's lines by each word of the first; what begins with a blank goes on."""
     rows = [[cell.strip() for cell in line.split("|")]
             for line in text.replace("\n ", " ").strip().splitlines()]
-    return {row[0]: row[1:] for row in rows}
+    return {name: row[1:] for row in rows for name in row[0].split()}
 
 
 def schema_of(word: str) -> Row:
@@ -5330,7 +5323,7 @@ def shape(words: Iterable[str]) -> Row:
 
 def components(flavour: Type[Flavour]) -> Row:
     """What the operations refer to: shapes, errors, and how a token is given."""
-    schemas = {name: shape(cells[0].split()) for name, cells in table(SHAPES).items()}
+    schemas = {name: shape(cells[0].split()) for name, cells in cells_of(SHAPES).items()}
     for kind, names in flavour.fields.items():
         member = [f"member:{kind}_member*"] if kind + "_member" in flavour.fields else []
         schemas[kind] = shape([name + ("!" if name != "code" else ":text")
@@ -5353,7 +5346,7 @@ class OpenApi:
     def __init__(self, flavour: Type[Flavour], passed: Iterable[str]) -> None:
         self.flavour, self.passed = flavour, set(passed)
         self.verbs = {**{verb.name: verb for verb in VERBS}, **flavour.apis}
-        self.params = table(PARAMS)
+        self.params = cells_of(PARAMS)
         open_settings = [row for row in SETTINGS.values() if row.caller and not row.idle]
         self.sets = {
             **flavour.keys,
@@ -5363,8 +5356,6 @@ class OpenApi:
         for kind, names in flavour.other_names.items():
             self.sets[kind + "_fields"] = list(dict.fromkeys(
                 [*flavour.fields[kind], "displayname", *names]))
-            self.params.update({name: self.params.get(names[name], [f"the {names[name]}"])
-                                for name in names})
 
     def document(self, routes: Iterable[Route], has_token: bool) -> Row:
         """The whole; a route that VERBS does not name is nobody's business."""
@@ -5381,7 +5372,7 @@ class OpenApi:
     def operation(self, verb: Verb, route: Route, method: str) -> Row:
         """One method of a path."""
         word = re.sub(r"\W+", "_", verb.name).strip("_") or "index"
-        params = self.parameters(verb, route)
+        params = self.parameters(verb)
         row: Row = {"operationId": word if method == "GET" else f"{method.lower()}_{word}",
                     "summary": verb.about, "responses": self.responses(verb, route, params)}
         if route.open:
@@ -5397,8 +5388,8 @@ class OpenApi:
                                   else "query"} for param in params]
         return row
 
-    def parameters(self, verb: Verb, route: Route) -> List[Row]:
-        """What a path takes, of a set either or what it has; a controller has a client named."""
+    def parameters(self, verb: Verb) -> List[Row]:
+        """What a path takes; of a set with one name that is required."""
         words: List[str] = []
         for word in verb.takes.replace("body", "").split():
             names = self.sets[word[1:]] if word[0] == "+" else [word]
@@ -5406,12 +5397,11 @@ class OpenApi:
         values = dict(word.partition("=")[::2] for word in verb.example.split())
         if self.passed and (verb.on or verb.name == "/onebot"):
             words = ["client" if verb.name in ("check_client", "events") else "client!", *words]
-        if "client!" in words or "client" in words and verb.on:
             values["client"] = "alice"
         found = []
         for word in words:
             name = word.rstrip("!")
-            *kinds, about = self.params.get(name, [f"its {name}"])
+            *kinds, about = self.params.get(name, ["the " + name.replace("_", " ")])
             if verb.takes in ("+settings", "+changes") and name in SETTINGS:
                 kinds, about = [], SETTINGS[name].help
             kind = "".join(kinds)
@@ -10726,7 +10716,8 @@ class Api:
         group, names = given["group"], self.flavour.keys["members"]
         name = next((name for name in names if params.get(name)), "")
         key = "uid" if name.endswith("uid") else "id"
-        self.client.details.wait([group])
+        if name:
+            self.client.details.wait([group])
         return self._uids(params.get(name, ""), "member",
                           lambda person: self.members(group, {key: person}))
 
@@ -11962,15 +11953,9 @@ class Controller:
                    for path in self.flavour.apis])
         watch_clients(app.metrics, self.supervisor)
         watch_posting(app.metrics, self._reporter)
-        watcher = Watcher(log)
         log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
+        self._servers += serve(app, self._listeners, settings, log)
         for listener in self._listeners:
-            server = Server(listener, app, log, watcher, settings.max_connections,
-                            settings.http_max_message_size)
-            if settings.http_debug:
-                server.debug = log.debug
-            self._servers.append(server)
-            spawn(server.serve_forever, name="server")
             host, port = listener.getsockname()[:2]
             log.info(f"Listening at http://{host}:{port}")
         log.info(gate_hint(settings))

@@ -14776,6 +14776,13 @@ def test_readme_commands_for_the_terminal_do_their_work(start):
             assert controller.call("/local/login", client="alice")["code"] == 0
 
 
+def test_readme_api_table_has_every_call_and_no_other():
+    table = README.partition("| call | what it does |\n|---|---|\n")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines() for name in re.findall("`(.+?)`",
+                                                                      row.split("|")[1])]
+    assert sorted(named) == sorted({verb.name for verb in openqq.VERBS if verb.on})
+
+
 @pytest.mark.parametrize("words", [["controller", "--help"], ["client", "--help"]])
 def test_readme_help_shows_every_setting(words):
     assert f"`python openqq.py {' '.join(words)}`" in README
