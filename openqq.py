@@ -1497,7 +1497,7 @@ VERBS = [
          "is all.", "+friend op", "answer", "100 201", "displayname=小冰 op=1", flavour="weixin"),
     Verb("openapi.json", READ, "This document: OpenAPI 3.1.", "", "document", on=""),
     Verb("/local/login", ACT, "Log an account in as if somebody had scanned and pressed; answers "
-         "when it runs.", "client!", "child", "=404", on=""),
+         "when it runs.", "client!", "child", "=404", "client=alice", on=""),
     Verb("/local/say", ACT, "Let a resident speak to an account or a resident, or in a group or "
          "discuss.", "client from! content! type to", "said", "=404",
          "from=小灰 to=小冰 content=hello", on=""),
@@ -5225,31 +5225,22 @@ follow();
 # C. OpenAPI
 # ------------------------------------------------------------------------------------------------
 
-# What the parameters in VERBS mean: perhaps int or the values there are, and words. Of settings
-# their table says it. These are texts, taken apart when somebody asks: few processes are asked.
+# What parameters mean where a name does not tell it all: perhaps int or the values there are, and
+# words. Settings have theirs in SETTINGS. Texts, which few processes are ever asked for.
 PARAMS = """
 client | the account's name
-id | the id, which changes with every scan; of a message the one that its sending answered
-uid | the number that stays
-name | the name
+id gid | the id, which changes with every scan; of a message the one that its sending answered
+uid qq gnumber number | the number that stays
 displayname | the markname, else the card, else the name
-account | the account's name
 markname | what one calls a friend
-content | the text
 async | 0/1 | 1 does not wait for the outcome
 cq | 0/1 | 1 takes CQ codes in the content
 media_path | a picture: a file within tmpdir, or its address
 media_data | a picture in base64
 media_url | a picture's address
 media_id | a picture that upload_media kept, or that came
-media_name | the picture's name
-group_id | the group's id
-group_uid | the group's uid
-discuss_id | the discuss's id
-member_id | ids of members, with commas
-member_uid | uids of members, with commas
-members | ids of members, with commas
-friends | ids of friends, with commas
+member_id members friends | ids, with commas
+member_uid | uids, with commas
 time | int | minutes
 ticket | what the event or the QR code told
 accept | 0/1 | 0 declines
@@ -5260,13 +5251,15 @@ new_displayname | the group's name from now on
 new_markname | the markname from now on
 op | 0/1 | 1 puts it on top
 verify | the words that come with the request
+nick gname | the name
+gcode | the code
+role gtype | of oneself in a group: create, manage or attend; of others: owner, admin or member
 from | who speaks, by name or uid
 type | friend_message/group_message/discuss_message/sess_message | what sort of message
 to | the group or discuss, by name, id or uid; the person, where no client is named
 do | add/remove/set | what to do
 what | person/friend/friend_request/group/discuss/group_member/discuss_member | with what
 in | the group, the discuss, or the other person
-role | somebody's in a group: owner, admin or member; one's own: create, manage or attend
 card | somebody's name in a group
 signature | somebody's own words
 """
@@ -5317,11 +5310,11 @@ KINDS = {"image": "image/*", "bytes": "*/*", "html": "text/html", "metrics": "te
          "stream": "text/event-stream"}
 
 
-def table(text: str) -> Dict[str, List[str]]:
-    """A text's lines by their first cell; one that begins with a blank goes on with the last."""
+def cells_of(text: str) -> Dict[str, List[str]]:
+    """The cells of a text's lines by each word of the first; what begins with a blank goes on."""
     rows = [[cell.strip() for cell in line.split("|")]
             for line in text.replace("\n ", " ").strip().splitlines()]
-    return {row[0]: row[1:] for row in rows}
+    return {name: row[1:] for row in rows for name in row[0].split()}
 
 
 def schema_of(word: str) -> Row:
@@ -5345,7 +5338,7 @@ def shape(words: Iterable[str]) -> Row:
 
 def components(flavour: Type[Flavour]) -> Row:
     """What the operations refer to: shapes, errors, and how a token is given."""
-    schemas = {name: shape(cells[0].split()) for name, cells in table(SHAPES).items()}
+    schemas = {name: shape(cells[0].split()) for name, cells in cells_of(SHAPES).items()}
     for kind, names in flavour.fields.items():
         member = [f"member:{kind}_member*"] if kind + "_member" in flavour.fields else []
         schemas[kind] = shape([name + ("!" if name != "code" else ":text")
@@ -5368,7 +5361,7 @@ class OpenApi:
     def __init__(self, flavour: Type[Flavour], passed: Iterable[str]) -> None:
         self.flavour, self.passed = flavour, set(passed)
         self.verbs = {**{verb.name: verb for verb in VERBS}, **flavour.apis}
-        self.params = table(PARAMS)
+        self.params = cells_of(PARAMS)
         open_settings = [row for row in SETTINGS.values() if row.caller and not row.idle]
         self.sets = {
             **flavour.keys,
@@ -5378,8 +5371,6 @@ class OpenApi:
         for kind, names in flavour.other_names.items():
             self.sets[kind + "_fields"] = list(dict.fromkeys(
                 [*flavour.fields[kind], "displayname", *names]))
-            self.params.update({name: self.params.get(names[name], [f"the {names[name]}"])
-                                for name in names})
 
     def document(self, routes: Iterable[Route], has_token: bool) -> Row:
         """The whole; a route that VERBS does not name is nobody's business."""
@@ -5396,7 +5387,7 @@ class OpenApi:
     def operation(self, verb: Verb, route: Route, method: str) -> Row:
         """One method of a path."""
         word = re.sub(r"\W+", "_", verb.name).strip("_") or "index"
-        params = self.parameters(verb, route)
+        params = self.parameters(verb)
         row: Row = {"operationId": word if method == "GET" else f"{method.lower()}_{word}",
                     "summary": verb.about, "responses": self.responses(verb, route, params)}
         if route.open:
@@ -5412,8 +5403,8 @@ class OpenApi:
                                   else "query"} for param in params]
         return row
 
-    def parameters(self, verb: Verb, route: Route) -> List[Row]:
-        """What a path takes, of a set either or what it has; a controller has a client named."""
+    def parameters(self, verb: Verb) -> List[Row]:
+        """What a path takes; of a set with one name that is required."""
         words: List[str] = []
         for word in verb.takes.replace("body", "").split():
             names = self.sets[word[1:]] if word[0] == "+" else [word]
@@ -5421,12 +5412,11 @@ class OpenApi:
         values = dict(word.partition("=")[::2] for word in verb.example.split())
         if self.passed and (verb.on or verb.name == "/onebot"):
             words = ["client" if verb.name in ("check_client", "events") else "client!", *words]
-        if "client!" in words or "client" in words and verb.on:
             values["client"] = "alice"
         found = []
         for word in words:
             name = word.rstrip("!")
-            *kinds, about = self.params.get(name, [f"its {name}"])
+            *kinds, about = self.params.get(name, ["the " + name.replace("_", " ")])
             if verb.takes in ("+settings", "+changes") and name in SETTINGS:
                 kinds, about = [], SETTINGS[name].help
             kind = "".join(kinds)
@@ -5674,8 +5664,9 @@ class Reporter:
     taken PATIENCE: so a slow answer holds up one chat only, and a kill finds one event on its
     way, not four, as long as the receiver is quick. Without a URL nothing is posted.
 
-    `answered(event, answer)` gets each JSON object that a receiver answers; it is called without
-    the lock, before the next event of that conversation goes. `error` tells of the last event
+    `answered(event, answer)` gets each JSON object that a receiver answers, before the next event
+    of that conversation goes; `asking(event, True)` is called before a post, and with False once
+    its answer is there, or none will come; both without the lock. `error` tells of the last event
     that was dropped; `failed()` is called after it changed, by the timers, with the lock held.
     """
 
@@ -5686,10 +5677,12 @@ class Reporter:
     def __init__(self, url: str, secret: str, spool: Spool, timers: Any, log: Log,
                  answered: Callable[[Row, Row], None], fetch: Callable[..., Reply] = fetch,
                  failed: Callable[[], None] = lambda: None,
-                 clock: Callable[[], float] = time.time, numeric: bool = False) -> None:
+                 clock: Callable[[], float] = time.time, numeric: bool = False,
+                 asking: Callable[[Row, bool], None] = lambda event, on: None) -> None:
         self._url, self._secret, self._spool, self._timers = url, secret, spool, timers
         self._log, self._answered, self._fetch = log, answered, fetch
         self._failed, self._clock, self._numeric = failed, clock, numeric
+        self._asking = asking
         self._pool = ThreadPool(POST_LANES, "post", log)
         self.error: Row = {}                            # as check_client shows it: post_error
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
@@ -5782,6 +5775,7 @@ class Reporter:
         while flight:
             conversation, key, item = flight
             status, answer, failure = 0, None, None
+            self._asking(item["event"], True)
             try:
                 status, answer = self._call(item)
                 if status in self.LATER or status >= 500:
@@ -5796,6 +5790,7 @@ class Reporter:
                     self._answered(item["event"], answer)
                 except Exception:
                     self._log.failure("what an answer of post_api wants")
+            self._asking(item["event"], False)
             with self._timers.lock:
                 del self._flying[conversation]
                 self._note(conversation, key, status, failure)
@@ -7278,7 +7273,8 @@ class Hooks:
     gone, in words. `received(items)`: what happened; returns the mark of what is safe on disk.
     `known(kind, uid, circle)`: a thing of the roster, or None. `certain(kind)`: whether who is not
     known there is new (a list that was not told, or is doubted, says nothing about that).
-    `kept(cookie)`: what a later login needs has changed, and what status() tells.
+    `kept(cookie)`: what status() tells has changed and, unless it is empty, what a later login
+    needs.
     """
 
     def __init__(self, qrcode: Callable[[str, float, str], None], waiting: Callable[[str], None],
@@ -7321,6 +7317,7 @@ class Link:
     answer_request(ticket, accept, markname), make_friend(uid, verify)
     create_group(uids, name)  the new group's uid
     invite(group, uids), rename(group, name), set_markname(uid, markname)
+    typing(uid, on)       show somebody that an answer is on its way, or is not any more
     verify_code(code)     the digits that a phone shows; False when nobody asks for them
     logout()              end the login, so that the next one needs a scan
     close()               the client stops; the login stays
@@ -7334,10 +7331,12 @@ class Link:
     any_group = ""               # what stands for the unknown group of a temporary session
     lacks: Sequence[str] = ()    # calls of the API (VERBS) that this network cannot do
     # what a verb answers that a link does not have
-    REFUSALS: Row = {"status": {}, "verify_code": False, "ready": None, "find_group": None, "find_member": None, "account": "",
-                "presence": {}, "hear": False, "revoke": False, "answer_request": False,
-                "make_friend": False, "create_group": "", "invite": False, "rename": False,
-                "set_markname": False, "renew": None, "logout": None, "close": None}
+    REFUSALS: Row = {
+        "ready": None, "find_group": None, "find_member": None, "account": "", "status": {},
+        "presence": {}, "hear": False, "revoke": False, "answer_request": False,
+        "make_friend": False, "create_group": "", "invite": False, "rename": False,
+        "set_markname": False, "verify_code": False, "typing": None, "renew": None,
+        "logout": None, "close": None}
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:
         if verb not in self.REFUSALS:
@@ -7714,14 +7713,14 @@ class Bridge:
         self._url, self._log, self._hear = url.rstrip("/"), log, hear
         self._fields = {"Authorization": bearer(token)} if token else {}
         self._line: Any = None       # what is to be closed: a Reply or a WebSocket
-        self._closed = threading.Event()
+        self.closed = threading.Event()
         self.complaint = ""          # why we, or the bridge in words of its own, end it
         self.news = threading.Event()  # set when it is time to see whether it is logged in
 
     def close(self, why: str = "the connection was closed") -> None:
         """End it, from any thread."""
         self.complaint = self.complaint or why
-        self._closed.set()
+        self.closed.set()
         self.news.set()
         if self._line:
             self._line.close()
@@ -7754,7 +7753,7 @@ class HttpBridge(Bridge):
         reply, events = self._line, ServerSent()
         if not reply:
             while True:
-                self._closed.wait(BRIDGE_SECONDS)
+                self.closed.wait(BRIDGE_SECONDS)
                 self._check()
         try:
             for piece in reply.flow(BRIDGE_SECONDS, self._check):
@@ -7766,7 +7765,7 @@ class HttpBridge(Bridge):
 
     def _check(self) -> None:
         """NapCat's stream has no sign of life, so in a silence it is asked for one."""
-        if self._closed.is_set():
+        if self.closed.is_set():
             raise Unreachable("the connection was closed")
         status: Json = None
         try:
@@ -7817,16 +7816,17 @@ class SocketBridge(Bridge):
 
     def close(self, why: str = "the connection was closed") -> None:
         super().close(why)
-        while self._waiting:
-            self._waiting.popitem()[1].set_exception(
-                Unreachable("the connection to the bridge broke", True))
+        for echo in list(self._waiting):
+            future = self._waiting.pop(echo, None)
+            if future:
+                future.set_exception(Unreachable("the connection to the bridge broke", True))
 
     def ask(self, action: str, params: Row, seconds: float) -> Row:
         echo = str(next(self._count))
         text = to_bytes({"action": action, "params": params, "echo": echo})
         future = self._waiting[echo] = Future()
         try:
-            if self._closed.is_set() or not self._line:  # looked at once close() would see ours
+            if self.closed.is_set() or not self._line:  # looked at once close() would see ours
                 raise Unreachable("the bridge is not connected")
             self._line.loop.ask(self._line.send, text)
             return future.result(seconds)
@@ -8011,14 +8011,17 @@ class Intake:
         self._rows: Deque[Tuple[str, Row]] = collections.deque()  # (conversation, event)
         self._busy: Dict[str, List[Row]] = {}  # conversation that a worker is at -> what it has yet
         self._size = 0                         # events in both
-        self._wanted = False
-        spawn(self._deal, name="events")
+        self._wanted: Optional[object] = None  # of the thread that deals them out, while one does
 
     def want(self, wanted: bool) -> None:
         """Whether they are acted upon from now on, or wait."""
         with self._changed:
-            self._wanted = wanted
-            self._changed.notify_all()
+            if wanted and not self._wanted:
+                self._wanted = object()
+                spawn(self._deal, self._wanted, name="events")
+            elif not wanted:
+                self._wanted = None
+                self._changed.notify_all()
 
     def put(self, conversation: str, row: Row) -> None:
         """Add one. The wait has an end: who acts may itself wait for an answer that comes after."""
@@ -8032,12 +8035,14 @@ class Intake:
             self._size += 1
             self._changed.notify_all()
 
-    def _deal(self) -> None:
+    def _deal(self, turn: object) -> None:
         """A thread of its own: give events to their conversation's worker, and wait a while for
         that before the next conversation's."""
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._wanted and self._rows)
+                self._changed.wait_for(lambda: self._rows or self._wanted is not turn)
+                if self._wanted is not turn:
+                    return
                 name, rows = self._rows[0][0], []
                 while self._rows and self._rows[0][0] == name:
                     rows.append(self._rows.popleft()[1])
@@ -8103,6 +8108,7 @@ class BridgeLink(Link):
 
     fetches = real = True
     any_group = ANY_GROUP
+    PROTOCOL = "OneBot"
     _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
     LISTS: Dict[str, Tuple[str, Callable[[Row], Row]]] = {
         "friend": ("get_friend_list", friend_row), "group": ("get_group_list", group_row)}
@@ -8166,7 +8172,7 @@ class BridgeLink(Link):
             self._greeted = False
             if not self._closed.is_set():
                 wait = backoff(failures, 30.0)
-                self._hooks.lost(f"the OneBot bridge {shown_url(self._url)}: {why}; "
+                self._hooks.lost(f"the {self.PROTOCOL} bridge {shown_url(self._url)}: {why}; "
                                  f"trying again in {wait:g} s")
                 self._closed.wait(wait)
 
@@ -8203,7 +8209,7 @@ class BridgeLink(Link):
         """Wait until the bridge is logged in, then say so. Unreachable when it is lost."""
         while True:
             bridge.news.clear()
-            if bridge.complaint:
+            if bridge.closed.is_set():
                 raise Unreachable(bridge.complaint)
             if not self._is_logged_in():
                 why = self._thrown_out or "the bridge is not logged in: scan the code that it shows"
@@ -8244,6 +8250,7 @@ class BridgeLink(Link):
 
     def close(self) -> None:
         self._closed.set()
+        self._intake.want(False)
         self.bridge.close()
 
     # -- what it is asked
@@ -8578,7 +8585,8 @@ class BridgeLink(Link):
 
     def _notice(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
         known, sub_type, me = self._hooks.known, row.get("sub_type"), self.me
-        if what == "notice group_increase":  # also of somebody listed: his leaving may have been missed
+        if what == "notice group_increase":
+            # also of somebody who is listed: a notice of the leaving may have been missed
             found = self._meet_group(group, row, sure=uid == me)
             if uid != me and not self._was_told(REPEAT_SECONDS, "increase", group, uid,
                                                 undoes="decrease"):
@@ -8825,6 +8833,7 @@ class ILinkLink(Link):
         self._turn = 0                       # of login(); the threads of former ones end
         self._digits: Optional[str] = None   # that the phone shows; empty while they are asked for
         self._why = ""                       # why there is no login any more
+        self._typists = ThreadPool(1, "typing", log)
         self._cursor = ""
         self._seen: Deque[str] = collections.deque(maxlen=50)
 
@@ -9134,7 +9143,9 @@ class ILinkLink(Link):
         return {"type": type_, self.PARTS[type_]: {**shown, **more}}
 
     def typing(self, uid: str, on: bool) -> None:
-        """Show somebody that an answer is on its way; nothing depends on it."""
+        self._typists.submit(self._type, uid, on)
+
+    def _type(self, uid: str, on: bool) -> None:
         try:
             ticket = self._call("getconfig", {"ilink_user_id": uid,
                                               "context_token": self._person(uid)[0]}
@@ -9196,7 +9207,8 @@ def split_text(text: str, limit: int) -> List[str]:
 
 
 # What each is where it is no account on the network inside.
-LINKS: Dict[str, Callable[[Settings, Hooks, Log], Link]] = {"onebot": OneBotLink, "ilink": ILinkLink}
+LINKS: Dict[str, Callable[[Settings, Hooks, Log], Link]] = {
+    "onebot": OneBotLink, "ilink": ILinkLink}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -9276,11 +9288,14 @@ class Papers:
         row.update({name: str(int(getattr(settings, name))) for name in (
             *client.flavour.state_flags, "qrcode_count_max", "ua_retry_times")})
         row.update({name: given(name) or None for name in ("log_encoding", "log_path")})
-        prefix = client.flavour.program + "::Plugin::"
+        program = client.flavour.program
         row.update(account=client.account, os=sys.platform, pid=os.getpid(),
                    previous_state=client.previous_state or None,
                    start_time=str(client.start_time), state=client.state, version=VERSION,
-                   plugin=[plugin.to_json(prefix)
+                   plugin=[{"name": ("" if plugin.name[0] == "+" else f"{program}::Plugin::")
+                            + plugin.name, "priority": plugin.priority,
+                            "auto_call": None if plugin.call_on_load else 1,
+                            "call_on_load": int(plugin.call_on_load)}
                            for plugin in sorted(client.plugins, key=lambda p: p.name)])
         row.update(client.link.status())
         if client.warnings:
@@ -9333,11 +9348,6 @@ class Papers:
             name: str(value) for name, value in secrets.items()
             if name in SETTINGS and name not in forget
             and all(then.get(url) == now[url] for url in urls_of(name))})
-        self.write_cookie()
-
-    def remove_cookie(self) -> None:
-        """The login is over, the client is not: the secrets stay."""
-        remove_file(self.settings.cookie_path)
         self.write_cookie()
 
     def _urls(self) -> Dict[str, str]:
@@ -9414,13 +9424,14 @@ class Roster:
             old = self.table(kind)
             new = {thing.uid: thing for thing in map(THINGS[kind], row[kind])}
             for uid in [uid for what, uid in self.touched
-                        if what == kind and self._is_newer(kind, uid, before)]:
+                        if what == kind and self.is_newer(kind, uid, before)]:
                 new.pop(uid, None)
                 if uid in old:
                     new[uid] = old[uid]
             setattr(self, kind, new)
 
-    def _is_newer(self, kind: str, uid: str, before: int) -> bool:
+    def is_newer(self, kind: str, uid: str, before: int) -> bool:
+        """Whether an event about it came after the first `before` changes."""
         return self.touched.get((kind, uid), 0) > before
 
     def show_states(self, states: Mapping[str, str]) -> None:
@@ -9433,14 +9444,11 @@ class Roster:
                 for uid in states.keys() & table.keys():
                     table[uid].state = states[uid]
 
-    def complete(self, uid: str, row: Row) -> None:
+    def complete(self, group: Group, row: Row) -> None:
         """Take over what a link told of a group: its role, or its members too.
 
         Of a list that lacks too many nobody can say later who is new: it stays unloaded.
         """
-        group = self.group.get(uid)
-        if group is None:
-            return
         members = {item["uid"]: GroupMember(item) for item in row.pop("member", ())}
         group.__dict__.update(row)
         if members:
@@ -9486,8 +9494,6 @@ class Roster:
             if not item.get("unlisted"):
                 return None
             circle = Group({name: item["circle"] for name in ("uid", "id", "name")})
-        if circle:
-            circle.moves += 1
         thing = THINGS[kind]({"role": "attend", **item["object"]} if event == "new_group"
                              else item["object"])
         if event.startswith("new_"):
@@ -9507,7 +9513,7 @@ class Roster:
                 found += property_changes("user", self.user, row["user"], {})
                 continue
             old, new = ({uid: thing for uid, thing in table.items()
-                         if not self._is_newer(kind, uid, before)}
+                         if not self.is_newer(kind, uid, before)}
                         for table in (self.table(kind), {item["uid"]: item for item in row[kind]}))
             found += table_changes(kind, old, new, {})
             for uid in old.keys() & new.keys():
@@ -9619,50 +9625,40 @@ class SendQueue:
                 if not self._jobs:
                     self._working = False
                     return
-                batch, turn = self._take_batch(), self._turn
-                self.busy, self.began = True, self._clock()
-            results: List[Row] = []
-            error: Optional[Exception] = None
+                batch = [self._jobs.popleft()]
+                size = weight(batch[0].row)
+                while self._jobs and len(batch) < self._batch:
+                    size += weight(self._jobs[0].row)
+                    if size > BATCH_LIMIT:
+                        break
+                    batch.append(self._jobs.popleft())
+                self.busy, self.began, turn = True, self._clock(), self._turn
+            again: List[Job] = []
+            pause = 0.0
             try:
-                results = self._send([job.row for job in batch])
-            except Exception as failure:  # the queue must go on whatever a link does
-                error = failure
+                over = list(zip(batch, self._send([job.row for job in batch])))
+            except Exception as error:  # the queue must go on whatever a link does
+                if getattr(error, "sent", True):
+                    why = f"响应未知: {getattr(error, 'status', repr(error))}"
+                    over = [(job, {"code": -4, "info": why}) for job in batch]
+                else:  # surely not sent: once more, in the same order, until the tries are used up
+                    pause = self._clock() + backoff(batch[0].tries)
+                    for job in batch:
+                        job.tries += 1
+                    again = [job for job in batch if job.tries < self._ttl]
+                    over = [(job, {"code": -5, "info": "TTL失效"})
+                            for job in batch if job.tries >= self._ttl]
             with self.changed:
                 self.busy = False
-                self._rests_until = self.began + self._interval
+                self._rests_until = max(self.began + self._interval, pause)
+                self._jobs.extendleft(reversed(again))
                 try:
-                    if error is None:
-                        self._sent(list(zip(batch, results)))
-                    elif getattr(error, "sent", True):
-                        why = f"响应未知: {getattr(error, 'status', repr(error))}"
-                        self._sent([(job, {"code": -4, "info": why}) for job in batch])
-                    else:
-                        self._put_back(batch)
-                        if turn != self._turn:
-                            self.give_up()
+                    self._sent(over)
+                    if again and turn != self._turn:
+                        self.give_up()
                 except Exception:
                     self._log.failure("the outcome of a message")
                 self.changed.notify_all()
-
-    def _take_batch(self) -> List[Job]:
-        batch: List[Job] = []
-        size = 0
-        while self._jobs and len(batch) < self._batch:
-            size += weight(self._jobs[0].row)
-            if batch and size > BATCH_LIMIT:
-                break
-            batch.append(self._jobs.popleft())
-        return batch
-
-    def _put_back(self, batch: List[Job]) -> None:
-        """Surely not sent: once more, in the same order, until the tries are used up."""
-        pause = self._clock() + backoff(batch[0].tries)
-        self._rests_until = max(self._rests_until, pause)
-        for job in batch:
-            job.tries += 1
-        self._jobs.extendleft(job for job in reversed(batch) if job.tries < self._ttl)
-        self._sent([(job, {"code": -5, "info": "TTL失效"})
-                    for job in batch if job.tries >= self._ttl])
 
 
 class Answers:
@@ -9678,6 +9674,11 @@ class Answers:
         self._client, self._media_of = client, media_of
         self._shares_files = is_loopback(urllib.parse.urlsplit(post_api).hostname or "")
         self._crew = ThreadPool(4, "media", client.log)
+
+    def typing(self, row: Row, on: bool) -> None:
+        """Who wrote may see that an answer is awaited."""
+        if row.get("class") == "recv" and row["type"] == "friend_message":
+            self._client.link.typing(str(row["sender_uid"]), on)
 
     def answered(self, row: Row, answer: Row) -> None:
         """What a receiver of an event wants done (003, 001): reply, media, shutup."""
@@ -9734,18 +9735,12 @@ class Answers:
 
 
 class Plugin:
-    """Something that a client runs: `call(client, data)`, and what the state file says of it."""
+    """Something that a client runs, `call(client, data)`; those with a high priority first."""
 
     def __init__(self, name: str, call: Callable[[Any, Row], None], priority: int = 0) -> None:
         self.name, self.call, self.priority = name, call, priority
         self.data: Row = {}
         self.call_on_load = False
-
-    def to_json(self, prefix: str) -> Row:
-        """A row of the state file's `plugin` (000)."""
-        return {"auto_call": None if self.call_on_load else 1, "priority": self.priority,
-                "call_on_load": int(self.call_on_load),
-                "name": self.name if self.name.startswith("+") else prefix + self.name}
 
 
 PLUGINS: Dict[str, Tuple[Callable[[Any, Row], None], int]] = {}  # name -> call, priority
@@ -9770,19 +9765,32 @@ def find_plugin(name: Any) -> Plugin:
         raise Refusal(f"plugin {name} cannot be loaded: {error}") from None
 
 
-class Doubt:
-    """Whether to believe a list that is empty or lacks more than a third of those known.
+class Listing:
+    """What is known of one list that a link tells apart from the roster.
 
-    Bridges tell such lists while they begin, or are thrown out. What a list says for DOUBT_SECONDS
-    is so.
+    One that is empty, or lacks more than a third of those known, is doubted: bridges tell such
+    while they begin, or are thrown out. What a list says for DOUBT_SECONDS is so.
     """
 
     def __init__(self) -> None:
+        self.loaded = False          # it was believed once
+        self.good = False            # and there is nothing to be said against it now
+        self.asking = False          # the link is being asked
+        self.began = 0.0             # since then
+        self.answers = 0             # how often it told it, or did not
+        self.failures = 0            # how often it did not, since it last was good
+        self._timer: Optional[Timer] = None
         self._told: Set[str] = set()
         self._since: Optional[float] = None
 
-    def about(self, known: Iterable[str], told: Iterable[str]) -> str:
-        """Why the uids that a list told are not believed, in words; empty if they are."""
+    def plan(self, timer: Optional[Timer]) -> None:
+        """When it is asked for again, instead of what was planned; None: not by itself."""
+        if self._timer:
+            self._timer.cancel()
+        self._timer = timer
+
+    def doubt(self, known: Iterable[str], told: Iterable[str]) -> str:
+        """Why the uids that the list told are not believed, in words; empty if they are."""
         old, new, now = set(known), set(told), time.monotonic()
         missing = len(old - new)
         if not new or 3 * missing > len(old):
@@ -9795,13 +9803,142 @@ class Doubt:
 
 
 class Details:
-    """Loads what a link left out of groups, when somebody asks for it."""
+    """What a link does not tell at once: lists of friends and groups, who is in a group. What is
+    known is compared with it, so that events tell of the difference.
+    """
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._crew = ThreadPool(4, "details", client.log)
+        self._askers = ThreadPool(2, "lists", client.log)
+        self._workers = ThreadPool(4, "details", client.log)
+        self._lists = {kind: Listing() for kind in ("friend", "group")}
         self._loading: Set[Tuple[str, bool]] = set()  # group, with members?
-        self._doubts: Dict[str, Doubt] = {}           # group -> what is thought of its list
+        self._doubted: Dict[str, Listing] = {}        # group -> its members, as they were told
+
+    def kinds(self, setting: str) -> List[str]:
+        """Which lists a setting (is_init_, is_update_) wants."""
+        return [kind for kind in ("friend", "group", "discuss")
+                if getattr(self._client.settings, setting + kind)]
+
+    def compare(self, row: Row, before: int) -> None:
+        """Report what happened between the roster, when there had been `before` changes of it, and
+        what the link tells now of some kinds."""
+        client = self._client
+        kinds = [kind for kind in (["user"] if client.settings.is_update_user else [])
+                 + self.kinds("is_update_") if kind in row]
+        with client.batch():
+            for item in client.roster.differences(row, kinds, before):
+                client.talk.happen(item)
+            if "group" in kinds:
+                self._check(row["group"])
+            self.report(kinds)
+
+    def report(self, kinds: Iterable[str]) -> None:
+        """Tell how lists are now."""
+        client, roster = self._client, self._client.roster
+        if "user" in kinds:
+            client.emit("update_user", [roster.user.to_json(roster.fields)])
+        for kind in ("friend", "group"):
+            if kind in kinds:
+                client.emit("update_" + kind, [roster.to_json(kind, members=False)])
+
+    # -- lists
+
+    def is_certain(self, kind: str) -> bool:
+        """Whether who is not on the list of friends, or groups, is none: it is good, or not wanted
+        at all."""
+        wanted = kind in self.kinds("is_init_")
+        return not self._client.link.real or self._lists[kind].good or not wanted
+
+    def forget(self) -> None:
+        """Another account is logged in: it has other friends and groups."""
+        self._lists = {kind: Listing() for kind in self._lists}
+        roster = self._client.roster
+        roster.load({"friend": [], "group": []}, ["friend", "group"], roster.changes)
+
+    def cancel(self) -> None:
+        """The link is asked for no list before somebody says so."""
+        for listing in self._lists.values():
+            listing.plan(None)
+
+    def asking(self) -> bool:
+        """Whether a list is still to come."""
+        return any(listing.asking for listing in self._lists.values())
+
+    def ask(self, kind: str, anew: bool = False) -> None:
+        """Have the link asked for a list now, unless that is under way; `anew` after a new login,
+        of which nothing is known yet."""
+        listing = self._lists[kind]
+        listing.plan(None)
+        if anew:
+            listing.loaded = listing.good = False
+        if not listing.asking:
+            listing.asking, listing.began = True, self._client.timers.clock()
+            self._askers.submit(self._fetch, kind, listing)
+
+    def _fetch(self, kind: str, listing: Listing) -> None:
+        """In a worker: ask for a list. What is known changes only by one that is believed."""
+        client, roster = self._client, self._client.roster
+        before, rows, why = roster.changes, [], ""  # type: int, List[Row], str
+        try:
+            rows = client.link.list(kind)
+        except Exception as error:  # whatever a link does, it is asked again
+            why = f"cannot be had: {getattr(error, 'status', repr(error))}"
+        with client.lock:
+            listing.asking = False
+            if client.state == "stop" or listing is not self._lists[kind]:
+                return  # the latter is of another account
+            wait = DOUBT_SECONDS / 4
+            if why:
+                listing.failures += 1
+                wait = backoff(listing.failures + 1, LIST_SECONDS)
+            else:
+                why = listing.doubt(roster.table(kind), [row["uid"] for row in rows])
+            listing.good = not why
+            client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, "
+                        "and it is asked again")
+            if why:
+                listing.plan(client.timers.later(wait, self.ask, kind))
+            elif listing.loaded:
+                self.compare({kind: rows}, before)
+            else:
+                roster.load({kind: rows}, [kind], before)
+                if client.state == "running":
+                    self.report([kind])
+            if not why:
+                listing.loaded, listing.failures = True, 0
+            listing.answers += 1
+            client.changed.notify_all()
+
+    def look_for(self, kind: str, uid: str) -> Optional[Thing]:
+        """Whom a message goes to that the roster lacks; None if there is nobody. From any thread.
+
+        While the list is doubted anybody may be meant; a good one may be of before.
+        """
+        client, listing = self._client, self._lists.get(kind)
+        if listing is None or not client.link.real or not number_of(uid):
+            return None
+        stranger = THINGS[kind]({"uid": uid, "id": uid, "name": uid})
+        if kind == "group" and listing.good:
+            try:
+                row = client.link.find_group(uid)
+            except Unreachable:
+                return stranger  # it does not say
+            if row:
+                with client.lock:
+                    client.talk.happen({"event": "new_group", "object": row})
+        elif listing.good:
+            with client.lock:
+                answers = listing.answers
+                if not listing.asking:  # not for each: callers may come one by one
+                    wait = listing.began + LOGIN_SECONDS - client.timers.clock()
+                    listing.plan(client.timers.later(max(0.0, wait), self.ask, kind))
+                if not client.changed.wait_for(lambda: listing.answers != answers, DETAIL_SECONDS):
+                    listing.good = False  # until it comes
+        known: Optional[Thing] = client.roster.table(kind).get(uid)
+        return known or (None if listing.good else stranger)
+
+    # -- members
 
     def wait(self, groups: Iterable[Circle], members: bool = True) -> None:
         """Have the members of groups loaded, or only one's role in them; from any thread.
@@ -9813,38 +9950,14 @@ class Details:
         if not wanted:
             return
         with self._client.lock:
-            for key in wanted - self._loading:
-                self._loading.add(key)
-                self._crew.submit(self._load, key, self._client.roster.complete)
+            for uid, members in wanted - self._loading:
+                self._loading.add((uid, members))
+                self._workers.submit(self._load, uid, members)
             if not self._client.changed.wait_for(lambda: not wanted & self._loading,
                                                  DETAIL_SECONDS):
                 self._client.log.warn("the bridge is slow to tell the members of groups")
 
-    def _load(self, key: Tuple[str, bool], act: Callable[[str, Row], None]) -> None:
-        """In a worker: ask once more if somebody came or went meanwhile, as the list may be of
-        before; then let `act` have it."""
-        client, uid = self._client, key[0]
-        while True:
-            group = client.roster.group.get(uid)
-            moves = group.moves if group else 0
-            row: Optional[Row] = None
-            try:
-                row = client.link.details(*key)
-            except OpenQQError as error:
-                client.log.debug(f"group {uid}: {error.status}")
-            except Exception:  # whatever it was, those who wait must not wait for ever
-                client.log.failure(f"loading group {uid}")
-            with client.lock:
-                group = client.roster.group.get(uid)
-                if row is not None and moves != (group.moves if group else 0):
-                    continue
-                if row is not None:
-                    act(uid, row)
-                self._loading.discard(key)
-                client.changed.notify_all()
-                return
-
-    def check(self, rows: Iterable[Row]) -> None:
+    def _check(self, rows: Iterable[Row]) -> None:
         """Load again the members of those groups whose number says that a notice was missed."""
         for row in rows:
             group = self._client.roster.group.get(row["uid"])
@@ -9852,58 +9965,67 @@ class Details:
             if group:
                 group.member_count = count  # no member of the documents, so no event tells of it
             if group and group.loaded and count not in (None, str(len(group.member))):
-                self._crew.submit(self._load, (row["uid"], True), self._compare)
+                self._workers.submit(self._load, row["uid"])
 
-    def _compare(self, uid: str, row: Row) -> None:
-        client, group = self._client, self._client.roster.group.get(uid)
-        if group is None:
+    def _load(self, uid: str, members: bool = True) -> None:
+        """In a worker: ask the link, and once more if an event told of the group meanwhile."""
+        client, roster = self._client, self._client.roster
+        asked = False
+        while not asked:
+            row: Optional[Row] = None
+            before = roster.changes
+            try:
+                row = client.link.details(uid, members)
+            except OpenQQError as error:
+                client.log.debug(f"group {uid}: {error.status}")
+            except Exception:  # whatever it was, those who wait must not wait for ever
+                client.log.failure(f"loading group {uid}")
+            with client.lock:
+                asked = row is None or not roster.is_newer("group", uid, before)
+                if asked:
+                    group = roster.group.get(uid)
+                    if row and group and members and group.loaded:
+                        self._compare_members(group, row["member"])
+                    elif row and group:
+                        roster.complete(group, row)
+                    self._loading.discard((uid, members))
+                    client.changed.notify_all()
+
+    def _compare_members(self, group: Group, rows: List[Row]) -> None:
+        client, uid = self._client, group.uid
+        told = [row["uid"] for row in rows]
+        if str(len(told)) != group.value("member_count") and self._doubted.setdefault(
+                uid, Listing()).doubt(group.member, told):
+            client.timers.later(DOUBT_SECONDS / 4, self._workers.submit, self._load, uid)
             return
-        doubt = self._doubts.setdefault(uid, Doubt())
-        told = [item["uid"] for item in row["member"]]
-        if str(len(told)) != group.value("member_count") and doubt.about(group.member, told):
-            client.timers.later(DOUBT_SECONDS / 4, self._crew.submit, self._load, (uid, True),
-                                self._compare)
-            return
-        del self._doubts[uid]
+        self._doubted.pop(uid, None)
         with client.batch():
-            for item in client.roster.member_changes(group, row["member"]):
+            for item in client.roster.member_changes(group, rows):
                 client.talk.happen(item)
-
-
-class Listing:
-    """What a login knows of one list that its link tells apart from the roster."""
-
-    def __init__(self) -> None:
-        self.doubt = Doubt()
-        self.loaded = False          # it was believed once
-        self.good = False            # and there is nothing to be said against it now
-        self.asking = False          # the link is being asked
-        self.began = 0.0             # since then
-        self.answers = 0             # how often it told it, or did not
-        self.failures = 0            # in a row
 
 
 class Login:
     """How an account gets to running, and how what it knows stays true.
 
-    The link's threads call the hooks: a QR code, a scan, a login, its loss. What the link is asked
-    is asked by workers, from top to bottom: login; the roster, the lists, running; a list again.
+    The link's threads call the hooks: a QR code, a scan, a login, its loss. The link is asked by
+    workers: for a login; for the roster and the lists, after which the client runs; for a list
+    that is doubted once more; for all of that every update_interval.
     """
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._workers = ThreadPool(3, "login", client.log)
-        self._askers = ThreadPool(2, "lists", client.log)
         self._known = False                      # the roster is that of this login
-        self._lists = {kind: Listing() for kind in ("friend", "group")}
         self._turn = 0                           # which login; the answers of former ones are void
         self._claim: Optional[PidFile] = None    # on what the account is called outside
         self._codes = self._tries = 0
-        self._plans: Dict[str, Timer] = {}       # code, refresh, claim, a list's kind
+        self._plans: Dict[str, Timer] = {}       # what is to come: code, refresh, claim
         self.network: Optional[LocalNetwork] = None  # of a client alone
-        hooks = Hooks(self._show, self._wait, self._scanned, self._confirmed, self._lost,
+        hook = self._hook
+        hooks = Hooks(hook(self._show), hook(self._wait), hook(self._scanned),
+                      hook(self._confirmed), hook(self._lost),
                       lambda items: client.talk.receive(items), client.roster.find,
-                      self.is_certain, self._keep)
+                      client.details.is_certain, hook(self._keep))
         self.link: Link
         kind = link_of(client.settings.given)
         if kind in LINKS:
@@ -9920,22 +10042,46 @@ class Login:
         self.link = LocalLink(host, hooks, client.settings.login_type == "login",
                               client.settings.mode, client.log)
 
+    def _hook(self, act: Callable[..., None]) -> Callable[..., None]:
+        """Something that the link may call from any thread, until the client stops."""
+        def hook(*args: Any) -> None:
+            with self._client.lock:
+                if self._client.state != "stop":
+                    act(*args)
+        return hook
+
+    def _plan(self, what: str, seconds: float, act: Callable[..., None], *args: Any) -> None:
+        """Have something done later, instead of what was planned under the same name."""
+        if what in self._plans:
+            self._plans[what].cancel()
+        self._plans[what] = self._client.timers.later(seconds, act, *args)
+
+    def _cancel(self) -> None:
+        """This login is over, or what it showed: nothing that was planned for it happens."""
+        for what, timer in self._plans.items():
+            if what != "claim":
+                timer.cancel()
+        self._client.details.cancel()
+        self._turn += 1
+        self._client.changed.notify_all()
+
     # -- to the login
 
-    def begin(self) -> None:
-        """Log in, by the cookie if there is one."""
-        self._workers.submit(self._attempt, self._log_in)
+    def begin(self, anew: bool = False) -> None:
+        """Log in, by the cookie if there is one, or `anew`."""
+        self._workers.submit(self._attempt, self._log_in, anew)
 
     def anew(self) -> None:
         """Drop the login, and begin with a new QR code."""
         client = self._client
         with client.lock:
             if client.state != "stop":
-                client.papers.remove_cookie()
+                remove_file(client.settings.cookie_path)
+                client.papers.write_cookie()  # its secrets stay
                 self._codes = 0
                 self._known = False
                 self._cancel()
-                self._workers.submit(self._attempt, self._log_in, True)
+                self.begin(anew=True)
 
     def _attempt(self, step: Callable[..., None], *args: Any) -> None:
         """In a worker: a step; if it fails all begins again, which the cookie makes short."""
@@ -9953,7 +10099,7 @@ class Login:
                     client.timers.later(backoff(self._tries, 30.0), self.begin)
                     self._tries += 1
 
-    def _log_in(self, anew: bool = False) -> None:
+    def _log_in(self, anew: bool) -> None:
         if anew:
             self.link.logout()
         cookie = self._client.papers.read_cookie().get("cookie", "")
@@ -9961,25 +10107,22 @@ class Login:
 
     def _show(self, text: str, seconds: float, error: str) -> None:
         """A QR code: the file lies there before anybody hears of it."""
-        client, picture = self._client, qr_png(qr_matrix(text))
-        with client.lock:
-            self._codes += 1
-            if client.state == "stop":
-                return
-            if self._codes > client.settings.qrcode_count_max and not self.link.real:
-                client.log.error(f"nobody scanned {self._codes - 1} QR codes: giving up")
-                return client.stop()
-            path = client.settings.qrcode_path
-            client.papers.write(path, picture)
-            client.log.info(f"二维码已下载到本地[ {path} ] (QR code)")
-            client.log.info(f"等待{client.flavour.phone}扫描二维码... (waiting for a scan: {text})")
-            client.enter("scaning", error)
-            client.qrcode_text = text
-            client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
-                                         client.api_url("get_qrcode")])
-            self._cancel()
-            if not self.link.real:
-                self._plan("code", seconds, self._expire)
+        client, path = self._client, self._client.settings.qrcode_path
+        self._codes += 1
+        if self._codes > client.settings.qrcode_count_max and not self.link.real:
+            client.log.error(f"nobody scanned {self._codes - 1} QR codes: giving up")
+            return client.stop()
+        picture = qr_png(qr_matrix(text))
+        client.papers.write(path, picture)
+        client.log.info(f"二维码已下载到本地[ {path} ] (QR code)")
+        client.log.info(f"等待{client.flavour.phone}扫描二维码... (waiting for a scan: {text})")
+        client.enter("scaning", error)
+        client.qrcode_text = text
+        client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
+                                     client.api_url("get_qrcode")])
+        self._cancel()
+        if not self.link.real:
+            self._plan("code", seconds, self._expire)
 
     def _expire(self) -> None:
         self._client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
@@ -9988,52 +10131,48 @@ class Login:
     def _wait(self, error: str) -> None:
         """There is no login, and no code to scan; the state file says why."""
         client = self._client
-        with client.lock:
-            if client.state == "stop" or (client.state, client.error) == ("scaning", error):
-                return
+        if (client.state, client.error) != ("scaning", error):
             self._cancel()
             self._known = False
             remove_file(client.settings.qrcode_path)
             client.log.warn(error)
             client.enter("scaning", error)
 
+    def _keep(self, cookie: str) -> None:
+        if cookie:
+            self._client.papers.write_cookie(cookie)
+        self._client.papers.write_state(self._client)  # which tells what the link counts
+
     def _scanned(self) -> None:
         client = self._client
-        with client.lock:
-            if client.state == "scaning":
-                client.log.info(f"{client.flavour.phone}扫码成功,请在手机上点击[登录]按钮... (scanned)")
-                client.enter("confirming")
+        if client.state == "scaning":
+            client.log.info(f"{client.flavour.phone}扫码成功,请在手机上点击[登录]按钮... (scanned)")
+            client.enter("confirming")
 
     def _lost(self, error: str) -> None:
         """The link is down; what it does about that is its own affair."""
         client = self._client
-        with client.lock:
-            if client.state == "stop":
-                return
-            client.log.warn(error)
-            state = {"running": "updating", "loading": "scaning"}.get(client.state, client.state)
-            if state == "updating":
-                self._cancel()
-            client.enter(state, error)
+        client.log.warn(error)
+        state = {"running": "updating", "loading": "scaning"}.get(client.state, client.state)
+        if state == "updating":
+            self._cancel()
+        client.enter(state, error)
 
     def _confirmed(self, cookie: str, fresh: bool) -> None:
         client = self._client
-        with client.lock:
-            if client.state == "stop":
-                return
-            self._cancel()
-            self._codes = 0
-            client.papers.write_cookie(cookie)
-            client.enter("updating")
-            remove_file(client.settings.qrcode_path)
-            self._workers.submit(self._attempt, self._load, fresh, self._turn)
+        self._cancel()
+        self._codes = 0
+        client.papers.write_cookie(cookie)
+        client.enter("updating")
+        remove_file(client.settings.qrcode_path)
+        self._workers.submit(self._attempt, self._load, fresh, self._turn)
 
     def _load(self, fresh: bool, turn: int) -> None:
         """In a worker: learn who the account is and whom it knows, then run.
 
         Lists that the link tells apart may take long: it runs without them after LOOKUP_SECONDS.
         """
-        client, roster = self._client, self._client.roster
+        client, roster, details = self._client, self._client.roster, self._client.details
         before = roster.changes
         row = self.link.roster()
         with client.lock:
@@ -10041,28 +10180,30 @@ class Login:
                 return
             self._tries = 0
             row["user"]["state"] = client.settings.mode
-            wanted = self._kinds("is_init_")
+            wanted = details.kinds("is_init_")
             asked = [kind for kind in wanted if kind not in row]
             if roster.user.value("uid") not in (None, row["user"]["uid"]):
-                self._forget_account()
+                self._known = False  # another account is logged in at the bridge
+                client.talk.queue.give_up()
+                details.forget()
+                if self._claim:
+                    self._claim.drop()
+                    self._claim = None
             news = fresh or not self._known
             if news:
                 roster.load(row, ["user", *(kind for kind in wanted if kind in row)], before)
-                for kind in asked:
-                    self._lists[kind].loaded = self._lists[kind].good = False
             else:
-                self._compare(row, before)
+                details.compare(row, before)
             self._claim_account()
             for kind in asked:
-                self._ask(kind)
+                details.ask(kind, anew=news)
             if asked:
-                client.changed.wait_for(
-                    lambda: turn != self._turn or not any(
-                        listing.asking for listing in self._lists.values()), LOOKUP_SECONDS)
+                client.changed.wait_for(lambda: turn != self._turn or not details.asking(),
+                                        LOOKUP_SECONDS)
             if client.state != "updating" or turn != self._turn:
                 return  # the link was lost meanwhile
             if news:
-                self._report_update(["user", "friend", "group"])
+                details.report(["user", "friend", "group"])
             client.enter("running")
             if news:
                 client.log.info(f"帐号({client.account})登录成功 (logged in)")
@@ -10070,17 +10211,6 @@ class Login:
             self._known = True
             self._plan_refresh()
         self.link.ready()
-
-    def _forget_account(self) -> None:
-        """Another account is logged in at the bridge."""
-        self._known = False
-        self._client.talk.queue.give_up()
-        self._lists = {kind: Listing() for kind in self._lists}
-        if self._claim:
-            self._claim.drop()
-            self._claim = None
-        roster = self._client.roster
-        roster.load({"friend": [], "group": []}, ["friend", "group"], roster.changes)
 
     def _claim_account(self) -> None:
         """Two clients of one account hear and answer everything twice."""
@@ -10105,25 +10235,7 @@ class Login:
         if self.network:
             self.network.stop()
 
-    def _plan(self, what: str, seconds: float, act: Callable[..., None], *args: Any) -> None:
-        """Have something done later, instead of what was planned under the same name."""
-        if what in self._plans:
-            self._plans[what].cancel()
-        self._plans[what] = self._client.timers.later(seconds, act, *args)
-
-    def _cancel(self) -> None:
-        """This login is over, or what it shows: nothing that was planned for it happens."""
-        for what, timer in self._plans.items():
-            if what != "claim":
-                timer.cancel()
-        self._turn += 1
-        self._client.changed.notify_all()
-
     # -- what changes while it runs
-
-    def _kinds(self, setting: str) -> List[str]:
-        return [kind for kind in ("friend", "group", "discuss")
-                if getattr(self._client.settings, setting + kind)]
 
     def _plan_refresh(self) -> None:
         interval = self._client.settings.update_interval
@@ -10132,206 +10244,18 @@ class Login:
                        self._refresh)
 
     def _refresh(self) -> None:
-        """In a worker: look at what is known, and have the lists asked for."""
+        """In a worker: look whether what is known is still so, and have the lists asked for."""
         client, before = self._client, self._client.roster.changes
         row = self.link.roster()
         with client.lock:
             if client.state == "running":
                 row["user"]["state"] = client.settings.mode
-                self._compare(row, before)
+                client.details.compare(row, before)
                 self._claim_account()
-                for kind in self._kinds("is_update_"):
+                for kind in client.details.kinds("is_update_"):
                     if kind not in row:
-                        self._ask(kind)
+                        client.details.ask(kind)
                 self._plan_refresh()
-
-    def _compare(self, row: Row, before: int) -> None:
-        """Report what happened between the roster, when there had been `before` changes of it, and
-        what the link tells now of some kinds."""
-        client = self._client
-        kinds = [kind for kind in (["user"] if client.settings.is_update_user else [])
-                 + self._kinds("is_update_") if kind in row]
-        with client.batch():
-            for item in client.roster.differences(row, kinds, before):
-                client.talk.happen(item)
-            if "group" in kinds:
-                client.details.check(row["group"])
-            self._report_update(kinds)
-
-    def _report_update(self, kinds: Iterable[str]) -> None:
-        roster = self._client.roster
-        if "user" in kinds:
-            self._client.emit("update_user", [roster.user.to_json(roster.fields)])
-        for kind in ("friend", "group"):
-            if kind in kinds:
-                self._client.emit("update_" + kind, [roster.to_json(kind, members=False)])
-
-    # -- lists that the link tells apart from the roster
-
-    def _keep(self, cookie: str) -> None:
-        self._client.papers.write_cookie(cookie)
-        with self._client.lock:
-            self._client.papers.write_state(self._client)  # which tells what the link counts
-
-    def is_certain(self, kind: str) -> bool:
-        """Whether who is not on the list is new: it is good, or not wanted at all."""
-        wanted = kind in self._kinds("is_init_")
-        return not self.link.real or self._lists[kind].good or not wanted
-
-    def _ask(self, kind: str) -> None:
-        """Have the link asked for a list now, unless that is under way."""
-        listing = self._lists[kind]
-        if kind in self._plans:
-            self._plans[kind].cancel()
-        if not listing.asking:
-            listing.asking, listing.began = True, self._client.timers.clock()
-            self._askers.submit(self._fetch, kind, listing)
-
-    def _fetch(self, kind: str, listing: Listing) -> None:
-        """In a worker: ask for a list. What is known changes only by one that is believed."""
-        client, roster = self._client, self._client.roster
-        before = roster.changes
-        rows: Optional[List[Row]] = None
-        try:
-            rows = self.link.list(kind)
-        except Exception as error:  # whatever a link does, it is asked again
-            why = f"cannot be had: {getattr(error, 'status', repr(error))}"
-        with client.lock:
-            listing.asking = False
-            if client.state == "stop" or listing is not self._lists[kind]:
-                return  # the latter is of another account
-            wait = DOUBT_SECONDS / 4
-            if rows is None:
-                listing.failures += 1
-                wait = backoff(listing.failures + 1, LIST_SECONDS)
-            else:
-                why = listing.doubt.about(roster.table(kind), [row["uid"] for row in rows])
-            listing.good = not why
-            client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, "
-                        "and it is asked again")
-            if why or rows is None:
-                self._plan(kind, wait, self._ask, kind)
-            else:
-                if listing.loaded:
-                    self._compare({kind: rows}, before)
-                else:
-                    roster.load({kind: rows}, [kind], before)
-                    if client.state == "running":
-                        self._report_update([kind])
-                listing.loaded, listing.failures = True, 0
-            listing.answers += 1
-            client.changed.notify_all()
-
-    def look_for(self, kind: str, uid: str) -> Optional[Thing]:
-        """Whom a message goes to that the roster lacks; None if there is nobody. From any thread.
-
-        While the list is doubted anybody may be meant; a good one may be of before.
-        """
-        client, listing = self._client, self._lists.get(kind)
-        if listing is None or not self.link.real or not number_of(uid):
-            return None
-        stranger = THINGS[kind]({"uid": uid, "id": uid, "name": uid})
-        if kind == "group" and listing.good:
-            try:
-                row = self.link.find_group(uid)
-            except Unreachable:
-                return stranger  # it does not say
-            if row:
-                with client.lock:
-                    client.talk.happen({"event": "new_group", "object": row})
-        elif listing.good:
-            with client.lock:
-                answers = listing.answers
-                if not listing.asking:  # not for each: callers may come one by one
-                    wait = listing.began + LOGIN_SECONDS - client.timers.clock()
-                    self._plan(kind, max(0.0, wait), self._ask, kind)
-                if not client.changed.wait_for(lambda: listing.answers != answers, DETAIL_SECONDS):
-                    listing.good = False  # until it comes
-        known: Optional[Thing] = client.roster.table(kind).get(uid)
-        return known or (None if listing.good else stranger)
-
-
-class Composer:
-    """Makes messages, as they are reported, of what comes and goes. With the client's lock held."""
-
-    def __init__(self, client: Client, answer: Callable[[Message, str], None]) -> None:
-        self._client, self._answer = client, answer
-
-    def compose(self, type: str, kind: str, circle_uid: str, content: str, id: str,
-                name: str = "") -> Message:
-        """A message of a type, in a group or discuss if `kind` says so.
-
-        That one need not be listed, as where a bridge could not tell its groups; then `name`, if
-        it is known, is how it is called.
-        """
-        circle = (self._client.roster.table(kind).get(circle_uid) or THINGS[kind](
-            {"uid": circle_uid, "id": circle_uid, "name": name or circle_uid})) if kind else None
-        flavour = self._client.flavour
-        message = Message({"type": type, "content": content, "id": id, "circle": circle,
-                           "peer_uid": None, "answer": self._answer, **flavour.text_format})
-        if circle:
-            message.__dict__[kind] = circle.displayname
-            message.__dict__.update({f"{kind}_{part}": circle.value(part)
-                                     for part in flavour.parts[kind]})
-        if type == "sess_message":
-            message.via = kind
-        return message
-
-    def own(self, message: Message, uid: Optional[str], origin: str, source: str,
-            time: str) -> None:
-        """Make a message one that the account sends, to a uid if it is to one alone."""
-        self.name(message, "sender", self._client.roster.user, {})
-        message.__dict__.update({"class": "send", "post_type": "send_message", "from": origin,
-                                 "source": source, "time": time,
-                                 "ttl": self._client.settings.msg_ttl})
-        if uid is not None:
-            message.peer_uid = uid
-            self.name(message, "receiver", self.find(uid, message.circle), {"uid": uid})
-
-    def name(self, message: Message, role: str, thing: Optional[Thing], row: Row) -> None:
-        """Say who is sender or receiver; of somebody unknown what `row` tells."""
-        message.__dict__.update({
-            role: thing.displayname if thing else row.get("name"), role + "_thing": thing,
-            **{f"{role}_{part}": thing.value(part) if thing else row.get(part)
-               for part in self._client.flavour.parts[role]}})
-
-    def find(self, uid: str, circle: Optional[Circle]) -> Optional[Thing]:
-        """Somebody by uid: a friend's markname counts before a member's card (CONTRACT 6)."""
-        friend = self._client.roster.friend.get(uid)
-        member = circle.member.get(uid) if circle else None
-        return friend if friend and (friend.markname or not member) else member
-
-    def add_media(self, message: Message, media: Row, data: str) -> None:
-        """Give a message what its flavour tells of a picture: shelf's row, bytes in base64."""
-        kind = media["media_mime"].partition("/")[0]
-        label = {"image": "[图片]", "audio": "[语音]", "video": "[视频]"}.get(kind, "[文件]")
-        flavour = self._client.flavour
-        message.content = flavour.media_content.format(
-            content=message.content, label=label,
-            either=message.content or f"[media]({media['media_path'] or media['media_name']})")
-        key = media["media_id"]
-        url = self._client.api_url("get_media", id=key) if key else media.get("url")
-        shown = {**media, "format": "media", "media_data": data, "media": [{
-            "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
-        message.__dict__.update({name: shown[name] for name in flavour.media_members})
-
-    def keep_media(self, message: Message, media: Row) -> None:
-        """Put a picture that came on the shelf, and tell of it."""
-        data, name = base64.b64decode(media["data"]), str(media["name"])
-        row = unkept_media(data, name)
-        if self._client.settings.download_media:
-            try:
-                row = self._client.papers.shelf.put(data, name)
-            except OSError as error:
-                self._client.log.warn(f"a picture could not be kept: {error}")
-        self.add_media(message, row, media["data"])
-
-    def show_links(self, message: Message, item: Row) -> None:
-        """What a bridge tells of a message besides its text."""
-        if item.get("links"):
-            message.media = item["links"]
-        if "raw_message" in item:
-            message.raw_message = item["raw_message"]
 
 
 class Talk:
@@ -10339,7 +10263,6 @@ class Talk:
 
     def __init__(self, client: Client) -> None:
         self._client, self._link = client, client.link
-        self._composer = Composer(client, self._answer)
         settings, interval = client.settings, client.settings.send_interval
         self.queue = SendQueue(
             client.lock, self._link.send,
@@ -10353,15 +10276,77 @@ class Talk:
         self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
         self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
 
+    # -- messages, as they are reported
+
+    def _message(self, row: Row, kind: str, circle_uid: str, name: str = "") -> Message:
+        """A message with its type, content, id and time, in a group or discuss if `kind` says so.
+
+        That one need not be listed, as where a bridge could not tell its groups; then `name`, if
+        it is known, is how it is called.
+        """
+        flavour = self._client.flavour
+        message = Message({**row, "circle": None, "peer_uid": None, "answer": self._answer,
+                           **flavour.text_format})
+        if kind:
+            circle = self._client.roster.table(kind).get(circle_uid) or THINGS[kind](
+                {"uid": circle_uid, "id": circle_uid, "name": name or circle_uid})
+            message.__dict__.update({"circle": circle, kind: circle.displayname})
+            message.__dict__.update({f"{kind}_{part}": circle.value(part)
+                                     for part in flavour.parts[kind]})
+        if message.type == "sess_message":
+            message.via = kind
+        return message
+
+    def _name(self, message: Message, role: str, thing: Optional[Thing], row: Row) -> None:
+        """Say who is sender or receiver; of somebody unknown what `row` tells."""
+        message.__dict__.update({
+            role: thing.displayname if thing else row.get("name"), role + "_thing": thing,
+            **{f"{role}_{part}": thing.value(part) if thing else row.get(part)
+               for part in self._client.flavour.parts[role]}})
+
+    def _find(self, uid: str, circle: Optional[Circle]) -> Optional[Thing]:
+        """Somebody by uid: a friend's markname counts before a member's card (CONTRACT 6)."""
+        friend = self._client.roster.friend.get(uid)
+        member = circle.member.get(uid) if circle else None
+        return friend if friend and (friend.markname or not member) else member
+
+    def _make_own(self, message: Message, uid: Optional[str], origin: str, source: str) -> None:
+        """Let it be one that the account sends, to a uid if it is to one alone."""
+        self._name(message, "sender", self._client.roster.user, {})
+        message.__dict__.update({"class": "send", "post_type": "send_message", "from": origin,
+                                 "source": source, "ttl": self._client.settings.msg_ttl})
+        if uid is not None:
+            message.peer_uid = uid
+            self._name(message, "receiver", self._find(uid, message.circle), {"uid": uid})
+
+    def _add_media(self, message: Message, media: Row, data: str) -> None:
+        """Give a message what its flavour tells of a picture: shelf's row, bytes in base64."""
+        kind = media["media_mime"].partition("/")[0]
+        label = {"image": "[图片]", "audio": "[语音]", "video": "[视频]"}.get(kind, "[文件]")
+        flavour, key = self._client.flavour, media["media_id"]
+        message.content = flavour.media_content.format(
+            content=message.content, label=label,
+            either=message.content or f"[media]({media['media_path'] or media['media_name']})")
+        url = self._client.api_url("get_media", id=key) if key else media.get("url")
+        shown = {**media, "format": "media", "media_data": data, "media": [{
+            "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
+        message.__dict__.update({name: shown[name] for name in flavour.media_members})
+
     # -- saying
 
     def is_full(self) -> bool:
         """Whether so many messages wait that no more are taken."""
         return self.queue.waiting() >= int(self._client.settings.send_queue_max_size)
 
-    def send(self, type: str, content: str, uid: Optional[str], circle: str, origin: str,
-             via: str, media: Optional[Row], cq: bool) -> Future[Message]:
-        """Make a message and queue it; `media` is a row of the shelf, or None."""
+    def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
+             origin: str = "api", via: str = "", media: Optional[Row] = None,
+             cq: bool = False) -> Future[Message]:
+        """Queue a message to a uid, or to a group or discuss (`circle`, its uid).
+
+        `type` is a message's type, `via` group or discuss for a sess_message, `media` a row of the
+        client's shelf; with `cq` a bridge reads CQ codes in `content`. The future brings the
+        Message, with code, info and msg set.
+        """
         client, future = self._client, Future()  # type: Client, Future[Message]
         kind = CIRCLE_OF.get(type, via)
         row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None,
@@ -10375,10 +10360,11 @@ class Talk:
             if client.state != "running":
                 future.set_exception(NotRunning(state=client.state))
                 return future
-            message = self._composer.compose(type, kind, circle, content, str(self._ids.next()))
-            self._composer.own(message, uid, origin, "local", str(int(time.time())))
+            message = self._message({"type": type, "content": content, "time": str(int(
+                time.time())), "id": str(self._ids.next())}, kind, circle)
+            self._make_own(message, uid, origin, "local")
             if media:
-                self._composer.add_media(message, media, data)
+                self._add_media(message, media, data)
             job = Job(message, row, future)
             if is_sendable(message.content):
                 self.queue.put(job)
@@ -10398,7 +10384,7 @@ class Talk:
             circle = str(found[0].uid) if found else ""
         alone = row["type"] in ("friend_message", "sess_message")
         self.send(row["type"], text, str(uid) if alone else None, circle, origin,
-                  kind if alone else "", media, False)
+                  kind if alone else "", media)
 
     def _answer(self, message: Message, text: str) -> None:
         self.reply(message.to_json({}), text, "code")
@@ -10457,12 +10443,16 @@ class Talk:
                 raise NotRunning("stopping")
             with client.batch():
                 for item in items:
-                    if not self._is_old(item["mark"]):
-                        try:
-                            self._take(item, item["mark"])
-                        except Exception:  # one that cannot be understood must not stop all others
-                            client.log.failure("an item of the link")
+                    if self._is_old(item["mark"]):
+                        continue
+                    try:
+                        if item["do"] != "event":
+                            self._hear(item, item["mark"])
+                        elif not self.happen(item, item["mark"]):
                             client.spool.advance(item["mark"])
+                    except Exception:  # one that cannot be understood must not stop all others
+                        client.log.failure("an item of the link")
+                        client.spool.advance(item["mark"])
             for mark, job in self._answered:
                 if self._is_old(mark):
                     settle(job.future, job.message)
@@ -10475,41 +10465,6 @@ class Talk:
         old_era, _, old_number = str(self._client.spool.mark or "").partition(":")
         return era == old_era and int(number) <= int(old_number)
 
-    def _take(self, item: Row, mark: str) -> None:
-        if item["do"] == "message":
-            self._hear(item, mark)
-        elif item["do"] == "sent":
-            self._hear_own(item, mark)
-        elif not self.happen(item, mark):
-            self._client.spool.advance(mark)
-
-    def _hear(self, item: Row, mark: str) -> None:
-        """A message came: report it."""
-        client, composer = self._client, self._composer
-        kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
-        message = composer.compose(item["type"], kind, str(item.get(kind)), item["content"],
-                                   item["id"], item.get("group_name") or "")
-        thing = composer.find(item["uid"], message.circle)
-        if thing is None and "sender" in item and (
-                message.circle and not message.circle.loaded or not client.is_certain("friend")):
-            thing = (GroupMember if message.circle else Friend)(item["sender"])
-        if thing is None and client.settings.ignore_unknown_id:
-            return client.spool.advance(mark)
-        if not kind or item["type"] == "sess_message":
-            message.peer_uid = item["uid"]
-        message.__dict__.update({"class": "recv", "post_type": "receive_message",
-                                 "time": item["time"]})
-        composer.name(message, "receiver", client.roster.user, {})
-        composer.name(message, "sender", thing, {**item, "id": item.get("sender_id")})
-        if item.get("media"):
-            composer.keep_media(message, item["media"])
-        if "number" in item:
-            self._number(message.id, item["number"])
-        composer.show_links(message, item)
-        for future in self._expected.pop(item["uid"], []) if not kind else []:
-            settle(future, message.content)
-        client.emit_message(message, mark)
-
     def _tell_own(self) -> None:
         """What came while a send was under way, and may be that."""
         if self._own_timer:
@@ -10517,19 +10472,53 @@ class Talk:
         own, self._own = self._own, []
         with self._client.batch():
             for item in own:
-                self._hear_own(item, "")
+                self._hear(item, "")
 
-    def _hear_own(self, item: Row, mark: str) -> None:
-        """The account sent something, from another device unless it was we."""
-        if item["number"] is not None and str(item["number"]) in map(str, self.numbers.values()):
-            return self._client.spool.advance(mark or None)
-        kind = "group" if item["group"] else ""
-        message = self._composer.compose(item["type"], kind, str(item["group"]), item["content"],
-                                         item["id"])
-        self._composer.own(message, item["uid"], "none", "outer", item["time"])
-        self._composer.show_links(message, item)
-        self._number(message.id, item["number"])
-        self._tell_outcome(message, {"code": 0, "info": "发送正常"}, mark)
+    def _hear(self, item: Row, mark: str) -> None:
+        """A message came, or the account sent one, from another device unless it was we."""
+        client, number, own = self._client, item.get("number"), item["do"] == "sent"
+        if own and number is not None and str(number) in map(str, self.numbers.values()):
+            return client.spool.advance(mark or None)
+        kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
+        message = self._message({name: item[name] for name in ("type", "content", "id", "time")},
+                                kind, str(item.get(kind)), item.get("group_name") or "")
+        if own:
+            self._make_own(message, item["uid"], "none", "outer")
+        else:
+            circle, uid = message.circle, item["uid"]
+            thing = self._find(uid, circle)
+            if thing is None and "sender" in item and (
+                    circle and not circle.loaded or not client.is_certain("friend")):
+                thing = (GroupMember if circle else Friend)(item["sender"])
+            if thing is None and client.settings.ignore_unknown_id:
+                return client.spool.advance(mark)
+            if not kind or item["type"] == "sess_message":
+                message.peer_uid = uid
+            message.__dict__.update({"class": "recv", "post_type": "receive_message"})
+            self._name(message, "receiver", client.roster.user, {})
+            self._name(message, "sender", thing, {**item, "id": item.get("sender_id")})
+        if item.get("media"):
+            data, name = base64.b64decode(item["media"]["data"]), str(item["media"]["name"])
+            media = unkept_media(data, name)
+            if client.settings.download_media:
+                try:
+                    media = client.papers.shelf.put(data, name)
+                except OSError as error:
+                    client.log.warn(f"a picture could not be kept: {error}")
+            self._add_media(message, media, item["media"]["data"])
+        if item.get("links"):
+            message.media = item["links"]
+        if "raw_message" in item:
+            message.raw_message = item["raw_message"]
+        if item.get("reply_to"):
+            message.reply_to = item["reply_to"]
+        if "number" in item:
+            self._number(message.id, number)
+        if own:
+            return self._tell_outcome(message, {"code": 0, "info": "发送正常"}, mark)
+        for future in self._expected.pop(uid, []) if not kind else []:
+            settle(future, message.content)
+        client.emit_message(message, mark)
 
     def happen(self, item: Row, mark: str = "") -> bool:
         """Let an event of the link change the roster, and report it; False if it is void."""
@@ -10603,7 +10592,7 @@ class Client:
         self.warnings: Dict[str, str] = {}           # what about -> what does not stop the account
         self.since = 0.0                             # in this state
         self.port = 0                                # of the API, once it is there
-        self.ended = False
+        self.ended = self._hurries = False
         self.roster = Roster(self.flavour.fields, self.lock)
         self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log, bulk_of)
         self.outlets: List[Outlet] = []
@@ -10612,11 +10601,12 @@ class Client:
         self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
         self._crew = ThreadPool(1, "callbacks", self.log)
         self._batches = 0                            # batch() within batch()
+        self.details = Details(self)
+        self.look_for, self.is_certain = self.details.look_for, self.details.is_certain
         self._login = Login(self)
         self.link = self._login.link
-        self.look_for, self.is_certain = self._login.look_for, self._login.is_certain
-        self.details = Details(self)
         self.talk = Talk(self)
+        self.send = self.talk.send                   # what the four below come to
         self.enter("init")
 
     # -- the public face
@@ -10658,7 +10648,11 @@ class Client:
         for plugin in sorted(self.plugins, key=lambda plugin: -plugin.priority):
             if not plugin.call_on_load:
                 self._call_plugin(plugin)
-        self.timers.later(0.0, self._begin)  # a signal may come first
+        with self.lock:
+            if self.state != "stop":
+                for outlet in self.outlets:
+                    outlet.start()
+                self._login.begin()
         self.timers.run()
         return 0
 
@@ -10690,17 +10684,6 @@ class Client:
         """Drop the login and ask to be scanned anew."""
         self._login.anew()
 
-    def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
-             origin: str = "api", via: str = "", media: Optional[Row] = None,
-             cq: bool = False) -> Future[Message]:
-        """Queue a message to a uid, or to a group or discuss (`circle`, its uid).
-
-        `type` is a message's type, `via` group or discuss for a sess_message, `media` a row of the
-        client's shelf; with `cq` a bridge reads CQ codes in `content`. The future brings the
-        Message, with code, info and msg set.
-        """
-        return self.talk.send(type, content, uid, circle, origin, via, media, cq)
-
     def send_friend_message(self, friend: Friend, content: str) -> Future[Message]:
         """Queue a message to a friend."""
         return self.send("friend_message", content, friend.uid, origin="code")
@@ -10729,12 +10712,6 @@ class Client:
         return f"{self.public_url()}{self.flavour.prefix}{api}{query}"
 
     # -- the state, with the lock held
-
-    def _begin(self) -> None:
-        if self.state != "stop":
-            for outlet in self.outlets:
-                outlet.start()
-            self._login.begin()
 
     def enter(self, state: str, error: str = "") -> None:
         """The one door for a change of state: the file first, then everybody hears of it."""
@@ -10768,7 +10745,8 @@ class Client:
         if number == signal.SIGINT and not os.isatty(0):
             self.log.warn("INT without a terminal is ignored; TERM stops this client")
         elif self.state == "stop":
-            self._end()  # a second one hurries
+            self._hurries = True  # it is the second one
+            self.changed.notify_all()
         else:
             self.log.info(f"捕获到停止信号[{name[3:]}],准备停止... (signal)")
             self.stop()
@@ -10788,25 +10766,19 @@ class Client:
             for outlet in self.outlets:
                 if outlet.waiting():
                     outlet.drain(self.changed.notify_all)
-            self.changed.wait_for(lambda: self.ended or not any(
+            self.changed.wait_for(lambda: self._hurries or not any(
                 outlet.waiting() for outlet in self.outlets), STOP_SECONDS)
             for outlet in self.outlets:
                 outlet.hold(self.changed.notify_all)
-            self.changed.wait_for(lambda: self.ended or not any(
+            self.changed.wait_for(lambda: self._hurries or not any(
                 outlet.flying() for outlet in self.outlets), LAND_SECONDS)
-            self._end()
-
-    def _end(self) -> None:
-        if self.ended:
-            return
-        self.ended = True
-        busy = [close() for close in self.closing]
-        self._login.end()
-        self.spool.close()
-        remove_file(self.settings.qrcode_path)
-        self.papers.pid.drop()
-        self.changed.notify_all()
-        self.timers.later(READ_SECONDS if any(busy) else 0.0, self.timers.stop)
+            self.ended = True
+            busy = [close() for close in self.closing]
+            self._login.end()
+            self.spool.close()
+            remove_file(self.settings.qrcode_path)
+            self.papers.pid.drop()
+            self.timers.later(READ_SECONDS if any(busy) else 0.0, self.timers.stop)
 
     # -- events, with the lock held
 
@@ -11274,6 +11246,7 @@ class Api:
         if not re.fullmatch("[0-9]{1,4}", seconds):
             raise BadRequest(400, "timeout must be a number of seconds")
         answer = self.client.talk.expect(friend.uid)
+        self.client.link.typing(friend.uid, True)
         try:
             row = self.send(request, "friend_message", friend, friend.uid)
             if row["code"] != 0:
@@ -11282,6 +11255,7 @@ class Api:
         except TimeoutError:
             return {**row, "reply": None, "reply_status": "reply timeout"}
         finally:
+            self.client.link.typing(friend.uid, False)
             self.client.talk.expect_no_more(friend.uid, answer)
 
     def _upload_media(self, request: Request) -> Json:
@@ -11317,7 +11291,8 @@ class Api:
         group, names = given["group"], self.flavour.keys["members"]
         name = next((name for name in names if params.get(name)), "")
         key = "uid" if name.endswith("uid") else "id"
-        self.client.details.wait([group])
+        if name:
+            self.client.details.wait([group])
         return self._uids(params.get(name, ""), "member",
                           lambda person: self.members(group, {key: person}))
 
@@ -11552,9 +11527,10 @@ def openqq_plugin(client: Client, data: Row) -> None:
         {name: value for name, value in data.items() if name != "listen"})
     store = Store(settings.check_event_list_max_size)
     api = Api(client, store, settings.numeric_ids)
+    answers = Answers(client, api.media.take, settings.post_api)
     reporter = Reporter(
         settings.post_api, settings.post_secret, client.spool, client.loop, client.log,
-        Answers(client, api.media.take, settings.post_api).answered,
+        answers.answered, asking=answers.typing,
         failed=lambda: client.papers.write_state(client),
         numeric=settings.numeric_ids)
     listed = settings.post_event_list
@@ -12558,15 +12534,9 @@ class Controller:
                    for path in self.flavour.apis])
         watch_clients(app.metrics, self.supervisor)
         watch_posting(app.metrics, self._reporter)
-        watcher = Watcher(log)
         log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
+        self._servers += serve(app, self._listeners, settings, log)
         for listener in self._listeners:
-            server = Server(listener, app, log, watcher, settings.max_connections,
-                            settings.http_max_message_size)
-            if settings.http_debug:
-                server.debug = log.debug
-            self._servers.append(server)
-            spawn(server.serve_forever, name="server")
             host, port = listener.getsockname()[:2]
             log.info(f"Listening at http://{host}:{port}")
         log.info(gate_hint(settings))

@@ -7567,6 +7567,11 @@ def test_nobody_there_costs_no_try_however_often(far, error):
     assert far.reporter.counts == {"posted": 1, "retried": 34, "dropped": 0}
 
 
+def test_an_outage_may_last_a_day_of_tries():
+    waits = [openqq.backoff(tries, 15.0) for tries in range(6000)]  # one each 15 seconds
+    assert waits[:6] == [0, 1, 2, 4, 8, 15] and set(waits[5:]) == {15.0}
+
+
 def test_many_drops_are_told_once_a_second(far):
     told = []
     far.reporter._failed = lambda: told.append(dict(far.reporter.error))
@@ -12479,9 +12484,19 @@ def test_a_receivers_answer_and_its_picture_go_out_on_wechat(wechat, receive):
     receiver = receive(lambda event: (200, {}, {"reply": "答", "media": "base64://" + PNG_TEXT})
                        if event.get("content") == "问" else None)
     account = wechat(post_api=receiver.url)
-    account.server.say("问")
-    assert eventually(lambda: len(account.server.sent) == 2)
-    assert account.server.got(1) == PNG
+    server = account.server
+    server.say("问")
+    assert eventually(lambda: len(server.sent) == 2)
+    assert server.got(1) == PNG
+    typing = [server.wait_call("sendtyping") for _ in range(2)]
+    assert [(row["status"], row["ilink_user_id"]) for row in typing] == [
+        (1, server.owner), (2, server.owner)]
+    consulted = queue.Queue()
+    threading.Thread(target=lambda: consulted.put(account.call(
+        "consult", id=server.owner, content="几点", timeout=20))).start()
+    assert eventually(lambda: len(server.sent) == 3)
+    server.say("八点")
+    assert consulted.get(timeout=WAIT)["reply"] == "八点"
 
 
 TENCENT = "https://ilinkai.weixin.qq.com"
@@ -12528,7 +12543,7 @@ def test_kills_lose_and_double_nothing_that_is_said_on_wechat(wechat, receive):
     assert list(posts.values()) == [*said, "the last"]
 
 
-def test_five_accounts_answer_their_friends_side_by_side(wechat, receive):
+def test_five_accounts_answer_their_friends_and_go_on_after_a_kill(wechat, receive, start):
     receiver = receive(lambda event: (200, {}, {"reply": event["content"] + "!"})
                        if event.get("class") == "recv" else None)
     accounts = []
@@ -12541,6 +12556,14 @@ def test_five_accounts_answer_their_friends_side_by_side(wechat, receive):
             assert eventually(lambda: account.server.sent)
             assert account.server.sent[0]["item_list"][0]["text_item"]["text"] == account.name + "!"
         account.program.process.kill()
+        assert all_gone(account.program.log, WAIT)
+        program = start("controller", "--flavor", "weixin")
+        for account in accounts:
+            account.program = program
+            account.until("running")
+            account.server.say("还在")
+            assert eventually(lambda: len(account.server.sent) > 1)
+            assert [name for name, _ in account.server.calls].count("get_bot_qrcode") == 1
     finally:
         for account in accounts:
             account.server.stop()
@@ -15275,6 +15298,13 @@ def test_readme_commands_for_the_terminal_do_their_work(start):
         assert session.process.wait(WAIT) in (0, 130), words
         if words[0] == "qrcode":
             assert controller.call("/local/login", client="alice")["code"] == 0
+
+
+def test_readme_api_table_has_every_call_and_no_other():
+    table = README.partition("| call | what it does |\n|---|---|\n")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines() for name in re.findall("`(.+?)`",
+                                                                      row.split("|")[1])]
+    assert sorted(named) == sorted({verb.name for verb in openqq.VERBS if verb.on})
 
 
 @pytest.mark.parametrize("words", [["controller", "--help"], ["client", "--help"]])
