@@ -4577,7 +4577,8 @@ aria-label="token"><button class="main" data-t>Open</button></div></div></form>
 <p id="nobody" class="facts" data-t hidden>There is no account yet: start one below.</p></section>
 <form id="begin" class="box" autocomplete="off"><h2 data-t>Start an account</h2>
 <div class="row"><input id="name" class="grow" maxlength="64" required>
-<button class="main" data-t>Start</button></div>
+<button class="main" data-t>Start</button>
+<button id="real" class="main" value="ilink" data-t hidden>Start with real WeChat</button></div>
 <details><summary data-t>Real QQ, through a OneBot bridge</summary><div id="bridge"></div></details>
 <details><summary data-t>Settings</summary><div id="settings"></div></details></form>
 </div><div class="column">
@@ -4606,6 +4607,8 @@ const ZH = {
   "There is no account yet: start one below.": "还没有账号,请在下面启动一个。",
   "Start an account": "启动账号", "Start": "启动", "Stop": "停止", "Log in again": "重新登录",
   "Log in here": "在此登录", "Real QQ, through a OneBot bridge": "真实 QQ(通过 OneBot)",
+  "Start with real WeChat": "启动真实微信", "Confirm": "确认",
+  "The digits that the phone shows": "手机上显示的数字",
   "Settings": "设置", "Chat": "聊天", "I speak as": "身份", "to": "发给", "Send": "发送",
   "Members": "群成员", "minutes to mute for": "禁言分钟数", "Mute": "禁言", "Kick": "移出",
   "Messages and events": "消息与事件", "Pause": "暂停", "Resume": "继续", "Filter": "筛选",
@@ -4668,6 +4671,8 @@ const ZH = {
   "onebot_token": "OneBot 的 access token", "onebot_secret": "OneBot 向 /onebot 上报时的签名密钥",
   "onebot_login": "二维码来自谁的页面:napcat 或 llbot",
   "onebot_login_api": "该页面的地址,默认同一主机的 6099 端口(llbot 3080)",
+  "link": "消息来自哪里:local、onebot(QQ)、ilink(微信),默认按地址判断",
+  "ilink_api": "真实微信:腾讯的机器人接口", "ilink_cdn": "微信存放图片的地址",
   "onebot_login_token": "该页面的 token 或密码", "cookie_path": "cookie 文件,默认在 tmpdir 中",
   "qrcode_path": "二维码文件,默认在 tmpdir 中", "state_path": "状态文件,默认在 tmpdir 中",
   "keep_cookie": "保留登录信息,下次启动免扫码",
@@ -4834,6 +4839,11 @@ class Card {
     this.code = el("img", {className: "code", alt: t("QR code"), hidden: true});
     this.hint = el("p", {className: "facts", hidden: true,
       textContent: t("Scan the code with a phone; a new one comes by itself.")});
+    this.digits = el("input", {className: "grow", inputMode: "numeric", autocomplete: "off",
+      placeholder: t("The digits that the phone shows")});
+    this.verify = el("div", {className: "row", hidden: true}, this.digits,
+      button("Confirm", () => post(api("verify_code"), {client: name, code: this.digits.value},
+        t("Sent."))));
     this.start = button("Start", () => startAgain(name));
     this.stop = button("Stop", () => stopAccount(name));
     this.scan = button("Log in here", () => post("/local/login", {client: name},
@@ -4841,7 +4851,7 @@ class Card {
     this.relogin = button("Log in again", () => post(api("relogin"), {client: name},
       t("{name} shows a new QR code in a moment.", {name})));
     this.node = el("article", {}, el("div", {className: "row"}, bdi("h3", name), this.state),
-      this.facts, this.error, this.code, this.hint,
+      this.facts, this.error, this.code, this.hint, this.verify,
       el("div", {className: "row"}, this.start, this.scan, this.relogin, this.stop));
     this.node.dataset.account = name;
   }
@@ -4862,6 +4872,7 @@ class Card {
     this.start.hidden = !this.stop.hidden || !config.controller;
     this.relogin.hidden = this.stop.hidden || waits || !config.apis.includes("relogin");
     this.scan.hidden = !waits || row.link !== "local";
+    this.verify.hidden = !row.verify_code;
     this.show(waits).catch(() => {});
   }
 
@@ -4917,6 +4928,7 @@ $("begin").onsubmit = async (event) => {
   const given = [...$("begin").querySelectorAll("label input")].filter((input) => input.value)
     .map((input) => [input.name, input.value]);
   const name = $("name").value.trim();
+  if (event.submitter.value) given.push(["link", event.submitter.value]);
   if (await act(event.submitter, () => startAccount(name, Object.fromEntries(given)))) {
     $("begin").reset();
   }
@@ -5208,6 +5220,7 @@ for (const [id, text] of [["name", "Name of the account"], ["content", "Message"
   $(id).placeholder = $(id).ariaLabel = t(text);
 }
 $("begin").hidden = !config.controller;
+$("real").hidden = !config.apis.includes("verify_code");
 for (const [name, help, value, secret] of config.settings) {
   $(name.startsWith("onebot_") ? "bridge" : "settings").append(el("label", {}, name,
     el("input", {name, placeholder: value, autocomplete: "off",

@@ -1193,9 +1193,10 @@ class ILink(Peer):
         token, start = self.token, int(said["get_updates_buf"] or 0)
         with self._news:
             self.pollers += 1
-            self._news.wait_for(lambda: len(self.messages) > start or self.token != token,
-                                self.hold)
-            self.pollers -= 1
+            mine = self.pollers          # a newer poll ends the older one
+            self._news.notify_all()
+            self._news.wait_for(lambda: len(self.messages) > start or self.token != token
+                                or self.pollers != mine, self.hold)
             if self.token != token:
                 return {"ret": -14, "errmsg": "session timeout"}
             return {"ret": 0, "msgs": self.messages[start:],
@@ -12499,6 +12500,22 @@ def test_a_receivers_answer_and_its_picture_go_out_on_wechat(wechat, receive):
     assert consulted.get(timeout=WAIT)["reply"] == "八点"
 
 
+def test_aes_is_that_of_fips_197():
+    key, plain = bytes(range(16)), bytes.fromhex("00112233445566778899aabbccddeeff")
+    cipher = bytes.fromhex("69c4e0d86a7b0430d8cdb78070b4c55a")
+    assert openqq.aes_by_tables(key, plain, True) == cipher
+    assert openqq.aes_by_tables(key, cipher, False) == plain
+    for size in 0, 1, 15, 16, 17, 5000:
+        data = os.urandom(size)
+        closed = openqq.aes_128_ecb(key, data, True)
+        assert len(closed) == (size // 16 + 1) * 16
+        assert openqq.aes_128_ecb(key, closed, False) == data
+        assert openqq.aes_by_tables(key, closed, False)[:size] == data
+    for wrong in b"", b"x", bytes(16), closed[:-1]:
+        with pytest.raises(ValueError):
+            openqq.aes_128_ecb(key, wrong, False)
+
+
 TENCENT = "https://ilinkai.weixin.qq.com"
 
 
@@ -14117,6 +14134,30 @@ def test_the_qr_code_on_the_page_is_renewed_by_itself(board, browser):
     finally:
         page.close()
         bridge.close()
+
+
+def test_a_real_wechat_account_is_started_on_the_page_with_the_digits_of_the_phone(
+        start, browser, tmp_path):
+    server = ILink()
+    try:
+        program = start("controller", "--flavor", "weixin", tmpdir=tmp_path / "wx")
+        browser.open(program.base + "/")
+        browser.type("#name", "me")
+        browser.run("""for (const name of ["ilink_api", "ilink_cdn"])
+                           document.querySelector(`[name=${name}]`).value = arguments[0];""",
+                    server.url)
+        browser.click("#real")
+        server.wait_call("get_qrcode_status")
+        assert shows_code(browser, "me", f"https://liteapp.weixin.qq.com/q/{server.code}")
+        server.digits = "4711"
+        server.confirm()
+        browser.type("[data-account=me] input", "4711")
+        browser.click("[data-account=me] button", "Confirm")
+        browser.reads("[data-account=me] .state", "running")
+        assert call(program.base, "/openwx/check_client", client="me")["client"][0][
+            "link"] == "ilink"
+    finally:
+        server.stop()
 
 
 def test_the_owner_mutes_and_kicks_on_the_page(board, browser):
