@@ -9702,9 +9702,9 @@ class Talk:
             settings.msg_ttl, self._sent, client.log)
         self._ids = MessageIds()
         self.numbers: Dict[str, Any] = {}         # id of a message -> the link's number for it
-        self._own: List[Row] = []                 # what we sent, it seems, while a send was under way
+        self._own: List[Row] = []                 # what we sent, it seems, while we sent
         self._own_timer: Optional[Timer] = None   # when it is told all the same
-        self._answered: List[Tuple[str, Job]] = []  # sent, and answered by the item of a mark to come
+        self._answered: List[Tuple[str, Job]] = []  # sent; the item of a mark to come answers
         self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
         self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
 
