@@ -8916,21 +8916,17 @@ class BridgeLink(Link):
         """What changes the roster is handed on before more is understood."""
         items: List[Row] = []
         for row in rows:
-            items += self._understand(self._items, row)
+            self._event.until = time.monotonic() + LOOKUP_SECONDS
+            try:
+                items += self._items(row)
+            except Exception:  # one that cannot be understood must not stop all others
+                self._log.failure("an event of the bridge")
+            finally:
+                del self._event.until
             if any(item["do"] == "event" for item in items):
                 self._hand_on(items)
                 items = []
         self._hand_on(items)
-
-    def _understand(self, read: Callable[..., List[Row]], *args: Any) -> List[Row]:
-        self._event.until = time.monotonic() + LOOKUP_SECONDS
-        try:
-            return read(*args)
-        except Exception:  # one that cannot be understood must not stop all others
-            self._log.failure("an event of the bridge")
-            return []
-        finally:
-            del self._event.until
 
     def _hand_on(self, items: List[Row]) -> None:
         """Each under a mark of its own: a bridge numbers nothing, so none came before."""
