@@ -7828,24 +7828,15 @@ class ServerSent:
 
     def __init__(self) -> None:
         self._rest = b""
-        self._lines: List[bytes] = []
-        self._size = 0
 
     def feed(self, data: bytes) -> List[bytes]:
         """The data of the events that more bytes complete; Unreachable if one is too long."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        found = []
-        for line in lines:
-            line = line.rstrip(b"\r")
-            if line.startswith(b"data:"):
-                self._lines.append(line[5:].lstrip(b" "))
-                self._size += len(line)
-            elif not line and self._lines:
-                found.append(b"\n".join(self._lines))
-                self._lines, self._size = [], 0
-        if self._size + len(self._rest) > BRIDGE_LIMIT:
+        *events, self._rest = (self._rest + data.replace(b"\r", b"")).split(b"\n\n")
+        if len(self._rest) > BRIDGE_LIMIT:
             raise Unreachable(f"an event of over {BRIDGE_LIMIT} bytes")
-        return found
+        parts = ([line[5:].lstrip(b" ") for line in event.split(b"\n")
+                  if line.startswith(b"data:")] for event in events)
+        return [b"\n".join(lines) for lines in parts if lines]
 
 
 def wording(row: Row) -> str:
@@ -8081,8 +8072,6 @@ class BridgeLink(Link):
     any_group = ANY_GROUP
     PROTOCOL = "OneBot"
     _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
-    LISTS: Dict[str, Tuple[str, Callable[[Row], Row]]] = {
-        "friend": ("get_friend_list", friend_row), "group": ("get_group_list", group_row)}
     NEEDS = {  # what is told of, and what an event must have to tell of it
         "message private": "user_id", "message group": "group_id user_id",
         "notice group_increase": "group_id user_id", "notice group_decrease": "group_id",
@@ -8245,7 +8234,7 @@ class BridgeLink(Link):
         """The objects of a list; null is an empty one. Anything else would lose everybody."""
         data = self._get(action, LIST_SECONDS, **params)
         rows = rows_of(data)
-        if not isinstance(data, (list, type(None))) or data and not rows:
+        if data not in (None, []) and not rows:
             raise Declined(f"its answer to {action} is no list")
         return rows
 
@@ -8283,7 +8272,8 @@ class BridgeLink(Link):
                 "discuss": []}
 
     def list(self, kind: str) -> List[Row]:
-        action, make = self.LISTS[kind]
+        action, make = {"friend": ("get_friend_list", friend_row),
+                        "group": ("get_group_list", group_row)}[kind]
         told = self._rows(action)
         rows = [row for row in map(make, told) if row["uid"] not in ("", ANY_GROUP)]
         if told and not rows:
@@ -8382,21 +8372,17 @@ class BridgeLink(Link):
         """What changes the roster is handed on before more is understood."""
         items: List[Row] = []
         for row in rows:
-            items += self._understand(self._items, row)
+            self._event.until = time.monotonic() + LOOKUP_SECONDS
+            try:
+                items += self._items(row)
+            except Exception:  # one that cannot be understood must not stop all others
+                self._log.failure("an event of the bridge")
+            finally:
+                del self._event.until
             if any(item["do"] == "event" for item in items):
                 self._hand_on(items)
                 items = []
         self._hand_on(items)
-
-    def _understand(self, read: Callable[..., List[Row]], *args: Any) -> List[Row]:
-        self._event.until = time.monotonic() + LOOKUP_SECONDS
-        try:
-            return read(*args)
-        except Exception:  # one that cannot be understood must not stop all others
-            self._log.failure("an event of the bridge")
-            return []
-        finally:
-            del self._event.until
 
     def _hand_on(self, items: List[Row]) -> None:
         """Each under a mark of its own: a bridge numbers nothing, so none came before."""
