@@ -1735,7 +1735,6 @@ class Circle(Thing):
     def __init__(self, values: Row) -> None:
         super().__init__(values)
         self.loaded = "member" in values
-        self.moves = 0               # how often events said that somebody came or went
         self.member: Dict[str, Thing] = {
             member.uid: member for member in map(self.member_class, values.get("member") or [])}
 
@@ -8850,13 +8849,10 @@ class Roster:
             if kind == "user":
                 self.user = User(row["user"])
                 continue
-            old = self.table(kind)
-            new = {thing.uid: thing for thing in map(THINGS[kind], row[kind])}
-            for uid in [uid for what, uid in self.touched
-                        if what == kind and self.is_newer(kind, uid, before)]:
-                new.pop(uid, None)
-                if uid in old:
-                    new[uid] = old[uid]
+            new = {item["uid"]: THINGS[kind](item) for item in row[kind]
+                   if not self.is_newer(kind, item["uid"], before)}
+            new.update({uid: thing for uid, thing in self.table(kind).items()
+                        if self.is_newer(kind, uid, before)})
             setattr(self, kind, new)
 
     def is_newer(self, kind: str, uid: str, before: int) -> bool:
@@ -9253,8 +9249,12 @@ class Details:
         with client.batch():
             for item in client.roster.differences(row, kinds, before):
                 client.talk.happen(item)
-            if "group" in kinds:
-                self._check(row["group"])
+            for told in row["group"] if "group" in kinds else []:
+                group, count = client.roster.group.get(told["uid"]), told.get("member_count")
+                if group:
+                    group.member_count = count  # none of the documents' members: no event tells it
+                    if group.loaded and count not in (None, str(len(group.member))):
+                        self._workers.submit(self._load, group.uid)  # a notice was missed
             self.report(kinds)
 
     def report(self, kinds: Iterable[str]) -> None:
@@ -9380,16 +9380,6 @@ class Details:
             if not self._client.changed.wait_for(lambda: not wanted & self._loading,
                                                  DETAIL_SECONDS):
                 self._client.log.warn("the bridge is slow to tell the members of groups")
-
-    def _check(self, rows: Iterable[Row]) -> None:
-        """Load again the members of those groups whose number says that a notice was missed."""
-        for row in rows:
-            group = self._client.roster.group.get(row["uid"])
-            count = row.get("member_count")
-            if group:
-                group.member_count = count  # no member of the documents, so no event tells of it
-            if group and group.loaded and count not in (None, str(len(group.member))):
-                self._workers.submit(self._load, row["uid"])
 
     def _load(self, uid: str, members: bool = True) -> None:
         """In a worker: ask the link, and once more if an event told of the group meanwhile."""
@@ -9676,25 +9666,11 @@ class Login:
                 self._plan_refresh()
 
 
-class Talk:
-    """What an account says and hears."""
+class Composer:
+    """Makes messages, as they are reported, of what an account says and hears."""
 
     def __init__(self, client: Client) -> None:
-        self._client, self._link = client, client.link
-        settings, interval = client.settings, client.settings.send_interval
-        self.queue = SendQueue(
-            client.lock, self._link.send,
-            self._link.send_interval if interval is None else interval, self._link.batch,
-            settings.msg_ttl, self._sent, client.log)
-        self._ids = MessageIds()
-        self.numbers: Dict[str, Any] = {}         # id of a message -> the link's number for it
-        self._own: List[Row] = []                 # what we sent, it seems, while we sent
-        self._own_timer: Optional[Timer] = None   # when it is told all the same
-        self._answered: List[Tuple[str, Job]] = []  # sent; the item of a mark to come answers
-        self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
-        self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
-
-    # -- messages, as they are reported
+        self._client = client
 
     def _message(self, row: Row, kind: str, circle_uid: str, name: str = "") -> Message:
         """A message with its type, content, id and time, in a group or discuss if `kind` says so.
@@ -9703,7 +9679,8 @@ class Talk:
         it is known, is how it is called.
         """
         flavour = self._client.flavour
-        message = Message({**row, "circle": None, "peer_uid": None, "answer": self._answer,
+        message = Message({**row, "circle": None, "peer_uid": None, "answer": lambda message, text:
+                           self._client.talk.reply(message.to_json({}), text, "code"),
                            **flavour.text_format})
         if kind:
             circle = self._client.roster.table(kind).get(circle_uid) or THINGS[kind](
@@ -9750,6 +9727,26 @@ class Talk:
             "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
         message.__dict__.update({name: shown[name] for name in flavour.media_members})
 
+
+class Talk(Composer):
+    """What an account says and hears. With the client's lock held, unless said otherwise."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(client)
+        self._link = client.link
+        settings, interval = client.settings, client.settings.send_interval
+        self.queue = SendQueue(
+            client.lock, self._link.send,
+            self._link.send_interval if interval is None else interval, self._link.batch,
+            settings.msg_ttl, self._sent, client.log)
+        self._ids = MessageIds()
+        self.numbers: Dict[str, Any] = {}         # id of a message -> the link's number for it
+        self._own: List[Row] = []                 # perhaps what we are sending just now
+        self._own_timer: Optional[Timer] = None   # when it is told all the same
+        self._answered: List[Tuple[str, Job]] = []  # sent; the answer comes with the item of a mark
+        self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
+        self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
+
     # -- saying
 
     def is_full(self) -> bool:
@@ -9759,7 +9756,7 @@ class Talk:
     def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
              origin: str = "api", via: str = "", media: Optional[Row] = None,
              cq: bool = False) -> Future[Message]:
-        """Queue a message to a uid, or to a group or discuss (`circle`, its uid).
+        """Queue a message to a uid, or to a group or discuss (`circle`, its uid). From any thread.
 
         `type` is a message's type, `via` group or discuss for a sess_message, `media` a row of the
         client's shelf; with `cq` a bridge reads CQ codes in `content`. The future brings the
@@ -9804,9 +9801,6 @@ class Talk:
         self.send(row["type"], text, str(uid) if alone else None, circle, origin,
                   kind if alone else "", media)
 
-    def _answer(self, message: Message, text: str) -> None:
-        self.reply(message.to_json({}), text, "code")
-
     def _sent(self, outcomes: List[Tuple[Job, Row]]) -> None:
         """Report what became of messages. Who waits for it hears of it when what was answered on
         the spot is there too, and everything has survived."""
@@ -9842,7 +9836,8 @@ class Talk:
     def receive(self, items: List[Row]) -> str:
         """Take over what a link brought; the mark of what is safe on disk then. NotRunning.
 
-        While a send is under way it waits for that: nobody is to hear the echo before the call.
+        In the link's thread. While a send is under way it waits for that: nobody is to hear the
+        echo before the call.
         """
         client, queue = self._client, self.queue
         with client.lock:
@@ -10094,7 +10089,10 @@ class Client:
             if unsent:
                 self.log.warn(f"{unsent} message(s) waited to be sent, and were not")
             self.emit("stop", [])
-            spawn(self._wind_up, name="stop")
+            try:
+                spawn(self._wind_up, name="stop")
+            except RuntimeError:  # there is no thread to be had
+                self._wind_up()
 
     def relogin(self) -> None:
         """Drop the login and ask to be scanned anew."""
