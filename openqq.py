@@ -83,7 +83,7 @@ VERSION = "1.0.0"
 TYPE_CHECKING = False  # so that no process pays for the import of typing
 if TYPE_CHECKING:
     from typing import (IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping,
-                        NoReturn, Optional, Sequence, Set, Tuple, Type)
+                        NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
     Address = Tuple[str, int]
     Json = Any                   # what the json module reads and writes
     Row = Dict[str, Any]         # a JSON object
@@ -1750,7 +1750,6 @@ class Circle(Thing):
     def __init__(self, values: Row) -> None:
         super().__init__(values)
         self.loaded = "member" in values
-        self.moves = 0               # how often events said that somebody came or went
         self.member: Dict[str, Thing] = {
             member.uid: member for member in map(self.member_class, values.get("member") or [])}
 
@@ -5547,12 +5546,15 @@ class Store:
         self._seq = self._mark = int(clock() * 1000)
         self._waiting: Set[Promise] = set()  # calls of check_event
         self._feeds: Set[Feed] = set()
+        # Hears of each event at once, as a Feed does.
+        self.relay: Optional[Callable[[int, bytes], None]] = None
 
-    def add(self, event: Row) -> None:
-        """Keep an event, and wake everybody who waits for one. One that has a seq keeps it."""
+    def add(self, event: Union[Row, bytes]) -> None:
+        """Keep an event, and wake everybody who waits for one. One that has a seq keeps it, and
+        so does one that is JSON already."""
         with self._lock:
             self._seq += 1
-            data = to_bytes({"seq": self._seq, **event})
+            data = event if isinstance(event, bytes) else to_bytes({"seq": self._seq, **event})
             self._ring.append((self._seq, data))
             self._bytes += len(data)
             while len(self._ring) > self._size or (
@@ -5563,15 +5565,17 @@ class Store:
             for promise in waiting:
                 promise.keep(True)
 
-    def tell(self, event: Row) -> None:
+    def tell(self, event: Union[Row, bytes]) -> None:
         """News for those who stream just now; nothing of it is kept."""
         with self._lock:
-            if self._feeds:
-                self._feed(0, to_bytes(event))
+            if self._feeds or self.relay:
+                self._feed(0, event if isinstance(event, bytes) else to_bytes(event))
 
     def _feed(self, seq: int, data: bytes) -> None:
         """Who falls too far behind is cut off: it comes back, and says from where on."""
         self._feeds = {feed for feed in self._feeds if feed.add(seq, data)}
+        if self.relay:
+            self.relay(seq, data)
 
     def followed(self) -> bool:
         """Whether anybody streams."""
@@ -7870,24 +7874,15 @@ class ServerSent:
 
     def __init__(self) -> None:
         self._rest = b""
-        self._lines: List[bytes] = []
-        self._size = 0
 
     def feed(self, data: bytes) -> List[bytes]:
         """The data of the events that more bytes complete; Unreachable if one is too long."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        found = []
-        for line in lines:
-            line = line.rstrip(b"\r")
-            if line.startswith(b"data:"):
-                self._lines.append(line[5:].lstrip(b" "))
-                self._size += len(line)
-            elif not line and self._lines:
-                found.append(b"\n".join(self._lines))
-                self._lines, self._size = [], 0
-        if self._size + len(self._rest) > BRIDGE_LIMIT:
+        *events, self._rest = (self._rest + data.replace(b"\r", b"")).split(b"\n\n")
+        if len(self._rest) > BRIDGE_LIMIT:
             raise Unreachable(f"an event of over {BRIDGE_LIMIT} bytes")
-        return found
+        parts = ([line[5:].lstrip(b" ") for line in event.split(b"\n")
+                  if line.startswith(b"data:")] for event in events)
+        return [b"\n".join(lines) for lines in parts if lines]
 
 
 def wording(row: Row) -> str:
@@ -8123,8 +8118,6 @@ class BridgeLink(Link):
     any_group = ANY_GROUP
     PROTOCOL = "OneBot"
     _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
-    LISTS: Dict[str, Tuple[str, Callable[[Row], Row]]] = {
-        "friend": ("get_friend_list", friend_row), "group": ("get_group_list", group_row)}
     NEEDS = {  # what is told of, and what an event must have to tell of it
         "message private": "user_id", "message group": "group_id user_id",
         "notice group_increase": "group_id user_id", "notice group_decrease": "group_id",
@@ -8287,7 +8280,7 @@ class BridgeLink(Link):
         """The objects of a list; null is an empty one. Anything else would lose everybody."""
         data = self._get(action, LIST_SECONDS, **params)
         rows = rows_of(data)
-        if not isinstance(data, (list, type(None))) or data and not rows:
+        if data not in (None, []) and not rows:
             raise Declined(f"its answer to {action} is no list")
         return rows
 
@@ -8325,7 +8318,8 @@ class BridgeLink(Link):
                 "discuss": []}
 
     def list(self, kind: str) -> List[Row]:
-        action, make = self.LISTS[kind]
+        action, make = {"friend": ("get_friend_list", friend_row),
+                        "group": ("get_group_list", group_row)}[kind]
         told = self._rows(action)
         rows = [row for row in map(make, told) if row["uid"] not in ("", ANY_GROUP)]
         if told and not rows:
@@ -8424,21 +8418,17 @@ class BridgeLink(Link):
         """What changes the roster is handed on before more is understood."""
         items: List[Row] = []
         for row in rows:
-            items += self._understand(self._items, row)
+            self._event.until = time.monotonic() + LOOKUP_SECONDS
+            try:
+                items += self._items(row)
+            except Exception:  # one that cannot be understood must not stop all others
+                self._log.failure("an event of the bridge")
+            finally:
+                del self._event.until
             if any(item["do"] == "event" for item in items):
                 self._hand_on(items)
                 items = []
         self._hand_on(items)
-
-    def _understand(self, read: Callable[..., List[Row]], *args: Any) -> List[Row]:
-        self._event.until = time.monotonic() + LOOKUP_SECONDS
-        try:
-            return read(*args)
-        except Exception:  # one that cannot be understood must not stop all others
-            self._log.failure("an event of the bridge")
-            return []
-        finally:
-            del self._event.until
 
     def _hand_on(self, items: List[Row]) -> None:
         """Each under a mark of its own: a bridge numbers nothing, so none came before."""
@@ -9246,12 +9236,21 @@ THINGS: Dict[str, Type[Thing]] = {cls.kind: cls for cls in (Friend, Group, Discu
 
 
 class Parent:
-    """What a controller gave to its client: a line that ends with it, a socket, a network."""
+    """What a controller gave to its client: a line that ends with it, a socket, a network.
+
+    Up that line go the client's states and warnings, as lines of JSON, and its events: `+` and an
+    event that is kept, `-` and one that is news. The controller is never waited for: of what it
+    cannot take in time the events are dropped, and it hears how many.
+    """
 
     def __init__(self, life: socket.socket, listener: Optional[socket.socket], local: str,
                  key: str) -> None:
         self.life, self.listener, self.local, self.key = life, listener, local, key
         life.setblocking(False)
+        self._lock = threading.Lock()  # guards what follows
+        self._unsent = bytearray()
+        self._lost = 0                 # events that were dropped since the last one that was not
+        self._writing = False          # a thread waits until the line takes more
 
     @classmethod
     def find(cls) -> Optional[Parent]:
@@ -9268,11 +9267,52 @@ class Parent:
         self.tell(log=text[-1000:])
 
     def tell(self, **news: str) -> None:
-        """Let the controller know; it may be gone, and must never be waited for."""
+        """Let the controller know, now."""
+        with self._lock:
+            self._unsent += to_bytes(news) + b"\n"
+        self.flush()
+
+    def add(self, seq: int, event: bytes) -> None:
+        """Let the controller know of an event, as JSON, with the next flush(); its `seq` is 0 if
+        it is not kept."""
+        if event.startswith(b'{"event":"state_change"'):
+            return  # it tells those itself: also those of clients that cannot any more
+        with self._lock:
+            if len(self._unsent) + len(event) > STREAM_BYTES:
+                self._lost += 1
+                return
+            if self._lost:
+                self._unsent += to_bytes({"lost": self._lost}) + b"\n"
+                self._lost = 0
+            self._unsent += (b"+" if seq else b"-") + event + b"\n"
+
+    def flush(self) -> None:
+        """Send what there is, as far as the line takes it; a thread does the rest."""
+        with self._lock:
+            if self._unsent and not self._writing and not self._send():
+                self._writing = True
+                spawn(self._write, name="life line")
+
+    def _write(self) -> None:
+        while self._writing:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.life, selectors.EVENT_WRITE)
+                selector.select()
+            with self._lock:
+                self._writing = not self._send()
+
+    def _send(self) -> bool:
+        """Whether all has been sent, or there is no controller any more."""
         try:
-            self.life.send(to_bytes(news) + b"\n")
+            while self._unsent:
+                with memoryview(self._unsent) as data:
+                    sent = self.life.send(data[:262_144])
+                del self._unsent[:sent]
+        except BlockingIOError:
+            return False
         except OSError:
-            pass
+            self._unsent.clear()
+        return True
 
 
 class Papers:
@@ -9434,13 +9474,10 @@ class Roster:
             if kind == "user":
                 self.user = User(row["user"])
                 continue
-            old = self.table(kind)
-            new = {thing.uid: thing for thing in map(THINGS[kind], row[kind])}
-            for uid in [uid for what, uid in self.touched
-                        if what == kind and self.is_newer(kind, uid, before)]:
-                new.pop(uid, None)
-                if uid in old:
-                    new[uid] = old[uid]
+            new = {item["uid"]: THINGS[kind](item) for item in row[kind]
+                   if not self.is_newer(kind, item["uid"], before)}
+            new.update({uid: thing for uid, thing in self.table(kind).items()
+                        if self.is_newer(kind, uid, before)})
             setattr(self, kind, new)
 
     def is_newer(self, kind: str, uid: str, before: int) -> bool:
@@ -9842,8 +9879,12 @@ class Details:
         with client.batch():
             for item in client.roster.differences(row, kinds, before):
                 client.talk.happen(item)
-            if "group" in kinds:
-                self._check(row["group"])
+            for told in row["group"] if "group" in kinds else []:
+                group, count = client.roster.group.get(told["uid"]), told.get("member_count")
+                if group:
+                    group.member_count = count  # none of the documents' members: no event tells it
+                    if group.loaded and count not in (None, str(len(group.member))):
+                        self._workers.submit(self._load, group.uid)  # a notice was missed
             self.report(kinds)
 
     def report(self, kinds: Iterable[str]) -> None:
@@ -9969,16 +10010,6 @@ class Details:
             if not self._client.changed.wait_for(lambda: not wanted & self._loading,
                                                  DETAIL_SECONDS):
                 self._client.log.warn("the bridge is slow to tell the members of groups")
-
-    def _check(self, rows: Iterable[Row]) -> None:
-        """Load again the members of those groups whose number says that a notice was missed."""
-        for row in rows:
-            group = self._client.roster.group.get(row["uid"])
-            count = row.get("member_count")
-            if group:
-                group.member_count = count  # no member of the documents, so no event tells of it
-            if group and group.loaded and count not in (None, str(len(group.member))):
-                self._workers.submit(self._load, row["uid"])
 
     def _load(self, uid: str, members: bool = True) -> None:
         """In a worker: ask the link, and once more if an event told of the group meanwhile."""
@@ -10271,25 +10302,11 @@ class Login:
                 self._plan_refresh()
 
 
-class Talk:
-    """What an account says and hears."""
+class Composer:
+    """Makes messages, as they are reported, of what an account says and hears."""
 
     def __init__(self, client: Client) -> None:
-        self._client, self._link = client, client.link
-        settings, interval = client.settings, client.settings.send_interval
-        self.queue = SendQueue(
-            client.lock, self._link.send,
-            self._link.send_interval if interval is None else interval, self._link.batch,
-            settings.msg_ttl, self._sent, client.log)
-        self._ids = MessageIds()
-        self.numbers: Dict[str, Any] = {}         # id of a message -> the link's number for it
-        self._own: List[Row] = []                 # what we sent, it seems, while a send was under way
-        self._own_timer: Optional[Timer] = None   # when it is told all the same
-        self._answered: List[Tuple[str, Job]] = []  # sent, and answered by the item of a mark to come
-        self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
-        self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
-
-    # -- messages, as they are reported
+        self._client = client
 
     def _message(self, row: Row, kind: str, circle_uid: str, name: str = "") -> Message:
         """A message with its type, content, id and time, in a group or discuss if `kind` says so.
@@ -10298,7 +10315,8 @@ class Talk:
         it is known, is how it is called.
         """
         flavour = self._client.flavour
-        message = Message({**row, "circle": None, "peer_uid": None, "answer": self._answer,
+        message = Message({**row, "circle": None, "peer_uid": None, "answer": lambda message, text:
+                           self._client.talk.reply(message.to_json({}), text, "code"),
                            **flavour.text_format})
         if kind:
             circle = self._client.roster.table(kind).get(circle_uid) or THINGS[kind](
@@ -10345,6 +10363,26 @@ class Talk:
             "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
         message.__dict__.update({name: shown[name] for name in flavour.media_members})
 
+
+class Talk(Composer):
+    """What an account says and hears. With the client's lock held, unless said otherwise."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(client)
+        self._link = client.link
+        settings, interval = client.settings, client.settings.send_interval
+        self.queue = SendQueue(
+            client.lock, self._link.send,
+            self._link.send_interval if interval is None else interval, self._link.batch,
+            settings.msg_ttl, self._sent, client.log)
+        self._ids = MessageIds()
+        self.numbers: Dict[str, Any] = {}         # id of a message -> the link's number for it
+        self._own: List[Row] = []                 # perhaps what we are sending just now
+        self._own_timer: Optional[Timer] = None   # when it is told all the same
+        self._answered: List[Tuple[str, Job]] = []  # sent; the answer comes with the item of a mark
+        self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
+        self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
+
     # -- saying
 
     def is_full(self) -> bool:
@@ -10354,7 +10392,7 @@ class Talk:
     def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
              origin: str = "api", via: str = "", media: Optional[Row] = None,
              cq: bool = False) -> Future[Message]:
-        """Queue a message to a uid, or to a group or discuss (`circle`, its uid).
+        """Queue a message to a uid, or to a group or discuss (`circle`, its uid). From any thread.
 
         `type` is a message's type, `via` group or discuss for a sess_message, `media` a row of the
         client's shelf; with `cq` a bridge reads CQ codes in `content`. The future brings the
@@ -10399,9 +10437,6 @@ class Talk:
         self.send(row["type"], text, str(uid) if alone else None, circle, origin,
                   kind if alone else "", media)
 
-    def _answer(self, message: Message, text: str) -> None:
-        self.reply(message.to_json({}), text, "code")
-
     def _sent(self, outcomes: List[Tuple[Job, Row]]) -> None:
         """Report what became of messages. Who waits for it hears of it when what was answered on
         the spot is there too, and everything has survived."""
@@ -10437,7 +10472,8 @@ class Talk:
     def receive(self, items: List[Row]) -> str:
         """Take over what a link brought; the mark of what is safe on disk then. NotRunning.
 
-        While a send is under way it waits for that: nobody is to hear the echo before the call.
+        In the link's thread. While a send is under way it waits for that: nobody is to hear the
+        echo before the call.
         """
         client, queue = self._client, self.queue
         with client.lock:
@@ -10691,7 +10727,10 @@ class Client:
             if unsent:
                 self.log.warn(f"{unsent} message(s) waited to be sent, and were not")
             self.emit("stop", [])
-            spawn(self._wind_up, name="stop")
+            try:
+                spawn(self._wind_up, name="stop")
+            except RuntimeError:  # there is no thread to be had
+                self._wind_up()
 
     def relogin(self) -> None:
         """Drop the login and ask to be scanned anew."""
@@ -10811,6 +10850,8 @@ class Client:
             self.spool.flush()
             for outlet in self.outlets:
                 outlet.flush()
+            if self.parent:
+                self.parent.flush()
 
     def emit(self, event: str, params: List[Any], mark: str = "",
              when: Optional[str] = None) -> None:
@@ -11539,6 +11580,8 @@ def openqq_plugin(client: Client, data: Row) -> None:
     settings = client.settings.with_(
         {name: value for name, value in data.items() if name != "listen"})
     store = Store(settings.check_event_list_max_size)
+    if client.parent and not client.outlets:
+        store.relay = client.parent.add
     api = Api(client, store, settings.numeric_ids)
     answers = Answers(client, api.media.take, settings.post_api)
     reporter = Reporter(
@@ -11690,89 +11733,302 @@ class Account:
         return {**self.open_settings(), "client": self.name, "code": 0, "pid": self.pid,
                 "port": self.port, "status": "success"}
 
-    def row(self, run: bool) -> Row:
-        """What the backend file tells of it."""
-        return {"pid": self.pid, "port": self.port, "run": run, "given": self.open_settings()}
 
+class Trial:
+    """New settings of a child, until it has come up with them, or gone on with those of before."""
 
-class Renewal:
-    """A child's change of settings, until it has come up with them."""
-
-    def __init__(self, former: Tuple[Dict[str, str], Set[str]]) -> None:
-        self.former = former         # what it had: given, forget
-        self.begun = False           # its process of before is gone
-        self.done = Promise()
+    def __init__(self, given: Dict[str, str], forget: Set[str]) -> None:
+        self.given, self.forget = given, forget      # what it had
+        self.over = False
+        self.error: Optional[OpenQQError] = None     # once it is over: why it was in vain
 
 
 class Child(Account):
-    """One client as its controller sees it. Written in the controller's loop only."""
+    """One client as its controller sees it, whose lock guards all of this.
+
+    `phase` is what the controller does with its process (Supervisor.step), `state` what the
+    client says of itself (CONTRACT 8).
+    """
+
+    ALIVE = ("waiting", "starting", "running", "renewing", "stopping", "backoff")
 
     def __init__(self, name: str, given: Dict[str, str], listener: socket.socket) -> None:
         super().__init__(name, given, 0, listener.getsockname()[1])
         self.listener = listener                     # ours too, so that the port stays taken
-        self.process: Any = None                     # subprocess.Popen while it lives
         self.forget: Set[str] = set()                # secrets that its cookie file is to lose
-        self.renewal: Optional[Renewal] = None
-        self.resuming = False                        # its process of a former controller lives
-        self.life: Optional[socket.socket] = None
-        self.heard = b""                             # of a line that is not complete yet
-        self.state = "init"
+        self.phase, self.state = "stopped", "init"
         self.lines: Deque[str] = collections.deque(maxlen=5)  # the last warnings of its log
         self.since = time.time()                     # in this state
+        self.making = False                          # a thread makes its process just now
+        self.process: Any = None                     # subprocess.Popen while it lives
+        self.life: Optional[socket.socket] = None
+        self.heard = bytearray()                     # of a line that is not complete yet
         self.restarts = -1                           # starts after the first
         self.tries = 0                               # starts without reaching running
-        self.since_running = 0.0
-        self.failed = False
-        self.unserved = False                        # the loop hangs up on its port's callers
-        self.stopping: List[Promise] = []            # who waits for its end
-        self.timer: Optional[Timer] = None           # a start, or a KILL, to come
-        self.waiting: Optional[Timer] = None         # client_waiting
+        self.running_since = 0.0
+        self.due = float("inf")                      # when time moves it on: Supervisor.step
+        self.timer: Optional[Timer] = None           # for that
+        self.waiting: Optional[Timer] = None         # for client_waiting
+        self.trial: Optional[Trial] = None
+        self.unserved = False                        # we hang up on its port's callers
 
     def alive(self) -> bool:
-        """Whether it runs, or will again in a moment."""
-        return self.process is not None or (self.timer is not None
-                                            and self.timer.job is not None)
+        """Whether it runs, or will in a moment."""
+        return self.phase in self.ALIVE
 
 
-class Launcher:
-    """Makes client processes: this file once more, with an environment built from scratch."""
+class Supervisor:
+    """Keeps the clients' processes alive: makes them, hears them, ends them.
 
-    def __init__(self, flavour: Type[Flavour], settings: Settings, url: str,
-                 key_for: Callable[[str], str], spawn_process: Any = None) -> None:
+    All methods are called with the controller's lock held, but for those that say otherwise:
+    they make a process, or wait for the end of one.
+    """
+
+    YOUNG_SECONDS = 1.0
+
+    def __init__(self, owner: Controller, spawn_process: Any = None) -> None:
         import subprocess
-        self._spawn = spawn_process or subprocess.Popen
-        self._null = subprocess.DEVNULL
-        self._flavour, self._settings = flavour, settings
-        self._url, self._key_for = url, key_for
+        self._null, self._spawn = subprocess.DEVNULL, spawn_process or subprocess.Popen
+        self._owner, self._timers, self._log = owner, owner.timers, owner.log
+        self.children: Dict[str, Child] = {}
+        self.leaving: Dict[str, Child] = {}            # told to stop, not gone yet
+        self.ending = False
+        self.restarts = 0                              # of clients that had died
         self._turn = itertools.count(os.getpid() + 1)  # of the CPUs; the first is not ours
+        self._pool = ThreadPool(16, "children", self._log)
+        self._resumers = ThreadPool(16, "resume", self._log)
 
-    def launch(self, child: Child) -> socket.socket:
-        """Start a child's process, with its port's socket: its life line. OSError."""
-        ours, theirs = socket.socketpair()
-        name = f"{self._flavour.ps}client({child.name})"
-        python = os.environ.get("OPENQQ_PYTHON", sys.executable)
-        environment = {**self._environment(child), "OPENQQ_LIFE": str(theirs.fileno()),
-                       "OPENQQ_LISTEN": str(child.listener.fileno()), "OPENQQ_PYTHON": python}
+    # -- from one phase to the next
+
+    def step(self, child: Child, status: Optional[int] = None) -> None:
+        """All that becomes of a child with time, and by the end of its process (exit `status`).
+
+        It is called when `due` has come, when the client says another state, when its process
+        has ended; a call too many does no harm.
+        """
+        now, trial = self._timers.clock(), child.trial
+        if child.phase == "starting" and child.state == "running":
+            child.phase, child.tries, child.running_since = "running", 0, now  # starting -> running
+            child.lines.clear()
+        if status is None:
+            if child.phase in ("stopping", "renewing") and now >= child.due and child.process:
+                child.process.kill()                 # it does not heed TERM; its end is heard of
+            elif child.phase == "backoff" and now >= child.due:
+                self._begin(child)                   # backoff -> starting
+            elif trial and child.phase in ("starting", "running") and (
+                    child.state != "init" or now >= child.due):
+                self._decide(child)                  # it serves, or lives, with its new settings
+            # A child that is starting may take for ever: logging in waits for a person. One that
+            # is waiting is moved on by the end of a process that is not ours (resume).
+            return
+        child.process, child.making = None, False
+        if child.phase == "stopping" or self.ending:
+            self._log.info(f"client {child.name} stopped")
+            self._stopped(child)                     # stopping -> stopped
+        elif child.phase == "renewing":
+            self._begin_anew(child)                  # renewing -> starting, on trial
+        elif trial:
+            self._log.error(f"client {child.name} died of its new settings: it has those of before")
+            child.given, child.forget = trial.given, trial.forget
+            self._decide(child, ClientDied(reason="\n".join(child.lines)))
+            self._begin_anew(child)                  # starting, on trial -> starting, as before
+        elif status == 0:
+            self._log.info(f"client {child.name} ended by itself")
+            self._stopped(child)                     # running -> stopped: somebody told it to
+        else:
+            how = f"exit status {status}" if status > 0 else f"signal {-status}"
+            child.lines.append(f"client {child.name} died: {how}")
+            if self._owner.settings.restart == "never" or child.tries >= START_TRIES:
+                child.phase = "failed"               # starting, running -> failed
+                self._log.error(f"client {child.name} died ({how}) and is not started again")
+                self._owner.report(child, "client_failed", "\n".join(child.lines))
+            else:
+                young = now - child.running_since < self.YOUNG_SECONDS
+                wait = backoff(child.tries - 1) if child.tries else 1.0 if young else 0.0
+                self._log.warn(f"client {child.name} died ({how}); starting it again"
+                               + (f" in {wait:g} s" if wait else ""))
+                self.restarts += 1
+                child.phase = "backoff"              # starting, running -> backoff
+                self._look_again(child, wait)
+
+    def _look_again(self, child: Child, seconds: float) -> None:
+        if child.timer:
+            child.timer.cancel()
+        child.due = self._timers.clock() + seconds
+        child.timer = self._timers.later(seconds, self.step, child)
+
+    def _begin(self, child: Child) -> None:
+        self.expect(child)
+        self._pool.submit(self._make_again, child)
+
+    def _begin_anew(self, child: Child) -> None:
+        """With other settings: that is no restart of one that died."""
+        child.lines.clear()
+        child.tries, child.restarts = 0, child.restarts - 1
+        self._begin(child)
+
+    def _stopped(self, child: Child) -> None:
+        child.phase, child.process, child.making = "stopped", None, False
+        if child.timer:
+            child.timer.cancel()
+        self.leaving.pop(child.name, None)
+        self._decide(child, NotRunning("stopping"))
+        self._owner.settled.notify_all()
+        self._check_done()
+
+    def _decide(self, child: Child, error: Optional[OpenQQError] = None) -> None:
+        """From now on a child's death is one like any other."""
+        trial, child.trial = child.trial, None
+        if trial:
+            trial.over, trial.error = True, error
+            self._owner.settled.notify_all()
+
+    # -- what others want of it
+
+    def expect(self, child: Child) -> None:
+        """A child's process is about to be made: from now on it is alive."""
+        self.children[child.name] = child
+        child.phase, child.making = "starting", True
+        child.tries += 1
+        child.restarts += 1
+        self._enter(child, "init")
+        if child.trial:
+            self._look_again(child, TRIAL_SECONDS)
+
+    def resume(self, child: Child, pid_file: PidFile) -> None:
+        """Start a child of a former controller, once its former process is gone."""
+        self.children[child.name], child.phase = child, "waiting"
+        self._resumers.submit(self._await_former, child, pid_file)
+
+    def renew(self, child: Child, given: Dict[str, str], forget: Set[str]) -> Trial:
+        """Have a child begin anew with other settings, on its port; if it does not come up with
+        them it goes on with what it had."""
+        child.trial = Trial(child.given, child.forget)
+        child.given, child.forget = given, forget
+        self._log.info(f"client {child.name} begins anew with other settings")
+        if child.phase != "waiting":                 # else it is started in a moment
+            self._end(child, "renewing")
+        return child.trial
+
+    def stop(self, child: Child) -> None:
+        """End a child; it is among the leaving until it is gone."""
+        self.leaving[child.name] = child
+        self._end(child, "stopping")
+
+    def _end(self, child: Child, phase: str) -> None:
+        """TERM, and KILL after a while."""
+        child.phase = phase
+        if child.process or child.making:
+            if child.process:
+                child.process.terminate()
+            self._look_again(child, KILL_SECONDS)
+        elif phase == "stopping":
+            self._stopped(child)
+        else:
+            self._begin_anew(child)
+
+    def stop_all(self) -> None:
+        """End all children at once, KILL those that were told so before; `owner.end()` is called
+        when the last one is gone."""
+        hurry, self.ending = self.ending, True
+        for child in {**self.children, **self.leaving}.values():
+            if child.alive():
+                self.stop(child)
+            if hurry and child.process:
+                child.process.kill()
+        self._check_done()
+
+    def _check_done(self) -> None:
+        if self.ending and not any(child.process or child.making for child in
+                                   [*self.children.values(), *self.leaving.values()]):
+            self._owner.end()
+
+    def release(self, child: Child) -> None:
+        """Give a child's port back."""
+        self._serve_again(child)
+        child.listener.close()
+
+    def _serve_again(self, child: Child) -> None:
+        if child.unserved:
+            self._timers.unwatch(child.listener)
+            child.unserved = False
+
+    def count_states(self) -> Dict[str, int]:
+        """How many children are in each state; `failed` those that are not started again."""
+        states = [child.state if child.process else "init" if child.alive()
+                  else "failed" if child.phase == "failed" else "stop"
+                  for child in list(self.children.values())]
+        return {state: states.count(state) for state in (*NEXT_STATES, "failed") if state}
+
+    # -- processes; these are called without the lock
+
+    def start(self, child: Child) -> None:
+        """Make the process of a new child that was to be expected. StartFailure."""
         try:
-            child.process = self._spawn(
+            self._make(child)
+        except (OSError, ValueError) as error:
+            self._log.error(f"client {child.name} cannot be started: {error}")
+            with self._owner.lock:
+                self.children.pop(child.name, None)
+                self._stopped(child)
+                self.release(child)
+            raise StartFailure(reason=str(error)) from None
+
+    def _make(self, child: Child) -> None:
+        """Make a child's process, with its port's socket and a life line. OSError."""
+        owner = self._owner
+        with owner.lock:
+            environment = self._environment(child)
+        name = f"{owner.flavour.ps}client({child.name})"
+        python = os.environ.get("OPENQQ_PYTHON", sys.executable)
+        ours, theirs = socket.socketpair()
+        try:
+            process = self._spawn(
                 [os.path.join(os.path.dirname(python), name), "-S", *python_words("--client")],
-                executable=python, env=environment, stdin=self._null, start_new_session=True,
-                pass_fds=(theirs.fileno(), child.listener.fileno()))
+                executable=python, stdin=self._null, start_new_session=True,
+                pass_fds=(theirs.fileno(), child.listener.fileno()),
+                env={**environment, "OPENQQ_LIFE": str(theirs.fileno()),
+                     "OPENQQ_LISTEN": str(child.listener.fileno()), "OPENQQ_PYTHON": python})
         except (OSError, ValueError):
             ours.close()
             raise
         finally:
             theirs.close()
         ours.setblocking(False)
-        child.life, child.heard, child.pid = ours, b"", child.process.pid
-        if self._settings.one_cpu:
-            share_cpu(next(self._turn), child.pid)
-        return ours
+        if owner.settings.one_cpu:
+            share_cpu(next(self._turn), process.pid)
+        with owner.lock:
+            child.process, child.pid, child.making = process, process.pid, False
+            child.life, child.heard = ours, bytearray()
+            self._serve_again(child)  # only now: without a process nobody is to wait in the backlog
+            self._timers.watch(ours, lambda: self.listen(child))
+            self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
+            if child.phase != "starting":
+                process.terminate()   # somebody wanted so meanwhile
+            owner.changed()
+
+    def _make_again(self, child: Child) -> None:
+        try:
+            self._make(child)
+        except (OSError, ValueError) as error:
+            with self._owner.lock:
+                child.lines.append(f"cannot be started: {error}")
+                self.step(child, 127)
+                self._owner.changed()
+
+    def _await_former(self, child: Child, pid_file: PidFile) -> None:
+        pid_file.await_end()
+        with self._owner.lock:
+            if child.phase != "waiting":
+                return
+            self.expect(child)                       # waiting -> starting
+        self._make_again(child)
 
     def _environment(self, child: Child) -> Dict[str, str]:
+        """A client's environment, made from scratch."""
         kept = {name: value for name, value in os.environ.items()
                 if KEPT_ENVIRONMENT.fullmatch(name)}
-        flavour, settings = self._flavour, self._settings
+        flavour, settings = self._owner.flavour, self._owner.settings
         given = {"log_level": settings.log_level, "tmpdir": settings.tmpdir,
                  "log_encoding": settings.log_encoding, "public_url": settings.public_url,
                  "allowed_hosts": ",".join(settings.allowed_hosts),
@@ -11789,10 +12045,103 @@ class Launcher:
         return {**kept, **to_environment({name: value for name, value in given.items() if value},
                                          flavour.environ, flavour.plugin), **secret,
                 "MALLOC_ARENA_MAX": "1",  # glibc: else each thread has a heap of its own
-                "OPENQQ_FLAVOR": flavour.name, "OPENQQ_LOCAL": self._url,
-                "OPENQQ_KEY": self._key_for(child.name),
+                "OPENQQ_FLAVOR": flavour.name, "OPENQQ_LOCAL": self._owner.url,
+                "OPENQQ_KEY": self._owner.key_for(child.name),
                 "OPENQQ_FORGET": ",".join(sorted(child.forget)),
                 "OPENQQ_TEMPLATE": settings.template_path}
+
+    def _reap(self, child: Child) -> None:
+        """Learn how a process ended that let go of its life line."""
+        process = child.process
+        try:
+            status = int(process.wait(1.0))
+        except Exception:  # subprocess.TimeoutExpired, which is not imported here
+            process.kill()
+            status = int(process.wait())
+        TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
+        self._owner.detach(child.name)
+        with self._owner.lock:
+            self._enter(child, "stop")
+            self._timers.watch(child.listener, lambda: self._hang_up(child))
+            child.unserved = True
+            self.step(child, status)
+            self._owner.changed()
+            self._check_done()
+
+    # -- what clients say
+
+    def listen(self, child: Child) -> None:
+        """Take what has come up a child's life line (Parent): its end tells that of the process."""
+        if child.life is None:
+            return
+        try:
+            data = child.life.recv(262_144)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            return self._let_go(child)
+        child.heard += data
+        if b"\n" in data:
+            *lines, child.heard = child.heard.split(b"\n")
+            for line in lines:
+                self._hear(child, bytes(line))
+
+    def _hear(self, child: Child, line: bytes) -> None:
+        """An event is passed on as it is: only its readers need to know what it says."""
+        if line.startswith((b"+", b"-")):
+            event = b'{"client":' + to_bytes(child.name) + b"," + line[2:]
+            return self._owner.store.add(event) if line[:1] == b"+" else (
+                self._owner.store.tell(event))
+        try:
+            news = from_bytes(line)
+        except ValueError:
+            return
+        if "log" in news:
+            child.lines.append(str(news["log"]))
+        if "lost" in news:
+            self._log.warn(f"client {child.name} says more than can be taken: {news['lost']} "
+                           "event(s) are missing in the stream of all")
+        if "state" in news:
+            self._enter(child, str(news["state"]))
+            self.step(child)
+
+    def _let_go(self, child: Child) -> None:
+        assert child.life is not None
+        self._timers.unwatch(child.life)
+        child.life.close()
+        child.life = None
+        self._pool.submit(self._reap, child)
+
+    def look_after(self) -> None:
+        """See to those who died with their life line in the hands of a child of their own."""
+        for child in [*self.children.values(), *self.leaving.values()]:
+            if child.life and child.process.poll() is not None:
+                self._let_go(child)
+        self._timers.later(max(1.0, self._owner.settings.check_interval), self.look_after)
+
+    def _enter(self, child: Child, state: str) -> None:
+        old, child.state = child.state, state
+        if state == old:
+            return
+        child.since = time.time()
+        self._owner.tell(child, "state_change", [old, state])
+        if state in LOGGING_IN and child.waiting is None:  # somebody should know if nobody scans
+            child.waiting = self._timers.later(WAITING_SECONDS, self._owner.report, child,
+                                               "client_waiting")
+        elif state not in LOGGING_IN and child.waiting:
+            child.waiting.cancel()
+            child.waiting = None
+
+    def _hang_up(self, child: Child) -> None:
+        """End the connections that nobody takes: their callers get 502 instead of waiting."""
+        try:
+            child.listener.setblocking(False)
+            while child.unserved:
+                child.listener.accept()[0].close()
+        except OSError:
+            pass  # that was the last one
 
 
 def inherited(flavour: Type[Flavour]) -> Dict[str, str]:
@@ -11801,315 +12150,18 @@ def inherited(flavour: Type[Flavour]) -> Dict[str, str]:
             if SETTINGS[name].whose == "client" and name != "account"}
 
 
-class Supervisor:
-    """Keeps the children alive. Everything happens in the controller's loop.
+def open_port(first: int, wish: int = 0) -> socket.socket:
+    """A listening socket at the port that is wished for, else at the first free one. NoPort.
 
-    A child's life line tells its end at once, whatever ended it; `changed()` is called when the
-    backend file has to be written, `report(event, *params)` posts an event, `entered(name, old,
-    new)` hears of every change of a state.
+    It stays open, so that no two starts can get the same.
     """
-
-    YOUNG_SECONDS = 1.0
-
-    def __init__(self, loop: Loop, launcher: Launcher, log: Log, restart: bool,
-                 changed: Callable[[], None], report: Callable[..., None],
-                 gone: Callable[[str], None],
-                 entered: Callable[[str, str, str], None] = lambda name, old, new: None) -> None:
-        self.children: Dict[str, Child] = {}
-        self._loop, self._launcher, self._log, self._restart = loop, launcher, log, restart
-        self._changed, self._report, self._gone = changed, report, gone
-        self._entered = entered
-        self._crew = ThreadPool(16, "resume", log)
-        self.leaving: Dict[str, Child] = {}  # told to stop, not gone yet
-        self.ending = False
-        self.restarts = 0                    # of clients that had died
-        self._done: Callable[[], None] = lambda: None
-
-    def start(self, child: Child) -> None:
-        """Start a new child's process. StartFailure."""
+    for port in itertools.chain([wish] if wish else [], range(first, 65_536)):
         try:
-            self._launch(child)
-        except (OSError, ValueError) as error:
-            self._log.error(f"client {child.name} cannot be started: {error}")
-            child.listener.close()
-            raise StartFailure(reason=str(error)) from None
-        self.children[child.name] = child
-        self._changed()
-
-    def resume(self, child: Child, pid_file: PidFile) -> None:
-        """Start a child of a former controller, once its former process is gone."""
-        self.children[child.name] = child
-        child.timer = Timer(lambda: None)  # counts as alive meanwhile
-        child.resuming = True
-        self._crew.submit(self._await_end, child, pid_file)
-
-    def _await_end(self, child: Child, pid_file: PidFile) -> None:
-        pid_file.await_end()
-        self._loop.call(self._try_again, child)
-
-    def _serve_again(self, child: Child) -> None:
-        if child.unserved:
-            self._loop.unwatch(child.listener)
-            child.unserved = False
-
-    def release(self, child: Child) -> None:
-        """Give a child's port back."""
-        self._serve_again(child)
-        child.listener.close()
-
-    def _launch(self, child: Child) -> None:
-        child.tries += 1
-        child.restarts += 1
-        life = self._launcher.launch(child)
-        self._enter(child, "init")
-        self._serve_again(child)  # only now: without a process nobody is to wait in the backlog
-        self._loop.watch(life, lambda: self._listen(child))
-        if child.renewal:
-            self._loop.later(TRIAL_SECONDS, self._settle, child, child.renewal)
-        self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
-
-    def _listen(self, child: Child) -> None:
-        assert child.life is not None
-        try:
-            data = child.life.recv(65_536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            return self._ended(child)
-        *lines, child.heard = (child.heard + data).split(b"\n")
-        for line in lines:
-            try:
-                self._hear(child, from_bytes(line))
-            except ValueError:
-                pass
-
-    def _hear(self, child: Child, news: Row) -> None:
-        if "log" in news:
-            child.lines.append(str(news["log"]))
-        if "state" in news:
-            self._enter(child, str(news["state"]))
-            if child.renewal and child.renewal.begun and child.state != "init":
-                self._settle(child, child.renewal)  # it has read them, and serves
-            if child.state == "running":
-                child.tries, child.since_running = 0, self._loop.clock()
-                child.failed = False
-                child.lines.clear()
-            self._watch_waiting(child)
-
-    def _enter(self, child: Child, state: str) -> None:
-        old = child.state
-        if state != old:
-            child.state, child.since = state, time.time()
-            self._entered(child.name, old, state)
-
-    def _watch_waiting(self, child: Child) -> None:
-        """Somebody should be told when nobody scans (CONTRACT 2)."""
-        if child.state not in LOGGING_IN and child.waiting:
-            child.waiting.cancel()
-            child.waiting = None
-        elif child.state in LOGGING_IN and child.waiting is None:
-            child.waiting = self._loop.later(WAITING_SECONDS, self._report, "client_waiting",
-                                             child.name)
-
-    def _ended(self, child: Child) -> None:
-        """A child's process ended, or at least let go of its life line."""
-        assert child.life is not None
-        self._loop.unwatch(child.life)
-        child.life.close()
-        child.life = None
-        status = self._reap(child.process)
-        child.process = None
-        TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
-        self._enter(child, "stop")
-        self._loop.watch(child.listener, lambda: hang_up_waiting(child.listener))
-        child.unserved = True
-        self._watch_waiting(child)
-        self._gone(child.name)
-        if child.timer:
-            child.timer.cancel()
-        told = bool(child.stopping) or self.ending
-        if child.renewal and not told:
-            self._begin_anew(child, child.renewal)
-        elif told or status == 0:
-            self._log.info(f"client {child.name} " + ("stopped" if told else "ended by itself"))
-            self._stopped(child)
-        else:
-            self._crashed(child, status)
-        self._changed()
-        self._check_done()
-
-    def look_after(self, interval: float) -> None:
-        """See to those who died with their life line in the hands of a child of their own."""
-        for child in [*self.children.values(), *self.leaving.values()]:
-            if child.process is not None and child.process.poll() is not None:
-                self._ended(child)
-        self._loop.later(max(1.0, interval), self.look_after, interval)
-
-    def _reap(self, process: Any) -> int:
-        try:
-            return int(process.wait(1.0))
-        except Exception:  # subprocess.TimeoutExpired, which is not imported here
-            process.kill()
-            return int(process.wait())
-
-    def _stopped(self, child: Child) -> None:
-        self.leaving.pop(child.name, None)
-        waiting, child.stopping = child.stopping, []
-        for promise in waiting:
-            promise.keep()
-        if child.renewal:
-            child.renewal.done.fail(NotRunning("stopping"))
-            child.renewal = None
-
-    def renew(self, child: Child, given: Dict[str, str], forget: Set[str]) -> Promise:
-        """Have a child begin anew with other settings, on its port: kept when it has.
-
-        If it does not come up with them it goes on with what it had, and the promise brings
-        ClientDied. It is no restart of one that died.
-        """
-        child.renewal = renewal = Renewal((child.given, child.forget))
-        child.given, child.forget, child.failed = given, forget, False
-        self._log.info(f"client {child.name} begins anew with other settings")
-        self._changed()
-        if child.resuming:
-            renewal.begun = True  # it is started in a moment
-            return renewal.done
-        if child.timer:
-            child.timer.cancel()
-        if child.process is None:
-            self._begin_anew(child, renewal)
-        else:
-            self._signal(child, signal.SIGTERM)
-            child.timer = self._loop.later(KILL_SECONDS, self._signal, child, signal.SIGKILL)
-        return renewal.done
-
-    def _begin_anew(self, child: Child, renewal: Renewal) -> None:
-        """Its process is gone, so start it with what it has now; that is gone too: with what it
-        had."""
-        if renewal.begun:
-            child.given, child.forget = renewal.former
-            child.renewal = None
-            self._log.error(f"client {child.name} died of its new settings: it has those of before")
-            renewal.done.fail(ClientDied(reason="\n".join(child.lines)))
-        renewal.begun = True
-        child.lines.clear()
-        child.tries, child.restarts = 0, child.restarts - 1
-        self._try_again(child)
-
-    def _settle(self, child: Child, renewal: Renewal) -> None:
-        """From now on its death is one like any other."""
-        if child.renewal is renewal:
-            child.renewal = None
-            renewal.done.keep()
-
-    def _crashed(self, child: Child, status: int) -> None:
-        if child.renewal:
-            return self._begin_anew(child, child.renewal)
-        how = f"exit status {status}" if status > 0 else f"signal {-status}"
-        child.lines.append(f"client {child.name} died: {how}")
-        if not self._restart or child.tries >= START_TRIES:
-            child.failed = True
-            self._log.error(f"client {child.name} died ({how}) and is not started again")
-            self._report("client_failed", child.name, "\n".join(child.lines))
-            return
-        young = self._loop.clock() - child.since_running < self.YOUNG_SECONDS
-        wait = backoff(child.tries - 1) if child.tries else 1.0 if young else 0.0
-        self._log.warn(f"client {child.name} died ({how}); starting it again"
-                       + (f" in {wait:g} s" if wait else ""))
-        self.restarts += 1
-        child.timer = self._loop.later(wait, self._try_again, child)
-
-    def _try_again(self, child: Child) -> None:
-        child.timer, child.resuming = None, False
-        if self.ending or self.children.get(child.name) is not child:
-            return self._stopped(child)
-        try:
-            self._launch(child)
-        except (OSError, ValueError) as error:
-            child.lines.append(f"cannot be started: {error}")
-            self._crashed(child, 127)
-        self._changed()
-
-    def count_states(self) -> Dict[str, int]:
-        """How many children are in each state; `failed` those that are not started again."""
-        states = [child.state if child.process else "init" if child.alive()
-                  else "failed" if child.failed else "stop"
-                  for child in list(self.children.values())]
-        return {state: states.count(state) for state in (*NEXT_STATES, "failed") if state}
-
-    def stop(self, child: Child, forget: bool = True) -> Promise:
-        """End a child: TERM, and KILL after a while; kept when it is gone."""
-        promise = Promise()
-        if forget and self.children.get(child.name) is child:
-            del self.children[child.name]  # not a newer one of the same name
-            self._changed()
-        if child.process is None:
-            if child.timer:
-                child.timer.cancel()
-                child.timer = None
-            promise.keep()
-        else:
-            self.leaving[child.name] = child
-            child.stopping.append(promise)
-            self._signal(child, signal.SIGTERM)
-            child.timer = self._loop.later(KILL_SECONDS, self._signal, child, signal.SIGKILL)
-        return promise
-
-    def farewell(self, name: str) -> Promise:
-        """Kept when a client that was told to stop is gone: its name is free then."""
-        promise = Promise()
-        if name in self.leaving:
-            self.leaving[name].stopping.append(promise)
-        else:
-            promise.keep()
-        return promise
-
-    def _signal(self, child: Child, number: int) -> None:
-        if child.process is not None:
-            child.process.send_signal(number)
-
-    def stop_all(self, number: int, done: Callable[[], None]) -> None:
-        """End all children at once; done() when the last one is gone."""
-        self.ending, self._done = True, done
-        for child in {**self.children, **self.leaving}.values():
-            self.stop(child, forget=False)
-            if number == signal.SIGKILL:
-                self._signal(child, number)
-        self._check_done()
-
-    def _check_done(self) -> None:
-        if self.ending and not self.leaving and not any(
-                child.process for child in self.children.values()):
-            self._done()
-
-
-def hang_up_waiting(listener: socket.socket) -> None:
-    """End the connections that nobody takes: their callers get 502 instead of waiting."""
-    try:
-        listener.setblocking(False)
-        while True:
-            listener.accept()[0].close()
-    except OSError:
-        pass  # that was the last one
-
-
-class Ports:
-    """Hands out clients' ports: open sockets, so that no two starts can get the same."""
-
-    def __init__(self, first: int) -> None:
-        self._first = first
-
-    def open(self, wish: int = 0) -> socket.socket:
-        """A listening socket at the port that is wished for, else at the first free one. NoPort."""
-        for port in itertools.chain([wish] if wish else [], range(self._first, 65_536)):
-            try:
-                return listen("127.0.0.1", port)
-            except OSError as error:
-                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                    raise NoPort() from None
-        raise NoPort()
+            return listen("127.0.0.1", port)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                break
+    raise NoPort()
 
 
 @functools.lru_cache(maxsize=256)
@@ -12119,220 +12171,55 @@ def is_passed_on(name: str) -> bool:
             and not ABOUT_THE_CALLER.fullmatch(name))
 
 
-class Proxy:
-    """Passes calls on to clients: rebuilt from what was parsed, answers as they come."""
-
-    def __init__(self, token: str, fetch: Callable[..., Reply] = fetch) -> None:
-        self._token, self._fetch = token, fetch
-
-    def forward(self, request: Request, port: int, trusted: bool = True) -> Response:
-        """A client's answer to a request; Unreachable, TooSlow, Hangup.
-
-        One that is not trusted comes to the client as from another machine, and without our token.
-        """
-        fields = {name: value for name, value in request.fields.items() if is_passed_on(name)}
-        if not trusted:
-            fields["forwarded"] = "for=unknown"
-            fields["authorization"] = request.fields.get("authorization", "")
-        elif self._token:
-            fields["authorization"] = bearer(self._token)
-        reads = READS.match(request.path) is not None
-        method = "GET" if request.method == "HEAD" and reads else request.method
-        target = request.target.replace("#", "%23")  # a fragment to us, a letter to its caller
-        try:
-            reply = self._fetch(f"http://127.0.0.1:{port}{target}", method, fields,
-                                request.body or None, PROXY_SECONDS, request.sock, reads,
-                                0.0 if WAITS.match(request.path) else PATIENCE_SECONDS)
-            return self._response(reply, request.sock)
-        except TooSlow:
-            raise TooSlow("client not reachable") from None
-        except Unreachable:
-            raise Unreachable("client not reachable") from None
-
-    def _response(self, reply: Reply, caller: Optional[socket.socket]) -> Response:
+def pass_on(request: Request, port: int, token: str = "", trusted: bool = True) -> Response:
+    """A client's answer to a call, which is made anew from what was parsed; Unreachable, TooSlow,
+    Hangup. One that is not trusted comes to the client as from another machine, and without our
+    token."""
+    fields = {name: value for name, value in request.fields.items() if is_passed_on(name)}
+    if not trusted:
+        fields["forwarded"] = "for=unknown"
+        fields["authorization"] = request.fields.get("authorization", "")
+    elif token:
+        fields["authorization"] = bearer(token)
+    reads = READS.match(request.path) is not None
+    method = "GET" if request.method == "HEAD" and reads else request.method
+    target = request.target.replace("#", "%23")  # a fragment to us, a letter to its caller
+    try:
+        reply = fetch(f"http://127.0.0.1:{port}{target}", method, fields, request.body or None,
+                      PROXY_SECONDS, request.sock, reads,
+                      0.0 if WAITS.match(request.path) else PATIENCE_SECONDS)
         fields = {name.title(): value for name, value in reply.fields.items()
                   if name not in HOP_BY_HOP and name != "content-type"}
-        kind = reply.fields.get("content-type", "")
+        kind, body, pieces = reply.fields.get("content-type", ""), b"", None
         if reply.kind == "text/event-stream":
-            return Response(b"", kind, reply.status, fields, self._events(reply, caller))
-        if reply.length is None:
-            return Response(b"", kind, reply.status, fields, reply.pieces(PROXY_SECONDS))
-        return Response(reply.read(reply.length), kind, reply.status, fields)
+            pieces = stream_of(reply, request.sock)
+        elif reply.length is None:
+            pieces = reply.pieces(PROXY_SECONDS)
+        else:
+            body = reply.read(reply.length)
+        return Response(body, kind, reply.status, fields, pieces)
+    except TooSlow:
+        raise TooSlow("client not reachable") from None
+    except Unreachable:
+        raise Unreachable("client not reachable") from None
 
-    def _events(self, reply: Reply, caller: Optional[socket.socket]) -> Iterator[bytes]:
-        """A stream, whose caller may leave while it is silent. A client that is well is never
-        silent for long."""
+
+def stream_of(reply: Reply, caller: Optional[socket.socket]) -> Iterator[bytes]:
+    """A client's stream, whose reader may leave while it is silent. A client that is well is never
+    silent for long."""
+    silent = 0.0
+
+    def look() -> None:
+        nonlocal silent
+        silent += PATIENCE_SECONDS
+        if caller and has_ended(caller):
+            raise Hangup()
+        if silent >= PROXY_SECONDS:
+            raise TimeoutError
+
+    for piece in reply.flow(PATIENCE_SECONDS, look):
         silent = 0.0
-
-        def look() -> None:
-            nonlocal silent
-            silent += PATIENCE_SECONDS
-            if caller and has_ended(caller):
-                raise Hangup()
-            if silent >= PROXY_SECONDS:
-                raise TimeoutError
-
-        for piece in reply.flow(PATIENCE_SECONDS, look):
-            silent = 0.0
-            yield piece
-
-
-class Source:
-    """One client's stream as the hub reads it. In the hub's loop only."""
-
-    def __init__(self, child: Child) -> None:
-        self.name, self.port = child.name, child.port
-        self.reply: Optional[Reply] = None   # None: being opened
-        self.rest = b""
-        self.current = False                 # what was kept has all been read
-
-    def read(self) -> Iterator[bytes]:
-        """Each event that has come, b"" where the present begins; EOFError, OSError."""
-        assert self.reply is not None
-        stream = self.reply.stream
-        data = stream.buffer or stream.sock.recv(65_536)
-        stream.buffer = b""
-        if not data:
-            raise EOFError
-        *blocks, self.rest = (self.rest + data).split(b"\n\n")
-        for block in blocks:
-            if block.startswith(b"retry:"):
-                yield b""
-            elif block.startswith((b"id:", b"data:")):
-                yield block.partition(b"data: ")[2]
-
-
-class Hub:
-    """All accounts' events in one stream, each with `client`: one thread reads the streams of all
-    clients, and only while somebody streams from here.
-
-    An account's own numbers tell what to ask it for; the hub's numbers are its streams' ids.
-    """
-
-    LINGER_SECONDS = 2.0         # after the last stream, for one that comes back
-    LOOK_SECONDS = 1.0           # between two looks for new clients
-    JOIN_SECONDS = 1.0           # a stream waits so long for what clients have kept
-
-    def __init__(self, children: Callable[[], Iterable[Child]], token: str, log: Log,
-                 fetch: Callable[..., Reply] = fetch) -> None:
-        self.store = Store(STREAM_LIMIT, room=STREAM_BYTES)
-        self._children, self._log, self._fetch = children, log, fetch
-        self._fields = {"Connection": "close"}  # the body is not chunked then
-        if token:
-            self._fields["Authorization"] = bearer(token)
-        self._crew = ThreadPool(8, "hub", log, linger=1.0)
-        self._lock = threading.Lock()        # guards _loop, _until
-        self._loop: Optional[Loop] = None    # while there is somebody
-        self._until = 0.0
-        self._seen: Dict[str, int] = {}      # in the loop: client -> its last number
-        self._sources: Dict[str, Source] = {}
-        self._joining: List[Promise] = []
-
-    def stream(self, request: Request) -> Response:
-        """As Store.stream(), once it is known what the clients have kept."""
-        joined = Promise()
-        with self._lock:
-            self._until = time.monotonic() + self.LINGER_SECONDS
-            if self._loop is None:
-                self._loop = Loop(self._log)
-                spawn(self._loop.run, name="hub")
-                self._loop.call(self._look, self._loop)
-            self._loop.call(self._join, joined)
-        try:
-            request.wait(joined, self.JOIN_SECONDS)
-        except TimeoutError:
-            pass  # one of them does not answer
-        return self.store.stream(request)
-
-    def look(self) -> None:
-        """There may be a new client: of its first QR code, or login, only who listens hears."""
-        with self._lock:
-            if self._loop:
-                self._loop.call(self._find, self._loop)
-
-    def tell(self, event: Row, client: str) -> None:
-        """What the controller itself knows of a client."""
-        self.store.tell({**event, "client": client})
-
-    # -- in the loop
-
-    def _look(self, loop: Loop) -> None:
-        with self._lock:
-            if not self.store.followed() and loop.clock() >= self._until:
-                self._loop = None
-                return self._leave(loop)
-        self._find(loop)
-        loop.later(self.LOOK_SECONDS, self._look, loop)
-
-    def _find(self, loop: Loop) -> None:
-        for child in self._children():
-            if child.process is not None and child.name not in self._sources:
-                self._sources[child.name] = source = Source(child)
-                self._crew.submit(self._open, loop, source, self._seen.get(child.name, 0))
-
-    def _leave(self, loop: Loop) -> None:
-        for source in self._sources.values():
-            if source.reply:
-                source.reply.close()
-        self._sources = {}
-        loop.stop()
-
-    def _open(self, loop: Loop, source: Source, since: int) -> None:
-        """In the crew: clients that just begin let one wait."""
-        url = f"http://127.0.0.1:{source.port}/openqq/events?since={since}"
-        try:
-            reply = self._fetch(url, fields=self._fields, seconds=HEAD_SECONDS)
-        except Unreachable:
-            return loop.call(self._drop, loop, source)
-        loop.call(self._opened, loop, source, reply)
-
-    def _opened(self, loop: Loop, source: Source, reply: Reply) -> None:
-        source.reply = reply
-        if reply.kind != "text/event-stream" or self._sources.get(source.name) is not source:
-            return self._drop(loop, source)
-        loop.watch(reply.stream.sock, lambda: self._hear(loop, source))
-        if reply.stream.buffer:
-            self._hear(loop, source)
-
-    def _hear(self, loop: Loop, source: Source) -> None:
-        try:
-            for data in source.read():
-                self._take(source, data)
-        except (EOFError, OSError, ValueError):
-            self._drop(loop, source)
-
-    def _take(self, source: Source, data: bytes) -> None:
-        if not data:
-            source.current = True
-            return self._check_joined()
-        event = from_bytes(data)
-        if "seq" in event:
-            self._seen[source.name] = event["seq"]
-            self.store.add({**event, "client": source.name})
-        elif event.get("event") != "state_change":  # we know those of the dead as well
-            self.tell(event, source.name)
-
-    def _drop(self, loop: Loop, source: Source) -> None:
-        """It is asked again at the next look, if it is still there."""
-        if source.reply:
-            try:
-                loop.unwatch(source.reply.stream.sock)
-            except (KeyError, ValueError):
-                pass  # it never was a stream
-            source.reply.close()
-        if self._sources.get(source.name) is source:
-            del self._sources[source.name]
-        self._check_joined()
-
-    def _join(self, joined: Promise) -> None:
-        self._joining.append(joined)
-        self._check_joined()
-
-    def _check_joined(self) -> None:
-        if all([source.current for source in self._sources.values()]):
-            joining, self._joining = self._joining, []
-            for promise in joining:
-                promise.keep(True)
+        yield piece
 
 
 TEMPLATE = '''\
@@ -12360,23 +12247,6 @@ def default_template(flavour: Type[Flavour]) -> str:
     """The template as it is written: it does what clients do without one."""
     return TEMPLATE.format(environ=flavour.environ, plugin=flavour.plugin,
                            PLUGIN=flavour.plugin.upper())
-
-
-def write_template(path: str, flavour: Type[Flavour]) -> None:
-    """Write it where none is, or an empty one. Refusal."""
-    if not read_file(path):
-        try:
-            write_file(path, default_template(flavour).encode())
-        except OSError as error:
-            raise Refusal(f"the template {path} cannot be written: {error.strerror}") from None
-
-
-def watch_clients(metrics: Metrics, supervisor: Supervisor) -> None:
-    """Show how many clients are in which state, and how often dead ones were started again."""
-    metrics.watch("clients", "gauge", "Clients by state.", lambda: {
-        f'state="{state}"': count for state, count in supervisor.count_states().items()})
-    metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
-                  lambda: {"": supervisor.restarts})
 
 
 def check_params(params: Params) -> Dict[str, str]:
@@ -12451,8 +12321,13 @@ class Controller:
     """Many accounts, one process each, behind one API (002). run() works in the calling thread.
 
     Settings are given as keyword arguments, `listen` among them, else taken from the environment.
-    Refusal if it cannot start.
+    Refusal if it cannot start. The thread of run() is that of the timers: signals, what is to
+    happen later, what clients say. HTTP threads and pools make, end and await processes.
     """
+
+    FILES = {"state_path": "state_{}.json", "qrcode_path": "qrcode_{}.jpg",
+             "pid_path": "pid_{}.pid", "cookie_path": "cookie_{}.dat",
+             "spool_path": "post_{}.jsonl", "media": "media_{}_"}
 
     def __init__(self, listen: Optional[List[Row]] = None, **given: Any) -> None:
         self.flavour = flavour_named(given.get("flavor"))
@@ -12460,7 +12335,9 @@ class Controller:
             self.settings = Settings("controller", given, os.environ, self.flavour.environ)
         except ValueError as error:
             raise Refusal(str(error), 2) from None
-        self._resolve_template()
+        template = self.settings.given("template_path")
+        if template:  # the operator may name a symlink; what merely lies in tmpdir may be none
+            self.settings = self.settings.with_({"template_path": os.path.realpath(template)})
         settings, flavour = self.settings, self.flavour
         settings.fill(tmpdir=check_tmpdir(settings.tmpdir), port=flavour.port,
                       backend_start_port=flavour.client_port)
@@ -12470,22 +12347,23 @@ class Controller:
                       template_path=start + "controller_template.py")
         self._addresses = listen or [{"host": settings.host, "port": settings.port}]
         self.log = open_log(settings, f"[{flavour.ps}c][{os.getpid()}]")
-        self.loop = Loop(self.log)
+        # Guards former, _turns, _dirty, _ended, the supervisor and its children; each settled
+        # trial and each end of a child is told to those who wait for `settled`.
+        self.lock = threading.RLock()
+        self.settled = threading.Condition(self.lock)
+        self.timers = self.loop = Timers(self.lock, self.log)
         self.pid = PidFile(settings.pid_path)
-        self._servers: List[Server] = []
         self.gate = Gate(settings.token, settings.allowed_hosts)
-        self._dirty = False
-        self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
-        self._reporter: Optional[Reporter] = None
-        self._closing: List[Callable[[], None]] = []
+        self.store = Store(STREAM_LIMIT, room=STREAM_BYTES)  # the events of all clients
+        self.supervisor = Supervisor(self)
         self.former: Dict[str, Account] = {}  # clients that do not run, for their next start
+        self._turns: Set[str] = set()         # names of clients that somebody starts, stops …
+        self._dirty = False                   # the backend file is to be written
+        self._ended = False
         self._busy = False       # callers were still to be answered when the servers closed
-
-    def _resolve_template(self) -> None:
-        """What the operator names may be a symlink; what merely lies in tmpdir may not."""
-        given = self.settings.given("template_path")
-        if given:
-            self.settings = self.settings.with_({"template_path": os.path.realpath(given)})
+        self._servers: List[Server] = []
+        self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
+        self._closing: List[Callable[[], None]] = []
 
     def run(self) -> int:
         """Serve until somebody says stop; the process's exit status."""
@@ -12494,10 +12372,10 @@ class Controller:
             remove_leftovers(path)
         try:
             self._open()
-            self.loop.catch_signals(self._stop)
+            self.timers.catch_signals(self._stop)
             self._begin()  # before anybody is served: those to be resumed are known from the start
             self._serve()
-            self.loop.run()
+            self.timers.run()
         finally:
             for close in self._closing:
                 close()
@@ -12506,7 +12384,7 @@ class Controller:
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """End the clients, then everything."""
-        self.loop.call(self._stop, number)
+        self.timers.later(0.0, self._stop, number)
 
     # -- beginning
 
@@ -12528,16 +12406,15 @@ class Controller:
         self.network.start()
         self._closing.append(self.network.stop)
         self.pages = LocalPages(self.network)
-        launcher = Launcher(self.flavour, settings, self.url, self.pages.key_for)
-        self.supervisor = Supervisor(self.loop, launcher, log, settings.restart != "never",
-                                     self._changed, self._report, self._child_gone,
-                                     self._child_entered)
-        self.ports = Ports(settings.backend_start_port)
-        self.hub = Hub(lambda: list(self.supervisor.children.values()), settings.token, log)
-        if settings.post_api:
-            self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
-                                      self.loop, log, lambda event, answer: None)
-        write_template(settings.template_path, self.flavour)
+        self.key_for = self.pages.key_for
+        self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
+                                  self.timers, log, lambda event, answer: None)
+        if not read_file(settings.template_path):
+            try:
+                write_file(settings.template_path, default_template(self.flavour).encode())
+            except OSError as error:
+                raise Refusal(f"the template {settings.template_path} cannot be written: "
+                              f"{error.strerror}") from None
 
     def _serve(self) -> None:
         settings, log = self.settings, self.log
@@ -12545,7 +12422,10 @@ class Controller:
         app = App(self.gate, log, api.all_routes(self.pages.routes()), api.proxy,
                   [prefix + path for prefix in ("/openqq/", "/openwx/")
                    for path in self.flavour.apis])
-        watch_clients(app.metrics, self.supervisor)
+        app.metrics.watch("clients", "gauge", "Clients by state.", lambda: {
+            f'state="{state}"': count for state, count in self.supervisor.count_states().items()})
+        app.metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
+                          lambda: {"": self.supervisor.restarts})
         watch_posting(app.metrics, self._reporter)
         log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
         self._servers += serve(app, self._listeners, settings, log)
@@ -12557,15 +12437,15 @@ class Controller:
                  "start_client?client=NAME")
 
     def _begin(self) -> None:
-        if self._reporter:
-            self._reporter.start()
+        self._reporter.start()
         if self.settings.poll_api:
             port = self._listeners[0].getsockname()[1]
             heartbeat = Heartbeat(self.settings.poll_api, self.settings.poll_interval,
                                   {port: self.url}, self.settings.token, self.log)
             heartbeat.start()
             self._closing.append(heartbeat.stop)
-        self.supervisor.look_after(self.settings.check_interval)
+        with self.lock:
+            self.supervisor.look_after()
         backend = read_json(self.settings.backend_path, self.log)
         accounts = read_accounts(self.settings.accounts, self.log) if self.settings.accounts else {}
         for name, row in backend.items():
@@ -12575,7 +12455,11 @@ class Controller:
             if self.settings.resume and backend[name].get("run"):
                 self._resume(known, accounts.get(name, {}))
         for name, given in accounts.items():
-            self._start_known(name, given)
+            try:
+                if name not in self.supervisor.children:
+                    self.start_client(name, given)
+            except OpenQQError as error:
+                self.log.error(f"accounts file: {name} cannot be started: {error.status}")
 
     def _recall(self, name: str, row: Row) -> None:
         """Know again what a former controller remembered, as far as it makes sense."""
@@ -12594,42 +12478,93 @@ class Controller:
     def _resume(self, known: Account, given: Dict[str, str]) -> None:
         """What the operator's file says is given anew."""
         try:
-            child = Child(known.name, renewed(known.given, given), self.ports.open(known.port))
+            child = Child(known.name, renewed(known.given, given),
+                          open_port(self.settings.backend_start_port, known.port))
         except OpenQQError as error:
             return self.log.warn(f"client {known.name} cannot be resumed: {error}")
         child.forget = cleared(given)
-        del self.former[known.name]
-        self.supervisor.resume(child, PidFile(self.path_of(child, "pid_path")))
+        with self.lock:
+            del self.former[known.name]
+            self.supervisor.resume(child, PidFile(self.path_of(child, "pid_path")))
 
-    def _start_known(self, name: str, given: Dict[str, str]) -> None:
+    # -- clients; whoever calls these has the client's turn, and no lock
+
+    @contextlib.contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """Whoever starts, changes, stops or deletes a client is done with it before the next one
+        begins: of two starts in the same moment the second finds the first one's client."""
+        with self.settled:
+            self.settled.wait_for(lambda: name not in self._turns)
+            self._turns.add(name)
         try:
-            if name not in self.supervisor.children:
-                self.start_client(name, given)
-        except OpenQQError as error:
-            self.log.error(f"accounts file: {name} cannot be started: {error.status}")
+            yield
+        finally:
+            with self.settled:
+                self._turns.discard(name)
+                self.settled.notify_all()
 
-    # -- clients, in the loop
+    def _await(self, condition: Callable[[], bool], more: float = 0.0) -> None:
+        """What ends a process takes no longer; TooSlow if the system does."""
+        with self.settled:
+            if not self.settled.wait_for(condition, KILL_SECONDS + 5.0 + more):
+                raise TooSlow()
 
     def start_client(self, name: str, given: Dict[str, str]) -> Child:
         """Start a client that is not alive, with what it is given and what is remembered of it;
-        TooManyClients, NoPort, StartFailure, ClientDied."""
-        self._check_room()
-        self._check_template()
-        former = self.supervisor.children.pop(name, None)
-        if former:
-            self.remember(former)
-            self.supervisor.release(former)
-        known = self.former[name].given if name in self.former else {}
-        child = Child(name, renewed(known, given), self.ports.open(former.port if former else 0))
-        child.forget = cleared(given)
-        self.supervisor.start(child)
-        self.former.pop(name, None)
+        TooManyClients, NoPort, StartFailure, ClientDied, TooSlow."""
+        supervisor = self.supervisor
+        self._await(lambda: name not in supervisor.leaving)
+        with self.lock:
+            self._check_room()
+            self._check_template()
+            former = supervisor.children.pop(name, None)
+            if former:
+                self.remember(former)
+                supervisor.release(former)
+            known = self.former[name].given if name in self.former else {}
+            child = Child(name, renewed(known, given), open_port(
+                self.settings.backend_start_port, former.port if former else 0))
+            child.forget = cleared(given)
+            supervisor.expect(child)
+        supervisor.start(child)
+        with self.lock:
+            self.former.pop(name, None)
         return child
 
-    def _check_room(self) -> None:
-        alive = sum(child.alive() for child in self.supervisor.children.values())
-        if alive >= self.settings.max_clients:
-            raise TooManyClients()
+    def update_client(self, child: Child, given: Dict[str, str]) -> None:
+        """Let a client have some settings anew, and return when it has begun with them, at once
+        if they are what it has. TooManyClients, ClientDied, NotRunning, TooSlow."""
+        settings = renewed(child.given, given)
+        if settings == child.given and not cleared(given):
+            return
+        with self.lock:
+            if not child.alive():
+                self._check_room()
+            self._check_template()
+            trial = self.supervisor.renew(child, settings, cleared(given) | {
+                name for name in child.forget if name not in settings})
+            self.changed()
+        self._await(lambda: trial.over, TRIAL_SECONDS)
+        if trial.error:
+            raise trial.error
+
+    def stop_client(self, account: Account, event: str = "client_stopped") -> None:
+        """End a client, if it runs, and let those who read the events know, as check_client
+        knows no more of it. Its settings are remembered, unless it is deleted."""
+        with self.lock:
+            if event == "client_deleted":
+                self.former.pop(account.name, None)
+            elif isinstance(account, Child):
+                self.remember(account)
+            if isinstance(account, Child):
+                self.supervisor.children.pop(account.name, None)
+                self.supervisor.stop(account)
+            self.changed()
+        if isinstance(account, Child):
+            self._await(lambda: account.phase == "stopped")
+            with self.lock:
+                self.supervisor.release(account)
+        self.tell(account, event, [account.name], settings=account.open_settings())
 
     def remember(self, child: Child) -> None:
         """Keep what a client was started with, until it is started again or deleted."""
@@ -12639,28 +12574,12 @@ class Controller:
         if len(self.former) > MEMORY_LIMIT:
             del self.former[next(iter(self.former))]
 
-    def stop_client(self, child: Child) -> Promise:
-        """End a client whose settings are to be remembered; kept when it is gone."""
-        self.remember(child)
-        return self.supervisor.stop(child)
-
-    def forget_client(self, account: Account) -> Promise:
-        """End a client, if it runs, and remember nothing of it; kept when it is gone."""
-        self.former.pop(account.name, None)
-        self._changed()
-        return self.supervisor.stop(account) if isinstance(account, Child) else kept_promise()
-
-    def update_client(self, child: Child, given: Dict[str, str]) -> Promise:
-        """Let a client have some settings anew: kept when it has begun with them, at once if they
-        are what it has. TooManyClients, ClientDied."""
-        settings = renewed(child.given, given)
-        if settings == child.given and not cleared(given):
-            return kept_promise()
-        if not child.alive():
-            self._check_room()
-        self._check_template()
-        return self.supervisor.renew(child, settings, cleared(given) | {
-            name for name in child.forget if name not in settings})
+    def _check_room(self) -> None:
+        if self.supervisor.ending:
+            raise NotRunning("stopping")
+        alive = sum(child.alive() for child in self.supervisor.children.values())
+        if alive >= self.settings.max_clients:
+            raise TooManyClients()
 
     def _check_template(self) -> None:
         data = read_file(self.settings.template_path) or b""
@@ -12670,154 +12589,89 @@ class Controller:
             self.log.error(f"the template does not compile: {error}")
             raise ClientDied() from None
 
-    def path_of(self, child: Account, setting: str) -> str:
-        """Where a client's state, QR code or pid file is."""
-        given = child.given.get(setting)
-        if given:
-            return str(_path(given))
-        what, end = {"state_path": ("state", "json"), "qrcode_path": ("qrcode", "jpg"),
-                     "pid_path": ("pid", "pid"), "cookie_path": ("cookie", "dat"),
-                     "spool_path": ("post", "jsonl")}[setting]
-        return self._start_of(child, what) + "." + end
+    def path_of(self, account: Account, setting: str) -> str:
+        """Where a client's state, QR code or pid file is, or how the names of its media begin."""
+        given = account.given.get(setting)
+        directory = _path(account.given.get("tmpdir", "")) or self.settings.tmpdir
+        return str(_path(given)) if given else os.path.join(
+            directory, self.flavour.file_prefix + self.FILES[setting].format(account.name))
 
-    def _start_of(self, child: Account, what: str) -> str:
-        directory = _path(child.given.get("tmpdir", "")) or self.settings.tmpdir
-        return os.path.join(directory, f"{self.flavour.file_prefix}{what}_{child.name}")
+    # -- what others are told; with or without the lock
 
-    def link_of(self, child: Child) -> str:
-        """Where a child's messages come from."""
-        given = {**inherited(self.flavour), **child.given}
-        return link_of(given.get)
-
-    def shelf_of(self, child: Account) -> Shelf:
-        """A client's pictures."""
-        return Shelf(self._start_of(child, "media") + "_", self.log)
-
-    def _changed(self) -> None:
-        if not self._dirty:
-            self._dirty = True
-            self.loop.call(self._save)
+    def changed(self) -> None:
+        """What the backend file says is no longer so."""
+        with self.lock:
+            if not self._dirty:
+                self._dirty = True
+                self.timers.later(0.0, self._save)
 
     def _save(self) -> None:
         """The backend file: what a later controller resumes or remembers, without secrets."""
         self._dirty = False
-        self.hub.look()
-        rows = {name: account.row(False) for name, account in self.former.items()}
-        rows.update((name, child.row(child.alive() or self.supervisor.ending))
-                    for name, child in self.supervisor.children.items()
-                    if child.alive() or child.failed or child.state == "stop")
+        if self.supervisor.ending:
+            return  # what ran when we were told to stop is to be resumed
+        children = self.supervisor.children.values()
+        rows = {account.name: {"pid": account.pid, "port": account.port, "run": run,
+                               "given": account.open_settings()} for account, run in [
+            *((account, False) for account in self.former.values()),
+            *((child, child.alive()) for child in children)]}
         keep_file(self.settings.backend_path, to_bytes(rows), self.log)
 
-    def event_of(self, child: Optional[Account], event: str, *params: Json) -> Row:
-        """An event of ours about a client, with numbers where that client's own have them."""
-        given = {**inherited(self.flavour), **(child.given if child else {})}
-        row = event_row(event, list(params))
-        numeric = SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0"))
-        return numbered(row) if numeric else row
+    def tell(self, account: Account, event: str, params: List[Json], **more: Json) -> Row:
+        """Let those who read the events know of a client, with numbers where its own have them."""
+        given = {**inherited(self.flavour), **account.given}
+        row = event_row(event, params)
+        if SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0")):
+            row = numbered(row)
+        self.store.tell({**row, **more, "client": account.name})
+        return row
 
-    def _report(self, event: str, *params: Json) -> None:
-        """Every event of ours begins with the client's name."""
-        row = self.event_of(self.supervisor.children.get(str(params[0])), event, *params)
-        self.hub.tell(row, str(params[0]))
-        if self._reporter:
-            self._reporter.add(row, "")
-            self._reporter.flush()
+    def report(self, account: Account, event: str, *params: Json) -> None:
+        """Post an event of ours besides: each begins with the client's name."""
+        self._reporter.add(self.tell(account, event, [account.name, *params]), "")
+        self._reporter.flush()
 
-    def _child_entered(self, name: str, old: str, new: str) -> None:
-        child = self.supervisor.children.get(name) or self.supervisor.leaving.get(name)
-        self.hub.tell(self.event_of(child, "state_change", old, new), name)
-
-    def _child_gone(self, name: str) -> None:
+    def detach(self, name: str) -> None:
+        """A client's process is gone; called without the lock."""
         self.network.loop.call(self.network.settle, self.network.logins.detach, name)
 
-    # -- ending
+    # -- ending, by the timers
 
     def _stop(self, number: int) -> None:
-        if self.supervisor.ending:
-            return self.supervisor.stop_all(signal.SIGKILL, self._end)  # a second one hurries
-        self.log.info(f"stopping ({signal.Signals(number).name})")
-        self._save_running()
-        self._busy = any([server.close_down() for server in self._servers])
-        self.supervisor.stop_all(signal.SIGTERM, self._end)
+        if not self.supervisor.ending:
+            self.log.info(f"stopping ({signal.Signals(number).name})")
+            self._save()
+            self._busy = any([server.close_down() for server in self._servers])
+        self.supervisor.stop_all()  # a second one hurries
 
-    def _save_running(self) -> None:
-        """What runs now is what is resumed, though it will have stopped before we do."""
-        self._save()
-        self._dirty = True  # and nothing is written after this
-
-    def _end(self) -> None:
-        self.log.info("stopped")
-        self._spool.close()
-        self.loop.later(READ_SECONDS if self._busy else 0.0, self.loop.stop)
-
-
-def kept_promise() -> Promise:
-    """One that nobody has to wait for."""
-    promise = Promise()
-    promise.keep()
-    return promise
-
-
-class Turns:
-    """One call at a time for each name: whoever starts, changes, stops or deletes a client is done
-    with it before the next one begins."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()  # guards _busy
-        self._busy: Set[str] = set()
-
-    def take(self, name: str, function: Callable[[], Row]) -> Row:
-        """What function() returns or raises, when it is the turn of this call."""
-        with self._changed:
-            self._changed.wait_for(lambda: name not in self._busy)
-            self._busy.add(name)
-        try:
-            return function()
-        finally:
-            with self._changed:
-                self._busy.discard(name)
-                self._changed.notify_all()
+    def end(self) -> None:
+        """The last client is gone."""
+        if not self._ended:
+            self._ended = True
+            self.log.info("stopped")
+            self._spool.close()
+            self.timers.later(READ_SECONDS if self._busy else 0.0, self.timers.stop)
 
 
 class ControllerApi:
     """The controller's own API (CONTRACT 2), and the way to the clients' for all else."""
 
     def __init__(self, controller: Controller) -> None:
-        self._controller = controller
-        self._turns = Turns()
-        self._proxy = Proxy(controller.settings.token)
+        self._controller, self._children = controller, controller.supervisor.children
+        self._token = controller.settings.token
         self._own_paths = {route.path for route in self.routes()}  # whatever the method
 
     def routes(self) -> List[Route]:
         """The route table, under both prefixes."""
-        def handler(verb: Verb) -> Callable[[Request], Any]:
-            act: Callable[[Request], Any] = getattr(self, verb.name)
-            return act if verb.methods != ACT else self._in_turn(act)
-
-        return api_routes([verb for verb in VERBS if verb.on in ("controller", "both")], handler
+        return api_routes([verb for verb in VERBS if verb.on in ("controller", "both")],
+                          lambda verb: getattr(self, verb.name)
                           ) + [Route("/", READ, self.index, open=True), HEALTH,
                                Route("/onebot", "POST", self.onebot, open=True)]
 
     def all_routes(self, others: List[Route]) -> List[Route]:
         """These, others, and the one that describes them, with what is passed on to clients."""
-        routes, token = self.routes() + others, bool(self._controller.settings.token)
-        return routes + openapi_routes(self._controller.flavour, token, routes, True)
-
-    def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self._controller.loop.ask(function, *args)
-
-    def _await(self, promise: Promise, more: float = 0.0) -> None:
-        """What ends a process takes no longer; TooSlow if the system does."""
-        try:
-            promise.wait(KILL_SECONDS + 5.0 + more)
-        except TimeoutError:
-            raise TooSlow() from None
-
-    def _in_turn(self, handler: Callable[[Request], Row]) -> Callable[[Request], Row]:
-        def handle(request: Request) -> Row:
-            return self._turns.take(self._name(request), lambda: handler(request))
-        handle.__doc__ = handler.__doc__
-        return handle
+        routes = self.routes() + others
+        return routes + openapi_routes(self._controller.flavour, bool(self._token), routes, True)
 
     def _name(self, request: Request) -> str:
         name = request.params.get("client", "")
@@ -12826,89 +12680,70 @@ class ControllerApi:
         return check_name(name)
 
     def _child(self, request: Request) -> Child:
-        child = self._controller.supervisor.children.get(self._name(request))
+        child = self._children.get(self._name(request))
         if child is None:
             raise ClientMissing("client not exists")
         return child
 
-    def _alive(self, request: Request) -> Child:
+    def _pass_on(self, request: Request, trusted: bool = True) -> Response:
         child = self._child(request)
         if child.process is None:
             raise Unreachable()
-        return child
+        return pass_on(request, child.port, self._token, trusted)
 
     def start_client(self, request: Request) -> Row:
         """Start a client; answers before it has logged in."""
-        name = self._name(request)
-        settings = self._controller.settings
-        given = check_params(request.keys())
+        controller, name = self._controller, self._name(request)
+        settings, given = controller.settings, check_params(request.keys())
         check_paths(given, settings.tmpdir,
-                    rf"{self._controller.flavour.file_prefix}{{}}_{re.escape(name)}\.\w+",
+                    rf"{controller.flavour.file_prefix}{{}}_{re.escape(name)}\.\w+",
                     (settings.template_path, settings.backend_path, settings.pid_path,
                      settings.log_path, settings.accounts, settings.world))
-        row = None
-        while row is None:
-            self._await(self._ask(self._controller.supervisor.farewell, name))
-            row = self._ask(self._start, name, given)
-        return {**request_echo(request), **row}
-
-    def _start(self, name: str, given: Dict[str, str]) -> Optional[Row]:
-        """None if somebody stopped a client of that name meanwhile, which is not gone yet."""
-        controller = self._controller
-        if name in controller.supervisor.leaving:
-            return None
-        child = controller.supervisor.children.get(name)
-        if child and child.alive():
-            return {**child.shown(), "account": name, "status": "client already exists"}
-        return {**controller.start_client(name, given).shown(), "account": name}
+        row: Row = {"account": name}
+        with controller.turn(name):
+            child = self._children.get(name)
+            if child and child.alive():
+                row["status"] = "client already exists"
+            else:
+                child = controller.start_client(name, given)
+            return {**request_echo(request), **child.shown(), **row}
 
     def update_client(self, request: Request) -> Row:
         """Change settings of a client, which begins anew with them: all or none, but no paths."""
-        child = self._child(request)
-        for name in request.keys():
-            if getattr(setting_named(name), "read", None) is _path:
-                raise NotAllowed(f"{name} not allowed")
-        self._await(self._ask(self._controller.update_client, child,
-                              check_params(request.keys())), TRIAL_SECONDS)
-        return {**child.shown(), "account": child.name}
+        with self._controller.turn(self._name(request)):
+            child = self._child(request)
+            for name in request.keys():
+                if getattr(setting_named(name), "read", None) is _path:
+                    raise NotAllowed(f"{name} not allowed")
+            self._controller.update_client(child, check_params(request.keys()))
+            return {**child.shown(), "account": child.name}
 
     def stop_client(self, request: Request) -> Row:
         """Stop a client, and answer when it has stopped: it can be started again at once."""
-        child = self._child(request)
-        row = child.shown()
-        self._stop(child, self._controller.stop_client, "client_stopped")
-        return row
-
-    def _stop(self, child: Account, end: Callable[..., Promise], event: str) -> None:
-        """Those who read the events are told, as check_client knows no more of it."""
-        self._await(self._ask(end, child))
-        if isinstance(child, Child):
-            self._ask(self._controller.supervisor.release, child)
-        row = self._controller.event_of(child, event, child.name)
-        self._controller.hub.tell({**row, "settings": child.open_settings()}, child.name)
+        with self._controller.turn(self._name(request)):
+            child = self._child(request)
+            self._controller.stop_client(child)
+            return child.shown()
 
     def delete_client(self, request: Request) -> Row:
         """Stop a client and forget its login, its state, its settings and what waits to be
         posted; of one that was stopped before as well."""
-        controller = self._controller
-        child: Account = controller.former.get(self._name(request)) or self._child(request)
-        row = child.shown()
-        self._stop(child, controller.forget_client, "client_deleted")
-        controller.network.loop.ask(controller.network.settle,
-                                    controller.network.logins.delete, child.name)
-        for name in "cookie_path", "state_path", "spool_path", "qrcode_path":
-            remove_file(controller.path_of(child, name))
-            remove_leftovers(controller.path_of(child, name))
-        controller.shelf_of(child).clear()
-        return row
+        controller, name = self._controller, self._name(request)
+        with controller.turn(name):
+            account = controller.former.get(name) or self._child(request)
+            controller.stop_client(account, "client_deleted")
+            controller.network.loop.ask(controller.network.settle,
+                                        controller.network.logins.delete, name)
+            for setting in "cookie_path", "state_path", "spool_path", "qrcode_path":
+                remove_file(controller.path_of(account, setting))
+                remove_leftovers(controller.path_of(account, setting))
+            Shelf(controller.path_of(account, "media"), controller.log).clear()
+            return account.shown()
 
     def check_client(self, request: Request) -> Row:
         """One client's state or all clients'."""
-        if request.params.get("client"):
-            children = [self._child(request)]
-        else:
-            children = list(self._controller.supervisor.children.values())
-            children.sort(key=lambda child: child.name)
+        children = ([self._child(request)] if request.params.get("client") else
+                    sorted(list(self._children.values()), key=lambda child: child.name))
         return {"code": 0, "client": [self._state(child) for child in children]}
 
     def _state(self, child: Child) -> Row:
@@ -12916,15 +12751,17 @@ class ControllerApi:
         controller = self._controller
         row = read_json(controller.path_of(child, "state_path"), controller.log)
         lives = child.process is not None and row.get("pid") == child.pid
+        given = {**inherited(controller.flavour), **child.given}
         row = {**row, "account": child.name, "pid": child.pid, "port": child.port,
                "restarts": max(0, child.restarts), "since": str(int(child.since)),
-               "link": controller.link_of(child)}
+               "link": link_of(given.get)}
         if lives:
             return row
         if child.alive():
             row["state"] = child.state if child.process else "init"
         else:
-            row.update({"state": "stop", "failed": True} if child.failed else {"state": "stop"})
+            row["state"] = "stop"
+            row.update({"failed": True} if child.phase == "failed" else {})
         return {**row, "error": "\n".join(child.lines)} if child.lines else row
 
     def get_qrcode(self, request: Request) -> Response:
@@ -12937,8 +12774,11 @@ class ControllerApi:
     def events(self, request: Request) -> Response:
         """A stream of one client's events, or of all clients'."""
         if request.params.get("client"):
-            return self._proxy.forward(request, self._alive(request).port)
-        return self._controller.hub.stream(request)
+            return self._pass_on(request)
+        with self._controller.lock:  # what clients have told by now comes before what is to come
+            for child in list(self._children.values()):
+                self._controller.supervisor.listen(child)
+        return self._controller.store.stream(request)
 
     def proxy(self, request: Request) -> Response:
         """Everything else goes to the client that is named."""
@@ -12946,12 +12786,12 @@ class ControllerApi:
             return Response(b"", "", fields=OPTIONS_FIELDS)
         if not re.match("/open(qq|wx)/.", request.path) or request.path in self._own_paths:
             raise ApiNotFound()
-        return self._proxy.forward(request, self._alive(request).port)
+        return self._pass_on(request)
 
     def onebot(self, request: Request) -> Response:
         """A bridge's event, for its client, who knows the signature (ONEBOT.md)."""
         request.read_url_only()
-        child = self._controller.supervisor.children.get(self._name(request))
+        child = self._children.get(self._name(request))
         try:
             self._controller.gate.check(request)
             trusted = True
@@ -12959,7 +12799,7 @@ class ControllerApi:
             trusted = False
             if child is None or child.process is None:
                 raise  # who is there is none of a stranger's business
-        return self._proxy.forward(request, self._alive(request).port, trusted)
+        return self._pass_on(request, trusted)
 
     def index(self, request: Request) -> Response:
         """What a browser sees at /."""
@@ -13102,42 +12942,37 @@ def run_child() -> int:
     """`--client`: what a controller starts."""
     sys.executable = os.environ.pop("OPENQQ_PYTHON", sys.executable)
     sys.modules.setdefault("openqq", sys.modules[__name__])
-    life = os.environ.get("OPENQQ_LIFE", "")
+    life = os.environ.get("OPENQQ_LIFE", "")  # a descriptor of our own: a template may take it
+    line = socket.fromfd(int(life), socket.AF_INET, socket.SOCK_STREAM) if life else None
     try:
-        return run_template()
-    except OpenQQError as error:
-        leave_last_words(life, error.status)
-        raise
-    except Exception as error:
-        leave_last_words(life, f"{type(error).__name__}: {error}")
+        return run_template(line)
+    except Exception as error:  # why its client ends: check_client shows it
+        text = error.status if isinstance(error, OpenQQError) else (
+            f"{type(error).__name__}: {error}")
+        if line:
+            with contextlib.suppress(OSError):  # there is no controller any more
+                line.send(to_bytes({"log": text[-1000:]}) + b"\n")
         raise
 
 
-def end_with_controller(life: int) -> None:
+def end_with_controller(line: socket.socket) -> None:
     """For a template that never comes to run(), where the controller's end would be seen."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are not for us
-    with socket.socket(fileno=life) as line, selectors.DefaultSelector() as selector:
+    with selectors.DefaultSelector() as selector:
         selector.register(line, selectors.EVENT_READ)
         selector.select()
         time.sleep(ORPHAN_SECONDS - 1.0)  # what run() needs at most to end cleanly
         os._exit(1)
 
 
-def leave_last_words(life: str, text: str) -> None:
-    """Let the controller know why its client ends; check_client shows it."""
-    try:
-        os.write(int(life), to_bytes({"log": text[-1000:]}) + b"\n")
-    except (OSError, ValueError):
-        pass  # there is no controller any more
-
-
-def run_template() -> int:
+def run_template(line: Optional[socket.socket]) -> int:
     """Do what the template says; what the written one says is built in, and so is quicker."""
     path = os.environ.pop("OPENQQ_TEMPLATE", "")
     flavour = flavour_named(None)
     text = (read_file(path) or b"").decode("utf-8", "replace") if path else ""
     if text and text != default_template(flavour):
-        spawn(end_with_controller, os.dup(int(os.environ.get("OPENQQ_LIFE", "0"))))
+        if line:
+            spawn(end_with_controller, line)
         add_site_packages()
         exec(compile(text, path, "exec"), {"__name__": "__main__", "__file__": path})
         return 0
