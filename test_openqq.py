@@ -10348,7 +10348,8 @@ def test_each_call_asks_the_bridge_for_the_action_of_the_table(qq, path, params,
         qq.events_of(comes(30001, 40001))
 
 
-def test_each_way_to_a_bridge_brings_messages_notices_and_calls(each_way):
+@pytest.mark.parametrize("each_way", ["webhook", "ws-too"], indirect=True)
+def test_the_other_ways_to_a_bridge_bring_messages_notices_and_calls(each_way):
     for name in list(QQ_MESSAGES)[:3]:
         test_messages_on_qq_say_where_they_come_from_and_who_wrote_them(
             each_way, *QQ_MESSAGES[name])
