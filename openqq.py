@@ -7718,12 +7718,16 @@ def member_row(row: Row) -> Row:
 # -- the ways to a bridge
 
 class Bridge:
-    """One connection to a bridge: calls there, events back. One subclass per way."""
+    """One connection to a bridge: calls there, events back. One subclass per way.
 
-    open: Callable[[], None]         # connect. Unreachable
-    listen: Callable[[], None]       # give events to `hear` until the bridge is lost: Unreachable
-    ask: Callable[[str, Row, float], Row]  # (action, params, seconds): the bridge's answer,
-    #                                  whatever it says. Unreachable, Declined
+    open()                        connect. Unreachable
+    listen()                      give events to `hear` until the bridge is lost: Unreachable
+    ask(action, params, seconds)  the bridge's answer, whatever it says. Unreachable, Declined
+    """
+
+    open: Callable[[], None]
+    listen: Callable[[], None]
+    ask: Callable[[str, Row, float], Row]
     REFUSED = "the bridge refuses onebot_token"
 
     def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
@@ -7896,11 +7900,11 @@ def wording(row: Row) -> str:
 class LoginPage:
     """A page of the bridge's with its QR code (ONEBOT.md, "Login QR").
 
-    A token that was refused is not offered again: LLBot locks the page for that.
+    look() tells whether the bridge is logged in, the code's text, and what is wrong. Unreachable. A
+    token that was refused is not offered again: LLBot locks the page for that.
     """
 
     PORT = 0
-    # whether the bridge is logged in, the code's text, and what is wrong. Unreachable
     look: Callable[[], Tuple[bool, str, str]]
 
     def __init__(self, url: str, token: str) -> None:
