@@ -9833,15 +9833,8 @@ class Listing:
         self.began = 0.0             # since then
         self.answers = 0             # how often it told it, or did not
         self.failures = 0            # how often it did not, since it last was good
-        self._timer: Optional[Timer] = None
         self._told: Set[str] = set()
         self._since: Optional[float] = None
-
-    def plan(self, timer: Optional[Timer]) -> None:
-        """When it is asked for again, instead of what was planned; None: not by itself."""
-        if self._timer:
-            self._timer.cancel()
-        self._timer = timer
 
     def doubt(self, known: Iterable[str], told: Iterable[str]) -> str:
         """Why the uids that the list told are not believed, in words; empty if they are."""
@@ -9914,11 +9907,6 @@ class Details:
         roster = self._client.roster
         roster.load({"friend": [], "group": []}, ["friend", "group"], roster.changes)
 
-    def cancel(self) -> None:
-        """The link is asked for no list before somebody says so."""
-        for listing in self._lists.values():
-            listing.plan(None)
-
     def asking(self) -> bool:
         """Whether a list is still to come."""
         return any(listing.asking for listing in self._lists.values())
@@ -9927,7 +9915,7 @@ class Details:
         """Have the link asked for a list now, unless that is under way; `anew` after a new login,
         of which nothing is known yet."""
         listing = self._lists[kind]
-        listing.plan(None)
+        self._client.unplan(kind)
         if anew:
             listing.loaded = listing.good = False
         if not listing.asking:
@@ -9956,7 +9944,7 @@ class Details:
             client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, "
                         "and it is asked again")
             if why:
-                listing.plan(client.timers.later(wait, self.ask, kind))
+                client.plan(kind, wait, self.ask, kind)
             elif listing.loaded:
                 self.compare({kind: rows}, before)
             else:
@@ -9990,7 +9978,7 @@ class Details:
                 answers = listing.answers
                 if not listing.asking:  # not for each: callers may come one by one
                     wait = listing.began + LOGIN_SECONDS - client.timers.clock()
-                    listing.plan(client.timers.later(max(0.0, wait), self.ask, kind))
+                    client.plan(kind, max(0.0, wait), self.ask, kind)
                 if not client.changed.wait_for(lambda: listing.answers != answers, DETAIL_SECONDS):
                     listing.good = False  # until it comes
         known: Optional[Thing] = client.roster.table(kind).get(uid)
@@ -10067,7 +10055,6 @@ class Login:
         self._turn = 0                           # which login; the answers of former ones are void
         self._claim: Optional[PidFile] = None    # on what the account is called outside
         self._codes = self._tries = 0
-        self._plans: Dict[str, Timer] = {}       # what is to come: code, refresh, claim
         self.network: Optional[LocalNetwork] = None  # of a client alone
         hook = self._hook
         hooks = Hooks(hook(self._show), hook(self._wait), hook(self._scanned),
@@ -10098,18 +10085,9 @@ class Login:
                     act(*args)
         return hook
 
-    def _plan(self, what: str, seconds: float, act: Callable[..., None], *args: Any) -> None:
-        """Have something done later, instead of what was planned under the same name."""
-        if what in self._plans:
-            self._plans[what].cancel()
-        self._plans[what] = self._client.timers.later(seconds, act, *args)
-
     def _cancel(self) -> None:
         """This login is over, or what it showed: nothing that was planned for it happens."""
-        for what, timer in self._plans.items():
-            if what != "claim":
-                timer.cancel()
-        self._client.details.cancel()
+        self._client.unplan("code", "refresh", "friend", "group")
         self._turn += 1
         self._client.changed.notify_all()
 
@@ -10170,7 +10148,7 @@ class Login:
                                      client.api_url("get_qrcode")])
         self._cancel()
         if not self.link.real:
-            self._plan("code", seconds, self._expire)
+            client.plan("code", seconds, self._expire)
 
     def _expire(self) -> None:
         self._client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
@@ -10272,7 +10250,7 @@ class Login:
             client.warn("claim", "")
         except Refusal as refusal:
             client.warn("claim", f"{refusal.status}: both hear and answer the same; stop one")
-            self._plan("claim", LIST_SECONDS, self._claim_account)  # it may stop
+            client.plan("claim", LIST_SECONDS, self._claim_account)  # it may stop
 
     def end(self) -> None:
         """The client stops."""
@@ -10288,8 +10266,8 @@ class Login:
     def _plan_refresh(self) -> None:
         interval = self._client.settings.update_interval
         if interval:
-            self._plan("refresh", max(1.0, interval), self._workers.submit, self._attempt,
-                       self._refresh)
+            self._client.plan("refresh", max(1.0, interval), self._workers.submit,
+                              self._attempt, self._refresh)
 
     def _refresh(self) -> None:
         """In a worker: look whether what is known is still so, and have the lists asked for."""
@@ -10382,7 +10360,6 @@ class Talk(Composer):
         self._ids = MessageIds()
         self.numbers: Dict[str, Any] = {}         # id of a message -> the link's number for it
         self._own: List[Row] = []                 # perhaps what we are sending just now
-        self._own_timer: Optional[Timer] = None   # when it is told all the same
         self._answered: List[Tuple[str, Job]] = []  # sent; the answer comes with the item of a mark
         self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
         self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
@@ -10485,7 +10462,7 @@ class Talk(Composer):
                 own = [item for item in items if item["do"] == "sent"]
                 items = [item for item in items if item["do"] != "sent"]
                 if own and not self._own:
-                    self._own_timer = client.timers.later(BRIDGE_SECONDS, self._tell_own)
+                    client.plan("own", BRIDGE_SECONDS, self._tell_own)
                 self._own += own
                 if self._link.echoes:
                     began = queue.began
@@ -10520,8 +10497,7 @@ class Talk(Composer):
 
     def _tell_own(self) -> None:
         """What came while a send was under way, and may be that."""
-        if self._own_timer:
-            self._own_timer.cancel()
+        self._client.unplan("own")
         own, self._own = self._own, []
         with self._client.batch():
             for item in own:
@@ -10654,6 +10630,7 @@ class Client:
         self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
         self._crew = ThreadPool(1, "callbacks", self.log)
         self._batches = 0                            # batch() within batch()
+        self._plans: Dict[str, Timer] = {}           # what is to come, by its name
         self.details = Details(self)
         self.look_for, self.is_certain = self.details.look_for, self.details.is_certain
         self._login = Login(self)
@@ -10768,6 +10745,17 @@ class Client:
         return f"{self.public_url()}{self.flavour.prefix}{api}{query}"
 
     # -- the state, with the lock held
+
+    def plan(self, what: str, seconds: float, act: Callable[..., None], *args: Any) -> None:
+        """Have something done later, instead of what was planned under the same name."""
+        self.unplan(what)
+        self._plans[what] = self.timers.later(seconds, act, *args)
+
+    def unplan(self, *names: str) -> None:
+        """Let it not happen."""
+        for name in names:
+            if name in self._plans:
+                self._plans.pop(name).cancel()
 
     def enter(self, state: str, error: str = "") -> None:
         """The one door for a change of state: the file first, then everybody hears of it."""
