@@ -9211,16 +9211,19 @@ class Parent:
         """Send what there is, as far as the line takes it; a thread does the rest."""
         with self._lock:
             if self._unsent and not self._writing and not self._send():
-                self._writing = True
-                spawn(self._write, name="life line")
+                with contextlib.suppress(RuntimeError):  # no thread: the next flush() does it
+                    spawn(self._write, name="life line")
+                    self._writing = True
 
     def _write(self) -> None:
-        while self._writing:
+        sent = False
+        while not sent:
             with selectors.DefaultSelector() as selector:
                 selector.register(self.life, selectors.EVENT_WRITE)
                 selector.select()
             with self._lock:
-                self._writing = not self._send()
+                sent = self._send()
+                self._writing = not sent
 
     def _send(self) -> bool:
         """Whether all has been sent, or there is no controller any more."""
@@ -11825,6 +11828,9 @@ ABOUT_THE_CALLER = re.compile("origin|authorization|cookie|forwarded|via|x-real-
                               "(sec-fetch|x-forwarded)-.*")
 READS = re.compile("/open(qq|wx)/(get|search)_")
 WAITS = re.compile("/open(qq|wx)/(check_event|consult)")
+# The controller's own settings that its clients have too.
+SHARED = ("log_level", "tmpdir", "log_encoding", "public_url", "allowed_hosts", "disable_color",
+          "http_debug", "http_max_message_size")
 
 
 class Account:
@@ -11865,7 +11871,6 @@ class Child(Account):
     def __init__(self, name: str, given: Dict[str, str], listener: socket.socket) -> None:
         super().__init__(name, given, 0, listener.getsockname()[1])
         self.listener = listener                     # ours too, so that the port stays taken
-        self.unserved = False                        # we hang up on its callers
         self.forget: Set[str] = set()                # secrets that its cookie file is to lose
         self.phase, self.state = "stopped", "init"
         self.since = time.time()                     # in this state
@@ -12049,13 +12054,12 @@ class Supervisor:
 
     def release(self, child: Child) -> None:
         """Give a child's port back."""
-        self._serve_again(child)
+        self._hang_up_no_more(child)
         child.listener.close()
 
-    def _serve_again(self, child: Child) -> None:
-        if child.unserved:
+    def _hang_up_no_more(self, child: Child) -> None:
+        with contextlib.suppress(KeyError):          # it never died
             self._timers.unwatch(child.listener)
-            child.unserved = False
 
     def count_states(self) -> Dict[str, int]:
         """How many children are in each state; `failed` those that are not started again."""
@@ -12082,7 +12086,7 @@ class Supervisor:
         python = os.environ.get("OPENQQ_PYTHON", sys.executable)
         try:
             ours, theirs = socket.socketpair()
-            try:
+            with theirs:
                 process = self._spawn(
                     [os.path.join(os.path.dirname(python), name), "-S",
                      *python_words("--client")],
@@ -12090,8 +12094,6 @@ class Supervisor:
                     pass_fds=(theirs.fileno(), child.listener.fileno()),
                     env={**environment, "OPENQQ_LIFE": str(theirs.fileno()),
                          "OPENQQ_LISTEN": str(child.listener.fileno()), "OPENQQ_PYTHON": python})
-            finally:
-                theirs.close()
         except (OSError, ValueError) as error:
             with owner.lock:
                 child.lines.append(f"cannot be started: {error}")
@@ -12110,7 +12112,7 @@ class Supervisor:
         with owner.lock:
             child.process, child.pid, child.making = process, process.pid, False
             child.life, child.heard = ours, bytearray()
-            self._serve_again(child)  # only now: without a process nobody is to wait in the backlog
+            self._hang_up_no_more(child)             # only now somebody takes its callers
             self._timers.watch(ours, lambda: self.listen(child))
             self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
             if child.phase != "starting":
@@ -12122,12 +12124,7 @@ class Supervisor:
         kept = {name: value for name, value in os.environ.items()
                 if KEPT_ENVIRONMENT.fullmatch(name)}
         flavour, settings = self._owner.flavour, self._owner.settings
-        given = {"log_level": settings.log_level, "tmpdir": settings.tmpdir,
-                 "log_encoding": settings.log_encoding, "public_url": settings.public_url,
-                 "allowed_hosts": ",".join(settings.allowed_hosts),
-                 "disable_color": str(int(settings.disable_color)),
-                 "http_debug": str(int(settings.http_debug)),
-                 "http_max_message_size": str(settings.http_max_message_size),
+        given = {**{name: SETTINGS[name].text(getattr(settings, name)) for name in SHARED},
                  **inherited(flavour), **child.given,
                  "account": child.name, "port": str(child.port)}
         if not given.get("post_api") and settings.post_api:
@@ -12156,7 +12153,6 @@ class Supervisor:
         with self._owner.lock:
             self._enter(child, "stop")
             self._timers.watch(child.listener, lambda: self._hang_up(child))
-            child.unserved = True
             self.step(child, status=status)
             self._owner.changed()
 
@@ -12228,7 +12224,7 @@ class Supervisor:
         """End the connections that nobody takes: their callers get 502 instead of waiting."""
         child.listener.setblocking(False)
         with contextlib.suppress(OSError):           # there is none any more
-            while child.unserved:
+            while child.process is None:
                 child.listener.accept()[0].close()
 
 
@@ -12610,8 +12606,7 @@ class Controller:
         supervisor = self.supervisor
         self._await(lambda: name not in supervisor.leaving)
         with self.lock:
-            self._check_room()
-            self._check_template()
+            self._check_start()
             former = supervisor.children.pop(name, None)
             if former:
                 self.remember(former)
@@ -12633,9 +12628,7 @@ class Controller:
         if settings == child.given and not cleared(given):
             return
         with self.lock:
-            if not child.alive():
-                self._check_room()
-            self._check_template()
+            self._check_start(child.alive())
             trial = self.supervisor.renew(child, settings, cleared(given) | {
                 name for name in child.forget if name not in settings})
             self.changed()
@@ -12669,14 +12662,13 @@ class Controller:
         if len(self.former) > MEMORY_LIMIT:
             del self.former[next(iter(self.former))]
 
-    def _check_room(self) -> None:
+    def _check_start(self, alive: bool = False) -> None:
+        """Whether a process may be made, for a client that is alive or not."""
         if self.supervisor.ending:
             raise NotRunning("stopping")
-        alive = sum(child.alive() for child in self.supervisor.children.values())
-        if alive >= self.settings.max_clients:
+        if not alive and self.settings.max_clients <= sum(
+                child.alive() for child in self.supervisor.children.values()):
             raise TooManyClients()
-
-    def _check_template(self) -> None:
         data = read_file(self.settings.template_path) or b""
         try:
             compile(data, self.settings.template_path, "exec")
@@ -12705,11 +12697,10 @@ class Controller:
         self._dirty = False
         if self.supervisor.ending:
             return  # what ran when we were told to stop is to be resumed
-        children = self.supervisor.children.values()
-        rows = {account.name: {"pid": account.pid, "port": account.port, "run": run,
-                               "given": account.open_settings()} for account, run in [
-            *((account, False) for account in self.former.values()),
-            *((child, child.alive()) for child in children)]}
+        rows = {account.name: {"pid": account.pid, "port": account.port,
+                               "run": isinstance(account, Child) and account.alive(),
+                               "given": account.open_settings()}
+                for account in [*self.former.values(), *self.supervisor.children.values()]}
         try:
             write_file(self.settings.backend_path, to_bytes(rows))
         except OSError as error:
