@@ -9294,16 +9294,19 @@ class Parent:
         """Send what there is, as far as the line takes it; a thread does the rest."""
         with self._lock:
             if self._unsent and not self._writing and not self._send():
-                self._writing = True
-                spawn(self._write, name="life line")
+                with contextlib.suppress(RuntimeError):  # no thread: the next flush() does it
+                    spawn(self._write, name="life line")
+                    self._writing = True
 
     def _write(self) -> None:
-        while self._writing:
+        sent = False
+        while not sent:
             with selectors.DefaultSelector() as selector:
                 selector.register(self.life, selectors.EVENT_WRITE)
                 selector.select()
             with self._lock:
-                self._writing = not self._send()
+                sent = self._send()
+                self._writing = not sent
 
     def _send(self) -> bool:
         """Whether all has been sent, or there is no controller any more."""
@@ -11707,6 +11710,9 @@ ABOUT_THE_CALLER = re.compile("origin|authorization|cookie|forwarded|via|x-real-
                               "(sec-fetch|x-forwarded)-.*")
 READS = re.compile("/open(qq|wx)/(get|search)_")
 WAITS = re.compile("/open(qq|wx)/(check_event|consult)")
+# The controller's own settings that its clients have too.
+SHARED = ("log_level", "tmpdir", "log_encoding", "public_url", "allowed_hosts", "disable_color",
+          "http_debug", "http_max_message_size")
 
 
 class Account:
@@ -11753,16 +11759,15 @@ class Child(Account):
         self.since = time.time()                     # in this state
         self.making = False                          # a thread makes its process just now
         self.process: Any = None                     # subprocess.Popen while it lives
+        self.turn = 0                                # which of the CPUs
         self.life: Optional[socket.socket] = None
         self.heard = bytearray()                     # of a line that is not complete yet
         self.restarts = -1                           # starts after the first
         self.tries = 0                               # starts without reaching running
         self.running_since = 0.0
-        self.due = float("inf")                      # when time moves it on: Supervisor.step
-        self.timer: Optional[Timer] = None           # for that
+        self.timer: Optional[Timer] = None           # when time moves it on
         self.waiting: Optional[Timer] = None         # for client_waiting
         self.trial: Optional[Trial] = None
-        self.unserved = False                        # we hang up on its port's callers
 
     def alive(self) -> bool:
         """Whether it runs, or will in a moment."""
@@ -11772,8 +11777,8 @@ class Child(Account):
 class Supervisor:
     """Keeps the clients' processes alive: makes them, hears them, ends them.
 
-    All methods are called with the controller's lock held, but for those that say otherwise:
-    they make a process, or wait for the end of one.
+    All methods are called with the controller's lock held, but for those that make a process or
+    wait for the end of one.
     """
 
     YOUNG_SECONDS = 1.0
@@ -11792,38 +11797,35 @@ class Supervisor:
 
     # -- from one phase to the next
 
-    def step(self, child: Child, status: Optional[int] = None) -> None:
-        """All that becomes of a child with time, and by the end of its process (exit `status`).
-
-        It is called when `due` has come, when the client says another state, when its process
-        has ended; a call too many does no harm.
-        """
-        now, trial = self._timers.clock(), child.trial
-        if child.phase == "starting" and child.state == "running":
-            child.phase, child.tries, child.running_since = "running", 0, now  # starting -> running
+    def step(self, child: Child, due: bool = False, status: Optional[int] = None) -> None:
+        """All that becomes of a child: by time (`due`), when the client says another state, when
+        its process has ended (`status`)."""
+        phase, trial = child.phase, child.trial
+        if phase == "starting" and child.state == "running":    # starting -> running
+            child.phase, child.tries = "running", 0
+            child.running_since = self._timers.clock()
             child.lines.clear()
         if status is None:
-            if child.phase in ("stopping", "renewing") and now >= child.due and child.process:
+            if phase in ("stopping", "renewing") and due and child.process:
                 child.process.kill()                 # it does not heed TERM; its end is heard of
-            elif child.phase == "backoff" and now >= child.due:
+            elif phase == "backoff" and due:
                 self._begin(child)                   # backoff -> starting
-            elif trial and child.phase in ("starting", "running") and (
-                    child.state != "init" or now >= child.due):
+            elif trial and phase == "starting" and (due or child.state != "init"):
                 self._decide(child)                  # it serves, or lives, with its new settings
-            # A child that is starting may take for ever: logging in waits for a person. One that
-            # is waiting is moved on by the end of a process that is not ours (resume).
+            # A child may be starting for ever: logging in waits for a person. One that is waiting
+            # is moved on by the end of a process that is not ours (make).
             return
         child.process, child.making = None, False
-        if child.phase == "stopping" or self.ending:
+        if phase == "stopping" or self.ending:
             self._log.info(f"client {child.name} stopped")
             self._stopped(child)                     # stopping -> stopped
-        elif child.phase == "renewing":
-            self._begin_anew(child)                  # renewing -> starting, on trial
+        elif phase == "renewing":
+            self._begin(child, anew=True)            # renewing -> starting, on trial
         elif trial:
             self._log.error(f"client {child.name} died of its new settings: it has those of before")
             child.given, child.forget = trial.given, trial.forget
             self._decide(child, ClientDied(reason="\n".join(child.lines)))
-            self._begin_anew(child)                  # starting, on trial -> starting, as before
+            self._begin(child, anew=True)            # starting, on trial -> starting, as before
         elif status == 0:
             self._log.info(f"client {child.name} ended by itself")
             self._stopped(child)                     # running -> stopped: somebody told it to
@@ -11834,38 +11836,33 @@ class Supervisor:
                 child.phase = "failed"               # starting, running -> failed
                 self._log.error(f"client {child.name} died ({how}) and is not started again")
                 self._owner.report(child, "client_failed", "\n".join(child.lines))
-            else:
-                young = now - child.running_since < self.YOUNG_SECONDS
-                wait = backoff(child.tries - 1) if child.tries else 1.0 if young else 0.0
-                self._log.warn(f"client {child.name} died ({how}); starting it again"
-                               + (f" in {wait:g} s" if wait else ""))
-                self.restarts += 1
-                child.phase = "backoff"              # starting, running -> backoff
-                self._look_again(child, wait)
+                return
+            young = self._timers.clock() - child.running_since < self.YOUNG_SECONDS
+            wait = backoff(child.tries - 1) if child.tries else 1.0 if young else 0.0
+            self._log.warn(f"client {child.name} died ({how}); starting it again"
+                           + (f" in {wait:g} s" if wait else ""))
+            self.restarts += 1
+            child.phase = "backoff"                  # starting, running -> backoff
+            self._wait(child, wait)
 
-    def _look_again(self, child: Child, seconds: float) -> None:
+    def _wait(self, child: Child, seconds: float) -> None:
         if child.timer:
             child.timer.cancel()
-        child.due = self._timers.clock() + seconds
-        child.timer = self._timers.later(seconds, self.step, child)
+        child.timer = self._timers.later(seconds, self.step, child, True)
 
-    def _begin(self, child: Child) -> None:
+    def _begin(self, child: Child, anew: bool = False) -> None:
+        if anew:                                     # with other settings: it had not died
+            child.lines.clear()
+            child.tries, child.restarts = 0, child.restarts - 1
         self.expect(child)
-        self._pool.submit(self._make_again, child)
-
-    def _begin_anew(self, child: Child) -> None:
-        """With other settings: that is no restart of one that died."""
-        child.lines.clear()
-        child.tries, child.restarts = 0, child.restarts - 1
-        self._begin(child)
+        self._pool.submit(self.make, child)
 
     def _stopped(self, child: Child) -> None:
-        child.phase, child.process, child.making = "stopped", None, False
+        child.phase = "stopped"
         if child.timer:
             child.timer.cancel()
         self.leaving.pop(child.name, None)
         self._decide(child, NotRunning("stopping"))
-        self._owner.settled.notify_all()
         self._check_done()
 
     def _decide(self, child: Child, error: Optional[OpenQQError] = None) -> None:
@@ -11873,7 +11870,12 @@ class Supervisor:
         trial, child.trial = child.trial, None
         if trial:
             trial.over, trial.error = True, error
-            self._owner.settled.notify_all()
+        self._owner.settled.notify_all()
+
+    def _check_done(self) -> None:
+        if self.ending and not any(child.process or child.making for child in
+                                   [*self.children.values(), *self.leaving.values()]):
+            self._owner.end()
 
     # -- what others want of it
 
@@ -11885,12 +11887,12 @@ class Supervisor:
         child.restarts += 1
         self._enter(child, "init")
         if child.trial:
-            self._look_again(child, TRIAL_SECONDS)
+            self._wait(child, TRIAL_SECONDS)
 
     def resume(self, child: Child, pid_file: PidFile) -> None:
         """Start a child of a former controller, once its former process is gone."""
         self.children[child.name], child.phase = child, "waiting"
-        self._resumers.submit(self._await_former, child, pid_file)
+        self._resumers.submit(self.make, child, pid_file)
 
     def renew(self, child: Child, given: Dict[str, str], forget: Set[str]) -> Trial:
         """Have a child begin anew with other settings, on its port; if it does not come up with
@@ -11910,14 +11912,14 @@ class Supervisor:
     def _end(self, child: Child, phase: str) -> None:
         """TERM, and KILL after a while."""
         child.phase = phase
-        if child.process or child.making:
+        if child.process or child.making:            # what is being made ends as soon as it can
             if child.process:
                 child.process.terminate()
-            self._look_again(child, KILL_SECONDS)
+            self._wait(child, KILL_SECONDS)
         elif phase == "stopping":
             self._stopped(child)
         else:
-            self._begin_anew(child)
+            self._begin(child, anew=True)
 
     def stop_all(self) -> None:
         """End all children at once, KILL those that were told so before; `owner.end()` is called
@@ -11930,20 +11932,14 @@ class Supervisor:
                 child.process.kill()
         self._check_done()
 
-    def _check_done(self) -> None:
-        if self.ending and not any(child.process or child.making for child in
-                                   [*self.children.values(), *self.leaving.values()]):
-            self._owner.end()
-
     def release(self, child: Child) -> None:
         """Give a child's port back."""
-        self._serve_again(child)
+        self._hang_up_no_more(child)
         child.listener.close()
 
-    def _serve_again(self, child: Child) -> None:
-        if child.unserved:
+    def _hang_up_no_more(self, child: Child) -> None:
+        with contextlib.suppress(KeyError):          # it never died
             self._timers.unwatch(child.listener)
-            child.unserved = False
 
     def count_states(self) -> Dict[str, int]:
         """How many children are in each state; `failed` those that are not started again."""
@@ -11954,79 +11950,60 @@ class Supervisor:
 
     # -- processes; these are called without the lock
 
-    def start(self, child: Child) -> None:
-        """Make the process of a new child that was to be expected. StartFailure."""
-        try:
-            self._make(child)
-        except (OSError, ValueError) as error:
-            self._log.error(f"client {child.name} cannot be started: {error}")
-            with self._owner.lock:
-                self.children.pop(child.name, None)
-                self._stopped(child)
-                self.release(child)
-            raise StartFailure(reason=str(error)) from None
-
-    def _make(self, child: Child) -> None:
-        """Make a child's process, with its port's socket and a life line. OSError."""
+    def make(self, child: Child, pid_file: Optional[PidFile] = None, first: bool = False) -> None:
+        """Make a child's process, with its port's socket and a life line; of one that is resumed,
+        once the former one is gone. StartFailure of the first one, the others are tried again."""
         owner = self._owner
+        if pid_file:
+            pid_file.await_end()
         with owner.lock:
+            if child.phase == "waiting":
+                self.expect(child)                   # waiting -> starting
+            elif pid_file:
+                return                               # it was stopped meanwhile
             environment = self._environment(child)
         name = f"{owner.flavour.ps}client({child.name})"
         python = os.environ.get("OPENQQ_PYTHON", sys.executable)
-        ours, theirs = socket.socketpair()
         try:
-            process = self._spawn(
-                [os.path.join(os.path.dirname(python), name), "-S", *python_words("--client")],
-                executable=python, stdin=self._null, start_new_session=True,
-                pass_fds=(theirs.fileno(), child.listener.fileno()),
-                env={**environment, "OPENQQ_LIFE": str(theirs.fileno()),
-                     "OPENQQ_LISTEN": str(child.listener.fileno()), "OPENQQ_PYTHON": python})
-        except (OSError, ValueError):
-            ours.close()
-            raise
-        finally:
-            theirs.close()
+            ours, theirs = socket.socketpair()
+            with theirs:
+                process = self._spawn(
+                    [os.path.join(os.path.dirname(python), name), "-S",
+                     *python_words("--client")],
+                    executable=python, stdin=self._null, start_new_session=True,
+                    pass_fds=(theirs.fileno(), child.listener.fileno()),
+                    env={**environment, "OPENQQ_LIFE": str(theirs.fileno()),
+                         "OPENQQ_LISTEN": str(child.listener.fileno()), "OPENQQ_PYTHON": python})
+        except (OSError, ValueError) as error:
+            with owner.lock:
+                child.lines.append(f"cannot be started: {error}")
+                if first:
+                    self._log.error(f"client {child.name} cannot be started: {error}")
+                    self.children.pop(child.name, None)
+                    child.making = False
+                    self._stopped(child)
+                    self.release(child)
+                    raise StartFailure(reason=str(error)) from None
+                return self.step(child, status=127)
         ours.setblocking(False)
         if owner.settings.one_cpu:
             share_cpu(next(self._turn), process.pid)
         with owner.lock:
             child.process, child.pid, child.making = process, process.pid, False
             child.life, child.heard = ours, bytearray()
-            self._serve_again(child)  # only now: without a process nobody is to wait in the backlog
+            self._hang_up_no_more(child)             # only now somebody takes its callers
             self._timers.watch(ours, lambda: self.listen(child))
             self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
             if child.phase != "starting":
-                process.terminate()   # somebody wanted so meanwhile
+                process.terminate()                  # somebody said so meanwhile
             owner.changed()
-
-    def _make_again(self, child: Child) -> None:
-        try:
-            self._make(child)
-        except (OSError, ValueError) as error:
-            with self._owner.lock:
-                child.lines.append(f"cannot be started: {error}")
-                self.step(child, 127)
-                self._owner.changed()
-
-    def _await_former(self, child: Child, pid_file: PidFile) -> None:
-        pid_file.await_end()
-        with self._owner.lock:
-            if child.phase != "waiting":
-                return
-            self.expect(child)                       # waiting -> starting
-        self._make_again(child)
 
     def _environment(self, child: Child) -> Dict[str, str]:
         """A client's environment, made from scratch."""
         kept = {name: value for name, value in os.environ.items()
                 if KEPT_ENVIRONMENT.fullmatch(name)}
         flavour, settings = self._owner.flavour, self._owner.settings
-        given = {"log_level": settings.log_level, "tmpdir": settings.tmpdir,
-                 "log_encoding": settings.log_encoding, "public_url": settings.public_url,
-                 "allowed_hosts": ",".join(settings.allowed_hosts),
-                 "disable_color": str(int(settings.disable_color)),
-                 "http_debug": str(int(settings.http_debug)),
-                 "http_max_message_size": str(settings.http_max_message_size),
+        given = {**{name: SETTINGS[name].text(getattr(settings, name)) for name in SHARED},
                  **inherited(flavour), **child.given,
                  "account": child.name, "port": str(child.port)}
         if not given.get("post_api") and settings.post_api:
@@ -12046,46 +12023,42 @@ class Supervisor:
         """Learn how a process ended that let go of its life line."""
         process = child.process
         try:
-            status = int(process.wait(1.0))
+            process.wait(1.0)
         except Exception:  # subprocess.TimeoutExpired, which is not imported here
             process.kill()
-            status = int(process.wait())
+        status = process.wait()
         TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
         self._owner.detach(child.name)
         with self._owner.lock:
             self._enter(child, "stop")
             self._timers.watch(child.listener, lambda: self._hang_up(child))
-            child.unserved = True
-            self.step(child, status)
+            self.step(child, status=status)
             self._owner.changed()
-            self._check_done()
 
     # -- what clients say
 
     def listen(self, child: Child) -> None:
         """Take what has come up a child's life line (Parent): its end tells that of the process."""
-        if child.life is None:
-            return
         try:
-            data = child.life.recv(262_144)
+            data = child.life.recv(262_144) if child.life else None
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        if not data:
-            return self._let_go(child)
-        child.heard += data
-        if b"\n" in data:
-            *lines, child.heard = child.heard.split(b"\n")
-            for line in lines:
-                self._hear(child, bytes(line))
+        if data == b"":
+            self._let_go(child)
+        elif data:
+            child.heard += data
+            if b"\n" in data:
+                *lines, child.heard = child.heard.split(b"\n")
+                for line in lines:
+                    self._hear(child, bytes(line))
 
     def _hear(self, child: Child, line: bytes) -> None:
         """An event is passed on as it is: only its readers need to know what it says."""
         if line.startswith((b"+", b"-")):
-            event = b'{"client":' + to_bytes(child.name) + b"," + line[2:]
-            return self._owner.store.add(event) if line[:1] == b"+" else (
-                self._owner.store.tell(event))
+            put = self._owner.store.add if line.startswith(b"+") else self._owner.store.tell
+            return put(b'{"client":' + to_bytes(child.name) + b"," + line[2:])
         try:
             news = from_bytes(line)
         except ValueError:
@@ -12098,6 +12071,19 @@ class Supervisor:
         if "state" in news:
             self._enter(child, str(news["state"]))
             self.step(child)
+
+    def _enter(self, child: Child, state: str) -> None:
+        old, child.state = child.state, state
+        if state == old:
+            return
+        child.since = time.time()
+        self._owner.tell(child, "state_change", [old, state])
+        if state in LOGGING_IN and child.waiting is None:  # somebody should know if nobody scans
+            child.waiting = self._timers.later(WAITING_SECONDS, self._owner.report, child,
+                                               "client_waiting")
+        elif state not in LOGGING_IN and child.waiting:
+            child.waiting.cancel()
+            child.waiting = None
 
     def _let_go(self, child: Child) -> None:
         assert child.life is not None
@@ -12113,27 +12099,12 @@ class Supervisor:
                 self._let_go(child)
         self._timers.later(max(1.0, self._owner.settings.check_interval), self.look_after)
 
-    def _enter(self, child: Child, state: str) -> None:
-        old, child.state = child.state, state
-        if state == old:
-            return
-        child.since = time.time()
-        self._owner.tell(child, "state_change", [old, state])
-        if state in LOGGING_IN and child.waiting is None:  # somebody should know if nobody scans
-            child.waiting = self._timers.later(WAITING_SECONDS, self._owner.report, child,
-                                               "client_waiting")
-        elif state not in LOGGING_IN and child.waiting:
-            child.waiting.cancel()
-            child.waiting = None
-
     def _hang_up(self, child: Child) -> None:
         """End the connections that nobody takes: their callers get 502 instead of waiting."""
-        try:
-            child.listener.setblocking(False)
-            while child.unserved:
+        child.listener.setblocking(False)
+        with contextlib.suppress(OSError):           # there is none any more
+            while child.process is None:
                 child.listener.accept()[0].close()
-        except OSError:
-            pass  # that was the last one
 
 
 def inherited(flavour: Type[Flavour]) -> Dict[str, str]:
@@ -12190,10 +12161,8 @@ def pass_on(request: Request, port: int, token: str = "", trusted: bool = True) 
         else:
             body = reply.read(reply.length)
         return Response(body, kind, reply.status, fields, pieces)
-    except TooSlow:
-        raise TooSlow("client not reachable") from None
-    except Unreachable:
-        raise Unreachable("client not reachable") from None
+    except Unreachable as error:
+        raise type(error)("client not reachable") from None
 
 
 def stream_of(reply: Reply, caller: Optional[socket.socket]) -> Iterator[bytes]:
@@ -12442,10 +12411,7 @@ class Controller:
         accounts = read_accounts(self.settings.accounts, self.log) if self.settings.accounts else {}
         for name, row in backend.items():
             if isinstance(row, dict):
-                self._recall(name, row)
-        for name, known in list(self.former.items()):
-            if self.settings.resume and backend[name].get("run"):
-                self._resume(known, accounts.get(name, {}))
+                self._recall(name, row, accounts.get(name, {}))
         for name, given in accounts.items():
             try:
                 if name not in self.supervisor.children:
@@ -12453,8 +12419,9 @@ class Controller:
             except OpenQQError as error:
                 self.log.error(f"accounts file: {name} cannot be started: {error.status}")
 
-    def _recall(self, name: str, row: Row) -> None:
-        """Know again what a former controller remembered, as far as it makes sense."""
+    def _recall(self, name: str, row: Row, anew: Dict[str, str]) -> None:
+        """Know again what a former controller remembered, as far as it makes sense, and resume
+        what ran; what the operator's file says is given `anew`."""
         given: Dict[str, str] = {}
         for key, value in (row["given"] if isinstance(row.get("given"), dict) else {}).items():
             try:
@@ -12462,22 +12429,17 @@ class Controller:
             except ValueError as error:
                 self.log.warn(f"client {name}: {error}; going on without")
         try:
-            self.former[check_name(name)] = Account(name, renewed({}, given), 0,
-                                                    _port(str(row.get("port"))))
-        except (NotAllowed, ValueError) as error:
+            known = Account(check_name(name), renewed({}, given), 0, _port(str(row.get("port"))))
+            self.former[name] = known
+            if self.settings.resume and row.get("run"):
+                child = Child(name, renewed(known.given, anew),
+                              open_port(self.settings.backend_start_port, known.port))
+                child.forget = cleared(anew)
+                with self.lock:
+                    del self.former[name]
+                    self.supervisor.resume(child, PidFile(self.path_of(child, "pid_path")))
+        except (OpenQQError, ValueError) as error:
             self.log.warn(f"client {name} cannot be resumed: {error}")
-
-    def _resume(self, known: Account, given: Dict[str, str]) -> None:
-        """What the operator's file says is given anew."""
-        try:
-            child = Child(known.name, renewed(known.given, given),
-                          open_port(self.settings.backend_start_port, known.port))
-        except OpenQQError as error:
-            return self.log.warn(f"client {known.name} cannot be resumed: {error}")
-        child.forget = cleared(given)
-        with self.lock:
-            del self.former[known.name]
-            self.supervisor.resume(child, PidFile(self.path_of(child, "pid_path")))
 
     # -- clients; whoever calls these has the client's turn, and no lock
 
@@ -12507,8 +12469,7 @@ class Controller:
         supervisor = self.supervisor
         self._await(lambda: name not in supervisor.leaving)
         with self.lock:
-            self._check_room()
-            self._check_template()
+            self._check_start()
             former = supervisor.children.pop(name, None)
             if former:
                 self.remember(former)
@@ -12518,7 +12479,7 @@ class Controller:
                 self.settings.backend_start_port, former.port if former else 0))
             child.forget = cleared(given)
             supervisor.expect(child)
-        supervisor.start(child)
+        supervisor.make(child, first=True)
         with self.lock:
             self.former.pop(name, None)
         return child
@@ -12530,9 +12491,7 @@ class Controller:
         if settings == child.given and not cleared(given):
             return
         with self.lock:
-            if not child.alive():
-                self._check_room()
-            self._check_template()
+            self._check_start(child.alive())
             trial = self.supervisor.renew(child, settings, cleared(given) | {
                 name for name in child.forget if name not in settings})
             self.changed()
@@ -12566,14 +12525,13 @@ class Controller:
         if len(self.former) > MEMORY_LIMIT:
             del self.former[next(iter(self.former))]
 
-    def _check_room(self) -> None:
+    def _check_start(self, alive: bool = False) -> None:
+        """Whether a process may be made, for a client that is alive or not."""
         if self.supervisor.ending:
             raise NotRunning("stopping")
-        alive = sum(child.alive() for child in self.supervisor.children.values())
-        if alive >= self.settings.max_clients:
+        if not alive and self.settings.max_clients <= sum(
+                child.alive() for child in self.supervisor.children.values()):
             raise TooManyClients()
-
-    def _check_template(self) -> None:
         data = read_file(self.settings.template_path) or b""
         try:
             compile(data, self.settings.template_path, "exec")
@@ -12602,11 +12560,10 @@ class Controller:
         self._dirty = False
         if self.supervisor.ending:
             return  # what ran when we were told to stop is to be resumed
-        children = self.supervisor.children.values()
-        rows = {account.name: {"pid": account.pid, "port": account.port, "run": run,
-                               "given": account.open_settings()} for account, run in [
-            *((account, False) for account in self.former.values()),
-            *((child, child.alive()) for child in children)]}
+        rows = {account.name: {"pid": account.pid, "port": account.port,
+                               "run": isinstance(account, Child) and account.alive(),
+                               "given": account.open_settings()}
+                for account in [*self.former.values(), *self.supervisor.children.values()]}
         keep_file(self.settings.backend_path, to_bytes(rows), self.log)
 
     def tell(self, account: Account, event: str, params: List[Json], **more: Json) -> Row:

@@ -8119,17 +8119,18 @@ class Nursery:
         self.ended.append(self.now)
 
     def _spawn(self, words, executable, **kwargs):
-        self.starts.append(self.now - 1000.0)
+        began = self.now - 1000.0
         self.processes.append(subprocess.Popen(
             [sys.executable, "-ISc", "import os, signal, sys, time\n"
              "say = lambda text: os.write(int(os.environ['OPENQQ_LIFE']), text.encode())\n"
              + self.program], **kwargs))
+        self.starts.append(began)
         return self.processes[-1]
 
     def start(self):
         with self.lock:
             self.supervisor.expect(self.child)
-        self.supervisor.start(self.child)
+        self.supervisor.make(self.child, first=True)
 
     def call(self, method, *args):
         """What a method of the supervisor returns that is to be called with the lock held."""
