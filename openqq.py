@@ -1468,7 +1468,7 @@ VERBS = [
     Verb("get_avatar", READ, "A picture of a friend, of a group or of somebody in it.",
          "+friend group_id", "image", "100", "displayname=小冰", flavour="weixin"),
     Verb("accept_friend_request", ACT, "Answer a friend_request by its ticket; accept=0 declines.",
-         "ticket! accept markname", "accepted", "-1", "ticket=1",
+         "ticket! accept markname", "accepted", "-1 201", "ticket=1",
          "answer_request ticket=ticket accept=accept markname=markname", no="-1 failure",
          echo="id displayname ticket"),
     Verb("make_friend", ACT, "Ask somebody whom one shares a group with to be a friend.",
@@ -8998,7 +8998,8 @@ class ILinkLink(Link):
             return
         items, cursor = [], scalar(row.get("get_updates_buf")) or self._cursor
         for message in rows_of(row.get("msgs")):
-            number = scalar(message.get("message_id")) or ""
+            number = (scalar(message.get("message_id")) or scalar(message.get("client_id"))
+                      or os.urandom(8).hex())
             if message.get("message_type") != 1 or number in self._seen:
                 continue
             self._seen.append(number)
@@ -9063,7 +9064,7 @@ class ILinkLink(Link):
         url = scalar(media.get("full_url")) or f"{self._cdn}/download?" + urllib.parse.urlencode(
             {"encrypted_query_param": scalar(media.get("encrypt_query_param")) or ""})
         try:
-            reply = fetch(self._allowed(url), seconds=BRIDGE_SECONDS)
+            reply = fetch(self._allowed(url), seconds=DETAIL_SECONDS)  # other messages wait
             body = reply.read(MEDIA_LIMIT + 16)
             if reply.status != 200:
                 raise Unreachable(f"its server answers {reply.status}")
