@@ -15100,7 +15100,8 @@ def misfit(document, schema, value, where="answer"):
 
 
 LATE = ["kick_group_member", "relogin", "stop_client", "start_client", "delete_client"]
-NEEDS_A_TICKET = {"verify_code": (200, 201),   # what the examples cannot know, and the answer is another one than yes
+NEEDS_A_TICKET = {  # what the examples cannot know, and the answer is another one than yes
+    "verify_code": (200, 201),
     "accept_friend_request": (200, -1), "revoke_message": (200, -1), "make_friend": (200, 101),
     "get_media": (404, None), "get_qrcode": (404, None), "scan": (404, None),
     "confirm": (404, None), "onebot": (403, -1)}
