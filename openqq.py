@@ -8669,6 +8669,8 @@ class OneBotLink(BridgeLink):
     """A QQ account, through a OneBot 11 bridge (ONEBOT.md): NapCatQQ, LLBot and their like."""
 
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
+        if not settings.onebot_api:
+            raise Refusal("link=onebot needs the bridge's address: onebot_api=ws://HOST:3001", 2)
         url, page = settings.onebot_api, None
         way: Type[Bridge] = SocketBridge if url.startswith("ws") else HttpBridge
         if settings.onebot_login:  # by default on the bridge's host

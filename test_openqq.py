@@ -5419,7 +5419,7 @@ SAMPLES = {"_flag": ("1", "maybe"), "_whole": ("7", "7.5"), "_port": ("65535", "
            "_url": ("http://h/a?b=1", "gopher://h/"),
            "_bridge_url": ("wss://h:3001/", "ftp://h/")}
 CHOICES = {"flavor": "qq", "log_level": "fatal", "restart": "never", "login_type": "login",
-           "mode": "busy", "onebot_login": "llbot"}
+           "mode": "busy", "onebot_login": "llbot", "link": "local"}
 
 
 def sample(setting):
@@ -5571,7 +5571,7 @@ def test_no_hostile_value_is_taken_that_later_fails(odd):
     assert sum(map(len, taken.values())) > 500
     paths = ["cookie_path", "log_path", "state_path", "qrcode_path", "pid_path"]
     others = {"is_init_friend": "1", "onebot_api": "", "onebot_login": "", "onebot_login_api": "",
-              "qrcode_count_max": "9"}
+              "qrcode_count_max": "9", "link": "", "ilink_api": "", "ilink_cdn": ""}
 
     def live(number):
         """A client with the number-th value of each setting."""
@@ -6783,7 +6783,8 @@ def test_settings_of_a_running_client_are_changed_without_a_scan_and_nothing_is_
     row = controller.state("alice")
     assert (row["state"], row["restarts"], row["port"]) == ("running", 0, before["port"])
     assert row["pid"] == answer["pid"] != before["pid"]
-    assert [event["params"] for _, _, _, event in second.posts if is_login(event)] == [[0]]
+    assert eventually(lambda: [
+        event["params"] for _, _, _, event in second.posts if is_login(event)]) == [[0]]
     assert second.posts[-1][1]["X-Signature"] == "sha1=" + hmac_sha1("S3CRET", second.posts[-1][2])
     assert backend_of(controller)["alice"]["given"] == {"post_api": second.url,
                                                         "login_type": "login"}
