@@ -10259,8 +10259,9 @@ class Login:
             client.plan("claim", LIST_SECONDS, self._claim_account)  # it may stop
 
     def end(self) -> None:
-        """The client stops."""
-        self._cancel()
+        """The client stops. Without the lock."""
+        with self._client.lock:
+            self._cancel()
         self.link.close()
         if self._claim:
             self._claim.drop()
@@ -10823,12 +10824,12 @@ class Client:
             self.changed.wait_for(lambda: self._hurries or not any(
                 outlet.flying() for outlet in self.outlets), LAND_SECONDS)
             self.ended = True
-            busy = [close() for close in self.closing]
-            self._login.end()
             self.spool.close()
-            remove_file(self.settings.qrcode_path)
-            self.papers.pid.drop()
-            self.timers.later(READ_SECONDS if any(busy) else 0.0, self.timers.stop)
+        busy = [close() for close in self.closing]
+        self._login.end()
+        remove_file(self.settings.qrcode_path)
+        self.papers.pid.drop()
+        self.timers.later(READ_SECONDS if any(busy) else 0.0, self.timers.stop)
 
     # -- events, with the lock held
 
