@@ -7905,8 +7905,9 @@ class Nursery:
 
     def __init__(self, tmp_path, program, restart="on-failure"):
         self.now, self.program = 1000.0, program
-        self.starts, self.reports, self.processes = [], [], []
+        self.starts, self.reports, self.processes, self.warnings = [], [], [], []
         self.log, self.flavour, self.url = openqq.Log(level="fatal"), openqq.QQ, "http://127.0.0.1:1"
+        self.log.keep = self.warnings.append
         self.settings = openqq.Settings("controller", {"tmpdir": str(tmp_path), "restart": restart},
                                         {}, "MOJO_WEBQQ_")
         self.settings.fill(public_url=self.url, template_path="")
@@ -8106,6 +8107,21 @@ def test_client_that_does_not_heed_term_is_killed_after_a_while_or_at_a_second_s
     home.call("stop_all")
     home.until(lambda: not home.supervisor.busy())
     assert home.processes[0].returncode == -signal.SIGKILL and home.now == 1000.0
+
+
+def test_events_of_a_client_are_passed_on_with_its_name_and_lost_ones_are_counted(nursery):
+    home = nursery("""say('+{"content":"a","seq":7}\\n-{"event":"login"}\\n{"lost":3}\\nnonsense\\n+{"con')
+time.sleep(0.2)
+say('tent":"b"}\\n{"state":"running"}\\n+{"content":"tor'); os._exit(1)""")
+    pieces = home.store.stream(openqq.Request("GET", "/", {}, b"", "127.0.0.1")).pieces
+    next(pieces)
+    home.start()
+    home.until(lambda: home.child.phase == "backoff")
+    told = [json.loads(row) for row in re.findall(rb"^data: (.*)$", next(pieces), re.MULTILINE)]
+    assert told == [{"client": "alice", "content": "a", "seq": 7},
+                    {"client": "alice", "event": "login"}, {"client": "alice", "content": "b"}]
+    assert json.loads(home.store.take(0, None)) == [told[0], told[2]]
+    assert re.search(r"alice.*\b3 event", home.warnings[0])
 
 
 def edit_template(controller, text):
@@ -13201,6 +13217,7 @@ def test_a_stream_of_all_tells_the_login_of_an_account_that_was_just_started(sta
         time.sleep(0.4)  # at any moment between two looks for new clients
         controller.login(f"new{number}")
         stream.news("login", f"new{number}")
+        stream.news("input_qrcode", f"new{number}")
 
 
 def test_who_leaves_a_stream_leaves_nothing_behind(pair, follow):
