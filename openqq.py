@@ -11736,15 +11736,6 @@ class Account:
                 "port": self.port, "status": "success"}
 
 
-class Trial:
-    """New settings of a child, until it has come up with them, or gone on with those of before."""
-
-    def __init__(self, given: Dict[str, str], forget: Set[str]) -> None:
-        self.given, self.forget = given, forget      # what it had
-        self.over = False
-        self.error: Optional[OpenQQError] = None     # once it is over: why it was in vain
-
-
 class Child(Account):
     """One client as its controller sees it, whose lock guards all of this.
 
@@ -11763,7 +11754,6 @@ class Child(Account):
         self.since = time.time()                     # in this state
         self.making = False                          # a thread makes its process just now
         self.process: Any = None                     # subprocess.Popen while it lives
-        self.turn = 0                                # which of the CPUs
         self.life: Optional[socket.socket] = None
         self.heard = bytearray()                     # of a line that is not complete yet
         self.restarts = -1                           # starts after the first
@@ -11771,7 +11761,9 @@ class Child(Account):
         self.running_since = 0.0
         self.timer: Optional[Timer] = None           # when time moves it on
         self.waiting: Optional[Timer] = None         # for client_waiting
-        self.trial: Optional[Trial] = None
+        self.former: Optional[Tuple[Dict[str, str], Set[str]]] = None
+        # What it was given and is to forget is on trial, while `former` tells what that was.
+        self.refusal: Optional[OpenQQError] = None   # why the last trial was in vain
 
     def alive(self) -> bool:
         """Whether it runs, or will in a moment."""
@@ -11804,7 +11796,7 @@ class Supervisor:
     def step(self, child: Child, due: bool = False, status: Optional[int] = None) -> None:
         """All that becomes of a child: by time (`due`), when the client says another state, when
         its process has ended (`status`)."""
-        phase, trial = child.phase, child.trial
+        phase = child.phase
         if phase == "starting" and child.state == "running":    # starting -> running
             child.phase, child.tries = "running", 0
             child.running_since = self._timers.clock()
@@ -11814,7 +11806,7 @@ class Supervisor:
                 child.process.kill()                 # it does not heed TERM; its end is heard of
             elif phase == "backoff" and due:
                 self._begin(child)                   # backoff -> starting
-            elif trial and phase == "starting" and (due or child.state != "init"):
+            elif child.former and phase == "starting" and (due or child.state != "init"):
                 self._decide(child)                  # it serves, or lives, with its new settings
             # A child may be starting for ever: logging in waits for a person. One that is waiting
             # is moved on by the end of a process that is not ours (make).
@@ -11825,9 +11817,9 @@ class Supervisor:
             self._stopped(child)                     # stopping -> stopped
         elif phase == "renewing":
             self._begin(child, anew=True)            # renewing -> starting, on trial
-        elif trial:
+        elif child.former:
             self._log.error(f"client {child.name} died of its new settings: it has those of before")
-            child.given, child.forget = trial.given, trial.forget
+            child.given, child.forget = child.former
             self._decide(child, ClientDied(reason="\n".join(child.lines)))
             self._begin(child, anew=True)            # starting, on trial -> starting, as before
         elif status == 0:
@@ -11866,20 +11858,12 @@ class Supervisor:
         if child.timer:
             child.timer.cancel()
         self.leaving.pop(child.name, None)
-        self._decide(child, NotRunning("stopping"))
-        self._check_done()
+        self._decide(child, NotRunning("stopping") if child.former else child.refusal)
 
-    def _decide(self, child: Child, error: Optional[OpenQQError] = None) -> None:
+    def _decide(self, child: Child, refusal: Optional[OpenQQError] = None) -> None:
         """From now on a child's death is one like any other."""
-        trial, child.trial = child.trial, None
-        if trial:
-            trial.over, trial.error = True, error
+        child.former, child.refusal = None, refusal
         self._owner.settled.notify_all()
-
-    def _check_done(self) -> None:
-        if self.ending and not any(child.process or child.making for child in
-                                   [*self.children.values(), *self.leaving.values()]):
-            self._owner.end()
 
     # -- what others want of it
 
@@ -11890,7 +11874,7 @@ class Supervisor:
         child.tries += 1
         child.restarts += 1
         self._enter(child, "init")
-        if child.trial:
+        if child.former:
             self._wait(child, TRIAL_SECONDS)
 
     def resume(self, child: Child, pid_file: PidFile) -> None:
@@ -11898,15 +11882,14 @@ class Supervisor:
         self.children[child.name], child.phase = child, "waiting"
         self._resumers.submit(self.make, child, pid_file)
 
-    def renew(self, child: Child, given: Dict[str, str], forget: Set[str]) -> Trial:
+    def renew(self, child: Child, given: Dict[str, str], forget: Set[str]) -> None:
         """Have a child begin anew with other settings, on its port; if it does not come up with
-        them it goes on with what it had."""
-        child.trial = Trial(child.given, child.forget)
+        them it goes on with what it had. Its `former` and `refusal` tell what came of it."""
+        child.former, child.refusal = (child.given, child.forget), None
         child.given, child.forget = given, forget
         self._log.info(f"client {child.name} begins anew with other settings")
         if child.phase != "waiting":                 # else it is started in a moment
             self._end(child, "renewing")
-        return child.trial
 
     def stop(self, child: Child) -> None:
         """End a child; it is among the leaving until it is gone."""
@@ -11926,15 +11909,18 @@ class Supervisor:
             self._begin(child, anew=True)
 
     def stop_all(self) -> None:
-        """End all children at once, KILL those that were told so before; `owner.end()` is called
-        when the last one is gone."""
+        """End all children at once, KILL those that were told so before."""
         hurry, self.ending = self.ending, True
         for child in {**self.children, **self.leaving}.values():
             if child.alive():
                 self.stop(child)
             if hurry and child.process:
                 child.process.kill()
-        self._check_done()
+
+    def busy(self) -> bool:
+        """Whether there is a process, or will be in a moment."""
+        return any(child.process or child.making
+                   for child in [*self.children.values(), *self.leaving.values()])
 
     def release(self, child: Child) -> None:
         """Give a child's port back."""
@@ -12312,8 +12298,8 @@ class Controller:
                       template_path=start + "controller_template.py")
         self._addresses = listen or [{"host": settings.host, "port": settings.port}]
         self.log = open_log(settings, f"[{flavour.ps}c][{os.getpid()}]")
-        # Guards former, _turns, _dirty, _ended, the supervisor and its children; each settled
-        # trial and each end of a child is told to those who wait for `settled`.
+        # Guards former, _turns, _dirty, the supervisor and its children. Those who wait for the
+        # end of a child, of a trial or of another one's turn are notified by `settled`.
         self.lock = threading.RLock()
         self.settled = threading.Condition(self.lock)
         self.timers = self.loop = Timers(self.lock, self.log)
@@ -12324,8 +12310,6 @@ class Controller:
         self.former: Dict[str, Account] = {}  # clients that do not run, for their next start
         self._turns: Set[str] = set()         # names of clients that somebody starts, stops …
         self._dirty = False                   # the backend file is to be written
-        self._ended = False
-        self._busy = False       # callers were still to be answered when the servers closed
         self._servers: List[Server] = []
         self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
         self._closing: List[Callable[[], None]] = []
@@ -12496,12 +12480,12 @@ class Controller:
             return
         with self.lock:
             self._check_start(child.alive())
-            trial = self.supervisor.renew(child, settings, cleared(given) | {
+            self.supervisor.renew(child, settings, cleared(given) | {
                 name for name in child.forget if name not in settings})
             self.changed()
-        self._await(lambda: trial.over, TRIAL_SECONDS)
-        if trial.error:
-            raise trial.error
+        self._await(lambda: child.former is None, TRIAL_SECONDS)
+        if child.refusal:
+            raise child.refusal
 
     def stop_client(self, account: Account, event: str = "client_stopped") -> None:
         """End a client, if it runs, and let those who read the events know, as check_client
@@ -12588,22 +12572,23 @@ class Controller:
         """A client's process is gone; called without the lock."""
         self.network.loop.call(self.network.settle, self.network.logins.detach, name)
 
-    # -- ending, by the timers
+    # -- ending
 
     def _stop(self, number: int) -> None:
         if not self.supervisor.ending:
             self.log.info(f"stopping ({signal.Signals(number).name})")
             self._save()
-            self._busy = any([server.close_down() for server in self._servers])
+            busy = any([server.close_down() for server in self._servers])
+            spawn(self._end, READ_SECONDS if busy else 0.0)  # callers are still to be answered
         self.supervisor.stop_all()  # a second one hurries
 
-    def end(self) -> None:
-        """The last client is gone."""
-        if not self._ended:
-            self._ended = True
+    def _end(self, seconds: float) -> None:
+        """In a thread: when the last client is gone, so are we."""
+        with self.settled:
+            self.settled.wait_for(lambda: not self.supervisor.busy())
             self.log.info("stopped")
             self._spool.close()
-            self.timers.later(READ_SECONDS if self._busy else 0.0, self.timers.stop)
+            self.timers.later(seconds, self.timers.stop)
 
 
 class ControllerApi:

@@ -8096,9 +8096,10 @@ class Nursery:
     stands for the controller besides."""
 
     def __init__(self, tmp_path, program, restart="on-failure"):
-        self.now, self.program, self.ended = 1000.0, program, []
-        self.starts, self.reports, self.processes = [], [], []
+        self.now, self.program = 1000.0, program
+        self.starts, self.reports, self.processes, self.warnings = [], [], [], []
         self.log, self.flavour, self.url = openqq.Log(level="fatal"), openqq.QQ, "http://127.0.0.1:1"
+        self.log.keep = self.warnings.append
         self.settings = openqq.Settings("controller", {"tmpdir": str(tmp_path), "restart": restart},
                                         {}, "MOJO_WEBQQ_")
         self.settings.fill(public_url=self.url, template_path="")
@@ -8115,9 +8116,6 @@ class Nursery:
 
     def report(self, child, event, *params):
         self.reports.append((self.now, event, child.name, *params))
-
-    def end(self):
-        self.ended.append(self.now)
 
     def _spawn(self, words, executable, **kwargs):
         began = self.now - 1000.0
@@ -8241,15 +8239,15 @@ def test_client_with_new_settings_begins_when_the_former_process_is_gone_and_is_
     for mode, good in ("away", True), ("busy", False), ("hidden", True):
         home.until(lambda: home.child.state == "loading")
         former, starts = home.child.given, len(home.starts)
-        done = home.call("renew", home.child, {"mode": mode}, set())
+        home.call("renew", home.child, {"mode": mode}, set())
         home.move(openqq.KILL_SECONDS - 0.1)
         assert len(home.starts) == starts, "the former process lives"
         home.move(0.1)
-        home.until(lambda: done.over)
+        home.until(lambda: not home.child.former)
         if good:
-            assert done.error is None and home.child.given == {"mode": mode}
+            assert home.child.refusal is None and home.child.given == {"mode": mode}
         else:
-            assert isinstance(done.error, openqq.ClientDied)
+            assert isinstance(home.child.refusal, openqq.ClientDied)
             assert home.child.given == former
     home.until(lambda: home.child.state == "loading")
     assert home.child.restarts == 0 and home.supervisor.restarts == 0 and not home.reports
@@ -8260,12 +8258,12 @@ def test_client_that_says_nothing_has_taken_its_new_settings_after_a_while(nurse
     """A template may not come to run(); its end is one like any other then."""
     home = nursery("time.sleep(60)")
     home.start()
-    done = home.call("renew", home.child, {"mode": "busy"}, set())
+    home.call("renew", home.child, {"mode": "busy"}, set())
     home.until(lambda: len(home.starts) == 2)
     home.move(openqq.TRIAL_SECONDS - 0.1)
-    assert not done.over
+    assert home.child.former
     home.move(0.1)
-    assert done.over and home.child.trial is None
+    assert not home.child.former and home.child.refusal is None
     home.processes[-1].kill()
     home.until(lambda: len(home.starts) == 3, pace=0.5)
     assert home.child.given == {"mode": "busy"} and home.supervisor.restarts == 1
@@ -8274,10 +8272,10 @@ def test_client_that_says_nothing_has_taken_its_new_settings_after_a_while(nurse
 def test_a_stop_ends_a_change_of_settings_too(nursery):
     home = nursery("time.sleep(60)")
     home.start()
-    done = home.call("renew", home.child, {"mode": "busy"}, set())
+    home.call("renew", home.child, {"mode": "busy"}, set())
     home.call("stop_all")
-    home.until(lambda: home.ended)
-    assert isinstance(done.error, openqq.NotRunning)
+    home.until(lambda: not home.supervisor.busy())
+    assert isinstance(home.child.refusal, openqq.NotRunning)
     assert len(home.starts) == 1
 
 
@@ -8299,8 +8297,23 @@ def test_client_that_does_not_heed_term_is_killed_after_a_while_or_at_a_second_s
     home.until(lambda: home.child.state == "running")
     home.call("stop_all")
     home.call("stop_all")
-    home.until(lambda: home.ended)
+    home.until(lambda: not home.supervisor.busy())
     assert home.processes[0].returncode == -signal.SIGKILL and home.now == 1000.0
+
+
+def test_events_of_a_client_are_passed_on_with_its_name_and_lost_ones_are_counted(nursery):
+    home = nursery("""say('+{"content":"a","seq":7}\\n-{"event":"login"}\\n{"lost":3}\\nnonsense\\n+{"con')
+time.sleep(0.2)
+say('tent":"b"}\\n{"state":"running"}\\n+{"content":"tor'); os._exit(1)""")
+    pieces = home.store.stream(openqq.Request("GET", "/", {}, b"", "127.0.0.1")).pieces
+    next(pieces)
+    home.start()
+    home.until(lambda: home.child.phase == "backoff")
+    told = [json.loads(row) for row in re.findall(rb"^data: (.*)$", next(pieces), re.MULTILINE)]
+    assert told == [{"client": "alice", "content": "a", "seq": 7},
+                    {"client": "alice", "event": "login"}, {"client": "alice", "content": "b"}]
+    assert json.loads(home.store.take(0, None)) == [told[0], told[2]]
+    assert re.search(r"alice.*\b3 event", home.warnings[0])
 
 
 def edit_template(controller, text):
@@ -13779,6 +13792,7 @@ def test_a_stream_of_all_tells_the_login_of_an_account_that_was_just_started(sta
         time.sleep(0.4)  # at any moment between two looks for new clients
         controller.login(f"new{number}")
         stream.news("login", f"new{number}")
+        stream.news("input_qrcode", f"new{number}")
 
 
 def test_who_leaves_a_stream_leaves_nothing_behind(pair, follow):
