@@ -12452,8 +12452,10 @@ def test_an_ended_login_shows_a_new_code_and_says_why(wechat):
     account.until("running")
     assert "error" not in account.state()
     token = account.server.token
-    account.call("relogin")
+    account.server.end()
     account.server.wait_call("get_bot_qrcode", lambda row: row["local_token_list"] == [token])
+    account.until("scaning")
+    account.server.token = token  # it was good after all
     account.server.change(status="binded_redirect")
     account.until("running")
 
