@@ -11769,6 +11769,11 @@ class Child(Account):
         """Whether it runs, or will in a moment."""
         return self.phase in self.ALIVE
 
+    def seen(self) -> str:
+        """Its state for others; `failed` if it died and is not started again."""
+        return self.state if self.process else "init" if self.alive() else (
+            "failed" if self.phase == "failed" else "stop")
+
 
 class Supervisor:
     """Keeps the clients' processes alive: makes them, hears them, ends them.
@@ -11839,9 +11844,9 @@ class Supervisor:
                            + (f" in {wait:g} s" if wait else ""))
             self.restarts += 1
             child.phase = "backoff"                  # starting, running -> backoff
-            self._wait(child, wait)
+            self._step_in(child, wait)
 
-    def _wait(self, child: Child, seconds: float) -> None:
+    def _step_in(self, child: Child, seconds: float) -> None:
         if child.timer:
             child.timer.cancel()
         child.timer = self._timers.later(seconds, self.step, child, True)
@@ -11875,7 +11880,7 @@ class Supervisor:
         child.restarts += 1
         self._enter(child, "init")
         if child.former:
-            self._wait(child, TRIAL_SECONDS)
+            self._step_in(child, TRIAL_SECONDS)
 
     def resume(self, child: Child, pid_file: PidFile) -> None:
         """Start a child of a former controller, once its former process is gone."""
@@ -11902,7 +11907,7 @@ class Supervisor:
         if child.process or child.making:            # what is being made ends as soon as it can
             if child.process:
                 child.process.terminate()
-            self._wait(child, KILL_SECONDS)
+            self._step_in(child, KILL_SECONDS)
         elif phase == "stopping":
             self._stopped(child)
         else:
@@ -11930,13 +11935,6 @@ class Supervisor:
     def _hang_up_no_more(self, child: Child) -> None:
         with contextlib.suppress(KeyError):          # it never died
             self._timers.unwatch(child.listener)
-
-    def count_states(self) -> Dict[str, int]:
-        """How many children are in each state; `failed` those that are not started again."""
-        states = [child.state if child.process else "init" if child.alive()
-                  else "failed" if child.phase == "failed" else "stop"
-                  for child in list(self.children.values())]
-        return {state: states.count(state) for state in (*NEXT_STATES, "failed") if state}
 
     # -- processes; these are called without the lock
 
@@ -12371,8 +12369,10 @@ class Controller:
         app = App(self.gate, log, api.all_routes(self.pages.routes()), api.proxy,
                   [prefix + path for prefix in ("/openqq/", "/openwx/")
                    for path in self.flavour.apis])
+        children = self.supervisor.children
         app.metrics.watch("clients", "gauge", "Clients by state.", lambda: {
-            f'state="{state}"': count for state, count in self.supervisor.count_states().items()})
+            f'state="{state}"': [child.seen() for child in list(children.values())].count(state)
+            for state in (*NEXT_STATES, "failed") if state})
         app.metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
                           lambda: {"": self.supervisor.restarts})
         watch_posting(app.metrics, self._reporter)
@@ -12695,11 +12695,9 @@ class ControllerApi:
                "link": link_of(given.get)}
         if lives:
             return row
-        if child.alive():
-            row["state"] = child.state if child.process else "init"
-        else:
-            row["state"] = "stop"
-            row.update({"failed": True} if child.phase == "failed" else {})
+        row["state"] = child.seen()
+        if row["state"] == "failed":
+            row.update({"state": "stop", "failed": True})
         return {**row, "error": "\n".join(child.lines)} if child.lines else row
 
     def get_qrcode(self, request: Request) -> Response:
