@@ -8592,7 +8592,7 @@ def test_weixin_is_the_system_of_its_document(start):
     stopped = call(program.base, "/openwx/stop_client", client="weixin_client_01")
     assert stopped == {name: started[name] for name in started if name != "account"}
     left = os.listdir(program.tmpdir)
-    assert all(name.startswith("mojo_weixin_") for name in left), left
+    assert all(name.startswith(("mojo_weixin_", ".openqq_mojo_weixin_")) for name in left), left
     assert {"mojo_weixin_controller_process.pid", "mojo_weixin_controller_backend.dat",
             "mojo_weixin_controller_template.py", "mojo_weixin_cookie_weixin_client_01.dat",
             "mojo_weixin_state_weixin_client_01.json"} <= set(left)
