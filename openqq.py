@@ -28,11 +28,13 @@ Map of this file (a section uses only what stands above it):
     14  controller
     15  command line
 
-Threads: whoever owns state has a Loop, one thread that everybody else hands calls to; what blocks
-is done by a ThreadPool, threads that come when there is work and leave when there is none; each
-HTTP connection has a thread of the server's. Nothing else holds state that two threads write, and
-where something does, a lock stands beside it with the names of the fields that it guards.
-All threads of a process keep to one CPU (share_cpu tells why).
+Threads: an account (Client) and a controller have one RLock each; beside it stands what it guards.
+The threads of HTTP connections, the sender, the link's reader, the posters, and the one thread for
+timers and signals take it, change state, let go, and do their I/O without it. While one is held no
+other one is taken, nothing is waited for, and no network or process I/O is done; only files are
+written that must be there before the next step. The network inside and a WebSocket have a Loop,
+one thread that everybody else hands calls to. All threads of a process keep to one CPU (share_cpu
+tells why).
 
 Docstrings say where a behaviour comes from: 000 to 004 are the documents of the Perl programs (000,
 002 the controller of Mojo-Webqq, 003, 004 its single account, 001 the controller of Mojo-Weixin),
@@ -3337,6 +3339,7 @@ class Server(ThreadingHTTPServer):
         self._open: Set[socket.socket] = set()  # all connections; add and discard only
         self._turned_away = app.metrics.begin()
         self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
 
     def serve_forever(self, poll_interval: float = 0.0) -> None:
         """Take connections until shutdown(); `poll_interval` is of no use here."""

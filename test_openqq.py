@@ -6386,6 +6386,94 @@ def test_nothing_sleeps_without_a_comment_that_says_why():
     assert not [line for line in sleeps if "#" not in LINES[line - 1] + LINES[line - 2]]
 
 
+WATCHED = """
+import sys, threading, traceback
+sys.path[0] = {here!r}
+locks = []
+
+def complain(what):
+    if any(lock._is_owned() for lock in locks):
+        sys.stderr.write("UNDER A LOCK: " + what + "\\n" + "".join(traceback.format_stack()[-8:-1]))
+
+class Lock(threading._PyRLock):
+    def __init__(self):
+        super().__init__()
+        locks.append(self)
+
+    def acquire(self, blocking=True, timeout=-1):
+        if not self._is_owned():
+            complain("a second lock")
+        return super().acquire(blocking, timeout)
+
+    __enter__ = acquire
+
+def watch(owner, name, is_harmless=lambda *args: False):
+    real = getattr(owner, name)
+    def watched(*args, **named):
+        if not is_harmless(*args):
+            complain(name)
+        return real(*args, **named)
+    setattr(owner, name, watched)
+
+real_lock = threading.RLock
+threading.RLock = lambda: (Lock if type(sys._getframe(1).f_locals.get("self")).__name__ in (
+    "Client", "Controller", "LocalNetwork") else real_lock)()
+import socket, subprocess, time, openqq
+for name in "connect", "recv", "recv_into", "send", "sendall":
+    watch(socket.socket, name, lambda sock, *args: sock.gettimeout() == 0)
+watch(subprocess.Popen, "__init__")
+watch(subprocess.Popen, "wait")
+watch(time, "sleep")
+openqq.command_line()
+"""
+
+
+def test_under_the_lock_of_an_account_or_a_controller_nothing_blocks(start, receive, tmp_path):
+    """No other such lock is taken, and no network or process I/O done; the map's words."""
+    script = put(tmp_path / "watched.py", WATCHED.format(here=HERE).encode())
+    python = str(tmp_path / "watching")
+    put(python, f"""#!/bin/sh
+while [ "$1" != client ] && [ "$1" != controller ] && [ "$1" != --client ]; do shift; done
+exec '{sys.executable}' -X utf8 '{script}' "$@"
+""".encode())
+    os.chmod(python, 0o700)
+    receiver = receive(lambda event: (200, {}, {"reply": "pong"})
+                       if event.get("content") == "ping" else None)
+    bridge = Bridge()
+    try:
+        controller = start("controller", "--post-api", receiver.url, python=python)
+        controller.login("alice", post_api=receiver.url)
+        controller.login("bob")
+        controller.call("start_client", client="qq", onebot_api=bridge.ws, send_interval=0)
+        assert eventually(lambda: controller.state("qq")["state"] == "running")
+        for name in "alice", "bob", "qq":
+            controller.call("get_group_info", client=name)
+        assert controller.call("send_friend_message", client="bob", name="alice",
+                               content="ping")["code"] == 0
+        assert eventually(lambda: "pong" in [
+            event.get("content") for event in controller.call("check_event", client="bob", since=0)])
+        assert controller.call("send_friend_message", client="qq", uid="20001",
+                               content="x")["code"] == 0
+        bridge.say_private(20001, "y")
+        assert eventually(lambda: "y" in [
+            event.get("content") for event in controller.call("check_event", client="qq", since=0)])
+        os.kill(controller.state("bob")["pid"], signal.SIGKILL)
+        assert eventually(lambda: controller.state("bob")["restarts"] == 1)
+        controller.call("relogin", client="alice")
+        assert controller.call("update_client", client="qq", msg_ttl=5)["code"] == 0
+        controller.call("stop_client", client="qq")
+        controller.call("delete_client", client="alice")
+        assert controller.stop() == 0
+        alone = start("client", "--account", "carol", python=python, tmpdir=tmp_path / "alone")
+        alone.call("/local/login", client="carol")
+        assert alone.call("send_friend_message", name="小冰", content="z")["code"] == 0
+        assert alone.stop() == 0
+        for program in controller, alone:
+            assert "UNDER A LOCK" not in program.log.text(), program.log.text()
+    finally:
+        bridge.close()
+
+
 # ------------------------------------------------------------------------------------------------
 # Controller, processes and files
 # ------------------------------------------------------------------------------------------------
