@@ -8944,8 +8944,11 @@ class ILinkLink(Link):
         while turn == self._turn:
             row = self._call("get_bot_qrcode?bot_type=3", {
                 "local_token_list": [self._former["token"]] if self._former else []}, self._api)
-            params, base = {"qrcode": str(row.get("qrcode"))}, self._api
-            self._hooks.qrcode(str(row.get("qrcode_img_content")), self.CODE_SECONDS, self._why)
+            params, base = {"qrcode": scalar(row.get("qrcode")) or ""}, self._api
+            text = scalar(row.get("qrcode_img_content")) or ""
+            if not 0 < len(text.encode()) < 2000:
+                raise Unreachable("it tells no code that could be shown")
+            self._hooks.qrcode(text, self.CODE_SECONDS, self._why)
             until = time.monotonic() + self.CODE_SECONDS
             while turn == self._turn and time.monotonic() < until:
                 try:
@@ -8959,22 +8962,27 @@ class ILinkLink(Link):
                 if status == "scaned":
                     self._hooks.scanned()
                 elif status == "confirmed":
-                    login = {"token": str(row["bot_token"]), "me": str(row["ilink_bot_id"]),
-                             "owner": str(row["ilink_user_id"]), "people": {},
-                             "base": self._allowed(scalar(row.get("baseurl")) or base)}
-                    if login["owner"] == self._former.get("owner"):
-                        login["people"] = self._former["people"]
-                    if login["me"] != self._former.get("me"):
+                    token, me, owner = [scalar(row.get(name)) or "" for name in (
+                        "bot_token", "ilink_bot_id", "ilink_user_id")]
+                    url = scalar(row.get("baseurl")) or ""
+                    if not (me and owner and re.fullmatch("[!-~]+", token)):
+                        raise Unreachable("it confirms a login without a token")
+                    same = owner == self._former.get("owner")
+                    if me != self._former.get("me"):
                         self._cursor = ""
                     with self._news:
-                        self._login = login
+                        self._login = {"token": token, "me": me, "owner": owner,
+                                       "base": self._allowed(url if is_url(url) else base),
+                                       "people": self._former["people"] if same else {}}
                     return
                 elif status == "binded_redirect" and self._former:
                     with self._news:
                         self._login = self._former
                     return
                 elif status == "scaned_but_redirect":
-                    base = self._allowed(f"https://{row.get('redirect_host')}")
+                    host = scalar(row.get("redirect_host")) or ""
+                    if re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]+)?", host):
+                        base = self._allowed("https://" + host)
                 elif status == "need_verifycode":
                     self._hooks.scanned()
                     wrong = " (those before were wrong)" if "verify_code" in params else ""
@@ -8994,6 +9002,7 @@ class ILinkLink(Link):
 
     def _poll(self, turn: int) -> None:
         """Ask for news once, and hand on what came; the next time acknowledges it."""
+        began = time.monotonic()
         try:
             row = self._call("getupdates", {"get_updates_buf": self._cursor},
                              seconds=self.POLL_SECONDS)
@@ -9001,11 +9010,14 @@ class ILinkLink(Link):
             return
         if turn != self._turn:
             return
+        if not rows_of(row.get("msgs")) and time.monotonic() - began < 1.0:
+            self._rest(turn, 1.0)  # it should have waited, not we
         items, cursor = [], scalar(row.get("get_updates_buf")) or self._cursor
         for message in rows_of(row.get("msgs")):
             number = (scalar(message.get("message_id")) or scalar(message.get("client_id"))
                       or os.urandom(8).hex())
-            if message.get("message_type") != 1 or number in self._seen:
+            if message.get("message_type") != 1 or number in self._seen or (
+                    not scalar(message.get("from_user_id"))):
                 continue
             self._seen.append(number)
             try:
@@ -9025,15 +9037,16 @@ class ILinkLink(Link):
         return base64.urlsafe_b64encode(state).decode() + ":0"
 
     def _understand(self, message: Row, number: str) -> Row:
-        uid = str(message["from_user_id"])
+        uid = scalar(message.get("from_user_id")) or ""
         with self._news:
             token = scalar(message.get("context_token")) or self._person(uid)[0]
             self._login["people"][uid] = [token, self.SENDS, time.time() + self.SENDS_SECONDS]
         parts = rows_of(message.get("item_list"))
         texts, media, reply_to = [], None, None
         for part in parts:
-            kind = part.get("type")
-            data = part.get(self.PARTS.get(kind or 0, ""))
+            told = part.get("type")
+            kind = told if isinstance(told, int) else 0
+            data = part.get(self.PARTS.get(kind, ""))
             data = data if isinstance(data, dict) else {}
             quoted = part.get("ref_msg")
             if isinstance(quoted, dict):
@@ -9133,8 +9146,11 @@ class ILinkLink(Link):
             "filekey": name, "media_type": kind, "to_user_id": uid, "rawsize": len(data),
             "rawfilemd5": hashlib.md5(data).hexdigest(), "filesize": len(body),
             "no_need_thumb": True, "aeskey": key.hex()})
-        url = scalar(row.get("upload_full_url")) or f"{self._cdn}/upload?" + urllib.parse.urlencode(
-            {"encrypted_query_param": scalar(row.get("upload_param")) or "", "filekey": name})
+        url, param = scalar(row.get("upload_full_url")), scalar(row.get("upload_param"))
+        if not url and not param:
+            raise Declined("WeChat tells no address for the picture")
+        url = url or f"{self._cdn}/upload?" + urllib.parse.urlencode(
+            {"encrypted_query_param": param, "filekey": name})
         for left in (2, 1, 0):
             try:
                 reply = fetch(self._allowed(url), "POST",
@@ -9185,7 +9201,7 @@ class ILinkLink(Link):
         code = row.get("errcode") or row.get("ret") or 0
         if code and check:
             why = scalar(row.get("errmsg")) or ""
-            if code == -14:
+            if scalar(code) in ("-14", "-14.0"):
                 raise LoginEnded(f"-14 {why}".strip())
             raise Declined(f"{name}: {code} {why}".strip()
                            + (f"; {self.RULE}" if name == "sendmessage" else ""))
@@ -9194,7 +9210,7 @@ class ILinkLink(Link):
     def _answer(self, reply: Reply) -> Row:
         row = object_in(reply.read())
         if reply.status != 200 or row is None:
-            raise Unreachable(f"it answers {reply.status}")
+            raise Unreachable(f"it answers {reply.status}", True)  # so it may have acted
         return row
 
     def _allowed(self, url: str) -> str:

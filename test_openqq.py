@@ -1173,8 +1173,8 @@ class ILink(Peer):
 
     def _get_bot_qrcode(self, said, handler):
         self.code = os.urandom(8).hex()
-        self.status = {"status": "wait"} if self.status["status"] != "binded_redirect" else (
-            self.status)
+        if self.status["status"] not in ("binded_redirect", "confirmed"):
+            self.status = {"status": "wait"}
         return {"qrcode": self.code,
                 "qrcode_img_content": f"https://liteapp.weixin.qq.com/q/{self.code}"}
 
@@ -12677,6 +12677,51 @@ def test_aes_is_that_of_fips_197():
     for wrong in b"", b"x", bytes(16), closed[:-1]:
         with pytest.raises(ValueError):
             openqq.aes_128_ecb(key, wrong, False)
+
+
+LYING_UPDATES = [
+    {"msgs": {}}, {"msgs": [None, 5, {}]}, {"msgs": [{"message_type": 1}]},
+    {"msgs": [{"message_type": 1, "from_user_id": {"a": 1}, "message_id": [1]}]},
+    {"msgs": [{"message_type": 1, "from_user_id": "x", "message_id": 1, "context_token": ["a"],
+               "create_time_ms": "abc", "item_list": [{"type": 2, "image_item": {"media": {
+                   "full_url": "http://169.254.169.254/", "aes_key": "!!"}}}]}],
+     "get_updates_buf": {"a": 1}},
+    {"msgs": [{"message_type": 1, "from_user_id": "x", "message_id": 2, "create_time_ms": -5,
+               "item_list": [{"type": ["a"], "ref_msg": 5}, {"type": 3, "voice_item": {
+                   "text": {"b": 1}}}]}]},
+    {"ret": -3}, {"errcode": "x"}, {"ret": {}}]
+
+
+def test_a_wechat_server_that_lies_harms_nothing(wechat):
+    account = wechat()
+    server = account.server
+    for lie in LYING_UPDATES:
+        server.ill["getupdates"] = lie
+        server.say("so that the poll under way ends")
+        server.wait_call("getupdates")
+    for lie in {"message_id": {"a": 1}}, {"ret": {"a": 1}}, 500:
+        server.ill["sendmessage"] = lie
+        code = account.call("send_friend_message", id=server.owner, content="x")["code"]
+        assert code == {"ret": -3}.get(next(iter(lie)) if isinstance(lie, dict) else "", (
+            -4 if lie == 500 else 0)), lie
+    server.ill.clear()
+    assert account.hear("still here")["content"] == "still here"
+    assert "fault of this program" not in account.program.log.text()
+
+
+@pytest.mark.parametrize("row", [
+    {}, {"bot_token": None, "ilink_bot_id": {}, "ilink_user_id": 5}, {
+        "bot_token": "x\r\ny", "ilink_bot_id": "b", "ilink_user_id": "o"}])
+def test_a_login_without_a_sound_token_is_none(wechat, row):
+    account = wechat(log_in=False)
+    server = account.server
+    server.wait_call("get_qrcode_status")
+    server.change(status="confirmed", **row)
+    assert eventually(lambda: "without a token" in account.state().get("error", ""))
+    server.wait_call("get_bot_qrcode")
+    server.wait_call("get_bot_qrcode")
+    server.confirm(baseurl="file:///etc/passwd")  # is none either: the address of before serves
+    account.until("running")
 
 
 TENCENT = "https://ilinkai.weixin.qq.com"
