@@ -14056,10 +14056,16 @@ class Browser:
                 f"{css!r} {text!r} is not on the page:\n" + self.text())
 
     def click(self, css, text=""):
-        """Press a button as a hand does."""
-        element = self.find(css, text)
-        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
-        self.do("POST", f"/element/{element[self.ELEMENT]}/click")
+        """Press a button as a hand does: one that the page draws anew meanwhile, where it is now."""
+        for _ in range(5):
+            element = self.find(css, text)
+            try:
+                self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+                return self.do("POST", f"/element/{element[self.ELEMENT]}/click")
+            except AssertionError as error:
+                if "stale element" not in str(error):
+                    raise
+        return pytest.fail(f"{css!r} {text!r} does not stay")
 
     def type(self, css, text):
         """Type into a field."""
