@@ -1455,7 +1455,7 @@ VERBS = [
          "-5 -4 -3 -1 103 104 105", "group_uid=20260001 uid=2854196302 content=hello",
          flavour="qq"),
     Verb("verify_code", ACT, "Give the digits that the phone shows after a scan, where WeChat asks "
-         "for them.", "code!", "answer", "201 400", "code=123456", "verify_code code=digits",
+         "for them.", "code!", "answer", "201", "code=123456", "verify_code code=digits",
          flavour="weixin", any_state=True),
     Verb("consult", ACT, "Send to a friend, and wait `timeout` (30) seconds for what it answers.",
          "+friend content timeout +media", "consulted", "100", "displayname=小冰 content=hello",
@@ -5312,8 +5312,8 @@ What can be read with GET can be asked for with HEAD as well. An answer's `code`
 6 not allowed; 7 the client is not reachable; 8 not found on the network inside; -1 no such call, \
 or the data is wrong; -3 not sent; -4 sent, perhaps; -5 not sent in time; -6 the token is missing; \
 9 too many messages wait to be sent; 100 to 105 who it is for is not known, or two are called so; \
-200 nobody named; 201 it was not done; 300 the account does \
-not run; 400 a parameter is missing or wrong."""
+200 nobody named; 201 it was not done, or it is "not with this link", which has no such thing; \
+300 the account does not run; 400 a parameter is missing or wrong."""
 
 # What a shape, or a word after a colon, is in JSON Schema; and answers that are no JSON.
 TYPES: Dict[str, Row] = {
@@ -11425,7 +11425,7 @@ class Api:
 
     def _the_digits(self, params: Params, given: Row) -> str:
         if not re.fullmatch("[0-9]{1,16}", params.get("code", "")):
-            raise Answer({"code": 400, "status": "code must be digits"})
+            raise BadRequest(400, "code must be digits")
         return params["code"]
 
     def _the_accept(self, params: Params, given: Row) -> bool:
