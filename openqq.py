@@ -5528,8 +5528,12 @@ class Feed:
     def take(self) -> bytes:
         """All there is, as server-sent events; from now on `promise` is of what comes next."""
         rows, self.rows, self.size, self.promise = self.rows, [], 0, Promise()
-        return b"".join([b"id: %d\ndata: %b\n\n" % row if row[0] else b"data: %b\n\n" % row[1]
-                         for row in rows])
+        text = bytearray()  # one piece of memory, not one for each event: it all goes back
+        for seq, data in rows:
+            text += b"id: %d\ndata: " % seq if seq else b"data: "
+            text += data
+            text += b"\n\n"
+        return bytes(text)
 
 
 class Store:
@@ -5636,6 +5640,7 @@ class Store:
                 data = feed.take()
             try:
                 yield data + b"retry: 1000\n\n"
+                data = b""  # a silent stream keeps nothing
                 ended = False
                 while not ended:
                     try:
