@@ -5511,6 +5511,21 @@ def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
 MOMENT = re.compile("[1-9][0-9]{0,11}")  # seconds, as an event's source may tell them
 
 
+def as_stream(rows: List[Tuple[int, bytes]]) -> Iterator[bytes]:
+    """Rows (seq, JSON) as server-sent events, in pieces of about 32 KiB: the events of one store
+    are shared by all its readers, so only a piece is made anew for each of them. Rows are gone
+    once they are given out."""
+    rows.reverse()
+    while rows:
+        piece = bytearray()
+        while rows and len(piece) < 32 * 1024:
+            seq, data = rows.pop()
+            piece += b"id: %d\ndata: " % seq if seq else b"data: "
+            piece += data
+            piece += b"\n\n"
+        yield bytes(piece)
+
+
 class Feed:
     """What one stream has still to send; guarded by its store's lock."""
 
@@ -5525,15 +5540,10 @@ class Feed:
         self.promise.keep(True)
         return len(self.rows) <= STREAM_LIMIT and self.size <= STREAM_BYTES
 
-    def take(self) -> bytes:
-        """All there is, as server-sent events; from now on `promise` is of what comes next."""
+    def take(self) -> List[Tuple[int, bytes]]:
+        """All there is; from now on `promise` is of what comes next."""
         rows, self.rows, self.size, self.promise = self.rows, [], 0, Promise()
-        text = bytearray()  # one piece of memory, not one for each event: it all goes back
-        for seq, data in rows:
-            text += b"id: %d\ndata: " % seq if seq else b"data: "
-            text += data
-            text += b"\n\n"
-        return bytes(text)
+        return rows
 
 
 class Store:
@@ -5637,10 +5647,10 @@ class Store:
             with self._lock:
                 feed = Feed(self._after(mark))
                 self._feeds.add(feed)
-                data = feed.take()
+                rows = feed.take()
             try:
-                yield data + b"retry: 1000\n\n"
-                data = b""  # a silent stream keeps nothing
+                yield from as_stream(rows)
+                yield b"retry: 1000\n\n"
                 ended = False
                 while not ended:
                     try:
@@ -5649,8 +5659,8 @@ class Store:
                         yield b":\n\n"
                     with self._lock:
                         ended = ended or feed not in self._feeds
-                        data = feed.take()
-                    yield data
+                        rows = feed.take()
+                    yield from as_stream(rows)
             finally:
                 with self._lock:
                     self._feeds.discard(feed)

@@ -6636,10 +6636,16 @@ def test_a_client_is_deleted_also_when_its_tmpdir_is_not_there(start):
 
 def settings_of(controller, name):
     """What the environment of a client's process says of the settings that tests give."""
-    with open(f"/proc/{controller.state(name)['pid']}/environ", "rb") as file:
-        found = openqq.from_environment(dict(entry.split("=", 1) for entry in
-                                             file.read().decode().split("\0") if entry),
-                                        "MOJO_WEBQQ_")
+    def environment():
+        try:  # one that has just died may still stand in check_client
+            with open(f"/proc/{controller.state(name)['pid']}/environ", "rb") as file:
+                return file.read().decode()
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+
+    entries = eventually(environment)
+    found = openqq.from_environment(dict(entry.split("=", 1) for entry in entries.split("\0")
+                                         if entry), "MOJO_WEBQQ_")
     return {name: value for name, value in found.items()
             if name in ("post_api", "post_secret", "msg_ttl", "pwd", "login_type", "keep_cookie",
                         "post_event_list", "onebot_api", "onebot_token")}
