@@ -10,7 +10,7 @@ The API is that of Mojo-Webqq and its controller. As a library: openqq.Controlle
 Map of this file (a section uses only what stands above it):
      0  map, version, limits
      1  errors
-     2  tools: clock, names, JSON, log, loop
+     2  tools: names, JSON, log, threads, timers
      3  settings
      4  flavours
      5  model: what an account knows
@@ -32,9 +32,8 @@ Threads: an account (Client) and a controller have one RLock each; beside it sta
 The threads of HTTP connections, the sender, the link's reader, the posters, and the one thread for
 timers and signals take it, change state, let go, and do their I/O without it. While one is held no
 other one is taken, nothing is waited for, and no network or process I/O is done; only files are
-written that must be there before the next step. The network inside and a WebSocket have a Loop,
-one thread that everybody else hands calls to. All threads of a process keep to one CPU (share_cpu
-tells why).
+written that must be there before the next step. The network inside has such a lock too. The reaper
+ends what takes too long. All threads of a process keep to one CPU (share_cpu tells why).
 
 Docstrings say where a behaviour comes from: 000 to 004 are the documents of the Perl programs (000,
 002 the controller of Mojo-Webqq, 003, 004 its single account, 001 the controller of Mojo-Weixin),
@@ -55,6 +54,7 @@ import hmac
 import itertools
 import json
 import logging
+import math
 import mimetypes
 import os
 import queue
@@ -92,6 +92,7 @@ if TYPE_CHECKING:
     Fields = Dict[str, str]      # header fields, the names in lower case
     Params = Dict[str, str]      # the parameters of a call
     Addresses = List[Tuple[int, Any]]
+    Wait = Callable[[Future[Any], float], Any]  # Request.wait
 
 # One request, after RFC 9112. Without a bound on each part a caller fills the memory with one of
 # them, and without a total deadline it holds a thread for ever with a byte now and then.
@@ -246,7 +247,7 @@ class Refusal(OpenQQError):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Tools: clock, names, JSON, log, loop
+# 2. Tools: names, JSON, log, threads, timers
 # ------------------------------------------------------------------------------------------------
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9_.@\-\u3400-\u4dbf\u4e00-\u9fff]{1,%d}" % NAME_LIMIT)
@@ -523,44 +524,21 @@ def share_cpu(number: int, pid: int = 0) -> None:
             pass  # it has just ended, or the system does not let us
 
 
-class Promise:
-    """A result that another thread brings: one waits, one keeps or breaks it, once."""
+def settle(future: Future[Any], value: Any) -> None:
+    """Set a future's result, or an exception that it raises, unless something else was quicker."""
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(value, Exception):
+            future.set_exception(value)
+        else:
+            future.set_result(value)
 
-    __slots__ = ("_gate", "_value", "_error", "kept")
 
-    def __init__(self) -> None:
-        self._gate = threading.Lock()
-        self._gate.acquire()
-        self._value: Any = None
-        self._error: Optional[BaseException] = None
-        self.kept = False
-
-    def keep(self, value: Any = None) -> None:
-        """Bring the result. Only the first result counts."""
-        self._settle(value, None)
-
-    def fail(self, error: BaseException) -> None:
-        """Bring an exception; wait() raises it."""
-        self._settle(None, error)
-
-    def _settle(self, value: Any, error: Optional[BaseException]) -> None:
-        if self.kept:
-            return
-        self.kept = True
-        self._value, self._error = value, error
-        try:
-            self._gate.release()
-        except RuntimeError:
-            pass  # two settled it in the same moment
-
-    def wait(self, seconds: float = -1.0) -> Any:
-        """The result; TimeoutError when it has not come within `seconds` (-1: for ever)."""
-        if not self._gate.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
-            raise TimeoutError(f"nothing came within {seconds} s")
-        self._gate.release()
-        if self._error is not None:
-            raise self._error
-        return self._value
+def result_of(future: Future[Any], seconds: Optional[float] = None) -> Any:
+    """What a future brings; TimeoutError, which until Python 3.10 is not the one that it raises."""
+    try:
+        return future.result(seconds)
+    except FutureTimeout:
+        raise TimeoutError(f"nothing came within {seconds} s") from None
 
 
 class ThreadPool:
@@ -627,154 +605,6 @@ class Timer:
         self.job = None
 
 
-class Loop:
-    """One thread that owns state: the others hand it calls, timers and sockets to watch.
-
-    It sleeps in a selector until there is something to do; there is no polling in it.
-    `clock` gives seconds that never go back; `log` tells of calls that failed.
-    """
-
-    def __init__(self, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
-        self.log, self.clock = log, clock
-        self.lock = threading.RLock()  # held while it works: as with Timers, which replace it
-        self._calls: Deque[Tuple[Callable[..., Any], Tuple[Any, ...]]] = collections.deque()
-        self._timers: List[Tuple[float, int, Timer]] = []
-        self._count = itertools.count()
-        self._selector = selectors.DefaultSelector()
-        self._ear, self._mouth = socket.socketpair()
-        self._ear.setblocking(False)
-        self._mouth.setblocking(False)
-        self._selector.register(self._ear, selectors.EVENT_READ, self._hear)
-        self._asleep = False
-        self._ended = False
-        self._signals: Dict[int, Any] = {}  # those that are caught -> who had them before
-        self._thread: Optional[int] = None
-
-    def call(self, function: Callable[..., Any], *args: Any) -> None:
-        """Have function(*args) called in the loop's thread. From any thread or signal handler."""
-        self._calls.append((function, args))
-        if self._asleep:
-            self._asleep = False
-            try:
-                self._mouth.send(b"!")
-            except OSError:
-                pass  # full, so it will wake; or closed
-
-    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What function(*args) returns or raises in the loop's thread. NotRunning at its end."""
-        if threading.get_ident() == self._thread:
-            return function(*args)
-        promise = Promise()
-        self.call(self._answer, promise, function, args)
-        if self._ended:
-            promise.fail(NotRunning("stopping"))
-        return promise.wait()
-
-    def later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Timer:
-        """Have function(*args) called in `seconds`. From any thread."""
-        timer = Timer(lambda: function(*args))
-        with self.lock:
-            heapq.heappush(self._timers, (self.clock() + seconds, next(self._count), timer))
-        if threading.get_ident() != self._thread:
-            self.call(lambda: None)
-        return timer
-
-    def watch(self, sock: socket.socket, function: Callable[[], None]) -> None:
-        """Have function() called whenever the socket can be read. In the loop's thread only."""
-        self._selector.register(sock, selectors.EVENT_READ, function)
-
-    def unwatch(self, sock: socket.socket) -> None:
-        """Take a watch() back."""
-        self._selector.unregister(sock)
-
-    def run(self) -> None:
-        """Work until stop()."""
-        self._thread = threading.get_ident()
-        while not self._ended:
-            self.step()
-        self._close()
-
-    def catch_signals(self, act: Callable[[int], None]) -> None:
-        """Have act(number) called in the loop for TERM, INT and HUP, in the main thread's loop.
-
-        Those that were ignored at start stay so (nohup). The wake-up descriptor matters: without
-        it a signal that comes just before the selector sleeps, or that another thread gets,
-        is not noticed until something else happens.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            return
-        signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            former = signal.getsignal(number)
-            if former is not signal.SIG_IGN:
-                self._signals.setdefault(number, former)
-                signal.signal(number, lambda number, frame: self.call(act, number))
-
-    def stop(self) -> None:
-        """Let run() return after what it is doing. From any thread."""
-        self.call(self._end)
-
-    def step(self) -> None:
-        """Do what there is to do, after waiting for it if need be."""
-        self._asleep = True
-        wait = 0.0 if self._calls else self._until_timer()
-        ready = self._selector.select(wait)
-        self._asleep = False
-        for key, _ in ready:
-            self._run(key.data)
-        for _ in range(len(self._calls)):
-            function, args = self._calls.popleft()
-            self._run(function, *args)
-        self._run_timers()
-
-    def _until_timer(self) -> Optional[float]:
-        with self.lock:
-            while self._timers and self._timers[0][2].job is None:
-                heapq.heappop(self._timers)
-            if not self._timers:
-                return None
-            return min(POST_DAY, max(0.0, self._timers[0][0] - self.clock()))  # epoll: 24 days
-
-    def _run_timers(self) -> None:
-        while self._timers and self._timers[0][0] <= self.clock():
-            with self.lock:
-                job = heapq.heappop(self._timers)[2].job
-            if job is not None:
-                self._run(job)
-
-    def _run(self, function: Callable[..., Any], *args: Any) -> None:
-        try:
-            with self.lock:
-                function(*args)
-        except Exception:
-            self.log.failure(f"the call of {getattr(function, '__qualname__', function)}")
-
-    def _answer(self, promise: Promise, function: Callable[..., Any],
-                args: Tuple[Any, ...]) -> None:
-        try:
-            promise.keep(function(*args))
-        except Exception as error:
-            promise.fail(error)
-
-    def _hear(self) -> None:
-        self._ear.recv(4096)
-
-    def _end(self) -> None:
-        self._ended = True
-
-    def _close(self) -> None:
-        while self._calls:
-            function, args = self._calls.popleft()
-            if function == self._answer:
-                args[0].fail(NotRunning("stopping"))
-        for number, former in self._signals.items():
-            signal.set_wakeup_fd(-1)
-            signal.signal(number, former)
-        self._selector.close()
-        self._ear.close()
-        self._mouth.close()
-
-
 class Timers:
     """One thread for what is to happen later, for signals, and for sockets that say something.
 
@@ -837,33 +667,35 @@ class Timers:
 
     def run(self) -> None:
         """Work until stop()."""
-        while True:
-            with self.lock:
-                while self._calls and self._calls[0][2].job is None:
-                    heapq.heappop(self._calls)
-                wait = self._calls[0][0] - self.clock() if self._calls else POST_DAY
-                wait = 0.0 if self._caught else min(POST_DAY, max(0.0, wait))  # epoll: 24 days
-                self._wakes_at = self.clock() + wait
-            ready = self._selector.select(wait)
-            with self.lock:
-                self._wakes_at = 0.0
-                for key, _ in ready:
-                    self._call(key.data)
-                while self._caught:
-                    act, number = self._caught.popleft()
-                    self._call(act, number)
-                while self._calls and self._calls[0][0] <= self.clock():
-                    job = heapq.heappop(self._calls)[2].job
-                    if job is not None:
-                        self._call(job)
-                if self._ended:
-                    break
+        while not self._ended:
+            self.step()
         for number, former in self._signals.items():
             signal.set_wakeup_fd(-1)
             signal.signal(number, former)
         self._selector.close()
         self._ear.close()
         self._mouth.close()
+
+    def step(self) -> None:
+        """Wait until there is something to do, and do that."""
+        with self.lock:
+            while self._calls and self._calls[0][2].job is None:
+                heapq.heappop(self._calls)
+            wait = self._calls[0][0] - self.clock() if self._calls else POST_DAY
+            wait = 0.0 if self._caught else min(POST_DAY, max(0.0, wait))  # epoll: 24 days
+            self._wakes_at = self.clock() + wait
+        ready = self._selector.select(wait)
+        with self.lock:
+            self._wakes_at = 0.0
+            for key, _ in ready:
+                self._call(key.data)
+            while self._caught:
+                act, number = self._caught.popleft()
+                self._call(act, number)
+            while self._calls and self._calls[0][0] <= self.clock():
+                job = heapq.heappop(self._calls)[2].job
+                if job is not None:
+                    self._call(job)
 
     def stop(self) -> None:
         """Let run() return after what it is doing. From any thread."""
@@ -2308,76 +2140,168 @@ NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
 DESCRIPTORS = (65_536, 10_240)  # open files that a process wants, and what macOS grants
 
 
-def timeval(seconds: float) -> bytes:
-    """Seconds as SO_RCVTIMEO and SO_SNDTIMEO take them; never 0, which would mean for ever."""
-    return struct.pack("ll", int(seconds), max(1, int((seconds - int(seconds)) * 1e6)))
+class Reaper:
+    """One thread that ends what takes too long, and tells who waits that its caller has gone.
+
+    So reading and writing block plainly, and cost nothing for being bounded: a stream's deadline,
+    `until`, is for all that its thread does, and is set without a lock. `clock` gives seconds that
+    never go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        # Guards _mortal, _selector's sockets and _started; no socket that one of them holds is
+        # closed without it, or a new connection with its number could be meant.
+        self.lock = threading.RLock()
+        self._mortal: Set[Any] = set()  # whatever has `until`, and expire() for when it has come
+        self._selector = selectors.DefaultSelector()
+        self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._selector.register(self._ear, selectors.EVENT_READ)
+        self._started = False
+        self.looks_at = math.inf        # when the thread looks at all `until` without being woken
+
+    def add(self, mortal: Any) -> None:
+        """Let it expire() when it is time, with the lock held, until remove()."""
+        with self.lock:
+            self._mortal.add(mortal)
+            if not self._started:
+                self._started = True
+                try:
+                    spawn(self._run, name="reaper")
+                except RuntimeError:  # no thread is to be had: the next one tries again
+                    self._started = False
+
+    def remove(self, mortal: Any) -> None:
+        """Take an add() back, before its socket is closed."""
+        with self.lock:
+            self._mortal.discard(mortal)
+
+    def watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
+        """Have gone() called, with the lock held, if the peer closes; it changes state only."""
+        with self.lock:
+            try:
+                self._selector.register(sock, selectors.EVENT_READ, gone)
+            except (KeyError, ValueError, OSError):
+                return  # it is closed, or more than this system can watch: nobody is told then
+        if not hasattr(self._selector, "fileno"):  # select() and poll() take no notice before
+            self.wake()
+
+    def unwatch(self, sock: socket.socket) -> None:
+        """Take a watch() back."""
+        with self.lock, contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(sock)
+
+    def wake(self) -> None:
+        """Some `until` is sooner than `looks_at`."""
+        with contextlib.suppress(OSError):  # full, so it wakes
+            self._mouth.send(b"!")
+
+    def _run(self) -> None:
+        while True:
+            self.looks_at = math.inf    # who sets its time from here on wakes us
+            now = self.clock()
+            with self.lock:
+                for mortal in [each for each in self._mortal if each.until <= now]:
+                    mortal.expire()
+                first = min([each.until for each in self._mortal], default=math.inf)
+            self.looks_at = first
+            try:
+                ready = self._selector.select(min(POST_DAY, max(0.0, first - self.clock())))
+            except OSError:
+                continue  # where select() is all there is: one was closed meanwhile
+            for key, _ in ready:
+                with self.lock:
+                    if key.data is None:
+                        self._ear.recv(4096)
+                    elif self._selector.get_map().get(key.fileobj) == key:
+                        sock: Any = key.fileobj
+                        self._selector.unregister(sock)
+                        if has_ended(sock):  # else its next request waits: no more to see
+                            key.data()
+
+
+REAPER = Reaper()
+Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # takes no descriptor
+
+
+def is_readable(sock: socket.socket, seconds: float = 0.0) -> bool:
+    """Whether something comes within so many seconds, were it the end."""
+    with Selector() as selector:
+        try:
+            selector.register(sock, selectors.EVENT_READ)
+        except ValueError:
+            return True  # another thread has closed it
+        return bool(selector.select(seconds))
+
+
+def has_ended(sock: socket.socket) -> bool:
+    """Whether the peer has closed its side, as far as is known here.
+
+    TLS cannot be peeked into; there, what comes before anything was asked is a farewell.
+    """
+    try:
+        return is_readable(sock) and (type(sock) is not socket.socket
+                                      or not sock.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return True
 
 
 class Stream:
-    """Bytes from a socket: one buffer, one total deadline at a time. Serves both directions.
+    """Bytes from and to a socket: one buffer, one deadline at a time. Serves both directions.
 
-    Deadlines of a plain socket are SO_RCVTIMEO: settimeout() would poll before each call and give
-    the interpreter away, a quarter of the throughput (measured); TLS works with settimeout() only.
+    Closing is close(), not the socket's own.
     """
 
-    __slots__ = ("sock", "buffer", "idle", "_rest", "_patience", "_allowed", "_until", "_first",
-                 "_plain")
+    __slots__ = ("sock", "buffer", "until", "cause")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.buffer = b""
-        self.idle: Optional[Callable[[], None]] = None  # see rest()
-        self._rest = 0.0
-        self._patience = -1.0    # what the socket was told
-        self._allowed = self._until = 0.0
-        self._first = True
-        self._plain = type(sock) is socket.socket
+        self.until = math.inf
+        self.cause: Optional[Exception] = None  # why we, not the peer, ended it
+        REAPER.add(self)
 
     def allow(self, seconds: float) -> None:
-        """From now on all reading together may take so long.
+        """From now on all reading or writing together may take so long (TimeoutError)."""
+        self.until = until = time.monotonic() + seconds
+        if until < REAPER.looks_at:
+            REAPER.wake()
 
-        A plain socket is told when it is read: mostly all has come before the time changes back.
-        """
-        self._until = time.monotonic() + seconds
-        self._allowed = seconds
-        self._first = True
-        if not self._plain and seconds != self._patience:
-            self._be_patient(seconds)  # which bounds the writing too
+    def expire(self) -> None:
+        """Time is over. The reading ends first, and a second later all: to say so takes a moment.
+        By the reaper only."""
+        first, self.cause = self.cause is None, self.cause or TimeoutError()
+        self.until = self.until + 1.0 if first else math.inf
+        self.shut(socket.SHUT_RD if first else socket.SHUT_RDWR)
 
-    def rest(self, seconds: float, idle: Callable[[], None]) -> None:
-        """From now on silence is no failure: after so much of it idle() is called; it may raise."""
-        self.idle, self._rest = idle, seconds
-        self.allow(seconds)
+    def shut(self, how: int = socket.SHUT_RDWR) -> None:
+        """Let a thread that reads (or writes) here stop that. From any thread."""
+        with contextlib.suppress(OSError):  # the other side was first
+            self.sock.shutdown(how)
 
-    def _be_patient(self, seconds: float) -> None:
-        self._patience = seconds
-        if self._plain:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
-        else:
-            self.sock.settimeout(seconds)
+    def close(self) -> None:
+        """Hang up; a thread that reads here hears of that."""
+        REAPER.remove(self)
+        self.shut()
+        self.sock.close()
 
     def more(self) -> bytes:
-        """What comes next from the socket, b"" at its end; TimeoutError, OSError."""
-        while True:
-            try:
-                return self._receive()
-            except TimeoutError:
-                if self.idle is None:
-                    raise
-            self.idle()
-            self.allow(self._rest)
-
-    def _receive(self) -> bytes:
-        left = self._allowed if self._first else self._until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        if left != self._patience:
-            self._be_patient(left)
-        self._first = False
+        """What comes next from the socket, b"" at its end; `cause`, OSError."""
         try:
-            return self.sock.recv(65_536)
-        except (BlockingIOError, socket.timeout):
-            raise TimeoutError from None
+            data = self.sock.recv(65_536)
+        except OSError as error:
+            raise self.cause or error from None
+        if not data and self.cause:
+            raise self.cause
+        return data
+
+    def send(self, data: bytes) -> None:
+        """Write all of it; `cause`, OSError."""
+        try:
+            self.sock.sendall(data)
+        except OSError as error:
+            raise self.cause or error from None
 
     def head(self) -> bytes:
         """A message's first line and fields, without the blank line; b"" if nothing came at all.
@@ -2619,14 +2543,14 @@ def _whole_text(name: str, text: str) -> str:
 class Request:
     """One request, framed and whole: method, path (decoded), query (raw), fields, body, peer.
 
-    `wait(promise, seconds)` is how a handler waits for what may take long: it raises Hangup when
+    `wait(future, seconds)` is how a handler waits for what may take long: it raises Hangup when
     the caller goes away and TimeoutError after `seconds`, and gives None when the server ends.
     `sock` is the caller's socket, for those that watch it themselves; `old` tells HTTP/1.0.
     """
 
     def __init__(self, method: str, target: str, fields: Fields, body: bytes, peer: str,
                  sock: Optional[socket.socket] = None, old: bool = False,
-                 wait: Callable[[Promise, float], Any] = Promise.wait) -> None:
+                 wait: Wait = result_of) -> None:
         path, _, self.query = target.partition("?")
         self.method, self.fields, self.body, self.peer = method, fields, body, peer
         if not path.isascii():
@@ -3076,61 +3000,6 @@ class App:
         return value if isinstance(value, Response) else json_response(value)
 
 
-class Watcher:
-    """Tells when a caller who waits has gone: one thread, that watches their sockets.
-
-    Only callers who wait long are watched; the thread sleeps while nobody hangs up.
-    """
-
-    def __init__(self, log: Log) -> None:
-        self._loop = Loop(log)
-        self._start = threading.Lock()  # guards _started
-        self._started = False
-
-    def watch(self, sock: socket.socket, gone: Callable[[], None]) -> Callable[[], None]:
-        """Have gone() called if the peer closes; the function returned takes that back."""
-        with self._start:
-            start, self._started = not self._started, True
-        if start:
-            spawn(self._loop.run, name="watcher")
-        self._loop.call(self._watch, sock, gone)
-        return lambda: self._loop.call(self._unwatch, sock)
-
-    def _watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
-        try:
-            self._loop.watch(sock, lambda: self._look(sock, gone))
-        except (KeyError, ValueError, OSError):
-            pass  # it was answered and closed before we came to it
-
-    def _look(self, sock: socket.socket, gone: Callable[[], None]) -> None:
-        self._unwatch(sock)  # bytes that wait are the next request: there is no more to see then
-        if has_ended(sock):
-            gone()
-
-    def _unwatch(self, sock: socket.socket) -> None:
-        try:
-            self._loop.unwatch(sock)
-        except (KeyError, ValueError):
-            pass  # it went off before
-
-
-def has_ended(sock: socket.socket) -> bool:
-    """Whether the peer has closed its side, as far as is known here.
-
-    TLS cannot be peeked into; there, what comes before anything was asked is a farewell.
-    """
-    try:
-        if type(sock) is not socket.socket:
-            with selectors.PollSelector() as selector:
-                selector.register(sock, selectors.EVENT_READ)
-                return bool(selector.select(0))
-        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except (BlockingIOError, InterruptedError):
-        return False
-    except OSError:
-        return True
-
-
 class Connection(BaseHTTPRequestHandler):
     """One connection to a Server: reads requests strictly, one after the other, and answers each.
 
@@ -3144,13 +3013,13 @@ class Connection(BaseHTTPRequestHandler):
         """One write per answer must not wait for an ACK: without this 44 ms each (measured)."""
         self.connection = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(WRITE_SECONDS))
         self.stream = Stream(self.connection)
         self.tally = self.server.app.metrics.begin()
 
     def finish(self) -> None:
         """Nothing is buffered that would have to be flushed; what was counted stays counted."""
         self.server.app.metrics.end(self.tally)
+        REAPER.remove(self.stream)
 
     def handle(self) -> None:
         """Serve requests until one side has had enough."""
@@ -3198,6 +3067,7 @@ class Connection(BaseHTTPRequestHandler):
         if target[:1] != b"/":
             target, fields = self._absolute(method, target, fields)
         body = self._read_body(fields, minor)
+        self.stream.until = math.inf
         wish = fields.get("connection", "").lower()
         keep = "close" not in wish and (minor == b"1" or "keep-alive" in wish)
         return Request(method.decode(), target.decode("utf-8", "surrogateescape"), fields, body,
@@ -3219,15 +3089,15 @@ class Connection(BaseHTTPRequestHandler):
 
     def _read_head(self) -> bytes:
         """The next head; the wait for its first byte and the time for the rest are two things."""
-        self.stream.allow(IDLE_SECONDS)
         if not self.stream.buffer:
-            self.server.idle.add(self.connection)
+            self.server.idle.add(self.stream)
+            self.stream.allow(IDLE_SECONDS)
             try:
                 self.stream.buffer = b"" if self.server.ending else self.stream.more()
             except TimeoutError:
                 return b""
             finally:
-                self.server.idle.discard(self.connection)
+                self.server.idle.discard(self.stream)
         if b"\r\n\r\n" not in self.stream.buffer:
             self.stream.allow(HEAD_SECONDS)
         if self.stream.buffer.startswith(b"\r\n"):
@@ -3253,7 +3123,7 @@ class Connection(BaseHTTPRequestHandler):
         if "expect" in fields and minor == b"1":
             if fields["expect"].lower() != "100-continue":
                 raise BadRequest(417, "expect other than 100-continue")
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.stream.allow(BODY_SECONDS)
         try:
             return self.stream.exactly(length) if length > 0 else self._read_chunked()
@@ -3269,43 +3139,41 @@ class Connection(BaseHTTPRequestHandler):
                 raise BadRequest(413, f"body over {self.server.body_limit} bytes")
         return b"".join(pieces)
 
-    def _wait(self, promise: Promise, seconds: float) -> Any:
-        unwatch = self.server.watcher.watch(self.connection, lambda: promise.fail(Hangup()))
-        self.server.crowd.add(promise)
+    def _wait(self, future: Future[Any], seconds: float) -> Any:
+        REAPER.watch(self.connection, lambda: settle(future, Hangup()))
+        self.server.waiting.add(future)
         try:
-            if self.server.ending:
-                return None
-            return promise.wait(seconds)
+            return None if self.server.ending else result_of(future, seconds)
         finally:
-            self.server.crowd.discard(promise)
-            unwatch()
+            self.server.waiting.discard(future)
+            REAPER.unwatch(self.connection)
+
+    def _send(self, data: bytes) -> None:
+        self.stream.allow(WRITE_SECONDS)
+        self.stream.send(data)
+        self.stream.until = math.inf
 
     def _write(self, request: Request, response: Response, keep: bool) -> bool:
-        if response.pieces is not None:
-            return self._write_stream(request, response, keep)
-        head = response.head("close" if not keep else "keep-alive" if request.old else "")
-        self.connection.sendall(head if request.method == "HEAD" else head + response.body)
-        return keep
-
-    def _write_stream(self, request: Request, response: Response, keep: bool) -> bool:
-        assert response.pieces is not None
+        if response.pieces is None:
+            head = response.head("close" if not keep else "keep-alive" if request.old else "")
+            self._send(head if request.method == "HEAD" else head + response.body)
+            return keep
         chunked = keep and not request.old
-        self.connection.sendall(response.head("" if chunked else "close", chunked))
+        self._send(response.head("" if chunked else "close", chunked))
         for piece in response.pieces:
             if piece:
-                self.connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece)
-                                        if chunked else piece)
+                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
         if chunked:
-            self.connection.sendall(b"0\r\n\r\n")
+            self._send(b"0\r\n\r\n")
         return chunked
 
     def _refuse(self, error: BadRequest) -> None:
         """Answer what cannot be served, and let the caller read it before the connection ends."""
         response = error_response(error)
         self.tally.count(Metrics.OTHER, response.status)
-        self.connection.sendall(response.head("close") + response.body)
-        self.connection.shutdown(socket.SHUT_WR)
         self.stream.allow(1.0)
+        self.stream.send(response.head("close") + response.body)
+        self.stream.shut(socket.SHUT_WR)
         for _ in range(256):
             if not self.stream.more():
                 return
@@ -3319,18 +3187,18 @@ class Server(ThreadingHTTPServer):
     hundred idle processes use 1.5 % of a core.
     """
 
-    def __init__(self, listener: socket.socket, app: App, log: Log, watcher: Watcher,
-                 max_connections: int, body_limit: int = BODY_LIMIT) -> None:
+    def __init__(self, listener: socket.socket, app: App, log: Log, max_connections: int,
+                 body_limit: int = BODY_LIMIT) -> None:
         super().__init__(listener.getsockname(), Connection, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
         self.socket.setblocking(False)
-        self.app, self.watcher, self.log = app, watcher, log
+        self.app, self.log = app, log
         self.debug: Optional[Callable[[str], None]] = None
         self.body_limit = body_limit
         self.ending = False
-        self.crowd: Set[Promise] = set()       # of callers who wait long; add and discard only
-        self.idle: Set[socket.socket] = set()  # between two requests; add and discard only
+        self.waiting: Set[Future[Any]] = set()  # of callers who wait long; add and discard only
+        self.idle: Set[Stream] = set()         # between two requests; add and discard only
         self._max = min(max_connections, room_for_connections())
         if self._max < max_connections:
             log.warn(f"{self._max} connections at once instead of {max_connections}: the system "
@@ -3404,13 +3272,10 @@ class Server(ThreadingHTTPServer):
         self.ending = True
         self._mouth.send(b"!")
         self.socket.close()
-        for promise in list(self.crowd):
-            promise.keep(None)
-        for sock in list(self.idle):
-            try:
-                sock.shutdown(socket.SHUT_RD)
-            except OSError:
-                pass
+        for future in list(self.waiting):
+            settle(future, None)
+        for stream in list(self.idle):
+            stream.shut(socket.SHUT_RD)
 
 
 def room_for_connections() -> int:
@@ -3571,30 +3436,63 @@ class Call(urllib.request.Request):
         return text.encode("latin-1", "replace") + b"\r\n\r\n" + body
 
 
-class Line:
-    """A connection to a server, and its stream."""
+class Line(Stream):
+    """A connection to a server. Its answer may be for a `caller`, who is watched as soon as it
+    takes longer than `patience`: not each call is worth that."""
 
-    __slots__ = ("stream", "key", "since")
+    __slots__ = ("key", "since", "caller", "patience", "_seconds", "_watching", "idle")
 
     def __init__(self, sock: socket.socket, key: Tuple[Any, ...]) -> None:
-        self.stream = Stream(sock)
+        super().__init__(sock)
         self.key = key
-        self.since = 0.0
+        self.since = self.patience = 0.0
+        self.caller: Optional[socket.socket] = None
+        self._seconds, self._watching = 0.0, False
+        self.idle: Optional[Tuple[float, Callable[[], None]]] = None  # see Reply.pieces()
+
+    def allow(self, seconds: float) -> None:
+        self._seconds = seconds
+        super().allow(seconds if self.caller is None or self._watching else self.patience)
+
+    def expire(self) -> None:
+        if self.caller is None or self._watching:
+            return super().expire()
+        self._watching = True
+        self.until += self._seconds
+        REAPER.watch(self.caller, self._leave)
+
+    def _leave(self) -> None:
+        self.cause = self.cause or Hangup()
+        self.shut()
+
+    def release(self) -> None:
+        """The answer is there, or will not be: nobody waits for it any more."""
+        if self.caller is not None:
+            with REAPER.lock:
+                self.until = math.inf
+                if self._watching:
+                    REAPER.unwatch(self.caller)
+                self.caller, self._watching = None, False
+
+    def more(self) -> bytes:
+        if self.idle:
+            seconds, idle = self.idle
+            self.until = math.inf
+            while not is_readable(self.sock, seconds):
+                idle()
+            self.allow(seconds)
+        return super().more()
 
     def close(self) -> None:
-        """Hang up; a thread that reads from it hears of that."""
-        try:
-            self.stream.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other side was first
-        self.stream.sock.close()
+        self.release()
+        super().close()
 
 
 class Pool:
     """Connections that wait for the next request to the same server, the last used first.
 
     None waits longer than LINE_SECONDS: else each server that went away would leave its sockets
-    here, in CLOSE-WAIT. The thread that sees to that ends with the last of them.
+    here, in CLOSE-WAIT.
     """
 
     def __init__(self) -> None:
@@ -3602,7 +3500,7 @@ class Pool:
         self._idle: Dict[Tuple[Any, ...], List[Line]] = {}
         self._ages: Dict[Line, None] = {}  # all of them, the oldest first
         self._most = 0
-        self._sweeping = False
+        self.until = math.inf          # when the oldest has waited long enough
 
     def take(self, key: Tuple[Any, ...], unseen: bool = False) -> Optional[Line]:
         """A connection that still seems alive, or None; `unseen` skips the look at it."""
@@ -3613,7 +3511,7 @@ class Pool:
             if line is None:
                 return None
             if time.monotonic() - line.since < LINE_SECONDS and (
-                    unseen or not has_ended(line.stream.sock)):
+                    unseen or not has_ended(line.sock)):
                 return line
             line.close()
 
@@ -3630,14 +3528,15 @@ class Pool:
                       else next(iter(self._ages)) if len(self._ages) > self._most else None)
             if oldest:
                 self._remove(oldest)
-            begin, self._sweeping = not self._sweeping, True
+            begin = self.until == math.inf
+            if begin:
+                self.until = line.since + LINE_SECONDS
+        if begin:
+            REAPER.add(self)
+            if self.until < REAPER.looks_at:
+                REAPER.wake()
         if oldest:
             oldest.close()
-        if begin:
-            try:
-                spawn(self._sweep, name="sweeper")
-            except RuntimeError:  # no thread is to be had: the next one given tries again
-                self._sweeping = False
 
     def drop(self, host: str = "") -> bool:
         """Hang up on a server that has ended, or on all; whether there was anything to close."""
@@ -3656,17 +3555,14 @@ class Pool:
         del self._ages[line]
         return line
 
-    def _sweep(self) -> None:
-        wait = LINE_SECONDS
-        while wait:
-            time.sleep(wait)  # nothing tells of an age but the clock
-            with self._lock:
-                due = time.monotonic() - LINE_SECONDS
-                old = [self._remove(line) for line in list(self._ages) if line.since <= due]
-                wait = max(0.001, next(iter(self._ages)).since - due) if self._ages else 0.0
-                self._sweeping = wait > 0.0
-            for line in old:
-                line.close()
+    def expire(self) -> None:
+        """By the reaper: some have waited long enough."""
+        with self._lock:
+            due = time.monotonic() - LINE_SECONDS
+            old = [self._remove(line) for line in list(self._ages) if line.since <= due]
+            self.until = next(iter(self._ages)).since + LINE_SECONDS if self._ages else math.inf
+        for line in old:
+            line.close()
 
 
 class Reply:
@@ -3675,12 +3571,12 @@ class Reply:
     def __init__(self, line: Line, pool: Pool, call: Call) -> None:
         self._line, self._pool = line, pool
         self._upgrade = "Upgrade" in call.fields
-        stream = line.stream
-        self.status, minor, self.fields = self._read_head(stream)
+        self.status, minor, self.fields = self._read_head(line)
         empty = call.get_method() == "HEAD" or self.status in (204, 304)
         self._length = 0 if empty else None if self.status == 101 else self._body_length()
         wish = self.fields.get("connection", "").lower()
         self._keep = (minor == b"1" or "keep-alive" in wish) and "close" not in wish
+        self._finished = False
         if self._length == 0:
             self._finish()
 
@@ -3725,63 +3621,60 @@ class Reply:
                 break
         return b"".join(pieces)[:limit]
 
-    @property
-    def stream(self) -> Stream:
-        """The connection itself, for what is no body: after 101, or for silence that may be."""
-        return self._line.stream
+    def take(self) -> Line:
+        """The connection itself, for what is no body: after 101."""
+        self._line.until = math.inf
+        return self._line
 
-    def pieces(self, seconds: Optional[float] = None) -> Iterator[bytes]:
-        """The body as it comes; with `seconds` each piece may take so long, else all together."""
+    def pieces(self, seconds: Optional[float] = None,
+               idle: Optional[Callable[[], None]] = None) -> Iterator[bytes]:
+        """The body as it comes; with `seconds` each piece may take so long, else all together.
+
+        With `idle` silence is no failure: it is called after each so many seconds of that, and may
+        raise. Unreachable, TooSlow, Hangup.
+        """
+        line = self._line
+        line.idle = (seconds, idle) if seconds and idle else None
         try:
-            for piece in self._raw_pieces():
+            for piece in self._raw_pieces(line):
                 yield piece
                 if seconds is not None:
-                    self._line.stream.allow(seconds)
-        except (TimeoutError, EOFError, OSError, BadRequest) as error:
-            self.close()
+                    line.allow(seconds)
+        except (EOFError, OSError, BadRequest) as error:
             raise _out_error(error, True) from None
+        finally:
+            if not self._finished:
+                self.close()  # nobody wants the rest, or there is none
 
-    def flow(self, seconds: float, idle: Callable[[], None]) -> Iterator[bytes]:
-        """The body of a stream that may be silent: idle() is called after each so many seconds of
-        it, and may raise."""
-        self._line.stream.rest(seconds, idle)
-        try:
-            yield from self.pieces(seconds)
-        except BaseException:  # GeneratorExit too: nobody wants the rest
-            self.close()
-            raise
-
-    def _raw_pieces(self) -> Iterator[bytes]:
-        stream = self._line.stream
+    def _raw_pieces(self, line: Line) -> Iterator[bytes]:
         if self._length is None:
-            yield stream.buffer
-            yield from iter(stream.more, b"")
-            self.close()
-        elif self._length < 0:
-            yield from stream.chunks()
-            self._finish()
-        elif self._length > 0:
-            yield from self._measured(stream, self._length)
-            self._finish()
-
-    def _measured(self, stream: Stream, left: int) -> Iterator[bytes]:
+            yield line.buffer
+            yield from iter(line.more, b"")
+            return
+        if self._length < 0:
+            yield from line.chunks()
+        left = self._length
         while left > 0:
-            data = stream.buffer or stream.more()
+            data = line.buffer or line.more()
             if not data:
                 raise EOFError
-            stream.buffer = data[left:]
+            line.buffer = data[left:]
             yield data[:left]
             left -= len(data[:left])
+        if not self._finished:
+            self._finish()
 
     def _finish(self) -> None:
-        self._line.stream.idle = None
-        if self._keep and not self._line.stream.buffer:
+        self._finished = True
+        self._line.release()
+        self._line.until, self._line.idle = math.inf, None
+        if self._keep and not self._line.buffer:
             self._pool.give(self._line)
         else:
             self.close()
 
     def close(self) -> None:
-        """Hang up; for an answer that is not wanted to its end."""
+        """Hang up; for an answer that is not wanted to its end. From any thread."""
         self._line.close()
 
 
@@ -3826,52 +3719,23 @@ class Transport(urllib.request.BaseHandler):
             except TooSlow:
                 raise
             except Unreachable:
-                if not call.repeat or line.stream.buffer:
+                if not call.repeat or line.buffer:
                     raise
         return self._exchange(self._connect(call, key), call, data)
 
     https_open = http_open
 
     def _exchange(self, line: Line, call: Call, data: bytes) -> Reply:
-        stream = line.stream
+        line.caller, line.patience = call.caller, call.patience
         try:
-            stream.allow(call.seconds if call.caller is None else call.patience or call.seconds)
-            send_all(stream.sock, data, call.seconds)
-            if call.caller is not None:
-                self._await(stream, call, call.caller)
+            line.allow(call.seconds)
+            line.send(data)
             return Reply(line, self.pool, call)
-        except (TimeoutError, EOFError, OSError, BadRequest) as error:
+        except BaseException as error:
             line.close()
-            raise _out_error(error, True) from None
-        except Hangup:
-            line.close()
+            if isinstance(error, (EOFError, OSError, BadRequest)):
+                raise _out_error(error, True) from None
             raise
-
-    def _await(self, stream: Stream, call: Call, caller: socket.socket) -> None:
-        """Wait for the answer's first bytes, and after a while for the caller's farewell too."""
-        if not self._comes_soon(stream, call.patience):
-            self._await_both(stream, call, caller)
-        stream.allow(call.seconds)
-
-    def _comes_soon(self, stream: Stream, patience: float) -> bool:
-        try:
-            stream.buffer = stream.more() if patience else b""
-        except TimeoutError:
-            return False
-        return patience > 0
-
-    def _await_both(self, stream: Stream, call: Call, caller: socket.socket) -> None:
-        with selectors.PollSelector() as selector:  # takes no descriptor, of which it may be short
-            selector.register(stream.sock, selectors.EVENT_READ)
-            selector.register(caller, selectors.EVENT_READ)
-            ready = [key.fileobj for key, _ in selector.select(call.seconds)]
-            if ready == [caller] and not has_ended(caller):
-                selector.unregister(caller)  # it sent its next request already
-                ready = [key.fileobj for key, _ in selector.select(call.seconds)]
-        if not ready:
-            raise TimeoutError
-        if stream.sock not in ready:
-            raise Hangup()
 
     def _connect(self, call: Call, key: Tuple[Any, ...]) -> Line:
         until = time.monotonic() + min(CONNECT_SECONDS, call.seconds)
@@ -3905,6 +3769,7 @@ class Transport(urllib.request.BaseHandler):
             self._tls = self._tls or ssl.create_default_context()
             name = urllib.parse.urlsplit("//" + (tunnel or call.host)).hostname
             wrapped: socket.socket = self._tls.wrap_socket(sock, server_hostname=name)
+            wrapped.settimeout(None)
             return wrapped
         except BaseException:
             sock.close()
@@ -3924,19 +3789,6 @@ class Transport(urllib.request.BaseHandler):
             head += data
         if not re.match(rb"HTTP/1\.[01] 2", head):
             raise Unreachable("the proxy does not let through")
-
-
-def send_all(sock: socket.socket, data: bytes, seconds: float) -> None:
-    """Send bytes; TimeoutError, OSError.
-
-    What fits into the socket's buffer goes at once; who does not read is given up.
-    """
-    if len(data) > 4096:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(seconds))
-    try:
-        sock.sendall(data)
-    except BlockingIOError:
-        raise TimeoutError from None
 
 
 def connect(host: str, port: int, until: float) -> socket.socket:
@@ -4101,7 +3953,7 @@ class Frames:
 
 
 class WebSocket:
-    """A WebSocket to a server. Its `loop`, and the thread in it, own it; TLS bears no second one.
+    """A WebSocket to a server.
 
     run() gives each text message to heard(data), answers pings, asks for a pong in a silence, and
     ends with Unreachable, in words for a log, at the latest after four silent LOOK_SECONDS.
@@ -4109,16 +3961,16 @@ class WebSocket:
 
     LOOK_SECONDS = BRIDGE_SECONDS / 2
 
-    def __init__(self, url: str, fields: Mapping[str, str], log: Log,
+    def __init__(self, url: str, fields: Mapping[str, str],
                  heard: Callable[[bytes], None]) -> None:
         self._heard = heard
         self._frames = Frames(BRIDGE_LIMIT)
-        self._stream = self._shake_hands(url, fields)
-        self.loop = Loop(log)        # last: one that never runs keeps its descriptors
-        self._error: Optional[Unreachable] = None
-        self._silent = 0             # looks without a sign of life between them
+        # Held while the connection is read from or written to: TLS bears no second thread.
+        self._lock = threading.Lock()
+        self._closing = False
+        self._line = self._shake_hands(url, fields)
 
-    def _shake_hands(self, url: str, fields: Mapping[str, str]) -> Stream:
+    def _shake_hands(self, url: str, fields: Mapping[str, str]) -> Line:
         """RFC 6455 4.1; Unreachable, AuthFailure."""
         key = base64.b64encode(os.urandom(16)).decode()
         reply = fetch("http" + url[2:], "GET", {
@@ -4133,57 +3985,49 @@ class WebSocket:
         if reply.status != 101 or proof != base64.b64encode(digest).decode():
             reply.close()
             raise Unreachable(f"no WebSocket there (it answers {reply.status})")
-        return reply.stream
+        return reply.take()
 
     def run(self) -> None:
         """Work until the connection ends; always raises Unreachable."""
-        sock = self._stream.sock
+        line, data, farewell = self._line, self._line.buffer, 1000
+        # A connection that a bridge or a router forgot looks like one where nothing happens.
+        look, silent = time.monotonic() + self.LOOK_SECONDS, 0
         try:
-            self.loop.call(self._take, self._stream.buffer)
-            self.loop.call(self.loop.watch, sock, self._read)
-            self.loop.call(self.loop.later, self.LOOK_SECONDS, self._look)
-            self.loop.run()
-        finally:
-            sock.close()
-        raise self._error or Unreachable("the connection was closed")
-
-    def send(self, text: bytes) -> None:
-        """Send a message, in the loop's thread. Unreachable."""
-        self._send(Frames.TEXT, text)
-
-    def close(self) -> None:
-        """Say farewell and end, from any thread."""
-        self.loop.call(self._end, Unreachable("the connection was closed"), 1000)
-
-    def _send(self, code: int, payload: bytes) -> None:
-        try:
-            self._stream.allow(BRIDGE_SECONDS)
-            send_all(self._stream.sock, Frames.frame(code, payload), BRIDGE_SECONDS)
-        except (OSError, TimeoutError) as error:
-            self._end(_out_error(error, True))
-            raise Unreachable("the connection broke", True) from None
-
-    def _read(self) -> None:
-        try:
-            self._stream.allow(BRIDGE_SECONDS)
-            data = self._stream.more()
-            while getattr(self._stream.sock, "pending", int)():  # TLS keeps what it decrypted
-                data += self._stream.more()
-        except (OSError, TimeoutError) as error:
-            return self._end(_out_error(error, True))
-        if not data:
-            return self._end(Unreachable("the connection was ended by the other side"))
-        self._take(data)
-
-    def _take(self, data: bytes) -> None:
-        if len(data) > 127:
-            self._silent = 0  # a pong alone may vanish in half a frame: no sign of life
-        try:
-            for code, payload in self._frames.feed(data):
-                self._silent = 0
-                self._hear(code, payload)
+            while True:
+                if len(data) > 127:
+                    silent = 0  # a pong alone may vanish in half a frame: no sign of life
+                for code, payload in self._frames.feed(data):
+                    silent = 0
+                    self._hear(code, payload)
+                data = b""
+                if time.monotonic() >= look:
+                    look, silent = look + self.LOOK_SECONDS, silent + 1
+                    if silent > 2:
+                        raise TooSlow("no sign of life")
+                    if silent == 2:
+                        self._send(Frames.PING, b"")
+                if is_readable(line.sock, max(0.0, look - time.monotonic())):
+                    data = self._read()
         except BadRequest as error:
-            self._end(Unreachable(error.status), 1009 if error.http == 413 else 1002)
+            farewell = 1009 if error.http == 413 else 1002
+            raise Unreachable(error.status) from None
+        finally:
+            with contextlib.suppress(Unreachable):  # it may be gone already
+                self._send(Frames.CLOSE, struct.pack("!H", farewell))
+            line.close()
+
+    def _read(self) -> bytes:
+        with self._lock:
+            try:
+                self._line.allow(BRIDGE_SECONDS)
+                data = self._line.more()
+            except OSError as error:
+                raise _out_error(error, True) from None
+            self._line.until = math.inf
+        if not data:
+            raise Unreachable("the connection was closed" if self._closing else
+                              "the connection was ended by the other side")
+        return data
 
     def _hear(self, code: int, payload: bytes) -> None:
         if code in (Frames.TEXT, Frames.BINARY):
@@ -4192,28 +4036,26 @@ class WebSocket:
             self._send(Frames.PONG, payload)
         elif code == Frames.CLOSE:
             why = " ".join(CONTROLS.sub(" ", payload[2:].decode("utf-8", "replace")).split())
-            self._end(Unreachable("the other side closed the connection"
-                                  + (f": {why}" if why else "")), 1000)
+            raise Unreachable("the other side closed the connection" + (f": {why}" if why else ""))
 
-    def _look(self) -> None:
-        """A connection that a bridge or a router forgot looks like one where nothing happens."""
-        self._silent += 1
-        if self._silent > 2:
-            return self._end(TooSlow("no sign of life"))
-        if self._silent == 2:
-            self._send(Frames.PING, b"")
-        self.loop.later(self.LOOK_SECONDS, self._look)
+    def send(self, text: bytes) -> None:
+        """Send a message, from any thread. Unreachable."""
+        self._send(Frames.TEXT, text)
 
-    def _end(self, error: Unreachable, code: int = 0) -> None:
-        if self._error:
-            return
-        self._error = error
-        self.loop.stop()
-        if code:
+    def _send(self, code: int, payload: bytes) -> None:
+        with self._lock:
             try:
-                self._send(Frames.CLOSE, struct.pack("!H", code))
-            except Unreachable:
-                pass  # it is gone already
+                self._line.allow(BRIDGE_SECONDS)
+                self._line.send(Frames.frame(code, payload))
+                self._line.until = math.inf
+            except OSError as error:
+                self._line.shut()  # so that run() ends
+                raise _out_error(error, True) from None
+
+    def close(self) -> None:
+        """Let run() say farewell and end. From any thread."""
+        self._closing = True
+        self._line.shut(socket.SHUT_RD)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5531,18 +5373,18 @@ class Feed:
 
     def __init__(self, rows: List[Tuple[int, bytes]]) -> None:
         self.rows, self.size = rows, 0   # a number of 0: not kept, so nothing to resume from
-        self.promise = Promise()         # kept when there is more
+        self.more: Future[bool] = Future()  # set when there is more
 
     def add(self, seq: int, data: bytes) -> bool:
         """One more; False if its reader is too far behind."""
         self.rows.append((seq, data))
         self.size += len(data)
-        self.promise.keep(True)
+        settle(self.more, True)
         return len(self.rows) <= STREAM_LIMIT and self.size <= STREAM_BYTES
 
     def take(self) -> List[Tuple[int, bytes]]:
-        """All there is; from now on `promise` is of what comes next."""
-        rows, self.rows, self.size, self.promise = self.rows, [], 0, Promise()
+        """All there is; from now on `more` is of what comes next."""
+        rows, self.rows, self.size, self.more = self.rows, [], 0, Future()
         return rows
 
 
@@ -5561,7 +5403,7 @@ class Store:
         self._ring: Deque[Tuple[int, bytes]] = collections.deque()
         self._bytes = 0                # of what is in the ring
         self._seq = self._mark = int(clock() * 1000)
-        self._waiting: Set[Promise] = set()  # calls of check_event
+        self._waiting: Set[Future[bool]] = set()  # calls of check_event
         self._feeds: Set[Feed] = set()
         # Hears of each event at once, as a Feed does.
         self.relay: Optional[Callable[[int, bytes], None]] = None
@@ -5579,8 +5421,8 @@ class Store:
                 self._bytes -= len(self._ring.popleft()[1])
             self._feed(self._seq, data)
             waiting, self._waiting = self._waiting, set()
-            for promise in waiting:
-                promise.keep(True)
+            for future in waiting:
+                settle(future, True)
 
     def tell(self, event: Union[Row, bytes]) -> None:
         """News for those who stream just now; nothing of it is kept."""
@@ -5598,27 +5440,27 @@ class Store:
         """Whether anybody streams."""
         return bool(self._feeds)
 
-    def take(self, since: Optional[int], wait: Callable[[Promise, float], Any],
+    def take(self, since: Optional[int], wait: Wait,
              seconds: float = EVENT_SECONDS) -> bytes:
         """A JSON list of the events after `since`, or after the mark (None), which then moves.
 
-        Waits up to `seconds` for the first one by `wait(promise, seconds)`; Hangup, raised by
+        Waits up to `seconds` for the first one by `wait(future, seconds)`; Hangup, raised by
         that, leaves everything for the next caller.
         """
-        promise = Promise()
+        future: Future[bool] = Future()
         with self._lock:
             mark = self._mark if since is None else since
             rows = self._after(mark)
             if not rows:
-                self._waiting.add(promise)
+                self._waiting.add(future)
         if not rows:
             try:
-                wait(promise, seconds)
+                wait(future, seconds)
             except TimeoutError:
                 pass
             finally:
                 with self._lock:
-                    self._waiting.discard(promise)
+                    self._waiting.discard(future)
                     rows = self._after(mark)
         if rows and since is None:
             with self._lock:
@@ -5654,7 +5496,7 @@ class Store:
                 ended = False
                 while not ended:
                     try:
-                        ended = request.wait(feed.promise, STREAM_SECONDS) is None
+                        ended = request.wait(feed.more, STREAM_SECONDS) is None
                     except TimeoutError:
                         yield b":\n\n"
                     with self._lock:
@@ -6080,7 +5922,9 @@ ROLES = {"owner": "create", "admin": "manage", "member": "attend"}
 
 
 def weight(row: Row) -> int:
-    """About how many bytes a message takes on its way."""
+    """About how many bytes a message or an event takes on its way."""
+    if "event" in row:
+        return len(to_bytes(row))
     return 6 * len(row["content"]) + len((row.get("media") or {}).get("data", ""))
 
 
@@ -6276,53 +6120,20 @@ class World:
         return "" if row is None else str(row.get("role", "member"))
 
 
-class Tickets:
-    """The QR codes on show: each holds a number that nobody can guess, and works once."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._open: Dict[str, Tuple[str, float]] = {}  # ticket -> account, end of life
-
-    def issue(self, account: str) -> str:
-        """A new one; the account's former one is void."""
-        self.cancel(account)
-        ticket = binascii.hexlify(os.urandom(16)).decode()
-        self._open[ticket] = account, self._clock() + TICKET_SECONDS
-        return ticket
-
-    def account(self, ticket: str) -> str:
-        """Whose it is, or empty if it is unknown, used or too old."""
-        account, end = self._open.get(ticket, ("", 0.0))
-        return account if self._clock() < end else ""
-
-    def of(self, account: str) -> str:
-        """The ticket that an account shows now, or empty."""
-        return next((ticket for ticket in self._open if self.account(ticket) == account), "")
-
-    def cancel(self, account: str) -> None:
-        """Let an account's ticket be void."""
-        self._open = {ticket: entry for ticket, entry in self._open.items()
-                      if entry[0] != account and self._clock() < entry[1]}
-
-
 class Outboxes:
     """What waits for each account: numbered, and kept until the account says that it has it.
 
     Messages wait for an account that is away, up to WAIT_LIMIT of them; everything else is
-    only for those who are there. What belongs to the login itself is not numbered.
+    only for those who are there. Notes, about the login itself, are not numbered nor kept.
     """
 
     BATCH = 256
-    GAP_SECONDS = 0.25           # between two answers that bring events only,
-    BURST = 10.0                 # when there were so many without one
 
     def __init__(self, ledger: Ledger, online: Set[str]) -> None:
         self._ledger, self._online = ledger, online
-        self._notes: Dict[str, List[Row]] = {}     # about the login: no need to survive
-        self._pulls: Dict[str, Promise] = {}       # those who wait
+        self._notes: Dict[str, List[Row]] = {}
+        self._pulls: Dict[str, Future[bool]] = {}  # those who wait
         self._woken: Set[str] = set()
-        self._urgent: Set[str] = set()             # those of them who got a message, or a note
-        self._heard: Dict[str, Tuple[float, float]] = {}  # since when who may hear so many more
         self._dropped = 0
         for waiting in ledger.table("wait").values():
             items = sorted(waiting.items(), key=lambda item: int(item[0]))
@@ -6334,34 +6145,26 @@ class Outboxes:
         return str(self._ledger.table("about").get("era", ""))
 
     def put(self, account: str, item: Row) -> None:
-        """Let an item wait for an account."""
+        """Let an item wait for an account; the oldest of too many, or of too heavy ones, go."""
         number = self.last(account) + 1
         self._ledger.put(number, "seq", account)
         self._ledger.put(item, "wait", account, str(number))
-        self._drop_excess(account)
-        self._woken.add(account)
-        if item["do"] == "message":
-            self._urgent.add(account)
-
-    def _drop_excess(self, account: str) -> None:
-        """The oldest of too many; of too heavy ones only the pictures, oldest first."""
         waiting = self._ledger.table("wait", account)
-        if len(waiting) > (POST_QUEUE_LIMIT if account in self._online else WAIT_LIMIT):
-            self._ledger.put(None, "wait", account, next(iter(waiting)))
+        excess = len(waiting) - (POST_QUEUE_LIMIT if account in self._online else WAIT_LIMIT)
+        too_many = list(waiting)[:max(0, excess)]
+        if item.get("media"):
+            pictures = {key: weight(row) for key, row in waiting.items() if row.get("media")}
+            heavy = sum(pictures.values())
+            for key, size in pictures.items():
+                if heavy > WAIT_BYTES:
+                    too_many.append(key)
+                    heavy -= size
+        for key in too_many:
+            self._ledger.put(None, "wait", account, key)
             self._dropped += 1
-            if self._dropped & (self._dropped - 1) == 0:  # 1, 2, 4, 8 …
+            if is_news(self._dropped):
                 self._ledger.log.warn(f"{self._dropped} message(s) dropped: too many wait")
-        if not waiting[next(reversed(waiting))].get("media"):
-            return
-        pictures = [(key, weight(item)) for key, item in waiting.items() if item.get("media")]
-        excess = sum(size for _, size in pictures) - WAIT_BYTES
-        for key, size in pictures:
-            if excess <= 0:
-                break
-            item = {**waiting[key], "media": None}
-            item["content"] = item["content"] or "[图片]"
-            self._ledger.put(item, "wait", account, key)
-            excess -= size
+        self._woken.add(account)
 
     def withdraw(self, account: str, message_id: str) -> bool:
         """Let a message wait no more; False if it does not."""
@@ -6378,7 +6181,7 @@ class Outboxes:
     def note(self, account: str, item: Row) -> None:
         """Tell an account something about its login, if it is there."""
         self._notes.setdefault(account, []).append(item)
-        self.wake_up(account)
+        self._woken.add(account)
 
     def acknowledge(self, account: str, mark: str) -> None:
         """Forget what an account has: all up to its mark, `ERA:NUMBER`."""
@@ -6401,22 +6204,21 @@ class Outboxes:
         for number, item in itertools.islice(self._ledger.table("wait", account).items(),
                                              self.BATCH):
             notes.append(dict(item, mark=f"{era}:{number}"))
-            size += weight(item) if item["do"] == "message" else len(to_bytes(item))
+            size += weight(item)
             if size > BATCH_LIMIT:
                 break
         return notes
 
-    def wait(self, account: str) -> Promise:
-        """A promise that brings True when something comes, or None when somebody waits anew."""
-        former = self._pulls.pop(account, None)
+    def wait(self, account: str) -> Future[bool]:
+        """What brings True when something comes, or False when somebody waits anew."""
+        former, self._pulls[account] = self._pulls.get(account), Future()
         if former:
-            former.keep()
-        self._pulls[account] = Promise()
+            settle(former, False)
         return self._pulls[account]
 
-    def leave(self, account: str, promise: Promise) -> None:
-        """Nobody waits for a promise of wait() any more."""
-        if self._pulls.get(account) is promise:
+    def leave(self, account: str, future: Future[bool]) -> None:
+        """Nobody waits any more for what wait() gave."""
+        if self._pulls.get(account) is future:
             del self._pulls[account]
 
     def forget_notes(self, account: str) -> None:
@@ -6426,126 +6228,378 @@ class Outboxes:
     def wake_up(self, account: str) -> None:
         """Let an account look again what there is."""
         self._woken.add(account)
-        self._urgent.add(account)
 
-    def wake(self, now: float) -> bool:
-        """Let those have their items who wait for them; to be called after a commit.
-
-        Whether some are left for a moment: a hundred who log in at once are told to a hundred, and
-        each of them need not hear of one after the other.
-        """
-        ready = {account for account in self._woken if account not in self._pulls
-                 or account in self._urgent or self._may_hear(account, now)}
-        self._woken -= ready
-        self._urgent.clear()
-        for account in ready:
-            promise = self._pulls.pop(account, None)
-            if promise:
-                promise.keep(True)
-        return bool(self._woken)
-
-    def _may_hear(self, account: str, now: float) -> bool:
-        then, left = self._heard.get(account, (now, self.BURST))
-        left = min(self.BURST, left + max(0.0, now - then) / self.GAP_SECONDS)
-        self._heard[account] = (now, left - (left >= 1.0))
-        return left >= 1.0
+    def wake(self) -> None:
+        """Let those have their items who wait for them; to be called after a commit."""
+        woken, self._woken = self._woken, set()
+        for account in woken:
+            future = self._pulls.pop(account, None)
+            if future:
+                settle(future, True)
 
 
 class Society:
-    """Changes of the world, each told to those accounts that see it and are there."""
+    """What people do with each other besides talking, and what may be changed from outside: each
+    change of the world is told to those accounts that see it and are there.
+
+    `sent` holds the newest messages by number: uid, group, receivers.
+    """
+
+    # What an account may do by its link, in the words of Link; true if it was done.
+    VERBS = ("revoke", "make_friend", "answer_request", "create_group", "invite", "rename",
+             "set_markname", "kick", "mute")
+    # What /local/change may do, and the method. {} is group or discuss, its first argument then.
+    CHANGES = {"add person": "_add_person", "remove person": "_remove_person",
+               "set person": "_set_person", "add friend": "_add_friend",
+               "remove friend": "_remove_friend", "set friend": "_set_friend",
+               "add friend_request": "_add_friend_request", "set group_member": "_set_member",
+               "add {}": "_add_circle", "remove {}": "_remove_circle", "set {}": "_set_circle",
+               "add {}_member": "_add_member", "remove {}_member": "_remove_member"}
 
     def __init__(self, world: World, outboxes: Outboxes, clock: Callable[[], float]) -> None:
-        self.world, self.clock = world, clock
+        self._world, self._clock = world, clock
         self._ledger, self._outboxes = world.ledger, outboxes
-
-    def befriend(self, one: str, other: str, row: Optional[Row] = None) -> None:
-        """Make two people friends; `row` is how `other` sees `one`."""
-        self._ledger.put(row or {}, "friend", other, one)
-        self._ledger.put(self._ledger.table("friend", one).get(other) or {},
-                         "friend", one, other)
-        for viewer, seen in (other, one), (one, other):
-            self.tell(viewer, "new_friend",
-                      {"object": lambda to, uid=seen: self.world.friend(to, uid)})
-
-    def unfriend(self, one: str, other: str) -> None:
-        """End a friendship."""
-        for viewer, seen in (other, one), (one, other):
-            self.tell(viewer, "lose_friend",
-                      {"object": lambda to, uid=seen: self.world.friend(to, uid)})
-            self._ledger.put(None, "friend", viewer, seen)
-
-    def enter(self, table: str, circle: str, uid: str, row: Row) -> None:
-        """Let somebody into a group or discuss; its first account owns it."""
-        members = table + "_member"
-        owner = self._ledger.table(table, circle).get("owner_uid")
-        if not owner and uid in self.world.account_of:
-            self._ledger.put(dict(self._ledger.table(table, circle), owner_uid=uid),
-                             table, circle)
-            row = dict(row, role="owner")
-        self._ledger.put(dict(row, uid=uid, join_time=str(int(self.clock()))),
-                         members, circle, uid)
-        self.tell(uid, "new_" + table,
-                  {"object": lambda to: self.world.circle(table, to, circle)})
-        self.tell_circle(table, circle, "new_" + members, {
-            "circle": circle,
-            "object": lambda to: self.world.member(members, to, circle, uid)}, besides=uid)
-
-    def leave(self, table: str, circle: str, uid: str) -> None:
-        """Take somebody out of a group or discuss."""
-        members = table + "_member"
-        self.tell(uid, "lose_" + table, {
-            "object": lambda to: self.world.circle(table, to, circle, members=False)})
-        self.tell_circle(table, circle, "lose_" + members, {
-            "circle": circle,
-            "object": lambda to: self.world.member(members, to, circle, uid)}, besides=uid)
-        self._ledger.put(None, members, circle, uid)
-
-    def tell_circle(self, table: str, circle: str, event: str, parts: Row,
-                    besides: str = "") -> None:
-        """Tell everybody in a group or discuss."""
-        for uid in self._ledger.table(table + "_member", circle):
-            if uid != besides:
-                self.tell(uid, event, parts)
+        self._put, self._table, self._find = world.ledger.put, world.ledger.table, world.find
+        self.sent: Dict[int, Row] = {}
 
     def tell(self, uid: str, event: str, parts: Row, away: bool = False) -> None:
         """Tell somebody who is there, or with `away` any account.
 
         Parts that are callable are called with the account.
         """
-        account = self.world.account_of.get(uid)
+        account = self._world.account_of.get(uid)
         if "value" in parts:
             parts = {**parts, "value": typed(parts["property"], parts["value"])}
-        if account is not None and (away or account in self.world.online):
+        if account is not None and (away or account in self._world.online):
             self._outboxes.put(account, {"do": "event", "event": event,
-                                         "time": str(int(self.clock())), **{
+                                         "time": str(int(self._clock())), **{
                 name: part(account) if callable(part) else part for name, part in parts.items()}})
 
+    def tell_circle(self, table: str, circle: str, event: str, parts: Row,
+                    besides: str = "") -> None:
+        """Tell everybody in a group or discuss."""
+        for uid in self._table(table + "_member", circle):
+            if uid != besides:
+                self.tell(uid, event, parts)
 
-    def withdraw(self, uid: str, message_id: str) -> bool:
-        """Take back a message that waits for somebody who is away; False if none does."""
-        account = self.world.account_of.get(uid)
-        return (account is not None and account not in self.world.online
-                and self._outboxes.withdraw(account, message_id))
+    def befriend(self, one: str, other: str, row: Optional[Row] = None) -> None:
+        """Make two people friends; `row` is how `other` sees `one`."""
+        self._put(row or {}, "friend", other, one)
+        self._put(self._table("friend", one).get(other) or {}, "friend", one, other)
+        for viewer, seen in (other, one), (one, other):
+            self.tell(viewer, "new_friend",
+                      {"object": lambda to, uid=seen: self._world.friend(to, uid)})
+
+    def unfriend(self, one: str, other: str) -> None:
+        """End a friendship."""
+        for viewer, seen in (other, one), (one, other):
+            self.tell(viewer, "lose_friend",
+                      {"object": lambda to, uid=seen: self._world.friend(to, uid)})
+            self._put(None, "friend", viewer, seen)
+
+    def enter(self, table: str, circle: str, uid: str, row: Row) -> None:
+        """Let somebody into a group or discuss; its first account owns it."""
+        if not self._table(table, circle).get("owner_uid") and uid in self._world.account_of:
+            self._put(dict(self._table(table, circle), owner_uid=uid), table, circle)
+            row = dict(row, role="owner")
+        self._put(dict(row, uid=uid, join_time=str(int(self._clock()))), table + "_member",
+                  circle, uid)
+        self._tell_move("new_", table, circle, uid)
+
+    def leave(self, table: str, circle: str, uid: str) -> None:
+        """Take somebody out of a group or discuss."""
+        self._tell_move("lose_", table, circle, uid)
+        self._put(None, table + "_member", circle, uid)
+
+    def _tell_move(self, way: str, table: str, circle: str, uid: str) -> None:
+        members, world = table + "_member", self._world
+        self.tell(uid, way + table, {
+            "object": lambda to: world.circle(table, to, circle, members=way == "new_")})
+        self.tell_circle(table, circle, way + members, {
+            "circle": circle, "object": lambda to: world.member(members, to, circle, uid)},
+            besides=uid)
+
+    # -- what accounts do
+
+    def _me(self, account: str) -> str:
+        return str(self._table("login", account)["uid"])
+
+    def revoke(self, account: str, number: int) -> bool:
+        """Take a message back; its receivers hear of it, unless it still waits for them. Only
+        one's own, and only once."""
+        found, me = self.sent.get(number), self._me(account)
+        if found is None or found["uid"] != me:
+            return False
+        del self.sent[number]
+        for uid in found["receivers"]:
+            name = self._world.account_of.get(uid)
+            if not (name and name not in self._world.online
+                    and self._outboxes.withdraw(name, str(number))):
+                self.tell(uid, "revoke_message", {"params": [
+                    str(number), me, me, found["group"]]})
+        return True
+
+    def make_friend(self, account: str, uid: str, verify: str) -> bool:
+        """Ask somebody to be a friend; residents agree at once."""
+        me = self._me(account)
+        if uid not in self._table("people"):
+            return False
+        if uid in self._world.account_of:
+            self._request(me, uid, verify)
+        else:
+            self.befriend(me, uid)
+        return True
+
+    def _request(self, asker: str, uid: str, verify: str) -> None:
+        ticket, requests = new_secret(), self._table("request")
+        if len(requests) >= WAIT_LIMIT:  # nobody answered the oldest
+            self._put(None, "request", next(iter(requests)))
+        self._put({"from": asker, "to": uid}, "request", ticket)
+        name = self._table("people", asker).get("name") or asker
+        self.tell(uid, "friend_request", {"request": lambda to: {
+            "id": self._world.id_for(to, asker), "name": name,
+            "displayname": name, "verify": verify, "ticket": ticket}}, away=True)
+
+    def answer_request(self, account: str, ticket: str, accept: bool, markname: str) -> bool:
+        """Agree to a friend_request, or not; a ticket is good for one answer."""
+        request, me = self._table("request", ticket), self._me(account)
+        if request.get("to") != me:
+            return False
+        self._put(None, "request", ticket)
+        if accept:
+            self.befriend(request["from"], me, {"markname": markname} if markname else {})
+        return True
+
+    def create_group(self, account: str, uids: List[str], name: str) -> str:
+        """Found a group with friends in it: its uid."""
+        uid = name_to_uid(f"{name}/{new_secret()}")
+        self._put({"uid": uid, "name": name, "owner_uid": ""}, "group", uid)
+        for member in [self._me(account), *uids]:
+            self.enter("group", uid, member, {})
+        return uid
+
+    def invite(self, account: str, group: str, uids: List[str]) -> bool:
+        """Bring friends into a group; those who are there stay."""
+        if not self._world.role(group, self._me(account)):
+            return False
+        for uid in uids:
+            if not self._world.role(group, uid):
+                self.enter("group", group, uid, {})
+        return True
+
+    def rename(self, account: str, group: str, name: str) -> bool:
+        """Give a group another name, for all of its members."""
+        if not self._world.role(group, self._me(account)):
+            return False
+        self._set_circle("group", group, "", {"name": name})
+        return True
+
+    def set_markname(self, account: str, uid: str, markname: str) -> bool:
+        """What one calls somebody, friend or member of a group; nobody else sees it."""
+        me, parts = self._me(account), {"uid": uid, "property": "markname", "value": markname}
+        row = self._table("friend", me)
+        if uid in row:
+            self._put({**row[uid], "markname": markname}, "friend", me, uid)
+            self.tell(me, "friend_property_change", parts)
+        self._put({"markname": markname}, "mark", me, uid)
+        for circle, members in self._table("group_member").items():
+            if me in members and uid in members:
+                self.tell(me, "group_member_property_change", {**parts, "circle": circle})
+        return True
+
+    def kick(self, account: str, group: str, uids: List[str]) -> bool:
+        """Remove members; False, and nothing done, without the right to it."""
+        if not self._may(account, group, uids):
+            return False
+        for uid in uids:
+            self.leave("group", group, uid)
+        return True
+
+    def mute(self, account: str, group: str, uids: List[str], seconds: int) -> bool:
+        """Silence members for a time; False, and nothing done, without the right to it."""
+        if not self._may(account, group, uids):
+            return False
+        for uid in uids:
+            row = self._table("group_member", group, uid)
+            self._put(dict(row, muted=self._clock() + seconds), "group_member", group, uid)
+        return True
+
+    def _may(self, account: str, group: str, uids: List[str]) -> bool:
+        """Owners may with all others, admins with plain members."""
+        rank = {"": 9, "owner": 3, "admin": 2, "member": 1}
+        me = self._world.role(group, self._me(account))
+        return me in ("owner", "admin") and all(
+            rank[self._world.role(group, uid)] < rank[me] for uid in uids)
+
+    # -- what may be changed from outside: each gets uid, place (`in`) and properties as given
+
+    def change(self, params: Params) -> Row:
+        """Do what the parameters say; {"uid": …}. NotFound for whatever is not there."""
+        row = dict(params)
+        do, what, uid, place = [row.pop(name, "") for name in ("do", "what", "uid", "in")]
+        words: List[str] = []
+        act = self.CHANGES.get(f"{do} {what}")
+        table = what.partition("_")[0]
+        if act is None and table in ("group", "discuss") and table in self._world.flavour.fields:
+            act, words = self.CHANGES.get(f"{do} {what.replace(table, '{}', 1)}"), [table]
+        if act is None:
+            raise NotFound(f"do={do[:100]} what={what[:100]} not found")
+        check_properties(row)
+        return {"uid": getattr(self, act)(*words, uid, place, row)}
+
+    def _add_person(self, uid: str, place: str, row: Row) -> str:
+        name, uid = self._new(uid, row, "people", "")
+        self._put({**row, "uid": uid, "name": name}, "people", uid)
+        return uid
+
+    def _new(self, uid: str, row: Row, table: str, salt: str) -> Tuple[str, str]:
+        """Name and uid of something new: each makes the other, if only one of them is given."""
+        name = str(row.get("name") or uid)
+        uid = uid or (name_to_uid(salt + name) if name else "")
+        if not UID.fullmatch(uid):
+            raise NotFound("uid as a number of 1 to 18 digits not found")
+        if uid in self._table(table):
+            raise NotFound(f"uid {uid} is there already: a free one not found")
+        return name, uid
+
+    def _remove_person(self, uid: str, place: str, row: Row) -> str:
+        uid = self._find("people", uid)
+        for friend in list(self._table("friend", uid)):
+            self.unfriend(uid, friend)
+        for table in "group", "discuss":
+            for circle in list(self._table(table)):
+                if uid in self._table(table + "_member", circle):
+                    self.leave(table, circle, uid)
+        self._put(None, "people", uid)
+        return uid
+
+    def _set_person(self, uid: str, place: str, row: Row) -> str:
+        uid = self._find("people", uid)
+        self._put({**self._table("people", uid), **row}, "people", uid)
+        for name, value in row.items():
+            parts = {"uid": uid, "property": name, "value": value}
+            self.tell(uid, "user_property_change", parts)
+            for friend in self._table("friend", uid):
+                self.tell(friend, "friend_property_change", parts)
+            for table in "group", "discuss":
+                for circle in self._table(table):
+                    if uid in self._table(table + "_member", circle):
+                        self.tell_circle(table, circle, table + "_member_property_change",
+                                         {**parts, "circle": circle})
+        return uid
+
+    def _add_friend(self, uid: str, place: str, row: Row) -> str:
+        """The properties (markname …) are how `in` sees it."""
+        uid, place = self._find("people", uid), self._find("people", place)
+        self.befriend(uid, place, row)
+        return uid
+
+    def _add_friend_request(self, uid: str, place: str, row: Row) -> str:
+        uid, place = self._find("people", uid), self._find("people", place)
+        self._request(uid, place, str(row.get("verify", "")))
+        return uid
+
+    def _remove_friend(self, uid: str, place: str, row: Row) -> str:
+        uid, place = self._friends(uid, place)
+        self.unfriend(uid, place)
+        return uid
+
+    def _set_friend(self, uid: str, place: str, row: Row) -> str:
+        uid, place = self._friends(uid, place)
+        self._put({**self._table("friend", place, uid), **row}, "friend", place, uid)
+        for name, value in row.items():
+            self.tell(place, "friend_property_change",
+                      {"uid": uid, "property": name, "value": value})
+        return uid
+
+    def _friends(self, uid: str, place: str) -> Tuple[str, str]:
+        one, other = self._find("people", uid), self._find("people", place)
+        if one not in self._table("friend", other):
+            raise NotFound(f"friend {uid} not found")
+        return one, other
+
+    def _add_circle(self, table: str, uid: str, place: str, row: Row) -> str:
+        """With its owner in it if `owner_uid` names one."""
+        name, uid = self._new(uid, row, table, table)
+        owner = row.get("owner_uid") and self._find("people", row["owner_uid"])
+        self._put({**row, "uid": uid, "name": name, "owner_uid": owner or ""}, table, uid)
+        if owner:
+            self.enter(table, uid, owner, {"role": "owner"})
+        return uid
+
+    def _remove_circle(self, table: str, uid: str, place: str, row: Row) -> str:
+        uid = self._find(table, uid)
+        self.tell_circle(table, uid, "lose_" + table, {
+            "object": lambda to: self._world.circle(table, to, uid, members=False)})
+        self._put(None, table + "_member", uid)
+        self._put(None, table, uid)
+        return uid
+
+    def _set_circle(self, table: str, uid: str, place: str, row: Row) -> str:
+        uid = self._find(table, uid)
+        self._put({**self._table(table, uid), **row}, table, uid)
+        for name, value in row.items():
+            self.tell_circle(table, uid, table + "_property_change",
+                             {"uid": uid, "property": name, "value": value})
+        return uid
+
+    def _add_member(self, table: str, uid: str, place: str, row: Row) -> str:
+        uid, place = self._find("people", uid), self._find(table, place)
+        if uid in self._table(table + "_member", place):
+            raise NotFound(f"{uid} outside of {place} not found")
+        self.enter(table, place, uid, row)
+        return uid
+
+    def _remove_member(self, table: str, uid: str, place: str, row: Row) -> str:
+        uid, place = self._member(table, uid, place)
+        self.leave(table, place, uid)
+        return uid
+
+    def _set_member(self, uid: str, place: str, row: Row) -> str:
+        """A card or a role in a group; one's own role is the group's `role` as well."""
+        uid, place = self._member("group", uid, place)
+        owner = str(self._table("group", place).get("owner_uid") or "")
+        if row.get("role") == "owner" and owner != uid:
+            self._set_circle("group", place, "", {"owner_uid": uid})
+            if self._world.role(place, owner):
+                self._set_member(owner, place, {"role": "member"})  # there is but one
+        self._put({**self._table("group_member", place, uid), **row}, "group_member", place, uid)
+        for name, value in row.items():
+            self.tell_circle("group", place, "group_member_property_change",
+                             {"circle": place, "uid": uid, "property": name, "value": value})
+        if "role" in row:
+            self.tell(uid, "group_property_change", {
+                "uid": place, "property": "role", "value": ROLES[row["role"]]})
+        return uid
+
+    def _member(self, table: str, uid: str, place: str) -> Tuple[str, str]:
+        uid, place = self._find("people", uid), self._find(table, place)
+        if uid not in self._table(table + "_member", place):
+            raise NotFound(f"member {uid} not found")
+        return uid, place
 
 
 class Logins:
     """Who is logged in on the local network, and how one gets there.
 
-    `url()` is how a phone reaches the host.
+    A QR code on show holds a ticket: a number that nobody can guess, and that works once. `url()`
+    is how a phone reaches the host; `timer` gives seconds that never go back.
     """
 
-    def __init__(self, society: Society, outboxes: Outboxes, url: Callable[[], str],
-                 clock: Callable[[], float]) -> None:
-        self.world, self._society, self._outboxes = society.world, society, outboxes
-        self._ledger, self._url, self._clock = society.world.ledger, url, clock
-        self._tickets = Tickets()
+    VERBS = ("attach", "ticket", "ready", "logout")
+
+    def __init__(self, world: World, society: Society, outboxes: Outboxes, url: Callable[[], str],
+                 clock: Callable[[], float], timer: Callable[[], float] = time.monotonic) -> None:
+        self._world, self._society, self._outboxes = world, society, outboxes
+        self._ledger, self._url, self._clock, self._timer = world.ledger, url, clock, timer
+        self._tickets: Dict[str, Tuple[str, float]] = {}     # ticket -> account, end of life
         self.running: Set[str] = set()                       # accounts
-        self._hopes: Dict[str, List[Promise]] = {}           # /local/login's that wait for that
+        self._hopes: Dict[str, List[Future[bool]]] = {}      # of /local/login's that wait
 
     def attach(self, account: str, mark: str, cookie: str, password: bool,
                mode: str = "online") -> Row:
         """An account's client is there. {"login": …} if it is logged in by that, else {}."""
-        self.world.mode[account] = mode
+        self._world.mode[account] = mode
         self._outboxes.forget_notes(account)
         self._outboxes.acknowledge(account, mark)
         row = self._ledger.table("login", account)
@@ -6557,21 +6611,28 @@ class Logins:
         return {}
 
     def ticket(self, account: str) -> None:
-        """A new QR code. It goes to the client as a note, so that no later note overtakes it.
+        """A new QR code; the former one is void. It goes to the client as a note, so that no later
+        note overtakes it.
 
         The ticket would do: by `client` a proxy before many controllers finds the one it is of.
         """
-        ticket = self._tickets.issue(account)
+        self._cancel(account)
+        ticket = new_secret()
+        self._tickets[ticket] = account, self._timer() + TICKET_SECONDS
         query = urllib.parse.urlencode({"client": account, "ticket": ticket})
         self._outboxes.note(account, {"do": "qrcode", "seconds": TICKET_SECONDS,
                                       "text": f"{self._url()}/local/scan?{query}"})
         if account in self._hopes:
             self.confirm(ticket)
 
+    def _cancel(self, account: str) -> None:
+        self._tickets = {ticket: entry for ticket, entry in self._tickets.items()
+                         if entry[0] != account and self._timer() < entry[1]}
+
     def scan(self, ticket: str) -> str:
-        """Somebody opened the code's URL: whose it is, or NotFound."""
-        account = self._tickets.account(ticket)
-        if not account:
+        """Somebody opened the code's URL: whose it is; NotFound if it is unknown, used or old."""
+        account, end = self._tickets.get(ticket, ("", 0.0))
+        if self._timer() >= end:
             raise NotFound("ticket not found")
         self._outboxes.note(account, {"do": "scanned"})
         return account
@@ -6579,26 +6640,26 @@ class Logins:
     def confirm(self, ticket: str) -> str:
         """Somebody pressed the button: whose it is, or NotFound."""
         account = self.scan(ticket)
-        self._tickets.cancel(account)
+        self._cancel(account)
         login = self._log_in(account, new_secret())
         self._outboxes.note(account, {"do": "confirmed", "login": login})
         return account
 
-    def hope(self, account: str) -> Promise:
-        """Log an account in, now or as soon as it shows a code; kept when it is running."""
-        promise = Promise()
+    def hope(self, account: str) -> Future[bool]:
+        """Log an account in, now or as soon as it shows a code; True when it is running."""
+        future: Future[bool] = Future()
         if account in self.running:
-            promise.keep()
-            return promise
-        self._hopes.setdefault(account, []).append(promise)
-        ticket = self._tickets.of(account)
-        if ticket:
-            self.confirm(ticket)
-        return promise
+            settle(future, True)
+            return future
+        self._hopes.setdefault(account, []).append(future)
+        for ticket, (name, end) in list(self._tickets.items()):
+            if name == account and self._timer() < end:
+                self.confirm(ticket)
+        return future
 
-    def despair(self, account: str, promise: Promise) -> None:
+    def despair(self, account: str, future: Future[bool]) -> None:
         """One of those who hope() for an account gives up."""
-        hopes = [hope for hope in self._hopes.pop(account, []) if hope is not promise]
+        hopes = [hope for hope in self._hopes.pop(account, []) if hope is not future]
         if hopes:
             self._hopes[account] = hopes
 
@@ -6606,14 +6667,14 @@ class Logins:
         """An account's client is running."""
         self.running.add(account)
         self._outboxes.wake_up(account)
-        for promise in self._hopes.pop(account, []):
-            promise.keep()
+        for future in self._hopes.pop(account, []):
+            settle(future, True)
 
     def detach(self, account: str) -> None:
         """An account's client is gone."""
-        self._tickets.cancel(account)
+        self._cancel(account)
         self.running.discard(account)
-        self.world.online.discard(account)
+        self._world.online.discard(account)
 
     def logout(self, account: str) -> None:
         """The account wants to be scanned anew."""
@@ -6634,26 +6695,25 @@ class Logins:
         cookie = cookie or new_secret()
         self._ledger.put({"uid": uid, "nonce": nonce, "cookie": cookie, "time": self._clock()},
                          "login", account)
-        self.world.account_of[uid] = account
+        self._world.account_of[uid] = account
         if not row or uid not in self._ledger.table("people"):
             self._join(account, uid)
-        self.world.online.add(account)  # only now: it hears of no friend that it will load
+        self._world.online.add(account)  # only now: it hears of no friend that it will load
         return {"uid": uid, "cookie": cookie}
 
     def _new_uid(self, account: str) -> str:
-        people = self._ledger.table("people")
-        for uid, row in people.items():
-            if row.get("name") == account and uid not in self.world.account_of:
+        for uid, row in self._ledger.table("people").items():
+            if row.get("name") == account and uid not in self._world.account_of:
                 return uid
         uid = name_to_uid(account)
-        while uid in self.world.account_of:
+        while uid in self._world.account_of:
             uid = str(int(uid) + 1)
         return uid
 
     def _join(self, account: str, uid: str) -> None:
         """An account's very first login: it becomes everybody's friend, once and for all."""
         if uid in self._ledger.table("people"):  # a world file says whose friend it is
-            for person in self.world.fixtures():
+            for person in self._world.fixtures():
                 self._society.befriend(uid, person["uid"])
             return
         self._ledger.put({"uid": uid, "name": account}, "people", uid)
@@ -6666,144 +6726,33 @@ class Logins:
                     self._society.enter(table, circle, uid, {})
 
 
-class Dealings:
-    """What accounts do with each other besides talking: revoke, befriend, found groups.
-
-    `sent` holds the newest messages by number: uid, group, receivers. Each verb is called in the
-    name of an account and tells by what it returns whether it was done.
-    """
-
-    def __init__(self, society: Society, sent: Dict[int, Row]) -> None:
-        self._society, self._world, self._sent = society, society.world, sent
-        self._ledger = society.world.ledger
-
-    def verbs(self) -> Dict[str, Callable[..., Any]]:
-        """Verb -> what it calls."""
-        return {"revoke": self.revoke, "make_friend": self.make_friend,
-                "answer_request": self.answer_request, "create_group": self.create_group,
-                "invite": self.invite, "rename": self.rename, "set_markname": self.set_markname}
-
-    def _me(self, account: str) -> str:
-        return str(self._ledger.table("login", account)["uid"])
-
-    def revoke(self, account: str, number: int) -> bool:
-        """Take a message back; its receivers hear of it. Only one's own, and only once."""
-        found, me = self._sent.get(number), self._me(account)
-        if found is None or found["uid"] != me:
-            return False
-        del self._sent[number]
-        for uid in found["receivers"]:
-            if not self._society.withdraw(uid, str(number)):
-                self._society.tell(uid, "revoke_message", {"params": [
-                    str(number), me, me, found["group"]]})
-        return True
-
-    def make_friend(self, account: str, uid: str, verify: str) -> bool:
-        """Ask somebody to be a friend; residents agree at once."""
-        me = self._me(account)
-        if uid not in self._ledger.table("people"):
-            return False
-        if uid in self._world.account_of:
-            self.request(me, uid, verify)
-        else:
-            self._society.befriend(me, uid)
-        return True
-
-    def request(self, asker: str, uid: str, verify: str) -> str:
-        """Let somebody ask another to be a friend: the ticket of that."""
-        ticket = new_secret()
-        self._ledger.put({"from": asker, "to": uid}, "request", ticket)
-        requests = self._ledger.table("request")
-        if len(requests) > WAIT_LIMIT:  # nobody answered the oldest
-            self._ledger.put(None, "request", next(iter(requests)))
-        name = self._ledger.table("people", asker).get("name") or asker
-        self._society.tell(uid, "friend_request", {"request": lambda to: {
-            "id": self._world.id_for(to, asker), "name": name,
-            "displayname": name, "verify": verify, "ticket": ticket}}, away=True)
-        return ticket
-
-    def answer_request(self, account: str, ticket: str, accept: bool, markname: str) -> bool:
-        """Agree to a friend_request, or not; a ticket is good for one answer."""
-        request, me = self._ledger.table("request", ticket), self._me(account)
-        if request.get("to") != me:
-            return False
-        self._ledger.put(None, "request", ticket)
-        if accept:
-            self._society.befriend(request["from"], me,
-                                   {"markname": markname} if markname else {})
-        return True
-
-    def create_group(self, account: str, uids: List[str], name: str) -> str:
-        """Found a group with friends in it: its uid."""
-        uid = name_to_uid(f"{name}/{new_secret()}")
-        self._ledger.put({"uid": uid, "name": name, "owner_uid": ""}, "group", uid)
-        for member in [self._me(account), *uids]:
-            self._society.enter("group", uid, member, {})
-        return uid
-
-    def invite(self, account: str, group: str, uids: List[str]) -> bool:
-        """Bring friends into a group; those who are there stay."""
-        if not self._world.role(group, self._me(account)):
-            return False
-        for uid in uids:
-            if not self._world.role(group, uid):
-                self._society.enter("group", group, uid, {})
-        return True
-
-    def rename(self, account: str, group: str, name: str) -> bool:
-        """Give a group another name, for all of its members."""
-        if not self._world.role(group, self._me(account)):
-            return False
-        self._ledger.put({**self._ledger.table("group", group), "name": name}, "group", group)
-        self._society.tell_circle("group", group, "group_property_change",
-                                  {"uid": group, "property": "name", "value": name})
-        return True
-
-    def set_markname(self, account: str, uid: str, markname: str) -> bool:
-        """What one calls somebody, friend or member of a group; nobody else sees it."""
-        me, parts = self._me(account), {"uid": uid, "property": "markname", "value": markname}
-        row = self._ledger.table("friend", me)
-        if uid in row:
-            self._ledger.put({**row[uid], "markname": markname}, "friend", me, uid)
-            self._society.tell(me, "friend_property_change", parts)
-        self._ledger.put({"markname": markname}, "mark", me, uid)
-        for circle, members in self._ledger.table("group_member").items():
-            if me in members and uid in members:
-                self._society.tell(me, "group_member_property_change",
-                                   {**parts, "circle": circle})
-        return True
-
-
 class LocalNetwork:
-    """A small chat network inside the program (DESIGN). Its loop's thread owns all of it.
+    """A small chat network inside the program (DESIGN).
 
     `known(account)` tells whether there is a client of that name, for /local/login; `url()` is
-    how a phone reaches the host.
+    how a phone reaches the host, and takes no lock.
     """
+
+    PULL_SECONDS = 300.0
 
     def __init__(self, path: str, world_file: str, flavour: Type[Flavour], log: Log,
                  url: Callable[[], str], known: Callable[[str], bool] = lambda account: True,
                  clock: Callable[[], float] = time.time) -> None:
-        self.known, self.clock = known, clock
-        self.loop = Loop(log)
+        self.known, self.clock, self.ended = known, clock, False
+        self.lock = threading.RLock()  # guards all of it: who and what there is, what waits
         self._ledger = Ledger(path + ".json", path + ".jsonl", log)
         self.world = World(self._ledger, flavour)
         self._open_world(world_file)
         self.outboxes = Outboxes(self._ledger, self.world.online)
         self.society = Society(self.world, self.outboxes, clock)
-        self.logins = Logins(self.society, self.outboxes, url, clock)
-        self._waking: Optional[Timer] = None                 # for those who are told together
-        self._sent: Dict[int, Row] = {}                      # the newest messages, by number
+        self.logins = Logins(self.world, self.society, self.outboxes, url, clock)
         waiting = {item.get("id") for items in self._ledger.table("wait").values()
                    for item in items.values()}
-        self._ids = MessageIds(clock, True,
-                               lambda number: number in self._sent or str(number) in waiting)
-        self._verbs: Dict[str, Callable[..., Any]] = {
-            "attach": self.logins.attach, "ticket": self.logins.ticket,
-            "ready": self.logins.ready, "logout": self.logins.logout,
-            "roster": self.world.roster, "presence": self.world.presence, "send": self.send,
-            "kick": self.kick, "mute": self.mute}
-        self._verbs.update(Dealings(self.society, self._sent).verbs())
+        self._ids = MessageIds(clock, True, lambda number: number in self.society.sent
+                               or str(number) in waiting)
+        self._verbs = {verb: getattr(owner, verb) for owner, verbs in (
+            (self.logins, Logins.VERBS), (self.world, ("roster", "presence")),
+            (self.society, Society.VERBS), (self, ("send",))) for verb in verbs}
 
     def _open_world(self, path: str) -> None:
         data = (read_file(os.path.realpath(path)) if path
@@ -6819,64 +6768,53 @@ class LocalNetwork:
             raise Refusal(f"world file {path} cannot be read: there must be one, and it must hold "
                           "what /local/world shows") from None
 
-    def start(self) -> None:
-        """Begin to work."""
-        spawn(self.loop.run, name="network")
-
     def stop(self) -> None:
-        """Let everything survive, and end."""
-        try:
-            self.loop.ask(self._ledger.save)
-        except NotRunning:
-            pass
-        self.loop.stop()
+        """Let everything survive; from now on all calls are NotRunning."""
+        with self.lock:
+            self._ledger.save()
+            self.ended = True
 
-    def call(self, account: str, verb: str, arguments: Row,
-             wait: Callable[[Promise, float], Any] = Promise.wait) -> Json:
-        """What a link asks in the name of its account: a verb with its arguments."""
+    def do(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function under the lock; what it changed survives before anybody hears of it."""
+        with self.lock:
+            if self.ended:
+                raise NotRunning("stopping")
+            try:
+                return function(*args)
+            finally:
+                self._ledger.commit()
+                self.outboxes.wake()
+
+    def call(self, account: str, verb: str, args: Sequence[Json], named: Row,
+             wait: Wait = result_of) -> Json:
+        """What a link asks in the name of its account: a method of Link, with its arguments."""
         if verb == "pull":
-            return self._pull(account, str(arguments.get("mark", "")), wait)
+            return self._pull(account, str(args[0]), wait)
         function = self._verbs.get(verb)
         if function is None:
             raise NotFound(f"{verb} not found")
-        return self.loop.ask(self.settle, lambda: function(account, **arguments))
+        return self.do(functools.partial(function, account, *args, **named))
 
-    def settle(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function in the loop; what it changed survives before anybody hears of it."""
+    def _pull(self, account: str, mark: str, wait: Wait) -> List[Row]:
+        """What happened to an account, as soon as there is something; `mark` says what it has."""
+        def take() -> List[Row]:
+            return self.outboxes.take(account, account in self.logins.running)
+
+        with self.lock:
+            self.do(self.outboxes.acknowledge, account, mark)
+            items = take()
+            if items:
+                return items
+            future = self.outboxes.wait(account)
         try:
-            return function(*args)
-        finally:
-            self._ledger.commit()
-            self._wake()
-
-    def _wake(self) -> None:
-        if self.outboxes.wake(self.loop.clock()) and not self._waking:
-            self._waking = self.loop.later(Outboxes.GAP_SECONDS, self._wake_late)
-
-    def _wake_late(self) -> None:
-        self._waking = None
-        self._wake()
-
-    def _pull(self, account: str, mark: str, wait: Callable[[Promise, float], Any]) -> List[Row]:
-        items, promise = self.loop.ask(self.settle, self._take_or_wait, account, mark)
-        if promise is None:
-            return list(items)
-        try:
-            woken = wait(promise, 300.0)
+            woken = wait(future, self.PULL_SECONDS)
         except TimeoutError:
             woken = True
-        except Hangup:  # which the promise holds, and with it all of the call
-            self.loop.call(self.outboxes.leave, account, promise)
-            raise
-        return list(self.loop.ask(self._take, account)) if woken else []
-
-    def _take_or_wait(self, account: str, mark: str) -> Tuple[List[Row], Optional[Promise]]:
-        self.outboxes.acknowledge(account, mark)
-        items = self._take(account)
-        return items, None if items else self.outboxes.wait(account)
-
-    def _take(self, account: str) -> List[Row]:
-        return self.outboxes.take(account, account in self.logins.running)
+        finally:
+            with self.lock:
+                self.outboxes.leave(account, future)
+        with self.lock:
+            return take() if woken else []
 
     # -- messages
 
@@ -6916,18 +6854,14 @@ class LocalNetwork:
                 "name": self._ledger.table("people", uid)["name"],
                 "group": message.get("group"), "discuss": message.get("discuss"),
                 "media": message.get("media")}
-        self._remember(number, {**item, "receivers": receivers})
+        # For revoking; who asks later than WAIT_LIMIT messages after it comes too late.
+        self.society.sent[number] = {"uid": uid, "group": item["group"], "receivers": receivers}
+        keep_newest(self.society.sent, WAIT_LIMIT)
         for receiver in receivers:
             account = self.world.account_of.get(receiver)
             if account is not None:
                 self.outboxes.put(account, dict(item, sender_id=self.world.id_for(account, uid)))
         return item
-
-    def _remember(self, number: int, item: Row) -> None:
-        """For revoking; who asks later than WAIT_LIMIT messages after it comes too late."""
-        self._sent[number] = {name: item[name] for name in ("uid", "group", "receivers")}
-        if len(self._sent) > WAIT_LIMIT:
-            del self._sent[next(iter(self._sent))]
 
     def _receivers(self, uid: str, message: Row) -> List[str]:
         kind, target = message["type"], message.get("uid")
@@ -6959,214 +6893,6 @@ class LocalNetwork:
         except NotFound:
             return None  # muted: that is no fault of what it would answer
 
-    # -- group control
-
-    def kick(self, account: str, group: str, uids: List[str]) -> bool:
-        """Remove members; False, and nothing done, without the right to it."""
-        if not self._may(account, group, uids):
-            return False
-        for uid in uids:
-            self.society.leave("group", group, uid)
-        return True
-
-    def mute(self, account: str, group: str, uids: List[str], seconds: int) -> bool:
-        """Silence members for a time; False, and nothing done, without the right to it."""
-        if not self._may(account, group, uids):
-            return False
-        for uid in uids:
-            row = self._ledger.table("group_member", group, uid)
-            self._ledger.put(dict(row, muted=self.clock() + seconds), "group_member", group, uid)
-        return True
-
-    def _may(self, account: str, group: str, uids: List[str]) -> bool:
-        """Owners may with all others, admins with plain members."""
-        rank = {"": 9, "owner": 3, "admin": 2, "member": 1}
-        me = self.world.role(group, self._ledger.table("login", account)["uid"])
-        return me in ("owner", "admin") and all(
-            rank[self.world.role(group, uid)] < rank[me] for uid in uids)
-
-
-class Changes:
-    """/local/change: `do` add, remove or set, `what` of the world.
-
-    Each act gets the uid, the place (`in`) and the properties, as the caller gave them.
-    """
-
-    def __init__(self, society: Society) -> None:
-        self._society, self._world = society, society.world
-        self._ledger = society.world.ledger
-        self._dealings = Dealings(society, {})
-        self._acts: Dict[str, Callable[[str, str, Row], str]] = {
-            "add person": self.add_person, "remove person": self.remove_person,
-            "set person": self.set_person, "add friend": self.add_friend,
-            "remove friend": self.remove_friend, "set friend": self.set_friend,
-            "add friend_request": self.add_friend_request,
-            "set group_member": self.set_group_member}
-        for table in {"group", "discuss"}.intersection(self._world.flavour.fields):
-            for act, function in (
-                    ("add {}", self._add_circle), ("remove {}", self._remove_circle),
-                    ("set {}", self._set_circle), ("add {}_member", self._add_member),
-                    ("remove {}_member", self._remove_member)):
-                self._acts[act.format(table)] = functools.partial(function, table)
-
-    def make(self, params: Params) -> Row:
-        """Do what the parameters say; {"uid": …}. NotFound for whatever is not there."""
-        rest = dict(params)
-        do, what, uid, place = [rest.pop(name, "") for name in ("do", "what", "uid", "in")]
-        act = self._acts.get(f"{do} {what}")
-        if act is None:
-            raise NotFound(f"do={do[:100]} what={what[:100]} not found")
-        check_properties(rest)
-        return {"uid": act(uid, place, rest)}
-
-    def add_person(self, uid: str, place: str, row: Row) -> str:
-        """Somebody new, whom nobody knows yet."""
-        name, uid = self._new(uid, row, "people", "")
-        self._ledger.put({**row, "uid": uid, "name": name}, "people", uid)
-        return uid
-
-    def _new(self, uid: str, row: Row, table: str, salt: str) -> Tuple[str, str]:
-        """Name and uid of something new: each makes the other, if only one of them is given."""
-        name = str(row.get("name") or uid)
-        uid = uid or (name_to_uid(salt + name) if name else "")
-        if not UID.fullmatch(uid):
-            raise NotFound("uid as a number of 1 to 18 digits not found")
-        if uid in self._ledger.table(table):
-            raise NotFound(f"uid {uid} is there already: a free one not found")
-        return name, uid
-
-    def remove_person(self, uid: str, place: str, row: Row) -> str:
-        """Somebody is gone, from all friends, groups and discusses."""
-        uid = self._world.find("people", uid)
-        for friend in list(self._ledger.table("friend", uid)):
-            self._society.unfriend(uid, friend)
-        for table in "group", "discuss":
-            for circle in list(self._ledger.table(table)):
-                if uid in self._ledger.table(table + "_member", circle):
-                    self._society.leave(table, circle, uid)
-        self._ledger.put(None, "people", uid)
-        return uid
-
-    def set_person(self, uid: str, place: str, row: Row) -> str:
-        """Properties of a person, which all who see it hear of."""
-        uid = self._world.find("people", uid)
-        self._ledger.put({**self._ledger.table("people", uid), **row}, "people", uid)
-        tell = self._society.tell
-        for name, value in row.items():
-            parts = {"uid": uid, "property": name, "value": value}
-            tell(uid, "user_property_change", parts)
-            for friend in self._ledger.table("friend", uid):
-                tell(friend, "friend_property_change", parts)
-            for table in "group", "discuss":
-                self._tell_fellows(table, parts)
-        return uid
-
-    def _tell_fellows(self, table: str, parts: Row) -> None:
-        for circle in self._ledger.table(table):
-            if parts["uid"] in self._ledger.table(table + "_member", circle):
-                self._society.tell_circle(table, circle, f"{table}_member_property_change",
-                                          {**parts, "circle": circle})
-
-    def add_friend(self, uid: str, place: str, row: Row) -> str:
-        """`uid` becomes a friend of `in`, who sees it with the properties (markname …)."""
-        uid, place = self._world.find("people", uid), self._world.find("people", place)
-        self._society.befriend(uid, place, row)
-        return uid
-
-    def add_friend_request(self, uid: str, place: str, row: Row) -> str:
-        """`uid` asks `in` to be a friend, in the words of `verify`."""
-        uid, place = self._world.find("people", uid), self._world.find("people", place)
-        self._dealings.request(uid, place, str(row.get("verify", "")))
-        return uid
-
-    def remove_friend(self, uid: str, place: str, row: Row) -> str:
-        """`uid` and `in` are friends no more."""
-        uid, place = self._friends(uid, place)
-        self._society.unfriend(uid, place)
-        return uid
-
-    def set_friend(self, uid: str, place: str, row: Row) -> str:
-        """How `in` sees its friend `uid`."""
-        uid, place = self._friends(uid, place)
-        self._ledger.put({**self._ledger.table("friend", place, uid), **row},
-                         "friend", place, uid)
-        for name, value in row.items():
-            self._society.tell(place, "friend_property_change",
-                               {"uid": uid, "property": name, "value": value})
-        return uid
-
-    def _friends(self, uid: str, place: str) -> Tuple[str, str]:
-        one, other = self._world.find("people", uid), self._world.find("people", place)
-        if one not in self._ledger.table("friend", other):
-            raise NotFound(f"friend {uid} not found")
-        return one, other
-
-    def _add_circle(self, table: str, uid: str, place: str, row: Row) -> str:
-        """A new group or discuss, with its owner in it if `owner_uid` names one."""
-        name, uid = self._new(uid, row, table, table)
-        owner = row.get("owner_uid") and self._world.find("people", row["owner_uid"])
-        self._ledger.put({**row, "uid": uid, "name": name, "owner_uid": owner or ""}, table, uid)
-        if owner:
-            self._society.enter(table, uid, owner, {"role": "owner"})
-        return uid
-
-    def _remove_circle(self, table: str, uid: str, place: str, row: Row) -> str:
-        """A group or discuss is no more."""
-        uid = self._world.find(table, uid)
-        self._society.tell_circle(table, uid, "lose_" + table, {
-            "object": lambda to: self._world.circle(table, to, uid, members=False)})
-        self._ledger.put(None, table + "_member", uid)
-        self._ledger.put(None, table, uid)
-        return uid
-
-    def _set_circle(self, table: str, uid: str, place: str, row: Row) -> str:
-        """Properties of a group or discuss."""
-        uid = self._world.find(table, uid)
-        self._ledger.put({**self._ledger.table(table, uid), **row}, table, uid)
-        for name, value in row.items():
-            self._society.tell_circle(table, uid, f"{table}_property_change",
-                                      {"uid": uid, "property": name, "value": value})
-        return uid
-
-    def _add_member(self, table: str, uid: str, place: str, row: Row) -> str:
-        """Somebody enters a group or discuss."""
-        uid, place = self._world.find("people", uid), self._world.find(table, place)
-        if uid in self._ledger.table(table + "_member", place):
-            raise NotFound(f"{uid} outside of {place} not found")
-        self._society.enter(table, place, uid, row)
-        return uid
-
-    def _remove_member(self, table: str, uid: str, place: str, row: Row) -> str:
-        """Somebody leaves a group or discuss."""
-        uid, place = self._member(table, uid, place)
-        self._society.leave(table, place, uid)
-        return uid
-
-    def set_group_member(self, uid: str, place: str, row: Row) -> str:
-        """Somebody's card or role in a group; one's own role is the group's `role` as well."""
-        uid, place = self._member("group", uid, place)
-        owner = str(self._ledger.table("group", place).get("owner_uid") or "")
-        if row.get("role") == "owner" and owner != uid:
-            self._set_circle("group", place, "", {"owner_uid": uid})
-            if self._world.role(place, owner):
-                self.set_group_member(owner, place, {"role": "member"})  # there is but one
-        self._ledger.put({**self._ledger.table("group_member", place, uid), **row},
-                         "group_member", place, uid)
-        for name, value in row.items():
-            self._society.tell_circle(
-                "group", place, "group_member_property_change",
-                {"circle": place, "uid": uid, "property": name, "value": value})
-        if "role" in row:
-            self._society.tell(uid, "group_property_change", {
-                "uid": place, "property": "role", "value": ROLES[row["role"]]})
-        return uid
-
-    def _member(self, table: str, uid: str, place: str) -> Tuple[str, str]:
-        uid, place = self._world.find("people", uid), self._world.find(table, place)
-        if uid not in self._ledger.table(table + "_member", place):
-            raise NotFound(f"member {uid} not found")
-        return uid, place
-
 
 class LocalPages:
     """What the network's host serves under /local/: for phones, for scripts, for clients."""
@@ -7175,7 +6901,6 @@ class LocalPages:
 
     def __init__(self, network: LocalNetwork) -> None:
         self._network = network
-        self._changes = Changes(network.society)
         self._keys: Dict[str, str] = {}  # key -> account; written by key_for only
 
     def routes(self) -> List[Route]:
@@ -7209,15 +6934,12 @@ class LocalPages:
               values: Dict[str, str]) -> Response:
         ticket = request.params.get("ticket", "")
         try:
-            account = self._ask(step, ticket)
+            account = self._network.do(step, ticket)
         except NotFound:
             return page(SAY_BODY, {"title": "二维码已失效", "text": "This code is no longer valid: "
                         "it was used, or is too old. Scan the one that is shown now."}, 404)
         return page(body, {"account": account, "client": urllib.parse.quote_plus(account),
                            **values})
-
-    def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self._network.loop.ask(self._network.settle, function, *args)
 
     def link(self, request: Request) -> Json:
         """A client's own calls, in the name of the account that its key stands for."""
@@ -7226,29 +6948,29 @@ class LocalPages:
             raise AuthFailure()
         try:
             call = from_bytes(request.body)
-            verb, arguments = str(call["verb"]), dict(call["arguments"])
+            verb, args, named = str(call["verb"]), list(call["args"]), dict(call["named"])
         except (ValueError, KeyError, TypeError):
             raise BadRequest(400, "not a link's call") from None
-        return self._network.call(account, verb, arguments, request.wait)
+        return self._network.call(account, verb, args, named, request.wait)
 
     def login(self, request: Request) -> Row:
         """Log an account in as if somebody had scanned and pressed; answers when it runs."""
         account = check_name(request.params.get("client", ""))
         if not self._network.known(account):
             raise NotFound(f"{account} not found")
-        promise = self._ask(self._network.logins.hope, account)
+        future = self._network.do(self._network.logins.hope, account)
         try:
-            request.wait(promise, self.LOGIN_SECONDS)
+            request.wait(future, self.LOGIN_SECONDS)
         except TimeoutError:
             raise NotFound(f"{account} not found waiting for a scan; "
                            "check_client says what it does") from None
         finally:
-            self._ask(self._network.logins.despair, account, promise)
+            self._network.do(self._network.logins.despair, account, future)
         return {"account": account, "code": 0, "status": "success"}
 
     def say(self, request: Request) -> Row:
         """Let a resident speak to an account or a resident, or in a group or discuss."""
-        said, *answers = self._ask(self._say, request.params)
+        said, *answers = self._network.do(self._say, request.params)
         return {"code": 0, "id": int(said["id"]), "status": "success", "answers": [
             {"content": row["content"], "id": row["id"], "sender": row["name"],
              "sender_uid": row["uid"], "time": row["time"], "type": row["type"]}
@@ -7273,11 +6995,12 @@ class LocalPages:
 
     def change(self, request: Request) -> Row:
         """Change the world: every documented event can be made to happen."""
-        return {**self._ask(self._changes.make, request.keys()), "code": 0, "status": "success"}
+        done = self._network.do(self._network.society.change, request.keys())
+        return {**done, "code": 0, "status": "success"}
 
     def world(self, request: Request) -> Row:
         """Who and what there is, as --world reads it."""
-        return {**self._ask(self._network.world.dump), "code": 0}
+        return {**self._network.do(self._network.world.dump), "code": 0}
 
 
 def is_sendable(content: str) -> bool:
@@ -7380,7 +7103,7 @@ class Link:
 
 
 class LocalLink(Link):
-    """An account on the local network; `host(verb, arguments)` is LocalNetwork.call.
+    """An account on the local network; `host(verb, …)` is LocalNetwork.call.
 
     What happens is fetched by a thread that asks, and waits for an answer as long as nothing
     happens; asking again acknowledges what was stored.
@@ -7389,8 +7112,9 @@ class LocalLink(Link):
     send_interval = 0.0
     batch = 64
     echoes = True
+    FORWARDED = ("ready", "roster", "presence", "send", "logout", *Society.VERBS)
 
-    def __init__(self, host: Callable[[str, Row], Json], hooks: Hooks, password: bool,
+    def __init__(self, host: Callable[..., Json], hooks: Hooks, password: bool,
                  mode: str, log: Log) -> None:
         self._host, self._hooks, self._password, self._log = host, hooks, password, log
         self._mode = mode
@@ -7400,8 +7124,7 @@ class LocalLink(Link):
 
     def login(self, cookie: str, mark: str) -> None:
         self._mark = mark
-        answer = self._host("attach", {"mark": mark, "cookie": cookie, "mode": self._mode,
-                                       "password": self._password})
+        answer = self._host("attach", mark, cookie, self._password, self._mode)
         if not self._pulling:
             self._pulling = True
             spawn(self._pull, name="link")
@@ -7411,50 +7134,13 @@ class LocalLink(Link):
             self.renew()
 
     def renew(self) -> None:
-        self._host("ticket", {})
+        self._host("ticket")
 
-    def ready(self) -> None:
-        self._host("ready", {})
-
-    def roster(self) -> Row:
-        return dict(self._host("roster", {}))
-
-    def presence(self) -> Dict[str, str]:
-        return dict(self._host("presence", {}))
-
-    def send(self, messages: List[Row]) -> List[Row]:
-        return list(self._host("send", {"messages": messages}))
-
-    def kick(self, group: str, uids: List[str]) -> bool:
-        return bool(self._host("kick", {"group": group, "uids": uids}))
-
-    def mute(self, group: str, uids: List[str], seconds: int) -> bool:
-        return bool(self._host("mute", {"group": group, "uids": uids, "seconds": seconds}))
-
-    def revoke(self, number: Any) -> bool:
-        return bool(self._host("revoke", {"number": number}))
-
-    def answer_request(self, ticket: str, accept: bool, markname: str) -> bool:
-        return bool(self._host("answer_request", {"ticket": ticket, "accept": accept,
-                                                  "markname": markname}))
-
-    def make_friend(self, uid: str, verify: str) -> bool:
-        return bool(self._host("make_friend", {"uid": uid, "verify": verify}))
-
-    def create_group(self, uids: List[str], name: str) -> str:
-        return str(self._host("create_group", {"uids": uids, "name": name}))
-
-    def invite(self, group: str, uids: List[str]) -> bool:
-        return bool(self._host("invite", {"group": group, "uids": uids}))
-
-    def rename(self, group: str, name: str) -> bool:
-        return bool(self._host("rename", {"group": group, "name": name}))
-
-    def set_markname(self, uid: str, markname: str) -> bool:
-        return bool(self._host("set_markname", {"uid": uid, "markname": markname}))
-
-    def logout(self) -> None:
-        self._host("logout", {})
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        """Whatever else a link can do the network does, and in the same words."""
+        if verb in self.FORWARDED:
+            return functools.partial(self._host, verb)
+        return super().__getattr__(verb)
 
     def close(self) -> None:
         self._closed.set()  # the host notices by itself
@@ -7463,7 +7149,7 @@ class LocalLink(Link):
         failures = 0
         while not self._closed.is_set():
             try:
-                self._take(self._host("pull", {"mark": self._mark}))
+                self._take(self._host("pull", self._mark))
                 failures = 0
             except NotRunning:
                 return  # we stop, or the host does
@@ -7496,9 +7182,9 @@ class RemoteHost:
         self._url, self._fetch = url + "/local/link", fetch
         self._fields = {"X-OpenQQ-Key": key, "Content-Type": "application/json"}
 
-    def __call__(self, verb: str, arguments: Row) -> Json:
+    def __call__(self, verb: str, *args: Json, **named: Json) -> Json:
         """What the host answers; Unreachable, also for what it refuses."""
-        body = to_bytes({"verb": verb, "arguments": arguments})
+        body = to_bytes({"verb": verb, "args": args, "named": named})
         reply = self._fetch(self._url, "POST", self._fields, body, self.SECONDS.get(verb, 30.0))
         data = reply.read(4 * BODY_LIMIT)
         try:
@@ -7795,7 +7481,7 @@ class HttpBridge(Bridge):
                 self.closed.wait(BRIDGE_SECONDS)
                 self._check()
         try:
-            for piece in reply.flow(BRIDGE_SECONDS, self._check):
+            for piece in reply.pieces(BRIDGE_SECONDS, self._check):
                 for data in events.feed(piece):
                     self._hear(self._read(data))
         finally:
@@ -7846,7 +7532,7 @@ class SocketBridge(Bridge):
 
     def open(self) -> None:
         try:
-            self._line = WebSocket(self._url, self._fields, self._log, self._heard)
+            self._line = WebSocket(self._url, self._fields, self._heard)
         except AuthFailure:
             raise Unreachable(self.REFUSED) from None
 
@@ -7867,11 +7553,10 @@ class SocketBridge(Bridge):
         try:
             if self.closed.is_set() or not self._line:  # looked at once close() would see ours
                 raise Unreachable("the bridge is not connected")
-            self._line.loop.ask(self._line.send, text)
-            return future.result(seconds)
-        except NotRunning:
-            raise Unreachable("the bridge is not connected") from None
-        except FutureTimeout:
+            self._line.send(text)
+            answer: Row = result_of(future, seconds)
+            return answer
+        except TimeoutError:
             raise TooSlow(f"the bridge does not answer {action}", True) from None
         finally:
             self._waiting.pop(echo, None)
@@ -9654,14 +9339,6 @@ def property_changes(kind: str, old: Thing, new: Row, where: Row) -> List[Row]:
             for name, value in new.items() if name not in quiet and old.value(name) != value]
 
 
-def settle(future: Future[Any], value: Any) -> None:
-    """Set a result, unless something else was quicker."""
-    try:
-        future.set_result(value)
-    except InvalidStateError:
-        pass
-
-
 class Job:
     """A message to be sent: what the link gets, and who waits for the outcome."""
 
@@ -10112,8 +9789,8 @@ class Login:
             network = self.network = LocalNetwork(
                 client.papers.local_path, client.settings.world, client.flavour, client.log,
                 client.public_url, lambda account: account == client.account)
-            network.start()
-            host = lambda verb, row: network.call(client.account, verb, row)  # noqa: E731
+            host = lambda verb, *args, **named: network.call(  # noqa: E731
+                client.account, verb, args, named)
         self.link = LocalLink(host, hooks, client.settings.login_type == "login",
                               client.settings.mode, client.log)
 
@@ -10657,7 +10334,7 @@ class Client:
         # Nobody who holds it waits for a network, or calls into the local one.
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)  # a list came, members, an event was posted
-        self.timers = self.loop = Timers(self.lock, self.log)
+        self.timers = Timers(self.lock, self.log)
         self.state = self.previous_state = self.error = self.qrcode_text = ""
         self.warnings: Dict[str, str] = {}           # what about -> what does not stop the account
         self.since = 0.0                             # in this state
@@ -10963,13 +10640,12 @@ def avatar(uid: str) -> bytes:
 def wait_for(request: Request, future: Future[Any], seconds: float) -> Any:
     """What a future brings; only if that takes more than a moment is the caller watched.
     TimeoutError."""
-    promise = Promise()
-    future.add_done_callback(lambda done: promise.fail(done.exception())  # type: ignore
-                             if done.exception() else promise.keep(done.result()))
     try:
-        return promise.wait(min(1.0, seconds))
+        return result_of(future, min(1.0, seconds))
     except TimeoutError:
-        return request.wait(promise, max(0.0, seconds - 1.0))
+        if future.done():
+            raise
+        return request.wait(future, max(0.0, seconds - 1.0))
 
 
 class Media:
@@ -11618,7 +11294,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
     api = Api(client, store, settings.numeric_ids)
     answers = Answers(client, api.media.take, settings.post_api)
     reporter = Reporter(
-        settings.post_api, settings.post_secret, client.spool, client.loop, client.log,
+        settings.post_api, settings.post_secret, client.spool, client.timers, client.log,
         answers.answered, asking=answers.typing,
         failed=lambda: client.papers.write_state(client),
         numeric=settings.numeric_ids)
@@ -11677,9 +11353,9 @@ def serve_client(client: Client, api: Api, reporter: Optional[Reporter], setting
 def serve(app: App, listeners: Iterable[socket.socket], settings: Settings,
           log: Log) -> List[Server]:
     """Answer at sockets from now on, each in a thread of its own."""
-    watcher, servers = Watcher(log), []
+    servers = []
     for listener in listeners:
-        server = Server(listener, app, log, watcher, settings.max_connections,
+        server = Server(listener, app, log, settings.max_connections,
                         settings.http_max_message_size)
         if settings.http_debug:
             server.debug = log.debug
@@ -12176,33 +11852,13 @@ def pass_on(request: Request, port: int, token: str = "", trusted: bool = True) 
         fields = {name.title(): value for name, value in reply.fields.items()
                   if name not in HOP_BY_HOP and name != "content-type"}
         kind, body, pieces = reply.fields.get("content-type", ""), b"", None
-        if reply.kind == "text/event-stream":
-            pieces = stream_of(reply, request.sock)
-        elif reply.length is None:
+        if reply.length is None:
             pieces = reply.pieces(PROXY_SECONDS)
         else:
             body = reply.read(reply.length)
         return Response(body, kind, reply.status, fields, pieces)
     except Unreachable as error:
         raise type(error)("client not reachable") from None
-
-
-def stream_of(reply: Reply, caller: Optional[socket.socket]) -> Iterator[bytes]:
-    """A client's stream, whose reader may leave while it is silent. A client that is well is never
-    silent for long."""
-    silent = 0.0
-
-    def look() -> None:
-        nonlocal silent
-        silent += PATIENCE_SECONDS
-        if caller and has_ended(caller):
-            raise Hangup()
-        if silent >= PROXY_SECONDS:
-            raise TimeoutError
-
-    for piece in reply.flow(PATIENCE_SECONDS, look):
-        silent = 0.0
-        yield piece
 
 
 TEMPLATE = '''\
@@ -12334,7 +11990,7 @@ class Controller:
         # end of a child, of a trial or of another one's turn are notified by `settled`.
         self.lock = threading.RLock()
         self.settled = threading.Condition(self.lock)
-        self.timers = self.loop = Timers(self.lock, self.log)
+        self.timers = Timers(self.lock, self.log)
         self.pid = PidFile(settings.pid_path)
         self.gate = Gate(settings.token, settings.allowed_hosts)
         self.store = Store(STREAM_LIMIT, room=STREAM_BYTES)  # the events of all clients
@@ -12384,7 +12040,6 @@ class Controller:
             os.path.join(settings.tmpdir, self.flavour.file_prefix + "local"), settings.world,
             self.flavour, log, lambda: str(settings.public_url),
             lambda name: name in self.supervisor.children)
-        self.network.start()
         self._closing.append(self.network.stop)
         self.pages = LocalPages(self.network)
         self.key_for = self.pages.key_for
@@ -12604,7 +12259,7 @@ class Controller:
 
     def detach(self, name: str) -> None:
         """A client's process is gone; called without the lock."""
-        self.network.loop.call(self.network.settle, self.network.logins.detach, name)
+        self.network.do(self.network.logins.detach, name)
 
     # -- ending
 
@@ -12704,8 +12359,7 @@ class ControllerApi:
         with controller.turn(name):
             account = controller.former.get(name) or self._child(request)
             controller.stop_client(account, "client_deleted")
-            controller.network.loop.ask(controller.network.settle,
-                                        controller.network.logins.delete, name)
+            controller.network.do(controller.network.logins.delete, name)
             for setting in "cookie_path", "state_path", "spool_path", "qrcode_path":
                 remove_file(controller.path_of(account, setting))
                 remove_leftovers(controller.path_of(account, setting))
