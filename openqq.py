@@ -5042,6 +5042,7 @@ async function speak(content) {
 $("speaker").onchange = () => {  // ids are another's now
   peers = new Map();
   peer = null;
+  $("members").replaceChildren();
   fill($("peer"), peers);
   showTalk();
   loadPeers();

@@ -10195,6 +10195,7 @@ OWN_MESSAGES = {
 def test_messages_of_ones_own_from_elsewhere_are_told_where_sync_is_on(qq, more, wanted):
     said = dict({"post_type": "message_sent", "sub_type": "friend", "user_id": 10001,
                  "sender": {"user_id": 10001, "nickname": "阿猫"}}, **more)
+    qq.call("get_group_info")  # so that the member is known
     events = qq.events_of(lambda bridge: bridge._message("出门", **said))
     assert len(events) == int(qq.sync), events
     for event in events:
