@@ -136,6 +136,7 @@ KILL_SECONDS = 10.0              # between TERM and KILL
 ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
 START_TRIES = 7                  # starts without reaching running
 TRIAL_SECONDS = 10.0             # a client that has not died by then has taken its new settings
+SEEN_BYTES = 8 * 1024 * 1024     # of the newest messages, WAIT_LIMIT at most, for get_message
 MEMORY_LIMIT = 1_000             # stopped clients whose settings are remembered
 WAITING_SECONDS = 600.0          # scaning for so long is worth a client_waiting
 
@@ -253,7 +254,7 @@ class Refusal(OpenQQError):
 NAME = re.compile(r"(?!\.)[A-Za-z0-9_.@\-\u3400-\u4dbf\u4e00-\u9fff]{1,%d}" % NAME_LIMIT)
 SURROGATES = re.compile("[\ud800-\udfff]")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
-ID_KEY = re.compile(r"(?:.*_)?u?id")
+ID_KEY = re.compile(r"(?:.*_)?u?id|reply_to")
 encode_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 decode_json = json.JSONDecoder().decode
 
@@ -332,21 +333,20 @@ def new_secret() -> str:
 
 
 class MessageIds:
-    """Ids of messages of our own making: growing by one, the first one by the clock, and below
-    2^31, since typed clients keep them in 31 bits. Who makes them besides has the `other` half."""
+    """Ids of messages where the other side gives none: growing by one, the first one by the clock,
+    and from 2^30 to below 2^31, since typed clients keep them in 31 bits."""
 
-    HALF = 2 ** 30
+    LEAST = 2 ** 30
 
-    def __init__(self, clock: Callable[[], float] = time.time, other: bool = False,
+    def __init__(self, clock: Callable[[], float] = time.time,
                  taken: Callable[[int], bool] = lambda number: False) -> None:
-        self._least = self.HALF if other else 0
-        self._last = self._least + int(clock()) % 100_000 * 10_000
+        self._last = self.LEAST + int(clock()) % 100_000 * 10_000
         self._taken = taken
 
     def next(self) -> int:
         """One that is not taken; after the last of all comes the first."""
         while True:
-            self._last = self._least + (self._last - self._least) % (self.HALF - 1) + 1
+            self._last = self.LEAST + (self._last - self.LEAST) % (self.LEAST - 1) + 1
             if not self._taken(self._last):
                 return self._last
 
@@ -356,7 +356,7 @@ def numbered(value: Json) -> Json:
     if isinstance(value, list):
         return [numbered(item) for item in value]
     if isinstance(value, dict):
-        return {key: int(item) if isinstance(item, str) and item.isascii() and item.isdigit()
+        return {key: int(item) if isinstance(item, str) and re.fullmatch("-?[0-9]+", item)
                 and (key == "time" or ID_KEY.fullmatch(key)) else numbered(item)
                 for key, item in value.items()}
     return value
@@ -1274,27 +1274,29 @@ VERBS = [
     Verb("search_group", READ_OR_POST, "Groups by any attributes.", "+group_fields", "group*",
          "100", "displayname=OpenQQ", does="search group"),
     Verb("send_friend_message", ACT, "To a friend, found by any of its keys.",
-         "+friend content async cq +media", "sent", "-5 -4 -3 -1 100",
+         "+friend content async cq reply_to at +media", "sent", "-5 -4 -3 -1 100",
          "displayname=小冰 content=hello", does="send_to friend"),
     Verb("send_group_message", ACT, "To a group, found by any of its keys.",
-         "+group content async cq +media", "sent", "-5 -4 -3 -1 100 101",
+         "+group content async cq reply_to at +media", "sent", "-5 -4 -3 -1 100 101",
          "displayname=OpenQQ content=hello", does="send_to group"),
     Verb("send_discuss_message", ACT, "To a discuss, found by any of its keys.",
-         "+discuss content async cq +media", "sent", "-5 -4 -3 -1 100 102",
+         "+discuss content async cq reply_to at +media", "sent", "-5 -4 -3 -1 100 102",
          "name=OpenQQ content=hello", flavour="qq", does="send_to discuss"),
     Verb("send_sess_message", ACT, "To a member, by id or uid, of a group (group_id, group_uid) or "
-         "discuss (discuss_id).", "+place discuss_id id uid content async cq +media", "sent",
-         "-5 -4 -3 -1 103 104 105", "group_uid=20260001 uid=2854196302 content=hello",
+         "discuss (discuss_id).", "+place discuss_id id uid content async cq reply_to at +media",
+         "sent", "-5 -4 -3 -1 103 104 105", "group_uid=20260001 uid=2854196302 content=hello",
          flavour="qq"),
     Verb("verify_code", ACT, "Give the digits that the phone shows after a scan, where WeChat asks "
          "for them.", "code!", "answer", "201", "code=123456", "verify_code code=digits",
          flavour="weixin", any_state=True),
     Verb("consult", ACT, "Send to a friend, and wait `timeout` (30) seconds for what it answers.",
-         "+friend content timeout +media", "consulted", "100", "displayname=小冰 content=hello",
+         "+friend content timeout reply_to at +media", "consulted", "100", "displayname=小冰 content=hello",
          flavour="weixin"),
     Verb("revoke_message", ACT, "Take back a message by the id that its sending answered.", "id!",
-         "answer", "-1", "id=57730001", "revoke number=id", yes="0 revoke success",
+         "answer", "-1", "id=57730001", "revoke id=id", yes="0 revoke success",
          no="0 revoke failure"),
+    Verb("get_message", READ, "A message that was seen, as its event told it.", "id!", "event",
+         "100", "id=57730001"),
     Verb("get_media", READ, "The bytes of a picture that came or went; 404 if there is none of "
          "that id.", "id!", "bytes", "=404", "id=1", any_state=True),
     Verb("upload_media", ACT, "Keep a picture for a later media_id.", "+media", "uploaded", "=507",
@@ -1333,7 +1335,7 @@ VERBS = [
     Verb("/local/login", ACT, "Log an account in as if somebody had scanned and pressed; answers "
          "when it runs.", "client!", "child", "=404", "client=alice", on=""),
     Verb("/local/say", ACT, "Let a resident speak to an account or a resident, or in a group or "
-         "discuss.", "client from! content! type to", "said", "=404",
+         "discuss.", "client from! content! type to reply_to at", "said", "=404",
          "from=小灰 to=小冰 content=hello", on=""),
     Verb("/local/change", ACT, "Change the world: every documented event can be made to happen.",
          "do! what! uid in name card role markname verify signature", "changed", "=404",
@@ -1625,9 +1627,10 @@ class Message(Thing):
         """Where its order counts: the friend, group or discuss that it belongs to."""
         return f"{self.type}/{self.circle.uid if self.circle else ''}/{self.peer_uid or ''}"
 
-    def reply(self, text: str) -> None:
-        """Send text to where the message came from; does not wait for the outcome."""
-        self.answer(self, text)
+    def reply(self, text: str, **more: Any) -> None:
+        """Send text to where the message came from; does not wait for the outcome. `more`
+        (reply_to, at, cq) as in Talk.send()."""
+        self.answer(self, text, **more)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5093,6 +5096,8 @@ displayname | the markname, else the card, else the name
 markname | what one calls a friend
 async | 0/1 | 1 does not wait for the outcome
 cq | 0/1 | 1 takes CQ codes in the content
+reply_to | the id of a message, which is quoted
+at | the uids of those who are mentioned, with commas, or all
 media_path | a picture: a file within tmpdir, or its address
 media_data | a picture in base64
 media_url | a picture's address
@@ -5143,6 +5148,7 @@ uploaded | code! media_code media_ext media_id media_mime media_mtime media_name
 event | seq! post_type! time! event params:any class code content id info msg type sender
     sender_id sender_uid receiver receiver_id receiver_uid group group_id group_uid discuss
     discuss_id media:media* raw_message late:int
+    reply_to at:any at_me:int
 said | answers:object* code! id:int status!
 changed | code! status! uid
 world | code! people:object* groups:object* discuss:object* friends:any
@@ -6243,7 +6249,7 @@ class Society:
     """What people do with each other besides talking, and what may be changed from outside: each
     change of the world is told to those accounts that see it and are there.
 
-    `sent` holds the newest messages by number: uid, group, receivers.
+    `sent` holds the newest messages by id: uid, group, receivers.
     """
 
     # What an account may do by its link, in the words of Link; true if it was done.
@@ -6261,7 +6267,7 @@ class Society:
         self._world, self._clock = world, clock
         self._ledger, self._outboxes = world.ledger, outboxes
         self._put, self._table, self._find = world.ledger.put, world.ledger.table, world.find
-        self.sent: Dict[int, Row] = {}
+        self.sent: Dict[str, Row] = {}
 
     def tell(self, uid: str, event: str, parts: Row, away: bool = False) -> None:
         """Tell somebody who is there, or with `away` any account.
@@ -6325,19 +6331,20 @@ class Society:
     def _me(self, account: str) -> str:
         return str(self._table("login", account)["uid"])
 
-    def revoke(self, account: str, number: int) -> bool:
+    def revoke(self, account: str, id: str) -> bool:
         """Take a message back; its receivers hear of it, unless it still waits for them. Only
-        one's own, and only once."""
-        found, me = self.sent.get(number), self._me(account)
-        if found is None or found["uid"] != me:
+        one's own, or in a group with the right to it, and only once."""
+        found, me = self.sent.get(id), self._me(account)
+        if found is None or found["uid"] != me and not (
+                found["group"] and self._may(account, found["group"], [found["uid"]])):
             return False
-        del self.sent[number]
+        del self.sent[id]
         for uid in found["receivers"]:
             name = self._world.account_of.get(uid)
             if not (name and name not in self._world.online
-                    and self._outboxes.withdraw(name, str(number))):
+                    and self._outboxes.withdraw(name, id)):
                 self.tell(uid, "revoke_message", {"params": [
-                    str(number), me, me, found["group"]]})
+                    id, found["uid"], me, found["group"]]})
         return True
 
     def make_friend(self, account: str, uid: str, verify: str) -> bool:
@@ -6749,7 +6756,7 @@ class LocalNetwork:
         self.logins = Logins(self.world, self.society, self.outboxes, url, clock)
         waiting = {item.get("id") for items in self._ledger.table("wait").values()
                    for item in items.values()}
-        self._ids = MessageIds(clock, True, lambda number: number in self.society.sent
+        self._ids = MessageIds(clock, lambda number: str(number) in self.society.sent
                                or str(number) in waiting)
         self._verbs = {verb: getattr(owner, verb) for owner, verbs in (
             (self.logins, Logins.VERBS), (self.world, ("roster", "presence")),
@@ -6834,7 +6841,7 @@ class LocalNetwork:
         now = self.outboxes.last(account)
         if now > before:
             answered["mark"] = f"{self.outboxes.era()}:{now}"
-        return {"code": 0, "info": "发送正常", "number": int(said["id"]), **answered}
+        return {"code": 0, "info": "发送正常", "id": said["id"], **answered}
 
     def speak(self, uid: str, message: Row) -> List[Row]:
         """Say something as anybody: a message has type, content, and uid, group, discuss.
@@ -6849,14 +6856,16 @@ class LocalNetwork:
         return [said, *(answer for answer in answers if answer)]
 
     def _deliver(self, uid: str, message: Row, receivers: List[str]) -> Row:
-        number = self._ids.next()
-        item = {"do": "message", "type": message["type"], "content": message["content"],
-                "time": str(int(self.clock())), "id": str(number), "uid": uid,
-                "name": self._ledger.table("people", uid)["name"],
-                "group": message.get("group"), "discuss": message.get("discuss"),
+        id, people = str(self._ids.next()), self._ledger.table("people")
+        at = message.get("at") or [] if "uid" not in message or not message["uid"] else []
+        names = ["全体成员" if one == "all" else people.get(one, {}).get("name", one) for one in at]
+        item = {"do": "message", "type": message["type"], "time": str(int(self.clock())), "id": id,
+                "content": "".join(f"@{name} " for name in names) + message["content"],
+                "uid": uid, "name": people[uid]["name"], "reply_to": message.get("reply_to"),
+                "at": at, "group": message.get("group"), "discuss": message.get("discuss"),
                 "media": message.get("media")}
         # For revoking; who asks later than WAIT_LIMIT messages after it comes too late.
-        self.society.sent[number] = {"uid": uid, "group": item["group"], "receivers": receivers}
+        self.society.sent[id] = {"uid": uid, "group": item["group"], "receivers": receivers}
         keep_newest(self.society.sent, WAIT_LIMIT)
         for receiver in receivers:
             account = self.world.account_of.get(receiver)
@@ -6888,7 +6897,7 @@ class LocalNetwork:
         alone = message["type"] in ("friend_message", "sess_message")
         if not int(row.get("echo") or 0) or not (alone or row["name"] in message["content"]):
             return None
-        answer = dict(message, uid=uid if alone else None)
+        answer = dict(message, uid=uid if alone else None, reply_to=None, at=[])
         try:
             return self._deliver(resident, answer, self._receivers(resident, answer))
         except NotFound:
@@ -6984,7 +6993,7 @@ class LocalPages:
         login = world.ledger.table("login", account) if account else {}
         if not login and (account or kind == "sess_message" or not to):
             raise NotFound(f"{account or 'client'} not found")
-        message = {"type": kind, "content": check_content(params)}
+        message = {"type": kind, "content": check_content(params), **check_quote(params)}
         if kind in ("friend_message", "sess_message"):
             message["uid"] = login.get("uid") or world.find("people", to)
         elif kind not in ("group_message", "discuss_message"):
@@ -7007,6 +7016,22 @@ class LocalPages:
 def is_sendable(content: str) -> bool:
     """Whether a message's text is there and not too long."""
     return 0 < len(content) and len(content.encode("utf-8", "replace")) <= CONTENT_LIMIT
+
+
+MESSAGE_ID = re.compile("-?[0-9]{1,20}")
+
+
+def check_quote(params: Params) -> Row:
+    """What a call quotes and whom it mentions, {"reply_to": id or None, "at": uids}; BadRequest."""
+    reply_to, at = params.get("reply_to") or None, params.get("at", "").split(",")
+    if reply_to and not MESSAGE_ID.fullmatch(reply_to):
+        reply_to = reply_to.partition(":")[0]  # weixin's MSGID:TARGET
+    if reply_to and not MESSAGE_ID.fullmatch(reply_to):
+        raise BadRequest(400, "reply_to must be the id of a message, as an event tells it")
+    at = [uid.strip() for uid in at if uid.strip()]
+    if not all(uid == "all" or UID.fullmatch(uid) for uid in at):
+        raise BadRequest(400, "at must be uids with commas between them, or all")
+    return {"reply_to": reply_to, "at": at}
 
 
 def check_content(params: Params) -> str:
@@ -7066,13 +7091,15 @@ class Link:
     account()             what the account is called outside, where two clients may have the same
     status()              what check_client tells of this link besides
     presence()            uid -> state of those whose state no event tells
-    send(messages)        of {type, content, cq, uid, group, discuss, media}: for each {"code",
-                          "info"}, besides `number`, for revoke(), and `mark`, if an answer came
-                          with it: that of an item that hooks.received() will get. `media` is
-                          {name, mime, data (base64), url, path}
+    send(messages)        of {type, content, cq, uid, group, discuss, reply_to (an id or None), at
+                          (uids, or all), media}: for each {"code", "info"}, besides `id`, which
+                          the message is known by from now on, and `mark`, if an answer came with
+                          it: that of an item that hooks.received() will get. `media` is {name,
+                          mime, data (base64), url, path}
     hear(row)             take an event that was posted to us; False if this link knows none
     kick(group, uids), mute(group, uids, seconds)  False without the right to it
-    revoke(number)        take back a message, by the `number` in send()'s result
+    revoke(id)            take back a message
+    find_message(id)      an item that tells of a message, or None
     answer_request(ticket, accept, markname), make_friend(uid, verify)
     create_group(uids, name)  the new group's uid
     invite(group, uids), rename(group, name), set_markname(uid, markname)
@@ -7092,8 +7119,8 @@ class Link:
     # what a verb answers that a link does not have
     REFUSALS: Row = {
         "ready": None, "find_group": None, "find_member": None, "account": "", "status": {},
-        "presence": {}, "hear": False, "revoke": False, "answer_request": False,
-        "make_friend": False, "create_group": "", "invite": False, "rename": False,
+        "presence": {}, "hear": False, "revoke": False, "find_message": None,
+        "answer_request": False, "make_friend": False, "create_group": "", "invite": False, "rename": False,
         "set_markname": False, "verify_code": False, "typing": None, "renew": None,
         "logout": None, "close": None}
 
@@ -7248,6 +7275,12 @@ def detail(value: Json) -> str:
     if isinstance(value, bool):
         return ""
     return " ".join(CONTROLS.sub(" ", scalar(value) or "").split())[:DETAIL_LIMIT]
+
+
+def id_of(text: str) -> Json:
+    """A message's id as bridges and answers have it: a number, unless JSON's would be too small
+    for it, or it is none."""
+    return int(text) if re.fullmatch("-?[0-9]{1,15}", text) else text
 
 
 def filled(row: Row) -> Row:
@@ -7851,7 +7884,7 @@ class BridgeLink(Link):
         self._event = threading.local()      # until when the event at hand may be looked up for
         self._slow: Dict[str, float] = {}    # action -> until when nothing waits for it
         self._marks = itertools.count(time.time_ns())
-        self._ids = MessageIds(other=True)   # for messages that come without one
+        self._ids = MessageIds()             # for messages that come without one
         self._seen = Recent()                # events, by what tells them apart
         self._told = Recent()                # what happened -> when it was told
         self._names = Recent()               # (group, uid) -> how `at` shows them
@@ -8067,6 +8100,10 @@ class BridgeLink(Link):
         for message in messages:
             content, media = message["content"], message.get("media")
             segments = segments_of(content) if message.get("cq") else text_segments(content)
+            for uid in reversed(message["at"]):
+                segments[:0] = [{"type": "at", "data": {"qq": uid}}, *text_segments(" ")]
+            if message["reply_to"]:
+                segments.insert(0, {"type": "reply", "data": {"id": message["reply_to"]}})
             if media:
                 source = media["url"] or "base64://" + str(media["data"])
                 if media["path"] and not media["url"] and self._is_here:
@@ -8078,7 +8115,7 @@ class BridgeLink(Link):
             try:
                 data = self._get(action, message=segments, **filled(place))
                 results.append({"code": 0, "info": "发送正常",
-                                "number": object_of(data).get("message_id")})
+                                "id": self._number(object_of(data)) or None})
             except Declined as error:
                 results.append({"code": -4, "info": error.status})
         return results
@@ -8097,8 +8134,19 @@ class BridgeLink(Link):
         return all([self._do("set_group_ban", group_id=group, user_id=uid, duration=seconds)
                     for uid in uids])
 
-    def revoke(self, number: Any) -> bool:
-        return self._do("delete_msg", message_id=number)
+    def revoke(self, id: str) -> bool:
+        return self._do("delete_msg", message_id=id_of(id))
+
+    def find_message(self, id: str) -> Optional[Row]:
+        try:
+            row = object_of(self._get("get_msg", LOOKUP_SECONDS, message_id=id_of(id)))
+        except (Declined, TooSlow):
+            return None
+        who = number_of(object_of(row.get("sender")).get("user_id") or row.get("user_id"))
+        row = {"post_type": "message", **row, "user_id": who, "message_id": id}
+        items = self._message(f"message {row.get('message_type')}", number_of(
+            row.get("group_id")), who, row) if who else []
+        return items[-1] if items else None
 
     def answer_request(self, ticket: str, accept: bool, markname: str) -> bool:
         return self._do("set_friend_add_request", flag=ticket, approve=accept, remark=markname)
@@ -8237,11 +8285,20 @@ class BridgeLink(Link):
                               "name": scalar(data.get("name")) or scalar(data.get("file")),
                               "size": scalar(data.get("file_size"))})
         return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
-                "number": row["message_id"] if number else None,
+                "reply_to": self._quoted(segments), "at": list(dict.fromkeys(
+                    uid for uid in (detail(segment["data"].get("qq")) for segment in segments
+                                    if segment["type"] == "at")
+                    if uid == "all" or number_of(uid))),
                 "content": self._content(segments, group),
                 "raw_message": raw if isinstance(raw, str) else cq_text(segments),
                 "time": scalar(row.get("time")) or str(int(time.time())),
                 "links": links}
+
+    @staticmethod
+    def _quoted(segments: List[Row]) -> Optional[str]:
+        """The id of the message that another one quotes."""
+        return next((scalar(segment["data"].get("id")) for segment in segments
+                     if segment["type"] == "reply"), None)
 
     def _content(self, segments: List[Row], group: str) -> str:
         """What a person reads, with one blank behind a name."""
@@ -8759,7 +8816,7 @@ class ILinkLink(Link):
             texts.append(scalar(data.get("text")) or "")
         made = str(message.get("create_time_ms") or "")
         item = {"do": "message", "type": "friend_message", "group": None, "uid": uid,
-                "sender_id": uid, "name": uid.partition("@")[0], "id": number, "number": number,
+                "sender_id": uid, "name": uid.partition("@")[0], "id": number,
                 "content": "".join(texts), "reply_to": reply_to,
                 "time": made[:-3] if made.isdigit() else str(int(time.time())),
                 "sender": {"uid": uid, "id": uid, "name": uid.partition("@")[0],
@@ -8831,7 +8888,7 @@ class ILinkLink(Link):
         except Declined as error:
             return {"code": -3, "info": error.status}
         self._hooks.kept(to_bytes(self._login).decode())
-        return {"code": 0, "info": "发送正常", "number": number}
+        return {"code": 0, "info": "发送正常", "id": number}
 
     def _person(self, uid: str) -> List[Any]:
         people = self._login.get("people") or {}
@@ -9436,14 +9493,13 @@ class SendQueue:
 class Answers:
     """What a receiver of events wants done by its answer (003).
 
-    `media_of` is Media.take; a crew calls it, since pictures may come from far away.
+    A thread pool does what may take long: pictures may come from far away.
     """
 
     MEDIA_LIMIT = 20             # pictures in one answer
 
-    def __init__(self, client: Client, media_of: Callable[[Params], Optional[Row]],
-                 post_api: str) -> None:
-        self._client, self._media_of = client, media_of
+    def __init__(self, client: Client, media: Media, post_api: str) -> None:
+        self._client, self._media = client, media
         self._shares_files = is_loopback(urllib.parse.urlsplit(post_api).hostname or "")
         self._crew = ThreadPool(4, "media", client.log)
 
@@ -9453,21 +9509,73 @@ class Answers:
             self._client.link.typing(str(row["sender_uid"]), on)
 
     def answered(self, row: Row, answer: Row) -> None:
-        """What a receiver of an event wants done (003, 001): reply, media, shutup."""
+        """What a receiver of an event wants done (003, 001; names as OneBot's quick operations).
+
+        To a message: reply, with at_sender, quote, cq; media; to one that came also delete, kick,
+        shutup or ban. To a request: approve, with reason. In the thread that posted it.
+        """
         if row["post_type"] == "event":
+            if row["event"] in ("friend_request", "group_request") and "approve" in answer:
+                accept, ticket = self._is_set(answer, "approve"), row["params"][0].get("ticket")
+                verb, last = ("answer_request", "") if row["event"] == "friend_request" else (
+                    "answer_group_request", self._text(answer, "reason"))
+                self._do(verb, str(ticket), accept, last)
             return
-        reply = answer.get("reply")
-        text = reply if isinstance(reply, str) else "" if isinstance(reply, bool) else scalar(reply)
+        received, group = row["class"] == "recv", str(row.get("group_uid") or "")
+        sender, text = str(row.get("sender_uid") or ""), self._text(answer, "reply")
         if text:
-            self._client.talk.reply(row, text, "api")
+            more: Row = {"cq": self._is_set(answer, "cq")}
+            if self._is_set(answer, "quote"):
+                more["reply_to"] = row["id"]
+            if self._is_set(answer, "at_sender") and received and sender:
+                more["at"] = [sender]
+            try:
+                if more["cq"]:
+                    check_cq(text, self._media.check_address)
+                self._client.talk.reply(row, text, "api", **more)
+            except OpenQQError as error:
+                self._client.log.warn(f"reply in an answer of post_api: {error.status}")
         media = answer.get("media")
         if media:
             self._crew.submit(self._send_media, row, media if isinstance(media, list) else [media])
-        if answer.get("shutup") in (1, "1") and row["type"] == "group_message" and (
-                row["class"] == "recv"):
-            seconds = str(answer.get("shutup_time", 60))
-            spawn(self._mute, str(row["group_uid"]), str(row["sender_uid"]),
-                  max(60, int(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else 60))
+        if received and self._is_set(answer, "delete"):
+            self._do("revoke", row["id"])
+        if received and row["type"] == "group_message" and sender:
+            for flag, length in ("shutup", "shutup_time"), ("ban", "ban_duration"):
+                if self._is_set(answer, flag):
+                    seconds = str(answer.get(length, 60))
+                    self._do("mute", group, [sender], max(60, int(seconds) if re.fullmatch(
+                        "[0-9]{1,9}", seconds) else 60))
+            if self._is_set(answer, "kick"):
+                self._do("kick", group, [sender])
+
+    def _is_set(self, answer: Row, name: str) -> bool:
+        """1, "1" and true are alike; the log tells of what is no such thing."""
+        value = answer.get(name)
+        if value not in (None, 0, 1, "0", "1"):  # True is 1
+            self._client.log.warn(f"{name} in an answer of post_api must be 0 or 1")
+        return value in (1, "1")
+
+    def _text(self, answer: Row, name: str) -> str:
+        value = answer.get(name)
+        if isinstance(value, (bool, list, dict)):
+            if value is not False:
+                self._client.log.warn(f"{name} in an answer of post_api must be text")
+            return ""
+        return value if isinstance(value, str) else scalar(value) or ""
+
+    def _do(self, verb: str, *args: Any) -> None:
+        """Have the link do something, in a thread: nobody waits for it."""
+        def do() -> None:
+            why = "no right to it, or it is too late"
+            try:
+                done = getattr(self._client.link, verb)(*args)
+            except OpenQQError as error:
+                done, why = False, error.status
+            if not done:
+                self._client.log.warn(f"{verb} {args[0]}, as an answer of post_api wants it, "
+                                      f"failed: {why}")
+        self._crew.submit(do)
 
     def _send_media(self, row: Row, items: List[Json]) -> None:
         """One after the other, each behind the reply."""
@@ -9476,7 +9584,7 @@ class Answers:
                                   f"{self.MEDIA_LIMIT} are sent")
         for item in items[:self.MEDIA_LIMIT]:
             try:
-                media = self._media_of(self._named(item))
+                media = self._media.take(self._named(item))
                 if media is None:
                     raise BadRequest(400, "it is empty")
                 self._client.talk.reply(row, "", "api", media)
@@ -9497,13 +9605,6 @@ class Answers:
             raise NotAllowed("a path not allowed, since post_api is on another machine: "
                              "give http://… or base64://…")
         return {"media_path": item}
-
-    def _mute(self, group: str, uid: str, seconds: int) -> None:
-        try:
-            if not self._client.link.mute(group, [uid], seconds):
-                self._client.log.warn(f"no right to silence {uid} in group {group}")
-        except OpenQQError as error:
-            self._client.log.warn(f"silencing {uid} in group {group} failed: {error.status}")
 
 
 class Plugin:
@@ -10016,9 +10117,9 @@ class Composer:
         it is known, is how it is called.
         """
         flavour = self._client.flavour
-        message = Message({**row, "circle": None, "peer_uid": None, "answer": lambda message, text:
-                           self._client.talk.reply(message.to_json({}), text, "code"),
-                           **flavour.text_format})
+        message = Message({**row, "circle": None, "peer_uid": None, **flavour.text_format,
+                           "answer": lambda message, text, **more: self._client.talk.reply(
+                               message.to_json({}), text, "code", **more)})
         if kind:
             circle = self._client.roster.table(kind).get(circle_uid) or THINGS[kind](
                 {"uid": circle_uid, "id": circle_uid, "name": name or circle_uid})
@@ -10076,8 +10177,8 @@ class Talk(Composer):
             client.lock, self._link.send,
             self._link.send_interval if interval is None else interval, self._link.batch,
             settings.msg_ttl, self._sent, client.log)
-        self._ids = MessageIds()
-        self.numbers: Dict[str, Any] = {}         # id of a message -> the link's number for it
+        self._seen: Dict[str, bytes] = {}         # the newest messages by id, as JSON
+        self._seen_size = 0
         self._own: List[Row] = []                 # perhaps what we are sending just now
         self._answered: List[Tuple[str, Job]] = []  # sent; the answer comes with the item of a mark
         self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
@@ -10090,18 +10191,19 @@ class Talk(Composer):
         return self.queue.waiting() >= int(self._client.settings.send_queue_max_size)
 
     def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
-             origin: str = "api", via: str = "", media: Optional[Row] = None,
-             cq: bool = False) -> Future[Message]:
+             origin: str = "api", via: str = "", media: Optional[Row] = None, cq: bool = False,
+             reply_to: Optional[str] = None, at: Sequence[str] = ()) -> Future[Message]:
         """Queue a message to a uid, or to a group or discuss (`circle`, its uid). From any thread.
 
         `type` is a message's type, `via` group or discuss for a sess_message, `media` a row of the
-        client's shelf; with `cq` a bridge reads CQ codes in `content`. The future brings the
-        Message, with code, info and msg set.
+        client's shelf; with `cq` a bridge reads CQ codes in `content`; `reply_to` is the id of a
+        message that is quoted, `at` the uids of those who are mentioned, or all. The future brings
+        the Message, with id, code, info and msg set; a failed one has no id.
         """
         client, future = self._client, Future()  # type: Client, Future[Message]
         kind = CIRCLE_OF.get(type, via)
         row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None,
-                    "cq": cq}
+                    "cq": cq, "reply_to": reply_to, "at": [] if uid else list(at)}
         if media:
             data = media.get("data") or base64.b64encode(
                 read_file(media["media_path"] or "") or b"").decode()
@@ -10112,7 +10214,8 @@ class Talk(Composer):
                 future.set_exception(NotRunning(state=client.state))
                 return future
             message = self._message({"type": type, "content": content, "time": str(int(
-                time.time())), "id": str(self._ids.next())}, kind, circle)
+                time.time())), "id": None}, kind, circle)
+            message.__dict__.update((name, row[name]) for name in ("reply_to", "at") if row[name])
             self._make_own(message, uid, origin, "local")
             if media:
                 self._add_media(message, media, data)
@@ -10123,8 +10226,10 @@ class Talk(Composer):
                 self._sent([(job, {"code": -1, "info": "数据格式错误"})])
         return future
 
-    def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None) -> None:
-        """Send text, or media, to where a message, as it was reported, came from or went to."""
+    def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None,
+              **more: Any) -> None:
+        """Send text, or media, to where a message, as it was reported, came from or went to;
+        `more` as for send()."""
         if self.is_full():
             return self._client.log.warn("send queue full: a reply is not sent")
         uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
@@ -10135,14 +10240,14 @@ class Talk(Composer):
             circle = str(found[0].uid) if found else ""
         alone = row["type"] in ("friend_message", "sess_message")
         self.send(row["type"], text, str(uid) if alone else None, circle, origin,
-                  kind if alone else "", media)
+                  kind if alone else "", media, **more)
 
     def _sent(self, outcomes: List[Tuple[Job, Row]]) -> None:
         """Report what became of messages. Who waits for it hears of it when what was answered on
         the spot is there too, and everything has survived."""
         with self._client.batch():
             for job, result in outcomes:
-                self._number(job.message.id, result.get("number", 0))
+                job.message.id = result.get("id")
                 job.message.ttl -= job.tries
                 self._tell_outcome(job.message, result, "")
             if not self.queue.busy:
@@ -10155,11 +10260,25 @@ class Talk(Composer):
             else:
                 settle(job.future, job.message)
 
-    def _number(self, id: str, number: Any) -> None:
-        """Keep what a message is revoked by."""
-        self.numbers[id] = number
-        if len(self.numbers) > WAIT_LIMIT:
-            del self.numbers[next(iter(self.numbers))]
+    def remember(self, row: Row) -> None:
+        """Keep a message, as it is reported, for get_message; a picture's bytes are on the shelf.
+        """
+        if row["id"] is None:
+            return
+        data = to_bytes({**row, "media_data": None} if row.get("media_data") else row)
+        self._seen_size += len(data) - len(self._seen.pop(row["id"], b""))
+        self._seen[row["id"]] = data
+        while len(self._seen) > WAIT_LIMIT or self._seen_size > SEEN_BYTES:
+            self._seen_size -= len(self._seen.pop(next(iter(self._seen))))
+
+    def remembered(self, id: str) -> Optional[Row]:
+        """One of the newest messages, as it was reported. From any thread."""
+        with self._client.lock:
+            data = self._seen.get(id)
+        row = object_in(data) if data else None
+        if row and row.get("media_path") and row["media_data"] is None:
+            row["media_data"] = base64.b64encode(read_file(row["media_path"]) or b"").decode()
+        return row
 
     def _tell_outcome(self, message: Message, result: Row, mark: str) -> None:
         message.code, message.info = result["code"], result["info"]
@@ -10224,9 +10343,21 @@ class Talk(Composer):
 
     def _hear(self, item: Row, mark: str) -> None:
         """A message came, or the account sent one, from another device unless it was we."""
-        client, number, own = self._client, item.get("number"), item["do"] == "sent"
-        if own and number is not None and str(number) in map(str, self.numbers.values()):
+        client, own = self._client, item["do"] == "sent"
+        if own and item["id"] in self._seen:
             return client.spool.advance(mark or None)
+        message = self.compose(item)
+        if message is None:
+            return client.spool.advance(mark)
+        if own:
+            return self._tell_outcome(message, {"code": 0, "info": "发送正常"}, mark)
+        for future in self._expected.pop(item["uid"], []) if not message.circle else []:
+            settle(future, message.content)
+        client.emit_message(message, mark)
+
+    def compose(self, item: Row) -> Optional[Message]:
+        """What an item of the link says, as a message; None if it is not to be told of."""
+        client, own = self._client, item["do"] == "sent"
         kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
         message = self._message({name: item[name] for name in ("type", "content", "id", "time")},
                                 kind, str(item.get(kind)), item.get("group_name") or "")
@@ -10239,7 +10370,7 @@ class Talk(Composer):
                     circle and not circle.loaded or not client.is_certain("friend")):
                 thing = (GroupMember if circle else Friend)(item["sender"])
             if thing is None and client.settings.ignore_unknown_id:
-                return client.spool.advance(mark)
+                return None
             if not kind or item["type"] == "sess_message":
                 message.peer_uid = uid
             message.__dict__.update({"class": "recv", "post_type": "receive_message"})
@@ -10258,15 +10389,9 @@ class Talk(Composer):
             message.media = item["links"]
         if "raw_message" in item:
             message.raw_message = item["raw_message"]
-        if item.get("reply_to"):
-            message.reply_to = item["reply_to"]
-        if "number" in item:
-            self._number(message.id, number)
-        if own:
-            return self._tell_outcome(message, {"code": 0, "info": "发送正常"}, mark)
-        for future in self._expected.pop(uid, []) if not kind else []:
-            settle(future, message.content)
-        client.emit_message(message, mark)
+        message.reply_to, message.at = item.get("reply_to"), item.get("at") or []
+        message.at_me = int(str(client.roster.user.uid) in message.at)
+        return message
 
     def happen(self, item: Row, mark: str = "") -> bool:
         """Let an event of the link change the roster, and report it; False if it is void."""
@@ -10436,17 +10561,17 @@ class Client:
         """Drop the login and ask to be scanned anew."""
         self._login.anew()
 
-    def send_friend_message(self, friend: Friend, content: str) -> Future[Message]:
-        """Queue a message to a friend."""
-        return self.send("friend_message", content, friend.uid, origin="code")
+    def send_friend_message(self, friend: Friend, content: str, **more: Any) -> Future[Message]:
+        """Queue a message to a friend; `more` (reply_to, at, cq) as in Talk.send()."""
+        return self.send("friend_message", content, friend.uid, origin="code", **more)
 
-    def send_group_message(self, group: Group, content: str) -> Future[Message]:
+    def send_group_message(self, group: Group, content: str, **more: Any) -> Future[Message]:
         """Queue a message to a group."""
-        return self.send("group_message", content, circle=group.uid, origin="code")
+        return self.send("group_message", content, circle=group.uid, origin="code", **more)
 
-    def send_discuss_message(self, discuss: Discuss, content: str) -> Future[Message]:
+    def send_discuss_message(self, discuss: Discuss, content: str, **more: Any) -> Future[Message]:
         """Queue a message to a discuss."""
-        return self.send("discuss_message", content, circle=discuss.uid, origin="code")
+        return self.send("discuss_message", content, circle=discuss.uid, origin="code", **more)
 
     def send_sess_message(self, member: Thing, circle: Circle, content: str) -> Future[Message]:
         """Queue a temporary session's message to a member of a group or discuss."""
@@ -10576,6 +10701,7 @@ class Client:
     def emit_message(self, message: Message, mark: str = "") -> None:
         """Let everybody know of a message, received or sent."""
         row = message.to_json(self.flavour.fields)
+        self.talk.remember(row)
         self._tell(message.post_type, row, message.conversation(), [self, message], mark)
 
     def _tell(self, event: str, row: Row, conversation: str, args: List[Any],
@@ -10981,7 +11107,8 @@ class Api:
             check_cq(content, self.media.check_address)
         if self.client.talk.is_full():
             raise QueueFull()
-        promise = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq)
+        promise = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq,
+                                   **check_quote(request.params))
         if request.params.get("async") == "1":
             return {"code": 0, "status": "request already in execution"}
         try:
@@ -10990,9 +11117,9 @@ class Api:
             return {"code": 0, "id": None, "status": "request already in execution"}
         if message is None:
             raise NotRunning(state=self.client.state)
-        name = self.flavour.sent_id.format(id=message.id, target=target.id)
         row = {**self.flavour.sent, "code": message.code, "status": message.msg,
-               "id": int(name) if name.isdigit() else name}
+               "id": None if message.id is None else id_of(
+                   self.flavour.sent_id.format(id=message.id, target=target.id))}
         if "info" in row:
             row["info"] = message.info
         if media and media["media_id"]:
@@ -11106,14 +11233,23 @@ class Api:
                 return member
         raise Answer(self.NOT_FOUND)
 
-    def _the_id(self, params: Params, given: Row) -> Any:
-        """The link's number of a message by the id that its sending answered."""
-        name, numbers = params.get("id", "").partition(":")[0], self.client.talk.numbers
-        if name not in numbers:
+    def _the_id(self, params: Params, given: Row) -> str:
+        """A message's id, as its sending or its event told it; a bridge may know more than we."""
+        id = params.get("id", "").partition(":")[0]
+        if not self.client.talk.remembered(id) and not (
+                self.client.link.real and MESSAGE_ID.fullmatch(id)):
             raise Answer({"code": -1, "status": "msg id not found"})
-        if numbers[name] is None:
-            raise Answer({"code": 0, "status": "revoke failure"})
-        return numbers[name]
+        return id
+
+    def _get_message(self, request: Request) -> Json:
+        id = request.params.get("id", "").partition(":")[0]
+        row = self.client.talk.remembered(id)
+        if row is None and MESSAGE_ID.fullmatch(id):
+            item = self.client.link.find_message(id)
+            with self.client.lock:
+                message = self.client.talk.compose(item) if item else None
+            row = message.to_json(self.flavour.fields) if message else None
+        return self.NOT_FOUND if row is None else self.show(row)
 
     def _the_digits(self, params: Params, given: Row) -> str:
         if not re.fullmatch("[0-9]{1,16}", params.get("code", "")):
@@ -11293,7 +11429,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
     if client.parent and not client.outlets:
         store.relay = client.parent.add
     api = Api(client, store, settings.numeric_ids)
-    answers = Answers(client, api.media.take, settings.post_api)
+    answers = Answers(client, api.media, settings.post_api)
     reporter = Reporter(
         settings.post_api, settings.post_secret, client.spool, client.timers, client.log,
         answers.answered, asking=answers.typing,
@@ -11529,8 +11665,8 @@ class Supervisor:
             return
         child.process, child.making = None, False
         if phase == "stopping" or self.ending:
-            self._log.info(f"client {child.name} stopped")
             self._stopped(child)                     # stopping -> stopped
+            self._log.info(f"client {child.name} stopped")
         elif phase == "renewing":
             self._begin(child, anew=True)            # renewing -> starting, on trial
         elif child.former:
@@ -11539,8 +11675,8 @@ class Supervisor:
             self._decide(child, ClientDied(reason="\n".join(child.lines)))
             self._begin(child, anew=True)            # starting, on trial -> starting, as before
         elif status == 0:
-            self._log.info(f"client {child.name} ended by itself")
             self._stopped(child)                     # running -> stopped: somebody told it to
+            self._log.info(f"client {child.name} ended by itself")
         else:
             how = f"exit status {status}" if status > 0 else f"signal {-status}"
             child.lines.append(f"client {child.name} died: {how}")
