@@ -975,12 +975,16 @@ SETTINGS = {setting.name: setting for setting in [
     _client("check_event_list_max_size", 20, _whole, "events that check_event keeps",
         "check_event 保留的事件数", between=(0, 100_000)),
     _client("download_media", True, _flag, "weixin: keep received media as files", "微信：收到的媒体存为文件"),
+    _client("call_action_all", False, _flag, "call_action may do what hands out the account or the "
+            "machine", "允许 call_action 执行敏感动作", caller=False),
     _client("numeric_ids", False, _flag, "ids as JSON numbers", "id 用 JSON 数字"),
     _client("onebot_api", "", _bridge_url,
         "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000", "真实 QQ：OneBot 实现的地址",
         token=("access_token", "onebot_token")),
     _client("onebot_token", "", _text, "the bridge's access token", "它的 access token",
         secret=True),
+    _client("onebot_local", False, _flag, "the bridge reads files of this machine: media_path goes "
+            "there as file://", "它与本程序读同一磁盘的文件"),
     _client("onebot_secret", "", _text, "signs what the bridge posts to /onebot",
         "OneBot 向 /onebot 上报的签名密钥", secret=True),
     _client("onebot_login", "", _choice("", "napcat", "llbot"),
@@ -1307,6 +1311,10 @@ VERBS = [
          "ticket! accept markname", "accepted", "-1 201", "ticket=1",
          "answer_request ticket=ticket accept=accept markname=markname", no="-1 failure",
          echo="id displayname ticket"),
+    Verb("accept_group_request", ACT, "Answer a group_request by its ticket; accept=0 declines, "
+         "with a reason.", "ticket! accept reason", "accepted", "-1 201", "ticket=1",
+         "answer_group_request ticket=ticket accept=accept reason=reason", flavour="qq",
+         no="-1 failure", echo="ticket"),
     Verb("make_friend", ACT, "Ask somebody whom one shares a group with to be a friend.",
          "id! verify", "answer", "100 101 201", "id=filehelper",
          "make_friend uid=stranger verify=verify", flavour="weixin"),
@@ -1318,10 +1326,31 @@ VERBS = [
     Verb("kick_group_member", ACT, "Remove members from a group.", "+place +members", "answer",
          "100 200 201", "group_uid=20260001 member_uid=2854196302 displayname=OpenQQ "
          "members=filehelper", "kick group=group uids=members"),
-    Verb("shutup_group_member", ACT, "Silence members of a group for `time` minutes.",
-         "+place +members time!", "answer", "100 200 201 400",
-         "group_uid=20260001 member_uid=2854196302 time=1",
-         "mute group=group seconds=time uids=members", flavour="qq"),
+    Verb("shutup_group_member", ACT, "Silence members of a group for `time` minutes, 0 lifts that; "
+         "without members and with all=1 everybody, until time=0.",
+         "+place +members time! all", "answer", "100 200 201 400",
+         "group_uid=20260001 member_uid=2854196302 time=1", flavour="qq"),
+    Verb("set_group_name", ACT, "Give a group another name.", "+place name!", "answer", "100 201",
+         "group_uid=20260001 name=OpenQQ", "rename group=group name=new_name", flavour="qq"),
+    Verb("set_group_card", ACT, "What somebody is called in a group.", "+place +members card",
+         "answer", "100 200 201", "group_uid=20260001 member_uid=2854196302 card=x",
+         "set_card group=group uid=member card=card", flavour="qq"),
+    Verb("set_group_admin", ACT, "Make a member an admin, or with enable=0 none.",
+         "+place +members enable", "answer", "100 200 201",
+         "group_uid=20260001 member_uid=2854196302 enable=1",
+         "set_admin group=group uid=member on=enable", flavour="qq"),
+    Verb("set_group_title", ACT, "Give a member a title; an empty one takes it away.",
+         "+place +members title", "answer", "100 200 201",
+         "group_uid=20260001 member_uid=2854196302 title=x",
+         "set_title group=group uid=member title=title", flavour="qq"),
+    Verb("leave_group", ACT, "Leave a group.", "+place", "answer", "100 201",
+         "group_uid=20260001", "leave_group group=group", flavour="qq"),
+    Verb("delete_friend", ACT, "End a friendship.", "uid id", "answer", "100 201",
+         "uid=2854196301", "delete_friend uid=friend", flavour="qq"),
+    Verb("poke", ACT, "Poke a friend (uid, id), or a member of a group.", "uid id +place +members",
+         "answer", "100 200 201", "uid=2854196302", flavour="qq"),
+    Verb("call_action", ACT, "Hand any other action to the bridge; what it answers is in `data`.",
+         "action! params", "called", "201 400", "action=get_version_info"),
     Verb("set_group_displayname", ACT, "Give a group another name.", "+place new_displayname!",
          "answer", "100 201", "displayname=OpenQQ new_displayname=OpenQQ",
          "rename group=group name=new_displayname", flavour="weixin"),
@@ -1373,7 +1402,8 @@ class QQ:
     apis = verbs_of("qq")        # the API of a client
     post_event_list = ["login", "stop", "state_change", "input_qrcode", "new_group",
                        "new_friend", "new_group_member", "lose_group", "lose_friend",
-                       "lose_group_member"]
+                       "lose_group_member", "group_request", "group_shutup", "group_upload",
+                       "poke"]
     # Settings that the state file shows as 0 or 1.
     state_flags: Tuple[str, ...] = ("disable_color", "http_debug", "keep_cookie", "log_console")
     # Kind of thing -> members of its JSON object.
@@ -1392,7 +1422,8 @@ class QQ:
         "discuss": ("id", "name", "owner_id"),
         "discuss_member": ("client_type", "id", "name", "state", "uid"),
         "friend_request": ("id", "name", "verify", "ticket"),
-        "media": ("type", "url", "name", "size")}
+        "group_request": ("group", "group_uid", "uid", "name", "comment", "kind", "ticket"),
+        "media": ("type", "url", "name", "size", "file_id")}
     # What a search may call members besides, as the program's objects did (AUTOLOAD in Group.pm,
     # Friend.pm).
     other_names: Dict[str, Dict[str, str]] = {
@@ -1451,7 +1482,7 @@ class Weixin(QQ):
     phone = "手机微信"
     qrcode_type = "image/jpg"
     apis = verbs_of("weixin")
-    post_event_list = QQ.post_event_list + ["friend_request"]
+    post_event_list = QQ.post_event_list[:10] + ["friend_request"]
     state_flags = QQ.state_flags + ("download_media",)
     fields = {
         "user": ("account", "city", "display", "displayname", "id", "markname", "name",
@@ -2119,7 +2150,8 @@ BROKEN_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 CALLBACK = re.compile(r"(?=.{1,64}\Z)[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)*", re.ASCII)
 SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "content-type",
               "origin", "expect")
-REASONS = {100: "Continue", 200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
+REASONS = {100: "Continue", 200: "OK", 302: "Found",
+           400: "Bad Request", 403: "Forbidden", 404: "Not Found",
            408: "Request Timeout", 411: "Length Required", 413: "Content Too Large",
            414: "URI Too Long", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
            500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
@@ -5105,6 +5137,13 @@ media_id | a picture that upload_media kept, or that came
 member_id members friends | ids, with commas
 member_uid | uids, with commas
 time | int | minutes
+all | 0/1 | 1 means everybody
+enable | 0/1 | 0 takes it away
+title | what stands beside the name
+reason | why not
+comment | what comes with the request
+action | the bridge's name for it
+params | a JSON object
 ticket | what the event or the QR code told
 accept | 0/1 | 0 declines
 since | int | only events after this seq, without taking them
@@ -5141,6 +5180,7 @@ sent | code! id info media_id status!
 consulted | code! id media_id reply reply_status status!
 accepted | code! displayname id status! ticket
 founded | code! group_id status!
+called | code! data:any info retcode:any status!
 program | account code! http_debug log_encoding log_level log_path os pid runtime starttime
     status! version
 uploaded | code! media_code media_ext media_id media_mime media_mtime media_name media_path
@@ -5812,7 +5852,8 @@ class Outlet:
     """Where an account's events go: the ring, post_api, stdout; each what is meant for it."""
 
     KEPT = re.compile("(new|lose)_")  # in the ring whatever post_event_list says (CONTRACT 6)
-    KEPT_IF_LISTED = re.compile(".*_property_change|friend_request|revoke_message")
+    KEPT_IF_LISTED = re.compile(".*_property_change|(friend|group)_request|revoke_message|"
+                                "group_(shutup|upload)|poke|onebot_event")
     NEWS = ("login", "stop", "state_change", "input_qrcode")  # streams tell them, nothing keeps
 
     def __init__(self, store: Store, reporter: Reporter, listed: Iterable[str],
@@ -5950,6 +5991,7 @@ def typed(name: str, value: Json) -> Json:
     return int(text) if name in ("max_member", "max_admin") and LENGTH.fullmatch(text) else text
 
 
+SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
 UID = re.compile("[1-9][0-9]{0,17}")  # what a number of 64 bits holds, as typed clients keep it
 PROPERTIES = {"role": "owner|admin|member", "echo": "[01]", "name": r"(?s)(?=.*\S).*",
               "muted": r"[0-9]{1,12}(\.[0-9]{1,9})?"}
@@ -6059,7 +6101,8 @@ class World:
             merged.update(row)
         table = kind if kind in ("group", "discuss") else "people"
         merged.update(uid=uid, id=self.id_for(account, uid, table), display=merged.get("card"))
-        return {name: typed(name, merged.get(name)) for name in self.flavour.fields[kind]}
+        names = self.flavour.fields[kind] + (("title",) if merged.get("title") else ())
+        return {name: typed(name, merged.get(name)) for name in names}
 
     def state_of(self, uid: str) -> str:
         """Residents are always there, accounts while they are logged in and not hidden."""
@@ -6245,6 +6288,11 @@ class Outboxes:
                 settle(future, True)
 
 
+def member_of(group: str, uid: str) -> Row:
+    """Whom an event speaks of: the roster knows more."""
+    return {"kind": "group_member", "uid": uid, "circle": group}
+
+
 class Society:
     """What people do with each other besides talking, and what may be changed from outside: each
     change of the world is told to those accounts that see it and are there.
@@ -6254,12 +6302,14 @@ class Society:
 
     # What an account may do by its link, in the words of Link; true if it was done.
     VERBS = ("revoke", "make_friend", "answer_request", "create_group", "invite", "rename",
-             "set_markname", "kick", "mute")
+             "set_markname", "kick", "mute", "mute_all", "set_card", "set_admin", "set_title",
+             "leave_group", "delete_friend", "poke", "answer_group_request")
     # What /local/change may do, and the method. {} is group or discuss, its first argument then.
     CHANGES = {"add person": "_add_person", "remove person": "_remove_person",
                "set person": "_set_person", "add friend": "_add_friend",
                "remove friend": "_remove_friend", "set friend": "_set_friend",
                "add friend_request": "_add_friend_request", "set group_member": "_set_member",
+               "add group_request": "_add_group_request", "add poke": "_add_poke",
                "add {}": "_add_circle", "remove {}": "_remove_circle", "set {}": "_set_circle",
                "add {}_member": "_add_member", "remove {}_member": "_remove_member"}
 
@@ -6304,26 +6354,27 @@ class Society:
                       {"object": lambda to, uid=seen: self._world.friend(to, uid)})
             self._put(None, "friend", viewer, seen)
 
-    def enter(self, table: str, circle: str, uid: str, row: Row) -> None:
-        """Let somebody into a group or discuss; its first account owns it."""
+    def enter(self, table: str, circle: str, uid: str, row: Row, **facts: Json) -> None:
+        """Let somebody into a group or discuss; its first account owns it. `facts` are kind
+        (approve, invite) and operator_uid."""
         if not self._table(table, circle).get("owner_uid") and uid in self._world.account_of:
             self._put(dict(self._table(table, circle), owner_uid=uid), table, circle)
             row = dict(row, role="owner")
         self._put(dict(row, uid=uid, join_time=str(int(self._clock()))), table + "_member",
                   circle, uid)
-        self._tell_move("new_", table, circle, uid)
+        self._tell_move("new_", table, circle, uid, facts)
 
-    def leave(self, table: str, circle: str, uid: str) -> None:
-        """Take somebody out of a group or discuss."""
-        self._tell_move("lose_", table, circle, uid)
+    def leave(self, table: str, circle: str, uid: str, **facts: Json) -> None:
+        """Take somebody out of a group or discuss; kind is leave or kick."""
+        self._tell_move("lose_", table, circle, uid, facts)
         self._put(None, table + "_member", circle, uid)
 
-    def _tell_move(self, way: str, table: str, circle: str, uid: str) -> None:
+    def _tell_move(self, way: str, table: str, circle: str, uid: str, facts: Row) -> None:
         members, world = table + "_member", self._world
         self.tell(uid, way + table, {
             "object": lambda to: world.circle(table, to, circle, members=way == "new_")})
         self.tell_circle(table, circle, way + members, {
-            "circle": circle, "object": lambda to: world.member(members, to, circle, uid)},
+            **facts, "circle": circle, "object": lambda to: world.member(members, to, circle, uid)},
             besides=uid)
 
     # -- what accounts do
@@ -6392,7 +6443,7 @@ class Society:
             return False
         for uid in uids:
             if not self._world.role(group, uid):
-                self.enter("group", group, uid, {})
+                self.enter("group", group, uid, {}, kind="invite", operator_uid=self._me(account))
         return True
 
     def rename(self, account: str, group: str, name: str) -> bool:
@@ -6420,7 +6471,7 @@ class Society:
         if not self._may(account, group, uids):
             return False
         for uid in uids:
-            self.leave("group", group, uid)
+            self.leave("group", group, uid, kind="kick", operator_uid=self._me(account))
         return True
 
     def mute(self, account: str, group: str, uids: List[str], seconds: int) -> bool:
@@ -6430,6 +6481,84 @@ class Society:
         for uid in uids:
             row = self._table("group_member", group, uid)
             self._put(dict(row, muted=self._clock() + seconds), "group_member", group, uid)
+            self._tell_shutup(group, member_of(group, uid), account, seconds)
+        return True
+
+    def mute_all(self, account: str, group: str, on: bool) -> bool:
+        """Silence all plain members until that is lifted."""
+        if self._world.role(group, self._me(account)) not in ("owner", "admin"):
+            return False
+        self._put({**self._table("group", group), "muted": on}, "group", group)
+        self._tell_shutup(group, None, account, -1 if on else 0)
+        return True
+
+    def _tell_shutup(self, group: str, who: Optional[Row], account: str, seconds: int) -> None:
+        self.tell_circle("group", group, "group_shutup", {"params": [
+            who, member_of(group, self._me(account)), seconds, {"kind": "group", "uid": group}]})
+
+    def set_card(self, account: str, group: str, uid: str, card: str) -> bool:
+        """What somebody is called in a group: oneself, or those whom one may mute."""
+        if uid != self._me(account) and not self._may(account, group, [uid]):
+            return False
+        self._set_member(uid, group, {"card": card or None})
+        return True
+
+    def set_admin(self, account: str, group: str, uid: str, on: bool) -> bool:
+        """Make a member an admin, or a plain one: the owner may."""
+        return self._set_by_owner(account, group, uid, {"role": "admin" if on else "member"})
+
+    def set_title(self, account: str, group: str, uid: str, title: str) -> bool:
+        """Give a member a title: the owner may."""
+        return self._set_by_owner(account, group, uid, {"title": title or None})
+
+    def _set_by_owner(self, account: str, group: str, uid: str, row: Row) -> bool:
+        if self._world.role(group, self._me(account)) != "owner" or (
+                "role" in row and self._world.role(group, uid) == "owner"):
+            return False
+        self._set_member(uid, group, row)
+        return True
+
+    def leave_group(self, account: str, group: str) -> bool:
+        """Leave a group."""
+        me = self._me(account)
+        if not self._world.role(group, me):
+            return False
+        self.leave("group", group, me, kind="leave", operator_uid=me)
+        return True
+
+    def delete_friend(self, account: str, uid: str) -> bool:
+        """End a friendship."""
+        me = self._me(account)
+        if uid not in self._table("friend", me):
+            return False
+        self.unfriend(uid, me)
+        return True
+
+    def poke(self, account: str, uid: str, group: str) -> bool:
+        """Poke a friend, or a member of a group, who all see it there."""
+        return self._poke(self._me(account), uid, group)
+
+    def _poke(self, me: str, uid: str, group: str) -> bool:
+        if uid not in (self._table("group_member", group) if group else self._table("friend", me)):
+            return False
+        for viewer in self._table("group_member", group) if group else {me: 0, uid: 0}:
+            self.tell(viewer, "poke", {"params": [
+                *[member_of(group, one) if group else {"kind": "friend", "uid": one}
+                  for one in (me, uid)], {"kind": "group", "uid": group} if group else None]})
+        return True
+
+    def answer_group_request(self, account: str, ticket: str, accept: bool, reason: str) -> bool:
+        """Let somebody into a group who asked for it, or enter one that one was invited to."""
+        request, me = self._table("group_request", ticket), self._me(account)
+        if not request or (request["uid"] != me if request["kind"] == "invite" else
+                           self._world.role(request["group_uid"], me) not in ("owner", "admin")):
+            return False
+        self._put(None, "group_request", ticket)
+        group, uid = request["group_uid"], request["uid"]
+        if accept and not self._world.role(group, uid):
+            invited = request["kind"] == "invite"
+            self.enter("group", group, uid, {}, kind="invite" if invited else "approve",
+                       operator_uid=request["from"] if invited else me)
         return True
 
     def _may(self, account: str, group: str, uids: List[str]) -> bool:
@@ -6505,6 +6634,35 @@ class Society:
     def _add_friend_request(self, uid: str, place: str, row: Row) -> str:
         uid, place = self._find("people", uid), self._find("people", place)
         self._request(uid, place, str(row.get("verify", "")))
+        return uid
+
+    def _add_group_request(self, uid: str, place: str, row: Row) -> str:
+        """`uid` asks to be let into `in`; with `from`, that one invites it there."""
+        uid, group = self._find("people", uid), self._find("group", place)
+        inviter = self._find("people", row["from"]) if row.get("from") else ""
+        members, requests = self._table("group_member", group), self._table("group_request")
+        if uid in members or inviter and inviter not in members:
+            raise NotFound(f"{uid} outside of {place}, or {inviter} in it, not found")
+        if len(requests) >= WAIT_LIMIT:
+            self._put(None, "group_request", next(iter(requests)))
+        who = inviter or uid
+        request = {"kind": "invite" if inviter else "join", "group_uid": group, "uid": uid,
+                   "from": inviter}
+        ticket = new_secret()
+        self._put(request, "group_request", ticket)
+        told = {**request, "ticket": ticket, "uid": who, "comment": str(row.get("comment", "")),
+                "group": self._table("group", group).get("name"),
+                "name": self._table("people", who).get("name") or who}
+        for one in [uid] if inviter else [
+                one for one in members if self._world.role(group, one) in ("owner", "admin")]:
+            self.tell(one, "group_request", {"request": told}, away=True)
+        return uid
+
+    def _add_poke(self, uid: str, place: str, row: Row) -> str:
+        """`uid` pokes `to`, in a group if `in` names one."""
+        uid, to = self._find("people", uid), self._find("people", str(row.get("to", "")))
+        if not self._poke(uid, to, self._find("group", place) if place else ""):
+            raise NotFound(f"{to} as a friend, or in the group, not found")
         return uid
 
     def _remove_friend(self, uid: str, place: str, row: Row) -> str:
@@ -6871,6 +7029,12 @@ class LocalNetwork:
             account = self.world.account_of.get(receiver)
             if account is not None:
                 self.outboxes.put(account, dict(item, sender_id=self.world.id_for(account, uid)))
+        media, group = item["media"], item["group"]
+        if media and group and media.get("mime", "").partition("/")[0] not in SEGMENTS:
+            size = str(len(media["data"]) * 3 // 4 - media["data"][-2:].count("="))
+            self.society.tell_circle("group", group, "group_upload", {"params": [
+                member_of(group, uid), {"name": media["name"], "size": size, "id": id},
+                {"kind": "group", "uid": group}]})
         return item
 
     def _receivers(self, uid: str, message: Row) -> List[str]:
@@ -6886,7 +7050,9 @@ class LocalNetwork:
             raise NotFound(f"{table} member not found")
         if kind == "sess_message":
             return [str(target)]
-        if float(members[uid].get("muted", 0)) > self.clock():
+        if float(members[uid].get("muted", 0)) > self.clock() or (
+                self._ledger.table(table, circle).get("muted")
+                and members[uid].get("role", "member") == "member"):
             raise NotFound("muted, not heard")
         members[uid]["last_speak_time"] = str(int(self.clock()))  # not worth a line of its own
         return [member for member in members if member != uid]
@@ -7097,10 +7263,15 @@ class Link:
                           it: that of an item that hooks.received() will get. `media` is {name,
                           mime, data (base64), url, path}
     hear(row)             take an event that was posted to us; False if this link knows none
-    kick(group, uids), mute(group, uids, seconds)  False without the right to it
+    kick(group, uids), mute(group, uids, seconds), mute_all(group, on), set_card(group, uid, card),
+    set_admin(group, uid, on), set_title(group, uid, title)  False without the right to it
+    leave_group(group), delete_friend(uid), poke(uid, group)  `group` is empty for a friend
     revoke(id)            take back a message
     find_message(id)      an item that tells of a message, or None
     answer_request(ticket, accept, markname), make_friend(uid, verify)
+    answer_group_request(ticket, accept, reason)
+    call(action, params)  the whole answer to an action of a bridge's own
+    file_url(item)        where a file is to be had now, of those in an item's links, or empty
     create_group(uids, name)  the new group's uid
     invite(group, uids), rename(group, name), set_markname(uid, markname)
     typing(uid, on)       show somebody that an answer is on its way, or is not any more
@@ -7120,7 +7291,10 @@ class Link:
     REFUSALS: Row = {
         "ready": None, "find_group": None, "find_member": None, "account": "", "status": {},
         "presence": {}, "hear": False, "revoke": False, "find_message": None,
-        "answer_request": False, "make_friend": False, "create_group": "", "invite": False, "rename": False,
+        "answer_request": False, "answer_group_request": False, "mute_all": False,
+        "set_card": False, "set_admin": False, "set_title": False, "leave_group": False,
+        "delete_friend": False, "poke": False, "file_url": "", "make_friend": False,
+        "create_group": "", "invite": False, "rename": False,
         "set_markname": False, "verify_code": False, "typing": None, "renew": None,
         "logout": None, "close": None}
 
@@ -7141,6 +7315,7 @@ class LocalLink(Link):
     batch = 64
     echoes = True
     FORWARDED = ("ready", "roster", "presence", "send", "logout", *Society.VERBS)
+    lacks = ("call_action",)
 
     def __init__(self, host: Callable[..., Json], hooks: Hooks, password: bool,
                  mode: str, log: Log) -> None:
@@ -7243,7 +7418,6 @@ LABELS = {"face": "[表情]", "bface": "[表情]", "sface": "[表情]",
           "tts": "{text}", "miniapp": "[小程序]", "onlinefile": "[文件]", "flashtransfer": "[文件]"}
 DETAIL_LIMIT = 500               # letters of one such member
 AT_LIMIT = 8                     # names of a message that are asked for: each may take seconds
-SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
 MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
 ANY_GROUP = "284840486"  # NapCat's, for a temporary session whose group it does not know
 MEMBERS = re.compile(r"\{([a-z_|]+)\}")
@@ -7381,6 +7555,30 @@ def check_cq(content: str, check_url: Callable[[str], None] = lambda url: None) 
                 raise NotAllowed(f"{key} in a CQ code not allowed: give http://… or base64://…")
             if is_url(source):
                 check_url(source)
+
+
+# Actions that hand out the account or the machine.
+SECRET_ACTION = re.compile("(?i)cookie|credential|csrf|key|token|exit|quit|restart|reboot|shutdown|"
+                           "clean|bot_exit|logout")
+SOURCE_NAME = re.compile("(?i)(file|url|image|path|audio|cover|thumb|icon|.*_?ur[il])")
+
+
+def check_sources(value: Json, check_url: Callable[[str], None], name: str = "") -> None:
+    """NotAllowed for anything in an action's parameters that would have the bridge read a file of
+    its machine, however deep it stands; `check_url` as for check_cq()."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_sources(part, check_url, str(key).strip())
+    elif isinstance(value, list):
+        for part in value:
+            check_sources(part, check_url, name)
+    elif isinstance(value, str):
+        check_cq(value, check_url)
+        if SOURCE_NAME.fullmatch(name):
+            if not re.match("(https?|base64)://", value) and re.search(r"[/\\:]|^\.\.?$", value):
+                raise NotAllowed(f"{name} not allowed: give http://… or base64://…")
+            if is_url(value):
+                check_url(value)
 
 
 def readable(kind: str, data: Row) -> str:
@@ -7866,13 +8064,15 @@ class BridgeLink(Link):
         "notice group_admin": "group_id user_id", "notice group_recall": "",
         "notice friend_recall": "", "notice friend_add": "user_id",
         "notify title": "group_id user_id", "notify group_name": "group_id",
-        "request friend": "user_id"}
+        "request friend": "user_id", "request group": "group_id user_id",
+        "notice group_ban": "group_id", "notice group_upload": "group_id user_id",
+        "notify poke": "user_id target_id"}
 
     def __init__(self, url: str, connect: Callable[[], Bridge], page: Optional[LoginPage],
-                 sync: bool, hooks: Hooks, log: Log) -> None:
+                 sync: bool, shares_files: bool, hooks: Hooks, log: Log) -> None:
         self.echoes, self._hooks, self._log = sync, hooks, log
         self._url, self._connect, self._page = url, connect, page
-        self._is_here = is_loopback(urllib.parse.urlsplit(url).hostname or "")
+        self._shares_files = shares_files
         self.bridge = connect()              # the newest connection
         self.me = self._name = ""            # the account's own uid and name, once it is logged in
         self._closed = threading.Event()
@@ -8106,14 +8306,18 @@ class BridgeLink(Link):
                 segments.insert(0, {"type": "reply", "data": {"id": message["reply_to"]}})
             if media:
                 source = media["url"] or "base64://" + str(media["data"])
-                if media["path"] and not media["url"] and self._is_here:
+                if media["path"] and not media["url"] and self._shares_files:
                     source = "file://" + urllib.parse.quote(media["path"])
-                kind = SEGMENTS.get(media["mime"].partition("/")[0], "file")
-                segments.append({"type": kind, "data": {"file": source, "name": media["name"]}})
+                kind = SEGMENTS.get(media["mime"].partition("/")[0], "")
+                if kind:
+                    segments.append({"type": kind, "data": {"file": source, "name": media["name"]}})
             action = "send_group_msg" if message["type"] == "group_message" else "send_private_msg"
             place = {"user_id": message["uid"], "group_id": message.get("group")}
             try:
-                data = self._get(action, message=segments, **filled(place))
+                data = self._get(action, message=segments, **filled(place)) if segments else None
+                if media and not kind:  # neither picture, voice nor video
+                    self._get(action.replace("send_", "upload_").replace("_msg", "_file"),
+                              LIST_SECONDS, file=source, name=media["name"], **filled(place))
                 results.append({"code": 0, "info": "发送正常",
                                 "id": self._number(object_of(data)) or None})
             except Declined as error:
@@ -8127,12 +8331,52 @@ class BridgeLink(Link):
             if self._do("set_group_kick", group_id=group, user_id=uid, reject_add_request=False):
                 gone.append(uid)
                 self._act([{"post_type": "notice", "notice_type": "group_decrease",
+                            "sub_type": "kick", "operator_id": self.me,
                             "group_id": group, "user_id": uid, "time": time.time()}])
         return gone == uids
 
     def mute(self, group: str, uids: List[str], seconds: int) -> bool:
         return all([self._do("set_group_ban", group_id=group, user_id=uid, duration=seconds)
                     for uid in uids])
+
+    def mute_all(self, group: str, on: bool) -> bool:
+        return self._do("set_group_whole_ban", group_id=group, enable=on)
+
+    def set_card(self, group: str, uid: str, card: str) -> bool:
+        return self._do("set_group_card", group_id=group, user_id=uid, card=card)
+
+    def set_admin(self, group: str, uid: str, on: bool) -> bool:
+        return self._do("set_group_admin", group_id=group, user_id=uid, enable=on)
+
+    def set_title(self, group: str, uid: str, title: str) -> bool:
+        return self._do("set_group_special_title", group_id=group, user_id=uid,
+                        special_title=title)
+
+    def leave_group(self, group: str) -> bool:
+        return self._do("set_group_leave", group_id=group)
+
+    def delete_friend(self, uid: str) -> bool:
+        return self._do("delete_friend", user_id=uid)
+
+    def poke(self, uid: str, group: str) -> bool:
+        return self._do("group_poke", group_id=group, user_id=uid) if group else self._do(
+            "friend_poke", user_id=uid)
+
+    def answer_group_request(self, ticket: str, accept: bool, reason: str) -> bool:
+        kind, _, flag = ticket.partition(":")
+        return self._do("set_group_add_request", flag=flag, sub_type=kind, approve=accept,
+                        reason=reason)
+
+    def call(self, action: str, params: Row) -> Row:
+        return self.bridge.ask(action, params, BRIDGE_SECONDS)
+
+    def file_url(self, item: Row) -> str:
+        group, who = item.get("group"), {"file_id": item["file_id"]}
+        row = object_of(self._get("get_group_file_url", LOOKUP_SECONDS, group_id=group, **who)
+                        if group else self._get("get_private_file_url", LOOKUP_SECONDS,
+                                                user_id=item["uid"], **who))
+        url = scalar(row.get("url")) or ""
+        return url if is_url(url) else ""
 
     def revoke(self, id: str) -> bool:
         return self._do("delete_msg", message_id=id_of(id))
@@ -8145,7 +8389,7 @@ class BridgeLink(Link):
         who = number_of(object_of(row.get("sender")).get("user_id") or row.get("user_id"))
         row = {"post_type": "message", **row, "user_id": who, "message_id": id}
         items = self._message(f"message {row.get('message_type')}", number_of(
-            row.get("group_id")), who, row) if who else []
+            row.get("group_id")), who, row, own_too=True) if who else []
         return items[-1] if items else None
 
     def answer_request(self, ticket: str, accept: bool, markname: str) -> bool:
@@ -8158,6 +8402,7 @@ class BridgeLink(Link):
 
     def ready(self) -> None:
         self._intake.want(True)
+        self._curious.submit(self._ask_for_requests)
 
     def hear(self, row: Row) -> bool:
         me, uid = self.me, scalar(row.get("self_id"))
@@ -8218,7 +8463,7 @@ class BridgeLink(Link):
         elif what == "notice notify":
             what = f"notify {row.get('sub_type')}"
         if what not in self.NEEDS:
-            return []
+            return [happened("onebot_event", params=[row])] if post_type == "notice" else []
         for name in self.NEEDS[what].split():
             if not number_of(row.get(name)):
                 self._log.debug(f"an event of the bridge without {name}")
@@ -8234,7 +8479,8 @@ class BridgeLink(Link):
         number = scalar(row.get("message_id")) or ""
         return "" if number in ("0", "None") else number
 
-    def _message(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
+    def _message(self, what: str, group: str, uid: str, row: Row, own_too: bool = False
+                 ) -> List[Row]:
         """A message, after what it tells of who wrote it."""
         known, sub_type = self._hooks.known, row.get("sub_type") or ""
         who = {**object_of(row.get("sender")), "user_id": uid}
@@ -8245,7 +8491,7 @@ class BridgeLink(Link):
             kind = "sess_message" if group else "friend_message"
         if uid == self.me or row.get("post_type") == "message_sent":
             uid = number_of(row.get("target_id"))
-            if not self.echoes or not (uid or group):
+            if not (self.echoes or own_too) or not (uid or group):
                 return []
             return [{**self._said(kind, group, row), "do": "sent",
                      "uid": None if kind == "group_message" else uid}]
@@ -8282,6 +8528,7 @@ class BridgeLink(Link):
                 url = scalar(data.get("url")) or scalar(data.get("file")) or ""
                 links.append({"type": MEDIA[segment_type],
                               "url": url if re.match("https?://", url) else None,
+                              "file_id": scalar(data.get("file_id")),
                               "name": scalar(data.get("name")) or scalar(data.get("file")),
                               "size": scalar(data.get("file_size"))})
         return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
@@ -8353,13 +8600,33 @@ class BridgeLink(Link):
 
     def _notice(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
         known, sub_type, me = self._hooks.known, row.get("sub_type"), self.me
+        operator = number_of(row.get("operator_id"))
+        facts = {"kind": scalar(sub_type), "operator_uid": operator or None}
+        place = {"kind": "group", "uid": group, "name": scalar(row.get("group_name")) or group}
+        if what == "notice group_ban":
+            seconds = int(number_of(row.get("duration")) or 0) if sub_type != "lift_ban" else 0
+            return [happened("group_shutup", params=[
+                member_of(group, uid) if uid else None,
+                member_of(group, operator) if operator else None,
+                seconds if uid else -1 if sub_type == "ban" else 0, place])]
+        if what == "notice group_upload":
+            file = object_of(row.get("file"))
+            return [happened("group_upload", params=[member_of(group, uid), {
+                name: scalar(file.get(name)) for name in ("name", "size", "id")}, place])]
+        if what == "notify poke":
+            return [happened("poke", params=[
+                *[member_of(group, one) if group else {"kind": "friend", "uid": one}
+                  for one in (uid, number_of(row.get("target_id")))], place if group else None])]
+        if what == "request group":
+            return self._group_request(str(sub_type), group, uid, scalar(row.get("flag")) or "",
+                                       row.get("comment"), scalar(row.get("group_name")))
         if what == "notice group_increase":
             # also of somebody who is listed: a notice of the leaving may have been missed
             found = self._meet_group(group, row, sure=uid == me)
             if uid != me and not self._was_told(REPEAT_SECONDS, "increase", group, uid,
                                                 undoes="decrease"):
-                found.append(self._of_member("new_group_member", group,
-                                             member_row(self._member(group, uid))))
+                found.append({**self._of_member("new_group_member", group, member_row(
+                    self._member(group, uid))), **facts})
             return found
         if what == "notice group_dismiss" or what == "notice group_decrease" and (
                 uid == me or sub_type in ("kick_me", "disband")):
@@ -8369,8 +8636,8 @@ class BridgeLink(Link):
         if what == "notice group_decrease":
             if not uid or self._was_told(LOSS_SECONDS, "decrease", group, uid, undoes="increase"):
                 return []
-            return [self._of_member("lose_group_member", group, {"uid": uid} if known(
-                "group_member", uid, group) else member_row(self._stranger(uid)))]
+            return [{**self._of_member("lose_group_member", group, {"uid": uid} if known(
+                "group_member", uid, group) else member_row(self._stranger(uid))), **facts}]
         if what == "notice friend_add":
             if known("friend", uid, "") or self._was_told(REPEAT_SECONDS, "friend", uid):
                 return []
@@ -8384,7 +8651,7 @@ class BridgeLink(Link):
                 "id": uid, "name": name, "displayname": name, "ticket": flag,
                 "verify": scalar(row.get("comment")) or ""})]
         if what in ("notice group_recall", "notice friend_recall"):
-            message, operator = scalar(row.get("message_id")), number_of(row.get("operator_id"))
+            message = scalar(row.get("message_id"))
             return [happened("revoke_message", params=[
                 message, uid or None, operator or uid or None, group or None])] if message else []
         if what == "notify group_name":
@@ -8401,6 +8668,33 @@ class BridgeLink(Link):
         if prop == "role" and uid == me:
             found.insert(0, changed("group", "", group, "role", ROLES[new]))
         return found
+
+    def _group_request(self, kind: str, group: str, uid: str, flag: str, comment: Json,
+                       name: Optional[str]) -> List[Row]:
+        """Somebody asks to be let in, or invites us; the ticket tells which, as the answer must."""
+        if not flag or self._was_told(COOKIE_SECONDS, "request", flag):
+            return []
+        kind = "invite" if kind == "invite" else "add"
+        known = self._hooks.known("group", group, "")
+        return [happened("group_request", request={
+            "group": name or (known.displayname if known else scalar(self._look_up(
+                "get_group_info", group_id=group).get("group_name")) or group),
+            "group_uid": group, "uid": uid, "name": friend_row(self._stranger(uid))["name"],
+            "comment": scalar(comment) or "", "kind": "invite" if kind == "invite" else "join",
+            "ticket": f"{kind}:{flag}"})]
+
+    def _ask_for_requests(self) -> None:
+        """Those that came while we were away, where the bridge can tell them."""
+        told, found = self._look_up("get_group_system_msg"), []
+        for name, kind, who in (("join_requests", "add", "requester_uin"),
+                                ("invited_requests", "invite", "invitor_uin")):
+            for row in rows_of(told.get(name) or kind == "invite" and told.get("InvitedRequest")):
+                group, uid = number_of(row.get("group_id")), number_of(row.get(who))
+                if group and uid and not row.get("checked"):
+                    found += self._group_request(kind, group, uid,
+                                                 scalar(row.get("request_id")) or "",
+                                                 row.get("message"), scalar(row.get("group_name")))
+        self._hand_on(found)
 
     def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
         """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
@@ -8441,7 +8735,7 @@ class OneBotLink(BridgeLink):
             page = kind(settings.onebot_login_api or f"http://{host}:{kind.PORT}",
                         settings.onebot_login_token)
         super().__init__(url, lambda: way(url, settings.onebot_token, log, self._hear), page,
-                         bool(settings.allow_message_sync), hooks, log)
+                         bool(settings.allow_message_sync), bool(settings.onebot_local), hooks, log)
 
     def _hear(self, row: Row) -> None:
         if row.get("post_type") == "meta_event":
@@ -8578,9 +8872,11 @@ class ILinkLink(Link):
 
     real = True
     send_interval = 0.0
-    lacks = ("accept_friend_request", "create_group", "get_avatar", "invite_friend",
-             "kick_group_member", "make_friend", "set_friend_markname", "set_group_displayname",
-             "set_markname", "shutup_group_member", "stick")
+    lacks = ("accept_friend_request", "accept_group_request", "call_action", "create_group",
+             "delete_friend", "get_avatar", "invite_friend", "kick_group_member", "leave_group",
+             "make_friend", "poke", "set_friend_markname", "set_group_admin", "set_group_card",
+             "set_group_displayname", "set_group_name", "set_group_title", "set_markname",
+             "shutup_group_member", "stick")
     APP = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": "132105"}  # of Tencent's own 2.4.9
     BASE_INFO = {"channel_version": "2.4.9", "bot_agent": "OpenQQ/" + VERSION}
     LABELS = {2: "[图片]", 3: "[语音]", 4: "[文件]", 5: "[视频]"}
@@ -9250,6 +9546,14 @@ class Roster:
         place = self.table(kind[:-7]).get(circle)
         return place.member.get(uid) if place else None
 
+    def _known(self, who: Row) -> Thing:
+        """Whom an event speaks of, by kind, uid and circle; somebody unknown has what it says."""
+        if who["uid"] == self.user.value("uid"):
+            return self.user
+        found = self.find(who["kind"], who["uid"], who.get("circle") or "")
+        return found or THINGS[who["kind"]](
+            {"id": who["uid"], "name": who.get("name") or who["uid"], "uid": who["uid"]})
+
     # -- what changes it
 
     def load(self, row: Row, kinds: Iterable[str], before: int) -> None:
@@ -9296,11 +9600,11 @@ class Roster:
     def apply(self, item: Row) -> Optional[Tuple[str, List[Any]]]:
         """Let an event of a link change the roster: its name and params, or None if it is void."""
         event = str(item["event"])
-        if event == "revoke_message":
-            return event, list(item["params"])
-        if event == "friend_request":
-            return event, [{name: item["request"].get(name)
-                            for name in self.fields["friend_request"]}]
+        if "params" in item:  # it changes nothing; whom it speaks of is shown as he is known
+            return event, [self._known(part) if isinstance(part, dict) and "kind" in part
+                           else part for part in item["params"]]
+        if "request" in item:
+            return event, [{name: item["request"].get(name) for name in self.fields[event]}]
         kind = re.sub("(new|lose)_|_property_change", "", event)
         uid = item["uid"] if event.endswith("_property_change") else item["object"]["uid"]
         of = kind[:-7] if kind.endswith("_member") else ""   # a member: of a group, or a discuss
@@ -10184,6 +10488,9 @@ class Talk(Composer):
         self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
         self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
 
+    # What events of the documents tell besides: as members, since callbacks count the params.
+    FACTS = dict.fromkeys(("new_group_member", "lose_group_member"), ("kind", "operator_uid"))
+
     # -- saying
 
     def is_full(self) -> bool:
@@ -10386,7 +10693,9 @@ class Talk(Composer):
                     client.log.warn(f"a picture could not be kept: {error}")
             self._add_media(message, media, item["media"]["data"])
         if item.get("links"):
-            message.media = item["links"]
+            message.media = [{**link, "url": link["url"] or (client.api_url(
+                "get_media", id=f"{item['id']}.{number}") if link["file_id"] else None)}
+                for number, link in enumerate(item["links"])]
         if "raw_message" in item:
             message.raw_message = item["raw_message"]
         message.reply_to, message.at = item.get("reply_to"), item.get("at") or []
@@ -10399,7 +10708,10 @@ class Talk(Composer):
         if item.get("quiet"):
             return False
         if found:
-            self._client.emit(*found, mark, item.get("time"))
+            facts = {name: item.get(name) for name in self.FACTS.get(found[0], ())}
+            if "circle" in item and found[0] == "group_member_property_change":
+                facts["group_uid"] = item["circle"]
+            self._client.emit(*found, mark, item.get("time"), facts)
             for future in self._founded.pop(item.get("object", {}).get("uid"), []):
                 settle(future, found[1][0])
         return found is not None
@@ -10690,13 +11002,14 @@ class Client:
                 self.parent.flush()
 
     def emit(self, event: str, params: List[Any], mark: str = "",
-             when: Optional[str] = None) -> None:
-        """Let everybody know of an event; with the mark and the time that its source gave it."""
+             when: Optional[str] = None, facts: Mapping[str, Json] = {}) -> None:
+        """Let everybody know of an event; with the mark and the time that its source gave it, and
+        `facts` as members of its own."""
         fields = self.flavour.fields
         shown = [thing.full_json(fields) if isinstance(thing, Circle) and number == 0
                  else thing.to_json(fields) if isinstance(thing, Thing) else thing
                  for number, thing in enumerate(params)]
-        self._tell(event, event_row(event, shown, when), "", [self, *params], mark)
+        self._tell(event, {**event_row(event, shown, when), **facts}, "", [self, *params], mark)
 
     def emit_message(self, message: Message, mark: str = "") -> None:
         """Let everybody know of a message, received or sent."""
@@ -11036,7 +11349,13 @@ class Api:
         return qrcode_response(self.client.papers.read_qrcode(), self.flavour)
 
     def _get_media(self, request: Request) -> Response:
-        row = self.client.papers.shelf.get(request.params.get("id", ""))
+        id, _, number = request.params.get("id", "").partition(".")
+        seen = self.client.talk.remembered(id) if number.isdigit() else None
+        if seen and int(number) < len(seen.get("media") or []):  # the bridge's URLs end
+            url = self.client.link.file_url({**seen["media"][int(number)], "group": seen.get(
+                "group_uid"), "uid": seen.get("sender_uid")})
+            return Response(b"", "", 302, {"Location": url}) if url else Response(b"", "", 404)
+        row = self.client.papers.shelf.get(id)
         data = read_file(row["media_path"]) if row else None
         if row is None or data is None:
             return Response(b"", "", 404)
@@ -11204,10 +11523,56 @@ class Api:
             uids.append(found[0].uid)
         return uids
 
-    def _the_time(self, params: Params, given: Row) -> int:
-        """`time`, which is in minutes (004 and the program; 003 erred)."""
+    def _the_member(self, params: Params, given: Row) -> str:
+        return self._the_members(params, given)[0]
+
+    def _the_friend(self, params: Params, given: Row) -> Any:
+        return self.one("friend", params, ("uid", "id"), self.NOT_FOUND)
+
+    def _the_enable(self, params: Params, given: Row) -> bool:
+        return params.get("enable", "1") != "0"
+
+    def _shutup_group_member(self, request: Request) -> Json:
+        params, link = request.params, self.client.link
+        group = self._the_group(params, {})
+        if params.get("all") == "1" and not any(map(params.get, self.flavour.keys["members"])):
+            done = link.mute_all(group.uid, params.get("time") != "0")
+        else:
+            seconds = self._the_time(params)
+            done = link.mute(group.uid, self._the_members(params, {"group": group}), seconds)
+        return {"code": 0, "status": "success"} if done else self.FAILURE
+
+    def _poke(self, request: Request) -> Json:
+        params, group = request.params, None
+        if any(map(params.get, self.flavour.keys["place"])):
+            group = self._the_group(params, {})
+            uid = self._the_member(params, {"group": group})
+        else:
+            uid = self._the_friend(params, {}).uid
+        done = self.client.link.poke(uid, group.uid if group else "")
+        return {"code": 0, "status": "success"} if done else self.FAILURE
+
+    def _call_action(self, request: Request) -> Json:
+        action, text = request.params.get("action", ""), request.params.get("params") or "{}"
+        params = object_in(text.encode("utf-8", "replace"))
+        if not re.fullmatch("[.A-Za-z0-9_]{1,64}", action) or params is None:
+            raise BadRequest(400, "action must be a word, and params a JSON object")
+        if SECRET_ACTION.search(action) and not self.client.settings.call_action_all:
+            raise NotAllowed(f"{action} not allowed: it hands out the account or the machine "
+                             "(setting call_action_all)")
+        check_sources(params, self.media.check_address)
+        try:
+            row = self.client.link.call(action, params)
+        except Declined as error:
+            row = {"status": "failed", "wording": error.status}
+        if row.get("status") == "failed" or scalar(row.get("retcode")) not in ("0", "1", None):
+            return {**self.FAILURE, "retcode": row.get("retcode"), "info": wording(row)}
+        return {"code": 0, "data": row.get("data"), "status": "success"}
+
+    def _the_time(self, params: Params) -> int:
+        """`time`, which is in minutes (004 and the program; 003 erred); 0 lifts."""
         minutes = params.get("time", "")
-        if not re.fullmatch("[0-9]+", minutes) or int(minutes[:9]) < 1:
+        if not re.fullmatch("[0-9]+", minutes):
             raise Answer({"code": 400, "status": "shutup time missing or error"})
         return int(minutes[:9]) * 60
 
@@ -11259,10 +11624,14 @@ class Api:
     def _the_accept(self, params: Params, given: Row) -> bool:
         return params.get("accept", "1") != "0"
 
-    def _the_new_displayname(self, params: Params, given: Row) -> str:
-        if not params.get("new_displayname"):
+    def _the_new_displayname(self, params: Params, given: Row, name: str = "new_displayname"
+                             ) -> str:
+        if not params.get(name):
             raise Answer(self.FAILURE)
-        return params["new_displayname"]
+        return params[name]
+
+    def _the_new_name(self, params: Params, given: Row) -> str:
+        return self._the_new_displayname(params, given, "name")
 
     def _create_group(self, request: Request) -> Json:
         uids = self._the_friends(request.params, {})
