@@ -1294,13 +1294,14 @@ VERBS = [
          "for them.", "code!", "answer", "201", "code=123456", "verify_code code=digits",
          flavour="weixin", any_state=True),
     Verb("consult", ACT, "Send to a friend, and wait `timeout` (30) seconds for what it answers.",
-         "+friend content timeout reply_to at +media", "consulted", "100", "displayname=小冰 content=hello",
+         "+friend content timeout reply_to at +media", "consulted", "100",
+         "displayname=小冰 content=hello",
          flavour="weixin"),
     Verb("revoke_message", ACT, "Take back a message by the id that its sending answered.", "id!",
          "answer", "-1", "id=57730001", "revoke id=id", yes="0 revoke success",
          no="0 revoke failure"),
-    Verb("get_message", READ, "A message that was seen, as its event told it.", "id!", "event",
-         "100", "id=57730001"),
+    Verb("get_message", READ, "A message that was seen, as its event told it.", "id!",
+         "object", "100", "id=57730001"),
     Verb("get_media", READ, "The bytes of a picture that came or went; 404 if there is none of "
          "that id.", "id!", "bytes", "=404", "id=1", any_state=True),
     Verb("upload_media", ACT, "Keep a picture for a later media_id.", "+media", "uploaded", "=507",
@@ -8532,8 +8533,8 @@ class BridgeLink(Link):
                 url = scalar(data.get("url")) or scalar(data.get("file")) or ""
                 links.append({"type": MEDIA[segment_type],
                               "url": url if re.match("https?://", url) else None,
-                              **({"file_id": scalar(data.get("file_id"))}
-                                 if segment_type == "file" else {}),
+                              **({"file_id": scalar(data["file_id"])}
+                                 if segment_type == "file" and data.get("file_id") else {}),
                               "name": scalar(data.get("name")) or scalar(data.get("file")),
                               "size": scalar(data.get("file_size"))})
         return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
@@ -11162,8 +11163,11 @@ class Answers:
             for flag, length in ("shutup", "shutup_time"), ("ban", "ban_duration"):
                 if self._is_set(answer, flag):
                     seconds = str(answer.get(length, 60))
-                    self._do("mute", group, [sender], max(60, int(seconds) if re.fullmatch(
-                        "[0-9]{1,9}", seconds) else 60))
+                    if not re.fullmatch("[0-9]{1,9}", seconds):
+                        self._client.log.warn(f"{length} in an answer of post_api must be a "
+                                              "number of seconds")
+                        seconds = "60"
+                    self._do("mute", group, [sender], max(60, int(seconds)))
             if self._is_set(answer, "kick"):
                 self._do("kick", group, [sender])
 
