@@ -2754,14 +2754,14 @@ def test_a_caller_who_leaves_frees_the_clients_waiter(pair):
     line = b"GET /openqq/check_event?client=alice HTTP/1.1\r\n"
     for where in (port, pair.port):
         heard(pair)
-        kept = connections(port) if where == port else 0  # the controller uses its own again
+        assert eventually(lambda: connections(port) == 0)  # those that the controller kept
         callers = [socket.create_connection(("127.0.0.1", where), WAIT) for _ in range(8)]
         for caller in callers:
             caller.sendall(asking(line=line))
-        assert eventually(lambda: connections(port) >= kept + 8)
+        assert eventually(lambda: connections(port) == 8)
         for caller in callers:
             caller.close()
-        assert eventually(lambda: connections(port, ("01", "08")) <= kept)
+        assert eventually(lambda: connections(port, ("01", "08")) == 0)
         pair.call("send_friend_message", client="alice", name="小冰", content="after")
         assert "after" in [event["content"] for event in pair.call("check_event", client="alice")]
 
