@@ -278,15 +278,15 @@ def lock_file(file: Any, wait: bool = False) -> None:
     if IS_WINDOWS:
         import msvcrt
         while True:
+            os.lseek(file.fileno(), 2 ** 30, os.SEEK_SET)
             try:
-                os.lseek(file.fileno(), 2 ** 30, os.SEEK_SET)
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else  # type: ignore
-                               msvcrt.LK_NBLCK, 1)                         # type: ignore
-                os.lseek(file.fileno(), 0, os.SEEK_SET)
-                return
+                return msvcrt.locking(file.fileno(),  # type: ignore
+                                      msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # type: ignore
             except OSError:
                 if not wait:  # else it has tried for ten seconds
                     raise
+            finally:
+                os.lseek(file.fileno(), 0, os.SEEK_SET)
     import fcntl
     fcntl.flock(file, fcntl.LOCK_SH if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -13014,6 +13014,10 @@ class ControllerApi:
         """Start a client; answers before it has logged in."""
         controller, name = self._controller, self._name(request)
         settings, given = controller.settings, check_params(request.keys())
+        if any(other != name and other.casefold() == name.casefold()
+               for other in [*self._children, *controller.former]):
+            raise NotAllowed("client name not allowed: it differs only in case from a known one, "
+                             "and names become file names")
         check_paths(given, settings.tmpdir,
                     rf"{controller.flavour.file_prefix}{{}}_{re.escape(name)}\.\w+",
                     (settings.template_path, settings.backend_path, settings.pid_path,
