@@ -946,6 +946,285 @@ class Bridge(Peer):
              "user_id": user_id, "sender": sender}, **more))
 
 
+class MilkyBridge(Bridge):
+    """A Milky bridge for one account: calls, WebSocket, SSE and webhook on one port.
+
+    Knows who is there as a Bridge does. Types are as strict as LLBot's: what a call was given is in
+    `calls`, what it must not be given in `faults`. Keywords, by which the implementations differ:
+
+    ws, sse       whether /event takes a WebSocket, and streams server-sent events
+    late_refusal  a WebSocket is opened all the same, then closed with 1008 (LLBot)
+    own           whether what it sends itself comes as an event, too (Yogurt)
+    fields        "1.2", or "1.0": entities as before there were remarks and creation times
+    missing       calls that it has not: 404 (Lagrange.Milky)
+    """
+
+    SCHEMAS = {  # call: what it takes; n a number, s a text, b true or false, * as one likes
+        "get_login_info": "", "get_impl_info": "", "get_user_profile": "user_id:n",
+        "get_friend_list": "no_cache:b*", "get_friend_info": "user_id:n no_cache:b*",
+        "get_group_list": "no_cache:b*", "get_group_info": "group_id:n no_cache:b*",
+        "get_group_member_list": "group_id:n no_cache:b*",
+        "get_group_member_info": "group_id:n user_id:n no_cache:b*",
+        "send_private_message": "user_id:n message:m", "send_group_message": "group_id:n message:m",
+        "recall_private_message": "user_id:n message_seq:n",
+        "recall_group_message": "group_id:n message_seq:n",
+        "get_message": "message_scene:s peer_id:n message_seq:n",
+        "get_history_messages": "message_scene:s peer_id:n start_message_seq:n* limit:n*",
+        "get_resource_temp_url": "resource_id:s", "get_forwarded_messages": "forward_id:s",
+        "accept_friend_request": "initiator_uid:s is_filtered:b*",
+        "reject_friend_request": "initiator_uid:s is_filtered:b* reason:s*",
+        "set_group_member_mute": "group_id:n user_id:n duration:n*",
+        "kick_group_member": "group_id:n user_id:n reject_add_request:b*",
+        "set_group_whole_mute": "group_id:n is_mute:b*", "quit_group": "group_id:n",
+        "set_group_name": "group_id:n new_group_name:s",
+        "set_group_member_card": "group_id:n user_id:n card:s",
+        "set_group_member_special_title": "group_id:n user_id:n special_title:s",
+        "set_group_member_admin": "group_id:n user_id:n is_set:b*",
+        "accept_group_request": "notification_seq:n notification_type:s group_id:n is_filtered:b*",
+        "reject_group_request":
+            "notification_seq:n notification_type:s group_id:n is_filtered:b* reason:s*",
+        "accept_group_invitation": "group_id:n invitation_seq:n",
+        "reject_group_invitation": "group_id:n invitation_seq:n",
+        "get_group_notifications": "start_notification_seq:n* is_filtered:b* limit:n*",
+        "upload_private_file": "user_id:n file_uri:s file_name:s",
+        "upload_group_file": "group_id:n parent_folder_id:s* file_uri:s file_name:s",
+        "get_private_file_download_url": "user_id:n file_id:s file_hash:s",
+        "get_group_file_download_url": "group_id:n file_id:s", "delete_friend": "user_id:n",
+        "send_group_nudge": "group_id:n user_id:n", "send_friend_nudge": "user_id:n is_self:b*",
+        "send_profile_like": "user_id:n count:n*"}
+    SEGMENTS = {"text": "text:s", "mention": "user_id:n", "mention_all": "", "face":
+                "face_id:s is_large:b*", "reply": "message_seq:n", "image":
+                "uri:s sub_type:s* summary:s*", "record": "uri:s", "video": "uri:s thumb_uri:s*",
+                "forward": "messages:l", "light_app": "json_payload:s"}
+    TYPES = {"n": lambda value: type(value) is int and value >= 0, "s": lambda value: isinstance(
+        value, str), "b": lambda value: isinstance(value, bool), "l": lambda value: isinstance(
+            value, list), "m": lambda value: isinstance(value, list) and all(
+                MilkyBridge.misfit(MilkyBridge.SEGMENTS[row["type"]], row["data"]) is None
+                for row in value)}
+
+    def __init__(self, ws=True, own=False, fields="1.2", missing=(), nickname="阿猫", **more):
+        self.has_ws, self.own, self.fields, self.missing = ws, own, fields, missing
+        self.said = {}               # (scene, peer): its messages, the oldest first
+        self.requests = []           # what get_group_notifications tells
+        self.seqs = {}               # (scene, peer): the last message_seq
+        super().__init__(nickname=nickname, **more)
+
+    @classmethod
+    def misfit(cls, schema, given):
+        """What is wrong with what a call, or a segment, was given; None if nothing is."""
+        rows = dict(word.split(":") for word in schema.split())
+        for name, kind in rows.items():
+            if name not in given and not kind.endswith("*"):
+                return f"{name} is missing"
+            if name in given and not cls.TYPES[kind[0]](given[name]):
+                return f"{name} is {given[name]!r}"
+            if name in ("user_id", "group_id", "peer_id") and not 10001 <= given[name] < 2 ** 32:
+                return f"{name} is no number of QQ's"
+        return None
+
+    # Who is there, in Milky's words
+
+    def friend(self, user_id):
+        """A friend's entity."""
+        row = self._one(self.friends, "user_id", user_id) or {}
+        return {"user_id": int(user_id), "nickname": row.get("nickname") or "", "sex":
+                row.get("sex", "unknown"), "qid": "", "remark": row.get("remark") or "",
+                "category": {"category_id": 1, "category_name": row.get("category", "我的好友")}}
+
+    def group(self, group_id):
+        """A group's entity."""
+        row = self._one(self.groups, "group_id", group_id) or {"group_id": group_id}
+        new = {"remark": row.get("remark", ""), "created_time": row.get("created_time", 0),
+               "description": row.get("description", ""), "question": "", "announcement": ""}
+        return {"group_id": int(group_id), "group_name": row.get("group_name", ""),
+                "member_count": len(self._members(row)), "max_member_count": 2000,
+                **(new if self.fields != "1.0" else {})}
+
+    def person(self, group_id, user_id):
+        """A member's entity."""
+        row = self._member_row(group_id, user_id) or {}
+        return {"user_id": int(user_id), "group_id": int(group_id), "nickname":
+                row.get("nickname", ""), "sex": "unknown", "card": row.get("card") or "",
+                "title": row.get("title") or "", "level": 1, "role": row.get("role", "member"),
+                "join_time": row.get("join_time", 0), "last_sent_time": 1600000000,
+                "shut_up_end_time": None}
+
+    def _data(self, action, params):
+        group, user = params.get("group_id"), params.get("user_id")
+        place = (params.get("message_scene"), params.get("peer_id"))
+        if action == "get_login_info":
+            return {"uin": self.uin, "nickname": self.nickname},
+        if action == "get_impl_info":
+            return {"impl_name": "TestBridge", "impl_version": "1", "qq_protocol_version": "1",
+                    "qq_protocol_type": "linux", "milky_version": self.fields},
+        if action == "get_user_profile":
+            row = self._stranger(user)
+            return row and {"nickname": row["nickname"], "qid": "", "age": 0, "sex": "unknown",
+                            "remark": "", "bio": "", "level": 1, "country": "", "city": "",
+                            "school": ""},
+        if action == "get_friend_list":
+            return {"friends": [self.friend(row["user_id"]) for row in self.friends]},
+        if action == "get_friend_info":
+            return {"friend": self.friend(user)},
+        if action == "get_group_list":
+            return {"groups": [self.group(row["group_id"]) for row in self.groups]},
+        if action == "get_group_info":
+            return self._one(self.groups, "group_id", group) and {"group": self.group(group)},
+        if action == "get_group_member_list":
+            rows = self._members(self._one(self.groups, "group_id", group) or {})
+            return rows and {"members": [self.person(group, row["user_id"]) for row in rows]},
+        if action == "get_group_member_info":
+            return self._member_row(group, user) and {"member": self.person(group, user)},
+        if action in ("send_private_message", "send_group_message"):
+            scene = "group" if group else "friend" if self._one(
+                self.friends, "user_id", user) else "temp"
+            row = self.say(scene, group or user, self.uin, [
+                self.come_in(part) for part in params["message"]], tell=self.own)
+            return {"message_seq": row["message_seq"], "time": row["time"]},
+        if action == "get_message":
+            return next(({"message": row} for row in self.said.get(place, [])
+                         if row["message_seq"] == params["message_seq"]), None),
+        if action == "get_history_messages":
+            last = params.get("start_message_seq") or 10 ** 9
+            rows = [row for row in self.said.get(place, []) if row["message_seq"] <= last]
+            page = rows[-params.get("limit", 20):]
+            more = len(rows) > len(page)
+            return {"messages": page, "next_message_seq":
+                    page[0]["message_seq"] - 1 if more else None},
+        if action == "get_group_notifications":
+            return {"notifications": self.requests, "next_notification_seq": None},
+        if action.startswith("upload_"):
+            return {"file_id": "/F1"},
+        if action.endswith("_file_download_url"):
+            return {"download_url": f"{self.url}/{params['file_id']}"},
+        if action == "get_resource_temp_url":
+            return {"url": f"{self.url}/{params['resource_id']}"},
+        if action == "get_forwarded_messages":
+            return {"messages": []},
+        return {},
+
+    @staticmethod
+    def come_in(part):
+        """A segment that was sent, as those who get it see it."""
+        data = part["data"]
+        more = {"mention": {"name": "谁"}, "reply": {"sender_id": 20001, "time": 1, "segments": []},
+                "image": {"resource_id": "R", "temp_url": "http://h.example/", "width": 1,
+                          "height": 1, "summary": "[图片]", "sub_type": "normal"},
+                "face": {"is_large": False}}
+        return {"type": part["type"], "data": {**data, **more.get(part["type"], {})}}
+
+    # Calls
+
+    def failed(self, retcode, message):
+        """An answer that says no."""
+        return {"status": "failed", "retcode": retcode, "message": message}
+
+    def _answer(self, action, params):
+        """(status, row); answers[action] as in Bridge, but for `data` no `wording`: `message`."""
+        own = self.answers.get(action)
+        own = own(params) if callable(own) else own
+        if isinstance(own, int):
+            return own, "Internal Server Error"
+        if own is not None and not isinstance(own, dict):
+            return 200, own
+        if own is not None:
+            return 200, dict({"status": "failed" if own.get("retcode") else "ok", "retcode": 0}, **own)
+        if action not in self.SCHEMAS or action in self.missing:
+            return 404, "404 Not Found"
+        wrong = self.misfit(self.SCHEMAS[action], params)
+        if wrong:
+            self.faults.append(f"{action}: {wrong}")
+            return 200, self.failed(-400, wrong)
+        if not self.logged_in:
+            return 200, self.failed(-403, "Bot is not logged in")
+        data = self._data(action, params)[0]
+        if data is None:
+            return 200, self.failed(-404, "not found")
+        return 200, {"status": "ok", "retcode": 0, "data": data}
+
+    def handle(self, handler):
+        shown = handler.headers.get("Authorization", "").partition("Bearer ")[2]
+        is_event = handler.path == "/event"
+        ws = handler.headers.get("Upgrade", "").lower() == "websocket"
+        known = not self.token or self.token == shown or (
+            is_event and handler.query.get("access_token") == self.token)
+        self.refused += not known
+        if not known and not (ws and is_event and self.late_refusal):
+            self.reply(handler, 401, "Unauthorized", "text/plain")
+        elif is_event and ws and self.has_ws:
+            self._serve_ws(handler, known)
+        elif is_event and handler.command == "GET" and not ws:
+            self._serve_sse(handler)
+        elif handler.command == "POST" and handler.path.startswith("/api/"):
+            if handler.headers.get("Content-Type") != "application/json":
+                self.faults.append(f"{handler.path}: {handler.headers.get('Content-Type')}")
+                self.reply(handler, 415, "Unsupported Media Type", "text/plain")
+            else:
+                handler.path = handler.path[4:]
+                self._serve_action(handler)
+        else:
+            self.reply(handler, 404, "404 Not Found", "text/plain")
+
+    def _serve_ws(self, handler, known):
+        self.lifecycle = False
+        if known:
+            super()._serve_ws(handler, known)
+            return
+        handler.close_connection = True
+        accept = base64.b64encode(hashlib.sha1((
+            handler.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        ).encode()).digest())
+        handler.connection.sendall(
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n"
+            + ws_frame(struct.pack(">H", 1008) + b"Unauthorized", 8))
+
+    # Events
+
+    def emit(self, kind, **data):
+        """Send an event on all channels; returns it."""
+        event = {"time": int(time.time()), "self_id": self.uin, "event_type": kind, "data": data}
+        with self._opened:
+            channels = list(self._channels)
+        for channel in channels:
+            if channel.sse:
+                text = json.dumps(event, ensure_ascii=False).encode()
+                channel.raw(b"event: milky_event\ndata: " + text + b"\n\n")
+            else:
+                channel.send(event)
+        if self.post_to:
+            self.post(event)
+        return event
+
+    def post(self, event, **headers):
+        if self.token:
+            headers.setdefault("Authorization", "Bearer " + self.token)
+        return super().post(event, **headers)
+
+    def say(self, scene, peer, sender, segments, tell=True, **more):
+        """Somebody speaks; `tell`: whether an event tells of it, or only the history."""
+        seq = self.seqs[scene, peer] = self.seqs.get((scene, peer), 100) + 1
+        if isinstance(segments, str):
+            segments = [{"type": "text", "data": {"text": segments}}]
+        row = {"message_scene": scene, "peer_id": peer, "message_seq": seq, "sender_id": sender,
+               "time": int(time.time()), "segments": segments}
+        if scene == "group":
+            row.update(group=self.group(peer), group_member=self.person(peer, sender))
+        elif scene == "friend":
+            row["friend"] = self.friend(peer)
+        row.update(more)
+        self.said.setdefault((scene, peer), []).append(row)
+        if tell:
+            self.emit("message_receive", **row)
+        return row
+
+    def say_private(self, user_id, message, **more):
+        return self.say("friend", user_id, user_id, message, **more)
+
+    def say_group(self, group_id, user_id, message, **more):
+        return self.say("group", group_id, user_id, message, **more)
+
+
 class NapCatPage(Peer):
     """NapCat's WebUI, as far as logging in goes: change logged_in, offline, qrcode, error.
 
