@@ -8095,7 +8095,6 @@ class BridgeLink(Link):
     fetches = real = True
     any_group = ANY_GROUP
     PROTOCOL, UNKNOWN = "OneBot", "onebot_event"
-    WHERE = "scan the code that it shows"
     _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
     NEEDS = {  # what is told of, and what an event must have to tell of it
         "message private": "user_id", "message group": "group_id user_id",
@@ -8108,11 +8107,11 @@ class BridgeLink(Link):
         "notice group_ban": "group_id", "notice group_upload": "group_id user_id",
         "notify poke": "user_id target_id"}
 
-    def __init__(self, url: str, connect: Callable[[], Bridge], settings: Settings, hooks: Hooks,
-                 log: Log) -> None:
-        self.echoes, self._hooks, self._log = bool(settings.allow_message_sync), hooks, log
-        self._url, self._connect, self._page = url, connect, page_of(settings, url)
-        self._shares_files = bool(settings.onebot_local)
+    def __init__(self, url: str, connect: Callable[[], Bridge], page: Optional[LoginPage],
+                 sync: bool, shares_files: bool, hooks: Hooks, log: Log) -> None:
+        self.echoes, self._hooks, self._log = sync, hooks, log
+        self._url, self._connect, self._page = url, connect, page
+        self._shares_files = shares_files
         self.bridge = connect()              # the newest connection
         self.me = self._name = ""            # the account's own uid and name, once it is logged in
         self._closed = threading.Event()
@@ -8199,7 +8198,7 @@ class BridgeLink(Link):
             if bridge.closed.is_set():
                 raise Unreachable(bridge.complaint)
             if not self._is_logged_in():
-                why = self._thrown_out or f"the bridge is not logged in: {self.WHERE}"
+                why = self._thrown_out or "the bridge is not logged in: scan the code that it shows"
                 try:
                     shown = bool(self._page and (not self._look_at(self._page) or self._shown))
                 except Unreachable as error:
@@ -8768,8 +8767,9 @@ class OneBotLink(BridgeLink):
             raise Refusal("link=onebot needs the bridge's address: onebot_api=ws://HOST:3001", 2)
         url = settings.onebot_api
         way: Type[Bridge] = SocketBridge if url.startswith("ws") else HttpBridge
-        super().__init__(url, lambda: way(url, settings.onebot_token, log, self._hear), settings,
-                         hooks, log)
+        super().__init__(url, lambda: way(url, settings.onebot_token, log, self._hear),
+                         page_of(settings, url), bool(settings.allow_message_sync),
+                         bool(settings.onebot_local), hooks, log)
 
     def _hear(self, row: Row) -> None:
         if row.get("post_type") == "meta_event":
@@ -8785,16 +8785,16 @@ class OneBotLink(BridgeLink):
 # -- Milky (MILKY.md): the same QQ in other words, which MilkyLink translates from and to OneBot's
 
 class QrFile(LoginPage):
-    """A picture that a bridge keeps where it works: the qrcode.png of Lagrange.Milky and Yogurt."""
+    """A picture that a bridge keeps where it works (Lagrange.Milky, Yogurt), if its path is known."""
+
+    ELSE = "scan the code on its console, or in its qrcode.png"
 
     def look(self) -> Tuple[bool, Code, str]:
-        try:
-            data = read_file(self._url, QRCODE_LIMIT) or b""
-        except OSError:
-            return False, "", f"{self._url} is over {QRCODE_LIMIT} bytes"
-        if media_type(data, "") in ("image/png", "image/jpeg"):
-            return False, data, ""
-        return False, "", f"{self._url} is no PNG or JPEG" if data else f"there is no {self._url}"
+        with contextlib.suppress(OSError):   # too large
+            data = read_file(self._url, QRCODE_LIMIT) if self._url else None
+            if data and media_type(data, "") in ("image/png", "image/jpeg"):
+                return False, data, ""
+        return False, "", self.ELSE + (f" ({self._url} is none)" if self._url else "")
 
     def is_new(self) -> bool:
         """Whether it is no older than a code that still holds: others are of a former login."""
@@ -8911,7 +8911,6 @@ class MilkyLink(BridgeLink):
     """A QQ account, through a Milky bridge: Lagrange.Milky, Yogurt, LLBot."""
 
     PROTOCOL, UNKNOWN = "Milky", "milky_event"
-    WHERE = "scan the code on its console, or in its qrcode.png"
     PAGES, PAGE = 10, 30         # of messages that were missed in one conversation
     # A OneBot action -> Milky's call, and ours=theirs for parameters; others are called as they are
     CALLS = {
@@ -8966,9 +8965,8 @@ class MilkyLink(BridgeLink):
             settings.flavor).file_prefix + f"ids_{settings.account}.jsonl"), log)
         self._hashes = Recent()              # a private file's id -> its hash, which its URL needs
         super().__init__(url, lambda: MilkyCalls(url, settings.milky_token, log, self._hear),
-                         settings, hooks, log)
-        if settings.qrcode_file and not self._page:
-            self._page = QrFile(settings.qrcode_file, "")
+                         page_of(settings, url) or QrFile(settings.qrcode_file, ""),
+                         bool(settings.allow_message_sync), bool(settings.onebot_local), hooks, log)
 
     # -- the connection: what was said while there was none, or no login, is asked for
 
@@ -8981,7 +8979,7 @@ class MilkyLink(BridgeLink):
 
     def _offline(self, why: str) -> None:
         self._intake.want(False)
-        super()._offline(f"{why}; {self.WHERE}")
+        super()._offline(f"{why}; {QrFile.ELSE}")
 
     def ready(self) -> None:
         spawn(self._catch_up, self.bridge, name="history")
@@ -12858,13 +12856,15 @@ def is_passed_on(name: str) -> bool:
             and not ABOUT_THE_CALLER.fullmatch(name))
 
 
-def pass_on(request: Request, port: int, token: str = "", trusted: bool = True) -> Response:
+def pass_on(request: Request, port: int, token: Optional[str] = "", trusted: bool = True
+            ) -> Response:
     """A client's answer to a call, which is made anew from what was parsed; Unreachable, TooSlow,
-    Hangup. One that is not trusted comes to the client as from another machine, and without our
-    token."""
+    Hangup. One that is not trusted comes to the client as from another machine, and with its own
+    token, as with None, instead of ours."""
     fields = {name: value for name, value in request.fields.items() if is_passed_on(name)}
     if not trusted:
         fields["forwarded"] = "for=unknown"
+    if not trusted or token is None:
         fields["authorization"] = request.fields.get("authorization", "")
     elif token:
         fields["authorization"] = bearer(token)
@@ -13339,12 +13339,11 @@ class ControllerApi:
             raise ClientMissing("client not exists")
         return child
 
-    def _pass_on(self, request: Request, trusted: bool = True, token: Optional[str] = None
-                 ) -> Response:
+    def _pass_on(self, request: Request, trusted: bool = True, as_it_is: bool = False) -> Response:
         child = self._child(request)
         if child.process is None:
             raise Unreachable()
-        return pass_on(request, child.port, self._token if token is None else token, trusted)
+        return pass_on(request, child.port, None if as_it_is else self._token, trusted)
 
     def start_client(self, request: Request) -> Row:
         """Start a client; answers before it has logged in."""
@@ -13452,7 +13451,7 @@ class ControllerApi:
             trusted = False
             if child is None or child.process is None:
                 raise  # who is there is none of a stranger's business
-        return self._pass_on(request, trusted, "" if is_milky else self._token)
+        return self._pass_on(request, trusted, is_milky)
 
     def index(self, request: Request) -> Response:
         """What a browser sees at /."""
