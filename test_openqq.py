@@ -12846,17 +12846,13 @@ def test_codes_and_pictures_go_out_in_milkys_segments(milked):
 
 
 def test_quotes_lead_to_the_message_that_they_quote(milky):
-    milky.bridge.say_group(30001, 40001, "先")
-    seq = milky.bridge.seqs["group", 30001]
-    first, second = milky.events_of(
-        lambda bridge: bridge.emit("message_receive", **bridge.said["group", 30001][-1]),
-        lambda bridge: bridge.say_group(30001, 20001, [
-            {"type": "reply", "data": {"message_seq": seq, "sender_id": 40001, "time": 1,
-                                       "segments": []}},
-            {"type": "text", "data": {"text": "后"}}]))[-2:]
-    if first["content"] != "先":  # it had come before the word that began the list
-        first = milky.call("get_message", id=second["reply_to"])
-    assert second["reply_to"] and (second["content"], second["at"]) == ("后", [])
+    [first] = milky.events_of(lambda bridge: bridge.say_group(30001, 40001, "先"))
+    said = milky.bridge.said["group", 30001][-1]
+    [second] = milky.events_of(lambda bridge: bridge.say_group(30001, 20001, [
+        {"type": "reply", "data": {"message_seq": said["message_seq"], "sender_id": 40001,
+                                   "time": said["time"], "segments": []}},
+        {"type": "text", "data": {"text": "后"}}]))
+    assert (second["reply_to"], second["content"]) == (first["id"], "后")
     found = milky.call("get_message", id=second["reply_to"])
     assert found["code"] == 0 and "先" in json.dumps(found, ensure_ascii=False)
 
@@ -12981,8 +12977,8 @@ def test_media_come_with_where_they_are_and_files_go_up(milked):
     [event] = milky.events_of(lambda bridge: bridge.say_private(20001, parts))
     assert event["content"] == "[图片][文件]a.zip"
     assert [(row["type"], row["url"], row["name"]) for row in event["media"]] == [
-        ("image", "http://h.example/a", "R"), ("file", None, "a.zip")]
-    milky.call("get_media", id=event["id"] + ".1")
+        ("image", "http://h.example/a", "R"), ("file", event["media"][1]["url"], "a.zip")]
+    request(milky.program.base, f"/openqq/get_media?client=llbot&id={event['id']}.1")
     assert milky.bridge.wait_call("get_private_file_download_url") == {
         "user_id": 20001, "file_id": "/F", "file_hash": "H"}
     sent = milky.call("send_group_message", uid="30001", media_name="b.zip",
@@ -13072,16 +13068,16 @@ def test_a_bridge_that_is_not_logged_in_says_where_to_look_and_runs_afterwards(o
     bridge.logged_in = True
     me.running()
     bridge.logged_in = False    # without a word
-    assert me.call("call_action", action="get_friend_list")["data"]["retcode"] == -403
+    assert "not logged in" in str(me.call("call_action", action="get_friend_list"))
     me.until("scaning", "not logged in")
 
 
 @pytest.mark.parametrize("quirks", [{}, {"late_refusal": True}, {"ws": False}])
 def test_a_wrong_milky_token_is_said_in_words(on_milky, quirks):
     bridge = MilkyBridge(token="right", **quirks)
-    me = on_milky(bridge, milky_token="wrong")
+    me = on_milky(bridge, milky_token="0ther")
     me.until("scaning", "the bridge refuses milky_token")
-    assert "wrong" not in me.program.log.text()
+    assert "0ther" not in me.program.log.text()
 
 
 def jpeg(text):
@@ -13132,8 +13128,8 @@ def test_a_picture_of_the_bridges_with_its_code_is_shown_and_renewed(start, rece
 def test_llbots_page_shows_the_code_of_its_milky_too(on_milky, receive):
     page, bridge, receiver = LLBotPage("llbot"), MilkyBridge(), receive()
     bridge.logged_in = False
-    me = on_milky(bridge, post_api=receiver.url, onebot_login="llbot", onebot_login_api=page.url,
-             onebot_login_token="llbot")
+    me = on_milky(bridge, post_api=receiver.url, post_event_list="input_qrcode",
+                  onebot_login="llbot", onebot_login_api=page.url, onebot_login_token="llbot")
     try:
         shows(receiver, page.qrcode)
         log_in(page, bridge)
@@ -13159,22 +13155,23 @@ def posted_to(request, tmp_path_factory):
     on the network inside."""
     env = {"OPENQQ_TOKEN": request.param} if request.param else {}
     program = Program(tmp_path_factory.mktemp("posted_to"), "controller", env=env)
-    bridges = {name: MilkyBridge(token=name, ws=False, sse=False) for name in ("s3cret", "")}
+    bridges = {name: MilkyBridge(token=token, ws=False, sse=False)
+               for name, token in (("guarded", "s3cret"), ("open", ""))}
     try:
         program.ready()
         show = {"access_token": request.param} if request.param else {}
         for name, bridge in bridges.items():
-            program.call("start_client", client="m" + name, milky_api=bridge.url, milky_token=name,
-                         **show)
+            program.call("start_client", client=name, milky_api=bridge.url,
+                         milky_token=bridge.token, **show)
         program.call("start_client", client="inside", **show)
         ports = {}
-        for name in ("ms3cret", "m", "inside"):
+        for name in "guarded", "open", "inside":
             def row(name=name):
                 return program.call("check_client", client=name, **show)["client"][0]
             assert eventually(lambda row=row, name=name: row()["state"] == (
                 "scaning" if name == "inside" else "running")), row()
             ports[name] = row()["port"]
-        yield program, bridges, ports
+        yield program, ports
     finally:
         assert program.stop() == 0
         for bridge in bridges.values():
@@ -13185,21 +13182,22 @@ def posted_to(request, tmp_path_factory):
 @pytest.mark.parametrize("token, shown, near, status", MILKY_POSTS.values(), ids=MILKY_POSTS)
 def test_a_milky_webhook_is_let_in_by_its_token_or_from_this_machine(posted_to, where, token, shown,
                                                                      near, status):
-    program, bridges, ports = posted_to
-    base = f"http://127.0.0.1:{ports['m' + token]}" if where == "client" else program.base
+    program, ports = posted_to
+    name = "guarded" if token else "open"
+    base = f"http://127.0.0.1:{ports[name]}" if where == "client" else program.base
     headers = {"Content-Type": "application/json", **({"Authorization": shown} if shown else {}),
                **({} if near else {"X-Forwarded-For": "192.0.2.1"})}
     event = {"time": 1, "self_id": 10001, "event_type": "peer_pin_change", "data": {}}
-    got = request(base, f"/milky?client=m{token}", "POST", json.dumps(event), headers)
+    got = request(base, f"/milky?client={name}", "POST", json.dumps(event), headers)
     assert got[0] == status, got
-    got = request(base, f"/milky?client=m{token}", "POST", "<html>", headers)
+    got = request(base, f"/milky?client={name}", "POST", "<html>", headers)
     assert got[0] == (400 if status == 200 else 403)
-    assert not re.search("s3cret", program.log.text())
+    assert "s3cret" not in program.log.text()
 
 
 def test_a_milky_webhook_knows_no_account_on_another_link(posted_to):
-    program, bridges, ports = posted_to
-    for path, name in ("/milky", "inside"), ("/onebot", "ms3cret"):
+    program, ports = posted_to
+    for path, name in ("/milky", "inside"), ("/onebot", "open"):
         for base in program.base, f"http://127.0.0.1:{ports[name]}":
             status, _, body = request(
                 base, f"{path}?client={name}&access_token=0penqq", "POST", "{}",
