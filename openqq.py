@@ -1309,13 +1309,14 @@ VERBS = [
          "for them.", "code!", "answer", "201", "code=123456", "verify_code code=digits",
          flavour="weixin", any_state=True),
     Verb("consult", ACT, "Send to a friend, and wait `timeout` (30) seconds for what it answers.",
-         "+friend content timeout reply_to at +media", "consulted", "100", "displayname=小冰 content=hello",
+         "+friend content timeout reply_to at +media", "consulted", "100",
+         "displayname=小冰 content=hello",
          flavour="weixin"),
     Verb("revoke_message", ACT, "Take back a message by the id that its sending answered.", "id!",
          "answer", "-1", "id=57730001", "revoke id=id", yes="0 revoke success",
          no="0 revoke failure"),
-    Verb("get_message", READ, "A message that was seen, as its event told it.", "id!", "event",
-         "100", "id=57730001"),
+    Verb("get_message", READ, "A message that was seen, as its event told it.", "id!",
+         "object", "100", "id=57730001"),
     Verb("get_media", READ, "The bytes of a picture that came or went; 404 if there is none of "
          "that id.", "id!", "bytes", "=404", "id=1", any_state=True),
     Verb("upload_media", ACT, "Keep a picture for a later media_id.", "+media", "uploaded", "=507",
@@ -4568,6 +4569,8 @@ const ZH = {
   "onebot_token": "OneBot 的 access token", "onebot_secret": "OneBot 向 /onebot 上报时的签名密钥",
   "milky_api": "真实 QQ:Milky 地址,http://主机:3000", "milky_token": "Milky 的 access token",
   "onebot_login": "二维码来自谁的页面:napcat 或 llbot",
+  "onebot_local": "1:OneBot 程序能读本机文件,media_path 以 file:// 发出",
+  "group_request": "加群请求", "group_shutup": "禁言", "group_upload": "群文件", "poke": "戳一戳",
   "onebot_login_api": "该页面的地址,默认同一主机的 6099 端口(llbot 3080)",
   "link": "消息来自哪里:local、onebot 或 milky(QQ)、ilink(微信),默认按地址判断",
   "ilink_api": "真实微信:腾讯的机器人接口", "ilink_cdn": "微信存放图片的地址",
@@ -8107,6 +8110,8 @@ class BridgeLink(Link):
         "notice group_ban": "group_id", "notice group_upload": "group_id user_id",
         "notify poke": "user_id target_id"}
 
+    TELLING = ("notice group_ban", "notice group_upload", "notify poke", "request group")
+
     def __init__(self, url: str, connect: Callable[[], Bridge], page: Optional[LoginPage],
                  sync: bool, shares_files: bool, hooks: Hooks, log: Log) -> None:
         self.echoes, self._hooks, self._log = sync, hooks, log
@@ -8567,7 +8572,8 @@ class BridgeLink(Link):
                 url = scalar(data.get("url")) or scalar(data.get("file")) or ""
                 links.append({"type": MEDIA[segment_type],
                               "url": url if re.match("https?://", url) else None,
-                              "file_id": scalar(data.get("file_id")),
+                              **({"file_id": scalar(data["file_id"])}
+                                 if segment_type == "file" and data.get("file_id") else {}),
                               "name": scalar(data.get("name")) or scalar(data.get("file")),
                               "size": scalar(data.get("file_size"))})
         return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
@@ -8641,24 +8647,8 @@ class BridgeLink(Link):
         known, sub_type, me = self._hooks.known, row.get("sub_type"), self.me
         operator = number_of(row.get("operator_id"))
         facts = {"kind": scalar(sub_type), "operator_uid": operator or None}
-        place = {"kind": "group", "uid": group, "name": scalar(row.get("group_name")) or group}
-        if what == "notice group_ban":
-            seconds = int(number_of(row.get("duration")) or 0) if sub_type != "lift_ban" else 0
-            return [happened("group_shutup", params=[
-                member_of(group, uid) if uid else None,
-                member_of(group, operator) if operator else None,
-                seconds if uid else -1 if sub_type == "ban" else 0, place])]
-        if what == "notice group_upload":
-            file = object_of(row.get("file"))
-            return [happened("group_upload", params=[member_of(group, uid), {
-                name: scalar(file.get(name)) for name in ("name", "size", "id")}, place])]
-        if what == "notify poke":
-            return [happened("poke", params=[
-                *[member_of(group, one) if group else {"kind": "friend", "uid": one}
-                  for one in (uid, number_of(row.get("target_id")))], place if group else None])]
-        if what == "request group":
-            return self._group_request(str(sub_type), group, uid, scalar(row.get("flag")) or "",
-                                       row.get("comment"), scalar(row.get("group_name")))
+        if what in self.TELLING:
+            return self._telling(what, group, uid, operator, row)
         if what == "notice group_increase":
             # also of somebody who is listed: a notice of the leaving may have been missed
             found = self._meet_group(group, row, sure=uid == me)
@@ -8707,6 +8697,27 @@ class BridgeLink(Link):
         if prop == "role" and uid == me:
             found.insert(0, changed("group", "", group, "role", ROLES[new]))
         return found
+
+    def _telling(self, what: str, group: str, uid: str, operator: str, row: Row) -> List[Row]:
+        """What tells of something, and changes nothing that is known."""
+        place = {"kind": "group", "uid": group, "name": scalar(row.get("group_name")) or group}
+        if what == "notice group_ban":
+            seconds = int(number_of(row.get("duration")) or 0) if uid else -1
+            return [happened("group_shutup", params=[
+                member_of(group, uid) if uid else None,
+                member_of(group, operator) if operator else None,
+                0 if row.get("sub_type") == "lift_ban" else seconds, place])]
+        if what == "notice group_upload":
+            file = object_of(row.get("file"))
+            return [happened("group_upload", params=[member_of(group, uid), {
+                name: scalar(file.get(name)) for name in ("name", "size", "id")}, place])]
+        if what == "notify poke":
+            return [happened("poke", params=[
+                *[member_of(group, one) if group else {"kind": "friend", "uid": one}
+                  for one in (uid, number_of(row.get("target_id")))], place if group else None])]
+        return self._group_request(
+            str(row.get("sub_type")), group, uid, scalar(row.get("flag")) or "",
+            row.get("comment"), scalar(row.get("group_name")))
 
     def _group_request(self, kind: str, group: str, uid: str, flag: str, comment: Json,
                        name: Optional[str]) -> List[Row]:
@@ -10287,123 +10298,6 @@ class SendQueue:
                 self.changed.notify_all()
 
 
-class Answers:
-    """What a receiver of events wants done by its answer (003).
-
-    A thread pool does what may take long: pictures may come from far away.
-    """
-
-    MEDIA_LIMIT = 20             # pictures in one answer
-
-    def __init__(self, client: Client, media: Media, post_api: str) -> None:
-        self._client, self._media = client, media
-        self._shares_files = is_loopback(urllib.parse.urlsplit(post_api).hostname or "")
-        self._crew = ThreadPool(4, "media", client.log)
-
-    def typing(self, row: Row, on: bool) -> None:
-        """Who wrote may see that an answer is awaited."""
-        if row.get("class") == "recv" and row["type"] == "friend_message":
-            self._client.link.typing(str(row["sender_uid"]), on)
-
-    def answered(self, row: Row, answer: Row) -> None:
-        """What a receiver of an event wants done (003, 001; names as OneBot's quick operations).
-
-        To a message: reply, with at_sender, quote, cq; media; to one that came also delete, kick,
-        shutup or ban. To a request: approve, with reason. In the thread that posted it.
-        """
-        if row["post_type"] == "event":
-            if row["event"] in ("friend_request", "group_request") and "approve" in answer:
-                accept, ticket = self._is_set(answer, "approve"), row["params"][0].get("ticket")
-                verb, last = ("answer_request", "") if row["event"] == "friend_request" else (
-                    "answer_group_request", self._text(answer, "reason"))
-                self._do(verb, str(ticket), accept, last)
-            return
-        received, group = row["class"] == "recv", str(row.get("group_uid") or "")
-        sender, text = str(row.get("sender_uid") or ""), self._text(answer, "reply")
-        if text:
-            more: Row = {"cq": self._is_set(answer, "cq")}
-            if self._is_set(answer, "quote"):
-                more["reply_to"] = row["id"]
-            if self._is_set(answer, "at_sender") and received and sender:
-                more["at"] = [sender]
-            try:
-                if more["cq"]:
-                    check_cq(text, self._media.check_address)
-                self._client.talk.reply(row, text, "api", **more)
-            except OpenQQError as error:
-                self._client.log.warn(f"reply in an answer of post_api: {error.status}")
-        media = answer.get("media")
-        if media:
-            self._crew.submit(self._send_media, row, media if isinstance(media, list) else [media])
-        if received and self._is_set(answer, "delete"):
-            self._do("revoke", row["id"])
-        if received and row["type"] == "group_message" and sender:
-            for flag, length in ("shutup", "shutup_time"), ("ban", "ban_duration"):
-                if self._is_set(answer, flag):
-                    seconds = str(answer.get(length, 60))
-                    self._do("mute", group, [sender], max(60, int(seconds) if re.fullmatch(
-                        "[0-9]{1,9}", seconds) else 60))
-            if self._is_set(answer, "kick"):
-                self._do("kick", group, [sender])
-
-    def _is_set(self, answer: Row, name: str) -> bool:
-        """1, "1" and true are alike; the log tells of what is no such thing."""
-        value = answer.get(name)
-        if value not in (None, 0, 1, "0", "1"):  # True is 1
-            self._client.log.warn(f"{name} in an answer of post_api must be 0 or 1")
-        return value in (1, "1")
-
-    def _text(self, answer: Row, name: str) -> str:
-        value = answer.get(name)
-        if isinstance(value, (bool, list, dict)):
-            if value is not False:
-                self._client.log.warn(f"{name} in an answer of post_api must be text")
-            return ""
-        return value if isinstance(value, str) else scalar(value) or ""
-
-    def _do(self, verb: str, *args: Any) -> None:
-        """Have the link do something, in a thread: nobody waits for it."""
-        def do() -> None:
-            why = "no right to it, or it is too late"
-            try:
-                done = getattr(self._client.link, verb)(*args)
-            except OpenQQError as error:
-                done, why = False, error.status
-            if not done:
-                self._client.log.warn(f"{verb} {args[0]}, as an answer of post_api wants it, "
-                                      f"failed: {why}")
-        self._crew.submit(do)
-
-    def _send_media(self, row: Row, items: List[Json]) -> None:
-        """One after the other, each behind the reply."""
-        if len(items) > self.MEDIA_LIMIT:
-            self._client.log.warn(f"{len(items)} media in an answer of post_api: the first "
-                                  f"{self.MEDIA_LIMIT} are sent")
-        for item in items[:self.MEDIA_LIMIT]:
-            try:
-                media = self._media.take(self._named(item))
-                if media is None:
-                    raise BadRequest(400, "it is empty")
-                self._client.talk.reply(row, "", "api", media)
-            except OpenQQError as error:
-                self._client.log.warn(f"media in an answer of post_api: {error.status}")
-
-    def _named(self, item: Json) -> Params:
-        """The parameter that a caller would give. BadRequest, NotAllowed."""
-        if not isinstance(item, str):
-            raise BadRequest(400, "it must be text, or a list of texts")
-        if "\0" in _whole_text("media", item):
-            raise BadRequest(400, "NUL in media")
-        if is_url(item):
-            return {"media_url": item}
-        if item.startswith("base64://"):
-            return {"media_data": item[len("base64://"):]}
-        if not self._shares_files:
-            raise NotAllowed("a path not allowed, since post_api is on another machine: "
-                             "give http://… or base64://…")
-        return {"media_path": item}
-
-
 class Plugin:
     """Something that a client runs, `call(client, data)`; those with a high priority first."""
 
@@ -11187,7 +11081,7 @@ class Talk(Composer):
             self._add_media(message, media, item["media"]["data"])
         if item.get("links"):
             message.media = [{**link, "url": link["url"] or (client.api_url(
-                "get_media", id=f"{item['id']}.{number}") if link["file_id"] else None)}
+                "get_media", id=f"{item['id']}.{number}") if link.get("file_id") else None)}
                 for number, link in enumerate(item["links"])]
         if "raw_message" in item:
             message.raw_message = item["raw_message"]
@@ -11709,6 +11603,126 @@ class Media:
         raise Unreachable(f"over {self.HOPS} redirects")
 
 
+class Answers:
+    """What a receiver of events wants done by its answer (003).
+
+    A thread pool does what may take long: pictures may come from far away.
+    """
+
+    MEDIA_LIMIT = 20             # pictures in one answer
+
+    def __init__(self, client: Client, media: Media, post_api: str) -> None:
+        self._client, self._media = client, media
+        self._shares_files = is_loopback(urllib.parse.urlsplit(post_api).hostname or "")
+        self._crew = ThreadPool(4, "media", client.log)
+
+    def typing(self, row: Row, on: bool) -> None:
+        """Who wrote may see that an answer is awaited."""
+        if row.get("class") == "recv" and row["type"] == "friend_message":
+            self._client.link.typing(str(row["sender_uid"]), on)
+
+    def answered(self, row: Row, answer: Row) -> None:
+        """What a receiver of an event wants done (003, 001; names as OneBot's quick operations).
+
+        To a message: reply, with at_sender, quote, cq; media; to one that came also delete, kick,
+        shutup or ban. To a request: approve, with reason. In the thread that posted it.
+        """
+        if row["post_type"] == "event":
+            if row["event"] in ("friend_request", "group_request") and "approve" in answer:
+                accept, ticket = self._is_set(answer, "approve"), row["params"][0].get("ticket")
+                verb, last = ("answer_request", "") if row["event"] == "friend_request" else (
+                    "answer_group_request", self._text(answer, "reason"))
+                self._do(verb, str(ticket), accept, last)
+            return
+        received, group = row["class"] == "recv", str(row.get("group_uid") or "")
+        sender, text = str(row.get("sender_uid") or ""), self._text(answer, "reply")
+        if text:
+            more: Row = {"cq": self._is_set(answer, "cq")}
+            if self._is_set(answer, "quote"):
+                more["reply_to"] = row["id"]
+            if self._is_set(answer, "at_sender") and received and sender:
+                more["at"] = [sender]
+            try:
+                if more["cq"]:
+                    check_cq(text, self._media.check_address)
+                self._client.talk.reply(row, text, "api", **more)
+            except OpenQQError as error:
+                self._client.log.warn(f"reply in an answer of post_api: {error.status}")
+        media = answer.get("media")
+        if media:
+            self._crew.submit(self._send_media, row, media if isinstance(media, list) else [media])
+        if received and self._is_set(answer, "delete"):
+            self._do("revoke", row["id"])
+        if received and row["type"] == "group_message" and sender:
+            for flag, length in ("shutup", "shutup_time"), ("ban", "ban_duration"):
+                if self._is_set(answer, flag):
+                    seconds = str(answer.get(length, 60))
+                    if not re.fullmatch("[0-9]{1,9}", seconds):
+                        self._client.log.warn(f"{length} in an answer of post_api must be a "
+                                              "number of seconds")
+                        seconds = "60"
+                    self._do("mute", group, [sender], max(60, int(seconds)))
+            if self._is_set(answer, "kick"):
+                self._do("kick", group, [sender])
+
+    def _is_set(self, answer: Row, name: str) -> bool:
+        """1, "1" and true are alike; the log tells of what is no such thing."""
+        value = answer.get(name)
+        if value not in (None, 0, 1, "0", "1"):  # True is 1
+            self._client.log.warn(f"{name} in an answer of post_api must be 0 or 1")
+        return value in (1, "1")
+
+    def _text(self, answer: Row, name: str) -> str:
+        value = answer.get(name)
+        if isinstance(value, (bool, list, dict)):
+            if value is not False:
+                self._client.log.warn(f"{name} in an answer of post_api must be text")
+            return ""
+        return value if isinstance(value, str) else scalar(value) or ""
+
+    def _do(self, verb: str, *args: Any) -> None:
+        """Have the link do something, in a thread: nobody waits for it."""
+        def do() -> None:
+            why = "no right to it, or it is too late"
+            try:
+                done = getattr(self._client.link, verb)(*args)
+            except OpenQQError as error:
+                done, why = False, error.status
+            if not done:
+                self._client.log.warn(f"{verb} {args[0]}, as an answer of post_api wants it, "
+                                      f"failed: {why}")
+        self._crew.submit(do)
+
+    def _send_media(self, row: Row, items: List[Json]) -> None:
+        """One after the other, each behind the reply."""
+        if len(items) > self.MEDIA_LIMIT:
+            self._client.log.warn(f"{len(items)} media in an answer of post_api: the first "
+                                  f"{self.MEDIA_LIMIT} are sent")
+        for item in items[:self.MEDIA_LIMIT]:
+            try:
+                media = self._media.take(self._named(item))
+                if media is None:
+                    raise BadRequest(400, "it is empty")
+                self._client.talk.reply(row, "", "api", media)
+            except OpenQQError as error:
+                self._client.log.warn(f"media in an answer of post_api: {error.status}")
+
+    def _named(self, item: Json) -> Params:
+        """The parameter that a caller would give. BadRequest, NotAllowed."""
+        if not isinstance(item, str):
+            raise BadRequest(400, "it must be text, or a list of texts")
+        if "\0" in _whole_text("media", item):
+            raise BadRequest(400, "NUL in media")
+        if is_url(item):
+            return {"media_url": item}
+        if item.startswith("base64://"):
+            return {"media_data": item[len("base64://"):]}
+        if not self._shares_files:
+            raise NotAllowed("a path not allowed, since post_api is on another machine: "
+                             "give http://… or base64://…")
+        return {"media_path": item}
+
+
 class Api:
     """The client server's API: what the row NAME of VERBS tells of is done by the method _NAME, by
     the one that `does` names, or by act()."""
@@ -11845,9 +11859,13 @@ class Api:
     def _get_media(self, request: Request) -> Response:
         id, _, number = request.params.get("id", "").partition(".")
         seen = self.client.talk.remembered(id) if number.isdigit() else None
-        if seen and int(number) < len(seen.get("media") or []):  # the bridge's URLs end
-            url = self.client.link.file_url({**seen["media"][int(number)], "group": seen.get(
-                "group_uid"), "uid": seen.get("sender_uid")})
+        if seen and int(number) < len(seen.get("media") or []) and seen["media"][int(
+                number)].get("file_id"):  # the bridge's URLs end, so it is asked now
+            try:
+                url = self.client.link.file_url({**seen["media"][int(number)], "group": seen.get(
+                    "group_uid"), "uid": seen.get("sender_uid")})
+            except Declined:
+                url = ""
             return Response(b"", "", 302, {"Location": url}) if url else Response(b"", "", 404)
         row = self.client.papers.shelf.get(id)
         data = read_file(row["media_path"]) if row else None
