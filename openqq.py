@@ -995,10 +995,9 @@ SETTINGS = {setting.name: setting for setting in [
         "OneBot 向 /onebot 上报的签名密钥", secret=True),
     _client("milky_api", "", _milky_url, "real QQ: the Milky bridge, http://HOST:3000",
         "真实 QQ：Milky 实现的地址", token=("access_token", "milky_token")),
-    _client("milky_token", "", _text, "the Milky bridge's access token; it shows it when it posts "
-            "to /milky, too", "Milky 的 access token", secret=True),
-    _client("qrcode_file", "", _path, "picture (PNG or JPEG) in which the bridge shows its QR code",
-        "Milky 实现写出的二维码图片", caller=False),
+    _client("milky_token", "", _text, "its access token", "它的 access token", secret=True),
+    _client("qrcode_file", "", _path, "the picture, PNG or JPEG, that the Milky bridge makes of its "
+        "QR code", "Milky 实现写出的二维码图片", caller=False),
     _client("onebot_login", "", _choice("", "napcat", "llbot"),
         "whose page has the QR code: napcat or llbot", "谁的网页有二维码"),
     _client("onebot_login_api", "", _url, "that page: port 6099 (llbot 3080) of the bridge's host",
@@ -1065,8 +1064,7 @@ def setting_named(name: str) -> Optional[Setting]:
     return SETTINGS.get(plain)
 
 
-# The setting that leads to a network -> how the names of all that is for it begin. LLBot, which
-# speaks both protocols of QQ, has one page with the code.
+# The setting that leads to a network -> how the names of all that is for it begin.
 NETWORKS: Dict[str, Tuple[str, ...]] = {
     "onebot_api": ("onebot_",), "milky_api": ("milky_", "onebot_login"), "ilink_api": ("ilink_",)}
 UNKEPT = ("pwd", "token")        # the secrets that nothing remembers (DESIGN)
@@ -8017,13 +8015,6 @@ class Intake:
             self._size += 1
             self._changed.notify_all()
 
-    def put_first(self, rows: List[Tuple[str, Row]]) -> None:
-        """Add events, each with its conversation, before all that wait."""
-        with self._changed:
-            self._rows.extendleft(reversed(rows))
-            self._size += len(rows)
-            self._changed.notify_all()
-
     def _deal(self, turn: object) -> None:
         """A thread of its own: give events to their conversation's worker, and wait a while for
         that before the next conversation's."""
@@ -8796,31 +8787,25 @@ class OneBotLink(BridgeLink):
 # -- Milky (MILKY.md): the same QQ in other words, which MilkyLink translates from and to OneBot's
 
 class QrFile(LoginPage):
-    """A picture that a bridge keeps where it works (Lagrange.Milky, Yogurt), if its path is known."""
+    """A picture that a bridge keeps where it works (Lagrange.Milky, Yogurt), if its path is known.
+    One that is older than any code is of a former login."""
 
-    ELSE = "scan the code on its console, or in its qrcode.png"
+    ELSE, SECONDS = "scan the code on its console, or in its qrcode.png", 5 * TICKET_SECONDS
 
     def look(self) -> Tuple[bool, Code, str]:
-        with contextlib.suppress(OSError):   # too large
-            data = read_file(self._url, QRCODE_LIMIT) if self._url else None
+        with contextlib.suppress(OSError):   # there is none, or it is too large
+            age = time.time() - os.stat(self._url).st_mtime
+            data = read_file(self._url, QRCODE_LIMIT) if age < self.SECONDS else None
             if data and media_type(data, "") in ("image/png", "image/jpeg"):
                 return False, data, ""
-        return False, "", self.ELSE + (f" ({self._url} is none)" if self._url else "")
-
-    def is_new(self) -> bool:
-        """Whether it is no older than a code that still holds: others are of a former login."""
-        with contextlib.suppress(OSError):
-            return time.time() - os.stat(self._url).st_mtime < TICKET_SECONDS
-        return False
+        return False, "", self.ELSE + (f" ({self._url} is none of now)" if self._url else "")
 
 
 class MessageBook(Journal):
-    """The newest LIMIT messages of a bridge that numbers them within each conversation, and an id
-    of 31 bits for each, which can be turned back after a restart, too.
-
-    A `place` is ACCOUNT/SCENE/PEER. The id is a digest (with the highest bit, as in MessageIds), so
-    that a message has the same one again after it was forgotten. flush() writes what was noted:
-    after an event was handed on, so that a kill in between may double it but loses nothing.
+    """The newest LIMIT messages of a bridge that numbers them within each conversation (`place`,
+    ACCOUNT/SCENE/PEER), and an id for each that is turned back after a restart, too: a digest, as
+    high as those of MessageIds. flush() writes; it comes after an event was handed on, so that a
+    kill in between may double it but loses nothing.
     """
 
     LIMIT = 10_000
@@ -8840,12 +8825,15 @@ class MessageBook(Journal):
     def note(self, place: str, seq: int, when: float = 0.0) -> Tuple[int, bool]:
         """The id of a message, and whether this is new of it: that it was heard `when` it was said
         (negative: we said it), or, with 0, that it is talked of."""
+        number, least = zlib.crc32(f"{place}/{seq}".encode()), MessageIds.LEAST
         with self._lock:
-            number = zlib.crc32(f"{place}/{seq}".encode()) | MessageIds.LEAST
-            while self._rows.get(number := number % (2 * MessageIds.LEAST), (place, seq))[:2] != (
-                    place, seq):
-                number = (number + 1) | MessageIds.LEAST
-            if number in self._rows and (self._rows[number][2] or not when):
+            while True:
+                number = least + number % least
+                row = self._rows.get(number, (place, seq, 0))
+                if row[:2] == (place, seq):
+                    break
+                number += 1
+            if number in self._rows and (row[2] or not when):
                 return number, False
             self._rows.pop(number, None)
             self._rows[number] = (place, seq, int(when))
@@ -8856,18 +8844,19 @@ class MessageBook(Journal):
     def find(self, number: Json) -> Tuple[str, int]:
         """Which message an id means. Declined."""
         row = self._rows.get(int(number_of(number) or 0))
-        if row is None:
-            raise Declined(f"nothing is known any more of the message {number}")
-        return row[:2]
+        if row:
+            return row[:2]
+        raise Declined(f"nothing is known any more of the message {number}")
 
     def heard(self, account: str, since: float) -> Dict[str, int]:
-        """The places where an account heard something, the latest first, and the last seq there."""
+        """The 50 places where an account heard something last, and the last seq in each."""
         with self._lock:
-            rows = sorted((when, place) for place, _, when in self._rows.values()
+            rows = sorted((when, place, seq) for place, seq, when in self._rows.values()
                           if when > since and place.startswith(account + "/"))
-            return {place: max(seq for there, seq, when in self._rows.values()
-                               if there == place and when > 0)
-                    for place in list(dict.fromkeys(place for _, place in reversed(rows)))[:50]}
+        newest: Dict[str, int] = {}
+        for _, place, seq in rows:
+            newest[place] = max(seq, newest.pop(place, 0))
+        return dict(list(newest.items())[:-51:-1])
 
     def flush(self) -> None:
         """Let what was noted survive."""
@@ -8883,6 +8872,11 @@ class MessageBook(Journal):
 def is_true(value: Json) -> bool:
     """A flag, however a bridge or a caller spells it."""
     return (scalar(value) or "").lower() not in ("", "0", "false", "no", "off")
+
+
+def renamed(row: Row, names: List[str]) -> Row:
+    """The members of an object that are named `ours=theirs`, with the names that are ours."""
+    return {ours: row.get(theirs) for ours, theirs in (pair.split("=") for pair in names)}
 
 
 class MilkyCalls(HttpBridge):
@@ -8921,21 +8915,20 @@ class MilkyCalls(HttpBridge):
 class MilkyLink(BridgeLink):
     """A QQ account, through a Milky bridge: Lagrange.Milky, Yogurt, LLBot."""
 
-    PROTOCOL, UNKNOWN = "Milky", "milky_event"
-    PAGES, PAGE = 10, 30         # of messages that were missed in one conversation
-    # A OneBot action -> Milky's call, and ours=theirs for parameters; others are called as they are
+    PROTOCOL, UNKNOWN, PAGES = "Milky", "milky_event", 10
+    # A OneBot action -> Milky's call, and theirs=ours for parameters; others are called as they are
     CALLS = {
         "get_stranger_info": "get_user_profile", "set_group_kick": "kick_group_member",
         "set_group_ban": "set_group_member_mute", "set_group_leave": "quit_group",
-        "set_group_whole_ban": "set_group_whole_mute enable=is_mute",
+        "set_group_whole_ban": "set_group_whole_mute is_mute=enable enable=",
         "set_group_card": "set_group_member_card", "group_poke": "send_group_nudge",
-        "set_group_admin": "set_group_member_admin enable=is_set",
+        "set_group_admin": "set_group_member_admin is_set=enable enable=",
         "set_group_special_title": "set_group_member_special_title",
-        "set_group_name": "set_group_name group_name=new_group_name",
+        "set_group_name": "set_group_name new_group_name=group_name group_name=",
         "friend_poke": "send_friend_nudge", "get_group_file_url": "get_group_file_download_url",
         "get_private_file_url": "get_private_file_download_url",
-        "upload_group_file": "upload_group_file file=file_uri name=file_name",
-        "upload_private_file": "upload_private_file file=file_uri name=file_name"}
+        "upload_group_file": "upload_group_file file_uri=file file_name=name file= name=",
+        "upload_private_file": "upload_private_file file_uri=file file_name=name file= name="}
     ENTITIES = {"get_friend_list": "friends", "get_group_list": "groups", "get_group_info": "group",
                 "get_group_member_list": "members", "get_group_member_info": "member"}
     # A segment's type -> OneBot's, and ours=theirs for the members of its data.
@@ -8985,7 +8978,7 @@ class MilkyLink(BridgeLink):
         self._intake.want(False)
         if not isinstance(self._page, QrFile):
             super()._await_page()
-        elif self._page.is_new():            # the bridge may serve nobody before it is logged in
+        elif self._page.look()[1]:           # the bridge may serve nobody before it is logged in
             self._look_at(self._page)
 
     def _offline(self, why: str) -> None:
@@ -8997,37 +8990,34 @@ class MilkyLink(BridgeLink):
 
     def _catch_up(self, bridge: Bridge) -> None:
         """Milky repeats no event: ask what was said after the last message of each conversation."""
-        rows: List[Row] = []
         until = time.monotonic() + LIST_SECONDS
         try:
             for place, seq in self._book.heard(self.me, time.time() - 86_400).items():
                 if not bridge.closed.is_set() and time.monotonic() < until:
-                    rows += self._missed(place, seq)
+                    self._act(self._missed(place, seq))
         except Exception:  # whatever it was, an account must not go deaf
             self._log.failure("asking for what was missed")
         if bridge is self.bridge and self._greeted:
-            self._intake.put_first([(self._place(row["data"]), row) for row in rows])
             super().ready()
 
     def _missed(self, place: str, newest: int) -> List[Row]:
-        where, start = self._spelt(place), ""
-        found: List[Row] = []
+        where, start = self._spelt(place), None
+        found: Dict[int, Row] = {}
         for _ in range(self.PAGES):
             try:
                 data = object_of(self._get("get_history_messages", LOOKUP_SECONDS, **where,
-                                           limit=self.PAGE, start_message_seq=start or None))
+                                           limit=30, start_message_seq=start))
             except OpenQQError as error:
                 self._log.warn(f"what was said in {place} cannot be had: {error.status}")
                 break
-            page = {int(number_of(row.get("message_seq")) or 0): {**row, **where}
+            page = {int(number_of(row.get("message_seq")) or 0): {**where, **row}
                     for row in rows_of(data.get("messages"))}
-            fresh = [seq for seq in sorted(page) if seq > newest]
-            found[:0] = [{"event_type": "message_receive", "self_id": self.me, "data": page[seq],
-                          "time": page[seq].get("time")} for seq in fresh]
+            found.update(page)
             start = number_of(data.get("next_message_seq"))
-            if not start or not page or len(fresh) < len(page):
+            if not start or min(page, default=0) <= newest:
                 break
-        return found
+        return [{"event_type": "message_receive", "data": found[seq]} for seq in sorted(found)
+                if seq > newest]
 
     # -- what it is asked
 
@@ -9036,10 +9026,9 @@ class MilkyLink(BridgeLink):
             return self.IN_WORDS[action](self, params, functools.partial(super()._get,
                                                                          seconds=seconds))
         name, *names = self.CALLS.get(action, action).split()
-        renamed = dict(pair.split("=") for pair in names)
-        params = {renamed.get(key, key): value for key, value in params.items()}
+        params = {**params, **renamed(params, names)}
         if action == "get_private_file_url":
-            params["file_hash"] = self._hashes.notes.get(params["file_id"], "")
+            params["file_hash"] = self._hashes.notes.get(params["file_id"]) or ""
         elif action in ("get_friend_list", "get_group_list"):
             params["no_cache"] = True        # no event tells of a friend that is new, or gone
         data = super()._get(name, seconds, **params)
@@ -9068,23 +9057,17 @@ class MilkyLink(BridgeLink):
             "peer_id", "group_id", "user_id", "initiator_id"))), "")
         return f"{self.me}/{scene if scene in ('friend', 'temp') else 'group'}/{peer}"
 
-    def _spelt(self, place: str) -> Row:
+    @staticmethod
+    def _spelt(place: str, seq: Optional[int] = None) -> Row:
         _, scene, peer = place.split("/")
-        return {"message_scene": scene, "peer_id": int(peer or 0)}
-
-    def _message_at(self, number: Json) -> Row:
-        """What Milky calls the message of an id. Declined."""
-        place, seq = self._book.find(number)
-        return {**self._spelt(place), "message_seq": seq}
+        return {"message_scene": scene, "peer_id": int(peer or 0), "message_seq": seq}
 
     def _send(self, params: Row, get: Callable[..., Json]) -> Json:
         uid, group = params.get("user_id"), params.get("group_id")
-        scene = ("temp" if group else "friend") if uid else "group"
-        place = f"{self.me}/{scene}/{uid or group}"
+        place = f"{self.me}/{('temp' if group else 'friend') if uid else 'group'}/{uid or group}"
         name, where = ("private", {"user_id": uid}) if uid else ("group", {"group_id": group})
-        answer = object_of(get(f"send_{name}_message", **where, message=self._outgoing(
-            params["message"], place)))
-        seq = number_of(answer.get("message_seq"))
+        seq = number_of(object_of(get(f"send_{name}_message", **where, message=self._outgoing(
+            params["message"], place))).get("message_seq"))
         number = self._book.note(place, int(seq), -time.time())[0] if seq else None
         self._book.flush()
         return {"message_id": number}
@@ -9093,13 +9076,12 @@ class MilkyLink(BridgeLink):
         """A message in Milky's segments. Declined for what it has none for."""
         found = []
         for kind, data in ((part["type"], part["data"]) for part in segments_of(message)):
-            uid, uri, seq = number_of(data.get("qq")), None, None
-            if kind == "reply":
-                there, seq = self._book.find(data.get("id"))
-                if there != place:
-                    raise Declined("a message of another conversation cannot be quoted")
-            for source in scalar(data.get("url")), scalar(data.get("file")):
-                uri = source if source and "://" in source else uri
+            uid = number_of(data.get("qq"))
+            there, seq = self._book.find(data.get("id")) if kind == "reply" else (place, None)
+            if there != place:
+                raise Declined("a message of another conversation cannot be quoted")
+            uri = next((source for source in map(scalar, (data.get("file"), data.get("url")))
+                        if source and "://" in source), None)
             forms: Dict[str, Tuple[str, Row]] = {
                 "text": ("text", {"text": scalar(data.get("text"))}),
                 "at": ("mention", {"user_id": int(uid) if uid else None}),
@@ -9116,14 +9098,13 @@ class MilkyLink(BridgeLink):
         return found
 
     def _recall(self, params: Row, get: Callable[..., Json]) -> Json:
-        found = self._message_at(params["message_id"])
-        name, member = ("group", "group_id") if found["message_scene"] == "group" else (
-            "private", "user_id")
-        return get(f"recall_{name}_message", **{member: found["peer_id"]},
-                   message_seq=found["message_seq"])
+        place, seq = self._book.find(params["message_id"])
+        _, scene, peer = place.split("/")
+        return get("recall_group_message", group_id=peer, message_seq=seq) if scene == "group" else (
+            get("recall_private_message", user_id=peer, message_seq=seq))
 
     def _message_of(self, params: Row, get: Callable[..., Json]) -> Json:
-        found = self._message_at(params["message_id"])
+        found = self._spelt(*self._book.find(params["message_id"]))
         row = object_of(object_of(get("get_message", **found)).get("message"))
         return self._spoken({**row, **found}, params["message_id"]) if row else {}
 
@@ -9183,8 +9164,7 @@ class MilkyLink(BridgeLink):
                 data.get("time")) or time.time())) if seq else (None, True)
             return [*self._entity_news(data), *super()._items(self._spoken(data, number))
                     ] if fresh else []
-        if scalar(data.get("file_hash")):
-            self._hashes.note(scalar(data.get("file_id")), scalar(data["file_hash"]))
+        self._hashes.note(scalar(data.get("file_id")), scalar(data.get("file_hash")))
         if kind in self.NOTICES:
             row = self._notice_of(kind, {**row, **data, "message_id": self._book.note(
                 place, seq)[0] if seq else None})
@@ -9206,8 +9186,7 @@ class MilkyLink(BridgeLink):
                 **({"flag": self._flag(kind.replace("group_", ""), data)} if name == "group"
                    else sides if kind == "friend_nudge" else {"file": {
                        name: data.get("file_" + name) for name in ("id", "name", "size")}}),
-                **{ours: data.get(theirs) for ours, theirs in (
-                    pair.split("=") for pair in names.split())}}
+                **renamed(data, names.split())}
 
     def _spoken(self, data: Row, number: Json) -> Row:
         """A message as OneBot tells of it."""
@@ -9225,17 +9204,14 @@ class MilkyLink(BridgeLink):
 
     def _incoming(self, data: Row) -> List[Row]:
         found = []
-        for part in segments_of(data.get("segments")):
-            inner = {**part["data"], "all": "all"}
-            seq = number_of(inner.get("message_seq"))
-            if part["type"] == "reply":
-                inner["id"] = seq and str(self._book.note(self._place(data), int(seq))[0])
-            elif scalar(inner.get("file_hash")):
-                self._hashes.note(scalar(inner.get("file_id")), scalar(inner["file_hash"]))
-            kind, *names = str(self.SEGMENTS.get(part["type"], part["type"])).split()
-            found.append({"type": kind, "data": {
-                ours: inner.get(theirs) for ours, theirs in (pair.split("=") for pair in names)
-            } if names else part["data"]})
+        for kind, inner in ((part["type"], part["data"]) for part in segments_of(
+                data.get("segments"))):
+            seq = number_of(inner.get("message_seq")) if kind == "reply" else ""
+            more = {"id": str(self._book.note(self._place(data), int(seq))[0])} if seq else {}
+            self._hashes.note(scalar(inner.get("file_id")), scalar(inner.get("file_hash")))
+            kind, *names = str(self.SEGMENTS.get(kind, kind)).split()
+            found.append({"type": kind, "data": renamed({**inner, **more, "all": "all"}, names)
+                          if names else inner})
         return found
 
     def _entity_news(self, data: Row) -> List[Row]:
@@ -9243,12 +9219,10 @@ class MilkyLink(BridgeLink):
         found = []
         for kind, make, names in (("group", group_row, ("name", "markname", "memo")),
                                   ("friend", friend_row, ("markname", "category"))):
-            entity = object_of(data.get(kind))
-            new = make(self._entity(entity))
+            new = make(self._entity(object_of(data.get(kind))))
             thing = self._hooks.known(kind, new["uid"], "")
             found += [changed(kind, "", new["uid"], name, new[name]) for name in names
-                      if "remark" in entity and thing is not None
-                      and thing.value(name) != new[name]]
+                      if thing and "remark" in data[kind] and thing.value(name) != new[name]]
         return found
 
 
@@ -12269,15 +12243,17 @@ def client_fallback(request: Request) -> Response:
 
 
 def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
-    """/onebot, where a bridge posts its events (ONEBOT.md). AuthFailure, BadRequest; ApiNotFound
-    for an account without a bridge.
+    """/onebot and /milky, where a bridge posts its events (ONEBOT.md, MILKY.md). AuthFailure,
+    BadRequest; ApiNotFound for an account on another link.
 
     A signature lets it in (NapCat signs with its token; one that is wrong is one too many), the
-    bridge's token, or what every other caller needs.
+    bridge's token, or what every other caller needs. Milky's token is needed if there is one; else
+    the bridge must be on this machine, whatever other callers need.
     """
     request.read_url_only()
-    settings, fields = client.settings, request.fields
-    token, secret = settings.onebot_token, settings.onebot_secret
+    settings, fields, is_milky = client.settings, request.fields, request.path == "/milky"
+    token, secret = (settings.milky_token, "") if is_milky else (settings.onebot_token,
+                                                                 settings.onebot_secret)
     offer = fields.get("x-signature", "").lower().encode("latin-1", "replace")
     if "x-signature" in fields and (token or secret):
         if not any([same_bytes(offer, signature(key, request.body).encode())
@@ -12286,37 +12262,16 @@ def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
     elif secret or not token or not same_bytes(
             fields.get("authorization", "").encode("latin-1", "replace"),
             bearer(token).encode("latin-1", "replace")):
-        if secret and not settings.token:
+        if token if is_milky else secret and not settings.token:
             raise AuthFailure()
         try:
-            gate.check(request)
+            (Gate() if is_milky else gate).check(request)
         except AuthFailure:
             raise AuthFailure() from None  # what helps other callers is no advice for a bridge
-    return take_event(client, "onebot", request)
-
-
-def take_from_milky(client: Client, request: Request) -> Json:
-    """/milky, the same for Milky (MILKY.md): the bridge shows its token; if it has none it must be on
-    this machine, whatever other callers need. Errors as above."""
-    request.read_url_only()
-    token, shown = client.settings.milky_token, request.fields.get("authorization", "")
-    try:
-        if not token:
-            Gate().check(request)
-        elif not same_bytes(shown.encode("latin-1", "replace"),
-                            bearer(token).encode("latin-1", "replace")):
-            raise AuthFailure()
-    except AuthFailure:
-        raise AuthFailure() from None
-    return take_event(client, "milky", request)
-
-
-def take_event(client: Client, link: str, request: Request) -> Json:
-    """An event that was let in, for a client on such a link."""
     row = object_in(request.body)
     if row is None:
         raise BadRequest(400, "an event must be a JSON object")
-    if link_of(client.settings.given) != link or not client.link.hear(row):
+    if link_of(settings.given) != request.path[1:] or not client.link.hear(row):
         raise ApiNotFound()
     return {}
 
@@ -12367,9 +12322,8 @@ def serve_client(client: Client, api: Api, reporter: Optional[Reporter], setting
     routes += [*(pages.routes() if pages else []), HEALTH,
                Route("/", READ, lambda request: client_page(client) if client.parent
                      else dashboard(config), open=True),
-               Route("/onebot", "POST", functools.partial(take_from_bridge, client, gate),
-                     open=True),
-               Route("/milky", "POST", functools.partial(take_from_milky, client), open=True)]
+               *[Route(path, "POST", functools.partial(take_from_bridge, client, gate), open=True)
+                 for path in BRIDGES]]
     routes += openapi_routes(flavour, bool(settings.token), routes[:], False)
     app = ClientApp(gate, client.log, routes, client_fallback)
     app.metrics.watch("clients", "gauge", "Clients by state.",

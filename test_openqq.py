@@ -13686,9 +13686,9 @@ def test_a_picture_of_the_bridges_with_its_code_is_shown_and_renewed(start, rece
         shown(jpeg("second"), "image/jpeg")
         put(picture, b"<html>")
         if not closed:
-            eventually(lambda: "is none" in controller.state("me").get("error", ""))
+            eventually(lambda: "is none of now" in controller.state("me").get("error", ""))
             put(picture, b"\x89PNG\r\n\x1a\n" + bytes(1024 * 1024))
-            assert "is none" in controller.state("me")["error"]
+            assert "is none of now" in controller.state("me")["error"]
         else:
             bridge.start()
         bridge.logged_in = True

@@ -66,7 +66,7 @@ def test_another_client_of_milkys_gets_on_with_the_bridge_of_the_tests(bridge):
         assert [row.card for row in client.get_group_member_list(30001)] == ["", "爸", ""]
         assert client.get_user_profile(20001).nickname == "小明"
         bridge.say_group(30001, 40001, "喂")
-        [said] = client.get_history_messages(MessageScene.GROUP, 30001)
+        [said], _ = client.get_history_messages(MessageScene.GROUP, 30001)
         assert said.segments[0].data.text == "喂"
         assert client.get_message(MessageScene.GROUP, 30001, said.message_seq).sender_id == 40001
         heard = []
