@@ -143,7 +143,6 @@ WAITING_SECONDS = 600.0          # scaning for so long is worth a client_waiting
 
 BRIDGE_LIMIT = 16 * 1024 * 1024  # bytes of one message of a OneBot bridge
 BRIDGE_SECONDS = 30.0            # for an answer of it; silence before a sign of life is asked for
-QRCODE_LIMIT = 1024 * 1024       # bytes of a picture that a bridge draws
 WORDING_LIMIT = 500              # letters of what a bridge gives as a reason
 LOOKUP_SECONDS = 5.0             # a conversation waits so long for who is meant in it
 LIST_SECONDS = 60.0              # for a list: NapCat asks for each friend's details in that call
@@ -839,10 +838,6 @@ def _bridge_url(text: str) -> str:
     return url
 
 
-def _milky_url(text: str) -> str:
-    return _bridge_url(_url(text))
-
-
 def _choice(*words: str) -> Callable[[str], str]:
     def choose(text: str) -> str:
         if text not in words:
@@ -993,11 +988,11 @@ SETTINGS = {setting.name: setting for setting in [
             "there as file://", "它与本程序读同一磁盘的文件"),
     _client("onebot_secret", "", _text, "signs what the bridge posts to /onebot",
         "OneBot 向 /onebot 上报的签名密钥", secret=True),
-    _client("milky_api", "", _milky_url, "real QQ: the Milky bridge, http://HOST:3000",
+    _client("milky_api", "", _bridge_url, "real QQ: the Milky bridge, http://HOST:3000",
         "真实 QQ：Milky 实现的地址", token=("access_token", "milky_token")),
     _client("milky_token", "", _text, "its access token", "它的 access token", secret=True),
-    _client("qrcode_file", "", _path, "the picture, PNG or JPEG, that the Milky bridge makes of its "
-        "QR code", "Milky 实现写出的二维码图片", caller=False),
+    _client("qrcode_file", "", _path, "the picture, PNG or JPEG, that it makes of its QR code",
+        "它写出的二维码图片", caller=False),
     _client("onebot_login", "", _choice("", "napcat", "llbot"),
         "whose page has the QR code: napcat or llbot", "谁的网页有二维码"),
     _client("onebot_login_api", "", _url, "that page: port 6099 (llbot 3080) of the bridge's host",
@@ -7244,7 +7239,7 @@ class Hooks:
     `known(kind, uid, circle)`: a thing of the roster, or None. `certain(kind)`: whether who is not
     known there is new (a list that was not told, or is doubted, says nothing about that).
     `kept(cookie)`: what status() tells has changed and, unless it is empty, what a later login
-    needs.
+    needs. `ids_path`: a file for what a link must know of its messages.
     """
 
     def __init__(self, qrcode: Callable[[Code, float, str], None], waiting: Callable[[str], None],
@@ -7252,7 +7247,7 @@ class Hooks:
                  lost: Callable[[str], None], received: Callable[[List[Row]], str],
                  known: Callable[[str, str, str], Optional[Any]],
                  certain: Callable[[str], bool], kept: Callable[[str], None]) -> None:
-        self.kept = kept
+        self.kept, self.ids_path = kept, ""
         self.qrcode, self.waiting, self.scanned = qrcode, waiting, scanned
         self.confirmed, self.lost = confirmed, lost
         self.received, self.known, self.certain = received, known, certain
@@ -7730,7 +7725,9 @@ class HttpBridge(Bridge):
 
     def listen(self) -> None:
         reply, events = self._line, ServerSent()
-        if not reply:
+        if isinstance(reply, WebSocket):
+            reply.run()
+        elif not reply:
             while True:
                 self.closed.wait(BRIDGE_SECONDS)
                 self._check()
@@ -7959,8 +7956,7 @@ LOGIN_PAGES: Dict[str, Type[LoginPage]] = {"napcat": NapCatPage, "llbot": LLBotP
 
 
 def page_of(settings: Settings, url: str) -> Optional[LoginPage]:
-    """Where the code of the bridge at a URL is shown, as far as settings tell: by default on its
-    host."""
+    """What shows the code of the bridge at a URL: by default on its host."""
     if not settings.onebot_login:
         return None
     kind, host = LOGIN_PAGES[settings.onebot_login], urllib.parse.urlsplit(url).hostname or ""
@@ -8183,8 +8179,8 @@ class BridgeLink(Link):
             self._shown = text
             self._hooks.qrcode(text, TICKET_SECONDS, self._thrown_out)
         elif not logged_in and not text:
-            self._hooks.waiting(self._thrown_out or "the bridge is not logged in, and shows no code"
-                                + (f": {why}" if why else ""))
+            self._hooks.waiting((self._thrown_out or "the bridge is not logged in, and shows no "
+                                 "code") + (f": {why}" if why else ""))
         return logged_in
 
     def _greet(self, bridge: Bridge) -> None:
@@ -8790,12 +8786,13 @@ class QrFile(LoginPage):
     """A picture that a bridge keeps where it works (Lagrange.Milky, Yogurt), if its path is known.
     One that is older than any code is of a former login."""
 
-    ELSE, SECONDS = "scan the code on its console, or in its qrcode.png", 5 * TICKET_SECONDS
+    ELSE = "scan the code on its console, or in its qrcode.png"
+    SECONDS, LIMIT = 5 * TICKET_SECONDS, 1024 * 1024
 
     def look(self) -> Tuple[bool, Code, str]:
         with contextlib.suppress(OSError):   # there is none, or it is too large
             age = time.time() - os.stat(self._url).st_mtime
-            data = read_file(self._url, QRCODE_LIMIT) if age < self.SECONDS else None
+            data = read_file(self._url, self.LIMIT) if age < self.SECONDS else None
             if data and media_type(data, "") in ("image/png", "image/jpeg"):
                 return False, data, ""
         return False, "", self.ELSE + (f" ({self._url} is none of now)" if self._url else "")
@@ -8808,8 +8805,7 @@ class MessageBook(Journal):
     kill in between may double it but loses nothing.
     """
 
-    LIMIT = 10_000
-    COMPACT = 1024 * 1024
+    LIMIT, COMPACT = 10_000, 1024 * 1024
 
     def __init__(self, path: str, log: Log) -> None:
         super().__init__(path, log)
@@ -8880,8 +8876,7 @@ def renamed(row: Row, names: List[str]) -> Row:
 
 
 class MilkyCalls(HttpBridge):
-    """Calls by POST, with types as strict as Milky's are; events by WebSocket, else by SSE, else
-    they are posted to us."""
+    """Calls by POST, in strict types; events by WebSocket, else by SSE, else they are posted."""
 
     CALLS, EVENTS, ALIVE, HERE = "/api/", "/event", "get_login_info", "/milky"
     REFUSED = "the bridge refuses milky_token"
@@ -8896,11 +8891,6 @@ class MilkyCalls(HttpBridge):
                                    lambda data: self._hear(self._read(data)), self._check)
         except (Unreachable, AuthFailure):
             super().open()
-
-    def listen(self) -> None:
-        if isinstance(self._line, WebSocket):
-            self._line.run()
-        super().listen()
 
     def ask(self, action: str, params: Row, seconds: float) -> Row:
         row = super().ask(action, {
@@ -8931,7 +8921,7 @@ class MilkyLink(BridgeLink):
         "upload_private_file": "upload_private_file file_uri=file file_name=name file= name="}
     ENTITIES = {"get_friend_list": "friends", "get_group_list": "groups", "get_group_info": "group",
                 "get_group_member_list": "members", "get_group_member_info": "member"}
-    # A segment's type -> OneBot's, and ours=theirs for the members of its data.
+    # A segment's type -> OneBot's, ours=theirs.
     SEGMENTS = {
         "mention": "at qq=user_id name=name", "mention_all": "at qq=all", "face": "face id=face_id",
         "reply": "reply id=id qq=sender_id", "record": "record file=resource_id url=temp_url",
@@ -8940,18 +8930,17 @@ class MilkyLink(BridgeLink):
         "file": "file name=file_name file_id=file_id file_size=file_size",
         "forward": "forward id=forward_id summary=summary", "xml": "xml data=xml_payload",
         "market_face": "mface summary=summary url=url emoji_id=emoji_id"}
-    # An event -> OneBot's type, sub_type (or a member of the data, that if it is true, and if not),
-    # and ours=theirs for the members of the data.
+    # An event -> OneBot's, its sub_type (or a member, and that if it is true, or not), ours=theirs.
     NOTICES: Dict[str, Tuple[str, str, str]] = {
         "message_recall": ("notice {}_recall", "", "user_id=sender_id"),
         "friend_request": ("request friend", "", "user_id=initiator_id flag=initiator_uid"),
-        "group_join_request": ("request group", "add", "user_id=initiator_id"),
-        "group_invited_join_request": ("request group", "add",
-                                       "user_id=target_user_id invitor=initiator_id"),
-        "group_invitation": ("request group", "invite", "user_id=initiator_id"),
-        "friend_nudge": ("notice notify", "poke", ""),
+        "group_join_request": ("request group", "add", "flag=flag user_id=initiator_id"),
+        "group_invited_join_request": (
+            "request group", "add", "flag=flag user_id=target_user_id invitor=initiator_id"),
+        "group_invitation": ("request group", "invite", "flag=flag user_id=initiator_id"),
+        "friend_nudge": ("notice notify", "poke", "user_id=send target_id=receive"),
         "group_nudge": ("notice notify", "poke", "user_id=sender_id target_id=receiver_id"),
-        "group_file_upload": ("notice group_upload", "", ""),
+        "group_file_upload": ("notice group_upload", "", "file=file"),
         "group_admin_change": ("notice group_admin", "is_set set unset", ""),
         "group_member_increase": ("notice group_increase", "invitor_id invite approve", ""),
         "group_member_decrease": ("notice group_decrease", "operator_id kick leave", ""),
@@ -8962,17 +8951,14 @@ class MilkyLink(BridgeLink):
         "group_essence_message_change": ("notice essence", "is_set add delete", "")}
 
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
-        url = settings.milky_api
+        url = re.sub("^ws", "http", settings.milky_api)
         if not url:
             raise Refusal("link=milky needs the bridge's address: milky_api=http://HOST:3000", 2)
-        self._book = MessageBook(os.path.join(settings.tmpdir, flavour_named(
-            settings.flavor).file_prefix + f"ids_{settings.account}.jsonl"), log)
+        self._book = MessageBook(hooks.ids_path, log)
         self._hashes = Recent()              # a private file's id -> its hash, which its URL needs
         super().__init__(url, lambda: MilkyCalls(url, settings.milky_token, log, self._hear),
                          page_of(settings, url) or QrFile(settings.qrcode_file, ""),
                          bool(settings.allow_message_sync), bool(settings.onebot_local), hooks, log)
-
-    # -- the connection: what was said while there was none, or no login, is asked for
 
     def _await_page(self) -> None:
         self._intake.want(False)
@@ -8981,15 +8967,11 @@ class MilkyLink(BridgeLink):
         elif self._page.look()[1]:           # the bridge may serve nobody before it is logged in
             self._look_at(self._page)
 
-    def _offline(self, why: str) -> None:
-        self._intake.want(False)
-        super()._offline(f"{why}; {QrFile.ELSE}")
-
     def ready(self) -> None:
         spawn(self._catch_up, self.bridge, name="history")
 
     def _catch_up(self, bridge: Bridge) -> None:
-        """Milky repeats no event: ask what was said after the last message of each conversation."""
+        """Milky repeats no event: ask what was said after the last message in each place."""
         until = time.monotonic() + LIST_SECONDS
         try:
             for place, seq in self._book.heard(self.me, time.time() - 86_400).items():
@@ -9022,9 +9004,8 @@ class MilkyLink(BridgeLink):
     # -- what it is asked
 
     def _get(self, action: str, seconds: float = 0.0, **params: Json) -> Json:
-        if action in self.IN_WORDS:
-            return self.IN_WORDS[action](self, params, functools.partial(super()._get,
-                                                                         seconds=seconds))
+        if action in self.OURS:
+            return self.OURS[action](self, params, functools.partial(super()._get, seconds=seconds))
         name, *names = self.CALLS.get(action, action).split()
         params = {**params, **renamed(params, names)}
         if action == "get_private_file_url":
@@ -9036,14 +9017,14 @@ class MilkyLink(BridgeLink):
         if not member:
             return {"url": data.get("download_url"), "user_id": data.get("uin"), **data
                     } if isinstance(data, dict) else data
-        if not isinstance(object_of(data).get(member), (list, dict)):
-            raise Declined(f"its answer to {name} has no {member}")
-        data = data[member]
-        return self._entity(data) if isinstance(data, dict) else [
-            self._entity(row) for row in rows_of(data)] or data
+        found = object_of(data).get(member)
+        if isinstance(found, dict):
+            return self._entity(found)
+        if isinstance(found, list):
+            return [self._entity(row) for row in rows_of(found)] or found
+        raise Declined(f"its answer to {name} has no {member}")
 
-    @staticmethod
-    def _entity(row: Row) -> Row:
+    def _entity(self, row: Row) -> Row:
         """A friend, group or member, besides with the names that OneBot bridges have for that."""
         return {**row, "group_remark": row.get("remark"),
                 "group_memo": scalar(row.get("announcement")) or row.get("description"),
@@ -9057,8 +9038,7 @@ class MilkyLink(BridgeLink):
             "peer_id", "group_id", "user_id", "initiator_id"))), "")
         return f"{self.me}/{scene if scene in ('friend', 'temp') else 'group'}/{peer}"
 
-    @staticmethod
-    def _spelt(place: str, seq: Optional[int] = None) -> Row:
+    def _spelt(self, place: str, seq: Optional[int] = None) -> Row:
         _, scene, peer = place.split("/")
         return {"message_scene": scene, "peer_id": int(peer or 0), "message_seq": seq}
 
@@ -9076,7 +9056,6 @@ class MilkyLink(BridgeLink):
         """A message in Milky's segments. Declined for what it has none for."""
         found = []
         for kind, data in ((part["type"], part["data"]) for part in segments_of(message)):
-            uid = number_of(data.get("qq"))
             there, seq = self._book.find(data.get("id")) if kind == "reply" else (place, None)
             if there != place:
                 raise Declined("a message of another conversation cannot be quoted")
@@ -9084,7 +9063,7 @@ class MilkyLink(BridgeLink):
                         if source and "://" in source), None)
             forms: Dict[str, Tuple[str, Row]] = {
                 "text": ("text", {"text": scalar(data.get("text"))}),
-                "at": ("mention", {"user_id": int(uid) if uid else None}),
+                "at": ("mention", {"user_id": int(number_of(data.get("qq")) or 0) or None}),
                 "face": ("face", {"face_id": scalar(data.get("id"))}),
                 "json": ("light_app", {"json_payload": scalar(data.get("data"))}),
                 "reply": ("reply", {"message_seq": seq}),
@@ -9098,18 +9077,16 @@ class MilkyLink(BridgeLink):
         return found
 
     def _recall(self, params: Row, get: Callable[..., Json]) -> Json:
-        place, seq = self._book.find(params["message_id"])
-        _, scene, peer = place.split("/")
-        return get("recall_group_message", group_id=peer, message_seq=seq) if scene == "group" else (
-            get("recall_private_message", user_id=peer, message_seq=seq))
+        scene, peer, seq = self._spelt(*self._book.find(params["message_id"])).values()
+        name, member = ("group", "group_id") if scene == "group" else ("private", "user_id")
+        return get(f"recall_{name}_message", **{member: peer, "message_seq": seq})
 
-    def _message_of(self, params: Row, get: Callable[..., Json]) -> Json:
+    def _tell(self, params: Row, get: Callable[..., Json]) -> Json:
         found = self._spelt(*self._book.find(params["message_id"]))
         row = object_of(object_of(get("get_message", **found)).get("message"))
         return self._spoken({**row, **found}, params["message_id"]) if row else {}
 
     def _answer(self, params: Row, get: Callable[..., Json]) -> Json:
-        """Let in, or not, whom a ticket names: a uid, or what _flag() made."""
         verb = "accept" if params["approve"] else "reject"
         if "sub_type" not in params:
             return get(verb + "_friend_request", initiator_uid=params["flag"])
@@ -9120,35 +9097,30 @@ class MilkyLink(BridgeLink):
                    notification_type=kind, is_filtered=is_filtered,
                    reason=None if params["approve"] else params.get("reason"))
 
-    @staticmethod
-    def _flag(kind: str, data: Row) -> str:
+    def _flag(self, kind: str, data: Row) -> str:
+        """What _answer() needs to know of a request of a group."""
         seq = number_of(data.get("invitation_seq")) or number_of(data.get("notification_seq"))
-        return "/".join([kind, number_of(data.get("group_id")), seq,
-                         str(int(is_true(data.get("is_filtered"))))])
+        return f"{kind}/{number_of(data.get('group_id'))}/{seq}/{is_true(data.get('is_filtered'))}"
 
     def _requests(self, params: Row, get: Callable[..., Json]) -> Json:
-        """Those of before; invitations are not among them."""
         who = {"join_request": "initiator_id", "invited_join_request": "target_user_id"}
+        rows = rows_of(object_of(get("get_group_notifications")).get("notifications"))
         return {"join_requests": [{
-            "request_id": self._flag(str(row["type"]), row), "group_id": row.get("group_id"),
-            "requester_uin": row.get(who[str(row["type"])]), "message": row.get("comment"),
-            "checked": row.get("state") != "pending"}
-            for row in rows_of(object_of(get("get_group_notifications")).get("notifications"))
-            if row.get("type") in list(who)]}
+            **row, "request_id": self._flag(kind, row), "requester_uin": row.get(uid),
+            "message": row.get("comment"), "checked": row.get("state") != "pending"}
+            for kind, uid in who.items() for row in rows if row.get("type") == kind]}
 
-    IN_WORDS: Dict[str, Callable[[Any, Row, Callable[..., Json]], Json]] = {
-        "send_private_msg": _send, "send_group_msg": _send, "delete_msg": _recall,
-        "get_msg": _message_of, "set_friend_add_request": _answer,
-        "set_group_add_request": _answer, "get_group_system_msg": _requests,
-        "get_status": lambda self, params, get: {}}
-
-    # -- what it tells
+    OURS: Dict[str, Callable[[Any, Row, Callable[..., Json]], Json]] = {
+        "send_private_msg": _send, "send_group_msg": _send, "delete_msg": _recall, "get_msg": _tell,
+        "set_friend_add_request": _answer, "set_group_add_request": _answer,
+        "get_group_system_msg": _requests, "get_status": lambda self, params, get: {}}
 
     def _hear(self, row: Row) -> None:
         if row.get("event_type") != "bot_offline":
             if "event_type" in row:
                 self._intake.put(self._place(object_of(row.get("data"))), row)
         elif self._greeted:
+            self._intake.want(False)
             self._offline(scalar(object_of(row.get("data")).get("reason")) or "it was logged out")
 
     def _act(self, rows: List[Row]) -> None:
@@ -9179,14 +9151,13 @@ class MilkyLink(BridgeLink):
         if " " in sub_type:
             member, yes, no = sub_type.split()
             sub_type = yes if is_true(data.get(member)) else no
-        sides = {name: self.me if is_true(data.get(by)) else data.get("user_id") for name, by in (
-            ("user_id", "is_self_send"), ("target_id", "is_self_receive"))}
+        more = {"flag": self._flag(kind.replace("group_", ""), data), "file": {
+            name: data.get("file_" + name) for name in ("id", "name", "size")}, **{
+            way: self.me if is_true(data.get("is_self_" + way)) else data.get("user_id")
+            for way in ("send", "receive")}}
         return {**data, "post_type": post_type, post_type + "_type": name, "sub_type": sub_type,
                 **({"group_id": data.get("peer_id")} if in_group else {}),
-                **({"flag": self._flag(kind.replace("group_", ""), data)} if name == "group"
-                   else sides if kind == "friend_nudge" else {"file": {
-                       name: data.get("file_" + name) for name in ("id", "name", "size")}}),
-                **renamed(data, names.split())}
+                **renamed({**data, **more}, names.split())}
 
     def _spoken(self, data: Row, number: Json) -> Row:
         """A message as OneBot tells of it."""
@@ -9890,6 +9861,7 @@ class Papers:
         self.pid = PidFile(settings.pid_path)
         self.shelf = Shelf(f"{start}media_{account}_", log)
         self.spool_path = f"{start}post_{account}.jsonl"
+        self.ids_path = f"{start}ids_{account}.jsonl"
         self.claim_path = start + "account_{}.pid"
         self.local_path = f"{start}local_{account}"
 
@@ -10545,6 +10517,7 @@ class Login:
                       hook(self._confirmed), hook(self._lost),
                       lambda items: client.talk.receive(items), client.roster.find,
                       client.details.is_certain, hook(self._keep))
+        hooks.ids_path = client.papers.ids_path
         self.link: Link
         kind = link_of(client.settings.given)
         if kind in LINKS:
@@ -12247,8 +12220,8 @@ def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
     BadRequest; ApiNotFound for an account on another link.
 
     A signature lets it in (NapCat signs with its token; one that is wrong is one too many), the
-    bridge's token, or what every other caller needs. Milky's token is needed if there is one; else
-    the bridge must be on this machine, whatever other callers need.
+    bridge's token, or what every other caller needs; for Milky its token, or, where there is none,
+    that it is on this machine.
     """
     request.read_url_only()
     settings, fields, is_milky = client.settings, request.fields, request.path == "/milky"
