@@ -8786,8 +8786,7 @@ class QrFile(LoginPage):
     """A picture that a bridge keeps where it works (Lagrange.Milky, Yogurt), if its path is known.
     One that is older than any code is of a former login."""
 
-    ELSE = "scan the code on its console, or in its qrcode.png"
-    SECONDS, LIMIT = 5 * TICKET_SECONDS, 1024 * 1024
+    ELSE, SECONDS, LIMIT = "scan the code on its console, or in its qrcode.png", 600.0, 2 ** 20
 
     def look(self) -> Tuple[bool, Code, str]:
         with contextlib.suppress(OSError):   # there is none, or it is too large
@@ -9056,6 +9055,7 @@ class MilkyLink(BridgeLink):
         """A message in Milky's segments. Declined for what it has none for."""
         found = []
         for kind, data in ((part["type"], part["data"]) for part in segments_of(message)):
+            at = scalar(data.get("qq"))
             there, seq = self._book.find(data.get("id")) if kind == "reply" else (place, None)
             if there != place:
                 raise Declined("a message of another conversation cannot be quoted")
@@ -9063,13 +9063,13 @@ class MilkyLink(BridgeLink):
                         if source and "://" in source), None)
             forms: Dict[str, Tuple[str, Row]] = {
                 "text": ("text", {"text": scalar(data.get("text"))}),
-                "at": ("mention", {"user_id": int(number_of(data.get("qq")) or 0) or None}),
+                "at": ("mention", {"user_id": int(number_of(at) or 0) or None}),
                 "face": ("face", {"face_id": scalar(data.get("id"))}),
                 "json": ("light_app", {"json_payload": scalar(data.get("data"))}),
                 "reply": ("reply", {"message_seq": seq}),
                 **dict.fromkeys(("image", "record", "video"), (kind, {"uri": uri}))}
             theirs, made = forms.get(kind, (kind, {"": None}))
-            if kind == "at" and data.get("qq") == "all":
+            if kind == "at" and at == "all":
                 theirs, made = "mention_all", {}
             if None in made.values():
                 raise Declined(f"Milky cannot send this segment: {kind}")

@@ -13638,7 +13638,7 @@ def test_a_bridge_that_is_not_logged_in_says_where_to_look_and_runs_afterwards(o
     me.running()
     bridge.emit("bot_offline", reason="被挤下线")
     bridge.logged_in = False
-    me.until("scaning", "QQ is offline at the bridge: 被挤下线; scan")
+    me.until("scaning", "QQ is offline at the bridge: 被挤下线: scan")
     bridge.say("friend", 20001, 20001, "中", tell=False)
     bridge.logged_in = True
     me.running()
