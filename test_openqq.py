@@ -5860,7 +5860,8 @@ def test_no_hostile_value_is_taken_that_later_fails(odd):
              for row in CALLERS_ROWS if row.name not in ("tmpdir", "login_type")}
     assert sum(map(len, taken.values())) > 500
     paths = ["cookie_path", "log_path", "state_path", "qrcode_path", "pid_path"]
-    others = {"is_init_friend": "1", "onebot_api": "", "onebot_login": "", "onebot_login_api": "",
+    others = {"is_init_friend": "1", "onebot_api": "", "milky_api": "", "onebot_login": "",
+              "onebot_login_api": "",
               "qrcode_count_max": "9", "link": "", "ilink_api": "", "ilink_cdn": ""}
 
     def live(number):
@@ -13502,6 +13503,29 @@ def test_each_event_of_milkys_is_told_once_and_in_the_documented_words(milky):
     assert milky.call("accept_friend_request", ticket="u_x", accept="0")["code"] == 0
     assert milky.bridge.wait_call("reject_friend_request") == {"initiator_uid": "u_x"}
     assert not milky.bridge.faults
+
+
+def test_requests_of_before_are_told_by_milky_too(on_milky):
+    bridge = MilkyBridge()
+    row = {"type": "join_request", "group_id": 30001, "notification_seq": 5, "is_filtered": True,
+           "initiator_id": 50001, "state": "pending", "operator_id": None, "comment": "我"}
+    bridge.requests = [row, {**row, "notification_seq": 6, "state": "accepted"}, {
+        "type": "quit", "group_id": 30001, "notification_seq": 7, "target_user_id": 40001}]
+    me = on_milky(bridge).running()
+
+    def asked():
+        return [event for event in me.call("check_event", since=0)
+                if event.get("event") == "group_request"]
+
+    assert eventually(asked)
+    [event] = asked()
+    assert (event["params"][0]["uid"], event["params"][0]["comment"]) == ("50001", "我")
+    ticket = event["params"][0]["ticket"]
+    assert me.call("accept_group_request", ticket=ticket)["code"] == 0
+    assert bridge.wait_call("accept_group_request") == {
+        "group_id": 30001, "notification_seq": 5, "notification_type": "join_request",
+        "is_filtered": True}
+    assert not bridge.faults
 
 
 def test_groups_are_governed_in_milkys_words(milked):
