@@ -92,6 +92,7 @@ if TYPE_CHECKING:
     Params = Dict[str, str]      # the parameters of a call
     Addresses = List[Tuple[int, Any]]
     Wait = Callable[[Future[Any], float], Any]  # Request.wait
+    Code = Union[str, bytes]     # a QR code: its text, or the picture that somebody else drew
 
 # One request, after RFC 9112. Without a bound on each part a caller fills the memory with one of
 # them, and without a total deadline it holds a thread for ever with a byte now and then.
@@ -1001,7 +1002,7 @@ def _is_host(address: Optional[str], name: Optional[str]) -> bool:
 def _bridge_url(text: str) -> str:
     url = _url(text, ("http", "https", "ws", "wss"))
     if "@" in urllib.parse.urlsplit(url).netloc:  # it would be shown like any other URL
-        raise ValueError("must not hold a password; a bridge's token is onebot_token")
+        raise ValueError("must not hold a password; a bridge's token has a setting of its own")
     return url
 
 
@@ -1155,15 +1156,20 @@ SETTINGS = {setting.name: setting for setting in [
             "there as file://", "它与本程序读同一磁盘的文件"),
     _client("onebot_secret", "", _text, "signs what the bridge posts to /onebot",
         "OneBot 向 /onebot 上报的签名密钥", secret=True),
+    _client("milky_api", "", _bridge_url, "real QQ: the Milky bridge, http://HOST:3000",
+        "真实 QQ：Milky 实现的地址", token=("access_token", "milky_token")),
+    _client("milky_token", "", _text, "its access token", "它的 access token", secret=True),
+    _client("qrcode_file", "", _path, "the picture, PNG or JPEG, that it makes of its QR code",
+        "它写出的二维码图片", caller=False),
     _client("onebot_login", "", _choice("", "napcat", "llbot"),
         "whose page has the QR code: napcat or llbot", "谁的网页有二维码"),
     _client("onebot_login_api", "", _url, "that page: port 6099 (llbot 3080) of the bridge's host",
         "该网页的地址", token=("token", "onebot_login_token")),
     _client("onebot_login_token", "", _text, "that page's token or password", "该网页的口令",
         secret=True),
-    _client("link", "", _choice("", "local", "onebot", "ilink"),
-        "where messages come from: local, onebot (QQ), ilink (WeChat); by itself as the address "
-        "given says", "消息来自哪里：local 内置网络、onebot（QQ）、ilink（微信）"),
+    _client("link", "", _choice("", "local", "onebot", "milky", "ilink"),
+        "where messages come from: local, onebot or milky (QQ), ilink (WeChat); by itself as the "
+        "address given says", "消息来自哪里：local 内置网络、onebot 或 milky（QQ）、ilink（微信）"),
     _client("ilink_api", "https://ilinkai.weixin.qq.com", _url,
         "real WeChat: Tencent's bot API", "真实微信：腾讯的机器人接口"),
     _client("ilink_cdn", "https://novac2c.cdn.weixin.qq.com/c2c", _url,
@@ -1222,7 +1228,8 @@ def setting_named(name: str) -> Optional[Setting]:
 
 
 # The setting that leads to a network -> how the names of all that is for it begin.
-NETWORKS = {"onebot_api": "onebot_", "ilink_api": "ilink_"}
+NETWORKS: Dict[str, Tuple[str, ...]] = {
+    "onebot_api": ("onebot_",), "milky_api": ("milky_", "onebot_login"), "ilink_api": ("ilink_",)}
 UNKEPT = ("pwd", "token")        # the secrets that nothing remembers (DESIGN)
 
 
@@ -1281,7 +1288,7 @@ def renewed(former: Mapping[str, str], given: Mapping[str, str]) -> Dict[str, st
 
     new = {name for name in given if read(name, given[name]) != read(name, former.get(name, ""))}
     moved = any(given[name] for name in new.intersection(NETWORKS))
-    prefixes = tuple(NETWORKS.values())
+    prefixes = tuple(itertools.chain(*NETWORKS.values()))
     kept = {name: value for name, value in former.items()
             if not (moved and name.startswith(prefixes)) and not new.intersection(urls_of(name))}
     kept.update((name, value) for name, value in given.items() if name in new or name not in kept)
@@ -1414,6 +1421,7 @@ class Verb:
 
 
 # What can be done. A new call is a row here, and a method of Link or of the API.
+BRIDGES = ("/onebot", "/milky")  # where they post their events
 VERBS = [
     Verb("start_client", ACT, "Start a client; answers before it has logged in.", "+settings",
          "child", "1 2 3 4 5", "log_level=info", on="controller"),
@@ -1542,7 +1550,8 @@ VERBS = [
     Verb("/local/scan", "GET", "The QR code's URL, opened by a phone: a page with a button.",
          "ticket!", "html", "=404", "ticket=1", on=""),
     Verb("/local/confirm", "POST", "The button.", "ticket!", "html", "=404", "ticket=1", on=""),
-    Verb("/onebot", "POST", "Take an event that a bridge posts.", "body", "object", "=403", on=""),
+    *[Verb(path, "POST", "Take an event that a bridge posts.", "body", "object", "=403", on="")
+      for path in BRIDGES],
     Verb("/healthz", READ, "Whether the server answers.", on=""),
     Verb("/metrics", READ, "Figures, as Prometheus reads them.", "", "metrics", on=""),
     Verb("/", READ, "The page that a browser sees.", "", "html", on="")]
@@ -4162,15 +4171,16 @@ class Frames:
 class WebSocket:
     """A WebSocket to a server.
 
-    run() gives each text message to heard(data), answers pings, asks for a pong in a silence, and
-    ends with Unreachable, in words for a log, at the latest after four silent LOOK_SECONDS.
+    run() gives each text message to heard(data), answers pings, asks for a pong in a silence, calls
+    silence(), which may raise, and ends with Unreachable, in words for a log, at the latest after
+    four silent LOOK_SECONDS.
     """
 
     LOOK_SECONDS = BRIDGE_SECONDS / 2
 
-    def __init__(self, url: str, fields: Mapping[str, str],
-                 heard: Callable[[bytes], None]) -> None:
-        self._heard = heard
+    def __init__(self, url: str, fields: Mapping[str, str], heard: Callable[[bytes], None],
+                 silence: Callable[[], None] = lambda: None) -> None:
+        self._heard, self._silence = heard, silence
         self._frames = Frames(BRIDGE_LIMIT)
         # Held while the connection is read from or written to: TLS bears no second thread.
         self._lock = threading.Lock()
@@ -4213,6 +4223,7 @@ class WebSocket:
                         raise TooSlow("no sign of life")
                     if silent == 2:
                         self._send(Frames.PING, b"")
+                        self._silence()
                 if is_readable(line.sock, max(0.0, look - time.monotonic())):
                     data = self._read()
         except BadRequest as error:
@@ -4630,7 +4641,7 @@ aria-label="token"><button class="main" data-t>Open</button></div></div></form>
 <div class="row"><input id="name" class="grow" maxlength="64" required>
 <button class="main" data-t>Start</button>
 <button id="real" class="main" value="ilink" data-t hidden>Start with real WeChat</button></div>
-<details><summary data-t>Real QQ, through a OneBot bridge</summary><div id="bridge"></div></details>
+<details><summary data-t>Real QQ, through a bridge</summary><div id="bridge"></div></details>
 <details><summary data-t>Settings</summary><div id="settings"></div></details></form>
 </div><div class="column">
 <section class="box" id="chat"><h2 data-t>Chat</h2>
@@ -4657,7 +4668,7 @@ const ZH = {
   "connecting": "正在连接", "live": "实时", "Access": "访问", "Open": "打开", "Accounts": "账号",
   "There is no account yet: start one below.": "还没有账号,请在下面启动一个。",
   "Start an account": "启动账号", "Start": "启动", "Stop": "停止", "Log in again": "重新登录",
-  "Log in here": "在此登录", "Real QQ, through a OneBot bridge": "真实 QQ(通过 OneBot)",
+  "Log in here": "在此登录", "Real QQ, through a bridge": "真实 QQ(通过 OneBot 或 Milky)",
   "Start with real WeChat": "启动真实微信", "Confirm": "确认",
   "The digits that the phone shows": "手机上显示的数字",
   "Settings": "设置", "Chat": "聊天", "I speak as": "身份", "to": "发给", "Send": "发送",
@@ -4720,11 +4731,12 @@ const ZH = {
   "download_media": "微信:将收到的媒体保存为文件", "numeric_ids": "id 以 JSON 数字表示",
   "onebot_api": "真实 QQ:OneBot 地址,ws://主机:3001 或 http://主机:3000",
   "onebot_token": "OneBot 的 access token", "onebot_secret": "OneBot 向 /onebot 上报时的签名密钥",
+  "milky_api": "真实 QQ:Milky 地址,http://主机:3000", "milky_token": "Milky 的 access token",
   "onebot_login": "二维码来自谁的页面:napcat 或 llbot",
   "onebot_local": "1:OneBot 程序能读本机文件,media_path 以 file:// 发出",
   "group_request": "加群请求", "group_shutup": "禁言", "group_upload": "群文件", "poke": "戳一戳",
   "onebot_login_api": "该页面的地址,默认同一主机的 6099 端口(llbot 3080)",
-  "link": "消息来自哪里:local、onebot(QQ)、ilink(微信),默认按地址判断",
+  "link": "消息来自哪里:local、onebot 或 milky(QQ)、ilink(微信),默认按地址判断",
   "ilink_api": "真实微信:腾讯的机器人接口", "ilink_cdn": "微信存放图片的地址",
   "onebot_login_token": "该页面的 token 或密码", "cookie_path": "cookie 文件,默认在 tmpdir 中",
   "qrcode_path": "二维码文件,默认在 tmpdir 中", "state_path": "状态文件,默认在 tmpdir 中",
@@ -5276,7 +5288,7 @@ for (const [id, text] of [["name", "Name of the account"], ["content", "Message"
 $("begin").hidden = !config.controller;
 $("real").hidden = !config.apis.includes("verify_code");
 for (const [name, help, value, secret] of config.settings) {
-  $(name.startsWith("onebot_") ? "bridge" : "settings").append(el("label", {}, name,
+  $(/^(onebot|milky)_/.test(name) ? "bridge" : "settings").append(el("label", {}, name,
     el("input", {name, placeholder: value, autocomplete: "off",
       type: secret ? "password" : "text"}), el("small", {}, (chinese && ZH[name]) || help)));
 }
@@ -5488,7 +5500,7 @@ class OpenApi:
             names = self.sets[word[1:]] if word[0] == "+" else [word]
             words += names if len(names) > 1 or names[0] == word else [names[0] + "!"]
         values = dict(word.partition("=")[::2] for word in verb.example.split())
-        if self.passed and (verb.on or verb.name == "/onebot"):
+        if self.passed and (verb.on or verb.name in BRIDGES):
             words = ["client" if verb.name in ("check_client", "events") else "client!", *words]
             values["client"] = "alice"
         found = []
@@ -6027,7 +6039,7 @@ class Outlet:
 
     KEPT = re.compile("(new|lose)_")  # in the ring whatever post_event_list says (CONTRACT 6)
     KEPT_IF_LISTED = re.compile(".*_property_change|(friend|group)_request|revoke_message|"
-                                "group_(shutup|upload)|poke|onebot_event")
+                                "group_(shutup|upload)|poke|(onebot|milky)_event")
     NEWS = ("login", "stop", "state_change", "input_qrcode")  # streams tell them, nothing keeps
 
     def __init__(self, store: Store, reporter: Reporter, listed: Iterable[str],
@@ -7391,22 +7403,22 @@ def check_content(params: Params) -> str:
 class Hooks:
     """What a link tells its client; each may be called from any thread.
 
-    `qrcode(text, seconds, error)`: to be scanned, how long it holds, and why, if there is more to
+    `qrcode(code, seconds, error)`: to be scanned, how long it holds, and why, if there is more to
     tell. `waiting(error)`: not logged in, and no code to show. `scanned()`. `confirmed(cookie,
     fresh)`: logged in, `fresh` if ids may have changed; also after `lost(error)`: the connection is
     gone, in words. `received(items)`: what happened; returns the mark of what is safe on disk.
     `known(kind, uid, circle)`: a thing of the roster, or None. `certain(kind)`: whether who is not
     known there is new (a list that was not told, or is doubted, says nothing about that).
     `kept(cookie)`: what status() tells has changed and, unless it is empty, what a later login
-    needs.
+    needs. `ids_path`: a file for what a link must know of its messages.
     """
 
-    def __init__(self, qrcode: Callable[[str, float, str], None], waiting: Callable[[str], None],
+    def __init__(self, qrcode: Callable[[Code, float, str], None], waiting: Callable[[str], None],
                  scanned: Callable[[], None], confirmed: Callable[[str, bool], None],
                  lost: Callable[[str], None], received: Callable[[List[Row]], str],
                  known: Callable[[str, str, str], Optional[Any]],
                  certain: Callable[[str], bool], kept: Callable[[str], None]) -> None:
-        self.kept = kept
+        self.kept, self.ids_path = kept, ""
         self.qrcode, self.waiting, self.scanned = qrcode, waiting, scanned
         self.confirmed, self.lost = confirmed, lost
         self.received, self.known, self.certain = received, known, certain
@@ -7810,6 +7822,8 @@ def group_row(row: Row) -> Row:
     uid = number_of(row.get("group_id"))
     return {"uid": uid, "id": uid, "name": scalar(row.get("group_name")) or uid,
             "markname": scalar(row.get("group_remark") or row.get("remark_name")) or None,
+            "memo": scalar(row.get("group_memo")) or None,
+            "createtime": number_of(row.get("group_create_time")) or None,
             "max_member": int(number_of(row.get("max_member_count")) or 0) or None,
             "member_count": scalar(row.get("member_count"))}
 
@@ -7864,9 +7878,9 @@ class Bridge:
 
 
 class HttpBridge(Bridge):
-    """Calls by POST; events by SSE where the bridge has that, else it posts them to /onebot."""
+    """Calls by POST; events by SSE where the bridge has that, else it posts them to us."""
 
-    CALLS, EVENTS, ALIVE = "/", "/_events", "get_status"
+    CALLS, EVENTS, ALIVE, HERE = "/", "/_events", "get_status", "/onebot"
 
     def open(self) -> None:
         try:
@@ -7878,11 +7892,13 @@ class HttpBridge(Bridge):
             return
         if reply:
             reply.close()
-        self._log.info("the bridge has no stream of events; it must post them to /onebot")
+        self._log.info(f"the bridge has no stream of events; it must post them to {self.HERE}")
 
     def listen(self) -> None:
         reply, events = self._line, ServerSent()
-        if not reply:
+        if isinstance(reply, WebSocket):
+            reply.run()
+        elif not reply:
             while True:
                 self.closed.wait(BRIDGE_SECONDS)
                 self._check()
@@ -8009,12 +8025,12 @@ def wording(row: Row) -> str:
 class LoginPage:
     """A page of the bridge's with its QR code (ONEBOT.md, "Login QR").
 
-    look() tells whether the bridge is logged in, the code's text, and what is wrong. Unreachable. A
-    token that was refused is not offered again: LLBot locks the page for that.
+    look() tells whether the bridge is logged in, the code's text or picture, and what is wrong.
+    Unreachable. A token that was refused is not offered again: LLBot locks the page for that.
     """
 
     PORT = 0
-    look: Callable[[], Tuple[bool, str, str]]
+    look: Callable[[], Tuple[bool, Code, str]]
 
     def __init__(self, url: str, token: str) -> None:
         self._url, self._token = url.rstrip("/"), token
@@ -8049,7 +8065,7 @@ class NapCatPage(LoginPage):
     PORT = 6099
     _credential, _rest_until = "", 0.0
 
-    def look(self) -> Tuple[bool, str, str]:
+    def look(self) -> Tuple[bool, Code, str]:
         data = self._ask("CheckLoginStatus")
         offline = data.get("isOffline")
         if data.get("isLogin") and not offline:
@@ -8097,7 +8113,7 @@ class LLBotPage(LoginPage):
 
     PORT = 3080
 
-    def look(self) -> Tuple[bool, str, str]:
+    def look(self) -> Tuple[bool, Code, str]:
         if self._ask("login-info").get("online"):
             return True, "", ""
         return False, scalar(self._ask("login-qrcode").get("qrcodeUrl")) or "", ""
@@ -8108,6 +8124,16 @@ class LLBotPage(LoginPage):
 
 
 LOGIN_PAGES: Dict[str, Type[LoginPage]] = {"napcat": NapCatPage, "llbot": LLBotPage}
+
+
+def page_of(settings: Settings, url: str) -> Optional[LoginPage]:
+    """What shows the code of the bridge at a URL: by default on its host."""
+    if not settings.onebot_login:
+        return None
+    kind, host = LOGIN_PAGES[settings.onebot_login], urllib.parse.urlsplit(url).hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    return kind(settings.onebot_login_api or f"http://{host}:{kind.PORT}",
+                settings.onebot_login_token)
 
 
 # -- a link through a bridge: what does not depend on the protocol
@@ -8229,7 +8255,7 @@ class BridgeLink(Link):
 
     fetches = real = True
     any_group = ANY_GROUP
-    PROTOCOL = "OneBot"
+    PROTOCOL, UNKNOWN = "OneBot", "onebot_event"
     _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
     NEEDS = {  # what is told of, and what an event must have to tell of it
         "message private": "user_id", "message group": "group_id user_id",
@@ -8253,7 +8279,7 @@ class BridgeLink(Link):
         self.me = self._name = ""            # the account's own uid and name, once it is logged in
         self._closed = threading.Event()
         self._living = self._greeted = False
-        self._shown = ""                     # the code that was shown since the last login
+        self._shown: Code = ""               # the code that was shown since the last login
         self._thrown_out = ""                # why there is no login any more
         self._intake = Intake(self._act, log)
         self._curious = ThreadPool(2, "later", log)
@@ -8324,8 +8350,8 @@ class BridgeLink(Link):
             self._shown = text
             self._hooks.qrcode(text, TICKET_SECONDS, self._thrown_out)
         elif not logged_in and not text:
-            self._hooks.waiting(self._thrown_out or "the bridge is not logged in, and shows no code"
-                                + (f": {why}" if why else ""))
+            self._hooks.waiting((self._thrown_out or "the bridge is not logged in, and shows no "
+                                 "code") + (f": {why}" if why else ""))
         return logged_in
 
     def _greet(self, bridge: Bridge) -> None:
@@ -8639,7 +8665,7 @@ class BridgeLink(Link):
         elif what == "notice notify":
             what = f"notify {row.get('sub_type')}"
         if what not in self.NEEDS:
-            return [happened("onebot_event", params=[row])] if post_type == "notice" else []
+            return [happened(self.UNKNOWN, params=[row])] if post_type == "notice" else []
         for name in self.NEEDS[what].split():
             if not number_of(row.get(name)):
                 self._log.debug(f"an event of the bridge without {name}")
@@ -8908,16 +8934,11 @@ class OneBotLink(BridgeLink):
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
         if not settings.onebot_api:
             raise Refusal("link=onebot needs the bridge's address: onebot_api=ws://HOST:3001", 2)
-        url, page = settings.onebot_api, None
+        url = settings.onebot_api
         way: Type[Bridge] = SocketBridge if url.startswith("ws") else HttpBridge
-        if settings.onebot_login:  # by default on the bridge's host
-            kind = LOGIN_PAGES[settings.onebot_login]
-            host = urllib.parse.urlsplit(url).hostname or ""
-            host = f"[{host}]" if ":" in host else host
-            page = kind(settings.onebot_login_api or f"http://{host}:{kind.PORT}",
-                        settings.onebot_login_token)
-        super().__init__(url, lambda: way(url, settings.onebot_token, log, self._hear), page,
-                         bool(settings.allow_message_sync), bool(settings.onebot_local), hooks, log)
+        super().__init__(url, lambda: way(url, settings.onebot_token, log, self._hear),
+                         page_of(settings, url), bool(settings.allow_message_sync),
+                         bool(settings.onebot_local), hooks, log)
 
     def _hear(self, row: Row) -> None:
         if row.get("post_type") == "meta_event":
@@ -8928,6 +8949,423 @@ class OneBotLink(BridgeLink):
         else:
             who = row.get("user_id") or row.get("target_id")
             self._intake.put(number_of(row.get("group_id")) or f"/{scalar(who)}", row)
+
+
+# -- Milky (MILKY.md): the same QQ in other words, which MilkyLink translates from and to OneBot's
+
+class QrFile(LoginPage):
+    """A picture that a bridge keeps where it works (Lagrange.Milky, Yogurt), if its path is known.
+    One that is older than any code is of a former login."""
+
+    ELSE, SECONDS, LIMIT = "scan the code on its console, or in its qrcode.png", 600.0, 2 ** 20
+
+    def look(self) -> Tuple[bool, Code, str]:
+        with contextlib.suppress(OSError):   # there is none, or it is too large
+            age = time.time() - os.stat(self._url).st_mtime
+            data = read_file(self._url, self.LIMIT) if age < self.SECONDS else None
+            if data and media_type(data, "") in ("image/png", "image/jpeg"):
+                return False, data, ""
+        return False, "", self.ELSE + (f" ({self._url} is none of now)" if self._url else "")
+
+
+class MessageBook(Journal):
+    """The newest LIMIT messages of a bridge that numbers them within each conversation (`place`,
+    ACCOUNT/SCENE/PEER), and an id for each that is turned back after a restart, too: a digest, as
+    high as those of MessageIds. flush() writes; it comes after an event was handed on, so that a
+    kill in between may double it but loses nothing.
+    """
+
+    LIMIT, COMPACT = 10_000, 1024 * 1024
+
+    def __init__(self, path: str, log: Log) -> None:
+        super().__init__(path, log)
+        self._lock = threading.Lock()        # guards both below, and the file
+        self._rows: Dict[int, Tuple[str, int, int]] = {}  # id -> place, seq, when
+        self._lines: List[Json] = []
+        for line in self.read():
+            if isinstance(line, list) and list(map(type, line)) == [int, str, int, int]:
+                self._rows.pop(line[0], None)
+                self._rows[line[0]] = (line[1], line[2], line[3])
+                keep_newest(self._rows, self.LIMIT)
+
+    def note(self, place: str, seq: int, when: float = 0.0) -> Tuple[int, bool]:
+        """The id of a message, and whether this is new of it: that it was heard `when` it was said
+        (negative: we said it), or, with 0, that it is talked of."""
+        number, least = zlib.crc32(f"{place}/{seq}".encode()), MessageIds.LEAST
+        with self._lock:
+            while True:
+                number = least + number % least
+                row = self._rows.get(number, (place, seq, 0))
+                if row[:2] == (place, seq):
+                    break
+                number += 1
+            if number in self._rows and (row[2] or not when):
+                return number, False
+            self._rows.pop(number, None)
+            self._rows[number] = (place, seq, int(when))
+            keep_newest(self._rows, self.LIMIT)
+            self._lines.append([number, place, seq, int(when)])
+            return number, True
+
+    def find(self, number: Json) -> Tuple[str, int]:
+        """Which message an id means. Declined."""
+        row = self._rows.get(int(number_of(number) or 0))
+        if row:
+            return row[:2]
+        raise Declined(f"nothing is known any more of the message {number}")
+
+    def heard(self, account: str, since: float) -> Dict[str, int]:
+        """The 50 places where an account heard something last, and the last seq in each."""
+        with self._lock:
+            rows = sorted((when, place, seq) for place, seq, when in self._rows.values()
+                          if when > since and place.startswith(account + "/"))
+        newest: Dict[str, int] = {}
+        for _, place, seq in rows:
+            newest[place] = max(seq, newest.pop(place, 0))
+        return dict(list(newest.items())[:-51:-1])
+
+    def flush(self) -> None:
+        """Let what was noted survive."""
+        with self._lock:
+            if self._lines:
+                self.write(self._lines)
+            self._lines = []
+
+    def last_lines(self) -> Tuple[List[Json], int]:
+        return [[number, *row] for number, row in self._rows.items()], 0
+
+
+def is_true(value: Json) -> bool:
+    """A flag, however a bridge or a caller spells it."""
+    return (scalar(value) or "").lower() not in ("", "0", "false", "no", "off")
+
+
+def renamed(row: Row, names: List[str]) -> Row:
+    """The members of an object that are named `ours=theirs`, with the names that are ours."""
+    return {ours: row.get(theirs) for ours, theirs in (pair.split("=") for pair in names)}
+
+
+class MilkyCalls(HttpBridge):
+    """Calls by POST, in strict types; events by WebSocket, else by SSE, else they are posted."""
+
+    CALLS, EVENTS, ALIVE, HERE = "/api/", "/event", "get_login_info", "/milky"
+    REFUSED = "the bridge refuses milky_token"
+    NUMBERS = re.compile("(user|group|peer)_id|.*_seq|duration|limit|count|page_(index|size)")
+    FLAGS = re.compile("is_.*|no_cache|reject_add_request")
+
+    def open(self) -> None:
+        # LLBot opens a WebSocket for everybody, and then closes it without a word about the token
+        self.ask(self.ALIVE, {}, LOOKUP_SECONDS)
+        try:
+            self._line = WebSocket(beneath("ws" + self._url[4:], self.EVENTS), self._fields,
+                                   lambda data: self._hear(self._read(data)), self._check)
+        except (Unreachable, AuthFailure):
+            super().open()
+
+    def ask(self, action: str, params: Row, seconds: float) -> Row:
+        row = super().ask(action, {
+            name: int(value) if self.NUMBERS.fullmatch(name) and number_of(value) else
+            is_true(value) if self.FLAGS.fullmatch(name) else value
+            for name, value in params.items() if value is not None}, seconds)
+        if row.get("status") == "failed" and scalar(row.get("retcode")) == "-403":
+            self._hear({"event_type": "bot_offline", "data": {"reason": wording(row)}})
+        return row
+
+
+class MilkyLink(BridgeLink):
+    """A QQ account, through a Milky bridge: Lagrange.Milky, Yogurt, LLBot."""
+
+    PROTOCOL, UNKNOWN, PAGES = "Milky", "milky_event", 10
+    # A OneBot action -> Milky's call, and theirs=ours for parameters; others are called as they are
+    CALLS = {
+        "get_stranger_info": "get_user_profile", "set_group_kick": "kick_group_member",
+        "set_group_ban": "set_group_member_mute", "set_group_leave": "quit_group",
+        "set_group_whole_ban": "set_group_whole_mute is_mute=enable enable=",
+        "set_group_card": "set_group_member_card", "group_poke": "send_group_nudge",
+        "set_group_admin": "set_group_member_admin is_set=enable enable=",
+        "set_group_special_title": "set_group_member_special_title",
+        "set_group_name": "set_group_name new_group_name=group_name group_name=",
+        "friend_poke": "send_friend_nudge", "get_group_file_url": "get_group_file_download_url",
+        "get_private_file_url": "get_private_file_download_url",
+        "upload_group_file": "upload_group_file file_uri=file file_name=name file= name=",
+        "upload_private_file": "upload_private_file file_uri=file file_name=name file= name="}
+    ENTITIES = {"get_friend_list": "friends", "get_group_list": "groups", "get_group_info": "group",
+                "get_group_member_list": "members", "get_group_member_info": "member"}
+    # A segment's type -> OneBot's, ours=theirs.
+    SEGMENTS = {
+        "mention": "at qq=user_id name=name", "mention_all": "at qq=all", "face": "face id=face_id",
+        "reply": "reply id=id qq=sender_id", "record": "record file=resource_id url=temp_url",
+        "image": "image file=resource_id url=temp_url summary=summary",
+        "video": "video file=resource_id url=temp_url", "light_app": "json data=json_payload",
+        "file": "file name=file_name file_id=file_id file_size=file_size",
+        "forward": "forward id=forward_id summary=summary", "xml": "xml data=xml_payload",
+        "market_face": "mface summary=summary url=url emoji_id=emoji_id"}
+    # An event -> OneBot's, its sub_type (or a member, and that if it is true, or not), ours=theirs.
+    NOTICES: Dict[str, Tuple[str, str, str]] = {
+        "message_recall": ("notice {}_recall", "", "user_id=sender_id"),
+        "friend_request": ("request friend", "", "user_id=initiator_id flag=initiator_uid"),
+        "group_join_request": ("request group", "add", "flag=flag user_id=initiator_id"),
+        "group_invited_join_request": (
+            "request group", "add", "flag=flag user_id=target_user_id invitor=initiator_id"),
+        "group_invitation": ("request group", "invite", "flag=flag user_id=initiator_id"),
+        "friend_nudge": ("notice notify", "poke", "user_id=send target_id=receive"),
+        "group_nudge": ("notice notify", "poke", "user_id=sender_id target_id=receiver_id"),
+        "group_file_upload": ("notice group_upload", "", "file=file"),
+        "group_admin_change": ("notice group_admin", "is_set set unset", ""),
+        "group_member_increase": ("notice group_increase", "invitor_id invite approve", ""),
+        "group_member_decrease": ("notice group_decrease", "operator_id kick leave", ""),
+        "group_disband": ("notice group_dismiss", "", "user_id=operator_id"),
+        "group_name_change": ("notice notify", "group_name", "name_new=new_group_name"),
+        "group_mute": ("notice group_ban", "duration ban lift_ban", ""),
+        "group_whole_mute": ("notice group_ban", "is_mute ban lift_ban", ""),
+        "group_essence_message_change": ("notice essence", "is_set add delete", "")}
+
+    def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
+        url = re.sub("^ws", "http", settings.milky_api)
+        if not url:
+            raise Refusal("link=milky needs the bridge's address: milky_api=http://HOST:3000", 2)
+        self._book = MessageBook(hooks.ids_path, log)
+        self._hashes = Recent()              # a private file's id -> its hash, which its URL needs
+        super().__init__(url, lambda: MilkyCalls(url, settings.milky_token, log, self._hear),
+                         page_of(settings, url) or QrFile(settings.qrcode_file, ""),
+                         bool(settings.allow_message_sync), bool(settings.onebot_local), hooks, log)
+
+    def _await_page(self) -> None:
+        self._intake.want(False)
+        if not isinstance(self._page, QrFile):
+            super()._await_page()
+        elif self._page.look()[1]:           # the bridge may serve nobody before it is logged in
+            self._look_at(self._page)
+
+    def ready(self) -> None:
+        spawn(self._catch_up, self.bridge, name="history")
+
+    def _catch_up(self, bridge: Bridge) -> None:
+        """Milky repeats no event: ask what was said after the last message in each place."""
+        until = time.monotonic() + LIST_SECONDS
+        try:
+            for place, seq in self._book.heard(self.me, time.time() - 86_400).items():
+                if not bridge.closed.is_set() and time.monotonic() < until:
+                    self._act(self._missed(place, seq))
+        except Exception:  # whatever it was, an account must not go deaf
+            self._log.failure("asking for what was missed")
+        if bridge is self.bridge and self._greeted:
+            super().ready()
+
+    def _missed(self, place: str, newest: int) -> List[Row]:
+        where, start = self._spelt(place), None
+        found: Dict[int, Row] = {}
+        for _ in range(self.PAGES):
+            try:
+                data = object_of(self._get("get_history_messages", LOOKUP_SECONDS, **where,
+                                           limit=30, start_message_seq=start))
+            except OpenQQError as error:
+                self._log.warn(f"what was said in {place} cannot be had: {error.status}")
+                break
+            page = {int(number_of(row.get("message_seq")) or 0): {**where, **row}
+                    for row in rows_of(data.get("messages"))}
+            found.update(page)
+            start = number_of(data.get("next_message_seq"))
+            if not start or min(page, default=0) <= newest:
+                break
+        return [{"event_type": "message_receive", "data": found[seq]} for seq in sorted(found)
+                if seq > newest]
+
+    # -- what it is asked
+
+    def _get(self, action: str, seconds: float = 0.0, **params: Json) -> Json:
+        if action in self.OURS:
+            return self.OURS[action](self, params, functools.partial(super()._get, seconds=seconds))
+        name, *names = self.CALLS.get(action, action).split()
+        params = {**params, **renamed(params, names)}
+        if action == "get_private_file_url":
+            params["file_hash"] = self._hashes.notes.get(params["file_id"]) or ""
+        elif action in ("get_friend_list", "get_group_list"):
+            params["no_cache"] = True        # no event tells of a friend that is new, or gone
+        data = super()._get(name, seconds, **params)
+        member = self.ENTITIES.get(action)
+        if not member:
+            return {"url": data.get("download_url"), "user_id": data.get("uin"), **data
+                    } if isinstance(data, dict) else data
+        found = object_of(data).get(member)
+        if isinstance(found, dict):
+            return self._entity(found)
+        if isinstance(found, list):
+            return [self._entity(row) for row in rows_of(found)] or found
+        raise Declined(f"its answer to {name} has no {member}")
+
+    def _entity(self, row: Row) -> Row:
+        """A friend, group or member, besides with the names that OneBot bridges have for that."""
+        return {**row, "group_remark": row.get("remark"),
+                "group_memo": scalar(row.get("announcement")) or row.get("description"),
+                "group_create_time": row.get("created_time"),
+                "category_name": object_of(row.get("category")).get("category_name")}
+
+    def _place(self, data: Row) -> str:
+        """Where an event belongs, as MessageBook has it."""
+        scene = scalar(data.get("message_scene"))
+        peer = next(filter(None, (number_of(data.get(name)) for name in (
+            "peer_id", "group_id", "user_id", "initiator_id"))), "")
+        return f"{self.me}/{scene if scene in ('friend', 'temp') else 'group'}/{peer}"
+
+    def _spelt(self, place: str, seq: Optional[int] = None) -> Row:
+        _, scene, peer = place.split("/")
+        return {"message_scene": scene, "peer_id": int(peer or 0), "message_seq": seq}
+
+    def _send(self, params: Row, get: Callable[..., Json]) -> Json:
+        uid, group = params.get("user_id"), params.get("group_id")
+        place = f"{self.me}/{('temp' if group else 'friend') if uid else 'group'}/{uid or group}"
+        name, where = ("private", {"user_id": uid}) if uid else ("group", {"group_id": group})
+        seq = number_of(object_of(get(f"send_{name}_message", **where, message=self._outgoing(
+            params["message"], place))).get("message_seq"))
+        number = self._book.note(place, int(seq), -time.time())[0] if seq else None
+        self._book.flush()
+        return {"message_id": number}
+
+    def _outgoing(self, message: Json, place: str) -> List[Row]:
+        """A message in Milky's segments. Declined for what it has none for."""
+        found = []
+        for kind, data in ((part["type"], part["data"]) for part in segments_of(message)):
+            at = scalar(data.get("qq"))
+            there, seq = self._book.find(data.get("id")) if kind == "reply" else (place, None)
+            if there != place:
+                raise Declined("a message of another conversation cannot be quoted")
+            uri = next((source for source in map(scalar, (data.get("file"), data.get("url")))
+                        if source and "://" in source), None)
+            forms: Dict[str, Tuple[str, Row]] = {
+                "text": ("text", {"text": scalar(data.get("text"))}),
+                "at": ("mention", {"user_id": int(number_of(at) or 0) or None}),
+                "face": ("face", {"face_id": scalar(data.get("id"))}),
+                "json": ("light_app", {"json_payload": scalar(data.get("data"))}),
+                "reply": ("reply", {"message_seq": seq}),
+                **dict.fromkeys(("image", "record", "video"), (kind, {"uri": uri}))}
+            theirs, made = forms.get(kind, (kind, {"": None}))
+            if kind == "at" and at == "all":
+                theirs, made = "mention_all", {}
+            if None in made.values():
+                raise Declined(f"Milky cannot send this segment: {kind}")
+            found.append({"type": theirs, "data": made})
+        return found
+
+    def _recall(self, params: Row, get: Callable[..., Json]) -> Json:
+        scene, peer, seq = self._spelt(*self._book.find(params["message_id"])).values()
+        name, member = ("group", "group_id") if scene == "group" else ("private", "user_id")
+        return get(f"recall_{name}_message", **{member: peer, "message_seq": seq})
+
+    def _tell(self, params: Row, get: Callable[..., Json]) -> Json:
+        found = self._spelt(*self._book.find(params["message_id"]))
+        row = object_of(object_of(get("get_message", **found)).get("message"))
+        return self._spoken({**row, **found}, params["message_id"]) if row else {}
+
+    def _answer(self, params: Row, get: Callable[..., Json]) -> Json:
+        verb = "accept" if params["approve"] else "reject"
+        if "sub_type" not in params:
+            return get(verb + "_friend_request", initiator_uid=params["flag"])
+        kind, group, seq, is_filtered = (str(params["flag"]).split("/") + [""] * 4)[:4]
+        if kind == "invitation":
+            return get(verb + "_group_invitation", group_id=group, invitation_seq=seq)
+        return get(verb + "_group_request", group_id=group, notification_seq=seq,
+                   notification_type=kind, is_filtered=is_filtered,
+                   reason=None if params["approve"] else params.get("reason"))
+
+    def _flag(self, kind: str, data: Row) -> str:
+        """What _answer() needs to know of a request of a group."""
+        seq = number_of(data.get("invitation_seq")) or number_of(data.get("notification_seq"))
+        return f"{kind}/{number_of(data.get('group_id'))}/{seq}/{is_true(data.get('is_filtered'))}"
+
+    def _requests(self, params: Row, get: Callable[..., Json]) -> Json:
+        who = {"join_request": "initiator_id", "invited_join_request": "target_user_id"}
+        rows = rows_of(object_of(get("get_group_notifications")).get("notifications"))
+        return {"join_requests": [{
+            **row, "request_id": self._flag(kind, row), "requester_uin": row.get(uid),
+            "message": row.get("comment"), "checked": row.get("state") != "pending"}
+            for kind, uid in who.items() for row in rows if row.get("type") == kind]}
+
+    OURS: Dict[str, Callable[[Any, Row, Callable[..., Json]], Json]] = {
+        "send_private_msg": _send, "send_group_msg": _send, "delete_msg": _recall, "get_msg": _tell,
+        "set_friend_add_request": _answer, "set_group_add_request": _answer,
+        "get_group_system_msg": _requests, "get_status": lambda self, params, get: {}}
+
+    def _hear(self, row: Row) -> None:
+        if row.get("event_type") != "bot_offline":
+            if "event_type" in row:
+                self._intake.put(self._place(object_of(row.get("data"))), row)
+        elif self._greeted:
+            self._intake.want(False)
+            self._offline(scalar(object_of(row.get("data")).get("reason")) or "it was logged out")
+
+    def _act(self, rows: List[Row]) -> None:
+        super()._act(rows)
+        self._book.flush()
+
+    def _items(self, row: Row) -> List[Row]:
+        """What comes of an event of Milky's, or of one that is in OneBot's words already."""
+        kind, data = scalar(row.get("event_type")) or "", object_of(row.get("data"))
+        place, seq = self._place(data), int(number_of(data.get("message_seq")) or 0)
+        if kind == "message_receive":
+            number, fresh = self._book.note(place, seq, int(number_of(
+                data.get("time")) or time.time())) if seq else (None, True)
+            return [*self._entity_news(data), *super()._items(self._spoken(data, number))
+                    ] if fresh else []
+        self._hashes.note(scalar(data.get("file_id")), scalar(data.get("file_hash")))
+        if kind in self.NOTICES:
+            row = self._notice_of(kind, {**row, **data, "message_id": self._book.note(
+                place, seq)[0] if seq else None})
+        elif kind:
+            row = {"post_type": "notice", "notice_type": self.UNKNOWN, **row}
+        return super()._items(row)
+
+    def _notice_of(self, kind: str, data: Row) -> Row:
+        what, sub_type, names = self.NOTICES[kind]
+        in_group = data.get("message_scene") == "group"
+        post_type, name = what.format("group" if in_group else "friend").split()
+        if " " in sub_type:
+            member, yes, no = sub_type.split()
+            sub_type = yes if is_true(data.get(member)) else no
+        more = {"flag": self._flag(kind.replace("group_", ""), data), "file": {
+            name: data.get("file_" + name) for name in ("id", "name", "size")}, **{
+            way: self.me if is_true(data.get("is_self_" + way)) else data.get("user_id")
+            for way in ("send", "receive")}}
+        return {**data, "post_type": post_type, post_type + "_type": name, "sub_type": sub_type,
+                **({"group_id": data.get("peer_id")} if in_group else {}),
+                **renamed({**data, **more}, names.split())}
+
+    def _spoken(self, data: Row, number: Json) -> Row:
+        """A message as OneBot tells of it."""
+        _, scene, peer = self._place(data).split("/")
+        group, uid = object_of(data.get("group")), number_of(data.get("sender_id"))
+        circle = peer if scene == "group" else number_of(group.get("group_id"))
+        return {"post_type": "message_sent" if uid == self.me else "message", "user_id": uid,
+                "sub_type": {"group": "normal", "friend": "friend"}.get(
+                    scene, "group" if circle else "other"),
+                "message_type": "group" if scene == "group" else "private", "target_id": peer,
+                "group_id": circle, "group_name": group.get("group_name"), "message_id": number,
+                "sender": {**object_of(data.get("group_member" if scene == "group" else "friend")),
+                           "user_id": uid},
+                "time": data.get("time"), "message": self._incoming(data)}
+
+    def _incoming(self, data: Row) -> List[Row]:
+        found = []
+        for kind, inner in ((part["type"], part["data"]) for part in segments_of(
+                data.get("segments"))):
+            seq = number_of(inner.get("message_seq")) if kind == "reply" else ""
+            more = {"id": str(self._book.note(self._place(data), int(seq))[0])} if seq else {}
+            self._hashes.note(scalar(inner.get("file_id")), scalar(inner.get("file_hash")))
+            kind, *names = str(self.SEGMENTS.get(kind, kind)).split()
+            found.append({"type": kind, "data": renamed({**inner, **more, "all": "all"}, names)
+                          if names else inner})
+        return found
+
+    def _entity_news(self, data: Row) -> List[Row]:
+        """What the entities in a message say of a group, or a friend, besides a sender's names."""
+        found = []
+        for kind, make, names in (("group", group_row, ("name", "markname", "memo")),
+                                  ("friend", friend_row, ("markname", "category"))):
+            new = make(self._entity(object_of(data.get(kind))))
+            thing = self._hooks.known(kind, new["uid"], "")
+            found += [changed(kind, "", new["uid"], name, new[name]) for name in names
+                      if thing and "remark" in data[kind] and thing.value(name) != new[name]]
+        return found
 
 
 def aes_128_ecb(key: bytes, data: bytes, encrypt: bool) -> bytes:
@@ -9473,7 +9911,7 @@ def split_text(text: str, limit: int) -> List[str]:
 
 # What each is where it is no account on the network inside.
 LINKS: Dict[str, Callable[[Settings, Hooks, Log], Link]] = {
-    "onebot": OneBotLink, "ilink": ILinkLink}
+    "onebot": OneBotLink, "milky": MilkyLink, "ilink": ILinkLink}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -9594,6 +10032,7 @@ class Papers:
         self.pid = PidFile(settings.pid_path)
         self.shelf = Shelf(f"{start}media_{account}_", log)
         self.spool_path = f"{start}post_{account}.jsonl"
+        self.ids_path = f"{start}ids_{account}.jsonl"
         self.claim_path = start + "account_{}.pid"
         self.local_path = f"{start}local_{account}"
 
@@ -10249,6 +10688,7 @@ class Login:
                       hook(self._confirmed), hook(self._lost),
                       lambda items: client.talk.receive(items), client.roster.find,
                       client.details.is_certain, hook(self._keep))
+        hooks.ids_path = client.papers.ids_path
         self.link: Link
         kind = link_of(client.settings.given)
         if kind in LINKS:
@@ -10319,17 +10759,17 @@ class Login:
         cookie = self._client.papers.read_cookie().get("cookie", "")
         self.link.login(str(cookie), str(self._client.spool.mark or ""))
 
-    def _show(self, text: str, seconds: float, error: str) -> None:
+    def _show(self, code: Code, seconds: float, error: str) -> None:
         """A QR code: the file lies there before anybody hears of it."""
         client, path = self._client, self._client.settings.qrcode_path
         self._codes += 1
         if self._codes > client.settings.qrcode_count_max and not self.link.real:
             client.log.error(f"nobody scanned {self._codes - 1} QR codes: giving up")
             return client.stop()
-        picture = qr_png(qr_matrix(text))
+        text, picture = ("", code) if isinstance(code, bytes) else (code, qr_png(qr_matrix(code)))
         client.papers.write(path, picture)
         client.log.info(f"二维码已下载到本地[ {path} ] (QR code)")
-        client.log.info(f"等待{client.flavour.phone}扫描二维码... (waiting for a scan: {text})")
+        client.log.info(f"等待{client.flavour.phone}扫描二维码... (waiting for a scan: {text or path})")
         client.enter("scaning", error)
         client.qrcode_text = text
         client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
@@ -11132,7 +11572,8 @@ def show_qrcode(client: Client, data: Row) -> None:
     """ShowQRcode: draws the code where somebody sees it, on a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
         client.on("input_qrcode", lambda client, *params: os.write(
-            sys.stderr.fileno(), qr_text(qr_matrix(client.qrcode_text)).encode()))
+            sys.stderr.fileno(), qr_text(qr_matrix(client.qrcode_text)).encode()
+        ) if client.qrcode_text else None)
 
 
 def avatar(uid: str) -> bytes:
@@ -11885,7 +12326,9 @@ def qrcode_response(picture: Optional[bytes], flavour: Type[Flavour]) -> Respons
     """get_qrcode's answer, on both servers (002)."""
     if picture is None:
         return Response(b"", "", 404)
-    return Response(picture, flavour.qrcode_type, fields={"Cache-Control": "no-cache"})
+    is_ours = media_type(picture, "") == "image/png"
+    return Response(picture, flavour.qrcode_type if is_ours else "image/jpeg",
+                    fields={"Cache-Control": "no-cache"})
 
 
 def api_routes(verbs: Iterable[Verb], handler: Callable[[Verb], Callable[[Request], Any]]
@@ -11944,15 +12387,17 @@ def client_fallback(request: Request) -> Response:
 
 
 def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
-    """/onebot, where a bridge posts its events (ONEBOT.md). AuthFailure, BadRequest; ApiNotFound
-    for an account without a bridge.
+    """/onebot and /milky, where a bridge posts its events (ONEBOT.md, MILKY.md). AuthFailure,
+    BadRequest; ApiNotFound for an account on another link.
 
     A signature lets it in (NapCat signs with its token; one that is wrong is one too many), the
-    bridge's token, or what every other caller needs.
+    bridge's token, or what every other caller needs; for Milky its token, or, where there is none,
+    that it is on this machine.
     """
     request.read_url_only()
-    settings, fields = client.settings, request.fields
-    token, secret = settings.onebot_token, settings.onebot_secret
+    settings, fields, is_milky = client.settings, request.fields, request.path == "/milky"
+    token, secret = (settings.milky_token, "") if is_milky else (settings.onebot_token,
+                                                                 settings.onebot_secret)
     offer = fields.get("x-signature", "").lower().encode("latin-1", "replace")
     if "x-signature" in fields and (token or secret):
         if not any([same_bytes(offer, signature(key, request.body).encode())
@@ -11961,16 +12406,16 @@ def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
     elif secret or not token or not same_bytes(
             fields.get("authorization", "").encode("latin-1", "replace"),
             bearer(token).encode("latin-1", "replace")):
-        if secret and not settings.token:
+        if token if is_milky else secret and not settings.token:
             raise AuthFailure()
         try:
-            gate.check(request)
+            (Gate() if is_milky else gate).check(request)
         except AuthFailure:
             raise AuthFailure() from None  # what helps other callers is no advice for a bridge
     row = object_in(request.body)
     if row is None:
         raise BadRequest(400, "an event must be a JSON object")
-    if not client.link.hear(row):
+    if link_of(settings.given) != request.path[1:] or not client.link.hear(row):
         raise ApiNotFound()
     return {}
 
@@ -12021,8 +12466,8 @@ def serve_client(client: Client, api: Api, reporter: Optional[Reporter], setting
     routes += [*(pages.routes() if pages else []), HEALTH,
                Route("/", READ, lambda request: client_page(client) if client.parent
                      else dashboard(config), open=True),
-               Route("/onebot", "POST", functools.partial(take_from_bridge, client, gate),
-                     open=True)]
+               *[Route(path, "POST", functools.partial(take_from_bridge, client, gate), open=True)
+                 for path in BRIDGES]]
     routes += openapi_routes(flavour, bool(settings.token), routes[:], False)
     app = ClientApp(gate, client.log, routes, client_fallback)
     app.metrics.watch("clients", "gauge", "Clients by state.",
@@ -12524,13 +12969,15 @@ def is_passed_on(name: str) -> bool:
             and not ABOUT_THE_CALLER.fullmatch(name))
 
 
-def pass_on(request: Request, port: int, token: str = "", trusted: bool = True) -> Response:
+def pass_on(request: Request, port: int, token: Optional[str] = "", trusted: bool = True
+            ) -> Response:
     """A client's answer to a call, which is made anew from what was parsed; Unreachable, TooSlow,
-    Hangup. One that is not trusted comes to the client as from another machine, and without our
-    token."""
+    Hangup. One that is not trusted comes to the client as from another machine, and with its own
+    token, as with None, instead of ours."""
     fields = {name: value for name, value in request.fields.items() if is_passed_on(name)}
     if not trusted:
         fields["forwarded"] = "for=unknown"
+    if not trusted or token is None:
         fields["authorization"] = request.fields.get("authorization", "")
     elif token:
         fields["authorization"] = bearer(token)
@@ -12658,7 +13105,7 @@ class Controller:
 
     FILES = {"state_path": "state_{}.json", "qrcode_path": "qrcode_{}.jpg",
              "pid_path": "pid_{}.pid", "cookie_path": "cookie_{}.dat",
-             "spool_path": "post_{}.jsonl", "media": "media_{}_"}
+             "spool_path": "post_{}.jsonl", "ids_path": "ids_{}.jsonl", "media": "media_{}_"}
 
     def __init__(self, listen: Optional[List[Row]] = None, **given: Any) -> None:
         self.flavour = flavour_named(given.get("flavor"))
@@ -12985,7 +13432,8 @@ class ControllerApi:
         return api_routes([verb for verb in VERBS if verb.on in ("controller", "both")],
                           lambda verb: getattr(self, verb.name)
                           ) + [Route("/", READ, self.index, open=True), HEALTH,
-                               Route("/onebot", "POST", self.onebot, open=True)]
+                               *[Route(path, "POST", self.from_bridge, open=True)
+                                 for path in BRIDGES]]
 
     def all_routes(self, others: List[Route]) -> List[Route]:
         """These, others, and the one that describes them, with what is passed on to clients."""
@@ -13004,11 +13452,11 @@ class ControllerApi:
             raise ClientMissing("client not exists")
         return child
 
-    def _pass_on(self, request: Request, trusted: bool = True) -> Response:
+    def _pass_on(self, request: Request, trusted: bool = True, as_it_is: bool = False) -> Response:
         child = self._child(request)
         if child.process is None:
             raise Unreachable()
-        return pass_on(request, child.port, self._token, trusted)
+        return pass_on(request, child.port, None if as_it_is else self._token, trusted)
 
     def start_client(self, request: Request) -> Row:
         """Start a client; answers before it has logged in."""
@@ -13056,7 +13504,7 @@ class ControllerApi:
             account = controller.former.get(name) or self._child(request)
             controller.stop_client(account, "client_deleted")
             controller.network.do(controller.network.logins.delete, name)
-            for setting in "cookie_path", "state_path", "spool_path", "qrcode_path":
+            for setting in "cookie_path", "state_path", "spool_path", "qrcode_path", "ids_path":
                 remove_file(controller.path_of(account, setting))
                 remove_leftovers(controller.path_of(account, setting))
             Shelf(controller.path_of(account, "media"), controller.log).clear()
@@ -13108,18 +13556,19 @@ class ControllerApi:
             raise ApiNotFound()
         return self._pass_on(request)
 
-    def onebot(self, request: Request) -> Response:
-        """A bridge's event, for its client, who knows the signature (ONEBOT.md)."""
+    def from_bridge(self, request: Request) -> Response:
+        """A bridge's event, for its client, who knows the signature or the token (ONEBOT.md,
+        MILKY.md)."""
         request.read_url_only()
-        child = self._children.get(self._name(request))
+        child, is_milky = self._children.get(self._name(request)), request.path == "/milky"
         try:
-            self._controller.gate.check(request)
+            (Gate() if is_milky else self._controller.gate).check(request)
             trusted = True
         except AuthFailure:
             trusted = False
             if child is None or child.process is None:
                 raise  # who is there is none of a stranger's business
-        return self._pass_on(request, trusted)
+        return self._pass_on(request, trusted, is_milky)
 
     def index(self, request: Request) -> Response:
         """What a browser sees at /."""
