@@ -281,8 +281,8 @@ def lock_file(file: Any, wait: bool = False) -> None:
         while True:
             os.lseek(file.fileno(), 2 ** 30, os.SEEK_SET)
             try:
-                return msvcrt.locking(file.fileno(),  # type: ignore
-                                      msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # type: ignore
+                how = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK  # type: ignore
+                return msvcrt.locking(file.fileno(), how, 1)       # type: ignore
             except OSError:
                 if not wait:  # else it has tried for ten seconds
                     raise
@@ -298,7 +298,7 @@ def replace_file(old: str, new: str) -> None:
         try:
             return os.replace(old, new)
         except PermissionError:
-            time.sleep(0.01)
+            time.sleep(0.01)  # nothing tells when a reader has closed it
     os.replace(old, new)
 
 

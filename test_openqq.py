@@ -6660,7 +6660,7 @@ def test_only_the_standard_library_is_imported():
             assert node.level == 0
             names.add(node.module)
     assert {"json", "selectors", "urllib.request"} <= names
-    for name in names:
+    for name in names - {"msvcrt", "fcntl", "resource"}:  # of Windows, and of all others
         root = name.partition(".")[0]
         spec = importlib.util.find_spec(root)
         assert spec is not None, f"{name} is not there in Python {sys.version}"
@@ -13496,7 +13496,8 @@ def test_each_event_of_milkys_is_told_once_and_in_the_documented_words(milky):
             assert {key: got[key] for key in wanted} == wanted
     said = milky.call("accept_friend_request", ticket="u_x")
     if milky.bridge.missing:
-        assert said["code"] != 0 and "knows no accept_friend_request" in milky.program.log.text()
+        assert said["code"] != 0
+        milky.program.log.wait("knows no accept_friend_request")
     else:
         assert said["code"] == 0
         assert milky.bridge.wait_call("accept_friend_request") == {"initiator_uid": "u_x"}
