@@ -10,7 +10,7 @@ The API is that of Mojo-Webqq and its controller. As a library: openqq.Controlle
 Map of this file (a section uses only what stands above it):
      0  map, version, limits
      1  errors
-     2  tools: platform, names, JSON, log, threads, timers
+     2  tools: names, JSON, log, threads, timers
      3  settings
      4  flavours
      5  model: what an account knows
@@ -47,6 +47,7 @@ import binascii
 import collections
 import contextlib
 import errno
+import fcntl
 import functools
 import heapq
 import hmac
@@ -248,179 +249,10 @@ class Refusal(OpenQQError):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Tools: platform, names, JSON, log, threads, timers
+# 2. Tools: names, JSON, log, threads, timers
 # ------------------------------------------------------------------------------------------------
 
-# -- platform: all that systems do differently; nothing else in this file asks which one it is
-
-IS_WINDOWS = os.name == "nt"
-SYSTEM = "MSWin32" if IS_WINDOWS else sys.platform  # as Perl calls it (000)
-# Windows ends a process that gets none of these; its services send Ctrl-Break.
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")
-           if hasattr(signal, name)]
-# Elsewhere whoever reads from a socket wakes up when another thread shuts that.
-SHUTTING_WAKES = not IS_WINDOWS
-OPEN_FLAGS = (getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-              | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-              | getattr(os, "O_NOINHERIT", 0))
-SYSTEM_ENVIRONMENT = "SYSTEMROOT|SYSTEMDRIVE|WINDIR|TEMP|TMP|USERPROFILE|APPDATA|WINE\\w+"
-
-
-def is_ours(found: os.stat_result) -> bool:
-    """Whether a file is a plain one of ours, or root's, with one name. Windows has no such owner:
-    there, others cannot write into one's folders."""
-    return stat.S_ISREG(found.st_mode) and (IS_WINDOWS or (
-        found.st_uid in (0, os.geteuid()) and found.st_nlink == 1))
-
-
-def lock_file(file: Any, wait: bool = False) -> None:
-    """Hold an open file against other processes until it is closed; OSError if one of them has it,
-    unless we wait. Windows locks bytes, which nobody else can read then: one far behind."""
-    if IS_WINDOWS:
-        import msvcrt
-        while True:
-            os.lseek(file.fileno(), 2 ** 30, os.SEEK_SET)
-            try:
-                return msvcrt.locking(file.fileno(),  # type: ignore
-                                      msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # type: ignore
-            except OSError:
-                if not wait:  # else it has tried for ten seconds
-                    raise
-            finally:
-                os.lseek(file.fileno(), 0, os.SEEK_SET)
-    import fcntl
-    fcntl.flock(file, fcntl.LOCK_SH if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def replace_file(old: str, new: str) -> None:
-    """Rename over what is there; on Windows once more while somebody reads that. OSError."""
-    for _ in range(200 if IS_WINDOWS else 0):
-        try:
-            return os.replace(old, new)
-        except PermissionError:
-            time.sleep(0.01)
-    os.replace(old, new)
-
-
-@contextlib.contextmanager
-def handing_down(listener: socket.socket) -> Iterator[Tuple[Row, Dict[str, str], Any]]:
-    """What gives a child a listening socket and a life line, whose other end is ours: Popen's
-    arguments (it hears no Ctrl-C of ours), its environment, and a function of the new process that
-    brings our end. OSError. Windows' children inherit no sockets: ours calls us, by a secret."""
-    if not IS_WINDOWS:
-        ours, theirs = socket_pair()
-        with theirs:
-            yield ({"start_new_session": True, "pass_fds": (theirs.fileno(), listener.fileno())},
-                   {"OPENQQ_LIFE": str(theirs.fileno()), "OPENQQ_LISTEN": str(listener.fileno())},
-                   lambda process: ours)
-        return
-    secret = new_secret()
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        def meet(process: Any) -> socket.socket:
-            door.settimeout(1.0)
-            while process.poll() is None:
-                with contextlib.suppress(OSError):   # nobody yet, or not the one
-                    life = door.accept()[0]
-                    life.settimeout(5.0)
-                    if hmac.compare_digest(life.recv(64), secret.encode()):
-                        data = listener.share(process.pid)  # type: ignore
-                        life.sendall(struct.pack("!I", len(data)) + data)
-                        return life
-                    life.close()
-            raise OSError(errno.ECHILD, "it ended before it was heard of")
-        yield {"creationflags": 0x200}, {"OPENQQ_LIFE": f"{door.getsockname()[1]}:{secret}"}, meet
-
-
-def take_over() -> None:
-    """In a child: have OPENQQ_LIFE and OPENQQ_LISTEN name sockets of this process. OSError."""
-    port, _, secret = os.environ.get("OPENQQ_LIFE", "").partition(":")
-    if secret:
-        life = socket.create_connection(("127.0.0.1", int(port)), 10.0)
-        life.sendall(secret.encode())
-        with life.makefile("rb") as file:
-            length = struct.unpack("!I", file.read(4))[0]
-            listener = socket.fromshare(file.read(length))  # type: ignore
-        life.settimeout(None)
-        os.environ.update(OPENQQ_LIFE=str(life.detach()), OPENQQ_LISTEN=str(listener.detach()))
-
-
-def socket_pair() -> Tuple[socket.socket, socket.socket]:
-    """Two sockets that lead to each other and nowhere else: on Windows Python makes them of a
-    loopback connection, and somebody else might have been quicker. OSError."""
-    one, other = socket.socketpair()
-    if IS_WINDOWS and one.getsockname() != other.getpeername():
-        one.close()
-        other.close()
-        raise OSError(errno.EACCES, "somebody else connected to our socket")
-    return one, other
-
-
-def ask_to_end(process: Any, life: Optional[socket.socket]) -> None:
-    """Have a child end by itself: TERM, or where there are no signals the end of its life line."""
-    if not IS_WINDOWS:
-        process.terminate()
-    elif life:
-        with contextlib.suppress(OSError):  # it has ended
-            life.shutdown(socket.SHUT_WR)
-
-
-def bind_alone(sock: socket.socket) -> None:
-    """Have a port for us alone. Windows' SO_REUSEADDR would share it with anybody."""
-    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
-    sock.setsockopt(socket.SOL_SOCKET, option, 1)
-
-
-def open_files(wishes: Sequence[int]) -> int:
-    """How many open files this process may have, after asking for so many; Windows has no limit
-    that could be asked for."""
-    if IS_WINDOWS:
-        return wishes[0]
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for most in wishes:
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        if soft == resource.RLIM_INFINITY or soft >= most:
-            break
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            soft = most
-        except (OSError, ValueError):
-            pass  # macOS has another limit below the one that it tells
-    return wishes[0] if soft == resource.RLIM_INFINITY else soft
-
-
-def prepare_console(closed: Callable[[], None] = lambda: None) -> bool:
-    """Let a Windows console read UTF-8 and colours, and tell of its closing, which leaves five
-    seconds. Whether the console is there for us alone, as after a double click."""
-    if not IS_WINDOWS:
-        return False
-    try:
-        import ctypes
-        kernel: Any = ctypes.windll.kernel32         # type: ignore
-        kernel.SetConsoleOutputCP(65001)
-        for number in -11, -12:                      # standard output and error
-            handle, mode = kernel.GetStdHandle(number), ctypes.c_uint32()
-            if kernel.GetConsoleMode(handle, ctypes.byref(mode)):
-                kernel.SetConsoleMode(handle, mode.value | 4)  # escape sequences
-
-        def heard(event: int) -> int:
-            if event < 2:
-                return 0                             # Ctrl-C and Ctrl-Break: signals
-            closed()
-            time.sleep(STOP_SECONDS + LAND_SECONDS)  # when it returns the process is ended
-            return 1
-        prepare_console.heard = ctypes.WINFUNCTYPE(  # type: ignore
-            ctypes.c_int, ctypes.c_uint)(heard)      # kept: Windows does not
-        kernel.SetConsoleCtrlHandler(prepare_console.heard, 1)  # type: ignore
-        return bool(kernel.GetConsoleProcessList((ctypes.c_uint32 * 2)(), 2) == 1)
-    except (ImportError, OSError, AttributeError):
-        return False  # there is none
-
-
-# -- names, JSON
-
 NAME = re.compile(r"(?!\.)[A-Za-z0-9_.@\-\u3400-\u4dbf\u4e00-\u9fff]{1,%d}" % NAME_LIMIT)
-RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|\Z)|.*\.\Z")  # to Windows
 SURROGATES = re.compile("[\ud800-\udfff]")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 ID_KEY = re.compile(r"(?:.*_)?u?id|reply_to")
@@ -491,7 +323,7 @@ def typed_text(word: str) -> str:
 
 def check_name(name: str) -> str:
     """An account's name as it came, or NotAllowed: names become file names (DESIGN)."""
-    if not NAME.fullmatch(name) or RESERVED.match(name):
+    if not NAME.fullmatch(name):
         raise NotAllowed("client name not allowed")
     return name
 
@@ -553,8 +385,9 @@ def own_opener(path: str, flags: int) -> int:
     Opens only a regular file of ours (or root's) with one name, made 0600 if it is new; OSError
     for a symlink, a FIFO, a device, a second link or somebody else's file.
     """
-    handle = os.open(path, flags | OPEN_FLAGS, 0o600)
-    if is_ours(os.fstat(handle)):
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    found = os.fstat(handle)
+    if stat.S_ISREG(found.st_mode) and found.st_uid in (0, os.geteuid()) and found.st_nlink == 1:
         return handle
     os.close(handle)
     raise OSError(errno.EPERM, "not a plain file of this user", path)
@@ -570,8 +403,7 @@ def python_words(*words: str) -> List[str]:
     module = name[:-3] if name.endswith(".py") else ""
     if not module.isidentifier():
         return ["-X", "utf8", os.path.join(directory, name), *words]
-    code = (f"import sys; sys.path[:] = [{directory!r}, *filter(None, sys.path)]; "
-            f"import {module}; {module}.command_line()")
+    code = f"import sys; sys.path[0] = {directory!r}; import {module}; {module}.command_line()"
     return ["-X", "utf8", "-c", code, *words]
 
 
@@ -787,7 +619,7 @@ class Timers:
         self._calls: List[Tuple[float, int, Timer]] = []  # a heap; guarded by the lock
         self._count = itertools.count()
         self._selector = selectors.DefaultSelector()
-        self._ear, self._mouth = socket_pair()
+        self._ear, self._mouth = socket.socketpair()
         self._ear.setblocking(False)
         self._mouth.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ, lambda: self._ear.recv(4096))
@@ -817,7 +649,7 @@ class Timers:
         self._selector.unregister(sock)
 
     def catch_signals(self, act: Callable[[int], None]) -> None:
-        """Have act(number) called, with the lock held, for each of SIGNALS.
+        """Have act(number) called, with the lock held, for TERM, INT and HUP.
 
         Only in the main thread, which has to run() too: Python's handlers run there. What was
         ignored at start stays so (nohup). The wake-up descriptor matters: without it a signal that
@@ -826,7 +658,7 @@ class Timers:
         if threading.current_thread() is not threading.main_thread():
             return
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             former = signal.getsignal(number)
             if former is not signal.SIG_IGN:
                 self._signals.setdefault(number, former)
@@ -1889,7 +1721,7 @@ def write_file(path: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        replace_file(temporary, path)
+        os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
@@ -1962,7 +1794,8 @@ def check_usable(name: str, path: str, tmpdir: str) -> None:
     place = path if name == "tmpdir" and os.path.isdir(path) else os.path.dirname(path)
     try:
         found = os.lstat(path)
-        good = is_ours(found) if name != "tmpdir" else stat.S_ISDIR(found.st_mode)
+        good = stat.S_ISREG(found.st_mode) and found.st_uid in (0, os.geteuid()) and (
+            found.st_nlink == 1) if name != "tmpdir" else stat.S_ISDIR(found.st_mode)
     except OSError as error:
         good = error.errno == errno.ENOENT
     while good and name == "tmpdir" and not os.path.lexists(place):
@@ -2066,7 +1899,7 @@ class PidFile:
                 raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
                               "remove it, or give another --tmpdir") from None
             try:
-                lock_file(file)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path)):
                     self._file = file
             except FileNotFoundError:
@@ -2085,8 +1918,8 @@ class PidFile:
     def await_end(self) -> None:
         """Return when no living process has it."""
         try:
-            with open(self.path, "r+", opener=own_opener) as file:
-                lock_file(file, wait=True)
+            with open(self.path, opener=own_opener) as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
         except OSError:
             pass  # there is none
 
@@ -2095,8 +1928,6 @@ class PidFile:
         if self._file is not None:
             remove_file(self.path)
             self._file.close()
-            if IS_WINDOWS:  # which removes no open file: nor that of whoever was quicker
-                remove_file(self.path)
             self._file = None
 
 
@@ -2156,8 +1987,8 @@ class Journal:
         """Replace all there is by what lasts. OSError."""
         lines, elsewhere = self.last_lines()
         data = b"".join(to_bytes(line) + b"\n" for line in lines)
-        self.release()  # Windows replaces no open file
         write_file(self.path, data)
+        self.release()
         self._size, self._base = len(data), len(data) + elsewhere
 
     def release(self) -> None:
@@ -2351,7 +2182,6 @@ FORWARDED_PROTO = re.compile(r'\bproto\s*=\s*"?([^;,"]*)', re.IGNORECASE)  # RFC
 MEDIA_MARK = "x-openqq-media"
 PICTURES = re.compile("/open(qq|wx)/get_media")
 NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
-SELECT_LIMIT = 500  # sockets that select() takes on Windows; of those beyond no hang-up is heard of
 DESCRIPTORS = (65_536, 10_240)  # open files that a process wants, and what macOS grants
 
 
@@ -2370,8 +2200,7 @@ class Reaper:
         self.lock = threading.RLock()
         self._mortal: Set[Any] = set()  # whatever has `until`, and expire() for when it has come
         self._selector = selectors.DefaultSelector()
-        self._is_select = isinstance(self._selector, selectors.SelectSelector)
-        self._ear, self._mouth = socket_pair()
+        self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ)
         self._started = False
@@ -2396,10 +2225,11 @@ class Reaper:
     def watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
         """Have gone() called, with the lock held, if the peer closes; it changes state only."""
         with self.lock:
-            with contextlib.suppress(KeyError, ValueError, OSError):  # it is closed already
-                if not self._is_select or len(self._selector.get_map()) < SELECT_LIMIT:
-                    self._selector.register(sock, selectors.EVENT_READ, gone)
-        if self._is_select:  # it takes no notice before
+            try:
+                self._selector.register(sock, selectors.EVENT_READ, gone)
+            except (KeyError, ValueError, OSError):
+                return  # it is closed, or more than this system can watch: nobody is told then
+        if not hasattr(self._selector, "fileno"):  # select() and poll() take no notice before
             self.wake()
 
     def unwatch(self, sock: socket.socket) -> None:
@@ -2503,27 +2333,18 @@ class Stream:
 
     def more(self) -> bytes:
         """What comes next from the socket, b"" at its end; `cause`, OSError."""
-        while True:
-            try:
-                if not SHUTTING_WAKES:
-                    self.sock.settimeout(1.0)
-                data = self.sock.recv(65_536)
-            except OSError as error:
-                if isinstance(error, socket.timeout) and not self.cause:
-                    continue
-                raise self.cause or error from None
-            if not data and self.cause:
-                raise self.cause
-            return data
+        try:
+            data = self.sock.recv(65_536)
+        except OSError as error:
+            raise self.cause or error from None
+        if not data and self.cause:
+            raise self.cause
+        return data
 
     def send(self, data: bytes) -> None:
         """Write all of it; `cause`, OSError."""
         try:
-            if not SHUTTING_WAKES:
-                self.sock.settimeout(max(0.01, min(POST_DAY, self.until - time.monotonic())))
             self.sock.sendall(data)
-        except socket.timeout:
-            raise self.cause or TimeoutError() from None
         except OSError as error:
             raise self.cause or error from None
 
@@ -3430,7 +3251,7 @@ class Server(ThreadingHTTPServer):
         self._crew = ThreadPool(self._max, "http", log, linger=3.0)
         self._open: Set[socket.socket] = set()  # all connections; add and discard only
         self._turned_away = app.metrics.begin()
-        self._ear, self._mouth = socket_pair()
+        self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
 
     def serve_forever(self, poll_interval: float = 0.0) -> None:
@@ -3499,7 +3320,6 @@ class Server(ThreadingHTTPServer):
         for future in list(self.waiting):
             settle(future, None)
         for stream in list(self.idle):
-            stream.cause = Hangup()
             stream.shut(socket.SHUT_RD)
 
 
@@ -3509,8 +3329,18 @@ def room_for_connections() -> int:
     Beyond its limit of open files nobody could even be told that there are too many. A quarter
     of them is left for files and clients.
     """
-    found = open_files(DESCRIPTORS)
-    return found if found == DESCRIPTORS[0] else max(1, found * 3 // 8)
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for most in DESCRIPTORS:
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        if soft == resource.RLIM_INFINITY or soft >= most:
+            break
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        except (OSError, ValueError):
+            pass  # macOS has another limit below the one that it tells
+    return DESCRIPTORS[0] if soft == resource.RLIM_INFINITY else max(1, soft * 3 // 8)
 
 
 def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
@@ -3521,7 +3351,7 @@ def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        bind_alone(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host.strip("[]"), port))
         sock.listen(backlog)
     except BaseException:
@@ -4025,9 +3855,8 @@ def connect(host: str, port: int, until: float) -> socket.socket:
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a heartbeat hangs long
-            with contextlib.suppress(OSError):  # older systems have one time for all
-                idle = getattr(socket, "TCP_KEEPIDLE", 0x10)  # macOS calls it TCP_KEEPALIVE
-                sock.setsockopt(socket.IPPROTO_TCP, idle, 60)
+            idle = getattr(socket, "TCP_KEEPIDLE", 0x10)  # macOS calls it TCP_KEEPALIVE
+            sock.setsockopt(socket.IPPROTO_TCP, idle, 60)
             return sock
         except OSError as error:
             sock.close()
@@ -10046,7 +9875,7 @@ class Papers:
             *client.flavour.state_flags, "qrcode_count_max", "ua_retry_times")})
         row.update({name: given(name) or None for name in ("log_encoding", "log_path")})
         program = client.flavour.program
-        row.update(account=client.account, os=SYSTEM, pid=os.getpid(),
+        row.update(account=client.account, os=sys.platform, pid=os.getpid(),
                    previous_state=client.previous_state or None,
                    start_time=str(client.start_time), state=client.state, version=VERSION,
                    plugin=[{"name": ("" if plugin.name[0] == "+" else f"{program}::Plugin::")
@@ -12556,7 +12385,7 @@ PLUGINS.update({"ShowMsg": (show_msg, 100), "UploadQRcode": (upload_qrcode, 0),
 # What a client's environment takes over from the controller's; all else would be a way in.
 KEPT_ENVIRONMENT = re.compile(r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|TERM|VIRTUAL_ENV|"
                               r"LD_LIBRARY_PATH|SSL_CERT_(FILE|DIR)|PYTHONDONTWRITEBYTECODE|"
-                              r"(https?|no|all)_proxy|(HTTPS?|NO|ALL)_PROXY|" + SYSTEM_ENVIRONMENT)
+                              r"(https?|no|all)_proxy|(HTTPS?|NO|ALL)_PROXY")
 HOP_BY_HOP = ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te",
               "proxy-connection", "trailer", "transfer-encoding", "upgrade", "content-length",
               "expect", "host", "date")
@@ -12756,7 +12585,7 @@ class Supervisor:
         child.phase = phase
         if child.process or child.making:            # what is being made ends as soon as it can
             if child.process:
-                ask_to_end(child.process, child.life)
+                child.process.terminate()
             self._step_in(child, KILL_SECONDS)
         elif phase == "stopping":
             self._stopped(child)
@@ -12803,12 +12632,15 @@ class Supervisor:
         name = f"{owner.flavour.ps}client({child.name})"
         python = os.environ.get("OPENQQ_PYTHON", sys.executable)
         try:
-            with handing_down(child.listener) as (arguments, more, meet):
+            ours, theirs = socket.socketpair()
+            with theirs:
                 process = self._spawn(
                     [os.path.join(os.path.dirname(python), name), "-S",
-                     *python_words("--client")], executable=python, stdin=self._null,
-                    env={**environment, **more, "OPENQQ_PYTHON": python}, **arguments)
-                ours = meet(process)
+                     *python_words("--client")],
+                    executable=python, stdin=self._null, start_new_session=True,
+                    pass_fds=(theirs.fileno(), child.listener.fileno()),
+                    env={**environment, "OPENQQ_LIFE": str(theirs.fileno()),
+                         "OPENQQ_LISTEN": str(child.listener.fileno()), "OPENQQ_PYTHON": python})
         except (OSError, ValueError) as error:
             with owner.lock:
                 child.lines.append(f"cannot be started: {error}")
@@ -12830,7 +12662,7 @@ class Supervisor:
             self._timers.watch(ours, lambda: self.listen(child))
             self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
             if child.phase != "starting":
-                ask_to_end(process, ours)            # somebody said so meanwhile
+                process.terminate()                  # somebody said so meanwhile
             owner.changed()
 
     def _environment(self, child: Child) -> Dict[str, str]:
@@ -13462,10 +13294,6 @@ class ControllerApi:
         """Start a client; answers before it has logged in."""
         controller, name = self._controller, self._name(request)
         settings, given = controller.settings, check_params(request.keys())
-        if any(other != name and other.casefold() == name.casefold()
-               for other in [*self._children, *controller.former]):
-            raise NotAllowed("client name not allowed: it differs only in case from a known one, "
-                             "and names become file names")
         check_paths(given, settings.tmpdir,
                     rf"{controller.flavour.file_prefix}{{}}_{re.escape(name)}\.\w+",
                     (settings.template_path, settings.backend_path, settings.pid_path,
@@ -13669,7 +13497,7 @@ def rename_process(whose: str, given: Dict[str, str]) -> Type[Flavour]:
     """
     flavour = flavour_named(given.get("flavor"))
     python = os.environ.pop("OPENQQ_PYTHON", "")
-    if python or not sys.executable or IS_WINDOWS:  # where a process cannot become another one
+    if python or not sys.executable:
         sys.executable = python or sys.executable
         return flavour
     account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
@@ -13711,7 +13539,6 @@ def run_child() -> int:
     """`--client`: what a controller starts."""
     sys.executable = os.environ.pop("OPENQQ_PYTHON", sys.executable)
     sys.modules.setdefault("openqq", sys.modules[__name__])
-    take_over()
     life = os.environ.get("OPENQQ_LIFE", "")  # a descriptor of our own: a template may take it
     line = socket.fromfd(int(life), socket.AF_INET, socket.SOCK_STREAM) if life else None
     try:
@@ -13727,8 +13554,7 @@ def run_child() -> int:
 
 def end_with_controller(line: socket.socket) -> None:
     """For a template that never comes to run(), where the controller's end would be seen."""
-    if not IS_WINDOWS:  # signals are not for this thread
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are not for us
     with selectors.DefaultSelector() as selector:
         selector.register(line, selectors.EVENT_READ)
         selector.select()
@@ -14135,9 +13961,6 @@ def written(write: Callable[[], Optional[int]]) -> int:
 
 def main(words: Sequence[str]) -> int:
     """The program; its exit status: 0, 1 for a refusal, 2 for a wrong call, 3: nobody answers."""
-    is_alone = prepare_console()
-    if is_alone and not words:  # a double click
-        words = ["controller"]
     command, rest = words[0] if words else "", words[1:]
     is_server = command in ("controller", "client")
     text = ""
@@ -14158,8 +13981,6 @@ def main(words: Sequence[str]) -> int:
             return written(lambda: run_command(command, rest))
     except Refusal as refusal:
         print(f"openqq: {refusal.status}", file=sys.stderr)
-        if is_alone:
-            input("Enter: ")  # the window would close before anybody has read it
         return refusal.exit
     wrong = f"openqq: there is no command {command!r}\n" if command else ""
     print(wrong + USAGE, end="", file=sys.stderr)
