@@ -10780,7 +10780,7 @@ class Client:
         if parent and has_ended(parent.life):
             self.timers.unwatch(parent.life)
             self.parent = None
-            self.log.warn("the controller is gone: stopping")
+            self.log.warn("the controller is gone, or ends us: stopping")
             self.stop()
 
     def _wind_up(self) -> None:
