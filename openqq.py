@@ -140,6 +140,7 @@ SEND_SECONDS = 50.0              # a caller waits so long for a send; nginx itse
 STOP_SECONDS = 3.0               # what stop_client promises, and what the queue gets on a stop
 LAND_SECONDS = 1.5               # and then what it has sent, to be answered: else it comes twice
 KILL_SECONDS = 10.0              # between TERM and KILL
+REPLACE_SECONDS = 10.0           # before a state file that was not to be had is tried again
 ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
 START_TRIES = 7                  # starts without reaching running
 TRIAL_SECONDS = 10.0             # a client that has not died by then has taken its new settings
@@ -266,7 +267,7 @@ END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP",
 # No descriptor is handed on by accident, no symlink followed, no FIFO waited for.
 OPEN_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
 # Sockets that a selector takes: select() of Windows, all that it has, is made for 512.
-MOST_WATCHED = 500 if sys.platform == "win32" else 1_000_000
+MOST_WATCHED = 480 if sys.platform == "win32" else 1_000_000
 DESCRIPTORS = (65_536, 10_240)  # open files that a process wants, and what macOS grants
 SHARE_SIZE = 628                 # bytes of what hands a socket to a process of Windows at most
 
@@ -2011,12 +2012,14 @@ def write_file(path: str, data: bytes) -> None:
         raise
 
 
-def keep_file(path: str, data: bytes, log: Log) -> None:
+def keep_file(path: str, data: bytes, log: Log) -> bool:
     """Replace a file that nobody can do much about when it cannot be written: a warning."""
     try:
         write_file(path, data)
+        return True
     except OSError as error:
         log.warn(f"{path} cannot be written: {error.strerror}; going on without")
+        return False
 
 
 def remove_file(path: str) -> None:
@@ -2062,13 +2065,14 @@ def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterabl
     `own_files` matches the names of this program's own files that the caller may have, `taken`
     are paths that it may not, whatever they are called (empty ones count for nothing).
     """
-    real, room = os.path.realpath(path), os.path.realpath(tmpdir)  # where symlinks lead to
-    base = os.path.basename(real)
-    good = real.startswith(os.path.join(room, "")) and (
-        not re.match("mojo_|[.]", base) or re.fullmatch(own_files, base))
+    real, room = [os.path.normcase(os.path.realpath(each)) for each in (path, tmpdir)]
+    base = os.path.basename(os.path.realpath(path))  # as symlinks lead to, and it is spelt
+    good = real.startswith(os.path.join(room, "")) and not FORBIDDEN.fullmatch(base) and (
+        not re.match("mojo_|[.]", base, re.I) and ":" not in base or re.fullmatch(own_files, base))
     if name == "tmpdir" and real == room:
         good = True
-    if not good or real in {os.path.realpath(other) for other in taken if other}:
+    # Some file systems tell no case apart.
+    if not good or real.lower() in {os.path.realpath(other).lower() for other in taken if other}:
         raise NotAllowed(f"{name} not allowed")
 
 
@@ -10155,8 +10159,9 @@ class Papers:
         return dict(row, error=client.error) if client.error else row
 
     def write_state(self, client: Client) -> None:
-        """Replace the state file."""
-        self.write(self.settings.state_path, to_bytes(self.state_row(client)))
+        """Replace the state file, later if somebody holds it."""
+        if not self.write(self.settings.state_path, to_bytes(self.state_row(client))):
+            client.plan("state file", REPLACE_SECONDS, self.write_state, client)
 
     def read_qrcode(self) -> Optional[bytes]:
         """The picture, or None while there is none."""
@@ -10204,9 +10209,9 @@ class Papers:
         return {name: getattr(self.settings, name) for name, setting in SETTINGS.items()
                 if setting.token[0]}
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes) -> bool:
         """Replace a file of ours."""
-        keep_file(path, data, self.log)
+        return keep_file(path, data, self.log)
 
 
 class Roster:
@@ -13371,6 +13376,9 @@ class Controller:
         self._await(lambda: name not in supervisor.leaving)
         with self.lock:
             self._check_start()
+            if any(other != name and other.lower() == name.lower() for other in (
+                    *supervisor.children, *supervisor.leaving, *self.former)):
+                raise NotAllowed("client name not allowed: it differs only in case from another")
             former = supervisor.children.pop(name, None)
             if former:
                 self.remember(former)
@@ -13430,8 +13438,9 @@ class Controller:
         """Whether a process may be made, for a client that is alive or not."""
         if self.supervisor.ending:
             raise NotRunning("stopping")
-        if not alive and self.settings.max_clients <= sum(
-                child.alive() for child in self.supervisor.children.values()):
+        children = self.supervisor.children
+        if not alive and (len(children) >= MOST_WATCHED or self.settings.max_clients <= sum(
+                child.alive() for child in children.values())):
             raise TooManyClients()
         data = read_file(self.settings.template_path) or b""
         try:
@@ -13465,7 +13474,9 @@ class Controller:
                                "run": isinstance(account, Child) and account.alive(),
                                "given": account.open_settings()}
                 for account in [*self.former.values(), *self.supervisor.children.values()]}
-        keep_file(self.settings.backend_path, to_bytes(rows), self.log)
+        if not keep_file(self.settings.backend_path, to_bytes(rows), self.log):
+            self._dirty = True
+            self.timers.later(REPLACE_SECONDS, self._save)
 
     def tell(self, account: Account, event: str, params: List[Json], **more: Json) -> Row:
         """Let those who read the events know of a client, with numbers where its own have them."""
@@ -14209,10 +14220,13 @@ def main(words: Sequence[str]) -> int:
     """The program; its exit status: 0, 1 for a refusal, 2 for a wrong call, 3: nobody answers."""
     prepare_console()
     if not words and has_own_window():
-        status = main(["controller"])
-        if status:
-            input("[Enter]")  # else the window closes before anybody has read why
-        return status
+        try:
+            if main(["controller"]) == 0:
+                return 0
+        except Exception:
+            traceback.print_exc()
+        input("[Enter]")  # else the window closes before anybody has read why
+        return 1
     command, rest = words[0] if words else "", words[1:]
     is_server = command in ("controller", "client")
     text = ""
