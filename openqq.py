@@ -10,7 +10,8 @@ The API is that of Mojo-Webqq and its controller. As a library: openqq.Controlle
 Map of this file (a section uses only what stands above it):
      0  map, version, limits
      1  errors
-     2  tools: platform, names, JSON, log, threads, timers
+     P  platform: what systems do differently
+     2  tools: names, JSON, log, threads, timers
      3  settings
      4  flavours
      5  model: what an account knows
@@ -75,6 +76,12 @@ import zlib
 from concurrent.futures import Future, InvalidStateError, TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+    import resource
+
 # ------------------------------------------------------------------------------------------------
 # 0. Map, version, limits
 # ------------------------------------------------------------------------------------------------
@@ -133,6 +140,7 @@ SEND_SECONDS = 50.0              # a caller waits so long for a send; nginx itse
 STOP_SECONDS = 3.0               # what stop_client promises, and what the queue gets on a stop
 LAND_SECONDS = 1.5               # and then what it has sent, to be answered: else it comes twice
 KILL_SECONDS = 10.0              # between TERM and KILL
+REPLACE_SECONDS = 10.0           # before a state file that was not to be had is tried again
 ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
 START_TRIES = 7                  # starts without reaching running
 TRIAL_SECONDS = 10.0             # a client that has not died by then has taken its new settings
@@ -248,179 +256,315 @@ class Refusal(OpenQQError):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Tools: platform, names, JSON, log, threads, timers
+# P. Platform: what systems do differently
 # ------------------------------------------------------------------------------------------------
 
-# -- platform: all that systems do differently; nothing else in this file asks which one it is
+SYSTEM = {"win32": "MSWin32"}.get(sys.platform, sys.platform)  # as Perl calls it (000)
+# What asks a process to end, as far as the system has it: its second one hurries. BREAK is what
+# service wrappers of Windows send.
+END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")
+               if hasattr(signal, name)]
+# No descriptor is handed on by accident, no symlink followed, no FIFO waited for.
+OPEN_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
+# Sockets that a selector takes: select() of Windows, all that it has, is made for 512.
+MOST_WATCHED = 480 if sys.platform == "win32" else 1_000_000
+DESCRIPTORS = (65_536, 10_240)  # open files that a process wants, and what macOS grants
+SHARE_SIZE = 628                 # bytes of what hands a socket to a process of Windows at most
 
-IS_WINDOWS = os.name == "nt"
-SYSTEM = "MSWin32" if IS_WINDOWS else sys.platform  # as Perl calls it (000)
-# Windows ends a process that gets none of these; its services send Ctrl-Break.
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")
-           if hasattr(signal, name)]
-# Elsewhere whoever reads from a socket wakes up when another thread shuts that.
-SHUTTING_WAKES = not IS_WINDOWS
-OPEN_FLAGS = (getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-              | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-              | getattr(os, "O_NOINHERIT", 0))
-SYSTEM_ENVIRONMENT = "SYSTEMROOT|SYSTEMDRIVE|WINDIR|TEMP|TMP|USERPROFILE|APPDATA|WINE\\w+"
-
-
-def is_ours(found: os.stat_result) -> bool:
-    """Whether a file is a plain one of ours, or root's, with one name. Windows has no such owner:
-    there, others cannot write into one's folders."""
-    return stat.S_ISREG(found.st_mode) and (IS_WINDOWS or (
-        found.st_uid in (0, os.geteuid()) and found.st_nlink == 1))
-
-
-def lock_file(file: Any, wait: bool = False) -> None:
-    """Hold an open file against other processes until it is closed; OSError if one of them has it,
-    unless we wait. Windows locks bytes, which nobody else can read then: one far behind."""
-    if IS_WINDOWS:
-        import msvcrt
-        while True:
-            os.lseek(file.fileno(), 2 ** 30, os.SEEK_SET)
-            try:
-                how = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK  # type: ignore
-                return msvcrt.locking(file.fileno(), how, 1)       # type: ignore
-            except OSError:
-                if not wait:  # else it has tried for ten seconds
-                    raise
-            finally:
-                os.lseek(file.fileno(), 0, os.SEEK_SET)
-    import fcntl
-    fcntl.flock(file, fcntl.LOCK_SH if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+# What a client's environment takes over from the controller's; all else would be a way in. Without
+# the second half Windows has no sockets, no temporary directory and no home.
+KEPT_ENVIRONMENT = re.compile(
+    r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|TERM|VIRTUAL_ENV|LD_LIBRARY_PATH|"
+    r"SSL_CERT_(FILE|DIR)|PYTHONDONTWRITEBYTECODE|(https?|no|all)_proxy|(HTTPS?|NO|ALL)_PROXY|"
+    r"SYSTEM(ROOT|DRIVE)|WINDIR|COMSPEC|PATHEXT|TE?MP|USER(NAME|PROFILE)|HOME(DRIVE|PATH)|"
+    r"(LOCAL)?APPDATA|PROGRAMDATA")
 
 
-def replace_file(old: str, new: str) -> None:
-    """Rename over what is there; on Windows once more while somebody reads that. OSError."""
-    for _ in range(200 if IS_WINDOWS else 0):
+def kernel32() -> Any:
+    """The functions of Windows that Python has no names for."""
+    import ctypes
+    return ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined,unused-ignore]
+
+
+def patiently(function: Callable[..., Any], *args: Any,
+              tries: int = 20 if sys.platform == "win32" else 1) -> Any:
+    """What function(*args) returns, tried again for half a second at most.
+
+    On Windows a file can be neither replaced nor opened while somebody else, a virus scanner say,
+    has it open or removes it.
+    """
+    for left in reversed(range(tries)):
         try:
-            return os.replace(old, new)
+            return function(*args)
         except PermissionError:
-            time.sleep(0.01)  # nothing tells when a reader has closed it
-    os.replace(old, new)
+            if not left:
+                raise
+            time.sleep(0.025)
 
 
-@contextlib.contextmanager
-def handing_down(listener: socket.socket) -> Iterator[Tuple[Row, Dict[str, str], Any]]:
-    """What gives a child a listening socket and a life line, whose other end is ours: Popen's
-    arguments (it hears no Ctrl-C of ours), its environment, and a function of the new process that
-    brings our end. OSError. Windows' children inherit no sockets: ours calls us, by a secret."""
-    if not IS_WINDOWS:
-        ours, theirs = socket_pair()
-        with theirs:
-            yield ({"start_new_session": True, "pass_fds": (theirs.fileno(), listener.fileno())},
-                   {"OPENQQ_LIFE": str(theirs.fileno()), "OPENQQ_LISTEN": str(listener.fileno())},
-                   lambda process: ours)
-        return
-    secret = new_secret()
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        def meet(process: Any) -> socket.socket:
-            door.settimeout(1.0)
-            while process.poll() is None:
-                with contextlib.suppress(OSError):   # nobody yet, or not the one
-                    life = door.accept()[0]
-                    life.settimeout(5.0)
-                    if hmac.compare_digest(life.recv(64), secret.encode()):
-                        data = listener.share(process.pid)  # type: ignore
-                        life.sendall(struct.pack("!I", len(data)) + data)
-                        return life
-                    life.close()
-            raise OSError(errno.ECHILD, "it ended before it was heard of")
-        yield {"creationflags": 0x200}, {"OPENQQ_LIFE": f"{door.getsockname()[1]}:{secret}"}, meet
+def is_own_file(found: os.stat_result) -> bool:
+    """Whether it is a plain file of ours (or root's) with one name. On Windows, where no directory
+    for temporary files is everybody's, all owners have the number 0."""
+    owner = 0
+    if sys.platform != "win32":
+        owner = os.geteuid()
+    return stat.S_ISREG(found.st_mode) and found.st_uid in (0, owner) and found.st_nlink == 1
 
 
-def take_over() -> None:
-    """In a child: have OPENQQ_LIFE and OPENQQ_LISTEN name sockets of this process. OSError."""
-    port, _, secret = os.environ.get("OPENQQ_LIFE", "").partition(":")
-    if secret:
-        life = socket.create_connection(("127.0.0.1", int(port)), 10.0)
-        life.sendall(secret.encode())
-        with life.makefile("rb") as file:
-            length = struct.unpack("!I", file.read(4))[0]
-            listener = socket.fromshare(file.read(length))  # type: ignore
-        life.settimeout(None)
-        os.environ.update(OPENQQ_LIFE=str(life.detach()), OPENQQ_LISTEN=str(listener.detach()))
+def own_opener(path: str, flags: int) -> int:
+    """open()'s opener for files in a directory where others may write, such as /tmp.
+
+    Opens only a regular file of ours (or root's) with one name, made 0600 if it is new; OSError
+    for a symlink, a FIFO, a device, a second link or somebody else's file.
+    """
+    handle: int = patiently(os.open, path, flags | OPEN_FLAGS, 0o600)
+    if is_own_file(os.fstat(handle)):
+        return handle
+    os.close(handle)
+    raise OSError(errno.EPERM, "not a plain file of this user", path)
+
+
+def lock_file(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed; False if another process has. Windows locks bytes, and
+    nobody else can read those: it is one that lies far behind the file's end."""
+    try:
+        if sys.platform == "win32":
+            os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+
+
+def remove_locked(file: IO[Any], path: str) -> None:
+    """Remove and close a locked file, so that nobody can lock one that is removed afterwards.
+    Windows removes no open file, be it open here or at who locked it next."""
+    if sys.platform == "win32":
+        file.close()
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    file.close()
+
+
+def start_process(spawn_process: Callable[..., Any], title: str, words: Sequence[str],
+                  environment: Mapping[str, str], **sockets: socket.socket) -> Any:
+    """A Python process, called `title` where the system shows that, of a session or group of its
+    own: what a terminal sends is for us. It finds the numbers of the sockets, once it has called
+    receive_sockets(), in its environment. OSError, ValueError.
+
+    Windows hands no socket on with a start: a copy for the new process is told through its
+    standard input. There the python.exe of a virtual environment only starts another one, whose
+    pid we need.
+    """
+    import subprocess
+    python = os.environ.get("OPENQQ_PYTHON", sys.executable)
+    argv = [os.path.join(os.path.dirname(python), title), "-S", *words]
+    if sys.platform == "win32":
+        base = getattr(sys, "_base_executable", python)
+        process = spawn_process(
+            argv, executable=base, stdin=subprocess.PIPE,
+            stdout=None if sys.stdout else subprocess.DEVNULL,
+            stderr=None if sys.stderr else subprocess.DEVNULL,
+            creationflags=subprocess.CREATE_NEW_PROCESS_GROUP,
+            env={**environment, "OPENQQ_PYTHON": python, "OPENQQ_SOCKETS": ",".join(sockets),
+                 "__PYVENV_LAUNCHER__": python})
+        try:
+            with process.stdin as pipe:
+                for sock in sockets.values():
+                    pipe.write(sock.share(process.pid).ljust(SHARE_SIZE, b"\0"))
+        except OSError:
+            process.kill()
+            raise
+        return process
+    return spawn_process(
+        argv, executable=python, stdin=subprocess.DEVNULL, start_new_session=True,
+        pass_fds=[sock.fileno() for sock in sockets.values()],
+        env={**environment, "OPENQQ_PYTHON": python,
+             **{name: str(sock.fileno()) for name, sock in sockets.items()}})
+
+
+def receive_sockets() -> None:
+    """Take what start_process() hands on."""
+    if sys.platform == "win32":
+        for name in os.environ.pop("OPENQQ_SOCKETS", "").split(","):
+            data = sys.stdin.buffer.read(SHARE_SIZE)
+            os.environ[name] = str(socket.fromshare(data).detach())
+
+
+def tell_to_end(process: Any, life: socket.socket) -> None:
+    """Ask a process of ours to end; Windows has no TERM: there it ends since its life line does."""
+    if sys.platform == "win32":
+        with contextlib.suppress(OSError):
+            life.shutdown(socket.SHUT_WR)
+    else:
+        process.terminate()
+
+
+def begin_again(title: str, words: Sequence[str], **environment: str) -> None:
+    """Run this file once more, as a process that is called `title`; it reads UTF-8 whatever we
+    read. What is in the environment cannot be seen by other users, as words can. Windows shows
+    the words to nobody else and takes no names: there it returns."""
+    if sys.platform != "win32":
+        spelt: Dict[str, Any] = {name: value.encode("utf-8", "surrogateescape")
+                                 for name, value in environment.items()}
+        os.execve(sys.executable, [word.encode("utf-8", "surrogateescape")
+                                   for word in (title, *words)], {**os.environ, **spelt})
+
+
+def on_closed_console(act: Callable[[], None]) -> None:
+    """Have act() called when the window of a console is closed, or its user leaves: Windows ends
+    the process when the handler returns, and after five seconds in any case."""
+    if sys.platform == "win32":
+        import ctypes
+
+        def handle(event: int) -> bool:
+            if event < 2:
+                return False  # Ctrl-C and Ctrl-Break come as signals
+            act()
+            time.sleep(2 * ORPHAN_SECONDS)
+            return True
+
+        on_closed_console.handler = ctypes.WINFUNCTYPE(  # type: ignore[attr-defined]
+            ctypes.c_int, ctypes.c_uint)(handle)  # it must not be collected
+        kernel32().SetConsoleCtrlHandler(
+            on_closed_console.handler, True)  # type: ignore[attr-defined]
+
+
+def take_no_signals() -> None:
+    """Leave the signals of the process to its other threads; where there are none, that is so."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+
+def interrupt_reading(sock: socket.socket) -> None:
+    """End a recv() in another thread, after shutdown(): of Windows' it takes no notice."""
+    if sys.platform == "win32":
+        import ctypes
+        kernel32().CancelIoEx(ctypes.c_void_p(sock.fileno()), None)
+
+
+def own_port(sock: socket.socket) -> None:
+    """Have bind() refuse a port that is taken, and take one whose last connections still fade;
+    on Windows the same option means the contrary, and another one is needed."""
+    if sys.platform == "win32":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+    else:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Notice within minutes that a machine is gone whose answer is waited for."""
+    if sys.platform == "win32":
+        sock.ioctl(socket.SIO_KEEPALIVE_VALS, (1, 60_000, 10_000))
+    else:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        idle = getattr(socket, "TCP_KEEPIDLE", 0x10)  # macOS calls it TCP_KEEPALIVE
+        sock.setsockopt(socket.IPPROTO_TCP, idle, 60)
 
 
 def socket_pair() -> Tuple[socket.socket, socket.socket]:
-    """Two sockets that lead to each other and nowhere else: on Windows Python makes them of a
-    loopback connection, and somebody else might have been quicker. OSError."""
-    one, other = socket.socketpair()
-    if IS_WINDOWS and one.getsockname() != other.getpeername():
-        one.close()
-        other.close()
-        raise OSError(errno.EACCES, "somebody else connected to our socket")
-    return one, other
+    """Two sockets that are connected. On Windows a connection on the loopback, where another
+    program's may be in between: until 3.12 Python does not look."""
+    while True:
+        ours, theirs = socket.socketpair()
+        if sys.platform != "win32" or (ours.getsockname() == theirs.getpeername()
+                                       and theirs.getsockname() == ours.getpeername()):
+            return ours, theirs
+        ours.close()
+        theirs.close()
 
 
-def ask_to_end(process: Any, life: Optional[socket.socket]) -> None:
-    """Have a child end by itself: TERM, or where there are no signals the end of its life line."""
-    if not IS_WINDOWS:
-        process.terminate()
-    elif life:
-        with contextlib.suppress(OSError):  # it has ended
-            life.shutdown(socket.SHUT_WR)
+def room_for_connections() -> int:
+    """How many there may be at once, each with one that it causes; as many as the system lets.
+
+    Beyond its limit of open files nobody could even be told that there are too many. A quarter
+    of them is left for files and clients. Windows has none for sockets.
+    """
+    if sys.platform != "win32":
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for most in DESCRIPTORS:
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            if soft == resource.RLIM_INFINITY or soft >= most:
+                break
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+                soft = most
+            except (OSError, ValueError):
+                pass  # macOS has another limit below the one that it tells
+        if soft != resource.RLIM_INFINITY:
+            return max(1, soft * 3 // 8)
+    return DESCRIPTORS[0]
 
 
-def bind_alone(sock: socket.socket) -> None:
-    """Have a port for us alone. Windows' SO_REUSEADDR would share it with anybody."""
-    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
-    sock.setsockopt(socket.SOL_SOCKET, option, 1)
-
-
-def open_files(wishes: Sequence[int]) -> int:
-    """How many open files this process may have, after asking for so many; Windows has no limit
-    that could be asked for."""
-    if IS_WINDOWS:
-        return wishes[0]
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for most in wishes:
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        if soft == resource.RLIM_INFINITY or soft >= most:
-            break
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            soft = most
-        except (OSError, ValueError):
-            pass  # macOS has another limit below the one that it tells
-    return wishes[0] if soft == resource.RLIM_INFINITY else soft
-
-
-def prepare_console(closed: Callable[[], None] = lambda: None) -> bool:
-    """Let a Windows console read UTF-8 and colours, and tell of its closing, which leaves five
-    seconds. Whether the console is there for us alone, as after a double click."""
-    if not IS_WINDOWS:
-        return False
+CPUS: List[int] = []  # those that a process may choose from, where there is a choice and a use
+if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
     try:
-        import ctypes
-        kernel: Any = ctypes.windll.kernel32         # type: ignore
-        kernel.SetConsoleOutputCP(65001)
-        for number in -11, -12:                      # standard output and error
-            handle, mode = kernel.GetStdHandle(number), ctypes.c_uint32()
-            if kernel.GetConsoleMode(handle, ctypes.byref(mode)):
-                kernel.SetConsoleMode(handle, mode.value | 4)  # escape sequences
+        CPUS = sorted(os.sched_getaffinity(0))
+    except OSError:
+        pass  # the system does not tell us; it works as well
 
-        def heard(event: int) -> int:
-            if event < 2:
-                return 0                             # Ctrl-C and Ctrl-Break: signals
-            closed()
-            time.sleep(STOP_SECONDS + LAND_SECONDS)  # when it returns the process is ended
-            return 1
-        prepare_console.heard = ctypes.WINFUNCTYPE(  # type: ignore
-            ctypes.c_int, ctypes.c_uint)(heard)      # kept: Windows does not
-        kernel.SetConsoleCtrlHandler(prepare_console.heard, 1)  # type: ignore
-        return bool(kernel.GetConsoleProcessList((ctypes.c_uint32 * 2)(), 2) == 1)
-    except (ImportError, OSError, AttributeError):
+
+def share_cpu(number: int, pid: int = 0) -> None:
+    """Keep a process that has no threads yet to one of the CPUS.
+
+    Its threads run one at a time in any case, and wake each other all the time; to wake one on
+    another CPU is what took most of the time (measured on two: half as many proxied calls).
+    """
+    if len(CPUS) > 1:
+        try:
+            getattr(os, "sched_setaffinity")(pid, [CPUS[number % len(CPUS)]])
+        except OSError:
+            pass  # it has just ended, or the system does not let us
+
+
+def is_console(file: Any) -> bool:
+    """Whether a standard stream is shown to somebody; Windows takes its null device for that."""
+    try:
+        return bool(file.isatty()) and os.get_terminal_size(file.fileno()) is not None
+    except (AttributeError, OSError, ValueError):
         return False  # there is none
 
 
-# -- names, JSON
+def write_stderr(data: bytes) -> None:
+    """Write UTF-8 in one piece. Python's raw stream does so anywhere; a descriptor would not: what
+    it takes on Windows is shown in the console's code page."""
+    buffer: Any = sys.stderr.buffer
+    getattr(buffer, "raw", buffer).write(data)  # it has none with PYTHONUNBUFFERED
+
+
+def prepare_console() -> None:
+    """On Windows output is UTF-8 whatever the code page, and a console draws colours if asked."""
+    if sys.platform == "win32":
+        import ctypes
+        for stream in sys.stdout, sys.stderr:
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            if is_console(stream):
+                handle = ctypes.c_void_p(msvcrt.get_osfhandle(stream.fileno()))
+                if kernel32().SetConsoleMode(handle, 7):  # … virtual terminal processing
+                    os.environ.setdefault("TERM", "xterm")
+
+
+def has_own_window() -> bool:
+    """Whether the console is there for us alone, since somebody has double-clicked the file: with
+    us it holds a launcher, py.exe, at most."""
+    if sys.platform == "win32":
+        import ctypes
+        count: int = kernel32().GetConsoleProcessList((ctypes.c_uint * 8)(), 8)
+        return 0 < count <= 2
+    return False
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Tools: names, JSON, log, threads, timers
+# ------------------------------------------------------------------------------------------------
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9_.@\-\u3400-\u4dbf\u4e00-\u9fff]{1,%d}" % NAME_LIMIT)
-RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|\Z)|.*\.\Z")  # to Windows
+FORBIDDEN = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.I)  # by Windows
 SURROGATES = re.compile("[\ud800-\udfff]")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 ID_KEY = re.compile(r"(?:.*_)?u?id|reply_to")
@@ -490,8 +634,9 @@ def typed_text(word: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """An account's name as it came, or NotAllowed: names become file names (DESIGN)."""
-    if not NAME.fullmatch(name) or RESERVED.match(name):
+    """An account's name as it came, or NotAllowed: names become file names (DESIGN), also of other
+    systems, so that a folder can move."""
+    if not NAME.fullmatch(name) or FORBIDDEN.fullmatch(name):
         raise NotAllowed("client name not allowed")
     return name
 
@@ -547,31 +692,19 @@ def keep_newest(table: Dict[Any, Any], limit: int) -> None:
         del table[next(iter(table))]
 
 
-def own_opener(path: str, flags: int) -> int:
-    """open()'s opener for files in a directory where others may write, such as /tmp.
-
-    Opens only a regular file of ours (or root's) with one name, made 0600 if it is new; OSError
-    for a symlink, a FIFO, a device, a second link or somebody else's file.
-    """
-    handle = os.open(path, flags | OPEN_FLAGS, 0o600)
-    if is_ours(os.fstat(handle)):
-        return handle
-    os.close(handle)
-    raise OSError(errno.EPERM, "not a plain file of this user", path)
-
-
 def python_words(*words: str) -> List[str]:
     """The words behind `python` that run this file once more, as a module.
 
     As a script it would be compiled each time, which costs more than all the rest of a start. The
-    directory takes the place of the current one, where others may have put modules.
+    directory takes the place of the current one, where others may have put modules; Python's
+    embeddable package for Windows has that not on its path.
     """
     directory, name = os.path.split(os.path.abspath(__file__))
     module = name[:-3] if name.endswith(".py") else ""
     if not module.isidentifier():
         return ["-X", "utf8", os.path.join(directory, name), *words]
-    code = (f"import sys; sys.path[:] = [{directory!r}, *filter(None, sys.path)]; "
-            f"import {module}; {module}.command_line()")
+    code = (f"import sys; sys.path[:sys.path[0] == ''] = [{directory!r}]; import {module}; "
+            f"{module}.command_line()")
     return ["-X", "utf8", "-c", code, *words]
 
 
@@ -618,7 +751,7 @@ class LogHandler(logging.Handler):
         data = self.format(record).encode(self._encoding, "replace")
         try:
             if self._file is None:
-                os.write(sys.stderr.fileno(), data)
+                write_stderr(data)
                 return
             try:
                 moved = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
@@ -670,27 +803,6 @@ def spawn(function: Callable[..., None], *args: Any, name: str = "openqq") -> th
     thread = threading.Thread(target=function, args=args, name=name, daemon=True)
     thread.start()
     return thread
-
-
-CPUS: List[int] = []  # those that a process may choose from, where there is a choice and a use
-if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
-    try:
-        CPUS = sorted(os.sched_getaffinity(0))
-    except OSError:
-        pass  # the system does not tell us; it works as well
-
-
-def share_cpu(number: int, pid: int = 0) -> None:
-    """Keep a process that has no threads yet to one of the CPUS.
-
-    Its threads run one at a time in any case, and wake each other all the time; to wake one on
-    another CPU is what took most of the time (measured on two: half as many proxied calls).
-    """
-    if len(CPUS) > 1:
-        try:
-            os.sched_setaffinity(pid, [CPUS[number % len(CPUS)]])
-        except OSError:
-            pass  # it has just ended, or the system does not let us
 
 
 def settle(future: Future[Any], value: Any) -> None:
@@ -817,7 +929,7 @@ class Timers:
         self._selector.unregister(sock)
 
     def catch_signals(self, act: Callable[[int], None]) -> None:
-        """Have act(number) called, with the lock held, for each of SIGNALS.
+        """Have act(number) called, with the lock held, for END_SIGNALS.
 
         Only in the main thread, which has to run() too: Python's handlers run there. What was
         ignored at start stays so (nohup). The wake-up descriptor matters: without it a signal that
@@ -826,13 +938,18 @@ class Timers:
         if threading.current_thread() is not threading.main_thread():
             return
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in END_SIGNALS:
             former = signal.getsignal(number)
             if former is not signal.SIG_IGN:
                 self._signals.setdefault(number, former)
                 # A handler runs between any two steps of this thread, perhaps in the middle of a
                 # change that the lock guards: it only takes a note, and the thread looks at it.
                 signal.signal(number, lambda number, frame: self._caught.append((act, number)))
+        on_closed_console(lambda: self._catch(act, END_SIGNALS[0]))
+
+    def _catch(self, act: Callable[[int], None], number: int) -> None:
+        self._caught.append((act, number))
+        self._wake()
 
     def run(self) -> None:
         """Work until stop()."""
@@ -1367,7 +1484,7 @@ def to_environment(values: Mapping[str, str], prefix: str, plugin: str) -> Dict[
 
 def open_log(settings: Settings, head: str) -> Log:
     """The log that settings describe; Refusal if its file cannot be opened."""
-    colored = not settings.disable_color and sys.stderr is not None and sys.stderr.isatty()
+    colored = not settings.disable_color and is_console(sys.stderr)
     given_head = settings.given("log_head")
     try:
         return Log(head if given_head is None else given_head, settings.log_level,
@@ -1889,18 +2006,20 @@ def write_file(path: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        replace_file(temporary, path)
+        patiently(os.replace, temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
 
 
-def keep_file(path: str, data: bytes, log: Log) -> None:
+def keep_file(path: str, data: bytes, log: Log) -> bool:
     """Replace a file that nobody can do much about when it cannot be written: a warning."""
     try:
         write_file(path, data)
+        return True
     except OSError as error:
         log.warn(f"{path} cannot be written: {error.strerror}; going on without")
+        return False
 
 
 def remove_file(path: str) -> None:
@@ -1946,13 +2065,14 @@ def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterabl
     `own_files` matches the names of this program's own files that the caller may have, `taken`
     are paths that it may not, whatever they are called (empty ones count for nothing).
     """
-    real, room = os.path.realpath(path), os.path.realpath(tmpdir)  # where symlinks lead to
-    base = os.path.basename(real)
-    good = real.startswith(os.path.join(room, "")) and (
-        not re.match("mojo_|[.]", base) or re.fullmatch(own_files, base))
+    real, room = [os.path.normcase(os.path.realpath(each)) for each in (path, tmpdir)]
+    base = os.path.basename(os.path.realpath(path))  # as symlinks lead to, and it is spelt
+    good = real.startswith(os.path.join(room, "")) and not FORBIDDEN.fullmatch(base) and (
+        not re.match("mojo_|[.]", base, re.I) and ":" not in base or re.fullmatch(own_files, base))
     if name == "tmpdir" and real == room:
         good = True
-    if not good or real in {os.path.realpath(other) for other in taken if other}:
+    # Some file systems tell no case apart.
+    if not good or real.lower() in {os.path.realpath(other).lower() for other in taken if other}:
         raise NotAllowed(f"{name} not allowed")
 
 
@@ -1962,7 +2082,7 @@ def check_usable(name: str, path: str, tmpdir: str) -> None:
     place = path if name == "tmpdir" and os.path.isdir(path) else os.path.dirname(path)
     try:
         found = os.lstat(path)
-        good = is_ours(found) if name != "tmpdir" else stat.S_ISDIR(found.st_mode)
+        good = stat.S_ISDIR(found.st_mode) if name == "tmpdir" else is_own_file(found)
     except OSError as error:
         good = error.errno == errno.ENOENT
     while good and name == "tmpdir" and not os.path.lexists(place):
@@ -2066,15 +2186,14 @@ class PidFile:
                 raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
                               "remove it, or give another --tmpdir") from None
             try:
-                lock_file(file)
+                if not lock_file(file):
+                    holder = file.read(20).strip() or "unknown"
+                    raise Refusal(f"{who} is running already, with pid {holder}; "
+                                  f"{self.path} says so")
                 if os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path)):
                     self._file = file
             except FileNotFoundError:
                 pass  # removed by its holder between our open and our lock
-            except OSError:
-                holder = file.read(20).strip() or "unknown"
-                raise Refusal(f"{who} is running already, with pid {holder}; "
-                              f"{self.path} says so") from None
             finally:
                 if self._file is None:
                     file.close()
@@ -2085,18 +2204,16 @@ class PidFile:
     def await_end(self) -> None:
         """Return when no living process has it."""
         try:
-            with open(self.path, "r+", opener=own_opener) as file:
-                lock_file(file, wait=True)
+            with open(self.path, opener=own_opener) as file:
+                while not lock_file(file):
+                    time.sleep(0.05)
         except OSError:
             pass  # there is none
 
     def drop(self) -> None:
         """Remove the file; harmless if it was never taken."""
         if self._file is not None:
-            remove_file(self.path)
-            self._file.close()
-            if IS_WINDOWS:  # which removes no open file: nor that of whoever was quicker
-                remove_file(self.path)
+            remove_locked(self._file, self.path)
             self._file = None
 
 
@@ -2156,7 +2273,7 @@ class Journal:
         """Replace all there is by what lasts. OSError."""
         lines, elsewhere = self.last_lines()
         data = b"".join(to_bytes(line) + b"\n" for line in lines)
-        self.release()  # Windows replaces no open file
+        self.release()
         write_file(self.path, data)
         self._size, self._base = len(data), len(data) + elsewhere
 
@@ -2351,8 +2468,6 @@ FORWARDED_PROTO = re.compile(r'\bproto\s*=\s*"?([^;,"]*)', re.IGNORECASE)  # RFC
 MEDIA_MARK = "x-openqq-media"
 PICTURES = re.compile("/open(qq|wx)/get_media")
 NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
-SELECT_LIMIT = 500  # sockets that select() takes on Windows; of those beyond no hang-up is heard of
-DESCRIPTORS = (65_536, 10_240)  # open files that a process wants, and what macOS grants
 
 
 class Reaper:
@@ -2370,7 +2485,6 @@ class Reaper:
         self.lock = threading.RLock()
         self._mortal: Set[Any] = set()  # whatever has `until`, and expire() for when it has come
         self._selector = selectors.DefaultSelector()
-        self._is_select = isinstance(self._selector, selectors.SelectSelector)
         self._ear, self._mouth = socket_pair()
         self._mouth.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ)
@@ -2396,10 +2510,13 @@ class Reaper:
     def watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
         """Have gone() called, with the lock held, if the peer closes; it changes state only."""
         with self.lock:
-            with contextlib.suppress(KeyError, ValueError, OSError):  # it is closed already
-                if not self._is_select or len(self._selector.get_map()) < SELECT_LIMIT:
-                    self._selector.register(sock, selectors.EVENT_READ, gone)
-        if self._is_select:  # it takes no notice before
+            try:
+                if len(self._selector.get_map()) >= MOST_WATCHED:
+                    return
+                self._selector.register(sock, selectors.EVENT_READ, gone)
+            except (KeyError, ValueError, OSError):
+                return  # it is closed, or more than this system can watch: nobody is told then
+        if not hasattr(self._selector, "fileno"):  # select() and poll() take no notice before
             self.wake()
 
     def unwatch(self, sock: socket.socket) -> None:
@@ -2494,6 +2611,8 @@ class Stream:
         """Let a thread that reads (or writes) here stop that. From any thread."""
         with contextlib.suppress(OSError):  # the other side was first
             self.sock.shutdown(how)
+        if how != socket.SHUT_WR:
+            interrupt_reading(self.sock)
 
     def close(self) -> None:
         """Hang up; a thread that reads here hears of that."""
@@ -2503,27 +2622,18 @@ class Stream:
 
     def more(self) -> bytes:
         """What comes next from the socket, b"" at its end; `cause`, OSError."""
-        while True:
-            try:
-                if not SHUTTING_WAKES:
-                    self.sock.settimeout(1.0)
-                data = self.sock.recv(65_536)
-            except OSError as error:
-                if isinstance(error, socket.timeout) and not self.cause:
-                    continue
-                raise self.cause or error from None
-            if not data and self.cause:
-                raise self.cause
-            return data
+        try:
+            data = self.sock.recv(65_536)
+        except OSError as error:
+            raise self.cause or error from None
+        if not data and self.cause:
+            raise self.cause
+        return data
 
     def send(self, data: bytes) -> None:
         """Write all of it; `cause`, OSError."""
         try:
-            if not SHUTTING_WAKES:
-                self.sock.settimeout(max(0.01, min(POST_DAY, self.until - time.monotonic())))
             self.sock.sendall(data)
-        except socket.timeout:
-            raise self.cause or TimeoutError() from None
         except OSError as error:
             raise self.cause or error from None
 
@@ -3499,18 +3609,7 @@ class Server(ThreadingHTTPServer):
         for future in list(self.waiting):
             settle(future, None)
         for stream in list(self.idle):
-            stream.cause = Hangup()
             stream.shut(socket.SHUT_RD)
-
-
-def room_for_connections() -> int:
-    """How many there may be at once, each with one that it causes; as many as the system lets.
-
-    Beyond its limit of open files nobody could even be told that there are too many. A quarter
-    of them is left for files and clients.
-    """
-    found = open_files(DESCRIPTORS)
-    return found if found == DESCRIPTORS[0] else max(1, found * 3 // 8)
 
 
 def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
@@ -3521,7 +3620,7 @@ def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        bind_alone(sock)
+        own_port(sock)
         sock.bind((host.strip("[]"), port))
         sock.listen(backlog)
     except BaseException:
@@ -4024,10 +4123,7 @@ def connect(host: str, port: int, until: float) -> socket.socket:
             sock.connect(address)
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a heartbeat hangs long
-            with contextlib.suppress(OSError):  # older systems have one time for all
-                idle = getattr(socket, "TCP_KEEPIDLE", 0x10)  # macOS calls it TCP_KEEPALIVE
-                sock.setsockopt(socket.IPPROTO_TCP, idle, 60)
+            keep_alive(sock)  # a heartbeat hangs long
             return sock
         except OSError as error:
             sock.close()
@@ -10063,8 +10159,9 @@ class Papers:
         return dict(row, error=client.error) if client.error else row
 
     def write_state(self, client: Client) -> None:
-        """Replace the state file."""
-        self.write(self.settings.state_path, to_bytes(self.state_row(client)))
+        """Replace the state file, later if somebody holds it."""
+        if not self.write(self.settings.state_path, to_bytes(self.state_row(client))):
+            client.plan("state file", REPLACE_SECONDS, self.write_state, client)
 
     def read_qrcode(self) -> Optional[bytes]:
         """The picture, or None while there is none."""
@@ -10112,9 +10209,9 @@ class Papers:
         return {name: getattr(self.settings, name) for name, setting in SETTINGS.items()
                 if setting.token[0]}
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes) -> bool:
         """Replace a file of ours."""
-        keep_file(path, data, self.log)
+        return keep_file(path, data, self.log)
 
 
 class Roster:
@@ -11461,7 +11558,7 @@ class Client:
         if parent and has_ended(parent.life):
             self.timers.unwatch(parent.life)
             self.parent = None
-            self.log.warn("the controller is gone: stopping")
+            self.log.warn("the controller is gone, or ends us: stopping")
             self.stop()
 
     def _wind_up(self) -> None:
@@ -11570,10 +11667,9 @@ def upload_qrcode(client: Client, data: Row) -> None:
 
 def show_qrcode(client: Client, data: Row) -> None:
     """ShowQRcode: draws the code where somebody sees it, on a terminal."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        client.on("input_qrcode", lambda client, *params: os.write(
-            sys.stderr.fileno(), qr_text(qr_matrix(client.qrcode_text)).encode()
-        ) if client.qrcode_text else None)
+    if is_console(sys.stderr):
+        client.on("input_qrcode", lambda client, *params: write_stderr(
+            qr_text(qr_matrix(client.qrcode_text)).encode()) if client.qrcode_text else None)
 
 
 def avatar(uid: str) -> bytes:
@@ -12553,10 +12649,6 @@ PLUGINS.update({"ShowMsg": (show_msg, 100), "UploadQRcode": (upload_qrcode, 0),
 # 14. Controller
 # ------------------------------------------------------------------------------------------------
 
-# What a client's environment takes over from the controller's; all else would be a way in.
-KEPT_ENVIRONMENT = re.compile(r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|TERM|VIRTUAL_ENV|"
-                              r"LD_LIBRARY_PATH|SSL_CERT_(FILE|DIR)|PYTHONDONTWRITEBYTECODE|"
-                              r"(https?|no|all)_proxy|(HTTPS?|NO|ALL)_PROXY|" + SYSTEM_ENVIRONMENT)
 HOP_BY_HOP = ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te",
               "proxy-connection", "trailer", "transfer-encoding", "upgrade", "content-length",
               "expect", "host", "date")
@@ -12636,7 +12728,7 @@ class Supervisor:
 
     def __init__(self, owner: Controller, spawn_process: Any = None) -> None:
         import subprocess
-        self._null, self._spawn = subprocess.DEVNULL, spawn_process or subprocess.Popen
+        self._spawn = spawn_process or subprocess.Popen
         self._owner, self._timers, self._log = owner, owner.timers, owner.log
         self.children: Dict[str, Child] = {}
         self.leaving: Dict[str, Child] = {}            # told to stop, not gone yet
@@ -12755,8 +12847,8 @@ class Supervisor:
         """TERM, and KILL after a while."""
         child.phase = phase
         if child.process or child.making:            # what is being made ends as soon as it can
-            if child.process:
-                ask_to_end(child.process, child.life)
+            if child.life:
+                tell_to_end(child.process, child.life)
             self._step_in(child, KILL_SECONDS)
         elif phase == "stopping":
             self._stopped(child)
@@ -12800,15 +12892,13 @@ class Supervisor:
             elif pid_file:
                 return                               # it was stopped meanwhile
             environment = self._environment(child)
-        name = f"{owner.flavour.ps}client({child.name})"
-        python = os.environ.get("OPENQQ_PYTHON", sys.executable)
         try:
-            with handing_down(child.listener) as (arguments, more, meet):
-                process = self._spawn(
-                    [os.path.join(os.path.dirname(python), name), "-S",
-                     *python_words("--client")], executable=python, stdin=self._null,
-                    env={**environment, **more, "OPENQQ_PYTHON": python}, **arguments)
-                ours = meet(process)
+            ours, theirs = socket_pair()
+            with theirs:
+                process = start_process(
+                    self._spawn, f"{owner.flavour.ps}client({child.name})",
+                    python_words("--client"), environment,
+                    OPENQQ_LIFE=theirs, OPENQQ_LISTEN=child.listener)
         except (OSError, ValueError) as error:
             with owner.lock:
                 child.lines.append(f"cannot be started: {error}")
@@ -12830,7 +12920,7 @@ class Supervisor:
             self._timers.watch(ours, lambda: self.listen(child))
             self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
             if child.phase != "starting":
-                ask_to_end(process, ours)            # somebody said so meanwhile
+                tell_to_end(process, ours)           # somebody said so meanwhile
             owner.changed()
 
     def _environment(self, child: Child) -> Dict[str, str]:
@@ -13286,6 +13376,9 @@ class Controller:
         self._await(lambda: name not in supervisor.leaving)
         with self.lock:
             self._check_start()
+            if any(other != name and other.lower() == name.lower() for other in (
+                    *supervisor.children, *supervisor.leaving, *self.former)):
+                raise NotAllowed("client name not allowed: it differs only in case from another")
             former = supervisor.children.pop(name, None)
             if former:
                 self.remember(former)
@@ -13345,8 +13438,9 @@ class Controller:
         """Whether a process may be made, for a client that is alive or not."""
         if self.supervisor.ending:
             raise NotRunning("stopping")
-        if not alive and self.settings.max_clients <= sum(
-                child.alive() for child in self.supervisor.children.values()):
+        children = self.supervisor.children
+        if not alive and (len(children) >= MOST_WATCHED or self.settings.max_clients <= sum(
+                child.alive() for child in children.values())):
             raise TooManyClients()
         data = read_file(self.settings.template_path) or b""
         try:
@@ -13380,7 +13474,9 @@ class Controller:
                                "run": isinstance(account, Child) and account.alive(),
                                "given": account.open_settings()}
                 for account in [*self.former.values(), *self.supervisor.children.values()]}
-        keep_file(self.settings.backend_path, to_bytes(rows), self.log)
+        if not keep_file(self.settings.backend_path, to_bytes(rows), self.log):
+            self._dirty = True
+            self.timers.later(REPLACE_SECONDS, self._save)
 
     def tell(self, account: Account, event: str, params: List[Json], **more: Json) -> Row:
         """Let those who read the events know of a client, with numbers where its own have them."""
@@ -13462,10 +13558,6 @@ class ControllerApi:
         """Start a client; answers before it has logged in."""
         controller, name = self._controller, self._name(request)
         settings, given = controller.settings, check_params(request.keys())
-        if any(other != name and other.casefold() == name.casefold()
-               for other in [*self._children, *controller.former]):
-            raise NotAllowed("client name not allowed: it differs only in case from a known one, "
-                             "and names become file names")
         check_paths(given, settings.tmpdir,
                     rf"{controller.flavour.file_prefix}{{}}_{re.escape(name)}\.\w+",
                     (settings.template_path, settings.backend_path, settings.pid_path,
@@ -13652,15 +13744,6 @@ FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
           "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
-def begin_again(title: str, words: Sequence[str], **environment: str) -> NoReturn:
-    """Run this file once more, as a process that is called `title`; it reads UTF-8 whatever we
-    read. What is in the environment cannot be seen by other users, as words can."""
-    spelt: Dict[str, Any] = {name: value.encode("utf-8", "surrogateescape")
-                             for name, value in environment.items()}
-    os.execve(sys.executable, [word.encode("utf-8", "surrogateescape") for word in (title, *words)],
-              {**os.environ, **spelt})
-
-
 def rename_process(whose: str, given: Dict[str, str]) -> Type[Flavour]:
     """Begin once more under the name that ps is to show, with the secrets off the command line.
 
@@ -13669,7 +13752,7 @@ def rename_process(whose: str, given: Dict[str, str]) -> Type[Flavour]:
     """
     flavour = flavour_named(given.get("flavor"))
     python = os.environ.pop("OPENQQ_PYTHON", "")
-    if python or not sys.executable or IS_WINDOWS:  # where a process cannot become another one
+    if python or not sys.executable:
         sys.executable = python or sys.executable
         return flavour
     account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
@@ -13683,6 +13766,7 @@ def rename_process(whose: str, given: Dict[str, str]) -> Type[Flavour]:
         environment["OPENQQ_TOKEN"] = hidden["token"]
     begin_again(os.path.join(os.path.dirname(sys.executable), name.replace("/", "_")),
                 ["-S", *python_words(whose, *flags)], OPENQQ_PYTHON=sys.executable, **environment)
+    return flavour
 
 
 def run_server(whose: str, given: Dict[str, str]) -> int:
@@ -13711,7 +13795,7 @@ def run_child() -> int:
     """`--client`: what a controller starts."""
     sys.executable = os.environ.pop("OPENQQ_PYTHON", sys.executable)
     sys.modules.setdefault("openqq", sys.modules[__name__])
-    take_over()
+    receive_sockets()
     life = os.environ.get("OPENQQ_LIFE", "")  # a descriptor of our own: a template may take it
     line = socket.fromfd(int(life), socket.AF_INET, socket.SOCK_STREAM) if life else None
     try:
@@ -13727,8 +13811,7 @@ def run_child() -> int:
 
 def end_with_controller(line: socket.socket) -> None:
     """For a template that never comes to run(), where the controller's end would be seen."""
-    if not IS_WINDOWS:  # signals are not for this thread
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    take_no_signals()
     with selectors.DefaultSelector() as selector:
         selector.register(line, selectors.EVENT_READ)
         selector.select()
@@ -13786,7 +13869,7 @@ class Screen:
 
     def __init__(self) -> None:
         self._out = sys.stdout or open(os.devnull, "w", encoding="utf-8")
-        self.is_terminal = self._out.isatty()
+        self.is_terminal = is_console(self._out)
         self.can_move = self.is_terminal and os.environ.get("TERM", "dumb") != "dumb"
         self._colored = self.can_move and not os.environ.get("NO_COLOR")
         if hasattr(self._out, "reconfigure"):
@@ -14135,9 +14218,15 @@ def written(write: Callable[[], Optional[int]]) -> int:
 
 def main(words: Sequence[str]) -> int:
     """The program; its exit status: 0, 1 for a refusal, 2 for a wrong call, 3: nobody answers."""
-    is_alone = prepare_console()
-    if is_alone and not words:  # a double click
-        words = ["controller"]
+    prepare_console()
+    if not words and has_own_window():
+        try:
+            if main(["controller"]) == 0:
+                return 0
+        except Exception:
+            traceback.print_exc()
+        input("[Enter]")  # else the window closes before anybody has read why
+        return 1
     command, rest = words[0] if words else "", words[1:]
     is_server = command in ("controller", "client")
     text = ""
@@ -14158,8 +14247,6 @@ def main(words: Sequence[str]) -> int:
             return written(lambda: run_command(command, rest))
     except Refusal as refusal:
         print(f"openqq: {refusal.status}", file=sys.stderr)
-        if is_alone:
-            input("Enter: ")  # the window would close before anybody has read it
         return refusal.exit
     wrong = f"openqq: there is no command {command!r}\n" if command else ""
     print(wrong + USAGE, end="", file=sys.stderr)
