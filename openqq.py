@@ -283,7 +283,7 @@ KEPT_ENVIRONMENT = re.compile(
 def kernel32() -> Any:
     """The functions of Windows that Python has no names for."""
     import ctypes
-    return ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined,unused-ignore]
+    return ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore
 
 
 def patiently(function: Callable[..., Any], *args: Any,
@@ -299,7 +299,7 @@ def patiently(function: Callable[..., Any], *args: Any,
         except PermissionError:
             if not left:
                 raise
-            time.sleep(0.025)
+            time.sleep(0.025)  # nothing tells when that is over
 
 
 def is_own_file(found: os.stat_result) -> bool:
@@ -425,7 +425,7 @@ def on_closed_console(act: Callable[[], None]) -> None:
             if event < 2:
                 return False  # Ctrl-C and Ctrl-Break come as signals
             act()
-            time.sleep(2 * ORPHAN_SECONDS)
+            time.sleep(2 * ORPHAN_SECONDS)  # for those who end the process in order
             return True
 
         on_closed_console.handler = ctypes.WINFUNCTYPE(  # type: ignore[attr-defined]
@@ -2206,7 +2206,7 @@ class PidFile:
         try:
             with open(self.path, opener=own_opener) as file:
                 while not lock_file(file):
-                    time.sleep(0.05)
+                    time.sleep(0.05)  # Windows waits for no lock longer than ten seconds
         except OSError:
             pass  # there is none
 
