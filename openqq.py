@@ -9213,8 +9213,7 @@ class MilkyLink(BridgeLink):
         "group_disband": ("notice group_dismiss", "", "user_id=operator_id"),
         "group_name_change": ("notice notify", "group_name", "name_new=new_group_name"),
         "group_mute": ("notice group_ban", "duration ban lift_ban", ""),
-        "group_whole_mute": ("notice group_ban", "is_mute ban lift_ban", ""),
-        "group_essence_message_change": ("notice essence", "is_set add delete", "")}
+        "group_whole_mute": ("notice group_ban", "is_mute ban lift_ban", "")}
 
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
         url = re.sub("^ws", "http", settings.milky_api)
