@@ -16969,7 +16969,7 @@ def test_readme_has_two_equal_halves():
     names = [re.findall(r"`([^`\n]+)`", half) for half in (ENGLISH, CHINESE)]
     missing = {name for name in set(names[0]) ^ set(names[1]) if re.fullmatch("[a-z_]+", name)}
     assert not missing
-    assert len(README.splitlines()) < 560
+    assert len(README.splitlines()) < 570
 
 
 def test_readme_table_of_calls_is_what_there_is(start):
