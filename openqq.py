@@ -2488,6 +2488,9 @@ class Reaper:
         self._ear, self._mouth = socket_pair()
         self._mouth.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ)
+        # select() and poll() take no notice of a socket that comes while they wait. To wake them
+        # for each would take seconds for 500 callers.
+        self._looks_often = POST_DAY if hasattr(self._selector, "fileno") else 0.25
         self._started = False
         self.looks_at = math.inf        # when the thread looks at all `until` without being woken
 
@@ -2516,7 +2519,8 @@ class Reaper:
                 self._selector.register(sock, selectors.EVENT_READ, gone)
             except (KeyError, ValueError, OSError):
                 return  # it is closed, or more than this system can watch: nobody is told then
-        if not hasattr(self._selector, "fileno"):  # select() and poll() take no notice before
+            first = len(self._selector.get_map()) == 2
+        if first and self._looks_often < POST_DAY:
             self.wake()
 
     def unwatch(self, sock: socket.socket) -> None:
@@ -2537,9 +2541,10 @@ class Reaper:
                 for mortal in [each for each in self._mortal if each.until <= now]:
                     mortal.expire()
                 first = min([each.until for each in self._mortal], default=math.inf)
+                most = self._looks_often if len(self._selector.get_map()) > 1 else POST_DAY
             self.looks_at = first
             try:
-                ready = self._selector.select(min(POST_DAY, max(0.0, first - self.clock())))
+                ready = self._selector.select(min(most, max(0.0, first - self.clock())))
             except OSError:
                 continue  # where select() is all there is: one was closed meanwhile
             for key, _ in ready:
