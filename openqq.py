@@ -2548,11 +2548,11 @@ class Reaper:
             except OSError:
                 continue  # where select() is all there is: one was closed meanwhile
             for key, _ in ready:
-                with self.lock:
+                sock: Any = key.fileobj
+                with self.lock, contextlib.suppress(KeyError, ValueError):  # it is closed by now
                     if key.data is None:
                         self._ear.recv(4096)
-                    elif self._selector.get_map().get(key.fileobj) == key:
-                        sock: Any = key.fileobj
+                    elif self._selector.get_key(sock) == key:
                         self._selector.unregister(sock)
                         if has_ended(sock):  # else its next request waits: no more to see
                             key.data()

@@ -2647,7 +2647,8 @@ def test_the_token_shows_nowhere(guarded):
 # -- names and settings that callers may not give
 
 BAD_NAMES = ["..", ".", "../x", "../../x", "/etc/x", "a/b", "a\\b", ".hidden", "a b", "a\nb",
-             "a" * 65, "a:b", "a*", "é", "a\u202eb", "%2e%2e%2fx", "a;b", "$(id)", "a\x7f"]
+             "a" * 65, "a:b", "a*", "é", "a\u202eb", "%2e%2e%2fx", "a;b", "$(id)", "a\x7f",
+             "con", "NUL", "aux.txt", "com1", "Lpt9.a.b", "bob."]
 
 
 def files_beside(tmpdir):
@@ -2666,6 +2667,19 @@ def test_a_name_is_no_path(pair, name):
         answer = pair.call(path, client=name)
         assert (path, answer) == (path, {"code": 6, "status": "client name not allowed"})
     assert files_beside(pair.tmpdir) == before
+
+
+def test_a_name_that_differs_only_in_case_from_a_known_one_is_refused(start):
+    """Some file systems would take the files of both for one."""
+    controller = start("controller")
+    controller.login("alice")
+    for _ in range(2):
+        answer = controller.call("start_client", client="Alice")
+        assert answer == {"code": 6, "status": "client name not allowed: "
+                          "it differs only in case from another"}
+        controller.call("stop_client", client="alice")
+    assert controller.call("delete_client", client="alice")["code"] == 0
+    assert controller.call("start_client", client="Alice")["code"] == 0
 
 
 NOT_FOR_CALLERS = [
@@ -2695,7 +2709,8 @@ BAD_PATHS = ["/etc/x", "{tmpdir}/../x", "{tmpdir}", "../x", "~/x", "{tmpdir}x/y"
              "{tmpdir}/sub/../mojo_webqq_state_alice.json",
              "{tmpdir}/mojo_webqq_post_mallory.jsonl",
              "{tmpdir}/mojo_webqq_cookie_mallory.dat/../../x", "{tmpdir}/ours.py",
-             "{tmpdir}/ours.dat", "{tmpdir}/in"]
+             "{tmpdir}/ours.dat", "{tmpdir}/in", "{tmpdir}/OURS.py", "{tmpdir}/Mojo_webqq_x.dat",
+             "{tmpdir}/nul.txt", "{tmpdir}/out:x"]
 
 
 def test_paths_of_callers_stay_in_tmpdir_and_off_the_programs_own_files(guarded, tmp_path):
@@ -8299,6 +8314,57 @@ def test_written_file_is_the_old_or_the_new_one_and_never_follows_a_symlink(tmp_
     with pytest.raises(OSError):
         openqq.write_file(str(tmp_path / "directory"), b"new")
     assert sorted(os.listdir(str(tmp_path))) == ["directory", "precious", "state"]
+
+
+def test_what_somebody_holds_is_tried_again_and_given_up_after_a_while():
+    tries = []
+
+    def held(times, error):
+        tries.append(times)
+        if len(tries) < times:
+            raise error
+        return "done"
+
+    assert openqq.patiently(held, 3, PermissionError("held"), tries=5) == "done"
+    assert len(tries) == 3
+    for error, times in (PermissionError("held"), 5), (FileNotFoundError("gone"), 1):
+        tries.clear()
+        with pytest.raises(type(error)):
+            openqq.patiently(held, 99, error, tries=5)
+        assert len(tries) == times
+
+
+def test_a_lock_lasts_until_its_file_is_closed_and_leaves_it_readable(tmp_path):
+    path = put(tmp_path / "file", "what it says")
+    code = ("import sys; sys.path[0] = sys.argv[1]; import openqq\n"
+            "with open(sys.argv[2], 'r+') as file: print(openqq.lock_file(file), file.read())")
+
+    def other():
+        return subprocess.run([sys.executable, "-c", code, HERE, path], check=True,
+                              stdout=subprocess.PIPE, timeout=WAIT).stdout.decode().strip()
+
+    with open(path, "r+") as file:
+        assert openqq.lock_file(file) and file.read() == "what it says"
+        assert other() == "False what it says"
+    assert other() == "True what it says"
+
+
+def test_the_reaper_survives_a_socket_that_is_closed_while_it_is_told_of_it():
+    reaper, gone = openqq.Reaper(), threading.Event()
+    pairs = [socket.socketpair() for _ in range(2)]
+    stream = openqq.Stream(pairs[1][0])
+    reaper.add(stream)                     # so that it runs; for ever, as far as this one goes
+    time.sleep(0.3)                        # it waits for its sockets
+    with reaper.lock:
+        reaper.watch(pairs[0][0], lambda: None)
+        pairs[0][1].close()
+        time.sleep(0.3)                    # it has heard of that, and waits for the lock
+        reaper.unwatch(pairs[0][0])
+        pairs[0][0].close()
+    reaper.watch(pairs[1][0], gone.set)
+    pairs[1][1].close()
+    assert gone.wait(WAIT)
+    stream.close()
 
 
 def test_pid_file_passes_from_holder_to_holder(tmp_path):
