@@ -5688,13 +5688,13 @@ MOMENT = re.compile("[1-9][0-9]{0,11}")  # seconds, as an event's source may tel
 
 
 def as_stream(rows: List[Tuple[int, bytes]]) -> Iterator[bytes]:
-    """Rows (seq, JSON) as server-sent events, in pieces of about 32 KiB: the events of one store
+    """Rows (seq, JSON) as server-sent events, in pieces of about 8 KiB: the events of one store
     are shared by all its readers, so only a piece is made anew for each of them. Rows are gone
     once they are given out."""
     rows.reverse()
     while rows:
         piece = bytearray()
-        while rows and len(piece) < 32 * 1024:
+        while rows and len(piece) < 8 * 1024:
             seq, data = rows.pop()
             piece += b"id: %d\ndata: " % seq if seq else b"data: "
             piece += data
