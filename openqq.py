@@ -283,7 +283,7 @@ KEPT_ENVIRONMENT = re.compile(
 def kernel32() -> Any:
     """The functions of Windows that Python has no names for."""
     import ctypes
-    return ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore
+    return getattr(ctypes, "WinDLL")("kernel32", use_last_error=True)
 
 
 def patiently(function: Callable[..., Any], *args: Any,
@@ -300,6 +300,11 @@ def patiently(function: Callable[..., Any], *args: Any,
             if not left:
                 raise
             time.sleep(0.025)  # nothing tells when that is over
+
+
+def is_held(error: OSError) -> bool:
+    """Whether a file could not be replaced since somebody has it open: that passes by itself."""
+    return sys.platform == "win32" and isinstance(error, PermissionError)
 
 
 def is_own_file(found: os.stat_result) -> bool:
@@ -338,6 +343,16 @@ def lock_file(file: IO[Any]) -> bool:
         return False
     finally:
         os.lseek(file.fileno(), 0, os.SEEK_SET)
+
+
+def await_lock(file: IO[Any]) -> None:
+    """Return when no other process has locked a file; Windows waits for no lock longer than ten
+    seconds. OSError."""
+    if sys.platform == "win32":
+        while not lock_file(file):
+            time.sleep(0.05)  # so it is asked again
+    else:
+        fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def remove_locked(file: IO[Any], path: str) -> None:
@@ -1588,8 +1603,7 @@ VERBS = [
          flavour="weixin", any_state=True),
     Verb("consult", ACT, "Send to a friend, and wait `timeout` (30) seconds for what it answers.",
          "+friend content timeout reply_to at +media", "consulted", "100",
-         "displayname=小冰 content=hello",
-         flavour="weixin"),
+         "displayname=小冰 content=hello", flavour="weixin"),
     Verb("revoke_message", ACT, "Take back a message by the id that its sending answered.", "id!",
          "answer", "-1", "id=57730001", "revoke id=id", yes="0 revoke success",
          no="0 revoke failure"),
@@ -1680,6 +1694,10 @@ def verbs_of(flavour: str) -> Dict[str, Verb]:
             if verb.on in ("client", "both") and verb.flavour in ("", flavour)}
 
 
+POSTED = ("login", "stop", "state_change", "input_qrcode", "new_group", "new_friend",
+          "new_group_member", "lose_group", "lose_friend", "lose_group_member")  # by both (000)
+
+
 class QQ:
     """What Mojo-Webqq calls things: names, ports, files, wording. Data only, all that flavours
     may differ in (000, 002, 003, 004; fields as CONTRACT 3 has them)."""
@@ -1695,10 +1713,7 @@ class QQ:
     phone = "手机QQ"             # what one scans with
     qrcode_type = "image/png"
     apis = verbs_of("qq")        # the API of a client
-    post_event_list = ["login", "stop", "state_change", "input_qrcode", "new_group",
-                       "new_friend", "new_group_member", "lose_group", "lose_friend",
-                       "lose_group_member", "group_request", "group_shutup", "group_upload",
-                       "poke"]
+    post_event_list = [*POSTED, "group_request", "group_shutup", "group_upload", "poke"]
     # Settings that the state file shows as 0 or 1.
     state_flags: Tuple[str, ...] = ("disable_color", "http_debug", "keep_cookie", "log_console")
     # Kind of thing -> members of its JSON object.
@@ -1777,7 +1792,7 @@ class Weixin(QQ):
     phone = "手机微信"
     qrcode_type = "image/jpg"
     apis = verbs_of("weixin")
-    post_event_list = QQ.post_event_list[:10] + ["friend_request"]
+    post_event_list = [*POSTED, "friend_request"]
     state_flags = QQ.state_flags + ("download_media",)
     fields = {
         "user": ("account", "city", "display", "displayname", "id", "markname", "name",
@@ -2013,13 +2028,14 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def keep_file(path: str, data: bytes, log: Log) -> bool:
-    """Replace a file that nobody can do much about when it cannot be written: a warning."""
+    """Replace a file that nobody can do much about when it cannot be written: a warning. False if
+    it is worth another try."""
     try:
         write_file(path, data)
-        return True
     except OSError as error:
         log.warn(f"{path} cannot be written: {error.strerror}; going on without")
-        return False
+        return not is_held(error)
+    return True
 
 
 def remove_file(path: str) -> None:
@@ -2205,8 +2221,7 @@ class PidFile:
         """Return when no living process has it."""
         try:
             with open(self.path, opener=own_opener) as file:
-                while not lock_file(file):
-                    time.sleep(0.05)  # Windows waits for no lock longer than ten seconds
+                await_lock(file)
         except OSError:
             pass  # there is none
 
@@ -2528,8 +2543,13 @@ class Reaper:
         with self.lock, contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(sock)
 
+    def expect(self, until: float) -> None:
+        """The `until` of one of them is that from now on."""
+        if until < self.looks_at:
+            self.wake()
+
     def wake(self) -> None:
-        """Some `until` is sooner than `looks_at`."""
+        """Let the thread look at all of them now."""
         with contextlib.suppress(OSError):  # full, so it wakes
             self._mouth.send(b"!")
 
@@ -2602,8 +2622,7 @@ class Stream:
     def allow(self, seconds: float) -> None:
         """From now on all reading or writing together may take so long (TimeoutError)."""
         self.until = until = time.monotonic() + seconds
-        if until < REAPER.looks_at:
-            REAPER.wake()
+        REAPER.expect(until)
 
     def expire(self) -> None:
         """Time is over. The reading ends first, and a second later all: to say so takes a moment.
@@ -3852,8 +3871,7 @@ class Pool:
                 self.until = line.since + LINE_SECONDS
         if begin:
             REAPER.add(self)
-            if self.until < REAPER.looks_at:
-                REAPER.wake()
+            REAPER.expect(self.until)
         if oldest:
             oldest.close()
 
@@ -6488,7 +6506,7 @@ class Outboxes:
         self._ledger.put(item, "wait", account, str(number))
         waiting = self._ledger.table("wait", account)
         excess = len(waiting) - (POST_QUEUE_LIMIT if account in self._online else WAIT_LIMIT)
-        too_many = list(waiting)[:max(0, excess)]
+        too_many = list(itertools.islice(waiting, max(0, excess)))
         if item.get("media"):
             pictures = {key: weight(row) for key, row in waiting.items() if row.get("media")}
             heavy = sum(pictures.values())
@@ -6697,14 +6715,19 @@ class Society:
         return True
 
     def _request(self, asker: str, uid: str, verify: str) -> None:
-        ticket, requests = new_secret(), self._table("request")
-        if len(requests) >= WAIT_LIMIT:  # nobody answered the oldest
-            self._put(None, "request", next(iter(requests)))
-        self._put({"from": asker, "to": uid}, "request", ticket)
+        ticket = self._ticket("request", {"from": asker, "to": uid})
         name = self._table("people", asker).get("name") or asker
         self.tell(uid, "friend_request", {"request": lambda to: {
             "id": self._world.id_for(to, asker), "name": name,
             "displayname": name, "verify": verify, "ticket": ticket}}, away=True)
+
+    def _ticket(self, table: str, request: Row) -> str:
+        """Keep a request for its answer."""
+        ticket, requests = new_secret(), self._table(table)
+        if len(requests) >= WAIT_LIMIT:  # nobody answered the oldest
+            self._put(None, table, next(iter(requests)))
+        self._put(request, table, ticket)
+        return ticket
 
     def answer_request(self, account: str, ticket: str, accept: bool, markname: str) -> bool:
         """Agree to a friend_request, or not; a ticket is good for one answer."""
@@ -6927,17 +6950,14 @@ class Society:
         """`uid` asks to be let into `in`; with `from`, that one invites it there."""
         uid, group = self._find("people", uid), self._find("group", place)
         inviter = self._find("people", row["from"]) if row.get("from") else ""
-        members, requests = self._table("group_member", group), self._table("group_request")
+        members = self._table("group_member", group)
         if uid in members or inviter and inviter not in members:
             raise NotFound(f"{uid} outside of {place}, or {inviter} in it, not found")
-        if len(requests) >= WAIT_LIMIT:
-            self._put(None, "group_request", next(iter(requests)))
         who = inviter or uid
         request = {"kind": "invite" if inviter else "join", "group_uid": group, "uid": uid,
                    "from": inviter}
-        ticket = new_secret()
-        self._put(request, "group_request", ticket)
-        told = {**request, "ticket": ticket, "uid": who, "comment": str(row.get("comment", "")),
+        told = {**request, "ticket": self._ticket("group_request", request), "uid": who,
+                "comment": str(row.get("comment", "")),
                 "group": self._table("group", group).get("name"),
                 "name": self._table("people", who).get("name") or who}
         for one in [uid] if inviter else [
@@ -7476,12 +7496,10 @@ MESSAGE_ID = re.compile("-?[0-9]{1,20}")
 
 def check_quote(params: Params) -> Row:
     """What a call quotes and whom it mentions, {"reply_to": id or None, "at": uids}; BadRequest."""
-    reply_to, at = params.get("reply_to") or None, params.get("at", "").split(",")
-    if reply_to and not MESSAGE_ID.fullmatch(reply_to):
-        reply_to = reply_to.partition(":")[0]  # weixin's MSGID:TARGET
+    reply_to = params.get("reply_to", "").partition(":")[0] or None  # weixin's MSGID:TARGET
     if reply_to and not MESSAGE_ID.fullmatch(reply_to):
         raise BadRequest(400, "reply_to must be the id of a message, as an event tells it")
-    at = [uid.strip() for uid in at if uid.strip()]
+    at = [uid.strip() for uid in params.get("at", "").split(",") if uid.strip()]
     if not all(uid == "all" or UID.fullmatch(uid) for uid in at):
         raise BadRequest(400, "at must be uids with commas between them, or all")
     return {"reply_to": reply_to, "at": at}
@@ -7846,7 +7864,7 @@ def check_cq(content: str, check_url: Callable[[str], None] = lambda url: None) 
 
 # Actions that hand out the account or the machine.
 SECRET_ACTION = re.compile("(?i)cookie|credential|csrf|key|token|exit|quit|restart|reboot|shutdown|"
-                           "clean|bot_exit|logout")
+                           "clean|logout")
 SOURCE_NAME = re.compile("(?i)(file|url|image|path|audio|cover|thumb|icon|.*_?ur[il])")
 
 
@@ -8113,6 +8131,11 @@ class ServerSent:
         parts = ([line[5:].lstrip(b" ") for line in event.split(b"\n")
                   if line.startswith(b"data:")] for event in events)
         return [b"\n".join(lines) for lines in parts if lines]
+
+
+def is_refusal(row: Row) -> bool:
+    """Whether a bridge's answer says no; 1 is the retcode of what it does later."""
+    return row.get("status") == "failed" or scalar(row.get("retcode")) not in ("0", "1", None)
 
 
 def wording(row: Row) -> str:
@@ -8508,7 +8531,7 @@ class BridgeLink(Link):
     def _get(self, action: str, seconds: float = 0.0, **params: Json) -> Json:
         """The data of an answer. Unreachable, Declined."""
         row = self.bridge.ask(action, params, seconds or BRIDGE_SECONDS)
-        if row.get("status") == "failed" or scalar(row.get("retcode")) not in ("0", "1", None):
+        if is_refusal(row):
             raise Declined(wording(row))
         return row.get("data")
 
@@ -11079,6 +11102,12 @@ class Composer:
 class Talk(Composer):
     """What an account says and hears. With the client's lock held, unless said otherwise."""
 
+    # What events of the documents tell besides, as members, since callbacks count the params; and
+    # how an item of the link calls that.
+    FACTS = {**dict.fromkeys(("new_group_member", "lose_group_member"),
+                             {"kind": "kind", "operator_uid": "operator_uid"}),
+             "group_member_property_change": {"group_uid": "circle"}}
+
     def __init__(self, client: Client) -> None:
         super().__init__(client)
         self._link = client.link
@@ -11093,9 +11122,6 @@ class Talk(Composer):
         self._answered: List[Tuple[str, Job]] = []  # sent; the answer comes with the item of a mark
         self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
         self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
-
-    # What events of the documents tell besides: as members, since callbacks count the params.
-    FACTS = dict.fromkeys(("new_group_member", "lose_group_member"), ("kind", "operator_uid"))
 
     # -- saying
 
@@ -11162,7 +11188,8 @@ class Talk(Composer):
             for job, result in outcomes:
                 job.message.id = result.get("id")
                 job.message.ttl -= job.tries
-                self._tell_outcome(job.message, result, "")
+                self._settle_outcome(job.message, result)
+                self._client.emit_message(job.message)
             if not self.queue.busy:
                 self._tell_own()
         for job, result in outcomes:
@@ -11193,11 +11220,10 @@ class Talk(Composer):
             row["media_data"] = base64.b64encode(read_file(row["media_path"]) or b"").decode()
         return row
 
-    def _tell_outcome(self, message: Message, result: Row, mark: str) -> None:
+    def _settle_outcome(self, message: Message, result: Row) -> None:
         message.code, message.info = result["code"], result["info"]
         flavour = self._client.flavour
         message.msg = flavour.sent["status"] if message.code == 0 else flavour.not_sent
-        self._client.emit_message(message, mark)
 
     # -- hearing
 
@@ -11262,9 +11288,7 @@ class Talk(Composer):
         message = self.compose(item)
         if message is None:
             return client.spool.advance(mark)
-        if own:
-            return self._tell_outcome(message, {"code": 0, "info": "发送正常"}, mark)
-        for future in self._expected.pop(item["uid"], []) if not message.circle else []:
+        for future in self._expected.pop(item["uid"], []) if not own and not message.circle else []:
             settle(future, message.content)
         client.emit_message(message, mark)
 
@@ -11276,6 +11300,7 @@ class Talk(Composer):
                                 kind, str(item.get(kind)), item.get("group_name") or "")
         if own:
             self._make_own(message, item["uid"], "none", "outer")
+            self._settle_outcome(message, {"code": 0, "info": "发送正常"})
         else:
             circle, uid = message.circle, item["uid"]
             thing = self._find(uid, circle)
@@ -11314,9 +11339,7 @@ class Talk(Composer):
         if item.get("quiet"):
             return False
         if found:
-            facts = {name: item.get(name) for name in self.FACTS.get(found[0], ())}
-            if "circle" in item and found[0] == "group_member_property_change":
-                facts["group_uid"] = item["circle"]
+            facts = {name: item.get(there) for name, there in self.FACTS.get(found[0], {}).items()}
             self._client.emit(*found, mark, item.get("time"), facts)
             for future in self._founded.pop(item.get("object", {}).get("uid"), []):
                 settle(future, found[1][0])
@@ -12076,12 +12099,13 @@ class Api:
 
     def _get_media(self, request: Request) -> Response:
         id, _, number = request.params.get("id", "").partition(".")
-        seen = self.client.talk.remembered(id) if number.isdigit() else None
-        if seen and int(number) < len(seen.get("media") or []) and seen["media"][int(
-                number)].get("file_id"):  # the bridge's URLs end, so it is asked now
+        seen = self.client.talk.remembered(id) if re.fullmatch("[0-9]{1,4}", number) else None
+        files = dict(enumerate(seen.get("media") or ())) if seen else {}
+        file = files.get(int(number), {}) if files else {}
+        if seen and file.get("file_id"):  # the bridge's URLs end, so it is asked now
             try:
-                url = self.client.link.file_url({**seen["media"][int(number)], "group": seen.get(
-                    "group_uid"), "uid": seen.get("sender_uid")})
+                url = self.client.link.file_url({**file, "group": seen.get("group_uid"),
+                                                 "uid": seen.get("sender_uid")})
             except Declined:
                 url = ""
             return Response(b"", "", 302, {"Location": url}) if url else Response(b"", "", 404)
@@ -12156,12 +12180,12 @@ class Api:
             check_cq(content, self.media.check_address)
         if self.client.talk.is_full():
             raise QueueFull()
-        promise = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq,
-                                   **check_quote(request.params))
+        future = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq,
+                                  **check_quote(request.params))
         if request.params.get("async") == "1":
             return {"code": 0, "status": "request already in execution"}
         try:
-            message: Optional[Message] = wait_for(request, promise, SEND_SECONDS)
+            message: Optional[Message] = wait_for(request, future, SEND_SECONDS)
         except TimeoutError:  # it will be sent: a failure would have the caller send it again
             return {"code": 0, "id": None, "status": "request already in execution"}
         if message is None:
@@ -12295,7 +12319,7 @@ class Api:
             row = self.client.link.call(action, params)
         except Declined as error:
             row = {"status": "failed", "wording": error.status}
-        if row.get("status") == "failed" or scalar(row.get("retcode")) not in ("0", "1", None):
+        if is_refusal(row):
             return {**self.FAILURE, "retcode": row.get("retcode"), "info": wording(row)}
         return {"code": 0, "data": row.get("data"), "status": "success"}
 
