@@ -3667,25 +3667,23 @@ METADATA = [socket.inet_aton("100.100.100.200"), socket.inet_aton("192.0.0.192")
             socket.inet_pton(socket.AF_INET6, "fd00:42::42"),
             socket.inet_pton(socket.AF_INET6, "fd20:ce::254")]
 METADATA_NET = socket.inet_pton(socket.AF_INET6, "fd00:ec2::")[:4]  # ::254, ::23 with pods' keys
-# Prefixes of 96 bits that hold an IPv4 address.
-V4_IN_V6 = ("::ffff:0:0", "::", "::ffff:0:0:0", "64:ff9b::", "64:ff9b:1::")
+V4_IN_V6 = [socket.inet_pton(socket.AF_INET6, prefix)[:12] for prefix in (
+    "::ffff:0:0", "::", "::ffff:0:0:0", "64:ff9b::", "64:ff9b:1::")]  # an IPv4 address follows
 
 
 def is_forbidden(address: str) -> bool:
     """Whether a numeric address is link-local or a metadata service, in whatever spelling."""
-    if ":" not in address:
-        return _forbidden_v4(socket.inet_aton(address))
-    packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
-    prefixes = [socket.inet_pton(socket.AF_INET6, prefix)[:12] for prefix in V4_IN_V6]
-    embedded = packed[12:] if packed[:12] in prefixes else packed[2:6]  # 6to4: 2002:v4::
-    if packed[:12] in prefixes or packed[:2] == b"\x20\x02":
-        return _forbidden_v4(embedded)
-    link_local = packed[0] == 0xfe and packed[1] & 0xc0 == 0x80
+    if ":" in address:
+        packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
+        if packed[:12] in V4_IN_V6:
+            packed = packed[12:]
+        elif packed[:2] == b"\x20\x02":  # 6to4: 2002:v4::
+            packed = packed[2:6]
+    else:
+        packed = socket.inet_aton(address)
+    link_local = (packed[:2] == b"\xa9\xfe" if len(packed) == 4
+                  else b"\xfe\x80" <= packed[:2] <= b"\xfe\xbf")
     return link_local or packed in METADATA or packed[:4] == METADATA_NET
-
-
-def _forbidden_v4(packed: bytes) -> bool:
-    return packed[:2] == b"\xa9\xfe" or packed in METADATA
 
 
 @functools.lru_cache(maxsize=256)
@@ -3738,11 +3736,11 @@ class Call(urllib.request.Request):
     SAFE = "!#$%&'()*+,/:;=?@[]~|^`{}\"<>"
     ORIGIN = re.compile("[A-Za-z]+://[^/?#]*")
     PLAIN = re.compile(r"[\x21-\x7e]*")
-    _tunnel_host: Optional[str]  # which urllib sets for a proxy's sake
+    timeout: float                # set by the opener
+    _tunnel_host: Optional[str]   # by urllib, for a proxy's sake
 
     def __init__(self, url: str, method: str, fields: Mapping[str, str], body: Optional[bytes],
-                 seconds: float, caller: Optional[socket.socket], repeat: bool,
-                 patience: float) -> None:
+                 caller: Optional[socket.socket], repeat: bool, patience: float) -> None:
         found = self.ORIGIN.match(url)
         scheme, self.own_host, secret = split_origin(found.group() if found else "")
         target = url[found.end() if found else 0:].partition("#")[0]
@@ -3758,7 +3756,7 @@ class Call(urllib.request.Request):
         self.fields = dict(fields)
         if secret:
             self.fields.setdefault("Authorization", secret)
-        self.seconds, self.caller, self.repeat, self.patience = seconds, caller, repeat, patience
+        self.caller, self.repeat, self.patience = caller, repeat, patience
 
     def to_bytes(self) -> bytes:
         """Head and body as they go out; Unreachable if a field would become two."""
@@ -3769,7 +3767,7 @@ class Call(urllib.request.Request):
         if body or self.method not in ("GET", "HEAD", "OPTIONS"):
             lines.append(f"Content-Length: {len(body)}")
         text = "\r\n".join(lines)
-        if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
+        if not text.count("\n") == len(lines) - 1 == text.count("\r"):
             raise Unreachable("a line break within a header field")
         return text.encode("latin-1", "replace") + b"\r\n\r\n" + body
 
@@ -3778,24 +3776,23 @@ class Line(Stream):
     """A connection to a server. Its answer may be for a `caller`, who is watched as soon as it
     takes longer than `patience`: not each call is worth that."""
 
-    __slots__ = ("key", "since", "caller", "patience", "_seconds", "_watching", "idle")
+    __slots__ = ("key", "since", "caller", "patience", "idle", "_seconds")
 
     def __init__(self, sock: socket.socket, key: Tuple[Any, ...]) -> None:
         super().__init__(sock)
-        self.key = key
-        self.since = self.patience = 0.0
+        self.key, self.since, self._seconds = key, 0.0, 0.0
         self.caller: Optional[socket.socket] = None
-        self._seconds, self._watching = 0.0, False
+        self.patience: Optional[float] = None  # None: the caller, if any, is being watched
         self.idle: Optional[Tuple[float, Callable[[], None]]] = None  # see Reply.pieces()
 
     def allow(self, seconds: float) -> None:
         self._seconds = seconds
-        super().allow(seconds if self.caller is None or self._watching else self.patience)
+        super().allow(seconds if self.patience is None else self.patience)
 
     def expire(self) -> None:
-        if self.caller is None or self._watching:
+        if self.patience is None or self.caller is None:
             return super().expire()
-        self._watching = True
+        self.patience = None
         self.until += self._seconds
         REAPER.watch(self.caller, self._leave)
 
@@ -3808,9 +3805,10 @@ class Line(Stream):
         if self.caller is not None:
             with REAPER.lock:
                 self.until = math.inf
-                if self._watching:
+                if self.patience is None:
                     REAPER.unwatch(self.caller)
-                self.caller, self._watching = None, False
+                self.caller = self.patience = None
+        self.until, self.idle = math.inf, None
 
     def more(self) -> bytes:
         if self.idle:
@@ -3835,9 +3833,8 @@ class Pool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all below
-        self._idle: Dict[Tuple[Any, ...], List[Line]] = {}
-        self._ages: Dict[Line, None] = {}  # all of them, the oldest first
-        self._most = 0
+        self._idle: Dict[Tuple[Any, ...], List[Line]] = {}  # by Line.key, the oldest first
+        self._count = self._most = 0
         self.until = math.inf          # when the oldest has waited long enough
 
     def take(self, key: Tuple[Any, ...], unseen: bool = False) -> Optional[Line]:
@@ -3845,9 +3842,10 @@ class Pool:
         while True:
             with self._lock:
                 lines = self._idle.get(key)
-                line = self._remove(lines[-1]) if lines else None
-            if line is None:
-                return None
+                if not lines:
+                    return None
+                line = lines.pop()
+                self._count -= 1
             if time.monotonic() - line.since < LINE_SECONDS and (
                     unseen or not has_ended(line.sock)):
                 return line
@@ -3859,13 +3857,12 @@ class Pool:
         with self._lock:
             lines = self._idle.setdefault(line.key, [])
             lines.append(line)
-            self._ages[line] = None
+            self._count += 1
             # A sixth of the connections that there may be: what callers cause has its own room.
             self._most = self._most or max(1, room_for_connections() // 6)
             oldest = (lines[0] if len(lines) > IDLE_LINES
-                      else next(iter(self._ages)) if len(self._ages) > self._most else None)
-            if oldest:
-                self._remove(oldest)
+                      else min([lines[0] for lines in self._idle.values() if lines],
+                               key=lambda line: line.since) if self._count > self._most else None)
             begin = self.until == math.inf
             if begin:
                 self.until = line.since + LINE_SECONDS
@@ -3873,79 +3870,69 @@ class Pool:
             REAPER.add(self)
             REAPER.expect(self.until)
         if oldest:
-            oldest.close()
+            self._hang_up(lambda line: line is oldest)
 
     def drop(self, host: str = "") -> bool:
         """Hang up on a server that has ended, or on all; whether there was anything to close."""
+        return self._hang_up(lambda line: not host or line.key[1] == host)
+
+    def expire(self) -> None:
+        """By the reaper: some have waited long enough."""
+        due = time.monotonic() - LINE_SECONDS
+        self._hang_up(lambda line: line.since <= due)
+
+    def _hang_up(self, which: Callable[[Line], bool]) -> bool:
+        gone = []
         with self._lock:
-            gone = [self._remove(line) for line in list(self._ages)
-                    if not host or line.key[1] == host]
+            for key, lines in list(self._idle.items()):
+                gone += [line for line in lines if which(line)]
+                self._idle[key] = [line for line in lines if not which(line)]
+                if not self._idle[key]:
+                    del self._idle[key]
+            self._count = sum(map(len, self._idle.values()))
+            self.until = LINE_SECONDS + min(
+                [lines[0].since for lines in self._idle.values()], default=math.inf)
         for line in gone:
             line.close()
         return bool(gone)
 
-    def _remove(self, line: Line) -> Line:
-        lines = self._idle[line.key]
-        lines.remove(line)
-        if not lines:
-            del self._idle[line.key]
-        del self._ages[line]
-        return line
-
-    def expire(self) -> None:
-        """By the reaper: some have waited long enough."""
-        with self._lock:
-            due = time.monotonic() - LINE_SECONDS
-            old = [self._remove(line) for line in list(self._ages) if line.since <= due]
-            self.until = next(iter(self._ages)).since + LINE_SECONDS if self._ages else math.inf
-        for line in old:
-            line.close()
-
 
 class Reply:
-    """An answer: status, fields, and a body that is read once."""
+    """An answer: status, fields, and a body that is read once; `length` if that was told."""
 
     def __init__(self, line: Line, pool: Pool, call: Call) -> None:
         self._line, self._pool = line, pool
-        self._upgrade = "Upgrade" in call.fields
-        self.status, minor, self.fields = self._read_head(line)
-        empty = call.get_method() == "HEAD" or self.status in (204, 304)
-        self._length = 0 if empty else None if self.status == 101 else self._body_length()
-        wish = self.fields.get("connection", "").lower()
-        self._keep = (minor == b"1" or "keep-alive" in wish) and "close" not in wish
-        self._finished = False
-        if self._length == 0:
-            self._finish()
-
-    def _read_head(self, stream: Stream) -> Tuple[int, bytes, Fields]:
-        while True:
-            head = stream.head()
+        while True:  # 100 Continue and its like announce another head
+            head = line.head()
             if not head:
                 raise EOFError
-            line, _, block = head.partition(b"\r\n")
-            found = STATUS_LINE.fullmatch(line)
+            first, _, block = head.partition(b"\r\n")
+            found = STATUS_LINE.fullmatch(first)
             if not found:
                 raise BadRequest(400, "the answer is not HTTP")
-            status = int(found.group(2))
-            if status >= 200 or (status == 101 and self._upgrade):
-                return status, found.group(1), HEADS.parse(block)
-            # 100 Continue and its like announce another head
-
-    def _body_length(self) -> Optional[int]:
-        """None: as long as the connection lasts (RFC 9112 6.3)."""
-        if "content-length" not in self.fields and "transfer-encoding" not in self.fields:
-            return None
-        return body_length(self.fields)
+            self.status = int(found.group(2))
+            if self.status >= 200 or (self.status == 101 and "Upgrade" in call.fields):
+                break
+        self.fields = HEADS.parse(block)
+        # None, and not chunked: it lasts as long as the connection (RFC 9112 6.3).
+        self.length: Optional[int] = None
+        self._is_chunked = self._is_finished = False
+        if call.method == "HEAD" or self.status in (204, 304):
+            self.length = 0
+        elif self.status != 101 and (
+                "content-length" in self.fields or "transfer-encoding" in self.fields):
+            length = body_length(self.fields)
+            self._is_chunked = length < 0
+            self.length = None if self._is_chunked else length
+        wish = self.fields.get("connection", "").lower()
+        self._keep = (found.group(1) == b"1" or "keep-alive" in wish) and "close" not in wish
+        if self.length == 0:
+            self._finish()
 
     @property
     def kind(self) -> str:
         """The media type, without parameters."""
         return self.fields.get("content-type", "").partition(";")[0].strip().lower()
-
-    @property
-    def length(self) -> Optional[int]:
-        """The body's length if it was told, else None."""
-        return None if self._length is None or self._length < 0 else self._length
 
     def read(self, limit: int = ANSWER_LIMIT) -> bytes:
         """The body, at most `limit` bytes of it; Unreachable if it breaks off."""
@@ -3980,17 +3967,17 @@ class Reply:
         except (EOFError, OSError, BadRequest) as error:
             raise _out_error(error, True) from None
         finally:
-            if not self._finished:
+            if not self._is_finished:
                 self.close()  # nobody wants the rest, or there is none
 
     def _raw_pieces(self, line: Line) -> Iterator[bytes]:
-        if self._length is None:
+        if self._is_chunked:
+            yield from line.chunks()
+        elif self.length is None:
             yield line.buffer
             yield from iter(line.more, b"")
             return
-        if self._length < 0:
-            yield from line.chunks()
-        left = self._length
+        left = self.length or 0
         while left > 0:
             data = line.buffer or line.more()
             if not data:
@@ -3998,13 +3985,12 @@ class Reply:
             line.buffer = data[left:]
             yield data[:left]
             left -= len(data[:left])
-        if not self._finished:
+        if not self._is_finished:
             self._finish()
 
     def _finish(self) -> None:
-        self._finished = True
+        self._is_finished = True
         self._line.release()
-        self._line.until, self._line.idle = math.inf, None
         if self._keep and not self._line.buffer:
             self._pool.give(self._line)
         else:
@@ -4025,9 +4011,7 @@ def _out_error(error: Exception, sent: bool) -> Unreachable:
         return Unreachable("the connection ended before the answer did", sent)
     if isinstance(error, socket.gaierror):
         return Unreachable("unknown host", sent)
-    if isinstance(error, OSError):
-        return Unreachable(error.strerror or str(error), sent)
-    return Unreachable(str(error), sent)
+    return Unreachable(getattr(error, "strerror", None) or str(error), sent)
 
 
 class Transport(urllib.request.BaseHandler):
@@ -4047,7 +4031,7 @@ class Transport(urllib.request.BaseHandler):
         A kept connection may turn out dead. The call is then repeated on a fresh one only if it
         is a read, and not a byte of an answer came: of a send it is not known whether it was done.
         """
-        key = (call.type, call.host, getattr(call, "_tunnel_host", None))
+        key = (call.type, call.host, call._tunnel_host)
         data = call.to_bytes()
         line = self.pool.take(key, call.repeat)
         if line is not None:
@@ -4058,14 +4042,19 @@ class Transport(urllib.request.BaseHandler):
             except Unreachable:
                 if not call.repeat or line.buffer:
                     raise
-        return self._exchange(self._connect(call, key), call, data)
+        try:
+            line = Line(self._connect(call), key)
+        except OSError as error:
+            raise _out_error(error, False) from None
+        return self._exchange(line, call, data)
 
     https_open = http_open
 
     def _exchange(self, line: Line, call: Call, data: bytes) -> Reply:
-        line.caller, line.patience = call.caller, call.patience
+        if call.caller is not None:
+            line.caller, line.patience = call.caller, call.patience
         try:
-            line.allow(call.seconds)
+            line.allow(call.timeout)
             line.send(data)
             return Reply(line, self.pool, call)
         except BaseException as error:
@@ -4074,37 +4063,27 @@ class Transport(urllib.request.BaseHandler):
                 raise _out_error(error, True) from None
             raise
 
-    def _connect(self, call: Call, key: Tuple[Any, ...]) -> Line:
-        until = time.monotonic() + min(CONNECT_SECONDS, call.seconds)
-        try:
-            try:
-                sock = self._open(call, until)
-            except OSError as error:
-                if error.errno != errno.EMFILE or not self.pool.drop():
-                    raise
-                sock = self._open(call, until)  # what merely waits must not cost a call
-            if call.type == "https":
-                sock = self._secure(sock, call, until)
-            return Line(sock, key)
-        except OSError as error:
-            raise _out_error(error, False) from None
-
-    def _open(self, call: Call, until: float) -> socket.socket:
+    def _connect(self, call: Call) -> socket.socket:
+        until = time.monotonic() + min(CONNECT_SECONDS, call.timeout)
         parts = urllib.parse.urlsplit("//" + call.host)
-        default = 443 if call.type == "https" else 80
         if not parts.hostname:
             raise Unreachable("a URL without a host")
-        return connect(parts.hostname, parts.port or default, until)
-
-    def _secure(self, sock: socket.socket, call: Call, until: float) -> socket.socket:
+        port = parts.port or (443 if call.type == "https" else 80)
+        try:
+            sock = connect(parts.hostname, port, until)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not self.pool.drop():
+                raise
+            sock = connect(parts.hostname, port, until)  # what waits must not cost a call
+        if call.type != "https":
+            return sock
         import ssl
-        tunnel = getattr(call, "_tunnel_host", None)
         try:
             sock.settimeout(max(0.1, until - time.monotonic()))
-            if tunnel:
-                self._tunnel(sock, call, tunnel)
+            if call._tunnel_host:
+                self._tunnel(sock, call, call._tunnel_host)
             self._tls = self._tls or ssl.create_default_context()
-            name = urllib.parse.urlsplit("//" + (tunnel or call.host)).hostname
+            name = urllib.parse.urlsplit("//" + (call._tunnel_host or call.host)).hostname
             wrapped: socket.socket = self._tls.wrap_socket(sock, server_hostname=name)
             wrapped.settimeout(None)
             return wrapped
@@ -4206,89 +4185,15 @@ def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = N
     whether the server may have acted; TooSlow.
     """
     try:
-        call = Call(url, method, fields or {}, body, seconds, caller, repeat, patience)
+        call = Call(url, method, fields or {}, body, caller, repeat, patience)
     except ValueError as error:
         raise Unreachable(str(error)) from None
     reply: Reply = OPENER.open(call, timeout=seconds)
     return reply
 
 
-class Frames:
-    """What a WebSocket server sends, without a socket: bytes in, whole messages out (RFC 6455).
-
-    A frame that announces more than `limit` bytes is refused before they are read.
-    """
-
-    TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._buffer = bytearray()
-        self._parts = bytearray()    # of a message that is not whole yet
-        self._code = 0               # and its opcode
-
-    def feed(self, data: bytes) -> Iterator[Tuple[int, bytes]]:
-        """The messages, as (opcode, payload), that more bytes complete; BadRequest after them."""
-        self._buffer += data
-        while True:
-            frame = self._frame()
-            if frame is None:
-                return
-            yield from self._join(*frame)
-
-    def _frame(self) -> Optional[Tuple[bool, int, bytes]]:
-        data = self._buffer
-        if len(data) < 2:
-            return None
-        final, code, length, start = bool(data[0] & 0x80), data[0] & 0x0f, data[1], 2
-        if data[0] & 0x70 or length & 0x80 or code not in (0, 1, 2, 8, 9, 10):
-            raise BadRequest(400, "not a WebSocket frame of a server")
-        if length >= 126:
-            start = 4 if length == 126 else 10
-            if len(data) < start:
-                return None
-            length = int.from_bytes(data[2:start], "big")
-        if code >= 8 and (length > 125 or not final):
-            raise BadRequest(400, "a control frame that is too long or in parts")
-        if length + len(self._parts) > self._limit:
-            raise BadRequest(413, f"a message of over {self._limit} bytes")
-        if len(data) < start + length:
-            return None
-        payload = bytes(data[start:start + length])
-        del data[:start + length]
-        return final, code, payload
-
-    def _join(self, final: bool, code: int, payload: bytes) -> List[Tuple[int, bytes]]:
-        if code >= 8:
-            return [(code, payload)]  # may stand between the parts of a message
-        if (code == 0) != (self._code != 0):
-            raise BadRequest(400, "parts of a message in the wrong order")
-        self._code = self._code or code
-        self._parts += payload
-        if not final:
-            return []
-        whole = (self._code, bytes(self._parts))
-        self._parts, self._code = bytearray(), 0
-        return [whole]
-
-    @staticmethod
-    def frame(code: int, payload: bytes) -> bytes:
-        """A frame as clients send it: masked, in one part."""
-        length = len(payload)
-        if length < 126:
-            head = bytes([0x80 | code, 0x80 | length])
-        elif length < 65_536:
-            head = struct.pack("!BBH", 0x80 | code, 0x80 | 126, length)
-        else:
-            head = struct.pack("!BBQ", 0x80 | code, 0x80 | 127, length)
-        mask = os.urandom(4)
-        stream = (mask * (length // 4 + 1))[:length]
-        masked = int.from_bytes(payload, "big") ^ int.from_bytes(stream, "big")
-        return head + mask + masked.to_bytes(length, "big")
-
-
 class WebSocket:
-    """A WebSocket to a server.
+    """A WebSocket to a server (RFC 6455).
 
     run() gives each text message to heard(data), answers pings, asks for a pong in a silence, calls
     silence(), which may raise, and ends with Unreachable, in words for a log, at the latest after
@@ -4296,18 +4201,15 @@ class WebSocket:
     """
 
     LOOK_SECONDS = BRIDGE_SECONDS / 2
+    PART, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 
     def __init__(self, url: str, fields: Mapping[str, str], heard: Callable[[bytes], None],
                  silence: Callable[[], None] = lambda: None) -> None:
+        """Shake hands (4.1); Unreachable, AuthFailure."""
         self._heard, self._silence = heard, silence
-        self._frames = Frames(BRIDGE_LIMIT)
         # Held while the connection is read from or written to: TLS bears no second thread.
         self._lock = threading.Lock()
         self._closing = False
-        self._line = self._shake_hands(url, fields)
-
-    def _shake_hands(self, url: str, fields: Mapping[str, str]) -> Line:
-        """RFC 6455 4.1; Unreachable, AuthFailure."""
         key = base64.b64encode(os.urandom(16)).decode()
         reply = fetch("http" + url[2:], "GET", {
             **fields, "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": key,
@@ -4321,69 +4223,108 @@ class WebSocket:
         if reply.status != 101 or proof != base64.b64encode(digest).decode():
             reply.close()
             raise Unreachable(f"no WebSocket there (it answers {reply.status})")
-        return reply.take()
+        self._line = reply.take()
+        self._buffer = bytearray(self._line.buffer)
+        # A connection that a bridge or a router forgot looks like one where nothing happens.
+        self._look, self._silent = 0.0, 0  # when to look again, and how often all was silent
 
     def run(self) -> None:
         """Work until the connection ends; always raises Unreachable."""
-        line, data, farewell = self._line, self._line.buffer, 1000
-        # A connection that a bridge or a router forgot looks like one where nothing happens.
-        look, silent = time.monotonic() + self.LOOK_SECONDS, 0
+        farewell = 1000
+        self._look = time.monotonic() + self.LOOK_SECONDS
         try:
-            while True:
-                if len(data) > 127:
-                    silent = 0  # a pong alone may vanish in half a frame: no sign of life
-                for code, payload in self._frames.feed(data):
-                    silent = 0
-                    self._hear(code, payload)
-                data = b""
-                if time.monotonic() >= look:
-                    look, silent = look + self.LOOK_SECONDS, silent + 1
-                    if silent > 2:
-                        raise TooSlow("no sign of life")
-                    if silent == 2:
-                        self._send(Frames.PING, b"")
-                        self._silence()
-                if is_readable(line.sock, max(0.0, look - time.monotonic())):
-                    data = self._read()
+            for code, payload in self._messages():
+                self._silent = 0
+                if code in (self.TEXT, self.BINARY):
+                    self._heard(payload)
+                elif code == self.PING:
+                    self.send(payload, self.PONG)
+                elif code == self.CLOSE:
+                    why = " ".join(CONTROLS.sub(
+                        " ", payload[2:].decode("utf-8", "replace")).split())
+                    raise Unreachable("the other side closed the connection"
+                                      + (f": {why}" if why else ""))
         except BadRequest as error:
             farewell = 1009 if error.http == 413 else 1002
             raise Unreachable(error.status) from None
         finally:
             with contextlib.suppress(Unreachable):  # it may be gone already
-                self._send(Frames.CLOSE, struct.pack("!H", farewell))
-            line.close()
+                self.send(struct.pack("!H", farewell), self.CLOSE)
+            self._line.close()
 
-    def _read(self) -> bytes:
+    def _messages(self) -> Iterator[Tuple[int, bytes]]:
+        """Opcode and payload of each whole message and control frame; BadRequest.
+
+        A frame that announces too many bytes is refused before they are read.
+        """
+        parts, kind = bytearray(), self.PART
+        while True:
+            first, length = self._exactly(2)
+            is_last, code = first & 0x80, first & 0x0f
+            if first & 0x70 or length & 0x80 or code not in (0, 1, 2, 8, 9, 10):
+                raise BadRequest(400, "not a WebSocket frame of a server")
+            if length >= 126:
+                length = int.from_bytes(self._exactly(2 if length == 126 else 8), "big")
+            if code >= self.CLOSE and (length > 125 or not is_last):
+                raise BadRequest(400, "a control frame that is too long or in parts")
+            if length + len(parts) > BRIDGE_LIMIT:
+                raise BadRequest(413, f"a message of over {BRIDGE_LIMIT} bytes")
+            payload = self._exactly(length)
+            if code >= self.CLOSE:
+                yield code, payload  # it may stand between the parts of a message
+                continue
+            if (code == self.PART) != (kind != self.PART):
+                raise BadRequest(400, "parts of a message in the wrong order")
+            kind = kind or code
+            parts += payload
+            if is_last:
+                yield kind, bytes(parts)
+                parts, kind = bytearray(), self.PART
+
+    def _exactly(self, length: int) -> bytes:
+        """So many bytes, however long that takes, while there are signs of life."""
+        while len(self._buffer) < length:
+            if time.monotonic() >= self._look:
+                self._look, self._silent = self._look + self.LOOK_SECONDS, self._silent + 1
+                if self._silent > 2:
+                    raise TooSlow("no sign of life")
+                if self._silent == 2:
+                    self.send(b"", self.PING)
+                    self._silence()
+            if is_readable(self._line.sock, max(0.0, self._look - time.monotonic())):
+                with self._lock:
+                    try:
+                        self._line.allow(BRIDGE_SECONDS)
+                        data = self._line.more()
+                    except OSError as error:
+                        raise _out_error(error, True) from None
+                    self._line.until = math.inf
+                if not data:
+                    raise Unreachable("the connection was closed" if self._closing else
+                                      "the connection was ended by the other side")
+                if len(data) > 127:
+                    self._silent = 0  # a pong alone may vanish in half a frame: no sign of life
+                self._buffer += data
+        taken = bytes(self._buffer[:length])
+        del self._buffer[:length]
+        return taken
+
+    def send(self, payload: bytes, code: int = TEXT) -> None:
+        """Send a message, masked and in one part, from any thread. Unreachable."""
+        length, first = len(payload), 0x80 | code
+        if length < 126:
+            head = bytes([first, 0x80 | length])
+        elif length < 65_536:
+            head = struct.pack("!BBH", first, 0x80 | 126, length)
+        else:
+            head = struct.pack("!BBQ", first, 0x80 | 127, length)
+        mask = os.urandom(4)
+        stream = (mask * (length // 4 + 1))[:length]
+        masked = int.from_bytes(payload, "big") ^ int.from_bytes(stream, "big")
         with self._lock:
             try:
                 self._line.allow(BRIDGE_SECONDS)
-                data = self._line.more()
-            except OSError as error:
-                raise _out_error(error, True) from None
-            self._line.until = math.inf
-        if not data:
-            raise Unreachable("the connection was closed" if self._closing else
-                              "the connection was ended by the other side")
-        return data
-
-    def _hear(self, code: int, payload: bytes) -> None:
-        if code in (Frames.TEXT, Frames.BINARY):
-            self._heard(payload)
-        elif code == Frames.PING:
-            self._send(Frames.PONG, payload)
-        elif code == Frames.CLOSE:
-            why = " ".join(CONTROLS.sub(" ", payload[2:].decode("utf-8", "replace")).split())
-            raise Unreachable("the other side closed the connection" + (f": {why}" if why else ""))
-
-    def send(self, text: bytes) -> None:
-        """Send a message, from any thread. Unreachable."""
-        self._send(Frames.TEXT, text)
-
-    def _send(self, code: int, payload: bytes) -> None:
-        with self._lock:
-            try:
-                self._line.allow(BRIDGE_SECONDS)
-                self._line.send(Frames.frame(code, payload))
+                self._line.send(head + mask + masked.to_bytes(length, "big"))
                 self._line.until = math.inf
             except OSError as error:
                 self._line.shut()  # so that run() ends
