@@ -3072,8 +3072,8 @@ class Gate:
             if reason:
                 return reason
         if is_cross_site(fields, host):
-            page = fields.get("origin", fields.get("sec-fetch-site", ""))
-            return (f"a page of another site made it ({page[:100]!a}): "
+            site = fields.get("origin", fields.get("sec-fetch-site", ""))
+            return (f"a page of another site made it ({site[:100]!a}): "
                     "set token, and let the page give it")
         if forwarded and fields.get("origin", "").startswith("http:"):
             return self.PLAIN
