@@ -4589,9 +4589,12 @@ INDEX_BODY = """<h1>OpenQQ</h1><p>{what} It serves the HTTP API below; the READM
 <pre>{lines}</pre>"""
 
 
+HTML_CODES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
+
+
 def page(body: str, values: Mapping[str, str], status: int = 200) -> Response:
     """An HTML page that may load nothing and run nothing; values are escaped into the body."""
-    safe = {name: escape(value) for name, value in values.items()}
+    safe = {name: value.translate(HTML_CODES) for name, value in values.items()}
     return html_response("zh", PAGE_STYLE, body.format(**safe), "form-action 'self'", status)
 
 
@@ -4623,67 +4626,40 @@ def html_response(lang: str, style: str, body: str, policy: str, status: int = 2
          "Cache-Control": "no-store"})
 
 
-def escape(text: str) -> str:
-    """Text as HTML text or within a quoted attribute."""
-    for plain, coded in ("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;"):
-        text = text.replace(plain, coded)
-    return text
-
-
 DASHBOARD_STYLE = """
-:root{color-scheme:light dark;--page:#f4f5f7;--card:#fff;--text:#1c2430;--soft:#5d6878;
---line:#d9dee5;--main:#1f5fbf;--on-main:#fff;--good:#187a3c;--wait:#96600a;--bad:#b3261e}
-@media(prefers-color-scheme:dark){:root{--page:#12161c;--card:#1b212a;--text:#e3e8ef;
---soft:#98a4b5;--line:#323b48;--main:#78aaf5;--on-main:#0d1a2e;--good:#62c987;--wait:#e2b154;
---bad:#f58b82}}
+:root{color-scheme:light dark;scroll-padding-top:6rem;--soft:#5d6878;--line:#8886;--main:#1f5fbf;
+--good:#187a3c;--wait:#96600a;--bad:#b3261e}
+@media(prefers-color-scheme:dark){:root{--soft:#98a4b5;--main:#78aaf5;--good:#62c987;
+--wait:#e2b154;--bad:#f58b82}}
 *{box-sizing:border-box}[hidden]{display:none!important}
-body{margin:0;background:var(--page);color:var(--text);
-font:15px/1.45 system-ui,"PingFang SC","Microsoft YaHei",sans-serif}
-header,main,#lock{max-width:76rem;margin:0 auto;padding:.75rem}
-header{display:flex;align-items:baseline;gap:0 .75rem;flex-wrap:wrap;position:sticky;top:0;
-z-index:1;background:var(--page)}html{scroll-padding-top:6rem}
-h1{font-size:1.3rem;margin:0}h2{font-size:1.05rem;margin:0 0 .6rem}h3{font-size:1rem;margin:0}
-main{display:grid;gap:.75rem;grid-template-columns:minmax(0,1fr);padding-top:0}
-@media(min-width:60rem){main{grid-template-columns:minmax(0,5fr) minmax(0,6fr);
-align-items:start}}
-.column{display:grid;gap:.75rem;min-width:0}
-.box{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.9rem;
-min-width:0}
-.box p,.box ul,.box ol{margin:.3rem 0;padding:0}li{list-style:none}
-.facts,small,time,.live{color:var(--soft);font-size:.85rem}
-.state{font-size:.85rem;white-space:nowrap}.state::before{content:"●";margin-right:.3em}
+body{max-width:76rem;margin:0 auto;padding:0 .75rem .75rem;background:Canvas;
+font:15px/1.45 system-ui,"PingFang SC","Microsoft YaHei",sans-serif;overflow-wrap:anywhere}
+header{position:sticky;top:0;z-index:1;padding:.75rem 0;background:Canvas;display:flex;
+align-items:baseline;gap:0 .75rem;flex-wrap:wrap}
+h1,h2,h3{font-size:1.05rem;margin:0}h2{margin-bottom:.6rem}ol,ul{padding:0}li{list-style:none}
+main,.column,#accounts{display:grid;gap:.75rem;grid-template-columns:minmax(0,1fr)}
+@media(min-width:60rem){main{grid-template-columns:minmax(0,5fr) minmax(0,6fr);align-items:start}}
+.box,#talk,#talk li,.tag{border:1px solid var(--line);border-radius:9px}.box{padding:.9rem}
+.box p,.box ul,.box ol{margin:.3rem 0}
+.facts,small,time,.tag,.stop,.unknown{color:var(--soft)}
+.facts,small,time,.tag,.state,.error,.small{font-size:.85rem}
 .running,.on{color:var(--good)}.scaning,.confirming,.updating,.off{color:var(--wait)}
-.stop,.unknown{color:var(--soft)}.error,.failed{color:var(--bad)}
-.error{font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
-#accounts{display:grid;gap:.75rem}
-#accounts>article{border-top:1px solid var(--line);padding-top:.6rem}
-#accounts>article:first-child{border:0;padding:0}
-.row{display:flex;flex-wrap:wrap;gap:.45rem;align-items:center}
-article h3{flex:1;overflow-wrap:anywhere}#group .row{justify-content:space-between}
-#chat form{margin-top:.45rem}#group{margin-top:.6rem}.grow{flex:1 1 8rem;min-width:0}
-.code{display:block;width:13rem;max-width:100%;margin:.5rem 0;image-rendering:pixelated;
-border-radius:6px}
+.error,.failed{color:var(--bad)}.state::before{content:"●";margin-right:.3em}
+.row,#members li{display:flex;flex-wrap:wrap;gap:.45rem;align-items:center}
+article h3{flex:1}.grow{flex:1 1 8rem;min-width:0}#chat form,#group{margin-top:.45rem}
+.code{display:block;width:13rem;max-width:100%;image-rendering:pixelated}
 button,input,select{font:inherit;color:inherit;border:1px solid var(--line);border-radius:7px;
-padding:.35rem .7rem;background:var(--card);max-width:100%}
+padding:.35rem .7rem;background:none;max-width:100%}option{background:Canvas}
 input,select{width:100%}.row .grow{width:0}.row #minutes{width:5rem}
-button{cursor:pointer}button:hover{border-color:var(--main)}button:disabled{opacity:.5}
-button.main{background:var(--main);border-color:var(--main);color:var(--on-main)}
-button.small{padding:.05rem .5rem;font-size:.85rem}
-:focus-visible{outline:2px solid var(--main);outline-offset:1px}
-label{display:block;margin:.45rem 0}label small{display:block;overflow-wrap:anywhere}
-summary{cursor:pointer;color:var(--main);padding:.35rem 0}
-#said{min-height:1.45em;flex:1 1 16rem;margin:0;overflow-wrap:anywhere}
-#events li{border-top:1px solid var(--line);padding:.4rem 0}
-#events,#members{max-height:32rem;overflow:auto}#members{max-height:14rem}
-#events .text,#talk .text{display:block;white-space:pre-wrap;overflow-wrap:anywhere}
-.who,.tag{overflow-wrap:anywhere}.tag{font-size:.8rem;border:1px solid var(--line);
-border-radius:5px;padding:0 .35em;color:var(--soft)}
-#talk{height:14rem;overflow:auto;border:1px solid var(--line);border-radius:8px;
-padding:.5rem!important;background:var(--page)}
-#talk li{width:fit-content;max-width:90%;background:var(--card);border:1px solid var(--line);
-border-radius:9px;padding:.25rem .6rem;margin-bottom:.4rem}
+button{cursor:pointer}button:disabled{opacity:.5}button.main{border-color:var(--main)}
+button.main,summary{color:var(--main)}button.small{padding:.05rem .5rem}
+label,label small,#events .text{display:block}label{margin:.45rem 0}summary{cursor:pointer}
+#said{flex:1 1 16rem;margin:0}#said,#group .row{min-height:1.45em}
+#events li{border-top:1px solid var(--line);padding:.4rem 0}.text,.error{white-space:pre-wrap}
+#events,#members{max-height:32rem;overflow:auto}.tag{padding:0 .35em}
+#talk{height:14rem;overflow:auto}.box #talk{padding:.5rem}#talk li{width:fit-content;
+max-width:90%;padding:.25rem .6rem;margin-bottom:.4rem}#talk .text{display:block}
 #talk li.mine{margin-left:auto;border-color:var(--main)}
-#members li{display:flex;gap:.4rem;align-items:center;padding:.15rem 0}
 """
 
 DASHBOARD_BODY = """
@@ -4776,40 +4752,7 @@ const ZH = {
   "code 9": "发送队列已满",
   "code 100": "找不到对象", "code 201": "没有权限或未完成", "code 300": "账号未运行",
   "code 400": "参数缺失或有误", "code 503": "服务器繁忙", "code 507": "磁盘空间不足",
-  // what the settings are
-  "http_max_message_size": "请求正文的最大字节数", "tmpdir": "所有文件的目录,默认为系统临时目录",
-  "log_path": "日志文件,默认输出到 stderr", "log_encoding": "日志编码,默认 utf-8",
-  "log_level": "日志级别:debug、info、msg、warn、error、fatal", "log_head": "每行日志的前缀",
-  "log_console": "除 log_path 外也输出到 stderr", "disable_color": "终端中不使用颜色",
-  "http_debug": "以 debug 级别记录每次调用", "pid_path": "pid 文件,默认在 tmpdir 中",
-  "post_api": "接收所有消息与事件的 URL", "post_secret": "上报内容的签名密钥(X-Signature)",
-  "poll_api": "心跳与反向调用的 URL", "poll_interval": "两次心跳之间的秒数",
-  "post_event": "除消息外也上报事件", "post_media_data": "同时上报图片内容",
-  "post_stdout": "每个事件在 stdout 输出一行 JSON",
-  "post_event_list": "要上报的事件:login,stop,state_change,input_qrcode,new_friend 等",
-  "check_event_list_max_size": "check_event 保留的事件数",
-  "download_media": "微信:将收到的媒体保存为文件", "numeric_ids": "id 以 JSON 数字表示",
-  "onebot_api": "真实 QQ:OneBot 地址,ws://主机:3001 或 http://主机:3000",
-  "onebot_token": "OneBot 的 access token", "onebot_secret": "OneBot 向 /onebot 上报时的签名密钥",
-  "milky_api": "真实 QQ:Milky 地址,http://主机:3000", "milky_token": "Milky 的 access token",
-  "onebot_login": "二维码来自谁的页面:napcat 或 llbot",
-  "onebot_local": "1:OneBot 程序能读本机文件,media_path 以 file:// 发出",
   "group_request": "加群请求", "group_shutup": "禁言", "group_upload": "群文件", "poke": "戳一戳",
-  "onebot_login_api": "该页面的地址,默认同一主机的 6099 端口(llbot 3080)",
-  "link": "消息来自哪里:local、onebot 或 milky(QQ)、ilink(微信),默认按地址判断",
-  "ilink_api": "真实微信:腾讯的机器人接口", "ilink_cdn": "微信存放图片的地址",
-  "onebot_login_token": "该页面的 token 或密码", "cookie_path": "cookie 文件,默认在 tmpdir 中",
-  "qrcode_path": "二维码文件,默认在 tmpdir 中", "state_path": "状态文件,默认在 tmpdir 中",
-  "keep_cookie": "保留登录信息,下次启动免扫码",
-  "login_type": "qrlogin:扫码;login:用 pwd 登录(仅内置网络)", "pwd": "login_type=login 时的密码",
-  "qrcode_count_max": "最多显示多少个二维码,之后停止",
-  "send_interval": "两条消息之间的秒数:3,内置网络为 0", "msg_ttl": "一条消息的发送尝试次数",
-  "send_queue_max_size": "等待发送的消息数上限,超出的会被拒绝",
-  "mode": "账号的在线状态", "update_interval": "两次刷新好友、群、讨论组之间的秒数",
-  "is_init_friend": "登录时加载好友", "is_init_group": "登录时加载群",
-  "is_init_discuss": "登录时加载讨论组", "is_update_user": "也刷新自己的资料",
-  "is_update_friend": "刷新好友", "is_update_group": "刷新群", "is_update_discuss": "刷新讨论组",
-  "allow_message_sync": "上报账号在其他设备上发送的消息", "ignore_unknown_id": "丢弃陌生人的消息",
 };
 const EN = {                 // the words of the API that English says otherwise
   "init": "starting", "scaning": "waiting for a scan", "confirming": "waiting for the button",
@@ -4883,18 +4826,18 @@ function headers(more = {}) {  // a header carries bytes: UTF-8, each as one cha
   return token ? {...more, Authorization: String.fromCharCode(...bytes)} : more;
 }
 
-function request(method, path, params = {}) {
-  const words = new URLSearchParams(params);
-  const read = method === "GET";
-  return fetch(read && String(words) ? path + "?" + words : path,
-    {method, headers: headers(), cache: "no-store", body: read ? undefined : words});
-}
+const get = (path, params = {}) => fetch(path + "?" + new URLSearchParams(params),
+  {headers: headers(), cache: "no-store"});
 
-async function ask(method, path, params) {
-  const answer = await (await request(method, path, params)).json();
+async function answerOf(response) {
+  const answer = await (await response).json();
   if (answer.code === -6) lock(Boolean(token));
   return answer;
 }
+
+const ask = (path, params) => answerOf(get(path, params));
+const post = (path, params) => answerOf(
+  fetch(path, {method: "POST", headers: headers(), body: new URLSearchParams(params)}));
 
 function reason(answer) {
   const text = String(answer.info || answer.status);
@@ -4925,7 +4868,7 @@ function button(text, work, className = "") {
   return made;
 }
 
-const post = async (path, params, words) => [await ask("POST", path, params), words];
+const press = async (path, params, words) => [await post(path, params), words];
 
 // -- accounts
 
@@ -4934,14 +4877,14 @@ const cards = new Map();
 const stopped = new Map();   // name -> the settings to start it with again
 
 async function startAccount(name, params) {
-  const answer = await ask("POST", api("start_client"), {...params, client: name});
+  const answer = await post(api("start_client"), {...params, client: name});
   if (answer.code === 0) stopped.delete(name);
   return [answer, answer.status === "client already exists" ? t("{name} runs already.", {name})
     : t("{name} started on port {port}.", {name, port: answer.port})];
 }
 
 async function stopAccount(name) {
-  const answer = await ask("POST", api("stop_client"), {client: name});
+  const answer = await post(api("stop_client"), {client: name});
   if (answer.code === 0 && config.controller) {
     stopped.set(name, Object.fromEntries(config.settings.filter(([key]) => key in answer)
       .map(([key]) => [key, answer[key]])));
@@ -4967,13 +4910,13 @@ class Card {
     this.digits = el("input", {className: "grow", inputMode: "numeric", autocomplete: "off",
       placeholder: t("The digits that the phone shows")});
     this.verify = el("div", {className: "row", hidden: true}, this.digits,
-      button("Confirm", () => post(api("verify_code"), {client: name, code: this.digits.value},
+      button("Confirm", () => press(api("verify_code"), {client: name, code: this.digits.value},
         t("Sent."))));
     this.start = button("Start", () => startAgain(name));
     this.stop = button("Stop", () => stopAccount(name));
-    this.scan = button("Log in here", () => post("/local/login", {client: name},
+    this.scan = button("Log in here", () => press("/local/login", {client: name},
       t("{name} is logged in.", {name})));
-    this.relogin = button("Log in again", () => post(api("relogin"), {client: name},
+    this.relogin = button("Log in again", () => press(api("relogin"), {client: name},
       t("{name} shows a new QR code in a moment.", {name})));
     this.node = el("article", {}, el("div", {className: "row"}, bdi("h3", name), this.state),
       this.facts, this.error, this.code, this.hint, this.verify,
@@ -5002,7 +4945,7 @@ class Card {
   }
 
   async show(waits) {
-    const answer = waits && await request("GET", api("get_qrcode"), {client: this.name});
+    const answer = waits && await get(api("get_qrcode"), {client: this.name});
     const bytes = answer && answer.ok ? await answer.arrayBuffer() : null;
     const text = bytes ? new Uint8Array(bytes).join() : "";
     this.code.hidden = this.hint.hidden = !text;
@@ -5016,7 +4959,7 @@ class Card {
 async function refresh() {
   if (locked) return;
   if (config.guarded && !token) return lock(false);
-  const answer = await ask("GET", api("check_client")).catch(() => null);
+  const answer = await ask(api("check_client")).catch(() => null);
   $("away").hidden = answer !== null;
   if (!answer) {
     cards.forEach((card) => card.update({...card.row, failed: false, state: "unknown"}));
@@ -5040,10 +4983,8 @@ function showAccounts(rows) {
   }
   [...cards.keys()].filter((name) => !accounts.has(name)).forEach((name) => cards.delete(name));
   const nodes = [...cards.keys()].sort().map((name) => cards.get(name).node);
-  const shown = [...$("accounts").children];
-  if (nodes.length !== shown.length || nodes.some((node, at) => node !== shown[at])) {
-    $("accounts").replaceChildren(...nodes);
-  }
+  if (nodes.some((node, at) => node !== $("accounts").children[at])
+    || nodes.length !== $("accounts").childElementCount) $("accounts").replaceChildren(...nodes);
   $("nobody").hidden = accounts.size > 0;
   if (!world || before !== running().join()) loadWorld();
 }
@@ -5175,47 +5116,45 @@ async function follow() {    // EventSource could not send the token
 // -- chat: an account speaks through its own API, anybody else through the network inside
 
 let world = null;
-let speaker = null;          // {account} or {uid, name}
-let peer = null;             // {kind, name, id, uid, account}
+let speaker = null;          // {account, name} or {uid, name}, each with the key of its option
+let peer = null;             // {kind, name, id, uid, account, key}
 const overheard = [];        // what was said here and no account hears, each with its talk
-let speakers = new Map();
-let peers = new Map();
 
 async function loadWorld() {
   world = world || {people: [], groups: [], friends: []};
-  const answer = await ask("GET", "/local/world").catch(() => ({}));
+  const answer = await ask("/local/world").catch(() => ({}));
   if (answer.code === 0) world = answer;
   const own = running();
   const others = world.people.filter((person) => !own.includes(person.name));
-  speakers = new Map([...own.map((account) => ["account " + account, {account, name: account}]),
-    ...others.map((person) => ["person " + person.uid, person])]);
-  fill($("speaker"), speakers);
+  fill("speaker", [...own.map((name) => ({name, account: name, key: "account " + name})),
+    ...others.map((person) => ({...person, key: "person " + person.uid}))]);
   await loadPeers();
 }
 
-function fill(select, things) {
-  const before = select.value;
-  select.replaceChildren(...[...things].map(([key, thing]) => el("option", {value: key},
-    thing.kind === "group" ? `${nameOf(thing)} (${t("group")})` : nameOf(thing))));
-  if (things.has(before)) select.value = before;
+function fill(id, things) {  // what is chosen stays so
+  const before = $(id).value;
+  $(id).replaceChildren(...things.map((thing) => el("option", {thing, value: thing.key,
+    textContent: nameOf(thing) + (thing.kind === "group" ? ` (${t("group")})` : "")})));
+  if (things.some((thing) => thing.key === before)) $(id).value = before;
 }
 
+const chosen = (id) => $(id).selectedOptions[0]?.thing || null;
+
 async function loadPeers() {
-  const asked = speaker = speakers.get($("speaker").value) || null;
+  const asked = speaker = chosen("speaker");
   $("chat").hidden = !asked;
   if (!asked) return;
   const [friends, groups] = asked.account ? await rosterOf(asked) : seenBy(asked);
   if (asked !== speaker) return;
-  peers = new Map([...friends.map((row) => ["friend " + row.uid, {...row, kind: "friend"}]),
-    ...groups.map((row) => ["group " + row.uid, {...row, kind: "group"}])]);
-  fill($("peer"), peers);
+  fill("peer", [["friend", friends], ["group", groups]].flatMap(([kind, rows]) =>
+    rows.map((row) => ({...row, kind, key: `${kind} ${row.uid}`}))));
   await choosePeer();
 }
 
 async function rosterOf(own) {
   const [friends, groups, user] = await Promise.all(
     ["get_friend_info", "get_group_basic_info", "get_user_info"].map(
-      (path) => ask("GET", api(path), {client: own.account}).catch(() => [])));
+      (path) => ask(api(path), {client: own.account}).catch(() => [])));
   own.uid = user.uid;
   return [friends, groups].map((rows) => Array.isArray(rows) ? rows : []);
 }
@@ -5229,13 +5168,13 @@ function seenBy(person) {
 }
 
 async function choosePeer() {
-  const asked = peer = peers.get($("peer").value) || null;
+  const asked = peer = chosen("peer");
   showTalk();
   $("group").hidden = !peer || peer.kind !== "group";
   if ($("group").hidden) return;
   let members = peer.member || [];
   if (speaker.account) {
-    const found = await ask("GET", api("search_group"), {client: speaker.account, id: peer.id});
+    const found = await ask(api("search_group"), {client: speaker.account, id: peer.id});
     members = Array.isArray(found) ? found[0].member : [];
     if (asked !== peer) return;
   } else {
@@ -5256,7 +5195,7 @@ function memberRow(member) {
   node.dataset.member = name;
   if (!speaker.account || String(member.uid) === String(speaker.uid)) return node;
   const does = async (path, more, words) => {
-    const answer = await ask("POST", api(path), {client: speaker.account, group_id: peer.id,
+    const answer = await post(api(path), {client: speaker.account, group_id: peer.id,
       member_id: member.id, id: peer.id, members: member.id, ...more});  // as each flavour says
     choosePeer();
     return [answer, words];
@@ -5307,10 +5246,10 @@ function showTalk(more = false) {  // who reads what was said before stays there
 async function speak(content) {
   const type = peer.kind + "_message";
   const params = {client: speaker.account, id: peer.id, content};
-  if (speaker.account) return post(api("send_" + type), params, t("Sent."));
+  if (speaker.account) return press(api("send_" + type), params, t("Sent."));
   const said = {sender: speaker.name, sender_uid: speaker.uid, content, talk: talk()};
   const unheard = !witness();
-  const answer = await ask("POST", "/local/say",
+  const answer = await post("/local/say",
     {from: speaker.uid, content, to: peer.uid, type});
   if (unheard && answer.code === 0) {
     overheard.push(said, ...answer.answers.map((row) => ({...row, talk: said.talk})));
@@ -5321,11 +5260,8 @@ async function speak(content) {
 }
 
 $("speaker").onchange = () => {  // ids are another's now
-  peers = new Map();
-  peer = null;
-  $("members").replaceChildren();
-  fill($("peer"), peers);
-  showTalk();
+  fill("peer", []);
+  choosePeer();
   loadPeers();
 };
 $("peer").onchange = choosePeer;
@@ -5347,10 +5283,10 @@ for (const [id, text] of [["name", "Name of the account"], ["content", "Message"
 }
 $("begin").hidden = !config.controller;
 $("real").hidden = !config.apis.includes("verify_code");
-for (const [name, help, value, secret] of config.settings) {
+for (const [name, help, value, secret, zh] of config.settings) {
   $(/^(onebot|milky)_/.test(name) ? "bridge" : "settings").append(el("label", {}, name,
     el("input", {name, placeholder: value, autocomplete: "off",
-      type: secret ? "password" : "text"}), el("small", {}, (chinese && ZH[name]) || help)));
+      type: secret ? "password" : "text"}), el("small", {}, chinese ? zh : help)));
 }
 // A page that waits to be gone back to would hold one of the few connections to a server.
 addEventListener("pagehide", () => stream.abort());
@@ -12604,8 +12540,8 @@ def dashboard_config(flavour: Type[Flavour], settings: Settings, account: str) -
     """What the dashboard has to know; `account` of a client alone, empty for a controller."""
     return {"account": account, "controller": not account, "prefix": flavour.prefix,
             "guarded": bool(settings.token), "apis": list(flavour.apis),
-            "settings": [[setting.name, setting.help, setting.shown(), setting.secret]
-                         for setting in SETTINGS.values()
+            "settings": [[setting.name, setting.help, setting.shown(), setting.secret,
+                          setting.chinese] for setting in SETTINGS.values()
                          if setting.caller and not setting.idle]}
 
 
