@@ -5396,6 +5396,7 @@ KINDS = {"image": "image/*", "bytes": "*/*", "html": "text/html", "metrics": "te
          "stream": "text/event-stream"}
 
 
+@functools.lru_cache(maxsize=2)
 def cells_of(text: str) -> Dict[str, List[str]]:
     """The cells of a text's lines by each word of the first; what begins with a blank goes on."""
     rows = [[cell.strip() for cell in line.split("|")]
@@ -5410,25 +5411,113 @@ def schema_of(word: str) -> Row:
     return TYPES[word] if word in TYPES else {"$ref": "#/components/schemas/" + word}
 
 
-def shape(words: Iterable[str]) -> Row:
+def shape_of(words: Iterable[str]) -> Row:
     """An object with these members, by the rule for names (CONTRACT 1) where no type is given."""
-    members: Row = {}
+    row: Row = {"type": "object", "properties": {}}
     for name, _, kind in (word.rstrip("!").partition(":") for word in words):
-        is_id = ID_KEY.fullmatch(name) or name == "time"
-        members[name] = schema_of(kind or (
-            "int" if name in WHOLE else "id" if is_id else "text"))
+        kind = kind or ("int" if name in WHOLE else
+                        "id" if ID_KEY.fullmatch(name) or name == "time" else "text")
+        row["properties"][name] = schema_of(kind)
     required = [word[:-1] for word in words if word.endswith("!")]
-    row: Row = {"type": "object", "properties": members}
     return {**row, "required": required} if required else row
+
+
+def parameters_of(verb: Verb, flavour: Type[Flavour], is_controller: bool) -> List[Row]:
+    """What a call takes; of a set with one name that is required."""
+    given = [row for row in SETTINGS.values() if row.caller and not row.idle]
+    sets: Dict[str, Sequence[str]] = {
+        "media": ("media_path", "media_data", "media_url", "media_id", "media_name"),
+        "settings": [row.name for row in given],
+        "changes": [row.name for row in given if row.read is not _path], **flavour.keys}
+    sets.update({kind + "_fields": list(dict.fromkeys([
+        *flavour.fields[kind], "displayname", *names]))
+        for kind, names in flavour.other_names.items()})
+    words: List[str] = []
+    for word in verb.takes.replace("body", "").split():
+        names = sets[word[1:]] if word[0] == "+" else [word]
+        words += names if len(names) > 1 or names[0] == word else [names[0] + "!"]
+    values = dict(word.partition("=")[::2] for word in verb.example.split())
+    if is_controller and (verb.on or verb.name in BRIDGES):
+        words.insert(0, "client" if verb.name in ("check_client", "events") else "client!")
+        values["client"] = "alice"
+    found = []
+    for word in words:
+        name = word.rstrip("!")
+        *kinds, about = cells_of(PARAMS).get(name, ["the " + name.replace("_", " ")])
+        if verb.takes in ("+settings", "+changes") and name in SETTINGS:
+            kinds, about = [], SETTINGS[name].help
+        is_number = kinds == ["int"]
+        schema: Row = {"type": "integer", "minimum": 0} if is_number else {"type": "string"}
+        if kinds and not is_number:
+            schema["enum"] = kinds[0].split("/")
+        found.append({"name": name, "required": word != name, "schema": schema,
+                      "description": about})
+        if name in values:
+            found[-1]["example"] = int(values[name]) if is_number else values[name]
+    return found
+
+
+def responses_of(verb: Verb, flavour: Type[Flavour], is_passed: bool, statuses: Set[str]) -> Row:
+    """What a call answers, by HTTP statuses: these, and what every one may answer."""
+    codes = {0, *(int(word) for word in verb.codes.split() if word[0] != "=")}
+    codes |= {1} if is_passed else set()
+    statuses = statuses | {word[1:] for word in verb.codes.split() if word[0] == "="}
+    rows: Row = {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
+    answer = schema_of("answer")
+    if verb.gives in KINDS:
+        content: Row = {KINDS[verb.gives]: {}}
+        if len(codes) > 1:
+            content["application/json"] = {"schema": answer}
+        if "404" in rows:
+            rows["404"] = {"description": "There is none."}
+    else:
+        schema = schema_of(verb.gives)
+        if len(codes) > 1 and (verb.gives.endswith("*") or verb.gives in flavour.fields):
+            schema = {"anyOf": [schema, answer]}
+        content = {"application/json": {"schema": schema}}
+    rows["200"] = {"description": "Codes: " + ", ".join(map(str, sorted(codes))),
+                   "content": content}
+    return rows
+
+
+def operation(verb: Verb, route: Route, method: str, params: List[Row], responses: Row) -> Row:
+    """One method of a path. What is posted is a form or a JSON object, with a picture also a form
+    that holds its file."""
+    word = re.sub(r"\W+", "_", verb.name).strip("_") or "index"
+    row: Row = {"operationId": word if method == "GET" else f"{method.lower()}_{word}",
+                "summary": verb.about, "responses": responses}
+    if route.open:
+        row["security"] = []
+    if verb.takes == "body":
+        row["requestBody"] = {"content": {"application/json": {
+            "schema": TYPES["object"], "example": {"post_type": "meta_event"}}}}
+    elif method == "POST":
+        schema: Row = {"type": "object", "properties": {
+            param["name"]: {**param["schema"], "description": param["description"]}
+            for param in params}}
+        required = [param["name"] for param in params if param["required"]]
+        if required:
+            schema["required"] = required
+        example = {param["name"]: param["example"] for param in params if "example" in param}
+        content: Row = {kind: {"schema": schema, "example": example} for kind in (
+            "application/x-www-form-urlencoded", "application/json")}
+        if "media_data" in schema["properties"]:
+            content["multipart/form-data"] = {"schema": schema}
+        row["requestBody"] = {"content": content}
+        return row
+    if params:
+        row["parameters"] = [{**param, "in": "header" if param["name"][0].isupper() else "query"}
+                             for param in params]
+    return row
 
 
 def components(flavour: Type[Flavour]) -> Row:
     """What the operations refer to: shapes, errors, and how a token is given."""
-    schemas = {name: shape(cells[0].split()) for name, cells in cells_of(SHAPES).items()}
+    schemas = {name: shape_of(cells[0].split()) for name, cells in cells_of(SHAPES).items()}
     for kind, names in flavour.fields.items():
         member = [f"member:{kind}_member*"] if kind + "_member" in flavour.fields else []
-        schemas[kind] = shape([name + ("!" if name != "code" else ":text")
-                               for name in names] + member)
+        schemas[kind] = shape_of([name + ("!" if name != "code" else ":text")
+                                  for name in names] + member)
     about = {"400": ["code 400: a parameter is missing or wrong"]}
     for error in (AuthFailure, ApiNotFound, NotAllowed, NotFound, NotRunning, QueueFull,
                   Unreachable, TooSlow, NoRoom):
@@ -5441,135 +5530,31 @@ def components(flavour: Type[Flavour]) -> Row:
                       for status, lines in about.items()}}
 
 
-class OpenApi:
-    """Describes paths as OpenAPI 3.1; `passed` are those that a controller passes on."""
-
-    def __init__(self, flavour: Type[Flavour], passed: Iterable[str]) -> None:
-        self.flavour, self.passed = flavour, set(passed)
-        self.verbs = {**{verb.name: verb for verb in VERBS}, **flavour.apis}
-        self.params = cells_of(PARAMS)
-        open_settings = [row for row in SETTINGS.values() if row.caller and not row.idle]
-        self.sets = {
-            **flavour.keys,
-            "media": ("media_path", "media_data", "media_url", "media_id", "media_name"),
-            "settings": [row.name for row in open_settings],
-            "changes": [row.name for row in open_settings if row.read is not _path]}
-        for kind, names in flavour.other_names.items():
-            self.sets[kind + "_fields"] = list(dict.fromkeys(
-                [*flavour.fields[kind], "displayname", *names]))
-
-    def document(self, routes: Iterable[Route], has_token: bool) -> Row:
-        """The whole; a route that VERBS does not name is nobody's business."""
-        paths = {}
-        for route in routes:
-            verb = self.verbs.get(route.path.replace(self.flavour.prefix, "", 1))
-            if verb:
-                paths[route.path] = {method.lower(): self.operation(verb, route, method)
-                                     for method in route.methods if method != "HEAD"}
-        return {"openapi": "3.1.0", "paths": paths, "components": components(self.flavour),
-                "info": {"title": "OpenQQ", "version": VERSION, "description": CODES},
-                "security": [{"bearer": []}, {"access_token": []}] if has_token else []}
-
-    def operation(self, verb: Verb, route: Route, method: str) -> Row:
-        """One method of a path."""
-        word = re.sub(r"\W+", "_", verb.name).strip("_") or "index"
-        params = self.parameters(verb)
-        row: Row = {"operationId": word if method == "GET" else f"{method.lower()}_{word}",
-                    "summary": verb.about, "responses": self.responses(verb, route, params)}
-        if route.open:
-            row["security"] = []
-        if method == "POST" and verb.takes != "body":
-            row["requestBody"] = body_of(params)
-            return row
-        if verb.takes == "body":
-            row["requestBody"] = {"content": {"application/json": {
-                "schema": TYPES["object"], "example": {"post_type": "meta_event"}}}}
-        if params:
-            row["parameters"] = [{**param, "in": "header" if param["name"][0].isupper()
-                                  else "query"} for param in params]
-        return row
-
-    def parameters(self, verb: Verb) -> List[Row]:
-        """What a path takes; of a set with one name that is required."""
-        words: List[str] = []
-        for word in verb.takes.replace("body", "").split():
-            names = self.sets[word[1:]] if word[0] == "+" else [word]
-            words += names if len(names) > 1 or names[0] == word else [names[0] + "!"]
-        values = dict(word.partition("=")[::2] for word in verb.example.split())
-        if self.passed and (verb.on or verb.name in BRIDGES):
-            words = ["client" if verb.name in ("check_client", "events") else "client!", *words]
-            values["client"] = "alice"
-        found = []
-        for word in words:
-            name = word.rstrip("!")
-            *kinds, about = self.params.get(name, ["the " + name.replace("_", " ")])
-            if verb.takes in ("+settings", "+changes") and name in SETTINGS:
-                kinds, about = [], SETTINGS[name].help
-            kind = "".join(kinds)
-            schema: Row = {"type": "string"}
-            if kind == "int":
-                schema = {"type": "integer", "minimum": 0}
-            elif kind:
-                schema["enum"] = kind.split("/")
-            found.append({"name": name, "required": word != name, "schema": schema,
-                          "description": about})
-            if name in values:
-                found[-1]["example"] = int(values[name]) if kind == "int" else values[name]
-        return found
-
-    def responses(self, verb: Verb, route: Route, params: List[Row]) -> Row:
-        """What a path answers, by HTTP statuses."""
-        passed, gives = route.path in self.passed, verb.gives
-        statuses = {word[1:] for word in verb.codes.split() if word[0] == "="}
-        statuses |= {status for status, holds in (
-            ("400", params), ("403", not route.open), ("502", passed),
-            ("503", not verb.any_state), ("504", passed)) if holds}
-        rows: Row = {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
-        codes = {0, *(int(word) for word in verb.codes.split() if word[0] != "=")}
-        codes |= {1} if passed else set()
-        if gives in KINDS:
-            content: Row = {KINDS[gives]: {}}
-            if len(codes) > 1:
-                content["application/json"] = {"schema": schema_of("answer")}
-            if "404" in rows:
-                rows["404"] = {"description": "There is none."}
-        else:
-            schema = schema_of(gives)
-            if len(codes) > 1 and (gives.endswith("*") or gives in self.flavour.fields):
-                schema = {"anyOf": [schema, schema_of("answer")]}
-            content = {"application/json": {"schema": schema}}
-        rows["200"] = {"description": "Codes: " + ", ".join(map(str, sorted(codes))),
-                       "content": content}
-        return rows
-
-
-def body_of(params: List[Row]) -> Row:
-    """What is posted: a form or a JSON object, with a picture also a form that holds its file."""
-    schema = {"type": "object", "properties": {
-        param["name"]: {**param["schema"], "description": param["description"]}
-        for param in params}}
-    required = [param["name"] for param in params if param["required"]]
-    if required:
-        schema["required"] = required
-    values = {param["name"]: param["example"] for param in params if "example" in param}
-    content: Row = {kind: {"schema": schema, "example": values} for kind in (
-        "application/x-www-form-urlencoded", "application/json")}
-    if "media_data" in schema["properties"]:
-        content["multipart/form-data"] = {"schema": schema}
-    return {"content": content}
-
-
 def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
                    is_controller: bool) -> List[Route]:
-    """The routes of the document that describes the others, and these; see OpenApi."""
+    """The routes of the document that describes the others, what a controller passes on, and
+    these; one that VERBS does not name is nobody's business."""
     def openapi_json(request: Request) -> Row:
-        paths = {route.path for route in routes}
+        own_paths = {route.path for route in routes}
         passed = [Route(flavour.prefix + verb.name, verb.methods, openapi_json)
                   for verb in flavour.apis.values() if is_controller
-                  and flavour.prefix + verb.name not in paths]
-        metrics = Route("/metrics", READ, openapi_json)  # which every App has besides
-        return OpenApi(flavour, [route.path for route in passed]).document(
-            [*routes, *own, metrics, *passed], has_token)
+                  and flavour.prefix + verb.name not in own_paths]
+        verbs = {**{verb.name: verb for verb in VERBS}, **flavour.apis}
+        paths = {}
+        for route in [*routes, *own, Route("/metrics", READ, openapi_json), *passed]:
+            verb = verbs.get(route.path.replace(flavour.prefix, "", 1))
+            if not verb:
+                continue
+            params, is_passed = parameters_of(verb, flavour, is_controller), route in passed
+            responses = responses_of(verb, flavour, is_passed, {status for status, holds in (
+                ("400", params), ("403", not route.open), ("502", is_passed),
+                ("503", not verb.any_state), ("504", is_passed)) if holds})
+            paths[route.path] = {
+                method.lower(): operation(verb, route, method, params, responses)
+                for method in route.methods if method != "HEAD"}
+        return {"openapi": "3.1.0", "paths": paths, "components": components(flavour),
+                "info": {"title": "OpenQQ", "version": VERSION, "description": CODES},
+                "security": [{"bearer": []}, {"access_token": []}] if has_token else []}
 
     own = [Route(prefix + "openapi.json", READ, openapi_json) for prefix in PREFIXES]
     return own
