@@ -3772,58 +3772,6 @@ class Call(urllib.request.Request):
         return text.encode("latin-1", "replace") + b"\r\n\r\n" + body
 
 
-class Line(Stream):
-    """A connection to a server. Its answer may be for a `caller`, who is watched as soon as it
-    takes longer than `patience`: not each call is worth that."""
-
-    __slots__ = ("key", "since", "caller", "patience", "idle", "_seconds")
-
-    def __init__(self, sock: socket.socket, key: Tuple[Any, ...]) -> None:
-        super().__init__(sock)
-        self.key, self.since, self._seconds = key, 0.0, 0.0
-        self.caller: Optional[socket.socket] = None
-        self.patience: Optional[float] = None  # None: the caller, if any, is being watched
-        self.idle: Optional[Tuple[float, Callable[[], None]]] = None  # see Reply.pieces()
-
-    def allow(self, seconds: float) -> None:
-        self._seconds = seconds
-        super().allow(seconds if self.patience is None else self.patience)
-
-    def expire(self) -> None:
-        if self.patience is None or self.caller is None:
-            return super().expire()
-        self.patience = None
-        self.until += self._seconds
-        REAPER.watch(self.caller, self._leave)
-
-    def _leave(self) -> None:
-        self.cause = self.cause or Hangup()
-        self.shut()
-
-    def release(self) -> None:
-        """The answer is there, or will not be: nobody waits for it any more."""
-        if self.caller is not None:
-            with REAPER.lock:
-                self.until = math.inf
-                if self.patience is None:
-                    REAPER.unwatch(self.caller)
-                self.caller = self.patience = None
-        self.until, self.idle = math.inf, None
-
-    def more(self) -> bytes:
-        if self.idle:
-            seconds, idle = self.idle
-            self.until = math.inf
-            while not is_readable(self.sock, seconds):
-                idle()
-            self.allow(seconds)
-        return super().more()
-
-    def close(self) -> None:
-        self.release()
-        super().close()
-
-
 class Pool:
     """Connections that wait for the next request to the same server, the last used first.
 
@@ -3833,101 +3781,152 @@ class Pool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all below
-        self._idle: Dict[Tuple[Any, ...], List[Line]] = {}  # by Line.key, the oldest first
+        # By scheme, host and tunnel: since when, and the socket; the oldest first.
+        self._idle: Dict[Tuple[Any, ...], List[Tuple[float, socket.socket]]] = {}
         self._count = self._most = 0
         self.until = math.inf          # when the oldest has waited long enough
 
-    def take(self, key: Tuple[Any, ...], unseen: bool = False) -> Optional[Line]:
+    def _remove(self, key: Tuple[Any, ...], at: int) -> Tuple[float, socket.socket]:
+        found = self._idle[key].pop(at)
+        if not self._idle[key]:
+            del self._idle[key]
+        self._count -= 1
+        return found
+
+    def take(self, key: Tuple[Any, ...], unseen: bool = False) -> Optional[socket.socket]:
         """A connection that still seems alive, or None; `unseen` skips the look at it."""
         while True:
             with self._lock:
-                lines = self._idle.get(key)
-                if not lines:
+                if key not in self._idle:
                     return None
-                line = lines.pop()
-                self._count -= 1
-            if time.monotonic() - line.since < LINE_SECONDS and (
-                    unseen or not has_ended(line.sock)):
-                return line
-            line.close()
+                since, sock = self._remove(key, -1)
+            if time.monotonic() - since < LINE_SECONDS and (unseen or not has_ended(sock)):
+                return sock
+            sock.close()
 
-    def give(self, line: Line) -> None:
+    def give(self, key: Tuple[Any, ...], sock: socket.socket) -> None:
         """Take back a connection whose answer was read to its end."""
-        line.since = time.monotonic()
+        now, oldest = time.monotonic(), None
         with self._lock:
-            lines = self._idle.setdefault(line.key, [])
-            lines.append(line)
+            self._idle.setdefault(key, []).append((now, sock))
             self._count += 1
             # A sixth of the connections that there may be: what callers cause has its own room.
             self._most = self._most or max(1, room_for_connections() // 6)
-            oldest = (lines[0] if len(lines) > IDLE_LINES
-                      else min([lines[0] for lines in self._idle.values() if lines],
-                               key=lambda line: line.since) if self._count > self._most else None)
+            if len(self._idle[key]) > IDLE_LINES:
+                oldest = self._remove(key, 0)[1]
+            elif self._count > self._most:
+                oldest = self._remove(min(self._idle, key=lambda key: self._idle[key][0][0]), 0)[1]
             begin = self.until == math.inf
             if begin:
-                self.until = line.since + LINE_SECONDS
+                self.until = now + LINE_SECONDS
         if begin:
             REAPER.add(self)
             REAPER.expect(self.until)
         if oldest:
-            self._hang_up(lambda line: line is oldest)
+            oldest.close()
 
-    def drop(self, host: str = "") -> bool:
-        """Hang up on a server that has ended, or on all; whether there was anything to close."""
-        return self._hang_up(lambda line: not host or line.key[1] == host)
+    def drop(self, host: str = "", due: float = math.inf) -> bool:
+        """Hang up on a server that has ended, or on all, where nothing was asked since `due`;
+        whether there was anything to close."""
+        gone = []
+        with self._lock:
+            for key in [key for key in self._idle if not host or key[1] == host]:
+                while key in self._idle and self._idle[key][0][0] <= due:
+                    gone.append(self._remove(key, 0)[1])
+            self.until = LINE_SECONDS + min(
+                [waiting[0][0] for waiting in self._idle.values()], default=math.inf)
+        for sock in gone:
+            sock.close()
+        return bool(gone)
 
     def expire(self) -> None:
         """By the reaper: some have waited long enough."""
-        due = time.monotonic() - LINE_SECONDS
-        self._hang_up(lambda line: line.since <= due)
-
-    def _hang_up(self, which: Callable[[Line], bool]) -> bool:
-        gone = []
-        with self._lock:
-            for key, lines in list(self._idle.items()):
-                gone += [line for line in lines if which(line)]
-                self._idle[key] = [line for line in lines if not which(line)]
-                if not self._idle[key]:
-                    del self._idle[key]
-            self._count = sum(map(len, self._idle.values()))
-            self.until = LINE_SECONDS + min(
-                [lines[0].since for lines in self._idle.values()], default=math.inf)
-        for line in gone:
-            line.close()
-        return bool(gone)
+        self.drop(due=time.monotonic() - LINE_SECONDS)
 
 
-class Reply:
-    """An answer: status, fields, and a body that is read once; `length` if that was told."""
+class Reply(Stream):
+    """An answer as it comes in: status, fields, and a body that is read once; `length` if it is
+    told. Its `caller` is watched as soon as it takes longer than `patience`: not each is worth
+    that."""
 
-    def __init__(self, line: Line, pool: Pool, call: Call) -> None:
-        self._line, self._pool = line, pool
-        while True:  # 100 Continue and its like announce another head
-            head = line.head()
-            if not head:
-                raise EOFError
-            first, _, block = head.partition(b"\r\n")
-            found = STATUS_LINE.fullmatch(first)
-            if not found:
-                raise BadRequest(400, "the answer is not HTTP")
-            self.status = int(found.group(2))
-            if self.status >= 200 or (self.status == 101 and "Upgrade" in call.fields):
-                break
-        self.fields = HEADS.parse(block)
-        # None, and not chunked: it lasts as long as the connection (RFC 9112 6.3).
+    def __init__(self, sock: socket.socket, key: Tuple[Any, ...], pool: Pool, call: Call) -> None:
+        super().__init__(sock)
+        self._key, self._pool, self._call, self._caller = key, pool, call, call.caller
+        self._seconds, self._is_watching = 0.0, False
+        self._idle: Optional[Tuple[float, Callable[[], None]]] = None  # see pieces()
+        self._is_chunked = self._keep = self._is_finished = False
+        self.status = 0
+        self.fields: Fields = {}
         self.length: Optional[int] = None
-        self._is_chunked = self._is_finished = False
-        if call.method == "HEAD" or self.status in (204, 304):
-            self.length = 0
-        elif self.status != 101 and (
-                "content-length" in self.fields or "transfer-encoding" in self.fields):
-            length = body_length(self.fields)
-            self._is_chunked = length < 0
-            self.length = None if self._is_chunked else length
-        wish = self.fields.get("connection", "").lower()
-        self._keep = (found.group(1) == b"1" or "keep-alive" in wish) and "close" not in wish
-        if self.length == 0:
-            self._finish()
+
+    def allow(self, seconds: float) -> None:
+        self._seconds = seconds
+        is_patient = self._caller is None or self._is_watching
+        super().allow(seconds if is_patient else self._call.patience)
+
+    def expire(self) -> None:
+        if self._caller is None or self._is_watching:
+            return super().expire()
+        self._is_watching = True
+        self.until += self._seconds
+        REAPER.watch(self._caller, self._leave)
+
+    def _leave(self) -> None:
+        self.cause = self.cause or Hangup()
+        self.shut()
+
+    def _release(self) -> None:
+        """The answer is there, or will not be: nobody waits for it any more."""
+        with REAPER.lock:
+            self.until = math.inf
+            if self._is_watching and self._caller is not None:
+                REAPER.unwatch(self._caller)
+            self._caller, self._is_watching = None, False
+
+    def more(self) -> bytes:
+        if self._idle:
+            seconds, idle = self._idle
+            self.until = math.inf
+            while not is_readable(self.sock, seconds):
+                idle()
+            self.allow(seconds)
+        return super().more()
+
+    def ask(self, data: bytes) -> "Reply":
+        """Send the call, and return when the answer's head is there."""
+        try:
+            self.allow(self._call.timeout)
+            self.send(data)
+            while True:  # 100 Continue and its like announce another head
+                head = self.head()
+                if not head:
+                    raise EOFError
+                first, _, block = head.partition(b"\r\n")
+                found = STATUS_LINE.fullmatch(first)
+                if not found:
+                    raise BadRequest(400, "the answer is not HTTP")
+                self.status = int(found.group(2))
+                if self.status >= 200 or (self.status == 101 and "Upgrade" in self._call.fields):
+                    break
+            self.fields = HEADS.parse(block)
+            # Without a length, and not chunked, it lasts as long as the connection (RFC 9112 6.3).
+            if self._call.method == "HEAD" or self.status in (204, 304):
+                self.length = 0
+            elif self.status != 101 and ("content-length" in self.fields
+                                         or "transfer-encoding" in self.fields):
+                length = body_length(self.fields)
+                self._is_chunked = length < 0
+                self.length = None if self._is_chunked else length
+            wish = self.fields.get("connection", "").lower()
+            self._keep = (found.group(1) == b"1" or "keep-alive" in wish) and "close" not in wish
+            if self.length == 0:
+                self._finish()
+            return self
+        except BaseException as error:
+            self.close()
+            if isinstance(error, (EOFError, OSError, BadRequest)):
+                raise _out_error(error, True) from None
+            raise
 
     @property
     def kind(self) -> str:
@@ -3945,11 +3944,6 @@ class Reply:
                 break
         return b"".join(pieces)[:limit]
 
-    def take(self) -> Line:
-        """The connection itself, for what is no body: after 101."""
-        self._line.until = math.inf
-        return self._line
-
     def pieces(self, seconds: Optional[float] = None,
                idle: Optional[Callable[[], None]] = None) -> Iterator[bytes]:
         """The body as it comes; with `seconds` each piece may take so long, else all together.
@@ -3957,48 +3951,51 @@ class Reply:
         With `idle` silence is no failure: it is called after each so many seconds of that, and may
         raise. Unreachable, TooSlow, Hangup.
         """
-        line = self._line
-        line.idle = (seconds, idle) if seconds and idle else None
+        self._idle = (seconds, idle) if seconds and idle else None
         try:
-            for piece in self._raw_pieces(line):
+            for piece in self._raw_pieces():
                 yield piece
                 if seconds is not None:
-                    line.allow(seconds)
+                    self.allow(seconds)
         except (EOFError, OSError, BadRequest) as error:
             raise _out_error(error, True) from None
         finally:
-            if not self._is_finished:
-                self.close()  # nobody wants the rest, or there is none
+            self.close()  # nobody wants the rest, or there is none
 
-    def _raw_pieces(self, line: Line) -> Iterator[bytes]:
+    def _raw_pieces(self) -> Iterator[bytes]:
         if self._is_chunked:
-            yield from line.chunks()
+            yield from self.chunks()
         elif self.length is None:
-            yield line.buffer
-            yield from iter(line.more, b"")
+            yield self.buffer
+            yield from iter(self.more, b"")
             return
         left = self.length or 0
         while left > 0:
-            data = line.buffer or line.more()
+            data = self.buffer or self.more()
             if not data:
                 raise EOFError
-            line.buffer = data[left:]
+            self.buffer = data[left:]
             yield data[:left]
             left -= len(data[:left])
         if not self._is_finished:
             self._finish()
 
     def _finish(self) -> None:
-        self._is_finished = True
-        self._line.release()
-        if self._keep and not self._line.buffer:
-            self._pool.give(self._line)
+        """All has been read: the connection is for the next call, if the server keeps it."""
+        if self._keep and not self.buffer:
+            self._is_finished = True
+            self._release()
+            REAPER.remove(self)
+            self._pool.give(self._key, self.sock)
         else:
             self.close()
+            self._is_finished = True
 
     def close(self) -> None:
-        """Hang up; for an answer that is not wanted to its end. From any thread."""
-        self._line.close()
+        """Hang up on what is not wanted to its end. From any thread."""
+        if not self._is_finished:
+            self._release()
+            super().close()
 
 
 def _out_error(error: Exception, sent: bool) -> Unreachable:
@@ -4033,35 +4030,23 @@ class Transport(urllib.request.BaseHandler):
         """
         key = (call.type, call.host, call._tunnel_host)
         data = call.to_bytes()
-        line = self.pool.take(key, call.repeat)
-        if line is not None:
+        sock = self.pool.take(key, call.repeat)
+        if sock is not None:
+            reply = Reply(sock, key, self.pool, call)
             try:
-                return self._exchange(line, call, data)
+                return reply.ask(data)
             except TooSlow:
                 raise
             except Unreachable:
-                if not call.repeat or line.buffer:
+                if not call.repeat or reply.buffer:
                     raise
         try:
-            line = Line(self._connect(call), key)
+            sock = self._connect(call)
         except OSError as error:
             raise _out_error(error, False) from None
-        return self._exchange(line, call, data)
+        return Reply(sock, key, self.pool, call).ask(data)
 
     https_open = http_open
-
-    def _exchange(self, line: Line, call: Call, data: bytes) -> Reply:
-        if call.caller is not None:
-            line.caller, line.patience = call.caller, call.patience
-        try:
-            line.allow(call.timeout)
-            line.send(data)
-            return Reply(line, self.pool, call)
-        except BaseException as error:
-            line.close()
-            if isinstance(error, (EOFError, OSError, BadRequest)):
-                raise _out_error(error, True) from None
-            raise
 
     def _connect(self, call: Call) -> socket.socket:
         until = time.monotonic() + min(CONNECT_SECONDS, call.timeout)
@@ -4223,8 +4208,8 @@ class WebSocket:
         if reply.status != 101 or proof != base64.b64encode(digest).decode():
             reply.close()
             raise Unreachable(f"no WebSocket there (it answers {reply.status})")
-        self._line = reply.take()
-        self._buffer = bytearray(self._line.buffer)
+        reply.until = math.inf
+        self._line, self._buffer = reply, bytearray(reply.buffer)
         # A connection that a bridge or a router forgot looks like one where nothing happens.
         self._look, self._silent = 0.0, 0  # when to look again, and how often all was silent
 

@@ -2889,7 +2889,7 @@ def test_a_connection_that_the_server_has_ended_is_not_used(upstream):
     server = upstream([good(b"one")], [good(b"two")])
     assert openqq.fetch(server.url).read() == b"one"
     assert eventually(lambda: openqq.has_ended(
-        openqq.TRANSPORT.pool._idle[("http", f"127.0.0.1:{server.port}", None)][0].sock))
+        openqq.TRANSPORT.pool._idle[("http", f"127.0.0.1:{server.port}", None)][0][1]))
     assert openqq.fetch(server.url, "POST", body=b"x").read() == b"two"
 
 
@@ -3134,7 +3134,7 @@ def test_all_kept_connections_together_have_a_limit(monkeypatch):
     for number in range(5):
         ours, theirs = socket.socketpair()
         ends.append(theirs)
-        pool.give(openqq.Line(ours, ("http", f"host{number}", None)))
+        pool.give(("http", f"host{number}", None), ours)
     assert [end.recv(1) for end in ends[:3]] == [b""] * 3
     assert [pool.take(("http", f"host{number}", None)) is None for number in range(5)] == [
         True, True, True, False, False]
