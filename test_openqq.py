@@ -4016,7 +4016,6 @@ def test_every_documented_event_can_be_made_to_happen(face):
 
 def test_events_in_check_event_and_in_streams_have_their_time_too(face, follow):
     stream = follow(face.base, streamed(face))
-    stream.heard.wait("retry")
     before, seq = int(time.time()), face.mark()
     uid = face.change("add", "person", name="有时")
     face.change("add", "friend", uid, "alice")
@@ -15093,6 +15092,7 @@ class Follower:
         assert (self.answer.status, self.answer.headers["Content-Type"]) == (
             200, "text/event-stream")
         threading.Thread(target=self._read, daemon=True).start()
+        self.heard.wait("retry")
 
     def _read(self):
         fields = {}
@@ -15116,10 +15116,13 @@ class Follower:
         """The next event that has all these members and was not yet given."""
         return self.heard.wait("event", lambda pair: wanted.items() <= pair[1].items())
 
-    def news(self, event, client=None):
+    def news(self, event, **wanted):
         """The params of the next event of this name."""
-        return self.heard.wait("event", lambda pair: pair[1].get("event") == event and (
-            client is None or pair[1].get("client") == client))[1]["params"]
+        return self.wait(event=event, **wanted)[1]["params"]
+
+    def contents(self):
+        """What the messages said that have come so far."""
+        return {row[1][1].get("content") for row in self.heard.rows if row[0] == "event"}
 
     def close(self):
         hang_up(self.sock)
@@ -15146,15 +15149,9 @@ def streamed(face, since=None):
     return "/openqq/events?" + urllib.parse.urlencode(query)
 
 
-def held_sockets(*pids):
-    """How many each process holds."""
-    return [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
-
-
-def test_a_stream_tells_what_comes_and_takes_nothing_from_check_event(face, follow):
+def test_a_stream_takes_nothing_from_check_event_and_goes_on_after_the_last_event_id(face, follow):
     face.call("send_friend_message", name="小灰", content="before the stream")
     stream = follow(face.base, streamed(face))
-    stream.heard.wait("retry")
     said = f"what comes {random.random()}"
     face.call("send_friend_message", name="小冰", content=said)
     number, sent = stream.wait(content=said, post_type="send_message")
@@ -15162,20 +15159,12 @@ def test_a_stream_tells_what_comes_and_takes_nothing_from_check_event(face, foll
     assert [int(number), int(later)] == [sent["seq"], received["seq"]]
     kept = face.call("check_event")
     assert kept[-2:] == [sent, received] and kept[-3]["content"] == "before the stream"
-    assert "before the stream" not in [row[1][1].get("content") for row in stream.heard.rows
-                                       if row[0] == "event"]
+    assert "before the stream" not in stream.contents()
 
-
-def test_a_stream_goes_on_after_the_last_event_id_and_that_wins_over_since(face, follow):
-    for word in "one", "two", "three":
-        face.call("send_friend_message", name="小灰", content=word)
-    rows = face.call("check_event", since=0)[-3:]
-    assert [row["content"] for row in rows] == ["one", "two", "three"]
-    first = str(rows[0]["seq"])
-    for fields, since in [({"Last_Event_ID": first}, 0), ({}, first)]:
+    first = str(kept[-3]["seq"])
+    for fields, since in [({"Last_Event_ID": first}, 0), ({}, first)]:  # that wins over since
         stream = follow(face.base, streamed(face, since), **fields)
-        stream.heard.wait("retry")
-        assert [stream.wait()[1], stream.wait()[1]] == rows[1:]
+        assert [stream.wait()[1], stream.wait()[1]] == [sent, received]
     for bad in "x", "-1", "1" * 19, "１":
         status, _, body = request(face.base, streamed(face, bad))
         assert (status, json.loads(body)["code"]) == (400, 400)
@@ -15186,15 +15175,11 @@ def test_a_stream_answers_in_any_state_tells_each_change_and_ends_with_the_clien
     face = fresh()
     assert eventually(lambda: face.program.state("alice")["state"] == "scaning")
     stream = follow(face.base, streamed(face))
-    stream.heard.wait("retry")
     assert confirm(face, face.ticket())[0] == 200
-    changes = [stream.news("state_change")]
-    while changes[-1][1] != "running":
-        changes.append(stream.news("state_change"))
-    assert [new for _, new in changes] == ["confirming", "updating", "running"]
+    assert [stream.news("state_change")[1] for _ in range(3)] == [
+        "confirming", "updating", "running"]
     assert stream.news("login") == [1]
-    assert all(number is None for _, (number, event) in stream.heard.rows[1:]
-               if event.get("event") in ("state_change", "login"))  # nothing to resume from
+    assert stream.ids == []  # nothing to resume from
     face.call("send_friend_message", name="小灰", content="kept")
     assert [event.get("content") for event in face.call("check_event", since=0)] == ["kept"]
     assert face.program.stop() == 0
@@ -15202,79 +15187,66 @@ def test_a_stream_answers_in_any_state_tells_each_change_and_ends_with_the_clien
     stream.heard.wait("end")
 
 
-@pytest.mark.parametrize("numeric, kind", [("0", str), ("1", int)])
-def test_the_controllers_own_events_have_their_time_as_the_accounts_have_it(
-        start, follow, receive, numeric, kind):
-    receiver = receive()
+def test_the_controllers_own_events_have_their_time_as_the_accounts_have_it(start, follow, receive):
+    receiver, before = receive(), int(time.time())
     controller = start("controller", "--post-api", receiver.url, "--restart", "never")
     stream = follow(controller.base)
-    stream.heard.wait("retry")
-    before = int(time.time())
-    for end in "stop_client", "delete_client":
+    for numeric, kind in ("0", str), ("1", int):
+        for end in "stop_client", "delete_client":
+            controller.login("alice", numeric_ids=numeric)
+            controller.call(end, client="alice")
         controller.login("alice", numeric_ids=numeric)
-        controller.call(end, client="alice")
-    controller.login("alice", numeric_ids=numeric)
-    os.kill(controller.state("alice")["pid"], signal.SIGKILL)
-    failed = receiver.next(lambda event: event.get("event") == "client_failed")
-    told = [stream.wait(event=name)[1] for name in (
-        "client_stopped", "client_deleted", "client_failed", "state_change", "login")]
-    for event in [failed, *told]:
-        assert type(event["time"]) is kind and before <= int(event["time"]) <= time.time(), event
+        os.kill(controller.state("alice")["pid"], signal.SIGKILL)
+        failed = receiver.next(lambda event: event.get("event") == "client_failed")
+        told = [stream.wait(event=name)[1] for name in (
+            "client_failed", "state_change", "login", "client_stopped", "client_deleted")]
+        for event in [failed, *told]:
+            assert type(event["time"]) is kind and before <= int(event["time"]) <= time.time()
+        controller.call("delete_client", client="alice")
+        while stream.wait()[1].get("event") != "client_deleted":
+            pass
 
 
 def test_the_controllers_stream_joins_all_accounts_also_those_to_come(start, follow):
     controller = start("controller")
-    controller.login("alice")
-    controller.login("bob")
-    controller.call("send_friend_message", client="alice", name="小灰", content="too early")
+    for name in "alice", "bob":
+        controller.login(name)
+        controller.call("send_friend_message", client=name, name="小灰", content="early " + name)
+    stream = follow(controller.base, "/openqq/events?since=0")  # of all, though nobody looked
+    assert {stream.wait(content="early " + name)[1]["client"] for name in ("alice", "bob")} == {
+        "alice", "bob"}
     stream = follow(controller.base)
-    stream.heard.wait("retry")
     for name in "alice", "bob":
         controller.call("send_friend_message", client=name, name="小灰", content="from " + name)
         number, event = stream.wait(content="from " + name)
         assert event["client"] == name and event["class"] == "send"
         assert event["seq"] in [row["seq"] for row in controller.call(
             "check_event", client=name, since=0)]
-    controller.call("start_client", client="carol")
-    assert stream.news("state_change", "carol") == ["init", "loading"]
-    controller.call("/local/login", client="carol")
+    for name in "carol", "dave", "erin":
+        time.sleep(0.4)  # at any moment between two looks for new clients
+        controller.login(name)
+        assert stream.news("state_change", client=name) == ["init", "loading"]
+        stream.news("login", client=name)
+        stream.news("input_qrcode", client=name)
     controller.call("/local/say", client="carol", **{"from": "小灰"}, content="to carol")
     assert stream.wait(content="to carol")[1]["client"] == "carol"
     os.kill(controller.state("carol")["pid"], signal.SIGKILL)
-    while stream.news("state_change", "carol")[1] != "stop":
+    while stream.news("state_change", client="carol")[1] != "stop":
         pass  # a dead client cannot tell of it
-    assert "too early" not in [row[1][1].get("content") for row in stream.heard.rows
-                               if row[0] == "event"]
+    assert not stream.contents() & {"early alice", "early bob"}
     assert stream.ids == sorted(stream.ids, key=int) and len(set(stream.ids)) == len(stream.ids)
 
     stream.close()
     controller.call("send_friend_message", client="alice", name="小灰", content="while away")
     back = follow(controller.base, Last_Event_ID=number)
-    back.heard.wait("retry")
-    contents = {row[1][1].get("content") for row in back.heard.rows if row[0] == "event"}
-    assert {"to carol", "while away"} <= contents and not contents & {"from alice", "from bob"}
+    back.wait(content="while away")
+    assert "to carol" in back.contents()
+    assert not back.contents() & {"from alice", "from bob"}
     assert controller.stop() == 0
     back.heard.wait("end")
 
 
-def hub_request(since=None):
-    """What asks a store in this process for a stream."""
-    query = "" if since is None else f"?since={since}"
-    return openqq.Request("GET", "/openqq/events" + query, {"host": "localhost"}, b"", "127.0.0.1")
-
-
-def test_a_stream_of_all_goes_on_from_what_came_while_nobody_looked(start, follow):
-    controller = start("controller")
-    for name in "alice", "bob":
-        controller.login(name)
-        controller.call("send_friend_message", client=name, name="小灰", content="by " + name)
-    stream = follow(controller.base, "/openqq/events?since=0")
-    stream.heard.wait("retry")
-    for name in "alice", "bob":
-        assert stream.wait(content="by " + name)[1]["client"] == name
-
-
-def test_a_controller_that_takes_nothing_holds_up_no_client_and_hears_what_it_missed(tmp_path):
+def test_a_controller_that_takes_nothing_holds_up_no_client_and_hears_what_it_missed():
     """It gets all states, and each event whole or not at all; then it is as it was."""
     ours, theirs = socket.socketpair()
     parent = openqq.Parent(theirs, None, "", "")
@@ -15302,44 +15274,38 @@ def test_a_controller_that_takes_nothing_holds_up_no_client_and_hears_what_it_mi
     theirs.close()
 
 
-def test_a_stream_of_all_tells_the_login_of_an_account_that_was_just_started(start, follow):
-    controller = start("controller")
-    stream = follow(controller.base)
-    for number in range(3):
-        time.sleep(0.4)  # at any moment between two looks for new clients
-        controller.login(f"new{number}")
-        stream.news("login", f"new{number}")
-        stream.news("input_qrcode", f"new{number}")
-
-
 def test_who_leaves_a_stream_leaves_nothing_behind(pair, follow):
+    def held():
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
+
     pids = [pair.pid, pair.state("alice")["pid"]]
-    before = held_sockets(*pids)
+    before = held()
     for path in ("/openqq/events?client=alice", "/openqq/events"):
-        streams = [follow(pair.base, path) for _ in range(8)]
-        for stream in streams:
-            stream.heard.wait("retry")
-        for stream in streams:
+        for stream in [follow(pair.base, path) for _ in range(8)]:
             stream.close()
-    assert eventually(lambda: all(now <= then for now, then in zip(held_sockets(*pids), before))), (
-        before, held_sockets(*pids))
+    assert eventually(lambda: all(now <= then for now, then in zip(held(), before))), (
+        before, held())
+
+
+def begun_stream(store, **attributes):
+    """The pieces of a stream from a store in this process, after the first."""
+    asked = openqq.Request("GET", "/openqq/events", {"host": "localhost"}, b"", "127.0.0.1")
+    vars(asked).update(attributes)
+    pieces = store.stream(asked).pieces
+    assert next(pieces) == b"retry: 1000\n\n"
+    return pieces
 
 
 def test_a_reader_too_far_behind_is_cut_off_and_what_is_kept_has_a_bound():
-    store = openqq.Store(2000)
-    pieces = store.stream(hub_request()).pieces
-    assert next(pieces) == b"retry: 1000\n\n"
+    store, wide = openqq.Store(2000), openqq.Store(2000)
+    pieces, others = begun_stream(store), begun_stream(wide)
     for number in range(openqq.STREAM_LIMIT + 1):
         store.add({"number": number})
-    assert not store.followed()
-    data = b"".join(pieces)  # it ends
-    assert data.count(b"data: ") == openqq.STREAM_LIMIT + 1
-    wide = openqq.Store(2000)
-    pieces = wide.stream(hub_request()).pieces
-    next(pieces)
     for _ in range(17):
         wide.add({"picture": "x" * 1024 * 1024})
-    assert not wide.followed()
+    assert not store.followed() and not wide.followed()
+    data = b"".join(pieces)  # it ends
+    assert data.count(b"data: ") == openqq.STREAM_LIMIT + 1 and others
     narrow = openqq.Store(2000, room=1000)
     for _ in range(50):
         narrow.add({"picture": "x" * 100})
@@ -15353,13 +15319,15 @@ def test_a_silent_stream_says_that_it_lives():
         assert seconds == openqq.STREAM_SECONDS <= 30
         raise TimeoutError
 
-    asked = hub_request()
-    asked.wait = wait
-    pieces = openqq.Store(20).stream(asked).pieces
-    assert [next(pieces) for _ in range(3)] == [b"retry: 1000\n\n", b":\n\n", b":\n\n"]
+    pieces = begun_stream(openqq.Store(20), wait=wait)
+    assert [next(pieces) for _ in range(2)] == [b":\n\n", b":\n\n"]
 
 
-def test_check_client_tells_restarts_since_when_and_whence(start):
+def test_check_client_tells_restarts_since_when_and_whence(start, alone):
+    for prefix in "/openqq/", "/openwx/":  # a client alone tells of itself
+        [row] = alone.program.call(prefix + "check_client")["client"]
+        assert (row["account"], row["state"], row["port"], row["restarts"], row["link"]) == (
+            "alice", "running", alone.program.port, 0, "local")
     controller = start("controller")
     controller.login("alice")
     controller.call("start_client", client="me", onebot_api="ws://127.0.0.1:9")
@@ -15371,13 +15339,6 @@ def test_check_client_tells_restarts_since_when_and_whence(start):
     assert eventually(lambda: controller.state("alice")["restarts"] == 1
                       and controller.state("alice")["state"] == "running")
     assert int(controller.state("alice")["since"]) >= int(row["since"])
-
-
-def test_check_client_of_a_client_alone_is_about_itself(alone):
-    for prefix in "/openqq/", "/openwx/":
-        [row] = alone.program.call(prefix + "check_client")["client"]
-        assert (row["account"], row["state"], row["port"], row["restarts"], row["link"]) == (
-            "alice", "running", alone.program.port, 0, "local")
 
 
 # ------------------------------------------------------------------------------------------------
