@@ -4857,8 +4857,8 @@ const press = async (path, params, words) => [await post(path, params), words];
 
 // -- accounts
 
-let accounts = new Map();
-const cards = new Map();
+let accounts = new Map();    // name -> its row in check_client
+const cards = new Map();     // name -> the row that was drawn, and what with
 const stopped = new Map();   // name -> the settings to start it with again
 
 async function startAccount(name, params) {
@@ -4883,62 +4883,50 @@ async function startAgain(name) {  // one that failed is still known, with its s
   return startAccount(name, stopped.get(name) || {});
 }
 
-class Card {
-  constructor(name) {
-    this.name = name;
-    this.state = el("span");
-    this.facts = el("p", {className: "facts"});
-    this.error = el("p", {className: "error"});
-    this.code = el("img", {className: "code", alt: t("QR code"), hidden: true});
-    this.hint = el("p", {className: "facts", hidden: true,
-      textContent: t("Scan the code with a phone; a new one comes by itself.")});
-    this.digits = el("input", {className: "grow", inputMode: "numeric", autocomplete: "off",
-      placeholder: t("The digits that the phone shows")});
-    this.verify = el("div", {className: "row", hidden: true}, this.digits,
-      button("Confirm", () => press(api("verify_code"), {client: name, code: this.digits.value},
-        t("Sent."))));
-    this.start = button("Start", () => startAgain(name));
-    this.stop = button("Stop", () => stopAccount(name));
-    this.scan = button("Log in here", () => press("/local/login", {client: name},
-      t("{name} is logged in.", {name})));
-    this.relogin = button("Log in again", () => press(api("relogin"), {client: name},
-      t("{name} shows a new QR code in a moment.", {name})));
-    this.node = el("article", {}, el("div", {className: "row"}, bdi("h3", name), this.state),
-      this.facts, this.error, this.code, this.hint, this.verify,
-      el("div", {className: "row"}, this.start, this.scan, this.relogin, this.stop));
-    this.node.dataset.account = name;
+function drawCard(row) {     // anew when something has changed; picture and digits stay
+  const {account: name, state} = row, waits = ["scaning", "confirming"].includes(state);
+  if (!cards.has(name)) {
+    const image = el("img", {className: "code", alt: t("QR code")});
+    cards.set(name, {node: el("article"), image, code: el("div", {hidden: true}, image,
+      el("small", {}, t("Scan the code with a phone; a new one comes by itself."))),
+    digits: el("input", {className: "grow", inputMode: "numeric", autocomplete: "off",
+      placeholder: t("The digits that the phone shows")})});
   }
-
-  update(row) {
-    this.row = row;
-    const state = row.failed ? "failed" : row.state;
-    const waits = ["scaning", "confirming"].includes(row.state);
-    this.node.dataset.state = row.state;
-    this.state.className = "state " + state;
-    this.state.textContent = t(state);
-    this.facts.textContent = [
-      row.since && t("since {time}", {time: when(row.since)}),
+  const card = cards.get(name), drawn = JSON.stringify(row);
+  showCode(card, name, waits).catch(() => {});
+  if (card.drawn === drawn) return;
+  Object.assign(card, {row, drawn});
+  Object.assign(card.node.dataset, {account: name, state});
+  const shown = row.failed ? "failed" : state;
+  card.node.replaceChildren(
+    el("div", {className: "row"}, bdi("h3", name),
+      el("span", {className: "state " + shown}, t(shown))),
+    el("p", {className: "facts"}, [row.since && t("since {time}", {time: when(row.since)}),
       row.port && t("port {port}", {port: row.port}),
-      row.restarts && t("{count} restarts", {count: row.restarts})].filter(Boolean).join(" · ");
-    this.error.textContent = row.error || "";
-    this.stop.hidden = row.state === "stop";
-    this.start.hidden = !this.stop.hidden || !config.controller;
-    this.relogin.hidden = this.stop.hidden || waits || !config.apis.includes("relogin");
-    this.scan.hidden = !waits || row.link !== "local";
-    this.verify.hidden = !row.verify_code;
-    this.show(waits).catch(() => {});
-  }
+      row.restarts && t("{count} restarts", {count: row.restarts})].filter(Boolean).join(" · ")),
+    el("p", {className: "error"}, row.error || ""),
+    card.code,
+    row.verify_code ? el("div", {className: "row"}, card.digits, button("Confirm", () =>
+      press(api("verify_code"), {client: name, code: card.digits.value}, t("Sent.")))) : "",
+    el("div", {className: "row"}, ...[
+      state === "stop" && config.controller && button("Start", () => startAgain(name)),
+      waits && row.link === "local" && button("Log in here", () =>
+        press("/local/login", {client: name}, t("{name} is logged in.", {name}))),
+      state !== "stop" && !waits && config.apis.includes("relogin") &&
+        button("Log in again", () => press(api("relogin"), {client: name},
+          t("{name} shows a new QR code in a moment.", {name}))),
+      state !== "stop" && button("Stop", () => stopAccount(name))].filter(Boolean)));
+}
 
-  async show(waits) {
-    const answer = waits && await get(api("get_qrcode"), {client: this.name});
-    const bytes = answer && answer.ok ? await answer.arrayBuffer() : null;
-    const text = bytes ? new Uint8Array(bytes).join() : "";
-    this.code.hidden = this.hint.hidden = !text;
-    if (text === this.shown) return;
-    this.shown = text;
-    URL.revokeObjectURL(this.code.src);
-    if (bytes) this.code.src = URL.createObjectURL(new Blob([bytes], {type: "image/png"}));
-  }
+async function showCode(card, name, waits) {
+  const answer = waits && await get(api("get_qrcode"), {client: name});
+  const bytes = answer && answer.ok ? await answer.arrayBuffer() : null;
+  const text = bytes ? new Uint8Array(bytes).join() : "";
+  card.code.hidden = !text;
+  if (text === card.text) return;
+  card.text = text;
+  URL.revokeObjectURL(card.image.src);
+  if (bytes) card.image.src = URL.createObjectURL(new Blob([bytes], {type: "image/png"}));
 }
 
 async function refresh() {
@@ -4947,7 +4935,7 @@ async function refresh() {
   const answer = await ask(api("check_client")).catch(() => null);
   $("away").hidden = answer !== null;
   if (!answer) {
-    cards.forEach((card) => card.update({...card.row, failed: false, state: "unknown"}));
+    cards.forEach(({row}) => drawCard({...row, failed: false, state: "unknown"}));
   } else if (answer.code === 0) {
     $("lock").hidden = true;
     $("main").hidden = false;
@@ -4962,10 +4950,7 @@ function showAccounts(rows) {
   const before = running().join();
   const gone = [...stopped.keys()].map((name) => ({account: name, state: "stop"}));
   accounts = new Map([...gone, ...rows].map((row) => [row.account, row]));
-  for (const [name, row] of accounts) {
-    if (!cards.has(name)) cards.set(name, new Card(name));
-    cards.get(name).update(row);
-  }
+  accounts.forEach(drawCard);
   [...cards.keys()].filter((name) => !accounts.has(name)).forEach((name) => cards.delete(name));
   const nodes = [...cards.keys()].sort().map((name) => cards.get(name).node);
   if (nodes.some((node, at) => node !== $("accounts").children[at])
@@ -5026,21 +5011,18 @@ function eventRow(event) {
 }
 
 function showEvents() {
-  $("events").replaceChildren(...events.filter(wanted).slice(-200).reverse().map(eventRow));
-}
-
-function showPause() {
   $("pause").textContent = t(paused ? "Resume" : "Pause") + (paused > 1 ? ` (${paused - 1})` : "");
+  if (paused) return;
+  $("events").replaceChildren(...events.filter(wanted).slice(-200).reverse().map(eventRow));
 }
 
 $("filter").oninput = showEvents;
 $("pause").onclick = () => {
   paused = paused ? 0 : 1;
-  showPause();
-  if (!paused) showEvents();
+  showEvents();
 };
 
-const showEventsSoon = soon(() => paused || showEvents(), 50);
+const showEventsSoon = soon(showEvents, 50);
 const showTalkSoon = soon(() => showTalk(true), 50);
 const refreshSoon = soon(refresh, 500);
 const loadWorldSoon = soon(loadWorld, 500);
@@ -5048,19 +5030,10 @@ const loadWorldSoon = soon(loadWorld, 500);
 function hear(event) {
   event.client = event.client || config.account;
   event.at = event.time ? event.time * 1000 : Date.now();
-  const place = events.findLastIndex((other) => other.at <= event.at) + 1;
-  const last = place === events.length;
-  events.splice(place, 0, event);
+  events.splice(events.findLastIndex((other) => other.at <= event.at) + 1, 0, event);
   events.splice(0, events.length - 500);
-  if (paused) {
-    paused += 1;
-    showPause();
-  } else if (!last) {        // what an account kept, read after what another one did
-    showEventsSoon();
-  } else if (wanted(event)) {
-    $("events").prepend(eventRow(event));
-    while ($("events").childElementCount > 200) $("events").lastChild.remove();
-  }
+  if (paused) paused += 1;
+  showEventsSoon();
   if (event.event === "client_stopped") stopped.set(event.client, event.settings);
   if (event.event === "client_deleted") stopped.delete(event.client);
   if (inTalk(event)) showTalkSoon();
