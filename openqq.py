@@ -4329,8 +4329,12 @@ class WebSocket:
 # is 1 for dark, 0 for light, and while it is drawn QR_FREE where data are still to come.
 QR_FREE = 2
 
-# Error correction level M, versions 1..40 (table 9): the number of check codewords in each block,
-# and the number of blocks.
+# Error correction level M, versions 1..40: how many bytes of text fit in (table 7); the number of
+# check codewords in each block, and the number of blocks (table 9).
+QR_ROOM = (
+    14, 26, 42, 62, 84, 106, 122, 152, 180, 213, 251, 287, 331, 362, 412, 450, 504, 560, 624, 666,
+    711, 779, 857, 911, 997, 1059, 1125, 1190, 1264, 1370, 1452, 1538, 1628, 1722, 1809, 1911,
+    1989, 2099, 2213, 2331)
 QR_CHECKS = bytes((
     10, 16, 26, 18, 24, 16, 18, 22, 22, 26, 30, 22, 22, 24, 24, 28, 28, 26, 26, 26,
     26, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28, 28))
@@ -4355,19 +4359,17 @@ QR_FINDER = re.compile(rb"(?=\x01\x00\x01\x01\x01\x00\x01)(?:(?<=\x00{4})|(?=.{7
 
 
 def qr_matrix(text: str) -> List[bytearray]:
-    """Draw `text` as a QR code at error correction level M (clause 7).
+    """A text as a QR code without quiet zone, of the smallest version and in byte mode (clause 7).
 
-    It is stored in byte mode as UTF-8. No ECI header says so, though the standard's default is
-    ISO 8859-1: scanners detect UTF-8, but not all know the header. The rows have no quiet zone;
-    there are 17 + 4 * version of them. The version is the smallest that holds the text, the mask
-    the one of least penalty, the lower number on a tie. ValueError: the text exceeds 2331 bytes,
-    or holds half of a surrogate pair.
+    It is UTF-8. No ECI header says so, though the standard's default is ISO 8859-1: scanners detect
+    UTF-8, but not all know the header. ValueError: it exceeds 2331 bytes, or holds half of a
+    surrogate pair.
     """
     payload = text.encode("utf-8")
-    version = next((version for version in range(1, 41) if len(payload) <= qr_room(version)), 0)
-    if not version:
+    if len(payload) > QR_ROOM[-1]:
         raise ValueError(f"text of {len(payload)} bytes does not fit into a QR code: "
-                         f"shorten it to {qr_room(40)} bytes of UTF-8 or fewer")
+                         f"shorten it to {QR_ROOM[-1]} bytes of UTF-8 or fewer")
+    version = 1 + next(at for at, room in enumerate(QR_ROOM) if len(payload) <= room)
     grid = qr_patterns(version)
     side = len(grid)
     # Data go up and down in columns of two, from the right (7.7.3); the vertical timing pattern
@@ -4388,28 +4390,12 @@ def qr_matrix(text: str) -> List[bytearray]:
     return min(drawn, key=qr_penalty)
 
 
-def qr_room(version: int) -> int:
-    """How many bytes of text a version holds: its codewords, less the checks, and less what mode,
-    count and terminator take."""
-    modules = (16 * version + 128) * version + 64  # less finders, timing and format (table 1)
-    if version > 1:
-        centres = version // 7 + 2                 # alignment patterns in a row
-        modules -= (25 * centres - 10) * centres - 55
-    if version > 6:
-        modules -= 36
-    return (modules // 8 - QR_CHECKS[version - 1] * QR_BLOCKS[version - 1]
-            - (2 if version < 10 else 3))
-
-
 def qr_codewords(payload: bytes, version: int) -> bytes:
     """The payload as codewords: data in blocks, then their checks (7.4 to 7.6)."""
     # Mode (4 bits), a count of 8 or 16, and terminator (4): no bit is left to align.
-    count = len(payload)
-    data = (((4 << (8 if version < 10 else 16) | count) << 8 * count
-             | int.from_bytes(payload, "big")) << 4).to_bytes(count + (2 if version < 10 else 3),
-                                                             "big")
-    spare = qr_room(version) - count
-    data += (b"\xec\x11" * spare)[:spare]
+    count = f"{len(payload):0{2 if version < 10 else 4}x}"
+    spare = QR_ROOM[version - 1] - len(payload)
+    data = bytes.fromhex(f"4{count}{payload.hex()}0") + (b"\xec\x11" * spare)[:spare]
     # The field GF(256) modulo x^8 + x^4 + x^3 + x^2 + 1: the powers of 2, twice over so that a
     # sum of two logs needs no reduction, and the logs.
     powers = [1]
@@ -4423,18 +4409,18 @@ def qr_codewords(payload: bytes, version: int) -> bytes:
             divisor[at] ^= powers[logs[divisor[at - 1]] + exponent]
     terms = [logs[term] for term in divisor[1:]]
 
-    size, longer = divmod(len(data), QR_BLOCKS[version - 1])  # the last blocks are longer by one
-    blocks, checks, end = [], [], 0
-    for number in range(QR_BLOCKS[version - 1]):
-        start, end = end, end + size + (number >= QR_BLOCKS[version - 1] - longer)
-        blocks.append(data[start:end])
-        rest = bytearray(blocks[-1]) + bytes(len(terms))
-        for at in range(end - start):
+    blocks, checks = [], []
+    for left in range(QR_BLOCKS[version - 1], 0, -1):
+        size = len(data) // left               # so the last blocks are longer by one
+        block, data = data[:size], data[size:]
+        rest = bytearray(block) + bytes(len(terms))
+        for at in range(size):
             if rest[at]:
                 log = logs[rest[at]]
                 for below, term in enumerate(terms, at + 1):
                     rest[below] ^= powers[log + term]
-        checks.append(rest[end - start:])
+        blocks.append(block)
+        checks.append(rest[size:])
     return bytes(block[at] for part in (blocks, checks) for at in range(len(part[-1]))
                  for block in part if at < len(block))
 
