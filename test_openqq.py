@@ -15378,25 +15378,22 @@ class Browser:
         return value
 
     def open(self, url):
-        """Go there."""
         self.do("POST", "/url", url=url)
 
     def run(self, script, *args):
         """What a function body returns on the page."""
         return self.do("POST", "/execute/sync", script=script, args=list(args))
 
-    def chrome(self, command, **params):
-        """A command of the DevTools protocol, for what WebDriver has not."""
-        return self.do("POST", "/goog/cdp/execute", cmd=command, params=params)
-
     def show(self, width=1280, height=900, language="en-US", scheme="light"):
-        """The screen that it has, and what it would like."""
-        self.chrome("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                    deviceScaleFactor=1, mobile=width < 500)
-        self.chrome("Emulation.setUserAgentOverride", acceptLanguage=language,
-                    userAgent=self.run("return navigator.userAgent"))
-        self.chrome("Emulation.setEmulatedMedia",
-                    features=[{"name": "prefers-color-scheme", "value": scheme}])
+        """The screen that it has, and what it would like, in words of the DevTools protocol."""
+        for command, params in [
+                ("setDeviceMetricsOverride", {"width": width, "height": height,
+                                              "deviceScaleFactor": 1, "mobile": width < 500}),
+                ("setUserAgentOverride", {"acceptLanguage": language,
+                                          "userAgent": self.run("return navigator.userAgent")}),
+                ("setEmulatedMedia", {"features": [{"name": "prefers-color-scheme",
+                                                    "value": scheme}]})]:
+            self.do("POST", "/goog/cdp/execute", cmd="Emulation." + command, params=params)
 
     def find(self, css, text=""):
         """The first element that can be seen, with this text if one is given, once it is there."""
@@ -15419,7 +15416,6 @@ class Browser:
         return pytest.fail(f"{css!r} {text!r} does not stay")
 
     def type(self, css, text):
-        """Type into a field."""
         element = self.find(css)
         self.run("arguments[0].value = ''", element)
         self.do("POST", f"/element/{element[self.ELEMENT]}/value", text=text)
@@ -15447,7 +15443,6 @@ class Browser:
                 if row["level"] == "SEVERE" and row["source"] != "network"]
 
     def close(self):
-        """End it."""
         try:
             self.do("DELETE", "")
         finally:
@@ -15612,6 +15607,18 @@ def test_what_others_do_with_accounts_is_seen_on_the_page_and_can_be_gone_on_wit
         os.kill(board.state("dave")["pid"], signal.SIGKILL)
         browser.reads("[data-account=dave] .facts", " · " + times)
     assert board.call("start_client", client="dave")["msg_ttl"] == "5"
+
+    change = functools.partial(board.call, "/local/change", uid="5100")
+    change(do="add", what="person", name="新人")
+    change(do="add", what="friend", **{"in": "alice"})
+    change(do="set", what="friend", markname="旧", **{"in": "alice"})
+    change(do="remove", what="person")
+    for words in "waiting for a scan → waiting for the button", "new friend", "account stopped":
+        browser.reads("#events", words)
+    text = browser.text("body")
+    for word in ("scaning", "new_friend", "state_change", "client_stopped", "input_qrcode", "null",
+                 "undefined", "Invalid Date"):
+        assert word not in text, word
     for name in "dave", "erin":
         board.call("delete_client", client=name)
     assert eventually(lambda: not browser.run(
@@ -15856,20 +15863,14 @@ def test_every_word_of_the_page_has_its_chinese():
     assert not errors - known - {"code -1"}  # no page asks for what there is not
 
 
-def test_the_page_stays_quick_while_2000_messages_come_to_the_chat_that_is_shown(board, browser):
+def test_who_reads_what_was_said_before_is_left_there_while_many_messages_come(board, browser):
     browser.open(board.base + "/")
     browser.reads("#live", "live")
     talk_as(browser, "alice", "小冰", "before the many")
-    browser.reads("#talk", "before the many")
-    browser.run("let last = performance.now(); window.stall = 0; setInterval(() => {"
-                "window.stall = Math.max(window.stall, performance.now() - last);"
-                "last = performance.now()}, 10)")
-    for number in range(1000):  # and as many echoes
+    for number in range(200):  # and as many echoes
         board.call("send_friend_message", client="alice", name="小冰", content=f"many {number}",
                    **{"async": 1})
-    board.call("send_friend_message", client="alice", name="小冰", content="the last of many")
-    browser.reads("#talk", "小冰\nthe last of many")
-    assert browser.run("return window.stall") < 2000
+    browser.reads("#talk", "小冰\nmany 199")
     browser.run("document.querySelector('#talk').scrollTop = 9")
     board.call("send_friend_message", client="alice", name="小冰", content="one more")
     browser.reads("#talk", "小冰\none more")
@@ -15930,28 +15931,6 @@ def test_the_page_shows_when_events_were_and_sorts_them_by_that(start, browser):
     finally:
         controller.stop()
         bridge.close()
-
-
-def test_the_page_says_no_raw_words_in_english(board, browser):
-    browser.open(board.base + "/")
-    browser.reads("#live", "live")
-    board.call("start_client", client="dora")
-    browser.find("[data-account=dora][data-state=scaning]")
-    browser.reads("[data-account=dora]", "waiting for a scan")
-    browser.reads("#events", "loading → waiting for a scan")
-    board.call("/local/change", do="add", what="person", uid="5100", name="新人")
-    board.call("/local/change", do="add", what="friend", uid="5100", **{"in": "alice"})
-    board.call("/local/change", do="set", what="friend", uid="5100", markname="旧",
-               **{"in": "alice"})
-    board.call("stop_client", client="dora")
-    browser.reads("#events", "new friend")
-    browser.reads("#events", "account stopped")
-    text = browser.text("body")
-    for word in ("scaning", "new_friend", "state_change", "client_stopped", "input_qrcode", "null",
-                 "undefined", "Invalid Date"):
-        assert word not in text, word
-    board.call("/local/change", do="remove", what="person", uid="5100")
-    board.call("delete_client", client="dora")
 
 
 def test_the_page_asks_once_for_the_token_and_keeps_it_for_the_tab(guarded, browser):
@@ -16659,18 +16638,14 @@ def test_a_message_that_was_answered_at_once_can_be_taken_back(start):
 
 
 def test_the_page_writes_times_and_explains_settings_in_the_browsers_language(board, browser):
-    agent = browser.run("return navigator.userAgent")
-    try:
-        browser.chrome("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage="zh-CN")
-        browser.open(board.base + "/")
-        browser.find("[data-account=bob][data-state=running]")
-        shown = browser.run("return document.querySelector('[data-account=bob] .facts').innerText")
-        assert re.search(r"自 \d{4}/\d+/\d+ \d+:\d+ · 端口", shown), shown
-        browser.click("#begin details:first-of-type summary")
-        browser.reads("#bridge", "access token")
-        assert "the bridge's" not in browser.text("#bridge")
-    finally:
-        browser.chrome("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage="en-US")
+    browser.show(language="zh-CN")
+    browser.open(board.base + "/")
+    browser.find("[data-account=bob][data-state=running]")
+    shown = browser.run("return document.querySelector('[data-account=bob] .facts').innerText")
+    assert re.search(r"自 \d{4}/\d+/\d+ \d+:\d+ · 端口", shown), shown
+    browser.click("#begin details:first-of-type summary")
+    browser.reads("#bridge", "access token")
+    assert "the bridge's" not in browser.text("#bridge")
 
 
 # ------------------------------------------------------------------------------------------------
