@@ -3763,7 +3763,9 @@ class Call(urllib.request.Request):
         body = self._data or b""
         lines = [f"{self.method} {self.selector} HTTP/1.1",
                  f"Host: {self._tunnel_host or self.own_host}"]
-        lines += [f"{name}: {value}" for name, value in {**self.headers, **self.fields}.items()]
+        # What urllib put into the headers is for a proxy: through a tunnel it would go too far.
+        fields = self.fields if self._tunnel_host else {**self.headers, **self.fields}
+        lines += [f"{name}: {value}" for name, value in fields.items()]
         if body or self.method not in ("GET", "HEAD", "OPTIONS"):
             lines.append(f"Content-Length: {len(body)}")
         text = "\r\n".join(lines)
@@ -4063,33 +4065,28 @@ class Transport(urllib.request.BaseHandler):
         if call.type != "https":
             return sock
         import ssl
+        target = call._tunnel_host or call.host
         try:
             sock.settimeout(max(0.1, until - time.monotonic()))
-            if call._tunnel_host:
-                self._tunnel(sock, call, call._tunnel_host)
+            if call._tunnel_host:  # RFC 9110 9.3.6
+                where = target if re.search(r":[0-9]+$", target) else target + ":443"
+                secret = call.headers.get("Proxy-authorization")
+                proof = f"Proxy-Authorization: {secret}\r\n" if secret else ""
+                sock.sendall(f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n{proof}\r\n".encode(
+                    "latin-1"))
+                answer = b""
+                while b"\r\n\r\n" not in answer and len(answer) < HEAD_LIMIT:
+                    answer += sock.recv(1) or b"\r\n\r\n"
+                if not re.match(rb"HTTP/1\.[01] 2", answer):
+                    raise Unreachable("the proxy does not let through")
             self._tls = self._tls or ssl.create_default_context()
-            name = urllib.parse.urlsplit("//" + (call._tunnel_host or call.host)).hostname
+            name = urllib.parse.urlsplit("//" + target).hostname
             wrapped: socket.socket = self._tls.wrap_socket(sock, server_hostname=name)
             wrapped.settimeout(None)
             return wrapped
         except BaseException:
             sock.close()
             raise
-
-    def _tunnel(self, sock: socket.socket, call: Call, target: str) -> None:
-        """RFC 9110 9.3.6; the proxy's credentials were left in the call's headers by urllib."""
-        where = target if re.search(r":[0-9]+$", target) else target + ":443"
-        secret = call.headers.pop("Proxy-authorization", None)
-        proof = f"Proxy-Authorization: {secret}\r\n" if secret else ""
-        sock.sendall(f"CONNECT {where} HTTP/1.1\r\nHost: {where}\r\n{proof}\r\n".encode("latin-1"))
-        head = b""
-        while b"\r\n\r\n" not in head and len(head) < HEAD_LIMIT:
-            data = sock.recv(1)
-            if not data:
-                break
-            head += data
-        if not re.match(rb"HTTP/1\.[01] 2", head):
-            raise Unreachable("the proxy does not let through")
 
 
 def connect(host: str, port: int, until: float) -> socket.socket:

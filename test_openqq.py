@@ -3009,6 +3009,33 @@ def test_the_environments_proxy_serves_others_but_not_this_machine(upstream):
                                        b"Host: bot.example\r\n")
 
 
+def test_what_a_proxy_must_know_goes_no_further_than_the_proxy(upstream, tmp_path):
+    context, inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), []
+    context.load_cert_chain(put(tmp_path / "tls.pem", TEST_PEM))
+
+    def tunnel(sock):
+        sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        with context.wrap_socket(sock, server_side=True) as tls:
+            inside.append(tls.recv(65536))
+            tls.sendall(good(b"through"))
+            tls.recv(1)
+
+    proxy = upstream([tunnel])
+    code = ("import ssl, sys; sys.path.insert(0, sys.argv[1]); import openqq\n"
+            "ssl.create_default_context = ssl._create_unverified_context\n"
+            "print(openqq.fetch('https://bot.example/x?y').read().decode())")
+    done = subprocess.run(
+        [sys.executable, "-c", code, HERE], stdout=subprocess.PIPE, check=True, timeout=WAIT,
+        env={**{name: value for name, value in os.environ.items()
+                if not name.lower().endswith("_proxy")},
+             "https_proxy": proxy.url.replace("//", "//me:secret@")})
+    assert done.stdout == b"through\n"
+    assert proxy.seen[0][1].startswith(b"CONNECT bot.example:443 HTTP/1.1\r\n")
+    assert b"Proxy-Authorization: Basic bWU6c2VjcmV0" in proxy.seen[0][1]
+    assert inside[0].startswith(b"GET /x?y HTTP/1.1\r\nHost: bot.example\r\n")
+    assert b"proxy" not in inside[0].lower()
+
+
 # -- the proxy to the clients
 
 SAME = ["get_user_info", "get_friend_info", "get_group_info", "get_discuss_info", "nope",
