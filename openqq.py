@@ -3853,8 +3853,8 @@ class Reply(Stream):
 
     def __init__(self, sock: socket.socket, key: Tuple[Any, ...], pool: Pool, call: Call) -> None:
         super().__init__(sock)
-        self._key, self._pool, self._call, self._caller = key, pool, call, call.caller
-        self._seconds, self._is_watching = 0.0, False
+        self._key, self._pool, self._call, self._seconds = key, pool, call, 0.0
+        self._caller, self._watched = call.caller, False
         self._idle: Optional[Tuple[float, Callable[[], None]]] = None  # see pieces()
         self._is_chunked = self._keep = self._is_finished = False
         self.status = 0
@@ -3863,13 +3863,13 @@ class Reply(Stream):
 
     def allow(self, seconds: float) -> None:
         self._seconds = seconds
-        is_patient = self._caller is None or self._is_watching
-        super().allow(seconds if is_patient else self._call.patience)
+        unwatched = self._caller is not None and not self._watched
+        super().allow(self._call.patience if unwatched else seconds)
 
     def expire(self) -> None:
-        if self._caller is None or self._is_watching:
+        if self._caller is None or self._watched:
             return super().expire()
-        self._is_watching = True
+        self._watched = True
         self.until += self._seconds
         REAPER.watch(self._caller, self._leave)
 
@@ -3881,9 +3881,9 @@ class Reply(Stream):
         """The answer is there, or will not be: nobody waits for it any more."""
         with REAPER.lock:
             self.until = math.inf
-            if self._is_watching and self._caller is not None:
+            if self._caller is not None and self._watched:
                 REAPER.unwatch(self._caller)
-            self._caller, self._is_watching = None, False
+            self._caller = None
 
     def more(self) -> bytes:
         if self._idle:
