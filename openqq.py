@@ -4751,11 +4751,6 @@ function el(tag, properties = {}, ...children) {
 }
 const bdi = (tag, text, className = "") => el(tag, {className}, el("bdi", {}, text));
 
-function say(text, bad = false) {
-  $("said").textContent = text;
-  $("said").className = bad ? "error" : "";
-}
-
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 function soon(work, milliseconds) {   // once for all that comes together
@@ -4814,29 +4809,24 @@ function reason(answer) {
   return known ? `${known}(${text})` : text;
 }
 
-// Do what a button is for, which gives an answer and the words for a good one, and say how it went.
-async function act(button, work) {
-  let done = false;
+// Do what a button is for, and say how it went: its words tell of a good answer.
+async function act(button, work, words) {
   button.disabled = true;
-  try {
-    const [answer, words] = await work();
-    done = answer.code === 0;
-    say(done ? words : t("It did not work: {why}", {why: reason(answer)}), !done);
-  } catch {
-    say(t("It did not work: {why}", {why: t("the server does not answer")}), true);
-  }
+  const answer = await work().catch(() => null);
+  const done = answer !== null && answer.code === 0;
+  const why = answer ? reason(answer) : t("the server does not answer");
+  $("said").textContent = done ? words(answer) : t("It did not work: {why}", {why});
+  $("said").className = done ? "" : "error";
   button.disabled = false;
   refresh();
   return done;
 }
 
-function button(text, work, className = "") {
+function button(text, work, words, className = "") {
   const made = el("button", {type: "button", textContent: t(text), className});
-  made.onclick = () => act(made, work);
+  made.onclick = () => act(made, work, words);
   return made;
 }
-
-const press = async (path, params, words) => [await post(path, params), words];
 
 // -- accounts
 
@@ -4847,9 +4837,11 @@ const stopped = new Map();   // name -> the settings to start it with again
 async function startAccount(name, params) {
   const answer = await post(api("start_client"), {...params, client: name});
   if (answer.code === 0) stopped.delete(name);
-  return [answer, answer.status === "client already exists" ? t("{name} runs already.", {name})
-    : t("{name} started on port {port}.", {name, port: answer.port})];
+  return answer;
 }
+
+const started = (answer) => t(answer.status === "client already exists" ? "{name} runs already."
+  : "{name} started on port {port}.", {name: answer.client, port: answer.port});
 
 async function stopAccount(name) {
   const answer = await post(api("stop_client"), {client: name});
@@ -4857,8 +4849,7 @@ async function stopAccount(name) {
     stopped.set(name, Object.fromEntries(config.settings.filter(([key]) => key in answer)
       .map(([key]) => [key, answer[key]])));
   }
-  return [answer, config.controller ? t("{name} has stopped.", {name})
-    : t("{name} stops in a moment.", {name})];
+  return answer;
 }
 
 async function startAgain(name) {  // one that failed is still known, with its settings
@@ -4889,16 +4880,19 @@ function drawCard(row) {     // anew when something has changed; picture and dig
       row.restarts && t("{count} restarts", {count: row.restarts})].filter(Boolean).join(" · ")),
     el("p", {className: "error"}, row.error || ""),
     card.code,
-    row.verify_code ? el("div", {className: "row"}, card.digits, button("Confirm", () =>
-      press(api("verify_code"), {client: name, code: card.digits.value}, t("Sent.")))) : "",
+    row.verify_code ? el("div", {className: "row"}, card.digits, button("Confirm",
+      () => post(api("verify_code"), {client: name, code: card.digits.value}),
+      () => t("Sent."))) : "",
     el("div", {className: "row"}, ...[
-      state === "stop" && config.controller && button("Start", () => startAgain(name)),
-      waits && row.link === "local" && button("Log in here", () =>
-        press("/local/login", {client: name}, t("{name} is logged in.", {name}))),
-      state !== "stop" && !waits && config.apis.includes("relogin") &&
-        button("Log in again", () => press(api("relogin"), {client: name},
-          t("{name} shows a new QR code in a moment.", {name}))),
-      state !== "stop" && button("Stop", () => stopAccount(name))].filter(Boolean)));
+      state === "stop" && config.controller && button("Start", () => startAgain(name), started),
+      waits && row.link === "local" && button("Log in here",
+        () => post("/local/login", {client: name}), () => t("{name} is logged in.", {name})),
+      state !== "stop" && !waits && config.apis.includes("relogin") && button("Log in again",
+        () => post(api("relogin"), {client: name}),
+        () => t("{name} shows a new QR code in a moment.", {name})),
+      state !== "stop" && button("Stop", () => stopAccount(name), () => config.controller
+        ? t("{name} has stopped.", {name}) : t("{name} stops in a moment.", {name}))
+    ].filter(Boolean)));
 }
 
 async function showCode(card, name, waits) {
@@ -4946,9 +4940,9 @@ $("begin").onsubmit = async (event) => {
   event.preventDefault();
   const given = [...$("begin").querySelectorAll("label input")].filter((input) => input.value)
     .map((input) => [input.name, input.value]);
-  const name = $("name").value.trim();
   if (event.submitter.value) given.push(["link", event.submitter.value]);
-  if (await act(event.submitter, () => startAccount(name, Object.fromEntries(given)))) {
+  if (await act(event.submitter,
+    () => startAccount($("name").value.trim(), Object.fromEntries(given)), started)) {
     $("begin").reset();
   }
 };
@@ -5135,19 +5129,15 @@ function memberRow(member) {
   const node = el("li", {}, el("bdi", {className: "grow who"}, name), ...role);
   node.dataset.member = name;
   if (!speaker.account || String(member.uid) === String(speaker.uid)) return node;
-  const does = async (path, more, words) => {
-    const answer = await post(api(path), {client: speaker.account, group_id: peer.id,
-      member_id: member.id, id: peer.id, members: member.id, ...more});  // as each flavour says
-    choosePeer();
-    return [answer, words];
-  };
-  const minutes = () => $("minutes").value;
+  const manage = (path, more) => post(api(path), {client: speaker.account, group_id: peer.id,
+    member_id: member.id, id: peer.id, members: member.id, ...more});  // as each flavour says
+  const count = () => $("minutes").value;
   if (!$("mute").hidden) {
-    node.append(button("Mute", () => does("shutup_group_member", {time: minutes()},
-      t("{name} is muted for {count} minutes.", {name, count: minutes()})), "small"));
+    node.append(button("Mute", () => manage("shutup_group_member", {time: count()}),
+      () => t("{name} is muted for {count} minutes.", {name, count: count()}), "small"));
   }
-  node.append(button("Kick", () => does("kick_group_member", {},
-    t("{name} is out of the group.", {name})), "small"));
+  node.append(button("Kick", () => manage("kick_group_member").finally(choosePeer),
+    () => t("{name} is out of the group.", {name}), "small"));
   return node;
 }
 
@@ -5187,7 +5177,7 @@ function showTalk(more = false) {  // who reads what was said before stays there
 async function speak(content) {
   const type = peer.kind + "_message";
   const params = {client: speaker.account, id: peer.id, content};
-  if (speaker.account) return press(api("send_" + type), params, t("Sent."));
+  if (speaker.account) return post(api("send_" + type), params);
   const said = {sender: speaker.name, sender_uid: speaker.uid, content, talk: talk()};
   const unheard = !witness();
   const answer = await post("/local/say",
@@ -5197,7 +5187,7 @@ async function speak(content) {
     overheard.splice(0, overheard.length - 500);
     showTalk();
   }
-  return [answer, t("Sent.")];
+  return answer;
 }
 
 $("speaker").onchange = () => {  // ids are another's now
@@ -5208,7 +5198,7 @@ $("speaker").onchange = () => {  // ids are another's now
 $("peer").onchange = choosePeer;
 $("say").onsubmit = async (event) => {
   event.preventDefault();
-  if (peer && await act(event.submitter, () => speak($("content").value))) {
+  if (peer && await act(event.submitter, () => speak($("content").value), () => t("Sent."))) {
     $("content").value = "";
   }
   $("content").focus();
