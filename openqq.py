@@ -3686,12 +3686,9 @@ def is_forbidden(address: str) -> bool:
     return link_local or packed in METADATA or packed[:4] == METADATA_NET
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)  # the same few are called all day
 def split_origin(origin: str) -> Tuple[str, str, str]:
-    """Scheme, host:port and Authorization of `http://user:secret@host:port`; ValueError.
-
-    Remembered, since the same few are called all day, and urllib takes 6 µs to see that.
-    """
+    """Scheme, host:port and Authorization of `http://user:secret@host:port`; ValueError."""
     scheme, host, _ = origin_of(origin)
     user, _, netloc = urllib.parse.urlsplit(origin).netloc.rpartition("@")
     if not host.isascii():  # the codec alone takes 0.4 MiB
@@ -3775,11 +3772,8 @@ class Call(urllib.request.Request):
 
 
 class Pool:
-    """Connections that wait for the next request to the same server, the last used first.
-
-    None waits longer than LINE_SECONDS: else each server that went away would leave its sockets
-    here, in CLOSE-WAIT.
-    """
+    """Connections that wait for the next request to the same server, the last used first; none
+    longer than LINE_SECONDS, or servers that went away would leave sockets in CLOSE-WAIT here."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all below
@@ -4015,21 +4009,16 @@ def _out_error(error: Exception, sent: bool) -> Unreachable:
 
 class Transport(urllib.request.BaseHandler):
     """How the opener reaches servers: kept connections, checked addresses, deadlines that hold.
-
-    urllib's own handler asks for `Connection: close` each time: 3,300 proxied calls a second
-    against 15,400 (measured).
-    """
+    With urllib's own handler, which keeps none, 3,300 calls a second are proxied, not 15,400."""
 
     def __init__(self) -> None:
         self.pool = Pool()
         self._tls: Any = None
 
     def http_open(self, call: Call) -> Reply:
-        """The answer to a call; Unreachable, TooSlow, or Hangup when its caller went away.
-
-        A kept connection may turn out dead. The call is then repeated on a fresh one only if it
-        is a read, and not a byte of an answer came: of a send it is not known whether it was done.
-        """
+        """The answer to a call; Unreachable, TooSlow, or Hangup when its caller went away. If a
+        kept connection turns out dead, only a read is repeated on a fresh one, and only if not a
+        byte of an answer came: of a send it is not known whether it was done."""
         key = (call.type, call.host, call._tunnel_host)
         data = call.to_bytes()
         sock = self.pool.take(key, call.repeat)
@@ -4090,11 +4079,8 @@ class Transport(urllib.request.BaseHandler):
 
 
 def connect(host: str, port: int, until: float) -> socket.socket:
-    """A connected socket to the first address that answers; never to a forbidden one.
-
-    The addresses are checked after the name was looked up and then used themselves, so that no
-    second look-up can give another answer. OSError, Unreachable.
-    """
+    """A connected socket to the first address that answers; never to a forbidden one: what was
+    looked up is checked, and no second look-up can give another answer. OSError, Unreachable."""
     failure: Exception = Unreachable("unknown host")
     for family, kind, protocol, _, address in socket.getaddrinfo(host.encode(), port, 0,
                                                                  socket.SOCK_STREAM):
@@ -4175,14 +4161,11 @@ def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = N
 
 
 class WebSocket:
-    """A WebSocket to a server (RFC 6455).
+    """A WebSocket to a server (RFC 6455). run() gives each message to heard(data), answers pings,
+    asks for a pong in a silence, calls silence(), which may raise, and ends with Unreachable, in
+    words for a log, at the latest after four silent LOOK_SECONDS."""
 
-    run() gives each text message to heard(data), answers pings, asks for a pong in a silence, calls
-    silence(), which may raise, and ends with Unreachable, in words for a log, at the latest after
-    four silent LOOK_SECONDS.
-    """
-
-    LOOK_SECONDS = BRIDGE_SECONDS / 2
+    LOOK_SECONDS = BRIDGE_SECONDS / 2  # a connection that a router forgot looks like a silent one
     PART, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 
     def __init__(self, url: str, fields: Mapping[str, str], heard: Callable[[bytes], None],
@@ -4207,7 +4190,6 @@ class WebSocket:
             raise Unreachable(f"no WebSocket there (it answers {reply.status})")
         reply.until = math.inf
         self._line, self._buffer = reply, bytearray(reply.buffer)
-        # A connection that a bridge or a router forgot looks like one where nothing happens.
         self._look, self._silent = 0.0, 0  # when to look again, and how often all was silent
 
     def run(self) -> None:
@@ -4235,10 +4217,8 @@ class WebSocket:
             self._line.close()
 
     def _messages(self) -> Iterator[Tuple[int, bytes]]:
-        """Opcode and payload of each whole message and control frame; BadRequest.
-
-        A frame that announces too many bytes is refused before they are read.
-        """
+        """Opcode and payload of each whole message and control frame; BadRequest, before too many
+        bytes are read."""
         parts, kind = bytearray(), self.PART
         while True:
             first, length = self._exactly(2)
@@ -4687,14 +4667,14 @@ const ZH = {
   "updating": "正在更新", "running": "运行中", "stop": "已停止", "failed": "启动失败",
   "unknown": "未知",
   "The server does not answer: this is how it was.": "服务器没有响应,显示的是之前的状态。",
-  "since {time}": "自 {time}", "port {port}": "端口 {port}", "{count} restarts": "重启 {count} 次",
+  "since {time}": "自 {time}", "port {port}": "端口 {port}", "restarts: {count}": "重启 {count} 次",
   "Scan the code with a phone; a new one comes by itself.": "请用手机扫码,二维码会自动更新。",
   "{name} started on port {port}.": "{name} 已启动,端口 {port}。",
   "{name} runs already.": "{name} 已在运行。", "{name} has stopped.": "{name} 已停止。",
   "{name} stops in a moment.": "{name} 即将停止。",
   "{name} shows a new QR code in a moment.": "{name} 稍后显示新的二维码。",
   "{name} is logged in.": "{name} 已登录。", "Sent.": "已发送。",
-  "{name} is muted for {count} minutes.": "{name} 已被禁言 {count} 分钟。",
+  "{name} is muted for {count} min.": "{name} 已被禁言 {count} 分钟。",
   "{name} is out of the group.": "{name} 已被移出群。",
   "It did not work: {why}": "操作失败:{why}", "the server does not answer": "服务器没有响应",
   "a new QR code": "新的二维码", "login": "登录",
@@ -4728,15 +4708,10 @@ const EN = {                 // the words of the API that English says otherwise
   "client_stopped": "account stopped", "client_deleted": "account deleted",
   "input_qrcode": "QR code", "markname": "remark", "card": "name in the group",
 };
-const ONE = {                // and of a single one
-  "{count} restarts": "{count} restart",
-  "{name} is muted for {count} minutes.": "{name} is muted for {count} minute.",
-};
 const word = (table, text) => Object.hasOwn(table, text) && table[text];  // not "constructor"
-const t = (text, values = {}) =>
-  ((chinese ? word(ZH, text) : Number(values.count) === 1 && word(ONE, text) || word(EN, text))
-    || (/^[a-z]+(_[a-z]+)+$/.test(text) ? text.replaceAll("_", " ") : text))
-    .replace(/\{(\w+)\}/g, (_, name) => values[name]);
+const t = (text, values = {}) => (word(chinese ? ZH : EN, text)
+  || (/^[a-z]+(_[a-z]+)+$/.test(text) ? text.replaceAll("_", " ") : text))
+  .replace(/\{(\w+)\}/g, (_, name) => values[name]);
 const api = (path) => config.prefix + path;
 const when = (seconds) => new Date(seconds * 1000)
   .toLocaleString(navigator.language, {dateStyle: "short", timeStyle: "short"});
@@ -4877,7 +4852,7 @@ function drawCard(row) {     // anew when something has changed; picture and dig
       el("span", {className: "state " + shown}, t(shown))),
     el("p", {className: "facts"}, [row.since && t("since {time}", {time: when(row.since)}),
       row.port && t("port {port}", {port: row.port}),
-      row.restarts && t("{count} restarts", {count: row.restarts})].filter(Boolean).join(" · ")),
+      row.restarts && t("restarts: {count}", {count: row.restarts})].filter(Boolean).join(" · ")),
     el("p", {className: "error"}, row.error || ""),
     card.code,
     row.verify_code ? el("div", {className: "row"}, card.digits, button("Confirm",
@@ -5134,7 +5109,7 @@ function memberRow(member) {
   const count = () => $("minutes").value;
   if (!$("mute").hidden) {
     node.append(button("Mute", () => manage("shutup_group_member", {time: count()}),
-      () => t("{name} is muted for {count} minutes.", {name, count: count()}), "small"));
+      () => t("{name} is muted for {count} min.", {name, count: count()}), "small"));
   }
   node.append(button("Kick", () => manage("kick_group_member").finally(choosePeer),
     () => t("{name} is out of the group.", {name}), "small"));

@@ -6284,17 +6284,6 @@ def test_a_text_that_fits_into_no_qr_code_is_refused_with_the_remedy():
         openqq.qr_matrix("\ud83d")
 
 
-@decoder_needed
-@pytest.mark.parametrize("version", [1, 9])
-def test_a_qr_code_with_a_blot_is_still_read_for_its_check_codewords(version):
-    rows = openqq.qr_matrix(filler(version))
-    side = len(rows)
-    for y in range(9, 9 + side // 7):
-        for x in range(side - 1 - side // 7, side):
-            rows[y][x] ^= 1
-    assert read_file_by_zbar(openqq.qr_png(rows)) == filler(version)
-
-
 def test_a_qr_png_has_the_pixels_and_the_border_that_are_asked_for():
     rows = openqq.qr_matrix("abc")
     assert openqq.qr_png(rows) == openqq.qr_png(rows, scale=8, quiet=4)
@@ -15527,13 +15516,12 @@ SAY = """return Promise.all(arguments[0].map((host, number) => fetch(
      ).then(() => true)"""
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_a_page_of_another_site_opens_no_door_however_it_spells_this_machine(browser, tmp_path,
-                                                                             host, upstream):
+                                                                             upstream):
     page = upstream(*[[good(b"", b"Content-Type: text/html")] * 20] * 20)
-    program = Program(tmp_path, "controller", "--host", host)
-    program.port = int(program.log.wait(r"Listening at http://.*:(\d+)|cannot listen").group(1)
-                       or pytest.skip("no IPv6 here"))
+    program = Program(tmp_path, "controller", "--host",
+                      "::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+    program.port = program.log.wait(r"Listening at http://.*:(\d+)").group(1)
     program.base = f"http://127.0.0.1:{program.port}"
     for number, site in enumerate(("evil.example", "rebound.example", "evil.localhost",
                                    "127.0.0.1", "localhost")):
@@ -15629,7 +15617,7 @@ def test_what_others_do_with_accounts_is_seen_on_the_page_and_can_be_gone_on_wit
     board.call("stop_client", client="dave")
     browser.find("[data-account=dave][data-state=stop]")
     browser.click("[data-account=dave] button", "Start")
-    for times in "1 restart", "2 restarts":
+    for times in "restarts: 1", "restarts: 2":
         browser.find("[data-account=dave][data-state=running]")
         os.kill(board.state("dave")["pid"], signal.SIGKILL)
         browser.reads("[data-account=dave] .facts", " · " + times)
@@ -15733,12 +15721,12 @@ def test_the_owner_mutes_and_kicks_on_the_page(board, browser):
     browser.reads("#talk", "小冰\n小冰, are you there?")
     browser.type("#minutes", "3")
     browser.click("[data-member=小冰] button", "Mute")
-    browser.reads("#said", "小冰 is muted for 3 minutes.")
+    browser.reads("#said", "小冰 is muted for 3 min.")
     said = board.call("/local/say", client="alice", **{"from": "小冰"}, content="mm",
                       type="group_message", to="OpenQQ")
     assert said["code"] == 8
     browser.click("[data-member=bob] button", "Mute")
-    browser.reads("#said", "bob is muted for 3 minutes.")
+    browser.reads("#said", "bob is muted for 3 min.")
     talk_as(browser, "bob", "OpenQQ (group)", "muted")
     browser.reads("#said", "It did not work: muted, not heard")
     browser.click("[data-member=小灰] button", "Kick")
@@ -15877,7 +15865,7 @@ def test_every_word_of_the_page_has_its_chinese():
     used |= set(re.findall(r'\b(?:t|button)\("([^"]+)"', script))
     assert len(used) > 30 and not used - known
     assert set(openqq.NEXT_STATES) - {""} <= known
-    english = script[script.index("const EN"):script.index("const ONE")]
+    english = script[script.index("const EN"):script.index("const word")]
     assert not set(openqq.NEXT_STATES) - set(re.findall(r'"(\w+)": "', english)) - {
         "", "loading", "updating", "running"}, "which are said as they are called"
     events = {f"{verb}_{what}" for verb in ("new", "lose")
