@@ -4958,7 +4958,7 @@ function eventRow(event) {
   const today = at.toDateString() === new Date().toDateString();
   const day = today ? "" : at.toLocaleDateString(navigator.language) + " ";
   return el("li", {}, el("time", {}, day + at.toLocaleTimeString(navigator.language)), " ",
-    bdi("span", event.client, "tag"), " ", bdi("b", title, "who"),
+    bdi("span", event.client, "tag"), " ", bdi("b", title),
     el("bdi", {className: "text"}, text));
 }
 
@@ -5101,7 +5101,7 @@ async function choosePeer() {
 function memberRow(member) {
   const name = nameOf(member);
   const role = member.role && member.role !== "member" ? [el("small", {}, t(member.role))] : [];
-  const node = el("li", {}, el("bdi", {className: "grow who"}, name), ...role);
+  const node = el("li", {}, el("bdi", {className: "grow"}, name), ...role);
   node.dataset.member = name;
   if (!speaker.account || String(member.uid) === String(speaker.uid)) return node;
   const manage = (path, more) => post(api(path), {client: speaker.account, group_id: peer.id,
