@@ -42,7 +42,6 @@ CONTRACT joins them with what was measured on the wire, DESIGN is how this progr
 """
 from __future__ import annotations
 
-import argparse
 import base64
 import binascii
 import collections
@@ -91,7 +90,7 @@ VERSION = "1.0.0"
 TYPE_CHECKING = False  # so that no process pays for the import of typing
 if TYPE_CHECKING:
     from typing import (IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping,
-                        NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+                        Optional, Sequence, Set, Tuple, Type, Union)
     Address = Tuple[str, int]
     Json = Any                   # what the json module reads and writes
     Row = Dict[str, Any]         # a JSON object
@@ -13707,63 +13706,64 @@ def request_echo(request: Request) -> Row:
 # 15. Command line
 # ------------------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    """argparse that refuses on one line, with exit status 2. A flag begins with two dashes."""
+def read_words(words: Sequence[str], name_of: Callable[[str], str], stranger: str,
+               switches: Sequence[str] = ()) -> Tuple[List[str], Dict[str, str]]:
+    """The words without a flag, and what --flag VALUE, --flag=VALUE and --switch say, by their
+    names: those that `name_of` knows. A flag begins with two dashes. Refusal, with exit status 2.
+    """
+    plain: List[str] = []
+    found: Dict[str, str] = {}
+    try:
+        rest = list(map(typed_text, words))
+    except ValueError as error:
+        raise Refusal(f"a word is {error}", 2) from None
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        name = name_of(flag[2:])
+        if word == "--":
+            return plain + rest, found
+        if not word.startswith("--"):
+            plain.append(word)
+        elif not name:
+            raise Refusal(f"{flag} {stranger}", 2)
+        elif equals or name in switches:
+            found[name] = value
+        elif rest and not rest[0].startswith("--"):
+            found[name] = rest.pop(0)
+        else:
+            raise Refusal(f"{flag} needs a value; one that begins with -- is given as "
+                          f"{flag}=VALUE", 2)
+    return plain, found
 
-    def __init__(self, stranger: str) -> None:
-        super().__init__(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS,
-                         argument_default=argparse.SUPPRESS,
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 40, 999))
-        self._stranger = stranger  # what is said of a word that it does not know
 
-    def error(self, message: str) -> NoReturn:
-        """A flag without its value, above all."""
-        raise Refusal(re.sub(r"argument ([^/:]+).*: expected one argument", r"\1 needs a value; "
-                             r"one that begins with -- is given as \1=VALUE", message), 2)
+def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
+    """The settings of a controller or client, each a flag under all of its names."""
+    def name_of(flag: str) -> str:
+        setting = setting_named(flag)
+        return setting.name if setting and setting.whose in (whose, "both") else ""
 
-    def _parse_optional(self, arg_string: str) -> Any:
-        return super()._parse_optional(arg_string) if arg_string.startswith("--") else None
-
-    def read(self, words: Sequence[str]) -> Row:
-        """What the words say, those without a flag under `words`. Refusal."""
-        try:
-            found, strange = self.parse_known_intermixed_args(list(map(typed_text, words)))
-        except ValueError as error:
-            raise Refusal(f"a word is {error}", 2) from None
-        if strange:
-            raise Refusal(f"{strange[0].partition('=')[0]} {self._stranger}", 2)
-        return vars(found)
-
-
-def settings_parser(whose: str) -> Parser:
-    """All settings of a controller or client: each is a flag, under all of its names."""
-    parser = Parser(f"is not a setting of a {whose}; "
-                    f"python openqq.py {whose} --help shows them")
-    for setting in SETTINGS.values():
-        if setting.whose in (whose, "both"):
-            default = f" [{setting.shown()}]" if setting.shown() else ""
-            text = argparse.SUPPRESS if setting.idle else (
-                f"{setting.help}{default} | {setting.chinese}".replace("%", "%%"))
-            plugins = [f"plugin_{name}_" for name in ("openqq", "openwx") if setting.plugin]
-            for name in [setting.name, *(plugin + setting.name for plugin in plugins)]:
-                for flag in dict.fromkeys(("--" + name.replace("_", "-"), "--" + name)):
-                    parser.add_argument(flag, dest=setting.name, metavar="VALUE", help=text)
-                    text = argparse.SUPPRESS  # but for the first one
-    return parser
+    stranger = f"is not a setting of a {whose}; python openqq.py {whose} --help shows them"
+    plain, found = read_words(words, name_of, stranger)
+    if plain:
+        raise Refusal(f"{plain[0]} {stranger}", 2)
+    return tokens_apart(found)
 
 
 def help_text(whose: str) -> str:
     """All settings of a controller or client, as --help shows them."""
+    rows = {}
+    for setting in SETTINGS.values():
+        if setting.whose in (whose, "both") and not setting.idle:
+            default = f" [{setting.shown()}]" if setting.shown() else ""
+            rows[f"  --{setting.name.replace('_', '-')} VALUE"] = (
+                f"{setting.help}{default} | {setting.chinese}")
+    width = max(map(len, rows)) + 2
     return (f"usage: python openqq.py {whose} [--setting value …]\n\n"
             "Each setting takes a value; booleans are 0 and 1, lists have commas. In the\n"
             "environment a setting is MOJO_WEBQQ_ and its name in capitals.\n"
             "每个设置带一个值；布尔值为 0 或 1，列表用逗号分隔。环境变量名为 MOJO_WEBQQ_ 加大写的设置名。\n\n"
-            + settings_parser(whose).format_help().partition("\n")[2])
-
-
-def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
-    """--setting value and --setting=value as settings; Refusal with exit status 2."""
-    return tokens_apart(settings_parser(whose).read(words))
+            + "".join(f"{flag:{width}}{text}\n" for flag, text in rows.items()))
 
 
 # For glibc: one heap instead of one for each thread, and large buffers outside of it, so that
@@ -13772,68 +13772,71 @@ FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
           "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
-def rename_process(whose: str, given: Dict[str, str]) -> Type[Flavour]:
-    """Begin once more under the name that ps is to show, with the secrets off the command line.
+def run_server(whose: str, given: Dict[str, str]) -> int:
+    """`controller`: many accounts; `client`: one account alone.
 
+    It begins once more under the name that ps is to show, with the secrets off the command line.
     Only argv[0] makes a name that all of ps's forms show; its directory must stay Python's own,
     or a virtual environment would be lost.
     """
     flavour = flavour_named(given.get("flavor"))
     python = os.environ.pop("OPENQQ_PYTHON", "")
-    if python or not sys.executable:
-        sys.executable = python or sys.executable
-        return flavour
-    account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
-    name = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
-    hidden = {setting: value for setting, value in given.items() if SETTINGS[setting].secret}
-    flags = [f"--{setting}={value}" for setting, value in given.items() if setting not in hidden]
-    environment = {name: value for name, value in FRUGAL.items() if name not in os.environ}
-    environment.update((flavour.environ + setting.upper(), value)
-                       for setting, value in hidden.items())
-    if "token" in hidden:
-        environment["OPENQQ_TOKEN"] = hidden["token"]
-    begin_again(os.path.join(os.path.dirname(sys.executable), name.replace("/", "_")),
-                ["-S", *python_words(whose, *flags)], OPENQQ_PYTHON=sys.executable, **environment)
-    return flavour
-
-
-def run_server(whose: str, given: Dict[str, str]) -> int:
-    """`controller`: many accounts; `client`: one account alone."""
-    flavour = rename_process(whose, given)
+    if not python and sys.executable:
+        account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
+        title = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
+        environment = {name: value for name, value in FRUGAL.items() if name not in os.environ}
+        flags = []
+        for name, value in given.items():
+            if SETTINGS[name].secret:
+                environment[flavour.environ + name.upper()] = value
+            else:
+                flags.append(f"--{name}={value}")
+        if "token" in given:
+            environment["OPENQQ_TOKEN"] = given["token"]
+        begin_again(os.path.join(os.path.dirname(sys.executable), title.replace("/", "_")),
+                    ["-S", *python_words(whose, *flags)], OPENQQ_PYTHON=sys.executable,
+                    **environment)
+    sys.executable = python or sys.executable
     try:
         settings = Settings(whose, given, os.environ, flavour.environ)
     except ValueError as error:
         raise Refusal(str(error), 2) from None
     if settings.one_cpu:
         share_cpu(os.getpid())
-    if whose == "controller":
-        return Controller(None, **given).run()
+    return Controller(None, **given).run() if whose == "controller" else run_client(**given)
+
+
+def run_client(**given: str) -> int:
+    """What the written template does, too."""
     client = Client(**given)
-    load_usual_plugins(client)
+    client.load(["ShowMsg", "UploadQRcode", "ShowQRcode"])
+    client.load(client.flavour.plugin, call_on_load=True)
     return client.run()
 
 
-def load_usual_plugins(client: Client) -> None:
-    """What the written template does too."""
-    client.load(["ShowMsg", "UploadQRcode", "ShowQRcode"])
-    client.load(client.flavour.plugin, call_on_load=True)
-
-
 def run_child() -> int:
-    """`--client`: what a controller starts."""
+    """`--client`: what a controller starts. It does what the template says; what the written one
+    says is built in, and so is quicker."""
     sys.executable = os.environ.pop("OPENQQ_PYTHON", sys.executable)
     sys.modules.setdefault("openqq", sys.modules[__name__])
     receive_sockets()
     life = os.environ.get("OPENQQ_LIFE", "")  # a descriptor of our own: a template may take it
     line = socket.fromfd(int(life), socket.AF_INET, socket.SOCK_STREAM) if life else None
+    path = os.environ.pop("OPENQQ_TEMPLATE", "")
     try:
-        return run_template(line)
+        text = (read_file(path) or b"").decode("utf-8", "replace") if path else ""
+        if text in ("", default_template(flavour_named(None))):
+            return run_client()
+        if line:
+            spawn(end_with_controller, line)
+        add_site_packages()
+        exec(compile(text, path, "exec"), {"__name__": "__main__", "__file__": path})
+        return 0
     except Exception as error:  # why its client ends: check_client shows it
-        text = error.status if isinstance(error, OpenQQError) else (
-            f"{type(error).__name__}: {error}")
+        why = error.status if isinstance(error, OpenQQError) else f"{type(error).__name__}: {error}"
         if line:
             with contextlib.suppress(OSError):  # there is no controller any more
-                line.send(to_bytes({"log": text[-1000:]}) + b"\n")
+                line.send(to_bytes({"log": why[-1000:]}) + b"\n")
         raise
 
 
@@ -13845,22 +13848,6 @@ def end_with_controller(line: socket.socket) -> None:
         selector.select()
         time.sleep(ORPHAN_SECONDS - 1.0)  # what run() needs at most to end cleanly
         os._exit(1)
-
-
-def run_template(line: Optional[socket.socket]) -> int:
-    """Do what the template says; what the written one says is built in, and so is quicker."""
-    path = os.environ.pop("OPENQQ_TEMPLATE", "")
-    flavour = flavour_named(None)
-    text = (read_file(path) or b"").decode("utf-8", "replace") if path else ""
-    if text and text != default_template(flavour):
-        if line:
-            spawn(end_with_controller, line)
-        add_site_packages()
-        exec(compile(text, path, "exec"), {"__name__": "__main__", "__file__": path})
-        return 0
-    client = Client()
-    load_usual_plugins(client)
-    return client.run()
 
 
 # -- the commands that call a server's API
@@ -13890,105 +13877,36 @@ def text_width(text: str) -> int:
                2 if unicodedata.east_asian_width(sign) in ("W", "F") else 1 for sign in text)
 
 
-class Screen:
-    """Standard output: a terminal, or where a command's answer is piped to."""
-
-    STATES = {"running": "32", "stop": "2", "failed": "31"}  # the others yellow
-
-    def __init__(self) -> None:
-        self._out = sys.stdout or open(os.devnull, "w", encoding="utf-8")
-        self.is_terminal = is_console(self._out)
-        self.can_move = self.is_terminal and os.environ.get("TERM", "dumb") != "dumb"
-        self._colored = self.can_move and not os.environ.get("NO_COLOR")
-        if hasattr(self._out, "reconfigure"):
-            self._out.reconfigure(errors="backslashreplace")
-
-    def put(self, text: str) -> None:
-        """Write lines, at once."""
-        self._out.write(text + "\n")
-        self._out.flush()
-
-    def put_raw(self, said: Said) -> None:
-        """Write what came, byte for byte, unless it would play with a terminal."""
-        is_json = said.kind == "application/json"
-        if self.is_terminal and is_json:
-            return self.put(printable(said.body.decode("utf-8", "replace"), True))
-        if self.is_terminal:
-            raise Refusal(f"{len(said.body)} bytes of {said.kind or 'nothing'}: "
-                          "not for a terminal, write them to a file")
-        self._out.buffer.write(said.body + (b"\n" if is_json else b""))
-        self._out.buffer.flush()
-
-    def color(self, text: str, code: str) -> str:
-        """A text in a colour, where there are colours."""
-        return f"\x1b[{code}m{text}\x1b[0m" if self._colored and code else text
-
-    def table(self, rows: List[List[str]]) -> str:
-        """Rows as text, the first one the head, the second column coloured as a state.
-
-        A column without anything in it is left out.
-        """
-        filled = [place for place, cells in enumerate(zip(*rows)) if any(cells[1:])]
-        rows = [[printable(row[place]) for place in filled] for row in rows]
-        widths = [max(map(text_width, column)) for column in zip(*rows)]
-        columns = os.get_terminal_size(self._out.fileno()).columns if self.is_terminal else 0
-        room = columns - sum(widths[:-1]) - 2 * len(widths)  # for the last column
-        lines = []
-        for place, row in enumerate(rows):
-            last = row[-1]
-            if columns and text_width(last) > room:
-                while last and text_width(last) >= room:
-                    last = last[:-1]
-                last += "…"
-            cells = [cell + " " * (width - text_width(cell))
-                     for cell, width in zip(row[:-1], widths)] + [last]
-            cells[1] = self.color(cells[1], self.STATES.get(row[1], "33") if place else "")
-            line = "  ".join(cells).rstrip()
-            lines.append(line if place else self.color(line, "1"))
-        return "\n".join(lines)
-
-    def drawing(self, matrix: List[bytearray]) -> str:
-        """A QR code; without colours light is what is written, as on a dark screen."""
-        text = qr_text(matrix)
-        if not self._colored:
-            text = re.sub("\x1b\\[[0-9;]*m", "", text).translate(str.maketrans(" ▀▄█", "█▄▀ "))
-        return text.rstrip("\n")
-
-
 def account_cells(row: Row) -> List[str]:
     """A line of the table of accounts, out of what check_client says of one."""
-    state = "failed" if row.get("failed") else str(row.get("state") or "")
-    since, up = str(row.get("start_time") or ""), ""
-    alive = state not in ("stop", "failed")
-    if alive and since.isdigit():
+    state = "failed" if row.get("failed") else row.get("state")
+    is_alive = state not in ("stop", "failed")
+    since, up = str(row.get("start_time")), ""
+    if is_alive and since.isdigit():
         seconds = max(0, int(time.time() - int(since)))
         parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "m"),
                  (seconds % 60, "s")]
         up = " ".join([f"{count}{unit}" for count, unit in parts if count][:2]) or "0s"
-    return [str(row.get("account") or ""), state, str(row.get("port") or ""),
-            str(row.get("pid") or "") if alive else "", up,
-            str(row.get("restarts") or ""), str(row.get("error") or "")]
+    return [str(cell or "") for cell in (
+        row.get("account"), state, row.get("port"), is_alive and row.get("pid"), up,
+        row.get("restarts"), row.get("error"))]
 
 
-def event_line(event: Row, screen: Screen) -> str:
-    """An event as one line for somebody who reads along."""
-    when = str(event.get("time") or "")
+def event_line(event: Row) -> Tuple[str, str]:
+    """An event as one line for somebody who reads along, and its colour."""
+    when = str(event.get("time"))
     clock = time.strftime("%H:%M:%S ", time.localtime(int(when))) if when.isdigit() else ""
     head = clock + str(event.get("client") or "")  # a client alone has but one account
-    if event.get("post_type") == "event":
-        words = [str(event.get("event"))]
-        for param in event.get("params") or []:
-            if isinstance(param, dict):
-                param = param.get("displayname") or param.get("name") or param.get("id")
-            words.append(str(param)[:60])
-        return screen.color(printable(f"{head} · {' '.join(words)}"), "36")
     place = event.get("group") or event.get("discuss")
+    content = event.get("content")
+    if event.get("post_type") == "event":
+        words = [param.get("displayname") or param.get("name") or param.get("id")
+                 if isinstance(param, dict) else param for param in event.get("params") or []]
+        return f"{head} · {' '.join(str(word)[:60] for word in [event.get('event'), *words])}", "36"
     if event.get("class") == "send":
         failed = "" if event.get("code") == 0 else f" [{event.get('msg')}]"
-        return screen.color(printable(f"{head} → {event.get('receiver') or place}: "
-                                      f"{event.get('content')}{failed}"), "32")
-    where = f"@{place}" if place else ""
-    return printable(f"{head} ← {event.get('sender')}{where}: {event.get('content')}")
+        return f"{head} → {event.get('receiver') or place}: {content}{failed}", "32"
+    return f"{head} ← {event.get('sender')}{f'@{place}' if place else ''}: {content}", ""
 
 
 class Said:
@@ -14003,7 +13921,7 @@ class Said:
             self.value = from_bytes(self.body) if self.kind == "application/json" else None
         except ValueError:
             self.value = None
-        self.row: Row = self.value if isinstance(self.value, dict) else {}
+        self.row = object_of(self.value)
         self.code = self.row["code"] if isinstance(self.row.get("code"), int) else 0
         self.good = self.status < 300 and self.code == 0
 
@@ -14015,9 +13933,8 @@ class Said:
             text = self.body[:60].decode("utf-8", "replace")
             return Refusal(f"HTTP {self.status} {text}".strip())
         text = str(self.row.get("status") or self.row.get("reply_status") or "no")
-        if "state" in self.row:
-            text += f", it is {self.row['state']}"
-        return Refusal(f"{text} (code {self.code})")
+        state = f", it is {self.row['state']}" if "state" in self.row else ""
+        return Refusal(f"{text}{state} (code {self.code})")
 
 
 class Terminal:
@@ -14025,6 +13942,7 @@ class Terminal:
     Refusal for what goes wrong, Unreachable where nobody answers."""
 
     WATCH_SECONDS = 1.0
+    STATES = {"running": "32", "stop": "2", "failed": "31"}  # their colours; the others' is yellow
     # What only reads is asked for with GET; all else is posted, so that no log keeps it.
     READS = re.compile(r"(?:/open(?:qq|wx)/)?(?:get_|check_client|openapi|events)|"
                        r"/local/(?:world|scan)|/healthz|/metrics|/$")
@@ -14036,7 +13954,9 @@ class Terminal:
             raise Refusal(f"--url: {error}; it looks like http://127.0.0.1:4000", 2) from None
         self._url, self._is_raw, self._watch = url.rstrip("/"), is_raw, watch
         self._fields = {"Authorization": bearer(token)} if token else {}
-        self._screen = Screen()
+        self._is_console = is_console(sys.stdout)
+        self._can_move = self._is_console and os.environ.get("TERM", "dumb") != "dumb"
+        self._has_colors = self._can_move and not os.environ.get("NO_COLOR")
 
     def _open(self, api: str, params: Mapping[str, str]) -> Reply:
         """Call an API. `client` is always in the query: a proxy before many looks for it there."""
@@ -14054,11 +13974,25 @@ class Terminal:
     def _ask(self, api: str, **params: str) -> Said:
         return Said(self._open(api, params))
 
+    def _show_raw(self, said: Said) -> None:
+        """What came, byte for byte, unless it would play with a terminal."""
+        is_json = said.kind == "application/json"
+        if not self._is_console:
+            sys.stdout.buffer.write(said.body + (b"\n" if is_json else b""))
+        elif is_json:
+            print(printable(said.body.decode("utf-8", "replace"), True))
+        else:
+            raise Refusal(f"{len(said.body)} bytes of {said.kind or 'nothing'}: "
+                          "not for a terminal, write them to a file")
+
+    def _color(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._has_colors and code else text
+
     def _finish(self, said: Said, is_json: bool = True) -> bool:
         """Print what came, if that is all that is wanted: else it is to be shown. Refusal if it
         says no, or if it is not what only a server of ours can have said."""
         if self._is_raw:
-            self._screen.put_raw(said)
+            self._show_raw(said)
         if not said.good:
             raise said.refusal()
         if is_json and not self._is_raw and not said.row:
@@ -14069,7 +14003,7 @@ class Terminal:
         """An answer's status, and those of its members that are of interest."""
         if self._finish(said):
             words = [f"{name} {said.row[name]}" for name in names if name in said.row]
-            self._screen.put(printable(", ".join([str(said.row.get("status")), *words])))
+            print(printable(", ".join([str(said.row.get("status")), *words])))
 
     def _check_account(self, name: str) -> None:
         """Refusal where there is no such account: with these calls a client alone does not look
@@ -14080,23 +14014,41 @@ class Terminal:
 
     def status(self, *names: str) -> None:
         """A table of the accounts; with --watch again and again, whatever becomes of them."""
-        self._show_accounts(*names)
-        while self._watch:
-            time.sleep(self.WATCH_SECONDS)  # nothing tells of states but asking for them
+        for turn in itertools.count():
             try:
-                self._show_accounts(*names)
+                said = self._ask("check_client", **{"client": name for name in names})
+                if self._finish(said):
+                    cells = [account_cells(row) for row in rows_of(said.row.get("client"))]
+                    clear = "\x1b[H\x1b[J" if self._watch and self._can_move else ""
+                    print(clear + (self._table(cells) if cells else
+                                   "no accounts; start NAME makes one"))
+                sys.stdout.flush()
             except (Refusal, Unreachable) as error:
+                if not turn:
+                    raise
                 print(f"openqq: {printable(error.status)}", file=sys.stderr)
+            if not self._watch:
+                return
+            time.sleep(self.WATCH_SECONDS)  # nothing tells of states but asking for them
 
-    def _show_accounts(self, *names: str) -> None:
-        said = self._ask("check_client", **{"client": name for name in names})
-        if self._finish(said):
-            rows = [account_cells(row) for row in rows_of(said.row.get("client"))]
-            text = self._screen.table([
-                ["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"],
-                *rows]) if rows else "no accounts; start NAME makes one"
-            clear = "\x1b[H\x1b[J" if self._watch and self._screen.can_move else ""
-            self._screen.put(clear + text)
+    def _table(self, rows: List[List[str]]) -> str:
+        """The accounts under a head; a column without anything in it is left out."""
+        filled = [place for place, cells in enumerate(zip(*rows)) if any(cells)]
+        rows = [[printable(row[place]) for place in filled] for row in [
+            ["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"], *rows]]
+        widths = [max(map(text_width, column)) for column in zip(*rows)]
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns if self._is_console else 0
+        room = columns - sum(widths[:-1]) - 2 * len(widths)  # for the last column
+        lines = []
+        for place, (*row, last) in enumerate(rows):
+            while columns and len(last) > 1 and text_width(last) > room:
+                last = last[:-2] + "…"
+            cells = [cell + " " * (width - text_width(cell)) for cell, width in zip(row, widths)]
+            if place:
+                cells[1] = self._color(cells[1], self.STATES.get(row[1], "33"))
+            line = "  ".join([*cells, last]).rstrip()
+            lines.append(line if place else self._color(line, "1"))
+        return "\n".join(lines)
 
     def start(self, name: str, *settings: str) -> None:
         """Start an account with settings of its own."""
@@ -14108,7 +14060,8 @@ class Terminal:
         self._say(self._ask("stop_client", client=name), "pid", "port")
 
     def qrcode(self, name: str) -> None:
-        """Draw the QR code that an account waits with.
+        """Draw the QR code that an account waits with; without colours light is what is written,
+        as on a dark screen.
 
         It is read out of the picture: its text lets in whoever has it, and so is in no answer
         that scripts keep and logs show.
@@ -14119,9 +14072,12 @@ class Terminal:
             raise Refusal(f"{name} has no QR code to scan; status says what it does")
         if self._finish(said, False):
             try:
-                self._screen.put(self._screen.drawing(qr_unpng(said.body)))
+                text = qr_text(qr_unpng(said.body))
             except ValueError as error:
                 raise Refusal(f"the picture cannot be read: {error}") from None
+            if not self._has_colors:
+                text = re.sub("\x1b\\[[0-9;]*m", "", text).translate(str.maketrans(" ▀▄█", "█▄▀ "))
+            print(text.rstrip("\n"))
 
     def send(self, name: str, kind: str, who: str, text: str) -> None:
         """Send a message to whom the API finds, by uid, by id or by name."""
@@ -14144,9 +14100,12 @@ class Terminal:
         for piece in reply.pieces(PROXY_SECONDS):
             for data in events.feed(piece):
                 event = {**client, **from_bytes(data)}
-                text = to_bytes(event).decode() if self._is_raw else event_line(event, self._screen)
-                is_seen = self._is_raw and self._screen.is_terminal
-                self._screen.put(printable(text, True) if is_seen else text)
+                if self._is_raw:
+                    text = to_bytes(event).decode()
+                    print(printable(text, True) if self._is_console else text, flush=True)
+                else:
+                    text, color = event_line(event)
+                    print(self._color(printable(text), color), flush=True)
         raise Refusal("the stream of events has ended")
 
     def call(self, api: str, *pairs: str) -> None:
@@ -14154,9 +14113,9 @@ class Terminal:
         said = self._ask(api, **parse_pairs(pairs))
         if self._finish(said, False):
             if said.value is None:
-                return self._screen.put_raw(said)
+                return self._show_raw(said)
             text = json.dumps(said.value, ensure_ascii=False, indent=2)
-            self._screen.put(printable(text, True))
+            print(printable(text, True))
 
 
 def parse_pairs(words: Sequence[str]) -> Dict[str, str]:
@@ -14198,16 +14157,14 @@ Exit status: 0, 1 when the API says no, 2 for a wrong call, 3 when nobody answer
 def run_command(command: str, words: Sequence[str]) -> int:
     """A command that calls a server's API; its exit status. Refusal."""
     usage, least, most, _ = COMMANDS[command]
-    parser = Parser(f"is not a flag of {command}; a text that begins so stands behind --")
-    parser.add_argument("words", nargs="*", default=[])
-    for flag in "--url", "--token":
-        parser.add_argument(flag)
-    for flag in ["--json", "--watch"][:1 + (command == "status")]:
-        parser.add_argument(flag, action="store_true")
+    known = ("url", "token", "json") + (("watch",) if command == "status" else ())
     url = os.environ.get("OPENQQ_URL") or f"http://127.0.0.1:{QQ.port}"
     try:
-        flags = parser.read(words)
-        plain, url = flags.pop("words"), flags.get("url") or url
+        plain, flags = read_words(
+            words, lambda flag: flag if flag in known else "",
+            f"is not a flag of {command}; a text that begins so stands behind --",
+            ("json", "watch"))
+        url = flags.get("url") or url
         if not least <= len(plain) <= most:
             raise Refusal(f"usage: python openqq.py {command} {usage}", 2)
         if "token" in flags and sys.executable:  # ps would show it to everybody
@@ -14231,14 +14188,15 @@ def written(write: Callable[[], Optional[int]]) -> int:
 
     What is still in its buffer would be tried again at the end: it goes nowhere.
     """
+    out: Any = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    out.reconfigure(errors="backslashreplace")
+    sys.stdout = out
     try:
         status = write() or 0
-        if sys.stdout:
-            sys.stdout.flush()
+        out.flush()
         return status
     except OSError as error:  # of a server it is an Unreachable, and so a Refusal
-        if sys.stdout:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if not isinstance(error, BrokenPipeError):
             raise Refusal(f"the output cannot be written: {error.strerror}") from None
         return 0  # whoever read has read enough
@@ -14257,18 +14215,16 @@ def main(words: Sequence[str]) -> int:
         return 1
     command, rest = words[0] if words else "", words[1:]
     is_server = command in ("controller", "client")
-    text = ""
-    if command == "--version":
-        text = f"OpenQQ {VERSION}"
-    elif is_server and {"-h", "--help"} & set(rest):
-        text = help_text(command).rstrip("\n")
-    elif command in ("-h", "--help") or command in COMMANDS and rest in (["-h"], ["--help"]):
-        text = USAGE.rstrip("\n")
+    text = {"--version": f"OpenQQ {VERSION}\n", "--help": USAGE, "-h": USAGE}.get(command, "")
+    if is_server and {"-h", "--help"} & set(rest):
+        text = help_text(command)
+    elif command in COMMANDS and rest in (["-h"], ["--help"]):
+        text = USAGE
     try:
         if command == "--client":
             return run_child()
         if text:
-            return written(lambda: Screen().put(text))
+            return written(lambda: print(text, end=""))
         if is_server:
             return run_server(command, parse_flags(command, rest))
         if command in COMMANDS:
