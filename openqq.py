@@ -9103,59 +9103,56 @@ class MessageBook(Journal):
     def __init__(self, path: str, log: Log) -> None:
         super().__init__(path, log)
         self._lock = threading.Lock()        # guards both below, and the file
-        self._rows: Dict[int, Tuple[str, int, int]] = {}  # id -> place, seq, when
-        self._lines: List[Json] = []
+        self._rows: Dict[int, List[Any]] = {}  # id -> id, place, seq, when
+        self._unwritten: List[Json] = []
         for line in self.read():
             if isinstance(line, list) and list(map(type, line)) == [int, str, int, int]:
-                self._rows.pop(line[0], None)
-                self._rows[line[0]] = (line[1], line[2], line[3])
-                keep_newest(self._rows, self.LIMIT)
+                self._keep(line)
+
+    def _keep(self, row: List[Any]) -> None:
+        self._rows.pop(row[0], None)
+        self._rows[row[0]] = row
+        keep_newest(self._rows, self.LIMIT)
 
     def note(self, place: str, seq: int, when: float = 0.0) -> Tuple[int, bool]:
         """The id of a message, and whether this is new of it: that it was heard `when` it was said
         (negative: we said it), or, with 0, that it is talked of."""
-        number, least = zlib.crc32(f"{place}/{seq}".encode()), MessageIds.LEAST
+        least = MessageIds.LEAST
+        number = least + zlib.crc32(f"{place}/{seq}".encode()) % least
         with self._lock:
-            while True:
-                number = least + number % least
-                row = self._rows.get(number, (place, seq, 0))
-                if row[:2] == (place, seq):
-                    break
-                number += 1
-            if number in self._rows and (row[2] or not when):
+            while number in self._rows and self._rows[number][1:3] != [place, seq]:
+                number = least + (number + 1) % least
+            if number in self._rows and (self._rows[number][3] or not when):
                 return number, False
-            self._rows.pop(number, None)
-            self._rows[number] = (place, seq, int(when))
-            keep_newest(self._rows, self.LIMIT)
-            self._lines.append([number, place, seq, int(when)])
+            self._keep([number, place, seq, int(when)])
+            self._unwritten.append(self._rows[number])
             return number, True
 
     def find(self, number: Json) -> Tuple[str, int]:
         """Which message an id means. Declined."""
         row = self._rows.get(int(number_of(number) or 0))
-        if row:
-            return row[:2]
-        raise Declined(f"nothing is known any more of the message {number}")
+        if not row:
+            raise Declined(f"nothing is known any more of the message {number}")
+        return row[1], row[2]
 
     def heard(self, account: str, since: float) -> Dict[str, int]:
         """The 50 places where an account heard something last, and the last seq in each."""
-        with self._lock:
-            rows = sorted((when, place, seq) for place, seq, when in self._rows.values()
-                          if when > since and place.startswith(account + "/"))
         newest: Dict[str, int] = {}
-        for _, place, seq in rows:
-            newest[place] = max(seq, newest.pop(place, 0))
+        with self._lock:
+            for _, place, seq, when in self._rows.values():
+                if when > since and place.startswith(account + "/"):
+                    newest[place] = max(seq, newest.pop(place, 0))
         return dict(list(newest.items())[:-51:-1])
 
     def flush(self) -> None:
         """Let what was noted survive."""
         with self._lock:
-            if self._lines:
-                self.write(self._lines)
-            self._lines = []
+            if self._unwritten:
+                self.write(self._unwritten)
+            self._unwritten = []
 
     def last_lines(self) -> Tuple[List[Json], int]:
-        return [[number, *row] for number, row in self._rows.items()], 0
+        return list(self._rows.values()), 0
 
 
 def is_true(value: Json) -> bool:
@@ -9163,7 +9160,7 @@ def is_true(value: Json) -> bool:
     return (scalar(value) or "").lower() not in ("", "0", "false", "no", "off")
 
 
-def renamed(row: Row, names: List[str]) -> Row:
+def renamed(row: Row, names: Sequence[str]) -> Row:
     """The members of an object that are named `ours=theirs`, with the names that are ours."""
     return {ours: row.get(theirs) for ours, theirs in (pair.split("=") for pair in names)}
 
@@ -9277,19 +9274,18 @@ class MilkyLink(BridgeLink):
     def _missed(self, place: str, newest: int) -> List[Row]:
         where, start = self._spelt(place), None
         found: Dict[int, Row] = {}
-        for _ in range(self.PAGES):
-            try:
+        try:
+            for _ in range(self.PAGES):
                 data = object_of(self._get("get_history_messages", LOOKUP_SECONDS, **where,
                                            limit=30, start_message_seq=start))
-            except OpenQQError as error:
-                self._log.warn(f"what was said in {place} cannot be had: {error.status}")
-                break
-            page = {int(number_of(row.get("message_seq")) or 0): {**where, **row}
-                    for row in rows_of(data.get("messages"))}
-            found.update(page)
-            start = number_of(data.get("next_message_seq"))
-            if not start or min(page, default=0) <= newest:
-                break
+                page = {int(number_of(row.get("message_seq")) or 0): {**where, **row}
+                        for row in rows_of(data.get("messages"))}
+                found.update(page)
+                start = number_of(data.get("next_message_seq"))
+                if not start or min(page, default=0) <= newest:
+                    break
+        except OpenQQError as error:
+            self._log.warn(f"what was said in {place} cannot be had: {error.status}")
         return [{"event_type": "message_receive", "data": found[seq]} for seq in sorted(found)
                 if seq > newest]
 
@@ -9297,9 +9293,9 @@ class MilkyLink(BridgeLink):
 
     def _get(self, action: str, seconds: float = 0.0, **params: Json) -> Json:
         if action in self.OURS:
-            return self.OURS[action](self, params, functools.partial(super()._get, seconds=seconds))
+            return self.OURS[action](self, seconds, **params)
         name, *names = self.CALLS.get(action, action).split()
-        params = {**params, **renamed(params, names)}
+        params.update(renamed(params, names))
         if action == "get_private_file_url":
             params["file_hash"] = self._hashes.notes.get(params["file_id"]) or ""
         elif action in ("get_friend_list", "get_group_list"):
@@ -9334,79 +9330,78 @@ class MilkyLink(BridgeLink):
         _, scene, peer = place.split("/")
         return {"message_scene": scene, "peer_id": int(peer or 0), "message_seq": seq}
 
-    def _send(self, params: Row, get: Callable[..., Json]) -> Json:
-        uid, group = params.get("user_id"), params.get("group_id")
-        place = f"{self.me}/{('temp' if group else 'friend') if uid else 'group'}/{uid or group}"
-        name, where = ("private", {"user_id": uid}) if uid else ("group", {"group_id": group})
-        seq = number_of(object_of(get(f"send_{name}_message", **where, message=self._outgoing(
-            params["message"], place))).get("message_seq"))
-        number = self._book.note(place, int(seq), -time.time())[0] if seq else None
-        self._book.flush()
-        return {"message_id": number}
-
-    def _outgoing(self, message: Json, place: str) -> List[Row]:
-        """A message in Milky's segments. Declined for what it has none for."""
-        found = []
+    def _send(self, seconds: float, message: Json, user_id: str = "", group_id: str = "") -> Json:
+        scene = "group" if not user_id else "temp" if group_id else "friend"
+        place, found = f"{self.me}/{scene}/{user_id or group_id}", []
         for kind, data in ((part["type"], part["data"]) for part in segments_of(message)):
             at = scalar(data.get("qq"))
-            there, seq = self._book.find(data.get("id")) if kind == "reply" else (place, None)
+            there, quoted = self._book.find(data.get("id")) if kind == "reply" else (place, None)
             if there != place:
                 raise Declined("a message of another conversation cannot be quoted")
             uri = next((source for source in map(scalar, (data.get("file"), data.get("url")))
                         if source and "://" in source), None)
             forms: Dict[str, Tuple[str, Row]] = {
                 "text": ("text", {"text": scalar(data.get("text"))}),
-                "at": ("mention", {"user_id": int(number_of(at) or 0) or None}),
+                "at": ("mention_all", {}) if at == "all" else (
+                    "mention", {"user_id": int(number_of(at) or 0) or None}),
                 "face": ("face", {"face_id": scalar(data.get("id"))}),
                 "json": ("light_app", {"json_payload": scalar(data.get("data"))}),
-                "reply": ("reply", {"message_seq": seq}),
+                "reply": ("reply", {"message_seq": quoted}),
                 **dict.fromkeys(("image", "record", "video"), (kind, {"uri": uri}))}
             theirs, made = forms.get(kind, (kind, {"": None}))
-            if kind == "at" and at == "all":
-                theirs, made = "mention_all", {}
             if None in made.values():
                 raise Declined(f"Milky cannot send this segment: {kind}")
             found.append({"type": theirs, "data": made})
-        return found
+        data = object_of(self._get("send_private_message", user_id=user_id, message=found)
+                         if user_id else
+                         self._get("send_group_message", group_id=group_id, message=found))
+        seq = number_of(data.get("message_seq"))
+        number = self._book.note(place, int(seq), -time.time())[0] if seq else None
+        self._book.flush()
+        return {"message_id": number}
 
-    def _recall(self, params: Row, get: Callable[..., Json]) -> Json:
-        scene, peer, seq = self._spelt(*self._book.find(params["message_id"])).values()
+    def _recall(self, seconds: float, message_id: Json) -> Json:
+        scene, peer, seq = self._spelt(*self._book.find(message_id)).values()
         name, member = ("group", "group_id") if scene == "group" else ("private", "user_id")
-        return get(f"recall_{name}_message", **{member: peer, "message_seq": seq})
+        return self._get(f"recall_{name}_message", **{member: peer, "message_seq": seq})
 
-    def _tell(self, params: Row, get: Callable[..., Json]) -> Json:
-        found = self._spelt(*self._book.find(params["message_id"]))
-        row = object_of(object_of(get("get_message", **found)).get("message"))
-        return self._spoken({**row, **found}, params["message_id"]) if row else {}
+    def _tell(self, seconds: float, message_id: Json) -> Json:
+        where = self._spelt(*self._book.find(message_id))
+        row = object_of(object_of(self._get("get_message", seconds, **where)).get("message"))
+        return self._spoken({**row, **where}, message_id) if row else {}
 
-    def _answer(self, params: Row, get: Callable[..., Json]) -> Json:
-        verb = "accept" if params["approve"] else "reject"
-        if "sub_type" not in params:
-            return get(verb + "_friend_request", initiator_uid=params["flag"])
-        kind, group, seq, is_filtered = (str(params["flag"]).split("/") + [""] * 4)[:4]
+    def _answer(self, seconds: float, flag: str, approve: bool, sub_type: Optional[str] = None,
+                reason: Optional[str] = None, **more: Json) -> Json:
+        verb = "accept" if approve else "reject"
+        if sub_type is None:
+            return self._get(verb + "_friend_request", initiator_uid=flag)
+        kind, group, seq, is_filtered = (flag.split("/") + [""] * 4)[:4]
         if kind == "invitation":
-            return get(verb + "_group_invitation", group_id=group, invitation_seq=seq)
-        return get(verb + "_group_request", group_id=group, notification_seq=seq,
-                   notification_type=kind, is_filtered=is_filtered,
-                   reason=None if params["approve"] else params.get("reason"))
+            return self._get(verb + "_group_invitation", group_id=group, invitation_seq=seq)
+        return self._get(verb + "_group_request", group_id=group, notification_seq=seq,
+                         notification_type=kind, is_filtered=is_filtered,
+                         reason=None if approve else reason)
 
     def _flag(self, kind: str, data: Row) -> str:
         """What _answer() needs to know of a request of a group."""
         seq = number_of(data.get("invitation_seq")) or number_of(data.get("notification_seq"))
         return f"{kind}/{number_of(data.get('group_id'))}/{seq}/{is_true(data.get('is_filtered'))}"
 
-    def _requests(self, params: Row, get: Callable[..., Json]) -> Json:
+    def _requests(self, seconds: float) -> Json:
         who = {"join_request": "initiator_id", "invited_join_request": "target_user_id"}
-        rows = rows_of(object_of(get("get_group_notifications")).get("notifications"))
+        rows = rows_of(object_of(self._get("get_group_notifications", seconds)).get(
+            "notifications"))
         return {"join_requests": [{
             **row, "request_id": self._flag(kind, row), "requester_uin": row.get(uid),
             "message": row.get("comment"), "checked": row.get("state") != "pending"}
             for kind, uid in who.items() for row in rows if row.get("type") == kind]}
 
-    OURS: Dict[str, Callable[[Any, Row, Callable[..., Json]], Json]] = {
+    OURS: Dict[str, Callable[..., Json]] = {
         "send_private_msg": _send, "send_group_msg": _send, "delete_msg": _recall, "get_msg": _tell,
         "set_friend_add_request": _answer, "set_group_add_request": _answer,
-        "get_group_system_msg": _requests, "get_status": lambda self, params, get: {}}
+        "get_group_system_msg": _requests, "get_status": lambda self, seconds: {}}
+
+    # -- what it tells
 
     def _hear(self, row: Row) -> None:
         if row.get("event_type") != "bot_offline":
@@ -9431,32 +9426,40 @@ class MilkyLink(BridgeLink):
                     ] if fresh else []
         self._hashes.note(scalar(data.get("file_id")), scalar(data.get("file_hash")))
         if kind in self.NOTICES:
-            row = self._notice_of(kind, {**row, **data, "message_id": self._book.note(
-                place, seq)[0] if seq else None})
+            what, sub_type, names = self.NOTICES[kind]
+            in_group = data.get("message_scene") == "group"
+            post_type, name = what.format("group" if in_group else "friend").split()
+            if " " in sub_type:
+                member, yes, no = sub_type.split()
+                sub_type = yes if is_true(data.get(member)) else no
+            known = {
+                **row, **data, "flag": self._flag(kind.replace("group_", ""), data),
+                "file": {name: data.get("file_" + name) for name in ("id", "name", "size")},
+                **{way: self.me if is_true(data.get("is_self_" + way)) else data.get("user_id")
+                   for way in ("send", "receive")}}
+            row = {**row, **data, "post_type": post_type, post_type + "_type": name,
+                   "sub_type": sub_type,
+                   "message_id": self._book.note(place, seq)[0] if seq else None,
+                   **({"group_id": data.get("peer_id")} if in_group else {}),
+                   **renamed(known, names.split())}
         elif kind:
             row = {"post_type": "notice", "notice_type": self.UNKNOWN, **row}
         return super()._items(row)
 
-    def _notice_of(self, kind: str, data: Row) -> Row:
-        what, sub_type, names = self.NOTICES[kind]
-        in_group = data.get("message_scene") == "group"
-        post_type, name = what.format("group" if in_group else "friend").split()
-        if " " in sub_type:
-            member, yes, no = sub_type.split()
-            sub_type = yes if is_true(data.get(member)) else no
-        more = {"flag": self._flag(kind.replace("group_", ""), data), "file": {
-            name: data.get("file_" + name) for name in ("id", "name", "size")}, **{
-            way: self.me if is_true(data.get("is_self_" + way)) else data.get("user_id")
-            for way in ("send", "receive")}}
-        return {**data, "post_type": post_type, post_type + "_type": name, "sub_type": sub_type,
-                **({"group_id": data.get("peer_id")} if in_group else {}),
-                **renamed({**data, **more}, names.split())}
-
     def _spoken(self, data: Row, number: Json) -> Row:
         """A message as OneBot tells of it."""
-        _, scene, peer = self._place(data).split("/")
-        group, uid = object_of(data.get("group")), number_of(data.get("sender_id"))
+        place, group, segments = self._place(data), object_of(data.get("group")), []
+        _, scene, peer = place.split("/")
+        uid = number_of(data.get("sender_id"))
         circle = peer if scene == "group" else number_of(group.get("group_id"))
+        for part in segments_of(data.get("segments")):
+            kind, inner = part["type"], part["data"]
+            seq = number_of(inner.get("message_seq")) if kind == "reply" else ""
+            more = {"id": str(self._book.note(place, int(seq))[0])} if seq else {}
+            self._hashes.note(scalar(inner.get("file_id")), scalar(inner.get("file_hash")))
+            kind, *names = str(self.SEGMENTS.get(kind, kind)).split()
+            segments.append({"type": kind, "data": renamed({**inner, **more, "all": "all"}, names)
+                             if names else inner})
         return {"post_type": "message_sent" if uid == self.me else "message", "user_id": uid,
                 "sub_type": {"group": "normal", "friend": "friend"}.get(
                     scene, "group" if circle else "other"),
@@ -9464,19 +9467,7 @@ class MilkyLink(BridgeLink):
                 "group_id": circle, "group_name": group.get("group_name"), "message_id": number,
                 "sender": {**object_of(data.get("group_member" if scene == "group" else "friend")),
                            "user_id": uid},
-                "time": data.get("time"), "message": self._incoming(data)}
-
-    def _incoming(self, data: Row) -> List[Row]:
-        found = []
-        for kind, inner in ((part["type"], part["data"]) for part in segments_of(
-                data.get("segments"))):
-            seq = number_of(inner.get("message_seq")) if kind == "reply" else ""
-            more = {"id": str(self._book.note(self._place(data), int(seq))[0])} if seq else {}
-            self._hashes.note(scalar(inner.get("file_id")), scalar(inner.get("file_hash")))
-            kind, *names = str(self.SEGMENTS.get(kind, kind)).split()
-            found.append({"type": kind, "data": renamed({**inner, **more, "all": "all"}, names)
-                          if names else inner})
-        return found
+                "time": data.get("time"), "message": segments}
 
     def _entity_news(self, data: Row) -> List[Row]:
         """What the entities in a message say of a group, or a friend, besides a sender's names."""
@@ -9490,113 +9481,81 @@ class MilkyLink(BridgeLink):
         return found
 
 
+@functools.lru_cache(maxsize=1)
+def _aes_tables() -> Any:
+    """The S-box; then for encrypting, and for decrypting, what a byte of each row of a state adds
+    to its column, as a word: within a round, and in the last one (FIPS 197, 5.1 and 5.3)."""
+    power, log = [1], [0] * 256  # of 3, whose powers are all of GF(2^8) but 0
+    for number in range(1, 255):
+        value = power[-1] ^ power[-1] << 1
+        power.append(value ^ (0x11b if value > 0xff else 0))
+        log[power[-1]] = number
+
+    def columns(source: Sequence[int], *factors: int) -> List[List[int]]:
+        words = [int.from_bytes(bytes(
+            power[(log[factor] + log[value]) % 255] if factor and value else 0
+            for factor in factors), "big") for value in source]
+        return [[word >> 8 * row | word << 32 - 8 * row & 0xffffffff for word in words]
+                for row in range(4)]
+
+    box = bytearray([0x63])
+    for value in range(1, 256):
+        inverse = power[-log[value] % 255]
+        spread = inverse ^ inverse << 1 ^ inverse << 2 ^ inverse << 3 ^ inverse << 4
+        box.append((spread ^ spread >> 8) & 0xff ^ 0x63)
+    unbox = bytes(map(box.index, range(256)))
+    return (bytes(box), [columns(box, 2, 1, 1, 3), columns(box, 1, 0, 0, 0)],
+            [columns(unbox, 14, 9, 13, 11), columns(unbox, 1, 0, 0, 0)])
+
+
 def aes_128_ecb(key: bytes, data: bytes, encrypt: bool) -> bytes:
     """AES-128-ECB with PKCS7 padding: WeChat's media have it, the standard library has not.
 
-    By libcrypto where the system has one, else by tables: 1 MiB in half a second. ValueError if
-    what is to be decrypted was not encrypted with this key.
+    1 MiB takes a third of a second. ValueError if what is to be decrypted was not encrypted with
+    this key.
     """
     if encrypt:
         count = 16 - len(data) % 16
-        return _aes(key, data + bytes([count]) * count, True)
-    if not data or len(data) % 16:
-        raise ValueError("encrypted data come in blocks of 16 bytes")
-    data = _aes(key, data, False)
-    count = data[-1]
-    if not 1 <= count <= 16 or data[-count:] != bytes([count]) * count:
-        raise ValueError("not encrypted with this key")
-    return data[:-count]
-
-
-def _aes(key: bytes, data: bytes, encrypt: bool) -> bytes:
-    try:
-        import ctypes
-        import ctypes.util
-        crypto = ctypes.CDLL(ctypes.util.find_library("crypto") or "")
-        for name in "EVP_CIPHER_CTX_new", "EVP_aes_128_ecb":
-            getattr(crypto, name).restype = ctypes.c_void_p
-        context = ctypes.c_void_p(crypto.EVP_CIPHER_CTX_new())
-        out, count = ctypes.create_string_buffer(len(data) + 16), ctypes.c_int()
-        try:
-            if (crypto.EVP_CipherInit_ex(context, ctypes.c_void_p(crypto.EVP_aes_128_ecb()), None,
-                                         key, None, int(encrypt))
-                    and crypto.EVP_CIPHER_CTX_set_padding(context, 0)
-                    and crypto.EVP_CipherUpdate(context, out, ctypes.byref(count), data, len(data))
-                    and count.value == len(data)):
-                return out.raw[:len(data)]
-        finally:
-            crypto.EVP_CIPHER_CTX_free(context)
-    except (ImportError, OSError, AttributeError):
-        pass  # none there, or not one that we know
-    return aes_by_tables(key, data, encrypt)
-
-
-@functools.lru_cache(maxsize=1)
-def _aes_tables() -> Any:
-    """For True (encrypt) and False: the S-box, and for each row of a state what a byte of it adds
-    to its column, as a word (FIPS 197, 5.1 and 5.3)."""
-    box, unbox = [0x63] * 256, [0] * 256
-    p = q = 1
-    while True:  # p goes through all of GF(2^8) but 0 as powers of 3, q through their inverses
-        p = (p ^ p << 1 ^ (0x11b if p & 0x80 else 0)) & 0xff
-        q ^= q << 1
-        q ^= q << 2
-        q = (q ^ q << 4) & 0xff
-        q ^= 9 if q & 0x80 else 0
-        turned = q ^ q << 1 ^ q << 2 ^ q << 3 ^ q << 4
-        box[p] = (turned ^ turned >> 8) & 0xff ^ 0x63
-        if p == 1:
-            break
-    for number, value in enumerate(box):
-        unbox[value] = number
-
-    def times(factor: int, value: int) -> int:
-        total = 0
-        while factor:
-            total ^= value * (factor & 1)
-            value = value << 1 ^ (0x11b if value & 0x80 else 0)
-            factor >>= 1
-        return total
-
-    tables = {}
-    for encrypt, source, factors in (True, box, (2, 1, 1, 3)), (False, unbox, (14, 9, 13, 11)):
-        words = [sum(times(factor, value) << 24 - 8 * row for row, factor in enumerate(factors))
-                 for value in source]
-        tables[encrypt] = source, [[word >> 8 * row | word << 32 - 8 * row & 0xffffffff
-                                    for word in words] for row in range(4)]
-    return tables
-
-
-def aes_by_tables(key: bytes, data: bytes, encrypt: bool) -> bytes:
-    """AES-128 of whole blocks, each by itself."""
-    tables = _aes_tables()
-    box, (t0, t1, t2, t3) = tables[encrypt]
-    substitute, keys, constant = tables[True][0], list(struct.unpack(">4I", key)), 1
+        data += bytes([count]) * count
+    if len(key) != 16 or not data or len(data) % 16:
+        raise ValueError("a key has 16 bytes, and encrypted data blocks of 16 bytes")
+    box, *tables = _aes_tables()
+    within, at_end = tables[not encrypt]
+    words = list(struct.unpack(">4I", key))
     for number in range(4, 44):
-        word = keys[-1]
+        word = words[-1]
         if number % 4 == 0:
-            word = constant << 24 ^ sum(
-                substitute[word >> shift & 0xff] << (shift + 8) % 32 for shift in (0, 8, 16, 24))
-            constant = constant << 1 ^ (0x11b if constant & 0x80 else 0)
-        keys.append(keys[-4] ^ word)
-    rounds = [keys[number:number + 4] for number in range(0, 44, 4)]
+            turned = (word << 8 & 0xffffffff | word >> 24).to_bytes(4, "big").translate(box)
+            constant = b"\x01\x02\x04\x08\x10\x20\x40\x80\x1b\x36"[number // 4 - 1]
+            word = int.from_bytes(turned, "big") ^ constant << 24
+        words.append(words[-4] ^ word)
+    rounds = [words[number:number + 4] for number in range(0, 44, 4)]
     if not encrypt:  # the equivalent inverse cipher (FIPS 197, 5.3.5)
-        rounds = rounds[::-1]
-        rounds[1:10] = [[t0[substitute[word >> 24]] ^ t1[substitute[word >> 16 & 0xff]]
-                         ^ t2[substitute[word >> 8 & 0xff]] ^ t3[substitute[word & 0xff]]
+        t0, t1, t2, t3 = within
+        rounds.reverse()
+        rounds[1:10] = [[t0[box[word >> 24]] ^ t1[box[word >> 16 & 0xff]]
+                         ^ t2[box[word >> 8 & 0xff]] ^ t3[box[word & 0xff]]
                          for word in words] for words in rounds[1:10]]
-    first, last, step = rounds[0], rounds[10], 1 if encrypt else 3
-    turns = [(n, (n + step) % 4, (n + 2) % 4, (n - step) % 4) for n in range(4)]  # ShiftRows
-    out = []
-    for block in struct.iter_unpack(">4I", data):
-        state = [word ^ part for word, part in zip(block, first)]
-        for words in rounds[1:10]:
-            state = [t0[state[a] >> 24] ^ t1[state[b] >> 16 & 0xff] ^ t2[state[c] >> 8 & 0xff]
-                     ^ t3[state[d] & 0xff] ^ words[a] for a, b, c, d in turns]
-        out += [(box[state[a] >> 24] << 24 | box[state[b] >> 16 & 0xff] << 16
-                 | box[state[c] >> 8 & 0xff] << 8 | box[state[d] & 0xff]) ^ last[a]
-                for a, b, c, d in turns]
-    return struct.pack(f">{len(out)}I", *out)
+        # it shifts rows the other way: so do the same shifts with columns in reverse order
+        rounds = [[a, d, c, b] for a, b, c, d in rounds]
+    first, *steps = zip([within] * 10 + [at_end], rounds)
+    out: List[int] = []
+    for a, b, c, d in struct.iter_unpack(">4I", data):
+        if not encrypt:
+            b, d = d, b
+        a, b, c, d = (word ^ part for word, part in zip((a, b, c, d), first[1]))
+        for (t0, t1, t2, t3), (k0, k1, k2, k3) in steps:
+            a, b, c, d = (
+                t0[a >> 24] ^ t1[b >> 16 & 0xff] ^ t2[c >> 8 & 0xff] ^ t3[d & 0xff] ^ k0,
+                t0[b >> 24] ^ t1[c >> 16 & 0xff] ^ t2[d >> 8 & 0xff] ^ t3[a & 0xff] ^ k1,
+                t0[c >> 24] ^ t1[d >> 16 & 0xff] ^ t2[a >> 8 & 0xff] ^ t3[b & 0xff] ^ k2,
+                t0[d >> 24] ^ t1[a >> 16 & 0xff] ^ t2[b >> 8 & 0xff] ^ t3[c & 0xff] ^ k3)
+        out += (a, b, c, d) if encrypt else (a, d, c, b)
+    data = struct.pack(f">{len(out)}I", *out)
+    count = 0 if encrypt else data[-1]
+    if not encrypt and (not 1 <= count <= 16 or data[-count:] != bytes([count]) * count):
+        raise ValueError("not encrypted with this key")
+    return data[:len(data) - count]
 
 
 class LoginEnded(OpenQQError):
@@ -9621,13 +9580,17 @@ class ILinkLink(Link):
              "shutup_group_member", "stick")
     APP = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": "132105"}  # of Tencent's own 2.4.9
     BASE_INFO = {"channel_version": "2.4.9", "bot_agent": "OpenQQ/" + VERSION}
-    LABELS = {2: "[图片]", 3: "[语音]", 4: "[文件]", 5: "[视频]"}
-    PARTS = {1: "text_item", 2: "image_item", 3: "voice_item", 4: "file_item", 5: "video_item"}
-    UPLOADS = {"image": (1, 2), "video": (2, 5)}  # of a mime's kind: media_type, item's type
+    # An item's type -> its member with the data, what stands for it in a text, a file's ending.
+    PARTS: Dict[Optional[str], Tuple[str, str, str]] = {
+        "1": ("text_item", "", ""), "2": ("image_item", "[图片]", ".jpg"),
+        "3": ("voice_item", "[语音]", ".silk"), "4": ("file_item", "[文件]", ""),
+        "5": ("video_item", "[视频]", ".mp4")}
+    # Texts in pieces of 4,000 characters at most, cut behind a line, a sentence or a blank.
+    PIECES = re.compile(r"(?s).{1,4000}\Z|.{2000,3999}\n|.{2000,3999}[。！？!?]|"
+                        r".{2000,3999}[ ，,]|.{4000}")
     RULE = ("WeChat's rule: the person has to write first, then 10 messages may be sent to him "
             "within 24 hours")
     SENDS, SENDS_SECONDS = 10, 86_400.0
-    TEXT_LIMIT = 4_000           # characters of one message
     POLL_SECONDS = 40.0          # its own limit is 35
     CODE_SECONDS = 300.0         # a code that is not scanned is replaced
 
@@ -9646,9 +9609,10 @@ class ILinkLink(Link):
         self._seen: Deque[str] = collections.deque(maxlen=50)
 
     def login(self, cookie: str, mark: str) -> None:
+        login = object_in(cookie.encode()) or {}
         with self._news:
             self._turn += 1
-            self._login = object_in(cookie.encode()) or {}
+            self._login = login if login.get("token") else {}
             turn = self._turn
         if not self._cursor and mark:
             try:
@@ -9670,12 +9634,13 @@ class ILinkLink(Link):
             return {**shown, "verify_code": "wanted"} if self._digits == "" else shown
 
     def roster(self) -> Row:
-        me, owner = self._login["me"], self._login["owner"]
-        people = {me: me.partition("@")[0], owner: owner.partition("@")[0],
-                  "filehelper": "文件传输助手"}
-        user, *friends = [{"uid": uid, "id": uid, "account": uid, "name": name, "markname": None}
-                          for uid, name in people.items()]
-        return {"user": user, "friend": friends, "group": [], "discuss": []}
+        me, owner = self._friend(self._login["me"]), self._friend(self._login["owner"])
+        helper = {**self._friend("filehelper"), "name": "文件传输助手"}
+        return {"user": me, "friend": [owner, helper], "group": [], "discuss": []}
+
+    def _friend(self, uid: str) -> Row:
+        return {"uid": uid, "id": uid, "account": uid, "name": uid.partition("@")[0],
+                "markname": None}
 
     def logout(self) -> None:
         with self._news:
@@ -9702,10 +9667,12 @@ class ILinkLink(Link):
         failures, confirmed = 0, False
         while turn == self._turn:
             try:
-                fresh = not self._login.get("token")
+                fresh = not self._login
                 if fresh:
                     confirmed = False
                     self._scan(turn)
+                    if not self._login:
+                        continue
                 elif not confirmed:
                     self._call("msg/notifystart", {}, check=False)
                     self._call("getconfig", {"ilink_user_id": self._login["owner"]})
@@ -9736,65 +9703,64 @@ class ILinkLink(Link):
             self._news.wait_for(lambda: turn != self._turn, seconds)
 
     def _scan(self, turn: int) -> None:
-        """Show codes until one was scanned and confirmed; then _login is there."""
-        while turn == self._turn:
-            row = self._call("get_bot_qrcode?bot_type=3", {
-                "local_token_list": [self._former["token"]] if self._former else []}, self._api)
-            params, base = {"qrcode": scalar(row.get("qrcode")) or ""}, self._api
-            text = scalar(row.get("qrcode_img_content")) or ""
-            if not 0 < len(text.encode()) < 2000:
-                raise Unreachable("it tells no code that could be shown")
-            self._hooks.qrcode(text, self.CODE_SECONDS, self._why)
-            until = time.monotonic() + self.CODE_SECONDS
-            while turn == self._turn and time.monotonic() < until:
-                try:
-                    row = self._answer(fetch(
-                        f"{base}/ilink/bot/get_qrcode_status?{urllib.parse.urlencode(params)}",
-                        "GET", self.APP, seconds=self.POLL_SECONDS))
-                except Unreachable as error:  # also a long poll's end
-                    self._log.debug(f"WeChat, get_qrcode_status: {error.status}")
-                    row = {}
-                status = row.get("status")
-                if status == "scaned":
-                    self._hooks.scanned()
-                elif status == "confirmed":
-                    token, me, owner = [scalar(row.get(name)) or "" for name in (
-                        "bot_token", "ilink_bot_id", "ilink_user_id")]
-                    url = scalar(row.get("baseurl")) or ""
-                    if not (me and owner and re.fullmatch("[!-~]+", token)):
-                        raise Unreachable("it confirms a login without a token")
-                    same = owner == self._former.get("owner")
-                    if me != self._former.get("me"):
-                        self._cursor = ""
-                    with self._news:
-                        self._login = {"token": token, "me": me, "owner": owner,
-                                       "base": self._allowed(url if is_url(url) else base),
-                                       "people": self._former["people"] if same else {}}
-                    return
-                elif status == "binded_redirect" and self._former:
+        """Show a code until it is scanned and confirmed: then _login is there, or else it came to
+        nothing."""
+        row = self._call("get_bot_qrcode?bot_type=3", {
+            "local_token_list": [self._former["token"]] if self._former else []}, self._api)
+        params, base = {"qrcode": scalar(row.get("qrcode")) or ""}, self._api
+        text = scalar(row.get("qrcode_img_content")) or ""
+        if not 0 < len(text.encode()) < 2000:
+            raise Unreachable("it tells no code that could be shown")
+        self._hooks.qrcode(text, self.CODE_SECONDS, self._why)
+        until = time.monotonic() + self.CODE_SECONDS
+        while turn == self._turn and time.monotonic() < until:
+            try:
+                row = self._fetch(
+                    f"{base}/ilink/bot/get_qrcode_status?{urllib.parse.urlencode(params)}",
+                    "GET", self.APP, None, self.POLL_SECONDS)
+            except Unreachable as error:  # also a long poll's end
+                self._log.debug(f"WeChat, get_qrcode_status: {error.status}")
+                row = {}
+            status = row.get("status")
+            if status == "confirmed":
+                return self._accept(row, base)
+            if status in ("expired", "verify_code_blocked", "binded_redirect"):
+                if status == "binded_redirect":
                     with self._news:
                         self._login = self._former
-                    return
-                elif status == "scaned_but_redirect":
-                    host = scalar(row.get("redirect_host")) or ""
-                    if re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]+)?", host):
-                        base = self._allowed("https://" + host)
-                elif status == "need_verifycode":
-                    self._hooks.scanned()
-                    wrong = " (those before were wrong)" if "verify_code" in params else ""
-                    self._log.warn("WeChat asks for the digits that the phone shows: give them to "
-                                   f"verify_code?code=…{wrong}")
-                    self._digits = ""
-                    self._hooks.kept("")  # so that check_client tells it
-                    with self._news:
-                        self._news.wait_for(lambda: self._digits or turn != self._turn,
-                                            until - time.monotonic())
-                        params["verify_code"], self._digits = self._digits or "", None
-                    self._hooks.kept("")
-                    continue
-                elif status in ("expired", "verify_code_blocked", "binded_redirect"):
-                    break
-                self._rest(turn, 1.0)
+                return
+            if status in ("scaned", "need_verifycode"):
+                self._hooks.scanned()
+            if status == "need_verifycode":
+                wrong = " (those before were wrong)" if "verify_code" in params else ""
+                self._log.warn("WeChat asks for the digits that the phone shows: give them to "
+                               f"verify_code?code=…{wrong}")
+                self._digits = ""
+                self._hooks.kept("")  # so that check_client tells it
+                with self._news:
+                    self._news.wait_for(lambda: self._digits or turn != self._turn,
+                                        until - time.monotonic())
+                    params["verify_code"], self._digits = self._digits or "", None
+                self._hooks.kept("")
+                continue
+            host = scalar(row.get("redirect_host")) or ""
+            if status == "scaned_but_redirect" and re.fullmatch("[A-Za-z0-9.-]+(:[0-9]+)?", host):
+                base = self._allowed("https://" + host)
+            self._rest(turn, 1.0)
+
+    def _accept(self, row: Row, base: str) -> None:
+        """Take what a confirmation tells as the login."""
+        token, me, owner, url = [scalar(row.get(name)) or "" for name in (
+            "bot_token", "ilink_bot_id", "ilink_user_id", "baseurl")]
+        if not (me and owner and re.fullmatch("[!-~]+", token)):
+            raise Unreachable("it confirms a login without a token")
+        base = self._allowed(url if is_url(url) else base)
+        if me != self._former.get("me"):
+            self._cursor = ""
+        people = self._former["people"] if owner == self._former.get("owner") else {}
+        with self._news:
+            self._login = {"token": token, "me": me, "owner": owner, "base": base,
+                           "people": people}
 
     def _poll(self, turn: int) -> None:
         """Ask for news once, and hand on what came; the next time acknowledges it."""
@@ -9806,22 +9772,21 @@ class ILinkLink(Link):
             return
         if turn != self._turn:
             return
-        if not rows_of(row.get("msgs")) and time.monotonic() - began < 1.0:
+        messages = rows_of(row.get("msgs"))
+        if not messages and time.monotonic() - began < 1.0:
             self._rest(turn, 1.0)  # it should have waited, not we
         items, cursor = [], scalar(row.get("get_updates_buf")) or self._cursor
-        for message in rows_of(row.get("msgs")):
+        for message in messages:
             number = (scalar(message.get("message_id")) or scalar(message.get("client_id"))
                       or os.urandom(8).hex())
-            if message.get("message_type") != 1 or number in self._seen or (
-                    not scalar(message.get("from_user_id"))):
-                continue
-            self._seen.append(number)
-            try:
-                items.append(self._understand(message, number))
-            except Exception:  # one that cannot be understood must not stop all others
-                self._log.failure("a message from WeChat")
-                continue
-            items[-1]["mark"] = self._mark(self._cursor)
+            if (message.get("message_type") == 1 and number not in self._seen
+                    and scalar(message.get("from_user_id"))):
+                self._seen.append(number)
+                try:
+                    items.append({**self._understand(message, number),
+                                  "mark": self._mark(self._cursor)})
+                except Exception:  # one that cannot be understood must not stop all others
+                    self._log.failure("a message from WeChat")
         if items:
             items[-1]["mark"] = self._mark(cursor)
             self._hooks.kept(to_bytes(self._login).decode())  # before anybody answers
@@ -9837,43 +9802,34 @@ class ILinkLink(Link):
         with self._news:
             token = scalar(message.get("context_token")) or self._person(uid)[0]
             self._login["people"][uid] = [token, self.SENDS, time.time() + self.SENDS_SECONDS]
-        parts = rows_of(message.get("item_list"))
-        texts, media, reply_to = [], None, None
-        for part in parts:
-            told = part.get("type")
-            kind = told if isinstance(told, int) else 0
-            data = part.get(self.PARTS.get(kind, ""))
-            data = data if isinstance(data, dict) else {}
-            quoted = part.get("ref_msg")
-            if isinstance(quoted, dict):
+        texts, reply_to = [], None
+        media: Optional[Row] = None
+        for part in rows_of(message.get("item_list")):
+            name, label, ending = self.PARTS.get(scalar(part.get("type")), ("", "", ""))
+            data, quoted = object_of(part.get(name)), object_of(part.get("ref_msg"))
+            if quoted:
                 reply_to = scalar(quoted.get("svr_id"))
-                texts.append(f"「{self._quoted(quoted)}」\n")
-            if kind != 1 and kind in self.LABELS:
-                texts.append(self.LABELS[kind] + (scalar(data.get("file_name")) or ""))
-                media = media or self._fetch_media(kind, data)
+                inner = object_of(object_of(quoted.get("message_item")).get("text_item"))
+                title = scalar(quoted.get("title")) or scalar(inner.get("text")) or "…"
+                texts.append(f"「{title}」\n")
+            if label:
+                texts.append(label + (scalar(data.get("file_name")) or ""))
+                media = media or self._fetch_media(data, ending)
             texts.append(scalar(data.get("text")) or "")
-        made = str(message.get("create_time_ms") or "")
-        item = {"do": "message", "type": "friend_message", "group": None, "uid": uid,
-                "sender_id": uid, "name": uid.partition("@")[0], "id": number,
-                "content": "".join(texts), "reply_to": reply_to,
-                "time": made[:-3] if made.isdigit() else str(int(time.time())),
-                "sender": {"uid": uid, "id": uid, "name": uid.partition("@")[0],
-                           "markname": None}}
         if media:
-            item["media"] = media
-            item["content"] = "".join(text for text in texts if text not in self.LABELS.values())
-        return item
+            labels = [label for _, label, _ in self.PARTS.values()]
+            texts = [text for text in texts if text not in labels]
+        sender = self._friend(uid)
+        return {"do": "message", "type": "friend_message", "group": None, "uid": uid,
+                "sender_id": uid, "name": sender["name"], "sender": sender, "id": number,
+                "content": "".join(texts), "reply_to": reply_to,
+                "time": number_of(message.get("create_time_ms"))[:-3] or str(int(time.time())),
+                **({"media": media} if media else {})}
 
-    def _quoted(self, quoted: Row) -> str:
-        inner = quoted.get("message_item")
-        text = inner.get("text_item") if isinstance(inner, dict) else None
-        return (scalar(quoted.get("title"))
-                or scalar(text.get("text") if isinstance(text, dict) else None) or "…")
-
-    def _fetch_media(self, kind: int, data: Row) -> Optional[Row]:
+    def _fetch_media(self, data: Row, ending: str) -> Optional[Row]:
         """{name, data (base64)} of what came, or None if it cannot be had."""
-        media = data.get("media")
-        if not isinstance(media, dict):
+        media = object_of(data.get("media"))
+        if not media:
             return None
         url = scalar(media.get("full_url")) or f"{self._cdn}/download?" + urllib.parse.urlencode(
             {"encrypted_query_param": scalar(media.get("encrypt_query_param")) or ""})
@@ -9887,13 +9843,12 @@ class ILinkLink(Link):
                 scalar(media.get("aes_key")) or "")
             if len(key) == 32:
                 key = bytes.fromhex(key.decode("ascii"))
-            if key or kind != 2:  # a picture without a key is plain
+            if key or ending != ".jpg":  # a picture without a key is plain
                 body = aes_128_ecb(key, body, False)
         except (OpenQQError, ValueError) as error:
             self._log.warn(f"what came with a message from WeChat cannot be had: {error}")
             return None
-        suffix = {2: ".jpg", 3: ".silk", 5: ".mp4"}.get(kind, "")
-        return {"name": scalar(data.get("file_name")) or f"wechat{suffix}",
+        return {"name": scalar(data.get("file_name")) or "wechat" + ending,
                 "data": base64.b64encode(body).decode()}
 
     # -- what goes out
@@ -9902,12 +9857,12 @@ class ILinkLink(Link):
         return [self._send(message) for message in messages]
 
     def _send(self, message: Row) -> Row:
-        if message["type"] != "friend_message":
-            return {"code": -3, "info": "not with this link"}
         uid = self._login["owner"] if message["uid"] == "filehelper" else message["uid"]
-        media, texts = message.get("media"), split_text(message["content"], self.TEXT_LIMIT)
+        media, texts = message.get("media"), self.PIECES.findall(message["content"])
         number = None
         try:
+            if message["type"] != "friend_message":
+                raise Declined("not with this link")
             with self._news:
                 token, left, until = self._person(uid)
             if not token or until < time.time() or left < len(texts) + bool(media):
@@ -9936,8 +9891,11 @@ class ILinkLink(Link):
         """Put a picture, a video or a file on WeChat's server: the item that shows it."""
         import hashlib
         data, key, name = base64.b64decode(media["data"]), os.urandom(16), os.urandom(16).hex()
-        kind, type_ = self.UPLOADS.get(media["mime"].partition("/")[0], (3, 4))
         body = aes_128_ecb(key, data, True)
+        kind, type_, more = {
+            "image": (1, 2, {"mid_size": len(body)}), "video": (2, 5, {"video_size": len(body)})
+            }.get(media["mime"].partition("/")[0], (
+                3, 4, {"file_name": media["name"], "len": str(len(data))}))
         row = self._call("getuploadurl", {
             "filekey": name, "media_type": kind, "to_user_id": uid, "rawsize": len(data),
             "rawfilemd5": hashlib.md5(data).hexdigest(), "filesize": len(body),
@@ -9961,20 +9919,17 @@ class ILinkLink(Link):
             except Unreachable:
                 if not left:
                     raise
-        shown = {"media": {"encrypt_query_param": param, "encrypt_type": 1,
-                           "aes_key": base64.b64encode(key.hex().encode()).decode()}}
-        more = {2: {"mid_size": len(body)}, 5: {"video_size": len(body)},
-                4: {"file_name": media["name"], "len": str(len(data))}}[type_]
-        return {"type": type_, self.PARTS[type_]: {**shown, **more}}
+        return {"type": type_, self.PARTS[str(type_)][0]: {**more, "media": {
+            "encrypt_query_param": param, "encrypt_type": 1,
+            "aes_key": base64.b64encode(key.hex().encode()).decode()}}}
 
     def typing(self, uid: str, on: bool) -> None:
         self._typists.submit(self._type, uid, on)
 
     def _type(self, uid: str, on: bool) -> None:
         try:
-            ticket = self._call("getconfig", {"ilink_user_id": uid,
-                                              "context_token": self._person(uid)[0]}
-                                ).get("typing_ticket")
+            ticket = self._call("getconfig", {
+                "ilink_user_id": uid, "context_token": self._person(uid)[0]}).get("typing_ticket")
             if ticket:
                 self._call("sendtyping", {"ilink_user_id": uid, "typing_ticket": ticket,
                                           "status": 1 if on else 2})
@@ -9992,18 +9947,18 @@ class ILinkLink(Link):
         if not base:
             base, body = login["base"], {**body, "base_info": self.BASE_INFO}
             fields["Authorization"] = "Bearer " + login["token"]
-        row = self._answer(fetch(f"{base}/ilink/bot/{name}", "POST", fields, to_bytes(body),
-                                 seconds))
-        code = row.get("errcode") or row.get("ret") or 0
+        row = self._fetch(f"{base}/ilink/bot/{name}", "POST", fields, to_bytes(body), seconds)
+        code, why = row.get("errcode") or row.get("ret") or 0, scalar(row.get("errmsg")) or ""
         if code and check:
-            why = scalar(row.get("errmsg")) or ""
             if scalar(code) in ("-14", "-14.0"):
                 raise LoginEnded(f"-14 {why}".strip())
             raise Declined(f"{name}: {code} {why}".strip()
                            + (f"; {self.RULE}" if name == "sendmessage" else ""))
         return row
 
-    def _answer(self, reply: Reply) -> Row:
+    def _fetch(self, url: str, method: str, fields: Fields, body: Optional[bytes],
+               seconds: float) -> Row:
+        reply = fetch(url, method, fields, body, seconds)
         row = object_in(reply.read())
         if reply.status != 200 or row is None:
             raise Unreachable(f"it answers {reply.status}", True)  # so it may have acted
@@ -10016,19 +9971,6 @@ class ILinkLink(Link):
         if self._is_official and (parts.scheme != "https" or not under):
             raise Unreachable(f"it leads elsewhere, to {shown_url(url)}")
         return url.rstrip("/")
-
-
-def split_text(text: str, limit: int) -> List[str]:
-    """A text in pieces of at most so many characters, cut behind a line, a sentence or a blank."""
-    pieces = []
-    while len(text) > limit:
-        for marks in "\n", "。！？!?", " ，,", "":
-            cut = max((text.rfind(mark, limit // 2, limit) for mark in marks), default=limit - 1)
-            if cut >= 0:
-                break
-        pieces.append(text[:cut + 1])
-        text = text[cut + 1:]
-    return [*pieces, text] if text else pieces
 
 
 # What each is where it is no account on the network inside.

@@ -14256,14 +14256,14 @@ def test_a_receivers_answer_and_its_picture_go_out_on_wechat(wechat, receive):
 def test_aes_is_that_of_fips_197():
     key, plain = bytes(range(16)), bytes.fromhex("00112233445566778899aabbccddeeff")
     cipher = bytes.fromhex("69c4e0d86a7b0430d8cdb78070b4c55a")
-    assert openqq.aes_by_tables(key, plain, True) == cipher
-    assert openqq.aes_by_tables(key, cipher, False) == plain
+    closed = openqq.aes_128_ecb(key, plain, True)
+    assert closed[:16] == cipher
+    assert openqq.aes_128_ecb(key, closed, False) == plain
     for size in 0, 1, 15, 16, 17, 5000:
         data = os.urandom(size)
         closed = openqq.aes_128_ecb(key, data, True)
         assert len(closed) == (size // 16 + 1) * 16
         assert openqq.aes_128_ecb(key, closed, False) == data
-        assert openqq.aes_by_tables(key, closed, False)[:size] == data
     for wrong in b"", b"x", bytes(16), closed[:-1]:
         with pytest.raises(ValueError):
             openqq.aes_128_ecb(key, wrong, False)
@@ -16343,23 +16343,22 @@ def test_the_form_offers_exactly_what_callers_may_set(pair):
 # The commands that call the API, and its description
 # ------------------------------------------------------------------------------------------------
 
-def command_words(*words):
-    """The words that run a command without compiling the file each time."""
-    return [sys.executable, *openqq.python_words(*words)]
+GEHEIM = {"OPENQQ_TOKEN": "geheim"}
 
 
-def command_environment(base, env):
+def begin_command(base, *words, out=subprocess.PIPE, err=subprocess.PIPE, **env):
+    """A command that begins, without compiling the file each time."""
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(("MOJO_", "OPENQQ_")) and name != "NO_COLOR"}
-    return {**environment, "OPENQQ_URL": base, **env}
+    return subprocess.Popen([sys.executable, *openqq.python_words(*words)], stdout=out, stderr=err,
+                            stdin=subprocess.DEVNULL, env={**environment, "OPENQQ_URL": base, **env})
 
 
 def command(base, *words, **env):
     """A command run to its end, its output in a pipe: (status, stdout, stderr)."""
-    done = subprocess.run(command_words(*words), env=command_environment(base, env),
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=3 * WAIT)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    with begin_command(base, *words, **env) as process:
+        out, err = process.communicate(timeout=3 * WAIT)
+    return process.returncode, out.decode(), err.decode()
 
 
 class Session:
@@ -16367,9 +16366,7 @@ class Session:
 
     def __init__(self, base, *words, **env):
         master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            command_words(*words), stdin=subprocess.DEVNULL, stdout=slave, stderr=slave,
-            env=command_environment(base, {"TERM": "xterm", **env}))
+        self.process = begin_command(base, *words, out=slave, err=slave, **{"TERM": "xterm", **env})
         os.close(slave)
         self.log = Log(Terminal._lines(master))
 
@@ -16383,13 +16380,12 @@ class Session:
 
 @pytest.fixture(scope="module")
 def office(tmp_path_factory):
-    """A controller with a token, and in it alice and 小明, running."""
-    program = Program(tmp_path_factory.mktemp("office"), "controller",
-                      env={"OPENQQ_TOKEN": "geheim"})
+    """A controller with a token; in it alice and 小明, running, and `waits`, which shows a code."""
+    program = Program(tmp_path_factory.mktemp("office"), "controller", env=GEHEIM)
     try:
         program.ready()
-        for name in "alice", "小明":
-            for path in "/openqq/start_client", "/local/login":
+        for name in "alice", "小明", "waits":
+            for path in ("/openqq/start_client", "/local/login")[:1 if name == "waits" else 2]:
                 assert call(program.base, path, client=name, token="geheim")["code"] == 0
         yield program
     finally:
@@ -16401,18 +16397,24 @@ def office(tmp_path_factory):
 @pytest.fixture
 def ask(office):
     """ask(words …) runs a command against the office, with its token."""
-    return lambda *words, **env: command(office.base, *words, OPENQQ_TOKEN="geheim", **env)
+    return lambda *words, **env: command(office.base, *words, **{**GEHEIM, **env})
+
+
+def shown_code(office, name):
+    """The picture that an account waits with, and what a terminal draws of it."""
+    path = f"/openqq/get_qrcode?client={name}&token=geheim"
+    assert eventually(lambda: request(office.base, path)[0] == 200)
+    picture = request(office.base, path)[2]
+    return picture, openqq.qr_text(openqq.qr_unpng(picture))
 
 
 def test_commands_lead_an_account_through_its_life(ask, office):
     status, out, _ = ask("start", "robot", "post_event=0", "post_secret=x=y")
     assert status == 0 and re.match(r"success, pid \d+, port \d+\n\Z", out)
     assert eventually(lambda: "scaning" in ask("status", "robot")[1])
-    status, out, _ = ask("qrcode", "robot")
-    _, _, picture = request(office.base, "/openqq/get_qrcode?client=robot&token=geheim")
-    drawn = openqq.qr_text(openqq.qr_unpng(picture))
+    _, drawn = shown_code(office, "robot")
     inverted = re.sub("\x1b[^m]*m", "", drawn).translate(str.maketrans(" ▀▄█", "█▄▀ "))
-    assert (status, out) == (0, inverted)
+    assert ask("qrcode", "robot")[:2] == (0, inverted)
     assert ask("call", "/local/login", "client=robot")[0] == 0
     status, _, said = ask("qrcode", "robot")
     assert status == 1 and "no QR code" in said
@@ -16425,7 +16427,7 @@ def test_a_message_is_sent_to_a_uid_an_id_or_a_name(ask, office):
     friend = call(office.base, "search_friend", client="alice", name="小冰", token="geheim")[0]
     seen = call(office.base, "check_event", client="alice", since=0, token="geheim")[-1]["seq"]
     words = [["friend", friend["uid"]], ["friend", friend["id"]], ["friend", "小冰"],
-             ["group", "OpenQQ"], ["group", OPENQQ_GROUP], ["discuss", "OpenQQ"]]
+             ["group", OPENQQ_GROUP], ["discuss", "OpenQQ"]]
     for number, (kind, who) in enumerate(words):
         status, out, _ = ask("send", "alice", kind, who, "--", f"--text & {number}%+")
         assert status == 0 and re.match(r"发送成功, id \d+\n\Z", out), who
@@ -16433,18 +16435,20 @@ def test_a_message_is_sent_to_a_uid_an_id_or_a_name(ask, office):
     sent = [(event["type"], event["content"]) for event in events if event["class"] == "send"]
     assert sent == [(f"{kind}_message", f"--text & {number}%+")
                     for number, (kind, _) in enumerate(words)]
-    for kind, code in ("friend", 100), ("group", 101), ("discuss", 102):
-        status, out, said = ask("send", "alice", kind, "nobody", "text")
-        assert (status, out) == (1, "") and f"{kind} not found (code {code})" in said
 
 
 REFUSED = {
     "a wrong token": (["status"], {"OPENQQ_TOKEN": "wrong"}, 1, r"auth failure \(code -6\)"),
     "no such account": (["stop", "nobody"], {}, 1, r"client not exists \(code 1\)"),
+    "no such friend": (["send", "alice", "friend", "nobody", "text"], {}, 1,
+                       r"friend not found \(code 100\)"),
+    "no such group": (["send", "alice", "group", "nobody", "text"], {}, 1,
+                      r"group not found \(code 101\)"),
     "no such setting": (["start", "x", "nope=1"], {}, 1, r"nope not allowed \(code 6\)"),
     "no such call": (["call", "nope", "client=alice"], {}, 1, "HTTP 403 api not found"),
     "an account's state": (["call", "get_user_info", "client=waits"], {}, 1,
                            r"client not running, it is \w+ \(code 300\)"),
+    "a stream": (["call", "events", "client=alice"], {}, 2, "the command events"),
     "too few words": (["send", "alice", "friend", "小冰"], {}, 2, "usage: .* send NAME friend"),
     "too many words": (["stop", "a", "b"], {}, 2, "usage: .* stop NAME"),
     "no kind of receiver": (["send", "alice", "robot", "x", "y"], {}, 2, "'robot' is not friend"),
@@ -16452,41 +16456,34 @@ REFUSED = {
     "no value": (["status", "--url"], {}, 2, "--url needs a value"),
     "no flag": (["events", "--watch"], {}, 2, "--watch is not a flag of events"),
     "no URL": (["status", "--url", "4000"], {}, 2, "--url: .*http://127.0.0.1:4000"),
-    "nobody there": (["status", "--url=http://127.0.0.1:{free}"], {}, 3,
-                     "not reachable: .*refused"),
-    "nobody there any more": (["events", "--url=http://127.0.0.1:{free}"], {}, 3, "not reachable"),
-    "no host": (["stop", "x", "--url=http://nowhere.invalid"], {}, 3, "not reachable"),
-}
+    "no words": (["send", "alice", "friend", "x", b"\xff\xfe"], {}, 2,
+                 "neither UTF-8 nor GB18030"),
+    "nobody there": (["events", "--url=http://127.0.0.1:{free}"], {}, 3, "not reachable: .*refused"),
+    "no host": (["stop", "x", "--url=http://nowhere.invalid"], {}, 3, "not reachable")}
 
 
 @pytest.mark.parametrize("words, env, code, said", REFUSED.values(), ids=REFUSED)
 def test_a_command_that_fails_says_why_on_one_line_and_in_its_exit_status(
-        office, words, env, code, said):
-    if "waits" in said or any("waits" in word for word in words):
-        call(office.base, "start_client", client="waits", token="geheim")
+        ask, words, env, code, said):
     with reserve() as free:
-        words = [word.format(free=free.getsockname()[1]) for word in words]
-        status, out, err = command(office.base, *words, **{"OPENQQ_TOKEN": "geheim", **env})
+        words = [word.replace("{free}", str(free.getsockname()[1])) if isinstance(word, str)
+                 else word for word in words]
+        status, out, err = ask(*words, **env)
     assert (status, out) == (code, "")
     assert re.match(f"openqq: .*{said}", err) and err.count("\n") == 1
 
 
-OTHERS = {
-    "a proxy's 502": (502, "text/html", "<html>Bad Gateway</html>", 3),
-    "another server's page": (200, "text/html", "<html>Welcome</html>", 3),
-    "broken JSON": (200, "application/json", "{", 3),
-    "a list": (200, "application/json", "[]", 3),
-    "a redirect": (301, "text/plain", "", 1), "a fault": (500, "text/plain", "", 1)}
-
-
-@pytest.mark.parametrize("status, kind, body, code", OTHERS.values(), ids=OTHERS)
-def test_what_is_no_answer_of_the_api_is_no_success(status, kind, body, code):
-    peer = Peer()
-    peer.handle = lambda handler: peer.reply(handler, status, body, kind)
+def test_what_is_no_answer_of_the_api_is_no_success():
+    peer, row = Peer(), []
+    peer.handle = lambda handler: peer.reply(handler, *row)
     try:
-        for words in ["stop", "x"], ["status"]:
-            done = command(peer.url, *words)
-            assert done[:2] == (code, "") and re.match("openqq: .*\n\\Z", done[2])
+        for *row, code in ((502, "<html>Bad Gateway</html>", "text/html", 3),
+                           (200, "<html>Welcome</html>", "text/html", 3),
+                           (200, "{", "application/json", 3), (200, "[]", "application/json", 3),
+                           (301, "", "text/plain", 1), (500, "", "text/plain", 1)):
+            for words in ["stop", "x"], ["status"]:
+                done = command(peer.url, *words)
+                assert done[:2] == (code, "") and re.match("openqq: .*\n\\Z", done[2]), row
     finally:
         peer.stop()
 
@@ -16501,24 +16498,10 @@ def test_json_prints_what_came_to_the_byte(ask, office):
         assert out == body + "\n" and status == (1 if "nobody" in words else 0)
     assert json.loads(ask("call", "get_friend_info", "client=alice")[1]) == call(
         office.base, "get_friend_info", client="alice", token="geheim")
-    lines = command_lines(office, 1, "events", "alice", "--json")
-    assert json.loads(lines[0])["client"] == "alice"
-
-
-def command_lines(office, count, *words):
-    """The first lines that a command writes which would never end."""
-    process = subprocess.Popen(
-        command_words(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=command_environment(office.base, {"OPENQQ_TOKEN": "geheim"}))
-    try:
-        lines = [process.stdout.readline().decode() for _ in range(count)]
-    finally:
+    with begin_command(office.base, "events", "alice", "--json", **GEHEIM) as process:
+        assert json.loads(process.stdout.readline())["client"] == "alice"
         process.send_signal(signal.SIGINT)
-        assert process.wait(WAIT) == 130
-        assert process.stderr.read() == b""
-        process.stdout.close()
-        process.stderr.close()
-    return lines
+        assert (process.wait(WAIT), process.stderr.read()) == (130, b"")
 
 
 @pytest.mark.parametrize("env", [{"LC_ALL": "C"}, {"LC_ALL": "C.UTF-8"}, {
@@ -16526,28 +16509,22 @@ def command_lines(office, count, *words):
     ids=["C", "UTF-8", "as it was before UTF-8"])
 def test_words_of_a_gb18030_console_are_read_as_that(office, env):
     """Also with the token on the command line, where the words go through a second start."""
-    def kept(name):
-        return [event["content"] for event in call(office.base, "check_event", client=name,
-                                                   token="geheim", since=0) if "content" in event]
-
-    spelt = [word.encode("gbk") for word in ("小明", "小冰", "一二三，国标")]
-    for flags in ([], ["--token", "geheim"]):
-        env = dict(env, **({} if flags else {"OPENQQ_TOKEN": "geheim"}))
-        status, out, error = command(office.base, "send", spelt[0], "friend", spelt[1],
-                                     spelt[2], *flags, **env)
+    me, friend, text = (word.encode("gbk") for word in ("小明", "小冰", "一二三，国标"))
+    for name, words in (("小明", ["send", me, "friend", friend, text]),
+                        ("alice", ["call", "send_friend_message", "client=alice",
+                                   b"name=" + friend, b"content=" + text, "--token", "geheim"])):
+        secret = GEHEIM if name == "小明" else {}
+        status, out, error = command(office.base, *words, **env, **secret)
         assert (status, error) == (0, ""), out
-        status, out, error = command(office.base, "call", "send_friend_message", "client=alice",
-                                     b"name=" + spelt[1], b"content=" + spelt[2], *flags, **env)
-        assert (status, error) == (0, ""), out
-        for name in "小明", "alice":
-            assert kept(name)[-2:] == ["一二三，国标"] * 2, name
-    status, _, error = command(office.base, "send", "alice", "friend", "x", b"\xff\xfe", **env)
-    assert status == 2 and "neither UTF-8 nor GB18030" in error
+        assert [event["content"] for event in call(
+            office.base, "check_event", client=name, token="geheim", since=0)
+            if "content" in event][-2:] == ["一二三，国标"] * 2, name
 
 
 def test_settings_typed_on_a_gb18030_console_are_read_as_that(tmp_path):
     """A name that a client alone gets so is the one that files and ps show."""
-    environment = {**command_environment("", {}), "LC_ALL": "C"}
+    environment = {**{name: value for name, value in os.environ.items()
+                      if not name.startswith(("MOJO_", "OPENQQ_"))}, "LC_ALL": "C"}
     words = ["client", "--account", "小国".encode("gbk"), "--port", "0", "--tmpdir",
              str(tmp_path), "--login_type", "login", "--pwd", "x"]
     process = subprocess.Popen([sys.executable, FILE, *words], env=environment,
@@ -16567,10 +16544,7 @@ def test_settings_typed_on_a_gb18030_console_are_read_as_that(tmp_path):
 
 
 def test_events_tell_what_is_kept_and_then_what_comes_of_each_account(office):
-    process = subprocess.Popen(
-        command_words("events"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=command_environment(office.base, {"OPENQQ_TOKEN": "geheim"}))
+    process = begin_command(office.base, "events", **GEHEIM)
     log = Log(process.stdout)
     try:
         for text in "one", "two":
@@ -16579,104 +16553,91 @@ def test_events_tell_what_is_kept_and_then_what_comes_of_each_account(office):
             for line in (rf"^\d\d:\d\d:\d\d alice → OpenQQ: {text}$",
                          rf"^\d\d:\d\d:\d\d 小明 ← alice@OpenQQ: {text}$"):
                 log.wait(line)
-        call(office.base, "/local/change", do="add", what="person", uid="700", name="客",
-             token="geheim")
-        call(office.base, "/local/change", do="add", what="friend", uid="700", token="geheim",
-             **{"in": "alice"})
+        for what, more in ("person", {"name": "客"}), ("friend", {"in": "alice"}):
+            call(office.base, "/local/change", do="add", what=what, uid="700", token="geheim",
+                 **more)
         log.wait(r"^\d\d:\d\d:\d\d alice · new_friend 客$")
         for text in "one", "two":
             assert log.text().count(f"alice → OpenQQ: {text}") == 1
     finally:
         process.terminate()
         process.wait(WAIT)
-
-
-def columns_of(line):
-    """The column of a terminal in which each word of a line begins."""
-    import unicodedata
-    widths = [2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in line]
-    return [sum(widths[:match.start()]) for match in re.finditer(r"\S+", line)]
+        process.stderr.close()
 
 
 def test_the_table_has_straight_columns_though_chinese_letters_take_two(ask):
+    import unicodedata
     head, *rows = ask("status")[1].splitlines()
     rows = [row for row in rows if "running" in row]
     assert head.split()[:5] == ["ACCOUNT", "STATE", "PORT", "PID", "UP"] and len(rows) == 2
-    for row in rows:
-        assert columns_of(row)[:5] == columns_of(head)[:5]
+    places = []
+    for line in head, *rows:
+        widths = [2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in line]
+        places.append([sum(widths[:match.start()]) for match in re.finditer(r"\S+", line)][:5])
+    assert places[1:] == places[:1] * 2
 
 
-@pytest.mark.parametrize("env, colored", [
-    ({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
-    ids=["terminal", "NO_COLOR", "NO_COLOR is empty", "dumb terminal"])
-def test_colours_are_only_for_a_terminal_that_wants_them(office, ask, env, colored):
-    session = Session(office.base, "status", OPENQQ_TOKEN="geheim", **env)
-    text = session.text()
-    assert ("\x1b[32mrunning\x1b[0m" in text) == colored == ("\x1b" in text)
-    assert re.search("^alice .*running", text, re.M)
+def test_colours_are_only_for_a_terminal_that_wants_them(office, ask):
+    for env, colored in (({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True),
+                         ({"TERM": "dumb"}, False)):
+        text = Session(office.base, "status", **GEHEIM, **env).text()
+        assert ("\x1b[32mrunning\x1b[0m" in text) == colored == ("\x1b" in text), env
+        assert re.search("^alice .*running", text, re.M)
     assert "\x1b" not in ask("status")[1]
 
 
-def test_on_a_terminal_a_qr_code_is_black_on_white(office):
-    call(office.base, "start_client", client="eye", token="geheim")
-    assert eventually(lambda: request(
-        office.base, "/openqq/get_qrcode?client=eye&token=geheim")[0] == 200)
-    picture = request(office.base, "/openqq/get_qrcode?client=eye&token=geheim")[2]
-    session = Session(office.base, "qrcode", "eye", OPENQQ_TOKEN="geheim")
-    assert session.text() + "\n" == openqq.qr_text(openqq.qr_unpng(picture))
-    call(office.base, "delete_client", client="eye", token="geheim")
+def test_on_a_terminal_a_qr_code_is_black_on_white_and_its_bytes_are_not_for_it(office):
+    picture, drawn = shown_code(office, "waits")
+    assert Session(office.base, "qrcode", "waits", **GEHEIM).text() + "\n" == drawn
+    words = ["call", "get_qrcode", "client=waits"]
+    text = Session(office.base, *words, **GEHEIM).text()
+    assert "bytes of image/png: not for a terminal" in text
+    with begin_command(office.base, *words, **GEHEIM) as process:
+        assert process.communicate(timeout=WAIT) == (picture, b"")
 
 
 STEERING = "\x1b]0;mine\x07\x1b[2J\x9b31m\u202egnp\u2066\x7f\x00\x85 \u3000客"
 
 
 def test_no_name_or_message_of_the_network_steers_a_terminal(office):
-    """Seen with everything: a table, events, laid out JSON, JSON as it came, a refusal."""
+    """Seen with everything: tables, events, laid out JSON, JSON as it came, refusals."""
     name = STEERING.replace("\x00", "")
-    call(office.base, "/local/change", do="add", what="person", uid="666", name=name,
-         token="geheim")
-    call(office.base, "/local/change", do="add", what="friend", uid="666", token="geheim",
-         **{"in": "alice"})
+    for what, more in ("person", {"name": name}), ("friend", {"in": "alice"}):
+        call(office.base, "/local/change", do="add", what=what, uid="666", token="geheim", **more)
     said = call(office.base, "/local/say", client="alice", content=name + "\nend",
                 token="geheim", **{"from": "666"})
     assert said["code"] == 0
-    for words, ends in [(["call", "get_friend_info", "client=alice"], True),
-                        (["call", "get_friend_info", "client=alice", "--json"], True),
-                        (["events", "alice"], False), (["events", "alice", "--json"], False),
-                        (["send", "alice", "friend", "x", "y", "--url=http://\x9b31m/"], True)]:
-        session = Session(office.base, *words, OPENQQ_TOKEN="geheim", NO_COLOR="1")
-        if not ends:
-            session.log.wait(r"\\nend")
-            session.process.send_signal(signal.SIGINT)
-        text = session.text()
-        assert "gnp" in text or "send" in words, words
-        bad = [sign for sign in text if not sign.isprintable() and sign != "\n"]
-        assert not bad, (words, bad)
-        if words[0] == "call":
-            assert name in [row["name"] for row in json.loads(text)]
-
-
-def test_a_state_that_a_client_shows_is_not_written_raw_into_the_table():
-    screen = openqq.Screen()
-    text = screen.table([["ACCOUNT", "STATE", "ERROR"],
-                         ["a", "stop", STEERING + "\nTraceback\u2028"]])
-    assert [sign for sign in text if not sign.isprintable()] == ["\n"]
-    assert text.endswith(r"客\nTraceback")
+    peer = Peer()
+    peer.handle = lambda handler: peer.reply(handler, 200, {"code": 0, "client": [
+        {"account": "a", "state": "stop", "error": STEERING + "\nTraceback\u2028"}]})
+    try:
+        for words in (["call", "get_friend_info", "client=alice"], ["events", "alice"],
+                      ["call", "get_friend_info", "client=alice", "--json"],
+                      ["events", "alice", "--json"], ["status", "--url", peer.url],
+                      ["send", "alice", "friend", "x", "y", "--url=http://\x9b31m/"]):
+            session = Session(office.base, *words, **GEHEIM, NO_COLOR="1")
+            if words[0] == "events":
+                session.log.wait(r"\\nend")
+                session.process.send_signal(signal.SIGINT)
+            text = session.text()
+            assert "gnp" in text or "send" in words, words
+            bad = [sign for sign in text if not sign.isprintable() and sign != "\n"]
+            assert not bad, (words, bad)
+            if words[0] == "call":
+                assert name in [row["name"] for row in json.loads(text)]
+            if words[0] == "status":
+                assert text.endswith(r"客\nTraceback")
+    finally:
+        peer.stop()
 
 
 def test_a_token_on_the_command_line_is_gone_before_anybody_is_called(office):
-    process = subprocess.Popen(
-        command_words("events", "alice", "--token", "geheim", "--json"), stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, env=command_environment(office.base, {}))
-    try:
+    with begin_command(office.base, "events", "alice", "--token", "geheim", "--json") as process:
         assert process.stdout.readline()
         shown = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(process.pid)],
                                stdout=subprocess.PIPE, check=True).stdout
         assert b"events" in shown and b"alice" in shown and b"geheim" not in shown
-    finally:
         process.terminate()
-        process.wait(WAIT)
-        process.stdout.close()
 
 
 def test_commands_name_the_client_in_the_query_and_nothing_secret():
@@ -16707,46 +16668,35 @@ def test_commands_name_the_client_in_the_query_and_nothing_secret():
 
 
 def test_watch_shows_the_table_again_in_its_place_until_it_is_interrupted(office):
-    session = Session(office.base, "status", "--watch", OPENQQ_TOKEN="geheim")
+    session = Session(office.base, "status", "--watch", **GEHEIM)
     session.log.wait(r"\x1b\[H\x1b\[J.*ACCOUNT", count=2)
     session.process.send_signal(signal.SIGINT)
     assert session.process.wait(WAIT) == 130
 
 
 def test_a_reader_who_has_read_enough_ends_a_command_quietly(office):
-    process = subprocess.Popen(
-        command_words("status"), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=command_environment(office.base, {"OPENQQ_TOKEN": "geheim"}))
-    process.stdout.close()
-    with process.stderr:
+    with begin_command(office.base, "status", **GEHEIM) as process:
+        process.stdout.close()
         assert (process.stderr.read(), process.wait(WAIT)) == (b"", 0)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
-@pytest.mark.parametrize("words", [
-    ["status"], ["status", "--json"], ["status", "--watch"], ["call", "check_client"],
-    ["events", "alice"], ["--help"], ["--version"], ["controller", "--help"]], ids=" ".join)
-def test_a_command_whose_output_is_full_says_so_on_one_line(office, words):
+def test_a_command_whose_output_is_full_says_so_on_one_line(office):
     call(office.base, "send_friend_message", client="alice", name="小冰", content="x",
          token="geheim")
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(
-            command_words(*words), stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE,
-            env=command_environment(office.base, {"OPENQQ_TOKEN": "geheim"}), timeout=3 * WAIT)
-    assert done.returncode == 1
-    assert re.match(b"openqq: the output cannot be written: .*\n\\Z", done.stderr)
+    for words in (["status"], ["status", "--json"], ["status", "--watch"], ["events", "alice"],
+                  ["call", "check_client"], ["--help"], ["--version"], ["controller", "--help"]):
+        with open("/dev/full", "wb") as full, begin_command(
+                office.base, *words, out=full, **GEHEIM) as process:
+            error = process.communicate(timeout=3 * WAIT)[1]
+        assert process.returncode == 1, words
+        assert re.match(b"openqq: the output cannot be written: .*\n\\Z", error), words
 
 
-@pytest.mark.parametrize("api", [
-    "/openqq/get_friend_info", "/openwx/get_friend_info", "get_friend_info", "/metrics",
-    "/openqq/check_client", "/local/world", "openapi.json"])
-def test_what_only_reads_is_called_by_its_name_or_its_path(ask, api):
-    assert ask("call", api, "client=alice")[0] == 0
-
-
-def test_a_stream_is_for_the_command_that_reads_it(ask):
-    status, out, err = ask("call", "events", "client=alice")
-    assert (status, out) == (2, "") and "the command events" in err
+def test_what_only_reads_is_called_by_its_name_or_its_path(ask):
+    for api in ("/openwx/get_friend_info", "get_friend_info", "/metrics", "/openqq/check_client",
+                "/local/world", "openapi.json"):
+        assert ask("call", api, "client=alice")[0] == 0, api
 
 
 def test_commands_drive_one_account_alone_and_none_that_it_is_not(start):
@@ -16767,19 +16717,6 @@ def test_commands_drive_one_account_alone_and_none_that_it_is_not(start):
     assert command(client.base, "stop", "solo")[0] == 0
     assert session.process.wait(WAIT) in (1, 3)
     assert client.process.wait(WAIT) == 0
-
-
-def test_bytes_are_for_a_file_and_not_for_a_terminal(office):
-    call(office.base, "start_client", client="lens", token="geheim")
-    assert eventually(lambda: request(
-        office.base, "/openqq/get_qrcode?client=lens&token=geheim")[0] == 200)
-    session = Session(office.base, "call", "get_qrcode", "client=lens", OPENQQ_TOKEN="geheim")
-    assert "bytes of image/png: not for a terminal" in session.text()
-    done = subprocess.run(command_words("call", "get_qrcode", "client=lens"),
-                          stdout=subprocess.PIPE, check=True,
-                          env=command_environment(office.base, {"OPENQQ_TOKEN": "geheim"}))
-    assert done.stdout.startswith(b"\x89PNG")
-    call(office.base, "delete_client", client="lens", token="geheim")
 
 
 @pytest.mark.parametrize("text", ["x", "http://127.0.0.1:4000/local/scan?ticket=" + "a" * 32,
