@@ -9598,8 +9598,9 @@ class ILinkLink(Link):
         self._hooks, self._log = hooks, log
         self._api, self._cdn = settings.ilink_api.rstrip("/"), settings.ilink_cdn.rstrip("/")
         self._is_official = self._api == SETTINGS["ilink_api"].default
-        self._news = threading.Condition()  # guards _login, _turn, _digits
-        self._login: Row = {}
+        self._news = threading.Condition()   # guards the next five
+        self._login: Row = {}                # empty, where it needs a scan
+        self._people: Dict[str, List[Any]] = {}
         self._former: Row = {}               # a login that was given up, which may still be good
         self._turn = 0                       # of login(); the threads of former ones end
         self._digits: Optional[str] = None   # that the phone shows; empty while they are asked for
@@ -9612,6 +9613,8 @@ class ILinkLink(Link):
         login = object_in(cookie.encode()) or {}
         with self._news:
             self._turn += 1
+            if login.get("token"):
+                self._people = object_of(login.pop("people", None))
             self._login = login if login.get("token") else {}
             turn = self._turn
         if not self._cursor and mark:
@@ -9678,7 +9681,7 @@ class ILinkLink(Link):
                     self._call("getconfig", {"ilink_user_id": self._login["owner"]})
                 if turn == self._turn and not confirmed:
                     confirmed, self._why = True, ""
-                    self._hooks.confirmed(to_bytes(self._login).decode(), fresh)
+                    self._hooks.confirmed(self._cookie(), fresh)
                 self._poll(turn)
                 failures = 0
             except NotRunning:
@@ -9715,9 +9718,8 @@ class ILinkLink(Link):
         until = time.monotonic() + self.CODE_SECONDS
         while turn == self._turn and time.monotonic() < until:
             try:
-                row = self._fetch(
-                    f"{base}/ilink/bot/get_qrcode_status?{urllib.parse.urlencode(params)}",
-                    "GET", self.APP, None, self.POLL_SECONDS)
+                row = self._fetch(with_params(f"{base}/ilink/bot/get_qrcode_status", **params),
+                                  "GET", self.APP, None, self.POLL_SECONDS)
             except Unreachable as error:  # also a long poll's end
                 self._log.debug(f"WeChat, get_qrcode_status: {error.status}")
                 row = {}
@@ -9757,10 +9759,8 @@ class ILinkLink(Link):
         base = self._allowed(url if is_url(url) else base)
         if me != self._former.get("me"):
             self._cursor = ""
-        people = self._former["people"] if owner == self._former.get("owner") else {}
         with self._news:
-            self._login = {"token": token, "me": me, "owner": owner, "base": base,
-                           "people": people}
+            self._login = {"token": token, "me": me, "owner": owner, "base": base}
 
     def _poll(self, turn: int) -> None:
         """Ask for news once, and hand on what came; the next time acknowledges it."""
@@ -9789,7 +9789,7 @@ class ILinkLink(Link):
                     self._log.failure("a message from WeChat")
         if items:
             items[-1]["mark"] = self._mark(cursor)
-            self._hooks.kept(to_bytes(self._login).decode())  # before anybody answers
+            self._hooks.kept(self._cookie())  # before anybody answers
             self._hooks.received(items)
         self._cursor = cursor
 
@@ -9801,7 +9801,7 @@ class ILinkLink(Link):
         uid = scalar(message.get("from_user_id")) or ""
         with self._news:
             token = scalar(message.get("context_token")) or self._person(uid)[0]
-            self._login["people"][uid] = [token, self.SENDS, time.time() + self.SENDS_SECONDS]
+            self._people[uid] = [token, self.SENDS, time.time() + self.SENDS_SECONDS]
         texts, reply_to = [], None
         media: Optional[Row] = None
         for part in rows_of(message.get("item_list")):
@@ -9831,8 +9831,9 @@ class ILinkLink(Link):
         media = object_of(data.get("media"))
         if not media:
             return None
-        url = scalar(media.get("full_url")) or f"{self._cdn}/download?" + urllib.parse.urlencode(
-            {"encrypted_query_param": scalar(media.get("encrypt_query_param")) or ""})
+        url = scalar(media.get("full_url")) or with_params(
+            self._cdn + "/download",
+            encrypted_query_param=scalar(media.get("encrypt_query_param")) or "")
         try:
             reply = fetch(self._allowed(url), seconds=DETAIL_SECONDS)  # other messages wait
             body = reply.read(MEDIA_LIMIT + 16)
@@ -9880,12 +9881,14 @@ class ILinkLink(Link):
                 number = scalar(row.get("message_id"))
         except Declined as error:
             return {"code": -3, "info": error.status}
-        self._hooks.kept(to_bytes(self._login).decode())
+        self._hooks.kept(self._cookie())
         return {"code": 0, "info": "发送正常", "id": number}
 
     def _person(self, uid: str) -> List[Any]:
-        people = self._login.get("people") or {}
-        return people.get(uid) or ["", 0, 0.0]
+        return self._people.get(uid) or ["", 0, 0.0]
+
+    def _cookie(self) -> str:
+        return to_bytes({**self._login, "people": self._people}).decode()
 
     def _upload(self, uid: str, media: Row) -> Row:
         """Put a picture, a video or a file on WeChat's server: the item that shows it."""
@@ -9901,10 +9904,10 @@ class ILinkLink(Link):
             "rawfilemd5": hashlib.md5(data).hexdigest(), "filesize": len(body),
             "no_need_thumb": True, "aeskey": key.hex()})
         url, param = scalar(row.get("upload_full_url")), scalar(row.get("upload_param"))
-        if not url and not param:
+        if param and not url:
+            url = with_params(self._cdn + "/upload", encrypted_query_param=param, filekey=name)
+        if not url:
             raise Declined("WeChat tells no address for the picture")
-        url = url or f"{self._cdn}/upload?" + urllib.parse.urlencode(
-            {"encrypted_query_param": param, "filekey": name})
         for left in (2, 1, 0):
             try:
                 reply = fetch(self._allowed(url), "POST",
