@@ -16495,7 +16495,7 @@ def test_the_table_has_straight_columns_though_chinese_letters_take_two(ask):
     rows = [row for row in rows if "running" in row]
     assert head.split()[:5] == ["ACCOUNT", "STATE", "PORT", "PID", "UP"] and len(rows) == 2
     places = []
-    for line in head, *rows:
+    for line in [head, *rows]:
         widths = [2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in line]
         places.append([sum(widths[:match.start()]) for match in re.finditer(r"\S+", line)][:5])
     assert places[1:] == places[:1] * 2
