@@ -9422,8 +9422,16 @@ class MilkyLink(BridgeLink):
         if kind == "message_receive":
             number, fresh = self._book.note(place, seq, int(number_of(
                 data.get("time")) or time.time())) if seq else (None, True)
-            return [*self._entity_news(data), *super()._items(self._spoken(data, number))
-                    ] if fresh else []
+            if not fresh:
+                return []
+            found = []  # what its entities say of a group or friend, besides a sender's names
+            for circle, make, properties in (("group", group_row, ("name", "markname", "memo")),
+                                             ("friend", friend_row, ("markname", "category"))):
+                new = make(self._entity(object_of(data.get(circle))))
+                thing = self._hooks.known(circle, new["uid"], "")
+                found += [changed(circle, "", new["uid"], name, new[name]) for name in properties
+                          if thing and "remark" in data[circle] and thing.value(name) != new[name]]
+            return found + super()._items(self._spoken(data, number))
         self._hashes.note(scalar(data.get("file_id")), scalar(data.get("file_hash")))
         if kind in self.NOTICES:
             what, sub_type, names = self.NOTICES[kind]
@@ -9468,17 +9476,6 @@ class MilkyLink(BridgeLink):
                 "sender": {**object_of(data.get("group_member" if scene == "group" else "friend")),
                            "user_id": uid},
                 "time": data.get("time"), "message": segments}
-
-    def _entity_news(self, data: Row) -> List[Row]:
-        """What the entities in a message say of a group, or a friend, besides a sender's names."""
-        found = []
-        for kind, make, names in (("group", group_row, ("name", "markname", "memo")),
-                                  ("friend", friend_row, ("markname", "category"))):
-            new = make(self._entity(object_of(data.get(kind))))
-            thing = self._hooks.known(kind, new["uid"], "")
-            found += [changed(kind, "", new["uid"], name, new[name]) for name in names
-                      if thing and "remark" in data[kind] and thing.value(name) != new[name]]
-        return found
 
 
 @functools.lru_cache(maxsize=1)
@@ -13822,21 +13819,6 @@ def text_width(text: str) -> int:
                2 if unicodedata.east_asian_width(sign) in ("W", "F") else 1 for sign in text)
 
 
-def account_cells(row: Row) -> List[str]:
-    """A line of the table of accounts, out of what check_client says of one."""
-    state = "failed" if row.get("failed") else row.get("state")
-    is_alive = state not in ("stop", "failed")
-    since, up = str(row.get("start_time")), ""
-    if is_alive and since.isdigit():
-        seconds = max(0, int(time.time() - int(since)))
-        parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "m"),
-                 (seconds % 60, "s")]
-        up = " ".join([f"{count}{unit}" for count, unit in parts if count][:2]) or "0s"
-    return [str(cell or "") for cell in (
-        row.get("account"), state, row.get("port"), is_alive and row.get("pid"), up,
-        row.get("restarts"), row.get("error"))]
-
-
 def event_line(event: Row) -> Tuple[str, str]:
     """An event as one line for somebody who reads along, and its colour."""
     when = str(event.get("time"))
@@ -13963,10 +13945,8 @@ class Terminal:
             try:
                 said = self._ask("check_client", **{"client": name for name in names})
                 if self._finish(said):
-                    cells = [account_cells(row) for row in rows_of(said.row.get("client"))]
                     clear = "\x1b[H\x1b[J" if self._watch and self._can_move else ""
-                    print(clear + (self._table(cells) if cells else
-                                   "no accounts; start NAME makes one"))
+                    print(clear + self._table(rows_of(said.row.get("client"))))
                 sys.stdout.flush()
             except (Refusal, Unreachable) as error:
                 if not turn:
@@ -13976,11 +13956,27 @@ class Terminal:
                 return
             time.sleep(self.WATCH_SECONDS)  # nothing tells of states but asking for them
 
-    def _table(self, rows: List[List[str]]) -> str:
-        """The accounts under a head; a column without anything in it is left out."""
+    def _table(self, accounts: List[Row]) -> str:
+        """What check_client says of accounts; a column without anything in it is left out."""
+        rows: List[List[str]] = []
+        for account in accounts:
+            state = "failed" if account.get("failed") else account.get("state")
+            since, up = str(account.get("start_time")), ""
+            is_alive = state not in ("stop", "failed")
+            if is_alive and since.isdigit():
+                seconds = max(0, int(time.time() - int(since)))
+                parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"),
+                         (seconds // 60 % 60, "m"), (seconds % 60, "s")]
+                up = " ".join([f"{count}{unit}" for count, unit in parts if count][:2]) or "0s"
+            rows.append([printable(str(cell or "")) for cell in (
+                account.get("account"), state, account.get("port"),
+                is_alive and account.get("pid"), up, account.get("restarts"),
+                account.get("error"))])
+        if not rows:
+            return "no accounts; start NAME makes one"
+        head = ["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"]
         filled = [place for place, cells in enumerate(zip(*rows)) if any(cells)]
-        rows = [[printable(row[place]) for place in filled] for row in [
-            ["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"], *rows]]
+        rows = [[cells[place] for place in filled] for cells in [head, *rows]]
         widths = [max(map(text_width, column)) for column in zip(*rows)]
         columns = os.get_terminal_size(sys.stdout.fileno()).columns if self._is_console else 0
         room = columns - sum(widths[:-1]) - 2 * len(widths)  # for the last column

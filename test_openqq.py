@@ -13980,6 +13980,14 @@ def weixin(tmp_path_factory):
     assert status == 0
 
 
+@pytest.fixture(scope="module")
+def mine(weixin):
+    """An account that is logged in, for tests that leave it so."""
+    account = OnWeChat(weixin, "mine").log_in()
+    yield account
+    account.server.stop()
+
+
 @pytest.fixture
 def wechat(weixin):
     """wechat(…) makes an account with that controller, that waits for a scan; it ends with the
@@ -14070,9 +14078,8 @@ def test_the_digits_that_the_phone_shows_are_given_by_a_call(wechat):
     assert account.call("verify_code", code="4711")["code"] == 201
 
 
-def test_what_wechat_has_not_is_said(on_wechat):
-    account = on_wechat()
-    owner = account.server.owner
+def test_what_wechat_has_not_is_said(mine):
+    owner = mine.server.owner
     for name, params in {
             "create_group": {"friends": owner}, "set_markname": {"id": owner, "new_markname": "x"},
             "set_friend_markname": {"id": owner, "new_markname": "x"}, "stick": {"id": owner},
@@ -14080,12 +14087,11 @@ def test_what_wechat_has_not_is_said(on_wechat):
             "invite_friend": {"id": "x", "friends": owner},
             "kick_group_member": {"id": "x", "members": owner},
             "set_group_displayname": {"id": "x", "new_displayname": "y"}}.items():
-        assert account.call(name, **params) == {"code": 201, "status": "not with this link"}, name
-    assert account.call("get_group_info") == account.call("get_group_basic_info") == []
-    assert account.call("search_group", displayname="x")["code"] == 100
-    assert account.call("send_group_message", id="x", content="y")["code"] == 100
-    status, _, body = request(account.program.base,
-                              f"/openwx/get_avatar?client={account.name}&id={owner}")
+        assert mine.call(name, **params) == {"code": 201, "status": "not with this link"}, name
+    assert mine.call("get_group_info") == mine.call("get_group_basic_info") == []
+    assert mine.call("search_group", displayname="x")["code"] == 100
+    assert mine.call("send_group_message", id="x", content="y")["code"] == 100
+    status, _, body = request(mine.program.base, f"/openwx/get_avatar?client=mine&id={owner}")
     assert (status, body) == (503, b"")
 
 
@@ -14134,65 +14140,63 @@ SPOKEN = [  # what the person sends, and what the account reports
     ([{"type": 1, "text_item": None}, {"type": "x"}, {"text_item": 5}, {}], {"content": ""})]
 
 
-def test_what_a_person_sends_on_wechat_is_reported(on_wechat):
-    account = on_wechat()
-    for number, (items, wanted) in enumerate(SPOKEN):
-        event = account.hear(*items)
-        shown = {"post_type": "receive_message", "sender_id": account.server.owner,
-                 "id": str((1 << 63) + number), **wanted}
+def test_what_a_person_sends_on_wechat_is_reported(mine):
+    for items, wanted in SPOKEN:
+        event = mine.hear(*items)
+        shown = {"post_type": "receive_message", "sender_id": mine.server.owner, **wanted}
         assert {name: event[name] for name in shown} == shown
         assert abs(int(event["time"]) - time.time()) < WAIT
 
 
-def test_pictures_of_wechat_are_decrypted_however_their_key_is_told(on_wechat):
-    account = on_wechat()
-    server = account.server
+def test_pictures_of_wechat_are_decrypted_however_their_key_is_told(mine):
+    server = mine.server
     for way in "hex", "base64", "base64 of hex", "url", "plain":
-        event = account.hear(server.picture(PNG, way))
+        event = mine.hear(server.picture(PNG, way))
         assert content(event["media_path"]) == PNG and event["media_mime"] == "image/png", way
     for kind, part, name in (4, "file_item", "说明.txt"), (5, "video_item", None):
         item = server.picture(b"1234", "base64")
-        event = account.hear({"type": kind, part: {**item["image_item"], "file_name": name}})
+        event = mine.hear({"type": kind, part: {**item["image_item"], "file_name": name}})
         assert content(event["media_path"]) == b"1234" and (name or ".mp4") in event["media_name"]
     wrong, short = server.picture(PNG), server.picture(PNG)
     wrong["image_item"]["aeskey"], short["image_item"]["aeskey"] = "00" * 16, "00"
     for broken in ({"type": 2}, {"type": 2, "image_item": {"media": {"encrypt_query_param": "x"}}},
                    {"type": 4, "file_item": {"file_name": "a.txt", "media": {"aes_key": "!"}}},
                    wrong, short):
-        assert re.match(r"\[(图片|文件)\]", account.hear(broken)["content"])
-    assert account.hear("还在")["content"] == "还在"
+        assert re.match(r"\[(图片|文件)\]", mine.hear(broken)["content"])
+    assert mine.hear("还在")["content"] == "还在"
 
 
-def test_what_is_sent_arrives_on_wechat_in_pieces_that_it_takes(on_wechat):
-    account = on_wechat()
-    server = account.server
-    account.hear("在吗")
+def test_what_is_sent_arrives_on_wechat_in_pieces_that_it_takes(mine):
+    server = mine.server
+    mine.hear("在吗")
+    before = len(server.sent) + 2
     for receiver in server.owner, "filehelper":
-        answer = account.call("send_friend_message", id=receiver, content="你好")
+        answer = mine.call("send_friend_message", id=receiver, content="你好")
         assert answer["code"] == 0 and re.fullmatch(r"\d+:" + re.escape(receiver), answer["id"])
         assert server.sent[-1]["to_user_id"] == server.owner
     text = "一二三四五六七八九\n" * 500 + "一" * 5_500 + "。" + "二" * 2_000
-    body = json.dumps({"client": account.name, "id": server.owner, "content": text})
+    body = json.dumps({"client": mine.name, "id": server.owner, "content": text})
     fields = {"Content-Type": "application/json"}
-    request(account.program.base, "/openwx/send_friend_message", "POST", body, fields)
-    pieces = [row["item_list"][0]["text_item"]["text"] for row in server.sent[2:]]
+    request(mine.program.base, "/openwx/send_friend_message", "POST", body, fields)
+    pieces = [row["item_list"][0]["text_item"]["text"] for row in server.sent[before:]]
     assert "".join(pieces) == text
     assert [(len(piece), piece[-1]) for piece in pieces] == [
         (4000, "\n"), (4000, "一"), (2501, "。"), (2000, "二")]
-    assert account.send(content="看", media_data=PNG_TEXT)["code"] == 0
+    assert mine.send(content="看", media_data=PNG_TEXT)["code"] == 0
     assert [row["item_list"][0]["type"] for row in server.sent[-2:]] == [1, 2]
     assert server.got(-1) == PNG
-    account.hear("再来")
+    mine.hear("再来")
     for name, kind in ("a.txt", "file_item"), ("a.mp4", "video_item"):
-        assert account.send(media_name=name,
-                            media_data=base64.b64encode(b"1234").decode())["code"] == 0
+        assert mine.send(media_name=name,
+                         media_data=base64.b64encode(b"1234").decode())["code"] == 0
         item = server.sent[-1]["item_list"][0]
         assert kind in item and server.got(-1) == b"1234", item
     assert item["video_item"]["video_size"] == 16
     server.ill["upload"] = 400
-    assert account.send(media_data=PNG_TEXT)["code"] == -3
-    assert account.find(lambda event: "not today" in event.get("info", ""))
-    assert account.call("revoke_message", id=answer["id"]) == {
+    assert mine.send(media_data=PNG_TEXT)["code"] == -3
+    server.ill.clear()
+    assert mine.find(lambda event: "not today" in event.get("info", ""))
+    assert mine.call("revoke_message", id=answer["id"]) == {
         "code": 0, "status": "revoke failure"}
 
 
@@ -14260,19 +14264,19 @@ LYING_UPDATES = [
     {"ret": -3}, {"errcode": "x"}, {"ret": {}}]
 
 
-def test_a_wechat_server_that_lies_harms_nothing(on_wechat):
-    account = on_wechat()
-    server = account.server
+def test_a_wechat_server_that_lies_harms_nothing(mine):
+    server = mine.server
+    mine.hear("在吗")
     for lie in LYING_UPDATES:
         server.ill["getupdates"] = lie
         server.say("so that the poll under way ends")
         server.wait_call("getupdates")
     for lie, code in ({"message_id": {"a": 1}}, 0), ({"ret": {"a": 1}}, -3), (500, -4):
         server.ill["sendmessage"] = lie
-        assert account.send(content="x")["code"] == code, lie
+        assert mine.send(content="x")["code"] == code, lie
     server.ill.clear()
-    assert account.hear("still here")["content"] == "still here"
-    assert "fault of this program" not in account.program.log.text()
+    assert mine.hear("still here")["content"] == "still here"
+    assert "fault of this program" not in mine.program.log.text()
 
 
 def test_a_login_without_a_sound_token_is_none(wechat):
