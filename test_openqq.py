@@ -13746,40 +13746,38 @@ def test_a_wrong_milky_token_is_said_in_words(on_milky):
     assert "0ther" not in me.program.log.text()
 
 
-@pytest.mark.parametrize("closed", [False, True])
-def test_a_picture_of_the_bridges_with_its_code_is_shown_and_renewed(start, receive, tmp_path,
-                                                                     closed):
-    bridge, receiver = MilkyBridge(), receive()
-    bridge.logged_in = False
-    picture = tmp_path / "qrcode.png"
-    png, jpeg = openqq.qr_png(openqq.qr_matrix("first")), b"\xff\xd8\xffsecond"
-    put(picture, png)
-    if closed:  # it serves nobody before it is logged in
-        bridge.stop()
-    accounts = put(tmp_path / "accounts.json", json.dumps({"me": {
-        "milky_api": bridge.url, "qrcode_file": str(picture), "post_api": receiver.url}}))
-    controller = start("controller", "--accounts", accounts)
+def test_a_picture_of_the_bridges_with_its_code_is_shown_and_renewed(start, receive, tmp_path):
+    """Also of a bridge that serves nobody before it is logged in."""
+    png, jpeg, accounts = openqq.qr_png(openqq.qr_matrix("first")), b"\xff\xd8\xffsecond", {}
+    for name in "open", "closed":
+        bridge, receiver = MilkyBridge(), receive()
+        bridge.logged_in = False
+        accounts[name] = bridge, receiver, put(tmp_path / name, png)
+    accounts["closed"][0].stop()
+    controller = start("controller", "--accounts", put(tmp_path / "accounts.json", json.dumps({
+        name: {"milky_api": bridge.url, "qrcode_file": picture, "post_api": receiver.url}
+        for name, (bridge, receiver, picture) in accounts.items()})))
     try:
         for data, kind in (png, "image/png"), (jpeg, "image/jpeg"):
-            put(picture, data)
-            assert base64.b64decode(receiver.next(is_qrcode)["params"][1]) == data
-            assert eventually(lambda data=data: request(
-                controller.base, "/openqq/get_qrcode?client=me")[2] == data)
-            headers = request(controller.base, "/openqq/get_qrcode?client=me")[1]
-            assert headers["content-type"] == kind
-        put(picture, b"<html>")
-        if not closed:
-            eventually(lambda: "is none of now" in controller.state("me").get("error", ""))
-            put(picture, b"\x89PNG\r\n\x1a\n" + bytes(1024 * 1024))
-            assert "is none of now" in controller.state("me")["error"]
-        else:
-            bridge.start()
-        bridge.logged_in = True
-        assert eventually(lambda: controller.state("me")["state"] == "running")
+            for name, (_, receiver, picture) in accounts.items():
+                put(picture, data)
+                assert base64.b64decode(receiver.next(is_qrcode)["params"][1]) == data
+                path = "/openqq/get_qrcode?client=" + name
+                assert eventually(lambda path=path, data=data: request(
+                    controller.base, path)[2] == data)
+                assert request(controller.base, path)[1]["content-type"] == kind
+        for data in b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(1024 * 1024):
+            put(accounts["open"][2], data)
+            assert eventually(lambda: "is none of now" in controller.state("open").get("error", ""))
+        accounts["closed"][0].start()
+        for name, (bridge, _, _) in accounts.items():
+            bridge.logged_in = True
+            assert eventually(lambda name=name: controller.state(name)["state"] == "running")
         said = controller.call("start_client", client="x", milky_api=bridge.url, qrcode_file="/x")
         assert said["code"] == 6 and "qrcode_file" in said["status"]
     finally:
-        bridge.close()
+        for bridge, _, _ in accounts.values():
+            bridge.close()
 
 
 def test_llbots_page_shows_the_code_of_its_milky_too(on_milky, receive):
@@ -13852,24 +13850,31 @@ MILKY_LIES = [
 
 
 def test_a_milky_bridge_that_lies_harms_nothing(on_milky):
-    bridge = MilkyBridge()
-    me = on_milky(bridge).running()
-    bridge.say_private(20001, "先")
-    me.said()
-    names = [name for name in bridge.SCHEMAS if name.startswith("get_") and name != "get_login_info"]
-    for number, lie in enumerate(MILKY_LIES):
-        bridge.answers = dict.fromkeys([*names, "send_private_message"], lie)
-        bridge.drop()
-        bridge.connected()
-        me.until("running")
-        bridge.say_private(20001, f"中{number}")
-        assert f"中{number}" in me.said(), lie
-        me.call("send_friend_message", uid="20001", content="x")
-        me.call("get_group_info")
-        assert {row["uid"] for row in me.call("get_friend_info")} >= {"20001", "20002"}, lie
-        bridge.answers = {}
-        assert me.call("send_friend_message", uid="20001", content="y")["code"] == 0, lie
-    assert not re.search("Traceback|fault of this program", me.program.log.text())
+    """Three of them at once."""
+    def live_through(lies, me):
+        bridge = me.running().bridge
+        bridge.say_private(20001, "先")
+        me.said()
+        names = [name for name in bridge.SCHEMAS
+                 if re.match("get_(?!login)|send_private", name)]
+        for number, lie in enumerate(lies):
+            bridge.answers = dict.fromkeys(names, lie)
+            bridge.drop()
+            bridge.connected()
+            me.until("running")
+            bridge.say_private(20001, f"中{number}")
+            assert f"中{number}" in me.said(), lie
+            me.call("send_friend_message", uid="20001", content="x")
+            me.call("get_group_info")
+            assert {row["uid"] for row in me.call("get_friend_info")} >= {"20001", "20002"}, lie
+            bridge.answers = {}
+            assert me.call("send_friend_message", uid="20001", content="y")["code"] == 0, lie
+        return me
+
+    accounts = [on_milky(MilkyBridge()) for _ in range(3)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for me in pool.map(live_through, (MILKY_LIES[first::3] for first in range(3)), accounts):
+            assert not re.search("Traceback|fault of this program", me.program.log.text())
 
 
 MILKY_RUBBISH = [
@@ -16405,6 +16410,7 @@ REFUSED = {
     "no setting": (["start", "alice", "=1"], {}, 2, "'=1' must be key=value"),
     "no value": (["status", "--url"], {}, 2, "--url needs a value"),
     "no flag": (["events", "--watch"], {}, 2, "--watch is not a flag of events"),
+    "a switch with a value": (["status", "--json=0"], {}, 2, "--json= is not a flag of status"),
     "no URL": (["status", "--url", "4000"], {}, 2, "--url: .*http://127.0.0.1:4000"),
     "no words": (["send", "alice", "friend", "x", b"\xff\xfe"], {}, 2,
                  "neither UTF-8 nor GB18030"),
