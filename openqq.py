@@ -13975,19 +13975,19 @@ class Terminal:
         if not rows:
             return "no accounts; start NAME makes one"
         head = ["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"]
-        filled = [place for place, cells in enumerate(zip(*rows)) if any(cells)]
+        filled = [place for place, cells in enumerate(zip(*rows)) if place < 2 or any(cells)]
         rows = [[cells[place] for place in filled] for cells in [head, *rows]]
         widths = [max(map(text_width, column)) for column in zip(*rows)]
         columns = os.get_terminal_size(sys.stdout.fileno()).columns if self._is_console else 0
         room = columns - sum(widths[:-1]) - 2 * len(widths)  # for the last column
         lines = []
-        for place, (*row, last) in enumerate(rows):
-            while columns and len(last) > 1 and text_width(last) > room:
-                last = last[:-2] + "…"
+        for place, row in enumerate(rows):
+            while columns and len(row[-1]) > 1 and text_width(row[-1]) > room:
+                row[-1] = row[-1][:-2] + "…"
             cells = [cell + " " * (width - text_width(cell)) for cell, width in zip(row, widths)]
             if place:
                 cells[1] = self._color(cells[1], self.STATES.get(row[1], "33"))
-            line = "  ".join([*cells, last]).rstrip()
+            line = "  ".join(cells).rstrip()
             lines.append(line if place else self._color(line, "1"))
         return "\n".join(lines)
 
@@ -14040,7 +14040,7 @@ class Terminal:
             raise Said(reply).refusal()
         for piece in reply.pieces(PROXY_SECONDS):
             for data in events.feed(piece):
-                event = {**client, **from_bytes(data)}
+                event = {**client, **(object_in(data) or {})}
                 if self._is_raw:
                     text = to_bytes(event).decode()
                     print(printable(text, True) if self._is_console else text, flush=True)

@@ -16542,8 +16542,8 @@ def test_no_name_or_message_of_the_network_steers_a_terminal(office):
                 token="geheim", **{"from": "666"})
     assert said["code"] == 0
     peer = Peer()
-    peer.handle = lambda handler: peer.reply(handler, 200, {"code": 0, "client": [
-        {"account": "a", "state": "stop", "error": STEERING + "\nTraceback\u2028"}]})
+    peer.handle = lambda handler: peer.reply(handler, 200, {"code": 0, "client": [{}, {
+        "account": "a", "state": "stop", "error": STEERING + "\nTraceback\u2028"}]})
     try:
         for words in (["call", "get_friend_info", "client=alice"], ["events", "alice"],
                       ["call", "get_friend_info", "client=alice", "--json"],
