@@ -13667,8 +13667,10 @@ def read_words(words: Sequence[str], name_of: Callable[[str], str], stranger: st
             return plain + rest, found
         if not word.startswith("--"):
             plain.append(word)
-        elif not name or equals and name in switches:
-            raise Refusal(f"{flag}{equals} {stranger}", 2)
+        elif not name:
+            raise Refusal(f"{flag} {stranger}", 2)
+        elif equals and name in switches:
+            raise Refusal(f"{flag} takes no value", 2)
         elif equals or name in switches:
             found[name] = value
         elif rest and not rest[0].startswith("--"):

@@ -16410,7 +16410,7 @@ REFUSED = {
     "no setting": (["start", "alice", "=1"], {}, 2, "'=1' must be key=value"),
     "no value": (["status", "--url"], {}, 2, "--url needs a value"),
     "no flag": (["events", "--watch"], {}, 2, "--watch is not a flag of events"),
-    "a switch with a value": (["status", "--json=0"], {}, 2, "--json= is not a flag of status"),
+    "a switch with a value": (["status", "--json=0"], {}, 2, "--json takes no value"),
     "no URL": (["status", "--url", "4000"], {}, 2, "--url: .*http://127.0.0.1:4000"),
     "no words": (["send", "alice", "friend", "x", b"\xff\xfe"], {}, 2,
                  "neither UTF-8 nor GB18030"),
