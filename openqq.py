@@ -13823,8 +13823,8 @@ def text_width(text: str) -> int:
 
 def event_line(event: Row) -> Tuple[str, str]:
     """An event as one line for somebody who reads along, and its colour."""
-    when = str(event.get("time"))
-    clock = time.strftime("%H:%M:%S ", time.localtime(int(when))) if when.isdigit() else ""
+    when = number_of(event.get("time"))
+    clock = time.strftime("%H:%M:%S ", time.localtime(int(when))) if when else ""
     head = clock + str(event.get("client") or "")  # a client alone has but one account
     place = event.get("group") or event.get("discuss")
     content = event.get("content")
@@ -13963,9 +13963,9 @@ class Terminal:
         rows: List[List[str]] = []
         for account in accounts:
             state = "failed" if account.get("failed") else account.get("state")
-            since, up = str(account.get("start_time")), ""
+            since, up = number_of(account.get("start_time")), ""
             is_alive = state not in ("stop", "failed")
-            if is_alive and since.isdigit():
+            if is_alive and since:
                 seconds = max(0, int(time.time() - int(since)))
                 parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"),
                          (seconds // 60 % 60, "m"), (seconds % 60, "s")]
