@@ -42,7 +42,6 @@ CONTRACT joins them with what was measured on the wire, DESIGN is how this progr
 """
 from __future__ import annotations
 
-import argparse
 import base64
 import binascii
 import collections
@@ -91,7 +90,7 @@ VERSION = "1.0.0"
 TYPE_CHECKING = False  # so that no process pays for the import of typing
 if TYPE_CHECKING:
     from typing import (IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping,
-                        NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+                        Optional, Sequence, Set, Tuple, Type, Union)
     Address = Tuple[str, int]
     Json = Any                   # what the json module reads and writes
     Row = Dict[str, Any]         # a JSON object
@@ -8872,59 +8871,56 @@ class MessageBook(Journal):
     def __init__(self, path: str, log: Log) -> None:
         super().__init__(path, log)
         self._lock = threading.Lock()        # guards both below, and the file
-        self._rows: Dict[int, Tuple[str, int, int]] = {}  # id -> place, seq, when
-        self._lines: List[Json] = []
+        self._rows: Dict[int, List[Any]] = {}  # id -> id, place, seq, when
+        self._unwritten: List[Json] = []
         for line in self.read():
             if isinstance(line, list) and list(map(type, line)) == [int, str, int, int]:
-                self._rows.pop(line[0], None)
-                self._rows[line[0]] = (line[1], line[2], line[3])
-                keep_newest(self._rows, self.LIMIT)
+                self._keep(line)
+
+    def _keep(self, row: List[Any]) -> None:
+        self._rows.pop(row[0], None)
+        self._rows[row[0]] = row
+        keep_newest(self._rows, self.LIMIT)
 
     def note(self, place: str, seq: int, when: float = 0.0) -> Tuple[int, bool]:
         """The id of a message, and whether this is new of it: that it was heard `when` it was said
         (negative: we said it), or, with 0, that it is talked of."""
-        number, least = zlib.crc32(f"{place}/{seq}".encode()), MessageIds.LEAST
+        least = MessageIds.LEAST
+        number = least + zlib.crc32(f"{place}/{seq}".encode()) % least
         with self._lock:
-            while True:
-                number = least + number % least
-                row = self._rows.get(number, (place, seq, 0))
-                if row[:2] == (place, seq):
-                    break
-                number += 1
-            if number in self._rows and (row[2] or not when):
+            while number in self._rows and self._rows[number][1:3] != [place, seq]:
+                number = least + (number + 1) % least
+            if number in self._rows and (self._rows[number][3] or not when):
                 return number, False
-            self._rows.pop(number, None)
-            self._rows[number] = (place, seq, int(when))
-            keep_newest(self._rows, self.LIMIT)
-            self._lines.append([number, place, seq, int(when)])
+            self._keep([number, place, seq, int(when)])
+            self._unwritten.append(self._rows[number])
             return number, True
 
     def find(self, number: Json) -> Tuple[str, int]:
         """Which message an id means. Declined."""
         row = self._rows.get(int(number_of(number) or 0))
-        if row:
-            return row[:2]
-        raise Declined(f"nothing is known any more of the message {number}")
+        if not row:
+            raise Declined(f"nothing is known any more of the message {number}")
+        return row[1], row[2]
 
     def heard(self, account: str, since: float) -> Dict[str, int]:
         """The 50 places where an account heard something last, and the last seq in each."""
-        with self._lock:
-            rows = sorted((when, place, seq) for place, seq, when in self._rows.values()
-                          if when > since and place.startswith(account + "/"))
         newest: Dict[str, int] = {}
-        for _, place, seq in rows:
-            newest[place] = max(seq, newest.pop(place, 0))
+        with self._lock:
+            for _, place, seq, when in self._rows.values():
+                if when > since and place.startswith(account + "/"):
+                    newest[place] = max(seq, newest.pop(place, 0))
         return dict(list(newest.items())[:-51:-1])
 
     def flush(self) -> None:
         """Let what was noted survive."""
         with self._lock:
-            if self._lines:
-                self.write(self._lines)
-            self._lines = []
+            if self._unwritten:
+                self.write(self._unwritten)
+            self._unwritten = []
 
     def last_lines(self) -> Tuple[List[Json], int]:
-        return [[number, *row] for number, row in self._rows.items()], 0
+        return list(self._rows.values()), 0
 
 
 def is_true(value: Json) -> bool:
@@ -8932,7 +8928,7 @@ def is_true(value: Json) -> bool:
     return (scalar(value) or "").lower() not in ("", "0", "false", "no", "off")
 
 
-def renamed(row: Row, names: List[str]) -> Row:
+def renamed(row: Row, names: Sequence[str]) -> Row:
     """The members of an object that are named `ours=theirs`, with the names that are ours."""
     return {ours: row.get(theirs) for ours, theirs in (pair.split("=") for pair in names)}
 
@@ -9046,19 +9042,18 @@ class MilkyLink(BridgeLink):
     def _missed(self, place: str, newest: int) -> List[Row]:
         where, start = self._spelt(place), None
         found: Dict[int, Row] = {}
-        for _ in range(self.PAGES):
-            try:
+        try:
+            for _ in range(self.PAGES):
                 data = object_of(self._get("get_history_messages", LOOKUP_SECONDS, **where,
                                            limit=30, start_message_seq=start))
-            except OpenQQError as error:
-                self._log.warn(f"what was said in {place} cannot be had: {error.status}")
-                break
-            page = {int(number_of(row.get("message_seq")) or 0): {**where, **row}
-                    for row in rows_of(data.get("messages"))}
-            found.update(page)
-            start = number_of(data.get("next_message_seq"))
-            if not start or min(page, default=0) <= newest:
-                break
+                page = {int(number_of(row.get("message_seq")) or 0): {**where, **row}
+                        for row in rows_of(data.get("messages"))}
+                found.update(page)
+                start = number_of(data.get("next_message_seq"))
+                if not start or min(page, default=0) <= newest:
+                    break
+        except OpenQQError as error:
+            self._log.warn(f"what was said in {place} cannot be had: {error.status}")
         return [{"event_type": "message_receive", "data": found[seq]} for seq in sorted(found)
                 if seq > newest]
 
@@ -9066,9 +9061,9 @@ class MilkyLink(BridgeLink):
 
     def _get(self, action: str, seconds: float = 0.0, **params: Json) -> Json:
         if action in self.OURS:
-            return self.OURS[action](self, params, functools.partial(super()._get, seconds=seconds))
+            return self.OURS[action](self, seconds, **params)
         name, *names = self.CALLS.get(action, action).split()
-        params = {**params, **renamed(params, names)}
+        params.update(renamed(params, names))
         if action == "get_private_file_url":
             params["file_hash"] = self._hashes.notes.get(params["file_id"]) or ""
         elif action in ("get_friend_list", "get_group_list"):
@@ -9103,79 +9098,78 @@ class MilkyLink(BridgeLink):
         _, scene, peer = place.split("/")
         return {"message_scene": scene, "peer_id": int(peer or 0), "message_seq": seq}
 
-    def _send(self, params: Row, get: Callable[..., Json]) -> Json:
-        uid, group = params.get("user_id"), params.get("group_id")
-        place = f"{self.me}/{('temp' if group else 'friend') if uid else 'group'}/{uid or group}"
-        name, where = ("private", {"user_id": uid}) if uid else ("group", {"group_id": group})
-        seq = number_of(object_of(get(f"send_{name}_message", **where, message=self._outgoing(
-            params["message"], place))).get("message_seq"))
-        number = self._book.note(place, int(seq), -time.time())[0] if seq else None
-        self._book.flush()
-        return {"message_id": number}
-
-    def _outgoing(self, message: Json, place: str) -> List[Row]:
-        """A message in Milky's segments. Declined for what it has none for."""
-        found = []
+    def _send(self, seconds: float, message: Json, user_id: str = "", group_id: str = "") -> Json:
+        scene = "group" if not user_id else "temp" if group_id else "friend"
+        place, found = f"{self.me}/{scene}/{user_id or group_id}", []
         for kind, data in ((part["type"], part["data"]) for part in segments_of(message)):
             at = scalar(data.get("qq"))
-            there, seq = self._book.find(data.get("id")) if kind == "reply" else (place, None)
+            there, quoted = self._book.find(data.get("id")) if kind == "reply" else (place, None)
             if there != place:
                 raise Declined("a message of another conversation cannot be quoted")
             uri = next((source for source in map(scalar, (data.get("file"), data.get("url")))
                         if source and "://" in source), None)
             forms: Dict[str, Tuple[str, Row]] = {
                 "text": ("text", {"text": scalar(data.get("text"))}),
-                "at": ("mention", {"user_id": int(number_of(at) or 0) or None}),
+                "at": ("mention_all", {}) if at == "all" else (
+                    "mention", {"user_id": int(number_of(at) or 0) or None}),
                 "face": ("face", {"face_id": scalar(data.get("id"))}),
                 "json": ("light_app", {"json_payload": scalar(data.get("data"))}),
-                "reply": ("reply", {"message_seq": seq}),
+                "reply": ("reply", {"message_seq": quoted}),
                 **dict.fromkeys(("image", "record", "video"), (kind, {"uri": uri}))}
             theirs, made = forms.get(kind, (kind, {"": None}))
-            if kind == "at" and at == "all":
-                theirs, made = "mention_all", {}
             if None in made.values():
                 raise Declined(f"Milky cannot send this segment: {kind}")
             found.append({"type": theirs, "data": made})
-        return found
+        data = object_of(self._get("send_private_message", user_id=user_id, message=found)
+                         if user_id else
+                         self._get("send_group_message", group_id=group_id, message=found))
+        seq = number_of(data.get("message_seq"))
+        number = self._book.note(place, int(seq), -time.time())[0] if seq else None
+        self._book.flush()
+        return {"message_id": number}
 
-    def _recall(self, params: Row, get: Callable[..., Json]) -> Json:
-        scene, peer, seq = self._spelt(*self._book.find(params["message_id"])).values()
+    def _recall(self, seconds: float, message_id: Json) -> Json:
+        scene, peer, seq = self._spelt(*self._book.find(message_id)).values()
         name, member = ("group", "group_id") if scene == "group" else ("private", "user_id")
-        return get(f"recall_{name}_message", **{member: peer, "message_seq": seq})
+        return self._get(f"recall_{name}_message", **{member: peer, "message_seq": seq})
 
-    def _tell(self, params: Row, get: Callable[..., Json]) -> Json:
-        found = self._spelt(*self._book.find(params["message_id"]))
-        row = object_of(object_of(get("get_message", **found)).get("message"))
-        return self._spoken({**row, **found}, params["message_id"]) if row else {}
+    def _tell(self, seconds: float, message_id: Json) -> Json:
+        where = self._spelt(*self._book.find(message_id))
+        row = object_of(object_of(self._get("get_message", seconds, **where)).get("message"))
+        return self._spoken({**row, **where}, message_id) if row else {}
 
-    def _answer(self, params: Row, get: Callable[..., Json]) -> Json:
-        verb = "accept" if params["approve"] else "reject"
-        if "sub_type" not in params:
-            return get(verb + "_friend_request", initiator_uid=params["flag"])
-        kind, group, seq, is_filtered = (str(params["flag"]).split("/") + [""] * 4)[:4]
+    def _answer(self, seconds: float, flag: str, approve: bool, sub_type: Optional[str] = None,
+                reason: Optional[str] = None, **more: Json) -> Json:
+        verb = "accept" if approve else "reject"
+        if sub_type is None:
+            return self._get(verb + "_friend_request", initiator_uid=flag)
+        kind, group, seq, is_filtered = (flag.split("/") + [""] * 4)[:4]
         if kind == "invitation":
-            return get(verb + "_group_invitation", group_id=group, invitation_seq=seq)
-        return get(verb + "_group_request", group_id=group, notification_seq=seq,
-                   notification_type=kind, is_filtered=is_filtered,
-                   reason=None if params["approve"] else params.get("reason"))
+            return self._get(verb + "_group_invitation", group_id=group, invitation_seq=seq)
+        return self._get(verb + "_group_request", group_id=group, notification_seq=seq,
+                         notification_type=kind, is_filtered=is_filtered,
+                         reason=None if approve else reason)
 
     def _flag(self, kind: str, data: Row) -> str:
         """What _answer() needs to know of a request of a group."""
         seq = number_of(data.get("invitation_seq")) or number_of(data.get("notification_seq"))
         return f"{kind}/{number_of(data.get('group_id'))}/{seq}/{is_true(data.get('is_filtered'))}"
 
-    def _requests(self, params: Row, get: Callable[..., Json]) -> Json:
+    def _requests(self, seconds: float) -> Json:
         who = {"join_request": "initiator_id", "invited_join_request": "target_user_id"}
-        rows = rows_of(object_of(get("get_group_notifications")).get("notifications"))
+        rows = rows_of(object_of(self._get("get_group_notifications", seconds)).get(
+            "notifications"))
         return {"join_requests": [{
             **row, "request_id": self._flag(kind, row), "requester_uin": row.get(uid),
             "message": row.get("comment"), "checked": row.get("state") != "pending"}
             for kind, uid in who.items() for row in rows if row.get("type") == kind]}
 
-    OURS: Dict[str, Callable[[Any, Row, Callable[..., Json]], Json]] = {
+    OURS: Dict[str, Callable[..., Json]] = {
         "send_private_msg": _send, "send_group_msg": _send, "delete_msg": _recall, "get_msg": _tell,
         "set_friend_add_request": _answer, "set_group_add_request": _answer,
-        "get_group_system_msg": _requests, "get_status": lambda self, params, get: {}}
+        "get_group_system_msg": _requests, "get_status": lambda self, seconds: {}}
+
+    # -- what it tells
 
     def _hear(self, row: Row) -> None:
         if row.get("event_type") != "bot_offline":
@@ -9196,36 +9190,52 @@ class MilkyLink(BridgeLink):
         if kind == "message_receive":
             number, fresh = self._book.note(place, seq, int(number_of(
                 data.get("time")) or time.time())) if seq else (None, True)
-            return [*self._entity_news(data), *super()._items(self._spoken(data, number))
-                    ] if fresh else []
+            if not fresh:
+                return []
+            found = []  # what its entities say of a group or friend, besides a sender's names
+            for circle, make, properties in (("group", group_row, ("name", "markname", "memo")),
+                                             ("friend", friend_row, ("markname", "category"))):
+                new = make(self._entity(object_of(data.get(circle))))
+                thing = self._hooks.known(circle, new["uid"], "")
+                found += [changed(circle, "", new["uid"], name, new[name]) for name in properties
+                          if thing and "remark" in data[circle] and thing.value(name) != new[name]]
+            return found + super()._items(self._spoken(data, number))
         self._hashes.note(scalar(data.get("file_id")), scalar(data.get("file_hash")))
         if kind in self.NOTICES:
-            row = self._notice_of(kind, {**row, **data, "message_id": self._book.note(
-                place, seq)[0] if seq else None})
+            what, sub_type, names = self.NOTICES[kind]
+            in_group = data.get("message_scene") == "group"
+            post_type, name = what.format("group" if in_group else "friend").split()
+            if " " in sub_type:
+                member, yes, no = sub_type.split()
+                sub_type = yes if is_true(data.get(member)) else no
+            known = {
+                **row, **data, "flag": self._flag(kind.replace("group_", ""), data),
+                "file": {name: data.get("file_" + name) for name in ("id", "name", "size")},
+                **{way: self.me if is_true(data.get("is_self_" + way)) else data.get("user_id")
+                   for way in ("send", "receive")}}
+            row = {**row, **data, "post_type": post_type, post_type + "_type": name,
+                   "sub_type": sub_type,
+                   "message_id": self._book.note(place, seq)[0] if seq else None,
+                   **({"group_id": data.get("peer_id")} if in_group else {}),
+                   **renamed(known, names.split())}
         elif kind:
             row = {"post_type": "notice", "notice_type": self.UNKNOWN, **row}
         return super()._items(row)
 
-    def _notice_of(self, kind: str, data: Row) -> Row:
-        what, sub_type, names = self.NOTICES[kind]
-        in_group = data.get("message_scene") == "group"
-        post_type, name = what.format("group" if in_group else "friend").split()
-        if " " in sub_type:
-            member, yes, no = sub_type.split()
-            sub_type = yes if is_true(data.get(member)) else no
-        more = {"flag": self._flag(kind.replace("group_", ""), data), "file": {
-            name: data.get("file_" + name) for name in ("id", "name", "size")}, **{
-            way: self.me if is_true(data.get("is_self_" + way)) else data.get("user_id")
-            for way in ("send", "receive")}}
-        return {**data, "post_type": post_type, post_type + "_type": name, "sub_type": sub_type,
-                **({"group_id": data.get("peer_id")} if in_group else {}),
-                **renamed({**data, **more}, names.split())}
-
     def _spoken(self, data: Row, number: Json) -> Row:
         """A message as OneBot tells of it."""
-        _, scene, peer = self._place(data).split("/")
-        group, uid = object_of(data.get("group")), number_of(data.get("sender_id"))
+        place, group, segments = self._place(data), object_of(data.get("group")), []
+        _, scene, peer = place.split("/")
+        uid = number_of(data.get("sender_id"))
         circle = peer if scene == "group" else number_of(group.get("group_id"))
+        for part in segments_of(data.get("segments")):
+            kind, inner = part["type"], part["data"]
+            seq = number_of(inner.get("message_seq")) if kind == "reply" else ""
+            more = {"id": str(self._book.note(place, int(seq))[0])} if seq else {}
+            self._hashes.note(scalar(inner.get("file_id")), scalar(inner.get("file_hash")))
+            kind, *names = str(self.SEGMENTS.get(kind, kind)).split()
+            segments.append({"type": kind, "data": renamed({**inner, **more, "all": "all"}, names)
+                             if names else inner})
         return {"post_type": "message_sent" if uid == self.me else "message", "user_id": uid,
                 "sub_type": {"group": "normal", "friend": "friend"}.get(
                     scene, "group" if circle else "other"),
@@ -9233,139 +9243,84 @@ class MilkyLink(BridgeLink):
                 "group_id": circle, "group_name": group.get("group_name"), "message_id": number,
                 "sender": {**object_of(data.get("group_member" if scene == "group" else "friend")),
                            "user_id": uid},
-                "time": data.get("time"), "message": self._incoming(data)}
+                "time": data.get("time"), "message": segments}
 
-    def _incoming(self, data: Row) -> List[Row]:
-        found = []
-        for kind, inner in ((part["type"], part["data"]) for part in segments_of(
-                data.get("segments"))):
-            seq = number_of(inner.get("message_seq")) if kind == "reply" else ""
-            more = {"id": str(self._book.note(self._place(data), int(seq))[0])} if seq else {}
-            self._hashes.note(scalar(inner.get("file_id")), scalar(inner.get("file_hash")))
-            kind, *names = str(self.SEGMENTS.get(kind, kind)).split()
-            found.append({"type": kind, "data": renamed({**inner, **more, "all": "all"}, names)
-                          if names else inner})
-        return found
 
-    def _entity_news(self, data: Row) -> List[Row]:
-        """What the entities in a message say of a group, or a friend, besides a sender's names."""
-        found = []
-        for kind, make, names in (("group", group_row, ("name", "markname", "memo")),
-                                  ("friend", friend_row, ("markname", "category"))):
-            new = make(self._entity(object_of(data.get(kind))))
-            thing = self._hooks.known(kind, new["uid"], "")
-            found += [changed(kind, "", new["uid"], name, new[name]) for name in names
-                      if thing and "remark" in data[kind] and thing.value(name) != new[name]]
-        return found
+@functools.lru_cache(maxsize=1)
+def _aes_tables() -> Any:
+    """The S-box; then for encrypting, and for decrypting, what a byte of each row of a state adds
+    to its column, as a word: within a round, and in the last one (FIPS 197, 5.1 and 5.3)."""
+    power, log = [1], [0] * 256  # of 3, whose powers are all of GF(2^8) but 0
+    for number in range(1, 255):
+        value = power[-1] ^ power[-1] << 1
+        power.append(value ^ (0x11b if value > 0xff else 0))
+        log[power[-1]] = number
+
+    def columns(source: Sequence[int], *factors: int) -> List[List[int]]:
+        words = [int.from_bytes(bytes(
+            power[(log[factor] + log[value]) % 255] if factor and value else 0
+            for factor in factors), "big") for value in source]
+        return [[word >> 8 * row | word << 32 - 8 * row & 0xffffffff for word in words]
+                for row in range(4)]
+
+    box = bytearray([0x63])
+    for value in range(1, 256):
+        inverse = power[-log[value] % 255]
+        spread = inverse ^ inverse << 1 ^ inverse << 2 ^ inverse << 3 ^ inverse << 4
+        box.append((spread ^ spread >> 8) & 0xff ^ 0x63)
+    unbox = bytes(map(box.index, range(256)))
+    return (bytes(box), [columns(box, 2, 1, 1, 3), columns(box, 1, 0, 0, 0)],
+            [columns(unbox, 14, 9, 13, 11), columns(unbox, 1, 0, 0, 0)])
 
 
 def aes_128_ecb(key: bytes, data: bytes, encrypt: bool) -> bytes:
     """AES-128-ECB with PKCS7 padding: WeChat's media have it, the standard library has not.
 
-    By libcrypto where the system has one, else by tables: 1 MiB in half a second. ValueError if
-    what is to be decrypted was not encrypted with this key.
+    1 MiB takes a third of a second. ValueError if what is to be decrypted was not encrypted with
+    this key.
     """
     if encrypt:
         count = 16 - len(data) % 16
-        return _aes(key, data + bytes([count]) * count, True)
-    if not data or len(data) % 16:
-        raise ValueError("encrypted data come in blocks of 16 bytes")
-    data = _aes(key, data, False)
-    count = data[-1]
-    if not 1 <= count <= 16 or data[-count:] != bytes([count]) * count:
-        raise ValueError("not encrypted with this key")
-    return data[:-count]
-
-
-def _aes(key: bytes, data: bytes, encrypt: bool) -> bytes:
-    try:
-        import ctypes
-        import ctypes.util
-        crypto = ctypes.CDLL(ctypes.util.find_library("crypto") or "")
-        for name in "EVP_CIPHER_CTX_new", "EVP_aes_128_ecb":
-            getattr(crypto, name).restype = ctypes.c_void_p
-        context = ctypes.c_void_p(crypto.EVP_CIPHER_CTX_new())
-        out, count = ctypes.create_string_buffer(len(data) + 16), ctypes.c_int()
-        try:
-            if (crypto.EVP_CipherInit_ex(context, ctypes.c_void_p(crypto.EVP_aes_128_ecb()), None,
-                                         key, None, int(encrypt))
-                    and crypto.EVP_CIPHER_CTX_set_padding(context, 0)
-                    and crypto.EVP_CipherUpdate(context, out, ctypes.byref(count), data, len(data))
-                    and count.value == len(data)):
-                return out.raw[:len(data)]
-        finally:
-            crypto.EVP_CIPHER_CTX_free(context)
-    except (ImportError, OSError, AttributeError):
-        pass  # none there, or not one that we know
-    return aes_by_tables(key, data, encrypt)
-
-
-@functools.lru_cache(maxsize=1)
-def _aes_tables() -> Any:
-    """For True (encrypt) and False: the S-box, and for each row of a state what a byte of it adds
-    to its column, as a word (FIPS 197, 5.1 and 5.3)."""
-    box, unbox = [0x63] * 256, [0] * 256
-    p = q = 1
-    while True:  # p goes through all of GF(2^8) but 0 as powers of 3, q through their inverses
-        p = (p ^ p << 1 ^ (0x11b if p & 0x80 else 0)) & 0xff
-        q ^= q << 1
-        q ^= q << 2
-        q = (q ^ q << 4) & 0xff
-        q ^= 9 if q & 0x80 else 0
-        turned = q ^ q << 1 ^ q << 2 ^ q << 3 ^ q << 4
-        box[p] = (turned ^ turned >> 8) & 0xff ^ 0x63
-        if p == 1:
-            break
-    for number, value in enumerate(box):
-        unbox[value] = number
-
-    def times(factor: int, value: int) -> int:
-        total = 0
-        while factor:
-            total ^= value * (factor & 1)
-            value = value << 1 ^ (0x11b if value & 0x80 else 0)
-            factor >>= 1
-        return total
-
-    tables = {}
-    for encrypt, source, factors in (True, box, (2, 1, 1, 3)), (False, unbox, (14, 9, 13, 11)):
-        words = [sum(times(factor, value) << 24 - 8 * row for row, factor in enumerate(factors))
-                 for value in source]
-        tables[encrypt] = source, [[word >> 8 * row | word << 32 - 8 * row & 0xffffffff
-                                    for word in words] for row in range(4)]
-    return tables
-
-
-def aes_by_tables(key: bytes, data: bytes, encrypt: bool) -> bytes:
-    """AES-128 of whole blocks, each by itself."""
-    tables = _aes_tables()
-    box, (t0, t1, t2, t3) = tables[encrypt]
-    substitute, keys, constant = tables[True][0], list(struct.unpack(">4I", key)), 1
+        data += bytes([count]) * count
+    if len(key) != 16 or not data or len(data) % 16:
+        raise ValueError("a key has 16 bytes, and encrypted data blocks of 16 bytes")
+    box, *tables = _aes_tables()
+    within, at_end = tables[not encrypt]
+    words = list(struct.unpack(">4I", key))
     for number in range(4, 44):
-        word = keys[-1]
+        word = words[-1]
         if number % 4 == 0:
-            word = constant << 24 ^ sum(
-                substitute[word >> shift & 0xff] << (shift + 8) % 32 for shift in (0, 8, 16, 24))
-            constant = constant << 1 ^ (0x11b if constant & 0x80 else 0)
-        keys.append(keys[-4] ^ word)
-    rounds = [keys[number:number + 4] for number in range(0, 44, 4)]
+            turned = (word << 8 & 0xffffffff | word >> 24).to_bytes(4, "big").translate(box)
+            constant = b"\x01\x02\x04\x08\x10\x20\x40\x80\x1b\x36"[number // 4 - 1]
+            word = int.from_bytes(turned, "big") ^ constant << 24
+        words.append(words[-4] ^ word)
+    rounds = [words[number:number + 4] for number in range(0, 44, 4)]
     if not encrypt:  # the equivalent inverse cipher (FIPS 197, 5.3.5)
-        rounds = rounds[::-1]
-        rounds[1:10] = [[t0[substitute[word >> 24]] ^ t1[substitute[word >> 16 & 0xff]]
-                         ^ t2[substitute[word >> 8 & 0xff]] ^ t3[substitute[word & 0xff]]
+        t0, t1, t2, t3 = within
+        rounds.reverse()
+        rounds[1:10] = [[t0[box[word >> 24]] ^ t1[box[word >> 16 & 0xff]]
+                         ^ t2[box[word >> 8 & 0xff]] ^ t3[box[word & 0xff]]
                          for word in words] for words in rounds[1:10]]
-    first, last, step = rounds[0], rounds[10], 1 if encrypt else 3
-    turns = [(n, (n + step) % 4, (n + 2) % 4, (n - step) % 4) for n in range(4)]  # ShiftRows
-    out = []
-    for block in struct.iter_unpack(">4I", data):
-        state = [word ^ part for word, part in zip(block, first)]
-        for words in rounds[1:10]:
-            state = [t0[state[a] >> 24] ^ t1[state[b] >> 16 & 0xff] ^ t2[state[c] >> 8 & 0xff]
-                     ^ t3[state[d] & 0xff] ^ words[a] for a, b, c, d in turns]
-        out += [(box[state[a] >> 24] << 24 | box[state[b] >> 16 & 0xff] << 16
-                 | box[state[c] >> 8 & 0xff] << 8 | box[state[d] & 0xff]) ^ last[a]
-                for a, b, c, d in turns]
-    return struct.pack(f">{len(out)}I", *out)
+        # it shifts rows the other way: so do the same shifts with columns in reverse order
+        rounds = [[a, d, c, b] for a, b, c, d in rounds]
+    first, *steps = zip([within] * 10 + [at_end], rounds)
+    out: List[int] = []
+    for a, b, c, d in struct.iter_unpack(">4I", data):
+        if not encrypt:
+            b, d = d, b
+        a, b, c, d = (word ^ part for word, part in zip((a, b, c, d), first[1]))
+        for (t0, t1, t2, t3), (k0, k1, k2, k3) in steps:
+            a, b, c, d = (
+                t0[a >> 24] ^ t1[b >> 16 & 0xff] ^ t2[c >> 8 & 0xff] ^ t3[d & 0xff] ^ k0,
+                t0[b >> 24] ^ t1[c >> 16 & 0xff] ^ t2[d >> 8 & 0xff] ^ t3[a & 0xff] ^ k1,
+                t0[c >> 24] ^ t1[d >> 16 & 0xff] ^ t2[a >> 8 & 0xff] ^ t3[b & 0xff] ^ k2,
+                t0[d >> 24] ^ t1[a >> 16 & 0xff] ^ t2[b >> 8 & 0xff] ^ t3[c & 0xff] ^ k3)
+        out += (a, b, c, d) if encrypt else (a, d, c, b)
+    data = struct.pack(f">{len(out)}I", *out)
+    count = 0 if encrypt else data[-1]
+    if not encrypt and (not 1 <= count <= 16 or data[-count:] != bytes([count]) * count):
+        raise ValueError("not encrypted with this key")
+    return data[:len(data) - count]
 
 
 class LoginEnded(OpenQQError):
@@ -9390,13 +9345,17 @@ class ILinkLink(Link):
              "shutup_group_member", "stick")
     APP = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": "132105"}  # of Tencent's own 2.4.9
     BASE_INFO = {"channel_version": "2.4.9", "bot_agent": "OpenQQ/" + VERSION}
-    LABELS = {2: "[图片]", 3: "[语音]", 4: "[文件]", 5: "[视频]"}
-    PARTS = {1: "text_item", 2: "image_item", 3: "voice_item", 4: "file_item", 5: "video_item"}
-    UPLOADS = {"image": (1, 2), "video": (2, 5)}  # of a mime's kind: media_type, item's type
+    # An item's type -> its member with the data, what stands for it in a text, a file's ending.
+    PARTS: Dict[Optional[str], Tuple[str, str, str]] = {
+        "1": ("text_item", "", ""), "2": ("image_item", "[图片]", ".jpg"),
+        "3": ("voice_item", "[语音]", ".silk"), "4": ("file_item", "[文件]", ""),
+        "5": ("video_item", "[视频]", ".mp4")}
+    # Texts in pieces of 4,000 characters at most, cut behind a line, a sentence or a blank.
+    PIECES = re.compile(r"(?s).{1,4000}\Z|.{2000,3999}\n|.{2000,3999}[。！？!?]|"
+                        r".{2000,3999}[ ，,]|.{4000}")
     RULE = ("WeChat's rule: the person has to write first, then 10 messages may be sent to him "
             "within 24 hours")
     SENDS, SENDS_SECONDS = 10, 86_400.0
-    TEXT_LIMIT = 4_000           # characters of one message
     POLL_SECONDS = 40.0          # its own limit is 35
     CODE_SECONDS = 300.0         # a code that is not scanned is replaced
 
@@ -9404,8 +9363,9 @@ class ILinkLink(Link):
         self._hooks, self._log = hooks, log
         self._api, self._cdn = settings.ilink_api.rstrip("/"), settings.ilink_cdn.rstrip("/")
         self._is_official = self._api == SETTINGS["ilink_api"].default
-        self._news = threading.Condition()  # guards _login, _turn, _digits
-        self._login: Row = {}
+        self._news = threading.Condition()   # guards the next five
+        self._login: Row = {}                # empty, where it needs a scan
+        self._people: Dict[str, List[Any]] = {}
         self._former: Row = {}               # a login that was given up, which may still be good
         self._turn = 0                       # of login(); the threads of former ones end
         self._digits: Optional[str] = None   # that the phone shows; empty while they are asked for
@@ -9415,9 +9375,12 @@ class ILinkLink(Link):
         self._seen: Deque[str] = collections.deque(maxlen=50)
 
     def login(self, cookie: str, mark: str) -> None:
+        login = object_in(cookie.encode()) or {}
         with self._news:
             self._turn += 1
-            self._login = object_in(cookie.encode()) or {}
+            if login.get("token"):
+                self._people = object_of(login.pop("people", None))
+            self._login = login if login.get("token") else {}
             turn = self._turn
         if not self._cursor and mark:
             try:
@@ -9439,12 +9402,13 @@ class ILinkLink(Link):
             return {**shown, "verify_code": "wanted"} if self._digits == "" else shown
 
     def roster(self) -> Row:
-        me, owner = self._login["me"], self._login["owner"]
-        people = {me: me.partition("@")[0], owner: owner.partition("@")[0],
-                  "filehelper": "文件传输助手"}
-        user, *friends = [{"uid": uid, "id": uid, "account": uid, "name": name, "markname": None}
-                          for uid, name in people.items()]
-        return {"user": user, "friend": friends, "group": [], "discuss": []}
+        me, owner = self._friend(self._login["me"]), self._friend(self._login["owner"])
+        helper = {**self._friend("filehelper"), "name": "文件传输助手"}
+        return {"user": me, "friend": [owner, helper], "group": [], "discuss": []}
+
+    def _friend(self, uid: str) -> Row:
+        return {"uid": uid, "id": uid, "account": uid, "name": uid.partition("@")[0],
+                "markname": None}
 
     def logout(self) -> None:
         with self._news:
@@ -9471,16 +9435,18 @@ class ILinkLink(Link):
         failures, confirmed = 0, False
         while turn == self._turn:
             try:
-                fresh = not self._login.get("token")
+                fresh = not self._login
                 if fresh:
                     confirmed = False
                     self._scan(turn)
+                    if not self._login:
+                        continue
                 elif not confirmed:
                     self._call("msg/notifystart", {}, check=False)
                     self._call("getconfig", {"ilink_user_id": self._login["owner"]})
                 if turn == self._turn and not confirmed:
                     confirmed, self._why = True, ""
-                    self._hooks.confirmed(to_bytes(self._login).decode(), fresh)
+                    self._hooks.confirmed(self._cookie(), fresh)
                 self._poll(turn)
                 failures = 0
             except NotRunning:
@@ -9505,65 +9471,61 @@ class ILinkLink(Link):
             self._news.wait_for(lambda: turn != self._turn, seconds)
 
     def _scan(self, turn: int) -> None:
-        """Show codes until one was scanned and confirmed; then _login is there."""
-        while turn == self._turn:
-            row = self._call("get_bot_qrcode?bot_type=3", {
-                "local_token_list": [self._former["token"]] if self._former else []}, self._api)
-            params, base = {"qrcode": scalar(row.get("qrcode")) or ""}, self._api
-            text = scalar(row.get("qrcode_img_content")) or ""
-            if not 0 < len(text.encode()) < 2000:
-                raise Unreachable("it tells no code that could be shown")
-            self._hooks.qrcode(text, self.CODE_SECONDS, self._why)
-            until = time.monotonic() + self.CODE_SECONDS
-            while turn == self._turn and time.monotonic() < until:
-                try:
-                    row = self._answer(fetch(
-                        f"{base}/ilink/bot/get_qrcode_status?{urllib.parse.urlencode(params)}",
-                        "GET", self.APP, seconds=self.POLL_SECONDS))
-                except Unreachable as error:  # also a long poll's end
-                    self._log.debug(f"WeChat, get_qrcode_status: {error.status}")
-                    row = {}
-                status = row.get("status")
-                if status == "scaned":
-                    self._hooks.scanned()
-                elif status == "confirmed":
-                    token, me, owner = [scalar(row.get(name)) or "" for name in (
-                        "bot_token", "ilink_bot_id", "ilink_user_id")]
-                    url = scalar(row.get("baseurl")) or ""
-                    if not (me and owner and re.fullmatch("[!-~]+", token)):
-                        raise Unreachable("it confirms a login without a token")
-                    same = owner == self._former.get("owner")
-                    if me != self._former.get("me"):
-                        self._cursor = ""
-                    with self._news:
-                        self._login = {"token": token, "me": me, "owner": owner,
-                                       "base": self._allowed(url if is_url(url) else base),
-                                       "people": self._former["people"] if same else {}}
-                    return
-                elif status == "binded_redirect" and self._former:
+        """Show a code until it is scanned and confirmed: then _login is there, or else it came to
+        nothing."""
+        row = self._call("get_bot_qrcode?bot_type=3", {
+            "local_token_list": [self._former["token"]] if self._former else []}, self._api)
+        params, base = {"qrcode": scalar(row.get("qrcode")) or ""}, self._api
+        text = scalar(row.get("qrcode_img_content")) or ""
+        if not 0 < len(text.encode()) < 2000:
+            raise Unreachable("it tells no code that could be shown")
+        self._hooks.qrcode(text, self.CODE_SECONDS, self._why)
+        until = time.monotonic() + self.CODE_SECONDS
+        while turn == self._turn and time.monotonic() < until:
+            try:
+                row = self._fetch(with_params(f"{base}/ilink/bot/get_qrcode_status", **params),
+                                  "GET", self.APP, None, self.POLL_SECONDS)
+            except Unreachable as error:  # also a long poll's end
+                self._log.debug(f"WeChat, get_qrcode_status: {error.status}")
+                row = {}
+            status = row.get("status")
+            if status == "confirmed":
+                return self._accept(row, base)
+            if status in ("expired", "verify_code_blocked", "binded_redirect"):
+                if status == "binded_redirect":
                     with self._news:
                         self._login = self._former
-                    return
-                elif status == "scaned_but_redirect":
-                    host = scalar(row.get("redirect_host")) or ""
-                    if re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]+)?", host):
-                        base = self._allowed("https://" + host)
-                elif status == "need_verifycode":
-                    self._hooks.scanned()
-                    wrong = " (those before were wrong)" if "verify_code" in params else ""
-                    self._log.warn("WeChat asks for the digits that the phone shows: give them to "
-                                   f"verify_code?code=…{wrong}")
-                    self._digits = ""
-                    self._hooks.kept("")  # so that check_client tells it
-                    with self._news:
-                        self._news.wait_for(lambda: self._digits or turn != self._turn,
-                                            until - time.monotonic())
-                        params["verify_code"], self._digits = self._digits or "", None
-                    self._hooks.kept("")
-                    continue
-                elif status in ("expired", "verify_code_blocked", "binded_redirect"):
-                    break
-                self._rest(turn, 1.0)
+                return
+            if status in ("scaned", "need_verifycode"):
+                self._hooks.scanned()
+            if status == "need_verifycode":
+                wrong = " (those before were wrong)" if "verify_code" in params else ""
+                self._log.warn("WeChat asks for the digits that the phone shows: give them to "
+                               f"verify_code?code=…{wrong}")
+                self._digits = ""
+                self._hooks.kept("")  # so that check_client tells it
+                with self._news:
+                    self._news.wait_for(lambda: self._digits or turn != self._turn,
+                                        until - time.monotonic())
+                    params["verify_code"], self._digits = self._digits or "", None
+                self._hooks.kept("")
+                continue
+            host = scalar(row.get("redirect_host")) or ""
+            if status == "scaned_but_redirect" and re.fullmatch("[A-Za-z0-9.-]+(:[0-9]+)?", host):
+                base = self._allowed("https://" + host)
+            self._rest(turn, 1.0)
+
+    def _accept(self, row: Row, base: str) -> None:
+        """Take what a confirmation tells as the login."""
+        token, me, owner, url = [scalar(row.get(name)) or "" for name in (
+            "bot_token", "ilink_bot_id", "ilink_user_id", "baseurl")]
+        if not (me and owner and re.fullmatch("[!-~]+", token)):
+            raise Unreachable("it confirms a login without a token")
+        base = self._allowed(url if is_url(url) else base)
+        if me != self._former.get("me"):
+            self._cursor = ""
+        with self._news:
+            self._login = {"token": token, "me": me, "owner": owner, "base": base}
 
     def _poll(self, turn: int) -> None:
         """Ask for news once, and hand on what came; the next time acknowledges it."""
@@ -9575,25 +9537,24 @@ class ILinkLink(Link):
             return
         if turn != self._turn:
             return
-        if not rows_of(row.get("msgs")) and time.monotonic() - began < 1.0:
+        messages = rows_of(row.get("msgs"))
+        if not messages and time.monotonic() - began < 1.0:
             self._rest(turn, 1.0)  # it should have waited, not we
         items, cursor = [], scalar(row.get("get_updates_buf")) or self._cursor
-        for message in rows_of(row.get("msgs")):
+        for message in messages:
             number = (scalar(message.get("message_id")) or scalar(message.get("client_id"))
                       or os.urandom(8).hex())
-            if message.get("message_type") != 1 or number in self._seen or (
-                    not scalar(message.get("from_user_id"))):
-                continue
-            self._seen.append(number)
-            try:
-                items.append(self._understand(message, number))
-            except Exception:  # one that cannot be understood must not stop all others
-                self._log.failure("a message from WeChat")
-                continue
-            items[-1]["mark"] = self._mark(self._cursor)
+            if (message.get("message_type") == 1 and number not in self._seen
+                    and scalar(message.get("from_user_id"))):
+                self._seen.append(number)
+                try:
+                    items.append({**self._understand(message, number),
+                                  "mark": self._mark(self._cursor)})
+                except Exception:  # one that cannot be understood must not stop all others
+                    self._log.failure("a message from WeChat")
         if items:
             items[-1]["mark"] = self._mark(cursor)
-            self._hooks.kept(to_bytes(self._login).decode())  # before anybody answers
+            self._hooks.kept(self._cookie())  # before anybody answers
             self._hooks.received(items)
         self._cursor = cursor
 
@@ -9605,47 +9566,39 @@ class ILinkLink(Link):
         uid = scalar(message.get("from_user_id")) or ""
         with self._news:
             token = scalar(message.get("context_token")) or self._person(uid)[0]
-            self._login["people"][uid] = [token, self.SENDS, time.time() + self.SENDS_SECONDS]
-        parts = rows_of(message.get("item_list"))
-        texts, media, reply_to = [], None, None
-        for part in parts:
-            told = part.get("type")
-            kind = told if isinstance(told, int) else 0
-            data = part.get(self.PARTS.get(kind, ""))
-            data = data if isinstance(data, dict) else {}
-            quoted = part.get("ref_msg")
-            if isinstance(quoted, dict):
+            self._people[uid] = [token, self.SENDS, time.time() + self.SENDS_SECONDS]
+        texts, reply_to = [], None
+        media: Optional[Row] = None
+        for part in rows_of(message.get("item_list")):
+            name, label, ending = self.PARTS.get(scalar(part.get("type")), ("", "", ""))
+            data, quoted = object_of(part.get(name)), object_of(part.get("ref_msg"))
+            if quoted:
                 reply_to = scalar(quoted.get("svr_id"))
-                texts.append(f"「{self._quoted(quoted)}」\n")
-            if kind != 1 and kind in self.LABELS:
-                texts.append(self.LABELS[kind] + (scalar(data.get("file_name")) or ""))
-                media = media or self._fetch_media(kind, data)
+                inner = object_of(object_of(quoted.get("message_item")).get("text_item"))
+                title = scalar(quoted.get("title")) or scalar(inner.get("text")) or "…"
+                texts.append(f"「{title}」\n")
+            if label:
+                texts.append(label + (scalar(data.get("file_name")) or ""))
+                media = media or self._fetch_media(data, ending)
             texts.append(scalar(data.get("text")) or "")
-        made = str(message.get("create_time_ms") or "")
-        item = {"do": "message", "type": "friend_message", "group": None, "uid": uid,
-                "sender_id": uid, "name": uid.partition("@")[0], "id": number,
-                "content": "".join(texts), "reply_to": reply_to,
-                "time": made[:-3] if made.isdigit() else str(int(time.time())),
-                "sender": {"uid": uid, "id": uid, "name": uid.partition("@")[0],
-                           "markname": None}}
         if media:
-            item["media"] = media
-            item["content"] = "".join(text for text in texts if text not in self.LABELS.values())
-        return item
+            labels = [label for _, label, _ in self.PARTS.values()]
+            texts = [text for text in texts if text not in labels]
+        sender = self._friend(uid)
+        return {"do": "message", "type": "friend_message", "group": None, "uid": uid,
+                "sender_id": uid, "name": sender["name"], "sender": sender, "id": number,
+                "content": "".join(texts), "reply_to": reply_to,
+                "time": number_of(message.get("create_time_ms"))[:-3] or str(int(time.time())),
+                **({"media": media} if media else {})}
 
-    def _quoted(self, quoted: Row) -> str:
-        inner = quoted.get("message_item")
-        text = inner.get("text_item") if isinstance(inner, dict) else None
-        return (scalar(quoted.get("title"))
-                or scalar(text.get("text") if isinstance(text, dict) else None) or "…")
-
-    def _fetch_media(self, kind: int, data: Row) -> Optional[Row]:
+    def _fetch_media(self, data: Row, ending: str) -> Optional[Row]:
         """{name, data (base64)} of what came, or None if it cannot be had."""
-        media = data.get("media")
-        if not isinstance(media, dict):
+        media = object_of(data.get("media"))
+        if not media:
             return None
-        url = scalar(media.get("full_url")) or f"{self._cdn}/download?" + urllib.parse.urlencode(
-            {"encrypted_query_param": scalar(media.get("encrypt_query_param")) or ""})
+        url = scalar(media.get("full_url")) or with_params(
+            self._cdn + "/download",
+            encrypted_query_param=scalar(media.get("encrypt_query_param")) or "")
         try:
             reply = fetch(self._allowed(url), seconds=DETAIL_SECONDS)  # other messages wait
             body = reply.read(MEDIA_LIMIT + 16)
@@ -9656,13 +9609,12 @@ class ILinkLink(Link):
                 scalar(media.get("aes_key")) or "")
             if len(key) == 32:
                 key = bytes.fromhex(key.decode("ascii"))
-            if key or kind != 2:  # a picture without a key is plain
+            if key or ending != ".jpg":  # a picture without a key is plain
                 body = aes_128_ecb(key, body, False)
         except (OpenQQError, ValueError) as error:
             self._log.warn(f"what came with a message from WeChat cannot be had: {error}")
             return None
-        suffix = {2: ".jpg", 3: ".silk", 5: ".mp4"}.get(kind, "")
-        return {"name": scalar(data.get("file_name")) or f"wechat{suffix}",
+        return {"name": scalar(data.get("file_name")) or "wechat" + ending,
                 "data": base64.b64encode(body).decode()}
 
     # -- what goes out
@@ -9671,12 +9623,12 @@ class ILinkLink(Link):
         return [self._send(message) for message in messages]
 
     def _send(self, message: Row) -> Row:
-        if message["type"] != "friend_message":
-            return {"code": -3, "info": "not with this link"}
         uid = self._login["owner"] if message["uid"] == "filehelper" else message["uid"]
-        media, texts = message.get("media"), split_text(message["content"], self.TEXT_LIMIT)
+        media, texts = message.get("media"), self.PIECES.findall(message["content"])
         number = None
         try:
+            if message["type"] != "friend_message":
+                raise Declined("not with this link")
             with self._news:
                 token, left, until = self._person(uid)
             if not token or until < time.time() or left < len(texts) + bool(media):
@@ -9694,28 +9646,33 @@ class ILinkLink(Link):
                 number = scalar(row.get("message_id"))
         except Declined as error:
             return {"code": -3, "info": error.status}
-        self._hooks.kept(to_bytes(self._login).decode())
+        self._hooks.kept(self._cookie())
         return {"code": 0, "info": "发送正常", "id": number}
 
     def _person(self, uid: str) -> List[Any]:
-        people = self._login.get("people") or {}
-        return people.get(uid) or ["", 0, 0.0]
+        return self._people.get(uid) or ["", 0, 0.0]
+
+    def _cookie(self) -> str:
+        return to_bytes({**self._login, "people": self._people}).decode()
 
     def _upload(self, uid: str, media: Row) -> Row:
         """Put a picture, a video or a file on WeChat's server: the item that shows it."""
         import hashlib
         data, key, name = base64.b64decode(media["data"]), os.urandom(16), os.urandom(16).hex()
-        kind, type_ = self.UPLOADS.get(media["mime"].partition("/")[0], (3, 4))
         body = aes_128_ecb(key, data, True)
+        kind, type_, more = {
+            "image": (1, 2, {"mid_size": len(body)}), "video": (2, 5, {"video_size": len(body)})
+            }.get(media["mime"].partition("/")[0], (
+                3, 4, {"file_name": media["name"], "len": str(len(data))}))
         row = self._call("getuploadurl", {
             "filekey": name, "media_type": kind, "to_user_id": uid, "rawsize": len(data),
             "rawfilemd5": hashlib.md5(data).hexdigest(), "filesize": len(body),
             "no_need_thumb": True, "aeskey": key.hex()})
         url, param = scalar(row.get("upload_full_url")), scalar(row.get("upload_param"))
-        if not url and not param:
+        if param and not url:
+            url = with_params(self._cdn + "/upload", encrypted_query_param=param, filekey=name)
+        if not url:
             raise Declined("WeChat tells no address for the picture")
-        url = url or f"{self._cdn}/upload?" + urllib.parse.urlencode(
-            {"encrypted_query_param": param, "filekey": name})
         for left in (2, 1, 0):
             try:
                 reply = fetch(self._allowed(url), "POST",
@@ -9730,20 +9687,17 @@ class ILinkLink(Link):
             except Unreachable:
                 if not left:
                     raise
-        shown = {"media": {"encrypt_query_param": param, "encrypt_type": 1,
-                           "aes_key": base64.b64encode(key.hex().encode()).decode()}}
-        more = {2: {"mid_size": len(body)}, 5: {"video_size": len(body)},
-                4: {"file_name": media["name"], "len": str(len(data))}}[type_]
-        return {"type": type_, self.PARTS[type_]: {**shown, **more}}
+        return {"type": type_, self.PARTS[str(type_)][0]: {**more, "media": {
+            "encrypt_query_param": param, "encrypt_type": 1,
+            "aes_key": base64.b64encode(key.hex().encode()).decode()}}}
 
     def typing(self, uid: str, on: bool) -> None:
         self._typists.submit(self._type, uid, on)
 
     def _type(self, uid: str, on: bool) -> None:
         try:
-            ticket = self._call("getconfig", {"ilink_user_id": uid,
-                                              "context_token": self._person(uid)[0]}
-                                ).get("typing_ticket")
+            ticket = self._call("getconfig", {
+                "ilink_user_id": uid, "context_token": self._person(uid)[0]}).get("typing_ticket")
             if ticket:
                 self._call("sendtyping", {"ilink_user_id": uid, "typing_ticket": ticket,
                                           "status": 1 if on else 2})
@@ -9761,18 +9715,18 @@ class ILinkLink(Link):
         if not base:
             base, body = login["base"], {**body, "base_info": self.BASE_INFO}
             fields["Authorization"] = "Bearer " + login["token"]
-        row = self._answer(fetch(f"{base}/ilink/bot/{name}", "POST", fields, to_bytes(body),
-                                 seconds))
-        code = row.get("errcode") or row.get("ret") or 0
+        row = self._fetch(f"{base}/ilink/bot/{name}", "POST", fields, to_bytes(body), seconds)
+        code, why = row.get("errcode") or row.get("ret") or 0, scalar(row.get("errmsg")) or ""
         if code and check:
-            why = scalar(row.get("errmsg")) or ""
             if scalar(code) in ("-14", "-14.0"):
                 raise LoginEnded(f"-14 {why}".strip())
             raise Declined(f"{name}: {code} {why}".strip()
                            + (f"; {self.RULE}" if name == "sendmessage" else ""))
         return row
 
-    def _answer(self, reply: Reply) -> Row:
+    def _fetch(self, url: str, method: str, fields: Fields, body: Optional[bytes],
+               seconds: float) -> Row:
+        reply = fetch(url, method, fields, body, seconds)
         row = object_in(reply.read())
         if reply.status != 200 or row is None:
             raise Unreachable(f"it answers {reply.status}", True)  # so it may have acted
@@ -9785,19 +9739,6 @@ class ILinkLink(Link):
         if self._is_official and (parts.scheme != "https" or not under):
             raise Unreachable(f"it leads elsewhere, to {shown_url(url)}")
         return url.rstrip("/")
-
-
-def split_text(text: str, limit: int) -> List[str]:
-    """A text in pieces of at most so many characters, cut behind a line, a sentence or a blank."""
-    pieces = []
-    while len(text) > limit:
-        for marks in "\n", "。！？!?", " ，,", "":
-            cut = max((text.rfind(mark, limit // 2, limit) for mark in marks), default=limit - 1)
-            if cut >= 0:
-                break
-        pieces.append(text[:cut + 1])
-        text = text[cut + 1:]
-    return [*pieces, text] if text else pieces
 
 
 # What each is where it is no account on the network inside.
@@ -13475,63 +13416,66 @@ def request_echo(request: Request) -> Row:
 # 15. Command line
 # ------------------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    """argparse that refuses on one line, with exit status 2. A flag begins with two dashes."""
+def read_words(words: Sequence[str], name_of: Callable[[str], str], stranger: str,
+               switches: Sequence[str] = ()) -> Tuple[List[str], Dict[str, str]]:
+    """The words without a flag, and what --flag VALUE, --flag=VALUE and --switch say, by their
+    names: those that `name_of` knows. A flag begins with two dashes. Refusal, with exit status 2.
+    """
+    plain: List[str] = []
+    found: Dict[str, str] = {}
+    try:
+        rest = list(map(typed_text, words))
+    except ValueError as error:
+        raise Refusal(f"a word is {error}", 2) from None
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        name = name_of(flag[2:])
+        if word == "--":
+            return plain + rest, found
+        if not word.startswith("--"):
+            plain.append(word)
+        elif not name:
+            raise Refusal(f"{flag} {stranger}", 2)
+        elif equals and name in switches:
+            raise Refusal(f"{flag} takes no value", 2)
+        elif equals or name in switches:
+            found[name] = value
+        elif rest and not rest[0].startswith("--"):
+            found[name] = rest.pop(0)
+        else:
+            raise Refusal(f"{flag} needs a value; one that begins with -- is given as "
+                          f"{flag}=VALUE", 2)
+    return plain, found
 
-    def __init__(self, stranger: str) -> None:
-        super().__init__(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS,
-                         argument_default=argparse.SUPPRESS,
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 40, 999))
-        self._stranger = stranger  # what is said of a word that it does not know
 
-    def error(self, message: str) -> NoReturn:
-        """A flag without its value, above all."""
-        raise Refusal(re.sub(r"argument ([^/:]+).*: expected one argument", r"\1 needs a value; "
-                             r"one that begins with -- is given as \1=VALUE", message), 2)
+def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
+    """The settings of a controller or client, each a flag under all of its names."""
+    def name_of(flag: str) -> str:
+        setting = setting_named(flag)
+        return setting.name if setting and setting.whose in (whose, "both") else ""
 
-    def _parse_optional(self, arg_string: str) -> Any:
-        return super()._parse_optional(arg_string) if arg_string.startswith("--") else None
-
-    def read(self, words: Sequence[str]) -> Row:
-        """What the words say, those without a flag under `words`. Refusal."""
-        try:
-            found, strange = self.parse_known_intermixed_args(list(map(typed_text, words)))
-        except ValueError as error:
-            raise Refusal(f"a word is {error}", 2) from None
-        if strange:
-            raise Refusal(f"{strange[0].partition('=')[0]} {self._stranger}", 2)
-        return vars(found)
-
-
-def settings_parser(whose: str) -> Parser:
-    """All settings of a controller or client: each is a flag, under all of its names."""
-    parser = Parser(f"is not a setting of a {whose}; "
-                    f"python openqq.py {whose} --help shows them")
-    for setting in SETTINGS.values():
-        if setting.whose in (whose, "both"):
-            default = f" [{setting.shown()}]" if setting.shown() else ""
-            text = argparse.SUPPRESS if setting.idle else (
-                f"{setting.help}{default} | {setting.chinese}".replace("%", "%%"))
-            plugins = [f"plugin_{name}_" for name in ("openqq", "openwx") if setting.plugin]
-            for name in [setting.name, *(plugin + setting.name for plugin in plugins)]:
-                for flag in dict.fromkeys(("--" + name.replace("_", "-"), "--" + name)):
-                    parser.add_argument(flag, dest=setting.name, metavar="VALUE", help=text)
-                    text = argparse.SUPPRESS  # but for the first one
-    return parser
+    stranger = f"is not a setting of a {whose}; python openqq.py {whose} --help shows them"
+    plain, found = read_words(words, name_of, stranger)
+    if plain:
+        raise Refusal(f"{plain[0]} {stranger}", 2)
+    return tokens_apart(found)
 
 
 def help_text(whose: str) -> str:
     """All settings of a controller or client, as --help shows them."""
+    rows = {}
+    for setting in SETTINGS.values():
+        if setting.whose in (whose, "both") and not setting.idle:
+            default = f" [{setting.shown()}]" if setting.shown() else ""
+            rows[f"  --{setting.name.replace('_', '-')} VALUE"] = (
+                f"{setting.help}{default} | {setting.chinese}")
+    width = max(map(len, rows)) + 2
     return (f"usage: python openqq.py {whose} [--setting value …]\n\n"
             "Each setting takes a value; booleans are 0 and 1, lists have commas. In the\n"
             "environment a setting is MOJO_WEBQQ_ and its name in capitals.\n"
             "每个设置带一个值；布尔值为 0 或 1，列表用逗号分隔。环境变量名为 MOJO_WEBQQ_ 加大写的设置名。\n\n"
-            + settings_parser(whose).format_help().partition("\n")[2])
-
-
-def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
-    """--setting value and --setting=value as settings; Refusal with exit status 2."""
-    return tokens_apart(settings_parser(whose).read(words))
+            + "".join(f"{flag:{width}}{text}\n" for flag, text in rows.items()))
 
 
 # For glibc: one heap instead of one for each thread, and large buffers outside of it, so that
@@ -13540,68 +13484,71 @@ FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
           "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
-def rename_process(whose: str, given: Dict[str, str]) -> Type[Flavour]:
-    """Begin once more under the name that ps is to show, with the secrets off the command line.
+def run_server(whose: str, given: Dict[str, str]) -> int:
+    """`controller`: many accounts; `client`: one account alone.
 
+    It begins once more under the name that ps is to show, with the secrets off the command line.
     Only argv[0] makes a name that all of ps's forms show; its directory must stay Python's own,
     or a virtual environment would be lost.
     """
     flavour = flavour_named(given.get("flavor"))
     python = os.environ.pop("OPENQQ_PYTHON", "")
-    if python or not sys.executable:
-        sys.executable = python or sys.executable
-        return flavour
-    account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
-    name = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
-    hidden = {setting: value for setting, value in given.items() if SETTINGS[setting].secret}
-    flags = [f"--{setting}={value}" for setting, value in given.items() if setting not in hidden]
-    environment = {name: value for name, value in FRUGAL.items() if name not in os.environ}
-    environment.update((flavour.environ + setting.upper(), value)
-                       for setting, value in hidden.items())
-    if "token" in hidden:
-        environment["OPENQQ_TOKEN"] = hidden["token"]
-    begin_again(os.path.join(os.path.dirname(sys.executable), name.replace("/", "_")),
-                ["-S", *python_words(whose, *flags)], OPENQQ_PYTHON=sys.executable, **environment)
-    return flavour
-
-
-def run_server(whose: str, given: Dict[str, str]) -> int:
-    """`controller`: many accounts; `client`: one account alone."""
-    flavour = rename_process(whose, given)
+    if not python and sys.executable:
+        account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
+        title = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
+        environment = {name: value for name, value in FRUGAL.items() if name not in os.environ}
+        flags = []
+        for name, value in given.items():
+            if SETTINGS[name].secret:
+                environment[flavour.environ + name.upper()] = value
+            else:
+                flags.append(f"--{name}={value}")
+        if "token" in given:
+            environment["OPENQQ_TOKEN"] = given["token"]
+        begin_again(os.path.join(os.path.dirname(sys.executable), title.replace("/", "_")),
+                    ["-S", *python_words(whose, *flags)], OPENQQ_PYTHON=sys.executable,
+                    **environment)
+    sys.executable = python or sys.executable
     try:
         settings = Settings(whose, given, os.environ, flavour.environ)
     except ValueError as error:
         raise Refusal(str(error), 2) from None
     if settings.one_cpu:
         share_cpu(os.getpid())
-    if whose == "controller":
-        return Controller(None, **given).run()
+    return Controller(None, **given).run() if whose == "controller" else run_client(**given)
+
+
+def run_client(**given: str) -> int:
+    """What the written template does, too."""
     client = Client(**given)
-    load_usual_plugins(client)
+    client.load(["ShowMsg", "UploadQRcode", "ShowQRcode"])
+    client.load(client.flavour.plugin, call_on_load=True)
     return client.run()
 
 
-def load_usual_plugins(client: Client) -> None:
-    """What the written template does too."""
-    client.load(["ShowMsg", "UploadQRcode", "ShowQRcode"])
-    client.load(client.flavour.plugin, call_on_load=True)
-
-
 def run_child() -> int:
-    """`--client`: what a controller starts."""
+    """`--client`: what a controller starts. It does what the template says; what the written one
+    says is built in, and so is quicker."""
     sys.executable = os.environ.pop("OPENQQ_PYTHON", sys.executable)
     sys.modules.setdefault("openqq", sys.modules[__name__])
     receive_sockets()
     life = os.environ.get("OPENQQ_LIFE", "")  # a descriptor of our own: a template may take it
     line = socket.fromfd(int(life), socket.AF_INET, socket.SOCK_STREAM) if life else None
+    path = os.environ.pop("OPENQQ_TEMPLATE", "")
     try:
-        return run_template(line)
+        text = (read_file(path) or b"").decode("utf-8", "replace") if path else ""
+        if text in ("", default_template(flavour_named(None))):
+            return run_client()
+        if line:
+            spawn(end_with_controller, line)
+        add_site_packages()
+        exec(compile(text, path, "exec"), {"__name__": "__main__", "__file__": path})
+        return 0
     except Exception as error:  # why its client ends: check_client shows it
-        text = error.status if isinstance(error, OpenQQError) else (
-            f"{type(error).__name__}: {error}")
+        why = error.status if isinstance(error, OpenQQError) else f"{type(error).__name__}: {error}"
         if line:
             with contextlib.suppress(OSError):  # there is no controller any more
-                line.send(to_bytes({"log": text[-1000:]}) + b"\n")
+                line.send(to_bytes({"log": why[-1000:]}) + b"\n")
         raise
 
 
@@ -13613,22 +13560,6 @@ def end_with_controller(line: socket.socket) -> None:
         selector.select()
         time.sleep(ORPHAN_SECONDS - 1.0)  # what run() needs at most to end cleanly
         os._exit(1)
-
-
-def run_template(line: Optional[socket.socket]) -> int:
-    """Do what the template says; what the written one says is built in, and so is quicker."""
-    path = os.environ.pop("OPENQQ_TEMPLATE", "")
-    flavour = flavour_named(None)
-    text = (read_file(path) or b"").decode("utf-8", "replace") if path else ""
-    if text and text != default_template(flavour):
-        if line:
-            spawn(end_with_controller, line)
-        add_site_packages()
-        exec(compile(text, path, "exec"), {"__name__": "__main__", "__file__": path})
-        return 0
-    client = Client()
-    load_usual_plugins(client)
-    return client.run()
 
 
 # -- the commands that call a server's API
@@ -13658,105 +13589,21 @@ def text_width(text: str) -> int:
                2 if unicodedata.east_asian_width(sign) in ("W", "F") else 1 for sign in text)
 
 
-class Screen:
-    """Standard output: a terminal, or where a command's answer is piped to."""
-
-    STATES = {"running": "32", "stop": "2", "failed": "31"}  # the others yellow
-
-    def __init__(self) -> None:
-        self._out = sys.stdout or open(os.devnull, "w", encoding="utf-8")
-        self.is_terminal = is_console(self._out)
-        self.can_move = self.is_terminal and os.environ.get("TERM", "dumb") != "dumb"
-        self._colored = self.can_move and not os.environ.get("NO_COLOR")
-        if hasattr(self._out, "reconfigure"):
-            self._out.reconfigure(errors="backslashreplace")
-
-    def put(self, text: str) -> None:
-        """Write lines, at once."""
-        self._out.write(text + "\n")
-        self._out.flush()
-
-    def put_raw(self, said: Said) -> None:
-        """Write what came, byte for byte, unless it would play with a terminal."""
-        is_json = said.kind == "application/json"
-        if self.is_terminal and is_json:
-            return self.put(printable(said.body.decode("utf-8", "replace"), True))
-        if self.is_terminal:
-            raise Refusal(f"{len(said.body)} bytes of {said.kind or 'nothing'}: "
-                          "not for a terminal, write them to a file")
-        self._out.buffer.write(said.body + (b"\n" if is_json else b""))
-        self._out.buffer.flush()
-
-    def color(self, text: str, code: str) -> str:
-        """A text in a colour, where there are colours."""
-        return f"\x1b[{code}m{text}\x1b[0m" if self._colored and code else text
-
-    def table(self, rows: List[List[str]]) -> str:
-        """Rows as text, the first one the head, the second column coloured as a state.
-
-        A column without anything in it is left out.
-        """
-        filled = [place for place, cells in enumerate(zip(*rows)) if any(cells[1:])]
-        rows = [[printable(row[place]) for place in filled] for row in rows]
-        widths = [max(map(text_width, column)) for column in zip(*rows)]
-        columns = os.get_terminal_size(self._out.fileno()).columns if self.is_terminal else 0
-        room = columns - sum(widths[:-1]) - 2 * len(widths)  # for the last column
-        lines = []
-        for place, row in enumerate(rows):
-            last = row[-1]
-            if columns and text_width(last) > room:
-                while last and text_width(last) >= room:
-                    last = last[:-1]
-                last += "…"
-            cells = [cell + " " * (width - text_width(cell))
-                     for cell, width in zip(row[:-1], widths)] + [last]
-            cells[1] = self.color(cells[1], self.STATES.get(row[1], "33") if place else "")
-            line = "  ".join(cells).rstrip()
-            lines.append(line if place else self.color(line, "1"))
-        return "\n".join(lines)
-
-    def drawing(self, matrix: List[bytearray]) -> str:
-        """A QR code; without colours light is what is written, as on a dark screen."""
-        text = qr_text(matrix)
-        if not self._colored:
-            text = re.sub("\x1b\\[[0-9;]*m", "", text).translate(str.maketrans(" ▀▄█", "█▄▀ "))
-        return text.rstrip("\n")
-
-
-def account_cells(row: Row) -> List[str]:
-    """A line of the table of accounts, out of what check_client says of one."""
-    state = "failed" if row.get("failed") else str(row.get("state") or "")
-    since, up = str(row.get("start_time") or ""), ""
-    alive = state not in ("stop", "failed")
-    if alive and since.isdigit():
-        seconds = max(0, int(time.time() - int(since)))
-        parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "m"),
-                 (seconds % 60, "s")]
-        up = " ".join([f"{count}{unit}" for count, unit in parts if count][:2]) or "0s"
-    return [str(row.get("account") or ""), state, str(row.get("port") or ""),
-            str(row.get("pid") or "") if alive else "", up,
-            str(row.get("restarts") or ""), str(row.get("error") or "")]
-
-
-def event_line(event: Row, screen: Screen) -> str:
-    """An event as one line for somebody who reads along."""
-    when = str(event.get("time") or "")
-    clock = time.strftime("%H:%M:%S ", time.localtime(int(when))) if when.isdigit() else ""
+def event_line(event: Row) -> Tuple[str, str]:
+    """An event as one line for somebody who reads along, and its colour."""
+    when = number_of(event.get("time"))
+    clock = time.strftime("%H:%M:%S ", time.localtime(int(when))) if when else ""
     head = clock + str(event.get("client") or "")  # a client alone has but one account
-    if event.get("post_type") == "event":
-        words = [str(event.get("event"))]
-        for param in event.get("params") or []:
-            if isinstance(param, dict):
-                param = param.get("displayname") or param.get("name") or param.get("id")
-            words.append(str(param)[:60])
-        return screen.color(printable(f"{head} · {' '.join(words)}"), "36")
     place = event.get("group") or event.get("discuss")
+    content = event.get("content")
+    if event.get("post_type") == "event":
+        words = [param.get("displayname") or param.get("name") or param.get("id")
+                 if isinstance(param, dict) else param for param in event.get("params") or []]
+        return f"{head} · {' '.join(str(word)[:60] for word in [event.get('event'), *words])}", "36"
     if event.get("class") == "send":
         failed = "" if event.get("code") == 0 else f" [{event.get('msg')}]"
-        return screen.color(printable(f"{head} → {event.get('receiver') or place}: "
-                                      f"{event.get('content')}{failed}"), "32")
-    where = f"@{place}" if place else ""
-    return printable(f"{head} ← {event.get('sender')}{where}: {event.get('content')}")
+        return f"{head} → {event.get('receiver') or place}: {content}{failed}", "32"
+    return f"{head} ← {event.get('sender')}{f'@{place}' if place else ''}: {content}", ""
 
 
 class Said:
@@ -13771,7 +13618,7 @@ class Said:
             self.value = from_bytes(self.body) if self.kind == "application/json" else None
         except ValueError:
             self.value = None
-        self.row: Row = self.value if isinstance(self.value, dict) else {}
+        self.row = object_of(self.value)
         self.code = self.row["code"] if isinstance(self.row.get("code"), int) else 0
         self.good = self.status < 300 and self.code == 0
 
@@ -13783,9 +13630,8 @@ class Said:
             text = self.body[:60].decode("utf-8", "replace")
             return Refusal(f"HTTP {self.status} {text}".strip())
         text = str(self.row.get("status") or self.row.get("reply_status") or "no")
-        if "state" in self.row:
-            text += f", it is {self.row['state']}"
-        return Refusal(f"{text} (code {self.code})")
+        state = f", it is {self.row['state']}" if "state" in self.row else ""
+        return Refusal(f"{text}{state} (code {self.code})")
 
 
 class Terminal:
@@ -13793,6 +13639,7 @@ class Terminal:
     Refusal for what goes wrong, Unreachable where nobody answers."""
 
     WATCH_SECONDS = 1.0
+    STATES = {"running": "32", "stop": "2", "failed": "31"}  # their colours; the others' is yellow
     # What only reads is asked for with GET; all else is posted, so that no log keeps it.
     READS = re.compile(r"(?:/open(?:qq|wx)/)?(?:get_|check_client|openapi|events)|"
                        r"/local/(?:world|scan)|/healthz|/metrics|/$")
@@ -13804,7 +13651,9 @@ class Terminal:
             raise Refusal(f"--url: {error}; it looks like http://127.0.0.1:4000", 2) from None
         self._url, self._is_raw, self._watch = url.rstrip("/"), is_raw, watch
         self._fields = {"Authorization": bearer(token)} if token else {}
-        self._screen = Screen()
+        self._is_console = is_console(sys.stdout)
+        self._can_move = self._is_console and os.environ.get("TERM", "dumb") != "dumb"
+        self._has_colors = self._can_move and not os.environ.get("NO_COLOR")
 
     def _open(self, api: str, params: Mapping[str, str]) -> Reply:
         """Call an API. `client` is always in the query: a proxy before many looks for it there."""
@@ -13822,11 +13671,25 @@ class Terminal:
     def _ask(self, api: str, **params: str) -> Said:
         return Said(self._open(api, params))
 
+    def _show_raw(self, said: Said) -> None:
+        """What came, byte for byte, unless it would play with a terminal."""
+        is_json = said.kind == "application/json"
+        if not self._is_console:
+            sys.stdout.buffer.write(said.body + (b"\n" if is_json else b""))
+        elif is_json:
+            print(printable(said.body.decode("utf-8", "replace"), True))
+        else:
+            raise Refusal(f"{len(said.body)} bytes of {said.kind or 'nothing'}: "
+                          "not for a terminal, write them to a file")
+
+    def _color(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._has_colors and code else text
+
     def _finish(self, said: Said, is_json: bool = True) -> bool:
         """Print what came, if that is all that is wanted: else it is to be shown. Refusal if it
         says no, or if it is not what only a server of ours can have said."""
         if self._is_raw:
-            self._screen.put_raw(said)
+            self._show_raw(said)
         if not said.good:
             raise said.refusal()
         if is_json and not self._is_raw and not said.row:
@@ -13837,7 +13700,7 @@ class Terminal:
         """An answer's status, and those of its members that are of interest."""
         if self._finish(said):
             words = [f"{name} {said.row[name]}" for name in names if name in said.row]
-            self._screen.put(printable(", ".join([str(said.row.get("status")), *words])))
+            print(printable(", ".join([str(said.row.get("status")), *words])))
 
     def _check_account(self, name: str) -> None:
         """Refusal where there is no such account: with these calls a client alone does not look
@@ -13848,23 +13711,55 @@ class Terminal:
 
     def status(self, *names: str) -> None:
         """A table of the accounts; with --watch again and again, whatever becomes of them."""
-        self._show_accounts(*names)
-        while self._watch:
-            time.sleep(self.WATCH_SECONDS)  # nothing tells of states but asking for them
+        for turn in itertools.count():
             try:
-                self._show_accounts(*names)
+                said = self._ask("check_client", **{"client": name for name in names})
+                if self._finish(said):
+                    clear = "\x1b[H\x1b[J" if self._watch and self._can_move else ""
+                    print(clear + self._table(rows_of(said.row.get("client"))))
+                sys.stdout.flush()
             except (Refusal, Unreachable) as error:
+                if not turn:
+                    raise
                 print(f"openqq: {printable(error.status)}", file=sys.stderr)
+            if not self._watch:
+                return
+            time.sleep(self.WATCH_SECONDS)  # nothing tells of states but asking for them
 
-    def _show_accounts(self, *names: str) -> None:
-        said = self._ask("check_client", **{"client": name for name in names})
-        if self._finish(said):
-            rows = [account_cells(row) for row in rows_of(said.row.get("client"))]
-            text = self._screen.table([
-                ["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"],
-                *rows]) if rows else "no accounts; start NAME makes one"
-            clear = "\x1b[H\x1b[J" if self._watch and self._screen.can_move else ""
-            self._screen.put(clear + text)
+    def _table(self, accounts: List[Row]) -> str:
+        """What check_client says of accounts; a column without anything in it is left out."""
+        rows: List[List[str]] = []
+        for account in accounts:
+            state = "failed" if account.get("failed") else account.get("state")
+            since, up = number_of(account.get("start_time")), ""
+            is_alive = state not in ("stop", "failed")
+            if is_alive and since:
+                seconds = max(0, int(time.time() - int(since)))
+                parts = [(seconds // 86_400, "d"), (seconds // 3600 % 24, "h"),
+                         (seconds // 60 % 60, "m"), (seconds % 60, "s")]
+                up = " ".join([f"{count}{unit}" for count, unit in parts if count][:2]) or "0s"
+            rows.append([printable(str(cell or "")) for cell in (
+                account.get("account"), state, account.get("port"),
+                is_alive and account.get("pid"), up, account.get("restarts"),
+                account.get("error"))])
+        if not rows:
+            return "no accounts; start NAME makes one"
+        head = ["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"]
+        filled = [place for place, cells in enumerate(zip(*rows)) if place < 2 or any(cells)]
+        rows = [[cells[place] for place in filled] for cells in [head, *rows]]
+        widths = [max(map(text_width, column)) for column in zip(*rows)]
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns if self._is_console else 0
+        room = columns - sum(widths[:-1]) - 2 * len(widths)  # for the last column
+        lines = []
+        for place, row in enumerate(rows):
+            while columns and len(row[-1]) > 1 and text_width(row[-1]) > room:
+                row[-1] = row[-1][:-2] + "…"
+            cells = [cell + " " * (width - text_width(cell)) for cell, width in zip(row, widths)]
+            if place:
+                cells[1] = self._color(cells[1], self.STATES.get(row[1], "33"))
+            line = "  ".join(cells).rstrip()
+            lines.append(line if place else self._color(line, "1"))
+        return "\n".join(lines)
 
     def start(self, name: str, *settings: str) -> None:
         """Start an account with settings of its own."""
@@ -13876,7 +13771,8 @@ class Terminal:
         self._say(self._ask("stop_client", client=name), "pid", "port")
 
     def qrcode(self, name: str) -> None:
-        """Draw the QR code that an account waits with.
+        """Draw the QR code that an account waits with; without colours light is what is written,
+        as on a dark screen.
 
         It is read out of the picture: its text lets in whoever has it, and so is in no answer
         that scripts keep and logs show.
@@ -13887,9 +13783,12 @@ class Terminal:
             raise Refusal(f"{name} has no QR code to scan; status says what it does")
         if self._finish(said, False):
             try:
-                self._screen.put(self._screen.drawing(qr_unpng(said.body)))
+                text = qr_text(qr_unpng(said.body))
             except ValueError as error:
                 raise Refusal(f"the picture cannot be read: {error}") from None
+            if not self._has_colors:
+                text = re.sub("\x1b\\[[0-9;]*m", "", text).translate(str.maketrans(" ▀▄█", "█▄▀ "))
+            print(text.rstrip("\n"))
 
     def send(self, name: str, kind: str, who: str, text: str) -> None:
         """Send a message to whom the API finds, by uid, by id or by name."""
@@ -13911,10 +13810,13 @@ class Terminal:
             raise Said(reply).refusal()
         for piece in reply.pieces(PROXY_SECONDS):
             for data in events.feed(piece):
-                event = {**client, **from_bytes(data)}
-                text = to_bytes(event).decode() if self._is_raw else event_line(event, self._screen)
-                is_seen = self._is_raw and self._screen.is_terminal
-                self._screen.put(printable(text, True) if is_seen else text)
+                event = {**client, **(object_in(data) or {})}
+                if self._is_raw:
+                    text = to_bytes(event).decode()
+                    print(printable(text, True) if self._is_console else text, flush=True)
+                else:
+                    text, color = event_line(event)
+                    print(self._color(printable(text), color), flush=True)
         raise Refusal("the stream of events has ended")
 
     def call(self, api: str, *pairs: str) -> None:
@@ -13922,9 +13824,9 @@ class Terminal:
         said = self._ask(api, **parse_pairs(pairs))
         if self._finish(said, False):
             if said.value is None:
-                return self._screen.put_raw(said)
+                return self._show_raw(said)
             text = json.dumps(said.value, ensure_ascii=False, indent=2)
-            self._screen.put(printable(text, True))
+            print(printable(text, True))
 
 
 def parse_pairs(words: Sequence[str]) -> Dict[str, str]:
@@ -13966,16 +13868,14 @@ Exit status: 0, 1 when the API says no, 2 for a wrong call, 3 when nobody answer
 def run_command(command: str, words: Sequence[str]) -> int:
     """A command that calls a server's API; its exit status. Refusal."""
     usage, least, most, _ = COMMANDS[command]
-    parser = Parser(f"is not a flag of {command}; a text that begins so stands behind --")
-    parser.add_argument("words", nargs="*", default=[])
-    for flag in "--url", "--token":
-        parser.add_argument(flag)
-    for flag in ["--json", "--watch"][:1 + (command == "status")]:
-        parser.add_argument(flag, action="store_true")
+    known = ("url", "token", "json") + (("watch",) if command == "status" else ())
     url = os.environ.get("OPENQQ_URL") or f"http://127.0.0.1:{QQ.port}"
     try:
-        flags = parser.read(words)
-        plain, url = flags.pop("words"), flags.get("url") or url
+        plain, flags = read_words(
+            words, lambda flag: flag if flag in known else "",
+            f"is not a flag of {command}; a text that begins so stands behind --",
+            ("json", "watch"))
+        url = flags.get("url") or url
         if not least <= len(plain) <= most:
             raise Refusal(f"usage: python openqq.py {command} {usage}", 2)
         if "token" in flags and sys.executable:  # ps would show it to everybody
@@ -13999,14 +13899,15 @@ def written(write: Callable[[], Optional[int]]) -> int:
 
     What is still in its buffer would be tried again at the end: it goes nowhere.
     """
+    out: Any = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    out.reconfigure(errors="backslashreplace")
+    sys.stdout = out
     try:
         status = write() or 0
-        if sys.stdout:
-            sys.stdout.flush()
+        out.flush()
         return status
     except OSError as error:  # of a server it is an Unreachable, and so a Refusal
-        if sys.stdout:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if not isinstance(error, BrokenPipeError):
             raise Refusal(f"the output cannot be written: {error.strerror}") from None
         return 0  # whoever read has read enough
@@ -14025,18 +13926,16 @@ def main(words: Sequence[str]) -> int:
         return 1
     command, rest = words[0] if words else "", words[1:]
     is_server = command in ("controller", "client")
-    text = ""
-    if command == "--version":
-        text = f"OpenQQ {VERSION}"
-    elif is_server and {"-h", "--help"} & set(rest):
-        text = help_text(command).rstrip("\n")
-    elif command in ("-h", "--help") or command in COMMANDS and rest in (["-h"], ["--help"]):
-        text = USAGE.rstrip("\n")
+    text = {"--version": f"OpenQQ {VERSION}\n", "--help": USAGE, "-h": USAGE}.get(command, "")
+    if is_server and {"-h", "--help"} & set(rest):
+        text = help_text(command)
+    elif command in COMMANDS and rest in (["-h"], ["--help"]):
+        text = USAGE
     try:
         if command == "--client":
             return run_child()
         if text:
-            return written(lambda: Screen().put(text))
+            return written(lambda: print(text, end=""))
         if is_server:
             return run_server(command, parse_flags(command, rest))
         if command in COMMANDS:
