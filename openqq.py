@@ -42,6 +42,7 @@ CONTRACT joins them with what was measured on the wire, DESIGN is how this progr
 """
 from __future__ import annotations
 
+import argparse
 import base64
 import binascii
 import collections
@@ -90,7 +91,7 @@ VERSION = "1.0.0"
 TYPE_CHECKING = False  # so that no process pays for the import of typing
 if TYPE_CHECKING:
     from typing import (IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping,
-                        Optional, Sequence, Set, Tuple, Type, Union)
+                        NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
     Address = Tuple[str, int]
     Json = Any                   # what the json module reads and writes
     Row = Dict[str, Any]         # a JSON object
@@ -13416,50 +13417,47 @@ def request_echo(request: Request) -> Row:
 # 15. Command line
 # ------------------------------------------------------------------------------------------------
 
-def read_words(words: Sequence[str], name_of: Callable[[str], str], stranger: str,
-               switches: Sequence[str] = ()) -> Tuple[List[str], Dict[str, str]]:
-    """The words without a flag, and what --flag VALUE, --flag=VALUE and --switch say, by their
-    names: those that `name_of` knows. A flag begins with two dashes. Refusal, with exit status 2.
-    """
-    plain: List[str] = []
-    found: Dict[str, str] = {}
-    try:
-        rest = list(map(typed_text, words))
-    except ValueError as error:
-        raise Refusal(f"a word is {error}", 2) from None
-    while rest:
-        word = rest.pop(0)
-        flag, equals, value = word.partition("=")
-        name = name_of(flag[2:])
-        if word == "--":
-            return plain + rest, found
-        if not word.startswith("--"):
-            plain.append(word)
-        elif not name:
-            raise Refusal(f"{flag} {stranger}", 2)
-        elif equals and name in switches:
-            raise Refusal(f"{flag} takes no value", 2)
-        elif equals or name in switches:
-            found[name] = value
-        elif rest and not rest[0].startswith("--"):
-            found[name] = rest.pop(0)
-        else:
-            raise Refusal(f"{flag} needs a value; one that begins with -- is given as "
-                          f"{flag}=VALUE", 2)
-    return plain, found
+class Parser(argparse.ArgumentParser):
+    """argparse that refuses on one line, with exit status 2. A flag begins with two dashes."""
+
+    def __init__(self, stranger: str, **flags: str) -> None:
+        super().__init__(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        self._stranger = stranger  # what is said of a word that it does not know
+        for name, action in flags.items():
+            self.add_argument("--" + name, action=action)
+
+    def error(self, message: str) -> NoReturn:
+        """A flag without its value, above all."""
+        raise Refusal(re.sub(r"argument ([^/:]+).*: expected one argument", r"\1 needs a value; "
+                             r"one that begins with -- is given as \1=VALUE", message), 2)
+
+    def read(self, words: Sequence[str]) -> Row:
+        """What the words say, by the flags' names. Refusal."""
+        try:
+            texts = list(map(typed_text, words))
+        except ValueError as error:
+            raise Refusal(f"a word is {error}", 2) from None
+        # Behind a NUL, which no word can hold, argparse takes one dash for no flag.
+        found, strange = self.parse_known_intermixed_args(
+            [re.sub("^-(?!-)", "\0-", text) for text in texts])
+        if strange:
+            flag = strange[0].partition("=")[0].strip("\0")
+            raise Refusal(f"{flag} {self._stranger}", 2)
+        return {name: [word.strip("\0") for word in value] if isinstance(value, list) else
+                value.strip("\0") if isinstance(value, str) else value
+                for name, value in vars(found).items()}
 
 
 def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
     """The settings of a controller or client, each a flag under all of its names."""
-    def name_of(flag: str) -> str:
-        setting = setting_named(flag)
-        return setting.name if setting and setting.whose in (whose, "both") else ""
+    def flag(found: re.Match[str]) -> str:
+        setting = setting_named(found.group(1))
+        return "--" + (setting.name if setting else found.group(1))
 
-    stranger = f"is not a setting of a {whose}; python openqq.py {whose} --help shows them"
-    plain, found = read_words(words, name_of, stranger)
-    if plain:
-        raise Refusal(f"{plain[0]} {stranger}", 2)
-    return tokens_apart(found)
+    names = [row.name for row in SETTINGS.values() if row.whose in (whose, "both")]
+    parser = Parser(f"is not a setting of a {whose}; python openqq.py {whose} --help shows them",
+                    **dict.fromkeys(names, "store"))
+    return tokens_apart(parser.read([re.sub("^--([^=]+)", flag, word) for word in words]))
 
 
 def help_text(whose: str) -> str:
@@ -13868,14 +13866,14 @@ Exit status: 0, 1 when the API says no, 2 for a wrong call, 3 when nobody answer
 def run_command(command: str, words: Sequence[str]) -> int:
     """A command that calls a server's API; its exit status. Refusal."""
     usage, least, most, _ = COMMANDS[command]
-    known = ("url", "token", "json") + (("watch",) if command == "status" else ())
+    parser = Parser(f"is not a flag of {command}; a text that begins so stands behind --",
+                    url="store", token="store", json="store_true",
+                    **{"watch": "store_true"} if command == "status" else {})
+    parser.add_argument("words", nargs="*", default=[])
     url = os.environ.get("OPENQQ_URL") or f"http://127.0.0.1:{QQ.port}"
     try:
-        plain, flags = read_words(
-            words, lambda flag: flag if flag in known else "",
-            f"is not a flag of {command}; a text that begins so stands behind --",
-            ("json", "watch"))
-        url = flags.get("url") or url
+        flags = parser.read(words)
+        plain, url = flags["words"], flags.get("url") or url
         if not least <= len(plain) <= most:
             raise Refusal(f"usage: python openqq.py {command} {usage}", 2)
         if "token" in flags and sys.executable:  # ps would show it to everybody
