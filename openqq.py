@@ -13428,8 +13428,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """A flag without its value, above all."""
-        raise Refusal(re.sub(r"argument ([^/:]+).*: expected one argument", r"\1 needs a value; "
-                             r"one that begins with -- is given as \1=VALUE", message), 2)
+        flag = message.partition(":")[0].replace("argument ", "")
+        raise Refusal(f"{flag} takes no value" if "ignored" in message else
+                      f"{flag} needs a value; one that begins with -- is given as {flag}=VALUE", 2)
 
     def read(self, words: Sequence[str]) -> Row:
         """What the words say, by the flags' names. Refusal."""
