@@ -115,7 +115,6 @@ IDLE_SECONDS = 60.0              # between two requests of a connection
 WRITE_SECONDS = 30.0
 REASON_LIMIT = 8                 # causes of each reason for a 403 that the log tells
 
-NAME_LIMIT = 64                  # characters of an account's name
 SETTING_LIMIT = 4_096            # of a setting, or a property on the local network
 CONTENT_LIMIT = 64 * 1024        # bytes of a message's text; QQ itself takes far less
 MEDIA_LIMIT = 5 * 1024 * 1024    # bytes of a picture: in base64 it still fits into a body
@@ -264,11 +263,8 @@ SYSTEM = {"win32": "MSWin32"}.get(sys.platform, sys.platform)  # as Perl calls i
 # service wrappers of Windows send.
 END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")
                if hasattr(signal, name)]
-# No descriptor is handed on by accident, no symlink followed, no FIFO waited for.
-OPEN_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
 # Sockets that a selector takes: select() of Windows, all that it has, is made for 512.
 MOST_WATCHED = 480 if sys.platform == "win32" else 1_000_000
-DESCRIPTORS = (65_536, 10_240)  # open files that a process wants, and what macOS grants
 SHARE_SIZE = 628                 # bytes of what hands a socket to a process of Windows at most
 
 # What a client's environment takes over from the controller's; all else would be a way in. Without
@@ -288,18 +284,13 @@ def kernel32() -> Any:
 
 def patiently(function: Callable[..., Any], *args: Any,
               tries: int = 20 if sys.platform == "win32" else 1) -> Any:
-    """What function(*args) returns, tried again for half a second at most.
-
-    On Windows a file can be neither replaced nor opened while somebody else, a virus scanner say,
-    has it open or removes it.
-    """
-    for left in reversed(range(tries)):
-        try:
+    """What function(*args) returns, tried again for half a second: on Windows a file can be
+    neither replaced nor opened while somebody else, a virus scanner say, has it open."""
+    for _ in range(tries - 1):
+        with contextlib.suppress(PermissionError):
             return function(*args)
-        except PermissionError:
-            if not left:
-                raise
-            time.sleep(0.025)  # nothing tells when that is over
+        time.sleep(0.025)  # nothing tells when that is over
+    return function(*args)
 
 
 def is_held(error: OSError) -> bool:
@@ -322,7 +313,9 @@ def own_opener(path: str, flags: int) -> int:
     Opens only a regular file of ours (or root's) with one name, made 0600 if it is new; OSError
     for a symlink, a FIFO, a device, a second link or somebody else's file.
     """
-    handle: int = patiently(os.open, path, flags | OPEN_FLAGS, 0o600)
+    for name in "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC":  # the second: no FIFO is waited for
+        flags |= getattr(os, name, 0)
+    handle: int = patiently(os.open, path, flags, 0o600)
     if is_own_file(os.fstat(handle)):
         return handle
     os.close(handle)
@@ -346,11 +339,10 @@ def lock_file(file: IO[Any]) -> bool:
 
 
 def await_lock(file: IO[Any]) -> None:
-    """Return when no other process has locked a file; Windows waits for no lock longer than ten
-    seconds. OSError."""
+    """Return when no other process has locked a file. OSError."""
     if sys.platform == "win32":
         while not lock_file(file):
-            time.sleep(0.05)  # so it is asked again
+            time.sleep(0.05)  # the system itself waits for no lock longer than ten seconds
     else:
         fcntl.flock(file, fcntl.LOCK_SH)
 
@@ -378,28 +370,26 @@ def start_process(spawn_process: Callable[..., Any], title: str, words: Sequence
     import subprocess
     python = os.environ.get("OPENQQ_PYTHON", sys.executable)
     argv = [os.path.join(os.path.dirname(python), title), "-S", *words]
-    if sys.platform == "win32":
-        base = getattr(sys, "_base_executable", python)
-        process = spawn_process(
-            argv, executable=base, stdin=subprocess.PIPE,
-            stdout=None if sys.stdout else subprocess.DEVNULL,
-            stderr=None if sys.stderr else subprocess.DEVNULL,
-            creationflags=subprocess.CREATE_NEW_PROCESS_GROUP,
-            env={**environment, "OPENQQ_PYTHON": python, "OPENQQ_SOCKETS": ",".join(sockets),
-                 "__PYVENV_LAUNCHER__": python})
-        try:
-            with process.stdin as pipe:
-                for sock in sockets.values():
-                    pipe.write(sock.share(process.pid).ljust(SHARE_SIZE, b"\0"))
-        except OSError:
-            process.kill()
-            raise
-        return process
-    return spawn_process(
-        argv, executable=python, stdin=subprocess.DEVNULL, start_new_session=True,
-        pass_fds=[sock.fileno() for sock in sockets.values()],
-        env={**environment, "OPENQQ_PYTHON": python,
-             **{name: str(sock.fileno()) for name, sock in sockets.items()}})
+    env = {**environment, "OPENQQ_PYTHON": python}
+    if sys.platform != "win32":
+        env.update((name, str(sock.fileno())) for name, sock in sockets.items())
+        return spawn_process(
+            argv, executable=python, stdin=subprocess.DEVNULL, start_new_session=True, env=env,
+            pass_fds=[sock.fileno() for sock in sockets.values()])
+    process = spawn_process(
+        argv, executable=getattr(sys, "_base_executable", python), stdin=subprocess.PIPE,
+        stdout=None if sys.stdout else subprocess.DEVNULL,
+        stderr=None if sys.stderr else subprocess.DEVNULL,
+        creationflags=subprocess.CREATE_NEW_PROCESS_GROUP,
+        env={**env, "OPENQQ_SOCKETS": ",".join(sockets), "__PYVENV_LAUNCHER__": python})
+    try:
+        with process.stdin as pipe:
+            for sock in sockets.values():
+                pipe.write(sock.share(process.pid).ljust(SHARE_SIZE, b"\0"))
+    except OSError:
+        process.kill()
+        raise
+    return process
 
 
 def receive_sockets() -> None:
@@ -430,6 +420,9 @@ def begin_again(title: str, words: Sequence[str], **environment: str) -> None:
                                    for word in (title, *words)], {**os.environ, **spelt})
 
 
+CONSOLE_HANDLERS: List[Any] = []  # what Windows calls must not be collected
+
+
 def on_closed_console(act: Callable[[], None]) -> None:
     """Have act() called when the window of a console is closed, or its user leaves: Windows ends
     the process when the handler returns, and after five seconds in any case."""
@@ -443,10 +436,8 @@ def on_closed_console(act: Callable[[], None]) -> None:
             time.sleep(2 * ORPHAN_SECONDS)  # for those who end the process in order
             return True
 
-        on_closed_console.handler = ctypes.WINFUNCTYPE(  # type: ignore[attr-defined]
-            ctypes.c_int, ctypes.c_uint)(handle)  # it must not be collected
-        kernel32().SetConsoleCtrlHandler(
-            on_closed_console.handler, True)  # type: ignore[attr-defined]
+        CONSOLE_HANDLERS.append(ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint)(handle))
+        kernel32().SetConsoleCtrlHandler(CONSOLE_HANDLERS[-1], True)
 
 
 def take_no_signals() -> None:
@@ -499,28 +490,25 @@ def room_for_connections() -> int:
     Beyond its limit of open files nobody could even be told that there are too many. A quarter
     of them is left for files and clients. Windows has none for sockets.
     """
+    wanted = 65_536
     if sys.platform != "win32":
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        for most in DESCRIPTORS:
-            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            if soft == resource.RLIM_INFINITY or soft >= most:
-                break
-            try:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-                soft = most
-            except (OSError, ValueError):
-                pass  # macOS has another limit below the one that it tells
-        if soft != resource.RLIM_INFINITY:
+        infinity = resource.RLIM_INFINITY
+        for most in wanted, 10_240:  # macOS has another limit below the one that it tells
+            most = most if hard == infinity else min(most, hard)
+            if soft != infinity and soft < most:
+                with contextlib.suppress(OSError, ValueError):
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+                    soft = most
+        if soft != infinity:
             return max(1, soft * 3 // 8)
-    return DESCRIPTORS[0]
+    return wanted
 
 
 CPUS: List[int] = []  # those that a process may choose from, where there is a choice and a use
 if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
-    try:
+    with contextlib.suppress(OSError):  # the system need not tell us
         CPUS = sorted(os.sched_getaffinity(0))
-    except OSError:
-        pass  # the system does not tell us; it works as well
 
 
 def share_cpu(number: int, pid: int = 0) -> None:
@@ -530,10 +518,8 @@ def share_cpu(number: int, pid: int = 0) -> None:
     another CPU is what took most of the time (measured on two: half as many proxied calls).
     """
     if len(CPUS) > 1:
-        try:
+        with contextlib.suppress(OSError):  # it has just ended, or the system does not let us
             getattr(os, "sched_setaffinity")(pid, [CPUS[number % len(CPUS)]])
-        except OSError:
-            pass  # it has just ended, or the system does not let us
 
 
 def is_console(file: Any) -> bool:
@@ -578,9 +564,8 @@ def has_own_window() -> bool:
 # 2. Tools: names, JSON, log, threads, timers
 # ------------------------------------------------------------------------------------------------
 
-NAME = re.compile(r"(?!\.)[A-Za-z0-9_.@\-\u3400-\u4dbf\u4e00-\u9fff]{1,%d}" % NAME_LIMIT)
+NAME = re.compile(r"(?!\.)[A-Za-z0-9_.@\-\u3400-\u4dbf\u4e00-\u9fff]{1,64}")  # of an account
 FORBIDDEN = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.I)  # by Windows
-SURROGATES = re.compile("[\ud800-\udfff]")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 ID_KEY = re.compile(r"(?:.*_)?u?id|reply_to")
 encode_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
@@ -620,22 +605,17 @@ def object_in(data: bytes) -> Optional[Row]:
     return value if isinstance(value, dict) else None
 
 
-GB_NAMES = ("gb18030", "gbk", "gb2312", "cp936", "x-gbk")  # what a charset= may call it
-
-
 def read_text(data: bytes, charset: str = "") -> str:
     """Text of somebody who need not say how it is written: UTF-8, else GB18030, as Chinese
     consoles and old scripts write it; a `charset` that says so comes first. ValueError."""
     encodings = ["utf-8", "gb18030"]
-    if charset.lower() in GB_NAMES:
+    if charset.lower() in ("gb18030", "gbk", "gb2312", "cp936", "x-gbk"):
         encodings.reverse()
     elif charset.lower() not in ("", "utf-8", "utf8", "us-ascii", "ascii"):
         encodings.pop()
     for encoding in encodings:
-        try:
+        with contextlib.suppress(UnicodeDecodeError):
             return data.decode(encoding)
-        except UnicodeDecodeError:
-            pass
     raise ValueError("neither UTF-8 nor GB18030" if encodings[1:] else
                      f"in {charset}: write UTF-8 or GB18030")
 
@@ -645,7 +625,7 @@ def typed_text(word: str) -> str:
 
     Bytes that are not what Python takes the console to write stand in it as surrogates (PEP 383).
     """
-    return read_text(os.fsencode(word)) if SURROGATES.search(word) else word
+    return read_text(os.fsencode(word)) if re.search("[\ud800-\udfff]", word) else word
 
 
 def check_name(name: str) -> str:
@@ -745,10 +725,7 @@ class LogHandler(logging.Handler):
     def __init__(self, path: str, encoding: str, head: str, colored: bool, level: int) -> None:
         super().__init__(level)
         self._path, self._encoding, self._head, self._colored = path, encoding, head, colored
-        self._file = self._open() if path else None
-
-    def _open(self) -> Any:
-        return open(self._path, "ab", 0, opener=own_opener)
+        self._file: Any = open(path, "ab", 0, opener=own_opener) if path else None
 
     def format(self, record: logging.LogRecord) -> str:
         """Lines of text; control characters cannot reach the terminal."""
@@ -764,20 +741,17 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Neither a full disk nor a reader who is gone stops what the log tells about."""
         data = self.format(record).encode(self._encoding, "replace")
-        try:
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # the next is tried again
             if self._file is None:
-                write_stderr(data)
-                return
+                return write_stderr(data)
             try:
                 moved = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
             except (OSError, ValueError):
                 moved = True
             if moved:
                 self._file.close()
-                self._file = self._open()
+                self._file = open(self._path, "ab", 0, opener=own_opener)
             self._file.write(data)
-        except (AttributeError, OSError, ValueError):
-            pass  # it is tried again with the next record
 
 
 class Log(logging.Logger):
@@ -838,7 +812,11 @@ def result_of(future: Future[Any], seconds: Optional[float] = None) -> Any:
 
 
 class ThreadPool:
-    """At most `size` threads; one more comes when there is work, one leaves that has been idle."""
+    """At most `size` threads; one more comes when there is work, one leaves that has been idle.
+
+    (The threads of a concurrent.futures.ThreadPoolExecutor never leave, and a process that ends
+    waits for what they do.)
+    """
 
     def __init__(self, size: int, name: str, log: Log, linger: float = 10.0) -> None:
         self.size, self.name, self.log, self.linger = size, name, log, linger
@@ -862,39 +840,32 @@ class ThreadPool:
                 self.log.warn(f"no thread for {self.name}: {error}")
 
     def _work(self) -> None:
-        while True:
-            job = self._next()
-            if job is None:
-                return
-            try:
-                job[0](*job[1])
-            except Exception:
-                self.log.failure(f"a job of {self.name}")
-            del job  # an idle thread must not keep what it worked on alive
-
-    def _next(self) -> Optional[Tuple[Callable[..., None], Tuple[Any, ...]]]:
         with self._lock:
             self._free += 1
         while True:
             try:
-                job: Tuple[Callable[..., None], Tuple[Any, ...]] = self._jobs.get(
-                    timeout=self.linger)
-                return job
+                function, args = self._jobs.get(timeout=self.linger)
             except queue.Empty:
                 with self._lock:
                     if self._free > 0:  # else a job is on its way to us
                         self._free -= 1
                         self._threads -= 1
-                        return None
+                        return
+                continue
+            try:
+                function(*args)
+            except Exception:
+                self.log.failure(f"a job of {self.name}")
+            del function, args  # an idle thread must not keep what it worked on alive
+            with self._lock:
+                self._free += 1
 
 
 class Timer:
     """A call to come; cancel() takes it back."""
 
-    __slots__ = ("job",)
-
-    def __init__(self, job: Callable[[], None]) -> None:
-        self.job: Optional[Callable[[], None]] = job
+    def __init__(self, job: Callable[[], Any]) -> None:
+        self.job: Optional[Callable[[], Any]] = job
 
     def cancel(self) -> None:
         """Let it not happen."""
@@ -915,22 +886,20 @@ class Timers:
         self._count = itertools.count()
         self._selector = selectors.DefaultSelector()
         self._ear, self._mouth = socket_pair()
-        self._ear.setblocking(False)
-        self._mouth.setblocking(False)
+        for sock in self._ear, self._mouth:
+            sock.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ, lambda: self._ear.recv(4096))
-        self._wakes_at = 0.0  # when the thread looks at the heap without being woken
         self._ended = False
         self._signals: Dict[int, Any] = {}  # those that are caught -> who had them before
-        self._caught: Deque[Tuple[Callable[[int], None], int]] = collections.deque()
+        self._caught: Deque[Callable[[], None]] = collections.deque()
 
     def later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Timer:
         """Have function(*args) called in `seconds`, with the lock held. From any thread."""
-        timer = Timer(lambda: function(*args))
+        timer = Timer(functools.partial(function, *args))
         with self.lock:
-            at = self.clock() + seconds
-            heapq.heappush(self._calls, (at, next(self._count), timer))
-            sleeps_on = at >= self._wakes_at
-        if not sleeps_on:
+            heapq.heappush(self._calls, (self.clock() + seconds, next(self._count), timer))
+            is_first = self._calls[0][2] is timer
+        if is_first:
             self._wake()
         return timer
 
@@ -952,19 +921,20 @@ class Timers:
         """
         if threading.current_thread() is not threading.main_thread():
             return
+
+        def catch(number: int, frame: Any = None) -> None:
+            # A handler runs between any two steps of this thread, perhaps in the middle of a
+            # change that the lock guards: it only takes a note, and the thread looks at it.
+            self._caught.append(functools.partial(act, number))
+            self._wake()
+
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         for number in END_SIGNALS:
             former = signal.getsignal(number)
             if former is not signal.SIG_IGN:
                 self._signals.setdefault(number, former)
-                # A handler runs between any two steps of this thread, perhaps in the middle of a
-                # change that the lock guards: it only takes a note, and the thread looks at it.
-                signal.signal(number, lambda number, frame: self._caught.append((act, number)))
-        on_closed_console(lambda: self._catch(act, END_SIGNALS[0]))
-
-    def _catch(self, act: Callable[[int], None], number: int) -> None:
-        self._caught.append((act, number))
-        self._wake()
+                signal.signal(number, catch)
+        on_closed_console(functools.partial(catch, END_SIGNALS[0]))
 
     def run(self) -> None:
         """Work until stop()."""
@@ -973,26 +943,20 @@ class Timers:
         for number, former in self._signals.items():
             signal.set_wakeup_fd(-1)
             signal.signal(number, former)
-        self._selector.close()
-        self._ear.close()
-        self._mouth.close()
+        for closable in self._selector, self._ear, self._mouth:
+            closable.close()
 
     def step(self) -> None:
         """Wait until there is something to do, and do that."""
         with self.lock:
-            while self._calls and self._calls[0][2].job is None:
-                heapq.heappop(self._calls)
             wait = self._calls[0][0] - self.clock() if self._calls else POST_DAY
             wait = 0.0 if self._caught else min(POST_DAY, max(0.0, wait))  # epoll: 24 days
-            self._wakes_at = self.clock() + wait
         ready = self._selector.select(wait)
         with self.lock:
-            self._wakes_at = 0.0
             for key, _ in ready:
                 self._call(key.data)
             while self._caught:
-                act, number = self._caught.popleft()
-                self._call(act, number)
+                self._call(self._caught.popleft())
             while self._calls and self._calls[0][0] <= self.clock():
                 job = heapq.heappop(self._calls)[2].job
                 if job is not None:
@@ -1003,17 +967,15 @@ class Timers:
         self._ended = True
         self._wake()
 
-    def _call(self, function: Callable[..., Any], *args: Any) -> None:
+    def _call(self, job: Callable[[], Any]) -> None:
         try:
-            function(*args)
+            job()
         except Exception:
-            self.log.failure(f"the call of {getattr(function, '__qualname__', function)}")
+            self.log.failure("what was to happen now")
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # full, so it will wake; or closed
             self._mouth.send(b"!")
-        except OSError:
-            pass  # full, so it will wake; or closed
 
 
 # ------------------------------------------------------------------------------------------------
