@@ -90,8 +90,8 @@ VERSION = "1.0.0"
 
 TYPE_CHECKING = False  # so that no process pays for the import of typing
 if TYPE_CHECKING:
-    from typing import (IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping,
-                        NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+    from typing import (IO, Any, Callable, Container, Deque, Dict, Iterable, Iterator, List,
+                        Mapping, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
     Address = Tuple[str, int]
     Json = Any                   # what the json module reads and writes
     Row = Dict[str, Any]         # a JSON object
@@ -1108,6 +1108,10 @@ def _choice(*words: str) -> Callable[[str], str]:
     return choose
 
 
+READERS: Dict[type, Callable[[str], Json]] = {  # type of a default -> what reads such a setting
+    bool: _flag, int: _whole, float: _number, str: _text}
+
+
 class Setting:
     """One row of the settings table.
 
@@ -1119,12 +1123,13 @@ class Setting:
     the setting where that belongs.
     """
 
-    def __init__(self, whose: str, name: str, default: Json, read: Callable[[str], Json],
-                 help: str, chinese: str, *, caller: bool = True, secret: bool = False,
-                 plugin: bool = False, idle: bool = False,
+    def __init__(self, whose: str, name: str, default: Json, help: str, chinese: str,
+                 read: Optional[Callable[[str], Json]] = None, *, caller: bool = True,
+                 secret: bool = False, plugin: bool = False, idle: bool = False,
                  between: Optional[Tuple[int, int]] = None,
                  token: Tuple[str, str] = ("", "")) -> None:
-        self.name, self.default, self.read, self.whose = name, default, read, whose
+        self.name, self.default, self.whose = name, default, whose
+        self.read = read or READERS[type(default)]
         self.help, self.chinese, self.secret = help, chinese, secret
         self.caller = caller and whose != "controller"
         self.plugin, self.idle, self.between, self.token = plugin, idle, between, token
@@ -1159,156 +1164,141 @@ class Setting:
         """A URL without the token that is its parameter, and that; empty if there is none."""
         rest, mark, fragment = url.partition("#")
         path, asks, query = rest.partition("?")
-        kept, tokens = [], []
+        kept, token = [], None
         for pair in query.split("&"):
             name, _, value = map(urllib.parse.unquote_plus, pair.partition("="))
-            if self.token[0] and name.lower() == self.token[0]:
-                tokens.append(value)
+            if name.lower() == self.token[0]:
+                token = value
             else:
                 kept.append(pair)
-        if not tokens:
+        if not self.token[0] or token is None:
             return url, ""
-        return path + (asks + "&".join(kept) if kept else "") + mark + fragment, tokens[-1]
+        return path + (asks + "&".join(kept) if kept else "") + mark + fragment, token
 
 
 _both, _controller, _client = (functools.partial(Setting, whose)
                                for whose in ("both", "controller", "client"))
+_operator = functools.partial(Setting, "both", caller=False)  # a controller's clients follow it
 IDLE = ("taken, without effect", "接受但不起作用")  # of attributes of the documented `new`
 SETTINGS = {setting.name: setting for setting in [
-    _client("account", "default", _text, "the account's name", "帐号名", caller=False),
-    _both("host", "0.0.0.0", _text, "address to listen on", "监听地址", caller=False),
-    _both("port", None, _port,
-        "port to listen on: 4000 controller, 5000 client (weixin 2000, 3000); 0: any", "监听端口，0 为任意",
-        caller=False, plugin=True),
-    _both("flavor", "qq", _choice("qq", "weixin"), "qq or weixin", "qq 或 weixin", caller=False),
-    _both("token", "", _text, "what callers must know; also $OPENQQ_TOKEN", "调用者必须提供的口令",
-        caller=False, secret=True),
-    _both("allowed_hosts", [], _hosts,
-        "without a token: public names of a server on this machine, served by https, that passes "
-        "calls on and asks who is there", "没有口令时，本机 https 代理的公开域名", caller=False),
-    _both("public_url", "", _url, "how a phone reaches this server: http://127.0.0.1:PORT",
-        "手机怎样访问本服务", caller=False),
-    _both("max_connections", 2048, _whole, "connections at once", "同时的连接数", caller=False,
-        between=(1, 1_000_000)),
-    _both("http_max_message_size", BODY_LIMIT, _whole, "bytes of a request's body", "请求正文的字节数",
+    _client("account", "default", "the account's name", "帐号名", caller=False),
+    _operator("host", "0.0.0.0", "address to listen on", "监听地址"),
+    _operator("port", None, "port to listen on: 4000 controller, 5000 client (weixin 2000, 3000); "
+        "0: any", "监听端口，0 为任意", _port, plugin=True),
+    _operator("flavor", "qq", "qq or weixin", "qq 或 weixin", _choice("qq", "weixin")),
+    _operator("token", "", "what callers must know; also $OPENQQ_TOKEN", "调用者必须提供的口令", secret=True),
+    _operator("allowed_hosts", [], "without a token: public names of a server on this machine, "
+        "served by https, that passes calls on and asks who is there", "没有口令时，本机 https 代理的公开域名",
+        _hosts),
+    _operator("public_url", "", "how a phone reaches this server: http://127.0.0.1:PORT",
+        "手机怎样访问本服务", _url),
+    _operator("max_connections", 2048, "connections at once", "同时的连接数", between=(1, 1_000_000)),
+    _both("http_max_message_size", BODY_LIMIT, "bytes of a request's body", "请求正文的字节数",
         between=(1, 1 << 30)),
-    _both("one_cpu", True, _flag,
-        "each process on one CPU (Linux), which doubles its speed; 0: on all", "每个进程只用一个 CPU，快一倍",
-        caller=False),
-    _both("tmpdir", "", _path, "directory of all files: the system's for such", "所有文件的目录"),
-    _both("log_path", "", _path, "log file: none, the log goes to stderr", "日志文件，默认写到 stderr"),
-    _both("log_encoding", "", _encoding, "encoding of the log: utf-8", "日志编码"),
-    _both("log_level", "info", _choice(*LEVELS), " ".join(LEVELS), "日志级别"),
-    _both("log_head", None, _text, "before each line: [wqc][PID] or [ACCOUNT][PID]", "每行日志的开头"),
-    _both("log_console", False, _flag, "log to stderr besides log_path", "除 log_path 外也写到 stderr"),
-    _both("disable_color", False, _flag, "no colours on a terminal", "终端不用颜色"),
-    _both("http_debug", False, _flag, "log every call at level debug", "以 debug 级别记录每个调用"),
-    _both("world", "", _path, "JSON file that the local network starts with", "本地网络起始的 JSON 文件",
-        caller=False),
-    _both("pid_path", "", _path, "pid file: in tmpdir", "进程号文件"),
-    _both("post_api", "", _url, "URL that gets every message and event", "接收所有消息和事件的 URL",
+    _operator("one_cpu", True, "each process on one CPU (Linux), which doubles its speed; 0: on "
+        "all", "每个进程只用一个 CPU，快一倍"),
+    _both("tmpdir", "", "directory of all files: the system's for such", "所有文件的目录", _path),
+    _both("log_path", "", "log file: none, the log goes to stderr", "日志文件，默认写到 stderr", _path),
+    _both("log_encoding", "", "encoding of the log: utf-8", "日志编码", _encoding),
+    _both("log_level", "info", " ".join(LEVELS), "日志级别", _choice(*LEVELS)),
+    _both("log_head", None, "before each line: [wqc][PID] or [ACCOUNT][PID]", "每行日志的开头", _text),
+    _both("log_console", False, "log to stderr besides log_path", "除 log_path 外也写到 stderr"),
+    _both("disable_color", False, "no colours on a terminal", "终端不用颜色"),
+    _both("http_debug", False, "log every call at level debug", "以 debug 级别记录每个调用"),
+    _operator("world", "", "JSON file that the local network starts with", "本地网络起始的 JSON 文件",
+        _path),
+    _both("pid_path", "", "pid file: in tmpdir", "进程号文件", _path),
+    _both("post_api", "", "URL that gets every message and event", "接收所有消息和事件的 URL", _url,
         plugin=True),
-    _both("post_secret", "", _text, "signs what is posted: X-Signature", "上报的签名密钥", secret=True),
-    _both("poll_api", "", _url, "URL of the heartbeat and tunnel", "心跳和反向通道的 URL", plugin=True),
-    _both("poll_interval", 5.0, _number, "seconds between two heartbeats", "两次心跳相隔的秒数", plugin=True,
+    _both("post_secret", "", "signs what is posted: X-Signature", "上报的签名密钥", secret=True),
+    _both("poll_api", "", "URL of the heartbeat and tunnel", "心跳和反向通道的 URL", _url, plugin=True),
+    _both("poll_interval", 5.0, "seconds between two heartbeats", "两次心跳相隔的秒数", plugin=True,
         between=(0, 1_000_000)),
 
-    _controller("backend_start_port", None, _port, "first port for clients: 5000 (weixin 3000)",
-        "客户端的起始端口"),
-    _controller("max_clients", 100, _whole, "clients alive at once", "同时运行的客户端数"),
-    _controller("check_interval", 5.0, _number,
-        "seconds between two looks at clients' processes, besides noticing their end at once",
-        "检查客户端进程的间隔秒数", between=(0, 1_000_000)),
-    _controller("template_path", "", _path, "the script that clients run: in tmpdir", "客户端运行的脚本"),
-    _controller("backend_path", "", _path, "file with the clients: in tmpdir", "记录客户端的文件"),
-    _controller("accounts", "", _path, "JSON file, name to settings, started at boot",
-        "启动时要启动的帐号的 JSON 文件"),
-    _controller("resume", True, _flag, "start the clients that ran when it ended",
-        "启动上次结束时在运行的客户端"),
-    _controller("restart", "on-failure", _choice("on-failure", "never"),
-        "whether dead clients are started again: on-failure or never", "是否重启死掉的客户端"),
+    _controller("backend_start_port", None, "first port for clients: 5000 (weixin 3000)",
+        "客户端的起始端口", _port),
+    _controller("max_clients", 100, "clients alive at once", "同时运行的客户端数"),
+    _controller("check_interval", 5.0, "seconds between two looks at clients' processes, besides "
+        "noticing their end at once", "检查客户端进程的间隔秒数", between=(0, 1_000_000)),
+    _controller("template_path", "", "the script that clients run: in tmpdir", "客户端运行的脚本", _path),
+    _controller("backend_path", "", "file with the clients: in tmpdir", "记录客户端的文件", _path),
+    _controller("accounts", "", "JSON file, name to settings, started at boot",
+        "启动时要启动的帐号的 JSON 文件", _path),
+    _controller("resume", True, "start the clients that ran when it ended", "启动上次结束时在运行的客户端"),
+    _controller("restart", "on-failure", "whether dead clients are started again: on-failure or "
+        "never", "是否重启死掉的客户端", _choice("on-failure", "never")),
 
-    _client("post_event", True, _flag, "post events besides messages", "除消息外也上报事件", plugin=True),
-    _client("post_media_data", True, _flag, "post a picture's bytes too", "也上报图片数据", plugin=True),
-    _client("post_stdout", False, _flag, "one JSON line per event on stdout",
-        "每个事件在 stdout 输出一行 JSON"),
-    _client("post_event_list", None, _words,
-        "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of friend, "
-        "group, group_member", "要上报的事件"),
-    _client("check_event_list_max_size", 20, _whole, "events that check_event keeps",
-        "check_event 保留的事件数", between=(0, 100_000)),
-    _client("download_media", True, _flag, "weixin: keep received media as files", "微信：收到的媒体存为文件"),
-    _client("call_action_all", False, _flag, "call_action may do what hands out the account or the "
-            "machine", "允许 call_action 执行敏感动作", caller=False),
-    _client("numeric_ids", False, _flag, "ids as JSON numbers", "id 用 JSON 数字"),
-    _client("onebot_api", "", _bridge_url,
-        "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000", "真实 QQ：OneBot 实现的地址",
-        token=("access_token", "onebot_token")),
-    _client("onebot_token", "", _text, "the bridge's access token", "它的 access token",
-        secret=True),
-    _client("onebot_local", False, _flag, "the bridge reads files of this machine: media_path goes "
-            "there as file://", "它与本程序读同一磁盘的文件"),
-    _client("onebot_secret", "", _text, "signs what the bridge posts to /onebot",
+    _client("post_event", True, "post events besides messages", "除消息外也上报事件", plugin=True),
+    _client("post_media_data", True, "post a picture's bytes too", "也上报图片数据", plugin=True),
+    _client("post_stdout", False, "one JSON line per event on stdout", "每个事件在 stdout 输出一行 JSON"),
+    _client("post_event_list", None, "events to post: login,stop,state_change,input_qrcode and "
+        "new_ and lose_ of friend, group, group_member", "要上报的事件", _words),
+    _client("check_event_list_max_size", 20, "events that check_event keeps", "check_event 保留的事件数",
+        between=(0, 100_000)),
+    _client("download_media", True, "weixin: keep received media as files", "微信：收到的媒体存为文件"),
+    _client("call_action_all", False, "call_action may do what hands out the account or the "
+        "machine", "允许 call_action 执行敏感动作", caller=False),
+    _client("numeric_ids", False, "ids as JSON numbers", "id 用 JSON 数字"),
+    _client("onebot_api", "", "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000",
+        "真实 QQ：OneBot 实现的地址", _bridge_url, token=("access_token", "onebot_token")),
+    _client("onebot_token", "", "the bridge's access token", "它的 access token", secret=True),
+    _client("onebot_local", False, "the bridge reads files of this machine: media_path goes there "
+        "as file://", "它与本程序读同一磁盘的文件"),
+    _client("onebot_secret", "", "signs what the bridge posts to /onebot",
         "OneBot 向 /onebot 上报的签名密钥", secret=True),
-    _client("milky_api", "", _bridge_url, "real QQ: the Milky bridge, http://HOST:3000",
-        "真实 QQ：Milky 实现的地址", token=("access_token", "milky_token")),
-    _client("milky_token", "", _text, "its access token", "它的 access token", secret=True),
-    _client("qrcode_file", "", _path, "the picture, PNG or JPEG, that it makes of its QR code",
-        "它写出的二维码图片", caller=False),
-    _client("onebot_login", "", _choice("", "napcat", "llbot"),
-        "whose page has the QR code: napcat or llbot", "谁的网页有二维码"),
-    _client("onebot_login_api", "", _url, "that page: port 6099 (llbot 3080) of the bridge's host",
-        "该网页的地址", token=("token", "onebot_login_token")),
-    _client("onebot_login_token", "", _text, "that page's token or password", "该网页的口令",
-        secret=True),
-    _client("link", "", _choice("", "local", "onebot", "milky", "ilink"),
-        "where messages come from: local, onebot or milky (QQ), ilink (WeChat); by itself as the "
-        "address given says", "消息来自哪里：local 内置网络、onebot 或 milky（QQ）、ilink（微信）"),
-    _client("ilink_api", "https://ilinkai.weixin.qq.com", _url,
-        "real WeChat: Tencent's bot API", "真实微信：腾讯的机器人接口"),
-    _client("ilink_cdn", "https://novac2c.cdn.weixin.qq.com/c2c", _url,
-        "where WeChat keeps pictures", "微信存放图片的地址"),
-    _client("cookie_path", "", _path, "cookie file: in tmpdir", "cookie 文件"),
-    _client("qrcode_path", "", _path, "QR code file: in tmpdir", "二维码文件"),
-    _client("state_path", "", _path, "state file: in tmpdir", "状态文件"),
-    _client("keep_cookie", True, _flag, "keep the login for the next start", "为下次启动保留登录"),
-    _client("login_type", "qrlogin", _choice("qrlogin", "login"),
-        "qrlogin: scan a code; login: with pwd, on the local network", "扫码，或用 pwd 登录"),
-    _client("pwd", "", _text, "password for login_type=login", "login_type=login 的密码", secret=True),
-    _client("qrcode_count_max", 10, _whole, "QR codes shown before the client stops", "最多几个二维码"),
-    _client("send_interval", None, _number,
-        "seconds between two messages: 3, on the local network 0", "两条消息相隔的秒数",
-        between=(0, 86_400)),
-    _client("send_queue_max_size", 1000, _whole,
-        "messages that may wait to be sent; more are refused", "等待发送的消息数上限",
-        between=(1, 1_000_000)),
-    _client("msg_ttl", 3, _whole, "tries to send one message", "一条消息尝试发送的次数", between=(1, 1_000)),
-    _client("mode", "online", _choice("online", "away", "busy", "silent", "hidden", "offline",
-                                      "callme"),
-        "the account's own state", "帐号的在线状态"),
-    _client("update_interval", 600.0, _number,
-        "seconds between two refreshes of friends, groups and discusses", "刷新好友、群、讨论组的间隔秒数",
-        between=(0, 1_000_000)),
-    _client("is_init_friend", True, _flag, "load friends at login", "登录时加载好友"),
-    _client("is_init_group", True, _flag, "load groups at login", "登录时加载群"),
-    _client("is_init_discuss", True, _flag, "load discusses at login", "登录时加载讨论组"),
-    _client("is_update_user", False, _flag, "refresh the user too", "也刷新个人资料"),
-    _client("is_update_friend", True, _flag, "refresh friends", "刷新好友"),
-    _client("is_update_group", True, _flag, "refresh groups", "刷新群"),
-    _client("is_update_discuss", True, _flag, "refresh discusses", "刷新讨论组"),
-    _client("allow_message_sync", False, _flag, "report what the account sends from another device",
+    _client("milky_api", "", "real QQ: the Milky bridge, http://HOST:3000", "真实 QQ：Milky 实现的地址",
+        _bridge_url, token=("access_token", "milky_token")),
+    _client("milky_token", "", "its access token", "它的 access token", secret=True),
+    _client("qrcode_file", "", "the picture, PNG or JPEG, that it makes of its QR code",
+        "它写出的二维码图片", _path, caller=False),
+    _client("onebot_login", "", "whose page has the QR code: napcat or llbot", "谁的网页有二维码",
+        _choice("", "napcat", "llbot")),
+    _client("onebot_login_api", "", "that page: port 6099 (llbot 3080) of the bridge's host",
+        "该网页的地址", _url, token=("token", "onebot_login_token")),
+    _client("onebot_login_token", "", "that page's token or password", "该网页的口令", secret=True),
+    _client("link", "", "where messages come from: local, onebot or milky (QQ), ilink (WeChat); by "
+        "itself as the address given says", "消息来自哪里：local 内置网络、onebot 或 milky（QQ）、ilink（微信）",
+        _choice("", "local", "onebot", "milky", "ilink")),
+    _client("ilink_api", "https://ilinkai.weixin.qq.com", "real WeChat: Tencent's bot API",
+        "真实微信：腾讯的机器人接口", _url),
+    _client("ilink_cdn", "https://novac2c.cdn.weixin.qq.com/c2c", "where WeChat keeps pictures",
+        "微信存放图片的地址", _url),
+    _client("cookie_path", "", "cookie file: in tmpdir", "cookie 文件", _path),
+    _client("qrcode_path", "", "QR code file: in tmpdir", "二维码文件", _path),
+    _client("state_path", "", "state file: in tmpdir", "状态文件", _path),
+    _client("keep_cookie", True, "keep the login for the next start", "为下次启动保留登录"),
+    _client("login_type", "qrlogin", "qrlogin: scan a code; login: with pwd, on the local network",
+        "扫码，或用 pwd 登录", _choice("qrlogin", "login")),
+    _client("pwd", "", "password for login_type=login", "login_type=login 的密码", secret=True),
+    _client("qrcode_count_max", 10, "QR codes shown before the client stops", "最多几个二维码"),
+    _client("send_interval", None, "seconds between two messages: 3, on the local network 0",
+        "两条消息相隔的秒数", _number, between=(0, 86_400)),
+    _client("send_queue_max_size", 1000, "messages that may wait to be sent; more are refused",
+        "等待发送的消息数上限", between=(1, 1_000_000)),
+    _client("msg_ttl", 3, "tries to send one message", "一条消息尝试发送的次数", between=(1, 1_000)),
+    _client("mode", "online", "the account's own state", "帐号的在线状态",
+        _choice("online", "away", "busy", "silent", "hidden", "offline", "callme")),
+    _client("update_interval", 600.0, "seconds between two refreshes of friends, groups and "
+        "discusses", "刷新好友、群、讨论组的间隔秒数", between=(0, 1_000_000)),
+    _client("is_init_friend", True, "load friends at login", "登录时加载好友"),
+    _client("is_init_group", True, "load groups at login", "登录时加载群"),
+    _client("is_init_discuss", True, "load discusses at login", "登录时加载讨论组"),
+    _client("is_update_user", False, "refresh the user too", "也刷新个人资料"),
+    _client("is_update_friend", True, "refresh friends", "刷新好友"),
+    _client("is_update_group", True, "refresh groups", "刷新群"),
+    _client("is_update_discuss", True, "refresh discusses", "刷新讨论组"),
+    _client("allow_message_sync", False, "report what the account sends from another device",
         "上报其他设备发出的消息"),
-    _client("ignore_unknown_id", False, _flag, "drop messages from strangers", "丢弃陌生人的消息"),
-    _client("ua_retry_times", 5, _whole, *IDLE, idle=True),
-    *(_client(name, "", _text, *IDLE, idle=True) for name in (
-        "verifycode_path", "pic_dir", "ignore_retcode", "type", "check_account", "domain",
-        "ignore_poll_http_code", "default_send_real_comp_sign", "model_update_timeout",
-        "group_member_card_cut_length", "group_member_identify_callback", "ua_debug_req_body",
-        "ua_debug_res_body", "ua_debug", "ua_connect_timeout", "ua_request_timeout",
-        "ua_inactivity_timeout", "is_init_recent", "is_update_group_ext", "is_update_friend_ext",
-        "security", "encrypt_method", "send_failure_count_max", "poll_failure_count_max",
-        "ignore_send_retcode", "ignore_poll_retcode", "log_unicode", "group_member_card_ext_only",
-        "group_member_card_cut", "group_member_use_fullcard")),
+    _client("ignore_unknown_id", False, "drop messages from strangers", "丢弃陌生人的消息"),
+    _client("ua_retry_times", 5, *IDLE, idle=True),
+    *(_client(name, "", *IDLE, idle=True) for name in (
+        "verifycode_path pic_dir ignore_retcode type check_account domain ignore_poll_http_code "
+        "default_send_real_comp_sign model_update_timeout group_member_card_cut_length "
+        "group_member_identify_callback ua_debug_req_body ua_debug_res_body ua_debug "
+        "ua_connect_timeout ua_request_timeout ua_inactivity_timeout is_init_recent "
+        "is_update_group_ext is_update_friend_ext security encrypt_method send_failure_count_max "
+        "poll_failure_count_max ignore_send_retcode ignore_poll_retcode log_unicode "
+        "group_member_card_ext_only group_member_card_cut group_member_use_fullcard").split()),
 ]}
 
 
@@ -1337,12 +1327,14 @@ def tokens_apart(given: Mapping[str, str]) -> Dict[str, str]:
 
     So it is treated as the secret that it is. One that is given by itself is stronger.
     """
-    found, tokens = dict(given), {}
+    found = dict(given)
     for name, text in given.items():
-        found[name], token = SETTINGS[name].split(text)
-        if token and not given.get(SETTINGS[name].token[1]):
-            tokens[SETTINGS[name].token[1]] = token
-    return {**found, **tokens}
+        setting = SETTINGS[name]
+        if setting.token[1]:
+            found[name], token = setting.split(text)
+            if token and not given.get(setting.token[1]):
+                found[setting.token[1]] = token
+    return found
 
 
 def texts_of(given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
@@ -1398,16 +1390,14 @@ class Settings:
 
     def __init__(self, whose: str, given: Mapping[str, Json], environ: Mapping[str, str],
                  prefix: str) -> None:
-        self._given: Row = {name: SETTINGS[name].parse(text)
-                            for name, text in from_environment(environ, prefix).items()
-                            if SETTINGS[name].whose in (whose, "both")}
-        self._take(given, lambda setting: "" if setting and setting.whose in (whose, "both")
-                   else f"is not a setting of a {whose}")
+        own = {name for name, setting in SETTINGS.items() if setting.whose in (whose, "both")}
+        self._given: Row = {name: SETTINGS[name].parse(text) for name, text in
+                            from_environment(environ, prefix).items() if name in own}
+        self._take(given, own, f"is not a setting of a {whose}")
 
-    def _take(self, given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
-              ) -> None:
+    def _take(self, given: Mapping[str, Json], own: Container[str], wrong: str) -> None:
         texts = texts_of({name: value for name, value in given.items() if value is not None},
-                         why_not)
+                         lambda setting: "" if setting and setting.name in own else wrong)
         self._given.update((name, SETTINGS[name].parse(text)) for name, text in texts.items())
 
     def __getattr__(self, name: str) -> Any:
@@ -1423,7 +1413,7 @@ class Settings:
         """A copy in which some are given anew; ValueError as above."""
         copy = Settings.__new__(Settings)
         copy._given = dict(self._given)
-        copy._take(given, lambda setting: "" if setting else "is not a setting")
+        copy._take(given, SETTINGS, "is not a setting")
         return copy
 
     def fill(self, **values: Json) -> None:
