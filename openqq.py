@@ -1635,6 +1635,10 @@ POSTED = ("login", "stop", "state_change", "input_qrcode", "new_group", "new_fri
           "new_group_member", "lose_group", "lose_friend", "lose_group_member")  # by both (000)
 
 
+def _rows(**lists: str) -> Dict[str, Tuple[str, ...]]:
+    return {name: tuple(words.split()) for name, words in lists.items()}
+
+
 class QQ:
     """What Mojo-Webqq calls things: names, ports, files, wording. Data only, all that flavours
     may differ in (000, 002, 003, 004; fields as CONTRACT 3 has them)."""
@@ -1654,23 +1658,20 @@ class QQ:
     # Settings that the state file shows as 0 or 1.
     state_flags: Tuple[str, ...] = ("disable_color", "http_debug", "keep_cookie", "log_console")
     # Kind of thing -> members of its JSON object.
-    fields: Dict[str, Tuple[str, ...]] = {
-        "user": ("account", "allow", "birthday", "blood", "city", "client_type", "college",
-                 "constel", "country", "email", "face", "homepage", "id", "mobile", "name",
-                 "occupation", "personal", "phone", "province", "sex", "shengxiao", "signature",
-                 "state", "uid"),
-        "friend": ("category", "client_type", "face", "flag", "id", "is_vip", "markname",
-                   "name", "state", "uid", "vip_level"),
-        "group": ("code", "createtime", "id", "level", "markname", "max_admin", "max_member",
-                  "memo", "name", "owner_id", "owner_uid", "role", "uid"),
-        "group_member": ("bad_record", "card", "city", "client_type", "country", "id",
-                         "join_time", "last_speak_time", "level", "name", "province", "qage",
-                         "role", "sex", "state", "uid"),
-        "discuss": ("id", "name", "owner_id"),
-        "discuss_member": ("client_type", "id", "name", "state", "uid"),
-        "friend_request": ("id", "name", "verify", "ticket"),
-        "group_request": ("group", "group_uid", "uid", "name", "comment", "kind", "ticket"),
-        "media": ("type", "url", "name", "size", "file_id")}
+    fields = _rows(
+        user="account allow birthday blood city client_type college constel country email face "
+             "homepage id mobile name occupation personal phone province sex shengxiao signature "
+             "state uid",
+        friend="category client_type face flag id is_vip markname name state uid vip_level",
+        group="code createtime id level markname max_admin max_member memo name owner_id owner_uid "
+              "role uid",
+        group_member="bad_record card city client_type country id join_time last_speak_time level "
+                     "name province qage role sex state uid",
+        discuss="id name owner_id",
+        discuss_member="client_type id name state uid",
+        friend_request="id name verify ticket",
+        group_request="group group_uid uid name comment kind ticket",
+        media="type url name size file_id")
     # What a search may call members besides, as the program's objects did (AUTOLOAD in Group.pm,
     # Friend.pm).
     other_names: Dict[str, Dict[str, str]] = {
@@ -1678,10 +1679,9 @@ class QQ:
         "group": {"gnumber": "uid", "number": "uid", "gtype": "role", "gname": "name",
                   "gid": "id", "gcode": "code"}}
     # Kind of thing -> what send_* finds it by; and what control of groups finds them by.
-    keys: Dict[str, Tuple[str, ...]] = {
-        "friend": ("id", "uid", "name", "displayname"),
-        "group": ("id", "uid", "name", "displayname"), "discuss": ("id", "name"),
-        "place": ("group_id", "group_uid"), "members": ("member_id", "member_uid")}
+    keys = _rows(
+        friend="id uid name displayname", group="id uid name displayname", discuss="id name",
+        place="group_id group_uid", members="member_id member_uid")
     unknown = "member {name} not found"  # the status when control of groups does not find somebody
     # Kind of thing -> the answer when send_* does not find it.
     missing: Dict[str, Row] = {
@@ -1689,9 +1689,8 @@ class QQ:
         "group": {"code": 101, "id": None, "status": "group not found"},
         "discuss": {"code": 102, "id": None, "status": "discuss not found"}}
     # Role in a message -> what it tells of it (sender_id …).
-    parts: Dict[str, Tuple[str, ...]] = {
-        "sender": ("id", "uid"), "receiver": ("id", "uid"), "group": ("id", "uid"),
-        "discuss": ("id",)}
+    parts = _rows(
+        sender="id uid", receiver="id uid", group="id uid", discuss="id")
     # Type of a message -> what ShowMsg calls it.
     titles = {"friend_message": "好友消息", "group_message": "群消息",
               "discuss_message": "讨论组消息", "sess_message": "群临时消息",
@@ -1731,26 +1730,25 @@ class Weixin(QQ):
     apis = verbs_of("weixin")
     post_event_list = [*POSTED, "friend_request"]
     state_flags = QQ.state_flags + ("download_media",)
-    fields = {
-        "user": ("account", "city", "display", "displayname", "id", "markname", "name",
-                 "province", "sex", "signature", "uid"),
-        "friend": ("account", "category", "city", "display", "displayname", "id", "markname",
-                   "name", "province", "sex", "signature", "uid"),
-        "group": ("displayname", "id", "name", "owner_uid", "uid"),
-        "group_member": ("account", "city", "display", "displayname", "id", "markname", "name",
-                         "province", "role", "sex", "signature", "uid"),
-        "friend_request": ("id", "displayname", "verify", "ticket"),
-        "media": QQ.fields["media"]}
+    fields = _rows(
+        user="account city display displayname id markname name province sex signature uid",
+        friend="account category city display displayname id markname name province sex signature "
+               "uid",
+        group="displayname id name owner_uid uid",
+        group_member="account city display displayname id markname name province role sex "
+                     "signature uid",
+        friend_request="id displayname verify ticket",
+        media="type url name size file_id")
     other_names = {"friend": {}, "group": {}}
-    keys = {"friend": ("id", "account", "displayname", "markname"),
-            "group": ("id", "displayname"),
-            "place": ("id", "displayname"), "members": ("members",)}
+    keys = _rows(
+        friend="id account displayname markname", group="id displayname", place="id displayname",
+        members="members")
     unknown = "{what} id {name} not found"
     missing = dict.fromkeys(("friend", "group"),
                             {"code": 100, "id": None, "status": "object not found"})
-    parts = {"sender": ("id", "uid", "account", "name", "markname", "category"),
-             "receiver": ("id", "uid", "account", "name", "markname"),
-             "group": ("id", "uid", "name")}
+    parts = _rows(
+        sender="id uid account name markname category", receiver="id uid account name markname",
+        group="id uid name")
     sent = {"code": 0, "status": "success"}
     not_sent = "failure"
     sent_id = "{id}:{target}"
