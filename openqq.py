@@ -169,11 +169,8 @@ POST_BYTES = 256 * 1024 * 1024   # of pictures in events that wait to be posted
 # ------------------------------------------------------------------------------------------------
 
 class OpenQQError(Exception):
-    """The root: an error that is an answer.
-
-    `code` and `status` are those of CONTRACT 1, `http` the status line's number; `extra` holds
-    further members of the JSON answer. Errors that the original knows answer with HTTP 200.
-    """
+    """An error that is an answer: `code` and `status` as in CONTRACT 1, `http` of the status line,
+    `extra` further members of the JSON. Errors that the original knows answer with HTTP 200."""
 
     code, status, http = 1, "failure", 200
 
@@ -207,10 +204,8 @@ NoRoom = answering(507, "no room on the disk", 507)     # what was to be kept ca
 
 
 class Unreachable(OpenQQError):
-    """No connection, or one that broke before an answer was complete.
-
-    `sent` tells whether a part of the request may have been acted upon.
-    """
+    """No connection, or one that broke before an answer was complete; `sent` tells whether a part
+    of the request may have been acted upon."""
 
     code, status, http = 7, "client not reachable", 502
 
@@ -307,11 +302,8 @@ def is_own_file(found: os.stat_result) -> bool:
 
 
 def own_opener(path: str, flags: int) -> int:
-    """open()'s opener for files in a directory where others may write, such as /tmp.
-
-    Opens only a regular file of ours (or root's) with one name, made 0600 if it is new; OSError
-    for a symlink, a FIFO, a device, a second link or somebody else's file.
-    """
+    """open()'s opener for files where others may write, as in /tmp. A new one gets mode 0600;
+    OSError for a symlink, a FIFO, a device, a second link or somebody else's file."""
     for name in "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC":  # the second: no FIFO is waited for
         flags |= getattr(os, name, 0)
     handle: int = patiently(os.open, path, flags, 0o600)
@@ -360,12 +352,7 @@ def start_process(spawn_process: Callable[..., Any], title: str, words: Sequence
                   environment: Mapping[str, str], **sockets: socket.socket) -> Any:
     """A Python process, called `title` where the system shows that, of a session or group of its
     own: what a terminal sends is for us. It finds the numbers of the sockets, once it has called
-    receive_sockets(), in its environment. OSError, ValueError.
-
-    Windows hands no socket on with a start: a copy for the new process is told through its
-    standard input. There the python.exe of a virtual environment only starts another one, whose
-    pid we need.
-    """
+    receive_sockets(), in its environment. OSError, ValueError."""
     import subprocess
     python = os.environ.get("OPENQQ_PYTHON", sys.executable)
     argv = [os.path.join(os.path.dirname(python), title), "-S", *words]
@@ -375,6 +362,8 @@ def start_process(spawn_process: Callable[..., Any], title: str, words: Sequence
         return spawn_process(
             argv, executable=python, stdin=subprocess.DEVNULL, start_new_session=True, env=env,
             pass_fds=[sock.fileno() for sock in sockets.values()])
+    # There the python.exe of a virtual environment only starts another one, whose pid we need. No
+    # socket is handed on with a start: a copy for the process is told through its standard input.
     process = spawn_process(
         argv, executable=getattr(sys, "_base_executable", python), stdin=subprocess.PIPE,
         stdout=None if sys.stdout else subprocess.DEVNULL,
@@ -484,11 +473,9 @@ def socket_pair() -> Tuple[socket.socket, socket.socket]:
 
 
 def room_for_connections() -> int:
-    """How many there may be at once, each with one that it causes; as many as the system lets.
-
-    Beyond its limit of open files nobody could even be told that there are too many. A quarter
-    of them is left for files and clients. Windows has none for sockets.
-    """
+    """How many there may be at once, each with one that it causes: beyond the limit of open files
+    nobody could even be told that there are too many. A quarter of them is left for files and
+    clients. Windows has none for sockets."""
     wanted = 65_536
     if sys.platform != "win32":
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -511,11 +498,8 @@ if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: 
 
 
 def share_cpu(number: int, pid: int = 0) -> None:
-    """Keep a process that has no threads yet to one of the CPUS.
-
-    Its threads run one at a time in any case, and wake each other all the time; to wake one on
-    another CPU is what took most of the time (measured on two: half as many proxied calls).
-    """
+    """Keep a process that has no threads yet to one of the CPUS. Its threads run one at a time in
+    any case, and to wake each other on another CPU took most of the time (measured on two)."""
     if len(CPUS) > 1:
         with contextlib.suppress(OSError):  # it has just ended, or the system does not let us
             getattr(os, "sched_setaffinity")(pid, [CPUS[number % len(CPUS)]])
@@ -580,10 +564,8 @@ decode_params = json.JSONDecoder(parse_float=str, parse_constant=no_number).deco
 
 
 def to_bytes(value: Json) -> bytes:
-    """JSON as every answer has it: sorted keys, no blanks, UTF-8 (CONTRACT 1).
-
-    A lone surrogate, which JSON text can spell and UTF-8 cannot, becomes a question mark.
-    """
+    """JSON as every answer has it: sorted keys, no blanks, UTF-8 (CONTRACT 1). A lone surrogate,
+    which JSON text can spell and UTF-8 cannot, becomes a question mark."""
     return encode_json(value).encode("utf-8", "replace")
 
 
@@ -620,10 +602,8 @@ def read_text(data: bytes, charset: str = "") -> str:
 
 
 def typed_text(word: str) -> str:
-    """A word of the command line or the environment. ValueError.
-
-    Bytes that are not what Python takes the console to write stand in it as surrogates (PEP 383).
-    """
+    """A word of the command line or the environment, where bytes that Python could not read stand
+    as surrogates (PEP 383). ValueError."""
     return read_text(os.fsencode(word)) if re.search("[\ud800-\udfff]", word) else word
 
 
@@ -648,8 +628,7 @@ class MessageIds:
 
     def __init__(self, clock: Callable[[], float] = time.time,
                  taken: Callable[[int], bool] = lambda number: False) -> None:
-        self._last = self.LEAST + int(clock()) % 100_000 * 10_000
-        self._taken = taken
+        self._last, self._taken = self.LEAST + int(clock()) % 100_000 * 10_000, taken
 
     def next(self) -> int:
         """One that is not taken; after the last of all comes the first."""
@@ -687,12 +666,9 @@ def keep_newest(table: Dict[Any, Any], limit: int) -> None:
 
 
 def python_words(*words: str) -> List[str]:
-    """The words behind `python` that run this file once more, as a module.
-
-    As a script it would be compiled each time, which costs more than all the rest of a start. The
-    directory takes the place of the current one, where others may have put modules; Python's
-    embeddable package for Windows has that not on its path.
-    """
+    """The words behind `python` that run this file once more, as a module: as a script it would be
+    compiled each time. Its directory takes the place of the current one, where others may have put
+    modules; Python's embeddable package for Windows has that not on its path."""
     directory, name = os.path.split(os.path.abspath(__file__))
     module = name[:-3] if name.endswith(".py") else ""
     if not module.isidentifier():
@@ -798,10 +774,7 @@ def result_of(future: Future[Any], seconds: Optional[float] = None) -> Any:
 
 class ThreadPool:
     """At most `size` threads; one more comes when there is work, one leaves that has been idle.
-
-    (The threads of a concurrent.futures.ThreadPoolExecutor never leave, and a process that ends
-    waits for what they do.)
-    """
+    Those of concurrent.futures never leave, and a process that ends waits for what they do."""
 
     def __init__(self, size: int, name: str, log: Log, linger: float = 10.0) -> None:
         self.size, self.name, self.log, self.linger = size, name, log, linger
@@ -860,9 +833,8 @@ class Timer:
 class Timers:
     """One thread for what is to happen later, for signals, and for sockets that say something.
 
-    What it calls runs with the owner's `lock` held, so that cancel() under the lock is certain:
-    what was cancelled does not happen. Such a call changes state and returns; what blocks is done
-    by a worker. `clock` gives seconds that never go back; `log` tells of calls that failed.
+    What it calls runs with the owner's `lock` held, so that what was cancelled under the lock does
+    not happen. Such a call changes state and returns; what blocks is done by a worker.
     """
 
     def __init__(self, lock: Any, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
@@ -898,12 +870,8 @@ class Timers:
         self._selector.unregister(sock)
 
     def catch_signals(self, act: Callable[[int], None]) -> None:
-        """Have act(number) called, with the lock held, for END_SIGNALS.
-
-        Only in the main thread, which has to run() too: Python's handlers run there. What was
-        ignored at start stays so (nohup). The wake-up descriptor matters: without it a signal that
-        comes just before the selector waits is not noticed until something else happens.
-        """
+        """Have act(number) called, with the lock held, for END_SIGNALS: where this is the main
+        thread, which has to run() too. What was ignored at start stays so (nohup)."""
         if threading.current_thread() is not threading.main_thread():
             return
 
@@ -913,6 +881,7 @@ class Timers:
             self._caught.append(functools.partial(act, number))
             self._wake()
 
+        # Else a signal that comes just before the selector waits would be noticed much later.
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         for number in END_SIGNALS:
             former = signal.getsignal(number)
@@ -1288,12 +1257,9 @@ SETTINGS = {setting.name: setting for setting in [
 
 
 def setting_named(name: str) -> Optional[Setting]:
-    """The row for a name as flags, the environment and callers spell it, or None.
-
-    `plugin_openqq_post_event` is `post_event`: the environment's names work everywhere (002).
-    """
-    plain = re.sub(r"^plugin_open(qq|wx)_", "", name.replace("-", "_"))
-    return SETTINGS.get(plain)
+    """The row for a name as flags, the environment and callers spell it, or None:
+    `plugin_openqq_post_event` is `post_event` everywhere (002)."""
+    return SETTINGS.get(re.sub(r"^plugin_open(qq|wx)_", "", name.replace("-", "_")))
 
 
 # The setting that leads to a network -> how the names of all that is for it begin.
@@ -1308,10 +1274,8 @@ def link_of(given: Callable[[str], Json]) -> str:
 
 
 def tokens_apart(given: Mapping[str, str]) -> Dict[str, str]:
-    """Settings, by their own names, with each token that came within a URL where it belongs.
-
-    So it is treated as the secret that it is. One that is given by itself is stronger.
-    """
+    """Settings, by their own names, with each token that came within a URL where it belongs, so
+    that it is treated as a secret. One that is given by itself is stronger."""
     found = dict(given)
     for name, text in given.items():
         setting = SETTINGS[name]
@@ -1324,12 +1288,9 @@ def tokens_apart(given: Mapping[str, str]) -> Dict[str, str]:
 
 def texts_of(given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
              ) -> Dict[str, str]:
-    """What somebody gives, by the settings' own names, as texts that parse() takes.
-
-    All settings come this way: flags, keywords, callers' parameters, the accounts file and what
-    is resumed. `why_not(setting)` is what stands against one here, if anything; None is what is
-    no setting at all. ValueError for that, and for a bad value; an empty text is left as it is.
-    """
+    """What somebody gives, by the settings' own names, as texts that parse() takes; all settings
+    come this way. `why_not(setting)` is what stands against one here, if anything; None is no
+    setting at all. ValueError for that, and for a bad value; an empty text is left as it is."""
     found = {}
     for name, value in given.items():
         setting = setting_named(name)
@@ -1368,10 +1329,7 @@ def renewed(former: Mapping[str, str], given: Mapping[str, str]) -> Dict[str, st
 
 class Settings:
     """One server's settings, each an attribute: given, else from the environment, else default.
-
-    `given` maps names to values of any sort; ValueError for an unknown name or a bad value. What
-    the environment sets for others is left alone.
-    """
+    `given` maps names to values of any sort; ValueError for an unknown name or a bad value."""
 
     def __init__(self, whose: str, given: Mapping[str, Json], environ: Mapping[str, str],
                  prefix: str) -> None:
@@ -1414,10 +1372,8 @@ class Settings:
 
 
 def from_environment(environ: Mapping[str, str], prefix: str) -> Dict[str, str]:
-    """Settings in an environment: MOJO_WEBQQ_X and, stronger, MOJO_WEBQQ_PLUGIN_OPENQQ_X.
-
-    Names that are no setting are left to whom they belong; an empty value counts as none.
-    """
+    """Settings in an environment: MOJO_WEBQQ_X and, stronger, MOJO_WEBQQ_PLUGIN_OPENQQ_X. Other
+    names are left to whom they belong; an empty value counts as none."""
     found = {}
     for key in sorted(environ, key=lambda key: (key.startswith(prefix + "PLUGIN_"), key)):
         setting = setting_named(key[len(prefix):].lower()) if key.startswith(prefix) else None
@@ -1784,12 +1740,9 @@ def flavour_named(name: Optional[str]) -> Type[Flavour]:
 # ------------------------------------------------------------------------------------------------
 
 class Thing:
-    """A contact, a group or a message: attributes inside, a JSON object outside.
-
-    `kind` names the row of Flavour.fields that lists the members of the JSON object; what is not
-    known is None. Each kind is a class of its own, since the objects of one class share the keys
-    of their dicts: that more than halves the memory of a large roster (measured).
-    """
+    """A contact, a group or a message: attributes inside, a JSON object outside, with the members
+    that Flavour.fields lists for its `kind`; what is not known is None. Each kind is a class, since
+    objects of one class share the keys of their dicts: half the memory of a roster (measured)."""
 
     kind = ""
 
@@ -1829,34 +1782,27 @@ class Thing:
 
 class User(Thing):
     """Oneself."""
-
     kind = "user"
 
 
 class Friend(Thing):
     """Somebody on the friend list."""
-
     kind = "friend"
 
 
 class GroupMember(Thing):
     """Somebody in a group; role is owner, admin or member."""
-
     kind = "group_member"
 
 
 class DiscussMember(Thing):
     """Somebody in a discuss."""
-
     kind = "discuss_member"
 
 
 class Circle(Thing):
-    """A group or a discuss: `member` maps a uid to who it is.
-
-    `loaded` tells whether that is all of them: a link may leave them out until they are needed.
-    """
-
+    """A group or a discuss: `member` maps a uid to who it is; `loaded` tells whether that is all
+    of them: a link may leave them out until they are needed."""
     member_class: Type[Thing]
 
     def __init__(self, values: Row) -> None:
@@ -1872,24 +1818,19 @@ class Circle(Thing):
 
 class Group(Circle):
     """A group; role, one's own in it, is create, manage or attend."""
-
     kind = "group"
     member_class = GroupMember
 
 
 class Discuss(Circle):
     """A discuss, QQ's light sort of group."""
-
     kind = "discuss"
     member_class = DiscussMember
 
 
 class Message(Thing):
     """A message, received (`class` recv) or sent; its fields (CONTRACT 6) are attributes.
-
-    `sender_thing`, `group_thing` and so on are the objects behind the names; `answer` is how
-    reply() sends, set by the client that the message belongs to.
-    """
+    `sender_thing` and so on are the objects behind the names; `answer` is how reply() sends."""
 
     kind = "message"
     HIDDEN = ("answer", "sender_thing", "receiver_thing", "circle", "peer_uid")
