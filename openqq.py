@@ -702,7 +702,7 @@ class Log:
         self._head, self._encoding, self._path, self._colored = head, encoding, path, colored
         self._levels = list(LEVELS)[list(LEVELS).index(level):]
         self._console = console or not path
-        self._lock = threading.Lock()  # guards _file
+        self._lock = threading.Lock()  # guards what is written to
         self._file: Any = open(path, "ab", 0, opener=own_opener) if path else None
         self.keep: Callable[[str], None] = lambda text: None
         self.debug, self.info, self.warn, self.error = (
@@ -711,32 +711,31 @@ class Log:
     def write(self, level: str, text: str, title: str = "", who: str = "") -> None:
         """Write a record; control characters cannot reach the terminal. Neither a full disk nor a
         reader who is gone stops what the log tells about."""
-        if level in self._levels:
-            when = time.strftime("%y/%m/%d %H:%M:%S")
-            prefix = f"{self._head}[{when}] [{title or level}] {who}"
-            shown = CONTROLS.sub(lambda found: repr(found.group())[1:-1], text)
-            lines = "\n".join(prefix + line for line in shown.split("\n"))
-            color = LEVELS[level] if self._colored else ""
-            if self._console:
-                drawn = f"\x1b[{color}m{lines}\x1b[0m\n" if color else lines + "\n"
-                with contextlib.suppress(AttributeError, OSError, ValueError):
-                    write_stderr(drawn.encode(self._encoding, "replace"))
-            if self._path:
-                self._append(self._path, (lines + "\n").encode(self._encoding, "replace"))
         if level in ("warn", "error", "fatal"):
             self.keep(text)
+        if level not in self._levels:
+            return
+        prefix = f"{self._head}[{time.strftime('%y/%m/%d %H:%M:%S')}] [{title or level}] {who}"
+        text = CONTROLS.sub(lambda found: repr(found.group())[1:-1], text)
+        lines = "\n".join(prefix + line for line in text.split("\n"))
+        color = LEVELS[level] if self._colored else ""
+        drawn = f"\x1b[{color}m{lines}\x1b[0m" if color else lines
+        with self._lock:
+            if self._console:
+                with contextlib.suppress(AttributeError, OSError, ValueError):
+                    write_stderr((drawn + "\n").encode(self._encoding, "replace"))
+            if self._path:
+                with contextlib.suppress(OSError, ValueError):  # the next record is tried again
+                    self._reopen(self._path)
+                    self._file.write((lines + "\n").encode(self._encoding, "replace"))
 
-    def _append(self, path: str, data: bytes) -> None:
-        """Write to the file, opened again when it was moved away, and never through a symlink."""
-        with self._lock, contextlib.suppress(OSError, ValueError):  # the next is tried again
-            try:
-                moved = not os.path.samestat(os.stat(path), os.fstat(self._file.fileno()))
-            except (OSError, ValueError):
-                moved = True
-            if moved:
-                self._file.close()
-                self._file = open(path, "ab", 0, opener=own_opener)
-            self._file.write(data)
+    def _reopen(self, path: str) -> None:
+        """Open a file that was moved away again, and never through a symlink."""
+        with contextlib.suppress(OSError, ValueError):
+            if os.path.samestat(os.stat(path), os.fstat(self._file.fileno())):
+                return
+        self._file.close()
+        self._file = open(path, "ab", 0, opener=own_opener)
 
     def msg(self, title: str, who: str, text: str) -> None:
         """Show a chat message: its title stands where the level would (CONTRACT 9)."""
