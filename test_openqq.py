@@ -5814,8 +5814,7 @@ def test_a_hostile_value_of_each_kind_is_refused_with_400_and_the_settings_name(
 
 def test_no_hostile_value_is_taken_that_later_fails(odd):
     """Those that are taken, one of each setting in a client, run, and are no fault."""
-    taken = {row.name: sorted_out(row, odd)[0] for row in CALLERS_ROWS
-             if row.name not in ("tmpdir", "login_type")}
+    taken = {row.name: sorted_out(row, odd)[0] for row in CALLERS_ROWS if row.name != "login_type"}
     assert sum(map(len, taken.values())) > 500
     paths = ["cookie_path", "log_path", "state_path", "qrcode_path", "pid_path"]
     others = {"is_init_friend": "1", "onebot_api": "", "milky_api": "", "onebot_login": "",
@@ -5854,13 +5853,6 @@ def test_a_bridges_url_that_is_taken_is_waited_for_in_words(odd):
         assert row and (row["state"], row["restarts"]) == ("scaning", 0), (url, row)
         assert "fault" not in row["error"]
     at_once(len(urls), lambda number: odd.call("delete_client", client=f"b{number}"))
-
-
-def test_a_tmpdir_that_is_taken_can_be_worked_in(odd):
-    for value in sorted_out(openqq.SETTINGS["tmpdir"], odd)[0]:
-        assert told(odd, "start_client", client="odd", tmpdir=value)[1]["code"] == 0, value
-        assert odd.call("/local/login", client="odd")["code"] == 0, value
-        assert odd.call("delete_client", client="odd")["code"] == 0, value
 
 
 @pytest.mark.parametrize("text, url, token", [
@@ -5902,15 +5894,16 @@ def test_the_plugins_name_is_stronger_than_the_plain_one_and_strangers_are_let_b
 
 def run_openqq(*words, **env):
     """The program, as it is typed, run to its end; with returncode, stdout, stderr."""
-    return ended(begin_openqq([FILE, *words], env))
+    return ended(begin_openqq([FILE, *words], env, encoding="utf-8"))
 
 
-def begin_openqq(words, env):
+def begin_openqq(words, env, **how):
+    """Python, with nothing of ours in its environment but what is given."""
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(("MOJO_", "OPENQQ_"))}
     return subprocess.Popen([sys.executable, *words], env={**environment, **env},
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, encoding="utf-8")
+                            stderr=subprocess.PIPE, **how)
 
 
 def ended(process):
@@ -5948,7 +5941,8 @@ def test_a_call_that_starts_nothing_says_why_with_its_exit_status(tmp_path):
     had."""
     put(tmp_path / "file", "")
     running = [begin_openqq(openqq.python_words(*words.replace("{tmp}", str(tmp_path)).split()),
-                            {"TMPDIR": str(tmp_path), **env}) for words, env, _, _ in CALLS]
+                            {"TMPDIR": str(tmp_path), **env}, encoding="utf-8")
+               for words, env, _, _ in CALLS]
     for done, (words, _, status, said) in zip(map(ended, running), CALLS):
         assert (done.returncode, "Traceback" in done.stderr) == (status, False), (words, done)
         text, other = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
@@ -5972,16 +5966,12 @@ class Script(Program):
     """A script that imports openqq, run as a process in its own directory."""
 
     def __init__(self, tmpdir, text):
-        self.tmpdir = str(tmpdir)
+        self.tmpdir, self.port = str(tmpdir), 0
         path = put(tmpdir / "script.py", "import openqq\n" + text.replace("{tmpdir}", self.tmpdir))
-        environment = {name: value for name, value in os.environ.items()
-                       if not name.startswith(("MOJO_", "OPENQQ_"))}
-        environment.update(PYTHONPATH=HERE, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-        self.process = subprocess.Popen([sys.executable, path], stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        env=environment)
+        self.process = begin_openqq([path], {"PYTHONPATH": HERE, "PYTHONUNBUFFERED": "1",
+                                             "PYTHONIOENCODING": "utf-8"})
         self.pid = self.process.pid
-        self.log, self.out, self.port = Log(self.process.stderr), Log(self.process.stdout), 0
+        self.log, self.out = Log(self.process.stderr), Log(self.process.stdout)
 
 
 @pytest.fixture
@@ -6625,17 +6615,15 @@ openqq.command_line()
 
 def test_under_the_lock_of_an_account_or_a_controller_nothing_blocks(start, receive, tmp_path):
     """No other such lock is taken, and no network or process I/O done; the map's words."""
-    script = put(tmp_path / "watched.py", WATCHED.format(here=HERE).encode())
-    python = str(tmp_path / "watching")
-    put(python, f"""#!/bin/sh
+    script = put(tmp_path / "watched.py", WATCHED.format(here=HERE))
+    python = put(tmp_path / "watching", f"""#!/bin/sh
 while [ "$1" != client ] && [ "$1" != controller ] && [ "$1" != --client ]; do shift; done
 exec '{sys.executable}' -X utf8 '{script}' "$@"
-""".encode())
+""")
     os.chmod(python, 0o700)
     receiver = receive(lambda event: (200, {}, {"reply": "pong"})
                        if event.get("content") == "ping" else None)
-    bridge = Bridge()
-    try:
+    with contextlib.closing(Bridge()) as bridge:
         controller = start("controller", "--post-api", receiver.url, python=python)
         controller.login("alice", post_api=receiver.url)
         controller.login("bob")
@@ -6643,15 +6631,12 @@ exec '{sys.executable}' -X utf8 '{script}' "$@"
         assert eventually(lambda: controller.state("qq")["state"] == "running")
         for name in "alice", "bob", "qq":
             controller.call("get_group_info", client=name)
-        assert controller.call("send_friend_message", client="bob", name="alice",
-                               content="ping")["code"] == 0
-        assert eventually(lambda: "pong" in [
-            event.get("content") for event in controller.call("check_event", client="bob", since=0)])
-        assert controller.call("send_friend_message", client="qq", uid="20001",
-                               content="x")["code"] == 0
-        bridge.say_private(20001, "y")
-        assert eventually(lambda: "y" in [
-            event.get("content") for event in controller.call("check_event", client="qq", since=0)])
+        bridge.say_private(20001, "pong")
+        for name, receiver_of in ("bob", {"name": "alice"}), ("qq", {"uid": "20001"}):
+            assert controller.call("send_friend_message", client=name, content="ping",
+                                   **receiver_of)["code"] == 0
+            assert eventually(lambda: "pong" in [event.get("content") for event in controller.call(
+                "check_event", client=name, since=0)])
         os.kill(controller.state("bob")["pid"], signal.SIGKILL)
         assert eventually(lambda: controller.state("bob")["restarts"] == 1)
         controller.call("relogin", client="alice")
@@ -6665,8 +6650,6 @@ exec '{sys.executable}' -X utf8 '{script}' "$@"
         assert alone.stop() == 0
         for program in controller, alone:
             assert "UNDER A LOCK" not in program.log.text(), program.log.text()
-    finally:
-        bridge.close()
 
 
 # ------------------------------------------------------------------------------------------------
