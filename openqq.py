@@ -201,6 +201,7 @@ QueueFull = answering(9, "send queue full", 503)  # a message more would go out 
 Declined = answering(201)                         # a bridge understood, and did not do it
 NotRunning = answering(300, "client not running", 503)  # what needs the state running
 NoRoom = answering(507, "no room on the disk", 507)     # what was to be kept cannot be written
+Hangup = answering(1)                             # the caller is gone: there is nobody to answer
 
 
 class Unreachable(OpenQQError):
@@ -234,10 +235,6 @@ class Answer(OpenQQError):
     def __init__(self, row: Row) -> None:
         super().__init__(**row)
         self.code = row["code"]
-
-
-class Hangup(OpenQQError):
-    """The caller is gone: there is nobody to answer."""
 
 
 class Refusal(OpenQQError):
@@ -552,7 +549,6 @@ FORBIDDEN = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.I)
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 ID_KEY = re.compile(r"(?:.*_)?u?id|reply_to")
 encode_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
-decode_json = json.JSONDecoder().decode
 
 
 def no_number(name: str) -> None:
@@ -572,18 +568,17 @@ def to_bytes(value: Json) -> bytes:
 def from_bytes(data: bytes) -> Json:
     """JSON read; ValueError for anything else, also for nesting too deep to read."""
     try:
-        return decode_json(data.decode("utf-8-sig").strip())
+        return json.loads(data.decode("utf-8-sig").strip())
     except RecursionError:
         raise ValueError("JSON nested too deep") from None
 
 
 def object_in(data: bytes) -> Optional[Row]:
     """The JSON object that bytes hold; None for anything else."""
-    try:
+    with contextlib.suppress(ValueError):
         value = from_bytes(data)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def read_text(data: bytes, charset: str = "") -> str:
@@ -1104,9 +1099,9 @@ class Setting:
         """The text that parse() takes for a value, be it one from JSON or Python."""
         if value is None:
             return ""
-        if isinstance(value, bool):
-            value = int(value)
-        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        if isinstance(value, (list, tuple)):
+            return ",".join(map(str, value))
+        return str(int(value) if isinstance(value, bool) else value)
 
     def shown(self) -> str:
         """The default as help shows it."""

@@ -5702,7 +5702,8 @@ def test_each_setting_can_be_given_in_every_way_helped_with_and_refused_by_name(
     for row, (good, bad) in samples.items():
         line = re.search(rf"^ *--{row.name.replace('_', '-')} .*", done.stdout, re.M)
         assert bool(line) != row.idle, row.name
-        assert not line or row.help in line[0] and (not row.shown() or f"[{row.shown()}]" in line[0])
+        if line:
+            assert row.help in line[0] and (not row.shown() or f"[{row.shown()}]" in line[0])
         names = ["MOJO_WEBQQ_" + row.name.upper()]
         names += ["MOJO_WEBQQ_PLUGIN_OPENQQ_" + row.name.upper()] if row.plugin else []
         wanted = row.parse(good)
@@ -5803,11 +5804,11 @@ def test_a_hostile_value_of_each_kind_is_refused_with_400_and_the_settings_name(
             if {"\0", "\ud800"} & set(value):  # no parameter holds that
                 assert (status, answer["code"]) == (400, 400), answer
             else:
-                assert (status, answer["code"]) == (400, 6) and row.name in answer["status"], answer
+                assert (status, answer["code"], row.name in answer["status"]) == (400, 6, True)
     for row in CALLERS_ROWS:
         for value in "http://h:65536/", "http://h:0/x", "http://a,http://b", "http://a/;HTTP://b":
             if "url" in row.read.__name__:
-                with pytest.raises(openqq.NotAllowed, match="must (be one URL|have a port of 1 to)"):
+                with pytest.raises(openqq.NotAllowed, match="must (be one URL|have a port)"):
                     openqq.check_params({row.name: value})
     assert not odd.call("check_client")["client"]
 
@@ -5837,8 +5838,8 @@ def test_no_hostile_value_is_taken_that_later_fails(odd):
         assert not re.search(rb"Traceback|fault of this program", content(own["log_path"]))
 
     count = max(len(values) for name, values in taken.items() if name not in (*others, *paths))
-    for number in range(count):
-        live(number)
+    with concurrent.futures.ThreadPoolExecutor(4) as crowd:
+        assert list(crowd.map(live, range(count))) == [None] * count
     at_once(count, lambda number: odd.call("delete_client", client=f"odd{number}"))
     assert not [name for name in os.listdir(odd.tmpdir) if name.startswith("mojo_webqq_cookie")]
 
@@ -6517,8 +6518,8 @@ def test_a_section_uses_only_what_stands_above_it():
                 if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store)]:
             home.setdefault(name, section(node.lineno))
     assert len(home) > 200 and {"Client", "SETTINGS", "qr_png"} <= set(home)
-    parts = [part for node in ast.walk(TREE)
-             for part in (getattr(node, "annotation", None), getattr(node, "returns", None)) if part]
+    parts = [part for node in ast.walk(TREE) for part in (
+        getattr(node, "annotation", None), getattr(node, "returns", None)) if part]
     uses = [(leaf.id, leaf.lineno) for part in parts for leaf in ast.walk(part)
             if isinstance(leaf, ast.Name)]
     tables = symtable.symtable(SOURCE, FILE, "exec").get_children()
