@@ -1022,23 +1022,17 @@ def _url(text: str, schemes: Sequence[str] = ("http", "https")) -> str:
         words = " or ".join(f"{scheme}://" for scheme in schemes)
         raise ValueError(f"must be an {words} URL")
     found = NETLOC.fullmatch(parts.netloc)
-    if not found or not _is_host(*found.group(1, 2)):
+    address, name, port = found.groups() if found else ("", "", "")
+    try:
+        good = (bool(socket.inet_pton(socket.AF_INET6, address)) if address
+                else 0 < len(name.encode("idna")) <= 253)
+    except (OSError, ValueError):
+        good = False
+    if not good:
         raise ValueError("must name a host, as example.com, 192.0.2.1 or [2001:db8::1]")
-    if found.group(3) and not 1 <= int(found.group(3)) <= 65_535:
+    if port and not 1 <= int(port) <= 65_535:
         raise ValueError("must have a port of 1 to 65535")
     return parts.scheme + text[len(parts.scheme):]
-
-
-def _is_host(address: Optional[str], name: Optional[str]) -> bool:
-    try:
-        if address:
-            return bool(socket.inet_pton(socket.AF_INET6, address))
-        if name and not name.isascii():
-            name = name.encode("idna").decode()  # ValueError
-    except (OSError, ValueError):
-        return False
-    return len(name or "") <= 253 and all(
-        0 < len(label) < 64 for label in re.sub("[.]$", "", name or "").split("."))
 
 
 def _bridge_url(text: str) -> str:
