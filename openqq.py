@@ -91,12 +91,10 @@ TYPE_CHECKING = False  # so that no process pays for the import of typing
 if TYPE_CHECKING:
     from typing import (IO, Any, Callable, Container, Deque, Dict, Iterable, Iterator, List,
                         Mapping, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
-    Address = Tuple[str, int]
     Json = Any                   # what the json module reads and writes
     Row = Dict[str, Any]         # a JSON object
     Fields = Dict[str, str]      # header fields, the names in lower case
     Params = Dict[str, str]      # the parameters of a call
-    Addresses = List[Tuple[int, Any]]
     Wait = Callable[[Future[Any], float], Any]  # Request.wait
     Code = Union[str, bytes]     # a QR code: its text, or the picture that somebody else drew
 
@@ -1381,9 +1379,8 @@ def to_environment(values: Mapping[str, str], prefix: str, plugin: str) -> Dict[
 def open_log(settings: Settings, head: str) -> Log:
     """The log that settings describe; Refusal if its file cannot be opened."""
     colored = not settings.disable_color and is_console(sys.stderr)
-    given_head = settings.given("log_head")
     try:
-        return Log(head if given_head is None else given_head, settings.log_level,
+        return Log(head if settings.log_head is None else settings.log_head, settings.log_level,
                    settings.log_path or None, settings.log_encoding or "utf-8",
                    settings.log_console, colored)
     except OSError as error:
