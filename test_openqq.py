@@ -5940,11 +5940,14 @@ CALLS = [  # words, what the environment says, exit status, what is said
 def test_a_call_that_starts_nothing_says_why_with_its_exit_status(tmp_path):
     """0 and stdout for what was asked for; 2 for a wrong call; 1 and one line for what cannot be
     had."""
+    def run(case):
+        words = openqq.python_words(*case[0].replace("{tmp}", str(tmp_path)).split())
+        return ended(begin_openqq(words, {"TMPDIR": str(tmp_path), **case[1]}, encoding="utf-8"))
+
     put(tmp_path / "file", "")
-    running = [begin_openqq(openqq.python_words(*words.replace("{tmp}", str(tmp_path)).split()),
-                            {"TMPDIR": str(tmp_path), **env}, encoding="utf-8")
-               for words, env, _, _ in CALLS]
-    for done, (words, _, status, said) in zip(map(ended, running), CALLS):
+    with concurrent.futures.ThreadPoolExecutor(4) as crowd:
+        results = list(crowd.map(run, CALLS))
+    for done, (words, _, status, said) in zip(results, CALLS):
         assert (done.returncode, "Traceback" in done.stderr) == (status, False), (words, done)
         text, other = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
         if status == 1:
