@@ -53,7 +53,6 @@ import heapq
 import hmac
 import itertools
 import json
-import logging
 import math
 import mimetypes
 import os
@@ -90,14 +89,12 @@ VERSION = "1.0.0"
 
 TYPE_CHECKING = False  # so that no process pays for the import of typing
 if TYPE_CHECKING:
-    from typing import (IO, Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping,
-                        NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
-    Address = Tuple[str, int]
+    from typing import (IO, Any, Callable, Container, Deque, Dict, Iterable, Iterator, List,
+                        Mapping, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
     Json = Any                   # what the json module reads and writes
     Row = Dict[str, Any]         # a JSON object
     Fields = Dict[str, str]      # header fields, the names in lower case
     Params = Dict[str, str]      # the parameters of a call
-    Addresses = List[Tuple[int, Any]]
     Wait = Callable[[Future[Any], float], Any]  # Request.wait
     Code = Union[str, bytes]     # a QR code: its text, or the picture that somebody else drew
 
@@ -115,7 +112,6 @@ IDLE_SECONDS = 60.0              # between two requests of a connection
 WRITE_SECONDS = 30.0
 REASON_LIMIT = 8                 # causes of each reason for a 403 that the log tells
 
-NAME_LIMIT = 64                  # characters of an account's name
 SETTING_LIMIT = 4_096            # of a setting, or a property on the local network
 CONTENT_LIMIT = 64 * 1024        # bytes of a message's text; QQ itself takes far less
 MEDIA_LIMIT = 5 * 1024 * 1024    # bytes of a picture: in base64 it still fits into a body
@@ -171,11 +167,8 @@ POST_BYTES = 256 * 1024 * 1024   # of pictures in events that wait to be posted
 # ------------------------------------------------------------------------------------------------
 
 class OpenQQError(Exception):
-    """The root: an error that is an answer.
-
-    `code` and `status` are those of CONTRACT 1, `http` the status line's number; `extra` holds
-    further members of the JSON answer. Errors that the original knows answer with HTTP 200.
-    """
+    """An error that is an answer: `code` and `status` as in CONTRACT 1, `http` of the status line,
+    `extra` further members of the JSON. Errors that the original knows answer with HTTP 200."""
 
     code, status, http = 1, "failure", 200
 
@@ -206,13 +199,12 @@ QueueFull = answering(9, "send queue full", 503)  # a message more would go out 
 Declined = answering(201)                         # a bridge understood, and did not do it
 NotRunning = answering(300, "client not running", 503)  # what needs the state running
 NoRoom = answering(507, "no room on the disk", 507)     # what was to be kept cannot be written
+Hangup = answering(1)                             # the caller is gone: there is nobody to answer
 
 
 class Unreachable(OpenQQError):
-    """No connection, or one that broke before an answer was complete.
-
-    `sent` tells whether a part of the request may have been acted upon.
-    """
+    """No connection, or one that broke before an answer was complete; `sent` tells whether a part
+    of the request may have been acted upon."""
 
     code, status, http = 7, "client not reachable", 502
 
@@ -243,10 +235,6 @@ class Answer(OpenQQError):
         self.code = row["code"]
 
 
-class Hangup(OpenQQError):
-    """The caller is gone: there is nobody to answer."""
-
-
 class Refusal(OpenQQError):
     """Why the program does not start; its text says what to do. Exit status 1, or `exit`."""
 
@@ -264,11 +252,8 @@ SYSTEM = {"win32": "MSWin32"}.get(sys.platform, sys.platform)  # as Perl calls i
 # service wrappers of Windows send.
 END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")
                if hasattr(signal, name)]
-# No descriptor is handed on by accident, no symlink followed, no FIFO waited for.
-OPEN_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
 # Sockets that a selector takes: select() of Windows, all that it has, is made for 512.
 MOST_WATCHED = 480 if sys.platform == "win32" else 1_000_000
-DESCRIPTORS = (65_536, 10_240)  # open files that a process wants, and what macOS grants
 SHARE_SIZE = 628                 # bytes of what hands a socket to a process of Windows at most
 
 # What a client's environment takes over from the controller's; all else would be a way in. Without
@@ -288,18 +273,13 @@ def kernel32() -> Any:
 
 def patiently(function: Callable[..., Any], *args: Any,
               tries: int = 20 if sys.platform == "win32" else 1) -> Any:
-    """What function(*args) returns, tried again for half a second at most.
-
-    On Windows a file can be neither replaced nor opened while somebody else, a virus scanner say,
-    has it open or removes it.
-    """
-    for left in reversed(range(tries)):
-        try:
+    """What function(*args) returns, tried again for half a second: on Windows a file can be
+    neither replaced nor opened while somebody else, a virus scanner say, has it open."""
+    for _ in range(tries - 1):
+        with contextlib.suppress(PermissionError):
             return function(*args)
-        except PermissionError:
-            if not left:
-                raise
-            time.sleep(0.025)  # nothing tells when that is over
+        time.sleep(0.025)  # nothing tells when that is over
+    return function(*args)
 
 
 def is_held(error: OSError) -> bool:
@@ -317,12 +297,11 @@ def is_own_file(found: os.stat_result) -> bool:
 
 
 def own_opener(path: str, flags: int) -> int:
-    """open()'s opener for files in a directory where others may write, such as /tmp.
-
-    Opens only a regular file of ours (or root's) with one name, made 0600 if it is new; OSError
-    for a symlink, a FIFO, a device, a second link or somebody else's file.
-    """
-    handle: int = patiently(os.open, path, flags | OPEN_FLAGS, 0o600)
+    """open()'s opener for files where others may write, as in /tmp. A new one gets mode 0600;
+    OSError for a symlink, a FIFO, a device, a second link or somebody else's file."""
+    for name in "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC":  # the second: no FIFO is waited for
+        flags |= getattr(os, name, 0)
+    handle: int = patiently(os.open, path, flags, 0o600)
     if is_own_file(os.fstat(handle)):
         return handle
     os.close(handle)
@@ -346,11 +325,10 @@ def lock_file(file: IO[Any]) -> bool:
 
 
 def await_lock(file: IO[Any]) -> None:
-    """Return when no other process has locked a file; Windows waits for no lock longer than ten
-    seconds. OSError."""
+    """Return when no other process has locked a file. OSError."""
     if sys.platform == "win32":
         while not lock_file(file):
-            time.sleep(0.05)  # so it is asked again
+            time.sleep(0.05)  # the system itself waits for no lock longer than ten seconds
     else:
         fcntl.flock(file, fcntl.LOCK_SH)
 
@@ -369,37 +347,32 @@ def start_process(spawn_process: Callable[..., Any], title: str, words: Sequence
                   environment: Mapping[str, str], **sockets: socket.socket) -> Any:
     """A Python process, called `title` where the system shows that, of a session or group of its
     own: what a terminal sends is for us. It finds the numbers of the sockets, once it has called
-    receive_sockets(), in its environment. OSError, ValueError.
-
-    Windows hands no socket on with a start: a copy for the new process is told through its
-    standard input. There the python.exe of a virtual environment only starts another one, whose
-    pid we need.
-    """
+    receive_sockets(), in its environment. OSError, ValueError."""
     import subprocess
     python = os.environ.get("OPENQQ_PYTHON", sys.executable)
     argv = [os.path.join(os.path.dirname(python), title), "-S", *words]
-    if sys.platform == "win32":
-        base = getattr(sys, "_base_executable", python)
-        process = spawn_process(
-            argv, executable=base, stdin=subprocess.PIPE,
-            stdout=None if sys.stdout else subprocess.DEVNULL,
-            stderr=None if sys.stderr else subprocess.DEVNULL,
-            creationflags=subprocess.CREATE_NEW_PROCESS_GROUP,
-            env={**environment, "OPENQQ_PYTHON": python, "OPENQQ_SOCKETS": ",".join(sockets),
-                 "__PYVENV_LAUNCHER__": python})
-        try:
-            with process.stdin as pipe:
-                for sock in sockets.values():
-                    pipe.write(sock.share(process.pid).ljust(SHARE_SIZE, b"\0"))
-        except OSError:
-            process.kill()
-            raise
-        return process
-    return spawn_process(
-        argv, executable=python, stdin=subprocess.DEVNULL, start_new_session=True,
-        pass_fds=[sock.fileno() for sock in sockets.values()],
-        env={**environment, "OPENQQ_PYTHON": python,
-             **{name: str(sock.fileno()) for name, sock in sockets.items()}})
+    env = {**environment, "OPENQQ_PYTHON": python}
+    if sys.platform != "win32":
+        env.update((name, str(sock.fileno())) for name, sock in sockets.items())
+        return spawn_process(
+            argv, executable=python, stdin=subprocess.DEVNULL, start_new_session=True, env=env,
+            pass_fds=[sock.fileno() for sock in sockets.values()])
+    # There the python.exe of a virtual environment only starts another one, whose pid we need. No
+    # socket is handed on with a start: a copy for the process is told through its standard input.
+    process = spawn_process(
+        argv, executable=getattr(sys, "_base_executable", python), stdin=subprocess.PIPE,
+        stdout=None if sys.stdout else subprocess.DEVNULL,
+        stderr=None if sys.stderr else subprocess.DEVNULL,
+        creationflags=subprocess.CREATE_NEW_PROCESS_GROUP,
+        env={**env, "OPENQQ_SOCKETS": ",".join(sockets), "__PYVENV_LAUNCHER__": python})
+    try:
+        with process.stdin as pipe:
+            for sock in sockets.values():
+                pipe.write(sock.share(process.pid).ljust(SHARE_SIZE, b"\0"))
+    except OSError:
+        process.kill()
+        raise
+    return process
 
 
 def receive_sockets() -> None:
@@ -430,6 +403,9 @@ def begin_again(title: str, words: Sequence[str], **environment: str) -> None:
                                    for word in (title, *words)], {**os.environ, **spelt})
 
 
+CONSOLE_HANDLERS: List[Any] = []  # what Windows calls must not be collected
+
+
 def on_closed_console(act: Callable[[], None]) -> None:
     """Have act() called when the window of a console is closed, or its user leaves: Windows ends
     the process when the handler returns, and after five seconds in any case."""
@@ -443,10 +419,8 @@ def on_closed_console(act: Callable[[], None]) -> None:
             time.sleep(2 * ORPHAN_SECONDS)  # for those who end the process in order
             return True
 
-        on_closed_console.handler = ctypes.WINFUNCTYPE(  # type: ignore[attr-defined]
-            ctypes.c_int, ctypes.c_uint)(handle)  # it must not be collected
-        kernel32().SetConsoleCtrlHandler(
-            on_closed_console.handler, True)  # type: ignore[attr-defined]
+        CONSOLE_HANDLERS.append(ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint)(handle))
+        kernel32().SetConsoleCtrlHandler(CONSOLE_HANDLERS[-1], True)
 
 
 def take_no_signals() -> None:
@@ -494,46 +468,36 @@ def socket_pair() -> Tuple[socket.socket, socket.socket]:
 
 
 def room_for_connections() -> int:
-    """How many there may be at once, each with one that it causes; as many as the system lets.
-
-    Beyond its limit of open files nobody could even be told that there are too many. A quarter
-    of them is left for files and clients. Windows has none for sockets.
-    """
+    """How many there may be at once, each with one that it causes: beyond the limit of open files
+    nobody could even be told that there are too many. A quarter of them is left for files and
+    clients. Windows has none for sockets."""
+    wanted = 65_536
     if sys.platform != "win32":
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        for most in DESCRIPTORS:
-            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            if soft == resource.RLIM_INFINITY or soft >= most:
-                break
-            try:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-                soft = most
-            except (OSError, ValueError):
-                pass  # macOS has another limit below the one that it tells
-        if soft != resource.RLIM_INFINITY:
+        infinity = resource.RLIM_INFINITY
+        for most in wanted, 10_240:  # macOS has another limit below the one that it tells
+            most = most if hard == infinity else min(most, hard)
+            if soft != infinity and soft < most:
+                with contextlib.suppress(OSError, ValueError):
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+                    soft = most
+        if soft != infinity:
             return max(1, soft * 3 // 8)
-    return DESCRIPTORS[0]
+    return wanted
 
 
 CPUS: List[int] = []  # those that a process may choose from, where there is a choice and a use
 if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
-    try:
+    with contextlib.suppress(OSError):  # the system need not tell us
         CPUS = sorted(os.sched_getaffinity(0))
-    except OSError:
-        pass  # the system does not tell us; it works as well
 
 
 def share_cpu(number: int, pid: int = 0) -> None:
-    """Keep a process that has no threads yet to one of the CPUS.
-
-    Its threads run one at a time in any case, and wake each other all the time; to wake one on
-    another CPU is what took most of the time (measured on two: half as many proxied calls).
-    """
+    """Keep a process that has no threads yet to one of the CPUS. Its threads run one at a time in
+    any case, and to wake each other on another CPU took most of the time (measured on two)."""
     if len(CPUS) > 1:
-        try:
+        with contextlib.suppress(OSError):  # it has just ended, or the system does not let us
             getattr(os, "sched_setaffinity")(pid, [CPUS[number % len(CPUS)]])
-        except OSError:
-            pass  # it has just ended, or the system does not let us
 
 
 def is_console(file: Any) -> bool:
@@ -578,13 +542,11 @@ def has_own_window() -> bool:
 # 2. Tools: names, JSON, log, threads, timers
 # ------------------------------------------------------------------------------------------------
 
-NAME = re.compile(r"(?!\.)[A-Za-z0-9_.@\-\u3400-\u4dbf\u4e00-\u9fff]{1,%d}" % NAME_LIMIT)
+NAME = re.compile(r"(?!\.)[A-Za-z0-9_.@\-\u3400-\u4dbf\u4e00-\u9fff]{1,64}")  # of an account
 FORBIDDEN = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.I)  # by Windows
-SURROGATES = re.compile("[\ud800-\udfff]")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 ID_KEY = re.compile(r"(?:.*_)?u?id|reply_to")
 encode_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
-decode_json = json.JSONDecoder().decode
 
 
 def no_number(name: str) -> None:
@@ -596,56 +558,46 @@ decode_params = json.JSONDecoder(parse_float=str, parse_constant=no_number).deco
 
 
 def to_bytes(value: Json) -> bytes:
-    """JSON as every answer has it: sorted keys, no blanks, UTF-8 (CONTRACT 1).
-
-    A lone surrogate, which JSON text can spell and UTF-8 cannot, becomes a question mark.
-    """
+    """JSON as every answer has it: sorted keys, no blanks, UTF-8 (CONTRACT 1). A lone surrogate,
+    which JSON text can spell and UTF-8 cannot, becomes a question mark."""
     return encode_json(value).encode("utf-8", "replace")
 
 
 def from_bytes(data: bytes) -> Json:
     """JSON read; ValueError for anything else, also for nesting too deep to read."""
     try:
-        return decode_json(data.decode("utf-8-sig").strip())
+        return json.loads(data.decode("utf-8-sig").strip())
     except RecursionError:
         raise ValueError("JSON nested too deep") from None
 
 
 def object_in(data: bytes) -> Optional[Row]:
     """The JSON object that bytes hold; None for anything else."""
-    try:
+    with contextlib.suppress(ValueError):
         value = from_bytes(data)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-GB_NAMES = ("gb18030", "gbk", "gb2312", "cp936", "x-gbk")  # what a charset= may call it
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def read_text(data: bytes, charset: str = "") -> str:
     """Text of somebody who need not say how it is written: UTF-8, else GB18030, as Chinese
     consoles and old scripts write it; a `charset` that says so comes first. ValueError."""
     encodings = ["utf-8", "gb18030"]
-    if charset.lower() in GB_NAMES:
+    if charset.lower() in ("gb18030", "gbk", "gb2312", "cp936", "x-gbk"):
         encodings.reverse()
     elif charset.lower() not in ("", "utf-8", "utf8", "us-ascii", "ascii"):
         encodings.pop()
     for encoding in encodings:
-        try:
+        with contextlib.suppress(UnicodeDecodeError):
             return data.decode(encoding)
-        except UnicodeDecodeError:
-            pass
     raise ValueError("neither UTF-8 nor GB18030" if encodings[1:] else
                      f"in {charset}: write UTF-8 or GB18030")
 
 
 def typed_text(word: str) -> str:
-    """A word of the command line or the environment. ValueError.
-
-    Bytes that are not what Python takes the console to write stand in it as surrogates (PEP 383).
-    """
-    return read_text(os.fsencode(word)) if SURROGATES.search(word) else word
+    """A word of the command line or the environment, where bytes that Python could not read stand
+    as surrogates (PEP 383). ValueError."""
+    return read_text(os.fsencode(word)) if re.search("[\ud800-\udfff]", word) else word
 
 
 def check_name(name: str) -> str:
@@ -669,8 +621,7 @@ class MessageIds:
 
     def __init__(self, clock: Callable[[], float] = time.time,
                  taken: Callable[[int], bool] = lambda number: False) -> None:
-        self._last = self.LEAST + int(clock()) % 100_000 * 10_000
-        self._taken = taken
+        self._last, self._taken = self.LEAST + int(clock()) % 100_000 * 10_000, taken
 
     def next(self) -> int:
         """One that is not taken; after the last of all comes the first."""
@@ -708,12 +659,9 @@ def keep_newest(table: Dict[Any, Any], limit: int) -> None:
 
 
 def python_words(*words: str) -> List[str]:
-    """The words behind `python` that run this file once more, as a module.
-
-    As a script it would be compiled each time, which costs more than all the rest of a start. The
-    directory takes the place of the current one, where others may have put modules; Python's
-    embeddable package for Windows has that not on its path.
-    """
+    """The words behind `python` that run this file once more, as a module: as a script it would be
+    compiled each time. Its directory takes the place of the current one, where others may have put
+    modules; Python's embeddable package for Windows has that not on its path."""
     directory, name = os.path.split(os.path.abspath(__file__))
     module = name[:-3] if name.endswith(".py") else ""
     if not module.isidentifier():
@@ -730,82 +678,61 @@ def add_site_packages() -> None:
         site.main()
 
 
-LEVELS = {"debug": 10, "info": 20, "msg": 25, "warn": 30, "error": 40, "fatal": 50}
-COLORS = {10: "34", 25: "32", 30: "33", 40: "31", 50: "35"}
+# The documents' levels (CONTRACT 9), each with its colour on a terminal.
+LEVELS = {"debug": "34", "info": "", "msg": "32", "warn": "33", "error": "31", "fatal": "35"}
 
 
-class LogHandler(logging.Handler):
-    """A log file that is opened again when it was moved away, and never through a symlink; without
-    a path stderr. A record is one write, past the text layer, so that lines stay whole.
+class Log:
+    """The log of one controller or client: a file, stderr, or both.
 
     The form is the documents' (CONTRACT 9): `HEAD[yy/mm/dd HH:MM:SS] [level] text`, the prefix on
-    every line of the text. Logging's own WatchedFileHandler would take each client 0.5 MiB.
-    """
-
-    def __init__(self, path: str, encoding: str, head: str, colored: bool, level: int) -> None:
-        super().__init__(level)
-        self._path, self._encoding, self._head, self._colored = path, encoding, head, colored
-        self._file = self._open() if path else None
-
-    def _open(self) -> Any:
-        return open(self._path, "ab", 0, opener=own_opener)
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Lines of text; control characters cannot reach the terminal."""
-        title, who = getattr(record, "message_of", ("", ""))
-        level = next(name for name, number in LEVELS.items() if number >= record.levelno)
-        when = time.strftime("%y/%m/%d %H:%M:%S", time.localtime(record.created))
-        prefix = f"{self._head}[{when}] [{title or level}] {who}"
-        text = CONTROLS.sub(lambda found: repr(found.group())[1:-1], record.getMessage())
-        lines = "\n".join(prefix + line for line in text.split("\n"))
-        color = COLORS.get(record.levelno) if self._colored else None
-        return f"\x1b[{color}m{lines}\x1b[0m\n" if color else lines + "\n"
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Neither a full disk nor a reader who is gone stops what the log tells about."""
-        data = self.format(record).encode(self._encoding, "replace")
-        try:
-            if self._file is None:
-                write_stderr(data)
-                return
-            try:
-                moved = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
-            except (OSError, ValueError):
-                moved = True
-            if moved:
-                self._file.close()
-                self._file = self._open()
-            self._file.write(data)
-        except (AttributeError, OSError, ValueError):
-            pass  # it is tried again with the next record
-
-
-class Log(logging.Logger):
-    """The log of one controller or client, in the documents' levels (CONTRACT 9).
-
+    every line of the text. A record is one write, past the text layer, so that lines stay whole.
     `keep` is called with the text of each warning or worse, also of those that are not written.
     """
 
-    warn = logging.Logger.warning  # the documents' word for it; logging is about to give it up
-
     def __init__(self, head: str = "", level: str = "info", path: Optional[str] = None,
                  encoding: str = "utf-8", console: bool = True, colored: bool = False) -> None:
-        super().__init__("openqq", min(LEVELS[level], logging.WARNING))
+        self._head, self._encoding, self._path, self._colored = head, encoding, path, colored
+        self._levels = list(LEVELS)[list(LEVELS).index(level):]
+        self._console = console or not path
+        self._lock = threading.Lock()  # guards what is written to
+        self._file: Any = open(path, "ab", 0, opener=own_opener) if path else None
         self.keep: Callable[[str], None] = lambda text: None
-        if path:
-            self.addHandler(LogHandler(path, encoding, head, False, LEVELS[level]))
-        if console or not path:
-            self.addHandler(LogHandler("", encoding, head, colored, LEVELS[level]))
+        self.debug, self.info, self.warn, self.error = (
+            functools.partial(self.write, name) for name in ("debug", "info", "warn", "error"))
 
-    def handle(self, record: logging.LogRecord) -> None:
-        """Write a record."""
-        super().handle(record)
-        if record.levelno >= logging.WARNING:
-            self.keep(record.getMessage())
+    def write(self, level: str, text: str, title: str = "", who: str = "") -> None:
+        """Write a record; control characters cannot reach the terminal. Neither a full disk nor a
+        reader who is gone stops what the log tells about."""
+        if level in ("warn", "error", "fatal"):
+            self.keep(text)
+        if level not in self._levels:
+            return
+        prefix = f"{self._head}[{time.strftime('%y/%m/%d %H:%M:%S')}] [{title or level}] {who}"
+        text = CONTROLS.sub(lambda found: repr(found.group())[1:-1], text)
+        lines = "\n".join(prefix + line for line in text.split("\n"))
+        color = LEVELS[level] if self._colored else ""
+        drawn = f"\x1b[{color}m{lines}\x1b[0m" if color else lines
+        with self._lock:
+            if self._console:
+                with contextlib.suppress(AttributeError, OSError, ValueError):
+                    write_stderr((drawn + "\n").encode(self._encoding, "replace"))
+            if self._path:
+                with contextlib.suppress(OSError, ValueError):  # the next record is tried again
+                    self._reopen(self._path)
+                    self._file.write((lines + "\n").encode(self._encoding, "replace"))
+
+    def _reopen(self, path: str) -> None:
+        """Open a file that was moved away again, and never through a symlink."""
+        with contextlib.suppress(OSError, ValueError):
+            if os.path.samestat(os.stat(path), os.fstat(self._file.fileno())):
+                return
+        self._file.close()
+        self._file = open(path, "ab", 0, opener=own_opener)
 
     def msg(self, title: str, who: str, text: str) -> None:
         """Show a chat message: its title stands where the level would (CONTRACT 9)."""
-        self.log(LEVELS["msg"], text, extra={"message_of": (title, who)})
+        self.write("msg", text, title, who)
 
     def failure(self, doing: str) -> None:
         """Report the exception being handled, with its place: a fault of this program."""
@@ -838,7 +765,8 @@ def result_of(future: Future[Any], seconds: Optional[float] = None) -> Any:
 
 
 class ThreadPool:
-    """At most `size` threads; one more comes when there is work, one leaves that has been idle."""
+    """At most `size` threads; one more comes when there is work, one leaves that has been idle.
+    Those of concurrent.futures never leave, and a process that ends waits for what they do."""
 
     def __init__(self, size: int, name: str, log: Log, linger: float = 10.0) -> None:
         self.size, self.name, self.log, self.linger = size, name, log, linger
@@ -862,39 +790,32 @@ class ThreadPool:
                 self.log.warn(f"no thread for {self.name}: {error}")
 
     def _work(self) -> None:
-        while True:
-            job = self._next()
-            if job is None:
-                return
-            try:
-                job[0](*job[1])
-            except Exception:
-                self.log.failure(f"a job of {self.name}")
-            del job  # an idle thread must not keep what it worked on alive
-
-    def _next(self) -> Optional[Tuple[Callable[..., None], Tuple[Any, ...]]]:
         with self._lock:
             self._free += 1
         while True:
             try:
-                job: Tuple[Callable[..., None], Tuple[Any, ...]] = self._jobs.get(
-                    timeout=self.linger)
-                return job
+                function, args = self._jobs.get(timeout=self.linger)
             except queue.Empty:
                 with self._lock:
                     if self._free > 0:  # else a job is on its way to us
                         self._free -= 1
                         self._threads -= 1
-                        return None
+                        return
+                continue
+            try:
+                function(*args)
+            except Exception:
+                self.log.failure(f"a job of {self.name}")
+            del function, args  # an idle thread must not keep what it worked on alive
+            with self._lock:
+                self._free += 1
 
 
 class Timer:
     """A call to come; cancel() takes it back."""
 
-    __slots__ = ("job",)
-
-    def __init__(self, job: Callable[[], None]) -> None:
-        self.job: Optional[Callable[[], None]] = job
+    def __init__(self, job: Callable[[], Any]) -> None:
+        self.job: Optional[Callable[[], Any]] = job
 
     def cancel(self) -> None:
         """Let it not happen."""
@@ -904,9 +825,8 @@ class Timer:
 class Timers:
     """One thread for what is to happen later, for signals, and for sockets that say something.
 
-    What it calls runs with the owner's `lock` held, so that cancel() under the lock is certain:
-    what was cancelled does not happen. Such a call changes state and returns; what blocks is done
-    by a worker. `clock` gives seconds that never go back; `log` tells of calls that failed.
+    What it calls runs with the owner's `lock` held, so that what was cancelled under the lock does
+    not happen. Such a call changes state and returns; what blocks is done by a worker.
     """
 
     def __init__(self, lock: Any, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
@@ -915,22 +835,20 @@ class Timers:
         self._count = itertools.count()
         self._selector = selectors.DefaultSelector()
         self._ear, self._mouth = socket_pair()
-        self._ear.setblocking(False)
-        self._mouth.setblocking(False)
+        for sock in self._ear, self._mouth:
+            sock.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ, lambda: self._ear.recv(4096))
-        self._wakes_at = 0.0  # when the thread looks at the heap without being woken
         self._ended = False
         self._signals: Dict[int, Any] = {}  # those that are caught -> who had them before
-        self._caught: Deque[Tuple[Callable[[int], None], int]] = collections.deque()
+        self._caught: Deque[Callable[[], None]] = collections.deque()
 
     def later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Timer:
         """Have function(*args) called in `seconds`, with the lock held. From any thread."""
-        timer = Timer(lambda: function(*args))
+        timer = Timer(functools.partial(function, *args))
         with self.lock:
-            at = self.clock() + seconds
-            heapq.heappush(self._calls, (at, next(self._count), timer))
-            sleeps_on = at >= self._wakes_at
-        if not sleeps_on:
+            heapq.heappush(self._calls, (self.clock() + seconds, next(self._count), timer))
+            is_first = self._calls[0][2] is timer
+        if is_first:
             self._wake()
         return timer
 
@@ -944,27 +862,25 @@ class Timers:
         self._selector.unregister(sock)
 
     def catch_signals(self, act: Callable[[int], None]) -> None:
-        """Have act(number) called, with the lock held, for END_SIGNALS.
-
-        Only in the main thread, which has to run() too: Python's handlers run there. What was
-        ignored at start stays so (nohup). The wake-up descriptor matters: without it a signal that
-        comes just before the selector waits is not noticed until something else happens.
-        """
+        """Have act(number) called, with the lock held, for END_SIGNALS: where this is the main
+        thread, which has to run() too. What was ignored at start stays so (nohup)."""
         if threading.current_thread() is not threading.main_thread():
             return
+
+        def catch(number: int, frame: Any = None) -> None:
+            # A handler runs between any two steps of this thread, perhaps in the middle of a
+            # change that the lock guards: it only takes a note, and the thread looks at it.
+            self._caught.append(functools.partial(act, number))
+            self._wake()
+
+        # Else a signal that comes just before the selector waits would be noticed much later.
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         for number in END_SIGNALS:
             former = signal.getsignal(number)
             if former is not signal.SIG_IGN:
                 self._signals.setdefault(number, former)
-                # A handler runs between any two steps of this thread, perhaps in the middle of a
-                # change that the lock guards: it only takes a note, and the thread looks at it.
-                signal.signal(number, lambda number, frame: self._caught.append((act, number)))
-        on_closed_console(lambda: self._catch(act, END_SIGNALS[0]))
-
-    def _catch(self, act: Callable[[int], None], number: int) -> None:
-        self._caught.append((act, number))
-        self._wake()
+                signal.signal(number, catch)
+        on_closed_console(functools.partial(catch, END_SIGNALS[0]))
 
     def run(self) -> None:
         """Work until stop()."""
@@ -973,26 +889,20 @@ class Timers:
         for number, former in self._signals.items():
             signal.set_wakeup_fd(-1)
             signal.signal(number, former)
-        self._selector.close()
-        self._ear.close()
-        self._mouth.close()
+        for closable in self._selector, self._ear, self._mouth:
+            closable.close()
 
     def step(self) -> None:
         """Wait until there is something to do, and do that."""
         with self.lock:
-            while self._calls and self._calls[0][2].job is None:
-                heapq.heappop(self._calls)
             wait = self._calls[0][0] - self.clock() if self._calls else POST_DAY
             wait = 0.0 if self._caught else min(POST_DAY, max(0.0, wait))  # epoll: 24 days
-            self._wakes_at = self.clock() + wait
         ready = self._selector.select(wait)
         with self.lock:
-            self._wakes_at = 0.0
             for key, _ in ready:
                 self._call(key.data)
             while self._caught:
-                act, number = self._caught.popleft()
-                self._call(act, number)
+                self._call(self._caught.popleft())
             while self._calls and self._calls[0][0] <= self.clock():
                 job = heapq.heappop(self._calls)[2].job
                 if job is not None:
@@ -1003,17 +913,15 @@ class Timers:
         self._ended = True
         self._wake()
 
-    def _call(self, function: Callable[..., Any], *args: Any) -> None:
+    def _call(self, job: Callable[[], Any]) -> None:
         try:
-            function(*args)
+            job()
         except Exception:
-            self.log.failure(f"the call of {getattr(function, '__qualname__', function)}")
+            self.log.failure("what was to happen now")
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # full, so it will wake; or closed
             self._mouth.send(b"!")
-        except OSError:
-            pass  # full, so it will wake; or closed
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1112,23 +1020,17 @@ def _url(text: str, schemes: Sequence[str] = ("http", "https")) -> str:
         words = " or ".join(f"{scheme}://" for scheme in schemes)
         raise ValueError(f"must be an {words} URL")
     found = NETLOC.fullmatch(parts.netloc)
-    if not found or not _is_host(*found.group(1, 2)):
+    address, name, port = found.groups() if found else ("", "", "")
+    try:
+        good = (bool(socket.inet_pton(socket.AF_INET6, address)) if address
+                else 0 < len(name.encode("idna")) <= 253)
+    except (OSError, ValueError):
+        good = False
+    if not good:
         raise ValueError("must name a host, as example.com, 192.0.2.1 or [2001:db8::1]")
-    if found.group(3) and not 1 <= int(found.group(3)) <= 65_535:
+    if port and not 1 <= int(port) <= 65_535:
         raise ValueError("must have a port of 1 to 65535")
     return parts.scheme + text[len(parts.scheme):]
-
-
-def _is_host(address: Optional[str], name: Optional[str]) -> bool:
-    try:
-        if address:
-            return bool(socket.inet_pton(socket.AF_INET6, address))
-        if name and not name.isascii():
-            name = name.encode("idna").decode()  # ValueError
-    except (OSError, ValueError):
-        return False
-    return len(name or "") <= 253 and all(
-        0 < len(label) < 64 for label in re.sub("[.]$", "", name or "").split("."))
 
 
 def _bridge_url(text: str) -> str:
@@ -1146,6 +1048,10 @@ def _choice(*words: str) -> Callable[[str], str]:
     return choose
 
 
+READERS: Dict[type, Callable[[str], Json]] = {  # type of a default -> what reads such a setting
+    bool: _flag, int: _whole, float: _number, str: _text}
+
+
 class Setting:
     """One row of the settings table.
 
@@ -1157,12 +1063,13 @@ class Setting:
     the setting where that belongs.
     """
 
-    def __init__(self, whose: str, name: str, default: Json, read: Callable[[str], Json],
-                 help: str, chinese: str, *, caller: bool = True, secret: bool = False,
-                 plugin: bool = False, idle: bool = False,
+    def __init__(self, whose: str, name: str, default: Json, help: str, chinese: str,
+                 read: Optional[Callable[[str], Json]] = None, *, caller: bool = True,
+                 secret: bool = False, plugin: bool = False, idle: bool = False,
                  between: Optional[Tuple[int, int]] = None,
                  token: Tuple[str, str] = ("", "")) -> None:
-        self.name, self.default, self.read, self.whose = name, default, read, whose
+        self.name, self.default, self.whose = name, default, whose
+        self.read = read or READERS[type(default)]
         self.help, self.chinese, self.secret = help, chinese, secret
         self.caller = caller and whose != "controller"
         self.plugin, self.idle, self.between, self.token = plugin, idle, between, token
@@ -1184,9 +1091,9 @@ class Setting:
         """The text that parse() takes for a value, be it one from JSON or Python."""
         if value is None:
             return ""
-        if isinstance(value, bool):
-            value = int(value)
-        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        if isinstance(value, (list, tuple)):
+            return ",".join(map(str, value))
+        return str(int(value) if isinstance(value, bool) else value)
 
     def shown(self) -> str:
         """The default as help shows it."""
@@ -1197,166 +1104,148 @@ class Setting:
         """A URL without the token that is its parameter, and that; empty if there is none."""
         rest, mark, fragment = url.partition("#")
         path, asks, query = rest.partition("?")
-        kept, tokens = [], []
+        kept, token = [], None
         for pair in query.split("&"):
             name, _, value = map(urllib.parse.unquote_plus, pair.partition("="))
-            if self.token[0] and name.lower() == self.token[0]:
-                tokens.append(value)
+            if name.lower() == self.token[0]:
+                token = value
             else:
                 kept.append(pair)
-        if not tokens:
+        if not self.token[0] or token is None:
             return url, ""
-        return path + (asks + "&".join(kept) if kept else "") + mark + fragment, tokens[-1]
+        return path + (asks + "&".join(kept) if kept else "") + mark + fragment, token
 
 
 _both, _controller, _client = (functools.partial(Setting, whose)
                                for whose in ("both", "controller", "client"))
+_operator = functools.partial(Setting, "both", caller=False)  # a controller's clients follow it
 IDLE = ("taken, without effect", "接受但不起作用")  # of attributes of the documented `new`
 SETTINGS = {setting.name: setting for setting in [
-    _client("account", "default", _text, "the account's name", "帐号名", caller=False),
-    _both("host", "0.0.0.0", _text, "address to listen on", "监听地址", caller=False),
-    _both("port", None, _port,
-        "port to listen on: 4000 controller, 5000 client (weixin 2000, 3000); 0: any", "监听端口，0 为任意",
-        caller=False, plugin=True),
-    _both("flavor", "qq", _choice("qq", "weixin"), "qq or weixin", "qq 或 weixin", caller=False),
-    _both("token", "", _text, "what callers must know; also $OPENQQ_TOKEN", "调用者必须提供的口令",
-        caller=False, secret=True),
-    _both("allowed_hosts", [], _hosts,
-        "without a token: public names of a server on this machine, served by https, that passes "
-        "calls on and asks who is there", "没有口令时，本机 https 代理的公开域名", caller=False),
-    _both("public_url", "", _url, "how a phone reaches this server: http://127.0.0.1:PORT",
-        "手机怎样访问本服务", caller=False),
-    _both("max_connections", 2048, _whole, "connections at once", "同时的连接数", caller=False,
-        between=(1, 1_000_000)),
-    _both("http_max_message_size", BODY_LIMIT, _whole, "bytes of a request's body", "请求正文的字节数",
+    _client("account", "default", "the account's name", "帐号名", caller=False),
+    _operator("host", "0.0.0.0", "address to listen on", "监听地址"),
+    _operator("port", None, "port to listen on: 4000 controller, 5000 client (weixin 2000, 3000); "
+        "0: any", "监听端口，0 为任意", _port, plugin=True),
+    _operator("flavor", "qq", "qq or weixin", "qq 或 weixin", _choice("qq", "weixin")),
+    _operator("token", "", "what callers must know; also $OPENQQ_TOKEN", "调用者必须提供的口令", secret=True),
+    _operator("allowed_hosts", [], "without a token: public names of a server on this machine, "
+        "served by https, that passes calls on and asks who is there", "没有口令时，本机 https 代理的公开域名",
+        _hosts),
+    _operator("public_url", "", "how a phone reaches this server: http://127.0.0.1:PORT",
+        "手机怎样访问本服务", _url),
+    _operator("max_connections", 2048, "connections at once", "同时的连接数", between=(1, 1_000_000)),
+    _both("http_max_message_size", BODY_LIMIT, "bytes of a request's body", "请求正文的字节数",
         between=(1, 1 << 30)),
-    _both("one_cpu", True, _flag,
-        "each process on one CPU (Linux), which doubles its speed; 0: on all", "每个进程只用一个 CPU，快一倍",
-        caller=False),
-    _both("tmpdir", "", _path, "directory of all files: the system's for such", "所有文件的目录"),
-    _both("log_path", "", _path, "log file: none, the log goes to stderr", "日志文件，默认写到 stderr"),
-    _both("log_encoding", "", _encoding, "encoding of the log: utf-8", "日志编码"),
-    _both("log_level", "info", _choice(*LEVELS), " ".join(LEVELS), "日志级别"),
-    _both("log_head", None, _text, "before each line: [wqc][PID] or [ACCOUNT][PID]", "每行日志的开头"),
-    _both("log_console", False, _flag, "log to stderr besides log_path", "除 log_path 外也写到 stderr"),
-    _both("disable_color", False, _flag, "no colours on a terminal", "终端不用颜色"),
-    _both("http_debug", False, _flag, "log every call at level debug", "以 debug 级别记录每个调用"),
-    _both("world", "", _path, "JSON file that the local network starts with", "本地网络起始的 JSON 文件",
-        caller=False),
-    _both("pid_path", "", _path, "pid file: in tmpdir", "进程号文件"),
-    _both("post_api", "", _url, "URL that gets every message and event", "接收所有消息和事件的 URL",
+    _operator("one_cpu", True, "each process on one CPU (Linux), which doubles its speed; 0: on "
+        "all", "每个进程只用一个 CPU，快一倍"),
+    _both("tmpdir", "", "directory of all files: the system's for such", "所有文件的目录", _path),
+    _both("log_path", "", "log file: none, the log goes to stderr", "日志文件，默认写到 stderr", _path),
+    _both("log_encoding", "", "encoding of the log: utf-8", "日志编码", _encoding),
+    _both("log_level", "info", " ".join(LEVELS), "日志级别", _choice(*LEVELS)),
+    _both("log_head", None, "before each line: [wqc][PID] or [ACCOUNT][PID]", "每行日志的开头", _text),
+    _both("log_console", False, "log to stderr besides log_path", "除 log_path 外也写到 stderr"),
+    _both("disable_color", False, "no colours on a terminal", "终端不用颜色"),
+    _both("http_debug", False, "log every call at level debug", "以 debug 级别记录每个调用"),
+    _operator("world", "", "JSON file that the local network starts with", "本地网络起始的 JSON 文件",
+        _path),
+    _both("pid_path", "", "pid file: in tmpdir", "进程号文件", _path),
+    _both("post_api", "", "URL that gets every message and event", "接收所有消息和事件的 URL", _url,
         plugin=True),
-    _both("post_secret", "", _text, "signs what is posted: X-Signature", "上报的签名密钥", secret=True),
-    _both("poll_api", "", _url, "URL of the heartbeat and tunnel", "心跳和反向通道的 URL", plugin=True),
-    _both("poll_interval", 5.0, _number, "seconds between two heartbeats", "两次心跳相隔的秒数", plugin=True,
+    _both("post_secret", "", "signs what is posted: X-Signature", "上报的签名密钥", secret=True),
+    _both("poll_api", "", "URL of the heartbeat and tunnel", "心跳和反向通道的 URL", _url, plugin=True),
+    _both("poll_interval", 5.0, "seconds between two heartbeats", "两次心跳相隔的秒数", plugin=True,
         between=(0, 1_000_000)),
 
-    _controller("backend_start_port", None, _port, "first port for clients: 5000 (weixin 3000)",
-        "客户端的起始端口"),
-    _controller("max_clients", 100, _whole, "clients alive at once", "同时运行的客户端数"),
-    _controller("check_interval", 5.0, _number,
-        "seconds between two looks at clients' processes, besides noticing their end at once",
-        "检查客户端进程的间隔秒数", between=(0, 1_000_000)),
-    _controller("template_path", "", _path, "the script that clients run: in tmpdir", "客户端运行的脚本"),
-    _controller("backend_path", "", _path, "file with the clients: in tmpdir", "记录客户端的文件"),
-    _controller("accounts", "", _path, "JSON file, name to settings, started at boot",
-        "启动时要启动的帐号的 JSON 文件"),
-    _controller("resume", True, _flag, "start the clients that ran when it ended",
-        "启动上次结束时在运行的客户端"),
-    _controller("restart", "on-failure", _choice("on-failure", "never"),
-        "whether dead clients are started again: on-failure or never", "是否重启死掉的客户端"),
+    _controller("backend_start_port", None, "first port for clients: 5000 (weixin 3000)",
+        "客户端的起始端口", _port),
+    _controller("max_clients", 100, "clients alive at once", "同时运行的客户端数"),
+    _controller("check_interval", 5.0, "seconds between two looks at clients' processes, besides "
+        "noticing their end at once", "检查客户端进程的间隔秒数", between=(0, 1_000_000)),
+    _controller("template_path", "", "the script that clients run: in tmpdir", "客户端运行的脚本", _path),
+    _controller("backend_path", "", "file with the clients: in tmpdir", "记录客户端的文件", _path),
+    _controller("accounts", "", "JSON file, name to settings, started at boot",
+        "启动时要启动的帐号的 JSON 文件", _path),
+    _controller("resume", True, "start the clients that ran when it ended", "启动上次结束时在运行的客户端"),
+    _controller("restart", "on-failure", "whether dead clients are started again: on-failure or "
+        "never", "是否重启死掉的客户端", _choice("on-failure", "never")),
 
-    _client("post_event", True, _flag, "post events besides messages", "除消息外也上报事件", plugin=True),
-    _client("post_media_data", True, _flag, "post a picture's bytes too", "也上报图片数据", plugin=True),
-    _client("post_stdout", False, _flag, "one JSON line per event on stdout",
-        "每个事件在 stdout 输出一行 JSON"),
-    _client("post_event_list", None, _words,
-        "events to post: login,stop,state_change,input_qrcode and new_ and lose_ of friend, "
-        "group, group_member", "要上报的事件"),
-    _client("check_event_list_max_size", 20, _whole, "events that check_event keeps",
-        "check_event 保留的事件数", between=(0, 100_000)),
-    _client("download_media", True, _flag, "weixin: keep received media as files", "微信：收到的媒体存为文件"),
-    _client("call_action_all", False, _flag, "call_action may do what hands out the account or the "
-            "machine", "允许 call_action 执行敏感动作", caller=False),
-    _client("numeric_ids", False, _flag, "ids as JSON numbers", "id 用 JSON 数字"),
-    _client("onebot_api", "", _bridge_url,
-        "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000", "真实 QQ：OneBot 实现的地址",
-        token=("access_token", "onebot_token")),
-    _client("onebot_token", "", _text, "the bridge's access token", "它的 access token",
-        secret=True),
-    _client("onebot_local", False, _flag, "the bridge reads files of this machine: media_path goes "
-            "there as file://", "它与本程序读同一磁盘的文件"),
-    _client("onebot_secret", "", _text, "signs what the bridge posts to /onebot",
+    _client("post_event", True, "post events besides messages", "除消息外也上报事件", plugin=True),
+    _client("post_media_data", True, "post a picture's bytes too", "也上报图片数据", plugin=True),
+    _client("post_stdout", False, "one JSON line per event on stdout", "每个事件在 stdout 输出一行 JSON"),
+    _client("post_event_list", None, "events to post: login,stop,state_change,input_qrcode and "
+        "new_ and lose_ of friend, group, group_member", "要上报的事件", _words),
+    _client("check_event_list_max_size", 20, "events that check_event keeps", "check_event 保留的事件数",
+        between=(0, 100_000)),
+    _client("download_media", True, "weixin: keep received media as files", "微信：收到的媒体存为文件"),
+    _client("call_action_all", False, "call_action may do what hands out the account or the "
+        "machine", "允许 call_action 执行敏感动作", caller=False),
+    _client("numeric_ids", False, "ids as JSON numbers", "id 用 JSON 数字"),
+    _client("onebot_api", "", "real QQ: the OneBot bridge, ws://HOST:3001 or http://HOST:3000",
+        "真实 QQ：OneBot 实现的地址", _bridge_url, token=("access_token", "onebot_token")),
+    _client("onebot_token", "", "the bridge's access token", "它的 access token", secret=True),
+    _client("onebot_local", False, "the bridge reads files of this machine: media_path goes there "
+        "as file://", "它与本程序读同一磁盘的文件"),
+    _client("onebot_secret", "", "signs what the bridge posts to /onebot",
         "OneBot 向 /onebot 上报的签名密钥", secret=True),
-    _client("milky_api", "", _bridge_url, "real QQ: the Milky bridge, http://HOST:3000",
-        "真实 QQ：Milky 实现的地址", token=("access_token", "milky_token")),
-    _client("milky_token", "", _text, "its access token", "它的 access token", secret=True),
-    _client("qrcode_file", "", _path, "the picture, PNG or JPEG, that it makes of its QR code",
-        "它写出的二维码图片", caller=False),
-    _client("onebot_login", "", _choice("", "napcat", "llbot"),
-        "whose page has the QR code: napcat or llbot", "谁的网页有二维码"),
-    _client("onebot_login_api", "", _url, "that page: port 6099 (llbot 3080) of the bridge's host",
-        "该网页的地址", token=("token", "onebot_login_token")),
-    _client("onebot_login_token", "", _text, "that page's token or password", "该网页的口令",
-        secret=True),
-    _client("link", "", _choice("", "local", "onebot", "milky", "ilink"),
-        "where messages come from: local, onebot or milky (QQ), ilink (WeChat); by itself as the "
-        "address given says", "消息来自哪里：local 内置网络、onebot 或 milky（QQ）、ilink（微信）"),
-    _client("ilink_api", "https://ilinkai.weixin.qq.com", _url,
-        "real WeChat: Tencent's bot API", "真实微信：腾讯的机器人接口"),
-    _client("ilink_cdn", "https://novac2c.cdn.weixin.qq.com/c2c", _url,
-        "where WeChat keeps pictures", "微信存放图片的地址"),
-    _client("cookie_path", "", _path, "cookie file: in tmpdir", "cookie 文件"),
-    _client("qrcode_path", "", _path, "QR code file: in tmpdir", "二维码文件"),
-    _client("state_path", "", _path, "state file: in tmpdir", "状态文件"),
-    _client("keep_cookie", True, _flag, "keep the login for the next start", "为下次启动保留登录"),
-    _client("login_type", "qrlogin", _choice("qrlogin", "login"),
-        "qrlogin: scan a code; login: with pwd, on the local network", "扫码，或用 pwd 登录"),
-    _client("pwd", "", _text, "password for login_type=login", "login_type=login 的密码", secret=True),
-    _client("qrcode_count_max", 10, _whole, "QR codes shown before the client stops", "最多几个二维码"),
-    _client("send_interval", None, _number,
-        "seconds between two messages: 3, on the local network 0", "两条消息相隔的秒数",
-        between=(0, 86_400)),
-    _client("send_queue_max_size", 1000, _whole,
-        "messages that may wait to be sent; more are refused", "等待发送的消息数上限",
-        between=(1, 1_000_000)),
-    _client("msg_ttl", 3, _whole, "tries to send one message", "一条消息尝试发送的次数", between=(1, 1_000)),
-    _client("mode", "online", _choice("online", "away", "busy", "silent", "hidden", "offline",
-                                      "callme"),
-        "the account's own state", "帐号的在线状态"),
-    _client("update_interval", 600.0, _number,
-        "seconds between two refreshes of friends, groups and discusses", "刷新好友、群、讨论组的间隔秒数",
-        between=(0, 1_000_000)),
-    _client("is_init_friend", True, _flag, "load friends at login", "登录时加载好友"),
-    _client("is_init_group", True, _flag, "load groups at login", "登录时加载群"),
-    _client("is_init_discuss", True, _flag, "load discusses at login", "登录时加载讨论组"),
-    _client("is_update_user", False, _flag, "refresh the user too", "也刷新个人资料"),
-    _client("is_update_friend", True, _flag, "refresh friends", "刷新好友"),
-    _client("is_update_group", True, _flag, "refresh groups", "刷新群"),
-    _client("is_update_discuss", True, _flag, "refresh discusses", "刷新讨论组"),
-    _client("allow_message_sync", False, _flag, "report what the account sends from another device",
+    _client("milky_api", "", "real QQ: the Milky bridge, http://HOST:3000", "真实 QQ：Milky 实现的地址",
+        _bridge_url, token=("access_token", "milky_token")),
+    _client("milky_token", "", "its access token", "它的 access token", secret=True),
+    _client("qrcode_file", "", "the picture, PNG or JPEG, that it makes of its QR code",
+        "它写出的二维码图片", _path, caller=False),
+    _client("onebot_login", "", "whose page has the QR code: napcat or llbot", "谁的网页有二维码",
+        _choice("", "napcat", "llbot")),
+    _client("onebot_login_api", "", "that page: port 6099 (llbot 3080) of the bridge's host",
+        "该网页的地址", _url, token=("token", "onebot_login_token")),
+    _client("onebot_login_token", "", "that page's token or password", "该网页的口令", secret=True),
+    _client("link", "", "where messages come from: local, onebot or milky (QQ), ilink (WeChat); by "
+        "itself as the address given says", "消息来自哪里：local 内置网络、onebot 或 milky（QQ）、ilink（微信）",
+        _choice("", "local", "onebot", "milky", "ilink")),
+    _client("ilink_api", "https://ilinkai.weixin.qq.com", "real WeChat: Tencent's bot API",
+        "真实微信：腾讯的机器人接口", _url),
+    _client("ilink_cdn", "https://novac2c.cdn.weixin.qq.com/c2c", "where WeChat keeps pictures",
+        "微信存放图片的地址", _url),
+    _client("cookie_path", "", "cookie file: in tmpdir", "cookie 文件", _path),
+    _client("qrcode_path", "", "QR code file: in tmpdir", "二维码文件", _path),
+    _client("state_path", "", "state file: in tmpdir", "状态文件", _path),
+    _client("keep_cookie", True, "keep the login for the next start", "为下次启动保留登录"),
+    _client("login_type", "qrlogin", "qrlogin: scan a code; login: with pwd, on the local network",
+        "扫码，或用 pwd 登录", _choice("qrlogin", "login")),
+    _client("pwd", "", "password for login_type=login", "login_type=login 的密码", secret=True),
+    _client("qrcode_count_max", 10, "QR codes shown before the client stops", "最多几个二维码"),
+    _client("send_interval", None, "seconds between two messages: 3, on the local network 0",
+        "两条消息相隔的秒数", _number, between=(0, 86_400)),
+    _client("send_queue_max_size", 1000, "messages that may wait to be sent; more are refused",
+        "等待发送的消息数上限", between=(1, 1_000_000)),
+    _client("msg_ttl", 3, "tries to send one message", "一条消息尝试发送的次数", between=(1, 1_000)),
+    _client("mode", "online", "the account's own state", "帐号的在线状态",
+        _choice("online", "away", "busy", "silent", "hidden", "offline", "callme")),
+    _client("update_interval", 600.0, "seconds between two refreshes of friends, groups and "
+        "discusses", "刷新好友、群、讨论组的间隔秒数", between=(0, 1_000_000)),
+    _client("is_init_friend", True, "load friends at login", "登录时加载好友"),
+    _client("is_init_group", True, "load groups at login", "登录时加载群"),
+    _client("is_init_discuss", True, "load discusses at login", "登录时加载讨论组"),
+    _client("is_update_user", False, "refresh the user too", "也刷新个人资料"),
+    _client("is_update_friend", True, "refresh friends", "刷新好友"),
+    _client("is_update_group", True, "refresh groups", "刷新群"),
+    _client("is_update_discuss", True, "refresh discusses", "刷新讨论组"),
+    _client("allow_message_sync", False, "report what the account sends from another device",
         "上报其他设备发出的消息"),
-    _client("ignore_unknown_id", False, _flag, "drop messages from strangers", "丢弃陌生人的消息"),
-    _client("ua_retry_times", 5, _whole, *IDLE, idle=True),
-    *(_client(name, "", _text, *IDLE, idle=True) for name in (
-        "verifycode_path", "pic_dir", "ignore_retcode", "type", "check_account", "domain",
-        "ignore_poll_http_code", "default_send_real_comp_sign", "model_update_timeout",
-        "group_member_card_cut_length", "group_member_identify_callback", "ua_debug_req_body",
-        "ua_debug_res_body", "ua_debug", "ua_connect_timeout", "ua_request_timeout",
-        "ua_inactivity_timeout", "is_init_recent", "is_update_group_ext", "is_update_friend_ext",
-        "security", "encrypt_method", "send_failure_count_max", "poll_failure_count_max",
-        "ignore_send_retcode", "ignore_poll_retcode", "log_unicode", "group_member_card_ext_only",
-        "group_member_card_cut", "group_member_use_fullcard")),
+    _client("ignore_unknown_id", False, "drop messages from strangers", "丢弃陌生人的消息"),
+    _client("ua_retry_times", 5, *IDLE, idle=True),
+    *(_client(name, "", *IDLE, idle=True) for name in (
+        "verifycode_path pic_dir ignore_retcode type check_account domain ignore_poll_http_code "
+        "default_send_real_comp_sign model_update_timeout group_member_card_cut_length "
+        "group_member_identify_callback ua_debug_req_body ua_debug_res_body ua_debug "
+        "ua_connect_timeout ua_request_timeout ua_inactivity_timeout is_init_recent "
+        "is_update_group_ext is_update_friend_ext security encrypt_method send_failure_count_max "
+        "poll_failure_count_max ignore_send_retcode ignore_poll_retcode log_unicode "
+        "group_member_card_ext_only group_member_card_cut group_member_use_fullcard").split()),
 ]}
 
 
 def setting_named(name: str) -> Optional[Setting]:
-    """The row for a name as flags, the environment and callers spell it, or None.
-
-    `plugin_openqq_post_event` is `post_event`: the environment's names work everywhere (002).
-    """
-    plain = re.sub(r"^plugin_open(qq|wx)_", "", name.replace("-", "_"))
-    return SETTINGS.get(plain)
+    """The row for a name as flags, the environment and callers spell it, or None:
+    `plugin_openqq_post_event` is `post_event` everywhere (002)."""
+    return SETTINGS.get(re.sub(r"^plugin_open(qq|wx)_", "", name.replace("-", "_")))
 
 
 # The setting that leads to a network -> how the names of all that is for it begin.
@@ -1371,26 +1260,23 @@ def link_of(given: Callable[[str], Json]) -> str:
 
 
 def tokens_apart(given: Mapping[str, str]) -> Dict[str, str]:
-    """Settings, by their own names, with each token that came within a URL where it belongs.
-
-    So it is treated as the secret that it is. One that is given by itself is stronger.
-    """
-    found, tokens = dict(given), {}
+    """Settings, by their own names, with each token that came within a URL where it belongs, so
+    that it is treated as a secret. One that is given by itself is stronger."""
+    found = dict(given)
     for name, text in given.items():
-        found[name], token = SETTINGS[name].split(text)
-        if token and not given.get(SETTINGS[name].token[1]):
-            tokens[SETTINGS[name].token[1]] = token
-    return {**found, **tokens}
+        setting = SETTINGS[name]
+        if setting.token[1]:
+            found[name], token = setting.split(text)
+            if token and not given.get(setting.token[1]):
+                found[setting.token[1]] = token
+    return found
 
 
 def texts_of(given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
              ) -> Dict[str, str]:
-    """What somebody gives, by the settings' own names, as texts that parse() takes.
-
-    All settings come this way: flags, keywords, callers' parameters, the accounts file and what
-    is resumed. `why_not(setting)` is what stands against one here, if anything; None is what is
-    no setting at all. ValueError for that, and for a bad value; an empty text is left as it is.
-    """
+    """What somebody gives, by the settings' own names, as texts that parse() takes; all settings
+    come this way. `why_not(setting)` is what stands against one here, if anything; None is no
+    setting at all. ValueError for that, and for a bad value; an empty text is left as it is."""
     found = {}
     for name, value in given.items():
         setting = setting_named(name)
@@ -1429,23 +1315,18 @@ def renewed(former: Mapping[str, str], given: Mapping[str, str]) -> Dict[str, st
 
 class Settings:
     """One server's settings, each an attribute: given, else from the environment, else default.
-
-    `given` maps names to values of any sort; ValueError for an unknown name or a bad value. What
-    the environment sets for others is left alone.
-    """
+    `given` maps names to values of any sort; ValueError for an unknown name or a bad value."""
 
     def __init__(self, whose: str, given: Mapping[str, Json], environ: Mapping[str, str],
                  prefix: str) -> None:
-        self._given: Row = {name: SETTINGS[name].parse(text)
-                            for name, text in from_environment(environ, prefix).items()
-                            if SETTINGS[name].whose in (whose, "both")}
-        self._take(given, lambda setting: "" if setting and setting.whose in (whose, "both")
-                   else f"is not a setting of a {whose}")
+        own = {name for name, setting in SETTINGS.items() if setting.whose in (whose, "both")}
+        self._given: Row = {name: SETTINGS[name].parse(text) for name, text in
+                            from_environment(environ, prefix).items() if name in own}
+        self._take(given, own, f"is not a setting of a {whose}")
 
-    def _take(self, given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
-              ) -> None:
+    def _take(self, given: Mapping[str, Json], own: Container[str], wrong: str) -> None:
         texts = texts_of({name: value for name, value in given.items() if value is not None},
-                         why_not)
+                         lambda setting: "" if setting and setting.name in own else wrong)
         self._given.update((name, SETTINGS[name].parse(text)) for name, text in texts.items())
 
     def __getattr__(self, name: str) -> Any:
@@ -1461,7 +1342,7 @@ class Settings:
         """A copy in which some are given anew; ValueError as above."""
         copy = Settings.__new__(Settings)
         copy._given = dict(self._given)
-        copy._take(given, lambda setting: "" if setting else "is not a setting")
+        copy._take(given, SETTINGS, "is not a setting")
         return copy
 
     def fill(self, **values: Json) -> None:
@@ -1477,10 +1358,8 @@ class Settings:
 
 
 def from_environment(environ: Mapping[str, str], prefix: str) -> Dict[str, str]:
-    """Settings in an environment: MOJO_WEBQQ_X and, stronger, MOJO_WEBQQ_PLUGIN_OPENQQ_X.
-
-    Names that are no setting are left to whom they belong; an empty value counts as none.
-    """
+    """Settings in an environment: MOJO_WEBQQ_X and, stronger, MOJO_WEBQQ_PLUGIN_OPENQQ_X. Other
+    names are left to whom they belong; an empty value counts as none."""
     found = {}
     for key in sorted(environ, key=lambda key: (key.startswith(prefix + "PLUGIN_"), key)):
         setting = setting_named(key[len(prefix):].lower()) if key.startswith(prefix) else None
@@ -1500,9 +1379,8 @@ def to_environment(values: Mapping[str, str], prefix: str, plugin: str) -> Dict[
 def open_log(settings: Settings, head: str) -> Log:
     """The log that settings describe; Refusal if its file cannot be opened."""
     colored = not settings.disable_color and is_console(sys.stderr)
-    given_head = settings.given("log_head")
     try:
-        return Log(head if given_head is None else given_head, settings.log_level,
+        return Log(head if settings.log_head is None else settings.log_head, settings.log_level,
                    settings.log_path or None, settings.log_encoding or "utf-8",
                    settings.log_console, colored)
     except OSError as error:
@@ -1698,6 +1576,10 @@ POSTED = ("login", "stop", "state_change", "input_qrcode", "new_group", "new_fri
           "new_group_member", "lose_group", "lose_friend", "lose_group_member")  # by both (000)
 
 
+def _rows(**lists: str) -> Dict[str, Tuple[str, ...]]:
+    return {name: tuple(words.split()) for name, words in lists.items()}
+
+
 class QQ:
     """What Mojo-Webqq calls things: names, ports, files, wording. Data only, all that flavours
     may differ in (000, 002, 003, 004; fields as CONTRACT 3 has them)."""
@@ -1717,23 +1599,20 @@ class QQ:
     # Settings that the state file shows as 0 or 1.
     state_flags: Tuple[str, ...] = ("disable_color", "http_debug", "keep_cookie", "log_console")
     # Kind of thing -> members of its JSON object.
-    fields: Dict[str, Tuple[str, ...]] = {
-        "user": ("account", "allow", "birthday", "blood", "city", "client_type", "college",
-                 "constel", "country", "email", "face", "homepage", "id", "mobile", "name",
-                 "occupation", "personal", "phone", "province", "sex", "shengxiao", "signature",
-                 "state", "uid"),
-        "friend": ("category", "client_type", "face", "flag", "id", "is_vip", "markname",
-                   "name", "state", "uid", "vip_level"),
-        "group": ("code", "createtime", "id", "level", "markname", "max_admin", "max_member",
-                  "memo", "name", "owner_id", "owner_uid", "role", "uid"),
-        "group_member": ("bad_record", "card", "city", "client_type", "country", "id",
-                         "join_time", "last_speak_time", "level", "name", "province", "qage",
-                         "role", "sex", "state", "uid"),
-        "discuss": ("id", "name", "owner_id"),
-        "discuss_member": ("client_type", "id", "name", "state", "uid"),
-        "friend_request": ("id", "name", "verify", "ticket"),
-        "group_request": ("group", "group_uid", "uid", "name", "comment", "kind", "ticket"),
-        "media": ("type", "url", "name", "size", "file_id")}
+    fields = _rows(
+        user="account allow birthday blood city client_type college constel country email face "
+             "homepage id mobile name occupation personal phone province sex shengxiao signature "
+             "state uid",
+        friend="category client_type face flag id is_vip markname name state uid vip_level",
+        group="code createtime id level markname max_admin max_member memo name owner_id owner_uid "
+              "role uid",
+        group_member="bad_record card city client_type country id join_time last_speak_time level "
+                     "name province qage role sex state uid",
+        discuss="id name owner_id",
+        discuss_member="client_type id name state uid",
+        friend_request="id name verify ticket",
+        group_request="group group_uid uid name comment kind ticket",
+        media="type url name size file_id")
     # What a search may call members besides, as the program's objects did (AUTOLOAD in Group.pm,
     # Friend.pm).
     other_names: Dict[str, Dict[str, str]] = {
@@ -1741,10 +1620,9 @@ class QQ:
         "group": {"gnumber": "uid", "number": "uid", "gtype": "role", "gname": "name",
                   "gid": "id", "gcode": "code"}}
     # Kind of thing -> what send_* finds it by; and what control of groups finds them by.
-    keys: Dict[str, Tuple[str, ...]] = {
-        "friend": ("id", "uid", "name", "displayname"),
-        "group": ("id", "uid", "name", "displayname"), "discuss": ("id", "name"),
-        "place": ("group_id", "group_uid"), "members": ("member_id", "member_uid")}
+    keys = _rows(
+        friend="id uid name displayname", group="id uid name displayname", discuss="id name",
+        place="group_id group_uid", members="member_id member_uid")
     unknown = "member {name} not found"  # the status when control of groups does not find somebody
     # Kind of thing -> the answer when send_* does not find it.
     missing: Dict[str, Row] = {
@@ -1752,9 +1630,8 @@ class QQ:
         "group": {"code": 101, "id": None, "status": "group not found"},
         "discuss": {"code": 102, "id": None, "status": "discuss not found"}}
     # Role in a message -> what it tells of it (sender_id …).
-    parts: Dict[str, Tuple[str, ...]] = {
-        "sender": ("id", "uid"), "receiver": ("id", "uid"), "group": ("id", "uid"),
-        "discuss": ("id",)}
+    parts = _rows(
+        sender="id uid", receiver="id uid", group="id uid", discuss="id")
     # Type of a message -> what ShowMsg calls it.
     titles = {"friend_message": "好友消息", "group_message": "群消息",
               "discuss_message": "讨论组消息", "sess_message": "群临时消息",
@@ -1794,26 +1671,25 @@ class Weixin(QQ):
     apis = verbs_of("weixin")
     post_event_list = [*POSTED, "friend_request"]
     state_flags = QQ.state_flags + ("download_media",)
-    fields = {
-        "user": ("account", "city", "display", "displayname", "id", "markname", "name",
-                 "province", "sex", "signature", "uid"),
-        "friend": ("account", "category", "city", "display", "displayname", "id", "markname",
-                   "name", "province", "sex", "signature", "uid"),
-        "group": ("displayname", "id", "name", "owner_uid", "uid"),
-        "group_member": ("account", "city", "display", "displayname", "id", "markname", "name",
-                         "province", "role", "sex", "signature", "uid"),
-        "friend_request": ("id", "displayname", "verify", "ticket"),
-        "media": QQ.fields["media"]}
+    fields = _rows(
+        user="account city display displayname id markname name province sex signature uid",
+        friend="account category city display displayname id markname name province sex signature "
+               "uid",
+        group="displayname id name owner_uid uid",
+        group_member="account city display displayname id markname name province role sex "
+                     "signature uid",
+        friend_request="id displayname verify ticket",
+        media="type url name size file_id")
     other_names = {"friend": {}, "group": {}}
-    keys = {"friend": ("id", "account", "displayname", "markname"),
-            "group": ("id", "displayname"),
-            "place": ("id", "displayname"), "members": ("members",)}
+    keys = _rows(
+        friend="id account displayname markname", group="id displayname", place="id displayname",
+        members="members")
     unknown = "{what} id {name} not found"
     missing = dict.fromkeys(("friend", "group"),
                             {"code": 100, "id": None, "status": "object not found"})
-    parts = {"sender": ("id", "uid", "account", "name", "markname", "category"),
-             "receiver": ("id", "uid", "account", "name", "markname"),
-             "group": ("id", "uid", "name")}
+    parts = _rows(
+        sender="id uid account name markname category", receiver="id uid account name markname",
+        group="id uid name")
     sent = {"code": 0, "status": "success"}
     not_sent = "failure"
     sent_id = "{id}:{target}"
@@ -1849,12 +1725,9 @@ def flavour_named(name: Optional[str]) -> Type[Flavour]:
 # ------------------------------------------------------------------------------------------------
 
 class Thing:
-    """A contact, a group or a message: attributes inside, a JSON object outside.
-
-    `kind` names the row of Flavour.fields that lists the members of the JSON object; what is not
-    known is None. Each kind is a class of its own, since the objects of one class share the keys
-    of their dicts: that more than halves the memory of a large roster (measured).
-    """
+    """A contact, a group or a message: attributes inside, a JSON object outside, with the members
+    that Flavour.fields lists for its `kind`; what is not known is None. Each kind is a class, since
+    objects of one class share the keys of their dicts: half the memory of a roster (measured)."""
 
     kind = ""
 
@@ -1894,34 +1767,27 @@ class Thing:
 
 class User(Thing):
     """Oneself."""
-
     kind = "user"
 
 
 class Friend(Thing):
     """Somebody on the friend list."""
-
     kind = "friend"
 
 
 class GroupMember(Thing):
     """Somebody in a group; role is owner, admin or member."""
-
     kind = "group_member"
 
 
 class DiscussMember(Thing):
     """Somebody in a discuss."""
-
     kind = "discuss_member"
 
 
 class Circle(Thing):
-    """A group or a discuss: `member` maps a uid to who it is.
-
-    `loaded` tells whether that is all of them: a link may leave them out until they are needed.
-    """
-
+    """A group or a discuss: `member` maps a uid to who it is; `loaded` tells whether that is all
+    of them: a link may leave them out until they are needed."""
     member_class: Type[Thing]
 
     def __init__(self, values: Row) -> None:
@@ -1937,24 +1803,19 @@ class Circle(Thing):
 
 class Group(Circle):
     """A group; role, one's own in it, is create, manage or attend."""
-
     kind = "group"
     member_class = GroupMember
 
 
 class Discuss(Circle):
     """A discuss, QQ's light sort of group."""
-
     kind = "discuss"
     member_class = DiscussMember
 
 
 class Message(Thing):
     """A message, received (`class` recv) or sent; its fields (CONTRACT 6) are attributes.
-
-    `sender_thing`, `group_thing` and so on are the objects behind the names; `answer` is how
-    reply() sends, set by the client that the message belongs to.
-    """
+    `sender_thing` and so on are the objects behind the names; `answer` is how reply() sends."""
 
     kind = "message"
     HIDDEN = ("answer", "sender_thing", "receiver_thing", "circle", "peer_uid")

@@ -16,7 +16,6 @@ import hashlib
 import hmac
 import http.client
 import http.server
-import importlib.util
 import inspect
 import itertools
 import json
@@ -32,8 +31,8 @@ import socket
 import ssl
 import struct
 import subprocess
+import symtable
 import sys
-import sysconfig
 import threading
 import time
 import types
@@ -5578,42 +5577,36 @@ def test_every_line_has_head_time_and_level(tower):
 
 
 def test_messages_are_shown_as_tools_parse_them(tower):
-    """The kinds, `sender|category or group`, `我->receiver`; a prefix on each line of the text."""
+    """The kinds, `sender|category or group`, `我->receiver`; a prefix on each line of the text; a
+    mark where a send failed: gina silences hugo."""
     discuss = tower.call("get_discuss_info", client="hugo")[0]
-    gina = [row["id"] for row in discuss["member"] if row["name"] == "gina"][0]
-    tower.say("一行")
-    tower.say("一\n二\n三")
+    group = tower.call("search_group", client="gina", name="OpenQQ")[0]
+    ids = {row["name"]: row["id"] for row in group["member"]}
+    uids = {row["name"]: row["uid"] for row in group["member"]}
+    tower.say("一\n二")
     for kind in "group", "discuss", "sess":
         tower.say("在 " + kind, type=kind + "_message", to="OpenQQ")
-    tower.call("send_sess_message", client="hugo", discuss_id=discuss["id"], id=gina,
-               content="讨论组里")
-    member = tower.call("search_group", client="gina", name="OpenQQ")[0]
-    ash = [row["id"] for row in member["member"] if row["name"] == "小灰"][0]
-    send = lambda api, **row: tower.call(api, client="gina", **row)  # noqa: E731
-    send("send_friend_message", name="小灰", content="发出\n两行")
-    send("send_group_message", name="OpenQQ", content="群里")
-    send("send_discuss_message", name="OpenQQ", content="组里")
-    send("send_sess_message", group_id=member["id"], id=ash, content="临时")
-    for text in (
-            "[好友消息] 小灰|我的好友 : 一行", "[好友消息] 小灰|我的好友 : 一",
-            "[好友消息] 小灰|我的好友 : 二", "[好友消息] 小灰|我的好友 : 三",
-            "[群消息] 小灰|OpenQQ : 在 group", "[讨论组消息] 小灰|OpenQQ : 在 discuss",
-            "[群临时消息] 小灰|OpenQQ : 在 sess", "[讨论组临时消息] hugo|OpenQQ : 讨论组里",
-            "[好友消息] 我->小灰 : 发出", "[好友消息] 我->小灰 : 两行",
-            "[群消息] 我->OpenQQ : 群里", "[讨论组消息] 我->OpenQQ : 组里",
-            "[群临时消息] 我->小灰 : 临时"):
-        shown(tower, "gina", text)
-    shown(tower, "hugo", "[讨论组临时消息] 我->gina : 讨论组里")
-
-
-def test_a_failed_send_is_marked_in_the_log(tower):
-    """gina silences hugo, whose words in the group then reach nobody."""
-    group = tower.call("search_group", client="gina", name="OpenQQ")[0]
-    hugo = [row["uid"] for row in group["member"] if row["name"] == "hugo"][0]
-    muted = {"client": "gina", "group_uid": group["uid"], "member_uid": hugo, "time": 1}
-    assert tower.call("shutup_group_member", **muted)["code"] == 0
+    for api, sender, params in (
+            ("discuss_sess", "hugo", {"discuss_id": discuss["id"], "uid": uids["gina"]}),
+            ("friend", "gina", {"name": "小灰"}), ("group", "gina", {"name": "OpenQQ"}),
+            ("discuss", "gina", {"name": "OpenQQ"}),
+            ("sess", "gina", {"group_id": group["id"], "id": ids["小灰"]})):
+        sent = tower.call(f"send_{api.split('_')[-1]}_message", client=sender,
+                          content=f"发出\n{api}", **params)
+        assert sent["code"] == 0, (api, sent)
+    assert tower.call("shutup_group_member", client="gina", group_uid=group["uid"], time=1,
+                      member_uid=uids["hugo"])["code"] == 0
     failed = tower.call("send_group_message", client="hugo", uid=group["uid"], content="听不见")
     assert (failed["code"], failed["status"]) == (-4, "发送失败")
+    for text in (
+            "[好友消息] 小灰|我的好友 : 一", "[好友消息] 小灰|我的好友 : 二",
+            "[群消息] 小灰|OpenQQ : 在 group", "[讨论组消息] 小灰|OpenQQ : 在 discuss",
+            "[群临时消息] 小灰|OpenQQ : 在 sess", "[讨论组临时消息] hugo|OpenQQ : discuss_sess",
+            "[好友消息] 我->小灰 : 发出", "[好友消息] 我->小灰 : friend",
+            "[群消息] 我->OpenQQ : group", "[讨论组消息] 我->OpenQQ : discuss",
+            "[群临时消息] 我->小灰 : sess"):
+        shown(tower, "gina", text)
+    shown(tower, "hugo", "[讨论组临时消息] 我->gina : discuss_sess")
     shown(tower, "hugo", f"[群消息] 我->OpenQQ : 听不见[发送失败({failed['info']})]")
 
 
@@ -5621,12 +5614,13 @@ HOSTILE_NAME = "坏\n[gina][1][26/01/01 00:00:00] [群消息] 假|冒 : 钱\r\x1
 
 
 def test_no_control_character_of_a_name_or_a_text_reaches_the_log(tower):
-    tower.call("/local/change", do="add", what="person", uid="666", name=HOSTILE_NAME)
-    tower.call("/local/change", do="add", what="friend", uid="666", **{"in": "gina"})
-    tower.call("/local/change", do="add", what="group", uid="6660", name=HOSTILE_NAME,
-               owner_uid="gina")
-    tower.call("/local/change", do="add", what="group_member", uid="666", card=HOSTILE_NAME,
-               **{"in": "6660"})
+    def change(do, what, uid, **params):
+        assert tower.call("/local/change", do=do, what=what, uid=uid, **params)["code"] == 0
+
+    change("add", "person", "666", name=HOSTILE_NAME)
+    change("add", "friend", "666", **{"in": "gina"})
+    change("add", "group", "6660", name=HOSTILE_NAME, owner_uid="gina")
+    change("add", "group_member", "666", card=HOSTILE_NAME, **{"in": "6660"})
     since = len(tower.log.lines)
     tower.say("招呼", **{"from": "666"})
     tower.say("招呼\x1b[31m\r假", type="group_message", to="6660", **{"from": "666"})
@@ -5638,59 +5632,37 @@ def test_no_control_character_of_a_name_or_a_text_reaches_the_log(tower):
     for line in tower.log.lines:
         assert LOG_LINE.fullmatch(line), line
         assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", line), ascii(line)
-    for what, uid in ("group", "6660"), ("person", "666"):
-        tower.call("/local/change", do="remove", what=what, uid=uid)
+    change("remove", "group", "6660")
+    change("remove", "person", "666")
 
 
 def test_a_log_file_is_kept_to_itself_unless_console_is_wanted_and_reopened_when_moved(tower):
     where = os.path.join(tower.program.tmpdir, "logs")
     os.mkdir(where)
-    for name, console in ("quiet", "0"), ("loud", "1"):
+    for name, console, encoding in ("quiet", "0", "gbk"), ("loud", "1", ""):
         path = os.path.join(where, name + ".log")
-        tower.program.login(name, log_path=path, log_console=console)
+        read = lambda path: content(path).decode(encoding or "utf-8")  # noqa: E731
+        tower.program.login(name, log_path=path, log_console=console, log_encoding=encoding)
         tower.say("第一 " + name, name)
-        poll_until(lambda: "第一 " + name in read_text(path))
+        poll_until(lambda: "小灰|我的好友 : 第一 " + name in read(path))
         os.rename(path, path + ".1")
         tower.say("第二 " + name, name)
-        poll_until(lambda: os.path.exists(path) and "第二 " + name in read_text(path))
-        assert "第一" not in read_text(path) and "第二" not in read_text(path + ".1")
-        for line in read_text(path + ".1").splitlines():
-            assert LOG_LINE.fullmatch(line), line
+        poll_until(lambda: os.path.exists(path) and "第二 " + name in read(path))
+        assert "第一" not in read(path) and "第二" not in read(path + ".1")
+        assert all(LOG_LINE.fullmatch(line) for line in read(path + ".1").splitlines())
         assert os.stat(path).st_mode & 0o777 == 0o600
         info = tower.call("get_client_info", client=name)
-        assert info["log_path"] == path
+        assert (info["log_path"], info["log_encoding"]) == (path, encoding or None)
         tower.call("delete_client", client=name)
     shown(tower, "loud", "[好友消息] 小灰|我的好友 : 第二 loud")
     assert "第一 quiet" not in tower.log.text() and "[quiet]" not in tower.log.text()
 
 
-def read_text(path):
-    with open(path, encoding="utf-8") as file:
-        return file.read()
-
-
-def test_a_log_in_gbk_is_in_gbk(tower):
-    path = os.path.join(tower.program.tmpdir, "gbk.log")
-    tower.program.login("gbk", log_path=path, log_encoding="gbk")
-    tower.say("编码", "gbk")
-    poll_until(lambda: os.path.exists(path) and "小灰|我的好友 : 编码".encode("gbk")
-               in open_bytes(path))
-    assert tower.call("get_client_info", client="gbk")["log_encoding"] == "gbk"
-    tower.call("delete_client", client="gbk")
-
-
-def open_bytes(path):
-    with open(path, "rb") as file:
-        return file.read()
-
-
 def test_a_callers_log_level_wins_over_the_controllers(tower):
-    for name, settings in (("curt", {"log_level": "warn"}),
-                           ("wordy", {"log_level": "debug", "http_debug": "1"})):
-        tower.program.login(name, **settings)
+    for name, level, debug in ("curt", "warn", "0"), ("wordy", "debug", "1"):
+        tower.program.login(name, log_level=level, http_debug=debug)
         tower.say("级别", name)
-        info = tower.call("get_client_info", client=name)
-        assert info["log_level"] == settings["log_level"]
+        assert tower.call("get_client_info", client=name)["log_level"] == level
         tower.call("delete_client", client=name)
     tower.log.wait(rf"^\[wordy\]\[\d+\]{STAMP} \[debug\] .*GET /openqq/get_client_info 200")
     shown(tower, "wordy", "[好友消息] 小灰|我的好友 : 级别")
@@ -5703,35 +5675,27 @@ def test_a_callers_log_level_wins_over_the_controllers(tower):
 
 # Every attribute that Webqq.pod documents, and what the source of 2.1.4 takes besides (000:
 # "other parameters that Mojo-Webqq's new supports").
-DOCUMENTED_NEW = {
-    "security": "1", "mode": "hidden", "http_debug": "1", "keep_cookie": "0",
-    "disable_color": "1", "ignore_retcode": "1202,100100", "log_console": "1",
-    "log_level": "debug", "log_path": "{tmpdir}/all.log", "log_encoding": "utf8",
-    "tmpdir": "{tmpdir}", "pic_dir": "{tmpdir}", "verifycode_path": "{tmpdir}/verify.jpg",
-    "qrcode_path": "{tmpdir}/all.png", "cookie_path": "{tmpdir}/all.dat",
-    "pid_path": "{tmpdir}/all.pid", "state_path": "{tmpdir}/all.json",
-    "is_init_friend": "1", "is_init_group": "1", "is_init_discuss": "1", "is_update_user": "0",
-    "is_update_group": "1", "is_update_friend": "1", "is_update_discuss": "1",
-    "update_interval": "600", "msg_ttl": "5", "qrcode_count_max": "10", "login_type": "qrlogin",
-    "pwd": "x", "type": "smartqq", "ua_debug": "0", "ua_debug_req_body": "0",
-    "ua_debug_res_body": "0", "log_head": "[all][1]", "log_unicode": "0", "send_interval": "3",
-    "check_account": "0", "ignore_poll_http_code": "504,502", "ignore_unknown_id": "1",
-    "default_send_real_comp_sign": "0", "group_member_card_cut_length": "21",
-    "group_member_card_ext_only": "0", "group_member_use_fullcard": "0",
-    "group_member_identify_callback": "x", "encrypt_method": "perl", "ua_retry_times": "5",
-    "send_failure_count_max": "5", "poll_failure_count_max": "3", "model_update_timeout": "15",
-    "domain": "w.qq.com",
-}
+DOCUMENTED_NEW = """
+    security=1 mode=hidden http_debug=1 keep_cookie=0 disable_color=1 ignore_retcode=1202,100100
+    log_console=1 log_level=debug log_path={tmpdir}/all.log log_encoding=utf8 tmpdir={tmpdir}
+    pic_dir={tmpdir} verifycode_path={tmpdir}/verify.jpg qrcode_path={tmpdir}/all.png
+    cookie_path={tmpdir}/all.dat pid_path={tmpdir}/all.pid state_path={tmpdir}/all.json
+    is_init_friend=1 is_init_group=1 is_init_discuss=1 is_update_user=0 is_update_group=1
+    is_update_friend=1 is_update_discuss=1 update_interval=600 msg_ttl=5 qrcode_count_max=10
+    login_type=qrlogin pwd=x type=smartqq ua_debug=0 ua_debug_req_body=0 ua_debug_res_body=0
+    log_head=[all][1] log_unicode=0 send_interval=3 check_account=0 ignore_poll_http_code=504,502
+    ignore_unknown_id=1 default_send_real_comp_sign=0 group_member_card_cut_length=21
+    group_member_card_ext_only=0 group_member_use_fullcard=0 group_member_identify_callback=x
+    encrypt_method=perl ua_retry_times=5 send_failure_count_max=5 poll_failure_count_max=3
+    model_update_timeout=15 domain=w.qq.com"""
 
 
 def test_every_attribute_of_the_documented_new_is_taken(tower):
-    params = {name: value.format(tmpdir=tower.program.tmpdir)
-              for name, value in DOCUMENTED_NEW.items()}
+    params = dict(word.split("=") for word in DOCUMENTED_NEW.format(
+        tmpdir=tower.program.tmpdir).split())
     started = tower.call("start_client", client="all", **params)
-    assert (started["code"], started["status"]) == (0, "success")
-    assert {name: started[name] for name in params if name != "pwd"} == {
-        name: value for name, value in params.items() if name != "pwd"}
-    assert "pwd" not in started
+    assert (started["code"], started["status"], params.pop("pwd")) == (0, "success", "x")
+    assert {name: started[name] for name in params} == params and "pwd" not in started
     assert tower.call("/local/login", client="all")["code"] == 0
     for name in "all.log", "all.dat", "all.pid", "all.json":
         assert os.path.exists(os.path.join(tower.program.tmpdir, name)) == (name != "all.dat")
@@ -5741,58 +5705,45 @@ def test_every_attribute_of_the_documented_new_is_taken(tower):
     assert tower.call("delete_client", client="all")["code"] == 0
 
 
-# A text that a setting takes, by the function that reads it: for each row of the table.
+# A text that a setting takes and one that it does not, by the function that reads it.
 SAMPLES = {"_flag": ("1", "maybe"), "_whole": ("7", "7.5"), "_port": ("65535", "65536"),
            "_number": ("0.5", "-1"), "_text": ("x y", "a\0b"), "_path": ("/tmp/x", "a\0b"),
            "_words": ("a, b", "a\0b"), "_hosts": ("a.example, b", "*.example"),
-           "_encoding": ("gbk", "klingon"),
-           "_url": ("http://h/a?b=1", "gopher://h/"),
+           "_encoding": ("gbk", "klingon"), "_url": ("http://h/a?b=1", "gopher://h/"),
            "_bridge_url": ("wss://h:3001/", "ftp://h/")}
 CHOICES = {"flavor": "qq", "log_level": "fatal", "restart": "never", "login_type": "login",
            "mode": "busy", "onebot_login": "llbot", "link": "local"}
 
 
-def sample(setting):
-    """(a text that it takes, one that it does not)."""
-    if setting.name in CHOICES:
-        return CHOICES[setting.name], "nonsense"
-    return SAMPLES[setting.read.__name__]
-
-
 @pytest.mark.parametrize("whose", ["controller", "client"])
-def test_each_setting_can_be_given_in_every_way_and_helped_with(whose):
+def test_each_setting_can_be_given_in_every_way_helped_with_and_refused_by_name(whose):
     done = run_openqq(whose, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     rows = [row for row in openqq.SETTINGS.values() if row.whose in (whose, "both")]
     assert len(rows) > 20
-    for row in rows:
-        good, _ = sample(row)
-        dashed, spelt = "--" + row.name.replace("_", "-"), "--" + row.name
-        (line,) = [text for text in done.stdout.split("\n")
-                   if text.split()[:1] == [dashed]] or [None]
+    make = functools.partial(openqq.Settings, whose)
+    samples = {row: SAMPLES.get(row.read.__name__) or (CHOICES[row.name], "nonsense")
+               for row in rows}
+    for row, (good, bad) in samples.items():
+        line = re.search(rf"^ *--{row.name.replace('_', '-')} .*", done.stdout, re.M)
         assert bool(line) != row.idle, row.name
-        assert not line or row.help in line and (not row.shown() or f"[{row.shown()}]" in line)
-        for words in ([dashed, good], [spelt, good], [f"{dashed}={good}"], [f"{spelt}={good}"]):
-            assert openqq.parse_flags(whose, words) == {row.name: good}
-        wanted = row.parse(good)
+        if line:
+            assert row.help in line[0] and (not row.shown() or f"[{row.shown()}]" in line[0])
         names = ["MOJO_WEBQQ_" + row.name.upper()]
         names += ["MOJO_WEBQQ_PLUGIN_OPENQQ_" + row.name.upper()] if row.plugin else []
-        for name in names:
-            found = openqq.Settings(whose, {}, {name: good}, "MOJO_WEBQQ_")
-            assert getattr(found, row.name) == wanted, name
-        found = openqq.Settings(whose, {row.name: wanted}, {}, "MOJO_WEBQQ_")
-        assert getattr(found, row.name) == wanted, f"{row.name} by keyword"
+        wanted = row.parse(good)
+        for given, environ in [({row.name: wanted}, {}), *[({}, {name: good}) for name in names]]:
+            assert getattr(make(given, environ, "MOJO_WEBQQ_"), row.name) == wanted, row.name
+        for given, environ in ({row.name: bad}, {}), ({}, {names[0]: bad}):
+            with pytest.raises(ValueError, match=row.name):
+                make(given, environ, "MOJO_WEBQQ_")
+    for form in "--{0}\n{1}", "--{0}={1}":
+        for mark in "_", "-":
+            words = [word for row, (good, _) in samples.items()
+                     for word in form.format(row.name.replace("_", mark), good).split("\n")]
+            assert openqq.parse_flags(whose, words) == {
+                row.name: good for row, (good, _) in samples.items()}
     assert not re.search("[^ -~\n]{200}", done.stdout)
-
-
-@pytest.mark.parametrize("row", openqq.SETTINGS.values(), ids=list(openqq.SETTINGS))
-def test_a_bad_value_is_refused_with_the_settings_name(row):
-    _, bad = sample(row)
-    whose = "client" if row.whose == "both" else row.whose
-    with pytest.raises(ValueError, match=row.name):
-        openqq.Settings(whose, {row.name: bad}, {}, "MOJO_WEBQQ_")
-    with pytest.raises(ValueError, match=row.name):
-        openqq.Settings(whose, {}, {"MOJO_WEBQQ_" + row.name.upper(): bad}, "MOJO_WEBQQ_")
 
 
 # What nobody means, for each way to read a setting; {tmpdir} has in it: file, dir, fifo, link (to
@@ -5800,55 +5751,49 @@ def test_a_bad_value_is_refused_with_the_settings_name(row):
 LONG = "a" * 5_000
 ODD_TEXTS = ["a\0b", "a\nb", "\x1b[31m", "\ud800", LONG, "\x9b", "\u2028", "a\rb", "\x7f", "a\tb",
              " ", "{}{0}%s", "$(id)", "';--", "\u202eabc", "ä" * 4_000, "😀", "a,,b", "=", "a\\"]
-ODD_NUMBERS = ["nan", "inf", "-1", "-0", "1e9", "1e-9", "²", "٣", "１２", "+1", " 1", "1 ", "0x10",
-               "1_000", "0", "000", "0007", "0.0", "0.5", ".5", "5.", "1,5", "999999999",
-               "9999999999", "100000000", "2147483648", "0.000000001", "9" * 5_000, "true", "one"]
-ODD_PATHS = ["/dev/null", "/dev/full", "/", "~nobody", "~", "x", "../x", "{tmpdir}", "{tmpdir}/dir",
-             "{tmpdir}/fifo", "{tmpdir}/link", "{tmpdir}/twice", "{tmpdir}/file/x", "a\0b",
-             "{tmpdir}/no/such", "{tmpdir}/" + LONG, "{tmpdir}/" + "ä" * 200, "{tmpdir}/./",
-             "{tmpdir}/good", "{tmpdir}/dir/good", "{tmpdir}/mojo_webqq_cookie_odd.dat", "\ud800"]
-ODD_URLS = ["{s}://127.0.0.1:65536/", "{s}://127.0.0.1:0/", "{s}://127.0.0.1:99999999999/",
-            "{s}://127.0.0.1:x/", "{s}://127.0.0.1:-1/", "{s}://127.0.0.1:８０/", "{s}://:80/",
-            "{s}://127.0.0.1:/", "{s}://[::1", "{s}://[::1]x/", "{s}://[::g]/",
-            "{s}://[127.0.0.1]/", "{s}://[::1]:1/", "{s}://" + "a" * 300 + "/",
-            "{s}://" + "a." * 150 + "/", "{s}://a..b/",
-            "{s}://" + "ü" * 80 + ".example/", "{s}://a\u2024b/", "{s}://a b/", "{s}://a\u3000b/",
-            "{s}://a\tb/", "{s}://a\\b@127.0.0.1:1/", "{s}://u@v@127.0.0.1:1/",
-            "{s}://u:p%zz@127.0.0.1:1/", "{s}://127.0.0.1:1 {s}://127.0.0.1:1",
-            "{s}://127.0.0.1:1/,{s}://127.0.0.1:1/", "{s}://127.0.0.1:1/;{S}://127.0.0.1:1/",
-            "{S}://127.0.0.1:1/", "{s}:/127.0.0.1/", "{s}:127.0.0.1", "//127.0.0.1/",
-            "127.0.0.1:80",
-            "file:///etc/passwd", "{s}://", "{s}:///x", "{s}://127.0.0.1:1/\ud800",
-            "{s}://127.0.0.1:1/ä?ä#ä", "{s}://127.0.0.1:1?x", "{s}://127.0.0.1:1#x", " {s}://h/",
-            "{s}://a|b/", "{s}://a%00b/", "{s}://169.254.169.254/", "javascript:alert(1)"]
-ODD_ENCODINGS = ["idna", "punycode", "undefined", "rot13", "rot_13", "base64", "hex", "zip", "bz2",
-                 "uu", "quopri", "mbcs", "oem", "utf-16", "utf-32", "utf-8-sig", "utf-16-le",
-                 "unicode_escape", "raw_unicode_escape", "cp037", "a\0b", "..", "../../x", " ",
-                 "klingon", LONG, "aliases", "ascii", "gbk", "gb18030", "UTF8", "latin-1", "hz",
-                 "cp1252", "big5"]
-ODD_FLAGS = ["2", "-1", "01", "maybe", "TRUE", "Yes", "oN", "no", " 1", "１", "²", "null", "None",
-             "0.0", "1.0", "f", "t", "真", "\0", LONG, "[]"]
-ODD = {"_flag": ODD_FLAGS, "_whole": ODD_NUMBERS, "_number": ODD_NUMBERS, "_port": ODD_NUMBERS,
+ODD_NUMBERS = [" 1", "1 ", "9" * 5_000, *(
+    "nan inf -1 -0 1e9 1e-9 ² ٣ １２ +1 0x10 1_000 0 000 0007 0.0 0.5 .5 5. 1,5 999999999 "
+    "9999999999 100000000 2147483648 0.000000001 true one").split()]
+ODD_PATHS = ["a\0b", "\ud800", "{tmpdir}/" + LONG, "{tmpdir}/" + "ä" * 200, *(
+    "/dev/null /dev/full / ~nobody ~ x ../x {tmpdir} {tmpdir}/dir {tmpdir}/fifo {tmpdir}/link "
+    "{tmpdir}/twice {tmpdir}/file/x {tmpdir}/no/such {tmpdir}/./ {tmpdir}/good {tmpdir}/dir/good "
+    "{tmpdir}/mojo_webqq_cookie_odd.dat").split()]
+ODD_URLS = ["{s}://a b/", "{s}://a\u3000b/", "{s}://a\tb/", " {s}://h/", "{s}://h/ {s}://h/",
+            "{s}://h:1/\ud800", "{s}://" + "a" * 300 + "/", "{s}://" + "a." * 150 + "/",
+            "{s}://" + "ü" * 80 + ".example/", "{s}://a\u2024b/", "{s}://u:p%zz@h:1/",
+            *(r"""{s}://h:65536/ {s}://h:0/ {s}://h:99999999999/ {s}://h:x/ {s}://h:-1/ {s}://h:８０/
+    {s}://:80/ {s}://h:/ {s}://[::1 {s}://[::1]x/ {s}://[::g]/ {s}://[127.0.0.1]/ {s}://[::1]:1/
+    {s}://a..b/ {s}://a\b@h:1/ {s}://u@v@h:1/ {s}://h:1/,{s}://h:1/ {s}://h:1/;{S}://h:1/
+    {s}://a/|{S}://b/ {S}://h:1/ {s}:/h/ {s}:h //h/ h:80 file:///etc/passwd {s}:// {s}:///x
+    {s}://h:1/ä?ä#ä {s}://h:1?x {s}://h:1#x {s}://a|b/ {s}://a%00b/ {s}://169.254.169.254/
+    javascript:alert(1)""").replace("//h", "//127.0.0.1").split()]
+ODD_ENCODINGS = ["a\0b", " ", LONG, *(
+    "idna punycode undefined rot13 rot_13 base64 hex zip bz2 uu quopri mbcs oem utf-16 utf-32 "
+    "utf-8-sig utf-16-le unicode_escape raw_unicode_escape cp037 .. ../../x klingon aliases ascii "
+    "gbk gb18030 UTF8 latin-1 hz cp1252 big5").split()]
+ODD_FLAGS = [" 1", "\0", LONG, *(
+    "2 -1 01 maybe TRUE Yes oN no １ ² null None 0.0 1.0 f t 真 []").split()]
+ODD = {"_flag": ODD_FLAGS, "_whole": ODD_NUMBERS, "_number": ODD_NUMBERS,
        "_text": ODD_TEXTS, "_words": ODD_TEXTS, "_encoding": ODD_ENCODINGS, "_path": ODD_PATHS,
        "choose": ODD_TEXTS + ["INFO", "info ", "QRLOGIN", "Online"],
        "_url": [url.replace("{s}", "http").replace("{S}", "HTTPS") for url in ODD_URLS],
        "_bridge_url": [url.replace("{s}", scheme).replace("{S}", scheme.upper())
                        for scheme in ("ws", "http") for url in ODD_URLS]}
+CALLERS_ROWS = [row for row in openqq.SETTINGS.values() if row.caller]
 
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """A controller, and what lies in the tmpdir for ODD_PATHS."""
     program = Program(tmp_path_factory.mktemp("odd"), "controller").ready()
-    put(program.tmpdir + "/file", "mine")
+    mine = [put(program.tmpdir + "/" + name, "mine") for name in ("file", "one")]
     os.mkdir(program.tmpdir + "/dir")
     os.mkfifo(program.tmpdir + "/fifo")
     os.symlink("file", program.tmpdir + "/link")
-    put(program.tmpdir + "/one", "mine")
     os.link(program.tmpdir + "/one", program.tmpdir + "/twice")
     yield program
     assert program.stop() == 0
-    assert content(program.tmpdir + "/file") == content(program.tmpdir + "/one") == b"mine"
+    assert [content(path) for path in mine] == [b"mine"] * 2
     assert not re.search("Traceback|fault of this program", program.log.text())
 
 
@@ -5859,50 +5804,48 @@ def told(program, path, **params):
     return status, json.loads(body)
 
 
-def odd_values(row, program):
-    return [value.replace("{tmpdir}", program.tmpdir) for value in ODD[row.read.__name__]]
+def sorted_out(row, program):
+    """(values that start_client takes, those that it does not); nothing is started for that."""
+    taken, refused = [], []
+    for value in ODD[row.read.__name__]:
+        value = value.replace("{tmpdir}", program.tmpdir)
+        try:
+            given = openqq.check_params({row.name: value})
+            openqq.check_paths(given, program.tmpdir, "mojo_webqq_{}_odd.dat", ())
+            taken.append(value)
+        except openqq.NotAllowed as error:
+            assert error.status.startswith(row.name) and "not allowed" in error.status
+            assert len(error.status) < 400
+            refused.append(value)
+    return taken, refused
 
 
-def is_taken(row, value, program):
-    """Whether start_client takes a value, without starting anything: it asks these two."""
-    try:
-        given = openqq.check_params({row.name: value})
-        openqq.check_paths(given, program.tmpdir, "mojo_webqq_{}_odd.dat", ())
-        return True
-    except openqq.NotAllowed as error:
-        assert error.status.startswith(row.name) and "not allowed" in error.status
-        assert len(error.status) < 400
-        return False
-
-
-CALLERS_ROWS = [row for row in openqq.SETTINGS.values() if row.caller]
-
-
-@pytest.mark.parametrize("read", sorted(ODD))
-def test_a_hostile_value_of_each_kind_is_refused_with_400_and_the_settings_name(odd, read):
-    if read == "_port":
-        assert not [row.name for row in CALLERS_ROWS if row.read.__name__ == read]
-        return
-    row = next(row for row in CALLERS_ROWS if row.read.__name__ == read and not row.secret)
-    for value in odd_values(row, odd):
-        if not is_taken(row, value, odd):
+def test_a_hostile_value_of_each_kind_is_refused_with_400_and_the_settings_name(odd):
+    rows = {row.read.__name__: row for row in CALLERS_ROWS if not row.secret}
+    assert set(rows) == set(ODD)
+    for row in rows.values():
+        for value in sorted_out(row, odd)[1]:
             status, answer = told(odd, "start_client", client="odd", **{row.name: value})
             if {"\0", "\ud800"} & set(value):  # no parameter holds that
                 assert (status, answer["code"]) == (400, 400), answer
             else:
-                assert (status, answer["code"]) == (400, 6) and row.name in answer["status"], answer
+                assert (status, answer["code"], row.name in answer["status"]) == (400, 6, True)
+    for row in CALLERS_ROWS:
+        for value in "http://h:65536/", "http://h:0/x", "http://a,http://b", "http://a/;HTTP://b":
+            if "url" in row.read.__name__:
+                with pytest.raises(openqq.NotAllowed, match="must (be one URL|have a port)"):
+                    openqq.check_params({row.name: value})
     assert not odd.call("check_client")["client"]
 
 
 def test_no_hostile_value_is_taken_that_later_fails(odd):
     """Those that are taken, one of each setting in a client, run, and are no fault."""
-    taken = {row.name: [value for value in odd_values(row, odd) if is_taken(row, value, odd)]
-             for row in CALLERS_ROWS if row.name not in ("tmpdir", "login_type")}
+    taken = {row.name: sorted_out(row, odd)[0] for row in CALLERS_ROWS if row.name != "login_type"}
     assert sum(map(len, taken.values())) > 500
     paths = ["cookie_path", "log_path", "state_path", "qrcode_path", "pid_path"]
     others = {"is_init_friend": "1", "onebot_api": "", "milky_api": "", "onebot_login": "",
-              "onebot_login_api": "",
-              "qrcode_count_max": "9", "link": "", "ilink_api": "", "ilink_cdn": ""}
+              "onebot_login_api": "", "qrcode_count_max": "9", "link": "", "ilink_api": "",
+              "ilink_cdn": ""}
 
     def live(number):
         """A client with the number-th value of each setting."""
@@ -5918,72 +5861,49 @@ def test_no_hostile_value_is_taken_that_later_fails(odd):
         sent = odd.call("send_friend_message", client=name, name="小冰", content="hello")
         assert sent["code"] == 0, (sent, given)
         assert not re.search(rb"Traceback|fault of this program", content(own["log_path"]))
-        return True
 
-    count = max(len(values) for name, values in taken.items() if name not in others)
-    assert [live(number) for number in range(count)] == [True] * count
+    count = max(len(values) for name, values in taken.items() if name not in (*others, *paths))
+    with concurrent.futures.ThreadPoolExecutor(4) as crowd:
+        assert list(crowd.map(live, range(count))) == [None] * count
     at_once(count, lambda number: odd.call("delete_client", client=f"odd{number}"))
     assert not [name for name in os.listdir(odd.tmpdir) if name.startswith("mojo_webqq_cookie")]
 
 
 def test_a_bridges_url_that_is_taken_is_waited_for_in_words(odd):
-    urls = [value for value in odd_values(openqq.SETTINGS["onebot_api"], odd)
-            if is_taken(openqq.SETTINGS["onebot_api"], value, odd)]
+    urls = dict(enumerate(sorted_out(openqq.SETTINGS["onebot_api"], odd)[0]))
     assert len(urls) > 10
-    names = [f"b{number}" for number in range(len(urls))]
-    for name, url in zip(names, urls):
-        assert told(odd, "start_client", client=name, onebot_api=url)[1]["code"] == 0, url
-    for name, url in zip(names, urls):
-        row = eventually(lambda: odd.state(name).get("error") and odd.state(name))
+    for number, url in urls.items():
+        assert told(odd, "start_client", client=f"b{number}", onebot_api=url)[1]["code"] == 0, url
+    for number, url in urls.items():
+        row = eventually(lambda: odd.state(f"b{number}").get("error") and odd.state(f"b{number}"))
         assert row and (row["state"], row["restarts"]) == ("scaning", 0), (url, row)
         assert "fault" not in row["error"]
-    at_once(len(names), lambda number: odd.call("delete_client", client=names[number]))
-
-
-def test_a_tmpdir_that_is_taken_can_be_worked_in(odd):
-    for value in odd_values(openqq.SETTINGS["tmpdir"], odd):
-        if is_taken(openqq.SETTINGS["tmpdir"], value, odd):
-            assert told(odd, "start_client", client="odd", tmpdir=value)[1]["code"] == 0, value
-            assert odd.call("/local/login", client="odd")["code"] == 0, value
-            assert odd.call("delete_client", client="odd")["code"] == 0, value
-
-
-@pytest.mark.parametrize("name", [row.name for row in CALLERS_ROWS if "url" in row.read.__name__])
-@pytest.mark.parametrize("value", [
-    "http://127.0.0.1:65536/", "http://127.0.0.1:0/x", "http://a http://b", "http://a,http://b",
-    "http://a/;http://b/", "http://a/|HTTP://b/", "http://a\thttp://b"])
-def test_a_url_that_is_none_or_two_is_refused_with_words(odd, name, value):
-    status, _, body = request(odd.base, "/openqq/start_client?" + urllib.parse.urlencode(
-        {"client": "odd", name: value}))
-    answer = json.loads(body)
-    assert (status, answer["code"]) == (400, 6)
-    assert re.match(rf"{name} .*must (be one URL|have a port of 1 to 65535)", answer["status"])
+    at_once(len(urls), lambda number: odd.call("delete_client", client=f"b{number}"))
 
 
 @pytest.mark.parametrize("text, url, token", [
     ("ws://h:3001/?access_token=S3c", "ws://h:3001/", "S3c"),
     ("HTTP://h/x?a=1&access_token=S%2B3+c&b=2#f", "HTTP://h/x?a=1&b=2#f", "S+3 c"),
     ("http://h?access_token=one&access_token=two", "http://h", "two"),
-    ("http://h/?access_token=", "http://h/", ""), ("http://h/?my_access_token=x",
-                                                   "http://h/?my_access_token=x", ""),
+    ("http://h/?access_token=", "http://h/", ""),
+    ("http://h/?my_access_token=x", "http://h/?my_access_token=x", ""),
     ("http://h/#?access_token=x", "http://h/#?access_token=x", ""),
     ("gopher://h/?access_token=S3c", "gopher://h/", "S3c")])
 def test_a_token_in_a_bridges_url_is_taken_out_of_it(text, url, token):
-    assert openqq.SETTINGS["onebot_api"].split(text) == (url, token)
-    assert openqq.SETTINGS["post_api"].split(text) == (text, ""), "a receiver's is its own affair"
     if url.startswith("gopher"):
         with pytest.raises(ValueError) as refused:
             openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
         assert "S3c" not in str(refused.value)
         return
-    flag = openqq.parse_flags("client", ["--onebot-api", text])
-    environment = openqq.from_environment({"MOJO_WEBQQ_ONEBOT_API": text}, "MOJO_WEBQQ_")
-    account = openqq.account_settings({"onebot_api": text})
-    caller = openqq.check_params({"onebot-api": text})
-    wanted = {"onebot_api": url, **({"onebot_token": token} if token else {})}
-    assert flag == environment == account == caller == wanted
+    ways = [openqq.parse_flags("client", ["--onebot-api", text]),
+            openqq.from_environment({"MOJO_WEBQQ_ONEBOT_API": text}, "MOJO_WEBQQ_"),
+            openqq.account_settings({"onebot_api": text}),
+            openqq.check_params({"onebot-api": text})]
+    assert ways == [{"onebot_api": url, **({"onebot_token": token} if token else {})}] * len(ways)
     found = openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
     assert (found.onebot_api.lower(), found.onebot_token) == (url.lower(), token)
+    receivers = {"post_api": text}  # a token in that is its own affair
+    assert openqq.tokens_apart(receivers) == receivers
     explicit = openqq.check_params({"onebot_api": text, "onebot-token": "mine"})
     assert explicit == {"onebot_api": url, "onebot_token": "mine"}
 
@@ -5999,59 +5919,65 @@ def test_the_plugins_name_is_stronger_than_the_plain_one_and_strangers_are_let_b
 
 
 def run_openqq(*words, **env):
-    """The program run to its end; (returncode, stdout, stderr)."""
+    """The program, as it is typed, run to its end; with returncode, stdout, stderr."""
+    return ended(begin_openqq([FILE, *words], env, encoding="utf-8"))
+
+
+def begin_openqq(words, env, **how):
+    """Python, with nothing of ours in its environment but what is given."""
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(("MOJO_", "OPENQQ_"))}
-    return subprocess.run([sys.executable, FILE, *words], env={**environment, **env},
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=WAIT, encoding="utf-8")
+    return subprocess.Popen([sys.executable, *words], env={**environment, **env},
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **how)
 
 
-WRONG_CALLS = {
-    "nothing": ([], {}, "usage: python openqq.py controller"),
-    "another word": (["serve"], {}, "usage: python openqq.py controller"),
-    "unknown flag": (["client", "--nope", "1"], {}, "--nope .*client --help"),
-    "a client's at a controller": (["controller", "--account", "x"], {}, "--account .*--help"),
-    "a controller's at a client": (["client", "--max-clients=3"], {}, "--max-clients .*--help"),
-    "no value": (["client", "--log-level"], {}, "--log-level needs a value"),
-    "bare word": (["client", "alice"], {}, "alice .*--help"),
-    "bad value": (["client", "--log_level", "loud"], {}, "log_level 'loud' .*info"),
-    "bad value in the environment": (["controller"], {"MOJO_WEBQQ_PORT": "http"}, "port 'http'"),
-    "bad name": (["client", "--account", "../x"], {}, "name not allowed"),
-    "a device": (["client", "--state-path", "/dev/null"], {}, "state_path .* not be a device"),
-    "bad flavor": (["controller", "--flavor", "icq"], {}, "flavor .*qq"),
-}
+def ended(process):
+    out, err = process.communicate(timeout=WAIT)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-@pytest.mark.parametrize("words, env, said", WRONG_CALLS.values(), ids=WRONG_CALLS)
-def test_a_wrong_call_exits_with_2_and_helps(tmp_path, words, env, said):
-    done = run_openqq(*words, TMPDIR=str(tmp_path), **env)
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.search(said, done.stderr) and "Traceback" not in done.stderr
+CALLS = [  # words, what the environment says, exit status, what is said
+    ("--version", {}, 0, rf"OpenQQ {re.escape(openqq.VERSION)}\n\Z"),
+    ("--help", {}, 0, re.escape(openqq.USAGE) + r"\Z"),
+    ("-h", {}, 0, re.escape(openqq.USAGE) + r"\Z"),
+    ("", {}, 2, "usage: python openqq.py controller"),
+    ("serve", {}, 2, "usage: python openqq.py controller"),
+    ("client --nope 1", {}, 2, "--nope .*client --help"),
+    ("controller --account x", {}, 2, "--account .*--help"),
+    ("client --max-clients=3", {}, 2, "--max-clients .*--help"),
+    ("client --log-level", {}, 2, "--log-level needs a value"),
+    ("client alice", {}, 2, "alice .*--help"),
+    ("client --log_level loud", {}, 2, "log_level 'loud' .*info"),
+    ("controller", {"MOJO_WEBQQ_PORT": "http"}, 2, "port 'http'"),
+    ("client --account ../x", {}, 2, "name not allowed"),
+    ("client --state-path /dev/null", {}, 2, "state_path .* not be a device"),
+    ("controller --flavor icq", {}, 2, "flavor .*qq"),
+    ("client --port 0 --log-path {tmp}/file/x.log", {}, 1, "openqq: log_path .*cannot be used"),
+    ("client --port 0 --tmpdir {tmp}/file", {}, 1, "openqq: .*(tmpdir|{tmp}/file)"),
+    ("client --port 0 --host 192.0.2.1", {}, 1,
+     "openqq: cannot listen on 192.0.2.1 .*--host or --port"),
+    ("client --port 0 --host " + "a" * 300, {}, 1,
+     "openqq: cannot listen on aaa.*--host or --port"),
+]
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--version"], rf"OpenQQ {re.escape(openqq.VERSION)}\n"), (["--help"], openqq.USAGE),
-    (["-h"], openqq.USAGE)], ids=["--version", "--help", "-h"])
-def test_version_and_help_are_answered_on_stdout(words, said):
-    done = run_openqq(*words)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert re.fullmatch(said, done.stdout) or done.stdout == said
+def test_a_call_that_starts_nothing_says_why_with_its_exit_status(tmp_path):
+    """0 and stdout for what was asked for; 2 for a wrong call; 1 and one line for what cannot be
+    had."""
+    def run(case):
+        words = openqq.python_words(*case[0].replace("{tmp}", str(tmp_path)).split())
+        return ended(begin_openqq(words, {"TMPDIR": str(tmp_path), **case[1]}, encoding="utf-8"))
 
-
-@pytest.mark.parametrize("words, said", [
-    (["--log-path", "{tmp}/file/x.log"], "log_path .*cannot be used"),
-    (["--tmpdir", "{tmp}/file"], "tmpdir|{tmp}/file"),
-    (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1 .*--host or --port"),
-    (["--host", "a" * 300], "cannot listen on aaa.*--host or --port"),
-], ids=["log file", "tmpdir", "address", "name"])
-def test_what_cannot_be_had_is_said_in_one_line_with_status_1(tmp_path, words, said):
-    (tmp_path / "file").write_text("")
-    words = [word.format(tmp=tmp_path) for word in words]
-    done = run_openqq("client", "--port", "0", *words, TMPDIR=str(tmp_path))
-    assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if "[info]" not in line]
-    assert re.match("openqq: .*(" + said.format(tmp=re.escape(str(tmp_path))) + ")", line)
+    put(tmp_path / "file", "")
+    with concurrent.futures.ThreadPoolExecutor(4) as crowd:
+        results = list(crowd.map(run, CALLS))
+    for done, (words, _, status, said) in zip(results, CALLS):
+        assert (done.returncode, "Traceback" in done.stderr) == (status, False), (words, done)
+        text, other = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
+        if status == 1:
+            (text,) = [line for line in text.splitlines() if "[info]" not in line]
+        assert other == "" and re.search(said.replace("{tmp}", str(tmp_path)), text), (words, done)
 
 
 def test_a_token_in_the_environment_is_needed_by_every_call(start, tmp_path):
@@ -6069,32 +5995,24 @@ class Script(Program):
     """A script that imports openqq, run as a process in its own directory."""
 
     def __init__(self, tmpdir, text):
-        self.tmpdir = str(tmpdir)
-        path = os.path.join(self.tmpdir, "script.py")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write("import openqq\n" + text)
-        environment = {name: value for name, value in os.environ.items()
-                       if not name.startswith(("MOJO_", "OPENQQ_"))}
-        environment.update(PYTHONPATH=HERE, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-        self.process = subprocess.Popen([sys.executable, path], stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        env=environment)
+        self.tmpdir, self.port = str(tmpdir), 0
+        path = put(tmpdir / "script.py", "import openqq\n" + text.replace("{tmpdir}", self.tmpdir))
+        self.process = begin_openqq([path], {"PYTHONPATH": HERE, "PYTHONUNBUFFERED": "1",
+                                             "PYTHONIOENCODING": "utf-8"})
         self.pid = self.process.pid
-        self.log, self.out, self.port = Log(self.process.stderr), Log(self.process.stdout), 0
+        self.log, self.out = Log(self.process.stderr), Log(self.process.stdout)
 
 
 @pytest.fixture
 def script(tmp_path):
     """script(text) runs it until the test's end; `{tmpdir}` in it is a directory of its own."""
-    scripts = []
+    with contextlib.ExitStack() as scripts:
+        def begin(text):
+            program = Script(tmp_path, text)
+            scripts.callback(program.stop)
+            return program
 
-    def begin(text):
-        scripts.append(Script(tmp_path, text.replace("{tmpdir}", str(tmp_path))))
-        return scripts[-1]
-
-    yield begin
-    for program in scripts:
-        program.stop()
+        yield begin
 
 
 def test_the_documents_controller_script_works_in_python(script):
@@ -6163,7 +6081,7 @@ def test_a_bot_hears_answers_and_sends_by_callbacks(script, tmp_path):
     bot.out.wait("^login bot 0$")   # not by a scan
     bot.out.wait("^sent 0$")
     bot.out.wait("^told friend_message 我来了 发送正常 None$")
-    plugins = json.loads(read_text(bot.path("state_bot.json")))["plugin"]
+    plugins = json.loads(content(bot.path("state_bot.json")))["plugin"]
     assert {row["name"]: (row["priority"], row["call_on_load"], row["auto_call"])
             for row in plugins} == {
         "Mojo::Webqq::Plugin::Openqq": (98, 1, None), "Mojo::Webqq::Plugin::ShowMsg": (100, 0, 1),
@@ -6184,33 +6102,27 @@ def test_a_bot_hears_answers_and_sends_by_callbacks(script, tmp_path):
     assert len(re.findall("fault of this program", bot.log.text())) <= 2
 
 
-def test_a_plugin_that_cannot_start_ends_the_program_and_says_why(script):
-    """003's own script, without call_on_load, when the port is taken."""
-    taken = socket.create_server(("127.0.0.1", 0))
-    port = taken.getsockname()[1]
-    program = script("""
-client = openqq.Client(account="late", tmpdir="{tmpdir}")
-client.load("ShowMsg")
-client.load("Openqq", data={"listen": [{"host": "127.0.0.1", "port": %d}]})
-client.run()
-""" % port)
-    assert program.process.wait(WAIT) == 1
-    program.log.wait(f"cannot listen on 127.0.0.1 port {port}")
-    assert not os.path.exists(program.path("pid_late.pid"))
-    taken.close()
-
-
-@pytest.mark.parametrize("line, said", [
+MISTAKES = [  # a line of a script, what is said of it
+    # 003's own script, without call_on_load, when the port is taken
+    ('client.load("Openqq", data={"listen": [{"host": "127.0.0.1", "port": %d}]}); client.run()',
+     "cannot listen on 127.0.0.1 port %d"),
     ('client.load("Nope")', "there is no plugin Nope"),
     ('client.load("+nope_nope")', r"plugin \+nope_nope cannot be loaded"),
     ('openqq.Client(account="b", no_such=1)', "no_such is not a setting of a client"),
     ('openqq.Controller(listen=[], port="x")', "port 'x' must be a whole number"),
     ('client.load("Openqq", data={"nope": 1}, call_on_load=True)', "nope is not a setting"),
-])
+]
+
+
+@pytest.mark.parametrize("line, said", MISTAKES)
 def test_a_mistake_in_a_script_is_named(script, line, said):
-    program = script('client = openqq.Client(account="a", tmpdir="{tmpdir}")\n' + line)
-    assert program.process.wait(WAIT) == 1
-    program.log.wait(said)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        program = script('client = openqq.Client(account="a", tmpdir="{tmpdir}")\n'
+                         + line.replace("%d", str(port)))
+        assert program.process.wait(WAIT) == 1
+        program.log.wait(said.replace("%d", str(port)))
+        assert "run()" not in line or not os.path.exists(program.path("pid_a.pid"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6389,61 +6301,45 @@ def test_without_a_terminal_neither_qr_code_nor_colour_is_written(beater):
 # ------------------------------------------------------------------------------------------------
 
 with open(FILE, encoding="utf-8") as source:
-    LINES = source.read().split("\n")
-TREE = ast.parse("\n".join(LINES))
+    SOURCE = source.read()
+LINES = SOURCE.split("\n")
+TREE = ast.parse(SOURCE)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-
-
-def banners():
-    """(line, title) of each section; the first line of the file is line 1."""
-    rule = "# " + "-" * 96
-    return [(number, LINES[number - 1][2:]) for number in range(2, len(LINES))
-            if LINES[number - 2] == LINES[number] == rule]
+RULE = "# " + "-" * 96
+BANNERS = [(number, LINES[number - 1][2:]) for number in range(2, len(LINES))  # line, title
+           if LINES[number - 2] == LINES[number] == RULE]
 
 
 def test_the_list_of_sections_in_the_docstring_is_that_of_the_banners():
-    docstring = ast.get_docstring(TREE)
-    listed = re.findall(r"^ {4,5}([0-9ABCP]+) {2}(\S.*)$", docstring, re.M)
-    titled = [title.partition(". ")[::2] for _, title in banners()]
+    listed = re.findall(r"^ {4,5}([0-9ABCP]+) {2}(\S.*)$", ast.get_docstring(TREE), re.M)
+    titled = [title.partition(". ")[::2] for _, title in BANNERS]
     assert [(number, title.lower()) for number, title in titled] == [
         (number, title.lower()) for number, title in listed]
     assert len(titled) == 20
 
 
-def names_of(node):
-    """What a statement of the top level defines."""
-    if isinstance(node, DEFINITIONS):
-        return [node.name]
-    if isinstance(node, ast.If):  # TYPE_CHECKING: types for annotations only
-        return []
-    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
-    return [leaf.id for target in targets if target is not None for leaf in ast.walk(target)
-            if isinstance(leaf, ast.Name)]
-
-
-def uses_of(node):
-    """(name, line) of the names that a statement reads and does not bind itself."""
-    found = []
-    is_class = isinstance(node, ast.ClassDef)
-    for part in node.body + node.decorator_list + node.bases if is_class else [node]:
-        leaves = list(ast.walk(part))
-        bound = {leaf.arg for leaf in leaves if isinstance(leaf, ast.arg)}
-        if isinstance(part, DEFINITIONS):
-            bound |= {leaf.id for leaf in leaves
-                      if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store)}
-        found += [(leaf.id, leaf.lineno) for leaf in leaves if isinstance(leaf, ast.Name)
-                  and isinstance(leaf.ctx, ast.Load) and leaf.id not in bound]
-    return found
-
-
 def test_a_section_uses_only_what_stands_above_it():
-    starts = [start for start, _ in banners()]
-    section = lambda line: sum(start <= line for start in starts)  # noqa: E731
-    home = {name: section(node.lineno) for node in TREE.body for name in names_of(node)}
+    """In functions and annotations: all else fails when the file is imported."""
+    section = lambda line: sum(start <= line for start, _ in BANNERS)  # noqa: E731
+    home = {}
+    for node in TREE.body:
+        for name in [node.name] if isinstance(node, DEFINITIONS) else [
+                leaf.id for leaf in ast.walk(node)
+                if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store)]:
+            home.setdefault(name, section(node.lineno))
     assert len(home) > 200 and {"Client", "SETTINGS", "qr_png"} <= set(home)
-    downward = [f"line {line}: {name}" for node in TREE.body for name, line in uses_of(node)
-                if home.get(name, 0) > section(line)]
-    assert not downward
+    parts = [part for node in ast.walk(TREE) for part in (
+        getattr(node, "annotation", None), getattr(node, "returns", None)) if part]
+    uses = [(leaf.id, leaf.lineno) for part in parts for leaf in ast.walk(part)
+            if isinstance(leaf, ast.Name)]
+    tables = symtable.symtable(SOURCE, FILE, "exec").get_children()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        uses += [(symbol.get_name(), table.get_lineno()) for symbol in table.get_symbols()
+                 if symbol.is_global() and symbol.is_referenced()]
+    assert len(uses) > 2000
+    assert not [use for use in uses if home.get(use[0], 0) > section(use[1])]
 
 
 def test_every_public_class_and_function_has_a_docstring():
@@ -6472,25 +6368,12 @@ def test_no_function_is_longer_than_60_lines_and_no_line_wider_than_100_columns(
 
 
 def test_only_the_standard_library_is_imported():
-    standard = {os.path.realpath(path) for path in (
-        sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])}
-    names = set()
-    for node in ast.walk(TREE):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            names.add(node.module)
+    names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import)
+             for alias in node.names}
+    names |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
     assert {"json", "selectors", "urllib.request"} <= names
-    for name in names - {"msvcrt", "fcntl", "resource"}:  # of Windows, and of all others
-        root = name.partition(".")[0]
-        spec = importlib.util.find_spec(root)
-        assert spec is not None, f"{name} is not there in Python {sys.version}"
-        where = os.path.realpath(spec.origin or "")
-        assert root in sys.builtin_module_names or spec.origin == "frozen" or (
-            "site-packages" not in where
-            and any(where.startswith(path + os.sep) for path in standard)), (name, where)
-    assert "stdlib_module_names" not in "\n".join(LINES), "3.8 and 3.9 do not know it"
+    wanted = ", ".join(names - {"msvcrt", "fcntl", "resource"})  # of Windows, and of all others
+    subprocess.run([sys.executable, "-I", "-S", "-c", "import " + wanted], check=True)
 
 
 def test_nothing_sleeps_without_a_comment_that_says_why():
@@ -6543,17 +6426,15 @@ openqq.command_line()
 
 def test_under_the_lock_of_an_account_or_a_controller_nothing_blocks(start, receive, tmp_path):
     """No other such lock is taken, and no network or process I/O done; the map's words."""
-    script = put(tmp_path / "watched.py", WATCHED.format(here=HERE).encode())
-    python = str(tmp_path / "watching")
-    put(python, f"""#!/bin/sh
+    script = put(tmp_path / "watched.py", WATCHED.format(here=HERE))
+    python = put(tmp_path / "watching", f"""#!/bin/sh
 while [ "$1" != client ] && [ "$1" != controller ] && [ "$1" != --client ]; do shift; done
 exec '{sys.executable}' -X utf8 '{script}' "$@"
-""".encode())
+""")
     os.chmod(python, 0o700)
     receiver = receive(lambda event: (200, {}, {"reply": "pong"})
                        if event.get("content") == "ping" else None)
-    bridge = Bridge()
-    try:
+    with contextlib.closing(Bridge()) as bridge:
         controller = start("controller", "--post-api", receiver.url, python=python)
         controller.login("alice", post_api=receiver.url)
         controller.login("bob")
@@ -6561,15 +6442,12 @@ exec '{sys.executable}' -X utf8 '{script}' "$@"
         assert eventually(lambda: controller.state("qq")["state"] == "running")
         for name in "alice", "bob", "qq":
             controller.call("get_group_info", client=name)
-        assert controller.call("send_friend_message", client="bob", name="alice",
-                               content="ping")["code"] == 0
-        assert eventually(lambda: "pong" in [
-            event.get("content") for event in controller.call("check_event", client="bob", since=0)])
-        assert controller.call("send_friend_message", client="qq", uid="20001",
-                               content="x")["code"] == 0
-        bridge.say_private(20001, "y")
-        assert eventually(lambda: "y" in [
-            event.get("content") for event in controller.call("check_event", client="qq", since=0)])
+        bridge.say_private(20001, "pong")
+        for name, receiver_of in ("bob", {"name": "alice"}), ("qq", {"uid": "20001"}):
+            assert controller.call("send_friend_message", client=name, content="ping",
+                                   **receiver_of)["code"] == 0
+            assert eventually(lambda: "pong" in [event.get("content") for event in controller.call(
+                "check_event", client=name, since=0)])
         os.kill(controller.state("bob")["pid"], signal.SIGKILL)
         assert eventually(lambda: controller.state("bob")["restarts"] == 1)
         controller.call("relogin", client="alice")
@@ -6583,8 +6461,6 @@ exec '{sys.executable}' -X utf8 '{script}' "$@"
         assert alone.stop() == 0
         for program in controller, alone:
             assert "UNDER A LOCK" not in program.log.text(), program.log.text()
-    finally:
-        bridge.close()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -15040,7 +14916,7 @@ def test_a_log_file_that_is_rotated_100_times_loses_no_line(start, tmp_path):
     client.log.wait(rf"line {counts[0] - 1}\.")
     assert client.stop() == 0
     files = [f"{path}.{turn}" for turn in range(100)] + [path] * os.path.exists(path)
-    text = "".join(read_text(each) for each in files)
+    text = "".join(content(each).decode() for each in files)
     found = [int(number) for number in re.findall(r" : line (\d+)\.", text)]
     assert found == list(range(counts[0])), "each line once, and in order"
 
