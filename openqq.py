@@ -53,6 +53,7 @@ import heapq
 import hmac
 import itertools
 import json
+import logging
 import math
 import mimetypes
 import os
@@ -678,61 +679,76 @@ def add_site_packages() -> None:
         site.main()
 
 
-# The documents' levels (CONTRACT 9), each with its colour on a terminal.
-LEVELS = {"debug": "34", "info": "", "msg": "32", "warn": "33", "error": "31", "fatal": "35"}
+LEVELS = {"debug": 10, "info": 20, "msg": 25, "warn": 30, "error": 40, "fatal": 50}
+COLORS = {10: "34", 25: "32", 30: "33", 40: "31", 50: "35"}
 
 
-class Log:
-    """The log of one controller or client: a file, stderr, or both.
+class LogHandler(logging.Handler):
+    """A log file that is opened again when it was moved away, and never through a symlink; without
+    a path stderr. A record is one write, past the text layer, so that lines stay whole.
 
     The form is the documents' (CONTRACT 9): `HEAD[yy/mm/dd HH:MM:SS] [level] text`, the prefix on
-    every line of the text. A record is one write, past the text layer, so that lines stay whole.
+    every line of the text. Logging's own WatchedFileHandler would take each client 0.5 MiB.
+    """
+
+    def __init__(self, path: str, encoding: str, head: str, colored: bool, level: int) -> None:
+        super().__init__(level)
+        self._path, self._encoding, self._head, self._colored = path, encoding, head, colored
+        self._file: Any = open(path, "ab", 0, opener=own_opener) if path else None
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Lines of text; control characters cannot reach the terminal."""
+        title, who = getattr(record, "message_of", ("", ""))
+        level = next(name for name, number in LEVELS.items() if number >= record.levelno)
+        when = time.strftime("%y/%m/%d %H:%M:%S", time.localtime(record.created))
+        prefix = f"{self._head}[{when}] [{title or level}] {who}"
+        text = CONTROLS.sub(lambda found: repr(found.group())[1:-1], record.getMessage())
+        lines = "\n".join(prefix + line for line in text.split("\n"))
+        color = COLORS.get(record.levelno) if self._colored else None
+        return f"\x1b[{color}m{lines}\x1b[0m\n" if color else lines + "\n"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Neither a full disk nor a reader who is gone stops what the log tells about."""
+        data = self.format(record).encode(self._encoding, "replace")
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # the next is tried again
+            if self._file is None:
+                return write_stderr(data)
+            try:
+                moved = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+            except (OSError, ValueError):
+                moved = True
+            if moved:
+                self._file.close()
+                self._file = open(self._path, "ab", 0, opener=own_opener)
+            self._file.write(data)
+
+
+class Log(logging.Logger):
+    """The log of one controller or client, in the documents' levels (CONTRACT 9).
+
     `keep` is called with the text of each warning or worse, also of those that are not written.
     """
 
+    warn = logging.Logger.warning  # the documents' word for it; logging is about to give it up
+
     def __init__(self, head: str = "", level: str = "info", path: Optional[str] = None,
                  encoding: str = "utf-8", console: bool = True, colored: bool = False) -> None:
-        self._head, self._encoding, self._path, self._colored = head, encoding, path, colored
-        self._levels = list(LEVELS)[list(LEVELS).index(level):]
-        self._console = console or not path
-        self._lock = threading.Lock()  # guards what is written to
-        self._file: Any = open(path, "ab", 0, opener=own_opener) if path else None
+        super().__init__("openqq", min(LEVELS[level], logging.WARNING))
         self.keep: Callable[[str], None] = lambda text: None
-        self.debug, self.info, self.warn, self.error = (
-            functools.partial(self.write, name) for name in ("debug", "info", "warn", "error"))
+        if path:
+            self.addHandler(LogHandler(path, encoding, head, False, LEVELS[level]))
+        if console or not path:
+            self.addHandler(LogHandler("", encoding, head, colored, LEVELS[level]))
 
-    def write(self, level: str, text: str, title: str = "", who: str = "") -> None:
-        """Write a record; control characters cannot reach the terminal. Neither a full disk nor a
-        reader who is gone stops what the log tells about."""
-        if level in ("warn", "error", "fatal"):
-            self.keep(text)
-        if level not in self._levels:
-            return
-        prefix = f"{self._head}[{time.strftime('%y/%m/%d %H:%M:%S')}] [{title or level}] {who}"
-        text = CONTROLS.sub(lambda found: repr(found.group())[1:-1], text)
-        lines = "\n".join(prefix + line for line in text.split("\n"))
-        color = LEVELS[level] if self._colored else ""
-        drawn = f"\x1b[{color}m{lines}\x1b[0m" if color else lines
-        with self._lock:
-            if self._console:
-                with contextlib.suppress(AttributeError, OSError, ValueError):
-                    write_stderr((drawn + "\n").encode(self._encoding, "replace"))
-            if self._path:
-                with contextlib.suppress(OSError, ValueError):  # the next record is tried again
-                    self._reopen(self._path)
-                    self._file.write((lines + "\n").encode(self._encoding, "replace"))
-
-    def _reopen(self, path: str) -> None:
-        """Open a file that was moved away again, and never through a symlink."""
-        with contextlib.suppress(OSError, ValueError):
-            if os.path.samestat(os.stat(path), os.fstat(self._file.fileno())):
-                return
-        self._file.close()
-        self._file = open(path, "ab", 0, opener=own_opener)
+    def handle(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        super().handle(record)
+        if record.levelno >= logging.WARNING:
+            self.keep(record.getMessage())
 
     def msg(self, title: str, who: str, text: str) -> None:
         """Show a chat message: its title stands where the level would (CONTRACT 9)."""
-        self.write("msg", text, title, who)
+        self.log(LEVELS["msg"], text, extra={"message_of": (title, who)})
 
     def failure(self, doing: str) -> None:
         """Report the exception being handled, with its place: a fault of this program."""
