@@ -7594,14 +7594,13 @@ class Link:
     lacks: Sequence[str] = ()    # calls of the API (VERBS) that this network cannot do
     # what a verb answers that a link does not have
     REFUSALS: Row = {
-        "ready": None, "find_group": None, "find_member": None, "account": "", "status": {},
-        "presence": {}, "hear": False, "revoke": False, "find_message": None,
-        "answer_request": False, "answer_group_request": False, "mute_all": False,
-        "set_card": False, "set_admin": False, "set_title": False, "leave_group": False,
-        "delete_friend": False, "poke": False, "file_url": "", "make_friend": False,
-        "create_group": "", "invite": False, "rename": False,
-        "set_markname": False, "verify_code": False, "typing": None, "renew": None,
-        "logout": None, "close": None}
+        **dict.fromkeys("ready find_group find_member find_message typing renew logout close"
+                        .split()),
+        **dict.fromkeys(("account", "file_url", "create_group"), ""),
+        **dict.fromkeys("hear revoke answer_request answer_group_request mute_all set_card set_admin "
+                        "set_title leave_group delete_friend poke make_friend invite rename "
+                        "set_markname verify_code".split(), False),
+        "status": {}, "presence": {}}
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:
         if verb not in self.REFUSALS:
@@ -7657,7 +7656,17 @@ class LocalLink(Link):
         failures = 0
         while not self._closed.is_set():
             try:
-                self._take(self._host("pull", self._mark))
+                items = self._host("pull", self._mark)
+                for item in items:
+                    if item["do"] == "qrcode":
+                        self._hooks.qrcode(item["text"], item["seconds"], "")
+                    elif item["do"] == "scanned":
+                        self._hooks.scanned()
+                    elif item["do"] == "confirmed":
+                        self._hooks.confirmed(item["login"]["cookie"], True)
+                numbered_items = [item for item in items if "mark" in item]
+                if numbered_items:
+                    self._mark = self._hooks.received(numbered_items)
                 failures = 0
             except NotRunning:
                 return  # we stop, or the host does
@@ -7667,18 +7676,6 @@ class LocalLink(Link):
                 self._closed.wait(backoff(failures, 30.0))
                 failures += 1
 
-    def _take(self, items: List[Row]) -> None:
-        numbered_items = [item for item in items if "mark" in item]
-        for item in items:
-            if item["do"] == "qrcode":
-                self._hooks.qrcode(item["text"], item["seconds"], "")
-            elif item["do"] == "scanned":
-                self._hooks.scanned()
-            elif item["do"] == "confirmed":
-                self._hooks.confirmed(item["login"]["cookie"], True)
-        if numbered_items:
-            self._mark = self._hooks.received(numbered_items)
-
 
 class RemoteHost:
     """LocalNetwork.call, in another process, for one account."""
@@ -7686,14 +7683,14 @@ class RemoteHost:
     # pull: longer than one may wait; presence: a list is not worth more; 30 for all others
     SECONDS = {"pull": 330.0, "presence": LOOKUP_SECONDS}
 
-    def __init__(self, url: str, key: str, fetch: Callable[..., Reply] = fetch) -> None:
-        self._url, self._fetch = url + "/local/link", fetch
+    def __init__(self, url: str, key: str) -> None:
+        self._url = url + "/local/link"
         self._fields = {"X-OpenQQ-Key": key, "Content-Type": "application/json"}
 
     def __call__(self, verb: str, *args: Json, **named: Json) -> Json:
         """What the host answers; Unreachable, also for what it refuses."""
         body = to_bytes({"verb": verb, "args": args, "named": named})
-        reply = self._fetch(self._url, "POST", self._fields, body, self.SECONDS.get(verb, 30.0))
+        reply = fetch(self._url, "POST", self._fields, body, self.SECONDS.get(verb, 30.0))
         data = reply.read(4 * BODY_LIMIT)
         try:
             value = from_bytes(data)
@@ -7709,12 +7706,11 @@ class RemoteHost:
 CQ_CODE = re.compile(r"\[CQ:([A-Za-z0-9_.\-]+)((?:,[^,\[\]]*)*)\]")
 SEGMENT_TYPE = re.compile(r"[A-Za-z0-9_.\-]{1,32}")
 CQ_ESCAPES = (("&", "&amp;"), ("[", "&#91;"), ("]", "&#93;"), (",", "&#44;"))
-CQ_SOURCES = ("file", "url", "path", "image", "audio", "cover", "thumb", "icon")
 # What segments read as, with members of their data (| or else) as far as they are there. What is
-# empty then, and what is not listed, reads [type]; a reply reads as nothing.
+# empty then, and what is not listed, reads [type].
 LABELS = {"face": "[表情]", "bface": "[表情]", "sface": "[表情]",
           "image": "[图片]", "cardimage": "[图片]", "record": "[语音]", "video": "[视频]",
-          "file": "[文件]{name|file_name|file}", "reply": "", "mface": "{summary}",
+          "file": "[文件]{name|file_name|file}", "mface": "{summary}",
           "keyboard": "[按钮]", "node": "[聊天记录]", "forward": "[聊天记录]",
           "share": "[分享]{title|content} {url}", "music": "[音乐]{title} {url}",
           "location": "[位置]{title|name|content|address}",
@@ -7725,12 +7721,14 @@ DETAIL_LIMIT = 500               # letters of one such member
 AT_LIMIT = 8                     # names of a message that are asked for: each may take seconds
 MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
 ANY_GROUP = "284840486"  # NapCat's, for a temporary session whose group it does not know
-MEMBERS = re.compile(r"\{([a-z_|]+)\}")
 IMAGE_SUMMARY = re.compile(r"\[[^\[\]]{1,20}\]")  # NapCat: [动画表情]
-XML_TITLES = (re.compile(r"""\bbrief=["']([^"']*)"""),
-              re.compile(r"<title\b[^>]{0,200}>([^<]*)"),
-              re.compile(r"""\btitle=["']([^"']*)"""))
-XML_LINK = re.compile(r"""\burl=["']([^"']*)""")
+XML_TITLES = (r"""\bbrief=["']([^"']*)""", r"<title\b[^>]{0,200}>([^<]*)",
+              r"""\btitle=["']([^"']*)""")
+# Actions that hand out the account or the machine.
+SECRET_ACTION = re.compile("(?i)cookie|credential|csrf|key|token|exit|quit|restart|reboot|shutdown|"
+                           "clean|logout")
+# Members whose value a bridge reads, or fetches.
+SOURCE_NAME = re.compile("(?i)(file|url|image|path|audio|cover|thumb|icon|.*_?ur[il])")
 
 
 def scalar(value: Json) -> Optional[str]:
@@ -7747,6 +7745,12 @@ def number_of(value: Json) -> str:
     """A number of QQ's, as text; empty for what is none: null, 0, "0" and such come (ONEBOT.md)."""
     text = "" if isinstance(value, bool) else scalar(value) or ""
     return text if re.fullmatch("[1-9][0-9]{0,18}", text) else ""
+
+
+def message_number(row: Row) -> str:
+    """The bridge's number of a message, which may be negative; empty for what is none."""
+    number = scalar(row.get("message_id")) or ""
+    return "" if number in ("0", "None") else number
 
 
 def detail(value: Json) -> str:
@@ -7836,54 +7840,36 @@ def cq_text(segments: Iterable[Row]) -> str:
             text = segment["data"].get("text")
             parts.append(cq_escape(text if isinstance(text, str) else detail(text)))
         else:
-            values = {key: value if isinstance(value, str) else to_bytes(value).decode()
-                      for key, value in segment["data"].items() if value is not None}
-            pairs = [f",{key}={cq_escape(value, True)}" for key, value in values.items()]
+            pairs = [f",{key}=" + cq_escape(
+                value if isinstance(value, str) else to_bytes(value).decode(), True)
+                for key, value in segment["data"].items() if value is not None]
             parts.append(f"[CQ:{segment['type']}{''.join(pairs)}]")
     return "".join(parts)
 
 
-def check_cq(content: str, check_url: Callable[[str], None] = lambda url: None) -> None:
-    """NotAllowed for a code that would send a file of the bridge's machine.
+def check_sources(value: Json, check_url: Callable[[str], None], name: str = "",
+                  in_code: bool = False) -> None:
+    """NotAllowed for anything in a message with CQ codes, or in an action's parameters, that would
+    have a bridge read a file of its machine, however deep it stands.
 
     `check_url` is called with each address that the bridge would fetch.
     """
-    for segment in segments_of(content):
-        for value in segment["data"].values() if segment["type"] != "text" else ():
-            check_cq(value, check_url)  # a node's content holds codes of its own
-            if re.search(r"(?i)\bfile:", str(value)):
-                raise NotAllowed("file: in a CQ code not allowed: give http://… or base64://…")
-        data = {name.strip().lower(): value for name, value in segment["data"].items()}
-        for key in CQ_SOURCES:
-            source = str(data.get(key, "")).strip()
-            if not re.match("(https?|base64)://", source) and re.search(r"[/\\]", source):
-                raise NotAllowed(f"{key} in a CQ code not allowed: give http://… or base64://…")
-            if is_url(source):
-                check_url(source)
-
-
-# Actions that hand out the account or the machine.
-SECRET_ACTION = re.compile("(?i)cookie|credential|csrf|key|token|exit|quit|restart|reboot|shutdown|"
-                           "clean|logout")
-SOURCE_NAME = re.compile("(?i)(file|url|image|path|audio|cover|thumb|icon|.*_?ur[il])")
-
-
-def check_sources(value: Json, check_url: Callable[[str], None], name: str = "") -> None:
-    """NotAllowed for anything in an action's parameters that would have the bridge read a file of
-    its machine, however deep it stands; `check_url` as for check_cq()."""
     if isinstance(value, dict):
         for key, part in value.items():
-            check_sources(part, check_url, str(key).strip())
+            check_sources(part, check_url, str(key).strip(), in_code)
     elif isinstance(value, list):
         for part in value:
-            check_sources(part, check_url, name)
+            check_sources(part, check_url, name, in_code)
     elif isinstance(value, str):
-        check_cq(value, check_url)
-        if SOURCE_NAME.fullmatch(name):
-            if not re.match("(https?|base64)://", value) and re.search(r"[/\\:]|^\.\.?$", value):
-                raise NotAllowed(f"{name} not allowed: give http://… or base64://…")
-            if is_url(value):
-                check_url(value)
+        for segment in segments_of(value):
+            if segment["type"] != "text":  # a node's content holds codes of its own
+                check_sources(segment["data"], check_url, in_code=True)
+        source = value.strip() if SOURCE_NAME.fullmatch(name) else ""
+        if not re.match("(https?|base64)://", source) and re.search(
+                r"[/\\:]|^\.\.?$", source) or in_code and re.search(r"(?i)\bfile:", value):
+            raise NotAllowed(f"{name} not allowed: give http://… or base64://…")
+        if is_url(source):
+            check_url(source)
 
 
 def readable(kind: str, data: Row) -> str:
@@ -7901,10 +7887,11 @@ def readable(kind: str, data: Row) -> str:
         news = " ".join(detail(row.get("text")) for row in rows_of(data.get("news")))
         return detail(data.get("summary")) or detail(news) or detail(
             data.get("prompt")) or LABELS[kind]
-    form = LABELS.get(kind)
-    text = MEMBERS.sub(lambda found: next(filter(None, (
-        detail(data.get(name)) for name in found.group(1).split("|"))), ""), form or "").strip()
-    return text or ("" if form == "" else f"[{kind}]")
+    if kind == "reply":
+        return ""
+    return re.sub(r"\{([a-z_|]+)\}", lambda found: next(filter(None, (
+        detail(data.get(name)) for name in found.group(1).split("|"))), ""),
+        LABELS.get(kind, "")).strip() or f"[{kind}]"
 
 
 def card_text(kind: str, card: Json) -> str:
@@ -7912,19 +7899,29 @@ def card_text(kind: str, card: Json) -> str:
     if kind == "xml":  # its first letters tell, and no parser is led astray by them
         import html
         text = card[:16_384] if isinstance(card, str) else ""
-        *said, link = [detail(html.unescape(match.group(1))) if match else "" for match in (
-            pattern.search(text) for pattern in (*XML_TITLES, XML_LINK))]
+        *said, link = [detail(html.unescape(found.group(1))) if found else "" for found in (
+            re.search(pattern, text) for pattern in (*XML_TITLES, r"""\burl=["']([^"']*)"""))]
         links = [link]
     else:
         row = object_of(object_in(card.encode("utf-8", "replace")) if isinstance(card, str)
                         else card)
         parts = [row, *rows_of(list(object_of(row.get("meta")).values()))]
-        said = [detail(part.get(name)) for name in ("prompt", "title", "desc") for part in parts]
-        links = [detail(part.get(name)) for name in ("jumpUrl", "qqdocurl", "jump_url", "url")
-                 for part in parts]
+        said, links = [[detail(part.get(name)) for name in names for part in parts] for names in (
+            ("prompt", "title", "desc"), ("jumpUrl", "qqdocurl", "jump_url", "url"))]
     title = next(filter(None, said), "")
     link = next((link for link in links if is_url(link) and len(link) < DETAIL_LIMIT), "")
     return f"{title} {link}".strip()
+
+
+def media_link(kind: str, data: Row) -> Row:
+    """What an event tells of a picture or file that came."""
+    url = scalar(data.get("url")) or scalar(data.get("file")) or ""
+    link = {"type": MEDIA[kind], "url": url if re.match("https?://", url) else None,
+            "name": scalar(data.get("name")) or scalar(data.get("file")),
+            "size": scalar(data.get("file_size"))}
+    if kind == "file" and data.get("file_id"):
+        link["file_id"] = scalar(data["file_id"])
+    return link
 
 
 def friend_row(row: Row) -> Row:
@@ -7956,6 +7953,17 @@ def member_row(row: Row) -> Row:
     return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
             "card": scalar(row.get("card")) or None, "role": scalar(row.get("role")) or "member",
             **{name: scalar(value) for name, value in filled(known).items()}}
+
+
+def happened(event: str, **more: Any) -> Row:
+    """An item of a link: an event of the documents."""
+    return {"do": "event", "event": event, **more}
+
+
+def changed(kind: str, group: str, uid: str, name: str, value: Json, **more: Any) -> Row:
+    """An item of a link: a property has another value."""
+    return happened(kind + "_property_change", circle=group, uid=uid, property=name, value=value,
+                    **more)
 
 
 # -- the ways to a bridge
@@ -8002,31 +8010,23 @@ class HttpBridge(Bridge):
     CALLS, EVENTS, ALIVE, HERE = "/", "/_events", "get_status", "/onebot"
 
     def open(self) -> None:
-        try:
+        with contextlib.suppress(TooSlow):  # LLBot answers nothing at a path that it does not know
             reply = self._fetch(self.EVENTS, "GET", None, LOOKUP_SECONDS, True)
-        except TooSlow:              # LLBot answers nothing at a path that it does not know
-            reply = None
-        if reply and reply.status == 200 and reply.kind == "text/event-stream":
-            self._line = reply
-            return
-        if reply:
+            if reply.status == 200 and reply.kind == "text/event-stream":
+                self._line = reply
+                return
             reply.close()
         self._log.info(f"the bridge has no stream of events; it must post them to {self.HERE}")
 
     def listen(self) -> None:
-        reply, events = self._line, ServerSent()
-        if isinstance(reply, WebSocket):
-            reply.run()
-        elif not reply:
-            while True:
-                self.closed.wait(BRIDGE_SECONDS)
-                self._check()
-        try:
-            for piece in reply.pieces(BRIDGE_SECONDS, self._check):
-                for data in events.feed(piece):
-                    self._hear(self._read(data))
-        finally:
-            reply.close()
+        if isinstance(self._line, WebSocket):
+            self._line.run()
+        while not self._line:
+            self.closed.wait(BRIDGE_SECONDS)
+            self._check()
+        with contextlib.closing(self._line):
+            for data in server_sent(self._line.pieces(BRIDGE_SECONDS, self._check)):
+                self._hear(self._read(data))
         raise Unreachable("the bridge ended its stream of events")
 
     def _check(self) -> None:
@@ -8036,10 +8036,8 @@ class HttpBridge(Bridge):
         status: Json = None
         try:
             status = self.ask(self.ALIVE, {}, BRIDGE_SECONDS).get("data")
-        except Declined:
-            pass  # an answer is a sign of life, whatever it says
-        except Unreachable as error:
-            if not error.sent or isinstance(error, TooSlow):
+        except OpenQQError as error:  # an answer is a sign of life, whatever it says
+            if isinstance(error, TooSlow) or not getattr(error, "sent", True):
                 raise
         self._hear({"post_type": "meta_event", "meta_event_type": "heartbeat", "status": status})
 
@@ -8117,20 +8115,18 @@ class SocketBridge(Bridge):
             self.complaint = (f"{self.REFUSED}: " if refused else "") + wording(row)
 
 
-class ServerSent:
-    """Server-sent events, without a socket: bytes in, the data of whole events out."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> List[bytes]:
-        """The data of the events that more bytes complete; Unreachable if one is too long."""
-        *events, self._rest = (self._rest + data.replace(b"\r", b"")).split(b"\n\n")
-        if len(self._rest) > BRIDGE_LIMIT:
+def server_sent(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The data of server-sent events, as soon as they are whole. Unreachable if one is too long."""
+    rest = b""
+    for piece in pieces:
+        *events, rest = (rest + piece.replace(b"\r", b"")).split(b"\n\n")
+        if len(rest) > BRIDGE_LIMIT:
             raise Unreachable(f"an event of over {BRIDGE_LIMIT} bytes")
-        parts = ([line[5:].lstrip(b" ") for line in event.split(b"\n")
-                  if line.startswith(b"data:")] for event in events)
-        return [b"\n".join(lines) for lines in parts if lines]
+        for event in events:
+            lines = [line[5:].lstrip(b" ") for line in event.split(b"\n")
+                     if line.startswith(b"data:")]
+            if lines:
+                yield b"\n".join(lines)
 
 
 def is_refusal(row: Row) -> bool:
@@ -8160,12 +8156,13 @@ class LoginPage:
         self._url, self._token = url.rstrip("/"), token
         self._refused = ""
 
-    def _call(self, method: str, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
+    def _call(self, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
+        """What a path answers: to a POST, if there is a body, which is JSON. Unreachable."""
         if self._refused:
             raise Unreachable(self._refused)
-        reply = fetch(beneath(self._url, path), method,
+        reply = fetch(beneath(self._url, path), "POST" if body else "GET",
                       {**fields, "Content-Type": "application/json"},
-                      body, BRIDGE_SECONDS, repeat=method == "GET")
+                      body, BRIDGE_SECONDS, repeat=not body)
         data = reply.read()
         if reply.status in (401, 403, 423, 429):
             raise self._refuse(f"it answers {reply.status}")
@@ -8178,9 +8175,9 @@ class LoginPage:
         self._refused = f"the login page refuses onebot_login_token ({why}); it is not asked again"
         return Unreachable(self._refused)
 
-    def _digest(self, text: str) -> str:
+    def _digest(self, more: str = "") -> str:
         import hashlib
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256((self._token + more).encode()).hexdigest()
 
 
 class NapCatPage(LoginPage):
@@ -8204,9 +8201,8 @@ class NapCatPage(LoginPage):
     def _ask(self, name: str) -> Row:
         fresh = not self._credential
         if fresh:
-            self._credential = self._log_in()
-        row = self._call("POST", "/api/QQLogin/" + name,
-                         {"Authorization": "Bearer " + self._credential}, b"{}")
+            self._log_in()
+        row = self._call("/api/QQLogin/" + name, {"Authorization": bearer(self._credential)}, b"{}")
         why = scalar(row.get("message")) or ""
         if scalar(row.get("code")) == "0":
             return object_of(row.get("data"))
@@ -8217,19 +8213,18 @@ class NapCatPage(LoginPage):
             raise self._refuse(why)
         return self._ask(name)
 
-    def _log_in(self) -> str:
+    def _log_in(self) -> None:
         if time.monotonic() < self._rest_until:
             raise Unreachable("the login page wants to be left alone for a while")
-        row = self._call("POST", "/api/auth/login", {},
-                         to_bytes({"hash": self._digest(self._token + ".napcat")}))
+        row = self._call("/api/auth/login", {}, to_bytes({"hash": self._digest(".napcat")}))
         data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
-        credential = scalar(data.get("Credential"))
-        if scalar(row.get("code")) == "0" and credential:
-            return credential
-        if "rate limit" in why:  # says nothing about the token
+        if scalar(row.get("code")) == "0":
+            self._credential = scalar(data.get("Credential")) or ""
+        elif "rate limit" in why:  # says nothing about the token
             self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
             raise Unreachable(f"the login page: {why}")
-        raise self._refuse("two-factor login" if data.get("require2FA") else why)
+        if not self._credential:
+            raise self._refuse("two-factor login" if data.get("require2FA") else why)
 
 
 class LLBotPage(LoginPage):
@@ -8243,8 +8238,7 @@ class LLBotPage(LoginPage):
         return False, scalar(self._ask("login-qrcode").get("qrcodeUrl")) or "", ""
 
     def _ask(self, name: str) -> Row:
-        row = self._call("GET", "/api/" + name, {"X-Webui-Token": self._digest(self._token)})
-        return object_of(row.get("data"))
+        return object_of(self._call("/api/" + name, {"X-Webui-Token": self._digest()}).get("data"))
 
 
 LOGIN_PAGES: Dict[str, Type[LoginPage]] = {"napcat": NapCatPage, "llbot": LLBotPage}
@@ -8287,12 +8281,12 @@ class Intake:
     def want(self, wanted: bool) -> None:
         """Whether they are acted upon from now on, or wait."""
         with self._changed:
-            if wanted and not self._wanted:
-                self._wanted = object()
-                spawn(self._deal, self._wanted, name="events")
-            elif not wanted:
+            if not wanted:
                 self._wanted = None
                 self._changed.notify_all()
+            elif not self._wanted:
+                self._wanted = object()
+                spawn(self._deal, self._wanted, name="events")
 
     def put(self, conversation: str, row: Row) -> None:
         """Add one. The wait has an end: who acts may itself wait for an answer that comes after."""
@@ -8314,29 +8308,26 @@ class Intake:
                 self._changed.wait_for(lambda: self._rows or self._wanted is not turn)
                 if self._wanted is not turn:
                     return
-                name, rows = self._rows[0][0], []
+                name, idle = self._rows[0][0], self._rows[0][0] not in self._busy
+                rows = self._busy.setdefault(name, [])
                 while self._rows and self._rows[0][0] == name:
                     rows.append(self._rows.popleft()[1])
-                if name in self._busy:
-                    self._busy[name] += rows
-                else:
-                    self._busy[name] = rows
+                if idle:
                     self._pool.submit(self._work, name)
                     self._changed.wait_for(lambda: name not in self._busy, self.PATIENCE)
 
     def _work(self, name: str) -> None:
-        rows: List[Row] = []
         while True:
             with self._changed:
-                self._size -= len(rows)
                 rows = self._busy[name][:self.BATCH]
-                del self._busy[name][:self.BATCH]
                 if not rows:
                     del self._busy[name]
-                self._changed.notify_all()
-            if not rows:
-                return
+                    return self._changed.notify_all()
             self._act(rows)
+            with self._changed:
+                del self._busy[name][:len(rows)]
+                self._size -= len(rows)
+                self._changed.notify_all()
 
 
 class Recent:
@@ -8352,20 +8343,8 @@ class Recent:
             before = self.notes.pop(key, None)
             self.notes.pop(instead_of, None)
             self.notes[key] = value
-            if len(self.notes) > WAIT_LIMIT:
-                del self.notes[next(iter(self.notes))]
+            keep_newest(self.notes, WAIT_LIMIT)
         return before
-
-
-def happened(event: str, **more: Any) -> Row:
-    """An item of a link: an event of the documents."""
-    return {"do": "event", "event": event, **more}
-
-
-def changed(kind: str, group: str, uid: str, name: str, value: Json, **more: Any) -> Row:
-    """An item of a link: a property has another value."""
-    return happened(kind + "_property_change", circle=group, uid=uid, property=name, value=value,
-                    **more)
 
 
 class BridgeLink(Link):
@@ -8381,18 +8360,26 @@ class BridgeLink(Link):
     any_group = ANY_GROUP
     PROTOCOL, UNKNOWN = "OneBot", "onebot_event"
     _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
-    NEEDS = {  # what is told of, and what an event must have to tell of it
+    # A verb of Link: the one action that does it, and ours=theirs of what it takes.
+    ACTIONS = {
+        "mute_all": "set_group_whole_ban group=group_id on=enable",
+        "set_card": "set_group_card group=group_id uid=user_id card=card",
+        "set_admin": "set_group_admin group=group_id uid=user_id on=enable",
+        "set_title": "set_group_special_title group=group_id uid=user_id title=special_title",
+        "rename": "set_group_name group=group_id name=group_name",
+        "leave_group": "set_group_leave group=group_id",
+        "delete_friend": "delete_friend uid=user_id",
+        "answer_request": "set_friend_add_request ticket=flag accept=approve markname=remark"}
+    # What is told of, and what an event must have to tell of it.
+    NEEDS = {
         "message private": "user_id", "message group": "group_id user_id",
         "notice group_increase": "group_id user_id", "notice group_decrease": "group_id",
-        "notice group_dismiss": "group_id", "notice group_card": "group_id user_id",
-        "notice group_admin": "group_id user_id", "notice group_recall": "",
-        "notice friend_recall": "", "notice friend_add": "user_id",
-        "notify title": "group_id user_id", "notify group_name": "group_id",
-        "request friend": "user_id", "request group": "group_id user_id",
+        "notice group_dismiss": "group_id", "notice friend_add": "user_id",
+        "request friend": "user_id", "notice group_card": "group_id user_id",
+        "notify title": "group_id user_id", "notice group_admin": "group_id user_id",
+        "notify group_name": "group_id", "notice group_recall": "", "notice friend_recall": "",
         "notice group_ban": "group_id", "notice group_upload": "group_id user_id",
-        "notify poke": "user_id target_id"}
-
-    TELLING = ("notice group_ban", "notice group_upload", "notify poke", "request group")
+        "notify poke": "user_id target_id", "request group": "group_id user_id"}
 
     def __init__(self, url: str, connect: Callable[[], Bridge], page: Optional[LoginPage],
                  sync: bool, shares_files: bool, hooks: Hooks, log: Log) -> None:
@@ -8435,29 +8422,29 @@ class BridgeLink(Link):
                 while True:
                     self._greet(bridge)
                     bridge.news.wait()
-            except OpenQQError as error:
-                why = bridge.complaint or error.status
             except Exception as error:  # whatever it was, an account must not go deaf
-                self._log.failure("the bridge's thread")
-                why = repr(error)
-            bridge.close()
+                bridge.close(self._explain(error))
             failures = 1 if self._greeted else failures + 1
             self._greeted = False
             if not self._closed.is_set():
                 wait = backoff(failures, 30.0)
-                self._hooks.lost(f"the {self.PROTOCOL} bridge {shown_url(self._url)}: {why}; "
-                                 f"trying again in {wait:g} s")
+                self._hooks.lost(f"the {self.PROTOCOL} bridge {shown_url(self._url)}: "
+                                 f"{bridge.complaint}; trying again in {wait:g} s")
                 self._closed.wait(wait)
 
     def _read(self, bridge: Bridge) -> None:
         """A connection's thread: it must never wait for an answer."""
         try:
             bridge.listen()
-        except OpenQQError as error:
-            bridge.close(error.status)
         except Exception as error:
-            self._log.failure("the bridge's thread")
-            bridge.close(repr(error))
+            bridge.close(self._explain(error))
+
+    def _explain(self, error: Exception) -> str:
+        """Why a connection ends."""
+        if isinstance(error, OpenQQError):
+            return error.status
+        self._log.failure("the bridge's thread")
+        return repr(error)
 
     def _await_page(self) -> None:
         """NapCat opens its OneBot ports only when QQ is logged in; its page is there before."""
@@ -8526,7 +8513,7 @@ class BridgeLink(Link):
         self._intake.want(False)
         self.bridge.close()
 
-    # -- what it is asked
+    # -- who is there
 
     def _get(self, action: str, seconds: float = 0.0, **params: Json) -> Json:
         """The data of an answer. Unreachable, Declined."""
@@ -8534,22 +8521,6 @@ class BridgeLink(Link):
         if is_refusal(row):
             raise Declined(wording(row))
         return row.get("data")
-
-    def _do(self, action: str, **params: Json) -> bool:
-        try:
-            self._get(action, **params)
-        except Declined as error:
-            self._log.warn(f"the bridge declines {action}: {error.status}")
-            return False
-        return True
-
-    def _rows(self, action: str, **params: Json) -> List[Row]:
-        """The objects of a list; null is an empty one. Anything else would lose everybody."""
-        data = self._get(action, LIST_SECONDS, **params)
-        rows = rows_of(data)
-        if data not in (None, []) and not rows:
-            raise Declined(f"its answer to {action} is no list")
-        return rows
 
     def _look_up(self, action: str, **params: Json) -> Row:
         """An object that something waits for; {} if it does not come in time.
@@ -8569,12 +8540,11 @@ class BridgeLink(Link):
             self._log.debug(f"the bridge, {action}: {error.status}")
             return {}
 
-    def _stranger(self, uid: str) -> Row:
-        return {**self._look_up("get_stranger_info", user_id=uid), "user_id": uid}
-
-    def _member(self, group: str, uid: str) -> Row:
-        return {**self._look_up("get_group_member_info", group_id=group, user_id=uid),
-                "user_id": uid}
+    def _person(self, uid: str, group: str = "") -> Row:
+        """What the bridge says of somebody, in a group or anywhere; at least the number."""
+        place = {"group_id": group} if group else {}
+        action = "get_group_member_info" if group else "get_stranger_info"
+        return {**self._look_up(action, **place, user_id=uid), "user_id": uid}
 
     def account(self) -> str:
         return self.me
@@ -8585,20 +8555,21 @@ class BridgeLink(Link):
                 "discuss": []}
 
     def list(self, kind: str) -> List[Row]:
-        action, make = {"friend": ("get_friend_list", friend_row),
-                        "group": ("get_group_list", group_row)}[kind]
-        told = self._rows(action)
-        rows = [row for row in map(make, told) if row["uid"] not in ("", ANY_GROUP)]
-        if told and not rows:
-            raise Declined(f"its answer to {action} names nobody")
+        return self._list(f"get_{kind}_list", friend_row if kind == "friend" else group_row)
+
+    def _list(self, action: str, make: Callable[[Row], Row], **params: Json) -> List[Row]:
+        """The rows of a list; null is an empty one. What else names nobody would lose everybody."""
+        told = self._get(action, LIST_SECONDS, **params)
+        rows = [row for row in map(make, rows_of(told)) if row["uid"] not in ("", ANY_GROUP)]
+        if told not in (None, []) and not rows:
+            raise Declined(f"its answer to {action} is no list, or names nobody")
         return rows
 
     def details(self, group: str, members: bool) -> Row:
         if not members:
             row = object_of(self._get("get_group_member_info", group_id=group, user_id=self.me))
             return {"role": ROLES.get(str(row.get("role")), "attend")}
-        rows = [row for row in map(member_row, self._rows("get_group_member_list", group_id=group))
-                if row["uid"]]
+        rows = self._list("get_group_member_list", member_row, group_id=group)
         if not rows:
             raise Declined("it names no members, not even ourselves")
         roles = {row["uid"]: row["role"] for row in rows}
@@ -8612,14 +8583,16 @@ class BridgeLink(Link):
     def find_member(self, group: str, uid: str) -> Optional[Row]:
         return self._found(uid, member_row, "get_group_member_info", group_id=group, user_id=uid)
 
-    def _found(self, uid: str, make: Callable[[Row], Row], action: str,
-               **params: str) -> Optional[Row]:
+    def _found(self, uid: str, make: Callable[[Row], Row], action: str, **params: str
+               ) -> Optional[Row]:
         """What a bridge knows of a number, None for nobody. Unreachable, if it does not say."""
         try:
             row = make(filled(object_of(self._get(action, LOOKUP_SECONDS, **params))))
         except Declined:
             return None
         return row if row["uid"] == uid else None
+
+    # -- what it is to do
 
     def send(self, messages: List[Row]) -> List[Row]:
         results = []
@@ -8630,59 +8603,56 @@ class BridgeLink(Link):
                 segments[:0] = [{"type": "at", "data": {"qq": uid}}, *text_segments(" ")]
             if message["reply_to"]:
                 segments.insert(0, {"type": "reply", "data": {"id": message["reply_to"]}})
+            file = {}
             if media:
                 source = media["url"] or "base64://" + str(media["data"])
                 if media["path"] and not media["url"] and self._shares_files:
                     source = "file://" + urllib.parse.quote(media["path"])
-                kind = SEGMENTS.get(media["mime"].partition("/")[0], "")
+                file = {"file": source, "name": media["name"]}
+                kind = SEGMENTS.get(media["mime"].partition("/")[0])
                 if kind:
-                    segments.append({"type": kind, "data": {"file": source, "name": media["name"]}})
-            action = "send_group_msg" if message["type"] == "group_message" else "send_private_msg"
-            place = {"user_id": message["uid"], "group_id": message.get("group")}
+                    segments.append({"type": kind, "data": file})
+                    file = {}
+            to = "group" if message["type"] == "group_message" else "private"
+            place = filled({"user_id": message["uid"], "group_id": message.get("group")})
             try:
-                data = self._get(action, message=segments, **filled(place)) if segments else None
-                if media and not kind:  # neither picture, voice nor video
-                    self._get(action.replace("send_", "upload_").replace("_msg", "_file"),
-                              LIST_SECONDS, file=source, name=media["name"], **filled(place))
+                data = self._get(f"send_{to}_msg", message=segments, **place) if segments else None
+                if file:  # neither picture, voice nor video
+                    self._get(f"upload_{to}_file", LIST_SECONDS, **file, **place)
                 results.append({"code": 0, "info": "发送正常",
-                                "id": self._number(object_of(data)) or None})
+                                "id": message_number(object_of(data)) or None})
             except Declined as error:
                 results.append({"code": -4, "info": error.status})
         return results
 
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        if verb not in self.ACTIONS:
+            return super().__getattr__(verb)
+        action, *pairs = self.ACTIONS[verb].split()
+        names = dict(pair.split("=") for pair in pairs)
+        return lambda *args, **named: self._do(action, **{
+            names[name]: value for name, value in {**dict(zip(names, args)), **named}.items()})
+
+    def _do(self, action: str, **params: Json) -> bool:
+        try:
+            self._get(action, **params)
+        except Declined as error:
+            self._log.warn(f"the bridge declines {action}: {error.status}")
+            return False
+        return True
+
     def kick(self, group: str, uids: List[str]) -> bool:
         """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
-        gone = []
-        for uid in uids:
-            if self._do("set_group_kick", group_id=group, user_id=uid, reject_add_request=False):
-                gone.append(uid)
-                self._act([{"post_type": "notice", "notice_type": "group_decrease",
-                            "sub_type": "kick", "operator_id": self.me,
-                            "group_id": group, "user_id": uid, "time": time.time()}])
+        gone = [uid for uid in uids if self._do("set_group_kick", group_id=group, user_id=uid,
+                                                reject_add_request=False)]
+        self._act([{"post_type": "notice", "notice_type": "group_decrease", "sub_type": "kick",
+                    "operator_id": self.me, "group_id": group, "user_id": uid,
+                    "time": time.time()} for uid in gone])
         return gone == uids
 
     def mute(self, group: str, uids: List[str], seconds: int) -> bool:
         return all([self._do("set_group_ban", group_id=group, user_id=uid, duration=seconds)
                     for uid in uids])
-
-    def mute_all(self, group: str, on: bool) -> bool:
-        return self._do("set_group_whole_ban", group_id=group, enable=on)
-
-    def set_card(self, group: str, uid: str, card: str) -> bool:
-        return self._do("set_group_card", group_id=group, user_id=uid, card=card)
-
-    def set_admin(self, group: str, uid: str, on: bool) -> bool:
-        return self._do("set_group_admin", group_id=group, user_id=uid, enable=on)
-
-    def set_title(self, group: str, uid: str, title: str) -> bool:
-        return self._do("set_group_special_title", group_id=group, user_id=uid,
-                        special_title=title)
-
-    def leave_group(self, group: str) -> bool:
-        return self._do("set_group_leave", group_id=group)
-
-    def delete_friend(self, uid: str) -> bool:
-        return self._do("delete_friend", user_id=uid)
 
     def poke(self, uid: str, group: str) -> bool:
         return self._do("group_poke", group_id=group, user_id=uid) if group else self._do(
@@ -8693,19 +8663,19 @@ class BridgeLink(Link):
         return self._do("set_group_add_request", flag=flag, sub_type=kind, approve=accept,
                         reason=reason)
 
+    def revoke(self, id: str) -> bool:
+        return self._do("delete_msg", message_id=id_of(id))
+
     def call(self, action: str, params: Row) -> Row:
         return self.bridge.ask(action, params, BRIDGE_SECONDS)
 
     def file_url(self, item: Row) -> str:
-        group, who = item.get("group"), {"file_id": item["file_id"]}
-        row = object_of(self._get("get_group_file_url", LOOKUP_SECONDS, group_id=group, **who)
-                        if group else self._get("get_private_file_url", LOOKUP_SECONDS,
-                                                user_id=item["uid"], **who))
-        url = scalar(row.get("url")) or ""
+        group = item.get("group")
+        name, place = ("group", {"group_id": group}) if group else (
+            "private", {"user_id": item["uid"]})
+        url = scalar(object_of(self._get(f"get_{name}_file_url", LOOKUP_SECONDS, **place,
+                                         file_id=item["file_id"])).get("url")) or ""
         return url if is_url(url) else ""
-
-    def revoke(self, id: str) -> bool:
-        return self._do("delete_msg", message_id=id_of(id))
 
     def find_message(self, id: str) -> Optional[Row]:
         try:
@@ -8713,16 +8683,8 @@ class BridgeLink(Link):
         except (Declined, TooSlow):
             return None
         who = number_of(object_of(row.get("sender")).get("user_id") or row.get("user_id"))
-        row = {"post_type": "message", **row, "user_id": who, "message_id": id}
-        items = self._message(f"message {row.get('message_type')}", number_of(
-            row.get("group_id")), who, row, own_too=True) if who else []
-        return items[-1] if items else None
-
-    def answer_request(self, ticket: str, accept: bool, markname: str) -> bool:
-        return self._do("set_friend_add_request", flag=ticket, approve=accept, remark=markname)
-
-    def rename(self, group: str, name: str) -> bool:
-        return self._do("set_group_name", group_id=group, group_name=name)
+        item = self._message({**row, "user_id": who, "message_id": id}) if who else {}
+        return item if item.get("group") or item.get("uid") else None
 
     # -- what it tells
 
@@ -8759,24 +8721,15 @@ class BridgeLink(Link):
 
     def _hand_on(self, items: List[Row]) -> None:
         """Each under a mark of its own: a bridge numbers nothing, so none came before."""
-        try:
+        with contextlib.suppress(NotRunning):  # we stop
             if items:
                 self._hooks.received([{**item, "mark": f"{next(self._marks)}:0"}
                                       for item in items])
-        except NotRunning:
-            pass  # we stop
-
-    def _was_told(self, seconds: float, *what: str, undoes: str = "") -> bool:
-        """Whether the same was told so short a time ago; from now on it was, and what it `undoes`
-        was not."""
-        now = time.monotonic()
-        before = self._told.note(what, now, instead_of=(undoes, *what[1:]))
-        return before is not None and now - before <= seconds
 
     def _items(self, row: Row) -> List[Row]:
         """The items that come of an event, in order; none if it came before or means nothing."""
         key: Json = row
-        if self._number(row) and "message_type" in row:
+        if message_number(row) and "message_type" in row:
             key = [str(row.get(name)) for name in (
                 "post_type", "message_type", "group_id", "user_id", "message_id", "time")]
         # a webhook is tried again, and may come beside a stream; kept is what is small
@@ -8794,36 +8747,27 @@ class BridgeLink(Link):
             if not number_of(row.get(name)):
                 self._log.debug(f"an event of the bridge without {name}")
                 return []
-        tell = self._message if post_type == "message" else self._notice
-        items = tell(what, number_of(row.get("group_id")), number_of(row.get("user_id")), row)
+        items = self._said(row) if post_type == "message" else self._notice(
+            what, number_of(row.get("group_id")), number_of(row.get("user_id")), row)
         return [{"time": scalar(row.get("time")), **item} for item in items]
+
+    def _was_told(self, seconds: float, *what: str, undoes: str = "") -> bool:
+        """Whether the same was told so short a time ago; from now on it was, and what it `undoes`
+        was not."""
+        now = time.monotonic()
+        before = self._told.note(what, now, instead_of=(undoes, *what[1:]))
+        return before is not None and now - before <= seconds
 
     # -- messages
 
-    def _number(self, row: Row) -> str:
-        """The bridge's number of a message, which may be negative; empty for what is none."""
-        number = scalar(row.get("message_id")) or ""
-        return "" if number in ("0", "None") else number
-
-    def _message(self, what: str, group: str, uid: str, row: Row, own_too: bool = False
-                 ) -> List[Row]:
+    def _said(self, row: Row) -> List[Row]:
         """A message, after what it tells of who wrote it."""
-        known, sub_type = self._hooks.known, row.get("sub_type") or ""
-        who = {**object_of(row.get("sender")), "user_id": uid}
-        kind = "group_message"
-        if what != "message group":
-            # NapCat has a temporary session's group at the top, LLBot in sender
-            group = (group or number_of(who.get("group_id"))) if sub_type == "group" else ""
-            kind = "sess_message" if group else "friend_message"
+        kind, group, uid, who = self._writer(row)
         if uid == self.me or row.get("post_type") == "message_sent":
-            uid = number_of(row.get("target_id"))
-            if not (self.echoes or own_too) or not (uid or group):
-                return []
-            return [{**self._said(kind, group, row), "do": "sent",
-                     "uid": None if kind == "group_message" else uid}]
-        if isinstance(row.get("anonymous"), dict):
-            who.update(nickname=row["anonymous"].get("name"), card=None)
-        found: List[Row] = self._meet_group(group, row) if group else []
+            item = self._message(row) if self.echoes else {}
+            return [item] if item.get("uid") or item.get("group") else []
+        known, sub_type = self._hooks.known, row.get("sub_type") or ""
+        found = self._meet_group(group, row) if group else []
         if not group and sub_type in ("", "friend") and self._hooks.certain(
                 "friend") and not known("friend", uid, ""):
             # who writes as a friend is one; what else there is to know comes later
@@ -8839,40 +8783,43 @@ class BridgeLink(Link):
             elif kind == "group_message":
                 found += self._news("group_member", group, who)
             found += self._news("friend", "", who)
-        sender = member_row(who) if group else friend_row(who)
-        return found + [{**self._said(kind, group, row), "do": "message", "uid": uid,
-                         "sender_id": uid, "name": sender["name"], "sender": sender,
-                         "group_name": scalar(row.get("group_name"))}]
+        return [*found, self._message(row)]
 
-    def _said(self, kind: str, group: str, row: Row) -> Row:
-        """What an item says of the message itself."""
-        raw, number = row.get("raw_message"), self._number(row)
-        segments = segments_of(raw if row.get("message") is None else row["message"])
-        links = []
-        for segment_type, data in ((segment["type"], segment["data"]) for segment in segments):
-            if segment_type in MEDIA:
-                url = scalar(data.get("url")) or scalar(data.get("file")) or ""
-                links.append({"type": MEDIA[segment_type],
-                              "url": url if re.match("https?://", url) else None,
-                              **({"file_id": scalar(data["file_id"])}
-                                 if segment_type == "file" and data.get("file_id") else {}),
-                              "name": scalar(data.get("name")) or scalar(data.get("file")),
-                              "size": scalar(data.get("file_size"))})
-        return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
-                "reply_to": self._quoted(segments), "at": list(dict.fromkeys(
-                    uid for uid in (detail(segment["data"].get("qq")) for segment in segments
-                                    if segment["type"] == "at")
-                    if uid == "all" or number_of(uid))),
-                "content": self._content(segments, group),
-                "raw_message": raw if isinstance(raw, str) else cq_text(segments),
+    def _writer(self, row: Row) -> Tuple[str, str, str, Row]:
+        """A message's type, group and writer, and what it says of the latter."""
+        group, uid = number_of(row.get("group_id")), number_of(row.get("user_id"))
+        who = {**object_of(row.get("sender")), "user_id": uid}
+        if isinstance(row.get("anonymous"), dict):
+            who.update(nickname=row["anonymous"].get("name"), card=None)
+        if row.get("message_type") == "group":
+            return "group_message", group, uid, who
+        # NapCat has a temporary session's group at the top, LLBot in sender
+        group = (group or number_of(who.get("group_id"))) if row.get("sub_type") == "group" else ""
+        return "sess_message" if group else "friend_message", group, uid, who
+
+    def _message(self, row: Row) -> Row:
+        """The item that tells of a message."""
+        kind, group, uid, who = self._writer(row)
+        raw = row.get("raw_message")
+        parts = segments_of(raw if row.get("message") is None else row["message"])
+        data_of = {word: [part["data"] for part in parts if part["type"] == word]
+                   for word in ("at", "reply")}
+        at = [detail(data.get("qq")) for data in data_of["at"]]
+        item = {"type": kind, "group": group or None,
+                "id": message_number(row) or str(self._ids.next()),
+                "reply_to": scalar(data_of["reply"][0].get("id")) if data_of["reply"] else None,
+                "at": [one for one in dict.fromkeys(at) if one == "all" or number_of(one)],
+                "content": self._content(parts, group),
+                "raw_message": raw if isinstance(raw, str) else cq_text(parts),
                 "time": scalar(row.get("time")) or str(int(time.time())),
-                "links": links}
-
-    @staticmethod
-    def _quoted(segments: List[Row]) -> Optional[str]:
-        """The id of the message that another one quotes."""
-        return next((scalar(segment["data"].get("id")) for segment in segments
-                     if segment["type"] == "reply"), None)
+                "links": [media_link(part["type"], part["data"]) for part in parts
+                          if part["type"] in MEDIA]}
+        if uid == self.me or row.get("post_type") == "message_sent":
+            target = None if kind == "group_message" else number_of(row.get("target_id"))
+            return {**item, "do": "sent", "uid": target}
+        sender = member_row(who) if group else friend_row(who)
+        return {**item, "do": "message", "uid": uid, "sender_id": uid, "name": sender["name"],
+                "sender": sender, "group_name": scalar(row.get("group_name"))}
 
     def _content(self, segments: List[Row], group: str) -> str:
         """What a person reads, with one blank behind a name."""
@@ -8901,10 +8848,12 @@ class BridgeLink(Link):
         name = detail(thing.displayname) if thing else told or self._names.notes.get((group, uid))
         if not name and len(asked) < AT_LIMIT:
             asked.append(uid)
-            row = self._member(group, uid) if group else {}
+            row = self._person(uid, group) if group else {}
             name = detail(row.get("card")) or detail(row.get("nickname")) or uid
             self._names.note((group, uid), name)
         return name or uid
+
+    # -- who is new, or gone, or has changed
 
     def _news(self, kind: str, group: str, who: Row) -> List[Row]:
         """What a sender's block says of somebody that the roster did not know yet.
@@ -8923,21 +8872,39 @@ class BridgeLink(Link):
         return [changed(kind, group, who["user_id"], name, value) for name, value in told.items()
                 if thing is not None and thing.value(name) != value]
 
-    # -- who is new, or gone, or has changed
+    def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
+        """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
+        if uid == ANY_GROUP or self._hooks.known("group", uid, "") or not (
+                sure or self._hooks.certain("group")):
+            return []
+        self._was_told(0.0, "enter", uid, undoes="lost")
+        if not scalar(row.get("group_name")):
+            row = self._look_up("get_group_info", group_id=uid)
+        return [happened("new_group", object=group_row({**row, "group_id": uid}))]
+
+    def _of_member(self, event: str, group: str, member: Row, **facts: Json) -> Row:
+        """Also of a group that no list has told of yet."""
+        return happened(event, object=member, circle=group,
+                        unlisted=not self._hooks.certain("group"), **facts)
+
+    def _look_later(self, group: str, uid: str) -> None:
+        """What there is to know of somebody new; nobody waits for it, so nobody is told."""
+        kind, make = ("group_member", member_row) if group else ("friend", friend_row)
+        self._hand_on([changed(kind, group, uid, name, value, quiet=True)
+                       for name, value in make(self._person(uid, group)).items()
+                       if value and name not in ("id", "uid", "name")])
 
     def _notice(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
         known, sub_type, me = self._hooks.known, row.get("sub_type"), self.me
-        operator = number_of(row.get("operator_id"))
-        facts = {"kind": scalar(sub_type), "operator_uid": operator or None}
-        if what in self.TELLING:
-            return self._telling(what, group, uid, operator, row)
+        facts = {"kind": scalar(sub_type),
+                 "operator_uid": number_of(row.get("operator_id")) or None}
         if what == "notice group_increase":
             # also of somebody who is listed: a notice of the leaving may have been missed
             found = self._meet_group(group, row, sure=uid == me)
             if uid != me and not self._was_told(REPEAT_SECONDS, "increase", group, uid,
                                                 undoes="decrease"):
-                found.append({**self._of_member("new_group_member", group, member_row(
-                    self._member(group, uid))), **facts})
+                found.append(self._of_member("new_group_member", group, member_row(
+                    self._person(uid, group)), **facts))
             return found
         if what == "notice group_dismiss" or what == "notice group_decrease" and (
                 uid == me or sub_type in ("kick_me", "disband")):
@@ -8947,32 +8914,22 @@ class BridgeLink(Link):
         if what == "notice group_decrease":
             if not uid or self._was_told(LOSS_SECONDS, "decrease", group, uid, undoes="increase"):
                 return []
-            return [{**self._of_member("lose_group_member", group, {"uid": uid} if known(
-                "group_member", uid, group) else member_row(self._stranger(uid))), **facts}]
+            return [self._of_member("lose_group_member", group, {"uid": uid} if known(
+                "group_member", uid, group) else member_row(self._person(uid)), **facts)]
         if what == "notice friend_add":
             if known("friend", uid, "") or self._was_told(REPEAT_SECONDS, "friend", uid):
                 return []
-            return [happened("new_friend", object=friend_row(self._stranger(uid)))]
-        if what == "request friend":
-            flag = scalar(row.get("flag"))
-            if flag and self._was_told(COOKIE_SECONDS, "request", flag):
-                return []
-            name = friend_row(self._stranger(uid))["name"]
-            return [happened("friend_request", request={
-                "id": uid, "name": name, "displayname": name, "ticket": flag,
-                "verify": scalar(row.get("comment")) or ""})]
-        if what in ("notice group_recall", "notice friend_recall"):
-            message = scalar(row.get("message_id"))
-            return [happened("revoke_message", params=[
-                message, uid or None, operator or uid or None, group or None])] if message else []
+            return [happened("new_friend", object=friend_row(self._person(uid)))]
         if what == "notify group_name":
             name = scalar(row.get("name_new")) or scalar(row.get("group_name"))
             return [changed("group", "", group, "name", name)] if name else []
+        roles = ("admin", "member") if sub_type == "set" else ("member", "admin")
         changes: Dict[str, Tuple[str, Json, Json]] = {
             "notice group_card": ("card", row.get("card_new"), row.get("card_old")),
             "notify title": ("title", row.get("title"), None),
-            "notice group_admin": ("role", "admin", "member") if sub_type == "set"
-            else ("role", "member", "admin")}
+            "notice group_admin": ("role", *roles)}
+        if what not in changes:
+            return self._telling(what, group, uid, row)
         prop, new, old = changes[what]
         found = [changed("group_member", group, uid, prop, scalar(new) or None, object={
             **member_row({"user_id": uid}), prop: scalar(old) or None})]
@@ -8980,9 +8937,31 @@ class BridgeLink(Link):
             found.insert(0, changed("group", "", group, "role", ROLES[new]))
         return found
 
-    def _telling(self, what: str, group: str, uid: str, operator: str, row: Row) -> List[Row]:
+    def _telling(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
         """What tells of something, and changes nothing that is known."""
+        operator, flag = number_of(row.get("operator_id")), scalar(row.get("flag"))
         place = {"kind": "group", "uid": group, "name": scalar(row.get("group_name")) or group}
+        if what.startswith("request "):
+            if what == "request group" and not flag or flag and self._was_told(
+                    COOKIE_SECONDS, "request", flag):
+                return []
+            name, comment = friend_row(self._person(uid))["name"], scalar(row.get("comment")) or ""
+            if what == "request friend":
+                return [happened("friend_request", request={
+                    "id": uid, "name": name, "displayname": name, "ticket": flag,
+                    "verify": comment})]
+            known, invited = self._hooks.known("group", group, ""), row.get("sub_type") == "invite"
+            # the ticket tells what it is, as the answer must
+            return [happened("group_request", request={
+                "group": scalar(row.get("group_name")) or (known.displayname if known else scalar(
+                    self._look_up("get_group_info", group_id=group).get("group_name")) or group),
+                "group_uid": group, "uid": uid, "name": name, "comment": comment,
+                "kind": "invite" if invited else "join",
+                "ticket": f"{'invite' if invited else 'add'}:{flag}"})]
+        if what.endswith("_recall"):
+            message = scalar(row.get("message_id"))
+            return [happened("revoke_message", params=[
+                message, uid or None, operator or uid or None, group or None])] if message else []
         if what == "notice group_ban":
             seconds = int(number_of(row.get("duration")) or 0) if uid else -1
             return [happened("group_shutup", params=[
@@ -8993,63 +8972,22 @@ class BridgeLink(Link):
             file = object_of(row.get("file"))
             return [happened("group_upload", params=[member_of(group, uid), {
                 name: scalar(file.get(name)) for name in ("name", "size", "id")}, place])]
-        if what == "notify poke":
-            return [happened("poke", params=[
-                *[member_of(group, one) if group else {"kind": "friend", "uid": one}
-                  for one in (uid, number_of(row.get("target_id")))], place if group else None])]
-        return self._group_request(
-            str(row.get("sub_type")), group, uid, scalar(row.get("flag")) or "",
-            row.get("comment"), scalar(row.get("group_name")))
-
-    def _group_request(self, kind: str, group: str, uid: str, flag: str, comment: Json,
-                       name: Optional[str]) -> List[Row]:
-        """Somebody asks to be let in, or invites us; the ticket tells which, as the answer must."""
-        if not flag or self._was_told(COOKIE_SECONDS, "request", flag):
-            return []
-        kind = "invite" if kind == "invite" else "add"
-        known = self._hooks.known("group", group, "")
-        return [happened("group_request", request={
-            "group": name or (known.displayname if known else scalar(self._look_up(
-                "get_group_info", group_id=group).get("group_name")) or group),
-            "group_uid": group, "uid": uid, "name": friend_row(self._stranger(uid))["name"],
-            "comment": scalar(comment) or "", "kind": "invite" if kind == "invite" else "join",
-            "ticket": f"{kind}:{flag}"})]
+        return [happened("poke", params=[
+            *[member_of(group, one) if group else {"kind": "friend", "uid": one}
+              for one in (uid, number_of(row.get("target_id")))], place if group else None])]
 
     def _ask_for_requests(self) -> None:
         """Those that came while we were away, where the bridge can tell them."""
-        told, found = self._look_up("get_group_system_msg"), []
-        for name, kind, who in (("join_requests", "add", "requester_uin"),
-                                ("invited_requests", "invite", "invitor_uin")):
-            for row in rows_of(told.get(name) or kind == "invite" and told.get("InvitedRequest")):
+        told = self._look_up("get_group_system_msg")
+        for name, sub_type, who in (("join_requests", "add", "requester_uin"),
+                                    ("invited_requests", "invite", "invitor_uin"),
+                                    ("InvitedRequest", "invite", "invitor_uin")):
+            for row in rows_of(told.get(name)):
                 group, uid = number_of(row.get("group_id")), number_of(row.get(who))
                 if group and uid and not row.get("checked"):
-                    found += self._group_request(kind, group, uid,
-                                                 scalar(row.get("request_id")) or "",
-                                                 row.get("message"), scalar(row.get("group_name")))
-        self._hand_on(found)
-
-    def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
-        """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
-        if uid == ANY_GROUP or self._hooks.known("group", uid, "") or not (
-                sure or self._hooks.certain("group")):
-            return []
-        self._was_told(0.0, "enter", uid, undoes="lost")
-        name = scalar(row.get("group_name"))
-        about = {"group_name": name} if name else self._look_up("get_group_info", group_id=uid)
-        return [happened("new_group", object=group_row({**about, "group_id": uid}))]
-
-    def _of_member(self, event: str, group: str, member: Row) -> Row:
-        """Also of a group that no list has told of yet."""
-        return happened(event, object=member, circle=group,
-                        unlisted=not self._hooks.certain("group"))
-
-    def _look_later(self, group: str, uid: str) -> None:
-        """What there is to know of somebody new; nobody waits for it, so nobody is told."""
-        row = member_row(self._member(group, uid)) if group else friend_row(self._stranger(uid))
-        kind = "group_member" if group else "friend"
-        self._hand_on([changed(kind, group, uid, name, value, quiet=True)
-                       for name, value in row.items()
-                       if value and name not in ("id", "uid", "name")])
+                    self._hand_on(self._telling("request group", group, uid, {
+                        **row, "sub_type": sub_type, "flag": row.get("request_id"),
+                        "comment": row.get("message")}))
 
 
 class OneBotLink(BridgeLink):
@@ -11885,7 +11823,7 @@ class Answers:
                 more["at"] = [sender]
             try:
                 if more["cq"]:
-                    check_cq(text, self._media.check_address)
+                    check_sources(text, self._media.check_address)
                 self._client.talk.reply(row, text, "api", **more)
             except OpenQQError as error:
                 self._client.log.warn(f"reply in an answer of post_api: {error.status}")
@@ -12177,7 +12115,7 @@ class Api:
         content, media = self.what(request.params)
         cq = request.params.get("cq") == "1"
         if cq:
-            check_cq(content, self.media.check_address)
+            check_sources(content, self.media.check_address)
         if self.client.talk.is_full():
             raise QueueFull()
         future = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq,
@@ -14138,15 +14076,14 @@ class Terminal:
     def events(self, *names: str) -> None:
         """Events as they come, those that are kept first; of one account or of all."""
         client = {"client": name for name in names}
-        reply, events = self._open("events", {"since": "0", **client}), ServerSent()
+        reply = self._open("events", {"since": "0", **client})
         if reply.kind != "text/event-stream":
             raise Said(reply).refusal()
-        for piece in reply.pieces(PROXY_SECONDS):
-            for data in events.feed(piece):
-                event = {**client, **from_bytes(data)}
-                text = to_bytes(event).decode() if self._is_raw else event_line(event, self._screen)
-                is_seen = self._is_raw and self._screen.is_terminal
-                self._screen.put(printable(text, True) if is_seen else text)
+        for data in server_sent(reply.pieces(PROXY_SECONDS)):
+            event = {**client, **from_bytes(data)}
+            text = to_bytes(event).decode() if self._is_raw else event_line(event, self._screen)
+            is_seen = self._is_raw and self._screen.is_terminal
+            self._screen.put(printable(text, True) if is_seen else text)
         raise Refusal("the stream of events has ended")
 
     def call(self, api: str, *pairs: str) -> None:
