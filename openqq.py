@@ -8337,11 +8337,10 @@ class Recent:
         self._lock = threading.Lock()  # guards notes
         self.notes: Dict[Any, Any] = {}
 
-    def note(self, key: Any, value: Any, instead_of: Any = None) -> Any:
-        """Note it, and forget another; what was noted before, or None."""
+    def note(self, key: Any, value: Any) -> Any:
+        """Note it; what was noted before, or None."""
         with self._lock:
             before = self.notes.pop(key, None)
-            self.notes.pop(instead_of, None)
             self.notes[key] = value
             keep_newest(self.notes, WAIT_LIMIT)
         return before
@@ -8472,13 +8471,12 @@ class BridgeLink(Link):
             if bridge.closed.is_set():
                 raise Unreachable(bridge.complaint)
             if not self._is_logged_in():
-                why = self._thrown_out or "the bridge is not logged in: scan the code that it shows"
                 try:
-                    shown = bool(self._page and (not self._look_at(self._page) or self._shown))
+                    if not self._page or self._look_at(self._page) and not self._shown:
+                        self._hooks.waiting(self._thrown_out or "the bridge is not logged in: "
+                                            "scan the code that it shows")
                 except Unreachable as error:
-                    shown, why = False, error.status
-                if not shown:
-                    self._hooks.waiting(why)
+                    self._hooks.waiting(error.status)
                 bridge.news.wait(LOGIN_SECONDS)
             elif not bridge.news.is_set():
                 break
@@ -8542,9 +8540,8 @@ class BridgeLink(Link):
 
     def _person(self, uid: str, group: str = "") -> Row:
         """What the bridge says of somebody, in a group or anywhere; at least the number."""
-        place = {"group_id": group} if group else {}
-        action = "get_group_member_info" if group else "get_stranger_info"
-        return {**self._look_up(action, **place, user_id=uid), "user_id": uid}
+        return {**self._look_up("get_group_member_info" if group else "get_stranger_info",
+                                **filled({"group_id": group, "user_id": uid})), "user_id": uid}
 
     def account(self) -> str:
         return self.me
@@ -8655,8 +8652,8 @@ class BridgeLink(Link):
                     for uid in uids])
 
     def poke(self, uid: str, group: str) -> bool:
-        return self._do("group_poke", group_id=group, user_id=uid) if group else self._do(
-            "friend_poke", user_id=uid)
+        return self._do("group_poke" if group else "friend_poke",
+                        **filled({"group_id": group, "user_id": uid}))
 
     def answer_group_request(self, ticket: str, accept: bool, reason: str) -> bool:
         kind, _, flag = ticket.partition(":")
@@ -8671,10 +8668,10 @@ class BridgeLink(Link):
 
     def file_url(self, item: Row) -> str:
         group = item.get("group")
-        name, place = ("group", {"group_id": group}) if group else (
-            "private", {"user_id": item["uid"]})
-        url = scalar(object_of(self._get(f"get_{name}_file_url", LOOKUP_SECONDS, **place,
-                                         file_id=item["file_id"])).get("url")) or ""
+        place = {"group_id": group} if group else {"user_id": item["uid"]}
+        row = object_of(self._get(f"get_{'group' if group else 'private'}_file_url",
+                                  LOOKUP_SECONDS, file_id=item["file_id"], **place))
+        url = scalar(row.get("url")) or ""
         return url if is_url(url) else ""
 
     def find_message(self, id: str) -> Optional[Row]:
@@ -8751,12 +8748,11 @@ class BridgeLink(Link):
             what, number_of(row.get("group_id")), number_of(row.get("user_id")), row)
         return [{"time": scalar(row.get("time")), **item} for item in items]
 
-    def _was_told(self, seconds: float, *what: str, undoes: str = "") -> bool:
-        """Whether the same was told so short a time ago; from now on it was, and what it `undoes`
-        was not."""
+    def _was_told(self, seconds: float, what: str, *of: str) -> bool:
+        """Whether the same was the last thing told of somebody, so short a time ago; now it is."""
         now = time.monotonic()
-        before = self._told.note(what, now, instead_of=(undoes, *what[1:]))
-        return before is not None and now - before <= seconds
+        before, when = self._told.note(of, (what, now)) or ("", 0.0)
+        return before == what and now - when <= seconds
 
     # -- messages
 
@@ -8777,7 +8773,7 @@ class BridgeLink(Link):
             circle = known("group", group, "") if kind == "group_message" else None
             if circle is not None and circle.loaded and uid not in circle.member:
                 # only where all are known can one be new; elsewhere the message says who it is
-                self._was_told(0.0, "increase", group, uid, undoes="decrease")
+                self._was_told(0.0, "entry", group, uid)
                 found.append(self._of_member("new_group_member", group, member_row(who)))
                 self._curious.submit(self._look_later, group, uid)
             elif kind == "group_message":
@@ -8877,7 +8873,7 @@ class BridgeLink(Link):
         if uid == ANY_GROUP or self._hooks.known("group", uid, "") or not (
                 sure or self._hooks.certain("group")):
             return []
-        self._was_told(0.0, "enter", uid, undoes="lost")
+        self._was_told(0.0, "entry", uid, self.me)
         if not scalar(row.get("group_name")):
             row = self._look_up("get_group_info", group_id=uid)
         return [happened("new_group", object=group_row({**row, "group_id": uid}))]
@@ -8901,18 +8897,17 @@ class BridgeLink(Link):
         if what == "notice group_increase":
             # also of somebody who is listed: a notice of the leaving may have been missed
             found = self._meet_group(group, row, sure=uid == me)
-            if uid != me and not self._was_told(REPEAT_SECONDS, "increase", group, uid,
-                                                undoes="decrease"):
+            if uid != me and not self._was_told(REPEAT_SECONDS, "entry", group, uid):
                 found.append(self._of_member("new_group_member", group, member_row(
                     self._person(uid, group)), **facts))
             return found
         if what == "notice group_dismiss" or what == "notice group_decrease" and (
                 uid == me or sub_type in ("kick_me", "disband")):
-            if self._was_told(LOSS_SECONDS, "lost", group, undoes="enter"):
+            if self._was_told(LOSS_SECONDS, "loss", group, me):
                 return []
             return [happened("lose_group", object={"uid": group, "id": group, "name": group})]
         if what == "notice group_decrease":
-            if not uid or self._was_told(LOSS_SECONDS, "decrease", group, uid, undoes="increase"):
+            if not uid or self._was_told(LOSS_SECONDS, "loss", group, uid):
                 return []
             return [self._of_member("lose_group_member", group, {"uid": uid} if known(
                 "group_member", uid, group) else member_row(self._person(uid)), **facts)]
