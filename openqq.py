@@ -7546,7 +7546,8 @@ class Hooks:
 class Link:
     """Where an account's messages come from and go to: the face that every link has.
 
-    All methods may block and are called with no lock held; they raise Unreachable.
+    All methods may block and are called with no lock held; they raise Unreachable. Those that do
+    something in a group, to a friend or with a request are False where there is no right to it.
 
     login(cookie, mark)   begin to log in, with a former login's cookie if there is one; hooks tell
                           the rest
@@ -7568,17 +7569,15 @@ class Link:
                           it: that of an item that hooks.received() will get. `media` is {name,
                           mime, data (base64), url, path}
     hear(row)             take an event that was posted to us; False if this link knows none
-    kick(group, uids), mute(group, uids, seconds), mute_all(group, on), set_card(group, uid, card),
-    set_admin(group, uid, on), set_title(group, uid, title)  False without the right to it
-    leave_group(group), delete_friend(uid), poke(uid, group)  `group` is empty for a friend
-    revoke(id)            take back a message
     find_message(id)      an item that tells of a message, or None
-    answer_request(ticket, accept, markname), make_friend(uid, verify)
-    answer_group_request(ticket, accept, reason)
     call(action, params)  the whole answer to an action of a bridge's own
     file_url(item)        where a file is to be had now, of those in an item's links, or empty
-    create_group(uids, name)  the new group's uid
-    invite(group, uids), rename(group, name), set_markname(uid, markname)
+    kick(group, uids), mute(group, uids, seconds), mute_all(group, on), set_card(group, uid, card),
+    set_admin(group, uid, on), set_title(group, uid, title), rename(group, name),
+    leave_group(group), invite(group, uids), create_group(uids, name): the new group's uid;
+    delete_friend(uid), make_friend(uid, verify), set_markname(uid, markname), poke(uid, group),
+    which is empty for a friend; revoke(id), answer_request(ticket, accept, markname),
+    answer_group_request(ticket, accept, reason)
     typing(uid, on)       show somebody that an answer is on its way, or is not any more
     verify_code(code)     the digits that a phone shows; False when nobody asks for them
     logout()              end the login, so that the next one needs a scan
@@ -7596,11 +7595,10 @@ class Link:
     REFUSALS: Row = {
         **dict.fromkeys("ready find_group find_member find_message typing renew logout close"
                         .split()),
-        **dict.fromkeys(("account", "file_url", "create_group"), ""),
-        **dict.fromkeys("hear revoke answer_request answer_group_request mute_all set_card set_admin "
-                        "set_title leave_group delete_friend poke make_friend invite rename "
+        **dict.fromkeys("hear revoke answer_request answer_group_request mute_all set_card invite "
+                        "set_admin set_title leave_group delete_friend poke make_friend rename "
                         "set_markname verify_code".split(), False),
-        "status": {}, "presence": {}}
+        **dict.fromkeys(("account", "file_url", "create_group"), ""), "status": {}, "presence": {}}
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:
         if verb not in self.REFUSALS:
@@ -8371,14 +8369,11 @@ class BridgeLink(Link):
         "answer_request": "set_friend_add_request ticket=flag accept=approve markname=remark"}
     # What is told of, and what an event must have to tell of it.
     NEEDS = {
-        "message private": "user_id", "message group": "group_id user_id",
-        "notice group_increase": "group_id user_id", "notice group_decrease": "group_id",
-        "notice group_dismiss": "group_id", "notice friend_add": "user_id",
-        "request friend": "user_id", "notice group_card": "group_id user_id",
-        "notify title": "group_id user_id", "notice group_admin": "group_id user_id",
-        "notify group_name": "group_id", "notice group_recall": "", "notice friend_recall": "",
-        "notice group_ban": "group_id", "notice group_upload": "group_id user_id",
-        "notify poke": "user_id target_id", "request group": "group_id user_id"}
+        **dict.fromkeys(("message group", "request group", "group_increase", "group_card", "title",
+                         "group_admin", "group_upload"), "group_id user_id"),
+        **dict.fromkeys(("group_decrease", "group_dismiss", "group_name", "group_ban"), "group_id"),
+        **dict.fromkeys(("message private", "request friend", "friend_add"), "user_id"),
+        "poke": "user_id target_id", "group_recall": "", "friend_recall": ""}
 
     def __init__(self, url: str, connect: Callable[[], Bridge], page: Optional[LoginPage],
                  sync: bool, shares_files: bool, hooks: Hooks, log: Log) -> None:
@@ -8733,11 +8728,13 @@ class BridgeLink(Link):
         if self._seen.note(hash(to_bytes(key)), True) is not None:
             return []
         post_type = str(row.get("post_type")).replace("_sent", "")
-        what = f"{post_type} {row.get(post_type + '_type')}"
-        if post_type == "message" and what != "message group":
-            what = "message private"
-        elif what == "notice notify":
-            what = f"notify {row.get('sub_type')}"
+        what = str(row.get(post_type + "_type"))
+        if post_type == "message":
+            what = "message group" if what == "group" else "message private"
+        elif post_type != "notice":
+            what = f"{post_type} {what}"
+        elif what == "notify":
+            what = str(row.get("sub_type"))
         if what not in self.NEEDS:
             return [happened(self.UNKNOWN, params=[row])] if post_type == "notice" else []
         for name in self.NEEDS[what].split():
@@ -8894,35 +8891,35 @@ class BridgeLink(Link):
         known, sub_type, me = self._hooks.known, row.get("sub_type"), self.me
         facts = {"kind": scalar(sub_type),
                  "operator_uid": number_of(row.get("operator_id")) or None}
-        if what == "notice group_increase":
+        if what == "group_increase":
             # also of somebody who is listed: a notice of the leaving may have been missed
             found = self._meet_group(group, row, sure=uid == me)
             if uid != me and not self._was_told(REPEAT_SECONDS, "entry", group, uid):
-                found.append(self._of_member("new_group_member", group, member_row(
-                    self._person(uid, group)), **facts))
+                found.append(self._of_member("new_group_member", group,
+                                             member_row(self._person(uid, group)), **facts))
             return found
-        if what == "notice group_dismiss" or what == "notice group_decrease" and (
+        if what == "group_dismiss" or what == "group_decrease" and (
                 uid == me or sub_type in ("kick_me", "disband")):
             if self._was_told(LOSS_SECONDS, "loss", group, me):
                 return []
             return [happened("lose_group", object={"uid": group, "id": group, "name": group})]
-        if what == "notice group_decrease":
+        if what == "group_decrease":
             if not uid or self._was_told(LOSS_SECONDS, "loss", group, uid):
                 return []
             return [self._of_member("lose_group_member", group, {"uid": uid} if known(
                 "group_member", uid, group) else member_row(self._person(uid)), **facts)]
-        if what == "notice friend_add":
+        if what == "friend_add":
             if known("friend", uid, "") or self._was_told(REPEAT_SECONDS, "friend", uid):
                 return []
             return [happened("new_friend", object=friend_row(self._person(uid)))]
-        if what == "notify group_name":
+        if what == "group_name":
             name = scalar(row.get("name_new")) or scalar(row.get("group_name"))
             return [changed("group", "", group, "name", name)] if name else []
         roles = ("admin", "member") if sub_type == "set" else ("member", "admin")
         changes: Dict[str, Tuple[str, Json, Json]] = {
-            "notice group_card": ("card", row.get("card_new"), row.get("card_old")),
-            "notify title": ("title", row.get("title"), None),
-            "notice group_admin": ("role", *roles)}
+            "group_card": ("card", row.get("card_new"), row.get("card_old")),
+            "title": ("title", row.get("title"), None),
+            "group_admin": ("role", *roles)}
         if what not in changes:
             return self._telling(what, group, uid, row)
         prop, new, old = changes[what]
@@ -8957,13 +8954,13 @@ class BridgeLink(Link):
             message = scalar(row.get("message_id"))
             return [happened("revoke_message", params=[
                 message, uid or None, operator or uid or None, group or None])] if message else []
-        if what == "notice group_ban":
+        if what == "group_ban":
             seconds = int(number_of(row.get("duration")) or 0) if uid else -1
             return [happened("group_shutup", params=[
                 member_of(group, uid) if uid else None,
                 member_of(group, operator) if operator else None,
                 0 if row.get("sub_type") == "lift_ban" else seconds, place])]
-        if what == "notice group_upload":
+        if what == "group_upload":
             file = object_of(row.get("file"))
             return [happened("group_upload", params=[member_of(group, uid), {
                 name: scalar(file.get(name)) for name in ("name", "size", "id")}, place])]
