@@ -8465,32 +8465,27 @@ class BridgeLink(Link):
             bridge.news.clear()
             if bridge.closed.is_set():
                 raise Unreachable(bridge.complaint)
-            if not self._is_logged_in():
-                try:
-                    if not self._page or self._look_at(self._page) and not self._shown:
-                        self._hooks.waiting(self._thrown_out or "the bridge is not logged in: "
-                                            "scan the code that it shows")
-                except Unreachable as error:
-                    self._hooks.waiting(error.status)
-                bridge.news.wait(LOGIN_SECONDS)
-            elif not bridge.news.is_set():
-                break
+            row: Row = {}
+            with contextlib.suppress(Declined):
+                row = object_of(self._get("get_login_info"))
+            uid = number_of(row.get("user_id"))
+            if uid and self._look_up("get_status").get("online") is not False:  # it may not know
+                self.me, self._name = uid, scalar(row.get("nickname")) or uid
+                if not bridge.news.is_set():
+                    break
+                continue
+            try:
+                if not self._page or self._look_at(self._page) and not self._shown:
+                    self._hooks.waiting(self._thrown_out or "the bridge is not logged in: scan the "
+                                        "code that it shows")
+            except Unreachable as error:
+                self._hooks.waiting(error.status)
+            bridge.news.wait(LOGIN_SECONDS)
         fresh, self._greeted = bool(self._shown), True
         self._shown = self._thrown_out = ""
         if fresh:
             self._hooks.scanned()
         self._hooks.confirmed("", fresh)
-
-    def _is_logged_in(self) -> bool:
-        try:
-            row = object_of(self._get("get_login_info"))
-        except Declined:
-            return False
-        uid = number_of(row.get("user_id"))
-        if not uid or self._look_up("get_status").get("online") is False:  # if it knows that
-            return False
-        self.me, self._name = uid, scalar(row.get("nickname")) or uid
-        return True
 
     def _offline(self, why: str) -> None:
         self._greeted = False
@@ -8755,52 +8750,69 @@ class BridgeLink(Link):
 
     def _said(self, row: Row) -> List[Row]:
         """A message, after what it tells of who wrote it."""
-        kind, group, uid, who = self._writer(row)
-        if uid == self.me or row.get("post_type") == "message_sent":
-            item = self._message(row) if self.echoes else {}
-            return [item] if item.get("uid") or item.get("group") else []
         known, sub_type = self._hooks.known, row.get("sub_type") or ""
+        own = row.get("post_type") == "message_sent" or number_of(row.get("user_id")) == self.me
+        if own and not self.echoes:
+            return []
+        item = self._message(row)
+        group, uid = item["group"] or "", item["uid"]
+        if own:
+            return [item] if group or uid else []
         found = self._meet_group(group, row) if group else []
         if not group and sub_type in ("", "friend") and self._hooks.certain(
                 "friend") and not known("friend", uid, ""):
             # who writes as a friend is one; what else there is to know comes later
-            found.append(happened("new_friend", object=friend_row(who)))
+            found.append(happened("new_friend", object=item["sender"]))
             self._curious.submit(self._look_later, "", uid)
         if sub_type not in ("anonymous", "notice"):
-            circle = known("group", group, "") if kind == "group_message" else None
+            in_group = item["type"] == "group_message"
+            circle = known("group", group, "") if in_group else None
             if circle is not None and circle.loaded and uid not in circle.member:
                 # only where all are known can one be new; elsewhere the message says who it is
                 self._was_told(0.0, "entry", group, uid)
-                found.append(self._of_member("new_group_member", group, member_row(who)))
+                found.append(self._of_member("new_group_member", group, item["sender"]))
                 self._curious.submit(self._look_later, group, uid)
-            elif kind == "group_message":
-                found += self._news("group_member", group, who)
-            found += self._news("friend", "", who)
-        return [*found, self._message(row)]
+                in_group = False
+            found += self._news(object_of(row.get("sender")), uid, group if in_group else "")
+        return [*found, item]
 
-    def _writer(self, row: Row) -> Tuple[str, str, str, Row]:
-        """A message's type, group and writer, and what it says of the latter."""
-        group, uid = number_of(row.get("group_id")), number_of(row.get("user_id"))
-        who = {**object_of(row.get("sender")), "user_id": uid}
-        if isinstance(row.get("anonymous"), dict):
-            who.update(nickname=row["anonymous"].get("name"), card=None)
-        if row.get("message_type") == "group":
-            return "group_message", group, uid, who
-        # NapCat has a temporary session's group at the top, LLBot in sender
-        group = (group or number_of(who.get("group_id"))) if row.get("sub_type") == "group" else ""
-        return "sess_message" if group else "friend_message", group, uid, who
+    def _news(self, told: Row, uid: str, group: str) -> List[Row]:
+        """What a sender's block says of somebody that the roster did not know yet.
+
+        A block without a member says nothing about it; an empty card or title is none.
+        """
+        name = {"name": scalar(told.get("nickname"))} if scalar(told.get("nickname")) else {}
+        more = {name: told[name] or None for name in ("card", "title")
+                if isinstance(told.get(name), str)}
+        if scalar(told.get("role")) in ROLES:
+            more["role"] = told["role"]
+        found = []
+        for kind, facts in ("group_member", {**name, **more}), ("friend", name):
+            thing = self._hooks.known(kind, uid, group)
+            found += [changed(kind, group if kind == "group_member" else "", uid, name, value)
+                      for name, value in facts.items()
+                      if thing is not None and thing.value(name) != value]
+        return found
 
     def _message(self, row: Row) -> Row:
         """The item that tells of a message."""
-        kind, group, uid, who = self._writer(row)
+        uid, group = number_of(row.get("user_id")), number_of(row.get("group_id"))
+        who = {**object_of(row.get("sender")), "user_id": uid}
+        if isinstance(row.get("anonymous"), dict):
+            who.update(nickname=row["anonymous"].get("name"), card=None)
+        kind = "group_message"
+        if row.get("message_type") != "group":
+            # NapCat has a temporary session's group at the top, LLBot in sender
+            group = (group or number_of(who.get("group_id"))) if (
+                row.get("sub_type") == "group") else ""
+            kind = "sess_message" if group else "friend_message"
         raw = row.get("raw_message")
         parts = segments_of(raw if row.get("message") is None else row["message"])
-        data_of = {word: [part["data"] for part in parts if part["type"] == word]
-                   for word in ("at", "reply")}
-        at = [detail(data.get("qq")) for data in data_of["at"]]
+        at = [detail(part["data"].get("qq")) for part in parts if part["type"] == "at"]
+        quoted = [part["data"].get("id") for part in parts if part["type"] == "reply"]
         item = {"type": kind, "group": group or None,
                 "id": message_number(row) or str(self._ids.next()),
-                "reply_to": scalar(data_of["reply"][0].get("id")) if data_of["reply"] else None,
+                "reply_to": scalar(quoted[0]) if quoted else None,
                 "at": [one for one in dict.fromkeys(at) if one == "all" or number_of(one)],
                 "content": self._content(parts, group),
                 "raw_message": raw if isinstance(raw, str) else cq_text(parts),
@@ -8817,53 +8829,31 @@ class BridgeLink(Link):
     def _content(self, segments: List[Row], group: str) -> str:
         """What a person reads, with one blank behind a name."""
         parts: List[str] = []
-        asked: List[str] = []        # those who were looked up for this message
-        after_name, room = False, CONTENT_LIMIT // 4
-        for part in segments:
-            at, data = part["type"] == "at", part["data"]
-            name = self._at_name(data, group, asked) if at else ""
-            text = f"@{name} " if name else readable(part["type"], data)
-            if part["type"] != "text":
+        asked, after_name, room = 0, False, CONTENT_LIMIT // 4
+        for kind, data in ((segment["type"], segment["data"]) for segment in segments):
+            uid, text = detail(data.get("qq")), readable(kind, data)
+            if kind == "at":
+                thing = self._hooks.known("group_member", uid, group)
+                name = detail(thing.displayname) if thing else detail(data.get("name")).lstrip("@")
+                if uid == "all":
+                    name = "全体成员"
+                elif uid not in ("", "0") and not name:
+                    name = self._names.notes.get((group, uid)) or ""
+                    if not name and asked < AT_LIMIT:
+                        asked += 1
+                        row = self._person(uid, group) if group else {}
+                        name = detail(row.get("card")) or detail(row.get("nickname")) or uid
+                        self._names.note((group, uid), name)
+                    name = name or uid
+                text = f"@{name} " if name else text
+            if kind != "text":
                 room -= len(text)
                 text = text if room > 0 else ""  # a text itself comes whole
             parts.append(text.lstrip(" ") if after_name else text)
-            after_name = at or after_name and not parts[-1]
+            after_name = kind == "at" or after_name and not parts[-1]
         return "".join(parts)
 
-    def _at_name(self, data: Row, group: str, asked: List[str]) -> str:
-        """Whom an `at` names; empty if it names nobody."""
-        uid, told = detail(data.get("qq")), detail(data.get("name")).lstrip("@")
-        if uid == "all":
-            return "全体成员"
-        if uid in ("", "0"):
-            return told
-        thing = self._hooks.known("group_member", uid, group)
-        name = detail(thing.displayname) if thing else told or self._names.notes.get((group, uid))
-        if not name and len(asked) < AT_LIMIT:
-            asked.append(uid)
-            row = self._person(uid, group) if group else {}
-            name = detail(row.get("card")) or detail(row.get("nickname")) or uid
-            self._names.note((group, uid), name)
-        return name or uid
-
     # -- who is new, or gone, or has changed
-
-    def _news(self, kind: str, group: str, who: Row) -> List[Row]:
-        """What a sender's block says of somebody that the roster did not know yet.
-
-        A block without a member says nothing about it; an empty card or title is none.
-        """
-        thing = self._hooks.known(kind, who["user_id"], group)
-        told: Row = {}
-        if scalar(who.get("nickname")):
-            told["name"] = scalar(who["nickname"])
-        if kind == "group_member":
-            told.update({name: who[name] or None for name in ("card", "title")
-                         if isinstance(who.get(name), str)})
-            if scalar(who.get("role")) in ROLES:
-                told["role"] = who["role"]
-        return [changed(kind, group, who["user_id"], name, value) for name, value in told.items()
-                if thing is not None and thing.value(name) != value]
 
     def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
         """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
