@@ -8199,7 +8199,17 @@ class NapCatPage(LoginPage):
     def _ask(self, name: str) -> Row:
         fresh = not self._credential
         if fresh:
-            self._log_in()
+            if time.monotonic() < self._rest_until:
+                raise Unreachable("the login page wants to be left alone for a while")
+            row = self._call("/api/auth/login", {}, to_bytes({"hash": self._digest(".napcat")}))
+            data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
+            if scalar(row.get("code")) == "0":
+                self._credential = scalar(data.get("Credential")) or ""
+            elif "rate limit" in why:  # says nothing about the token
+                self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
+                raise Unreachable(f"the login page: {why}")
+            if not self._credential:
+                raise self._refuse("two-factor login" if data.get("require2FA") else why)
         row = self._call("/api/QQLogin/" + name, {"Authorization": bearer(self._credential)}, b"{}")
         why = scalar(row.get("message")) or ""
         if scalar(row.get("code")) == "0":
@@ -8210,19 +8220,6 @@ class NapCatPage(LoginPage):
         if fresh:
             raise self._refuse(why)
         return self._ask(name)
-
-    def _log_in(self) -> None:
-        if time.monotonic() < self._rest_until:
-            raise Unreachable("the login page wants to be left alone for a while")
-        row = self._call("/api/auth/login", {}, to_bytes({"hash": self._digest(".napcat")}))
-        data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
-        if scalar(row.get("code")) == "0":
-            self._credential = scalar(data.get("Credential")) or ""
-        elif "rate limit" in why:  # says nothing about the token
-            self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
-            raise Unreachable(f"the login page: {why}")
-        if not self._credential:
-            raise self._refuse("two-factor login" if data.get("require2FA") else why)
 
 
 class LLBotPage(LoginPage):
@@ -8630,12 +8627,14 @@ class BridgeLink(Link):
 
     def kick(self, group: str, uids: List[str]) -> bool:
         """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
-        gone = [uid for uid in uids if self._do("set_group_kick", group_id=group, user_id=uid,
-                                                reject_add_request=False)]
-        self._act([{"post_type": "notice", "notice_type": "group_decrease", "sub_type": "kick",
-                    "operator_id": self.me, "group_id": group, "user_id": uid,
-                    "time": time.time()} for uid in gone])
-        return gone == uids
+        gone = 0
+        for uid in uids:
+            if self._do("set_group_kick", group_id=group, user_id=uid, reject_add_request=False):
+                gone += 1
+                self._act([{"post_type": "notice", "notice_type": "group_decrease",
+                            "sub_type": "kick", "operator_id": self.me,
+                            "group_id": group, "user_id": uid, "time": time.time()}])
+        return gone == len(uids)
 
     def mute(self, group: str, uids: List[str], seconds: int) -> bool:
         return all([self._do("set_group_ban", group_id=group, user_id=uid, duration=seconds)
