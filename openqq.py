@@ -8266,22 +8266,21 @@ class Intake:
 
     def __init__(self, act: Callable[[List[Row]], None], log: Log) -> None:
         self._act = act
-        self._pool = ThreadPool(self.WORKERS, "events", log)
+        self._dealer = ThreadPool(1, "events", log)
+        self._workers = ThreadPool(self.WORKERS, "events", log)
         self._changed = threading.Condition()  # guards all below
         self._rows: Deque[Tuple[str, Row]] = collections.deque()  # (conversation, event)
         self._busy: Dict[str, List[Row]] = {}  # conversation that a worker is at -> what it has yet
         self._size = 0                         # events in both
-        self._wanted: Optional[object] = None  # of the thread that deals them out, while one does
+        self._wanted = False
 
     def want(self, wanted: bool) -> None:
         """Whether they are acted upon from now on, or wait."""
         with self._changed:
-            if not wanted:
-                self._wanted = None
-                self._changed.notify_all()
-            elif not self._wanted:
-                self._wanted = object()
-                spawn(self._deal, self._wanted, name="events")
+            if wanted and not self._wanted:
+                self._dealer.submit(self._deal)
+            self._wanted = wanted
+            self._changed.notify_all()
 
     def put(self, conversation: str, row: Row) -> None:
         """Add one. The wait has an end: who acts may itself wait for an answer that comes after."""
@@ -8295,20 +8294,17 @@ class Intake:
             self._size += 1
             self._changed.notify_all()
 
-    def _deal(self, turn: object) -> None:
-        """A thread of its own: give events to their conversation's worker, and wait a while for
-        that before the next conversation's."""
+    def _deal(self) -> None:
+        """Give events to their conversation's worker, and wait a while for that before the next
+        conversation's."""
         with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._rows or self._wanted is not turn)
-                if self._wanted is not turn:
-                    return
-                name, idle = self._rows[0][0], self._rows[0][0] not in self._busy
-                rows = self._busy.setdefault(name, [])
+            while self._changed.wait_for(lambda: self._rows or not self._wanted) and self._wanted:
+                name = self._rows[0][0]
+                idle, rows = name not in self._busy, self._busy.setdefault(name, [])
                 while self._rows and self._rows[0][0] == name:
                     rows.append(self._rows.popleft()[1])
                 if idle:
-                    self._pool.submit(self._work, name)
+                    self._workers.submit(self._work, name)
                     self._changed.wait_for(lambda: name not in self._busy, self.PATIENCE)
 
     def _work(self, name: str) -> None:
@@ -8539,12 +8535,13 @@ class BridgeLink(Link):
                 "discuss": []}
 
     def list(self, kind: str) -> List[Row]:
-        return self._list(f"get_{kind}_list", friend_row if kind == "friend" else group_row)
+        rows = self._list(f"get_{kind}_list", friend_row if kind == "friend" else group_row)
+        return [row for row in rows if row["uid"] != ANY_GROUP]
 
     def _list(self, action: str, make: Callable[[Row], Row], **params: Json) -> List[Row]:
         """The rows of a list; null is an empty one. What else names nobody would lose everybody."""
         told = self._get(action, LIST_SECONDS, **params)
-        rows = [row for row in map(make, rows_of(told)) if row["uid"] not in ("", ANY_GROUP)]
+        rows = [row for row in map(make, rows_of(told)) if row["uid"]]
         if told not in (None, []) and not rows:
             raise Declined(f"its answer to {action} is no list, or names nobody")
         return rows
@@ -8627,14 +8624,15 @@ class BridgeLink(Link):
 
     def kick(self, group: str, uids: List[str]) -> bool:
         """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
-        gone = 0
+        done = True
         for uid in uids:
             if self._do("set_group_kick", group_id=group, user_id=uid, reject_add_request=False):
-                gone += 1
                 self._act([{"post_type": "notice", "notice_type": "group_decrease",
                             "sub_type": "kick", "operator_id": self.me,
                             "group_id": group, "user_id": uid, "time": time.time()}])
-        return gone == len(uids)
+            else:
+                done = False
+        return done
 
     def mute(self, group: str, uids: List[str], seconds: int) -> bool:
         return all([self._do("set_group_ban", group_id=group, user_id=uid, duration=seconds)
