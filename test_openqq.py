@@ -10667,35 +10667,36 @@ def test_before_members_are_loaded_events_tell_who_it_is_and_load_none(bridged, 
 # -- what is asked of the bridge
 
 TO_FRIEND, TO_GROUP = "send_friend_message", "send_group_message"
+FRIEND, GROUP = {"id": "20001"}, {"id": "30001"}
+
+
+def sending(path, to, message, **given):
+    """What a call to send asks for: (path, params, action, its params)."""
+    place = {"user_id": "20001"} if path == TO_FRIEND else {"group_id": "30001"}
+    if path == "send_sess_message":
+        place["user_id"] = "40001"
+    return (path, {**to, **given}, "send_group_msg" if path == TO_GROUP else "send_private_msg",
+            {**place, "message": message})
+
+
 QQ_CALLS = {
-    "a friend by id": (TO_FRIEND, {"id": "20001", "content": "hi"}, "send_private_msg",
-                       {"user_id": "20001", "message": text_of("hi")}),
-    "a friend by name": (TO_FRIEND, {"displayname": "老明", "content": "hi"}, "send_private_msg",
-                         {"user_id": "20001", "message": text_of("hi")}),
-    "codes that do not act": (TO_FRIEND, {"id": "20001", "content": "[CQ:at,qq=all]&amp;<>"},
-                              "send_private_msg",
-                              {"user_id": "20001", "message": text_of("[CQ:at,qq=all]&amp;<>")}),
-    "a group": (TO_GROUP, {"uid": "30001", "content": "hi"}, "send_group_msg",
-                {"group_id": "30001", "message": text_of("hi")}),
-    "codes that act": (
-        TO_GROUP, {"id": "30001", "cq": "1",
-                "content": "a[CQ:at,qq=20001]&#91;[CQ:image,file=http://h/p.png?a&amp;b&#44;c]"},
-        "send_group_msg", {"group_id": "30001", "message": [
-            *text_of("a"), segment("at", qq="20001"), *text_of("["),
-            segment("image", file="http://h/p.png?a&b,c")]}),
-    "a temporary session": ("send_sess_message", {"group_id": "30001", "id": "40001",
-                                                  "content": "hi"}, "send_private_msg",
-                            {"user_id": "40001", "group_id": "30001", "message": text_of("hi")}),
-    "a picture by URL": (TO_FRIEND, {"id": "20001", "media_url": "http://h/p.png"},
-                         "send_private_msg", {"user_id": "20001", "message": [
-                             segment("image", file="http://h/p.png", name="p.png")]}),
-    "a picture by URL as a path": (TO_FRIEND, {"id": "20001", "media_path": "http://h/p.png"},
-                                   "send_private_msg", {"user_id": "20001", "message": [
-                                       segment("image", file="http://h/p.png", name="p.png")]}),
-    "a picture's bytes and a text": (
-        TO_GROUP, {"id": "30001", "content": "看", "media_data": PNG_TEXT, "media_name": "猫.png"},
-        "send_group_msg", {"group_id": "30001", "message": [
-            *text_of("看"), segment("image", file="base64://" + PNG_TEXT, name="猫.png")]}),
+    "a friend by id": sending(TO_FRIEND, FRIEND, text_of("hi"), content="hi"),
+    "a friend by name": sending(TO_FRIEND, {"displayname": "老明"}, text_of("hi"), content="hi"),
+    "codes that do not act": sending(TO_FRIEND, FRIEND, text_of("[CQ:at,qq=all]&amp;<>"),
+                                     content="[CQ:at,qq=all]&amp;<>"),
+    "a group": sending(TO_GROUP, {"uid": "30001"}, text_of("hi"), content="hi"),
+    "codes that act": sending(
+        TO_GROUP, GROUP, [*text_of("a"), segment("at", qq="20001"), *text_of("["),
+                          segment("image", file="http://h/p.png?a&b,c")], cq="1",
+        content="a[CQ:at,qq=20001]&#91;[CQ:image,file=http://h/p.png?a&amp;b&#44;c]"),
+    "a temporary session": sending("send_sess_message", {"group_id": "30001", "id": "40001"},
+                                   text_of("hi"), content="hi"),
+    **{f"a picture by URL as {name}": sending(TO_FRIEND, FRIEND, [
+        segment("image", file="http://h/p.png", name="p.png")], **{name: "http://h/p.png"})
+       for name in ("media_url", "media_path")},
+    "a picture's bytes and a text": sending(TO_GROUP, GROUP, [
+        *text_of("看"), segment("image", file="base64://" + PNG_TEXT, name="猫.png")],
+        content="看", media_data=PNG_TEXT, media_name="猫.png"),
     "silence": ("shutup_group_member", {"group_id": "30001", "member_id": "40001", "time": "2"},
                 "set_group_ban", {"group_id": "30001", "user_id": "40001", "duration": 120}),
     "silence for several": ("shutup_group_member", {
@@ -10704,12 +10705,10 @@ QQ_CALLS = {
     "a kick": ("kick_group_member", {"group_uid": "30001", "member_uid": "40001"},
                "set_group_kick", {"group_id": "30001", "user_id": "40001",
                                   "reject_add_request": False}),
-    "yes to a request": ("accept_friend_request", {"ticket": "F-2", "markname": "老友"},
-                         "set_friend_add_request", {"flag": "F-2", "approve": True,
-                                                    "remark": "老友"}),
-    "no to a request": ("accept_friend_request", {"ticket": "F-3", "accept": "0"},
-                        "set_friend_add_request", {"flag": "F-3", "approve": False,
-                                                   "remark": ""}),
+    **{f"{accept} to a request": (
+        "accept_friend_request", {"ticket": "F-" + accept, "accept": accept, "markname": "老友"},
+        "set_friend_add_request", {"flag": "F-" + accept, "approve": accept == "1",
+                                   "remark": "老友"}) for accept in "10"},
 }
 
 
@@ -11332,27 +11331,12 @@ def told_before(program, text):
     return found
 
 
-class Ear:
-    """A WebSocket of ours to a bridge: what it hears, and the words that it ends with."""
-
-    def __init__(self, url, look=15.0):
-        self.texts, self.error = [], ""
-        self.socket = openqq.WebSocket(url, {}, self.texts.append)
-        self.socket.LOOK_SECONDS = look
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self):
-        try:
-            self.socket.run()
-        except openqq.Unreachable as error:
-            self.error = error.status
-
-    def end(self):
-        """The words, once it has ended."""
-        self.thread.join(WAIT)
-        assert not self.thread.is_alive()
-        return self.error
+def ear(url, look=15.0):
+    """A WebSocket of ours to a bridge: what it hears, and the future of what it ends with."""
+    texts = []
+    web = openqq.WebSocket(url, {}, texts.append)
+    web.LOOK_SECONDS = look
+    return texts, concurrent.futures.ThreadPoolExecutor(1).submit(web.run)
 
 
 FATAL_FRAMES = [
@@ -11375,57 +11359,54 @@ FATAL_FRAMES = [
 def test_frames_that_cannot_be_end_a_websocket_in_plain_words(closing):
     bridge = closing(Bridge())
     for data, why in FATAL_FRAMES:
-        ear = Ear(bridge.ws)
+        texts, ended = ear(bridge.ws)
         bridge.connected()
         bridge.send_raw(ws_frame('{"n":1}'))
         bridge.send_raw(data)
-        assert ear.end() == why
-        assert ear.texts[1:] == [b'{"n":1}']
+        assert str(ended.exception(WAIT)) == why
+        assert texts[1:] == [b'{"n":1}']
         bridge.left()
 
 
 def test_frames_that_may_be_are_put_together_and_pings_answered(closing):
     bridge = closing(Bridge(lifecycle=False))
-    ear = Ear(bridge.ws)
+    texts, ended = ear(bridge.ws)
     bridge.connected()
     whole = ws_frame(b"", 10) + ws_frame("a", 1, fin=False) + ws_frame(b"hi", 9) + ws_frame(
         b"", 0, fin=False) + ws_frame("b" * 70_000, 0) + ws_frame(b"c", 2)
     for place in range(0, len(whole), 9973):
         bridge.send_raw(whole[place:place + 9973])
     assert bridge.controls.wait(10) == b"hi"
-    assert eventually(lambda: len(ear.texts) == 2)
-    assert ear.texts == [b"a" + b"b" * 70_000, b"c"]
+    assert eventually(lambda: len(texts) == 2)
+    assert texts == [b"a" + b"b" * 70_000, b"c"]
     bridge.drop()
-    assert ear.end() == "the connection was ended by the other side"
-    ear = Ear(bridge.ws, look=0.1)
+    assert str(ended.exception(WAIT)) == "the connection was ended by the other side"
+    _, ended = ear(bridge.ws, look=0.1)
     bridge.connected()
     bridge.send_raw(ws_frame(b"x", says=5000))
-    assert ear.end() == "no sign of life", "half a frame is none, though pongs fill it"
-
-
-def descriptors():
-    return len(os.listdir("/proc/self/fd"))
+    assert str(ended.exception(WAIT)) == "no sign of life", "half a frame is none"
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 def test_100_connections_that_failed_or_broke_leave_no_descriptor_behind(closing):
-    bridge = closing(Bridge(token="T"))
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+
+    bridge, before = closing(Bridge(token="T")), None
     gc.disable()
     try:
-        before = None
         for number in range(51):
             with pytest.raises(openqq.AuthFailure):
                 openqq.WebSocket(bridge.ws, {}, print)
             bridge.token = ""
-            ear = Ear(bridge.ws)
+            ended = ear(bridge.ws)[1]
             bridge.connected()
             bridge.drop()
-            ear.end()
+            assert ended.exception(WAIT)
             bridge.token = "T"
             if before is None:
                 assert eventually(lambda: not bridge._connections)
                 before = descriptors()
-        del ear
         assert eventually(lambda: descriptors() <= before)
     finally:
         gc.enable()
@@ -12225,17 +12206,6 @@ def test_no_metadata_service_is_taken_for_a_bridge(start, url):
     program.stop()
 
 
-def read_and_leave(port, readers):
-    """So many who open the stream of all events and leave, fifty at a time."""
-    for _ in range(readers // 50):
-        with contextlib.ExitStack() as crowd:
-            socks = [crowd.enter_context(socket.create_connection(("127.0.0.1", port), WAIT))
-                     for _ in range(50)]
-            for sock in socks:
-                sock.sendall(asking(line=b"GET /openqq/events?since=0 HTTP/1.1\r\n"))
-            assert {sock.recv(12) for sock in socks} == {b"HTTP/1.1 200"}
-
-
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 def test_the_controllers_memory_stays_small_after_many_starts_and_readers(start):
     """Behind the typed command, whose environment tells glibc not to keep what it needed once."""
@@ -12251,7 +12221,13 @@ def test_the_controllers_memory_stays_small_after_many_starts_and_readers(start)
 
     with concurrent.futures.ThreadPoolExecutor(8) as crowd:
         list(crowd.map(churn, range(8)))
-    read_and_leave(controller.port, much(500, 19_000))
+    for _ in range(much(10, 380)):  # fifty who open the stream of all events, and leave
+        with contextlib.ExitStack() as crowd:
+            socks = [crowd.enter_context(socket.create_connection(
+                ("127.0.0.1", controller.port), WAIT)) for _ in range(50)]
+            for sock in socks:
+                sock.sendall(asking(line=b"GET /openqq/events?since=0 HTTP/1.1\r\n"))
+            assert {sock.recv(12) for sock in socks} == {b"HTTP/1.1 200"}
     assert eventually(lambda: proc(controller.pid, "status", r"^VmRSS:\s+(\d+)") < 80 * 1024)
     with open(f"/proc/{controller.pid}/environ", "rb") as file:
         environment = file.read().split(b"\0")
