@@ -7865,7 +7865,8 @@ def check_sources(value: Json, check_url: Callable[[str], None], name: str = "",
         source = value.strip() if SOURCE_NAME.fullmatch(name) else ""
         if not re.match("(https?|base64)://", source) and re.search(
                 r"[/\\:]|^\.\.?$", source) or in_code and re.search(r"(?i)\bfile:", value):
-            raise NotAllowed(f"{name} not allowed: give http://… or base64://…")
+            where = " in a CQ code" if in_code else ""
+            raise NotAllowed(f"{name}{where} not allowed: give http://… or base64://…")
         if is_url(source):
             check_url(source)
 
@@ -8885,14 +8886,13 @@ class BridgeLink(Link):
                 found.append(self._of_member("new_group_member", group,
                                              member_row(self._person(uid, group)), **facts))
             return found
-        if what == "group_dismiss" or what == "group_decrease" and (
-                uid == me or sub_type in ("kick_me", "disband")):
-            if self._was_told(LOSS_SECONDS, "loss", group, me):
+        if what in ("group_dismiss", "group_decrease"):
+            lost = what == "group_dismiss" or uid == me or sub_type in ("kick_me", "disband")
+            who = me if lost else uid
+            if not who or self._was_told(LOSS_SECONDS, "loss", group, who):
                 return []
-            return [happened("lose_group", object={"uid": group, "id": group, "name": group})]
-        if what == "group_decrease":
-            if not uid or self._was_told(LOSS_SECONDS, "loss", group, uid):
-                return []
+            if lost:
+                return [happened("lose_group", object={"uid": group, "id": group, "name": group})]
             return [self._of_member("lose_group_member", group, {"uid": uid} if known(
                 "group_member", uid, group) else member_row(self._person(uid)), **facts)]
         if what == "friend_add":

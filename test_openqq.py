@@ -12392,7 +12392,7 @@ def test_an_answer_does_on_a_bridge_what_it_wants(bridged, receive):
         message = bridge.wait_call("send_group_msg")["message"]
         assert [row["type"] for row in message] == ["reply", "at", "text", "face", "text"]
         in_group(30001, 40001, "坏")(bridge)
-        bridged["webhook"].program.log.wait("file not allowed")
+        bridged["webhook"].program.log.wait("file in a CQ code not allowed")
         event = bridge.say_group(30001, 40001, "删")
         assert str(bridge.wait_call("delete_msg")["message_id"]) == str(event["message_id"])
         assert bridge.wait_call("set_group_ban")["duration"] == 120
