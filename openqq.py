@@ -8100,10 +8100,7 @@ class SocketBridge(Bridge):
             self._waiting.pop(echo, None)
 
     def _heard(self, data: bytes) -> None:
-        try:
-            row = self._read(data)
-        except Unreachable as error:
-            return self.close(error.status)
+        row = self._read(data)
         future = self._waiting.pop(str(row.get("echo")), None)
         if future:
             future.set_result(row)
