@@ -7550,9 +7550,7 @@ class Link:
     something in a group, to a friend or with a request are False where there is no right to it.
 
     login(cookie, mark)   begin to log in, with a former login's cookie if there is one; hooks tell
-                          the rest
-    renew()               show a new QR code
-    ready()               the account is running
+                          the rest. renew() shows a new QR code; ready(): the account is running
     roster()              {"user": …, "friend": […], "group": […], "discuss": […]}; what is left
                           out list() tells. A group without `member` has that, and its role, left
                           to details()
@@ -7580,8 +7578,7 @@ class Link:
     answer_group_request(ticket, accept, reason)
     typing(uid, on)       show somebody that an answer is on its way, or is not any more
     verify_code(code)     the digits that a phone shows; False when nobody asks for them
-    logout()              end the login, so that the next one needs a scan
-    close()               the client stops; the login stays
+    logout(), close()     end the login, so that the next one needs a scan; the client stops
     """
 
     send_interval = 3.0          # seconds between two messages unless settings say otherwise
@@ -8139,21 +8136,67 @@ def wording(row: Row) -> str:
 # -- where a bridge shows the QR code of its QQ
 
 class LoginPage:
-    """A page of the bridge's with its QR code (ONEBOT.md, "Login QR").
+    """The WebUI of NapCat or LLBot, with the QR code (ONEBOT.md, "Login QR").
 
     look() tells whether the bridge is logged in, the code's text or picture, and what is wrong.
     Unreachable. A token that was refused is not offered again: LLBot locks the page for that.
     """
 
-    PORT = 0
-    look: Callable[[], Tuple[bool, Code, str]]
+    PORTS = {"napcat": 6099, "llbot": 3080}
 
-    def __init__(self, url: str, token: str) -> None:
-        self._url, self._token = url.rstrip("/"), token
-        self._refused = ""
+    def __init__(self, url: str, token: str, kind: str = "") -> None:
+        self._url, self._token, self._kind = url.rstrip("/"), token, kind
+        self._refused = self._credential = ""  # the latter is NapCat's, for an hour
+        self._rest_until = 0.0
+
+    def look(self) -> Tuple[bool, Code, str]:
+        if self._kind == "llbot":
+            if self._ask("login-info").get("online"):
+                return True, "", ""
+            return False, scalar(self._ask("login-qrcode").get("qrcodeUrl")) or "", ""
+        data = self._ask("CheckLoginStatus")
+        offline = data.get("isOffline")
+        if data.get("isLogin") and not offline:
+            return True, "", ""
+        text = scalar(data.get("qrcodeurl")) or scalar(self._ask("GetQQLoginQrcode").get("qrcode"))
+        if offline and not text and time.monotonic() > self._rest_until:
+            self._rest_until = time.monotonic() + BRIDGE_SECONDS
+            # after a kick-off it has none before it is asked for one, and may tell it at once
+            text = scalar(self._ask("RefreshQRcode").get("qrcodeurl"))
+        return False, text or "", scalar(data.get("loginError")) or ""
+
+    def _ask(self, name: str) -> Row:
+        if self._kind == "llbot":
+            row = self._call("/api/" + name, {"X-Webui-Token": self._digest()})
+            return object_of(row.get("data"))
+        fresh = not self._credential
+        if fresh:
+            self._log_in()
+        row = self._call("/api/QQLogin/" + name, {"Authorization": bearer(self._credential)}, b"{}")
+        why = scalar(row.get("message")) or ""
+        if scalar(row.get("code")) == "0":
+            return object_of(row.get("data"))
+        if not re.search("unauthor|credential|token", why, re.I):
+            return {}
+        self._credential = ""  # its hour is over
+        if fresh:
+            raise self._refuse(why)
+        return self._ask(name)
+
+    def _log_in(self) -> None:
+        if time.monotonic() < self._rest_until:
+            raise Unreachable("the login page wants to be left alone for a while")
+        row = self._call("/api/auth/login", {}, to_bytes({"hash": self._digest(".napcat")}))
+        data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
+        if scalar(row.get("code")) == "0":
+            self._credential = scalar(data.get("Credential")) or ""
+        elif "rate limit" in why:  # says nothing about the token
+            self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
+            raise Unreachable(f"the login page: {why}")
+        if not self._credential:
+            raise self._refuse("two-factor login" if data.get("require2FA") else why)
 
     def _call(self, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
-        """What a path answers: to a POST, if there is a body, which is JSON. Unreachable."""
         if self._refused:
             raise Unreachable(self._refused)
         reply = fetch(beneath(self._url, path), "POST" if body else "GET",
@@ -8176,75 +8219,14 @@ class LoginPage:
         return hashlib.sha256((self._token + more).encode()).hexdigest()
 
 
-class NapCatPage(LoginPage):
-    """NapCat's WebUI: a login for an hour, then all is POST and HTTP 200."""
-
-    PORT = 6099
-    _credential, _rest_until = "", 0.0
-
-    def look(self) -> Tuple[bool, Code, str]:
-        data = self._ask("CheckLoginStatus")
-        offline = data.get("isOffline")
-        if data.get("isLogin") and not offline:
-            return True, "", ""
-        text = scalar(data.get("qrcodeurl")) or scalar(self._ask("GetQQLoginQrcode").get("qrcode"))
-        if offline and not text and time.monotonic() > self._rest_until:
-            self._rest_until = time.monotonic() + BRIDGE_SECONDS
-            # after a kick-off it has none before it is asked for one, and may tell it at once
-            text = scalar(self._ask("RefreshQRcode").get("qrcodeurl"))
-        return False, text or "", scalar(data.get("loginError")) or ""
-
-    def _ask(self, name: str) -> Row:
-        fresh = not self._credential
-        if fresh:
-            if time.monotonic() < self._rest_until:
-                raise Unreachable("the login page wants to be left alone for a while")
-            row = self._call("/api/auth/login", {}, to_bytes({"hash": self._digest(".napcat")}))
-            data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
-            if scalar(row.get("code")) == "0":
-                self._credential = scalar(data.get("Credential")) or ""
-            elif "rate limit" in why:  # says nothing about the token
-                self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
-                raise Unreachable(f"the login page: {why}")
-            if not self._credential:
-                raise self._refuse("two-factor login" if data.get("require2FA") else why)
-        row = self._call("/api/QQLogin/" + name, {"Authorization": bearer(self._credential)}, b"{}")
-        why = scalar(row.get("message")) or ""
-        if scalar(row.get("code")) == "0":
-            return object_of(row.get("data"))
-        if not re.search("unauthor|credential|token", why, re.I):
-            return {}
-        self._credential = ""  # its hour is over
-        if fresh:
-            raise self._refuse(why)
-        return self._ask(name)
-
-
-class LLBotPage(LoginPage):
-    """LLBot's WebUI."""
-
-    PORT = 3080
-
-    def look(self) -> Tuple[bool, Code, str]:
-        if self._ask("login-info").get("online"):
-            return True, "", ""
-        return False, scalar(self._ask("login-qrcode").get("qrcodeUrl")) or "", ""
-
-    def _ask(self, name: str) -> Row:
-        return object_of(self._call("/api/" + name, {"X-Webui-Token": self._digest()}).get("data"))
-
-
-LOGIN_PAGES: Dict[str, Type[LoginPage]] = {"napcat": NapCatPage, "llbot": LLBotPage}
-
-
 def page_of(settings: Settings, url: str) -> Optional[LoginPage]:
     """What shows the code of the bridge at a URL: by default on its host."""
-    if not settings.onebot_login:
+    kind, host = settings.onebot_login, urllib.parse.urlsplit(url).hostname or ""
+    if not kind:
         return None
-    kind, host = LOGIN_PAGES[settings.onebot_login], urllib.parse.urlsplit(url).hostname or ""
     host = f"[{host}]" if ":" in host else host
-    return kind(settings.onebot_login_api or f"http://{host}:{kind.PORT}",
-                settings.onebot_login_token)
+    return LoginPage(settings.onebot_login_api or f"http://{host}:{LoginPage.PORTS[kind]}",
+                     settings.onebot_login_token, kind)
 
 
 # -- a link through a bridge: what does not depend on the protocol
