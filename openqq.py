@@ -7191,12 +7191,11 @@ class Hooks:
 class Link:
     """Where an account's messages come from and go to: the face that every link has.
 
-    All methods may block and are called with no lock held; they raise Unreachable.
+    All methods may block and are called with no lock held; they raise Unreachable. Those that do
+    something in a group, to a friend or with a request are False where there is no right to it.
 
     login(cookie, mark)   begin to log in, with a former login's cookie if there is one; hooks tell
-                          the rest
-    renew()               show a new QR code
-    ready()               the account is running
+                          the rest. renew() shows a new QR code; ready(): the account is running
     roster()              {"user": …, "friend": […], "group": […], "discuss": […]}; what is left
                           out list() tells. A group without `member` has that, and its role, left
                           to details()
@@ -7213,21 +7212,18 @@ class Link:
                           it: that of an item that hooks.received() will get. `media` is {name,
                           mime, data (base64), url, path}
     hear(row)             take an event that was posted to us; False if this link knows none
-    kick(group, uids), mute(group, uids, seconds), mute_all(group, on), set_card(group, uid, card),
-    set_admin(group, uid, on), set_title(group, uid, title)  False without the right to it
-    leave_group(group), delete_friend(uid), poke(uid, group)  `group` is empty for a friend
-    revoke(id)            take back a message
     find_message(id)      an item that tells of a message, or None
-    answer_request(ticket, accept, markname), make_friend(uid, verify)
-    answer_group_request(ticket, accept, reason)
     call(action, params)  the whole answer to an action of a bridge's own
     file_url(item)        where a file is to be had now, of those in an item's links, or empty
-    create_group(uids, name)  the new group's uid
-    invite(group, uids), rename(group, name), set_markname(uid, markname)
+    kick(group, uids), mute(group, uids, seconds), mute_all(group, on), set_card(group, uid, card),
+    set_admin(group, uid, on), set_title(group, uid, title), rename(group, name),
+    leave_group(group), invite(group, uids), create_group(uids, name): the new group's uid;
+    delete_friend(uid), make_friend(uid, verify), set_markname(uid, markname), poke(uid, group),
+    which is empty for a friend; revoke(id), answer_request(ticket, accept, markname),
+    answer_group_request(ticket, accept, reason)
     typing(uid, on)       show somebody that an answer is on its way, or is not any more
     verify_code(code)     the digits that a phone shows; False when nobody asks for them
-    logout()              end the login, so that the next one needs a scan
-    close()               the client stops; the login stays
+    logout(), close()     end the login, so that the next one needs a scan; the client stops
     """
 
     send_interval = 3.0          # seconds between two messages unless settings say otherwise
@@ -7239,14 +7235,12 @@ class Link:
     lacks: Sequence[str] = ()    # calls of the API (VERBS) that this network cannot do
     # what a verb answers that a link does not have
     REFUSALS: Row = {
-        "ready": None, "find_group": None, "find_member": None, "account": "", "status": {},
-        "presence": {}, "hear": False, "revoke": False, "find_message": None,
-        "answer_request": False, "answer_group_request": False, "mute_all": False,
-        "set_card": False, "set_admin": False, "set_title": False, "leave_group": False,
-        "delete_friend": False, "poke": False, "file_url": "", "make_friend": False,
-        "create_group": "", "invite": False, "rename": False,
-        "set_markname": False, "verify_code": False, "typing": None, "renew": None,
-        "logout": None, "close": None}
+        **dict.fromkeys("ready find_group find_member find_message typing renew logout close"
+                        .split()),
+        **dict.fromkeys("hear revoke answer_request answer_group_request mute_all set_card invite "
+                        "set_admin set_title leave_group delete_friend poke make_friend rename "
+                        "set_markname verify_code".split(), False),
+        **dict.fromkeys(("account", "file_url", "create_group"), ""), "status": {}, "presence": {}}
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:
         if verb not in self.REFUSALS:
@@ -7302,7 +7296,17 @@ class LocalLink(Link):
         failures = 0
         while not self._closed.is_set():
             try:
-                self._take(self._host("pull", self._mark))
+                items = self._host("pull", self._mark)
+                for item in items:
+                    if item["do"] == "qrcode":
+                        self._hooks.qrcode(item["text"], item["seconds"], "")
+                    elif item["do"] == "scanned":
+                        self._hooks.scanned()
+                    elif item["do"] == "confirmed":
+                        self._hooks.confirmed(item["login"]["cookie"], True)
+                numbered_items = [item for item in items if "mark" in item]
+                if numbered_items:
+                    self._mark = self._hooks.received(numbered_items)
                 failures = 0
             except NotRunning:
                 return  # we stop, or the host does
@@ -7312,18 +7316,6 @@ class LocalLink(Link):
                 self._closed.wait(backoff(failures, 30.0))
                 failures += 1
 
-    def _take(self, items: List[Row]) -> None:
-        numbered_items = [item for item in items if "mark" in item]
-        for item in items:
-            if item["do"] == "qrcode":
-                self._hooks.qrcode(item["text"], item["seconds"], "")
-            elif item["do"] == "scanned":
-                self._hooks.scanned()
-            elif item["do"] == "confirmed":
-                self._hooks.confirmed(item["login"]["cookie"], True)
-        if numbered_items:
-            self._mark = self._hooks.received(numbered_items)
-
 
 class RemoteHost:
     """LocalNetwork.call, in another process, for one account."""
@@ -7331,14 +7323,14 @@ class RemoteHost:
     # pull: longer than one may wait; presence: a list is not worth more; 30 for all others
     SECONDS = {"pull": 330.0, "presence": LOOKUP_SECONDS}
 
-    def __init__(self, url: str, key: str, fetch: Callable[..., Reply] = fetch) -> None:
-        self._url, self._fetch = url + "/local/link", fetch
+    def __init__(self, url: str, key: str) -> None:
+        self._url = url + "/local/link"
         self._fields = {"X-OpenQQ-Key": key, "Content-Type": "application/json"}
 
     def __call__(self, verb: str, *args: Json, **named: Json) -> Json:
         """What the host answers; Unreachable, also for what it refuses."""
         body = to_bytes({"verb": verb, "args": args, "named": named})
-        reply = self._fetch(self._url, "POST", self._fields, body, self.SECONDS.get(verb, 30.0))
+        reply = fetch(self._url, "POST", self._fields, body, self.SECONDS.get(verb, 30.0))
         data = reply.read(4 * BODY_LIMIT)
         try:
             value = from_bytes(data)
@@ -7354,12 +7346,11 @@ class RemoteHost:
 CQ_CODE = re.compile(r"\[CQ:([A-Za-z0-9_.\-]+)((?:,[^,\[\]]*)*)\]")
 SEGMENT_TYPE = re.compile(r"[A-Za-z0-9_.\-]{1,32}")
 CQ_ESCAPES = (("&", "&amp;"), ("[", "&#91;"), ("]", "&#93;"), (",", "&#44;"))
-CQ_SOURCES = ("file", "url", "path", "image", "audio", "cover", "thumb", "icon")
 # What segments read as, with members of their data (| or else) as far as they are there. What is
-# empty then, and what is not listed, reads [type]; a reply reads as nothing.
+# empty then, and what is not listed, reads [type].
 LABELS = {"face": "[表情]", "bface": "[表情]", "sface": "[表情]",
           "image": "[图片]", "cardimage": "[图片]", "record": "[语音]", "video": "[视频]",
-          "file": "[文件]{name|file_name|file}", "reply": "", "mface": "{summary}",
+          "file": "[文件]{name|file_name|file}", "mface": "{summary}",
           "keyboard": "[按钮]", "node": "[聊天记录]", "forward": "[聊天记录]",
           "share": "[分享]{title|content} {url}", "music": "[音乐]{title} {url}",
           "location": "[位置]{title|name|content|address}",
@@ -7370,12 +7361,14 @@ DETAIL_LIMIT = 500               # letters of one such member
 AT_LIMIT = 8                     # names of a message that are asked for: each may take seconds
 MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
 ANY_GROUP = "284840486"  # NapCat's, for a temporary session whose group it does not know
-MEMBERS = re.compile(r"\{([a-z_|]+)\}")
 IMAGE_SUMMARY = re.compile(r"\[[^\[\]]{1,20}\]")  # NapCat: [动画表情]
-XML_TITLES = (re.compile(r"""\bbrief=["']([^"']*)"""),
-              re.compile(r"<title\b[^>]{0,200}>([^<]*)"),
-              re.compile(r"""\btitle=["']([^"']*)"""))
-XML_LINK = re.compile(r"""\burl=["']([^"']*)""")
+XML_TITLES = (r"""\bbrief=["']([^"']*)""", r"<title\b[^>]{0,200}>([^<]*)",
+              r"""\btitle=["']([^"']*)""")
+# Actions that hand out the account or the machine.
+SECRET_ACTION = re.compile("(?i)cookie|credential|csrf|key|token|exit|quit|restart|reboot|shutdown|"
+                           "clean|logout")
+# Members whose value a bridge reads, or fetches.
+SOURCE_NAME = re.compile("(?i)(file|url|image|path|audio|cover|thumb|icon|.*_?ur[il])")
 
 
 def scalar(value: Json) -> Optional[str]:
@@ -7392,6 +7385,12 @@ def number_of(value: Json) -> str:
     """A number of QQ's, as text; empty for what is none: null, 0, "0" and such come (ONEBOT.md)."""
     text = "" if isinstance(value, bool) else scalar(value) or ""
     return text if re.fullmatch("[1-9][0-9]{0,18}", text) else ""
+
+
+def message_number(row: Row) -> str:
+    """The bridge's number of a message, which may be negative; empty for what is none."""
+    number = scalar(row.get("message_id")) or ""
+    return "" if number in ("0", "None") else number
 
 
 def detail(value: Json) -> str:
@@ -7481,54 +7480,37 @@ def cq_text(segments: Iterable[Row]) -> str:
             text = segment["data"].get("text")
             parts.append(cq_escape(text if isinstance(text, str) else detail(text)))
         else:
-            values = {key: value if isinstance(value, str) else to_bytes(value).decode()
-                      for key, value in segment["data"].items() if value is not None}
-            pairs = [f",{key}={cq_escape(value, True)}" for key, value in values.items()]
+            pairs = [f",{key}=" + cq_escape(
+                value if isinstance(value, str) else to_bytes(value).decode(), True)
+                for key, value in segment["data"].items() if value is not None]
             parts.append(f"[CQ:{segment['type']}{''.join(pairs)}]")
     return "".join(parts)
 
 
-def check_cq(content: str, check_url: Callable[[str], None] = lambda url: None) -> None:
-    """NotAllowed for a code that would send a file of the bridge's machine.
+def check_sources(value: Json, check_url: Callable[[str], None], name: str = "",
+                  in_code: bool = False) -> None:
+    """NotAllowed for anything in a message with CQ codes, or in an action's parameters, that would
+    have a bridge read a file of its machine, however deep it stands.
 
     `check_url` is called with each address that the bridge would fetch.
     """
-    for segment in segments_of(content):
-        for value in segment["data"].values() if segment["type"] != "text" else ():
-            check_cq(value, check_url)  # a node's content holds codes of its own
-            if re.search(r"(?i)\bfile:", str(value)):
-                raise NotAllowed("file: in a CQ code not allowed: give http://… or base64://…")
-        data = {name.strip().lower(): value for name, value in segment["data"].items()}
-        for key in CQ_SOURCES:
-            source = str(data.get(key, "")).strip()
-            if not re.match("(https?|base64)://", source) and re.search(r"[/\\]", source):
-                raise NotAllowed(f"{key} in a CQ code not allowed: give http://… or base64://…")
-            if is_url(source):
-                check_url(source)
-
-
-# Actions that hand out the account or the machine.
-SECRET_ACTION = re.compile("(?i)cookie|credential|csrf|key|token|exit|quit|restart|reboot|shutdown|"
-                           "clean|logout")
-SOURCE_NAME = re.compile("(?i)(file|url|image|path|audio|cover|thumb|icon|.*_?ur[il])")
-
-
-def check_sources(value: Json, check_url: Callable[[str], None], name: str = "") -> None:
-    """NotAllowed for anything in an action's parameters that would have the bridge read a file of
-    its machine, however deep it stands; `check_url` as for check_cq()."""
     if isinstance(value, dict):
         for key, part in value.items():
-            check_sources(part, check_url, str(key).strip())
+            check_sources(part, check_url, str(key).strip(), in_code)
     elif isinstance(value, list):
         for part in value:
-            check_sources(part, check_url, name)
+            check_sources(part, check_url, name, in_code)
     elif isinstance(value, str):
-        check_cq(value, check_url)
-        if SOURCE_NAME.fullmatch(name):
-            if not re.match("(https?|base64)://", value) and re.search(r"[/\\:]|^\.\.?$", value):
-                raise NotAllowed(f"{name} not allowed: give http://… or base64://…")
-            if is_url(value):
-                check_url(value)
+        for segment in segments_of(value):
+            if segment["type"] != "text":  # a node's content holds codes of its own
+                check_sources(segment["data"], check_url, in_code=True)
+        source = value.strip() if SOURCE_NAME.fullmatch(name) else ""
+        if not re.match("(https?|base64)://", source) and re.search(
+                r"[/\\:]|^\.\.?$", source) or in_code and re.search(r"(?i)\bfile:", value):
+            where = " in a CQ code" if in_code else ""
+            raise NotAllowed(f"{name}{where} not allowed: give http://… or base64://…")
+        if is_url(source):
+            check_url(source)
 
 
 def readable(kind: str, data: Row) -> str:
@@ -7546,10 +7528,11 @@ def readable(kind: str, data: Row) -> str:
         news = " ".join(detail(row.get("text")) for row in rows_of(data.get("news")))
         return detail(data.get("summary")) or detail(news) or detail(
             data.get("prompt")) or LABELS[kind]
-    form = LABELS.get(kind)
-    text = MEMBERS.sub(lambda found: next(filter(None, (
-        detail(data.get(name)) for name in found.group(1).split("|"))), ""), form or "").strip()
-    return text or ("" if form == "" else f"[{kind}]")
+    if kind == "reply":
+        return ""
+    return re.sub(r"\{([a-z_|]+)\}", lambda found: next(filter(None, (
+        detail(data.get(name)) for name in found.group(1).split("|"))), ""),
+        LABELS.get(kind, "")).strip() or f"[{kind}]"
 
 
 def card_text(kind: str, card: Json) -> str:
@@ -7557,19 +7540,29 @@ def card_text(kind: str, card: Json) -> str:
     if kind == "xml":  # its first letters tell, and no parser is led astray by them
         import html
         text = card[:16_384] if isinstance(card, str) else ""
-        *said, link = [detail(html.unescape(match.group(1))) if match else "" for match in (
-            pattern.search(text) for pattern in (*XML_TITLES, XML_LINK))]
+        *said, link = [detail(html.unescape(found.group(1))) if found else "" for found in (
+            re.search(pattern, text) for pattern in (*XML_TITLES, r"""\burl=["']([^"']*)"""))]
         links = [link]
     else:
         row = object_of(object_in(card.encode("utf-8", "replace")) if isinstance(card, str)
                         else card)
         parts = [row, *rows_of(list(object_of(row.get("meta")).values()))]
-        said = [detail(part.get(name)) for name in ("prompt", "title", "desc") for part in parts]
-        links = [detail(part.get(name)) for name in ("jumpUrl", "qqdocurl", "jump_url", "url")
-                 for part in parts]
+        said, links = [[detail(part.get(name)) for name in names for part in parts] for names in (
+            ("prompt", "title", "desc"), ("jumpUrl", "qqdocurl", "jump_url", "url"))]
     title = next(filter(None, said), "")
     link = next((link for link in links if is_url(link) and len(link) < DETAIL_LIMIT), "")
     return f"{title} {link}".strip()
+
+
+def media_link(kind: str, data: Row) -> Row:
+    """What an event tells of a picture or file that came."""
+    url = scalar(data.get("url")) or scalar(data.get("file")) or ""
+    link = {"type": MEDIA[kind], "url": url if re.match("https?://", url) else None,
+            "name": scalar(data.get("name")) or scalar(data.get("file")),
+            "size": scalar(data.get("file_size"))}
+    if kind == "file" and data.get("file_id"):
+        link["file_id"] = scalar(data["file_id"])
+    return link
 
 
 def friend_row(row: Row) -> Row:
@@ -7601,6 +7594,17 @@ def member_row(row: Row) -> Row:
     return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
             "card": scalar(row.get("card")) or None, "role": scalar(row.get("role")) or "member",
             **{name: scalar(value) for name, value in filled(known).items()}}
+
+
+def happened(event: str, **more: Any) -> Row:
+    """An item of a link: an event of the documents."""
+    return {"do": "event", "event": event, **more}
+
+
+def changed(kind: str, group: str, uid: str, name: str, value: Json, **more: Any) -> Row:
+    """An item of a link: a property has another value."""
+    return happened(kind + "_property_change", circle=group, uid=uid, property=name, value=value,
+                    **more)
 
 
 # -- the ways to a bridge
@@ -7647,31 +7651,23 @@ class HttpBridge(Bridge):
     CALLS, EVENTS, ALIVE, HERE = "/", "/_events", "get_status", "/onebot"
 
     def open(self) -> None:
-        try:
+        with contextlib.suppress(TooSlow):  # LLBot answers nothing at a path that it does not know
             reply = self._fetch(self.EVENTS, "GET", None, LOOKUP_SECONDS, True)
-        except TooSlow:              # LLBot answers nothing at a path that it does not know
-            reply = None
-        if reply and reply.status == 200 and reply.kind == "text/event-stream":
-            self._line = reply
-            return
-        if reply:
+            if reply.status == 200 and reply.kind == "text/event-stream":
+                self._line = reply
+                return
             reply.close()
         self._log.info(f"the bridge has no stream of events; it must post them to {self.HERE}")
 
     def listen(self) -> None:
-        reply, events = self._line, ServerSent()
-        if isinstance(reply, WebSocket):
-            reply.run()
-        elif not reply:
-            while True:
-                self.closed.wait(BRIDGE_SECONDS)
-                self._check()
-        try:
-            for piece in reply.pieces(BRIDGE_SECONDS, self._check):
-                for data in events.feed(piece):
-                    self._hear(self._read(data))
-        finally:
-            reply.close()
+        if isinstance(self._line, WebSocket):
+            self._line.run()
+        while not self._line:
+            self.closed.wait(BRIDGE_SECONDS)
+            self._check()
+        with contextlib.closing(self._line):
+            for data in server_sent(self._line.pieces(BRIDGE_SECONDS, self._check)):
+                self._hear(self._read(data))
         raise Unreachable("the bridge ended its stream of events")
 
     def _check(self) -> None:
@@ -7681,10 +7677,8 @@ class HttpBridge(Bridge):
         status: Json = None
         try:
             status = self.ask(self.ALIVE, {}, BRIDGE_SECONDS).get("data")
-        except Declined:
-            pass  # an answer is a sign of life, whatever it says
-        except Unreachable as error:
-            if not error.sent or isinstance(error, TooSlow):
+        except OpenQQError as error:  # an answer is a sign of life, whatever it says
+            if isinstance(error, TooSlow) or not getattr(error, "sent", True):
                 raise
         self._hear({"post_type": "meta_event", "meta_event_type": "heartbeat", "status": status})
 
@@ -7748,10 +7742,7 @@ class SocketBridge(Bridge):
             self._waiting.pop(echo, None)
 
     def _heard(self, data: bytes) -> None:
-        try:
-            row = self._read(data)
-        except Unreachable as error:
-            return self.close(error.status)
+        row = self._read(data)
         future = self._waiting.pop(str(row.get("echo")), None)
         if future:
             future.set_result(row)
@@ -7762,20 +7753,18 @@ class SocketBridge(Bridge):
             self.complaint = (f"{self.REFUSED}: " if refused else "") + wording(row)
 
 
-class ServerSent:
-    """Server-sent events, without a socket: bytes in, the data of whole events out."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> List[bytes]:
-        """The data of the events that more bytes complete; Unreachable if one is too long."""
-        *events, self._rest = (self._rest + data.replace(b"\r", b"")).split(b"\n\n")
-        if len(self._rest) > BRIDGE_LIMIT:
+def server_sent(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The data of server-sent events, as soon as they are whole. Unreachable if one is too long."""
+    rest = b""
+    for piece in pieces:
+        *events, rest = (rest + piece.replace(b"\r", b"")).split(b"\n\n")
+        if len(rest) > BRIDGE_LIMIT:
             raise Unreachable(f"an event of over {BRIDGE_LIMIT} bytes")
-        parts = ([line[5:].lstrip(b" ") for line in event.split(b"\n")
-                  if line.startswith(b"data:")] for event in events)
-        return [b"\n".join(lines) for lines in parts if lines]
+        for event in events:
+            lines = [line[5:].lstrip(b" ") for line in event.split(b"\n")
+                     if line.startswith(b"data:")]
+            if lines:
+                yield b"\n".join(lines)
 
 
 def is_refusal(row: Row) -> bool:
@@ -7792,49 +7781,24 @@ def wording(row: Row) -> str:
 # -- where a bridge shows the QR code of its QQ
 
 class LoginPage:
-    """A page of the bridge's with its QR code (ONEBOT.md, "Login QR").
+    """The WebUI of NapCat or LLBot, with the QR code (ONEBOT.md, "Login QR").
 
     look() tells whether the bridge is logged in, the code's text or picture, and what is wrong.
     Unreachable. A token that was refused is not offered again: LLBot locks the page for that.
     """
 
-    PORT = 0
-    look: Callable[[], Tuple[bool, Code, str]]
+    PORTS = {"napcat": 6099, "llbot": 3080}
 
-    def __init__(self, url: str, token: str) -> None:
-        self._url, self._token = url.rstrip("/"), token
-        self._refused = ""
-
-    def _call(self, method: str, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
-        if self._refused:
-            raise Unreachable(self._refused)
-        reply = fetch(beneath(self._url, path), method,
-                      {**fields, "Content-Type": "application/json"},
-                      body, BRIDGE_SECONDS, repeat=method == "GET")
-        data = reply.read()
-        if reply.status in (401, 403, 423, 429):
-            raise self._refuse(f"it answers {reply.status}")
-        row = object_in(data)
-        if reply.status != 200 or row is None:
-            raise Unreachable(f"the login page answers {reply.status}")
-        return row
-
-    def _refuse(self, why: str) -> Unreachable:
-        self._refused = f"the login page refuses onebot_login_token ({why}); it is not asked again"
-        return Unreachable(self._refused)
-
-    def _digest(self, text: str) -> str:
-        import hashlib
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-class NapCatPage(LoginPage):
-    """NapCat's WebUI: a login for an hour, then all is POST and HTTP 200."""
-
-    PORT = 6099
-    _credential, _rest_until = "", 0.0
+    def __init__(self, url: str, token: str, kind: str = "") -> None:
+        self._url, self._token, self._kind = url.rstrip("/"), token, kind
+        self._refused = self._credential = ""  # the latter is NapCat's, for an hour
+        self._rest_until = 0.0
 
     def look(self) -> Tuple[bool, Code, str]:
+        if self._kind == "llbot":
+            if self._ask("login-info").get("online"):
+                return True, "", ""
+            return False, scalar(self._ask("login-qrcode").get("qrcodeUrl")) or "", ""
         data = self._ask("CheckLoginStatus")
         offline = data.get("isOffline")
         if data.get("isLogin") and not offline:
@@ -7847,11 +7811,13 @@ class NapCatPage(LoginPage):
         return False, text or "", scalar(data.get("loginError")) or ""
 
     def _ask(self, name: str) -> Row:
+        if self._kind == "llbot":
+            row = self._call("/api/" + name, {"X-Webui-Token": self._digest()})
+            return object_of(row.get("data"))
         fresh = not self._credential
         if fresh:
-            self._credential = self._log_in()
-        row = self._call("POST", "/api/QQLogin/" + name,
-                         {"Authorization": "Bearer " + self._credential}, b"{}")
+            self._log_in()
+        row = self._call("/api/QQLogin/" + name, {"Authorization": bearer(self._credential)}, b"{}")
         why = scalar(row.get("message")) or ""
         if scalar(row.get("code")) == "0":
             return object_of(row.get("data"))
@@ -7862,47 +7828,50 @@ class NapCatPage(LoginPage):
             raise self._refuse(why)
         return self._ask(name)
 
-    def _log_in(self) -> str:
+    def _log_in(self) -> None:
         if time.monotonic() < self._rest_until:
             raise Unreachable("the login page wants to be left alone for a while")
-        row = self._call("POST", "/api/auth/login", {},
-                         to_bytes({"hash": self._digest(self._token + ".napcat")}))
+        row = self._call("/api/auth/login", {}, to_bytes({"hash": self._digest(".napcat")}))
         data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
-        credential = scalar(data.get("Credential"))
-        if scalar(row.get("code")) == "0" and credential:
-            return credential
-        if "rate limit" in why:  # says nothing about the token
+        if scalar(row.get("code")) == "0":
+            self._credential = scalar(data.get("Credential")) or ""
+        elif "rate limit" in why:  # says nothing about the token
             self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
             raise Unreachable(f"the login page: {why}")
-        raise self._refuse("two-factor login" if data.get("require2FA") else why)
+        if not self._credential:
+            raise self._refuse("two-factor login" if data.get("require2FA") else why)
 
+    def _call(self, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
+        if self._refused:
+            raise Unreachable(self._refused)
+        reply = fetch(beneath(self._url, path), "POST" if body else "GET",
+                      {**fields, "Content-Type": "application/json"},
+                      body, BRIDGE_SECONDS, repeat=not body)
+        data = reply.read()
+        if reply.status in (401, 403, 423, 429):
+            raise self._refuse(f"it answers {reply.status}")
+        row = object_in(data)
+        if reply.status != 200 or row is None:
+            raise Unreachable(f"the login page answers {reply.status}")
+        return row
 
-class LLBotPage(LoginPage):
-    """LLBot's WebUI."""
+    def _refuse(self, why: str) -> Unreachable:
+        self._refused = f"the login page refuses onebot_login_token ({why}); it is not asked again"
+        return Unreachable(self._refused)
 
-    PORT = 3080
-
-    def look(self) -> Tuple[bool, Code, str]:
-        if self._ask("login-info").get("online"):
-            return True, "", ""
-        return False, scalar(self._ask("login-qrcode").get("qrcodeUrl")) or "", ""
-
-    def _ask(self, name: str) -> Row:
-        row = self._call("GET", "/api/" + name, {"X-Webui-Token": self._digest(self._token)})
-        return object_of(row.get("data"))
-
-
-LOGIN_PAGES: Dict[str, Type[LoginPage]] = {"napcat": NapCatPage, "llbot": LLBotPage}
+    def _digest(self, more: str = "") -> str:
+        import hashlib
+        return hashlib.sha256((self._token + more).encode()).hexdigest()
 
 
 def page_of(settings: Settings, url: str) -> Optional[LoginPage]:
     """What shows the code of the bridge at a URL: by default on its host."""
-    if not settings.onebot_login:
+    kind, host = settings.onebot_login, urllib.parse.urlsplit(url).hostname or ""
+    if not kind:
         return None
-    kind, host = LOGIN_PAGES[settings.onebot_login], urllib.parse.urlsplit(url).hostname or ""
     host = f"[{host}]" if ":" in host else host
-    return kind(settings.onebot_login_api or f"http://{host}:{kind.PORT}",
-                settings.onebot_login_token)
+    return LoginPage(settings.onebot_login_api or f"http://{host}:{LoginPage.PORTS[kind]}",
+                     settings.onebot_login_token, kind)
 
 
 # -- a link through a bridge: what does not depend on the protocol
@@ -7922,22 +7891,21 @@ class Intake:
 
     def __init__(self, act: Callable[[List[Row]], None], log: Log) -> None:
         self._act = act
-        self._pool = ThreadPool(self.WORKERS, "events", log)
+        self._dealer = ThreadPool(1, "events", log)
+        self._workers = ThreadPool(self.WORKERS, "events", log)
         self._changed = threading.Condition()  # guards all below
         self._rows: Deque[Tuple[str, Row]] = collections.deque()  # (conversation, event)
         self._busy: Dict[str, List[Row]] = {}  # conversation that a worker is at -> what it has yet
         self._size = 0                         # events in both
-        self._wanted: Optional[object] = None  # of the thread that deals them out, while one does
+        self._wanted = False
 
     def want(self, wanted: bool) -> None:
         """Whether they are acted upon from now on, or wait."""
         with self._changed:
             if wanted and not self._wanted:
-                self._wanted = object()
-                spawn(self._deal, self._wanted, name="events")
-            elif not wanted:
-                self._wanted = None
-                self._changed.notify_all()
+                self._dealer.submit(self._deal)
+            self._wanted = wanted
+            self._changed.notify_all()
 
     def put(self, conversation: str, row: Row) -> None:
         """Add one. The wait has an end: who acts may itself wait for an answer that comes after."""
@@ -7951,37 +7919,31 @@ class Intake:
             self._size += 1
             self._changed.notify_all()
 
-    def _deal(self, turn: object) -> None:
-        """A thread of its own: give events to their conversation's worker, and wait a while for
-        that before the next conversation's."""
+    def _deal(self) -> None:
+        """Give events to their conversation's worker, and wait a while for that before the next
+        conversation's."""
         with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._rows or self._wanted is not turn)
-                if self._wanted is not turn:
-                    return
-                name, rows = self._rows[0][0], []
+            while self._changed.wait_for(lambda: self._rows or not self._wanted) and self._wanted:
+                name = self._rows[0][0]
+                idle, rows = name not in self._busy, self._busy.setdefault(name, [])
                 while self._rows and self._rows[0][0] == name:
                     rows.append(self._rows.popleft()[1])
-                if name in self._busy:
-                    self._busy[name] += rows
-                else:
-                    self._busy[name] = rows
-                    self._pool.submit(self._work, name)
+                if idle:
+                    self._workers.submit(self._work, name)
                     self._changed.wait_for(lambda: name not in self._busy, self.PATIENCE)
 
     def _work(self, name: str) -> None:
-        rows: List[Row] = []
         while True:
             with self._changed:
-                self._size -= len(rows)
                 rows = self._busy[name][:self.BATCH]
-                del self._busy[name][:self.BATCH]
                 if not rows:
                     del self._busy[name]
-                self._changed.notify_all()
-            if not rows:
-                return
+                    return self._changed.notify_all()
             self._act(rows)
+            with self._changed:
+                del self._busy[name][:len(rows)]
+                self._size -= len(rows)
+                self._changed.notify_all()
 
 
 class Recent:
@@ -7991,26 +7953,13 @@ class Recent:
         self._lock = threading.Lock()  # guards notes
         self.notes: Dict[Any, Any] = {}
 
-    def note(self, key: Any, value: Any, instead_of: Any = None) -> Any:
-        """Note it, and forget another; what was noted before, or None."""
+    def note(self, key: Any, value: Any) -> Any:
+        """Note it; what was noted before, or None."""
         with self._lock:
             before = self.notes.pop(key, None)
-            self.notes.pop(instead_of, None)
             self.notes[key] = value
-            if len(self.notes) > WAIT_LIMIT:
-                del self.notes[next(iter(self.notes))]
+            keep_newest(self.notes, WAIT_LIMIT)
         return before
-
-
-def happened(event: str, **more: Any) -> Row:
-    """An item of a link: an event of the documents."""
-    return {"do": "event", "event": event, **more}
-
-
-def changed(kind: str, group: str, uid: str, name: str, value: Json, **more: Any) -> Row:
-    """An item of a link: a property has another value."""
-    return happened(kind + "_property_change", circle=group, uid=uid, property=name, value=value,
-                    **more)
 
 
 class BridgeLink(Link):
@@ -8026,18 +7975,23 @@ class BridgeLink(Link):
     any_group = ANY_GROUP
     PROTOCOL, UNKNOWN = "OneBot", "onebot_event"
     _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
-    NEEDS = {  # what is told of, and what an event must have to tell of it
-        "message private": "user_id", "message group": "group_id user_id",
-        "notice group_increase": "group_id user_id", "notice group_decrease": "group_id",
-        "notice group_dismiss": "group_id", "notice group_card": "group_id user_id",
-        "notice group_admin": "group_id user_id", "notice group_recall": "",
-        "notice friend_recall": "", "notice friend_add": "user_id",
-        "notify title": "group_id user_id", "notify group_name": "group_id",
-        "request friend": "user_id", "request group": "group_id user_id",
-        "notice group_ban": "group_id", "notice group_upload": "group_id user_id",
-        "notify poke": "user_id target_id"}
-
-    TELLING = ("notice group_ban", "notice group_upload", "notify poke", "request group")
+    # A verb of Link: the one action that does it, and ours=theirs of what it takes.
+    ACTIONS = {
+        "mute_all": "set_group_whole_ban group=group_id on=enable",
+        "set_card": "set_group_card group=group_id uid=user_id card=card",
+        "set_admin": "set_group_admin group=group_id uid=user_id on=enable",
+        "set_title": "set_group_special_title group=group_id uid=user_id title=special_title",
+        "rename": "set_group_name group=group_id name=group_name",
+        "leave_group": "set_group_leave group=group_id",
+        "delete_friend": "delete_friend uid=user_id",
+        "answer_request": "set_friend_add_request ticket=flag accept=approve markname=remark"}
+    # What is told of, and what an event must have to tell of it.
+    NEEDS = {
+        **dict.fromkeys(("message group", "request group", "group_increase", "group_card", "title",
+                         "group_admin", "group_upload"), "group_id user_id"),
+        **dict.fromkeys(("group_decrease", "group_dismiss", "group_name", "group_ban"), "group_id"),
+        **dict.fromkeys(("message private", "request friend", "friend_add"), "user_id"),
+        "poke": "user_id target_id", "group_recall": "", "friend_recall": ""}
 
     def __init__(self, url: str, connect: Callable[[], Bridge], page: Optional[LoginPage],
                  sync: bool, shares_files: bool, hooks: Hooks, log: Log) -> None:
@@ -8080,29 +8034,29 @@ class BridgeLink(Link):
                 while True:
                     self._greet(bridge)
                     bridge.news.wait()
-            except OpenQQError as error:
-                why = bridge.complaint or error.status
             except Exception as error:  # whatever it was, an account must not go deaf
-                self._log.failure("the bridge's thread")
-                why = repr(error)
-            bridge.close()
+                bridge.close(self._explain(error))
             failures = 1 if self._greeted else failures + 1
             self._greeted = False
             if not self._closed.is_set():
                 wait = backoff(failures, 30.0)
-                self._hooks.lost(f"the {self.PROTOCOL} bridge {shown_url(self._url)}: {why}; "
-                                 f"trying again in {wait:g} s")
+                self._hooks.lost(f"the {self.PROTOCOL} bridge {shown_url(self._url)}: "
+                                 f"{bridge.complaint}; trying again in {wait:g} s")
                 self._closed.wait(wait)
 
     def _read(self, bridge: Bridge) -> None:
         """A connection's thread: it must never wait for an answer."""
         try:
             bridge.listen()
-        except OpenQQError as error:
-            bridge.close(error.status)
         except Exception as error:
-            self._log.failure("the bridge's thread")
-            bridge.close(repr(error))
+            bridge.close(self._explain(error))
+
+    def _explain(self, error: Exception) -> str:
+        """Why a connection ends."""
+        if isinstance(error, OpenQQError):
+            return error.status
+        self._log.failure("the bridge's thread")
+        return repr(error)
 
     def _await_page(self) -> None:
         """NapCat opens its OneBot ports only when QQ is logged in; its page is there before."""
@@ -8129,33 +8083,27 @@ class BridgeLink(Link):
             bridge.news.clear()
             if bridge.closed.is_set():
                 raise Unreachable(bridge.complaint)
-            if not self._is_logged_in():
-                why = self._thrown_out or "the bridge is not logged in: scan the code that it shows"
-                try:
-                    shown = bool(self._page and (not self._look_at(self._page) or self._shown))
-                except Unreachable as error:
-                    shown, why = False, error.status
-                if not shown:
-                    self._hooks.waiting(why)
-                bridge.news.wait(LOGIN_SECONDS)
-            elif not bridge.news.is_set():
-                break
+            row: Row = {}
+            with contextlib.suppress(Declined):
+                row = object_of(self._get("get_login_info"))
+            uid = number_of(row.get("user_id"))
+            if uid and self._look_up("get_status").get("online") is not False:  # it may not know
+                self.me, self._name = uid, scalar(row.get("nickname")) or uid
+                if not bridge.news.is_set():
+                    break
+                continue
+            try:
+                if not self._page or self._look_at(self._page) and not self._shown:
+                    self._hooks.waiting(self._thrown_out or "the bridge is not logged in: scan the "
+                                        "code that it shows")
+            except Unreachable as error:
+                self._hooks.waiting(error.status)
+            bridge.news.wait(LOGIN_SECONDS)
         fresh, self._greeted = bool(self._shown), True
         self._shown = self._thrown_out = ""
         if fresh:
             self._hooks.scanned()
         self._hooks.confirmed("", fresh)
-
-    def _is_logged_in(self) -> bool:
-        try:
-            row = object_of(self._get("get_login_info"))
-        except Declined:
-            return False
-        uid = number_of(row.get("user_id"))
-        if not uid or self._look_up("get_status").get("online") is False:  # if it knows that
-            return False
-        self.me, self._name = uid, scalar(row.get("nickname")) or uid
-        return True
 
     def _offline(self, why: str) -> None:
         self._greeted = False
@@ -8171,7 +8119,7 @@ class BridgeLink(Link):
         self._intake.want(False)
         self.bridge.close()
 
-    # -- what it is asked
+    # -- who is there
 
     def _get(self, action: str, seconds: float = 0.0, **params: Json) -> Json:
         """The data of an answer. Unreachable, Declined."""
@@ -8179,22 +8127,6 @@ class BridgeLink(Link):
         if is_refusal(row):
             raise Declined(wording(row))
         return row.get("data")
-
-    def _do(self, action: str, **params: Json) -> bool:
-        try:
-            self._get(action, **params)
-        except Declined as error:
-            self._log.warn(f"the bridge declines {action}: {error.status}")
-            return False
-        return True
-
-    def _rows(self, action: str, **params: Json) -> List[Row]:
-        """The objects of a list; null is an empty one. Anything else would lose everybody."""
-        data = self._get(action, LIST_SECONDS, **params)
-        rows = rows_of(data)
-        if data not in (None, []) and not rows:
-            raise Declined(f"its answer to {action} is no list")
-        return rows
 
     def _look_up(self, action: str, **params: Json) -> Row:
         """An object that something waits for; {} if it does not come in time.
@@ -8214,12 +8146,10 @@ class BridgeLink(Link):
             self._log.debug(f"the bridge, {action}: {error.status}")
             return {}
 
-    def _stranger(self, uid: str) -> Row:
-        return {**self._look_up("get_stranger_info", user_id=uid), "user_id": uid}
-
-    def _member(self, group: str, uid: str) -> Row:
-        return {**self._look_up("get_group_member_info", group_id=group, user_id=uid),
-                "user_id": uid}
+    def _person(self, uid: str, group: str = "") -> Row:
+        """What the bridge says of somebody, in a group or anywhere; at least the number."""
+        return {**self._look_up("get_group_member_info" if group else "get_stranger_info",
+                                **filled({"group_id": group, "user_id": uid})), "user_id": uid}
 
     def account(self) -> str:
         return self.me
@@ -8230,20 +8160,22 @@ class BridgeLink(Link):
                 "discuss": []}
 
     def list(self, kind: str) -> List[Row]:
-        action, make = {"friend": ("get_friend_list", friend_row),
-                        "group": ("get_group_list", group_row)}[kind]
-        told = self._rows(action)
-        rows = [row for row in map(make, told) if row["uid"] not in ("", ANY_GROUP)]
-        if told and not rows:
-            raise Declined(f"its answer to {action} names nobody")
+        rows = self._list(f"get_{kind}_list", friend_row if kind == "friend" else group_row)
+        return [row for row in rows if row["uid"] != ANY_GROUP]
+
+    def _list(self, action: str, make: Callable[[Row], Row], **params: Json) -> List[Row]:
+        """The rows of a list; null is an empty one. What else names nobody would lose everybody."""
+        told = self._get(action, LIST_SECONDS, **params)
+        rows = [row for row in map(make, rows_of(told)) if row["uid"]]
+        if told not in (None, []) and not rows:
+            raise Declined(f"its answer to {action} is no list, or names nobody")
         return rows
 
     def details(self, group: str, members: bool) -> Row:
         if not members:
             row = object_of(self._get("get_group_member_info", group_id=group, user_id=self.me))
             return {"role": ROLES.get(str(row.get("role")), "attend")}
-        rows = [row for row in map(member_row, self._rows("get_group_member_list", group_id=group))
-                if row["uid"]]
+        rows = self._list("get_group_member_list", member_row, group_id=group)
         if not rows:
             raise Declined("it names no members, not even ourselves")
         roles = {row["uid"]: row["role"] for row in rows}
@@ -8257,14 +8189,16 @@ class BridgeLink(Link):
     def find_member(self, group: str, uid: str) -> Optional[Row]:
         return self._found(uid, member_row, "get_group_member_info", group_id=group, user_id=uid)
 
-    def _found(self, uid: str, make: Callable[[Row], Row], action: str,
-               **params: str) -> Optional[Row]:
+    def _found(self, uid: str, make: Callable[[Row], Row], action: str, **params: str
+               ) -> Optional[Row]:
         """What a bridge knows of a number, None for nobody. Unreachable, if it does not say."""
         try:
             row = make(filled(object_of(self._get(action, LOOKUP_SECONDS, **params))))
         except Declined:
             return None
         return row if row["uid"] == uid else None
+
+    # -- what it is to do
 
     def send(self, messages: List[Row]) -> List[Row]:
         results = []
@@ -8275,82 +8209,82 @@ class BridgeLink(Link):
                 segments[:0] = [{"type": "at", "data": {"qq": uid}}, *text_segments(" ")]
             if message["reply_to"]:
                 segments.insert(0, {"type": "reply", "data": {"id": message["reply_to"]}})
+            file = {}
             if media:
                 source = media["url"] or "base64://" + str(media["data"])
                 if media["path"] and not media["url"] and self._shares_files:
                     source = "file://" + urllib.parse.quote(media["path"])
-                kind = SEGMENTS.get(media["mime"].partition("/")[0], "")
+                file = {"file": source, "name": media["name"]}
+                kind = SEGMENTS.get(media["mime"].partition("/")[0])
                 if kind:
-                    segments.append({"type": kind, "data": {"file": source, "name": media["name"]}})
-            action = "send_group_msg" if message["type"] == "group_message" else "send_private_msg"
-            place = {"user_id": message["uid"], "group_id": message.get("group")}
+                    segments.append({"type": kind, "data": file})
+                    file = {}
+            to = "group" if message["type"] == "group_message" else "private"
+            place = filled({"user_id": message["uid"], "group_id": message.get("group")})
             try:
-                data = self._get(action, message=segments, **filled(place)) if segments else None
-                if media and not kind:  # neither picture, voice nor video
-                    self._get(action.replace("send_", "upload_").replace("_msg", "_file"),
-                              LIST_SECONDS, file=source, name=media["name"], **filled(place))
+                data = self._get(f"send_{to}_msg", message=segments, **place) if segments else None
+                if file:  # neither picture, voice nor video
+                    self._get(f"upload_{to}_file", LIST_SECONDS, **file, **place)
                 results.append({"code": 0, "info": "发送正常",
-                                "id": self._number(object_of(data)) or None})
+                                "id": message_number(object_of(data)) or None})
             except Declined as error:
                 results.append({"code": -4, "info": error.status})
         return results
 
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        if verb not in self.ACTIONS:
+            return super().__getattr__(verb)
+        action, *pairs = self.ACTIONS[verb].split()
+        names = dict(pair.split("=") for pair in pairs)
+        return lambda *args, **named: self._do(action, **{
+            names[name]: value for name, value in {**dict(zip(names, args)), **named}.items()})
+
+    def _do(self, action: str, **params: Json) -> bool:
+        try:
+            self._get(action, **params)
+        except Declined as error:
+            self._log.warn(f"the bridge declines {action}: {error.status}")
+            return False
+        return True
+
     def kick(self, group: str, uids: List[str]) -> bool:
         """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
-        gone = []
+        done = True
         for uid in uids:
             if self._do("set_group_kick", group_id=group, user_id=uid, reject_add_request=False):
-                gone.append(uid)
                 self._act([{"post_type": "notice", "notice_type": "group_decrease",
                             "sub_type": "kick", "operator_id": self.me,
                             "group_id": group, "user_id": uid, "time": time.time()}])
-        return gone == uids
+            else:
+                done = False
+        return done
 
     def mute(self, group: str, uids: List[str], seconds: int) -> bool:
         return all([self._do("set_group_ban", group_id=group, user_id=uid, duration=seconds)
                     for uid in uids])
 
-    def mute_all(self, group: str, on: bool) -> bool:
-        return self._do("set_group_whole_ban", group_id=group, enable=on)
-
-    def set_card(self, group: str, uid: str, card: str) -> bool:
-        return self._do("set_group_card", group_id=group, user_id=uid, card=card)
-
-    def set_admin(self, group: str, uid: str, on: bool) -> bool:
-        return self._do("set_group_admin", group_id=group, user_id=uid, enable=on)
-
-    def set_title(self, group: str, uid: str, title: str) -> bool:
-        return self._do("set_group_special_title", group_id=group, user_id=uid,
-                        special_title=title)
-
-    def leave_group(self, group: str) -> bool:
-        return self._do("set_group_leave", group_id=group)
-
-    def delete_friend(self, uid: str) -> bool:
-        return self._do("delete_friend", user_id=uid)
-
     def poke(self, uid: str, group: str) -> bool:
-        return self._do("group_poke", group_id=group, user_id=uid) if group else self._do(
-            "friend_poke", user_id=uid)
+        return self._do("group_poke" if group else "friend_poke",
+                        **filled({"group_id": group, "user_id": uid}))
 
     def answer_group_request(self, ticket: str, accept: bool, reason: str) -> bool:
         kind, _, flag = ticket.partition(":")
         return self._do("set_group_add_request", flag=flag, sub_type=kind, approve=accept,
                         reason=reason)
 
+    def revoke(self, id: str) -> bool:
+        return self._do("delete_msg", message_id=id_of(id))
+
     def call(self, action: str, params: Row) -> Row:
         return self.bridge.ask(action, params, BRIDGE_SECONDS)
 
     def file_url(self, item: Row) -> str:
-        group, who = item.get("group"), {"file_id": item["file_id"]}
-        row = object_of(self._get("get_group_file_url", LOOKUP_SECONDS, group_id=group, **who)
-                        if group else self._get("get_private_file_url", LOOKUP_SECONDS,
-                                                user_id=item["uid"], **who))
+        group = item.get("group")
+        place = {"group_id": group} if group else {"user_id": item["uid"]}
+        row = object_of(self._get(f"get_{'group' if group else 'private'}_file_url",
+                                  LOOKUP_SECONDS, file_id=item["file_id"], **place))
         url = scalar(row.get("url")) or ""
         return url if is_url(url) else ""
-
-    def revoke(self, id: str) -> bool:
-        return self._do("delete_msg", message_id=id_of(id))
 
     def find_message(self, id: str) -> Optional[Row]:
         try:
@@ -8358,16 +8292,8 @@ class BridgeLink(Link):
         except (Declined, TooSlow):
             return None
         who = number_of(object_of(row.get("sender")).get("user_id") or row.get("user_id"))
-        row = {"post_type": "message", **row, "user_id": who, "message_id": id}
-        items = self._message(f"message {row.get('message_type')}", number_of(
-            row.get("group_id")), who, row, own_too=True) if who else []
-        return items[-1] if items else None
-
-    def answer_request(self, ticket: str, accept: bool, markname: str) -> bool:
-        return self._do("set_friend_add_request", flag=ticket, approve=accept, remark=markname)
-
-    def rename(self, group: str, name: str) -> bool:
-        return self._do("set_group_name", group_id=group, group_name=name)
+        item = self._message({**row, "user_id": who, "message_id": id}) if who else {}
+        return item if item.get("group") or item.get("uid") else None
 
     # -- what it tells
 
@@ -8404,220 +8330,209 @@ class BridgeLink(Link):
 
     def _hand_on(self, items: List[Row]) -> None:
         """Each under a mark of its own: a bridge numbers nothing, so none came before."""
-        try:
+        with contextlib.suppress(NotRunning):  # we stop
             if items:
                 self._hooks.received([{**item, "mark": f"{next(self._marks)}:0"}
                                       for item in items])
-        except NotRunning:
-            pass  # we stop
-
-    def _was_told(self, seconds: float, *what: str, undoes: str = "") -> bool:
-        """Whether the same was told so short a time ago; from now on it was, and what it `undoes`
-        was not."""
-        now = time.monotonic()
-        before = self._told.note(what, now, instead_of=(undoes, *what[1:]))
-        return before is not None and now - before <= seconds
 
     def _items(self, row: Row) -> List[Row]:
         """The items that come of an event, in order; none if it came before or means nothing."""
         key: Json = row
-        if self._number(row) and "message_type" in row:
+        if message_number(row) and "message_type" in row:
             key = [str(row.get(name)) for name in (
                 "post_type", "message_type", "group_id", "user_id", "message_id", "time")]
         # a webhook is tried again, and may come beside a stream; kept is what is small
         if self._seen.note(hash(to_bytes(key)), True) is not None:
             return []
         post_type = str(row.get("post_type")).replace("_sent", "")
-        what = f"{post_type} {row.get(post_type + '_type')}"
-        if post_type == "message" and what != "message group":
-            what = "message private"
-        elif what == "notice notify":
-            what = f"notify {row.get('sub_type')}"
+        what = str(row.get(post_type + "_type"))
+        if post_type == "message":
+            what = "message group" if what == "group" else "message private"
+        elif post_type != "notice":
+            what = f"{post_type} {what}"
+        elif what == "notify":
+            what = str(row.get("sub_type"))
         if what not in self.NEEDS:
             return [happened(self.UNKNOWN, params=[row])] if post_type == "notice" else []
         for name in self.NEEDS[what].split():
             if not number_of(row.get(name)):
                 self._log.debug(f"an event of the bridge without {name}")
                 return []
-        tell = self._message if post_type == "message" else self._notice
-        items = tell(what, number_of(row.get("group_id")), number_of(row.get("user_id")), row)
+        items = self._said(row) if post_type == "message" else self._notice(
+            what, number_of(row.get("group_id")), number_of(row.get("user_id")), row)
         return [{"time": scalar(row.get("time")), **item} for item in items]
+
+    def _was_told(self, seconds: float, what: str, *of: str) -> bool:
+        """Whether the same was the last thing told of somebody, so short a time ago; now it is."""
+        now = time.monotonic()
+        before, when = self._told.note(of, (what, now)) or ("", 0.0)
+        return before == what and now - when <= seconds
 
     # -- messages
 
-    def _number(self, row: Row) -> str:
-        """The bridge's number of a message, which may be negative; empty for what is none."""
-        number = scalar(row.get("message_id")) or ""
-        return "" if number in ("0", "None") else number
-
-    def _message(self, what: str, group: str, uid: str, row: Row, own_too: bool = False
-                 ) -> List[Row]:
+    def _said(self, row: Row) -> List[Row]:
         """A message, after what it tells of who wrote it."""
         known, sub_type = self._hooks.known, row.get("sub_type") or ""
-        who = {**object_of(row.get("sender")), "user_id": uid}
-        kind = "group_message"
-        if what != "message group":
-            # NapCat has a temporary session's group at the top, LLBot in sender
-            group = (group or number_of(who.get("group_id"))) if sub_type == "group" else ""
-            kind = "sess_message" if group else "friend_message"
-        if uid == self.me or row.get("post_type") == "message_sent":
-            uid = number_of(row.get("target_id"))
-            if not (self.echoes or own_too) or not (uid or group):
-                return []
-            return [{**self._said(kind, group, row), "do": "sent",
-                     "uid": None if kind == "group_message" else uid}]
-        if isinstance(row.get("anonymous"), dict):
-            who.update(nickname=row["anonymous"].get("name"), card=None)
-        found: List[Row] = self._meet_group(group, row) if group else []
+        own = row.get("post_type") == "message_sent" or number_of(row.get("user_id")) == self.me
+        if own and not self.echoes:
+            return []
+        item = self._message(row)
+        group, uid = item["group"] or "", item["uid"]
+        if own:
+            return [item] if group or uid else []
+        found = self._meet_group(group, row) if group else []
         if not group and sub_type in ("", "friend") and self._hooks.certain(
                 "friend") and not known("friend", uid, ""):
             # who writes as a friend is one; what else there is to know comes later
-            found.append(happened("new_friend", object=friend_row(who)))
+            found.append(happened("new_friend", object=item["sender"]))
             self._curious.submit(self._look_later, "", uid)
         if sub_type not in ("anonymous", "notice"):
-            circle = known("group", group, "") if kind == "group_message" else None
+            in_group = item["type"] == "group_message"
+            circle = known("group", group, "") if in_group else None
             if circle is not None and circle.loaded and uid not in circle.member:
                 # only where all are known can one be new; elsewhere the message says who it is
-                self._was_told(0.0, "increase", group, uid, undoes="decrease")
-                found.append(self._of_member("new_group_member", group, member_row(who)))
+                self._was_told(0.0, "entry", group, uid)
+                found.append(self._of_member("new_group_member", group, item["sender"]))
                 self._curious.submit(self._look_later, group, uid)
-            elif kind == "group_message":
-                found += self._news("group_member", group, who)
-            found += self._news("friend", "", who)
-        sender = member_row(who) if group else friend_row(who)
-        return found + [{**self._said(kind, group, row), "do": "message", "uid": uid,
-                         "sender_id": uid, "name": sender["name"], "sender": sender,
-                         "group_name": scalar(row.get("group_name"))}]
+                in_group = False
+            found += self._news(object_of(row.get("sender")), uid, group if in_group else "")
+        return [*found, item]
 
-    def _said(self, kind: str, group: str, row: Row) -> Row:
-        """What an item says of the message itself."""
-        raw, number = row.get("raw_message"), self._number(row)
-        segments = segments_of(raw if row.get("message") is None else row["message"])
-        links = []
-        for segment_type, data in ((segment["type"], segment["data"]) for segment in segments):
-            if segment_type in MEDIA:
-                url = scalar(data.get("url")) or scalar(data.get("file")) or ""
-                links.append({"type": MEDIA[segment_type],
-                              "url": url if re.match("https?://", url) else None,
-                              **({"file_id": scalar(data["file_id"])}
-                                 if segment_type == "file" and data.get("file_id") else {}),
-                              "name": scalar(data.get("name")) or scalar(data.get("file")),
-                              "size": scalar(data.get("file_size"))})
-        return {"type": kind, "group": group or None, "id": number or str(self._ids.next()),
-                "reply_to": self._quoted(segments), "at": list(dict.fromkeys(
-                    uid for uid in (detail(segment["data"].get("qq")) for segment in segments
-                                    if segment["type"] == "at")
-                    if uid == "all" or number_of(uid))),
-                "content": self._content(segments, group),
-                "raw_message": raw if isinstance(raw, str) else cq_text(segments),
-                "time": scalar(row.get("time")) or str(int(time.time())),
-                "links": links}
-
-    @staticmethod
-    def _quoted(segments: List[Row]) -> Optional[str]:
-        """The id of the message that another one quotes."""
-        return next((scalar(segment["data"].get("id")) for segment in segments
-                     if segment["type"] == "reply"), None)
-
-    def _content(self, segments: List[Row], group: str) -> str:
-        """What a person reads, with one blank behind a name."""
-        parts: List[str] = []
-        asked: List[str] = []        # those who were looked up for this message
-        after_name, room = False, CONTENT_LIMIT // 4
-        for part in segments:
-            at, data = part["type"] == "at", part["data"]
-            name = self._at_name(data, group, asked) if at else ""
-            text = f"@{name} " if name else readable(part["type"], data)
-            if part["type"] != "text":
-                room -= len(text)
-                text = text if room > 0 else ""  # a text itself comes whole
-            parts.append(text.lstrip(" ") if after_name else text)
-            after_name = at or after_name and not parts[-1]
-        return "".join(parts)
-
-    def _at_name(self, data: Row, group: str, asked: List[str]) -> str:
-        """Whom an `at` names; empty if it names nobody."""
-        uid, told = detail(data.get("qq")), detail(data.get("name")).lstrip("@")
-        if uid == "all":
-            return "全体成员"
-        if uid in ("", "0"):
-            return told
-        thing = self._hooks.known("group_member", uid, group)
-        name = detail(thing.displayname) if thing else told or self._names.notes.get((group, uid))
-        if not name and len(asked) < AT_LIMIT:
-            asked.append(uid)
-            row = self._member(group, uid) if group else {}
-            name = detail(row.get("card")) or detail(row.get("nickname")) or uid
-            self._names.note((group, uid), name)
-        return name or uid
-
-    def _news(self, kind: str, group: str, who: Row) -> List[Row]:
+    def _news(self, told: Row, uid: str, group: str) -> List[Row]:
         """What a sender's block says of somebody that the roster did not know yet.
 
         A block without a member says nothing about it; an empty card or title is none.
         """
-        thing = self._hooks.known(kind, who["user_id"], group)
-        told: Row = {}
-        if scalar(who.get("nickname")):
-            told["name"] = scalar(who["nickname"])
-        if kind == "group_member":
-            told.update({name: who[name] or None for name in ("card", "title")
-                         if isinstance(who.get(name), str)})
-            if scalar(who.get("role")) in ROLES:
-                told["role"] = who["role"]
-        return [changed(kind, group, who["user_id"], name, value) for name, value in told.items()
-                if thing is not None and thing.value(name) != value]
+        name = {"name": scalar(told.get("nickname"))} if scalar(told.get("nickname")) else {}
+        more = {name: told[name] or None for name in ("card", "title")
+                if isinstance(told.get(name), str)}
+        if scalar(told.get("role")) in ROLES:
+            more["role"] = told["role"]
+        found = []
+        for kind, facts in ("group_member", {**name, **more}), ("friend", name):
+            thing = self._hooks.known(kind, uid, group)
+            found += [changed(kind, group if kind == "group_member" else "", uid, name, value)
+                      for name, value in facts.items()
+                      if thing is not None and thing.value(name) != value]
+        return found
+
+    def _message(self, row: Row) -> Row:
+        """The item that tells of a message."""
+        uid, group = number_of(row.get("user_id")), number_of(row.get("group_id"))
+        who = {**object_of(row.get("sender")), "user_id": uid}
+        if isinstance(row.get("anonymous"), dict):
+            who.update(nickname=row["anonymous"].get("name"), card=None)
+        kind = "group_message"
+        if row.get("message_type") != "group":
+            # NapCat has a temporary session's group at the top, LLBot in sender
+            group = (group or number_of(who.get("group_id"))) if (
+                row.get("sub_type") == "group") else ""
+            kind = "sess_message" if group else "friend_message"
+        raw = row.get("raw_message")
+        parts = segments_of(raw if row.get("message") is None else row["message"])
+        at = [detail(part["data"].get("qq")) for part in parts if part["type"] == "at"]
+        quoted = [part["data"].get("id") for part in parts if part["type"] == "reply"]
+        item = {"type": kind, "group": group or None,
+                "id": message_number(row) or str(self._ids.next()),
+                "reply_to": scalar(quoted[0]) if quoted else None,
+                "at": [one for one in dict.fromkeys(at) if one == "all" or number_of(one)],
+                "content": self._content(parts, group),
+                "raw_message": raw if isinstance(raw, str) else cq_text(parts),
+                "time": scalar(row.get("time")) or str(int(time.time())),
+                "links": [media_link(part["type"], part["data"]) for part in parts
+                          if part["type"] in MEDIA]}
+        if uid == self.me or row.get("post_type") == "message_sent":
+            target = None if kind == "group_message" else number_of(row.get("target_id"))
+            return {**item, "do": "sent", "uid": target}
+        sender = member_row(who) if group else friend_row(who)
+        return {**item, "do": "message", "uid": uid, "sender_id": uid, "name": sender["name"],
+                "sender": sender, "group_name": scalar(row.get("group_name"))}
+
+    def _content(self, segments: List[Row], group: str) -> str:
+        """What a person reads, with one blank behind a name."""
+        parts: List[str] = []
+        asked, after_name, room = 0, False, CONTENT_LIMIT // 4
+        for kind, data in ((segment["type"], segment["data"]) for segment in segments):
+            uid, text = detail(data.get("qq")), readable(kind, data)
+            if kind == "at":
+                thing = self._hooks.known("group_member", uid, group)
+                name = detail(thing.displayname) if thing else detail(data.get("name")).lstrip("@")
+                if uid == "all":
+                    name = "全体成员"
+                elif uid not in ("", "0") and not name:
+                    name = self._names.notes.get((group, uid)) or ""
+                    if not name and asked < AT_LIMIT:
+                        asked += 1
+                        row = self._person(uid, group) if group else {}
+                        name = detail(row.get("card")) or detail(row.get("nickname")) or uid
+                        self._names.note((group, uid), name)
+                    name = name or uid
+                text = f"@{name} " if name else text
+            if kind != "text":
+                room -= len(text)
+                text = text if room > 0 else ""  # a text itself comes whole
+            parts.append(text.lstrip(" ") if after_name else text)
+            after_name = kind == "at" or after_name and not parts[-1]
+        return "".join(parts)
 
     # -- who is new, or gone, or has changed
 
+    def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
+        """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
+        if uid == ANY_GROUP or self._hooks.known("group", uid, "") or not (
+                sure or self._hooks.certain("group")):
+            return []
+        self._was_told(0.0, "entry", uid, self.me)
+        if not scalar(row.get("group_name")):
+            row = self._look_up("get_group_info", group_id=uid)
+        return [happened("new_group", object=group_row({**row, "group_id": uid}))]
+
+    def _of_member(self, event: str, group: str, member: Row, **facts: Json) -> Row:
+        """Also of a group that no list has told of yet."""
+        return happened(event, object=member, circle=group,
+                        unlisted=not self._hooks.certain("group"), **facts)
+
+    def _look_later(self, group: str, uid: str) -> None:
+        """What there is to know of somebody new; nobody waits for it, so nobody is told."""
+        kind, make = ("group_member", member_row) if group else ("friend", friend_row)
+        self._hand_on([changed(kind, group, uid, name, value, quiet=True)
+                       for name, value in make(self._person(uid, group)).items()
+                       if value and name not in ("id", "uid", "name")])
+
     def _notice(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
         known, sub_type, me = self._hooks.known, row.get("sub_type"), self.me
-        operator = number_of(row.get("operator_id"))
-        facts = {"kind": scalar(sub_type), "operator_uid": operator or None}
-        if what in self.TELLING:
-            return self._telling(what, group, uid, operator, row)
-        if what == "notice group_increase":
+        facts = {"kind": scalar(sub_type),
+                 "operator_uid": number_of(row.get("operator_id")) or None}
+        if what == "group_increase":
             # also of somebody who is listed: a notice of the leaving may have been missed
             found = self._meet_group(group, row, sure=uid == me)
-            if uid != me and not self._was_told(REPEAT_SECONDS, "increase", group, uid,
-                                                undoes="decrease"):
-                found.append({**self._of_member("new_group_member", group, member_row(
-                    self._member(group, uid))), **facts})
+            if uid != me and not self._was_told(REPEAT_SECONDS, "entry", group, uid):
+                found.append(self._of_member("new_group_member", group,
+                                             member_row(self._person(uid, group)), **facts))
             return found
-        if what == "notice group_dismiss" or what == "notice group_decrease" and (
-                uid == me or sub_type in ("kick_me", "disband")):
-            if self._was_told(LOSS_SECONDS, "lost", group, undoes="enter"):
+        if what in ("group_dismiss", "group_decrease"):
+            lost = what == "group_dismiss" or uid == me or sub_type in ("kick_me", "disband")
+            who = me if lost else uid
+            if not who or self._was_told(LOSS_SECONDS, "loss", group, who):
                 return []
-            return [happened("lose_group", object={"uid": group, "id": group, "name": group})]
-        if what == "notice group_decrease":
-            if not uid or self._was_told(LOSS_SECONDS, "decrease", group, uid, undoes="increase"):
-                return []
-            return [{**self._of_member("lose_group_member", group, {"uid": uid} if known(
-                "group_member", uid, group) else member_row(self._stranger(uid))), **facts}]
-        if what == "notice friend_add":
+            if lost:
+                return [happened("lose_group", object={"uid": group, "id": group, "name": group})]
+            return [self._of_member("lose_group_member", group, {"uid": uid} if known(
+                "group_member", uid, group) else member_row(self._person(uid)), **facts)]
+        if what == "friend_add":
             if known("friend", uid, "") or self._was_told(REPEAT_SECONDS, "friend", uid):
                 return []
-            return [happened("new_friend", object=friend_row(self._stranger(uid)))]
-        if what == "request friend":
-            flag = scalar(row.get("flag"))
-            if flag and self._was_told(COOKIE_SECONDS, "request", flag):
-                return []
-            name = friend_row(self._stranger(uid))["name"]
-            return [happened("friend_request", request={
-                "id": uid, "name": name, "displayname": name, "ticket": flag,
-                "verify": scalar(row.get("comment")) or ""})]
-        if what in ("notice group_recall", "notice friend_recall"):
-            message = scalar(row.get("message_id"))
-            return [happened("revoke_message", params=[
-                message, uid or None, operator or uid or None, group or None])] if message else []
-        if what == "notify group_name":
+            return [happened("new_friend", object=friend_row(self._person(uid)))]
+        if what == "group_name":
             name = scalar(row.get("name_new")) or scalar(row.get("group_name"))
             return [changed("group", "", group, "name", name)] if name else []
+        roles = ("admin", "member") if sub_type == "set" else ("member", "admin")
         changes: Dict[str, Tuple[str, Json, Json]] = {
-            "notice group_card": ("card", row.get("card_new"), row.get("card_old")),
-            "notify title": ("title", row.get("title"), None),
-            "notice group_admin": ("role", "admin", "member") if sub_type == "set"
-            else ("role", "member", "admin")}
+            "group_card": ("card", row.get("card_new"), row.get("card_old")),
+            "title": ("title", row.get("title"), None),
+            "group_admin": ("role", *roles)}
+        if what not in changes:
+            return self._telling(what, group, uid, row)
         prop, new, old = changes[what]
         found = [changed("group_member", group, uid, prop, scalar(new) or None, object={
             **member_row({"user_id": uid}), prop: scalar(old) or None})]
@@ -8625,76 +8540,57 @@ class BridgeLink(Link):
             found.insert(0, changed("group", "", group, "role", ROLES[new]))
         return found
 
-    def _telling(self, what: str, group: str, uid: str, operator: str, row: Row) -> List[Row]:
+    def _telling(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
         """What tells of something, and changes nothing that is known."""
+        operator, flag = number_of(row.get("operator_id")), scalar(row.get("flag"))
         place = {"kind": "group", "uid": group, "name": scalar(row.get("group_name")) or group}
-        if what == "notice group_ban":
+        if what.startswith("request "):
+            if what == "request group" and not flag or flag and self._was_told(
+                    COOKIE_SECONDS, "request", flag):
+                return []
+            name, comment = friend_row(self._person(uid))["name"], scalar(row.get("comment")) or ""
+            if what == "request friend":
+                return [happened("friend_request", request={
+                    "id": uid, "name": name, "displayname": name, "ticket": flag,
+                    "verify": comment})]
+            known, invited = self._hooks.known("group", group, ""), row.get("sub_type") == "invite"
+            # the ticket tells what it is, as the answer must
+            return [happened("group_request", request={
+                "group": scalar(row.get("group_name")) or (known.displayname if known else scalar(
+                    self._look_up("get_group_info", group_id=group).get("group_name")) or group),
+                "group_uid": group, "uid": uid, "name": name, "comment": comment,
+                "kind": "invite" if invited else "join",
+                "ticket": f"{'invite' if invited else 'add'}:{flag}"})]
+        if what.endswith("_recall"):
+            message = scalar(row.get("message_id"))
+            return [happened("revoke_message", params=[
+                message, uid or None, operator or uid or None, group or None])] if message else []
+        if what == "group_ban":
             seconds = int(number_of(row.get("duration")) or 0) if uid else -1
             return [happened("group_shutup", params=[
                 member_of(group, uid) if uid else None,
                 member_of(group, operator) if operator else None,
                 0 if row.get("sub_type") == "lift_ban" else seconds, place])]
-        if what == "notice group_upload":
+        if what == "group_upload":
             file = object_of(row.get("file"))
             return [happened("group_upload", params=[member_of(group, uid), {
                 name: scalar(file.get(name)) for name in ("name", "size", "id")}, place])]
-        if what == "notify poke":
-            return [happened("poke", params=[
-                *[member_of(group, one) if group else {"kind": "friend", "uid": one}
-                  for one in (uid, number_of(row.get("target_id")))], place if group else None])]
-        return self._group_request(
-            str(row.get("sub_type")), group, uid, scalar(row.get("flag")) or "",
-            row.get("comment"), scalar(row.get("group_name")))
-
-    def _group_request(self, kind: str, group: str, uid: str, flag: str, comment: Json,
-                       name: Optional[str]) -> List[Row]:
-        """Somebody asks to be let in, or invites us; the ticket tells which, as the answer must."""
-        if not flag or self._was_told(COOKIE_SECONDS, "request", flag):
-            return []
-        kind = "invite" if kind == "invite" else "add"
-        known = self._hooks.known("group", group, "")
-        return [happened("group_request", request={
-            "group": name or (known.displayname if known else scalar(self._look_up(
-                "get_group_info", group_id=group).get("group_name")) or group),
-            "group_uid": group, "uid": uid, "name": friend_row(self._stranger(uid))["name"],
-            "comment": scalar(comment) or "", "kind": "invite" if kind == "invite" else "join",
-            "ticket": f"{kind}:{flag}"})]
+        return [happened("poke", params=[
+            *[member_of(group, one) if group else {"kind": "friend", "uid": one}
+              for one in (uid, number_of(row.get("target_id")))], place if group else None])]
 
     def _ask_for_requests(self) -> None:
         """Those that came while we were away, where the bridge can tell them."""
-        told, found = self._look_up("get_group_system_msg"), []
-        for name, kind, who in (("join_requests", "add", "requester_uin"),
-                                ("invited_requests", "invite", "invitor_uin")):
-            for row in rows_of(told.get(name) or kind == "invite" and told.get("InvitedRequest")):
+        told = self._look_up("get_group_system_msg")
+        for name, sub_type, who in (("join_requests", "add", "requester_uin"),
+                                    ("invited_requests", "invite", "invitor_uin"),
+                                    ("InvitedRequest", "invite", "invitor_uin")):
+            for row in rows_of(told.get(name)):
                 group, uid = number_of(row.get("group_id")), number_of(row.get(who))
                 if group and uid and not row.get("checked"):
-                    found += self._group_request(kind, group, uid,
-                                                 scalar(row.get("request_id")) or "",
-                                                 row.get("message"), scalar(row.get("group_name")))
-        self._hand_on(found)
-
-    def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
-        """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
-        if uid == ANY_GROUP or self._hooks.known("group", uid, "") or not (
-                sure or self._hooks.certain("group")):
-            return []
-        self._was_told(0.0, "enter", uid, undoes="lost")
-        name = scalar(row.get("group_name"))
-        about = {"group_name": name} if name else self._look_up("get_group_info", group_id=uid)
-        return [happened("new_group", object=group_row({**about, "group_id": uid}))]
-
-    def _of_member(self, event: str, group: str, member: Row) -> Row:
-        """Also of a group that no list has told of yet."""
-        return happened(event, object=member, circle=group,
-                        unlisted=not self._hooks.certain("group"))
-
-    def _look_later(self, group: str, uid: str) -> None:
-        """What there is to know of somebody new; nobody waits for it, so nobody is told."""
-        row = member_row(self._member(group, uid)) if group else friend_row(self._stranger(uid))
-        kind = "group_member" if group else "friend"
-        self._hand_on([changed(kind, group, uid, name, value, quiet=True)
-                       for name, value in row.items()
-                       if value and name not in ("id", "uid", "name")])
+                    self._hand_on(self._telling("request group", group, uid, {
+                        **row, "sub_type": sub_type, "flag": row.get("request_id"),
+                        "comment": row.get("message")}))
 
 
 class OneBotLink(BridgeLink):
@@ -11472,7 +11368,7 @@ class Answers:
                 more["at"] = [sender]
             try:
                 if more["cq"]:
-                    check_cq(text, self._media.check_address)
+                    check_sources(text, self._media.check_address)
                 self._client.talk.reply(row, text, "api", **more)
             except OpenQQError as error:
                 self._client.log.warn(f"reply in an answer of post_api: {error.status}")
@@ -11764,7 +11660,7 @@ class Api:
         content, media = self.what(request.params)
         cq = request.params.get("cq") == "1"
         if cq:
-            check_cq(content, self.media.check_address)
+            check_sources(content, self.media.check_address)
         if self.client.talk.is_full():
             raise QueueFull()
         future = self.client.send(type, content, uid, circle, via=via, media=media, cq=cq,
@@ -13681,18 +13577,17 @@ class Terminal:
     def events(self, *names: str) -> None:
         """Events as they come, those that are kept first; of one account or of all."""
         client = {"client": name for name in names}
-        reply, events = self._open("events", {"since": "0", **client}), ServerSent()
+        reply = self._open("events", {"since": "0", **client})
         if reply.kind != "text/event-stream":
             raise Said(reply).refusal()
-        for piece in reply.pieces(PROXY_SECONDS):
-            for data in events.feed(piece):
-                event = {**client, **(object_in(data) or {})}
-                if self._is_raw:
-                    text = to_bytes(event).decode()
-                    print(printable(text, True) if self._is_console else text, flush=True)
-                else:
-                    text, color = event_line(event)
-                    print(self._color(printable(text), color), flush=True)
+        for data in server_sent(reply.pieces(PROXY_SECONDS)):
+            event = {**client, **(object_in(data) or {})}
+            if self._is_raw:
+                text = to_bytes(event).decode()
+                print(printable(text, True) if self._is_console else text, flush=True)
+            else:
+                text, color = event_line(event)
+                print(self._color(printable(text), color), flush=True)
         raise Refusal("the stream of events has ended")
 
     def call(self, api: str, *pairs: str) -> None:

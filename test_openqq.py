@@ -467,9 +467,9 @@ class Channel:
     def send(self, row):
         """Send JSON as an event or an answer."""
         text = json.dumps(row, ensure_ascii=False).encode()
-        size = self.bridge.pieces or len(text)
         if self.sse:
             return self.raw(b"data: " + text + b"\n\n")
+        size = self.bridge.pieces or len(text)
         places = range(0, len(text), size)
         return self.raw(b"".join(
             ws_frame(text[place:place + size], 0 if place else 1, fin=place == places[-1])
@@ -500,12 +500,7 @@ class Channel:
         if first & 0x70:
             raise ValueError("reserved bits without an extension")
         mask, data = exactly(4), exactly(length)
-        if any(data):
-            pad = (mask * (length // 4 + 1))[:length]
-            number = int.from_bytes(data, "big") ^ int.from_bytes(pad, "big")
-            data = number.to_bytes(length, "big")
-        self.bridge.masks.add(mask)
-        self.bridge.frames += 1
+        data = bytes(byte ^ key for byte, key in zip(data, itertools.cycle(mask)))
         return first & 15, data, bool(first & 128)
 
     def texts(self):
@@ -521,8 +516,7 @@ class Channel:
                     self.raw(ws_frame(data[:2], 8))
                     return
                 if opcode == 9 and "*" not in self.bridge.hanging:
-                    self.raw(b"".join(ws_frame(b"" if again else data, 10)
-                                      for again in range(self.bridge.pongs)))
+                    self.raw(ws_frame(data, 10))
                 continue
             if (opcode == 0) != (whole is not None) or opcode > 1:
                 raise ValueError(f"opcode {opcode} out of place")
@@ -543,12 +537,10 @@ class Bridge(Peer):
     late_refusal    a WebSocket is opened all the same and told so in JSON, then closed (NapCat)
     ids             int or str: how ids are written; message_format: "array" or "string"
     sse             True, False (404), or 1404 (200 with that retcode, NapCat without it)
-    post_to         the URL that events are posted to, `secret` signs them, `upper` in capitals
+    post_to         the URL that events are posted to, `secret` signs them
     unknown         404, or 200: how it answers to an action that it does not have
     lifecycle       whether a WebSocket begins with the event that tells of it
     pieces          WebSocket texts go out in fragments of so many bytes
-    handshake       bytes to answer a WebSocket's handshake with, and then close
-    pongs           how many pongs follow a ping; NapCat sends 2, the second empty
 
     A WebSocket at /api carries actions only, at any other path events too.
 
@@ -560,14 +552,13 @@ class Bridge(Peer):
     IDS = {"user_id", "group_id", "self_id", "target_id", "operator_id", "sender_id", "message_id"}
 
     def __init__(self, uin=10001, nickname="阿猫", token="", port=0, ids=int, sse=True,
-                 message_format="array", post_to="", secret="", upper=False, unknown=404,
+                 message_format="array", post_to="", secret="", unknown=404,
                  refusal=(403, {"status": "failed", "retcode": 1403, "message": "token验证失败"}),
-                 late_refusal=False, lifecycle=True, pieces=0, handshake=b"", pongs=1):
+                 late_refusal=False, lifecycle=True, pieces=0):
         self.uin, self.nickname, self.token, self.ids, self.sse = uin, nickname, token, ids, sse
         self.message_format, self.post_to, self.secret = message_format, post_to, secret
-        self.upper, self.unknown, self.refusal = upper, unknown, refusal
-        self.late_refusal, self.lifecycle = late_refusal, lifecycle
-        self.pieces, self.handshake, self.pongs = pieces, handshake, pongs
+        self.unknown, self.refusal = unknown, refusal
+        self.late_refusal, self.lifecycle, self.pieces = late_refusal, lifecycle, pieces
         self.friends = [{"user_id": 20001, "nickname": "小明", "remark": "老明"},
                         {"user_id": 20002, "nickname": "小红", "remark": ""}]
         self.strangers = []
@@ -578,8 +569,6 @@ class Bridge(Peer):
         self.answers = {}           # action: what is answered instead, see _answer
         self.hanging = set()        # actions that are never answered; "*": nothing is, no ping
         self.faults = []
-        self.frames = 0             # that came, and the masks that they had: a new one for each,
-        self.masks = set()          # so that as many are here
         self.refused = 0            # requests with a wrong token or none
         self.posted = []            # what was answered to each event that was posted: a status
         self.controls = Heard()     # (opcode, payload) of the control frames that came
@@ -664,34 +653,28 @@ class Bridge(Peer):
     def _data(self, action, params):
         """(data,) of an action that this bridge has, None for others; (None,) for nothing found."""
         group = self._one(self.groups, "group_id", params.get("group_id"))
-        user_id = params.get("user_id")
-        if action == "get_login_info":
-            return {"user_id": self.uin, "nickname": self.nickname},
-        if action == "get_status":
-            return {"online": self.logged_in, "good": True, "stat": {}},
-        if action == "get_version_info":
-            return {"app_name": "TestBridge", "app_version": "1.0", "protocol_version": "v11"},
-        if action == "get_friend_list":
-            return list(self.friends),
-        if action == "get_stranger_info":
-            return self._stranger(user_id),
-        if action == "get_group_list":
-            return [self._group_row(row) for row in list(self.groups)],
-        if action == "get_group_info":
-            return group and self._group_row(group),
-        if action == "get_group_member_list":
-            return group and [dict(row, group_id=group["group_id"])
-                              for row in self._members(group)],
-        if action == "get_group_member_info":
-            return self._member_row(params.get("group_id"), user_id),
-        if action in ("send_private_msg", "send_group_msg", "send_msg"):
+        if action.startswith("send_"):
             return {"message_id": next(self._numbers)},
-        return None
+        found = {
+            "get_login_info": lambda: {"user_id": self.uin, "nickname": self.nickname},
+            "get_status": lambda: {"online": self.logged_in, "good": True, "stat": {}},
+            "get_version_info": lambda: {"app_name": "TestBridge", "app_version": "1.0",
+                                         "protocol_version": "v11"},
+            "get_friend_list": lambda: list(self.friends),
+            "get_stranger_info": lambda: self._stranger(params.get("user_id")),
+            "get_group_list": lambda: [self._group_row(row) for row in list(self.groups)],
+            "get_group_info": lambda: group and self._group_row(group),
+            "get_group_member_list": lambda: group and [
+                dict(row, group_id=group["group_id"]) for row in self._members(group)],
+            "get_group_member_info": lambda: self._member_row(
+                params.get("group_id"), params.get("user_id"))}.get(action)
+        return found and (found(),)
 
     ACTS = {"delete_msg", "set_group_kick", "set_group_ban", "set_group_card", "set_group_admin",
             "set_friend_add_request", "set_group_add_request", "set_group_name",
             "set_group_leave", "set_group_whole_ban", "set_group_special_title", "delete_friend",
-            "group_poke", "friend_poke", "upload_group_file", "upload_private_file"}  # done, with nothing to tell
+            "group_poke", "friend_poke", "upload_group_file",
+            "upload_private_file"}   # done, with nothing to tell
 
     def _answer(self, action, params):
         """(status, row) of an action; answers[action] may be a row that is laid over the usual one
@@ -792,9 +775,6 @@ class Bridge(Peer):
         accept = base64.b64encode(hashlib.sha1((key + guid).encode()).digest())
         if len(key) != 24 or handler.headers.get("Sec-WebSocket-Version") != "13":
             self.faults.append(f"handshake: {dict(handler.headers)}")
-        if self.handshake:
-            handler.connection.sendall(self.handshake)
-            return
         handler.connection.sendall(
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n")
@@ -904,7 +884,7 @@ class Bridge(Peer):
         headers = {"Content-Type": "application/json", "X-Self-ID": str(self.uin), **headers}
         if self.secret:
             sign = hmac.new(self.secret.encode(), body, "sha1").hexdigest()
-            headers.setdefault("X-Signature", "sha1=" + (sign.upper() if self.upper else sign))
+            headers.setdefault("X-Signature", "sha1=" + sign)
         parts = urllib.parse.urlsplit(self.post_to)
         connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=WAIT)
         target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
@@ -1230,26 +1210,19 @@ class NapCatPage(Peer):
     """NapCat's WebUI, as far as logging in goes: change logged_in, offline, qrcode, error.
 
     calls: (path, JSON) in their order. refused: how often a wrong token came. next_qrcode: what a
-    refresh puts in the place of qrcode. answers[path] = (message, data) is said instead: a message
-    is an error, ("login rate limit", None); ("", {"require2FA": True}) is a success without use.
-    Kicked off line, it still takes itself for logged in and will not show a QR without a refresh.
+    refresh puts in the place of qrcode. Kicked off line, it still takes itself for logged in and
+    will not show a QR without a refresh.
     """
 
-    def __init__(self, token="napcat", port=0):
+    def __init__(self, token="napcat"):
         self.token = token
         self.logged_in = self.offline = False
         self.qrcode = self.next_qrcode = "https://txz.qq.com/p?k=one&f=1600001604"
         self.error = ""
         self.refused = 0
-        self._heard = Heard()
-        self.calls = self._heard.rows
-        self.answers = {}
+        self.calls = []
         self._credentials = set()
-        super().__init__(port)
-
-    def wait_call(self, path, seconds=WAIT):
-        """The JSON of the next call of this path that was not yet returned here."""
-        return self._heard.wait(path, seconds=seconds)
+        super().__init__()
 
     def expire(self):
         """All credentials that were given are worth nothing from now on."""
@@ -1258,17 +1231,21 @@ class NapCatPage(Peer):
     def handle(self, handler):
         """Answer with 200, whatever happened."""
         said = json.loads(handler.body or b"{}")
-        self._heard.add(handler.path, said)
+        self.calls.append((handler.path, said))
         message, data = self._answer(handler, said)
         row = {"code": -1 if message else 0, "message": message or "success", "data": data}
         self.reply(handler, 200, row)
 
     def _answer(self, handler, said):
         """(what is wrong, data)"""
-        if handler.path in self.answers:
-            return self.answers[handler.path]
         if handler.path == "/api/auth/login":
-            return self._login(said)
+            good = hashlib.sha256((self.token + ".napcat").encode()).hexdigest()
+            if said.get("hash") != good:
+                self.refused += 1
+                return "token is invalid", None
+            credential = base64.b64encode(os.urandom(24)).decode()
+            self._credentials.add(credential)
+            return "", {"Credential": credential}
         if handler.headers.get("Authorization", "")[7:] not in self._credentials:
             return "Unauthorized", None
         if handler.path == "/api/QQLogin/CheckLoginStatus":
@@ -1285,77 +1262,33 @@ class NapCatPage(Peer):
             return "", {"qrcodeurl": self.qrcode}
         return "not found", None
 
-    def _login(self, said):
-        good = hashlib.sha256((self.token + ".napcat").encode()).hexdigest()
-        if said.get("hash") != good:
-            self.refused += 1
-            return "token is invalid", None
-        credential = base64.b64encode(os.urandom(24)).decode()
-        self._credentials.add(credential)
-        return "", {"Credential": credential}
-
 
 class LLBotPage(Peer):
-    """LLBot's WebUI, as far as logging in goes: change logged_in, offline, qrcode, error.
+    """LLBot's WebUI, as far as logging in goes: change logged_in, qrcode.
 
-    The fourth wrong token one after the other locks it: even the right one is refused then.
-    refused: how often a wrong token came, or any while it was locked.
+    refused: how often a wrong token came; the fourth would lock it for an hour.
     """
 
-    def __init__(self, password="llbot", port=0, uin="10001", nickname="阿猫"):
+    def __init__(self, password="llbot"):
         self.password = password
-        self.uin, self.nickname = uin, nickname
-        self.logged_in = self.offline = False
+        self.logged_in = False
         self.qrcode = "https://txz.qq.com/p?k=two&f=1600001604"
-        self.error = ""
-        self.refused = self._failures = 0
-        self.locked = False
-        self._heard = Heard()
-        self.calls = self._heard.rows
-        super().__init__(port)
-
-    wait_call = NapCatPage.wait_call
+        self.refused = 0
+        super().__init__()
 
     def handle(self, handler):
-        """Answer as long as it is not locked."""
-        self._heard.add(handler.path, handler.query)
         good = hashlib.sha256(self.password.encode()).hexdigest()
-        shown = handler.headers.get("X-Webui-Token") or handler.query.get("token")
-        if not shown:
-            self.reply(handler, 403, {"success": False, "message": "请输入密码"})
-        elif self.locked or shown != good:
-            self._refuse(handler)
-        elif handler.path == "/api/login-qrcode" and self.error:
-            self.reply(handler, 500, {"success": False, "message": self.error, "error": {}})
-        elif handler.path == "/api/login-qrcode":
-            self._reply(handler, {"qrcodeUrl": self.qrcode, "expireTime": 120,
-                                  "pngBase64QrcodeData": "data:image/png;base64,"})
-        elif handler.path == "/api/login-info":
-            self._reply(handler, {"uin": self.uin if self.logged_in else "",
-                                  "nick": self.nickname if self.logged_in else "",
-                                  "online": self.logged_in and not self.offline})
+        data = {"/api/login-qrcode": {"qrcodeUrl": self.qrcode, "expireTime": 120,
+                                      "pngBase64QrcodeData": "data:image/png;base64,"},
+                "/api/login-info": {"uin": "10001" if self.logged_in else "",
+                                    "nick": "阿猫" if self.logged_in else "",
+                                    "online": self.logged_in}}.get(handler.path)
+        if handler.headers.get("X-Webui-Token") != good:
+            self.refused += 1
+            self.reply(handler, 403, {"success": False, "message": "Token校验失败",
+                                      "remainingAttempts": 4 - self.refused})
         else:
-            self.reply(handler, 404, {"success": False, "message": "not found"})
-
-    def _refuse(self, handler):
-        self.refused += 1
-        self._failures += 1
-        row = {"success": False}
-        if self.locked:
-            row.update(message="密码错误次数过多，请在 60 分钟后重试")
-        elif self._failures < 4:
-            row.update(message=f"Token校验失败，剩余尝试次数：{4 - self._failures}",
-                       remainingAttempts=4 - self._failures)
-        else:
-            self.locked = True
-            row.update(message="密码连续错误3次，账户已被锁定1小时")
-        if self.locked:
-            row.update(locked=True, remainingMinutes=60)
-        self.reply(handler, 403, row)
-
-    def _reply(self, handler, data):
-        self._failures = 0
-        self.reply(handler, 200, {"success": True, "data": data})
+            self.reply(handler, 200 if data else 404, {"success": bool(data), "data": data})
 
 
 class ILink(Peer):
@@ -9938,6 +9871,13 @@ def on_bridges(directory, ways, begin):
     assert "Traceback" not in program.log.text()
 
 
+@pytest.fixture
+def closing():
+    """closing(peer): the same, and it is closed when the test is over."""
+    with contextlib.ExitStack() as stack:
+        yield lambda peer: stack.enter_context(contextlib.closing(peer))
+
+
 @pytest.fixture(scope="module")
 def bridged(tmp_path_factory):
     """A controller with an account for each way, running; for tests that leave it as it was."""
@@ -10052,6 +9992,13 @@ def text_of(text):
 
 
 PICTURE = "http://127.0.0.1:9/a.png?x=1&y=[2],3"
+NEWS_CARD = {"title": "标题", "desc": "说明", "jumpUrl": "https://h.example/a?b=1&c=2"}
+
+
+def card_of(**row):
+    return [segment("json", data=json.dumps(row, ensure_ascii=False))]
+
+
 QQ_SEGMENTS = {
     "text": ([segment("text", text="a&b[c],d=e")], "a&b[c],d=e"),
     "a text like a code": ([segment("text", text="[CQ:at,qq=1]&amp;&#91;")],
@@ -10071,15 +10018,6 @@ QQ_SEGMENTS = {
     "file": ([segment("file", file="A.doc")], "[文件]A.doc"),
     "reply": ([segment("reply", id="-7"), segment("text", text="对")], "对"),
     "other": ([segment("json", data='{"a":[1,2]}'), segment("mface", id="1")], "[json][mface]"),
-}
-
-
-def card_of(**row):
-    return [segment("json", data=json.dumps(row, ensure_ascii=False))]
-
-
-NEWS_CARD = {"title": "标题", "desc": "说明", "jumpUrl": "https://h.example/a?b=1&c=2"}
-QQ_SEGMENTS.update({
     "at, then a blank": ([segment("at", qq="40001"), *text_of(" 来")], "@路人 来"),
     "at, then blanks": ([segment("at", qq="all"), *text_of("  "), *text_of(" 来 吗")],
                         "@全体成员 来 吗"),
@@ -10124,7 +10062,7 @@ QQ_SEGMENTS.update({
         [segment(kind) for kind in ("at", "face", "image", "file", "json", "xml", "forward",
                                     "markdown", "mface", "share", "strange")],
         "[at][表情][图片][文件][json][xml][聊天记录][markdown][mface][分享][strange]"),
-})
+}
 
 
 @pytest.mark.parametrize("rows, content", QQ_SEGMENTS.values(), ids=QQ_SEGMENTS)
@@ -10133,12 +10071,13 @@ def test_segments_become_readable_text_and_the_codes_are_told_besides(qq, rows, 
     assert (event["content"], event["raw_message"]) == (content, cq_string(rows))
 
 
-def test_pictures_that_come_are_told_with_the_bridges_url(qq):
+def test_pictures_that_come_are_told_with_the_bridges_url_and_raw_message_is_made(qq):
     rows = [segment("image", file="A.png", url=PICTURE, file_size="512"),
             segment("record", file="B.amr"), segment("video", url="https://h/v.mp4", name="v"),
             segment("file", file="C.doc", url="file:///etc/passwd")]
-    [event] = qq.events_of(private(20001, rows))
+    [event] = qq.events_of(private(20001, rows, raw_message=None))
     assert event["content"] == "[图片][语音][视频][文件]C.doc"
+    assert event["raw_message"] == cq_string(rows)
     assert event["media"] == [
         {"type": "image", "url": PICTURE, "name": "A.png", "size": "512"},
         {"type": "audio", "url": None, "name": "B.amr", "size": None},
@@ -10170,6 +10109,9 @@ ODD_MESSAGES = {
          segment("json", data={"prompt": "对象"}), segment("json", data=None),
          segment("xml", data=5), segment("share", title={"a": 1}, url=None)],
         "[文件][文件][mface]甲: 乙对象[json][xml][分享]"),
+    "codes without their values": (
+        "[CQ:at][CQ:at,qq][CQ:at,qq=]好[CQ:file,file=甲.doc][CQ:strange,a=1][CQ:at,qq=40001] 来",
+        "[at][at][at]好[文件]甲.doc[strange]@路人 来"),
     "what steers a screen": ([segment("file", name="\x1b[2J\r\n甲")], "[文件][2J 甲"),
 }
 
@@ -10183,17 +10125,6 @@ def test_whatever_stands_in_a_message_reads_as_text_or_a_label_and_no_python(
     assert event["content"] == content
     for word in "None", "True", "False", "{'":
         assert word not in event["content"] + event["raw_message"]
-
-
-@pytest.mark.parametrize("text, content", [
-    ("[CQ:at]", "[at]"), ("[CQ:at,qq]", "[at]"), ("[CQ:at,qq=]好", "[at]好"),
-    ("[CQ:file,file=甲.doc]", "[文件]甲.doc"), ("[CQ:strange,a=1]", "[strange]"),
-    ("[CQ:at,qq=40001] 来", "@路人 来")])
-def test_codes_without_their_values_read_as_labels(bridged, text, content):
-    me = bridged["ws-too"]
-    [event] = me.events_of(lambda bridge: bridge.emit(
-        message=text, raw_message=text, message_id=next(TIMES), **SAID_IN_FAMILY))
-    assert (event["content"], event["raw_message"]) == (content, text)
 
 
 def test_ten_thousand_segments_are_read_at_once_and_ask_for_few_names(bridged):
@@ -10228,12 +10159,6 @@ def test_the_time_of_an_event_is_the_bridges_where_it_tells_one(bridged):
             before <= int(event["time"]) <= time.time())
 
 
-def test_a_message_without_raw_message_gets_one_made(qq):
-    [event] = qq.events_of(private(20001, [segment("at", qq="1"), segment("text", text="a,[")],
-                                   raw_message=None))
-    assert event["raw_message"] == "[CQ:at,qq=1]a,&#91;"
-
-
 OWN_MESSAGES = {
     "to a friend": ({"message_type": "private", "target_id": 20001},
                     {"type": "friend_message", "receiver": "老明", "receiver_id": "20001"}),
@@ -10259,24 +10184,6 @@ def test_messages_of_ones_own_from_elsewhere_are_told_where_sync_is_on(qq, more,
         shown = {"post_type": "send_message", "class": "send", "source": "outer", "code": 0,
                  "sender": "阿猫", "sender_id": "10001", "content": "出门", "msg": "发送成功", **wanted}
         assert {name: event.get(name) for name in shown} == shown
-
-
-def test_what_was_sent_here_is_not_told_as_sent_elsewhere(qq):
-    number = itertools.count(8000001)
-
-    def send(params):
-        said = dict(message_type="private", post_type="message_sent", user_id=10001,
-                    target_id=20002, sender={"user_id": 10001}, message_id=next(number))
-        qq.bridge._message("回声", **said)  # before the answer, as bridges do
-        return {"data": {"message_id": said["message_id"]}}
-
-    qq.bridge.answers["send_private_msg"] = send
-    try:
-        events = qq.events_of(lambda bridge: qq.call("send_friend_message", id=20002,
-                                                     content="回声"))
-    finally:
-        del qq.bridge.answers["send_private_msg"]
-    assert [(event["class"], event["source"]) for event in events] == [("send", "local")]
 
 
 TIMES = itertools.count(1600000000)  # events that are alike but for their time are two
@@ -10321,25 +10228,19 @@ def named(name, **more):
                           "user_id": 40002, "name_new": name}, **more))
 
 
+MEMBER_MOVES = [("new_group_member", "50001", "30001"), ("lose_group_member", "50001", "30001")]
+GROUP_MOVES = [("new_group", "30009"), ("lose_group", "30009")]
 QQ_NOTICES = {  # those that change something end by changing it back
     "a member comes and leaves": (
-        [comes(30001, 50001), goes(30001, 50001, "leave")],
-        [("new_group_member", "50001", "30001"), ("lose_group_member", "50001", "30001")]),
+        [comes(30001, 50001), goes(30001, 50001, "leave")], MEMBER_MOVES),
     "a member is invited and kicked": (
-        [comes(30001, 50001, sub_type="invite"), goes(30001, 50001, "kick")],
-        [("new_group_member", "50001", "30001"), ("lose_group_member", "50001", "30001")]),
+        [comes(30001, 50001, sub_type="invite"), goes(30001, 50001, "kick")], MEMBER_MOVES),
     "somebody comes twice": (
-        [comes(30001, 50001), comes(30001, 50001), goes(30001, 50001, "leave")],
-        [("new_group_member", "50001", "30001"), ("lose_group_member", "50001", "30001")]),
+        [comes(30001, 50001), comes(30001, 50001), goes(30001, 50001, "leave")], MEMBER_MOVES),
     "oneself comes and leaves": (
-        [comes(30009, 10001), goes(30009, 10001, "leave")],
-        [("new_group", "30009"), ("lose_group", "30009")]),
-    "oneself is kicked": (
-        [comes(30009, 10001), goes(30009, 10001, "kick_me")],
-        [("new_group", "30009"), ("lose_group", "30009")]),
-    "a group ends": (
-        [comes(30009, 10001), goes(30009, 40001, "disband")],
-        [("new_group", "30009"), ("lose_group", "30009")]),
+        [comes(30009, 10001), goes(30009, 10001, "leave")], GROUP_MOVES),
+    "oneself is kicked": ([comes(30009, 10001), goes(30009, 10001, "kick_me")], GROUP_MOVES),
+    "a group ends": ([comes(30009, 10001), goes(30009, 40001, "disband")], GROUP_MOVES),
     "a card": (
         [card("新", ""), card("", "新")],
         [("group_member_property_change", "40001", "card", None, "新"),
@@ -10415,78 +10316,82 @@ def test_who_writes_first_is_told_as_new_before_what_was_written(qq):
     qq.events_of(goes(30003, 50004, "leave"), goes(30008, 10001, "leave"))
 
 
-def test_before_members_are_loaded_events_tell_who_it_is_and_load_none(bridged):
-    bridge = Bridge(ids=str)
+def test_before_members_are_loaded_events_tell_who_it_is_and_load_none(bridged, closing):
+    bridge = closing(Bridge(ids=str))
     me = Bridged(bridged["ws"].program, "ws-early", bridge).running()
-    try:
-        two = [in_group(30001, 40001, [segment("at", qq="20001"), segment("text", text=text)],
-                        sender={"user_id": 40001, "nickname": "路人", "card": "过客"})
-               for text in "12"]
-        events = me.events_of(
-            *two, card("新", "过客"), comes(30001, 50001), goes(30001, 20001, "leave"),
-            admin(30001, 40001, "unset"), private(40001, sub_type="group", group_id=30001))
-        assert [asked(event) if "event" in event else (event["sender"], event["content"])
-                for event in events] == [
-            ("过客", "@爸 1"), ("过客", "@爸 2"),
-            ("group_member_property_change", "40001", "card", "过客", "新"),
-            ("new_group_member", "50001", "30001"), ("lose_group_member", "20001", "30001"),
-            ("group_member_property_change", "40001", "role", "admin", "member"), ("40001", "好")]
-        actions = [action for action, _ in bridge.calls]
-        assert "get_group_member_list" not in actions
-        assert actions.count("get_group_member_info") == 2  # for the name after @, for who came
-    finally:
-        me.call("delete_client")
-        bridge.close()
+    two = [in_group(30001, 40001, [segment("at", qq="20001"), segment("text", text=text)],
+                    sender={"user_id": 40001, "nickname": "路人", "card": "过客"})
+           for text in "12"]
+    events = me.events_of(
+        *two, card("新", "过客"), comes(30001, 50001), goes(30001, 20001, "leave"),
+        admin(30001, 40001, "unset"), private(40001, sub_type="group", group_id=30001))
+    assert [asked(event) if "event" in event else (event["sender"], event["content"])
+            for event in events] == [
+        ("过客", "@爸 1"), ("过客", "@爸 2"),
+        ("group_member_property_change", "40001", "card", "过客", "新"),
+        ("new_group_member", "50001", "30001"), ("lose_group_member", "20001", "30001"),
+        ("group_member_property_change", "40001", "role", "admin", "member"), ("40001", "好")]
+    actions = [action for action, _ in bridge.calls]
+    assert "get_group_member_list" not in actions
+    assert actions.count("get_group_member_info") == 2  # for the name after @, for who came
+    me.call("delete_client")
 
 
 # -- what is asked of the bridge
 
 TO_FRIEND, TO_GROUP = "send_friend_message", "send_group_message"
+FRIEND, GROUP = {"id": "20001"}, {"id": "30001"}
+
+
+def sending(path, to, message, **given):
+    """What a call to send asks for: (path, params, action, its params)."""
+    place = {"user_id": "20001"} if path == TO_FRIEND else {"group_id": "30001"}
+    if path == "send_sess_message":
+        place["user_id"] = "40001"
+    return (path, {**to, **given}, "send_group_msg" if path == TO_GROUP else "send_private_msg",
+            {**place, "message": message})
+
+
 QQ_CALLS = {
-    "a friend by id": (TO_FRIEND, {"id": "20001", "content": "hi"}, "send_private_msg",
-                       {"user_id": "20001", "message": text_of("hi")}),
-    "a friend by name": (TO_FRIEND, {"displayname": "老明", "content": "hi"}, "send_private_msg",
-                         {"user_id": "20001", "message": text_of("hi")}),
-    "codes that do not act": (TO_FRIEND, {"id": "20001", "content": "[CQ:at,qq=all]&amp;<>"},
-                              "send_private_msg",
-                              {"user_id": "20001", "message": text_of("[CQ:at,qq=all]&amp;<>")}),
-    "a group": (TO_GROUP, {"uid": "30001", "content": "hi"}, "send_group_msg",
-                {"group_id": "30001", "message": text_of("hi")}),
-    "codes that act": (
-        TO_GROUP, {"id": "30001", "cq": "1",
-                "content": "a[CQ:at,qq=20001]&#91;[CQ:image,file=http://h/p.png?a&amp;b&#44;c]"},
-        "send_group_msg", {"group_id": "30001", "message": [
-            *text_of("a"), segment("at", qq="20001"), *text_of("["),
-            segment("image", file="http://h/p.png?a&b,c")]}),
-    "a temporary session": ("send_sess_message", {"group_id": "30001", "id": "40001",
-                                                  "content": "hi"}, "send_private_msg",
-                            {"user_id": "40001", "group_id": "30001", "message": text_of("hi")}),
-    "a picture by URL": (TO_FRIEND, {"id": "20001", "media_url": "http://h/p.png"},
-                         "send_private_msg", {"user_id": "20001", "message": [
-                             segment("image", file="http://h/p.png", name="p.png")]}),
-    "a picture by URL as a path": (TO_FRIEND, {"id": "20001", "media_path": "http://h/p.png"},
-                                   "send_private_msg", {"user_id": "20001", "message": [
-                                       segment("image", file="http://h/p.png", name="p.png")]}),
-    "a picture's bytes and a text": (
-        TO_GROUP, {"id": "30001", "content": "看", "media_data": PNG_TEXT, "media_name": "猫.png"},
-        "send_group_msg", {"group_id": "30001", "message": [
-            *text_of("看"), segment("image", file="base64://" + PNG_TEXT, name="猫.png")]}),
+    "a friend by id": sending(TO_FRIEND, FRIEND, text_of("hi"), content="hi"),
+    "a friend by name": sending(TO_FRIEND, {"displayname": "老明"}, text_of("hi"), content="hi"),
+    "codes that do not act": sending(TO_FRIEND, FRIEND, text_of("[CQ:at,qq=all]&amp;<>"),
+                                     content="[CQ:at,qq=all]&amp;<>"),
+    "a group": sending(TO_GROUP, {"uid": "30001"}, text_of("hi"), content="hi"),
+    "codes that act": sending(
+        TO_GROUP, GROUP, [*text_of("a"), segment("at", qq="20001"), *text_of("["),
+                          segment("image", file="http://h/p.png?a&b,c")], cq="1",
+        content="a[CQ:at,qq=20001]&#91;[CQ:image,file=http://h/p.png?a&amp;b&#44;c]"),
+    "a temporary session": sending("send_sess_message", {"group_id": "30001", "id": "40001"},
+                                   text_of("hi"), content="hi"),
+    **{f"a picture by URL as {name}": sending(TO_FRIEND, FRIEND, [
+        segment("image", file="http://h/p.png", name="p.png")], **{name: "http://h/p.png"})
+       for name in ("media_url", "media_path")},
+    "a picture's bytes and a text": sending(TO_GROUP, GROUP, [
+        *text_of("看"), segment("image", file="base64://" + PNG_TEXT, name="猫.png")],
+        content="看", media_data=PNG_TEXT, media_name="猫.png"),
     "silence": ("shutup_group_member", {"group_id": "30001", "member_id": "40001", "time": "2"},
                 "set_group_ban", {"group_id": "30001", "user_id": "40001", "duration": 120}),
+    "silence for several": ("shutup_group_member", {
+        "group_id": "30001", "member_id": "20001,40001", "time": "1"}, "set_group_ban", {
+            "group_id": "30001", "user_id": "40001", "duration": 60}),
     "a kick": ("kick_group_member", {"group_uid": "30001", "member_uid": "40001"},
                "set_group_kick", {"group_id": "30001", "user_id": "40001",
                                   "reject_add_request": False}),
-    "yes to a request": ("accept_friend_request", {"ticket": "F-2", "markname": "老友"},
-                         "set_friend_add_request", {"flag": "F-2", "approve": True,
-                                                    "remark": "老友"}),
-    "no to a request": ("accept_friend_request", {"ticket": "F-3", "accept": "0"},
-                        "set_friend_add_request", {"flag": "F-3", "approve": False,
-                                                   "remark": ""}),
+    **{f"{accept} to a request": (
+        "accept_friend_request", {"ticket": "F-" + accept, "accept": accept, "markname": "老友"},
+        "set_friend_add_request", {"flag": "F-" + accept, "approve": accept == "1",
+                                   "remark": "老友"}) for accept in "10"},
 }
 
 
 @pytest.mark.parametrize("path, params, action, wanted", QQ_CALLS.values(), ids=QQ_CALLS)
-def test_each_call_asks_the_bridge_for_the_action_of_the_table(qq, path, params, action, wanted):
+def test_each_call_asks_the_bridge_for_the_action_of_the_table_which_may_decline(
+        qq, path, params, action, wanted):
+    if not action.startswith("send_"):
+        qq.bridge.answers[action] = {"retcode": 100, "wording": "没有权限"}
+        assert qq.call(path, **params)["code"] == (-1 if "ticket" in params else 201)
+        del qq.bridge.answers[action]
     assert qq.call(path, **params)["code"] == 0
     assert qq.bridge.wait_call(action, lambda got: got == wanted) == wanted
     if action == "set_group_kick":
@@ -10501,15 +10406,8 @@ def test_the_other_ways_to_a_bridge_bring_messages_notices_and_calls(each_way):
     for name in list(QQ_NOTICES)[:3]:
         test_notices_and_requests_become_the_documented_events(each_way, *QQ_NOTICES[name])
     for name in list(QQ_CALLS)[:3]:
-        test_each_call_asks_the_bridge_for_the_action_of_the_table(each_way, *QQ_CALLS[name])
-
-
-def test_several_members_are_one_action_each(qq):
-    assert qq.call("shutup_group_member", group_id="30001", member_id="20001,40001",
-                   time="1") == {"code": 0, "status": "success"}
-    for uid in "20001", "40001":
-        qq.bridge.wait_call("set_group_ban", lambda got: got == {
-            "group_id": "30001", "user_id": uid, "duration": 60})
+        test_each_call_asks_the_bridge_for_the_action_of_the_table_which_may_decline(
+            each_way, *QQ_CALLS[name])
 
 
 def test_a_picture_by_path_goes_by_its_bytes_to_a_bridge(qq):
@@ -10549,13 +10447,19 @@ def test_a_picture_on_this_machine_is_fetched_by_us_and_never_by_the_bridge(qq, 
         segment("image", file=gallery.url + "/cat.png")])
 
 
-@pytest.mark.parametrize("code", ["[CQ:image,file=file:///etc/passwd]",
-                                  "[CQ:record,file=/etc/passwd]", "[CQ:video,cover=..\\x]",
-                                  "[CQ:image,file=FILE:x]", "[CQ:image,url=ftp://h/x]"])
-def test_a_code_that_names_a_file_of_the_bridges_machine_is_refused(qq, code):
+LOCAL_FILES = ["[CQ:image,file=file:///etc/passwd]", "[CQ:image,file=/etc/passwd]",
+               "[CQ:image,file=\\\\host\\share\\x.png]", "[CQ:record,file=FILE:///etc/passwd]",
+               "[CQ:image,file=x.png,url=file:///etc/passwd]", "[CQ:video,thumb=../x,file=x]",
+               "[CQ:image,file=C:\\x.png]", "hi [CQ:file,path=/etc/passwd]",
+               "[CQ:video,cover=..\\x]", "[CQ:image,file=FILE:x]", "[CQ:image,url=ftp://h/x]",
+               "[CQ:node,name=a,uin=1,content=&#91;CQ:image&#44;file=file:///etc/passwd&#93;]"]
+
+
+def test_a_code_that_names_a_file_of_the_bridges_machine_is_refused(qq):
     count = len(qq.bridge.calls)
-    answer = qq.call(TO_FRIEND, id="20001", content=code, cq="1")
-    assert (answer["code"], "not allowed" in answer["status"]) == (6, True)
+    for code in LOCAL_FILES:
+        answer = qq.call(TO_FRIEND, id="20001", content=code, cq="1")
+        assert (answer["code"], "not allowed" in answer["status"]) == (6, True), code
     assert "send_private_msg" not in [action for action, _ in qq.bridge.calls[count:]]
 
 
@@ -10583,24 +10487,6 @@ def test_what_the_bridge_answers_to_a_message_is_its_outcome_and_is_final(qq, ro
     assert len(sent) == 1
 
 
-def test_what_the_bridge_declines_is_a_failure(qq):
-    declined = {"retcode": 100, "wording": "没有权限"}
-    actions = "set_group_kick", "set_group_ban", "set_friend_add_request", "delete_msg"
-    sent = qq.call(TO_FRIEND, id="20001", content="错")
-    qq.bridge.answers.update(dict.fromkeys(actions, declined))
-    member = {"group_id": "30001", "member_id": "40001"}
-    try:
-        assert qq.call("kick_group_member", **member) == {"code": 201, "status": "failure"}
-        assert qq.call("shutup_group_member", time="1", **member) == {"code": 201,
-                                                                      "status": "failure"}
-        assert qq.call("accept_friend_request", ticket="F")["code"] == -1
-        assert qq.call("revoke_message", id=sent["id"]) == {"code": 0, "status": "revoke failure"}
-        qq.bridge.wait_call("delete_msg")
-    finally:
-        for action in actions:
-            del qq.bridge.answers[action]
-
-
 def test_messages_sent_and_received_are_taken_back_by_their_numbers(qq):
     sent = qq.call(TO_FRIEND, id="20001", content="错")
     [came] = qq.events_of(in_group(30001, 40001))[-1:]
@@ -10612,26 +10498,9 @@ def test_messages_sent_and_received_are_taken_back_by_their_numbers(qq):
         assert str(number) == str(name)
     for unknown in "", "x", "1.5":
         assert qq.call("revoke_message", id=unknown)["code"] == -1
-
-
-def test_the_answer_of_a_receiver_is_sent_to_where_the_message_came_from(bridged, receive):
-    """reply and shutup of 003, on the way of the oldest bots: post_api and a webhook."""
-    program = bridged["webhook"].program
-    receiver = receive(lambda event: (200, {}, {"reply": "收到" + event["content"], "shutup": 1})
-                       if event.get("class") == "recv" else None)
-    bridge = Bridge(sse=False)
-    bot = Bridged(program, "bot", bridge, post_api=receiver.url).running()
-    try:
-        in_group(30001, 40001, "骂人")(bridge)
-        assert bridge.wait_call("send_group_msg")["message"] == text_of("收到骂人")
-        assert bridge.wait_call("set_group_ban") == {"group_id": "30001", "user_id": "40001",
-                                                     "duration": 60}
-        private(40001, "悄悄", sub_type="group", group_id=30001)(bridge)
-        assert bridge.wait_call("send_private_msg") == {
-            "user_id": "40001", "group_id": "30001", "message": text_of("收到悄悄")}
-    finally:
-        bot.call("delete_client")
-        bridge.close()
+    qq.bridge.answers["delete_msg"] = {"retcode": 100, "wording": "没有权限"}
+    assert qq.call("revoke_message", id=sent["id"]) == {"code": 0, "status": "revoke failure"}
+    del qq.bridge.answers["delete_msg"]
 
 
 # -- ways in
@@ -10656,25 +10525,22 @@ def test_no_answer_but_a_hang_up_ends_a_message_once_and_the_account_comes_back(
     assert [event["content"] for event in events if event.get("class") == "recv"] == ["好了"]
 
 
-def test_a_message_to_a_bridge_that_is_away_is_tried_msg_ttl_times(bridged):
-    bridge, outcome = Bridge(sse=False), queue.Queue()
+def test_a_message_to_a_bridge_that_is_away_is_tried_msg_ttl_times(bridged, closing):
+    bridge, outcome = closing(Bridge(sse=False)), queue.Queue()
     me = Bridged(bridged["ws"].program, "webhook-late", bridge, msg_ttl="2").running()
 
     def send():
         outcome.put(me.call(TO_FRIEND, id="20001", content="迟"))
 
-    try:
-        bridge.stop()
-        assert (me.call(TO_FRIEND, id="20001", content="没")["code"],
-                me.state()["state"]) == (-5, "running")
-        threading.Thread(target=send, daemon=True).start()
-        bridge.start()
-        assert outcome.get(timeout=WAIT)["code"] == 0
-        assert [params["message"] for action, params in bridge.calls
-                if action == "send_private_msg"] == [text_of("迟")]
-    finally:
-        me.call("delete_client")
-        bridge.close()
+    bridge.stop()
+    assert (me.call(TO_FRIEND, id="20001", content="没")["code"],
+            me.state()["state"]) == (-5, "running")
+    threading.Thread(target=send, daemon=True).start()
+    bridge.start()
+    assert outcome.get(timeout=WAIT)["code"] == 0
+    assert [params["message"] for action, params in bridge.calls
+            if action == "send_private_msg"] == [text_of("迟")]
+    me.call("delete_client")
 
 
 REFUSALS = {"403 in JSON": {}, "401 in text": {"refusal": (401, "Unauthorized")},
@@ -10682,109 +10548,87 @@ REFUSALS = {"403 in JSON": {}, "401 in text": {"refusal": (401, "Unauthorized")}
             "after the handshake": {"late_refusal": True}}
 
 
-def test_a_wrong_token_is_said_in_check_client_and_the_right_one_opens(start):
+def test_a_wrong_token_is_said_in_check_client_and_the_right_one_opens(start, closing):
     program, accounts = start("controller"), []
-    try:
-        for way in "ws", "http":
-            for number, (name, quirks) in enumerate(REFUSALS.items()):
-                if way == "ws" or name != "after the handshake":
-                    bridge = Bridge(token="right", **quirks)
-                    accounts.append(Bridged(program, f"{way}{number}", bridge,
-                                            onebot_token="wr0ng"))
-        for account in accounts:
-            row = account.until("scaning", "the bridge refuses onebot_token")
-            assert "wr0ng" not in json.dumps(row)
-            account.bridge.token = "wr0ng"
-        for account in accounts:
-            account.until("running")
-            assert account.call("get_user_info")["id"] == "10001"
-        assert "wr0ng" not in program.log.text()
-    finally:
-        for account in accounts:
-            account.bridge.close()
+    for way in "ws", "http":
+        for number, (name, quirks) in enumerate(REFUSALS.items()):
+            if way == "ws" or name != "after the handshake":
+                bridge = closing(Bridge(token="right", **quirks))
+                accounts.append(Bridged(program, f"{way}{number}", bridge,
+                                        onebot_token="wr0ng"))
+    for account in accounts:
+        row = account.until("scaning", "the bridge refuses onebot_token")
+        assert "wr0ng" not in json.dumps(row)
+        account.bridge.token = "wr0ng"
+    for account in accounts:
+        account.until("running")
+        assert account.call("get_user_info")["id"] == "10001"
+    assert "wr0ng" not in program.log.text()
 
 
-def sign(secret, body, upper=False):
-    found = hmac.new(secret.encode(), body, "sha1").hexdigest()
-    return {"X-Signature": "sha1=" + (found.upper() if upper else found)}
+def signed(secret):
+    """What makes the signature of a body."""
+    return lambda body: "sha1=" + hmac.new(secret.encode(), body, "sha1").hexdigest()
 
 
 FAR_AWAY = {"X-Forwarded-For": "192.0.2.1"}  # so it does not count as on this machine
-WEBHOOKS = {  # name: settings of the account, fields of the post, whether it is let in
-    "signed": ({"onebot_secret": "s"}, lambda body: sign("s", body), True),
-    "signed, from afar": ({"onebot_secret": "s"}, lambda body: {**sign("s", body), **FAR_AWAY},
-                          True),
-    "signed in capitals": ({"onebot_secret": "s"}, lambda body: sign("s", body, True), True),
-    "signed otherwise": ({"onebot_secret": "s"}, lambda body: sign("x", body), False),
-    "signed for another body": ({"onebot_secret": "s"}, lambda body: sign("s", body + b" "),
-                                False),
-    "not signed": ({"onebot_secret": "s"}, lambda body: {}, False),
-    "signed with nothing": ({"onebot_secret": "s"}, lambda body: {"X-Signature": "sha1="}, False),
-    "no text as signature": ({"onebot_secret": "s"}, lambda body: {"X-Signature": "\u00e9"},
-                             False),
-    "signed with the token": ({"onebot_token": "t0ken"},
-                              lambda body: {**sign("t0ken", body), **FAR_AWAY}, True),
-    "with the token": ({"onebot_token": "t0ken"},
-                       lambda body: {"Authorization": "Bearer t0ken", **FAR_AWAY}, True),
-    "with another token": ({"onebot_token": "t0ken"},
-                           lambda body: {"Authorization": "Bearer x", **FAR_AWAY}, False),
-    "with the token instead of the signature": (
-        {"onebot_token": "t0ken", "onebot_secret": "s"},
-        lambda body: {"Authorization": "Bearer t0ken"}, False),
-    "of this machine": ({}, lambda body: {}, True),
-    "of this machine, signed for nobody": ({}, lambda body: sign("x", body), True),
-    "from afar": ({}, lambda body: FAR_AWAY, False),
-    "of another site": ({}, lambda body: {"Origin": "http://evil.example"}, False),
-}
+EVIL_PAGE = {"Origin": "http://evil.example", "Content-Type": "text/plain"}
+WEBHOOKS = {  # what an account knows: fields of posts that are let in, and of others
+    ("onebot_secret",): (
+        [{"X-Signature": signed("s")}, {"X-Signature": signed("s"), **FAR_AWAY},
+         {"X-Signature": signed("s"), **EVIL_PAGE},
+         {"X-Signature": lambda body: "sha1=" + signed("s")(body)[5:].upper()}],
+        [{}, {"X-Signature": ""}, {"X-Signature": "sha1="}, {"X-Signature": "\u00e9"},
+         {"X-Signature": signed("x")}, {"X-Signature": lambda body: signed("s")(body + b" ")}]),
+    ("onebot_token",): (
+        [{"X-Signature": signed("t0ken"), **FAR_AWAY},
+         {"Authorization": "Bearer t0ken", **FAR_AWAY},
+         {"Authorization": "Bearer t0ken", **EVIL_PAGE}],
+        [{"X-Signature": signed("x")}, {"Authorization": "Bearer x", **FAR_AWAY},
+         {"Authorization": "Bearer x", **EVIL_PAGE}]),
+    ("onebot_secret", "onebot_token"): (
+        [{"X-Signature": signed("s")}], [{"Authorization": "Bearer t0ken"}]),
+    (): ([{}, {"X-Signature": signed("x")}],
+         [FAR_AWAY, EVIL_PAGE, {"Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example"}])}
 SECRETS = {"onebot_secret": "s", "onebot_token": "t0ken"}
 
 
 @pytest.fixture(scope="module")
 def hooked(tmp_path_factory):
     """Accounts that wait for a webhook, by the names of their secrets."""
-    program, found = Program(tmp_path_factory.mktemp("hooked"), "controller"), {}
-    try:
-        program.ready()
-        for names in (), ("onebot_secret",), ("onebot_token",), tuple(sorted(SECRETS)):
-            given = {name: SECRETS[name] for name in names}
-            bridge = Bridge(sse=False, token=given.get("onebot_token", ""))
-            found[names] = Bridged(program, "hook" + str(len(found)), bridge, **given)
-        for account in found.values():
-            account.running()
-        yield found
-    finally:
-        program.stop()
-        for account in found.values():
-            account.bridge.close()
+    def begin(program, names, _):
+        given = {name: SECRETS[name] for name in names}
+        bridge = Bridge(sse=False, token=given.get("onebot_token", ""))
+        return Bridged(program, "-".join(("hook", *names)), bridge, **given)
+
+    with on_bridges(tmp_path_factory.mktemp("hooked"), WEBHOOKS, begin) as accounts:
+        yield accounts
 
 
 @pytest.mark.parametrize("where", ["client", "controller"])
-@pytest.mark.parametrize("given, fields, let_in", WEBHOOKS.values(), ids=WEBHOOKS)
-def test_a_webhook_is_let_in_by_its_signature_or_the_token(hooked, where, given, fields, let_in):
-    account = hooked[tuple(sorted(given))]
+@pytest.mark.parametrize("names", WEBHOOKS)
+def test_a_webhook_is_let_in_by_its_signature_or_the_token(hooked, where, names):
+    account = hooked[names]
     port = account.state()["port"] if where == "client" else account.program.port
-    said = os.urandom(6).hex()
-    event = {"post_type": "message", "message_type": "private", "sub_type": "friend",
-             "message_id": random.randrange(1 << 30), "user_id": 20001, "self_id": 10001,
-             "message": said, "raw_message": said, "sender": {"user_id": 20001}, "time": 1}
-    body = json.dumps(event).encode()
-    status, _, answer = request(
-        f"http://127.0.0.1:{port}", f"/onebot?client={account.name}", "POST",
-        iter([body[:9], body[9:]]), {"Content-Type": "application/json", **fields(body)})
-    assert (status, json.loads(answer)) == (
-        (200, {}) if let_in else (403, {"code": -6, "status": "auth failure"}))
-    if let_in:
-        assert eventually(lambda: said in [row.get("content") for row in account.call(
-            "check_event", since="0")])
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b"\xff"])
-def test_a_webhook_that_is_no_json_object_is_refused(hooked, body):
-    account = hooked[()]
-    for port in account.state()["port"], account.program.port:
-        status, _, answer = request(f"http://127.0.0.1:{port}", f"/onebot?client={account.name}",
-                                    "POST", body, {"Content-Type": "application/json"})
-        assert (status, json.loads(answer)["code"]) == (400, 400), answer
+    url = f"http://127.0.0.1:{port}", f"/onebot?client={account.name}", "POST"
+    for let_in, posts in zip((True, False), WEBHOOKS[names]):
+        for fields in posts:
+            said = os.urandom(6).hex()
+            body = json.dumps(account.bridge._event(
+                message_type="private", sub_type="friend", message_id=random.randrange(1 << 30),
+                user_id=20001, message=said, raw_message=said)).encode()
+            status, _, answer = request(*url, iter([body[:9], body[9:]]), {
+                "Content-Type": "application/json", **{
+                    name: value(body) if callable(value) else value
+                    for name, value in fields.items()}})
+            assert (fields, status, json.loads(answer)) == (fields, *(
+                (200, {}) if let_in else (403, {"code": -6, "status": "auth failure"})))
+            assert not let_in or eventually(lambda: said in [
+                row.get("content") for row in account.call("check_event", since="0")])
+    if not names:
+        for body in b"", b"{", b"[]", b"5", b"\xff":
+            status, _, answer = request(*url, body, {"Content-Type": "application/json"})
+            assert (status, json.loads(answer)["code"]) == (400, 400), answer
 
 
 def test_events_of_another_account_are_not_ours(hooked):
@@ -10806,24 +10650,21 @@ def test_a_webhook_knows_no_account_without_a_bridge_and_tells_strangers_of_none
         "alice", "nobody")} == {403}
 
 
-def test_a_controllers_token_in_the_url_lets_a_webhook_in(start):
+def test_a_controllers_token_in_the_url_lets_a_webhook_in(start, closing):
     controller = start("controller", "--token", TOKEN)
     key = {"access_token": TOKEN}
-    bridge = Bridge(sse=False)
-    try:
-        started = controller.call("start_client", client="me", onebot_api=bridge.url, **key)
-        assert eventually(lambda: controller.call("check_client", **key)["client"][0]["state"]
-                          == "running")
-        for number, base in enumerate([controller.base, f"http://127.0.0.1:{started['port']}"]):
-            for query, status in ("&" + urllib.parse.urlencode(key), 200), ("", 403), (
-                    "&access_token=x", 403):
-                bridge.post_to = f"{base}/onebot?client=me{query}"
-                bridge.say_private(20001, str(number))
-                assert bridge.posted[-1] == status, (base, query)
-        assert eventually(lambda: [row["content"] for row in controller.call(
-            "check_event", client="me", since="0", **key)] == ["0", "1"])
-    finally:
-        bridge.close()
+    bridge = closing(Bridge(sse=False))
+    started = controller.call("start_client", client="me", onebot_api=bridge.url, **key)
+    assert eventually(lambda: controller.call("check_client", **key)["client"][0]["state"]
+                      == "running")
+    for number, base in enumerate([controller.base, f"http://127.0.0.1:{started['port']}"]):
+        for query, status in ("&" + urllib.parse.urlencode(key), 200), ("", 403), (
+                "&access_token=x", 403):
+            bridge.post_to = f"{base}/onebot?client=me{query}"
+            bridge.say_private(20001, str(number))
+            assert bridge.posted[-1] == status, (base, query)
+    assert eventually(lambda: [row["content"] for row in controller.call(
+        "check_event", client="me", since="0", **key)] == ["0", "1"])
 
 
 class Sealed:
@@ -10836,32 +10677,30 @@ class Sealed:
 
 
 @pytest.mark.parametrize("sse", [None, True, False], ids=["wss", "https", "https, webhook"])
-def test_a_bridge_behind_tls_is_reached_and_its_certificate_is_checked(start, tmp_path, sse):
+def test_a_bridge_behind_tls_is_reached_and_its_certificate_is_checked(
+        start, tmp_path, sse, closing):
     pem = put(tmp_path / "tls.pem", TEST_PEM)
-    bridge = Bridge(token="t", sse=sse is not False)
+    bridge = closing(Bridge(token="t", sse=sse is not False))
     Sealed(bridge, pem)
     url = f"{'wss' if sse is None else 'https'}://127.0.0.1:{bridge.port}"
     words = ["client", "--account", "me", "--onebot-api", url, "--onebot-token", "t",
              "--send-interval", "0"]
-    try:
-        trusting = start(*words, env={"SSL_CERT_FILE": pem})
-        trusting.log.wait("logged in")
-        bridge.post_to = f"{trusting.base}/onebot" if sse is False else ""
-        if not bridge.post_to:
-            bridge.connected()
-        bridge.say_private(20001, "密" * 100_000)
-        [event] = trusting.call("check_event", since="0")
-        assert event["content"] == "密" * 100_000
-        body = json.dumps({"id": "20001", "content": "封" * 20_000})
-        assert b'"code":0' in request(trusting.base, "/openqq/send_friend_message", "POST", body,
-                                      {"Content-Type": "application/json"})[2]
-        assert bridge.wait_call("send_private_msg")["message"] == text_of("封" * 20_000)
-        assert trusting.stop() == 0
-        wary = start(*words)
-        wary.log.wait(r"\[warn\] .*certificate")
-        assert wary.stop() == 0
-    finally:
-        bridge.close()
+    trusting = start(*words, env={"SSL_CERT_FILE": pem})
+    trusting.log.wait("logged in")
+    bridge.post_to = f"{trusting.base}/onebot" if sse is False else ""
+    if not bridge.post_to:
+        bridge.connected()
+    bridge.say_private(20001, "密" * 100_000)
+    [event] = trusting.call("check_event", since="0")
+    assert event["content"] == "密" * 100_000
+    body = json.dumps({"id": "20001", "content": "封" * 20_000})
+    assert b'"code":0' in request(trusting.base, "/openqq/send_friend_message", "POST", body,
+                                  {"Content-Type": "application/json"})[2]
+    assert bridge.wait_call("send_private_msg")["message"] == text_of("封" * 20_000)
+    assert trusting.stop() == 0
+    wary = start(*words)
+    wary.log.wait(r"\[warn\] .*certificate")
+    assert wary.stop() == 0
 
 
 def test_an_event_that_comes_by_stream_and_webhook_is_told_once(bridged):
@@ -10876,30 +10715,12 @@ def test_an_event_that_comes_by_stream_and_webhook_is_told_once(bridged):
         qq.bridge.post_to = ""
 
 
-class AskedOf:
-    """The way to a bridge somewhere else, which says yes to everything."""
-
-    def __init__(self):
-        self.asked = []
-
-    def ask(self, action, params, seconds):
-        self.asked.append((action, params))
-        return {"status": "ok", "retcode": 0, "data": {"message_id": 1}}
-
-
-@pytest.mark.parametrize("shares_files, source", [
-    (True, "file:///tmp/a%20b.png"), (False, "base64://QUI=")])
-def test_only_a_bridge_that_shares_this_machines_files_is_given_a_path(shares_files, source):
-    way = AskedOf()
-    media = {"name": "b.png", "mime": "image/png", "data": "QUI=", "url": None,
-             "path": "/tmp/a b.png"}
-    link = openqq.BridgeLink("ws://127.0.0.1:3001", lambda: way, None, False, shares_files, None,
-                             None)
-    [result] = link.send([{"type": "friend_message", "content": "", "cq": False, "uid": "1",
-                           "reply_to": None, "at": [], "media": media}])
-    assert (result["code"], result["id"]) == (0, "1")
-    assert way.asked == [("send_private_msg", {"user_id": "1", "message": [
-        segment("image", file=source, name="b.png")]})]
+def test_a_bridge_that_shares_this_machines_files_is_given_a_path(harried, tmp_path):
+    bridge, program = harried("--onebot-local", "1")
+    path = put(tmp_path / "a b.png", PNG)
+    assert program.call(TO_FRIEND, id="20001", media_path=path)["code"] == 0
+    assert bridge.wait_call("send_private_msg")["message"] == [
+        segment("image", file="file://" + urllib.parse.quote(path), name="a b.png")]
 
 
 # -- login pages
@@ -10925,184 +10746,170 @@ def shows(receiver, text):
     return picture
 
 
-def test_the_code_of_a_login_page_is_shown_everywhere_and_the_states_follow(start, receive):
+def test_the_code_of_a_login_page_is_shown_everywhere_and_the_states_follow(
+        start, receive, closing):
     controller, rows = start("controller"), []
     for kind in "napcat", "llbot":
-        page, bridge = login_page(kind)
+        page, bridge = map(closing, login_page(kind))
         receiver = receive()
         me = Bridged(controller, "ws-" + kind, bridge, post_api=receiver.url, onebot_login=kind,
                      onebot_login_api=page.url, onebot_login_token=kind, post_event_list="")
         rows.append((page, bridge, receiver, me))
-    try:
-        for page, bridge, receiver, me in rows:
-            picture = shows(receiver, page.qrcode)
-            path = f"/openqq/get_qrcode?client={me.name}"
-            status, fields, body = request(controller.base, path)
-            assert (status, fields["content-type"], body) == (200, "image/png", picture)
-            assert content(me.until("scaning")["qrcode_path"]) == picture
-            controller.log.wait(re.escape(f"waiting for a scan: {page.qrcode}"))
-            page.qrcode += "&again"  # it lasts two minutes there
-            if page is rows[0][0]:
-                page.expire()
-        for page, bridge, receiver, me in rows:
-            shows(receiver, page.qrcode)
-            log_in(page, bridge)
-        for page, bridge, receiver, me in rows:
-            assert receiver.next(is_login)["params"] == [1]
-            assert [event["params"][1] for *_, event in receiver.posts
-                    if event.get("event") == "state_change"] == [
-                "loading", "scaning", "confirming", "updating", "running"]
-            path = f"/openqq/get_qrcode?client={me.name}"
-            assert request(controller.base, path)[0] == 404
-            assert page.refused == 0 and "error" not in me.running().state()
-    finally:
-        for page, bridge, *_ in rows:
-            page.close()
-            bridge.close()
+    for page, bridge, receiver, me in rows:
+        picture = shows(receiver, page.qrcode)
+        path = f"/openqq/get_qrcode?client={me.name}"
+        status, fields, body = request(controller.base, path)
+        assert (status, fields["content-type"], body) == (200, "image/png", picture)
+        assert content(me.until("scaning")["qrcode_path"]) == picture
+        controller.log.wait(re.escape(f"waiting for a scan: {page.qrcode}"))
+        page.qrcode += "&again"  # it lasts two minutes there
+        if page is rows[0][0]:
+            page.expire()
+    for page, bridge, receiver, me in rows:
+        shows(receiver, page.qrcode)
+        log_in(page, bridge)
+    for page, bridge, receiver, me in rows:
+        assert receiver.next(is_login)["params"] == [1]
+        assert [event["params"][1] for *_, event in receiver.posts
+                if event.get("event") == "state_change"] == [
+            "loading", "scaning", "confirming", "updating", "running"]
+        path = f"/openqq/get_qrcode?client={me.name}"
+        assert request(controller.base, path)[0] == 404
+        assert page.refused == 0 and "error" not in me.running().state()
 
 
-def test_an_account_logged_off_by_qq_is_scaning_again_with_a_code_and_comes_back(start, receive):
-    receiver, page = receive(), NapCatPage()
-    controller, bridge = start("controller"), Bridge()
+def test_an_account_logged_off_by_qq_is_scaning_again_with_a_code_and_comes_back(
+        start, receive, closing):
+    receiver, page = receive(), closing(NapCatPage())
+    controller, bridge = start("controller"), closing(Bridge())
     page.logged_in = True
     me = Bridged(controller, "ws", bridge, post_api=receiver.url, onebot_login="napcat",
                  onebot_login_api=page.url, onebot_login_token="napcat", post_event_list="")
-    try:
-        me.running()
-        assert receiver.next(is_login)["params"] == [0]
-        page.offline, page.qrcode, page.next_qrcode = True, "", "https://txz.qq.com/p?k=again"
-        bridge.logged_in = False
-        logins = len([1 for action, _ in bridge.calls if action == "get_group_list"])
-        for tag in "KickedOffLine", "BotOffline":  # as NapCat says it
-            bridge.emit(notice_type="bot_offline", user_id=10001, tag=tag, message="被踢下线")
-        shows(receiver, page.next_qrcode)
-        me.until("scaning", "被踢下线")  # the code takes nothing away from the reason
-        assert me.call("get_user_info") == {"code": 300, "state": "scaning",
-                                            "status": "client not running"}
-        controller.log.wait(r"\[warn\] .*被踢下线")
-        page.offline, bridge.logged_in = False, True
-        bridge.say_private(20001, "你还在吗")  # before anybody knows that the account is back
-        assert receiver.next(is_login)["params"] == [1]
-        me.running()
-        assert eventually(lambda: [event.get("content") for *_, event in receiver.posts
-                                   ].count("你还在吗") == 1)
-        me.call("get_group_basic_info")
-        assert len([1 for action, _ in bridge.calls if action == "get_group_list"]) == logins + 1
-    finally:
-        page.close()
-        bridge.close()
+    me.running()
+    assert receiver.next(is_login)["params"] == [0]
+    page.offline, page.qrcode, page.next_qrcode = True, "", "https://txz.qq.com/p?k=again"
+    bridge.logged_in = False
+    logins = len([1 for action, _ in bridge.calls if action == "get_group_list"])
+    for tag in "KickedOffLine", "BotOffline":  # as NapCat says it
+        bridge.emit(notice_type="bot_offline", user_id=10001, tag=tag, message="被踢下线")
+    shows(receiver, page.next_qrcode)
+    me.until("scaning", "被踢下线")  # the code takes nothing away from the reason
+    assert me.call("get_user_info") == {"code": 300, "state": "scaning",
+                                        "status": "client not running"}
+    controller.log.wait(r"\[warn\] .*被踢下线")
+    page.offline, bridge.logged_in = False, True
+    bridge.say_private(20001, "你还在吗")  # before anybody knows that the account is back
+    assert receiver.next(is_login)["params"] == [1]
+    me.running()
+    assert eventually(lambda: [event.get("content") for *_, event in receiver.posts
+                               ].count("你还在吗") == 1)
+    me.call("get_group_basic_info")
+    assert len([1 for action, _ in bridge.calls if action == "get_group_list"]) == logins + 1
+    assert me.call("relogin")["code"] == 0
+    receiver.next(is_login)
+    assert me.running().events_of(private(20002, "还在"))[-1]["content"] == "还在"
 
 
-def test_without_a_code_to_show_an_account_waits_until_the_bridge_is_logged_in(start):
-    """There is no login page, or it refuses the token, which is said and not repeated."""
+def test_without_a_code_to_show_an_account_waits_until_the_bridge_is_logged_in(start, closing):
+    """There is no login page, or it refuses the token, which is said and not repeated; one that is
+    off is not needed."""
     controller, rows = start("controller"), []
+    gone = NapCatPage()
+    gone.close()
+    Bridged(controller, "ws-gone", closing(Bridge()), onebot_login="napcat",
+            onebot_login_api=gone.url, onebot_login_token="x").running()
     for name, kind in ("ws", ""), ("http", ""), ("ws-napcat", "napcat"), ("ws-llbot", "llbot"):
-        page, bridge = login_page(kind or "napcat")
+        page, bridge = map(closing, login_page(kind or "napcat"))
         given = {"onebot_login": kind, "onebot_login_api": page.url,
                  "onebot_login_token": "wr0ng"} if kind else {}
         rows.append((page, bridge, Bridged(controller, name, bridge, **given)))
-    try:
-        for page, bridge, me in rows:
-            me.until("scaning", "the login page refuses onebot_login_token" if "-" in me.name
-                     else "the bridge is not logged in")
-            assert request(controller.base, f"/openqq/get_qrcode?client={me.name}")[0] == 404
-        for bridge, count in [(bridge, len(bridge.calls)) for _, bridge, _ in rows]:
-            assert eventually(lambda: len(bridge.calls) > count)  # it is asked on and on
-        for page, bridge, me in rows:
-            bridge.logged_in = True
-        for page, bridge, me in rows:
-            assert "error" not in me.until("running")
-            assert page.refused == int("-" in me.name)
-        assert "wr0ng" not in controller.log.text()
-    finally:
-        for page, bridge, _ in rows:
-            page.close()
-            bridge.close()
+    for page, bridge, me in rows:
+        me.until("scaning", "the login page refuses onebot_login_token" if "-" in me.name
+                 else "the bridge is not logged in")
+        assert request(controller.base, f"/openqq/get_qrcode?client={me.name}")[0] == 404
+    for bridge, count in [(bridge, len(bridge.calls)) for _, bridge, _ in rows]:
+        assert eventually(lambda: len(bridge.calls) > count)  # it is asked on and on
+    for page, bridge, me in rows:
+        bridge.logged_in = True
+    for page, bridge, me in rows:
+        assert "error" not in me.until("running")
+        assert page.refused == int("-" in me.name)
+    assert "wr0ng" not in controller.log.text()
 
 
-def test_a_bridge_that_is_logged_in_needs_no_login_page(start):
-    """As when its page is off, or has another port."""
-    bridge = Bridge()
-    gone = NapCatPage()
-    gone.close()
-    controller = start("controller")
-    try:
-        Bridged(controller, "ws", bridge, onebot_login="napcat", onebot_login_api=gone.url,
-                onebot_login_token="x").running()
-    finally:
-        bridge.close()
+def test_a_real_account_shows_codes_as_its_bridge_has_them_and_never_ends(harried, closing):
+    page, bridge = login_page("napcat")
+    _, program = harried("--onebot-login", "napcat", "--onebot-login-api", closing(page).url,
+                         "--onebot-login-token", "napcat", "--qrcode-count-max", "2", bridge=bridge,
+                         running=False, TICKET_SECONDS=0.05)
 
+    def codes():
+        return len([1 for *_, event in program.receiver.posts if is_qrcode(event)])
 
-def test_relogin_on_a_bridge_asks_it_again_and_reports_a_login(start, receive):
-    receiver, bridge = receive(), Bridge()
-    controller = start("controller")
-    me = Bridged(controller, "ws", bridge, post_api=receiver.url, post_event_list="").running()
-    try:
-        assert receiver.next(is_login)["params"] == [0]
-        assert me.call("relogin")["code"] == 0
-        receiver.next(is_login)
-        me.running()
-        assert me.events_of(private(20002, "还在"))[-1]["content"] == "还在"
-    finally:
-        bridge.close()
+    def looks():
+        return [path for path, _ in page.calls].count("/api/QQLogin/CheckLoginStatus")
+
+    for number in range(12):
+        page.qrcode = f"https://txz.qq.com/p?k={number}"
+        shows(program.receiver, page.qrcode)
+    shown, asked = codes(), looks()
+    assert eventually(lambda: looks() > asked + 5)
+    assert codes() == shown
+    assert "/api/QQLogin/RefreshQRcode" not in [path for path, _ in page.calls]
+    log_in(page, bridge)
+    until_running(program)
 
 
 # -- under a controller, and as a user types it
 
-def test_an_account_on_a_bridge_survives_its_controller_and_keeps_its_secrets_secret(start):
+def test_an_account_on_a_bridge_survives_its_controller_and_keeps_its_secrets_secret(
+        start, closing):
     """What a caller gave is shown again, but not what is secret; a resumed account has it all."""
-    bridge, page = Bridge(token="S3CRET-t", secret="S3CRET-s", sse=False), NapCatPage("S3CRET-l")
+    bridge = closing(Bridge(token="S3CRET-t", secret="S3CRET-s", sse=False))
+    page = closing(NapCatPage("S3CRET-l"))
     page.logged_in = True
     first = start("controller")
     me = Bridged(first, "http", bridge, onebot_login="napcat", onebot_login_api=page.url,
                  onebot_login_token="S3CRET-l")
-    try:
-        shown = {"onebot_api": bridge.url, "onebot_login": "napcat", "onebot_login_api": page.url}
-        again = me.call("start_client", onebot_api=bridge.url, onebot_token="S3CRET-t")
-        assert again["status"] == "client already exists"
-        for row in me.started, again:
-            assert {name: row.get(name) for name in row if name.startswith("onebot_")} == shown
-        me.running()
-        texts = [json.dumps([me.started, again, me.state(), me.call("get_client_info")])]
-        assert first.stop() == 0
-        for name in left_files(first):
-            if name != "cookie_http.dat":
-                texts.append(content(first.path(name)).decode())
-        assert os.stat(first.path("cookie_http.dat")).st_mode & 0o777 == 0o600
-        second = start("controller")
-        me.program, bridge.post_to = second, f"{second.base}/onebot?client=http"
-        me.running()
-        assert me.events_of(private(20002, "回来"))[-1]["content"] == "回来"
-        assert bridge.refused == page.refused == 0
-        assert me.call("delete_client")["code"] == 0
-        assert not [name for name in left_files(second) if "_http." in name]
-        assert me.call("check_client") == {"code": 1, "status": "client not exists"}
-        bridge.say_private(20001, "谁")
-        assert bridge.posted[-1] == 200  # said in JSON, like every code of the original
-        assert "S3CRET" not in "".join(texts) + first.log.text() + second.log.text()
-    finally:
-        page.close()
-        bridge.close()
+    shown = {"onebot_api": bridge.url, "onebot_login": "napcat", "onebot_login_api": page.url}
+    again = me.call("start_client", onebot_api=bridge.url, onebot_token="S3CRET-t")
+    assert again["status"] == "client already exists"
+    for row in me.started, again:
+        assert {name: row.get(name) for name in row if name.startswith("onebot_")} == shown
+    me.running()
+    texts = [json.dumps([me.started, again, me.state(), me.call("get_client_info")])]
+    assert first.stop() == 0
+    for name in left_files(first):
+        if name != "cookie_http.dat":
+            texts.append(content(first.path(name)).decode())
+    assert os.stat(first.path("cookie_http.dat")).st_mode & 0o777 == 0o600
+    second = start("controller")
+    me.program, bridge.post_to = second, f"{second.base}/onebot?client=http"
+    me.running()
+    assert me.events_of(private(20002, "回来"))[-1]["content"] == "回来"
+    assert bridge.refused == page.refused == 0
+    assert me.call("delete_client")["code"] == 0
+    assert not [name for name in left_files(second) if "_http." in name]
+    assert me.call("check_client") == {"code": 1, "status": "client not exists"}
+    bridge.say_private(20001, "谁")
+    assert bridge.posted[-1] == 200  # said in JSON, like every code of the original
+    assert "S3CRET" not in "".join(texts) + first.log.text() + second.log.text()
 
 
-def test_a_bridges_token_is_kept_for_that_bridge_and_shown_to_no_other(start):
-    controller, bridges = start("controller"), [Bridge(token="t"), Bridge(token="t")]
-    try:
-        me = Bridged(controller, "ws", bridges[0]).running()
+def test_a_bridges_token_is_kept_for_that_bridge_and_shown_to_no_other(start, closing):
+    controller, bridges = start("controller"), [closing(Bridge(token="t")) for _ in "12"]
+    me = Bridged(controller, "ws", bridges[0]).running()
+    me.call("stop_client")
+    for bridge, state in (bridges[1], "scaning"), (bridges[0], "running"):
+        me.call("start_client", onebot_api=bridge.ws)
+        me.until(state, "refuses onebot_token" if state == "scaning" else "")
         me.call("stop_client")
-        for bridge, state in (bridges[1], "scaning"), (bridges[0], "running"):
-            me.call("start_client", onebot_api=bridge.ws)
-            me.until(state, "refuses onebot_token" if state == "scaning" else "")
+        if state == "scaning":
+            controller.call("start_client", client="ws", onebot_api=bridges[0].ws,
+                            onebot_token="t")
+            me.until("running")
             me.call("stop_client")
-            if state == "scaning":
-                controller.call("start_client", client="ws", onebot_api=bridges[0].ws,
-                                onebot_token="t")
-                me.until("running")
-                me.call("stop_client")
-        assert not bridges[0].refused and bridges[1].refused
-    finally:
-        for bridge in bridges:
-            bridge.close()
+    assert not bridges[0].refused and bridges[1].refused
 
 
 def test_settings_of_a_bridge_must_make_sense(pair):
@@ -11112,8 +10919,8 @@ def test_settings_of_a_bridge_must_make_sense(pair):
         assert (answer["code"], "not allowed" in answer["status"]) == (6, True), answer
 
 
-def test_a_user_types_one_command_scans_in_the_terminal_and_is_on_qq(tmp_path):
-    page, bridge = login_page("napcat")
+def test_a_user_types_one_command_scans_in_the_terminal_and_is_on_qq(tmp_path, closing):
+    page, bridge = map(closing, login_page("napcat"))
     terminal = Terminal(tmp_path, "client", "--account", "me", "--onebot-api", bridge.ws,
                         "--onebot-login", "napcat", "--onebot-login-token", "napcat",
                         "--onebot-login-api", page.url, "--send-interval=0",
@@ -11138,8 +10945,6 @@ def test_a_user_types_one_command_scans_in_the_terminal_and_is_on_qq(tmp_path):
         assert "S3CRET" not in terminal.log.text()
     finally:
         assert terminal.stop() == 0
-        page.close()
-        bridge.close()
     assert not bridge.faults
 
 
@@ -11149,34 +10954,31 @@ HURRY = {"BRIDGE_SECONDS": 1.0, "LOOKUP_SECONDS": 0.5, "LOGIN_SECONDS": 0.1, "DE
          "LIST_SECONDS": 1.0, "DOUBT_SECONDS": 0.4}
 
 
-def hurried(tmpdir, **seconds):
-    """A python that runs a client whose patience with its bridge is shorter."""
-    seconds = {**HURRY, **seconds}
-    code = (f"import sys; sys.path[0] = {HERE!r}; import openqq; vars(openqq).update({seconds!r}); "
-            f"openqq.WebSocket.LOOK_SECONDS = {seconds['BRIDGE_SECONDS'] / 2}; "
-            "openqq.command_line()")
-    path = os.path.join(str(tmpdir), "python-in-a-hurry")
-    with open(path, "w") as file:
-        file.write('#!/bin/sh\nwhile [ "$1" != client ]; do shift; done\n'
-                   f"exec '{sys.executable}' -X utf8 -c \"{code}\" \"$@\"\n")
-    os.chmod(path, 0o700)
-    return path
-
-
 @pytest.fixture
 def harried(start, receive, tmp_path):
-    """harried(bridge, words…): a running client of that bridge; its events are in `receiver`."""
+    """harried(words…, X_SECONDS=…): (bridge, program), a running client with little patience for
+    its bridge; what it posts comes to program.receiver."""
     bridges = []
 
-    def begin(bridge, *words, url="", running=True, **seconds):
+    def begin(*words, bridge=None, way="ws", running=True, **seconds):
+        seconds = {**HURRY, **seconds}
+        code = (f"import sys; sys.path[0] = {HERE!r}; import openqq; vars(openqq).update("
+                f"{seconds!r}); openqq.WebSocket.LOOK_SECONDS = {seconds['BRIDGE_SECONDS'] / 2}; "
+                "openqq.command_line()")
+        python = put(tmp_path / "python-in-a-hurry",
+                     '#!/bin/sh\nwhile [ "$1" != client ]; do shift; done\n'
+                     f"exec '{sys.executable}' -X utf8 -c \"{code}\" \"$@\"\n")
+        os.chmod(python, 0o700)
+        bridge = bridge or Bridge()
         bridges.append(bridge)
         receiver = receive()
-        program = start("client", "--onebot-api", url or bridge.ws, "--send-interval", "0",
-                        "--post-api", receiver.url, *words, python=hurried(tmp_path, **seconds))
+        program = start("client", "--onebot-api", getattr(bridge, way), "--send-interval", "0",
+                        "--post-event-list", ONEBOT_EVENTS + ",login,state_change,input_qrcode",
+                        "--post-api", receiver.url, *words, python=python)
         program.receiver = receiver
         if running:
             until_running(program)
-        return program
+        return bridge, program
 
     yield begin
     for bridge in bridges:
@@ -11185,8 +10987,7 @@ def harried(start, receive, tmp_path):
 
 def link_state(program):
     """The state file of a client alone: what check_client shows."""
-    with open(program.path("state_default.json"), encoding="utf-8") as file:
-        return json.load(file)
+    return json.loads(content(program.path("state_default.json")))
 
 
 def until_running(program):
@@ -11196,27 +10997,19 @@ def until_running(program):
     assert reached, link_state(program)
 
 
-class Ear:
-    """A WebSocket of ours to a bridge: what it hears, and the words that it ends with."""
+def told_before(program, text):
+    """The events that were posted until this message came."""
+    found = []
+    program.receiver.next(lambda event: event.get("content") == text or found.append(event))
+    return found
 
-    def __init__(self, url, look=15.0):
-        self.texts, self.error = [], ""
-        self.socket = openqq.WebSocket(url, {}, self.texts.append)
-        self.socket.LOOK_SECONDS = look
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
 
-    def _run(self):
-        try:
-            self.socket.run()
-        except openqq.Unreachable as error:
-            self.error = error.status
-
-    def end(self):
-        """The words, once it has ended."""
-        self.thread.join(WAIT)
-        assert not self.thread.is_alive()
-        return self.error
+def ear(url, look=15.0):
+    """A WebSocket of ours to a bridge: what it hears, and the future of what it ends with."""
+    texts = []
+    web = openqq.WebSocket(url, {}, texts.append)
+    web.LOOK_SECONDS = look
+    return texts, concurrent.futures.ThreadPoolExecutor(1).submit(web.run)
 
 
 FATAL_FRAMES = [
@@ -11236,95 +11029,77 @@ FATAL_FRAMES = [
 ]
 
 
-@pytest.mark.parametrize("data, why", FATAL_FRAMES, ids=range(len(FATAL_FRAMES)))
-def test_frames_that_cannot_be_end_a_websocket_in_plain_words(data, why):
-    bridge = Bridge()
-    try:
-        ear = Ear(bridge.ws)
+def test_frames_that_cannot_be_end_a_websocket_in_plain_words(closing):
+    bridge = closing(Bridge())
+    for data, why in FATAL_FRAMES:
+        texts, ended = ear(bridge.ws)
         bridge.connected()
         bridge.send_raw(ws_frame('{"n":1}'))
         bridge.send_raw(data)
-        assert ear.end() == why
-        assert ear.texts[1:] == [b'{"n":1}']
-    finally:
-        bridge.stop()
+        assert str(ended.exception(WAIT)) == why
+        assert texts[1:] == [b'{"n":1}']
+        bridge.left()
 
 
-def test_frames_that_may_be_are_put_together_and_pings_answered():
-    bridge = Bridge(lifecycle=False)
-    try:
-        ear = Ear(bridge.ws)
-        bridge.connected()
-        whole = ws_frame(b"", 10) + ws_frame("a", 1, fin=False) + ws_frame(b"hi", 9) + ws_frame(
-            b"", 0, fin=False) + ws_frame("b" * 70_000, 0) + ws_frame(b"c", 2)
-        for place in range(0, len(whole), 9973):
-            bridge.send_raw(whole[place:place + 9973])
-        assert bridge.controls.wait(10) == b"hi"
-        assert eventually(lambda: len(ear.texts) == 2)
-        assert ear.texts == [b"a" + b"b" * 70_000, b"c"]
-        bridge.drop()
-        assert ear.end() == "the connection was ended by the other side"
-    finally:
-        bridge.stop()
-
-
-def test_half_a_frame_is_no_life_though_pongs_fill_it():
-    bridge = Bridge()
-    try:
-        ear = Ear(bridge.ws, look=0.1)
-        bridge.connected()
-        bridge.send_raw(ws_frame(b"x", says=5000))
-        assert ear.end() == "no sign of life"
-    finally:
-        bridge.stop()
-
-
-def descriptors():
-    return len(os.listdir("/proc/self/fd"))
+def test_frames_that_may_be_are_put_together_and_pings_answered(closing):
+    bridge = closing(Bridge(lifecycle=False))
+    texts, ended = ear(bridge.ws)
+    bridge.connected()
+    whole = ws_frame(b"", 10) + ws_frame("a", 1, fin=False) + ws_frame(b"hi", 9) + ws_frame(
+        b"", 0, fin=False) + ws_frame("b" * 70_000, 0) + ws_frame(b"c", 2)
+    for place in range(0, len(whole), 9973):
+        bridge.send_raw(whole[place:place + 9973])
+    assert bridge.controls.wait(10) == b"hi"
+    assert eventually(lambda: len(texts) == 2)
+    assert texts == [b"a" + b"b" * 70_000, b"c"]
+    bridge.drop()
+    assert str(ended.exception(WAIT)) == "the connection was ended by the other side"
+    _, ended = ear(bridge.ws, look=0.1)
+    bridge.connected()
+    bridge.send_raw(ws_frame(b"x", says=5000))
+    assert str(ended.exception(WAIT)) == "no sign of life", "half a frame is none"
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
-def test_100_connections_that_failed_or_broke_leave_no_descriptor_behind():
-    bridge = Bridge(token="T")
+def test_100_connections_that_failed_or_broke_leave_no_descriptor_behind(closing):
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+
+    bridge, before = closing(Bridge(token="T")), None
     gc.disable()
     try:
-        before = None
         for number in range(51):
             with pytest.raises(openqq.AuthFailure):
                 openqq.WebSocket(bridge.ws, {}, print)
             bridge.token = ""
-            ear = Ear(bridge.ws)
+            ended = ear(bridge.ws)[1]
             bridge.connected()
             bridge.drop()
-            ear.end()
+            assert ended.exception(WAIT)
             bridge.token = "T"
             if before is None:
                 assert eventually(lambda: not bridge._connections)
                 before = descriptors()
-        del ear
         assert eventually(lambda: descriptors() <= before)
     finally:
         gc.enable()
-        bridge.stop()
 
 
 def test_a_websocket_is_nobody_elses_connection():
-    def shake(sock):
-        key = re.search(rb"(?i)sec-websocket-key: (\S+)", sock.recv(65536)).group(1)
-        proof = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
-        sock.sendall(b"HTTP/1.1 101 S\r\nContent-Length: 0\r\nSec-WebSocket-Accept: "
-                     + base64.b64encode(proof) + b"\r\n\r\n")
-
+    """Also where the answer to the handshake pretends to be whole, with a length."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        def shake():
+            sock = listener.accept()[0]
+            key = re.search(rb"(?i)sec-websocket-key: (\S+)", sock.recv(65536)).group(1)
+            proof = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+            sock.sendall(b"HTTP/1.1 101 S\r\nContent-Length: 0\r\nSec-WebSocket-Accept: "
+                         + base64.b64encode(proof) + b"\r\n\r\n")
+
         port = listener.getsockname()[1]
-        taken = []
-        threading.Thread(target=lambda: (taken.append(listener.accept()[0]), shake(taken[0])),
-                         daemon=True).start()
+        threading.Thread(target=shake, daemon=True).start()
         web = openqq.WebSocket(f"ws://127.0.0.1:{port}", {}, print)
-        pool = openqq.TRANSPORT.pool
-        assert pool.take(("http", f"127.0.0.1:{port}", None)) is None
+        assert openqq.TRANSPORT.pool.take(("http", f"127.0.0.1:{port}", None)) is None
         web._line.close()
-        taken[0].close()
 
 
 RUBBISH = [("get_login_info", [1]), ("get_login_info", "text"), ("get_login_info", {"user_id": []}),
@@ -11335,7 +11110,7 @@ RUBBISH = [("get_login_info", [1]), ("get_login_info", "text"), ("get_login_info
 def test_rubbish_at_login_only_delays_it(harried, way):
     bridge = Bridge()
     bridge.answers["get_login_info"] = {"data": [1]}
-    program = harried(bridge, url=getattr(bridge, way), running=False)
+    _, program = harried(bridge=bridge, way=way, running=False)
     for action, data in RUBBISH:
         count, bridge.answers = len(bridge.calls), {action: {"data": data}}
         bridge.emit(notice_type="bot_offline", message="weg")
@@ -11348,13 +11123,12 @@ def test_rubbish_at_login_only_delays_it(harried, way):
 
 @pytest.mark.parametrize("way", ["ws", "url"])
 def test_what_ends_a_connection_is_told_and_the_account_goes_on(harried, way):
-    bridge = Bridge()
-    program = harried(bridge, url=getattr(bridge, way))
+    bridge, program = harried(way=way)
     bridge.connected()
     bridge.send_raw("hello" if way == "ws" else "data: hello\n\n")
     program.log.wait("bridge sends what is no JSON object; trying again in 1 s")
     assert eventually(lambda: (link_state(program)["state"] == "updating"
-                        and "no JSON object" in link_state(program)["error"]))
+                               and "no JSON object" in link_state(program)["error"]))
     bridge.connected()
     until_running(program)
     assert "error" not in link_state(program)
@@ -11370,49 +11144,38 @@ def test_what_ends_a_connection_is_told_and_the_account_goes_on(harried, way):
 
 
 def test_bot_offline_said_many_times_is_one_login(harried):
-    bridge = Bridge()
-    program = harried(bridge)
-    program.receiver.next(lambda event: event.get("event") == "login")
+    bridge, program = harried()
+    program.receiver.next(is_login)
     bridge.logged_in = False
     for _ in range(20):
         bridge.emit(notice_type="bot_offline", message="weg\x1b[2J")
     program.log.wait("weg")
     bridge.logged_in = True
-    program.receiver.next(lambda event: event.get("event") == "login")
+    program.receiver.next(is_login)
     for _ in "123":  # whoever greeted once more would have asked by now
-        program.call("send_friend_message", id="20001", content="x")
+        program.call(TO_FRIEND, id="20001", content="x")
     bridge.say_private(20001, "last")
-    states = []
-    program.receiver.next(lambda event: event.get("content") == "last" or states.append(event))
-    assert "state_change" not in [event.get("event") for event in states]
+    assert "state_change" not in [event.get("event") for event in told_before(program, "last")]
     assert "\x1b" not in program.log.text()
-
-
-def storm(bridge, count):
-    """So many messages of a friend, as fast as they go out."""
-    [channel] = bridge._channels
-    for first in range(0, count, 500):
-        channel.raw(b"".join(ws_frame(json.dumps(bridge._event(
-            message_type="private", sub_type="friend", user_id=20001, message_id=number,
-            message=[{"type": "text", "data": {"text": f"storm {number}"}}]))) for number in range(
-                first, min(first + 500, count))))
 
 
 def test_a_storm_is_told_whole_once_and_in_order_while_a_send_and_members_wait(harried):
     count = much(3_000, 50_000)
-    bridge = Bridge()
-    program = harried(bridge, "--allow-message-sync", "1", "--post-api", "", BRIDGE_SECONDS=15.0)
+    bridge, program = harried("--allow-message-sync", "1", "--post-api", "", BRIDGE_SECONDS=15.0)
     bridge.hang("send_group_msg", "get_group_member_list")
     ended = []
-    callers = [threading.Thread(target=lambda api=api, params=params: ended.append(
-        (api, program.call(api, **params))), daemon=True) for api, params in (
-            ("send_group_message", {"uid": "30001", "content": "x"}), ("get_group_info", {}))]
-    for caller in callers:
-        caller.start()
+    for api, params in ((TO_GROUP, {"uid": "30001", "content": "x"}), ("get_group_info", {})):
+        threading.Thread(target=lambda api=api, params=params: ended.append(
+            (api, program.call(api, **params))), daemon=True).start()
     bridge.wait_call("send_group_msg")
-    storm(bridge, count)
+    [channel] = bridge._channels
+    for first in range(0, count, 500):
+        channel.raw(b"".join(ws_frame(json.dumps(bridge._event(
+            message_type="private", sub_type="friend", user_id=20001, message_id=number,
+            message=text_of(f"storm {number}")))) for number in range(
+                first, min(first + 500, count))))
     program.log.wait(f" : storm {count - 1}$", seconds=WAIT * 3)
-    assert "send_group_message" not in dict(ended)
+    assert TO_GROUP not in dict(ended)
     numbers = re.findall(r" : storm (\d+)$", program.log.text(), re.M)
     assert numbers == [str(number) for number in range(count)]
 
@@ -11428,142 +11191,54 @@ STRANGE = [{"user_id": None}, {"user_id": {}}, {"user_id": ""}, {"message": None
            {"post_type": "notice", "notice_type": []}, {"post_type": "request"},
            {"post_type": "notice", "notice_type": "group_decrease", "group_id": []},
            {"post_type": "notice", "notice_type": "notify", "sub_type": "group_name"},
-           {"post_type": "meta_event", "status": 5}, {"time": 1e999}, {"user_id": 1e999}]
+           {"post_type": "meta_event", "status": 5}, {"time": 1e999}, {"user_id": 1e999},
+           {"message_type": "group", "group_id": 30001, "sender": {"user_id": 20001, "role": []}}]
+NOBODIES = [None, 0, "0", "", -5, True, "abc", 1.5, [], {}, "12 3"]
 
 
 @pytest.mark.parametrize("way", ["ws", "url"])
-def test_events_with_strange_members_harm_no_other(harried, way):
+def test_what_is_no_number_is_nobody_and_strange_events_harm_no_other(harried, way):
     bridge = Bridge()
-    program = harried(bridge, "--post-event-list", "new_friend,new_group,lose_group",
-                      url=getattr(bridge, way))
+    bridge.friends += [{"user_id": value, "nickname": "x"} for value in NOBODIES]
+    bridge.friends.append({"nickname": "without"})
+    bridge.groups += [{"group_id": value, "group_name": "x", "members": []} for value in NOBODIES]
+    bridge.groups.append({"group_id": 284840486, "group_name": "临时", "members": []})
+    bridge.groups[0]["members"] += [dict(bridge.member(1), user_id=value) for value in NOBODIES]
+    bridge.answers["get_stranger_info"] = {"data": {"user_id": None, "nickname": None}}
+    _, program = harried(bridge=bridge, way=way)
     bridge.connected()
+    known = (["20001", "20002"], ["30001"])
+    assert lists_of(program) == known
+    assert [row["uid"] for row in program.call("get_group_info")[0]["member"]] == [
+        "10001", "20001", "40001"]
     for number, strange in enumerate(STRANGE):
         bridge.emit(**{"message_type": "private", "sub_type": "friend", "user_id": 20001,
                        "message_id": number, "message": f"strange {number}", **strange})
-    bridge.say_private(20001, "after all")
-    program.receiver.message("after all")
-    until_running(program)
-    assert [row["id"] for row in program.call("get_friend_info")] == ["20001", "20002"]
-    assert [row["id"] for row in program.call("get_group_basic_info")] == ["30001"]
-    assert "fault of this program" not in program.log.text()
-
-
-def test_a_stranger_who_writes_becomes_no_friend(harried):
-    bridge = Bridge()
-    program = harried(bridge)
-    bridge.say_private(90001, "hey", sub_type="other")
-    assert program.receiver.message("hey")["sender_uid"] == "90001"
-    assert [row["id"] for row in program.call("get_friend_info")] == ["20001", "20002"]
-
-
-def test_an_answer_that_is_none_loses_nobody_and_holds_nobody_up(harried):
-    bridge = Bridge()
-    program = harried(bridge, "--update-interval", "1")
-    program.call("get_group_info")
-    bridge.answers = {"get_friend_list": {"data": "text"}, "get_group_member_list": {"data": []}}
-    bridge.groups[0]["member_count"] = 9
-    for _ in "123":
-        bridge.wait_call("get_friend_list")
-    bridge.answers = {}
-    bridge.say_private(20001, "end")
-    while True:
+    for value in NOBODIES:
+        bridge.emit(message_type="private", sub_type="friend", user_id=value, message_id=1,
+                    message="x", sender={"user_id": value, "nickname": "x"})
+        for kind in "group_increase", "group_decrease":
+            bridge.emit(notice_type=kind, group_id=30001, user_id=value, sub_type="leave")
+            bridge.emit(notice_type=kind, group_id=value, user_id=20001, sub_type="leave")
+        bridge.emit(notice_type="friend_add", user_id=value)
+        bridge.emit(request_type="friend", user_id=value, flag=f"F{value}")
+        bridge.emit(notice_type="group_card", group_id=30001, user_id=value, card_new="x")
+    bridge.emit(notice_type="friend_add", user_id=50001)
+    for number, value in enumerate([0, "0", "", None, [], 0]):  # messages without a number
+        bridge.say_private(20001, f"n{number}", message_id=value)
+    ids, moved = {}, []
+    while len(ids) < 6 or not moved:
         event = program.receiver.next()
-        assert not str(event.get("event")).startswith("lose_")
-        if event.get("content") == "end":
-            break
+        if re.fullmatch("n[0-5]", event.get("content", "")):
+            ids[event["content"]] = event["id"]
+        elif event.get("event", "").startswith(("new_", "lose_", "friend_", "group_")):
+            moved.append((event["event"], event["params"][0]["uid"]))
+    assert moved == [("new_friend", "50001")]
+    assert len(set(ids.values())) == 6
+    assert all(re.fullmatch("[1-9][0-9]*", name) for name in ids.values())
     until_running(program)
-
-
-def test_members_whose_list_is_rubbish_hold_up_a_caller_once_only(harried):
-    bridge = Bridge()
-    bridge.answers["get_group_member_list"] = {"data": [
-        {"user_id": 1e999}, 5, {"user_id": 40001, "join_time": 1e999, "nickname": []}]}
-    program = harried(bridge, DETAIL_SECONDS=15.0)
-    for _ in "12":
-        [group] = program.call("get_group_info")
-    assert "40001" in [row["id"] for row in group["member"]]
-
-
-def test_a_busy_account_is_refreshed_all_the_same(harried):
-    bridge = Bridge()
-    program = harried(bridge, "--update-interval", "1", "--post-event-list",
-                      "group_property_change")
-    count = itertools.count()
-
-    def busy(params):
-        content = f"busy {next(count)}"
-        bridge.say_private(20001, content)
-        program.log.wait(f" : {content}$")
-        return {"data": [{"group_id": 30001, "group_name": "new name", "member_count": 3}]}
-
-    bridge.answers["get_group_list"] = busy
-    event = program.receiver.next(lambda event: event.get("event") == "group_property_change")
-    assert event["params"][1:] == ["name", "一家人", "new name"]
-
-
-def test_what_happens_while_a_bridge_is_asked_again_is_not_undone(harried):
-    """The friends that it tells after a reconnect may be those of a moment before."""
-    bridge = Bridge()
-    program = harried(bridge)
-    before, told = list(bridge.friends), threading.Event()
-
-    def late(params):
-        bridge.emit(notice_type="friend_add", user_id=40001)
-        if eventually(lambda: [1 for *_, event in program.receiver.posts
-                               if event.get("event") == "new_friend"]):
-            told.set()
-        return {"data": before}
-
-    bridge.answers["get_friend_list"] = late
-    bridge.drop()
-    assert told.wait(WAIT)
-    until_running(program)
-    assert "40001" in [friend["uid"] for friend in program.call("get_friend_info")]
-
-
-def test_a_group_whose_notice_was_missed_is_found_by_its_number(harried):
-    bridge = Bridge()
-    program = harried(bridge, "--update-interval", "1")
-    assert len(program.call("get_group_info")[0]["member"]) == 3
-    del bridge.groups[0]["members"][2]
-    bridge.groups[0]["members"].append(bridge.member(50001))
-    bridge.groups[0]["members"].append(bridge.member(50002))
-    seen = [program.receiver.next(lambda event: "_group_member" in str(event.get("event")))
-            for _ in "123"]
-    assert sorted((event["event"], event["params"][0]["id"]) for event in seen) == [
-        ("lose_group_member", "40001"), ("new_group_member", "50001"),
-        ("new_group_member", "50002")]
-    bridge.friends.pop()
-    lost = program.receiver.next(lambda event: event.get("event") == "lose_friend")
-    assert lost["params"][0]["id"] == "20002"
-
-
-def test_who_comes_and_goes_while_members_load_is_not_forgotten(harried):
-    bridge = Bridge()
-    program = harried(bridge, DETAIL_SECONDS=15.0)
-
-    def slow(params):
-        rows = list(bridge.groups[0]["members"])
-        bridge.answers = {}
-        bridge.groups[0]["members"][2:] = [bridge.member(50001)]
-        for kind, uid in (("group_decrease", 40001), ("group_increase", 50001)):
-            bridge.emit(notice_type=kind, sub_type="leave", group_id=30001, user_id=uid)
-        bridge.say_private(20001, "told")
-        program.log.wait(" : told$")
-        return {"data": rows}
-
-    bridge.answers["get_group_member_list"] = slow
-    [group] = program.call("get_group_info")
-    assert [row["id"] for row in group["member"]] == ["10001", "20001", "50001"]
-
-
-def test_is_init_group_0_leaves_groups_to_what_they_say(harried):
-    bridge = Bridge()
-    program = harried(bridge, "--is-init-group", "0", "--is-update-group", "0")
-    assert program.call("get_group_info") == []
-    bridge.say_group(30001, 40001, "hey")
-    assert program.receiver.message("hey")["group"] == "一家人"
-    assert [row["id"] for row in program.call("get_group_info")] == ["30001"]
+    assert lists_of(program) == (known[0] + ["50001"], known[1])
+    assert "fault of this program" not in program.log.text()
 
 
 # -- a bridge that fails or lies
@@ -11577,26 +11252,34 @@ def warning(program):
     return program.call("check_client")["client"][0].get("warning", "")
 
 
-ILL_LISTS = {"fails": {"retcode": 1200, "wording": "超时"}, "is text": {"data": "text"},
-             "is an object": {"data": {"list": []}}, "names nobody": {"data": [1, None, "x"]},
-             "has only nulls": {"data": [{"user_id": None, "group_id": 0}, {"user_id": "0"}]},
-             "is HTTP 500": 500, "never comes": "hang", "comes late": "late"}
+def moves(events):
+    """Who came and who went, of events."""
+    return sorted((event["event"], event["params"][0]["uid"]) for event in events
+                  if str(event.get("event")).startswith(("new_", "lose_")))
 
 
-@pytest.mark.parametrize("way", ["ws", "url"])
-@pytest.mark.parametrize("ill", ILL_LISTS.values(), ids=ILL_LISTS)
-def test_a_list_that_a_bridge_cannot_tell_keeps_no_account_from_running(harried, ill, way):
+def next_moves(program, count):
+    return moves([program.receiver.next(lambda event: moves([event])) for _ in range(count)])
+
+
+ILL_LISTS = {"fails": ("ws", {"retcode": 1200, "wording": "超时"}),
+             "is text": ("ws", {"data": "text"}), "is an object": ("url", {"data": {"list": []}}),
+             "names nobody": ("ws", {"data": [1, None, "x", {"user_id": None, "group_id": 0}]}),
+             "is HTTP 500": ("url", 500), "never comes": ("ws", "hang"),
+             "never comes by HTTP": ("url", "hang"), "comes late": ("ws", "late")}
+
+
+@pytest.mark.parametrize("way, ill", ILL_LISTS.values(), ids=ILL_LISTS)
+def test_a_list_that_a_bridge_cannot_tell_keeps_no_account_from_running(harried, way, ill):
     bridge, lists, free = Bridge(), ("get_friend_list", "get_group_list"), threading.Event()
     if ill == "hang":
         bridge.hang(*lists)
-    elif ill == "late":
-        bridge.answers = {"get_friend_list": lambda params: free.wait(WAIT) and None,
-                          "get_group_list": lambda params: free.wait(WAIT) and None}
     else:
-        bridge.answers = dict.fromkeys(lists, ill)
-    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS, url=getattr(bridge, way),
-                      LIST_SECONDS=WAIT if ill == "late" else 1.0)
+        bridge.answers = dict.fromkeys(lists, (lambda params: free.wait(WAIT) and None)
+                                       if ill == "late" else ill)
+    _, program = harried(bridge=bridge, way=way, LIST_SECONDS=WAIT if ill == "late" else 1.0)
     try:
+        bridge.connected()
         bridge.say_private(20001, "heard")
         assert program.receiver.message("heard")["sender"] == "小明"
         bridge.say_group(30001, 40001, "in the group")
@@ -11604,7 +11287,8 @@ def test_a_list_that_a_bridge_cannot_tell_keeps_no_account_from_running(harried,
         for path, uid in (TO_FRIEND, "20001"), (TO_FRIEND, "99999"), (TO_GROUP, "30001"):
             assert program.call(path, uid=uid, content="x")["code"] == 0
         if ill != "late":
-            assert eventually(lambda: "friends" in warning(program) and "groups" in warning(program))
+            assert eventually(lambda: "friends" in warning(program)
+                              and "groups" in warning(program))
     finally:
         free.set()
         bridge.hanging.clear()
@@ -11612,9 +11296,7 @@ def test_a_list_that_a_bridge_cannot_tell_keeps_no_account_from_running(harried,
     assert eventually(lambda: lists_of(program) == (["20001", "20002"], ["30001"]))
     assert eventually(lambda: not warning(program))
     bridge.say_private(20001, "last")
-    told = []
-    program.receiver.next(lambda event: event.get("content") == "last" or told.append(event))
-    assert not [event for event in told if str(event.get("event")).startswith(("new_", "lose_"))]
+    assert not moves(told_before(program, "last"))
     assert program.call(TO_FRIEND, uid="99999", content="x")["code"] == 100
 
 
@@ -11622,8 +11304,7 @@ def test_a_list_that_shrinks_is_believed_once_it_has_said_the_same_for_a_while(h
     bridge = Bridge()
     bridge.friends += [{"user_id": 20003 + number, "nickname": "x"} for number in range(4)]
     everybody = list(bridge.friends)
-    program = harried(bridge, "--update-interval", "1", "--post-event-list", ONEBOT_EVENTS,
-                      DOUBT_SECONDS=2.0)
+    _, program = harried("--update-interval", "1", bridge=bridge, DOUBT_SECONDS=2.0)
     bridge.friends[:] = []
     assert eventually(lambda: "lacks 6 of 6" in warning(program))
     assert len(program.call("get_friend_info")) == 6
@@ -11631,80 +11312,148 @@ def test_a_list_that_shrinks_is_believed_once_it_has_said_the_same_for_a_while(h
     bridge.friends[:] = everybody
     assert eventually(lambda: not warning(program))
     bridge.say_private(20001, "end")
-    told = []
-    program.receiver.next(lambda event: event.get("content") == "end" or told.append(event))
-    assert "lose_friend" not in [event.get("event") for event in told]
+    assert not moves(told_before(program, "end"))
     bridge.friends[:] = everybody[:3]
-    lost = [program.receiver.next(lambda event: event.get("event") == "lose_friend")["params"][0]
-            for _ in "123"]
-    assert sorted(row["uid"] for row in lost) == ["20004", "20005", "20006"]
-    assert [row["uid"] for row in program.call("get_friend_info")] == ["20001", "20002", "20003"]
+    assert next_moves(program, 3) == [("lose_friend", f"2000{number}") for number in (4, 5, 6)]
+    assert lists_of(program)[0] == ["20001", "20002", "20003"]
     assert eventually(lambda: not warning(program))
 
 
-def test_what_a_notice_says_counts_at_once_also_while_the_list_is_doubted(harried):
+def test_members_and_groups_that_a_list_suddenly_lacks_stay_but_what_a_notice_says_counts(harried):
     bridge = Bridge()
     bridge.groups += [{"group_id": 30002 + number, "group_name": "x", "members": []}
                       for number in range(3)]
-    program = harried(bridge, "--update-interval", "1", DOUBT_SECONDS=600.0)
+    bridge.groups[0]["members"] += [bridge.member(50001 + number) for number in range(6)]
+    _, program = harried("--update-interval", "1", bridge=bridge, DOUBT_SECONDS=600.0)
+    assert len(program.call("search_group", uid="30001")[0]["member"]) == 9
+    bridge.groups[0]["member_count"] = 10
+    bridge.groups[0]["members"][1:] = []
+    for _ in "123":
+        bridge.wait_call("get_group_member_list", lambda got: got["group_id"] == "30001")
+        bridge.wait_call("get_group_list")
+    assert len(program.call("search_group", uid="30001")[0]["member"]) == 9
     groups, bridge.groups[:] = list(bridge.groups), []
     assert eventually(lambda: "groups" in warning(program))
-    for number, (kind, more) in enumerate([
-            ("group_decrease", {"sub_type": "kick_me", "user_id": 10001}),
-            ("group_dismiss", {"user_id": 40001})]):
-        for again in range(2):  # told twice, it is one event
-            bridge.emit(notice_type=kind, group_id=30002 + number, time=1000 + again, **more)
-        lost = program.receiver.next(lambda event: event.get("event") == "lose_group")
-        assert lost["params"][0]["uid"] == str(30002 + number)
+    for again in range(2):  # told twice, it is one event
+        bridge.emit(notice_type="group_decrease", group_id=30002, time=1000 + again,
+                    sub_type="kick_me", user_id=10001)
+        bridge.emit(notice_type="group_dismiss", group_id=30003, time=1000 + again, user_id=40001)
     bridge.say_private(20001, "end")
-    assert program.receiver.events.get(timeout=WAIT)["content"] == "end"
+    found = told_before(program, "end")
+    while len(moves(found)) < 2:
+        found.append(program.receiver.next())
+    assert moves(found) == [("lose_group", "30002"), ("lose_group", "30003")]
     assert lists_of(program)[1] == ["30001", "30004"]
     bridge.groups[:] = [groups[0], groups[3]]
     assert eventually(lambda: not warning(program))
 
 
-def test_members_that_a_list_suddenly_lacks_are_not_lost_at_once(harried):
-    bridge = Bridge()
-    bridge.groups[0]["members"] += [bridge.member(50001 + number) for number in range(6)]
-    program = harried(bridge, "--update-interval", "1", "--post-event-list", ONEBOT_EVENTS,
-                      DOUBT_SECONDS=600.0)
-    assert len(program.call("get_group_info")[0]["member"]) == 9
-    bridge.groups[0]["member_count"] = 10
-    bridge.groups[0]["members"][1:] = []
+def test_a_busy_account_is_refreshed_and_learns_what_no_notice_told(harried):
+    bridge, program = harried("--update-interval", "1")
+    assert len(program.call("get_group_info")[0]["member"]) == 3
+    bridge.answers = {"get_friend_list": {"data": "text"}, "get_group_member_list": {"data": []}}
+    bridge.groups[0]["member_count"] = 9
     for _ in "123":
-        bridge.wait_call("get_group_member_list")
-        bridge.wait_call("get_group_list")
-    bridge.say_private(20001, "end")
-    assert program.receiver.next(lambda event: "member" in str(event.get("event"))
-                                 or event.get("content") == "end")["content"] == "end"
-    assert len(program.call("get_group_info")[0]["member"]) == 9
+        bridge.wait_call("get_friend_list")
+    bridge.say_private(20001, "ill")
+    assert not moves(told_before(program, "ill")), "an answer that is none loses nobody"
+    bridge.answers = {}
+    del bridge.groups[0]["member_count"]
+    bridge.groups[0]["members"][2:] = [bridge.member(50001), bridge.member(50002)]
+    bridge.friends.pop()
+    assert next_moves(program, 4) == [
+        ("lose_friend", "20002"), ("lose_group_member", "40001"), ("new_group_member", "50001"),
+        ("new_group_member", "50002")]
+    count = itertools.count()
+
+    def busy(params):
+        text = f"busy {next(count)}"
+        bridge.say_private(20001, text)
+        program.log.wait(f" : {text}$")
+        return {"data": [{"group_id": 30001, "group_name": "new name", "member_count": 4}]}
+
+    bridge.answers["get_group_list"] = busy
+    event = program.receiver.next(lambda event: event.get("event") == "group_property_change")
+    assert event["params"][1:] == ["name", "一家人", "new name"]
 
 
-def test_a_number_that_no_list_told_is_asked_for_before_a_send_to_it_fails(harried):
-    bridge = Bridge()
-    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS)
+def test_what_happens_while_a_bridge_is_asked_is_not_undone_by_its_answer(harried):
+    """The friends that it tells after a reconnect may be those of a moment before."""
+    bridge, program = harried(DETAIL_SECONDS=15.0)
+    bridge.answers["get_group_member_list"] = {"data": [
+        {"user_id": 1e999}, 5, {"user_id": 40001, "join_time": 1e999, "nickname": []}]}
+    for _ in "12":  # a list that is rubbish holds up a caller once only
+        [group] = program.call("get_group_info")
+    assert "40001" in [row["id"] for row in group["member"]]
+
+    def members(params):
+        rows = list(bridge.groups[0]["members"])
+        bridge.answers = {}
+        bridge.groups[0]["members"][2:] = [bridge.member(50001)]
+        for kind, uid in (("group_decrease", 40001), ("group_increase", 50001)):
+            bridge.emit(notice_type=kind, sub_type="leave", group_id=30001, user_id=uid)
+        bridge.say_private(20001, "told")
+        program.log.wait(" : told$")
+        return {"data": rows}
+
+    bridge.answers["get_group_member_list"] = members
+    [group] = program.call("get_group_info")
+    assert [row["id"] for row in group["member"]] == ["10001", "20001", "50001"]
+    before, told = list(bridge.friends), threading.Event()
+
+    def friends(params):
+        bridge.emit(notice_type="friend_add", user_id=40001)
+        program.receiver.next(lambda event: event.get("event") == "new_friend")
+        told.set()
+        return {"data": before}
+
+    bridge.answers["get_friend_list"] = friends
+    bridge.drop()
+    assert told.wait(WAIT)
+    until_running(program)
+    assert "40001" in lists_of(program)[0]
+
+
+def test_is_init_group_0_leaves_groups_to_what_they_say(harried):
+    bridge, program = harried("--is-init-group", "0", "--is-update-group", "0")
+    assert program.call("get_group_info") == []
+    bridge.say_group(30001, 40001, "hey")
+    assert program.receiver.message("hey")["group"] == "一家人"
+    assert [row["id"] for row in program.call("get_group_info")] == ["30001"]
+
+
+def test_a_number_that_no_list_told_is_asked_for_before_a_call_for_it_fails(harried):
+    bridge, program = harried()
+    program.call("get_group_info")
     assert program.call(TO_FRIEND, uid="20009", content="x")["code"] == 100
     assert program.call(TO_GROUP, uid="30009", content="x")["code"] == 101
     bridge.friends.append({"user_id": 20009, "nickname": "新友", "remark": ""})
-    bridge.groups.append({"group_id": 30009, "group_name": "新群", "members": []})
+    bridge.groups.append({"group_id": 30009, "group_name": "新群", "members": [
+        bridge.member(10001, "owner"), bridge.member(40013)]})
+    bridge.groups[0]["members"].append(bridge.member(40011))
     assert program.call(TO_FRIEND, uid="20009", content="x")["code"] == 0
     assert program.call(TO_GROUP, id="30009", content="x")["code"] == 0
     assert bridge.wait_call("send_private_msg")["user_id"] == "20009"
     assert bridge.wait_call("send_group_msg")["group_id"] == "30009"
-    for kind, uid in ("new_friend", "20009"), ("new_group", "30009"):
-        assert program.receiver.next(lambda event: event.get("event") == kind)["params"][0][
-            "uid"] == uid
+    assert next_moves(program, 2) == [("new_friend", "20009"), ("new_group", "30009")]
     assert program.call(TO_FRIEND, displayname="nobody", content="x")["code"] == 100
+    mute = {"path": "shutup_group_member", "time": "1", "group_uid": "30001"}
+    assert program.call(**mute, member_uid="40011")["code"] == 0
+    assert program.call("send_sess_message", group_uid="30001", uid="40011",
+                        content="x")["code"] == 0
+    assert program.call(**mute, member_uid="49999")["code"] == 100
+    assert program.call("kick_group_member", group_uid="30009", member_uid="40013")["code"] == 0
+    assert bridge.wait_call("set_group_kick")["user_id"] == "40013"
 
 
-def test_one_slow_look_up_holds_up_its_own_conversation_only(harried):
+def test_look_ups_that_a_bridge_does_not_answer_hold_up_their_own_conversation_only(harried):
     bridge, free = Bridge(), threading.Event()
     bridge.groups.append({"group_id": 30002, "group_name": "二群", "members": [
         bridge.member(10001), bridge.member(40002)]})
+    _, program = harried(bridge=bridge, LOOKUP_SECONDS=WAIT)
     bridge.answers["get_group_member_info"] = lambda params: free.wait(WAIT) and None
-    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS, LOOKUP_SECONDS=WAIT)
     try:
-        bridge.say_group(30001, 40001, [segment("at", qq="50001"), segment("text", text="slow")])
+        bridge.say_group(30001, 40001, [segment("at", qq="50001"), *text_of("slow")])
         bridge.wait_call("get_group_member_info")
         bridge.say_group(30001, 40001, "behind it")
         for number in range(3):
@@ -11718,109 +11467,71 @@ def test_one_slow_look_up_holds_up_its_own_conversation_only(harried):
         free.set()
     assert "slow" in program.receiver.next(lambda event: "content" in event)["content"]
     program.receiver.message("behind it")
-
-
-def test_who_writes_first_is_known_from_the_message_and_looked_up_later(harried):
-    """A bridge that never tells of them holds up nobody."""
-    bridge = Bridge()
-    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS, LOOKUP_SECONDS=WAIT)
     program.call("get_group_info")
     bridge.hang("get_group_member_info", "get_stranger_info", "get_group_info")
-    for number in range(4):
+    for number in range(4):  # who writes first is known from the message, and looked up later
         uid = 51000 + number
-        sender = {"user_id": uid, "nickname": f"人{number}", "card": f"卡{number}",
-                  "role": "member"}
-        bridge.say_group(30001, uid, f"g{number}", sender=sender)
+        bridge.say_group(30001, uid, f"g{number}", sender={
+            "user_id": uid, "nickname": f"人{number}", "card": f"卡{number}", "role": "member"})
         bridge.say_private(uid + 100, f"p{number}", sender={"user_id": uid + 100,
                                                             "nickname": f"友{number}"})
     for number in range(4):
         assert program.receiver.message(f"g{number}")["sender"] == f"卡{number}"
     assert {row["name"] for row in program.call("get_friend_info")} >= {"友0", "友3"}
-    bridge.hanging.clear()
 
 
-SAID_OF_SOMEBODY = [  # what a sender's block says now -> the property changes that come of it
-    ({"nickname": "路人", "card": "新卡", "role": "admin"}, [("card", None, "新卡")]),
-    ({"nickname": "路人", "card": "", "role": "member"},
+def test_look_ups_in_vain_hold_up_no_queue_of_others(harried):
+    bridge, program = harried(LOOKUP_SECONDS=2.0)
+    bridge.hang("get_stranger_info", "get_group_member_info")
+    for number in range(64):
+        bridge.emit(request_type="friend", user_id=51000 + number, flag=f"F{number}", comment="x")
+    bridge.say_group(30001, 40001, [segment("at", qq=str(52000 + number)) for number in range(8)])
+    bridge.say_private(20002, "still?")
+    program.receiver.message("still?")
+    asked = [params for action, params in bridge.calls if action == "get_stranger_info"]
+    assert len(asked) <= openqq.Intake.WORKERS
+
+
+SAID_OF_SOMEBODY = [  # what a sender's block says now -> what he is called, the property changes
+    ({"nickname": "路人", "card": "新卡", "role": "admin"}, "新卡", [("card", None, "新卡")]),
+    ({"nickname": "路人", "card": "", "role": "member"}, "路人",
      [("card", "新卡", None), ("role", "admin", "member")]),
-    ({"nickname": "路人乙", "title": "元老"}, [("name", "路人", "路人乙"), ("title", None, "元老")]),
-    ({"nickname": "", "card": None, "role": "god", "title": 5}, []),
-    ({"nickname": "路人", "card": "", "role": "admin", "title": ""},
+    ({"nickname": "路人乙", "title": "元老"}, "路人乙",
+     [("name", "路人", "路人乙"), ("title", None, "元老")]),
+    ({"nickname": "", "card": None, "role": "god", "title": 5}, "路人乙", []),
+    ({"nickname": "路人", "card": "", "role": "admin", "title": ""}, "路人",
      [("name", "路人乙", "路人"), ("title", "元老", None), ("role", "member", "admin")]),
 ]
 
 
 def test_what_a_sender_says_of_himself_is_told_as_a_change(qq):
     qq.call("get_group_info")
-    for sender, wanted in SAID_OF_SOMEBODY:
-        events = qq.events_of(in_group(30001, 40001, "x", sender={"user_id": 40001, **sender}))
-        assert [tuple(event["params"][1:]) for event in events[:-1]] == wanted
-        assert {(event["event"], event["params"][0]["uid"]) for event in events[:-1]} <= {
+    for sender, name, wanted in SAID_OF_SOMEBODY:
+        *changes, said = qq.events_of(in_group(30001, 40001, "x",
+                                               sender={"user_id": 40001, **sender}))
+        assert [tuple(event["params"][1:]) for event in changes] == wanted
+        assert {(event["event"], event["params"][0]["uid"]) for event in changes} <= {
             ("group_member_property_change", "40001")}
-        assert events[-1]["sender"] == (sender.get("card") or "路人乙" if wanted != [] and dict(
-            (name, new) for name, _, new in wanted).get("name") == "路人乙" or wanted == []
-            else sender.get("card") or "路人")
+        assert said["sender"] == name
     for name, old, new in [("小红", "小红", "改名"), ("改名", "改名", "小红")]:
-        events = qq.events_of(private(20002, sender={"user_id": 20002, "nickname": new}))
-        assert [event["params"][1:] for event in events[:-1]] == [["name", old, new]]
-        assert events[-1]["sender"] == new
+        [change, said] = qq.events_of(private(20002, sender={"user_id": 20002, "nickname": new}))
+        assert (change["params"][1:], said["sender"]) == (["name", old, new], new)
 
 
-def test_a_member_who_was_kicked_is_gone_and_the_bridges_notice_is_no_second_event(qq):
-    qq.call("get_group_info")
-    qq.events_of(comes(30001, 50011))
-    member = {"group_id": "30001", "member_id": "50011"}
-    [event] = qq.events_of(lambda bridge: qq.call("kick_group_member", **member),
-                           goes(30001, 50011, "kick"), goes(30001, 50011, "kick"))
-    assert asked(event) == ("lose_group_member", "50011", "30001")
-    assert "50011" not in [row["uid"] for row in qq.call("get_group_info")[0]["member"]]
-
-
-def test_who_is_listed_and_comes_again_is_told_of_once(qq):
-    """A notice of the leaving was missed; but a bridge that repeats itself says nothing new."""
+def test_what_a_bridge_repeats_or_tells_of_our_own_acts_is_one_event(qq):
+    """Also of who is listed: a notice of the leaving was missed."""
     qq.call("get_group_info")
     again = comes(30001, 20001)
     assert [asked(event) for event in qq.events_of(again, again)] == [
         ("new_group_member", "20001", "30001")]
-
-
-def test_a_friend_request_told_twice_is_one_event(qq):
-    requests = [notice(request_type="friend", user_id=50012, comment="我", flag="F-twice")
-                for _ in "12"]
-    assert len(qq.events_of(*requests)) == 1
-
-
-NOBODIES = [None, 0, "0", "", -5, True, "abc", 1.5, [], {}, "12 3"]
-
-
-def test_a_number_that_is_none_is_nobody(harried):
-    bridge = Bridge()
-    bridge.friends += [{"user_id": value, "nickname": "x"} for value in NOBODIES]
-    bridge.friends.append({"nickname": "without"})
-    bridge.groups += [{"group_id": value, "group_name": "x", "members": []} for value in NOBODIES]
-    bridge.groups.append({"group_id": 284840486, "group_name": "临时", "members": []})
-    bridge.groups[0]["members"] += [dict(bridge.member(1), user_id=value) for value in NOBODIES]
-    bridge.answers["get_stranger_info"] = {"data": {"user_id": None, "nickname": None}}
-    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS)
-    known = (["20001", "20002"], ["30001"])
-    assert lists_of(program) == known
-    assert [row["uid"] for row in program.call("get_group_info")[0]["member"]] == [
-        "10001", "20001", "40001"]
-    for value in NOBODIES:
-        bridge.emit(message_type="private", sub_type="friend", user_id=value, message_id=1,
-                    message="x", sender={"user_id": value, "nickname": "x"})
-        for kind in "group_increase", "group_decrease":
-            bridge.emit(notice_type=kind, group_id=30001, user_id=value, sub_type="leave")
-            bridge.emit(notice_type=kind, group_id=value, user_id=20001, sub_type="leave")
-        bridge.emit(notice_type="friend_add", user_id=value)
-        bridge.emit(request_type="friend", user_id=value, flag=f"F{value}")
-        bridge.emit(notice_type="group_card", group_id=30001, user_id=value, card_new="x")
-    bridge.emit(notice_type="friend_add", user_id=50001)
-    new = program.receiver.next(lambda event: event.get("event") not in (
-        "login", "state_change", "input_qrcode"))
-    assert (new["event"], new["params"][0]["uid"]) == ("new_friend", "50001")
-    assert lists_of(program) == (known[0] + ["50001"], known[1])
-    assert "fault of this program" not in program.log.text()
+    qq.events_of(comes(30001, 50011))
+    [event] = qq.events_of(
+        lambda bridge: qq.call("kick_group_member", group_id="30001", member_id="50011"),
+        goes(30001, 50011, "kick"), goes(30001, 50011, "kick"))
+    assert asked(event) == ("lose_group_member", "50011", "30001")
+    assert "50011" not in [row["uid"] for row in qq.call("get_group_info")[0]["member"]]
+    assert len(qq.events_of(*[notice(request_type="friend", user_id=50012, comment="我",
+                                     flag="F-twice") for _ in "12"])) == 1
 
 
 def test_a_temporary_session_of_an_unknown_group_can_be_answered(qq):
@@ -11836,63 +11547,24 @@ def test_a_temporary_session_of_an_unknown_group_can_be_answered(qq):
     assert "284840486" not in [row["uid"] for row in qq.call("get_group_basic_info")]
 
 
-def test_a_real_account_shows_codes_as_its_bridge_has_them_and_never_ends(harried, receive):
-    page, bridge = NapCatPage(), Bridge()
-    bridge.logged_in = False
-    try:
-        program = harried(bridge, "--onebot-login", "napcat", "--onebot-login-api", page.url,
-                          "--onebot-login-token", "napcat", "--qrcode-count-max", "2",
-                          running=False, TICKET_SECONDS=0.05)
-        for number in range(12):
-            page.qrcode = f"https://txz.qq.com/p?k={number}"
-            shows(program.receiver, page.qrcode)
-        codes = len([1 for *_, event in program.receiver.posts if is_qrcode(event)])
-        asked = len([1 for path, _ in page.calls if path.endswith("CheckLoginStatus")])
-        assert eventually(lambda: len([1 for path, _ in page.calls if path.endswith(
-            "CheckLoginStatus")]) > asked + 5)
-        assert len([1 for *_, event in program.receiver.posts if is_qrcode(event)]) == codes
-        assert "/api/QQLogin/RefreshQRcode" not in [path for path, _ in page.calls]
-        log_in(page, bridge)
-        until_running(program)
-    finally:
-        page.close()
+def test_two_clients_of_one_account_are_told_of(start, closing):
+    controller, bridge = start("controller"), closing(Bridge())
+    first = Bridged(controller, "ws", bridge).running()
+    second = Bridged(controller, "ws-second", bridge)
+    second.until("running")
+    assert eventually(lambda: "another client of the account 10001" in second.state().get(
+        "warning", ""))
+    controller.log.wait(r"\[warn\] another client of the account 10001 is running already")
+    assert "warning" not in first.state()
 
 
-def test_two_clients_of_one_account_are_told_of(start):
-    controller, bridge = start("controller"), Bridge()
-    try:
-        first = Bridged(controller, "ws", bridge).running()
-        second = Bridged(controller, "ws-second", bridge)
-        second.until("running")
-        assert eventually(lambda: "another client of the account 10001" in second.state().get(
-            "warning", ""))
-        controller.log.wait(r"\[warn\] another client of the account 10001 is running already")
-        assert "warning" not in first.state()
-    finally:
-        bridge.close()
-
-
-def test_a_message_that_waits_long_is_not_called_failed_and_is_sent(harried):
-    bridge = Bridge()
-    program = harried(bridge, SEND_SECONDS=0.3, BRIDGE_SECONDS=WAIT)
+def test_messages_that_wait_long_are_not_called_failed_and_a_full_queue_refuses_at_once(harried):
+    bridge, program = harried("--send-queue-max-size", "3", SEND_SECONDS=0.3, BRIDGE_SECONDS=WAIT)
     free = threading.Event()
     bridge.answers["send_private_msg"] = lambda params: free.wait(WAIT) and None
     try:
-        answers = [program.call(TO_FRIEND, uid="20001", content=text) for text in "ab"]
-    finally:
-        free.set()
-    assert answers == [{"code": 0, "id": None, "status": "request already in execution"}] * 2
-    for text in "ab":
-        sent = program.receiver.next(lambda event: event.get("class") == "send")
-        assert (sent["content"], sent["code"]) == (text, 0)
-
-
-def test_a_full_send_queue_refuses_at_once(harried):
-    bridge, free = Bridge(), threading.Event()
-    program = harried(bridge, "--send-queue-max-size", "3", BRIDGE_SECONDS=WAIT)
-    bridge.answers["send_private_msg"] = lambda params: free.wait(WAIT) and None
-    try:
-        program.call(TO_FRIEND, uid="20001", content="0", **{"async": "1"})
+        assert program.call(TO_FRIEND, uid="20001", content="0") == {
+            "code": 0, "id": None, "status": "request already in execution"}
         bridge.wait_call("send_private_msg")
         for text in "123":
             assert program.call(TO_FRIEND, uid="20001", content=text, **{"async": "1"})["code"] == 0
@@ -11903,62 +11575,58 @@ def test_a_full_send_queue_refuses_at_once(harried):
     finally:
         free.set()
     for text in "0123":
-        assert program.receiver.next(lambda event: event.get("class") == "send")["content"] == text
+        sent = program.receiver.next(lambda event: event.get("class") == "send")
+        assert (sent["content"], sent["code"]) == (text, 0)
 
 
 def test_of_two_that_a_name_fits_the_remark_wins_and_equal_ones_are_refused(harried):
     bridge = Bridge()
-    bridge.friends = [{"user_id": 20001, "nickname": "甲", "remark": ""},
-                      {"user_id": 20002, "nickname": "乙", "remark": "甲"},
-                      {"user_id": 20003, "nickname": "丙", "remark": ""},
-                      {"user_id": 20004, "nickname": "丙", "remark": ""}]
-    bridge.groups = [{"group_id": 30001, "group_name": "家", "members": []},
-                     {"group_id": 30002, "group_name": "家", "members": []},
-                     {"group_id": 30003, "group_name": "友", "group_remark": "家人", "members": []},
-                     {"group_id": 30004, "group_name": "家人", "members": []}]
-    program = harried(bridge)
+    bridge.friends = [{"user_id": 20001 + number, "nickname": name, "remark": remark}
+                      for number, (name, remark) in enumerate([
+                          ("甲", ""), ("乙", "甲"), ("丙", ""), ("丙", "")])]
+    bridge.groups = [{"group_id": 30001 + number, "group_name": name, "group_remark": remark,
+                      "members": []} for number, (name, remark) in enumerate([
+                          ("家", ""), ("家", ""), ("友", "家人"), ("家人", "")])]
+    _, program = harried(bridge=bridge)
     assert program.call(TO_FRIEND, displayname="甲", content="x")["code"] == 0
     assert bridge.wait_call("send_private_msg")["user_id"] == "20002"
     assert program.call(TO_GROUP, displayname="家人", content="x")["code"] == 0
     assert bridge.wait_call("send_group_msg")["group_id"] == "30003"
     for key in "name", "displayname":
-        assert program.call(TO_FRIEND, **{key: "丙"}, content="x") == {
-            "code": 100, "id": None, "status": "friend not unique"}
-        assert program.call(TO_GROUP, **{key: "家"}, content="x") == {
-            "code": 100, "id": None, "status": "group not unique"}
+        for path, name, kind in (TO_FRIEND, "丙", "friend"), (TO_GROUP, "家", "group"):
+            assert program.call(path, **{key: name}, content="x") == {
+                "code": 100, "id": None, "status": f"{kind} not unique"}
     assert program.call(TO_FRIEND, name="丙", uid="20004", content="x")["code"] == 0
 
 
-def test_the_bridges_other_account_is_noticed_and_has_friends_of_its_own(harried):
+@pytest.mark.parametrize("way", ["webhook", "late list"])
+def test_the_bridges_other_account_is_noticed_and_has_friends_of_its_own(harried, way):
     """Also where nothing but events tells of it, and a list of the former one is still to come."""
-    for way in "webhook", "late list":
-        bridge, free = Bridge(sse=way != "webhook"), threading.Event()
-        program = harried(bridge, "--account", way[:4], "--update-interval", "1",
-                          url=bridge.url if way == "webhook" else bridge.ws, running=False,
-                          LIST_SECONDS=WAIT, DOUBT_SECONDS=600.0)
-        program.log.wait("logged in")
-        bridge.post_to = f"{program.base}/onebot" if way == "webhook" else ""
-        if way != "webhook":
-            former = list(bridge.friends)
-            bridge.answers["get_friend_list"] = lambda params: free.wait(WAIT) and {"data": former}
-            bridge.wait_call("get_friend_list", seconds=WAIT)
-            bridge.wait_call("get_friend_list", seconds=WAIT)
-            bridge.answers = {}
-        bridge.uin, bridge.friends = 10009, [{"user_id": 20101, "nickname": "新", "remark": ""}]
-        if way != "webhook":
-            bridge.emit(notice_type="bot_offline", message="weg")
-        bridge.say_private(20101, "who")
-        program.receiver.message("who")
-        assert eventually(lambda: program.call("get_user_info").get("uid") == "10009")
-        free.set()
-        assert eventually(lambda: [row["uid"] for row in program.call("get_friend_info")
-                                   ] == ["20101"])
+    free = threading.Event()
+    bridge, program = harried("--update-interval", "1", bridge=Bridge(sse=way != "webhook"),
+                              way="url" if way == "webhook" else "ws", LIST_SECONDS=WAIT,
+                              DOUBT_SECONDS=600.0)
+    bridge.post_to = f"{program.base}/onebot" if way == "webhook" else ""
+    if way != "webhook":
+        former = list(bridge.friends)
+        bridge.answers["get_friend_list"] = lambda params: free.wait(WAIT) and {"data": former}
+        bridge.wait_call("get_friend_list", seconds=WAIT)
+        bridge.wait_call("get_friend_list", seconds=WAIT)
+        bridge.answers = {}
+    bridge.uin, bridge.friends = 10009, [{"user_id": 20101, "nickname": "新", "remark": ""}]
+    if way != "webhook":
+        bridge.emit(notice_type="bot_offline", message="weg")
+    bridge.say_private(20101, "who")
+    program.receiver.message("who")
+    assert eventually(lambda: program.call("get_user_info").get("uid") == "10009")
+    free.set()
+    assert eventually(lambda: lists_of(program)[0] == ["20101"])
 
 
 def test_an_account_whose_bridge_is_lost_while_it_loads_is_not_called_running(harried):
     bridge = Bridge()
     bridge.hang("get_friend_list", "get_group_list")
-    program = harried(bridge, running=False, LOOKUP_SECONDS=5.0, LIST_SECONDS=WAIT)
+    _, program = harried(bridge=bridge, running=False, LOOKUP_SECONDS=5.0, LIST_SECONDS=WAIT)
     bridge.wait_call("get_friend_list")
     bridge.stop()
     program.log.wait("trying again in")
@@ -11972,131 +11640,61 @@ def test_an_account_whose_bridge_is_lost_while_it_loads_is_not_called_running(ha
     assert states.count("running") == 1
 
 
-def test_messages_without_a_number_are_all_told_under_ids_of_their_own(harried):
-    bridge = Bridge()
-    program = harried(bridge)
-    for number, value in enumerate([0, "0", "", None, [], 0]):
-        bridge.say_private(20001, f"n{number}", message_id=value)
-    bridge.say_group(30001, 20001, "role", sender={"user_id": 20001, "role": []})
-    ids = [program.receiver.message(f"n{number}")["id"] for number in range(6)]
-    assert len(set(ids)) == 6 and all(re.fullmatch("[1-9][0-9]*", name) for name in ids)
-    assert eventually(lambda: "role" in [event.get("content") for *_, event
-                                         in list(program.receiver.posts)])
-    assert "fault of this program" not in program.log.text()
-
-
-def test_look_ups_in_vain_hold_up_no_queue_of_others(harried):
-    bridge = Bridge()
-    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS, LOOKUP_SECONDS=2.0)
-    bridge.hang("get_stranger_info", "get_group_member_info")
-    for number in range(64):
-        bridge.emit(request_type="friend", user_id=51000 + number, flag=f"F{number}", comment="x")
-    bridge.say_group(30001, 40001, [segment("at", qq=str(52000 + number)) for number in range(8)])
-    bridge.say_private(20002, "still?")
-    program.receiver.message("still?")
-    asked = [params for action, params in bridge.calls if action == "get_stranger_info"]
-    assert len(asked) <= openqq.Intake.WORKERS
-
-
-def test_an_echo_that_comes_long_before_its_answer_is_no_second_message(harried):
-    bridge, free = Bridge(), threading.Event()
-    program = harried(bridge, "--allow-message-sync", "1", BRIDGE_SECONDS=WAIT)
-
-    def send(params):
-        bridge._message("echo", message_type="private", post_type="message_sent", user_id=10001,
-                        target_id=20001, sender={"user_id": 10001}, message_id=7703)
-        free.wait(WAIT)
-        return {"data": {"message_id": 7703}}
-
-    bridge.answers["send_private_msg"] = send
-    program.call(TO_FRIEND, uid="20001", content="echo", **{"async": "1"})
-    bridge.wait_call("send_private_msg")
-    bridge.say_private(20001, "meanwhile")
-    program.receiver.message("meanwhile")
-    free.set()
-    assert program.receiver.next(lambda event: event.get("class") == "send")["source"] == "local"
-    bridge.say_private(20001, "end")
-    assert program.receiver.next(lambda event: "class" in event)["content"] == "end"
-
-
-def test_notices_count_before_the_group_list_is_there(harried):
-    bridge = Bridge()
-    bridge.hang("get_group_list")
-    program = harried(bridge, "--post-event-list", ONEBOT_EVENTS, LIST_SECONDS=WAIT)
-    bridge.emit(notice_type="group_increase", group_id=30001, user_id=44444, sub_type="approve")
-    bridge.emit(notice_type="group_decrease", group_id=30001, user_id=20001, sub_type="leave")
-    bridge.emit(notice_type="group_increase", group_id=30005, user_id=10001, sub_type="invite")
-    seen = {(event["event"], event["params"][0]["uid"]) for event in (
-        program.receiver.next(lambda event: str(event.get("event")).startswith(("new_", "lose_")))
-        for _ in "123")}
-    assert seen == {("new_group_member", "44444"), ("lose_group_member", "20001"),
-                    ("new_group", "30005")}
-    bridge.hanging.clear()
-
-
-def test_a_member_that_no_list_told_is_asked_for_too(harried):
-    bridge = Bridge()
-    program = harried(bridge)
-    program.call("get_group_info")
-    bridge.groups[0]["members"] += [bridge.member(40011), bridge.member(40012)]
-    member = {"group_uid": "30001", "member_uid": "40011"}
-    assert program.call("shutup_group_member", time="1", **member)["code"] == 0
-    assert program.call("send_sess_message", group_uid="30001", uid="40011", content="x")["code"] == 0
-    assert program.call("shutup_group_member", time="1", group_uid="30001",
-                        member_uid="49999")["code"] == 100
-    bridge.groups.append({"group_id": 30007, "group_name": "新", "members": [
-        bridge.member(10001, "owner"), bridge.member(40013)]})
-    assert program.call("kick_group_member", group_uid="30007", member_uid="40013")["code"] == 0
-    assert bridge.wait_call("set_group_kick")["user_id"] == "40013"
-
-
-def test_a_bridge_that_never_answers_for_a_stream_is_heard_by_its_webhook(start):
-    class Silent(Bridge):
-        def handle(self, handler):
-            if handler.path == "/_events":
-                self.connected_for_ever(handler)
-            super().handle(handler)
-
-        def connected_for_ever(self, handler):
-            try:
-                handler.rfile.read(1)  # until it is hung up on
-            except OSError:
-                pass
-
-    controller, bridge = start("controller"), Silent(sse=False)
-    try:
-        me = Bridged(controller, "http", bridge)
-        me.until("running")
-        assert me.events_of(private(20002, "da"))[-1]["content"] == "da"
-    finally:
-        bridge.close()
-
-
-def test_the_echoes_of_a_long_row_of_sends_make_no_second_messages(harried):
-    bridge = Bridge()
-    program = harried(bridge, "--allow-message-sync", "1", BRIDGE_SECONDS=1.0)
-    numbers = itertools.count(7800)
+def test_echoes_that_come_before_the_answers_make_no_second_messages(harried):
+    """One before each answer of a long row, and one that comes long before."""
+    bridge, program = harried("--allow-message-sync", "1", BRIDGE_SECONDS=WAIT)
+    numbers, free = itertools.count(7800), threading.Event()
 
     def send(params):
         number = next(numbers)
         bridge._message("echo", message_type="private", post_type="message_sent", user_id=10001,
                         target_id=20001, sender={"user_id": 10001}, message_id=number)
+        if params["message"] == text_of("late"):
+            free.wait(WAIT)
         time.sleep(0.2)  # the bridge takes its time, as real ones do
         return {"data": {"message_id": number}}
 
     bridge.answers["send_private_msg"] = send
     for _ in range(12):
         program.call(TO_FRIEND, uid="20001", content="echo")
+    program.call(TO_FRIEND, uid="20001", content="late", **{"async": "1"})
+    bridge.wait_call("send_private_msg", lambda got: got["message"] == text_of("late"))
+    bridge.say_private(20001, "meanwhile")
+    program.receiver.message("meanwhile")
+    free.set()
+    assert program.receiver.next(lambda event: event.get("class") == "send")["source"] == "local"
     bridge.say_private(20001, "end")
     program.receiver.message("end")
-    sources = [event["source"] for *_, event in program.receiver.posts
-               if event.get("class") == "send"]
-    assert sources == ["local"] * 12
+    assert [event["source"] for *_, event in program.receiver.posts
+            if event.get("class") == "send"] == ["local"] * 13
+
+
+def test_notices_count_before_the_group_list_is_there(harried):
+    bridge = Bridge()
+    bridge.hang("get_group_list")
+    _, program = harried(bridge=bridge, LIST_SECONDS=WAIT)
+    bridge.emit(notice_type="group_increase", group_id=30001, user_id=44444, sub_type="approve")
+    bridge.emit(notice_type="group_decrease", group_id=30001, user_id=20001, sub_type="leave")
+    bridge.emit(notice_type="group_increase", group_id=30005, user_id=10001, sub_type="invite")
+    assert next_moves(program, 3) == [
+        ("lose_group_member", "20001"), ("new_group", "30005"), ("new_group_member", "44444")]
+    bridge.hanging.clear()
+
+
+def test_a_bridge_that_never_answers_for_a_stream_is_heard_by_its_webhook(harried):
+    class Silent(Bridge):
+        def _serve_sse(self, handler):
+            Channel(self, handler).until_closed()
+
+    bridge, program = harried(bridge=Silent(), way="url")
+    bridge.post_to = f"{program.base}/onebot"
+    bridge.say_private(20002, "da")
+    program.receiver.message("da")
 
 
 def test_what_waits_to_be_sent_goes_out_under_no_other_account_and_is_told_as_failed(harried):
-    bridge, free = Bridge(), threading.Event()
-    program = harried(bridge, BRIDGE_SECONDS=WAIT)
+    bridge, program = harried(BRIDGE_SECONDS=WAIT)
+    free = threading.Event()
     bridge.answers["send_private_msg"] = lambda params: free.wait(WAIT) and None
     for text in "abc":
         assert program.call(TO_FRIEND, uid="20001", content=text, **{"async": "1"})["code"] == 0
@@ -12118,7 +11716,7 @@ def test_what_a_stop_leaves_unsent_is_told_as_failed(start, receive):
     receiver, controller = receive(), start("controller")
     controller.login("alice", post_api=receiver.url, send_interval="600")
     for text in "abc":
-        assert controller.call("send_friend_message", client="alice", name="小灰", content=text,
+        assert controller.call(TO_FRIEND, client="alice", name="小灰", content=text,
                                **{"async": "1"})["code"] == 0
     assert receiver.next(lambda event: event.get("class") == "send")["code"] == 0
     assert controller.call("stop_client", client="alice")["code"] == 0
@@ -12128,20 +11726,17 @@ def test_what_a_stop_leaves_unsent_is_told_as_failed(start, receive):
     controller.log.wait(r"2 message\(s\) waited to be sent, and were not")
 
 
-@pytest.mark.parametrize("way", ["ws", "url"])
-@pytest.mark.parametrize("ill", [404, 500, {"retcode": 1404}, "hang"])
+@pytest.mark.parametrize("way, ill", [("ws", 404), ("ws", "hang"), ("url", 500),
+                                      ("url", {"retcode": 1404})])
 def test_a_bridge_without_a_status_runs_and_stays(harried, way, ill):
     bridge = Bridge()
+    bridge.answers["get_status"] = ill
     if ill == "hang":
         bridge.hang("get_status")
-    else:
-        bridge.answers["get_status"] = ill
-    program = harried(bridge, url=getattr(bridge, way))
-    if ill == "hang":
-        return  # where nothing but that is heard, it counts as lost
-    for _ in "123":
-        if way == "url":
-            bridge.wait_call("get_status")
+    _, program = harried(bridge=bridge, way=way)
+    for _ in "123" if way == "url" else "":
+        bridge.wait_call("get_status")
+    bridge.connected()
     bridge.say_private(20001, "end")
     program.receiver.message("end")
     assert "trying again" not in program.log.text()
@@ -12152,19 +11747,21 @@ AMBIGUOUS = ["http://127.0.0.1.:{port}/x", "http://%31%32%37.0.0.1:{port}/x",
              "http://127.0.0.1:{port}\t@h.invalid/x", "http://localhost%2e:{port}/x",
              "http://localhost.:{port}/x", "http://x.localhost:{port}/x",
              "http://127.0x.1:{port}/x", "http://0x7f.0x.0x.1:{port}/x", "http://0x:{port}/x",
-             "http://l\u1d52calhost:{port}/x", "http://\U0001fbf1\U0001fbf2\U0001fbf7.0.0.1:{port}/x"]
+             "http://l\u1d52calhost:{port}/x",
+             "http://\U0001fbf1\U0001fbf2\U0001fbf7.0.0.1:{port}/x"]
 
 
-@pytest.mark.parametrize("url", AMBIGUOUS)
-def test_no_url_that_others_read_in_another_way_makes_a_bridge_call_this_program(qq, url):
-    url = url.format(port=qq.program.port)
-    count = len(qq.bridge.calls)
-    for params in ({"media_url": url}, {"media_path": url},
-                   {"cq": "1", "content": f"[CQ:image,file={url}]"},
-                   {"cq": "1", "content": f"[CQ:image, File={url}]"}):
-        answer = qq.call(TO_FRIEND, id="20001", **params)
-        assert answer["code"] in (400, 6), (params, answer)
-    assert "send_private_msg" not in [action for action, _ in qq.bridge.calls[count:]]
+def test_no_url_that_others_read_in_another_way_makes_a_bridge_call_this_program(bridged):
+    me = bridged["ws"]
+    count = len(me.bridge.calls)
+    for url in AMBIGUOUS:
+        url = url.format(port=me.program.port)
+        for params in ({"media_url": url}, {"media_path": url},
+                       {"cq": "1", "content": f"[CQ:image,file={url}]"},
+                       {"cq": "1", "content": f"[CQ:image, File={url}]"}):
+            answer = me.call(TO_FRIEND, id="20001", **params)
+            assert answer["code"] in (400, 6), (params, answer)
+    assert "send_private_msg" not in [action for action, _ in me.bridge.calls[count:]]
 
 
 ODD_ANSWERS = [({"media": ["x\0y", "\ud800", "base64://", "", 5, None, "base64://" + PNG_TEXT]}, 1),
@@ -12172,61 +11769,64 @@ ODD_ANSWERS = [({"media": ["x\0y", "\ud800", "base64://", "", 5, None, "base64:/
                ({"reply": float("inf")}, 0), ({"reply": True}, 0), ({"reply": 12.0}, 1)]
 
 
-@pytest.mark.parametrize("answer, count", ODD_ANSWERS, ids=range(len(ODD_ANSWERS)))
-def test_one_odd_thing_in_an_answer_costs_nothing_else_of_it(start, receive, answer, count):
-    receiver = receive(lambda event: (200, {}, answer) if event.get("content") == "say" else None)
+def test_one_odd_thing_in_an_answer_costs_nothing_else_of_it(start, receive):
+    wants = {f"say {number}": answer for number, (answer, _) in enumerate(ODD_ANSWERS)}
+    receiver = receive(lambda event: (200, {}, wants[event["content"]])
+                       if event.get("content") in wants else None)
     controller = start("controller")
     controller.login("alice", post_api=receiver.url)
-    assert controller.call("/local/say", content="say", client="alice", **{"from": "小灰"}
-                           )["code"] == 0
-    receiver.message("say")
 
     def sent():
         return [event for *_, event in list(receiver.posts) if event.get("class") == "send"]
 
-    assert eventually(lambda: len(sent()) == count)
-    assert controller.call("send_friend_message", client="alice", name="小灰",
-                           content="last")["code"] == 0
-    receiver.next(lambda event: event.get("content") == "last")
-    assert [event["code"] for event in sent()] == [0] * (count + 1)
+    expected = 0
+    for number, (_, count) in enumerate(ODD_ANSWERS):
+        assert controller.call("/local/say", content=f"say {number}", client="alice",
+                               **{"from": "小灰"})["code"] == 0
+        receiver.message(f"say {number}")
+        expected += count + 1
+        assert eventually(lambda: len(sent()) == expected - 1)
+        assert controller.call(TO_FRIEND, client="alice", name="小灰",
+                               content=f"last {number}")["code"] == 0
+        receiver.next(lambda event: event.get("content") == f"last {number}")
+        assert [event["code"] for event in sent()] == [0] * expected
     assert "fault of this program" not in controller.log.text()
 
 
-def test_a_json_body_is_json_and_its_numbers_stay_as_they_were_written(pair):
-    headers = {"Content-Type": "application/json"}
-    path = "/openqq/send_friend_message?client=alice"
-    for text in b"NaN", b"-Infinity", b'["a",NaN]':
-        status, _, body = request(pair.base, path, "POST", b'{"name":"x","content":%b}' % text,
-                                  headers)
-        assert (status, json.loads(body)["code"]) == (400, 400)
-    for text in b"1e22", b"1e999", b"12345678901234567890.5":
-        heard(pair)
-        body = '{"name":"小冰","content":%s}' % text.decode()
-        assert json.loads(request(pair.base, path, "POST", body.encode(), headers)[2])["code"] == 0
-        assert text.decode() in [event["content"] for event in pair.call("check_event",
-                                                                         client="alice")]
+def test_bodies_are_read_as_they_say_and_numbers_stay_as_they_were_written(pair):
+    path, said = "/openqq/send_friend_message?client=alice", "一模".encode("gbk")
 
-
-def test_a_part_of_a_multipart_body_is_what_its_own_fields_say(pair):
     def part(about, value, kind=b""):
         return b"--X\r\nContent-Disposition: form-data; %b\r\n%b\r\n%b\r\n" % (about, kind, value)
 
     uid = part(b"name=uid", b"2854196301")
-    for body, content in [(uid + part(b'name="content"', b"a\r\n--X--more\r\n--Xmore"),
-                           "a\r\n--X--more\r\n--Xmore"),
-                          (part(b'filename="a; name=z"; name="media_data"', PNG) + uid
-                           + part(b"name=content", b"b"), "b[图片]")]:
+    form = "application/x-www-form-urlencoded"
+    parts = "multipart/form-data; xboundary=Q; boundary=X"
+    for kind, body, status, text in [
+            *[("application/json", b'{"name":"x","content":%b}' % value, 400, "")
+              for value in (b"NaN", b"-Infinity", b'["a",NaN]')],
+            *[("application/json", ('{"name":"小冰","content":%s}' % value).encode(), 200, value)
+              for value in ("1e22", "1e999", "12345678901234567890.5")],
+            (parts, uid + part(b'name="content"', b"a\r\n--X--more\r\n--Xmore"), 200,
+             "a\r\n--X--more\r\n--Xmore"),
+            (parts, part(b'filename="a; name=z"; name="media_data"', PNG) + uid
+             + part(b"name=content", b"b"), 200, "b[图片]"),
+            # bytes that are UTF-8 too, of other letters
+            (parts, uid + part(b"name=content", said, b"Content-Type: text/plain; charset=gbk\r\n"),
+             200, "一模"),
+            (form + "; charset=gbk", b"uid=2854196301&content=" + urllib.parse.quote(
+                said).encode(), 200, "一模"),
+            (form + "; charset=big5", urllib.parse.urlencode(
+                {"uid": "2854196301", "content": "你好".encode("big5")}).encode(), 400, "")]:
         heard(pair)
-        status, _, answer = request(
-            pair.base, "/openqq/send_friend_message?client=alice", "POST", body + b"--X--\r\n",
-            {"Content-Type": "multipart/form-data; xboundary=Q; boundary=X"})
-        assert (status, json.loads(answer)["code"]) == (200, 0), answer
-        assert content in [event["content"] for event in pair.call("check_event", client="alice")]
-    text = urllib.parse.urlencode({"uid": "2854196301", "content": "你好".encode("big5")}).encode()
-    status, _, answer = request(
-        pair.base, "/openqq/send_friend_message?client=alice", "POST", text,
-        {"Content-Type": "application/x-www-form-urlencoded; charset=big5"})
-    assert status == 400 and "big5" in json.loads(answer)["status"]
+        answer = request(pair.base, path, "POST", body + b"--X--\r\n" * (kind == parts),
+                         {"Content-Type": kind})
+        row = json.loads(answer[2])
+        assert (answer[0], row["code"]) == (status, 0 if status == 200 else 400), (body, answer)
+        if text:
+            assert text in [event["content"] for event in pair.call("check_event", client="alice")]
+        elif "big5" in kind:
+            assert "big5" in row["status"]
 
 
 def test_a_stop_waits_for_what_it_has_sent_so_that_nothing_comes_twice(start, receive):
@@ -12236,29 +11836,14 @@ def test_a_stop_waits_for_what_it_has_sent_so_that_nothing_comes_twice(start, re
     receiver = receive(slowly)
     controller = start("controller")
     controller.login("alice", post_api=receiver.url)
-    for number in range(120):
+    for number in range(60):
         controller.call("/local/say", client="alice", content=f"n{number}", **{"from": "小灰"})
-        if number % 40 == 20:
+        if number % 20 == 10:
             assert controller.call("update_client", client="alice",
                                    msg_ttl=str(3 + number))["code"] == 0
-    receiver.message("n119")
+    receiver.message("n59")
     said = [event["content"] for *_, event in receiver.posts if event.get("class") == "recv"]
-    assert said == [f"n{number}" for number in range(120)]
-
-
-def test_a_charset_that_says_gb_counts_in_forms_and_parts_too(pair):
-    text = "一模".encode("gbk")  # which are UTF-8 too, of other letters
-    part = (b'--b b\r\nContent-Disposition: form-data; name=content\r\n'
-            b'Content-Type: text/plain; charset=gbk\r\n\r\n' + text + b'\r\n--b b\r\n'
-            b'Content-Disposition: form-data; name="uid"\r\n\r\n%d\r\n--b b--\r\n' % 2854196301)
-    for kind, body in [("application/x-www-form-urlencoded; charset=gbk",
-                        b"uid=2854196301&content=" + urllib.parse.quote(text).encode()),
-                       ('multipart/form-data; boundary="b b"', part)]:
-        heard(pair)
-        answer = request(pair.base, "/openqq/send_friend_message?client=alice", "POST", body,
-                         {"Content-Type": kind})
-        assert json.loads(answer[2])["code"] == 0, answer
-        assert "一模" in [event["content"] for event in pair.call("check_event", client="alice")]
+    assert said == [f"n{number}" for number in range(60)]
 
 
 def test_what_a_kill_leaves_of_a_file_is_removed_with_it(start, tmp_path):
@@ -12274,35 +11859,12 @@ def test_what_a_kill_leaves_of_a_file_is_removed_with_it(start, tmp_path):
 
 
 def test_an_accounts_file_does_not_decide_for_the_controller(start, tmp_path):
-    path = os.path.join(str(tmp_path), "accounts.json")
     bad = {name: {name: "x"} for name in ("token", "host", "account", "flavor", "world")}
-    put(path, json.dumps({**bad, "good": {}}).encode())
+    path = put(tmp_path / "accounts.json", json.dumps({**bad, "good": {}}))
     controller = start("controller", "--accounts", path)
     assert [row["account"] for row in controller.call("check_client")["client"]] == ["good"]
     for name in bad:
         controller.log.wait(f"{name} is the controller's to decide")
-
-
-LOCAL_FILES = ["[CQ:image,file=file:///etc/passwd]", "[CQ:image,file=/etc/passwd]",
-               "[CQ:image,file=\\\\host\\share\\x.png]", "[CQ:record,file=FILE:///etc/passwd]",
-               "[CQ:image,file=x.png,url=file:///etc/passwd]", "[CQ:video,thumb=../x,file=x]",
-               "[CQ:image,file=C:\\x.png]", "hi [CQ:file,path=/etc/passwd]",
-               "[CQ:image,file=&#102;ile:///x]".replace("&#102;", "f"),
-               "[CQ:node,name=a,uin=1,content=&#91;CQ:image&#44;file=file:///etc/passwd&#93;]"]
-
-
-def test_no_cq_code_of_a_caller_names_a_file_of_the_bridges_machine(harried):
-    bridge = Bridge()
-    program = harried(bridge)
-    for content in LOCAL_FILES:
-        answer = program.call("send_friend_message", id="20001", content=content, cq="1")
-        assert answer["code"] == 6, content
-    assert program.call("send_friend_message", id="20001", cq="1",
-                        content="[CQ:image,file=http://h/x.png] &amp;")["code"] == 0
-    params = bridge.wait_call("send_private_msg")
-    assert params["message"] == [{"type": "image", "data": {"file": "http://h/x.png"}},
-                                 {"type": "text", "data": {"text": " &"}}]
-    assert "send_private_msg" not in [name for name, _ in bridge.calls[:-1]]
 
 
 @pytest.mark.parametrize("url", ["ws://169.254.169.254", "http://169.254.169.254/latest",
@@ -12311,55 +11873,6 @@ def test_no_metadata_service_is_taken_for_a_bridge(start, url):
     program = start("client", "--onebot-api", url)
     program.log.wait("link-local and metadata addresses are not called")
     program.stop()
-
-
-PAGE = {"Origin": "http://evil.example", "Content-Type": "text/plain"}
-ONEBOT_POSTS = [  # what the account knows, what comes with an event, what is answered
-    ({}, {}, 200), ({}, PAGE, 403), ({}, {"Sec-Fetch-Site": "cross-site"}, 403),
-    ({}, {"X-Forwarded-For": "192.0.2.1"}, 403), ({}, {"Host": "evil.example"}, 403),
-    ({"secret": "S"}, {}, 403), ({"secret": "S"}, {"X-Signature": "sha1=" + "0" * 40}, 403),
-    ({"secret": "S"}, {"X-Signature": ""}, 403), ({"secret": "S"}, {"sign": "S"}, 200),
-    ({"secret": "S"}, {"sign": "T"}, 403), ({"secret": "S", "token": "T"}, {"sign": "S"}, 200),
-    ({"token": "T"}, {"sign": "T"}, 200), ({"token": "T"}, {"sign": "X"}, 403),
-    ({"token": "T"}, {"Authorization": "Bearer T", **PAGE}, 200),
-    ({"token": "T"}, {"Authorization": "Bearer X", **PAGE}, 403),
-    ({"secret": "S"}, {"sign": "S", **PAGE}, 200)]
-
-
-def test_only_the_bridge_posts_events(harried, tmp_path):
-    known = [dict(pairs) for pairs in sorted({tuple(row[0].items()) for row in ONEBOT_POSTS})]
-    for settings in known:
-        bridge = Bridge(sse=False, token=settings.get("token", ""))
-        words = [word for name, value in settings.items()
-                 for word in (f"--onebot-{name}", value)]
-        program = harried(bridge, "--account", "a" + "".join(settings), *words, url=bridge.url,
-                          running=False)
-        program.log.wait("logged in")
-        for number, (given, fields, status) in enumerate(ONEBOT_POSTS):
-            if given != settings:
-                continue
-            body = json.dumps(bridge._event(message_type="private", user_id=20001,
-                                            message_id=number, message=f"post {number}")).encode()
-            fields = {"Content-Type": "application/json", **fields}
-            secret = fields.pop("sign", "")
-            if secret:
-                fields["X-Signature"] = "sha1=" + hmac.new(secret.encode(), body,
-                                                           "sha1").hexdigest()
-            answer = request(program.base, "/onebot", "POST", body, fields)
-            assert answer[0] == status, (given, fields, answer)
-            if status == 200:
-                program.receiver.message(f"post {number}")
-
-
-def read_and_leave(port, readers):
-    """So many who open the stream of all events and leave, fifty at a time."""
-    for _ in range(readers // 50):
-        with contextlib.ExitStack() as crowd:
-            socks = [crowd.enter_context(socket.create_connection(("127.0.0.1", port), WAIT))
-                     for _ in range(50)]
-            for sock in socks:
-                sock.sendall(asking(line=b"GET /openqq/events?since=0 HTTP/1.1\r\n"))
-            assert {sock.recv(12) for sock in socks} == {b"HTTP/1.1 200"}
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
@@ -12377,7 +11890,13 @@ def test_the_controllers_memory_stays_small_after_many_starts_and_readers(start)
 
     with concurrent.futures.ThreadPoolExecutor(8) as crowd:
         list(crowd.map(churn, range(8)))
-    read_and_leave(controller.port, much(500, 19_000))
+    for _ in range(much(10, 380)):  # fifty who open the stream of all events, and leave
+        with contextlib.ExitStack() as crowd:
+            socks = [crowd.enter_context(socket.create_connection(
+                ("127.0.0.1", controller.port), WAIT)) for _ in range(50)]
+            for sock in socks:
+                sock.sendall(asking(line=b"GET /openqq/events?since=0 HTTP/1.1\r\n"))
+            assert {sock.recv(12) for sock in socks} == {b"HTTP/1.1 200"}
     assert eventually(lambda: proc(controller.pid, "status", r"^VmRSS:\s+(\d+)") < 80 * 1024)
     with open(f"/proc/{controller.pid}/environ", "rb") as file:
         environment = file.read().split(b"\0")
@@ -12386,23 +11905,20 @@ def test_the_controllers_memory_stays_small_after_many_starts_and_readers(start)
 
 
 @pytest.mark.skipif(not SOAK, reason="takes long: OPENQQ_SOAK=1")
-def test_300_groups_of_2000_members_block_nothing(start):
-    bridge = Bridge()
+def test_300_groups_of_2000_members_block_nothing(start, closing):
+    bridge = closing(Bridge())
     bridge.fill(300, 2000)
-    try:
-        program = start("client", "--onebot-api", bridge.ws, "--send-interval", "0")
-        until_running(program)
-        assert "get_group_member_list" not in [name for name, _ in bridge.calls]
-        loading = threading.Thread(target=lambda: request(
-            program.base, "/openqq/get_group_info", timeout=120), daemon=True)
-        loading.start()
-        bridge.wait_call("get_group_member_list")
-        assert len(program.call("get_group_basic_info")) == 300
-        assert len(program.call("search_group", name="大群7")[0]["member"]) == 2000
-        assert program.call("send_group_message", uid="600001", content="x")["code"] == 0
-        loading.join()
-    finally:
-        bridge.stop()
+    program = start("client", "--onebot-api", bridge.ws, "--send-interval", "0")
+    until_running(program)
+    assert "get_group_member_list" not in [name for name, _ in bridge.calls]
+    loading = threading.Thread(target=lambda: request(
+        program.base, "/openqq/get_group_info", timeout=120), daemon=True)
+    loading.start()
+    bridge.wait_call("get_group_member_list")
+    assert len(program.call("get_group_basic_info")) == 300
+    assert len(program.call("search_group", name="大群7")[0]["member"]) == 2000
+    assert program.call(TO_GROUP, uid="600001", content="x")["code"] == 0
+    loading.join()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -12545,7 +12061,7 @@ def test_an_answer_does_on_a_bridge_what_it_wants(bridged, receive):
         message = bridge.wait_call("send_group_msg")["message"]
         assert [row["type"] for row in message] == ["reply", "at", "text", "face", "text"]
         in_group(30001, 40001, "坏")(bridge)
-        bridged["webhook"].program.log.wait("file: in a CQ code not allowed")
+        bridged["webhook"].program.log.wait("file in a CQ code not allowed")
         event = bridge.say_group(30001, 40001, "删")
         assert str(bridge.wait_call("delete_msg")["message_id"]) == str(event["message_id"])
         assert bridge.wait_call("set_group_ban")["duration"] == 120
