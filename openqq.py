@@ -8352,7 +8352,7 @@ class BridgeLink(Link):
             what = f"{post_type} {what}"
         elif what == "notify":
             what = str(row.get("sub_type"))
-        if what not in self.NEEDS:
+        if what not in self.NEEDS or post_type == "notice" and " " in what:
             return [happened(self.UNKNOWN, params=[row])] if post_type == "notice" else []
         for name in self.NEEDS[what].split():
             if not number_of(row.get(name)):
