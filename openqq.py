@@ -2196,18 +2196,15 @@ class PidFile:
             except OSError as error:
                 raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
                               "remove it, or give another --tmpdir") from None
-            try:
-                if not lock_file(file):
-                    holder = file.read(20).strip() or "unknown"
-                    raise Refusal(f"{who} is running already, with pid {holder}; "
-                                  f"{self.path} says so")
+            if not lock_file(file):
+                with file:
+                    raise Refusal(f"{who} is running already, with pid "
+                                  f"{file.read(20).strip() or 'unknown'}; {self.path} says so")
+            with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path)):
                     self._file = file
-            except FileNotFoundError:
-                pass  # removed by its holder between our open and our lock
-            finally:
-                if self._file is None:
-                    file.close()
+            if self._file is None:  # removed by its holder between our open and our lock
+                file.close()
         self._file.truncate()
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
@@ -2648,22 +2645,25 @@ class Stream:
                     raise BadRequest(400, "lines must end with CR LF")
             if len(self.buffer) > LINE_LIMIT + HEAD_LIMIT:
                 raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
-            data = self.more()
-            if not data and self.buffer:
-                raise EOFError
+            data = self._some() if self.buffer else self.more()
             if not data:
                 return b""
             self.buffer += data
         head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
         return head
 
+    def _some(self) -> bytes:
+        """As more(), but EOFError at the end."""
+        data = self.more()
+        if not data:
+            raise EOFError
+        return data
+
     def exactly(self, length: int) -> bytes:
         """So many bytes; EOFError if there are fewer."""
         pieces, missing = [self.buffer], length - len(self.buffer)
         while missing > 0:
-            pieces.append(self.more())
-            if not pieces[-1]:
-                raise EOFError
+            pieces.append(self._some())
             missing -= len(pieces[-1])
         data = b"".join(pieces)
         self.buffer = data[length:]
@@ -2674,10 +2674,7 @@ class Stream:
         while b"\r\n" not in self.buffer:
             if len(self.buffer) > CHUNK_LINE_LIMIT:
                 raise BadRequest(400, "chunk line too long")
-            data = self.more()
-            if not data:
-                raise EOFError
-            self.buffer += data
+            self.buffer += self._some()
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
