@@ -2079,8 +2079,8 @@ def test_bytes_that_are_no_utf_8_but_gb18030_are_read_as_that(pair):
             text = f"联通，你好{random.random()}"
             more, kind, body = spell(text)
             more = more if isinstance(more, bytes) else more.encode()
-            answer = raw_call(port, f"/openqq/send_friend_message?{query}".encode() + more, kind=kind,
-                         body=body)
+            answer = raw_call(port, f"/openqq/send_friend_message?{query}".encode() + more,
+                              kind=kind, body=body)
             assert b'"code":0' in answer[2], answer
             [found, echo] = heard(pair)
             assert found == echo and found.rstrip("😀") == text
@@ -2234,7 +2234,7 @@ ALLOWED_CALLS = {  # what a 403's reason names, "" if it is served -> fields of 
          "Host: bot.example:80|Origin: http://bot.example",
          # what a proxy passes on
          NAMED, f"{OURS}|{NAMED}", NAMED + "|X-Forwarded-For: 192.0.2.1|Via: 1.1 x",
-         "X-Forwarded-Host: OURS.example:443", NAMED + "|X-Forwarded-Proto: https",
+         "X-Forwarded-Host: BOT.example:443", NAMED + "|X-Forwarded-Proto: https",
          NAMED + "|X-Forwarded-Proto: HTTPS", NAMED + "|X-Forwarded-Proto: https, https",
          NAMED + '|Forwarded: for=192.0.2.1;Proto="https"', NAMED + "|Forwarded: for=192.0.2.1",
          NAMED + "|Origin: https://bot.example", NAMED + "|Sec-Fetch-Site: same-origin",
@@ -2270,7 +2270,8 @@ ALLOWED_CALLS = {  # what a 403's reason names, "" if it is served -> fields of 
     "'\\x9b2J'": ["X-Forwarded-Host: \x9b2J"],
     "plain http": [f"{NAMED}|{said}" for said in (
         "X-Forwarded-Proto: http", "X-Forwarded-Proto: https, http",
-        "X-Forwarded-Proto: http,https", "X-Forwarded-Proto: ", "Forwarded: for=192.0.2.1;proto=http",
+        "X-Forwarded-Proto: http,https", "X-Forwarded-Proto: ",
+        "Forwarded: for=192.0.2.1;proto=http",
         'Forwarded: proto=https, for=x;PROTO = "http"',
         "Forwarded: proto=http|X-Forwarded-Proto: https", "X-Forwarded-Ssl: off", "X-Scheme: http",
         "X-Url-Scheme: http", "X-Forwarded-Scheme: http", "Front-End-Https: off",
