@@ -3034,14 +3034,9 @@ def is_own_host(name: str) -> bool:
     [::], [::ffff:7f00:1] and the like browsers send no Sec-Fetch fields, so that pages of other
     sites could not be told (measured with Chromium and Firefox).
     """
-    if name == "[::1]" or re.fullmatch(r"([^.]+\.)*localhost\.?", name):
-        return True
-    if not re.fullmatch(r"127(\.(0|[1-9][0-9]{0,7})){1,3}", name):  # a 0 before is octal
-        return False
-    try:
-        return len(socket.inet_aton(name)) == 4
-    except OSError:
-        return False  # a number too large
+    if re.fullmatch(r"127(\.(0|[1-9][0-9]{0,7})){1,3}", name):  # a 0 before is octal
+        return is_loopback(name)  # unless a number is too large
+    return re.fullmatch(r"\[::1\]|([^.]+\.)*localhost\.?", name) is not None
 
 
 @functools.lru_cache(maxsize=256)
@@ -3103,6 +3098,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.paths: Set[str] = set()   # others count as "other": callers must not make up labels
+        # What was counted last: a lock for each request would cost half as much as all the rest.
+        self._news: Deque[Tuple[str, int, float]] = collections.deque()
         self._lock = threading.Lock()  # guards _rows
         # (path, status) -> seconds in all, and answers in each bucket
         self._rows: Dict[Tuple[str, int], List[float]] = {}
@@ -3110,14 +3107,20 @@ class Metrics:
 
     def count(self, path: str, status: int, seconds: float = 0.0) -> None:
         """One more answer."""
-        key = path if path in self.paths else "other", status
-        bucket = 1 + bisect.bisect_left(self.BOUNDS, seconds)
+        self._news.append((path, status, seconds))
+        if len(self._news) >= 256:
+            self._sum_up()
+
+    def _sum_up(self) -> List[Tuple[str, int, List[float]]]:
+        """All that was counted, sorted: path, status, and a row as in _rows."""
         with self._lock:
-            row = self._rows.get(key)
-            if row is None:
-                row = self._rows[key] = [0.0] * (2 + len(self.BOUNDS))
-            row[0] += seconds
-            row[bucket] += 1
+            for _ in range(len(self._news)):
+                path, status, seconds = self._news.popleft()
+                key = path if path in self.paths else "other", status
+                row = self._rows.setdefault(key, [0.0] * (2 + len(self.BOUNDS)))
+                row[0] += seconds
+                row[1 + bisect.bisect_left(self.BOUNDS, seconds)] += 1
+            return sorted((*key, row[:]) for key, row in self._rows.items())
 
     def watch(self, name: str, kind: str, help: str,
               read: Callable[[], Mapping[str, float]]) -> None:
@@ -3126,12 +3129,10 @@ class Metrics:
 
     def show(self, request: Request) -> Response:
         """GET /metrics."""
-        with self._lock:
-            rows = sorted((*key, row[:]) for key, row in self._rows.items())
         lines = ["# HELP openqq_requests_total Requests answered.",
                  "# TYPE openqq_requests_total counter"]
         by_path: Dict[str, List[float]] = {}
-        for path, status, row in rows:
+        for path, status, row in self._sum_up():
             lines.append(f'openqq_requests_total{{path="{path}",code="{status}"}} '
                          f"{sum(row[1:]):.0f}")
             by_path[path] = list(map(sum, zip(by_path.get(path, [0.0] * len(row)), row)))
@@ -3407,7 +3408,8 @@ class Server(ThreadingHTTPServer):
                     sock.setblocking(True)  # macOS hands the listener's mode down
                     self.process_request(sock, address)
                 except BlockingIOError:
-                    selector.select()
+                    with contextlib.suppress(OSError):  # the listener was closed just now
+                        selector.select()
                 except ConnectionAbortedError:
                     pass
                 except OSError as error:
