@@ -2124,10 +2124,7 @@ def unkept_media(data: bytes, name: str) -> Row:
 
 
 class Shelf:
-    """Pictures and other media of an account: files in tmpdir, each with an id (CONTRACT 10).
-
-    Those older than a week are cleared away at the next start.
-    """
+    """Media of an account: files, each with an id (CONTRACT 10). A start clears week-old ones."""
 
     KEEP_SECONDS = 7 * 86_400.0
     CODES = {"image": "3", "audio": "34", "video": "43"}  # what the original called them
@@ -2177,11 +2174,8 @@ class Shelf:
 
 
 class PidFile:
-    """A pid file that is a lock besides: held by an open descriptor, so it ends with its process.
-
-    A number that is left in the file by a dead process, or that belongs to some other program by
-    now, therefore stands in nobody's way.
-    """
+    """A pid file that is a lock besides: held by an open descriptor, so it ends with its process,
+    and a number that a dead one left stands in nobody's way."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -2225,10 +2219,9 @@ class PidFile:
 class Journal:
     """A file that only grows: one JSON value per line, and a torn last line is no line.
 
-    write() appends in one system call; a process that is killed loses nothing that was written
-    before. There is no fsync here (36 µs against 0.5): a machine that loses power may lose the
-    last moments. When the file has grown to twice what lasted the last time, it is replaced by the
-    lines that last. Errors of the disk are told once.
+    write() is one system call, so a kill loses nothing that was written before. There is no fsync
+    (36 µs against 0.5): a machine that loses power may lose the last moments. A file that has
+    grown to twice what lasted the last time is replaced by the lines that last.
     """
 
     COMPACT = 4 * 1024 * 1024    # bytes below which it is left alone
@@ -2288,12 +2281,11 @@ class Journal:
 
 
 class Spool(Journal):
-    """A bounded queue on disk, and beside it a mark: how far its source has been read.
+    """A bounded queue on disk, and beside it a mark: how far its source has been read. For one
+    thread at a time.
 
-    Items are JSON values under keys that grow. `pending` maps keys to items, oldest first. One
-    thread uses it. An item and the mark that belongs to it are one line, so that a kill at any
-    moment neither loses nor doubles. `bulk(item)` is how many bytes of an item count against
-    POST_BYTES.
+    `pending` maps keys that grow to items, the oldest first. An item and its mark are one line, so
+    that a kill neither loses nor doubles. `bulk(item)` are the bytes that count as POST_BYTES.
     """
 
     def __init__(self, path: str, limit: int, log: Log,
@@ -2367,11 +2359,8 @@ class Spool(Journal):
 
 
 class Ledger(Journal):
-    """A tree of JSON objects that survives: a file with all of it, and a journal of changes.
-
-    One thread uses it. put() changes one place; commit() writes all changes since the last one as
-    one line, so they hold together or not at all.
-    """
+    """A tree of JSON objects that survives: a file with all of it, and a journal of changes. For
+    one thread at a time. commit() writes all that put() changed as one line: all hold, or none."""
 
     def __init__(self, path: str, journal_path: str, log: Log) -> None:
         super().__init__(journal_path, log)
@@ -2468,8 +2457,7 @@ NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
 class Reaper:
     """One thread that ends what takes too long, and tells who waits that its caller has gone.
 
-    So reading and writing block plainly, and cost nothing for being bounded: a stream's deadline,
-    `until`, is for all that its thread does, and is set without a lock.
+    So reading and writing block plainly, and a deadline costs nothing: no lock, no system call.
     """
 
     def __init__(self) -> None:
@@ -2564,10 +2552,8 @@ def is_readable(sock: socket.socket, seconds: float = 0.0) -> bool:
 
 
 def has_ended(sock: socket.socket) -> bool:
-    """Whether the peer has closed its side, as far as is known here.
-
-    TLS cannot be peeked into; there, what comes before anything was asked is a farewell.
-    """
+    """Whether the peer has closed its side, as far as is known here. TLS cannot be peeked into:
+    what comes there before anything was asked is a farewell."""
     try:
         return is_readable(sock) and (type(sock) is not socket.socket
                                       or not sock.recv(1, socket.MSG_PEEK))
@@ -2576,10 +2562,8 @@ def has_ended(sock: socket.socket) -> bool:
 
 
 class Stream:
-    """Bytes from and to a socket: one buffer, one deadline at a time. Serves both directions.
-
-    Closing is close(), not the socket's own.
-    """
+    """Bytes from and to a socket, for servers and for callers: one buffer, one deadline at a time.
+    It is ended by close(), not by the socket's own."""
 
     __slots__ = ("sock", "buffer", "until", "cause")
 
@@ -2596,8 +2580,7 @@ class Stream:
         REAPER.expect(until)
 
     def expire(self) -> None:
-        """Time is over. The reading ends first, and a second later all: to say so takes a moment.
-        By the reaper only."""
+        """By the reaper: reading ends, and a second later all, since to say so takes a moment."""
         first, self.cause = self.cause is None, self.cause or TimeoutError()
         self.until = self.until + 1.0 if first else math.inf
         self.shut(socket.SHUT_RD if first else socket.SHUT_RDWR)
@@ -2702,11 +2685,8 @@ class Stream:
 
 
 def parse_fields(block: bytes) -> Fields:
-    """Header fields of a block, to be read and not changed; BadRequest.
-
-    A field given twice is joined with a comma, unless that could be read in two ways. Short blocks
-    are remembered: browsers repeat theirs.
-    """
+    """Header fields of a block, to be read and not changed; BadRequest. Short blocks are
+    remembered: browsers repeat theirs."""
     return _known_fields(block) if len(block) <= 2048 else _known_fields.__wrapped__(block)
 
 
@@ -2722,7 +2702,7 @@ def _known_fields(block: bytes) -> Fields:
             raise BadRequest(400, "broken header field")
         name = found.group(1).decode("ascii").lower()
         value = found.group(2).decode("latin-1").rstrip(" \t")
-        if name in fields and name in SINGLE:
+        if name in fields and name in SINGLE:  # it could be read in two ways
             raise BadRequest(400, f"two {name} fields")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
@@ -2759,11 +2739,9 @@ def _legible(name: str, data: bytes, charset: str = "") -> str:
 
 
 def parse_form(text: str, charset: str = "") -> Params:
-    """Parameters of a query or form; the last of a name counts. BadRequest.
-
-    Bytes that are no UTF-8 stand in `text` as surrogates (PEP 383). Each name and value is read for
-    itself: a library may have spelt one in UTF-8, and a console the other in GBK.
-    """
+    """Parameters of a query or form, whose bytes that are no UTF-8 stand there as surrogates (PEP
+    383); the last of a name counts. BadRequest. Each name and value is read for itself: a library
+    may have spelt one in UTF-8, and a console the other in GBK."""
     if text.count("&") > PARAM_LIMIT:
         raise BadRequest(400, f"over {PARAM_LIMIT} parameters")
     pairs = [pair.partition("=") for pair in text.split("&") if pair]
@@ -2773,8 +2751,11 @@ def parse_form(text: str, charset: str = "") -> Params:
         raise BadRequest(400, "broken percent-encoding; a % itself is written %25")
 
     def read(name: str, text: str) -> str:
-        data = text.replace("+", " ").encode("utf-8", "surrogateescape")
-        return _legible(name, urllib.parse.unquote_to_bytes(data), charset)
+        text = text.replace("+", " ")
+        if "%" not in text and text.isascii():
+            return text
+        data = urllib.parse.unquote_to_bytes(text.encode("utf-8", "surrogateescape"))
+        return _legible(name, data, charset)
 
     params = {}
     for name, _, value in pairs:
@@ -3041,10 +3022,8 @@ def is_own_host(name: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
-    """Whether a peer or a URL's host, in brackets or not, can only be this machine.
-
-    Not for a Host field: see is_own_host().
-    """
+    """Whether a peer or a URL's host, in brackets or not, can only be this machine. For a Host
+    field see is_own_host()."""
     host = host.lower().strip("[]").rstrip(".")
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -3071,11 +3050,8 @@ def signature(secret: str, body: bytes) -> str:
 
 
 class Route:
-    """One API: its path's last part, the methods that it takes, and what it calls.
-
-    `handler(request)` returns a Response, or a JSON value; `open` is for those that anybody may
-    call.
-    """
+    """One API: its path, the methods that it takes, and what it calls: `handler(request)` returns
+    a Response, or a JSON value. `open` are those that anybody may call."""
 
     __slots__ = ("path", "methods", "handler", "open")
 
@@ -3089,10 +3065,7 @@ HEALTH = Route("/healthz", READ, lambda request: {"code": 0, "status": "success"
 
 
 class Metrics:
-    """What GET /metrics tells, in the Prometheus text format 0.0.4: how many, how long, how full.
-
-    Requests are counted where they are answered; all else is read when somebody asks.
-    """
+    """What GET /metrics tells, in the Prometheus text format 0.0.4."""
 
     BOUNDS = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0)  # seconds; of each bucket but the last the most
 
@@ -3153,11 +3126,8 @@ class Metrics:
 
 
 class App:
-    """What a server serves: routes by path, behind a gate; /metrics tells of it.
-
-    `fallback(request)` answers what no route takes, ApiNotFound if it is None; `known` are the
-    paths that it knows: they are counted each for itself.
-    """
+    """What a server serves: routes by path, behind a gate. `fallback(request)` answers what no
+    route takes (None: ApiNotFound); /metrics counts the routes and the paths `known`."""
 
     def __init__(self, gate: Gate, log: Log, routes: Iterable[Route],
                  fallback: Optional[Callable[[Request], Any]] = None,
@@ -3212,11 +3182,8 @@ class App:
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One connection to a Server: reads requests strictly, one after the other, and answers each.
-
-    Of the base class it keeps the life cycle; its parser lets several ways of smuggling pass and
-    spends ten times as long.
-    """
+    """One connection to a Server. Of the base class it keeps the life cycle: the parser there lets
+    several ways of smuggling pass, and spends ten times as long."""
 
     server: Server
 
@@ -3459,10 +3426,8 @@ class Server(ThreadingHTTPServer):
 
 
 def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
-    """A listening socket; OSError if the address is taken or not ours.
-
-    The backlog is long because 1,000 callers may come at once: 128 would make them wait 7 s.
-    """
+    """A listening socket; OSError if the address is taken or not ours. With a backlog of 128, a
+    thousand callers who come at once would wait 7 s."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
