@@ -1610,22 +1610,16 @@ def until_closed(port, data, ending=False):
 
     With `ending` we close our side first, so that it need not wait for more.
     """
+    answer = b""
     with socket.create_connection(("127.0.0.1", port), WAIT) as sock:
-        try:
+        with contextlib.suppress(OSError):  # it has seen enough
             sock.sendall(data)
             if ending:
                 sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # it has seen enough
-        answer = b""
-        while True:
-            try:
-                piece = sock.recv(65536)
-            except ConnectionError:
-                return answer
-            if not piece:
-                return answer
-            answer += piece
+        with contextlib.suppress(ConnectionError):
+            for piece in iter(lambda: sock.recv(65536), b""):
+                answer += piece
+    return answer
 
 
 def split_answers(data, heads=()):
