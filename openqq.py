@@ -3053,8 +3053,6 @@ class Route:
     """One API: its path, the methods that it takes, and what it calls: `handler(request)` returns
     a Response, or a JSON value. `open` are those that anybody may call."""
 
-    __slots__ = ("path", "methods", "handler", "open")
-
     def __init__(self, path: str, methods: str, handler: Callable[[Request], Any],
                  open: bool = False) -> None:
         self.path, self.handler, self.open = path, handler, open
