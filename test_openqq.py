@@ -1704,8 +1704,8 @@ HOSTILE = [(status, asking(*fields)) for status, fields in [
         b"Content-Length\t: 5", b": 5", b"Content-Length 5", b"X(y): 5", b"X: a\0b", b"X\0: a")),
     *((400, fields) for fields in (
         [b"Content-Length: 0", b"Content-Length: 5"], [b"Content-Length: 0"] * 2,
-        [b"Content-Length: 5", b"Transfer-Encoding: chunked"],
-        [b"Transfer-Encoding: chunked", b"Content-Length: 5"],
+        [b"Content-Length: 5", b"Transfer-Encoding: chunked", b"", b"0", b""],
+        [b"Transfer-Encoding: chunked", b"Content-Length: 5", b"", b"0", b""],
         [b"Transfer-Encoding: chunked", b"Transfer-Encoding: x"],
         [b"X: a", b" b"], [b"X: a", b"\tContent-Length: 5"])),
     (431, [b"X-%d: 1" % n for n in range(100)]),
@@ -1745,7 +1745,8 @@ HOSTILE = [(status, asking(*fields)) for status, fields in [
     b"\r\nGET / HTTP/1.1")
 ] + [
     (400, asking().replace(b"\r\n", b"\n")), (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
-    (400, chunked(b"5\nname=\r\n0\r\n\r\n")), (400, chunked(b"5;" + b"a" * 9000)),
+    (400, chunked(b"5\r\nname=XX0\r\n\r\n")), (400, chunked(b"5\nname=\r\n0\r\n\r\n")),
+    (400, chunked(b"5;" + b"a" * 9000)),
     (413, chunked(b"7fffffff\r\nname=")), (413, chunked(b"fffff\r\n%b\r\n" % (b"a" * 0xfffff) * 9)),
     (414, asking(line=line_of(b"/" + b"a" * 8200))), (414, b"GET /" + b"a" * 20_000),
     (431, INFO + HOST + b"X: " + b"a" * 60_000),
