@@ -45,12 +45,15 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import bisect
 import collections
 import contextlib
+import email.utils
 import errno
 import functools
 import heapq
 import hmac
+import http.client
 import itertools
 import json
 import logging
@@ -1905,8 +1908,7 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def keep_file(path: str, data: bytes, log: Log) -> bool:
-    """Replace a file that nobody can do much about when it cannot be written: a warning. False if
-    it is worth another try."""
+    """write_file() that only warns where that fails. False if it is worth another try."""
     try:
         write_file(path, data)
     except OSError as error:
@@ -1917,10 +1919,8 @@ def keep_file(path: str, data: bytes, log: Log) -> bool:
 
 def remove_file(path: str) -> None:
     """Remove a file if it is there."""
-    try:
+    with contextlib.suppress(OSError):
         os.unlink(path)
-    except OSError:
-        pass
 
 
 def files_in(directory: str, pattern: str) -> List[str]:
@@ -1960,10 +1960,10 @@ def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterabl
     """
     real, room = [os.path.normcase(os.path.realpath(each)) for each in (path, tmpdir)]
     base = os.path.basename(os.path.realpath(path))  # as symlinks lead to, and it is spelt
-    good = real.startswith(os.path.join(room, "")) and not FORBIDDEN.fullmatch(base) and (
-        not re.match("mojo_|[.]", base, re.I) and ":" not in base or re.fullmatch(own_files, base))
-    if name == "tmpdir" and real == room:
-        good = True
+    foreign = (re.match("mojo_|[.]", base, re.I) or ":" in base) and not re.fullmatch(
+        own_files, base)
+    good = name == "tmpdir" and real == room or (
+        real.startswith(os.path.join(room, "")) and not foreign and not FORBIDDEN.fullmatch(base))
     # Some file systems tell no case apart.
     if not good or real.lower() in {os.path.realpath(other).lower() for other in taken if other}:
         raise NotAllowed(f"{name} not allowed")
@@ -1972,82 +1972,18 @@ def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterabl
 def check_usable(name: str, path: str, tmpdir: str) -> None:
     """NotAllowed unless a client could write there: a plain file of ours or none, in a directory
     that is there or will be (`tmpdir`); as for a `tmpdir` itself, a directory or none."""
-    place = path if name == "tmpdir" and os.path.isdir(path) else os.path.dirname(path)
+    is_tmpdir = name == "tmpdir"
     try:
         found = os.lstat(path)
-        good = stat.S_ISDIR(found.st_mode) if name == "tmpdir" else is_own_file(found)
+        good = stat.S_ISDIR(found.st_mode) if is_tmpdir else is_own_file(found)
     except OSError as error:
         good = error.errno == errno.ENOENT
-    while good and name == "tmpdir" and not os.path.lexists(place):
+    place = path if is_tmpdir else os.path.dirname(path)
+    while is_tmpdir and not os.path.lexists(place):
         place = os.path.dirname(place)  # all of them are made
     if not good or place != tmpdir and not (os.path.isdir(place) and os.access(place, os.W_OK)):
-        what = "a directory" if name == "tmpdir" else "a file in a directory that is there"
+        what = "a directory" if is_tmpdir else "a file in a directory that is there"
         raise NotAllowed(f"{name} not allowed: it must be {what}, which can be written")
-
-
-class Shelf:
-    """Pictures and other media of an account: files in tmpdir, each with an id (CONTRACT 10).
-
-    Those older than a week are cleared away at the next start.
-    """
-
-    KEEP_SECONDS = 7 * 86_400.0
-    CODES = {"image": "3", "audio": "34", "video": "43"}  # what the original called them
-    NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
-
-    def __init__(self, start: str, log: Log) -> None:
-        self._start = start
-        self._names: Dict[str, str] = {}  # id -> the name that its giver gave it
-        for path in self._paths():
-            try:
-                if time.time() - os.lstat(path).st_mtime > self.KEEP_SECONDS:
-                    remove_file(path)
-            except OSError:
-                pass  # somebody else was quicker
-
-    def _paths(self) -> List[str]:
-        directory, start = os.path.split(self._start)
-        return files_in(directory, re.escape(start) + self.NAME.pattern)
-
-    def put(self, data: bytes, name: str) -> Row:
-        """Keep bytes under a new id: the row that get() gives. OSError."""
-        mime = media_type(data, name)
-        found = re.search(r"\.([a-z0-9]{1,8})$", name.lower())
-        end = "." + found.group(1) if found else mimetypes.guess_extension(mime) or ".dat"
-        key = new_secret()
-        write_file(f"{self._start}{key}{end}", data)
-        self._names[key] = name
-        return self._row(key, f"{self._start}{key}{end}", mime)
-
-    def clear(self) -> None:
-        """Remove all."""
-        for path in self._paths():
-            remove_file(path)
-
-    def get(self, key: str) -> Optional[Row]:
-        """media_id, media_path, media_name, media_mime, media_ext, media_code, media_size (bytes)
-        and media_mtime of what is kept under an id; None if that is nothing."""
-        for path in self._paths():
-            if path.startswith(f"{self._start}{key}."):
-                try:
-                    return self._row(key, path, media_type(read_file(path) or b"", path))
-                except OSError:
-                    pass  # it has just been cleared away
-        return None
-
-    def _row(self, key: str, path: str, mime: str) -> Row:
-        about = os.stat(path)
-        return {"media_id": key, "media_path": path, "media_mime": mime,
-                "media_name": self._names.get(key, os.path.basename(path)),
-                "media_ext": path.rpartition(".")[2], "media_size": str(about.st_size),
-                "media_mtime": str(int(about.st_mtime)),
-                "media_code": self.CODES.get(mime.partition("/")[0], "49")}
-
-
-def unkept_media(data: bytes, name: str) -> Row:
-    """What a Shelf tells of media, for those that are not put there."""
-    return {**dict.fromkeys(("media_id", "media_path", "media_ext", "media_mtime", "media_code")),
-            "media_name": name, "media_size": str(len(data)), "media_mime": media_type(data, name)}
 
 
 def media_type(data: bytes, name: str) -> str:
@@ -2058,12 +1994,65 @@ def media_type(data: bytes, name: str) -> str:
     return mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
-class PidFile:
-    """A pid file that is a lock besides: held by an open descriptor, so it ends with its process.
+def unkept_media(data: bytes, name: str) -> Row:
+    """What a Shelf tells of media, for those that are not put there."""
+    return {**dict.fromkeys(("media_id", "media_path", "media_ext", "media_mtime", "media_code")),
+            "media_name": name, "media_size": str(len(data)), "media_mime": media_type(data, name)}
 
-    A number that is left in the file by a dead process, or that belongs to some other program by
-    now, therefore stands in nobody's way.
-    """
+
+class Shelf:
+    """Media of an account: files, each with an id (CONTRACT 10). A start clears week-old ones."""
+
+    KEEP_SECONDS = 7 * 86_400.0
+    CODES = {"image": "3", "audio": "34", "video": "43"}  # what the original called them
+    NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
+
+    def __init__(self, start: str, log: Log) -> None:
+        self._start = start
+        self._names: Dict[str, str] = {}  # id -> the name that its giver gave it
+        self.clear(time.time() - self.KEEP_SECONDS)
+
+    def clear(self, until: float = math.inf) -> None:
+        """Remove all, or what was put there before a time."""
+        for path in self._paths():
+            with contextlib.suppress(OSError):  # somebody else was quicker
+                if os.lstat(path).st_mtime < until:
+                    os.unlink(path)
+
+    def put(self, data: bytes, name: str) -> Row:
+        """Keep bytes under a new id: the row that get() gives. OSError."""
+        found = re.search(r"\.[a-z0-9]{1,8}$", name.lower())
+        end = found.group() if found else mimetypes.guess_extension(media_type(data, name))
+        key = new_secret()
+        path = f"{self._start}{key}{end or '.dat'}"
+        write_file(path, data)
+        self._names[key] = name
+        return self._row(key, path, data)
+
+    def get(self, key: str) -> Optional[Row]:
+        """media_id, media_path, media_name, media_mime, media_ext, media_code, media_size (bytes)
+        and media_mtime of what is kept under an id; None if that is nothing."""
+        for path in self._paths():
+            if path.startswith(f"{self._start}{key}."):
+                with contextlib.suppress(OSError):  # it has just been cleared away
+                    return self._row(key, path, read_file(path) or b"")
+        return None
+
+    def _paths(self) -> List[str]:
+        directory, start = os.path.split(self._start)
+        return files_in(directory, re.escape(start) + self.NAME.pattern)
+
+    def _row(self, key: str, path: str, data: bytes) -> Row:
+        row = unkept_media(data, self._names.get(key, os.path.basename(path)))
+        row.update(media_id=key, media_path=path, media_ext=path.rpartition(".")[2],
+                   media_mtime=str(int(os.stat(path).st_mtime)),
+                   media_code=self.CODES.get(row["media_mime"].partition("/")[0], "49"))
+        return row
+
+
+class PidFile:
+    """A pid file that is a lock besides: held by an open descriptor, so it ends with its process,
+    and a number that a dead one left stands in nobody's way."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -2078,29 +2067,24 @@ class PidFile:
             except OSError as error:
                 raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
                               "remove it, or give another --tmpdir") from None
-            try:
-                if not lock_file(file):
-                    holder = file.read(20).strip() or "unknown"
-                    raise Refusal(f"{who} is running already, with pid {holder}; "
-                                  f"{self.path} says so")
+            if not lock_file(file):
+                with file:
+                    raise Refusal(f"{who} is running already, with pid "
+                                  f"{file.read(20).strip() or 'unknown'}; {self.path} says so")
+            with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path)):
                     self._file = file
-            except FileNotFoundError:
-                pass  # removed by its holder between our open and our lock
-            finally:
-                if self._file is None:
-                    file.close()
+            if self._file is None:  # removed by its holder between our open and our lock
+                file.close()
         self._file.truncate()
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
 
     def await_end(self) -> None:
         """Return when no living process has it."""
-        try:
+        with contextlib.suppress(OSError):  # there is none
             with open(self.path, opener=own_opener) as file:
                 await_lock(file)
-        except OSError:
-            pass  # there is none
 
     def drop(self) -> None:
         """Remove the file; harmless if it was never taken."""
@@ -2112,10 +2096,9 @@ class PidFile:
 class Journal:
     """A file that only grows: one JSON value per line, and a torn last line is no line.
 
-    write() appends in one system call; a process that is killed loses nothing that was written
-    before. There is no fsync here (36 µs against 0.5): a machine that loses power may lose the
-    last moments. When the file has grown to twice what lasted the last time, it is replaced by the
-    lines that last. Errors of the disk are told once.
+    write() is one system call, so a kill loses nothing that was written before. There is no fsync
+    (36 µs against 0.5): a machine that loses power may lose the last moments. A file that has
+    grown to twice what lasted the last time is replaced by the lines that last.
     """
 
     COMPACT = 4 * 1024 * 1024    # bytes below which it is left alone
@@ -2134,10 +2117,8 @@ class Journal:
     def read(self) -> Iterator[Json]:
         """The values, in order; lines that are not JSON are passed over."""
         for line in (read_file(self.path) or b"").split(b"\n"):
-            try:
+            with contextlib.suppress(ValueError):
                 yield from_bytes(line)
-            except ValueError:
-                pass
 
     def write(self, values: Iterable[Json]) -> None:
         """Append values; a full disk costs a warning and their survival, not the program."""
@@ -2177,51 +2158,55 @@ class Journal:
 
 
 class Spool(Journal):
-    """A bounded queue on disk, and beside it a mark: how far its source has been read.
+    """A bounded queue on disk, and beside it a mark: how far its source has been read. For one
+    thread at a time.
 
-    Items are JSON values under keys that grow. `pending` maps keys to items, oldest first. One
-    thread uses it. An item and the mark that belongs to it are one line, so that a kill at any
-    moment neither loses nor doubles. `bulk(item)` is how many bytes of an item count against
-    POST_BYTES.
+    `pending` maps keys that grow to items, the oldest first. An item and its mark are one line, so
+    that a kill neither loses nor doubles. `bulk(item)` are the bytes that count as POST_BYTES.
     """
 
     def __init__(self, path: str, limit: int, log: Log,
                  bulk: Callable[[Json], int] = lambda item: 0) -> None:
         super().__init__(path, log)
-        self._limit, self._bulk = limit, bulk
+        self._limit, self._bulk, self._bytes = limit, bulk, 0
         self.pending: Dict[int, Json] = {}
         self.mark: Json = None
         self.last = 0            # the newest key ever given
-        self._batch: List[Json] = []
+        self._lines: List[Row] = []
         for line in self.read():
             row = line if isinstance(line, dict) else {}
-            key, done = row.get("key", 0), row.get("done", 0)
-            if isinstance(key, int) and isinstance(done, int):
-                if "item" in row:
-                    self.pending[key] = row["item"]
-                self.pending.pop(done, None)
-                self.last = max(self.last, key)
-                self.mark = row.get("mark", self.mark)
-        self._bytes = sum(map(bulk, self.pending.values()))
+            if all(isinstance(row.get(name, 0), int) for name in ("key", "done")):
+                self._apply(row)
 
     def add(self, item: Json, mark: Json = None) -> int:
         """Queue an item, with the mark after it if its source has one; its key."""
-        self.last += 1
-        self.pending[self.last] = item
-        self._bytes += self._bulk(item)
-        self._put({"key": self.last, "item": item}, mark)
+        line = {"key": self.last + 1, "item": item}
+        self._note(line if mark is None else {**line, "mark": mark})
         return self.last
 
     def advance(self, mark: Json) -> None:
         """Move the mark without an item."""
-        self._put({"key": self.last}, mark)
+        self._note({"key": self.last, "mark": mark})
 
     def done(self, key: int) -> None:
         """Take an item out."""
-        item = self.pending.pop(key, None)
-        if item is not None:
-            self._bytes -= self._bulk(item)
-            self._put({"done": key}, None)
+        if key in self.pending:
+            self._note({"done": key})
+
+    def _note(self, line: Row) -> None:
+        self._apply(line)
+        self._lines.append(line)
+
+    def _apply(self, line: Row) -> None:
+        """What a line says."""
+        self.last = max(self.last, line.get("key", 0))
+        if line.get("mark") is not None:
+            self.mark = line["mark"]
+        if "item" in line:
+            self.pending[line.get("key", 0)] = line["item"]
+            self._bytes += self._bulk(line["item"])
+        if "done" in line and line["done"] in self.pending:
+            self._bytes -= self._bulk(self.pending.pop(line["done"]))
 
     def excess(self) -> List[int]:
         """The keys beyond the limit, oldest first: what their owner has to drop."""
@@ -2236,19 +2221,14 @@ class Spool(Journal):
 
     def flush(self) -> None:
         """Write what add(), advance() and done() collected."""
-        if self._batch:
-            self.write(self._batch)
-        self._batch = []
+        if self._lines:
+            self.write(self._lines)
+        self._lines = []
 
     def close(self) -> None:
         """Flush, and give the descriptor back."""
         self.flush()
         self.release()
-
-    def _put(self, line: Row, mark: Json) -> None:
-        if mark is not None:
-            self.mark = line["mark"] = mark
-        self._batch.append(line)
 
     def last_lines(self) -> Tuple[List[Json], int]:
         return [{"key": self.last, "mark": self.mark},
@@ -2256,11 +2236,8 @@ class Spool(Journal):
 
 
 class Ledger(Journal):
-    """A tree of JSON objects that survives: a file with all of it, and a journal of changes.
-
-    One thread uses it. put() changes one place; commit() writes all changes since the last one as
-    one line, so they hold together or not at all.
-    """
+    """A tree of JSON objects that survives: a file with all of it, and a journal of changes. For
+    one thread at a time. commit() writes all that put() changed as one line: all hold, or none."""
 
     def __init__(self, path: str, journal_path: str, log: Log) -> None:
         super().__init__(journal_path, log)
@@ -2318,7 +2295,6 @@ class Ledger(Journal):
         write_file(self._whole, data)
         return [], len(data)
 
-
 # ------------------------------------------------------------------------------------------------
 # 7. HTTP in
 # ------------------------------------------------------------------------------------------------
@@ -2337,14 +2313,7 @@ CHARSET = re.compile(r"""(?i);\s*charset=["']?([\w.-]+)""")
 BROKEN_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 CALLBACK = re.compile(r"(?=.{1,64}\Z)[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)*", re.ASCII)
 SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "content-type",
-              "origin", "expect")
-REASONS = {100: "Continue", 200: "OK", 302: "Found",
-           400: "Bad Request", 403: "Forbidden", 404: "Not Found",
-           408: "Request Timeout", 411: "Length Required", 413: "Content Too Large",
-           414: "URI Too Long", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
-           500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
-           503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
-           507: "Insufficient Storage"}
+          "origin", "expect")
 # What a proxy says of how it was called, and how that reads if it was by https.
 SECURE = {"x-forwarded-proto": "https", "x-forwarded-protocol": "https", "x-scheme": "https",
           "x-forwarded-scheme": "https", "x-url-scheme": "https", "x-forwarded-ssl": "on",
@@ -2365,13 +2334,10 @@ NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
 class Reaper:
     """One thread that ends what takes too long, and tells who waits that its caller has gone.
 
-    So reading and writing block plainly, and cost nothing for being bounded: a stream's deadline,
-    `until`, is for all that its thread does, and is set without a lock. `clock` gives seconds that
-    never go back.
+    So reading and writing block plainly, and a deadline costs nothing: no lock, no system call.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
+    def __init__(self) -> None:
         # Guards _mortal, _selector's sockets and _started; no socket that one of them holds is
         # closed without it, or a new connection with its number could be meant.
         self.lock = threading.RLock()
@@ -2380,22 +2346,20 @@ class Reaper:
         self._ear, self._mouth = socket_pair()
         self._mouth.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ)
-        # select() and poll() take no notice of a socket that comes while they wait. To wake them
-        # for each would take seconds for 500 callers.
-        self._looks_often = POST_DAY if hasattr(self._selector, "fileno") else 0.25
+        # select() and poll() take no notice of a socket that comes while they wait, and to wake
+        # them for each would take seconds for 500 callers: so they look often instead.
+        self._pause = math.inf if hasattr(self._selector, "fileno") else 0.25
         self._started = False
-        self.looks_at = math.inf        # when the thread looks at all `until` without being woken
+        self._looks_at = math.inf    # when the thread looks at all `until` without being woken
 
     def add(self, mortal: Any) -> None:
         """Let it expire() when it is time, with the lock held, until remove()."""
         with self.lock:
             self._mortal.add(mortal)
             if not self._started:
-                self._started = True
-                try:
+                with contextlib.suppress(RuntimeError):  # no thread to be had: the next one tries
                     spawn(self._run, name="reaper")
-                except RuntimeError:  # no thread is to be had: the next one tries again
-                    self._started = False
+                    self._started = True
 
     def remove(self, mortal: Any) -> None:
         """Take an add() back, before its socket is closed."""
@@ -2405,15 +2369,13 @@ class Reaper:
     def watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
         """Have gone() called, with the lock held, if the peer closes; it changes state only."""
         with self.lock:
-            try:
-                if len(self._selector.get_map()) >= MOST_WATCHED:
-                    return
+            watched = len(self._selector.get_map())
+            if watched >= MOST_WATCHED:
+                return  # more than this system can watch: nobody is told then
+            with contextlib.suppress(KeyError, ValueError, OSError):  # it is closed
                 self._selector.register(sock, selectors.EVENT_READ, gone)
-            except (KeyError, ValueError, OSError):
-                return  # it is closed, or more than this system can watch: nobody is told then
-            first = len(self._selector.get_map()) == 2
-        if first and self._looks_often < POST_DAY:
-            self.wake()
+        if watched == 1 and self._pause < math.inf:
+            self.expect(0.0)
 
     def unwatch(self, sock: socket.socket) -> None:
         """Take a watch() back."""
@@ -2422,26 +2384,23 @@ class Reaper:
 
     def expect(self, until: float) -> None:
         """The `until` of one of them is that from now on."""
-        if until < self.looks_at:
-            self.wake()
-
-    def wake(self) -> None:
-        """Let the thread look at all of them now."""
-        with contextlib.suppress(OSError):  # full, so it wakes
-            self._mouth.send(b"!")
+        if until < self._looks_at:
+            with contextlib.suppress(OSError):  # full, so the thread wakes
+                self._mouth.send(b"!")
 
     def _run(self) -> None:
         while True:
-            self.looks_at = math.inf    # who sets its time from here on wakes us
-            now = self.clock()
+            self._looks_at = math.inf    # who sets its time from here on wakes us
+            now = time.monotonic()
             with self.lock:
                 for mortal in [each for each in self._mortal if each.until <= now]:
                     mortal.expire()
                 first = min([each.until for each in self._mortal], default=math.inf)
-                most = self._looks_often if len(self._selector.get_map()) > 1 else POST_DAY
-            self.looks_at = first
+                pause = self._pause if len(self._selector.get_map()) > 1 else math.inf
+            self._looks_at = first
             try:
-                ready = self._selector.select(min(most, max(0.0, first - self.clock())))
+                ready = self._selector.select(
+                    min(POST_DAY, pause, max(0.0, first - time.monotonic())))
             except OSError:
                 continue  # where select() is all there is: one was closed meanwhile
             for key, _ in ready:
@@ -2470,10 +2429,8 @@ def is_readable(sock: socket.socket, seconds: float = 0.0) -> bool:
 
 
 def has_ended(sock: socket.socket) -> bool:
-    """Whether the peer has closed its side, as far as is known here.
-
-    TLS cannot be peeked into; there, what comes before anything was asked is a farewell.
-    """
+    """Whether the peer has closed its side, as far as is known here. TLS cannot be peeked into:
+    what comes there before anything was asked is a farewell."""
     try:
         return is_readable(sock) and (type(sock) is not socket.socket
                                       or not sock.recv(1, socket.MSG_PEEK))
@@ -2482,10 +2439,8 @@ def has_ended(sock: socket.socket) -> bool:
 
 
 class Stream:
-    """Bytes from and to a socket: one buffer, one deadline at a time. Serves both directions.
-
-    Closing is close(), not the socket's own.
-    """
+    """Bytes from and to a socket, for servers and for callers: one buffer, one deadline at a time.
+    It is ended by close(), not by the socket's own."""
 
     __slots__ = ("sock", "buffer", "until", "cause")
 
@@ -2502,8 +2457,7 @@ class Stream:
         REAPER.expect(until)
 
     def expire(self) -> None:
-        """Time is over. The reading ends first, and a second later all: to say so takes a moment.
-        By the reaper only."""
+        """By the reaper: reading ends, and a second later all, since to say so takes a moment."""
         first, self.cause = self.cause is None, self.cause or TimeoutError()
         self.until = self.until + 1.0 if first else math.inf
         self.shut(socket.SHUT_RD if first else socket.SHUT_RDWR)
@@ -2543,41 +2497,34 @@ class Stream:
 
         BadRequest as soon as it is too long or cannot become right; EOFError if it ends within.
         """
-        end = self.buffer.find(b"\r\n\r\n")
-        while end < 0:
-            self._check_growing()
-            data = self.more()
+        while b"\r\n\r\n" not in self.buffer:
+            if b"\r\n" not in self.buffer[:LINE_LIMIT + 2]:
+                if len(self.buffer) > LINE_LIMIT:
+                    raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
+                if b"\n" in self.buffer:
+                    raise BadRequest(400, "lines must end with CR LF")
+            if len(self.buffer) > LINE_LIMIT + HEAD_LIMIT:
+                raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
+            data = self._some() if self.buffer else self.more()
             if not data:
-                if self.buffer:
-                    raise EOFError
                 return b""
-            start = max(0, len(self.buffer) - 3)
             self.buffer += data
-            end = self.buffer.find(b"\r\n\r\n", start)
-        head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
+        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
         return head
 
-    def _check_growing(self) -> None:
-        if b"\r\n" not in self.buffer[:LINE_LIMIT + 2]:
-            if len(self.buffer) > LINE_LIMIT:
-                raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
-            if b"\n" in self.buffer:
-                raise BadRequest(400, "lines must end with CR LF")
-        if len(self.buffer) > LINE_LIMIT + HEAD_LIMIT:
-            raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
+    def _some(self) -> bytes:
+        """As more(), but EOFError at the end."""
+        data = self.more()
+        if not data:
+            raise EOFError
+        return data
 
     def exactly(self, length: int) -> bytes:
         """So many bytes; EOFError if there are fewer."""
-        if len(self.buffer) >= length:
-            data, self.buffer = self.buffer[:length], self.buffer[length:]
-            return data
-        pieces, have = [self.buffer], len(self.buffer)
-        while have < length:
-            data = self.more()
-            if not data:
-                raise EOFError
-            pieces.append(data)
-            have += len(data)
+        pieces, missing = [self.buffer], length - len(self.buffer)
+        while missing > 0:
+            pieces.append(self._some())
+            missing -= len(pieces[-1])
         data = b"".join(pieces)
         self.buffer = data[length:]
         return data[:length]
@@ -2587,10 +2534,7 @@ class Stream:
         while b"\r\n" not in self.buffer:
             if len(self.buffer) > CHUNK_LINE_LIMIT:
                 raise BadRequest(400, "chunk line too long")
-            data = self.more()
-            if not data:
-                raise EOFError
-            self.buffer += data
+            self.buffer += self._some()
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
@@ -2617,46 +2561,28 @@ class Stream:
         raise BadRequest(431, "trailer too long")
 
 
-class Heads:
-    """Field blocks parsed; those seen before and short are remembered, as browsers repeat them."""
+def parse_fields(block: bytes) -> Fields:
+    """Header fields of a block, to be read and not changed; BadRequest. Short blocks are
+    remembered: browsers repeat theirs."""
+    return _known_fields(block) if len(block) <= 2048 else _known_fields.__wrapped__(block)
 
-    def __init__(self) -> None:
-        self._known: Dict[bytes, Fields] = {}
 
-    def parse(self, block: bytes) -> Fields:
-        """Header fields of a block, to be read and not changed; BadRequest.
-
-        A field given twice is joined with a comma, unless that could be read in two ways.
-        """
-        known = self._known.get(block)
-        if known is not None:
-            return known
-        fields: Fields = {}
-        lines = block.split(b"\r\n") if block else []
-        if len(lines) > FIELD_LIMIT:
-            raise BadRequest(431, f"over {FIELD_LIMIT} header fields")
-        for line in lines:
-            self._add(fields, line)
-        if len(block) <= 2048:
-            if len(self._known) >= 256:
-                self._known = {}
-            self._known[block] = fields
-        return fields
-
-    def _add(self, fields: Fields, line: bytes) -> None:
+@functools.lru_cache(maxsize=256)
+def _known_fields(block: bytes) -> Fields:
+    fields: Fields = {}
+    lines = block.split(b"\r\n") if block else []
+    if len(lines) > FIELD_LIMIT:
+        raise BadRequest(431, f"over {FIELD_LIMIT} header fields")
+    for line in lines:
         found = FIELD.fullmatch(line)
         if not found:
             raise BadRequest(400, "broken header field")
         name = found.group(1).decode("ascii").lower()
         value = found.group(2).decode("latin-1").rstrip(" \t")
-        if name in fields:
-            if name in SINGLE:
-                raise BadRequest(400, f"two {name} fields")
-            value = fields[name] + ", " + value
-        fields[name] = value
-
-
-HEADS = Heads()
+        if name in fields and name in SINGLE:  # it could be read in two ways
+            raise BadRequest(400, f"two {name} fields")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
 
 
 def body_length(fields: Fields) -> int:
@@ -2666,17 +2592,13 @@ def body_length(fields: Fields) -> int:
     request is smuggled past the first.
     """
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
-    if coding is not None:
-        if length is not None:
-            raise BadRequest(400, "both content-length and transfer-encoding")
-        if coding.lower() != "chunked":
-            raise BadRequest(501, "transfer-encoding other than chunked")
-        return -1
-    if length is None:
-        return 0
-    if not LENGTH.fullmatch(length):
+    if coding is not None and length is not None:
+        raise BadRequest(400, "both content-length and transfer-encoding")
+    if coding is not None and coding.lower() != "chunked":
+        raise BadRequest(501, "transfer-encoding other than chunked")
+    if length is not None and not LENGTH.fullmatch(length):
         raise BadRequest(400, "broken content-length")
-    return int(length)
+    return int(length or 0) if coding is None else -1
 
 
 def charset_of(kind: str) -> str:
@@ -2685,41 +2607,38 @@ def charset_of(kind: str) -> str:
     return found.group(1) if found else ""
 
 
-def parse_form(text: str, charset: str = "") -> Params:
-    """Parameters of a query or form; the last of a name counts. BadRequest.
-
-    Bytes that are no UTF-8 stand in `text` as surrogates (PEP 383). Each name and value is read for
-    itself: a library may have spelt one in UTF-8, and a console the other in GBK.
-    """
-    coded = "%" in text or "+" in text or not text.isascii()
-    if coded and BROKEN_PERCENT.search(text):
-        raise BadRequest(400, "broken percent-encoding; a % itself is written %25")
-    if text.count("&") > PARAM_LIMIT:
-        raise BadRequest(400, f"over {PARAM_LIMIT} parameters")
-    params = {}
-    for pair in text.split("&"):
-        if pair:
-            name, _, value = pair.partition("=")
-            if coded:
-                name = _unquote("a name", name, charset)
-                value = _unquote(name, value, charset)
-            params[name] = value
-    return params
-
-
-def _unquote(name: str, text: str, charset: str) -> str:
-    if "%" not in text and text.isascii():
-        return text.replace("+", " ")
-    return _legible(name, urllib.parse.unquote_to_bytes(
-        text.replace("+", " ").encode("utf-8", "surrogateescape")), charset)
-
-
 def _legible(name: str, data: bytes, charset: str = "") -> str:
     """The text of a parameter; BadRequest."""
     try:
         return read_text(data, charset)
     except ValueError as error:
         raise BadRequest(400, f"{name} is {error}") from None
+
+
+def parse_form(text: str, charset: str = "") -> Params:
+    """Parameters of a query or form, whose bytes that are no UTF-8 stand there as surrogates (PEP
+    383); the last of a name counts. BadRequest. Each name and value is read for itself: a library
+    may have spelt one in UTF-8, and a console the other in GBK."""
+    if text.count("&") > PARAM_LIMIT:
+        raise BadRequest(400, f"over {PARAM_LIMIT} parameters")
+    pairs = [pair.partition("=") for pair in text.split("&") if pair]
+    if "%" not in text and "+" not in text and text.isascii():
+        return {name: value for name, _, value in pairs}
+    if BROKEN_PERCENT.search(text):
+        raise BadRequest(400, "broken percent-encoding; a % itself is written %25")
+
+    def read(name: str, text: str) -> str:
+        text = text.replace("+", " ")
+        if "%" not in text and text.isascii():
+            return text
+        data = urllib.parse.unquote_to_bytes(text.encode("utf-8", "surrogateescape"))
+        return _legible(name, data, charset)
+
+    params = {}
+    for name, _, value in pairs:
+        name = read("a name", name)
+        params[name] = read(name, value)
+    return params
 
 
 def parse_multipart(kind: str, body: bytes) -> Params:
@@ -2738,11 +2657,12 @@ def parse_multipart(kind: str, body: bytes) -> Params:
                 re.finditer(rb';\s*([\w*-]+)=(?:"([^"\r\n]*)"|([^\s";]+))', head)}
         if b"name" not in said:
             raise BadRequest(400, "multipart part without a name")
-        key, is_file = _legible("a name", said[b"name"]), b"filename" in said
-        params[key] = (base64.b64encode(value).decode() if is_file
-                       else _legible(key, value, charset_of(head.decode("latin-1"))))
-        if is_file:
+        key = _legible("a name", said[b"name"])
+        if b"filename" in said:
+            params[key] = base64.b64encode(value).decode()
             params[key + ".filename"] = _legible(key, said[b"filename"])
+        else:
+            params[key] = _legible(key, value, charset_of(head.decode("latin-1")))
     return params
 
 
@@ -2754,15 +2674,15 @@ def parse_json_params(body: bytes, charset: str = "") -> Params:
         raise BadRequest(400, f"broken JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadRequest(400, "JSON must be an object")
-    return {_whole_text("a name", name): ",".join([_scalar(name, part) for part in item])
-            if isinstance(item, list) else _scalar(name, item)
-            for name, item in value.items() if item is not None}
-
-
-def _scalar(name: str, value: Json) -> str:
-    if isinstance(value, (list, dict)) or value is None:
-        raise BadRequest(400, f"{name} must be text, a number or a list of them")
-    return str(int(value)) if isinstance(value, bool) else _whole_text(name, str(value))
+    params = {}
+    for name, item in value.items():
+        parts = item if isinstance(item, list) else [] if item is None else [item]
+        if any(part is None or isinstance(part, (list, dict)) for part in parts):
+            raise BadRequest(400, f"{name} must be text, a number or a list of them")
+        if item is not None:
+            params[_whole_text("a name", name)] = _whole_text(name, ",".join(
+                [str(int(part) if isinstance(part, bool) else part) for part in parts]))
+    return params
 
 
 def _whole_text(name: str, text: str) -> str:
@@ -2770,8 +2690,8 @@ def _whole_text(name: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadRequest(400, f"half a character in {name.encode('ascii', 'replace').decode()}"
-                         ) from None
+        name = name.encode("ascii", "replace").decode()
+        raise BadRequest(400, f"half a character in {name}") from None
     return text
 
 
@@ -2798,27 +2718,24 @@ class Request:
     @property
     def params(self) -> Params:
         """Query and body parameters, merged (CONTRACT 1); BadRequest if they cannot be read."""
-        if self._params is None:
-            params = parse_form(self.query) if self.query else {}
-            if self.body:
-                params.update(self._body_params())
-            for name, value in params.items():
-                if "\0" in name or "\0" in value:
-                    raise BadRequest(400, f"NUL in {name!r}")
-            self._params = params
-        return self._params
-
-    def _body_params(self) -> Params:
-        kind = self.fields.get("content-type", "")
-        plain = kind.partition(";")[0].strip().lower()
-        if plain == "application/x-www-form-urlencoded":
-            return parse_form(self.body.decode("utf-8", "surrogateescape").strip("\r\n"),
-                              charset_of(kind))
-        if plain == "multipart/form-data":
-            return parse_multipart(kind, self.body)
-        if plain in ("application/json", "text/json"):
-            return parse_json_params(self.body, charset_of(kind))
-        return {}
+        if self._params is not None:
+            return self._params
+        params = parse_form(self.query) if self.query else {}
+        if self.body:
+            kind = self.fields.get("content-type", "")
+            plain = kind.partition(";")[0].strip().lower()
+            if plain == "application/x-www-form-urlencoded":
+                text = self.body.decode("utf-8", "surrogateescape").strip("\r\n")
+                params.update(parse_form(text, charset_of(kind)))
+            elif plain == "multipart/form-data":
+                params.update(parse_multipart(kind, self.body))
+            elif plain in ("application/json", "text/json"):
+                params.update(parse_json_params(self.body, charset_of(kind)))
+        for name, value in params.items():
+            if "\0" in name or "\0" in value:
+                raise BadRequest(400, f"NUL in {name!r}")
+        self._params = params
+        return params
 
     def read_url_only(self) -> None:
         """Take parameters from the URL alone: the body is something else, as JSON may be."""
@@ -2846,8 +2763,8 @@ class Response:
 
         `connection` is that field's value, or empty where HTTP/1.1 needs none.
         """
-        lines = [f"HTTP/1.1 {self.status} {REASONS.get(self.status, 'Status')}",
-                 f"Date: {http_date()}"]
+        lines = [f"HTTP/1.1 {self.status} {http.client.responses.get(self.status, 'Status')}",
+                 "Date: " + http_date(int(time.time()))]
         if self.kind:
             lines.append(f"Content-Type: {self.kind}")
         if self.pieces is None:
@@ -2863,6 +2780,12 @@ class Response:
         return text.encode("latin-1", "replace") + b"\r\n\r\n"
 
 
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    """The Date field's value, made once a second (RFC 9110 5.6.7)."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
 def json_response(value: Json, status: int = 200) -> Response:
     """The usual answer."""
     return Response(to_bytes(value), status=status)
@@ -2871,29 +2794,6 @@ def json_response(value: Json, status: int = 200) -> Response:
 def error_response(error: OpenQQError) -> Response:
     """An error as its answer."""
     return json_response(error.answer(), error.http)
-
-
-class Dates:
-    """The Date field's value, made once a second."""
-
-    def __init__(self) -> None:
-        self._made = (0, "")
-
-    def __call__(self) -> str:
-        """RFC 9110 5.6.7, whatever the locale."""
-        second, text = self._made
-        now = int(time.time())
-        if now != second:
-            when = time.gmtime(now)
-            day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[when.tm_wday]
-            month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov",
-                     "Dec")[when.tm_mon - 1]
-            text = time.strftime(f"{day}, %d {month} %Y %H:%M:%S GMT", when)
-            self._made = (now, text)
-        return text
-
-
-http_date = Dates()
 
 
 class Gate:
@@ -2909,105 +2809,79 @@ class Gate:
 
     def check(self, request: Request) -> None:
         """AuthFailure unless this caller may."""
-        if self._token:
-            if not self._knows_token(request):
-                raise AuthFailure()
+        if not self._token:
+            reason = self._objection(request)
+            if reason:
+                raise AuthFailure(reason=reason)
             return
-        port = request.sock.getsockname()[1] if request.sock else 0
-        reason = self._objection(request.peer, request.fields, port)
-        if reason:
-            raise AuthFailure(reason=reason)
-
-    def _knows_token(self, request: Request) -> bool:
         scheme, _, given = request.fields.get("authorization", "").partition(" ")
         offers = [given.strip().encode("latin-1", "replace")] if scheme.lower() == "bearer" else []
-        try:
+        with contextlib.suppress(BadRequest):  # what cannot be read holds no token
             offers += [request.params[name].encode("utf-8", "replace")
                        for name in ("access_token", "token") if name in request.params]
-        except BadRequest:
-            pass  # what cannot be read holds no token
-        return any([same_bytes(offer, self._token) for offer in offers])
+        if not any([same_bytes(offer, self._token) for offer in offers]):
+            raise AuthFailure()
 
-    def _objection(self, peer: str, fields: Fields, port: int) -> str:
+    def _objection(self, request: Request) -> str:
         """The rule that speaks against a call, and what would help; empty if none does."""
+        peer, fields = request.peer, request.fields
         if not is_loopback(peer):
             return f"it comes from another machine, {peer}: set token, and let the caller give it"
-        host = fields.get("host")
-        if host is None:
+        if "host" not in fields:
             return "it has no Host: let the caller give one, or set token and let it give that"
+        host = fields["host"]
         name = host_name(host)
-        if not (is_own_host(name) or name in self._hosts):
-            return (f"its Host, {name[:100]}, is no name of this machine: set token; or "
-                    "allowed_hosts, if it is your own server's, which asks who is there")
-        if not is_own_host(name) and (host[len(name):] or ":80") == f":{port}":
-            return (f"its Host, {name[:100]}, has our own port {port}: a browser found that name "
-                    "here itself, and does not say which site asks; let the server in front call")
+        if not is_own_host(name):
+            if name not in self._hosts:
+                return (f"its Host, {name[:100]}, is no name of this machine: set token; or "
+                        "allowed_hosts, if it is your own server's, which asks who is there")
+            port = request.sock.getsockname()[1] if request.sock else 0
+            if (host[len(name):] or ":80") == f":{port}":
+                return (f"its Host, {name[:100]}, has our own port {port}: a browser found that "
+                        "name here itself, and does not say which site asks; let the server in "
+                        "front call")
         forwarded = not FORWARDED.isdisjoint(fields)
         if forwarded:
             host = fields.get("x-forwarded-host", "")
-            reason = self._objection_to_proxy(host, fields)
-            if reason:
-                return reason
+            if host_name(host) not in self._hosts:
+                given = f"its X-Forwarded-Host is {host[:100]!a}" if host else "no X-Forwarded-Host"
+                return (f"it came through a proxy ({', '.join(sorted(FORWARDED & fields.keys()))}),"
+                        f" {given}: set token; or allowed_hosts to the one name that the proxy is "
+                        "called by and passes on as X-Forwarded-Host")
         if is_cross_site(fields, host):
             site = fields.get("origin", fields.get("sec-fetch-site", ""))
             return (f"a page of another site made it ({site[:100]!a}): "
                     "set token, and let the page give it")
-        if forwarded and fields.get("origin", "").startswith("http:"):
-            return self.PLAIN
+        if forwarded and came_by_http(fields):
+            return ("it came to the proxy by plain http, where browsers do not say which site "
+                    "asks: let that name be served by https only, or set token")
         return ""
 
-    def _objection_to_proxy(self, host: str, fields: Fields) -> str:
-        if host_name(host) not in self._hosts:
-            given = f"its X-Forwarded-Host is {host[:100]!a}" if host else "no X-Forwarded-Host"
-            return (f"it came through a proxy ({', '.join(sorted(FORWARDED & fields.keys()))}), "
-                    f"{given}: set token; or allowed_hosts to the one name that the proxy is "
-                    "called by and passes on as X-Forwarded-Host")
-        said = [(protocol, "https") for protocol in FORWARDED_PROTO.findall(
-            fields.get("forwarded", ""))]
-        said += [(part, good) for name, good in SECURE.items() if name in fields
-                 for part in fields[name].split(",")]
-        if any([part.strip().lower() != good for part, good in said]):
-            return self.PLAIN
-        return ""
 
-    PLAIN = ("it came to the proxy by plain http, where browsers do not say which site asks: let "
-             "that name be served by https only, or set token")
-
-
-def host_name(host: str) -> str:
-    """The name or address in a Host field or an authority, in small letters; "" if broken."""
-    found = HOST.fullmatch(host)
-    return found.group(1).lower() if found and int(found.group(2) or 0) < 65_536 else ""
-
-
-def bearer(token: str) -> str:
-    """The Authorization field that offers a token; fields carry bytes as latin-1."""
-    return "Bearer " + token.encode().decode("latin-1")
-
-
-def same_bytes(one: bytes, other: bytes) -> bool:
-    """Whether they are equal, in a time that does not tell where they differ."""
-    return hmac.compare_digest(one, other)
-
-
-def signature(secret: str, body: bytes) -> str:
-    """What X-Signature says of a body: sha1=HEX, as OneBot has it (DESIGN)."""
-    import hmac
-    return "sha1=" + hmac.new(secret.encode(), body, "sha1").hexdigest()
+def came_by_http(fields: Fields) -> bool:
+    """Whether a proxy, or the browser, says that the proxy was not called by https."""
+    said = [(part, good) for name, good in SECURE.items() if name in fields
+            for part in fields[name].split(",")]
+    said += [(part, "https") for part in FORWARDED_PROTO.findall(fields.get("forwarded", ""))]
+    return (any([part.strip().lower() != good for part, good in said])
+            or fields.get("origin", "").startswith("http:"))
 
 
 def is_cross_site(fields: Fields, host: str) -> bool:
     """Whether a browser says that a page of another site than this host made the request."""
     if fields.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         return True
-    origin = fields.get("origin")
-    if origin is None:
+    if "origin" not in fields:
         return False
-    scheme, _, place = origin.lower().partition("://")
-    if scheme not in ("http", "https"):
-        return True
-    port = {"http": ":80", "https": ":443"}.get(scheme, "")  # which an origin leaves out
-    return place not in (host.lower(), re.sub(port + r"\Z", "", host.lower()))
+    scheme, _, place = fields["origin"].lower().partition("://")
+    port = {"http": ":80", "https": ":443"}.get(scheme)  # which an origin leaves out
+    return port is None or place not in (host.lower(), re.sub(port + r"\Z", "", host.lower()))
+
+
+def host_name(host: str) -> str:
+    """The name or address in a Host field or an authority, in small letters; "" if broken."""
+    found = HOST.fullmatch(host)
+    return found.group(1).lower() if found and int(found.group(2) or 0) < 65_536 else ""
 
 
 @functools.lru_cache(maxsize=256)
@@ -3018,22 +2892,15 @@ def is_own_host(name: str) -> bool:
     [::], [::ffff:7f00:1] and the like browsers send no Sec-Fetch fields, so that pages of other
     sites could not be told (measured with Chromium and Firefox).
     """
-    if name == "[::1]" or re.fullmatch(r"([^.]+\.)*localhost\.?", name):
-        return True
-    if not re.fullmatch(r"127(\.(0|[1-9][0-9]{0,7})){1,3}", name):  # a 0 before is octal
-        return False
-    try:
-        return len(socket.inet_aton(name)) == 4
-    except OSError:
-        return False  # a number too large
+    if re.fullmatch(r"127(\.(0|[1-9][0-9]{0,7})){1,3}", name):  # a 0 before is octal
+        return is_loopback(name)  # unless a number is too large
+    return re.fullmatch(r"\[::1\]|([^.]+\.)*localhost\.?", name) is not None
 
 
 @functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
-    """Whether a peer or a URL's host, in brackets or not, can only be this machine.
-
-    Not for a Host field: see is_own_host().
-    """
+    """Whether a peer or a URL's host, in brackets or not, can only be this machine. For a Host
+    field see is_own_host()."""
     host = host.lower().strip("[]").rstrip(".")
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -3046,14 +2913,22 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+same_bytes = hmac.compare_digest  # takes a time that does not tell where they differ
+
+
+def bearer(token: str) -> str:
+    """The Authorization field that offers a token; fields carry bytes as latin-1."""
+    return "Bearer " + token.encode().decode("latin-1")
+
+
+def signature(secret: str, body: bytes) -> str:
+    """What X-Signature says of a body: sha1=HEX, as OneBot has it (DESIGN)."""
+    return "sha1=" + hmac.new(secret.encode(), body, "sha1").hexdigest()
+
+
 class Route:
-    """One API: its path's last part, the methods that it takes, and what it calls.
-
-    `handler(request)` returns a Response, or a JSON value; `open` is for those that anybody may
-    call.
-    """
-
-    __slots__ = ("path", "methods", "handler", "open")
+    """One API: its path, the methods that it takes, and what it calls: `handler(request)` returns
+    a Response, or a JSON value. `open` are those that anybody may call."""
 
     def __init__(self, path: str, methods: str, handler: Callable[[Request], Any],
                  open: bool = False) -> None:
@@ -3064,63 +2939,36 @@ class Route:
 HEALTH = Route("/healthz", READ, lambda request: {"code": 0, "status": "success"}, open=True)
 
 
-class Tally:
-    """What one thread answered: (path, status) -> seconds in all, and answers by their duration.
+class Metrics:
+    """What GET /metrics tells, in the Prometheus text format 0.0.4."""
 
-    It has one writer, its connection's thread, so that counting a request needs no lock.
-    """
-
-    BOUNDS = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0, float("inf"))  # seconds; of each bucket the most
-
-    __slots__ = ("rows",)
+    BOUNDS = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0)  # seconds; of each bucket but the last the most
 
     def __init__(self) -> None:
-        self.rows: Dict[Tuple[str, int], List[float]] = {}
+        self.paths: Set[str] = set()   # others count as "other": callers must not make up labels
+        # What was counted last: a lock for each request would cost half as much as all the rest.
+        self._news: Deque[Tuple[str, int, float]] = collections.deque()
+        self._lock = threading.Lock()  # guards _rows
+        # (path, status) -> seconds in all, and answers in each bucket
+        self._rows: Dict[Tuple[str, int], List[float]] = {}
+        self._sources: List[Tuple[str, str, str, Callable[[], Mapping[str, float]]]] = []
 
     def count(self, path: str, status: int, seconds: float = 0.0) -> None:
         """One more answer."""
-        row = self.rows.get((path, status))
-        if row is None:
-            row = self.rows[path, status] = [0.0] * (1 + len(self.BOUNDS))
-        bucket = 1
-        while seconds > self.BOUNDS[bucket - 1]:
-            bucket += 1
-        row[bucket] += 1
-        row[0] += seconds
+        self._news.append((path, status, seconds))
+        if len(self._news) >= 256:
+            self._sum_up()
 
-    def add(self, other: Tally) -> None:
-        """Take over what another one counted, which may go on counting meanwhile."""
-        for key, row in other.rows.copy().items():
-            mine = self.rows.get(key) or [0.0] * len(row)
-            self.rows[key] = [have + more for have, more in zip(mine, row)]
-
-
-class Metrics:
-    """What GET /metrics tells, in the Prometheus text format 0.0.4: how many, how long, how full.
-
-    Requests are counted where they are answered; all else is read when somebody asks.
-    """
-
-    KIND = "text/plain; version=0.0.4"
-    OTHER = "other"  # the path of what no route takes: callers must not make up labels
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _past, and no Tally ends while it is read
-        self._past = Tally()           # of connections that have ended
-        self._open: Set[Tally] = set()
-        self._sources: List[Tuple[str, str, str, Callable[[], Mapping[str, float]]]] = []
-
-    def begin(self) -> Tally:
-        """A new connection's tally."""
-        tally = Tally()
-        self._open.add(tally)
-        return tally
-
-    def end(self, tally: Tally) -> None:
-        """That connection is over."""
+    def _sum_up(self) -> List[Tuple[str, int, List[float]]]:
+        """All that was counted, sorted: path, status, and a row as in _rows."""
         with self._lock:
-            self._past.add(tally)
-            self._open.discard(tally)
+            for _ in range(len(self._news)):
+                path, status, seconds = self._news.popleft()
+                key = path if path in self.paths else "other", status
+                row = self._rows.setdefault(key, [0.0] * (2 + len(self.BOUNDS)))
+                row[0] += seconds
+                row[1 + bisect.bisect_left(self.BOUNDS, seconds)] += 1
+            return sorted((*key, row[:]) for key, row in self._rows.items())
 
     def watch(self, name: str, kind: str, help: str,
               read: Callable[[], Mapping[str, float]]) -> None:
@@ -3129,72 +2977,59 @@ class Metrics:
 
     def show(self, request: Request) -> Response:
         """GET /metrics."""
-        lines = self._request_lines()
+        lines = ["# HELP openqq_requests_total Requests answered.",
+                 "# TYPE openqq_requests_total counter"]
+        by_path: Dict[str, List[float]] = {}
+        for path, status, row in self._sum_up():
+            lines.append(f'openqq_requests_total{{path="{path}",code="{status}"}} '
+                         f"{sum(row[1:]):.0f}")
+            by_path[path] = list(map(sum, zip(by_path.get(path, [0.0] * len(row)), row)))
+        name = "openqq_request_seconds"
+        lines += [f"# HELP {name} From a request's last byte to its answer.",
+                  f"# TYPE {name} histogram"]
+        for path, row in by_path.items():
+            bounds = [*(f"{bound:g}" for bound in self.BOUNDS), "+Inf"]
+            lines += [f'{name}_bucket{{path="{path}",le="{bound}"}} {count:.0f}'
+                      for bound, count in zip(bounds, itertools.accumulate(row[1:]))]
+            lines += [f'{name}_sum{{path="{path}"}} {row[0]:.6f}',
+                      f'{name}_count{{path="{path}"}} {sum(row[1:]):.0f}']
         for name, kind, help, read in self._sources:
             lines += [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
             lines += [f"{name}{'{%s}' % labels if labels else ''} {float(value):.16g}"
                       for labels, value in read().items()]
-        return Response(("\n".join(lines) + "\n").encode(), self.KIND)
-
-    def _sum(self) -> Tally:
-        tally = Tally()
-        with self._lock:
-            for each in [self._past, *list(self._open)]:
-                tally.add(each)
-        return tally
-
-    def _request_lines(self) -> List[str]:
-        counted, by_path = self._sum(), Tally()
-        lines = ["# HELP openqq_requests_total Requests answered.",
-                 "# TYPE openqq_requests_total counter"]
-        for (path, status), row in sorted(counted.rows.items()):
-            labels = f'path="{path}",code="{status}"'
-            lines.append(f"openqq_requests_total{{{labels}}} {sum(row[1:]):.0f}")
-            part = Tally()
-            part.rows[path, 0] = row
-            by_path.add(part)
-        lines += ["# HELP openqq_request_seconds From a request's last byte to its answer.",
-                  "# TYPE openqq_request_seconds histogram"]
-        for (path, _), row in by_path.rows.items():
-            lines += self._histogram(path, row)
-        return lines
-
-    def _histogram(self, path: str, row: List[float]) -> List[str]:
-        start, label = "openqq_request_seconds_", f'path="{path}"'
-        names = [f"{bound:g}" for bound in Tally.BOUNDS[:-1]] + ["+Inf"]
-        sums = list(itertools.accumulate(row[1:]))
-        return [*[f'{start}bucket{{{label},le="{name}"}} {value:.0f}'
-                  for name, value in zip(names, sums)],
-                f"{start}sum{{{label}}} {row[0]:.6f}", f"{start}count{{{label}}} {sums[-1]:.0f}"]
+        return Response(("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
 
 class App:
-    """What a server serves: routes by path, behind a gate; /metrics tells of it.
-
-    `fallback(request)` answers what no route takes, ApiNotFound if it is None; `known` are the
-    paths that it knows: they are counted each for itself.
-    """
+    """What a server serves: routes by path, behind a gate. `fallback(request)` answers what no
+    route takes (None: ApiNotFound); /metrics counts the routes and the paths `known`."""
 
     def __init__(self, gate: Gate, log: Log, routes: Iterable[Route],
                  fallback: Optional[Callable[[Request], Any]] = None,
                  known: Iterable[str] = ()) -> None:
-        self.gate, self.log = gate, log
+        self.gate, self.log, self.fallback = gate, log, fallback
         self.metrics = Metrics()
         self.routes = {route.path: route for route in
                        [*routes, Route("/metrics", READ, self.metrics.show)]}
-        self.fallback = fallback
-        self._counted = {*self.routes, *known}
+        self.metrics.paths.update(self.routes, known)
         self._lock = threading.Lock()    # guards _refused
         self._refused: Dict[str, Set[str]] = {}  # rule -> what was logged of it
 
-    def label(self, path: str) -> str:
-        """The path under which a request is counted."""
-        return path if path in self._counted else Metrics.OTHER
-
     def answer(self, request: Request) -> Response:
         """The response to a request, whatever happens; only Hangup gets out."""
+        route = self.routes.get(request.path)
         try:
-            return self._answer(request)
+            if MEDIA_MARK in request.fields and not PICTURES.fullmatch(request.path):
+                raise NotAllowed("a picture's address that leads to this program not allowed")
+            if request.method != "OPTIONS" and not (route and route.open):
+                self.gate.check(request)
+            if route and request.method in route.methods:
+                value = route.handler(request)
+            elif self.fallback:
+                value = self.fallback(request)
+            else:
+                raise ApiNotFound()
+            return value if isinstance(value, Response) else json_response(value)
         except Hangup:
             raise
         except OpenQQError as error:
@@ -3220,27 +3055,10 @@ class App:
             more = "" if len(told) < REASON_LIMIT else "; others like it are not logged"
         self.log.warn(f"a call was refused: {reason}{more}")
 
-    def _answer(self, request: Request) -> Response:
-        route = self.routes.get(request.path)
-        if MEDIA_MARK in request.fields and not PICTURES.fullmatch(request.path):
-            raise NotAllowed("a picture's address that leads to this program not allowed")
-        if request.method != "OPTIONS" and not (route and route.open):
-            self.gate.check(request)
-        if route and request.method in route.methods:
-            value = route.handler(request)
-        elif self.fallback:
-            value = self.fallback(request)
-        else:
-            raise ApiNotFound()
-        return value if isinstance(value, Response) else json_response(value)
-
 
 class Connection(BaseHTTPRequestHandler):
-    """One connection to a Server: reads requests strictly, one after the other, and answers each.
-
-    Of the base class it keeps the life cycle; its parser lets several ways of smuggling pass and
-    spends ten times as long.
-    """
+    """One connection to a Server. Of the base class it keeps the life cycle: the parser there lets
+    several ways of smuggling pass, and spends ten times as long."""
 
     server: Server
 
@@ -3249,41 +3067,64 @@ class Connection(BaseHTTPRequestHandler):
         self.connection = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.stream = Stream(self.connection)
-        self.tally = self.server.app.metrics.begin()
 
     def finish(self) -> None:
-        """Nothing is buffered that would have to be flushed; what was counted stays counted."""
-        self.server.app.metrics.end(self.tally)
+        """Nothing is buffered that would have to be flushed."""
         REAPER.remove(self.stream)
 
-    def handle(self) -> None:
-        """Serve requests until one side has had enough."""
-        try:
-            while self._serve_one():
-                pass
-        except (OpenQQError, EOFError, OSError):
-            pass  # the caller went away, or what was passed on to it broke off
+    def handle_one_request(self) -> None:
+        """Read a request, answer it, and say whether it was the last: `close_connection`.
 
-    def _serve_one(self) -> bool:
+        OpenQQError, EOFError or OSError if the caller goes away, or what is passed on breaks off.
+        """
+        self.close_connection = True
+        server = self.server
         try:
             request, keep = self._read()
         except BadRequest as error:
-            self._refuse(error)
-            return False
+            return self._refuse(error)
         if request is None:
-            return False
-        keep = keep and not self.server.ending
+            return
         began = time.monotonic()
-        response = self.server.app.answer(request)
-        self.tally.count(self.server.app.label(request.path), response.status,
-                         time.monotonic() - began)
-        if self.server.debug is not None:
-            self.server.debug(f"{request.peer} {request.method} {request.path} "
-                              f"{response.status} {len(response.body)} bytes")
-        return self._write(request, response, keep)
+        response = server.app.answer(request)
+        server.app.metrics.count(request.path, response.status, time.monotonic() - began)
+        if server.debug is not None:
+            server.debug(f"{request.peer} {request.method} {request.path} "
+                         f"{response.status} {len(response.body)} bytes")
+        keep = keep and not server.ending
+        if response.pieces is None:
+            head = response.head("close" if not keep else "keep-alive" if request.old else "")
+            self._send(head if request.method == "HEAD" else head + response.body)
+        else:
+            keep = keep and not request.old  # nothing but chunks tells where it ends
+            self._send(response.head("" if keep else "close", keep))
+            for piece in response.pieces:
+                if piece:
+                    self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if keep else piece)
+            if keep:
+                self._send(b"0\r\n\r\n")
+        self.close_connection = not keep
 
     def _read(self) -> Tuple[Optional[Request], bool]:
-        head = self._read_head()
+        """The next request, None if there is none, and whether another may follow. BadRequest."""
+        stream, server = self.stream, self.server
+        if not stream.buffer:  # the wait for its first byte and the time for the rest are two
+            server.idle.add(stream)
+            stream.allow(IDLE_SECONDS)
+            try:
+                stream.buffer = b"" if server.ending else stream.more()
+            except TimeoutError:
+                return None, False
+            finally:
+                server.idle.discard(stream)
+        if b"\r\n\r\n" not in stream.buffer:
+            stream.allow(HEAD_SECONDS)
+        if stream.buffer.startswith(b"\r\n"):
+            stream.buffer = stream.buffer[2:]  # RFC 9112 2.2: old clients' extra line
+        try:
+            head = stream.head()
+        except TimeoutError:
+            raise BadRequest(408, f"request head took over {HEAD_SECONDS:g} s") from None
         if not head:
             return None, False
         line, _, block = head.partition(b"\r\n")
@@ -3293,86 +3134,55 @@ class Connection(BaseHTTPRequestHandler):
             raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
         found = REQUEST_LINE.fullmatch(line)
         if not found:
-            raise self._line_error(line)
+            if re.fullmatch(rb"\S+ \S+ HTTP/(?!1)[0-9]\.[0-9]", line):
+                raise BadRequest(505, "only HTTP/1.0 and HTTP/1.1")
+            raise BadRequest(400, "broken request line")
         method, target, minor = found.groups()
-        fields = HEADS.parse(block)
+        old, fields = minor == b"0", parse_fields(block)
         # Only HTTP/1.1 must have a Host (RFC 9112 3.2); health checks by HTTP/1.0 leave it out.
-        if ("host" in fields or minor == b"1") and not host_name(fields.get("host", "")):
+        if ("host" in fields or not old) and not host_name(fields.get("host", "")):
             raise BadRequest(400, "no host field, or a broken one")
-        if target[:1] != b"/":
-            target, fields = self._absolute(method, target, fields)
-        body = self._read_body(fields, minor)
-        self.stream.until = math.inf
+        whole = ABSOLUTE.fullmatch(target) if target[:1] != b"/" else None
+        if whole:  # its authority counts, whatever Host says (RFC 9112 3.2.2)
+            fields = {**fields, "host": whole.group(1).decode("latin-1")}
+            if not host_name(fields["host"]):
+                raise BadRequest(400, "broken host in the request line")
+            target = whole.group(2)
+            target = target if target[:1] == b"/" else b"/" + target
+        elif target == b"*" and method != b"OPTIONS":
+            raise BadRequest(400, "only OPTIONS takes *")
+        body = self._read_body(fields, old)
+        stream.until = math.inf
         wish = fields.get("connection", "").lower()
-        keep = "close" not in wish and (minor == b"1" or "keep-alive" in wish)
         return Request(method.decode(), target.decode("utf-8", "surrogateescape"), fields, body,
-                       self.client_address[0], self.connection, minor == b"0",
-                       self._wait), keep
+                       self.client_address[0], self.connection, old, self._wait
+                       ), "close" not in wish and (not old or "keep-alive" in wish)
 
-    def _absolute(self, method: bytes, target: bytes, fields: Fields) -> Tuple[bytes, Fields]:
-        """A whole URL as path and fields; its authority counts, whatever Host says (3.2.2)."""
-        if target == b"*":
-            if method != b"OPTIONS":
-                raise BadRequest(400, "only OPTIONS takes *")
-            return target, fields
-        found = ABSOLUTE.fullmatch(target)
-        host = found.group(1).decode("latin-1") if found else ""
-        if not found or not host_name(host):
-            raise BadRequest(400, "broken host in the request line")
-        path = found.group(2)
-        return path if path[:1] == b"/" else b"/" + path, {**fields, "host": host}
-
-    def _read_head(self) -> bytes:
-        """The next head; the wait for its first byte and the time for the rest are two things."""
-        if not self.stream.buffer:
-            self.server.idle.add(self.stream)
-            self.stream.allow(IDLE_SECONDS)
-            try:
-                self.stream.buffer = b"" if self.server.ending else self.stream.more()
-            except TimeoutError:
-                return b""
-            finally:
-                self.server.idle.discard(self.stream)
-        if b"\r\n\r\n" not in self.stream.buffer:
-            self.stream.allow(HEAD_SECONDS)
-        if self.stream.buffer.startswith(b"\r\n"):
-            self.stream.buffer = self.stream.buffer[2:]  # RFC 9112 2.2: old clients' extra line
-        try:
-            return self.stream.head()
-        except TimeoutError:
-            raise BadRequest(408, f"request head took over {HEAD_SECONDS:g} s") from None
-
-    def _line_error(self, line: bytes) -> BadRequest:
-        if re.fullmatch(rb"\S+ \S+ HTTP/[0-9]\.[0-9]", line) and b" HTTP/1." not in line:
-            return BadRequest(505, "only HTTP/1.0 and HTTP/1.1")
-        return BadRequest(400, "broken request line")
-
-    def _read_body(self, fields: Fields, minor: bytes) -> bytes:
-        length = body_length(fields)
+    def _read_body(self, fields: Fields, old: bool) -> bytes:
+        length, limit = body_length(fields), self.server.body_limit
         if length == 0:
             return b""
-        if length > self.server.body_limit:
-            raise BadRequest(413, f"body over {self.server.body_limit} bytes")
-        if length < 0 and minor == b"0":
+        if length < 0 and old:
             raise BadRequest(400, "transfer-encoding in HTTP/1.0")
-        if "expect" in fields and minor == b"1":
+        if length > limit:
+            raise BadRequest(413, f"body over {limit} bytes")
+        if "expect" in fields and not old:
             if fields["expect"].lower() != "100-continue":
                 raise BadRequest(417, "expect other than 100-continue")
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.stream.allow(BODY_SECONDS)
         try:
-            return self.stream.exactly(length) if length > 0 else self._read_chunked()
+            if length > 0:
+                return self.stream.exactly(length)
+            pieces, size = [], 0
+            for piece in self.stream.chunks():
+                pieces.append(piece)
+                size += len(piece)
+                if size > limit:
+                    raise BadRequest(413, f"body over {limit} bytes")
+            return b"".join(pieces)
         except TimeoutError:
             raise BadRequest(408, f"request body took over {BODY_SECONDS:g} s") from None
-
-    def _read_chunked(self) -> bytes:
-        pieces, size = [], 0
-        for piece in self.stream.chunks():
-            pieces.append(piece)
-            size += len(piece)
-            if size > self.server.body_limit:
-                raise BadRequest(413, f"body over {self.server.body_limit} bytes")
-        return b"".join(pieces)
 
     def _wait(self, future: Future[Any], seconds: float) -> Any:
         REAPER.watch(self.connection, lambda: settle(future, Hangup()))
@@ -3388,24 +3198,10 @@ class Connection(BaseHTTPRequestHandler):
         self.stream.send(data)
         self.stream.until = math.inf
 
-    def _write(self, request: Request, response: Response, keep: bool) -> bool:
-        if response.pieces is None:
-            head = response.head("close" if not keep else "keep-alive" if request.old else "")
-            self._send(head if request.method == "HEAD" else head + response.body)
-            return keep
-        chunked = keep and not request.old
-        self._send(response.head("" if chunked else "close", chunked))
-        for piece in response.pieces:
-            if piece:
-                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-        if chunked:
-            self._send(b"0\r\n\r\n")
-        return chunked
-
     def _refuse(self, error: BadRequest) -> None:
         """Answer what cannot be served, and let the caller read it before the connection ends."""
         response = error_response(error)
-        self.tally.count(Metrics.OTHER, response.status)
+        self.server.app.metrics.count("", response.status)
         self.stream.allow(1.0)
         self.stream.send(response.head("close") + response.body)
         self.stream.shut(socket.SHUT_WR)
@@ -3440,7 +3236,6 @@ class Server(ThreadingHTTPServer):
                      "allows no more open files (ulimit -n)")
         self._crew = ThreadPool(self._max, "http", log, linger=3.0)
         self._open: Set[socket.socket] = set()  # all connections; add and discard only
-        self._turned_away = app.metrics.begin()
         self._ear, self._mouth = socket_pair()
         self._mouth.setblocking(False)
 
@@ -3450,46 +3245,38 @@ class Server(ThreadingHTTPServer):
             selector.register(self.socket, selectors.EVENT_READ)
             selector.register(self._ear, selectors.EVENT_READ)
             while not self.ending:
-                selector.select()
-                self._take_all()
-
-    def _take_all(self) -> None:
-        while not self.ending:
-            try:
-                sock, address = self.socket.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                if not self.ending:
-                    self.log.warn(f"a connection could not be taken: {error.strerror}")
-                    time.sleep(0.1)  # out of descriptors: the selector would spin
-                return
-            sock.setblocking(True)  # macOS hands the listener's mode down
-            self.process_request(sock, address)
+                try:
+                    sock, address = self.socket.accept()
+                    sock.setblocking(True)  # macOS hands the listener's mode down
+                    self.process_request(sock, address)
+                except BlockingIOError:
+                    with contextlib.suppress(OSError):  # the listener was closed just now
+                        selector.select()
+                except ConnectionAbortedError:
+                    pass
+                except OSError as error:
+                    if not self.ending:
+                        self.log.warn(f"a connection could not be taken: {error.strerror}")
+                        time.sleep(0.1)  # out of descriptors: the loop would spin
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Hand a new connection to a thread, or turn it away when there are too many."""
-        if len(self._open) >= self._max:
-            self._turn_away(request)
+        if len(self._open) < self._max:
+            self._open.add(request)
+            self._crew.submit(self._serve, request, client_address)
             return
-        self._open.add(request)
-        self._crew.submit(self._serve, request, client_address)
-
-    def _turn_away(self, request: socket.socket) -> None:
         busy = error_response(BadRequest(503, "too many connections"))
-        self._turned_away.count(Metrics.OTHER, busy.status)
+        self.app.metrics.count("", busy.status)
         request.setblocking(False)
-        try:
+        with contextlib.suppress(OSError):
             request.send(busy.head("close") + busy.body)
-        except OSError:
-            pass
         request.close()
 
     def _serve(self, request: socket.socket, client_address: Any) -> None:
         try:
             Connection(request, client_address, self)
-        except OSError:
-            pass  # it was gone before it began
+        except (OpenQQError, EOFError, OSError):
+            pass  # the caller went away, or what was passed on to it broke off
         except Exception:
             self.log.failure("a connection")
         finally:
@@ -3514,10 +3301,8 @@ class Server(ThreadingHTTPServer):
 
 
 def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
-    """A listening socket; OSError if the address is taken or not ours.
-
-    The backlog is long because 1,000 callers may come at once: 128 would make them wait 7 s.
-    """
+    """A listening socket; OSError if the address is taken or not ours. With a backlog of 128, a
+    thousand callers who come at once would wait 7 s."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -3781,7 +3566,7 @@ class Reply(Stream):
                 self.status = int(found.group(2))
                 if self.status >= 200 or (self.status == 101 and "Upgrade" in self._call.fields):
                     break
-            self.fields = HEADS.parse(block)
+            self.fields = parse_fields(block)
             # Without a length, and not chunked, it lasts as long as the connection (RFC 9112 6.3).
             if self._call.method == "HEAD" or self.status in (204, 304):
                 self.length = 0
