@@ -10085,10 +10085,6 @@ class Parent:
         return cls(socket.socket(fileno=int(life)), socket.socket(fileno=int(listener)),
                    local, key)
 
-    def keep(self, text: str) -> None:
-        """A warning: check_client shows the last ones when a client died."""
-        self.tell(log=text[-1000:])
-
     def tell(self, **news: str) -> None:
         """Let the controller know, now."""
         with self._lock:
@@ -10112,7 +10108,7 @@ class Parent:
     def flush(self) -> None:
         """Send what there is, as far as the line takes it; a thread does the rest."""
         with self._lock:
-            if self._unsent and not self._writing and not self._send():
+            if not self._writing and not self._send():
                 with contextlib.suppress(RuntimeError):  # no thread: the next flush() does it
                     spawn(self._write, name="life line")
                     self._writing = True
@@ -10161,15 +10157,15 @@ class Papers:
 
     def state_row(self, client: Client) -> Row:
         """The state file's content (000, CONTRACT 8)."""
-        given, settings = self.settings.given, self.settings
+        settings, program = self.settings, client.flavour.program
         row: Row = {name: getattr(settings, name) for name in (
             "cookie_path", "log_level", "mode", "pid_path", "qrcode_path", "state_path",
             "tmpdir")}
         row.update({name: str(int(getattr(settings, name))) for name in (
             *client.flavour.state_flags, "qrcode_count_max", "ua_retry_times")})
-        row.update({name: given(name) or None for name in ("log_encoding", "log_path")})
-        program = client.flavour.program
         row.update(account=client.account, os=SYSTEM, pid=os.getpid(),
+                   log_encoding=settings.given("log_encoding") or None,
+                   log_path=settings.given("log_path") or None,
                    previous_state=client.previous_state or None,
                    start_time=str(client.start_time), state=client.state, version=VERSION,
                    plugin=[{"name": ("" if plugin.name[0] == "+" else f"{program}::Plugin::")
@@ -10187,7 +10183,8 @@ class Papers:
 
     def write_state(self, client: Client) -> None:
         """Replace the state file, later if somebody holds it."""
-        if not self.write(self.settings.state_path, to_bytes(self.state_row(client))):
+        data = to_bytes(self.state_row(client))
+        if not keep_file(self.settings.state_path, data, self.log):
             client.plan("state file", REPLACE_SECONDS, self.write_state, client)
 
     def read_qrcode(self) -> Optional[bytes]:
@@ -10210,9 +10207,9 @@ class Papers:
             if not secrets and not old.get("secrets"):
                 return
             cookie = str(old.get("cookie", ""))
-        self.write(self.settings.cookie_path, to_bytes({
+        keep_file(self.settings.cookie_path, to_bytes({
             "account": self.settings.account, "cookie": cookie, "time": int(time.time()),
-            "secrets": secrets, "bridge": self._urls()}))
+            "secrets": secrets, "bridge": self._urls()}), self.log)
 
     def share_secrets(self) -> None:
         """Take over the secrets of a former start, and have a later one find what was given now.
@@ -10236,10 +10233,6 @@ class Papers:
         return {name: getattr(self.settings, name) for name, setting in SETTINGS.items()
                 if setting.token[0]}
 
-    def write(self, path: str, data: bytes) -> bool:
-        """Replace a file of ours."""
-        return keep_file(path, data, self.log)
-
 
 class Roster:
     """Who the account knows; `lock`, the client's, guards all of it."""
@@ -10247,14 +10240,17 @@ class Roster:
     def __init__(self, fields: Mapping[str, Tuple[str, ...]], lock: Any) -> None:
         self.fields, self.lock = fields, lock
         self.user = User({})
-        self.changes = 0              # how many there were, by events
-        self.touched: Dict[Tuple[str, str], int] = {}  # kind, uid -> the last one of it
         self.friend: Dict[str, Friend] = {}
         self.group: Dict[str, Group] = {}
         self.discuss: Dict[str, Discuss] = {}
+        self.changes = 0              # how many there were, by events
+        self.touched: Dict[Tuple[str, str], int] = {}  # kind, uid -> the last one of it
 
-    def table(self, kind: str) -> Dict[str, Any]:
-        """The things of a kind (friend, group, discuss) by uid."""
+    def table(self, kind: str, circle: str = "") -> Dict[str, Any]:
+        """The things of a kind by uid; the members of one group or discuss, if it is there."""
+        if kind.endswith("_member"):
+            place = self.table(kind[:-7]).get(circle)
+            return place.member if place else {}
         table: Dict[str, Any] = getattr(self, kind)
         return table
 
@@ -10270,8 +10266,7 @@ class Roster:
             things = list(self.table(kind).values())
         for thing in things:
             with self.lock:
-                row = (thing.full_json(self.fields) if members and isinstance(thing, Circle)
-                       else thing.to_json(self.fields))
+                row = (thing.full_json if members else thing.to_json)(self.fields)
             yield row
 
     def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
@@ -10286,18 +10281,11 @@ class Roster:
 
     def find(self, kind: str, uid: str, circle: str) -> Optional[Any]:
         """One thing by its uid, a member by that of its group or discuss too; or None."""
-        if not kind.endswith("_member"):
-            return self.table(kind).get(uid)
-        place = self.table(kind[:-7]).get(circle)
-        return place.member.get(uid) if place else None
+        return self.table(kind, circle).get(uid)
 
-    def _known(self, who: Row) -> Thing:
-        """Whom an event speaks of, by kind, uid and circle; somebody unknown has what it says."""
-        if who["uid"] == self.user.value("uid"):
-            return self.user
-        found = self.find(who["kind"], who["uid"], who.get("circle") or "")
-        return found or THINGS[who["kind"]](
-            {"id": who["uid"], "name": who.get("name") or who["uid"], "uid": who["uid"]})
+    def is_newer(self, kind: str, uid: str, before: int) -> bool:
+        """Whether an event about it came after the first `before` changes."""
+        return self.touched.get((kind, uid), 0) > before
 
     # -- what changes it
 
@@ -10316,66 +10304,46 @@ class Roster:
                         if self.is_newer(kind, uid, before)})
             setattr(self, kind, new)
 
-    def is_newer(self, kind: str, uid: str, before: int) -> bool:
-        """Whether an event about it came after the first `before` changes."""
-        return self.touched.get((kind, uid), 0) > before
-
     def show_states(self, states: Mapping[str, str]) -> None:
         """Take over who is there now: nobody is told of that, the lists show it."""
         with self.lock:
-            tables: List[Dict[str, Any]] = [self.friend]
-            tables += [circle.member for kind in ("group", "discuss")
-                       for circle in self.table(kind).values()]
+            circles = [*self.group.values(), *self.discuss.values()]
+            tables: List[Mapping[str, Thing]] = [self.friend, *[c.member for c in circles]]
             for table in tables:
                 for uid in states.keys() & table.keys():
                     table[uid].state = states[uid]
 
-    def complete(self, group: Group, row: Row) -> None:
-        """Take over what a link told of a group: its role, or its members too.
-
-        Of a list that lacks too many nobody can say later who is new: it stays unloaded.
-        """
-        members = {item["uid"]: GroupMember(item) for item in row.pop("member", ())}
-        group.__dict__.update(row)
-        if members:
-            count = int(number_of(group.value("member_count")) or 0)
-            group.member = dict(members)
-            group.loaded = 3 * len(members) >= 2 * count
-
     def apply(self, item: Row) -> Optional[Tuple[str, List[Any]]]:
         """Let an event of a link change the roster: its name and params, or None if it is void."""
         event = str(item["event"])
-        if "params" in item:  # it changes nothing; whom it speaks of is shown as he is known
+        if "params" in item:  # it changes nothing
             return event, [self._known(part) if isinstance(part, dict) and "kind" in part
                            else part for part in item["params"]]
         if "request" in item:
             return event, [{name: item["request"].get(name) for name in self.fields[event]}]
         kind = re.sub("(new|lose)_|_property_change", "", event)
-        uid = item["uid"] if event.endswith("_property_change") else item["object"]["uid"]
+        changes = event.endswith("_property_change")
+        uid = item["uid"] if changes else item["object"]["uid"]
         of = kind[:-7] if kind.endswith("_member") else ""   # a member: of a group, or a discuss
         place = (of, item["circle"]) if of else (kind, uid)
         self.changes += 1
         self.touched.pop(place, None)
         self.touched[place] = self.changes
-        if len(self.touched) > POST_QUEUE_LIMIT:
-            del self.touched[next(iter(self.touched))]
-        circle = self.table(of).get(item["circle"]) if of else None
-        if kind == "user":
-            table: Dict[str, Any] = {uid: self.user}
-        elif of:
-            table = circle.member if circle else {}
-        else:
-            table = self.table(kind)
-        if event.endswith("_property_change"):
-            thing, name = table.get(uid), item["property"]
+        keep_newest(self.touched, POST_QUEUE_LIMIT)
+        table: Dict[str, Any] = {uid: self.user}
+        if kind != "user":
+            table = self.table(kind, item.get("circle") or "")
+        if changes:
+            thing, name, value = table.get(uid), item["property"], item["value"]
             if thing is None and "object" in item:  # of a group whose members are not loaded
                 thing = THINGS[kind](item["object"])
             if thing is None or name not in (*self.fields[kind], "title") or (
                     name == "displayname"):  # which follows from others
                 return None
             old = thing.value(name)
-            setattr(thing, name, item["value"])
-            return (event, [thing, name, old, item["value"]]) if old != item["value"] else None
+            setattr(thing, name, value)
+            return (event, [thing, name, old, value]) if old != value else None
+        circle = self.table(of).get(item["circle"]) if of else None
         if of and circle is None:
             if not item.get("unlisted"):
                 return None
@@ -10386,31 +10354,47 @@ class Roster:
             table[uid] = thing
         else:
             thing = table.pop(uid, thing)
-        return event, [thing] + ([circle] if circle else [])
+        return event, [thing, circle] if circle else [thing]
 
-    def differences(self, row: Row, kinds: Iterable[str], before: int) -> List[Row]:
-        """What happened between the roster and what a link tells now, as events of a link.
+    def _known(self, who: Row) -> Thing:
+        """Whom an event speaks of, by kind, uid and circle; somebody unknown has what it says."""
+        if who["uid"] == self.user.value("uid"):
+            return self.user
+        found = self.find(who["kind"], who["uid"], who.get("circle") or "")
+        return found or THINGS[who["kind"]](
+            {"id": who["uid"], "name": who.get("name") or who["uid"], "uid": who["uid"]})
 
-        Nothing of what events told since there were `before` of them: it would be undone.
+    def differences(self, kind: str, rows: Iterable[Row], before: int) -> List[Row]:
+        """What happened between the roster and what a link tells now of a kind, as events of a
+        link. Nothing of what events told since there were `before` of them: it would be undone.
         """
-        found: List[Row] = []
-        for kind in kinds:
-            if kind == "user":
-                found += property_changes("user", self.user, row["user"], {})
-                continue
-            old, new = ({uid: thing for uid, thing in table.items()
-                         if not self.is_newer(kind, uid, before)}
-                        for table in (self.table(kind), {item["uid"]: item for item in row[kind]}))
-            found += table_changes(kind, old, new, {})
-            for uid in old.keys() & new.keys():
-                if "member" in new[uid]:
-                    found += self.member_changes(old[uid], new[uid]["member"])
-        return found
+        new = {row["uid"]: row for row in rows if not self.is_newer(kind, row["uid"], before)}
+        if kind == "user":
+            return changes_of(kind, dict.fromkeys(new, self.user), new)
+        return changes_of(kind, {uid: thing for uid, thing in self.table(kind).items()
+                                 if not self.is_newer(kind, uid, before)}, new)
 
-    def member_changes(self, circle: Circle, rows: Iterable[Row]) -> List[Row]:
-        """What happened between a group's or discuss's members and what a link tells now."""
-        return table_changes(circle.kind + "_member", circle.member,
-                             {row["uid"]: row for row in rows}, {"circle": circle.uid})
+
+def changes_of(kind: str, old: Mapping[str, Any], new: Mapping[str, Row], **place: str
+               ) -> List[Row]:
+    """The new_, lose_ and property_change events that lead from what is known to what is told.
+
+    Others' states make none: everybody would be told of everybody's coming and going.
+    """
+    found: List[Row] = []
+    for uid, row in new.items():
+        if uid not in old:
+            found.append({"event": "new_" + kind, "object": row, **place})
+            continue
+        for name, value in row.items():
+            if name == "member":
+                found += changes_of(kind + "_member", old[uid].member,
+                                    {member["uid"]: member for member in value}, circle=uid)
+            elif old[uid].value(name) != value and (name != "state" or kind == "user"):
+                found.append({"event": kind + "_property_change", "uid": uid, "property": name,
+                              "value": value, **place})
+    return found + [{"event": "lose_" + kind, "object": {"uid": uid}, **place}
+                    for uid in old if uid not in new]
 
 
 def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
@@ -10420,30 +10404,6 @@ def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
     return [thing for thing in things if all(
         thing.value(name) is not None and str(thing.value(name)) == value
         for name, value in keys.items())]
-
-
-def table_changes(kind: str, old: Mapping[str, Thing], new: Mapping[str, Row],
-                  where: Row) -> List[Row]:
-    """new_, lose_ and property_change events that lead from one table to another."""
-    found: List[Row] = []
-    for uid, item in new.items():
-        if uid not in old:
-            found.append({"event": "new_" + kind, "object": item, **where})
-        else:
-            found += property_changes(kind, old[uid], item, where)
-    return found + [{"event": "lose_" + kind, "object": {"uid": uid}, **where}
-                    for uid in old if uid not in new]
-
-
-def property_changes(kind: str, old: Thing, new: Row, where: Row) -> List[Row]:
-    """The property_change events that lead from one thing to another.
-
-    Others' states make none: everybody would be told of everybody's coming and going.
-    """
-    quiet = ("member",) if kind == "user" else ("member", "state")
-    return [{"event": kind + "_property_change", "uid": new["uid"], "property": name,
-             "value": value, **where}
-            for name, value in new.items() if name not in quiet and old.value(name) != value]
 
 
 class Job:
@@ -10516,16 +10476,15 @@ class SendQueue:
             try:
                 over = list(zip(batch, self._send([job.row for job in batch])))
             except Exception as error:  # the queue must go on whatever a link does
-                if getattr(error, "sent", True):
-                    why = f"响应未知: {getattr(error, 'status', repr(error))}"
-                    over = [(job, {"code": -4, "info": why}) for job in batch]
-                else:  # surely not sent: once more, in the same order, until the tries are used up
+                result = {"code": -4,
+                          "info": f"响应未知: {getattr(error, 'status', repr(error))}"}
+                if not getattr(error, "sent", True):  # once more, in the same order
                     pause = self._clock() + backoff(batch[0].tries)
                     for job in batch:
                         job.tries += 1
                     again = [job for job in batch if job.tries < self._ttl]
-                    over = [(job, {"code": -5, "info": "TTL失效"})
-                            for job in batch if job.tries >= self._ttl]
+                    result = {"code": -5, "info": "TTL失效"}
+                over = [(job, result) for job in batch if job not in again]
             with self.changed:
                 self.busy = False
                 self._rests_until = max(self.began + self._interval, pause)
@@ -10539,35 +10498,36 @@ class SendQueue:
                 self.changed.notify_all()
 
 
-class Plugin:
-    """Something that a client runs, `call(client, data)`; those with a high priority first."""
-
-    def __init__(self, name: str, call: Callable[[Any, Row], None], priority: int = 0) -> None:
-        self.name, self.call, self.priority = name, call, priority
-        self.data: Row = {}
-        self.call_on_load = False
-
-
 PLUGINS: Dict[str, Tuple[Callable[[Any, Row], None], int]] = {}  # name -> call, priority
 
 
-def find_plugin(name: Any) -> Plugin:
-    """The plugin that Client.load() is given. Refusal if there is none."""
-    if not isinstance(name, str):
-        return Plugin("+" + getattr(name, "__name__", "plugin"), getattr(name, "call", name),
-                      getattr(name, "PRIORITY", 0))
-    if name in PLUGINS:
-        return Plugin(name, *PLUGINS[name])
-    if not name.startswith("+"):
-        raise Refusal(f"there is no plugin {name}; there are {', '.join(sorted(PLUGINS))}, "
-                      "and +NAME for a module of your own")
-    try:
-        import importlib
-        add_site_packages()
-        module = importlib.import_module(name[1:])
-        return Plugin(name, module.call, getattr(module, "PRIORITY", 0))
-    except (ImportError, AttributeError) as error:
-        raise Refusal(f"plugin {name} cannot be loaded: {error}") from None
+class Plugin:
+    """Something that a client runs, `call(client, data)`; those with a high priority first.
+
+    `name` is what Client.load() is given. Refusal if there is none.
+    """
+
+    def __init__(self, name: Any, data: Row, call_on_load: bool) -> None:
+        self.data, self.call_on_load = data, call_on_load
+        if isinstance(name, str) and not name.startswith("+"):
+            if name not in PLUGINS:
+                raise Refusal(f"there is no plugin {name}; there are "
+                              f"{', '.join(sorted(PLUGINS))}, and +NAME for a module of your own")
+            self.name = name
+            self.call, self.priority = PLUGINS[name]
+            return
+        module = name
+        if isinstance(name, str):
+            try:
+                import importlib
+                add_site_packages()
+                module = importlib.import_module(name[1:])
+                module.call
+            except (ImportError, AttributeError) as error:
+                raise Refusal(f"plugin {name} cannot be loaded: {error}") from None
+        self.name = name if isinstance(name, str) else "+" + getattr(name, "__name__", "plugin")
+        self.call = getattr(module, "call", module)
+        self.priority = getattr(module, "PRIORITY", 0)
 
 
 class Listing:
@@ -10587,9 +10547,9 @@ class Listing:
         self._told: Set[str] = set()
         self._since: Optional[float] = None
 
-    def doubt(self, known: Iterable[str], told: Iterable[str]) -> str:
-        """Why the uids that the list told are not believed, in words; empty if they are."""
-        old, new, now = set(known), set(told), time.monotonic()
+    def doubt(self, known: Iterable[str], rows: Iterable[Row]) -> str:
+        """Why the list that was told is not believed, in words; empty if it is."""
+        old, new, now = set(known), {row["uid"] for row in rows}, time.monotonic()
         missing = len(old - new)
         if not new or 3 * missing > len(old):
             if self._since is None or new != self._told:
@@ -10606,12 +10566,17 @@ class Details:
     """
 
     def __init__(self, client: Client) -> None:
-        self._client = client
+        self._client, self._roster = client, client.roster
         self._askers = ThreadPool(2, "lists", client.log)
         self._workers = ThreadPool(4, "details", client.log)
-        self._lists = {kind: Listing() for kind in ("friend", "group")}
         self._loading: Set[Tuple[str, bool]] = set()  # group, with members?
         self._doubted: Dict[str, Listing] = {}        # group -> its members, as they were told
+        self.forget()
+
+    def forget(self) -> None:
+        """Another account is logged in: it has other friends and groups."""
+        self._lists = {"friend": Listing(), "group": Listing()}
+        self._roster.load({"friend": [], "group": []}, self._lists, self._roster.changes)
 
     def kinds(self, setting: str) -> List[str]:
         """Which lists a setting (is_init_, is_update_) wants."""
@@ -10621,44 +10586,39 @@ class Details:
     def compare(self, row: Row, before: int) -> None:
         """Report what happened between the roster, when there had been `before` changes of it, and
         what the link tells now of some kinds."""
-        client = self._client
-        kinds = [kind for kind in (["user"] if client.settings.is_update_user else [])
-                 + self.kinds("is_update_") if kind in row]
+        client, roster = self._client, self._roster
+        kinds = [kind for kind in self.kinds("is_update_") if kind in row]
+        if client.settings.is_update_user and "user" in row:
+            kinds.insert(0, "user")
         with client.batch():
-            for item in client.roster.differences(row, kinds, before):
+            for item in [item for kind in kinds for item in roster.differences(
+                    kind, [row["user"]] if kind == "user" else row[kind], before)]:
                 client.talk.happen(item)
             for told in row["group"] if "group" in kinds else []:
-                group, count = client.roster.group.get(told["uid"]), told.get("member_count")
+                group, count = roster.group.get(told["uid"]), told.get("member_count")
                 if group:
                     group.member_count = count  # none of the documents' members: no event tells it
                     if group.loaded and count not in (None, str(len(group.member))):
-                        self._workers.submit(self._load, group.uid)  # a notice was missed
+                        self._workers.submit(self._load, group.uid, True)  # a notice was missed
             self.report(kinds)
 
     def report(self, kinds: Iterable[str]) -> None:
         """Tell how lists are now."""
-        client, roster = self._client, self._client.roster
         if "user" in kinds:
-            client.emit("update_user", [roster.user.to_json(roster.fields)])
+            self._client.emit("update_user", [self._roster.user.to_json(self._roster.fields)])
         for kind in ("friend", "group"):
             if kind in kinds:
-                client.emit("update_" + kind, [roster.to_json(kind, members=False)])
+                self._client.emit("update_" + kind, [self._roster.to_json(kind, members=False)])
 
     # -- lists
 
     def is_certain(self, kind: str) -> bool:
         """Whether who is not on the list of friends, or groups, is none: it is good, or not wanted
         at all."""
-        wanted = kind in self.kinds("is_init_")
-        return not self._client.link.real or self._lists[kind].good or not wanted
+        return (not self._client.link.real or self._lists[kind].good
+                or kind not in self.kinds("is_init_"))
 
-    def forget(self) -> None:
-        """Another account is logged in: it has other friends and groups."""
-        self._lists = {kind: Listing() for kind in self._lists}
-        roster = self._client.roster
-        roster.load({"friend": [], "group": []}, ["friend", "group"], roster.changes)
-
-    def asking(self) -> bool:
+    def is_asking(self) -> bool:
         """Whether a list is still to come."""
         return any(listing.asking for listing in self._lists.values())
 
@@ -10675,7 +10635,7 @@ class Details:
 
     def _fetch(self, kind: str, listing: Listing) -> None:
         """In a worker: ask for a list. What is known changes only by one that is believed."""
-        client, roster = self._client, self._client.roster
+        client, roster = self._client, self._roster
         before, rows, why = roster.changes, [], ""  # type: int, List[Row], str
         try:
             rows = client.link.list(kind)
@@ -10690,7 +10650,7 @@ class Details:
                 listing.failures += 1
                 wait = backoff(listing.failures + 1, LIST_SECONDS)
             else:
-                why = listing.doubt(roster.table(kind), [row["uid"] for row in rows])
+                why = listing.doubt(roster.table(kind), rows)
             listing.good = not why
             client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, "
                         "and it is asked again")
@@ -10732,7 +10692,7 @@ class Details:
                     client.plan(kind, max(0.0, wait), self.ask, kind)
                 if not client.changed.wait_for(lambda: listing.answers != answers, DETAIL_SECONDS):
                     listing.good = False  # until it comes
-        known: Optional[Thing] = client.roster.table(kind).get(uid)
+        known: Optional[Thing] = self._roster.table(kind).get(uid)
         return known or (None if listing.good else stranger)
 
     # -- members
@@ -10747,18 +10707,17 @@ class Details:
         if not wanted:
             return
         with self._client.lock:
-            for uid, members in wanted - self._loading:
-                self._loading.add((uid, members))
-                self._workers.submit(self._load, uid, members)
+            for job in wanted - self._loading:
+                self._loading.add(job)
+                self._workers.submit(self._load, *job)
             if not self._client.changed.wait_for(lambda: not wanted & self._loading,
                                                  DETAIL_SECONDS):
                 self._client.log.warn("the bridge is slow to tell the members of groups")
 
-    def _load(self, uid: str, members: bool = True) -> None:
+    def _load(self, uid: str, members: bool) -> None:
         """In a worker: ask the link, and once more if an event told of the group meanwhile."""
-        client, roster = self._client, self._client.roster
-        asked = False
-        while not asked:
+        client, roster = self._client, self._roster
+        while True:
             row: Optional[Row] = None
             before = roster.changes
             try:
@@ -10768,35 +10727,41 @@ class Details:
             except Exception:  # whatever it was, those who wait must not wait for ever
                 client.log.failure(f"loading group {uid}")
             with client.lock:
-                asked = row is None or not roster.is_newer("group", uid, before)
-                if asked:
-                    group = roster.group.get(uid)
-                    if row and group and members and group.loaded:
-                        self._compare_members(group, row["member"])
-                    elif row and group:
-                        roster.complete(group, row)
-                    self._loading.discard((uid, members))
-                    client.changed.notify_all()
+                if row is not None and roster.is_newer("group", uid, before):
+                    continue
+                group = roster.group.get(uid)
+                if row and group and members and group.loaded:
+                    self._compare_members(group, row["member"])
+                elif row and group:
+                    told = {item["uid"]: GroupMember(item) for item in row.pop("member", ())}
+                    group.__dict__.update(row)
+                    if told:
+                        # Of a list that lacks too many nobody can say later who is new.
+                        count = int(number_of(group.value("member_count")) or 0)
+                        group.member, group.loaded = dict(told), 3 * len(told) >= 2 * count
+                self._loading.discard((uid, members))
+                return client.changed.notify_all()
 
     def _compare_members(self, group: Group, rows: List[Row]) -> None:
-        client, uid = self._client, group.uid
-        told = [row["uid"] for row in rows]
-        if str(len(told)) != group.value("member_count") and self._doubted.setdefault(
-                uid, Listing()).doubt(group.member, told):
-            client.timers.later(DOUBT_SECONDS / 4, self._workers.submit, self._load, uid)
+        if str(len(rows)) != group.value("member_count") and self._doubted.setdefault(
+                group.uid, Listing()).doubt(group.member, rows):
+            self._client.timers.later(DOUBT_SECONDS / 4, self._workers.submit, self._load,
+                                      group.uid, True)
             return
-        self._doubted.pop(uid, None)
-        with client.batch():
-            for item in client.roster.member_changes(group, rows):
-                client.talk.happen(item)
+        self._doubted.pop(group.uid, None)
+        with self._client.batch():
+            for item in changes_of("group_member", group.member,
+                                   {row["uid"]: row for row in rows}, circle=group.uid):
+                self._client.talk.happen(item)
 
 
 class Login:
     """How an account gets to running, and how what it knows stays true.
 
-    The link's threads call the hooks: a QR code, a scan, a login, its loss. The link is asked by
-    workers: for a login; for the roster and the lists, after which the client runs; for a list
-    that is doubted once more; for all of that every update_interval.
+    The link's threads call the hooks, each of which leads to a state (those with an underscore:
+    `_show` a code and `_wait` to scaning, `_scanned` to confirming, `_confirmed` to updating,
+    `_lost` back there). The link is asked by workers: for a login; for the roster, after which the
+    client runs; for that again every update_interval.
     """
 
     def __init__(self, client: Client) -> None:
@@ -10807,35 +10772,34 @@ class Login:
         self._claim: Optional[PidFile] = None    # on what the account is called outside
         self._codes = self._tries = 0
         self.network: Optional[LocalNetwork] = None  # of a client alone
-        hook = self._hook
+        settings, log = client.settings, client.log
+
+        def hook(act: Callable[..., None]) -> Callable[..., None]:
+            def call(*args: Any) -> None:
+                with client.lock:
+                    if client.state != "stop":
+                        act(*args)
+            return call
+
         hooks = Hooks(hook(self._show), hook(self._wait), hook(self._scanned),
                       hook(self._confirmed), hook(self._lost),
                       lambda items: client.talk.receive(items), client.roster.find,
                       client.details.is_certain, hook(self._keep))
         hooks.ids_path = client.papers.ids_path
         self.link: Link
-        kind = link_of(client.settings.given)
+        kind = link_of(settings.given)
         if kind in LINKS:
-            self.link = LINKS[kind](client.settings, hooks, client.log)
+            self.link = LINKS[kind](settings, hooks, log)
             return
         if client.parent:
             host: Callable[[str, Row], Json] = RemoteHost(client.parent.local, client.parent.key)
         else:
             network = self.network = LocalNetwork(
-                client.papers.local_path, client.settings.world, client.flavour, client.log,
+                client.papers.local_path, settings.world, client.flavour, log,
                 client.public_url, lambda account: account == client.account)
             host = lambda verb, *args, **named: network.call(  # noqa: E731
                 client.account, verb, args, named)
-        self.link = LocalLink(host, hooks, client.settings.login_type == "login",
-                              client.settings.mode, client.log)
-
-    def _hook(self, act: Callable[..., None]) -> Callable[..., None]:
-        """Something that the link may call from any thread, until the client stops."""
-        def hook(*args: Any) -> None:
-            with self._client.lock:
-                if self._client.state != "stop":
-                    act(*args)
-        return hook
+        self.link = LocalLink(host, hooks, settings.login_type == "login", settings.mode, log)
 
     def _cancel(self) -> None:
         """This login is over, or what it showed: nothing that was planned for it happens."""
@@ -10843,11 +10807,33 @@ class Login:
         self._turn += 1
         self._client.changed.notify_all()
 
-    # -- to the login
+    def _submit(self, step: Callable[..., None], *args: Any) -> None:
+        """Have a worker do a step; if it fails all begins again, which the cookie makes short."""
+        client = self._client
+
+        def attempt() -> None:
+            try:
+                step(*args)
+            except NotRunning:
+                pass  # we stop
+            except Exception as error:  # whatever a link does
+                why = str(error) or repr(error)
+                with client.lock:
+                    if client.state != "stop":
+                        client.log.warn(f"logging in failed: {why}; trying again")
+                        client.enter(client.state, why)
+                        client.timers.later(backoff(self._tries, 30.0), self.begin)
+                        self._tries += 1
+        self._workers.submit(attempt)
 
     def begin(self, anew: bool = False) -> None:
         """Log in, by the cookie if there is one, or `anew`."""
-        self._workers.submit(self._attempt, self._log_in, anew)
+        def log_in() -> None:
+            if anew:
+                self.link.logout()
+            cookie = self._client.papers.read_cookie().get("cookie", "")
+            self.link.login(str(cookie), str(self._client.spool.mark or ""))
+        self._submit(log_in)
 
     def anew(self) -> None:
         """Drop the login, and begin with a new QR code."""
@@ -10861,28 +10847,6 @@ class Login:
                 self._cancel()
                 self.begin(anew=True)
 
-    def _attempt(self, step: Callable[..., None], *args: Any) -> None:
-        """In a worker: a step; if it fails all begins again, which the cookie makes short."""
-        client = self._client
-        try:
-            step(*args)
-        except NotRunning:
-            pass  # we stop
-        except Exception as error:  # whatever a link does
-            why = str(error) or repr(error)
-            with client.lock:
-                if client.state != "stop":
-                    client.log.warn(f"logging in failed: {why}; trying again")
-                    client.enter(client.state, why)
-                    client.timers.later(backoff(self._tries, 30.0), self.begin)
-                    self._tries += 1
-
-    def _log_in(self, anew: bool) -> None:
-        if anew:
-            self.link.logout()
-        cookie = self._client.papers.read_cookie().get("cookie", "")
-        self.link.login(str(cookie), str(self._client.spool.mark or ""))
-
     def _show(self, code: Code, seconds: float, error: str) -> None:
         """A QR code: the file lies there before anybody hears of it."""
         client, path = self._client, self._client.settings.qrcode_path
@@ -10891,7 +10855,7 @@ class Login:
             client.log.error(f"nobody scanned {self._codes - 1} QR codes: giving up")
             return client.stop()
         text, picture = ("", code) if isinstance(code, bytes) else (code, qr_png(qr_matrix(code)))
-        client.papers.write(path, picture)
+        keep_file(path, picture, client.log)
         client.log.info(f"二维码已下载到本地[ {path} ] (QR code)")
         client.log.info(f"等待{client.flavour.phone}扫描二维码... (waiting for a scan: {text or path})")
         client.enter("scaning", error)
@@ -10900,11 +10864,11 @@ class Login:
                                      client.api_url("get_qrcode")])
         self._cancel()
         if not self.link.real:
-            client.plan("code", seconds, self._expire)
+            client.plan("code", seconds, self._renew)
 
-    def _expire(self) -> None:
+    def _renew(self) -> None:
         self._client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
-        self._workers.submit(self._attempt, self.link.renew)
+        self._submit(self.link.renew)
 
     def _wait(self, error: str) -> None:
         """There is no login, and no code to scan; the state file says why."""
@@ -10916,16 +10880,25 @@ class Login:
             client.log.warn(error)
             client.enter("scaning", error)
 
-    def _keep(self, cookie: str) -> None:
-        if cookie:
-            self._client.papers.write_cookie(cookie)
-        self._client.papers.write_state(self._client)  # which tells what the link counts
-
     def _scanned(self) -> None:
         client = self._client
         if client.state == "scaning":
             client.log.info(f"{client.flavour.phone}扫码成功,请在手机上点击[登录]按钮... (scanned)")
             client.enter("confirming")
+
+    def _confirmed(self, cookie: str, fresh: bool) -> None:
+        client = self._client
+        self._cancel()
+        self._codes = 0
+        client.papers.write_cookie(cookie)
+        client.enter("updating")
+        remove_file(client.settings.qrcode_path)
+        self._submit(self._learn, fresh, self._turn)
+
+    def _keep(self, cookie: str) -> None:
+        if cookie:
+            self._client.papers.write_cookie(cookie)
+        self._client.papers.write_state(self._client)  # which tells what the link counts
 
     def _lost(self, error: str) -> None:
         """The link is down; what it does about that is its own affair."""
@@ -10936,17 +10909,9 @@ class Login:
             self._cancel()
         client.enter(state, error)
 
-    def _confirmed(self, cookie: str, fresh: bool) -> None:
-        client = self._client
-        self._cancel()
-        self._codes = 0
-        client.papers.write_cookie(cookie)
-        client.enter("updating")
-        remove_file(client.settings.qrcode_path)
-        self._workers.submit(self._attempt, self._load, fresh, self._turn)
-
-    def _load(self, fresh: bool, turn: int) -> None:
-        """In a worker: learn who the account is and whom it knows, then run.
+    def _learn(self, fresh: bool, turn: int) -> None:
+        """In a worker: learn who the account is and whom it knows, then run, and from then on look
+        whether that is still so.
 
         Lists that the link tells apart may take long: it runs without them after LOOKUP_SECONDS.
         """
@@ -10954,13 +10919,13 @@ class Login:
         before = roster.changes
         row = self.link.roster()
         with client.lock:
-            if client.state != "updating" or turn != self._turn:
+            begins = client.state == "updating"
+            if not begins and client.state != "running" or turn != self._turn:
                 return
             self._tries = 0
             row["user"]["state"] = client.settings.mode
-            wanted = details.kinds("is_init_")
-            asked = [kind for kind in wanted if kind not in row]
-            if roster.user.value("uid") not in (None, row["user"]["uid"]):
+            wanted = details.kinds("is_init_" if begins else "is_update_")
+            if begins and roster.user.value("uid") not in (None, row["user"]["uid"]):
                 self._known = False  # another account is logged in at the bridge
                 client.talk.queue.give_up()
                 details.forget()
@@ -10973,22 +10938,26 @@ class Login:
             else:
                 details.compare(row, before)
             self._claim_account()
-            for kind in asked:
-                details.ask(kind, anew=news)
-            if asked:
-                client.changed.wait_for(lambda: turn != self._turn or not details.asking(),
+            for kind in wanted:
+                if kind not in row:
+                    details.ask(kind, anew=news)
+            if begins:
+                client.changed.wait_for(lambda: turn != self._turn or not details.is_asking(),
                                         LOOKUP_SECONDS)
-            if client.state != "updating" or turn != self._turn:
-                return  # the link was lost meanwhile
-            if news:
-                details.report(["user", "friend", "group"])
-            client.enter("running")
-            if news:
-                client.log.info(f"帐号({client.account})登录成功 (logged in)")
-                client.emit("login", [int(fresh)])
-            self._known = True
-            self._plan_refresh()
-        self.link.ready()
+                if client.state != "updating" or turn != self._turn:
+                    return  # the link was lost meanwhile
+                if news:
+                    details.report(["user", "friend", "group"])
+                client.enter("running")
+                if news:
+                    client.log.info(f"帐号({client.account})登录成功 (logged in)")
+                    client.emit("login", [int(fresh)])
+                self._known = True
+            if client.settings.update_interval:
+                client.plan("refresh", max(1.0, client.settings.update_interval), self._submit,
+                            self._learn, False, turn)
+        if begins:
+            self.link.ready()
 
     def _claim_account(self) -> None:
         """Two clients of one account hear and answer everything twice."""
@@ -11014,34 +10983,31 @@ class Login:
         if self.network:
             self.network.stop()
 
-    # -- what changes while it runs
 
-    def _plan_refresh(self) -> None:
-        interval = self._client.settings.update_interval
-        if interval:
-            self._client.plan("refresh", max(1.0, interval), self._workers.submit,
-                              self._attempt, self._refresh)
+class Talk:
+    """What an account says and hears. With the client's lock held, unless said otherwise."""
 
-    def _refresh(self) -> None:
-        """In a worker: look whether what is known is still so, and have the lists asked for."""
-        client, before = self._client, self._client.roster.changes
-        row = self.link.roster()
-        with client.lock:
-            if client.state == "running":
-                row["user"]["state"] = client.settings.mode
-                client.details.compare(row, before)
-                self._claim_account()
-                for kind in client.details.kinds("is_update_"):
-                    if kind not in row:
-                        client.details.ask(kind)
-                self._plan_refresh()
-
-
-class Composer:
-    """Makes messages, as they are reported, of what an account says and hears."""
+    # What events of the documents tell besides, as members, since callbacks count the params; and
+    # how an item of the link calls that.
+    FACTS = {**dict.fromkeys(("new_group_member", "lose_group_member"),
+                             {"kind": "kind", "operator_uid": "operator_uid"}),
+             "group_member_property_change": {"group_uid": "circle"}}
 
     def __init__(self, client: Client) -> None:
-        self._client = client
+        self._client, self._link, self._flavour = client, client.link, client.flavour
+        settings, interval = client.settings, client.settings.send_interval
+        self.queue = SendQueue(
+            client.lock, self._link.send,
+            self._link.send_interval if interval is None else interval, self._link.batch,
+            settings.msg_ttl, self._sent, client.log)
+        self._seen: Dict[str, bytes] = {}         # the newest messages by id, as JSON
+        self._seen_size = 0
+        self._own: List[Row] = []                 # perhaps what we are sending just now
+        self._answered: List[Tuple[str, Job]] = []  # sent; the answer comes with the item of a mark
+        self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
+        self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
+
+    # -- messages, as they are reported
 
     def _message(self, row: Row, kind: str, circle_uid: str, name: str = "") -> Message:
         """A message with its type, content, id and time, in a group or discuss if `kind` says so.
@@ -11049,16 +11015,15 @@ class Composer:
         That one need not be listed, as where a bridge could not tell its groups; then `name`, if
         it is known, is how it is called.
         """
-        flavour = self._client.flavour
-        message = Message({**row, "circle": None, "peer_uid": None, **flavour.text_format,
-                           "answer": lambda message, text, **more: self._client.talk.reply(
+        message = Message({**row, "circle": None, "peer_uid": None, **self._flavour.text_format,
+                           "answer": lambda message, text, **more: self.reply(
                                message.to_json({}), text, "code", **more)})
         if kind:
             circle = self._client.roster.table(kind).get(circle_uid) or THINGS[kind](
                 {"uid": circle_uid, "id": circle_uid, "name": name or circle_uid})
             message.__dict__.update({"circle": circle, kind: circle.displayname})
             message.__dict__.update({f"{kind}_{part}": circle.value(part)
-                                     for part in flavour.parts[kind]})
+                                     for part in self._flavour.parts[kind]})
         if message.type == "sess_message":
             message.via = kind
         return message
@@ -11068,7 +11033,7 @@ class Composer:
         message.__dict__.update({
             role: thing.displayname if thing else row.get("name"), role + "_thing": thing,
             **{f"{role}_{part}": thing.value(part) if thing else row.get(part)
-               for part in self._client.flavour.parts[role]}})
+               for part in self._flavour.parts[role]}})
 
     def _find(self, uid: str, circle: Optional[Circle]) -> Optional[Thing]:
         """Somebody by uid: a friend's markname counts before a member's card (CONTRACT 6)."""
@@ -11087,41 +11052,39 @@ class Composer:
 
     def _add_media(self, message: Message, media: Row, data: str) -> None:
         """Give a message what its flavour tells of a picture: shelf's row, bytes in base64."""
-        kind = media["media_mime"].partition("/")[0]
+        kind, key = media["media_mime"].partition("/")[0], media["media_id"]
         label = {"image": "[图片]", "audio": "[语音]", "video": "[视频]"}.get(kind, "[文件]")
-        flavour, key = self._client.flavour, media["media_id"]
-        message.content = flavour.media_content.format(
+        message.content = self._flavour.media_content.format(
             content=message.content, label=label,
             either=message.content or f"[media]({media['media_path'] or media['media_name']})")
         url = self._client.api_url("get_media", id=key) if key else media.get("url")
         shown = {**media, "format": "media", "media_data": data, "media": [{
             "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
-        message.__dict__.update({name: shown[name] for name in flavour.media_members})
+        message.__dict__.update({name: shown[name] for name in self._flavour.media_members})
 
+    def _set_outcome(self, message: Message, result: Row) -> None:
+        message.code, message.info = result["code"], result["info"]
+        message.msg = (self._flavour.not_sent if message.code else self._flavour.sent["status"])
 
-class Talk(Composer):
-    """What an account says and hears. With the client's lock held, unless said otherwise."""
+    def remember(self, row: Row) -> None:
+        """Keep a message, as it is reported, for get_message; a picture's bytes are on the shelf.
+        """
+        if row["id"] is None:
+            return
+        data = to_bytes({**row, "media_data": None} if row.get("media_data") else row)
+        self._seen_size += len(data) - len(self._seen.pop(row["id"], b""))
+        self._seen[row["id"]] = data
+        while len(self._seen) > WAIT_LIMIT or self._seen_size > SEEN_BYTES:
+            self._seen_size -= len(self._seen.pop(next(iter(self._seen))))
 
-    # What events of the documents tell besides, as members, since callbacks count the params; and
-    # how an item of the link calls that.
-    FACTS = {**dict.fromkeys(("new_group_member", "lose_group_member"),
-                             {"kind": "kind", "operator_uid": "operator_uid"}),
-             "group_member_property_change": {"group_uid": "circle"}}
-
-    def __init__(self, client: Client) -> None:
-        super().__init__(client)
-        self._link = client.link
-        settings, interval = client.settings, client.settings.send_interval
-        self.queue = SendQueue(
-            client.lock, self._link.send,
-            self._link.send_interval if interval is None else interval, self._link.batch,
-            settings.msg_ttl, self._sent, client.log)
-        self._seen: Dict[str, bytes] = {}         # the newest messages by id, as JSON
-        self._seen_size = 0
-        self._own: List[Row] = []                 # perhaps what we are sending just now
-        self._answered: List[Tuple[str, Job]] = []  # sent; the answer comes with the item of a mark
-        self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
-        self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
+    def remembered(self, id: str) -> Optional[Row]:
+        """One of the newest messages, as it was reported. From any thread."""
+        with self._client.lock:
+            data = self._seen.get(id)
+        row = object_in(data) if data else None
+        if row and row.get("media_path") and row["media_data"] is None:
+            row["media_data"] = base64.b64encode(read_file(row["media_path"]) or b"").decode()
+        return row
 
     # -- saying
 
@@ -11188,10 +11151,10 @@ class Talk(Composer):
             for job, result in outcomes:
                 job.message.id = result.get("id")
                 job.message.ttl -= job.tries
-                self._settle_outcome(job.message, result)
+                self._set_outcome(job.message, result)
                 self._client.emit_message(job.message)
             if not self.queue.busy:
-                self._tell_own()
+                self._hear_own()
         for job, result in outcomes:
             mark = result.get("mark", "")
             if mark and not self._is_old(mark):
@@ -11199,31 +11162,6 @@ class Talk(Composer):
                 self._client.timers.later(ECHO_SECONDS, settle, job.future, job.message)
             else:
                 settle(job.future, job.message)
-
-    def remember(self, row: Row) -> None:
-        """Keep a message, as it is reported, for get_message; a picture's bytes are on the shelf.
-        """
-        if row["id"] is None:
-            return
-        data = to_bytes({**row, "media_data": None} if row.get("media_data") else row)
-        self._seen_size += len(data) - len(self._seen.pop(row["id"], b""))
-        self._seen[row["id"]] = data
-        while len(self._seen) > WAIT_LIMIT or self._seen_size > SEEN_BYTES:
-            self._seen_size -= len(self._seen.pop(next(iter(self._seen))))
-
-    def remembered(self, id: str) -> Optional[Row]:
-        """One of the newest messages, as it was reported. From any thread."""
-        with self._client.lock:
-            data = self._seen.get(id)
-        row = object_in(data) if data else None
-        if row and row.get("media_path") and row["media_data"] is None:
-            row["media_data"] = base64.b64encode(read_file(row["media_path"]) or b"").decode()
-        return row
-
-    def _settle_outcome(self, message: Message, result: Row) -> None:
-        message.code, message.info = result["code"], result["info"]
-        flavour = self._client.flavour
-        message.msg = flavour.sent["status"] if message.code == 0 else flavour.not_sent
 
     # -- hearing
 
@@ -11239,7 +11177,7 @@ class Talk(Composer):
                 own = [item for item in items if item["do"] == "sent"]
                 items = [item for item in items if item["do"] != "sent"]
                 if own and not self._own:
-                    client.plan("own", BRIDGE_SECONDS, self._tell_own)
+                    client.plan("own", BRIDGE_SECONDS, self._hear_own)
                 self._own += own
                 if self._link.echoes:
                     began = queue.began
@@ -11250,16 +11188,17 @@ class Talk(Composer):
                 raise NotRunning("stopping")
             with client.batch():
                 for item in items:
-                    if self._is_old(item["mark"]):
+                    mark = item["mark"]
+                    if self._is_old(mark):
                         continue
                     try:
                         if item["do"] != "event":
-                            self._hear(item, item["mark"])
-                        elif not self.happen(item, item["mark"]):
-                            client.spool.advance(item["mark"])
+                            self._hear(item, mark)
+                        elif not self.happen(item, mark):
+                            client.spool.advance(mark)
                     except Exception:  # one that cannot be understood must not stop all others
                         client.log.failure("an item of the link")
-                        client.spool.advance(item["mark"])
+                        client.spool.advance(mark)
             for mark, job in self._answered:
                 if self._is_old(mark):
                     settle(job.future, job.message)
@@ -11272,7 +11211,7 @@ class Talk(Composer):
         old_era, _, old_number = str(self._client.spool.mark or "").partition(":")
         return era == old_era and int(number) <= int(old_number)
 
-    def _tell_own(self) -> None:
+    def _hear_own(self) -> None:
         """What came while a send was under way, and may be that."""
         self._client.unplan("own")
         own, self._own = self._own, []
@@ -11283,11 +11222,9 @@ class Talk(Composer):
     def _hear(self, item: Row, mark: str) -> None:
         """A message came, or the account sent one, from another device unless it was we."""
         client, own = self._client, item["do"] == "sent"
-        if own and item["id"] in self._seen:
-            return client.spool.advance(mark or None)
-        message = self.compose(item)
+        message = None if own and item["id"] in self._seen else self.compose(item)
         if message is None:
-            return client.spool.advance(mark)
+            return client.spool.advance(mark or None)
         for future in self._expected.pop(item["uid"], []) if not own and not message.circle else []:
             settle(future, message.content)
         client.emit_message(message, mark)
@@ -11300,7 +11237,7 @@ class Talk(Composer):
                                 kind, str(item.get(kind)), item.get("group_name") or "")
         if own:
             self._make_own(message, item["uid"], "none", "outer")
-            self._settle_outcome(message, {"code": 0, "info": "发送正常"})
+            self._set_outcome(message, {"code": 0, "info": "发送正常"})
         else:
             circle, uid = message.circle, item["uid"]
             thing = self._find(uid, circle)
@@ -11336,17 +11273,16 @@ class Talk(Composer):
     def happen(self, item: Row, mark: str = "") -> bool:
         """Let an event of the link change the roster, and report it; False if it is void."""
         found = self._client.roster.apply(item)
-        if item.get("quiet"):
+        if item.get("quiet") or found is None:
             return False
-        if found:
-            facts = {name: item.get(there) for name, there in self.FACTS.get(found[0], {}).items()}
-            self._client.emit(*found, mark, item.get("time"), facts)
-            for future in self._founded.pop(item.get("object", {}).get("uid"), []):
-                settle(future, found[1][0])
-        return found is not None
+        facts = {name: item.get(there) for name, there in self.FACTS.get(found[0], {}).items()}
+        self._client.emit(*found, mark, item.get("time"), facts)
+        for future in self._founded.pop(item.get("object", {}).get("uid"), []):
+            settle(future, found[1][0])
+        return True
 
     def expect_group(self, uid: str) -> Future[Group]:
-        """A group that was just founded, once the roster has it."""
+        """A group that was just founded, once the roster has it. From any thread."""
         future: Future[Group] = Future()
         with self._client.lock:
             group = self._client.roster.group.get(uid)
@@ -11357,18 +11293,16 @@ class Talk(Composer):
         return future
 
     def expect(self, uid: str) -> Future[str]:
-        """What the next message from a friend says."""
+        """What the next message from a friend says. From any thread."""
         future: Future[str] = Future()
         with self._client.lock:
             self._expected.setdefault(uid, []).append(future)
         return future
 
     def expect_no_more(self, uid: str, future: Future[str]) -> None:
-        """One of those who expect() a friend's word gives up."""
-        with self._client.lock:
-            left = [other for other in self._expected.pop(uid, []) if other is not future]
-            if left:
-                self._expected[uid] = left
+        """One of those who expect() a friend's word gives up. From any thread."""
+        with self._client.lock, contextlib.suppress(ValueError):
+            self._expected.get(uid, []).remove(future)
 
 
 class Client:
@@ -11380,7 +11314,7 @@ class Client:
 
     def __init__(self, **given: Any) -> None:
         self.flavour = flavour_named(given.get("flavor"))
-        self.parent = Parent.find()
+        self.parent = parent = Parent.find()
         try:
             self.settings = Settings("client", given, os.environ, self.flavour.environ)
             self.account = check_name(self.settings.account)
@@ -11388,8 +11322,8 @@ class Client:
             raise Refusal(str(error), 2) from None
         self.settings.fill(tmpdir=check_tmpdir(self.settings.tmpdir))
         self.log = open_log(self.settings, f"[{self.account}][{os.getpid()}]")
-        if self.parent:
-            self.log.keep = self.parent.keep
+        if parent:  # check_client shows the last warnings of a client that died
+            self.log.keep = lambda text: parent.tell(log=text[-1000:])
         self.papers = Papers(self.settings, self.flavour, self.log)
         self.papers.pid.take(f"client {self.account}")
         for path in self.settings.cookie_path, self.settings.state_path, self.settings.qrcode_path:
@@ -11411,7 +11345,7 @@ class Client:
         self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log, bulk_of)
         self.outlets: List[Outlet] = []
         self.plugins: List[Plugin] = []
-        self.closing: List[Callable[[], Any]] = []  # the plugins' ends; True: wait a moment
+        self.closing: List[Callable[[], Any]] = []   # the plugins' ends; True: wait a moment
         self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
         self._crew = ThreadPool(1, "callbacks", self.log)
         self._batches = 0                            # batch() within batch()
@@ -11438,8 +11372,7 @@ class Client:
         With call_on_load it is called now, else when run() begins. Refusal if there is none.
         """
         for name in names if isinstance(names, (list, tuple)) else [names]:
-            plugin = find_plugin(name)
-            plugin.data, plugin.call_on_load = data or {}, call_on_load
+            plugin = Plugin(name, data or {}, call_on_load)
             self.plugins.append(plugin)
             if call_on_load:
                 self.timers.catch_signals(self._signalled)  # it may serve from now on
@@ -11544,18 +11477,16 @@ class Client:
 
     def enter(self, state: str, error: str = "") -> None:
         """The one door for a change of state: the file first, then everybody hears of it."""
-        if state == self.state:
-            if error != self.error:
-                self.error = error
-                self.papers.write_state(self)
+        if (state, error) == (self.state, self.error):
             return
-        assert state in NEXT_STATES[self.state], f"{self.state} -> {state}"
-        self.previous_state, self.state, self.error = self.state, state, error
-        self.since = time.time()
+        changes, self.error = state != self.state, error
+        if changes:
+            assert state in NEXT_STATES[self.state], f"{self.state} -> {state}"
+            self.previous_state, self.state, self.since = self.state, state, time.time()
         self.papers.write_state(self)
-        if self.parent:
+        if changes and self.parent:
             self.parent.tell(state=state)
-        if self.previous_state:
+        if changes and self.previous_state:
             self.emit("state_change", [self.previous_state, state])
 
     def warn(self, about: str, text: str) -> None:
@@ -11613,22 +11544,18 @@ class Client:
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
-        """What is reported within it goes on its way at its end, all at once."""
+        """What is reported within it survives, and only then goes on its way, all at once."""
         self._batches += 1
         try:
             yield
         finally:
             self._batches -= 1
-            self._flush()
-
-    def _flush(self) -> None:
-        """Let what was reported survive, and only then go on its way."""
-        if not self._batches:
-            self.spool.flush()
-            for outlet in self.outlets:
-                outlet.flush()
-            if self.parent:
-                self.parent.flush()
+            if not self._batches:
+                self.spool.flush()
+                for outlet in self.outlets:
+                    outlet.flush()
+                if self.parent:
+                    self.parent.flush()
 
     def emit(self, event: str, params: List[Any], mark: str = "",
              when: Optional[str] = None, facts: Mapping[str, Json] = {}) -> None:
@@ -11638,28 +11565,22 @@ class Client:
         shown = [thing.full_json(fields) if isinstance(thing, Circle) and number == 0
                  else thing.to_json(fields) if isinstance(thing, Thing) else thing
                  for number, thing in enumerate(params)]
-        self._tell(event, {**event_row(event, shown, when), **facts}, "", [self, *params], mark)
+        self._tell(event, {**event_row(event, shown, when), **facts}, "", params, mark)
 
     def emit_message(self, message: Message, mark: str = "") -> None:
         """Let everybody know of a message, received or sent."""
         row = message.to_json(self.flavour.fields)
         self.talk.remember(row)
-        self._tell(message.post_type, row, message.conversation(), [self, message], mark)
+        self._tell(message.post_type, row, message.conversation(), [message], mark)
 
-    def _tell(self, event: str, row: Row, conversation: str, args: List[Any],
+    def _tell(self, event: str, row: Row, conversation: str, params: List[Any],
               mark: str) -> None:
-        taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
-        if mark and not any(taken):
-            self.spool.advance(mark)
-        for callback in self._callbacks.get(event, []):
-            self._crew.submit(self._call_back, event, callback, args)
-        self._flush()
-
-    def _call_back(self, event: str, callback: Callable[..., Any], args: List[Any]) -> None:
-        try:
-            callback(*args)
-        except Exception:
-            self.log.failure(f"a callback of {event}")
+        with self.batch():
+            taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
+            if mark and not any(taken):
+                self.spool.advance(mark)
+            for callback in self._callbacks.get(event, ()):
+                self._crew.submit(callback, self, *params)
 
 
 # ------------------------------------------------------------------------------------------------
