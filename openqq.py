@@ -10073,7 +10073,7 @@ class Parent:
         self._lock = threading.Lock()  # guards what follows
         self._unsent = bytearray()
         self._lost = 0                 # events that were dropped since the last one that was not
-        self._writing = False          # a thread waits until the line takes more
+        self._waiting = False          # a thread does, until the line takes more
 
     @classmethod
     def find(cls) -> Optional[Parent]:
@@ -10106,35 +10106,27 @@ class Parent:
             self._unsent += (b"+" if seq else b"-") + event + b"\n"
 
     def flush(self) -> None:
-        """Send what there is, as far as the line takes it; a thread does the rest."""
+        """Send what there is, as far as the line takes it; a thread waits until it takes more."""
         with self._lock:
-            if not self._writing and not self._send():
+            try:
+                while self._unsent and not self._waiting:
+                    with memoryview(self._unsent) as data:
+                        sent = self.life.send(data[:262_144])
+                    del self._unsent[:sent]
+            except BlockingIOError:
                 with contextlib.suppress(RuntimeError):  # no thread: the next flush() does it
-                    spawn(self._write, name="life line")
-                    self._writing = True
+                    spawn(self._wait, name="life line")
+                    self._waiting = True
+            except OSError:  # there is no controller any more
+                self._unsent.clear()
 
-    def _write(self) -> None:
-        sent = False
-        while not sent:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.life, selectors.EVENT_WRITE)
-                selector.select()
-            with self._lock:
-                sent = self._send()
-                self._writing = not sent
-
-    def _send(self) -> bool:
-        """Whether all has been sent, or there is no controller any more."""
-        try:
-            while self._unsent:
-                with memoryview(self._unsent) as data:
-                    sent = self.life.send(data[:262_144])
-                del self._unsent[:sent]
-        except BlockingIOError:
-            return False
-        except OSError:
-            self._unsent.clear()
-        return True
+    def _wait(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.life, selectors.EVENT_WRITE)
+            selector.select()
+        with self._lock:
+            self._waiting = False
+        self.flush()
 
 
 class Papers:
@@ -10547,9 +10539,9 @@ class Listing:
         self._told: Set[str] = set()
         self._since: Optional[float] = None
 
-    def doubt(self, known: Iterable[str], rows: Iterable[Row]) -> str:
-        """Why the list that was told is not believed, in words; empty if it is."""
-        old, new, now = set(known), {row["uid"] for row in rows}, time.monotonic()
+    def doubt(self, known: Iterable[str], told: Iterable[str]) -> str:
+        """Why the uids that the list told are not believed, in words; empty if they are."""
+        old, new, now = set(known), set(told), time.monotonic()
         missing = len(old - new)
         if not new or 3 * missing > len(old):
             if self._since is None or new != self._told:
@@ -10575,8 +10567,8 @@ class Details:
 
     def forget(self) -> None:
         """Another account is logged in: it has other friends and groups."""
-        self._lists = {"friend": Listing(), "group": Listing()}
-        self._roster.load({"friend": [], "group": []}, self._lists, self._roster.changes)
+        self.lists = {"friend": Listing(), "group": Listing()}
+        self._roster.load({"friend": [], "group": []}, self.lists, self._roster.changes)
 
     def kinds(self, setting: str) -> List[str]:
         """Which lists a setting (is_init_, is_update_) wants."""
@@ -10615,17 +10607,13 @@ class Details:
     def is_certain(self, kind: str) -> bool:
         """Whether who is not on the list of friends, or groups, is none: it is good, or not wanted
         at all."""
-        return (not self._client.link.real or self._lists[kind].good
+        return (not self._client.link.real or self.lists[kind].good
                 or kind not in self.kinds("is_init_"))
-
-    def is_asking(self) -> bool:
-        """Whether a list is still to come."""
-        return any(listing.asking for listing in self._lists.values())
 
     def ask(self, kind: str, anew: bool = False) -> None:
         """Have the link asked for a list now, unless that is under way; `anew` after a new login,
         of which nothing is known yet."""
-        listing = self._lists[kind]
+        listing = self.lists[kind]
         self._client.unplan(kind)
         if anew:
             listing.loaded = listing.good = False
@@ -10643,14 +10631,14 @@ class Details:
             why = f"cannot be had: {getattr(error, 'status', repr(error))}"
         with client.lock:
             listing.asking = False
-            if client.state == "stop" or listing is not self._lists[kind]:
+            if client.state == "stop" or listing is not self.lists[kind]:
                 return  # the latter is of another account
             wait = DOUBT_SECONDS / 4
             if why:
                 listing.failures += 1
                 wait = backoff(listing.failures + 1, LIST_SECONDS)
             else:
-                why = listing.doubt(roster.table(kind), rows)
+                why = listing.doubt(roster.table(kind), [row["uid"] for row in rows])
             listing.good = not why
             client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, "
                         "and it is asked again")
@@ -10672,7 +10660,7 @@ class Details:
 
         While the list is doubted anybody may be meant; a good one may be of before.
         """
-        client, listing = self._client, self._lists.get(kind)
+        client, listing = self._client, self.lists.get(kind)
         if listing is None or not client.link.real or not number_of(uid):
             return None
         stranger = THINGS[kind]({"uid": uid, "id": uid, "name": uid})
@@ -10729,30 +10717,28 @@ class Details:
             with client.lock:
                 if row is not None and roster.is_newer("group", uid, before):
                     continue
-                group = roster.group.get(uid)
-                if row and group and members and group.loaded:
-                    self._compare_members(group, row["member"])
-                elif row and group:
-                    told = {item["uid"]: GroupMember(item) for item in row.pop("member", ())}
-                    group.__dict__.update(row)
-                    if told:
-                        # Of a list that lacks too many nobody can say later who is new.
-                        count = int(number_of(group.value("member_count")) or 0)
-                        group.member, group.loaded = dict(told), 3 * len(told) >= 2 * count
                 self._loading.discard((uid, members))
-                return client.changed.notify_all()
-
-    def _compare_members(self, group: Group, rows: List[Row]) -> None:
-        if str(len(rows)) != group.value("member_count") and self._doubted.setdefault(
-                group.uid, Listing()).doubt(group.member, rows):
-            self._client.timers.later(DOUBT_SECONDS / 4, self._workers.submit, self._load,
-                                      group.uid, True)
-            return
-        self._doubted.pop(group.uid, None)
-        with self._client.batch():
-            for item in changes_of("group_member", group.member,
-                                   {row["uid"]: row for row in rows}, circle=group.uid):
-                self._client.talk.happen(item)
+                client.changed.notify_all()
+                group = roster.group.get(uid)
+                if row is None or group is None:
+                    return
+                told = {item["uid"]: item for item in row.pop("member", ())}
+                if not (members and group.loaded):
+                    group.__dict__.update(row)
+                    if told:  # if it lacks too many, nobody can say later who is new
+                        group.member = {uid: GroupMember(item) for uid, item in told.items()}
+                        count = int(number_of(group.value("member_count")) or 0)
+                        group.loaded = 3 * len(told) >= 2 * count
+                elif str(len(told)) != group.value("member_count") and self._doubted.setdefault(
+                        uid, Listing()).doubt(group.member, told):
+                    client.timers.later(DOUBT_SECONDS / 4, self._workers.submit, self._load, uid,
+                                        True)
+                else:
+                    self._doubted.pop(uid, None)
+                    with client.batch():
+                        for event in changes_of("group_member", group.member, told, circle=uid):
+                            client.talk.happen(event)
+                return
 
 
 class Login:
@@ -10942,8 +10928,8 @@ class Login:
                 if kind not in row:
                     details.ask(kind, anew=news)
             if begins:
-                client.changed.wait_for(lambda: turn != self._turn or not details.is_asking(),
-                                        LOOKUP_SECONDS)
+                client.changed.wait_for(lambda: turn != self._turn or not any(
+                    listing.asking for listing in details.lists.values()), LOOKUP_SECONDS)
                 if client.state != "updating" or turn != self._turn:
                     return  # the link was lost meanwhile
                 if news:
@@ -10987,11 +10973,10 @@ class Login:
 class Talk:
     """What an account says and hears. With the client's lock held, unless said otherwise."""
 
-    # What events of the documents tell besides, as members, since callbacks count the params; and
-    # how an item of the link calls that.
-    FACTS = {**dict.fromkeys(("new_group_member", "lose_group_member"),
-                             {"kind": "kind", "operator_uid": "operator_uid"}),
-             "group_member_property_change": {"group_uid": "circle"}}
+    # What events of the documents tell besides, as members, since callbacks count the params.
+    FACTS = {"new_group_member": ("kind", "operator_uid"),
+             "lose_group_member": ("kind", "operator_uid"),
+             "group_member_property_change": ("group_uid",)}
 
     def __init__(self, client: Client) -> None:
         self._client, self._link, self._flavour = client, client.link, client.flavour
@@ -11004,28 +10989,69 @@ class Talk:
         self._seen_size = 0
         self._own: List[Row] = []                 # perhaps what we are sending just now
         self._answered: List[Tuple[str, Job]] = []  # sent; the answer comes with the item of a mark
-        self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
-        self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
+        self._expected: Dict[str, List[Future[Any]]] = {}  # what for -> who waits
 
     # -- messages, as they are reported
 
-    def _message(self, row: Row, kind: str, circle_uid: str, name: str = "") -> Message:
-        """A message with its type, content, id and time, in a group or discuss if `kind` says so.
-
-        That one need not be listed, as where a bridge could not tell its groups; then `name`, if
-        it is known, is how it is called.
-        """
-        message = Message({**row, "circle": None, "peer_uid": None, **self._flavour.text_format,
+    def compose(self, item: Row, origin: str = "", media: Optional[Row] = None
+                ) -> Optional[Message]:
+        """What an item of the link says, as a message; None if it is not to be told of. Or what
+        `origin` here is to send, perhaps with media of the shelf."""
+        client, flavour, roster = self._client, self._flavour, self._client.roster
+        own, uid = item["do"] == "sent", item["uid"]
+        kind = CIRCLE_OF.get(item["type"]) or (
+            "discuss" if item.get("discuss") else "group" if item.get("group") else "")
+        message = Message({**{name: item[name] for name in ("type", "content", "id", "time")},
+                           **flavour.text_format, "circle": None, "peer_uid": None,
                            "answer": lambda message, text, **more: self.reply(
                                message.to_json({}), text, "code", **more)})
-        if kind:
-            circle = self._client.roster.table(kind).get(circle_uid) or THINGS[kind](
-                {"uid": circle_uid, "id": circle_uid, "name": name or circle_uid})
-            message.__dict__.update({"circle": circle, kind: circle.displayname})
-            message.__dict__.update({f"{kind}_{part}": circle.value(part)
-                                     for part in self._flavour.parts[kind]})
+        circle: Any = None
+        if kind:  # one that need not be listed, as where a bridge could not tell its groups
+            number = str(item[kind] or "")
+            circle = roster.table(kind).get(number) or THINGS[kind](
+                {"uid": number, "id": number, "name": item.get("group_name") or number})
+            message.__dict__.update({
+                "circle": circle, kind: circle.displayname,
+                **{f"{kind}_{part}": circle.value(part) for part in flavour.parts[kind]}})
         if message.type == "sess_message":
             message.via = kind
+        thing: Any = roster.friend.get(uid)
+        member = circle.member.get(uid) if circle else None
+        if member and not (thing and thing.markname):  # which counts before a card (CONTRACT 6)
+            thing = member
+        if own:
+            self._name(message, "sender", roster.user, {})
+            message.__dict__.update({
+                "class": "send", "post_type": "send_message", "from": origin or "none",
+                "source": "local" if origin else "outer", "ttl": client.settings.msg_ttl})
+            if uid is not None:
+                message.peer_uid = uid
+                self._name(message, "receiver", thing, {"uid": uid})
+            self._set_outcome(message, {"code": 0, "info": "发送正常"})
+        else:
+            if thing is None and "sender" in item and (
+                    circle and not circle.loaded or not client.is_certain("friend")):
+                thing = (GroupMember if circle else Friend)(item["sender"])
+            if thing is None and client.settings.ignore_unknown_id:
+                return None
+            if not kind or item["type"] == "sess_message":
+                message.peer_uid = uid
+            message.__dict__.update({"class": "recv", "post_type": "receive_message"})
+            self._name(message, "receiver", roster.user, {})
+            self._name(message, "sender", thing, {**item, "id": item.get("sender_id")})
+        if item.get("media"):
+            self._add_media(message, media or self._shelve(item["media"]), item["media"]["data"])
+        if item.get("links"):
+            message.media = [{**link, "url": link["url"] or (client.api_url(
+                "get_media", id=f"{item['id']}.{number}") if link.get("file_id") else None)}
+                for number, link in enumerate(item["links"])]
+        if "raw_message" in item:
+            message.raw_message = item["raw_message"]
+        for name, nothing in ("reply_to", None), ("at", []):
+            if item.get(name) or not origin:
+                setattr(message, name, item.get(name) or nothing)
+        if not origin:
+            message.at_me = int(str(roster.user.uid) in message.at)
         return message
 
     def _name(self, message: Message, role: str, thing: Optional[Thing], row: Row) -> None:
@@ -11035,20 +11061,15 @@ class Talk:
             **{f"{role}_{part}": thing.value(part) if thing else row.get(part)
                for part in self._flavour.parts[role]}})
 
-    def _find(self, uid: str, circle: Optional[Circle]) -> Optional[Thing]:
-        """Somebody by uid: a friend's markname counts before a member's card (CONTRACT 6)."""
-        friend = self._client.roster.friend.get(uid)
-        member = circle.member.get(uid) if circle else None
-        return friend if friend and (friend.markname or not member) else member
-
-    def _make_own(self, message: Message, uid: Optional[str], origin: str, source: str) -> None:
-        """Let it be one that the account sends, to a uid if it is to one alone."""
-        self._name(message, "sender", self._client.roster.user, {})
-        message.__dict__.update({"class": "send", "post_type": "send_message", "from": origin,
-                                 "source": source, "ttl": self._client.settings.msg_ttl})
-        if uid is not None:
-            message.peer_uid = uid
-            self._name(message, "receiver", self._find(uid, message.circle), {"uid": uid})
+    def _shelve(self, media: Row) -> Row:
+        """A picture that came, kept if it is to be and can be."""
+        data, name = base64.b64decode(media["data"]), str(media["name"])
+        if self._client.settings.download_media:
+            try:
+                return self._client.papers.shelf.put(data, name)
+            except OSError as error:
+                self._client.log.warn(f"a picture could not be kept: {error}")
+        return unkept_media(data, name)
 
     def _add_media(self, message: Message, media: Row, data: str) -> None:
         """Give a message what its flavour tells of a picture: shelf's row, bytes in base64."""
@@ -11064,7 +11085,7 @@ class Talk:
 
     def _set_outcome(self, message: Message, result: Row) -> None:
         message.code, message.info = result["code"], result["info"]
-        message.msg = (self._flavour.not_sent if message.code else self._flavour.sent["status"])
+        message.msg = self._flavour.not_sent if message.code else self._flavour.sent["status"]
 
     def remember(self, row: Row) -> None:
         """Keep a message, as it is reported, for get_message; a picture's bytes are on the shelf.
@@ -11107,20 +11128,17 @@ class Talk:
         row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None,
                     "cq": cq, "reply_to": reply_to, "at": [] if uid else list(at)}
         if media:
-            data = media.get("data") or base64.b64encode(
-                read_file(media["media_path"] or "") or b"").decode()
-            row["media"] = {"name": media["media_name"], "mime": media["media_mime"], "data": data,
-                            "url": media.get("url"), "path": media.get("path")}
+            row["media"] = {"name": media["media_name"], "mime": media["media_mime"],
+                            "url": media.get("url"), "path": media.get("path"),
+                            "data": media.get("data") or base64.b64encode(
+                                read_file(media["media_path"] or "") or b"").decode()}
         with client.lock:
             if client.state != "running":
                 future.set_exception(NotRunning(state=client.state))
                 return future
-            message = self._message({"type": type, "content": content, "time": str(int(
-                time.time())), "id": None}, kind, circle)
-            message.__dict__.update((name, row[name]) for name in ("reply_to", "at") if row[name])
-            self._make_own(message, uid, origin, "local")
-            if media:
-                self._add_media(message, media, data)
+            message = self.compose({**row, "do": "sent", "id": None, "time": str(int(
+                time.time()))}, origin, media)
+            assert message
             job = Job(message, row, future)
             if is_sendable(message.content):
                 self.queue.put(job)
@@ -11229,77 +11247,34 @@ class Talk:
             settle(future, message.content)
         client.emit_message(message, mark)
 
-    def compose(self, item: Row) -> Optional[Message]:
-        """What an item of the link says, as a message; None if it is not to be told of."""
-        client, own = self._client, item["do"] == "sent"
-        kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
-        message = self._message({name: item[name] for name in ("type", "content", "id", "time")},
-                                kind, str(item.get(kind)), item.get("group_name") or "")
-        if own:
-            self._make_own(message, item["uid"], "none", "outer")
-            self._set_outcome(message, {"code": 0, "info": "发送正常"})
-        else:
-            circle, uid = message.circle, item["uid"]
-            thing = self._find(uid, circle)
-            if thing is None and "sender" in item and (
-                    circle and not circle.loaded or not client.is_certain("friend")):
-                thing = (GroupMember if circle else Friend)(item["sender"])
-            if thing is None and client.settings.ignore_unknown_id:
-                return None
-            if not kind or item["type"] == "sess_message":
-                message.peer_uid = uid
-            message.__dict__.update({"class": "recv", "post_type": "receive_message"})
-            self._name(message, "receiver", client.roster.user, {})
-            self._name(message, "sender", thing, {**item, "id": item.get("sender_id")})
-        if item.get("media"):
-            data, name = base64.b64decode(item["media"]["data"]), str(item["media"]["name"])
-            media = unkept_media(data, name)
-            if client.settings.download_media:
-                try:
-                    media = client.papers.shelf.put(data, name)
-                except OSError as error:
-                    client.log.warn(f"a picture could not be kept: {error}")
-            self._add_media(message, media, item["media"]["data"])
-        if item.get("links"):
-            message.media = [{**link, "url": link["url"] or (client.api_url(
-                "get_media", id=f"{item['id']}.{number}") if link.get("file_id") else None)}
-                for number, link in enumerate(item["links"])]
-        if "raw_message" in item:
-            message.raw_message = item["raw_message"]
-        message.reply_to, message.at = item.get("reply_to"), item.get("at") or []
-        message.at_me = int(str(client.roster.user.uid) in message.at)
-        return message
-
     def happen(self, item: Row, mark: str = "") -> bool:
         """Let an event of the link change the roster, and report it; False if it is void."""
         found = self._client.roster.apply(item)
         if item.get("quiet") or found is None:
             return False
-        facts = {name: item.get(there) for name, there in self.FACTS.get(found[0], {}).items()}
+        facts = {name: item.get("circle" if name == "group_uid" else name)
+                 for name in self.FACTS.get(found[0], ())}
         self._client.emit(*found, mark, item.get("time"), facts)
-        for future in self._founded.pop(item.get("object", {}).get("uid"), []):
+        for future in self._expected.pop("group/" + str(item.get("object", {}).get("uid")), []):
             settle(future, found[1][0])
         return True
 
     def expect_group(self, uid: str) -> Future[Group]:
         """A group that was just founded, once the roster has it. From any thread."""
-        future: Future[Group] = Future()
         with self._client.lock:
-            group = self._client.roster.group.get(uid)
-            if group:
-                settle(future, group)
-            else:
-                self._founded.setdefault(uid, []).append(future)
+            future: Future[Group] = self.expect("group/" + uid)
+            if uid in self._client.roster.group:
+                settle(future, self._client.roster.group[uid])
         return future
 
-    def expect(self, uid: str) -> Future[str]:
+    def expect(self, uid: str) -> Future[Any]:
         """What the next message from a friend says. From any thread."""
-        future: Future[str] = Future()
+        future: Future[Any] = Future()
         with self._client.lock:
             self._expected.setdefault(uid, []).append(future)
         return future
 
-    def expect_no_more(self, uid: str, future: Future[str]) -> None:
+    def expect_no_more(self, uid: str, future: Future[Any]) -> None:
         """One of those who expect() a friend's word gives up. From any thread."""
         with self._client.lock, contextlib.suppress(ValueError):
             self._expected.get(uid, []).remove(future)
