@@ -10398,98 +10398,6 @@ def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
         for name, value in keys.items())]
 
 
-class Job:
-    """A message to be sent: what the link gets, and who waits for the outcome."""
-
-    __slots__ = ("message", "row", "future", "tries")
-
-    def __init__(self, message: Message, row: Row, future: Future[Message]) -> None:
-        self.message, self.row, self.future, self.tries = message, row, future, 0
-
-
-class SendQueue:
-    """One queue for all that an account sends: first in, first out (CONTRACT 4).
-
-    One thread hands batches of it to `send`, without the lock; then `sent(outcomes)` is called,
-    with it, for each job that is over and its result, as Link.send() tells that. `lock`, the
-    client's, guards everything here; `changed` is notified when a call of `send` is over.
-    """
-
-    def __init__(self, lock: Any, send: Callable[[List[Row]], List[Row]], interval: float,
-                 batch: int, ttl: int, sent: Callable[[List[Tuple[Job, Row]]], None], log: Log,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self.changed = threading.Condition(lock)
-        self._send, self._interval, self._ttl, self._sent = send, interval, ttl, sent
-        self._batch, self._log, self._clock = 1 if interval else batch, log, clock
-        self._jobs: Deque[Job] = collections.deque()
-        self._thread = ThreadPool(1, "send", log)
-        self._working = False    # the thread is at it
-        self.busy = False        # and send() is under way
-        self.began = 0.0         # when its last call began
-        self._rests_until = 0.0
-        self._turn = 0           # of the account, whose messages no other one is to send
-
-    def waiting(self) -> int:
-        """How many messages have not been tried yet."""
-        return len(self._jobs)
-
-    def put(self, job: Job) -> None:
-        """Queue a message; the first goes at once. With the lock held."""
-        self._jobs.append(job)
-        if not self._working:
-            self._working = True
-            self._thread.submit(self._work)
-
-    def give_up(self) -> int:
-        """Call all that waits failed: it was surely not sent. How many that were."""
-        jobs, self._jobs = self._jobs, collections.deque()
-        self._turn += 1
-        self._sent([(job, {"code": -3, "info": "发送异常"}) for job in jobs])
-        return len(jobs)
-
-    def _work(self) -> None:
-        while True:
-            with self.changed:
-                while self._jobs and self._clock() < self._rests_until:
-                    self.changed.wait(self._rests_until - self._clock())
-                if not self._jobs:
-                    self._working = False
-                    return
-                batch = [self._jobs.popleft()]
-                size = weight(batch[0].row)
-                while self._jobs and len(batch) < self._batch:
-                    size += weight(self._jobs[0].row)
-                    if size > BATCH_LIMIT:
-                        break
-                    batch.append(self._jobs.popleft())
-                self.busy, self.began, turn = True, self._clock(), self._turn
-            again: List[Job] = []
-            pause = 0.0
-            try:
-                over = list(zip(batch, self._send([job.row for job in batch])))
-            except Exception as error:  # the queue must go on whatever a link does
-                result = {"code": -4,
-                          "info": f"响应未知: {getattr(error, 'status', repr(error))}"}
-                if not getattr(error, "sent", True):  # once more, in the same order
-                    pause = self._clock() + backoff(batch[0].tries)
-                    for job in batch:
-                        job.tries += 1
-                    again = [job for job in batch if job.tries < self._ttl]
-                    result = {"code": -5, "info": "TTL失效"}
-                over = [(job, result) for job in batch if job not in again]
-            with self.changed:
-                self.busy = False
-                self._rests_until = max(self.began + self._interval, pause)
-                self._jobs.extendleft(reversed(again))
-                try:
-                    self._sent(over)
-                    if again and turn != self._turn:
-                        self.give_up()
-                except Exception:
-                    self._log.failure("the outcome of a message")
-                self.changed.notify_all()
-
-
 PLUGINS: Dict[str, Tuple[Callable[[Any, Row], None], int]] = {}  # name -> call, priority
 
 
@@ -10913,7 +10821,7 @@ class Login:
             wanted = details.kinds("is_init_" if begins else "is_update_")
             if begins and roster.user.value("uid") not in (None, row["user"]["uid"]):
                 self._known = False  # another account is logged in at the bridge
-                client.talk.queue.give_up()
+                client.talk.give_up()
                 details.forget()
                 if self._claim:
                     self._claim.drop()
@@ -10970,21 +10878,33 @@ class Login:
             self.network.stop()
 
 
+if TYPE_CHECKING:  # a message to be sent, what the link gets of it, who waits for the outcome
+    Job = Tuple[Message, Row, Future[Message]]
+
+
 class Talk:
-    """What an account says and hears. With the client's lock held, unless said otherwise."""
+    """What an account says and hears. With the client's lock held, unless said otherwise.
+
+    What it says goes through one queue, first in, first out (CONTRACT 4): one thread hands batches
+    of it to the link, without the lock.
+    """
 
     # What events of the documents tell besides, as members, since callbacks count the params.
     FACTS = {"new_group_member": ("kind", "operator_uid"),
              "lose_group_member": ("kind", "operator_uid"),
              "group_member_property_change": ("group_uid",)}
 
+    GIVEN_UP = {"code": -3, "info": "发送异常"}
+
     def __init__(self, client: Client) -> None:
         self._client, self._link, self._flavour = client, client.link, client.flavour
-        settings, interval = client.settings, client.settings.send_interval
-        self.queue = SendQueue(
-            client.lock, self._link.send,
-            self._link.send_interval if interval is None else interval, self._link.batch,
-            settings.msg_ttl, self._sent, client.log)
+        interval = client.settings.send_interval
+        self._interval: float = self._link.send_interval if interval is None else interval
+        self._jobs: Deque[Job] = collections.deque()
+        self._sender = ThreadPool(1, "send", client.log)
+        self._working = False                     # the sender is at it
+        self.began = 0.0                          # when the link was called; 0 while it is not
+        self._rests_until = 0.0
         self._seen: Dict[str, bytes] = {}         # the newest messages by id, as JSON
         self._seen_size = 0
         self._own: List[Row] = []                 # perhaps what we are sending just now
@@ -11109,9 +11029,13 @@ class Talk:
 
     # -- saying
 
+    def waiting(self) -> int:
+        """How many messages have not been tried yet."""
+        return len(self._jobs)
+
     def is_full(self) -> bool:
         """Whether so many messages wait that no more are taken."""
-        return self.queue.waiting() >= int(self._client.settings.send_queue_max_size)
+        return self.waiting() >= int(self._client.settings.send_queue_max_size)
 
     def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
              origin: str = "api", via: str = "", media: Optional[Row] = None, cq: bool = False,
@@ -11139,11 +11063,14 @@ class Talk:
             message = self.compose({**row, "do": "sent", "id": None, "time": str(int(
                 time.time()))}, origin, media)
             assert message
-            job = Job(message, row, future)
-            if is_sendable(message.content):
-                self.queue.put(job)
-            else:
+            job = message, row, future
+            if not is_sendable(message.content):
                 self._sent([(job, {"code": -1, "info": "数据格式错误"})])
+                return future
+            self._jobs.append(job)
+            if not self._working:
+                self._working = True
+                self._sender.submit(self._work)
         return future
 
     def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None,
@@ -11162,24 +11089,71 @@ class Talk:
         self.send(row["type"], text, str(uid) if alone else None, circle, origin,
                   kind if alone else "", media, **more)
 
+    def give_up(self) -> int:
+        """Call all that waits failed: it was surely not sent. How many that were."""
+        jobs, self._jobs = self._jobs, collections.deque()
+        self._sent([(job, self.GIVEN_UP) for job in jobs])
+        return len(jobs)
+
+    def _work(self) -> None:
+        """In the thread that sends: one batch after the other, until nothing waits."""
+        client, clock = self._client, self._client.timers.clock
+        while True:
+            batch: List[Job] = []
+            size, pause = 0, 0.0
+            with client.lock:
+                while self._jobs and clock() < self._rests_until:
+                    client.changed.wait(self._rests_until - clock())
+                jobs = self._jobs
+                while jobs and len(batch) < (1 if self._interval else self._link.batch):
+                    size += weight(jobs[0][1])
+                    if batch and size > BATCH_LIMIT:
+                        break
+                    batch.append(jobs.popleft())
+                if not batch:
+                    self._working = False
+                    return
+                self.began = began = clock()
+            try:
+                results = self._link.send([row for _, row, _ in batch])
+            except Exception as error:  # the queue must go on whatever a link does
+                why = f"响应未知: {getattr(error, 'status', repr(error))}"
+                results = [{"code": -4, "info": why}] * len(batch)
+                if not getattr(error, "sent", True):  # until the tries are used up
+                    results = [{"code": -5, "info": "TTL失效"}] * len(batch)
+                    pause = clock() + backoff(client.settings.msg_ttl - batch[0][0].ttl)
+                    for message, _, _ in batch:
+                        message.ttl -= 1
+            with client.lock:
+                self.began, self._rests_until = 0.0, max(began + self._interval, pause)
+                again = [job for job in batch if pause and job[0].ttl > 0]
+                jobs.extendleft(reversed(again))  # if they were given up meanwhile, nobody looks
+                try:
+                    self._sent([(job, result) for job, result in zip(batch, results)
+                                if job not in again])
+                    if jobs is not self._jobs:
+                        self._sent([(job, self.GIVEN_UP) for job in again])
+                except Exception:
+                    client.log.failure("the outcome of a message")
+                client.changed.notify_all()
+
     def _sent(self, outcomes: List[Tuple[Job, Row]]) -> None:
         """Report what became of messages. Who waits for it hears of it when what was answered on
         the spot is there too, and everything has survived."""
         with self._client.batch():
-            for job, result in outcomes:
-                job.message.id = result.get("id")
-                job.message.ttl -= job.tries
-                self._set_outcome(job.message, result)
-                self._client.emit_message(job.message)
-            if not self.queue.busy:
+            for (message, _, _), result in outcomes:
+                message.id = result.get("id")
+                self._set_outcome(message, result)
+                self._client.emit_message(message)
+            if not self.began:
                 self._hear_own()
         for job, result in outcomes:
-            mark = result.get("mark", "")
+            (message, _, future), mark = job, result.get("mark", "")
             if mark and not self._is_old(mark):
                 self._answered.append((mark, job))
-                self._client.timers.later(ECHO_SECONDS, settle, job.future, job.message)
+                self._client.timers.later(ECHO_SECONDS, settle, future, message)
             else:
-                settle(job.future, job.message)
+                settle(future, message)
 
     # -- hearing
 
@@ -11189,19 +11163,18 @@ class Talk:
         In the link's thread. While a send is under way it waits for that: nobody is to hear the
         echo before the call.
         """
-        client, queue = self._client, self.queue
+        client = self._client
         with client.lock:
-            if queue.busy:  # it may be what we are sending: the answer tells its number
+            began = self.began
+            if began:  # it may be what we are sending: the answer tells its number
                 own = [item for item in items if item["do"] == "sent"]
                 items = [item for item in items if item["do"] != "sent"]
                 if own and not self._own:
                     client.plan("own", BRIDGE_SECONDS, self._hear_own)
                 self._own += own
                 if self._link.echoes:
-                    began = queue.began
                     left = began + ECHO_SECONDS - client.timers.clock()
-                    queue.changed.wait_for(lambda: not queue.busy or queue.began != began,
-                                           max(0.0, left))
+                    client.changed.wait_for(lambda: self.began != began, max(0.0, left))
             if client.ended:
                 raise NotRunning("stopping")
             with client.batch():
@@ -11217,10 +11190,10 @@ class Talk:
                     except Exception:  # one that cannot be understood must not stop all others
                         client.log.failure("an item of the link")
                         client.spool.advance(mark)
-            for mark, job in self._answered:
+            for mark, (message, _, future) in self._answered:
                 if self._is_old(mark):
-                    settle(job.future, job.message)
-            self._answered = [entry for entry in self._answered if not entry[1].future.done()]
+                    settle(future, message)
+            self._answered = [entry for entry in self._answered if not entry[1][2].done()]
             return str(client.spool.mark)
 
     def _is_old(self, mark: str) -> bool:
@@ -11397,7 +11370,7 @@ class Client:
                 return
             self.log.info("客户端停止运行 (stopping)")
             self.enter("stop")
-            unsent = self.talk.queue.give_up()
+            unsent = self.talk.give_up()
             if unsent:
                 self.log.warn(f"{unsent} message(s) waited to be sent, and were not")
             self.emit("stop", [])
@@ -12494,7 +12467,7 @@ def serve_client(client: Client, api: Api, reporter: Optional[Reporter], setting
                       lambda: {f'state="{state}"': state == client.state
                                for state in NEXT_STATES if state})
     app.metrics.watch("send_queue_length", "gauge", "Messages that wait to be sent.",
-                      lambda: {"": client.talk.queue.waiting()})
+                      lambda: {"": client.talk.waiting()})
     watch_posting(app.metrics, reporter)
     listeners = [client.take_listener() or open_listener(
         address.get("host") or settings.host, int(next(

@@ -34,6 +34,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import types
@@ -8421,38 +8422,44 @@ def test_everybody_who_waits_gets_the_event_and_who_goes_away_takes_none():
 
 
 class Outgoing:
-    """A SendQueue whose clock the test moves; `results` are what the link says, 0 or an exception.
+    """A client whose clock the test moves; `results` are what the link says, 0 or an exception.
     """
 
-    def __init__(self, interval=0.0, ttl=3, batch=1):
+    def __init__(self, interval=0.0, ttl=3):
         self.now, self.sends, self.outcomes, self.results = 1000.0, [], [], []
-        self.queue = openqq.SendQueue(threading.RLock(), self._send, interval, batch, ttl,
-                                      self._sent, openqq.Log(level="fatal"), lambda: self.now)
+        self._tmpdir = tempfile.TemporaryDirectory()
+        self.client = openqq.Client(tmpdir=self._tmpdir.name, log_level="fatal",
+                                    send_interval=interval, msg_ttl=ttl)
+        self.client.timers.clock = lambda: self.now
+        self.client.link.send, self.client.link.batch = self._send, 1
+        self.client.state = "running"
 
     def _send(self, rows):
-        self.sends.append((self.now - 1000.0, [row["n"] for row in rows]))
+        self.sends.append((self.now - 1000.0, [int(row["content"]) for row in rows]))
         result = self.results.pop(0) if self.results else 0
         if isinstance(result, Exception):
             raise result
         return [{"code": result, "info": ""} for _ in rows]
 
-    def _sent(self, outcomes):
-        self.outcomes += [(job.row["n"], row["code"], row["info"]) for job, row in outcomes]
+    def _sent(self, future):
+        message = future.result()
+        self.outcomes.append((int(message.content), message.code, message.info))
 
     def put(self, *numbers):
-        with self.queue.changed:
+        with self.client.lock:
             for number in numbers:
-                self.queue.put(openqq.Job(None, {"n": number, "content": ""}, None))
+                self.client.send("friend_message", str(number), XIAOBING).add_done_callback(
+                    self._sent)
 
     def move(self, seconds):
         """Let time go by, and the queue do what is due then."""
-        with self.queue.changed:
+        with self.client.lock:
             self.now += seconds
-            self.queue.changed.notify_all()
+            self.client.changed.notify_all()
         time.sleep(0.05)
 
     def settle(self, sends):
-        assert eventually(lambda: len(self.sends) >= sends and not self.queue.busy)
+        assert eventually(lambda: len(self.sends) >= sends and not self.client.talk.began)
 
 
 def test_messages_go_send_interval_apart_and_the_first_at_once():
