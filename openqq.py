@@ -10308,9 +10308,16 @@ class Roster:
     def apply(self, item: Row) -> Optional[Tuple[str, List[Any]]]:
         """Let an event of a link change the roster: its name and params, or None if it is void."""
         event = str(item["event"])
-        if "params" in item:  # it changes nothing
-            return event, [self._known(part) if isinstance(part, dict) and "kind" in part
-                           else part for part in item["params"]]
+        if "params" in item:  # it changes nothing; whom it speaks of is shown as he is known
+            params: List[Any] = []
+            for who in item["params"]:
+                if isinstance(who, dict) and "kind" in who:
+                    kind, uid = who["kind"], who["uid"]
+                    who = self.user if uid == self.user.value("uid") else (
+                        self.find(kind, uid, who.get("circle") or "") or THINGS[kind](
+                            {"id": uid, "name": who.get("name") or uid, "uid": uid}))
+                params.append(who)
+            return event, params
         if "request" in item:
             return event, [{name: item["request"].get(name) for name in self.fields[event]}]
         kind = re.sub("(new|lose)_|_property_change", "", event)
@@ -10347,14 +10354,6 @@ class Roster:
         else:
             thing = table.pop(uid, thing)
         return event, [thing, circle] if circle else [thing]
-
-    def _known(self, who: Row) -> Thing:
-        """Whom an event speaks of, by kind, uid and circle; somebody unknown has what it says."""
-        if who["uid"] == self.user.value("uid"):
-            return self.user
-        found = self.find(who["kind"], who["uid"], who.get("circle") or "")
-        return found or THINGS[who["kind"]](
-            {"id": who["uid"], "name": who.get("name") or who["uid"], "uid": who["uid"]})
 
     def differences(self, kind: str, rows: Iterable[Row], before: int) -> List[Row]:
         """What happened between the roster and what a link tells now of a kind, as events of a
@@ -10757,12 +10756,12 @@ class Login:
         client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
                                      client.api_url("get_qrcode")])
         self._cancel()
-        if not self.link.real:
-            client.plan("code", seconds, self._renew)
 
-    def _renew(self) -> None:
-        self._client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
-        self._submit(self.link.renew)
+        def renew() -> None:
+            client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
+            self.link.renew()
+        if not self.link.real:
+            client.plan("code", seconds, self._submit, renew)
 
     def _wait(self, error: str) -> None:
         """There is no login, and no code to scan; the state file says why."""
@@ -10960,7 +10959,7 @@ class Talk:
             self._name(message, "receiver", roster.user, {})
             self._name(message, "sender", thing, {**item, "id": item.get("sender_id")})
         if item.get("media"):
-            self._add_media(message, media or self._shelve(item["media"]), item["media"]["data"])
+            self._add_media(message, item["media"], media)
         if item.get("links"):
             message.media = [{**link, "url": link["url"] or (client.api_url(
                 "get_media", id=f"{item['id']}.{number}") if link.get("file_id") else None)}
@@ -10981,25 +10980,24 @@ class Talk:
             **{f"{role}_{part}": thing.value(part) if thing else row.get(part)
                for part in self._flavour.parts[role]}})
 
-    def _shelve(self, media: Row) -> Row:
-        """A picture that came, kept if it is to be and can be."""
-        data, name = base64.b64decode(media["data"]), str(media["name"])
-        if self._client.settings.download_media:
-            try:
-                return self._client.papers.shelf.put(data, name)
-            except OSError as error:
-                self._client.log.warn(f"a picture could not be kept: {error}")
-        return unkept_media(data, name)
-
-    def _add_media(self, message: Message, media: Row, data: str) -> None:
-        """Give a message what its flavour tells of a picture: shelf's row, bytes in base64."""
+    def _add_media(self, message: Message, picture: Row, media: Optional[Row]) -> None:
+        """Give a message what its flavour tells of a picture, as a link has it. It came, unless
+        `media` of the shelf is given, and is kept there if it is to be and can be."""
+        if media is None:
+            data, name = base64.b64decode(picture["data"]), str(picture["name"])
+            media = unkept_media(data, name)
+            if self._client.settings.download_media:
+                try:
+                    media = self._client.papers.shelf.put(data, name)
+                except OSError as error:
+                    self._client.log.warn(f"a picture could not be kept: {error}")
         kind, key = media["media_mime"].partition("/")[0], media["media_id"]
         label = {"image": "[图片]", "audio": "[语音]", "video": "[视频]"}.get(kind, "[文件]")
         message.content = self._flavour.media_content.format(
             content=message.content, label=label,
             either=message.content or f"[media]({media['media_path'] or media['media_name']})")
         url = self._client.api_url("get_media", id=key) if key else media.get("url")
-        shown = {**media, "format": "media", "media_data": data, "media": [{
+        shown = {**media, "format": "media", "media_data": picture["data"], "media": [{
             "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
         message.__dict__.update({name: shown[name] for name in self._flavour.media_members})
 

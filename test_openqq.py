@@ -13028,7 +13028,7 @@ def test_any_other_action_is_handed_to_the_bridge_and_nothing_of_this_machine(qq
 
 # -- a bot, written from the README alone
 
-BOT = '''
+ROBOT = '''
 class Bot(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         event, answer = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), {}
@@ -13065,7 +13065,7 @@ def test_a_bot_of_thirty_lines_greets_moderates_lets_in_and_answers(start, tmp_p
         "def call(name, **params):\n"
         f"    url = '{controller.base}/openqq/' + name + '?' + urllib.parse.urlencode(\n"
         "        {'client': 'robot', **params})\n"
-        "    return json.load(urllib.request.urlopen(url))\n" + BOT
+        "    return json.load(urllib.request.urlopen(url))\n" + ROBOT
         + f"\nhttp.server.HTTPServer(('127.0.0.1', {port}), Bot).serve_forever()\n"))
     bot = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
     try:
