@@ -11496,12 +11496,15 @@ class Client:
             yield
         finally:
             self._batches -= 1
-            if not self._batches:
-                self.spool.flush()
-                for outlet in self.outlets:
-                    outlet.flush()
-                if self.parent:
-                    self.parent.flush()
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._batches:
+            self.spool.flush()
+            for outlet in self.outlets:
+                outlet.flush()
+            if self.parent:
+                self.parent.flush()
 
     def emit(self, event: str, params: List[Any], mark: str = "",
              when: Optional[str] = None, facts: Mapping[str, Json] = {}) -> None:
@@ -11521,12 +11524,12 @@ class Client:
 
     def _tell(self, event: str, row: Row, conversation: str, params: List[Any],
               mark: str) -> None:
-        with self.batch():
-            taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
-            if mark and not any(taken):
-                self.spool.advance(mark)
-            for callback in self._callbacks.get(event, ()):
-                self._crew.submit(callback, self, *params)
+        taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
+        if mark and not any(taken):
+            self.spool.advance(mark)
+        for callback in self._callbacks.get(event, ()):
+            self._crew.submit(callback, self, *params)
+        self._flush()
 
 
 # ------------------------------------------------------------------------------------------------
