@@ -10421,7 +10421,7 @@ class Plugin:
                 import importlib
                 add_site_packages()
                 module = importlib.import_module(name[1:])
-                module.call
+                module.call  # AttributeError, if it has none
             except (ImportError, AttributeError) as error:
                 raise Refusal(f"plugin {name} cannot be loaded: {error}") from None
         self.name = name if isinstance(name, str) else "+" + getattr(name, "__name__", "plugin")
@@ -11280,7 +11280,7 @@ class Client:
         # queues, the spool, the outlets' reporters, and what Login, Details and Talk know.
         # Nobody who holds it waits for a network, or calls into the local one.
         self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)  # a list came, members, an event was posted
+        self.changed = threading.Condition(self.lock)  # what somebody waits for may have come
         self.timers = Timers(self.lock, self.log)
         self.state = self.previous_state = self.error = self.qrcode_text = ""
         self.warnings: Dict[str, str] = {}           # what about -> what does not stop the account
