@@ -10892,7 +10892,6 @@ class Talk:
     FACTS = {"new_group_member": ("kind", "operator_uid"),
              "lose_group_member": ("kind", "operator_uid"),
              "group_member_property_change": ("group_uid",)}
-
     GIVEN_UP = {"code": -3, "info": "发送异常"}
 
     def __init__(self, client: Client) -> None:
@@ -10926,7 +10925,7 @@ class Talk:
                                message.to_json({}), text, "code", **more)})
         circle: Any = None
         if kind:  # one that need not be listed, as where a bridge could not tell its groups
-            number = str(item[kind] or "")
+            number = str(item.get(kind) or "")
             circle = roster.table(kind).get(number) or THINGS[kind](
                 {"uid": number, "id": number, "name": item.get("group_name") or number})
             message.__dict__.update({

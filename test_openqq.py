@@ -8968,7 +8968,8 @@ def weixin_pair(tmp_path_factory):
 @pytest.fixture
 def voices(weixin_pair):
     """alice through the controller, bob on his own port."""
-    return [Voice(weixin_pair, name, "/openwx/", name == "alice").now() for name in ("alice", "bob")]
+    return [Voice(weixin_pair, name, "/openwx/", name == "alice").now()
+            for name in ("alice", "bob")]
 
 
 @pytest.fixture(params=["qq", "weixin"])
@@ -8986,7 +8987,7 @@ def test_no_code_outside_the_flavour_table_asks_which_flavour_it_is():
     with open(FILE, encoding="utf-8") as file:
         tree = ast.parse(file.read())
     asked = [ast.dump(node) for node in ast.walk(tree) if isinstance(node, ast.Compare) or (
-        isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"))]
+        getattr(getattr(node, "func", None), "id", "") in ("isinstance", "issubclass"))]
     assert not [text for text in asked if re.search(
         r"value='(qq|weixin)'|id='(QQ|Weixin)'|flavour', ctx=Load\(\)\), attr='name'", text)]
 
@@ -9784,7 +9785,7 @@ sys.exit(client.run())
     process = subprocess.Popen([sys.executable, script], stdin=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=HERE))
     log, scanned = Log(process.stderr), False
-    while not scanned and process.poll() is None:  # unless the code expired between the line and the scan
+    while not scanned and process.poll() is None:  # a code may expire before it is scanned
         time.sleep(0.02)
         for url in re.findall(r"http://[^ ]*/local/scan[^ )]*", log.text()):
             with contextlib.suppress(urllib.error.URLError):
