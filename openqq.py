@@ -9341,7 +9341,7 @@ class Parent:
         self._lock = threading.Lock()  # guards what follows
         self._unsent = bytearray()
         self._lost = 0                 # events that were dropped since the last one that was not
-        self._writing = False          # a thread waits until the line takes more
+        self._waiting = False          # a thread does, until the line takes more
 
     @classmethod
     def find(cls) -> Optional[Parent]:
@@ -9352,10 +9352,6 @@ class Parent:
             return None
         return cls(socket.socket(fileno=int(life)), socket.socket(fileno=int(listener)),
                    local, key)
-
-    def keep(self, text: str) -> None:
-        """A warning: check_client shows the last ones when a client died."""
-        self.tell(log=text[-1000:])
 
     def tell(self, **news: str) -> None:
         """Let the controller know, now."""
@@ -9378,35 +9374,27 @@ class Parent:
             self._unsent += (b"+" if seq else b"-") + event + b"\n"
 
     def flush(self) -> None:
-        """Send what there is, as far as the line takes it; a thread does the rest."""
+        """Send what there is, as far as the line takes it; a thread waits until it takes more."""
         with self._lock:
-            if self._unsent and not self._writing and not self._send():
+            try:
+                while self._unsent and not self._waiting:
+                    with memoryview(self._unsent) as data:
+                        sent = self.life.send(data[:262_144])
+                    del self._unsent[:sent]
+            except BlockingIOError:
                 with contextlib.suppress(RuntimeError):  # no thread: the next flush() does it
-                    spawn(self._write, name="life line")
-                    self._writing = True
+                    spawn(self._wait, name="life line")
+                    self._waiting = True
+            except OSError:  # there is no controller any more
+                self._unsent.clear()
 
-    def _write(self) -> None:
-        sent = False
-        while not sent:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.life, selectors.EVENT_WRITE)
-                selector.select()
-            with self._lock:
-                sent = self._send()
-                self._writing = not sent
-
-    def _send(self) -> bool:
-        """Whether all has been sent, or there is no controller any more."""
-        try:
-            while self._unsent:
-                with memoryview(self._unsent) as data:
-                    sent = self.life.send(data[:262_144])
-                del self._unsent[:sent]
-        except BlockingIOError:
-            return False
-        except OSError:
-            self._unsent.clear()
-        return True
+    def _wait(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.life, selectors.EVENT_WRITE)
+            selector.select()
+        with self._lock:
+            self._waiting = False
+        self.flush()
 
 
 class Papers:
@@ -9429,15 +9417,15 @@ class Papers:
 
     def state_row(self, client: Client) -> Row:
         """The state file's content (000, CONTRACT 8)."""
-        given, settings = self.settings.given, self.settings
+        settings, program = self.settings, client.flavour.program
         row: Row = {name: getattr(settings, name) for name in (
             "cookie_path", "log_level", "mode", "pid_path", "qrcode_path", "state_path",
             "tmpdir")}
         row.update({name: str(int(getattr(settings, name))) for name in (
             *client.flavour.state_flags, "qrcode_count_max", "ua_retry_times")})
-        row.update({name: given(name) or None for name in ("log_encoding", "log_path")})
-        program = client.flavour.program
         row.update(account=client.account, os=SYSTEM, pid=os.getpid(),
+                   log_encoding=settings.given("log_encoding") or None,
+                   log_path=settings.given("log_path") or None,
                    previous_state=client.previous_state or None,
                    start_time=str(client.start_time), state=client.state, version=VERSION,
                    plugin=[{"name": ("" if plugin.name[0] == "+" else f"{program}::Plugin::")
@@ -9455,7 +9443,8 @@ class Papers:
 
     def write_state(self, client: Client) -> None:
         """Replace the state file, later if somebody holds it."""
-        if not self.write(self.settings.state_path, to_bytes(self.state_row(client))):
+        data = to_bytes(self.state_row(client))
+        if not keep_file(self.settings.state_path, data, self.log):
             client.plan("state file", REPLACE_SECONDS, self.write_state, client)
 
     def read_qrcode(self) -> Optional[bytes]:
@@ -9478,9 +9467,9 @@ class Papers:
             if not secrets and not old.get("secrets"):
                 return
             cookie = str(old.get("cookie", ""))
-        self.write(self.settings.cookie_path, to_bytes({
+        keep_file(self.settings.cookie_path, to_bytes({
             "account": self.settings.account, "cookie": cookie, "time": int(time.time()),
-            "secrets": secrets, "bridge": self._urls()}))
+            "secrets": secrets, "bridge": self._urls()}), self.log)
 
     def share_secrets(self) -> None:
         """Take over the secrets of a former start, and have a later one find what was given now.
@@ -9504,10 +9493,6 @@ class Papers:
         return {name: getattr(self.settings, name) for name, setting in SETTINGS.items()
                 if setting.token[0]}
 
-    def write(self, path: str, data: bytes) -> bool:
-        """Replace a file of ours."""
-        return keep_file(path, data, self.log)
-
 
 class Roster:
     """Who the account knows; `lock`, the client's, guards all of it."""
@@ -9515,14 +9500,17 @@ class Roster:
     def __init__(self, fields: Mapping[str, Tuple[str, ...]], lock: Any) -> None:
         self.fields, self.lock = fields, lock
         self.user = User({})
-        self.changes = 0              # how many there were, by events
-        self.touched: Dict[Tuple[str, str], int] = {}  # kind, uid -> the last one of it
         self.friend: Dict[str, Friend] = {}
         self.group: Dict[str, Group] = {}
         self.discuss: Dict[str, Discuss] = {}
+        self.changes = 0              # how many there were, by events
+        self.touched: Dict[Tuple[str, str], int] = {}  # kind, uid -> the last one of it
 
-    def table(self, kind: str) -> Dict[str, Any]:
-        """The things of a kind (friend, group, discuss) by uid."""
+    def table(self, kind: str, circle: str = "") -> Dict[str, Any]:
+        """The things of a kind by uid; the members of one group or discuss, if it is there."""
+        if kind.endswith("_member"):
+            place = self.table(kind[:-7]).get(circle)
+            return place.member if place else {}
         table: Dict[str, Any] = getattr(self, kind)
         return table
 
@@ -9538,8 +9526,7 @@ class Roster:
             things = list(self.table(kind).values())
         for thing in things:
             with self.lock:
-                row = (thing.full_json(self.fields) if members and isinstance(thing, Circle)
-                       else thing.to_json(self.fields))
+                row = (thing.full_json if members else thing.to_json)(self.fields)
             yield row
 
     def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
@@ -9554,18 +9541,11 @@ class Roster:
 
     def find(self, kind: str, uid: str, circle: str) -> Optional[Any]:
         """One thing by its uid, a member by that of its group or discuss too; or None."""
-        if not kind.endswith("_member"):
-            return self.table(kind).get(uid)
-        place = self.table(kind[:-7]).get(circle)
-        return place.member.get(uid) if place else None
+        return self.table(kind, circle).get(uid)
 
-    def _known(self, who: Row) -> Thing:
-        """Whom an event speaks of, by kind, uid and circle; somebody unknown has what it says."""
-        if who["uid"] == self.user.value("uid"):
-            return self.user
-        found = self.find(who["kind"], who["uid"], who.get("circle") or "")
-        return found or THINGS[who["kind"]](
-            {"id": who["uid"], "name": who.get("name") or who["uid"], "uid": who["uid"]})
+    def is_newer(self, kind: str, uid: str, before: int) -> bool:
+        """Whether an event about it came after the first `before` changes."""
+        return self.touched.get((kind, uid), 0) > before
 
     # -- what changes it
 
@@ -9584,66 +9564,53 @@ class Roster:
                         if self.is_newer(kind, uid, before)})
             setattr(self, kind, new)
 
-    def is_newer(self, kind: str, uid: str, before: int) -> bool:
-        """Whether an event about it came after the first `before` changes."""
-        return self.touched.get((kind, uid), 0) > before
-
     def show_states(self, states: Mapping[str, str]) -> None:
         """Take over who is there now: nobody is told of that, the lists show it."""
         with self.lock:
-            tables: List[Dict[str, Any]] = [self.friend]
-            tables += [circle.member for kind in ("group", "discuss")
-                       for circle in self.table(kind).values()]
+            circles = [*self.group.values(), *self.discuss.values()]
+            tables: List[Mapping[str, Thing]] = [self.friend, *[c.member for c in circles]]
             for table in tables:
                 for uid in states.keys() & table.keys():
                     table[uid].state = states[uid]
-
-    def complete(self, group: Group, row: Row) -> None:
-        """Take over what a link told of a group: its role, or its members too.
-
-        Of a list that lacks too many nobody can say later who is new: it stays unloaded.
-        """
-        members = {item["uid"]: GroupMember(item) for item in row.pop("member", ())}
-        group.__dict__.update(row)
-        if members:
-            count = int(number_of(group.value("member_count")) or 0)
-            group.member = dict(members)
-            group.loaded = 3 * len(members) >= 2 * count
 
     def apply(self, item: Row) -> Optional[Tuple[str, List[Any]]]:
         """Let an event of a link change the roster: its name and params, or None if it is void."""
         event = str(item["event"])
         if "params" in item:  # it changes nothing; whom it speaks of is shown as he is known
-            return event, [self._known(part) if isinstance(part, dict) and "kind" in part
-                           else part for part in item["params"]]
+            params: List[Any] = []
+            for who in item["params"]:
+                if isinstance(who, dict) and "kind" in who:
+                    kind, uid = who["kind"], who["uid"]
+                    who = self.user if uid == self.user.value("uid") else (
+                        self.find(kind, uid, who.get("circle") or "") or THINGS[kind](
+                            {"id": uid, "name": who.get("name") or uid, "uid": uid}))
+                params.append(who)
+            return event, params
         if "request" in item:
             return event, [{name: item["request"].get(name) for name in self.fields[event]}]
         kind = re.sub("(new|lose)_|_property_change", "", event)
-        uid = item["uid"] if event.endswith("_property_change") else item["object"]["uid"]
+        changes = event.endswith("_property_change")
+        uid = item["uid"] if changes else item["object"]["uid"]
         of = kind[:-7] if kind.endswith("_member") else ""   # a member: of a group, or a discuss
         place = (of, item["circle"]) if of else (kind, uid)
         self.changes += 1
         self.touched.pop(place, None)
         self.touched[place] = self.changes
-        if len(self.touched) > POST_QUEUE_LIMIT:
-            del self.touched[next(iter(self.touched))]
-        circle = self.table(of).get(item["circle"]) if of else None
-        if kind == "user":
-            table: Dict[str, Any] = {uid: self.user}
-        elif of:
-            table = circle.member if circle else {}
-        else:
-            table = self.table(kind)
-        if event.endswith("_property_change"):
-            thing, name = table.get(uid), item["property"]
+        keep_newest(self.touched, POST_QUEUE_LIMIT)
+        table: Dict[str, Any] = {uid: self.user}
+        if kind != "user":
+            table = self.table(kind, item.get("circle") or "")
+        if changes:
+            thing, name, value = table.get(uid), item["property"], item["value"]
             if thing is None and "object" in item:  # of a group whose members are not loaded
                 thing = THINGS[kind](item["object"])
             if thing is None or name not in (*self.fields[kind], "title") or (
                     name == "displayname"):  # which follows from others
                 return None
             old = thing.value(name)
-            setattr(thing, name, item["value"])
-            return (event, [thing, name, old, item["value"]]) if old != item["value"] else None
+            setattr(thing, name, value)
+            return (event, [thing, name, old, value]) if old != value else None
+        circle = self.table(of).get(item["circle"]) if of else None
         if of and circle is None:
             if not item.get("unlisted"):
                 return None
@@ -9654,31 +9621,39 @@ class Roster:
             table[uid] = thing
         else:
             thing = table.pop(uid, thing)
-        return event, [thing] + ([circle] if circle else [])
+        return event, [thing, circle] if circle else [thing]
 
-    def differences(self, row: Row, kinds: Iterable[str], before: int) -> List[Row]:
-        """What happened between the roster and what a link tells now, as events of a link.
-
-        Nothing of what events told since there were `before` of them: it would be undone.
+    def differences(self, kind: str, rows: Iterable[Row], before: int) -> List[Row]:
+        """What happened between the roster and what a link tells now of a kind, as events of a
+        link. Nothing of what events told since there were `before` of them: it would be undone.
         """
-        found: List[Row] = []
-        for kind in kinds:
-            if kind == "user":
-                found += property_changes("user", self.user, row["user"], {})
-                continue
-            old, new = ({uid: thing for uid, thing in table.items()
-                         if not self.is_newer(kind, uid, before)}
-                        for table in (self.table(kind), {item["uid"]: item for item in row[kind]}))
-            found += table_changes(kind, old, new, {})
-            for uid in old.keys() & new.keys():
-                if "member" in new[uid]:
-                    found += self.member_changes(old[uid], new[uid]["member"])
-        return found
+        new = {row["uid"]: row for row in rows if not self.is_newer(kind, row["uid"], before)}
+        if kind == "user":
+            return changes_of(kind, dict.fromkeys(new, self.user), new)
+        return changes_of(kind, {uid: thing for uid, thing in self.table(kind).items()
+                                 if not self.is_newer(kind, uid, before)}, new)
 
-    def member_changes(self, circle: Circle, rows: Iterable[Row]) -> List[Row]:
-        """What happened between a group's or discuss's members and what a link tells now."""
-        return table_changes(circle.kind + "_member", circle.member,
-                             {row["uid"]: row for row in rows}, {"circle": circle.uid})
+
+def changes_of(kind: str, old: Mapping[str, Any], new: Mapping[str, Row], **place: str
+               ) -> List[Row]:
+    """The new_, lose_ and property_change events that lead from what is known to what is told.
+
+    Others' states make none: everybody would be told of everybody's coming and going.
+    """
+    found: List[Row] = []
+    for uid, row in new.items():
+        if uid not in old:
+            found.append({"event": "new_" + kind, "object": row, **place})
+            continue
+        for name, value in row.items():
+            if name == "member":
+                found += changes_of(kind + "_member", old[uid].member,
+                                    {member["uid"]: member for member in value}, circle=uid)
+            elif old[uid].value(name) != value and (name != "state" or kind == "user"):
+                found.append({"event": kind + "_property_change", "uid": uid, "property": name,
+                              "value": value, **place})
+    return found + [{"event": "lose_" + kind, "object": {"uid": uid}, **place}
+                    for uid in old if uid not in new]
 
 
 def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
@@ -9690,152 +9665,36 @@ def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
         for name, value in keys.items())]
 
 
-def table_changes(kind: str, old: Mapping[str, Thing], new: Mapping[str, Row],
-                  where: Row) -> List[Row]:
-    """new_, lose_ and property_change events that lead from one table to another."""
-    found: List[Row] = []
-    for uid, item in new.items():
-        if uid not in old:
-            found.append({"event": "new_" + kind, "object": item, **where})
-        else:
-            found += property_changes(kind, old[uid], item, where)
-    return found + [{"event": "lose_" + kind, "object": {"uid": uid}, **where}
-                    for uid in old if uid not in new]
-
-
-def property_changes(kind: str, old: Thing, new: Row, where: Row) -> List[Row]:
-    """The property_change events that lead from one thing to another.
-
-    Others' states make none: everybody would be told of everybody's coming and going.
-    """
-    quiet = ("member",) if kind == "user" else ("member", "state")
-    return [{"event": kind + "_property_change", "uid": new["uid"], "property": name,
-             "value": value, **where}
-            for name, value in new.items() if name not in quiet and old.value(name) != value]
-
-
-class Job:
-    """A message to be sent: what the link gets, and who waits for the outcome."""
-
-    __slots__ = ("message", "row", "future", "tries")
-
-    def __init__(self, message: Message, row: Row, future: Future[Message]) -> None:
-        self.message, self.row, self.future, self.tries = message, row, future, 0
-
-
-class SendQueue:
-    """One queue for all that an account sends: first in, first out (CONTRACT 4).
-
-    One thread hands batches of it to `send`, without the lock; then `sent(outcomes)` is called,
-    with it, for each job that is over and its result, as Link.send() tells that. `lock`, the
-    client's, guards everything here; `changed` is notified when a call of `send` is over.
-    """
-
-    def __init__(self, lock: Any, send: Callable[[List[Row]], List[Row]], interval: float,
-                 batch: int, ttl: int, sent: Callable[[List[Tuple[Job, Row]]], None], log: Log,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self.changed = threading.Condition(lock)
-        self._send, self._interval, self._ttl, self._sent = send, interval, ttl, sent
-        self._batch, self._log, self._clock = 1 if interval else batch, log, clock
-        self._jobs: Deque[Job] = collections.deque()
-        self._thread = ThreadPool(1, "send", log)
-        self._working = False    # the thread is at it
-        self.busy = False        # and send() is under way
-        self.began = 0.0         # when its last call began
-        self._rests_until = 0.0
-        self._turn = 0           # of the account, whose messages no other one is to send
-
-    def waiting(self) -> int:
-        """How many messages have not been tried yet."""
-        return len(self._jobs)
-
-    def put(self, job: Job) -> None:
-        """Queue a message; the first goes at once. With the lock held."""
-        self._jobs.append(job)
-        if not self._working:
-            self._working = True
-            self._thread.submit(self._work)
-
-    def give_up(self) -> int:
-        """Call all that waits failed: it was surely not sent. How many that were."""
-        jobs, self._jobs = self._jobs, collections.deque()
-        self._turn += 1
-        self._sent([(job, {"code": -3, "info": "发送异常"}) for job in jobs])
-        return len(jobs)
-
-    def _work(self) -> None:
-        while True:
-            with self.changed:
-                while self._jobs and self._clock() < self._rests_until:
-                    self.changed.wait(self._rests_until - self._clock())
-                if not self._jobs:
-                    self._working = False
-                    return
-                batch = [self._jobs.popleft()]
-                size = weight(batch[0].row)
-                while self._jobs and len(batch) < self._batch:
-                    size += weight(self._jobs[0].row)
-                    if size > BATCH_LIMIT:
-                        break
-                    batch.append(self._jobs.popleft())
-                self.busy, self.began, turn = True, self._clock(), self._turn
-            again: List[Job] = []
-            pause = 0.0
-            try:
-                over = list(zip(batch, self._send([job.row for job in batch])))
-            except Exception as error:  # the queue must go on whatever a link does
-                if getattr(error, "sent", True):
-                    why = f"响应未知: {getattr(error, 'status', repr(error))}"
-                    over = [(job, {"code": -4, "info": why}) for job in batch]
-                else:  # surely not sent: once more, in the same order, until the tries are used up
-                    pause = self._clock() + backoff(batch[0].tries)
-                    for job in batch:
-                        job.tries += 1
-                    again = [job for job in batch if job.tries < self._ttl]
-                    over = [(job, {"code": -5, "info": "TTL失效"})
-                            for job in batch if job.tries >= self._ttl]
-            with self.changed:
-                self.busy = False
-                self._rests_until = max(self.began + self._interval, pause)
-                self._jobs.extendleft(reversed(again))
-                try:
-                    self._sent(over)
-                    if again and turn != self._turn:
-                        self.give_up()
-                except Exception:
-                    self._log.failure("the outcome of a message")
-                self.changed.notify_all()
-
-
-class Plugin:
-    """Something that a client runs, `call(client, data)`; those with a high priority first."""
-
-    def __init__(self, name: str, call: Callable[[Any, Row], None], priority: int = 0) -> None:
-        self.name, self.call, self.priority = name, call, priority
-        self.data: Row = {}
-        self.call_on_load = False
-
-
 PLUGINS: Dict[str, Tuple[Callable[[Any, Row], None], int]] = {}  # name -> call, priority
 
 
-def find_plugin(name: Any) -> Plugin:
-    """The plugin that Client.load() is given. Refusal if there is none."""
-    if not isinstance(name, str):
-        return Plugin("+" + getattr(name, "__name__", "plugin"), getattr(name, "call", name),
-                      getattr(name, "PRIORITY", 0))
-    if name in PLUGINS:
-        return Plugin(name, *PLUGINS[name])
-    if not name.startswith("+"):
-        raise Refusal(f"there is no plugin {name}; there are {', '.join(sorted(PLUGINS))}, "
-                      "and +NAME for a module of your own")
-    try:
-        import importlib
-        add_site_packages()
-        module = importlib.import_module(name[1:])
-        return Plugin(name, module.call, getattr(module, "PRIORITY", 0))
-    except (ImportError, AttributeError) as error:
-        raise Refusal(f"plugin {name} cannot be loaded: {error}") from None
+class Plugin:
+    """Something that a client runs, `call(client, data)`; those with a high priority first.
+
+    `name` is what Client.load() is given. Refusal if there is none.
+    """
+
+    def __init__(self, name: Any, data: Row, call_on_load: bool) -> None:
+        self.data, self.call_on_load = data, call_on_load
+        if isinstance(name, str) and not name.startswith("+"):
+            if name not in PLUGINS:
+                raise Refusal(f"there is no plugin {name}; there are "
+                              f"{', '.join(sorted(PLUGINS))}, and +NAME for a module of your own")
+            self.name = name
+            self.call, self.priority = PLUGINS[name]
+            return
+        module = name
+        if isinstance(name, str):
+            try:
+                import importlib
+                add_site_packages()
+                module = importlib.import_module(name[1:])
+                module.call  # AttributeError, if it has none
+            except (ImportError, AttributeError) as error:
+                raise Refusal(f"plugin {name} cannot be loaded: {error}") from None
+        self.name = name if isinstance(name, str) else "+" + getattr(name, "__name__", "plugin")
+        self.call = getattr(module, "call", module)
+        self.priority = getattr(module, "PRIORITY", 0)
 
 
 class Listing:
@@ -9874,12 +9733,17 @@ class Details:
     """
 
     def __init__(self, client: Client) -> None:
-        self._client = client
+        self._client, self._roster = client, client.roster
         self._askers = ThreadPool(2, "lists", client.log)
         self._workers = ThreadPool(4, "details", client.log)
-        self._lists = {kind: Listing() for kind in ("friend", "group")}
         self._loading: Set[Tuple[str, bool]] = set()  # group, with members?
         self._doubted: Dict[str, Listing] = {}        # group -> its members, as they were told
+        self.forget()
+
+    def forget(self) -> None:
+        """Another account is logged in: it has other friends and groups."""
+        self.lists = {"friend": Listing(), "group": Listing()}
+        self._roster.load({"friend": [], "group": []}, self.lists, self._roster.changes)
 
     def kinds(self, setting: str) -> List[str]:
         """Which lists a setting (is_init_, is_update_) wants."""
@@ -9889,51 +9753,42 @@ class Details:
     def compare(self, row: Row, before: int) -> None:
         """Report what happened between the roster, when there had been `before` changes of it, and
         what the link tells now of some kinds."""
-        client = self._client
-        kinds = [kind for kind in (["user"] if client.settings.is_update_user else [])
-                 + self.kinds("is_update_") if kind in row]
+        client, roster = self._client, self._roster
+        kinds = [kind for kind in self.kinds("is_update_") if kind in row]
+        if client.settings.is_update_user and "user" in row:
+            kinds.insert(0, "user")
         with client.batch():
-            for item in client.roster.differences(row, kinds, before):
+            for item in [item for kind in kinds for item in roster.differences(
+                    kind, [row["user"]] if kind == "user" else row[kind], before)]:
                 client.talk.happen(item)
             for told in row["group"] if "group" in kinds else []:
-                group, count = client.roster.group.get(told["uid"]), told.get("member_count")
+                group, count = roster.group.get(told["uid"]), told.get("member_count")
                 if group:
                     group.member_count = count  # none of the documents' members: no event tells it
                     if group.loaded and count not in (None, str(len(group.member))):
-                        self._workers.submit(self._load, group.uid)  # a notice was missed
+                        self._workers.submit(self._load, group.uid, True)  # a notice was missed
             self.report(kinds)
 
     def report(self, kinds: Iterable[str]) -> None:
         """Tell how lists are now."""
-        client, roster = self._client, self._client.roster
         if "user" in kinds:
-            client.emit("update_user", [roster.user.to_json(roster.fields)])
+            self._client.emit("update_user", [self._roster.user.to_json(self._roster.fields)])
         for kind in ("friend", "group"):
             if kind in kinds:
-                client.emit("update_" + kind, [roster.to_json(kind, members=False)])
+                self._client.emit("update_" + kind, [self._roster.to_json(kind, members=False)])
 
     # -- lists
 
     def is_certain(self, kind: str) -> bool:
         """Whether who is not on the list of friends, or groups, is none: it is good, or not wanted
         at all."""
-        wanted = kind in self.kinds("is_init_")
-        return not self._client.link.real or self._lists[kind].good or not wanted
-
-    def forget(self) -> None:
-        """Another account is logged in: it has other friends and groups."""
-        self._lists = {kind: Listing() for kind in self._lists}
-        roster = self._client.roster
-        roster.load({"friend": [], "group": []}, ["friend", "group"], roster.changes)
-
-    def asking(self) -> bool:
-        """Whether a list is still to come."""
-        return any(listing.asking for listing in self._lists.values())
+        return (not self._client.link.real or self.lists[kind].good
+                or kind not in self.kinds("is_init_"))
 
     def ask(self, kind: str, anew: bool = False) -> None:
         """Have the link asked for a list now, unless that is under way; `anew` after a new login,
         of which nothing is known yet."""
-        listing = self._lists[kind]
+        listing = self.lists[kind]
         self._client.unplan(kind)
         if anew:
             listing.loaded = listing.good = False
@@ -9943,7 +9798,7 @@ class Details:
 
     def _fetch(self, kind: str, listing: Listing) -> None:
         """In a worker: ask for a list. What is known changes only by one that is believed."""
-        client, roster = self._client, self._client.roster
+        client, roster = self._client, self._roster
         before, rows, why = roster.changes, [], ""  # type: int, List[Row], str
         try:
             rows = client.link.list(kind)
@@ -9951,7 +9806,7 @@ class Details:
             why = f"cannot be had: {getattr(error, 'status', repr(error))}"
         with client.lock:
             listing.asking = False
-            if client.state == "stop" or listing is not self._lists[kind]:
+            if client.state == "stop" or listing is not self.lists[kind]:
                 return  # the latter is of another account
             wait = DOUBT_SECONDS / 4
             if why:
@@ -9980,7 +9835,7 @@ class Details:
 
         While the list is doubted anybody may be meant; a good one may be of before.
         """
-        client, listing = self._client, self._lists.get(kind)
+        client, listing = self._client, self.lists.get(kind)
         if listing is None or not client.link.real or not number_of(uid):
             return None
         stranger = THINGS[kind]({"uid": uid, "id": uid, "name": uid})
@@ -10000,7 +9855,7 @@ class Details:
                     client.plan(kind, max(0.0, wait), self.ask, kind)
                 if not client.changed.wait_for(lambda: listing.answers != answers, DETAIL_SECONDS):
                     listing.good = False  # until it comes
-        known: Optional[Thing] = client.roster.table(kind).get(uid)
+        known: Optional[Thing] = self._roster.table(kind).get(uid)
         return known or (None if listing.good else stranger)
 
     # -- members
@@ -10015,18 +9870,17 @@ class Details:
         if not wanted:
             return
         with self._client.lock:
-            for uid, members in wanted - self._loading:
-                self._loading.add((uid, members))
-                self._workers.submit(self._load, uid, members)
+            for job in wanted - self._loading:
+                self._loading.add(job)
+                self._workers.submit(self._load, *job)
             if not self._client.changed.wait_for(lambda: not wanted & self._loading,
                                                  DETAIL_SECONDS):
                 self._client.log.warn("the bridge is slow to tell the members of groups")
 
-    def _load(self, uid: str, members: bool = True) -> None:
+    def _load(self, uid: str, members: bool) -> None:
         """In a worker: ask the link, and once more if an event told of the group meanwhile."""
-        client, roster = self._client, self._client.roster
-        asked = False
-        while not asked:
+        client, roster = self._client, self._roster
+        while True:
             row: Optional[Row] = None
             before = roster.changes
             try:
@@ -10036,35 +9890,39 @@ class Details:
             except Exception:  # whatever it was, those who wait must not wait for ever
                 client.log.failure(f"loading group {uid}")
             with client.lock:
-                asked = row is None or not roster.is_newer("group", uid, before)
-                if asked:
-                    group = roster.group.get(uid)
-                    if row and group and members and group.loaded:
-                        self._compare_members(group, row["member"])
-                    elif row and group:
-                        roster.complete(group, row)
-                    self._loading.discard((uid, members))
-                    client.changed.notify_all()
-
-    def _compare_members(self, group: Group, rows: List[Row]) -> None:
-        client, uid = self._client, group.uid
-        told = [row["uid"] for row in rows]
-        if str(len(told)) != group.value("member_count") and self._doubted.setdefault(
-                uid, Listing()).doubt(group.member, told):
-            client.timers.later(DOUBT_SECONDS / 4, self._workers.submit, self._load, uid)
-            return
-        self._doubted.pop(uid, None)
-        with client.batch():
-            for item in client.roster.member_changes(group, rows):
-                client.talk.happen(item)
+                if row is not None and roster.is_newer("group", uid, before):
+                    continue
+                self._loading.discard((uid, members))
+                client.changed.notify_all()
+                group = roster.group.get(uid)
+                if row is None or group is None:
+                    return
+                told = {item["uid"]: item for item in row.pop("member", ())}
+                if not (members and group.loaded):
+                    group.__dict__.update(row)
+                    if told:  # if it lacks too many, nobody can say later who is new
+                        group.member = {uid: GroupMember(item) for uid, item in told.items()}
+                        count = int(number_of(group.value("member_count")) or 0)
+                        group.loaded = 3 * len(told) >= 2 * count
+                elif str(len(told)) != group.value("member_count") and self._doubted.setdefault(
+                        uid, Listing()).doubt(group.member, told):
+                    client.timers.later(DOUBT_SECONDS / 4, self._workers.submit, self._load, uid,
+                                        True)
+                else:
+                    self._doubted.pop(uid, None)
+                    with client.batch():
+                        for event in changes_of("group_member", group.member, told, circle=uid):
+                            client.talk.happen(event)
+                return
 
 
 class Login:
     """How an account gets to running, and how what it knows stays true.
 
-    The link's threads call the hooks: a QR code, a scan, a login, its loss. The link is asked by
-    workers: for a login; for the roster and the lists, after which the client runs; for a list
-    that is doubted once more; for all of that every update_interval.
+    The link's threads call the hooks, each of which leads to a state (those with an underscore:
+    `_show` a code and `_wait` to scaning, `_scanned` to confirming, `_confirmed` to updating,
+    `_lost` back there). The link is asked by workers: for a login; for the roster, after which the
+    client runs; for that again every update_interval.
     """
 
     def __init__(self, client: Client) -> None:
@@ -10075,35 +9933,34 @@ class Login:
         self._claim: Optional[PidFile] = None    # on what the account is called outside
         self._codes = self._tries = 0
         self.network: Optional[LocalNetwork] = None  # of a client alone
-        hook = self._hook
+        settings, log = client.settings, client.log
+
+        def hook(act: Callable[..., None]) -> Callable[..., None]:
+            def call(*args: Any) -> None:
+                with client.lock:
+                    if client.state != "stop":
+                        act(*args)
+            return call
+
         hooks = Hooks(hook(self._show), hook(self._wait), hook(self._scanned),
                       hook(self._confirmed), hook(self._lost),
                       lambda items: client.talk.receive(items), client.roster.find,
                       client.details.is_certain, hook(self._keep))
         hooks.ids_path = client.papers.ids_path
         self.link: Link
-        kind = link_of(client.settings.given)
+        kind = link_of(settings.given)
         if kind in LINKS:
-            self.link = LINKS[kind](client.settings, hooks, client.log)
+            self.link = LINKS[kind](settings, hooks, log)
             return
         if client.parent:
             host: Callable[[str, Row], Json] = RemoteHost(client.parent.local, client.parent.key)
         else:
             network = self.network = LocalNetwork(
-                client.papers.local_path, client.settings.world, client.flavour, client.log,
+                client.papers.local_path, settings.world, client.flavour, log,
                 client.public_url, lambda account: account == client.account)
             host = lambda verb, *args, **named: network.call(  # noqa: E731
                 client.account, verb, args, named)
-        self.link = LocalLink(host, hooks, client.settings.login_type == "login",
-                              client.settings.mode, client.log)
-
-    def _hook(self, act: Callable[..., None]) -> Callable[..., None]:
-        """Something that the link may call from any thread, until the client stops."""
-        def hook(*args: Any) -> None:
-            with self._client.lock:
-                if self._client.state != "stop":
-                    act(*args)
-        return hook
+        self.link = LocalLink(host, hooks, settings.login_type == "login", settings.mode, log)
 
     def _cancel(self) -> None:
         """This login is over, or what it showed: nothing that was planned for it happens."""
@@ -10111,11 +9968,33 @@ class Login:
         self._turn += 1
         self._client.changed.notify_all()
 
-    # -- to the login
+    def _submit(self, step: Callable[..., None], *args: Any) -> None:
+        """Have a worker do a step; if it fails all begins again, which the cookie makes short."""
+        client = self._client
+
+        def attempt() -> None:
+            try:
+                step(*args)
+            except NotRunning:
+                pass  # we stop
+            except Exception as error:  # whatever a link does
+                why = str(error) or repr(error)
+                with client.lock:
+                    if client.state != "stop":
+                        client.log.warn(f"logging in failed: {why}; trying again")
+                        client.enter(client.state, why)
+                        client.timers.later(backoff(self._tries, 30.0), self.begin)
+                        self._tries += 1
+        self._workers.submit(attempt)
 
     def begin(self, anew: bool = False) -> None:
         """Log in, by the cookie if there is one, or `anew`."""
-        self._workers.submit(self._attempt, self._log_in, anew)
+        def log_in() -> None:
+            if anew:
+                self.link.logout()
+            cookie = self._client.papers.read_cookie().get("cookie", "")
+            self.link.login(str(cookie), str(self._client.spool.mark or ""))
+        self._submit(log_in)
 
     def anew(self) -> None:
         """Drop the login, and begin with a new QR code."""
@@ -10129,28 +10008,6 @@ class Login:
                 self._cancel()
                 self.begin(anew=True)
 
-    def _attempt(self, step: Callable[..., None], *args: Any) -> None:
-        """In a worker: a step; if it fails all begins again, which the cookie makes short."""
-        client = self._client
-        try:
-            step(*args)
-        except NotRunning:
-            pass  # we stop
-        except Exception as error:  # whatever a link does
-            why = str(error) or repr(error)
-            with client.lock:
-                if client.state != "stop":
-                    client.log.warn(f"logging in failed: {why}; trying again")
-                    client.enter(client.state, why)
-                    client.timers.later(backoff(self._tries, 30.0), self.begin)
-                    self._tries += 1
-
-    def _log_in(self, anew: bool) -> None:
-        if anew:
-            self.link.logout()
-        cookie = self._client.papers.read_cookie().get("cookie", "")
-        self.link.login(str(cookie), str(self._client.spool.mark or ""))
-
     def _show(self, code: Code, seconds: float, error: str) -> None:
         """A QR code: the file lies there before anybody hears of it."""
         client, path = self._client, self._client.settings.qrcode_path
@@ -10159,7 +10016,7 @@ class Login:
             client.log.error(f"nobody scanned {self._codes - 1} QR codes: giving up")
             return client.stop()
         text, picture = ("", code) if isinstance(code, bytes) else (code, qr_png(qr_matrix(code)))
-        client.papers.write(path, picture)
+        keep_file(path, picture, client.log)
         client.log.info(f"二维码已下载到本地[ {path} ] (QR code)")
         client.log.info(f"等待{client.flavour.phone}扫描二维码... (waiting for a scan: {text or path})")
         client.enter("scaning", error)
@@ -10167,12 +10024,12 @@ class Login:
         client.emit("input_qrcode", [path, base64.encodebytes(picture).decode(),
                                      client.api_url("get_qrcode")])
         self._cancel()
-        if not self.link.real:
-            client.plan("code", seconds, self._expire)
 
-    def _expire(self) -> None:
-        self._client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
-        self._workers.submit(self._attempt, self.link.renew)
+        def renew() -> None:
+            client.log.info("登录二维码已失效,重新获取二维码 (the code expired: a new one)")
+            self.link.renew()
+        if not self.link.real:
+            client.plan("code", seconds, self._submit, renew)
 
     def _wait(self, error: str) -> None:
         """There is no login, and no code to scan; the state file says why."""
@@ -10184,16 +10041,25 @@ class Login:
             client.log.warn(error)
             client.enter("scaning", error)
 
-    def _keep(self, cookie: str) -> None:
-        if cookie:
-            self._client.papers.write_cookie(cookie)
-        self._client.papers.write_state(self._client)  # which tells what the link counts
-
     def _scanned(self) -> None:
         client = self._client
         if client.state == "scaning":
             client.log.info(f"{client.flavour.phone}扫码成功,请在手机上点击[登录]按钮... (scanned)")
             client.enter("confirming")
+
+    def _confirmed(self, cookie: str, fresh: bool) -> None:
+        client = self._client
+        self._cancel()
+        self._codes = 0
+        client.papers.write_cookie(cookie)
+        client.enter("updating")
+        remove_file(client.settings.qrcode_path)
+        self._submit(self._learn, fresh, self._turn)
+
+    def _keep(self, cookie: str) -> None:
+        if cookie:
+            self._client.papers.write_cookie(cookie)
+        self._client.papers.write_state(self._client)  # which tells what the link counts
 
     def _lost(self, error: str) -> None:
         """The link is down; what it does about that is its own affair."""
@@ -10204,17 +10070,9 @@ class Login:
             self._cancel()
         client.enter(state, error)
 
-    def _confirmed(self, cookie: str, fresh: bool) -> None:
-        client = self._client
-        self._cancel()
-        self._codes = 0
-        client.papers.write_cookie(cookie)
-        client.enter("updating")
-        remove_file(client.settings.qrcode_path)
-        self._workers.submit(self._attempt, self._load, fresh, self._turn)
-
-    def _load(self, fresh: bool, turn: int) -> None:
-        """In a worker: learn who the account is and whom it knows, then run.
+    def _learn(self, fresh: bool, turn: int) -> None:
+        """In a worker: learn who the account is and whom it knows, then run, and from then on look
+        whether that is still so.
 
         Lists that the link tells apart may take long: it runs without them after LOOKUP_SECONDS.
         """
@@ -10222,15 +10080,15 @@ class Login:
         before = roster.changes
         row = self.link.roster()
         with client.lock:
-            if client.state != "updating" or turn != self._turn:
+            begins = client.state == "updating"
+            if not begins and client.state != "running" or turn != self._turn:
                 return
             self._tries = 0
             row["user"]["state"] = client.settings.mode
-            wanted = details.kinds("is_init_")
-            asked = [kind for kind in wanted if kind not in row]
-            if roster.user.value("uid") not in (None, row["user"]["uid"]):
+            wanted = details.kinds("is_init_" if begins else "is_update_")
+            if begins and roster.user.value("uid") not in (None, row["user"]["uid"]):
                 self._known = False  # another account is logged in at the bridge
-                client.talk.queue.give_up()
+                client.talk.give_up()
                 details.forget()
                 if self._claim:
                     self._claim.drop()
@@ -10241,22 +10099,26 @@ class Login:
             else:
                 details.compare(row, before)
             self._claim_account()
-            for kind in asked:
-                details.ask(kind, anew=news)
-            if asked:
-                client.changed.wait_for(lambda: turn != self._turn or not details.asking(),
-                                        LOOKUP_SECONDS)
-            if client.state != "updating" or turn != self._turn:
-                return  # the link was lost meanwhile
-            if news:
-                details.report(["user", "friend", "group"])
-            client.enter("running")
-            if news:
-                client.log.info(f"帐号({client.account})登录成功 (logged in)")
-                client.emit("login", [int(fresh)])
-            self._known = True
-            self._plan_refresh()
-        self.link.ready()
+            for kind in wanted:
+                if kind not in row:
+                    details.ask(kind, anew=news)
+            if begins:
+                client.changed.wait_for(lambda: turn != self._turn or not any(
+                    listing.asking for listing in details.lists.values()), LOOKUP_SECONDS)
+                if client.state != "updating" or turn != self._turn:
+                    return  # the link was lost meanwhile
+                if news:
+                    details.report(["user", "friend", "group"])
+                client.enter("running")
+                if news:
+                    client.log.info(f"帐号({client.account})登录成功 (logged in)")
+                    client.emit("login", [int(fresh)])
+                self._known = True
+            if client.settings.update_interval:
+                client.plan("refresh", max(1.0, client.settings.update_interval), self._submit,
+                            self._learn, False, turn)
+        if begins:
+            self.link.ready()
 
     def _claim_account(self) -> None:
         """Two clients of one account hear and answer everything twice."""
@@ -10282,53 +10144,100 @@ class Login:
         if self.network:
             self.network.stop()
 
-    # -- what changes while it runs
 
-    def _plan_refresh(self) -> None:
-        interval = self._client.settings.update_interval
-        if interval:
-            self._client.plan("refresh", max(1.0, interval), self._workers.submit,
-                              self._attempt, self._refresh)
-
-    def _refresh(self) -> None:
-        """In a worker: look whether what is known is still so, and have the lists asked for."""
-        client, before = self._client, self._client.roster.changes
-        row = self.link.roster()
-        with client.lock:
-            if client.state == "running":
-                row["user"]["state"] = client.settings.mode
-                client.details.compare(row, before)
-                self._claim_account()
-                for kind in client.details.kinds("is_update_"):
-                    if kind not in row:
-                        client.details.ask(kind)
-                self._plan_refresh()
+if TYPE_CHECKING:  # a message to be sent, what the link gets of it, who waits for the outcome
+    Job = Tuple[Message, Row, Future[Message]]
 
 
-class Composer:
-    """Makes messages, as they are reported, of what an account says and hears."""
+class Talk:
+    """What an account says and hears. With the client's lock held, unless said otherwise.
+
+    What it says goes through one queue, first in, first out (CONTRACT 4): one thread hands batches
+    of it to the link, without the lock.
+    """
+
+    # What events of the documents tell besides, as members, since callbacks count the params.
+    FACTS = {"new_group_member": ("kind", "operator_uid"),
+             "lose_group_member": ("kind", "operator_uid"),
+             "group_member_property_change": ("group_uid",)}
+    GIVEN_UP = {"code": -3, "info": "发送异常"}
 
     def __init__(self, client: Client) -> None:
-        self._client = client
+        self._client, self._link, self._flavour = client, client.link, client.flavour
+        interval = client.settings.send_interval
+        self._interval: float = self._link.send_interval if interval is None else interval
+        self._jobs: Deque[Job] = collections.deque()
+        self._sender = ThreadPool(1, "send", client.log)
+        self._working = False                     # the sender is at it
+        self.began = 0.0                          # when the link was called; 0 while it is not
+        self._rests_until = 0.0
+        self._seen: Dict[str, bytes] = {}         # the newest messages by id, as JSON
+        self._seen_size = 0
+        self._own: List[Row] = []                 # perhaps what we are sending just now
+        self._answered: List[Tuple[str, Job]] = []  # sent; the answer comes with the item of a mark
+        self._expected: Dict[str, List[Future[Any]]] = {}  # what for -> who waits
 
-    def _message(self, row: Row, kind: str, circle_uid: str, name: str = "") -> Message:
-        """A message with its type, content, id and time, in a group or discuss if `kind` says so.
+    # -- messages, as they are reported
 
-        That one need not be listed, as where a bridge could not tell its groups; then `name`, if
-        it is known, is how it is called.
-        """
-        flavour = self._client.flavour
-        message = Message({**row, "circle": None, "peer_uid": None, **flavour.text_format,
-                           "answer": lambda message, text, **more: self._client.talk.reply(
+    def compose(self, item: Row, origin: str = "", media: Optional[Row] = None
+                ) -> Optional[Message]:
+        """What an item of the link says, as a message; None if it is not to be told of. Or what
+        `origin` here is to send, perhaps with media of the shelf."""
+        client, flavour, roster = self._client, self._flavour, self._client.roster
+        own, uid = item["do"] == "sent", item["uid"]
+        kind = CIRCLE_OF.get(item["type"]) or (
+            "discuss" if item.get("discuss") else "group" if item.get("group") else "")
+        message = Message({**{name: item[name] for name in ("type", "content", "id", "time")},
+                           **flavour.text_format, "circle": None, "peer_uid": None,
+                           "answer": lambda message, text, **more: self.reply(
                                message.to_json({}), text, "code", **more)})
-        if kind:
-            circle = self._client.roster.table(kind).get(circle_uid) or THINGS[kind](
-                {"uid": circle_uid, "id": circle_uid, "name": name or circle_uid})
-            message.__dict__.update({"circle": circle, kind: circle.displayname})
-            message.__dict__.update({f"{kind}_{part}": circle.value(part)
-                                     for part in flavour.parts[kind]})
+        circle: Any = None
+        if kind:  # one that need not be listed, as where a bridge could not tell its groups
+            number = str(item.get(kind) or "")
+            circle = roster.table(kind).get(number) or THINGS[kind](
+                {"uid": number, "id": number, "name": item.get("group_name") or number})
+            message.__dict__.update({
+                "circle": circle, kind: circle.displayname,
+                **{f"{kind}_{part}": circle.value(part) for part in flavour.parts[kind]}})
         if message.type == "sess_message":
             message.via = kind
+        thing: Any = roster.friend.get(uid)
+        member = circle.member.get(uid) if circle else None
+        if member and not (thing and thing.markname):  # which counts before a card (CONTRACT 6)
+            thing = member
+        if own:
+            self._name(message, "sender", roster.user, {})
+            message.__dict__.update({
+                "class": "send", "post_type": "send_message", "from": origin or "none",
+                "source": "local" if origin else "outer", "ttl": client.settings.msg_ttl})
+            if uid is not None:
+                message.peer_uid = uid
+                self._name(message, "receiver", thing, {"uid": uid})
+            self._set_outcome(message, {"code": 0, "info": "发送正常"})
+        else:
+            if thing is None and "sender" in item and (
+                    circle and not circle.loaded or not client.is_certain("friend")):
+                thing = (GroupMember if circle else Friend)(item["sender"])
+            if thing is None and client.settings.ignore_unknown_id:
+                return None
+            if not kind or item["type"] == "sess_message":
+                message.peer_uid = uid
+            message.__dict__.update({"class": "recv", "post_type": "receive_message"})
+            self._name(message, "receiver", roster.user, {})
+            self._name(message, "sender", thing, {**item, "id": item.get("sender_id")})
+        if item.get("media"):
+            self._add_media(message, item["media"], media)
+        if item.get("links"):
+            message.media = [{**link, "url": link["url"] or (client.api_url(
+                "get_media", id=f"{item['id']}.{number}") if link.get("file_id") else None)}
+                for number, link in enumerate(item["links"])]
+        if "raw_message" in item:
+            message.raw_message = item["raw_message"]
+        for name, nothing in ("reply_to", None), ("at", []):
+            if item.get(name) or not origin:
+                setattr(message, name, item.get(name) or nothing)
+        if not origin:
+            message.at_me = int(str(roster.user.uid) in message.at)
         return message
 
     def _name(self, message: Message, role: str, thing: Optional[Thing], row: Row) -> None:
@@ -10336,137 +10245,32 @@ class Composer:
         message.__dict__.update({
             role: thing.displayname if thing else row.get("name"), role + "_thing": thing,
             **{f"{role}_{part}": thing.value(part) if thing else row.get(part)
-               for part in self._client.flavour.parts[role]}})
+               for part in self._flavour.parts[role]}})
 
-    def _find(self, uid: str, circle: Optional[Circle]) -> Optional[Thing]:
-        """Somebody by uid: a friend's markname counts before a member's card (CONTRACT 6)."""
-        friend = self._client.roster.friend.get(uid)
-        member = circle.member.get(uid) if circle else None
-        return friend if friend and (friend.markname or not member) else member
-
-    def _make_own(self, message: Message, uid: Optional[str], origin: str, source: str) -> None:
-        """Let it be one that the account sends, to a uid if it is to one alone."""
-        self._name(message, "sender", self._client.roster.user, {})
-        message.__dict__.update({"class": "send", "post_type": "send_message", "from": origin,
-                                 "source": source, "ttl": self._client.settings.msg_ttl})
-        if uid is not None:
-            message.peer_uid = uid
-            self._name(message, "receiver", self._find(uid, message.circle), {"uid": uid})
-
-    def _add_media(self, message: Message, media: Row, data: str) -> None:
-        """Give a message what its flavour tells of a picture: shelf's row, bytes in base64."""
-        kind = media["media_mime"].partition("/")[0]
+    def _add_media(self, message: Message, picture: Row, media: Optional[Row]) -> None:
+        """Give a message what its flavour tells of a picture, as a link has it. It came, unless
+        `media` of the shelf is given, and is kept there if it is to be and can be."""
+        if media is None:
+            data, name = base64.b64decode(picture["data"]), str(picture["name"])
+            media = unkept_media(data, name)
+            if self._client.settings.download_media:
+                try:
+                    media = self._client.papers.shelf.put(data, name)
+                except OSError as error:
+                    self._client.log.warn(f"a picture could not be kept: {error}")
+        kind, key = media["media_mime"].partition("/")[0], media["media_id"]
         label = {"image": "[图片]", "audio": "[语音]", "video": "[视频]"}.get(kind, "[文件]")
-        flavour, key = self._client.flavour, media["media_id"]
-        message.content = flavour.media_content.format(
+        message.content = self._flavour.media_content.format(
             content=message.content, label=label,
             either=message.content or f"[media]({media['media_path'] or media['media_name']})")
         url = self._client.api_url("get_media", id=key) if key else media.get("url")
-        shown = {**media, "format": "media", "media_data": data, "media": [{
+        shown = {**media, "format": "media", "media_data": picture["data"], "media": [{
             "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
-        message.__dict__.update({name: shown[name] for name in flavour.media_members})
+        message.__dict__.update({name: shown[name] for name in self._flavour.media_members})
 
-
-class Talk(Composer):
-    """What an account says and hears. With the client's lock held, unless said otherwise."""
-
-    # What events of the documents tell besides, as members, since callbacks count the params; and
-    # how an item of the link calls that.
-    FACTS = {**dict.fromkeys(("new_group_member", "lose_group_member"),
-                             {"kind": "kind", "operator_uid": "operator_uid"}),
-             "group_member_property_change": {"group_uid": "circle"}}
-
-    def __init__(self, client: Client) -> None:
-        super().__init__(client)
-        self._link = client.link
-        settings, interval = client.settings, client.settings.send_interval
-        self.queue = SendQueue(
-            client.lock, self._link.send,
-            self._link.send_interval if interval is None else interval, self._link.batch,
-            settings.msg_ttl, self._sent, client.log)
-        self._seen: Dict[str, bytes] = {}         # the newest messages by id, as JSON
-        self._seen_size = 0
-        self._own: List[Row] = []                 # perhaps what we are sending just now
-        self._answered: List[Tuple[str, Job]] = []  # sent; the answer comes with the item of a mark
-        self._expected: Dict[str, List[Future[str]]] = {}   # friend's uid -> who waits for its word
-        self._founded: Dict[str, List[Future[Group]]] = {}  # group's uid -> who waits for it
-
-    # -- saying
-
-    def is_full(self) -> bool:
-        """Whether so many messages wait that no more are taken."""
-        return self.queue.waiting() >= int(self._client.settings.send_queue_max_size)
-
-    def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
-             origin: str = "api", via: str = "", media: Optional[Row] = None, cq: bool = False,
-             reply_to: Optional[str] = None, at: Sequence[str] = ()) -> Future[Message]:
-        """Queue a message to a uid, or to a group or discuss (`circle`, its uid). From any thread.
-
-        `type` is a message's type, `via` group or discuss for a sess_message, `media` a row of the
-        client's shelf; with `cq` a bridge reads CQ codes in `content`; `reply_to` is the id of a
-        message that is quoted, `at` the uids of those who are mentioned, or all. The future brings
-        the Message, with id, code, info and msg set; a failed one has no id.
-        """
-        client, future = self._client, Future()  # type: Client, Future[Message]
-        kind = CIRCLE_OF.get(type, via)
-        row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None,
-                    "cq": cq, "reply_to": reply_to, "at": [] if uid else list(at)}
-        if media:
-            data = media.get("data") or base64.b64encode(
-                read_file(media["media_path"] or "") or b"").decode()
-            row["media"] = {"name": media["media_name"], "mime": media["media_mime"], "data": data,
-                            "url": media.get("url"), "path": media.get("path")}
-        with client.lock:
-            if client.state != "running":
-                future.set_exception(NotRunning(state=client.state))
-                return future
-            message = self._message({"type": type, "content": content, "time": str(int(
-                time.time())), "id": None}, kind, circle)
-            message.__dict__.update((name, row[name]) for name in ("reply_to", "at") if row[name])
-            self._make_own(message, uid, origin, "local")
-            if media:
-                self._add_media(message, media, data)
-            job = Job(message, row, future)
-            if is_sendable(message.content):
-                self.queue.put(job)
-            else:
-                self._sent([(job, {"code": -1, "info": "数据格式错误"})])
-        return future
-
-    def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None,
-              **more: Any) -> None:
-        """Send text, or media, to where a message, as it was reported, came from or went to;
-        `more` as for send()."""
-        if self.is_full():
-            return self._client.log.warn("send queue full: a reply is not sent")
-        uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
-        kind = CIRCLE_OF.get(row["type"], str(row.get("via") or ""))
-        circle = str(row["group_uid"]) if kind == "group" else ""
-        if kind == "discuss":  # shows no uid, and its id changes with a scan
-            found = self._client.roster.search(kind, {"id": str(row["discuss_id"])})
-            circle = str(found[0].uid) if found else ""
-        alone = row["type"] in ("friend_message", "sess_message")
-        self.send(row["type"], text, str(uid) if alone else None, circle, origin,
-                  kind if alone else "", media, **more)
-
-    def _sent(self, outcomes: List[Tuple[Job, Row]]) -> None:
-        """Report what became of messages. Who waits for it hears of it when what was answered on
-        the spot is there too, and everything has survived."""
-        with self._client.batch():
-            for job, result in outcomes:
-                job.message.id = result.get("id")
-                job.message.ttl -= job.tries
-                self._settle_outcome(job.message, result)
-                self._client.emit_message(job.message)
-            if not self.queue.busy:
-                self._tell_own()
-        for job, result in outcomes:
-            mark = result.get("mark", "")
-            if mark and not self._is_old(mark):
-                self._answered.append((mark, job))
-                self._client.timers.later(ECHO_SECONDS, settle, job.future, job.message)
-            else:
-                settle(job.future, job.message)
+    def _set_outcome(self, message: Message, result: Row) -> None:
+        message.code, message.info = result["code"], result["info"]
+        message.msg = self._flavour.not_sent if message.code else self._flavour.sent["status"]
 
     def remember(self, row: Row) -> None:
         """Keep a message, as it is reported, for get_message; a picture's bytes are on the shelf.
@@ -10488,10 +10292,133 @@ class Talk(Composer):
             row["media_data"] = base64.b64encode(read_file(row["media_path"]) or b"").decode()
         return row
 
-    def _settle_outcome(self, message: Message, result: Row) -> None:
-        message.code, message.info = result["code"], result["info"]
-        flavour = self._client.flavour
-        message.msg = flavour.sent["status"] if message.code == 0 else flavour.not_sent
+    # -- saying
+
+    def waiting(self) -> int:
+        """How many messages have not been tried yet."""
+        return len(self._jobs)
+
+    def is_full(self) -> bool:
+        """Whether so many messages wait that no more are taken."""
+        return self.waiting() >= int(self._client.settings.send_queue_max_size)
+
+    def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
+             origin: str = "api", via: str = "", media: Optional[Row] = None, cq: bool = False,
+             reply_to: Optional[str] = None, at: Sequence[str] = ()) -> Future[Message]:
+        """Queue a message to a uid, or to a group or discuss (`circle`, its uid). From any thread.
+
+        `type` is a message's type, `via` group or discuss for a sess_message, `media` a row of the
+        client's shelf; with `cq` a bridge reads CQ codes in `content`; `reply_to` is the id of a
+        message that is quoted, `at` the uids of those who are mentioned, or all. The future brings
+        the Message, with id, code, info and msg set; a failed one has no id.
+        """
+        client, future = self._client, Future()  # type: Client, Future[Message]
+        kind = CIRCLE_OF.get(type, via)
+        row: Row = {"type": type, "content": content, "uid": uid, kind or "group": circle or None,
+                    "cq": cq, "reply_to": reply_to, "at": [] if uid else list(at)}
+        if media:
+            row["media"] = {"name": media["media_name"], "mime": media["media_mime"],
+                            "url": media.get("url"), "path": media.get("path"),
+                            "data": media.get("data") or base64.b64encode(
+                                read_file(media["media_path"] or "") or b"").decode()}
+        with client.lock:
+            if client.state != "running":
+                future.set_exception(NotRunning(state=client.state))
+                return future
+            message = self.compose({**row, "do": "sent", "id": None, "time": str(int(
+                time.time()))}, origin, media)
+            assert message
+            job = message, row, future
+            if not is_sendable(message.content):
+                self._sent([(job, {"code": -1, "info": "数据格式错误"})])
+                return future
+            self._jobs.append(job)
+            if not self._working:
+                self._working = True
+                self._sender.submit(self._work)
+        return future
+
+    def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None,
+              **more: Any) -> None:
+        """Send text, or media, to where a message, as it was reported, came from or went to;
+        `more` as for send()."""
+        if self.is_full():
+            return self._client.log.warn("send queue full: a reply is not sent")
+        uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
+        kind = CIRCLE_OF.get(row["type"], str(row.get("via") or ""))
+        circle = str(row["group_uid"]) if kind == "group" else ""
+        if kind == "discuss":  # shows no uid, and its id changes with a scan
+            found = self._client.roster.search(kind, {"id": str(row["discuss_id"])})
+            circle = str(found[0].uid) if found else ""
+        alone = row["type"] in ("friend_message", "sess_message")
+        self.send(row["type"], text, str(uid) if alone else None, circle, origin,
+                  kind if alone else "", media, **more)
+
+    def give_up(self) -> int:
+        """Call all that waits failed: it was surely not sent. How many that were."""
+        jobs, self._jobs = self._jobs, collections.deque()
+        self._sent([(job, self.GIVEN_UP) for job in jobs])
+        return len(jobs)
+
+    def _work(self) -> None:
+        """In the thread that sends: one batch after the other, until nothing waits."""
+        client, clock = self._client, self._client.timers.clock
+        while True:
+            batch: List[Job] = []
+            size, pause = 0, 0.0
+            with client.lock:
+                while self._jobs and clock() < self._rests_until:
+                    client.changed.wait(self._rests_until - clock())
+                jobs = self._jobs
+                while jobs and len(batch) < (1 if self._interval else self._link.batch):
+                    size += weight(jobs[0][1])
+                    if batch and size > BATCH_LIMIT:
+                        break
+                    batch.append(jobs.popleft())
+                if not batch:
+                    self._working = False
+                    return
+                self.began = began = clock()
+            try:
+                results = self._link.send([row for _, row, _ in batch])
+            except Exception as error:  # the queue must go on whatever a link does
+                why = f"响应未知: {getattr(error, 'status', repr(error))}"
+                results = [{"code": -4, "info": why}] * len(batch)
+                if not getattr(error, "sent", True):  # until the tries are used up
+                    results = [{"code": -5, "info": "TTL失效"}] * len(batch)
+                    pause = clock() + backoff(client.settings.msg_ttl - batch[0][0].ttl)
+                    for message, _, _ in batch:
+                        message.ttl -= 1
+            with client.lock:
+                self.began, self._rests_until = 0.0, max(began + self._interval, pause)
+                again = [job for job in batch if pause and job[0].ttl > 0]
+                jobs.extendleft(reversed(again))  # if they were given up meanwhile, nobody looks
+                try:
+                    self._sent([(job, result) for job, result in zip(batch, results)
+                                if job not in again])
+                    if jobs is not self._jobs:
+                        self._sent([(job, self.GIVEN_UP) for job in again])
+                except Exception:
+                    client.log.failure("the outcome of a message")
+                client.changed.notify_all()
+
+    def _sent(self, outcomes: List[Tuple[Job, Row]]) -> None:
+        """Report what became of messages. Who waits for it hears of it when what was answered on
+        the spot is there too, and everything has survived."""
+        with self._client.batch():
+            for (message, _, _), result in outcomes:
+                message.id = result.get("id")
+                self._set_outcome(message, result)
+                self._client.emit_message(message)
+            if not self.began:
+                self._hear_own()
+        for job, result in outcomes:
+            (message, _, future), mark = job, result.get("mark", "")
+            if mark and not self._is_old(mark):
+                self._answered.append((mark, job))
+                self._client.timers.later(ECHO_SECONDS, settle, future, message)
+            else:
+                settle(future, message)
 
     # -- hearing
 
@@ -10501,37 +10428,37 @@ class Talk(Composer):
         In the link's thread. While a send is under way it waits for that: nobody is to hear the
         echo before the call.
         """
-        client, queue = self._client, self.queue
+        client = self._client
         with client.lock:
-            if queue.busy:  # it may be what we are sending: the answer tells its number
+            began = self.began
+            if began:  # it may be what we are sending: the answer tells its number
                 own = [item for item in items if item["do"] == "sent"]
                 items = [item for item in items if item["do"] != "sent"]
                 if own and not self._own:
-                    client.plan("own", BRIDGE_SECONDS, self._tell_own)
+                    client.plan("own", BRIDGE_SECONDS, self._hear_own)
                 self._own += own
                 if self._link.echoes:
-                    began = queue.began
                     left = began + ECHO_SECONDS - client.timers.clock()
-                    queue.changed.wait_for(lambda: not queue.busy or queue.began != began,
-                                           max(0.0, left))
+                    client.changed.wait_for(lambda: self.began != began, max(0.0, left))
             if client.ended:
                 raise NotRunning("stopping")
             with client.batch():
                 for item in items:
-                    if self._is_old(item["mark"]):
+                    mark = item["mark"]
+                    if self._is_old(mark):
                         continue
                     try:
                         if item["do"] != "event":
-                            self._hear(item, item["mark"])
-                        elif not self.happen(item, item["mark"]):
-                            client.spool.advance(item["mark"])
+                            self._hear(item, mark)
+                        elif not self.happen(item, mark):
+                            client.spool.advance(mark)
                     except Exception:  # one that cannot be understood must not stop all others
                         client.log.failure("an item of the link")
-                        client.spool.advance(item["mark"])
-            for mark, job in self._answered:
+                        client.spool.advance(mark)
+            for mark, (message, _, future) in self._answered:
                 if self._is_old(mark):
-                    settle(job.future, job.message)
-            self._answered = [entry for entry in self._answered if not entry[1].future.done()]
+                    settle(future, message)
+            self._answered = [entry for entry in self._answered if not entry[1][2].done()]
             return str(client.spool.mark)
 
     def _is_old(self, mark: str) -> bool:
@@ -10540,7 +10467,7 @@ class Talk(Composer):
         old_era, _, old_number = str(self._client.spool.mark or "").partition(":")
         return era == old_era and int(number) <= int(old_number)
 
-    def _tell_own(self) -> None:
+    def _hear_own(self) -> None:
         """What came while a send was under way, and may be that."""
         self._client.unplan("own")
         own, self._own = self._own, []
@@ -10551,92 +10478,44 @@ class Talk(Composer):
     def _hear(self, item: Row, mark: str) -> None:
         """A message came, or the account sent one, from another device unless it was we."""
         client, own = self._client, item["do"] == "sent"
-        if own and item["id"] in self._seen:
-            return client.spool.advance(mark or None)
-        message = self.compose(item)
+        message = None if own and item["id"] in self._seen else self.compose(item)
         if message is None:
-            return client.spool.advance(mark)
+            return client.spool.advance(mark or None)
         for future in self._expected.pop(item["uid"], []) if not own and not message.circle else []:
             settle(future, message.content)
         client.emit_message(message, mark)
 
-    def compose(self, item: Row) -> Optional[Message]:
-        """What an item of the link says, as a message; None if it is not to be told of."""
-        client, own = self._client, item["do"] == "sent"
-        kind = "discuss" if item.get("discuss") else "group" if item.get("group") else ""
-        message = self._message({name: item[name] for name in ("type", "content", "id", "time")},
-                                kind, str(item.get(kind)), item.get("group_name") or "")
-        if own:
-            self._make_own(message, item["uid"], "none", "outer")
-            self._settle_outcome(message, {"code": 0, "info": "发送正常"})
-        else:
-            circle, uid = message.circle, item["uid"]
-            thing = self._find(uid, circle)
-            if thing is None and "sender" in item and (
-                    circle and not circle.loaded or not client.is_certain("friend")):
-                thing = (GroupMember if circle else Friend)(item["sender"])
-            if thing is None and client.settings.ignore_unknown_id:
-                return None
-            if not kind or item["type"] == "sess_message":
-                message.peer_uid = uid
-            message.__dict__.update({"class": "recv", "post_type": "receive_message"})
-            self._name(message, "receiver", client.roster.user, {})
-            self._name(message, "sender", thing, {**item, "id": item.get("sender_id")})
-        if item.get("media"):
-            data, name = base64.b64decode(item["media"]["data"]), str(item["media"]["name"])
-            media = unkept_media(data, name)
-            if client.settings.download_media:
-                try:
-                    media = client.papers.shelf.put(data, name)
-                except OSError as error:
-                    client.log.warn(f"a picture could not be kept: {error}")
-            self._add_media(message, media, item["media"]["data"])
-        if item.get("links"):
-            message.media = [{**link, "url": link["url"] or (client.api_url(
-                "get_media", id=f"{item['id']}.{number}") if link.get("file_id") else None)}
-                for number, link in enumerate(item["links"])]
-        if "raw_message" in item:
-            message.raw_message = item["raw_message"]
-        message.reply_to, message.at = item.get("reply_to"), item.get("at") or []
-        message.at_me = int(str(client.roster.user.uid) in message.at)
-        return message
-
     def happen(self, item: Row, mark: str = "") -> bool:
         """Let an event of the link change the roster, and report it; False if it is void."""
         found = self._client.roster.apply(item)
-        if item.get("quiet"):
+        if item.get("quiet") or found is None:
             return False
-        if found:
-            facts = {name: item.get(there) for name, there in self.FACTS.get(found[0], {}).items()}
-            self._client.emit(*found, mark, item.get("time"), facts)
-            for future in self._founded.pop(item.get("object", {}).get("uid"), []):
-                settle(future, found[1][0])
-        return found is not None
+        facts = {name: item.get("circle" if name == "group_uid" else name)
+                 for name in self.FACTS.get(found[0], ())}
+        self._client.emit(*found, mark, item.get("time"), facts)
+        for future in self._expected.pop("group/" + str(item.get("object", {}).get("uid")), []):
+            settle(future, found[1][0])
+        return True
 
     def expect_group(self, uid: str) -> Future[Group]:
-        """A group that was just founded, once the roster has it."""
-        future: Future[Group] = Future()
+        """A group that was just founded, once the roster has it. From any thread."""
         with self._client.lock:
-            group = self._client.roster.group.get(uid)
-            if group:
-                settle(future, group)
-            else:
-                self._founded.setdefault(uid, []).append(future)
+            future: Future[Group] = self.expect("group/" + uid)
+            if uid in self._client.roster.group:
+                settle(future, self._client.roster.group[uid])
         return future
 
-    def expect(self, uid: str) -> Future[str]:
-        """What the next message from a friend says."""
-        future: Future[str] = Future()
+    def expect(self, uid: str) -> Future[Any]:
+        """What the next message from a friend says. From any thread."""
+        future: Future[Any] = Future()
         with self._client.lock:
             self._expected.setdefault(uid, []).append(future)
         return future
 
-    def expect_no_more(self, uid: str, future: Future[str]) -> None:
-        """One of those who expect() a friend's word gives up."""
-        with self._client.lock:
-            left = [other for other in self._expected.pop(uid, []) if other is not future]
-            if left:
-                self._expected[uid] = left
+    def expect_no_more(self, uid: str, future: Future[Any]) -> None:
+        """One of those who expect() a friend's word gives up. From any thread."""
+        with self._client.lock, contextlib.suppress(ValueError):
+            self._expected.get(uid, []).remove(future)
 
 
 class Client:
@@ -10648,7 +10527,7 @@ class Client:
 
     def __init__(self, **given: Any) -> None:
         self.flavour = flavour_named(given.get("flavor"))
-        self.parent = Parent.find()
+        self.parent = parent = Parent.find()
         try:
             self.settings = Settings("client", given, os.environ, self.flavour.environ)
             self.account = check_name(self.settings.account)
@@ -10656,8 +10535,8 @@ class Client:
             raise Refusal(str(error), 2) from None
         self.settings.fill(tmpdir=check_tmpdir(self.settings.tmpdir))
         self.log = open_log(self.settings, f"[{self.account}][{os.getpid()}]")
-        if self.parent:
-            self.log.keep = self.parent.keep
+        if parent:  # check_client shows the last warnings of a client that died
+            self.log.keep = lambda text: parent.tell(log=text[-1000:])
         self.papers = Papers(self.settings, self.flavour, self.log)
         self.papers.pid.take(f"client {self.account}")
         for path in self.settings.cookie_path, self.settings.state_path, self.settings.qrcode_path:
@@ -10668,7 +10547,7 @@ class Client:
         # queues, the spool, the outlets' reporters, and what Login, Details and Talk know.
         # Nobody who holds it waits for a network, or calls into the local one.
         self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)  # a list came, members, an event was posted
+        self.changed = threading.Condition(self.lock)  # what somebody waits for may have come
         self.timers = Timers(self.lock, self.log)
         self.state = self.previous_state = self.error = self.qrcode_text = ""
         self.warnings: Dict[str, str] = {}           # what about -> what does not stop the account
@@ -10679,7 +10558,7 @@ class Client:
         self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log, bulk_of)
         self.outlets: List[Outlet] = []
         self.plugins: List[Plugin] = []
-        self.closing: List[Callable[[], Any]] = []  # the plugins' ends; True: wait a moment
+        self.closing: List[Callable[[], Any]] = []   # the plugins' ends; True: wait a moment
         self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
         self._crew = ThreadPool(1, "callbacks", self.log)
         self._batches = 0                            # batch() within batch()
@@ -10706,8 +10585,7 @@ class Client:
         With call_on_load it is called now, else when run() begins. Refusal if there is none.
         """
         for name in names if isinstance(names, (list, tuple)) else [names]:
-            plugin = find_plugin(name)
-            plugin.data, plugin.call_on_load = data or {}, call_on_load
+            plugin = Plugin(name, data or {}, call_on_load)
             self.plugins.append(plugin)
             if call_on_load:
                 self.timers.catch_signals(self._signalled)  # it may serve from now on
@@ -10757,7 +10635,7 @@ class Client:
                 return
             self.log.info("客户端停止运行 (stopping)")
             self.enter("stop")
-            unsent = self.talk.queue.give_up()
+            unsent = self.talk.give_up()
             if unsent:
                 self.log.warn(f"{unsent} message(s) waited to be sent, and were not")
             self.emit("stop", [])
@@ -10812,18 +10690,16 @@ class Client:
 
     def enter(self, state: str, error: str = "") -> None:
         """The one door for a change of state: the file first, then everybody hears of it."""
-        if state == self.state:
-            if error != self.error:
-                self.error = error
-                self.papers.write_state(self)
+        if (state, error) == (self.state, self.error):
             return
-        assert state in NEXT_STATES[self.state], f"{self.state} -> {state}"
-        self.previous_state, self.state, self.error = self.state, state, error
-        self.since = time.time()
+        changes, self.error = state != self.state, error
+        if changes:
+            assert state in NEXT_STATES[self.state], f"{self.state} -> {state}"
+            self.previous_state, self.state, self.since = self.state, state, time.time()
         self.papers.write_state(self)
-        if self.parent:
+        if changes and self.parent:
             self.parent.tell(state=state)
-        if self.previous_state:
+        if changes and self.previous_state:
             self.emit("state_change", [self.previous_state, state])
 
     def warn(self, about: str, text: str) -> None:
@@ -10881,7 +10757,7 @@ class Client:
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
-        """What is reported within it goes on its way at its end, all at once."""
+        """What is reported within it survives, and only then goes on its way, all at once."""
         self._batches += 1
         try:
             yield
@@ -10890,7 +10766,6 @@ class Client:
             self._flush()
 
     def _flush(self) -> None:
-        """Let what was reported survive, and only then go on its way."""
         if not self._batches:
             self.spool.flush()
             for outlet in self.outlets:
@@ -10906,28 +10781,22 @@ class Client:
         shown = [thing.full_json(fields) if isinstance(thing, Circle) and number == 0
                  else thing.to_json(fields) if isinstance(thing, Thing) else thing
                  for number, thing in enumerate(params)]
-        self._tell(event, {**event_row(event, shown, when), **facts}, "", [self, *params], mark)
+        self._tell(event, {**event_row(event, shown, when), **facts}, "", params, mark)
 
     def emit_message(self, message: Message, mark: str = "") -> None:
         """Let everybody know of a message, received or sent."""
         row = message.to_json(self.flavour.fields)
         self.talk.remember(row)
-        self._tell(message.post_type, row, message.conversation(), [self, message], mark)
+        self._tell(message.post_type, row, message.conversation(), [message], mark)
 
-    def _tell(self, event: str, row: Row, conversation: str, args: List[Any],
+    def _tell(self, event: str, row: Row, conversation: str, params: List[Any],
               mark: str) -> None:
         taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
         if mark and not any(taken):
             self.spool.advance(mark)
-        for callback in self._callbacks.get(event, []):
-            self._crew.submit(self._call_back, event, callback, args)
+        for callback in self._callbacks.get(event, ()):
+            self._crew.submit(callback, self, *params)
         self._flush()
-
-    def _call_back(self, event: str, callback: Callable[..., Any], args: List[Any]) -> None:
-        try:
-            callback(*args)
-        except Exception:
-            self.log.failure(f"a callback of {event}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -11866,7 +11735,7 @@ def serve_client(client: Client, api: Api, reporter: Optional[Reporter], setting
                       lambda: {f'state="{state}"': state == client.state
                                for state in NEXT_STATES if state})
     app.metrics.watch("send_queue_length", "gauge", "Messages that wait to be sent.",
-                      lambda: {"": client.talk.queue.waiting()})
+                      lambda: {"": client.talk.waiting()})
     watch_posting(app.metrics, reporter)
     listeners = [client.take_listener() or open_listener(
         address.get("host") or settings.host, int(next(

@@ -33,6 +33,7 @@ import struct
 import subprocess
 import symtable
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -7699,38 +7700,44 @@ def test_everybody_who_waits_gets_the_event_and_who_goes_away_takes_none():
 
 
 class Outgoing:
-    """A SendQueue whose clock the test moves; `results` are what the link says, 0 or an exception.
+    """A client whose clock the test moves; `results` are what the link says, 0 or an exception.
     """
 
-    def __init__(self, interval=0.0, ttl=3, batch=1):
+    def __init__(self, interval=0.0, ttl=3):
         self.now, self.sends, self.outcomes, self.results = 1000.0, [], [], []
-        self.queue = openqq.SendQueue(threading.RLock(), self._send, interval, batch, ttl,
-                                      self._sent, openqq.Log(level="fatal"), lambda: self.now)
+        self._tmpdir = tempfile.TemporaryDirectory()
+        self.client = openqq.Client(tmpdir=self._tmpdir.name, log_level="fatal",
+                                    send_interval=interval, msg_ttl=ttl)
+        self.client.timers.clock = lambda: self.now
+        self.client.link.send, self.client.link.batch = self._send, 1
+        self.client.state = "running"
 
     def _send(self, rows):
-        self.sends.append((self.now - 1000.0, [row["n"] for row in rows]))
+        self.sends.append((self.now - 1000.0, [int(row["content"]) for row in rows]))
         result = self.results.pop(0) if self.results else 0
         if isinstance(result, Exception):
             raise result
         return [{"code": result, "info": ""} for _ in rows]
 
-    def _sent(self, outcomes):
-        self.outcomes += [(job.row["n"], row["code"], row["info"]) for job, row in outcomes]
+    def _sent(self, future):
+        message = future.result()
+        self.outcomes.append((int(message.content), message.code, message.info))
 
     def put(self, *numbers):
-        with self.queue.changed:
+        with self.client.lock:
             for number in numbers:
-                self.queue.put(openqq.Job(None, {"n": number, "content": ""}, None))
+                self.client.send("friend_message", str(number), XIAOBING).add_done_callback(
+                    self._sent)
 
     def move(self, seconds):
         """Let time go by, and the queue do what is due then."""
-        with self.queue.changed:
+        with self.client.lock:
             self.now += seconds
-            self.queue.changed.notify_all()
+            self.client.changed.notify_all()
         time.sleep(0.05)
 
     def settle(self, sends):
-        assert eventually(lambda: len(self.sends) >= sends and not self.queue.busy)
+        assert eventually(lambda: len(self.sends) >= sends and not self.client.talk.began)
 
 
 def test_messages_go_send_interval_apart_and_the_first_at_once():
@@ -8155,11 +8162,11 @@ class Voice:
     """One account's API, on its own port or through the controller, and what it hears."""
 
     def __init__(self, program, name, prefix, by_controller=False):
-        self.program, self.name, self.prefix = program, name, prefix
-        self.port = call(program.base, "check_client", client=name)["client"][0]["port"]
-        self.base = program.base if by_controller else f"http://127.0.0.1:{self.port}"
-        self.about = {"client": name} if by_controller else {}
-        self.seq = 0
+        self.program, self.name, self.prefix, self.seq = program, name, prefix, 0
+        self.base, self.about = program.base, {"client": name}
+        if not by_controller:
+            port = call(program.base, "check_client", client=name)["client"][0]["port"]
+            self.base, self.about = f"http://127.0.0.1:{port}", {}
 
     def now(self):
         """Itself, deaf to all that came before."""
@@ -8178,10 +8185,18 @@ class Voice:
         return request(self.base, self.path(api, **params))
 
     def post(self, api, **params):
-        """The same as a form: for what is too long for a request line."""
-        body = urllib.parse.urlencode({**self.about, **params})
+        """The same as a form, where bytes are a file: for what is too long for a request line."""
+        parts = {**self.about, **params}
+        kind, body = FORM, urllib.parse.urlencode(parts)
+        if any(isinstance(value, bytes) for value in parts.values()):
+            kind = "multipart/form-data; boundary=edge"
+            body = b"".join(
+                b"--edge\r\nContent-Disposition: form-data; name=\"%b\"%b\r\n\r\n%b\r\n" % (
+                    name.encode(), b"; filename=\"cat.png\"" * isinstance(value, bytes),
+                    value if isinstance(value, bytes) else value.encode())
+                for name, value in parts.items()) + b"--edge--\r\n"
         return json.loads(request(self.base, self.prefix + api, "POST", body,
-                                  {"Content-Type": FORM})[2])
+                                  {"Content-Type": kind})[2])
 
     def next(self, wanted):
         """The next event since the last one that was returned here, passing over the others."""
@@ -8198,25 +8213,19 @@ class Voice:
                          and event["class"] == "recv")
 
     def event(self, name, wanted=lambda params: True):
-        return self.next(lambda event: event.get("event") == name and wanted(event["params"]))
+        return self.next(lambda event: event.get("event") == name
+                         and wanted(event["params"]))["params"]
 
     def friend(self, name):
         [found] = self.call("search_friend", name=name)
         return found
 
-    def group(self, name):
+    def group(self, name="OpenQQ"):
         [found] = self.call("search_group", name=name)
         return found
 
-
-def form_with_files(**parts):
-    """Headers and body of a form; parts that are bytes are files."""
-    body = b"".join(
-        b"--edge\r\nContent-Disposition: form-data; name=\"%b\"%b\r\n\r\n%b\r\n" % (
-            name.encode(), b"; filename=\"cat.png\"" if isinstance(value, bytes) else b"",
-            value if isinstance(value, bytes) else value.encode())
-        for name, value in parts.items()) + b"--edge--\r\n"
-    return {"Content-Type": "multipart/form-data; boundary=edge"}, body
+    def members(self, group="OpenQQ"):
+        return {member["name"]: member for member in self.group(group)["member"]}
 
 
 @pytest.fixture(scope="session")
@@ -8234,10 +8243,10 @@ def weixin_pair(tmp_path_factory):
     assert "Traceback" not in program.log.text()
 
 
-@pytest.fixture(params=["client", "controller"])
-def voices(request, weixin_pair):
-    """(alice, bob), each on its own port, then both through the controller."""
-    return [Voice(weixin_pair, name, "/openwx/", request.param == "controller").now()
+@pytest.fixture
+def voices(weixin_pair):
+    """alice through the controller, bob on his own port."""
+    return [Voice(weixin_pair, name, "/openwx/", name == "alice").now()
             for name in ("alice", "bob")]
 
 
@@ -8255,128 +8264,104 @@ def media_pair(request, pair, weixin_pair):
 def test_no_code_outside_the_flavour_table_asks_which_flavour_it_is():
     with open(FILE, encoding="utf-8") as file:
         tree = ast.parse(file.read())
-    tests = [part for node in ast.walk(tree)
-             for part in ([node.test] if isinstance(node, (ast.If, ast.IfExp, ast.While)) else
-                          [node] if isinstance(node, (ast.Compare, ast.BoolOp)) else [])]
-    named = [node.lineno for test in tests for node in ast.walk(test)
-             if isinstance(node, ast.Constant) and node.value in ("weixin", "qq")]
-    defaults = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.BoolOp)
-                and isinstance(node.values[-1], ast.Constant) and node.values[-1].value == "qq"]
-    assert set(named) <= set(defaults), "`given or 'qq'` is a default and asks nothing"
-    compared = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Compare)
-                for side in [node.left, *node.comparators] for leaf in ast.walk(side)
-                if isinstance(leaf, ast.Attribute) and leaf.attr == "name"
-                and "flavour" in ast.dump(leaf.value)]
-    classes = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call)
-               and getattr(node.func, "id", "") in ("isinstance", "issubclass")
-               and {"QQ", "Weixin"} & {leaf.id for leaf in ast.walk(node)
-                                       if isinstance(leaf, ast.Name)}]
-    assert compared == classes == []
+    asked = [ast.dump(node) for node in ast.walk(tree) if isinstance(node, ast.Compare) or (
+        getattr(getattr(node, "func", None), "id", "") in ("isinstance", "issubclass"))]
+    assert not [text for text in asked if re.search(
+        r"value='(qq|weixin)'|id='(QQ|Weixin)'|flavour', ctx=Load\(\)\), attr='name'", text)]
 
 
 def test_weixin_is_the_system_of_its_document(start):
     program = start("controller", "--flavor", "weixin", typed=True)
     assert (openqq.Weixin.port, openqq.Weixin.client_port) == (2000, 3000)
-    path = "/openwx/start_client?client=weixin_client_01&log_level=debug&post_media_data=0"
-    started = json.loads(request(program.base, path)[2])
+    started = call(program.base, "/openwx/start_client", client="weixin_client_01",
+                   log_level="debug", post_media_data=0)
     assert {**started, "pid": 0, "port": 0} == {
         "account": "weixin_client_01", "client": "weixin_client_01", "code": 0,
         "log_level": "debug", "pid": 0, "port": 0, "post_media_data": "0", "status": "success"}
     assert 3000 <= started["port"] < 4000
-    qrcode = f"{program.base}/openwx/get_qrcode?client=weixin_client_01"
-    client = f"http://127.0.0.1:{started['port']}"
-    assert eventually(lambda: request(program.base, qrcode[len(program.base):])[0] == 200)
-    for base, path in ((program.base, qrcode[len(program.base):]),
-                       (client, "/openwx/get_qrcode")):
+    ask = functools.partial(call, program.base, client="weixin_client_01")
+    path = "/openwx/get_qrcode?client=weixin_client_01"
+    assert eventually(lambda: request(program.base, path)[0] == 200)
+    for base in program.base, f"http://127.0.0.1:{started['port']}":
         status, fields, body = request(base, path)
-        assert (status, fields["content-type"], fields["cache-control"]) == (
-            200, "image/jpg", "no-cache")
-        assert body.startswith(b"\x89PNG")
-    row = call(program.base, "/openwx/check_client", client="weixin_client_01")["client"][0]
+        assert (status, fields["content-type"], fields["cache-control"], body[:4]) == (
+            200, "image/jpg", "no-cache", b"\x89PNG")
+    [row] = ask("/openwx/check_client")["client"]
     start_of = os.path.join(os.path.realpath(program.tmpdir), "mojo_weixin_")
-    assert {name: row[name] for name in (
-        "state", "tmpdir", "cookie_path", "pid_path", "qrcode_path", "state_path",
-        "download_media", "http_debug", "log_encoding", "log_level", "os")} == {
-        "state": "scaning", "tmpdir": os.path.realpath(program.tmpdir),
-        "cookie_path": start_of + "cookie_weixin_client_01.dat",
-        "pid_path": start_of + "pid_weixin_client_01.pid",
-        "qrcode_path": start_of + "qrcode_weixin_client_01.jpg",
-        "state_path": start_of + "state_weixin_client_01.json",
-        "download_media": "1", "http_debug": "0", "log_encoding": None, "log_level": "debug",
-        "os": sys.platform}
+    wanted = {"state": "scaning", "tmpdir": os.path.realpath(program.tmpdir),
+              "cookie_path": start_of + "cookie_weixin_client_01.dat",
+              "pid_path": start_of + "pid_weixin_client_01.pid",
+              "qrcode_path": start_of + "qrcode_weixin_client_01.jpg",
+              "state_path": start_of + "state_weixin_client_01.json",
+              "download_media": "1", "http_debug": "0", "log_encoding": None,
+              "log_level": "debug", "os": sys.platform}
+    assert {name: row[name] for name in wanted} == wanted
     assert [plugin for plugin in row["plugin"] if plugin["priority"] in (98, 100)] == [
         {"auto_call": None, "call_on_load": 1, "name": "Mojo::Weixin::Plugin::Openwx",
          "priority": 98},
         {"auto_call": 1, "call_on_load": 0, "name": "Mojo::Weixin::Plugin::ShowMsg",
          "priority": 100}]
-    assert call(program.base, "/local/login", client="weixin_client_01")["code"] == 0
+    assert ask("/local/login")["code"] == 0
     names = [subprocess.run(["ps", "-o", "args=", "-p", str(pid)], stdout=subprocess.PIPE,
                             check=True).stdout.decode() for pid in (program.pid, started["pid"])]
     assert "wxcontroller" in names[0] and "wxclient(weixin_client_01)" in names[1]
-    stopped = call(program.base, "/openwx/stop_client", client="weixin_client_01")
+    stopped = ask("/openwx/stop_client")
     assert stopped == {name: started[name] for name in started if name != "account"}
     left = os.listdir(program.tmpdir)
     assert all(name.startswith(("mojo_weixin_", ".openqq_mojo_weixin_")) for name in left), left
     assert {"mojo_weixin_controller_process.pid", "mojo_weixin_controller_backend.dat",
-            "mojo_weixin_controller_template.py", "mojo_weixin_cookie_weixin_client_01.dat",
+            "mojo_weixin_cookie_weixin_client_01.dat",
             "mojo_weixin_state_weixin_client_01.json"} <= set(left)
     with open(start_of + "controller_template.py", encoding="utf-8") as file:
         template = file.read()
     assert "MOJO_WEIXIN_PLUGIN_OPENWX_POST_API" in template and "WEBQQ" not in template
 
 
-def test_weixin_settings_come_from_its_own_environment(start, receive):
+def test_weixin_settings_come_from_its_own_environment_and_every_world_has_filehelper(
+        start, receive, tmp_path):
     receiver = receive()
+    world = {"people": [{"uid": "7001", "name": "alone"}, {"uid": "7002", "name": "dora"}],
+             "groups": [], "discuss": [], "friends": [["7001", "7002"]]}
     client = start("client", "--flavor", "weixin", env={
         "MOJO_WEIXIN_ACCOUNT": "alone", "MOJO_WEBQQ_ACCOUNT": "other",
+        "MOJO_WEIXIN_WORLD": put(tmp_path / "world", json.dumps(world)),
         "MOJO_WEIXIN_LOGIN_TYPE": "login", "MOJO_WEIXIN_PWD": "x",
         "MOJO_WEIXIN_PLUGIN_OPENWX_POST_API": receiver.url})
     event = receiver.next(lambda event: event.get("event") == "login")
     assert event["params"] == [0]
     assert call(client.base, "/openwx/get_client_info")["account"] == "alone"
-    user = call(client.base, "/openwx/get_user_info")
-    assert user["name"] == "alone" and client.stop() == 0
+    assert call(client.base, "/openwx/get_user_info")["name"] == "alone"
+    friends = call(client.base, "/openwx/get_friend_info")
+    assert {friend["name"] for friend in friends} == {"dora", "文件传输助手"}
+    for key in "id", "account":
+        sent = call(client.base, "/openwx/send_friend_message", content="hello",
+                    **{key: "filehelper"})
+        assert (sent["code"], sent["id"].partition(":")[2]) == (0, "filehelper")
+    assert client.stop() == 0
     assert os.path.exists(os.path.join(client.tmpdir, "mojo_weixin_state_alone.json"))
 
 
-def test_an_edited_weixin_template_is_what_clients_run(start, tmp_path):
-    template = openqq.default_template(openqq.Weixin) + "\n# edited\n"
-    (tmp_path / "mojo_weixin_controller_template.py").write_text(template, encoding="utf-8")
-    program = start("controller", "--flavor", "weixin")
-    program.login("alice")
-    [row] = call(program.base, "/openwx/check_client")["client"]
-    assert row["state"] == "running"
-    assert "Mojo::Weixin::Plugin::Openwx" in [plugin["name"] for plugin in row["plugin"]]
-
-
 def test_both_flavours_share_a_tmpdir_and_nothing_else(start):
-    programs = {"openqq": start("controller"), "openwx": start("controller", "--flavor", "weixin")}
-    voices = {}
-    for name, program in programs.items():
+    voices = []
+    for name, words in ("openqq", ()), ("openwx", ("--flavor", "weixin")):
+        program = start("controller", *words)
         program.login("alice")
-        voices[name] = Voice(program, "alice", f"/{name}/", True)
-    uids = {name: voice.call("get_user_info")["uid"] for name, voice in voices.items()}
-    assert uids["openqq"] == uids["openwx"] == ALICE, "the same name in two worlds"
-    for name, voice in voices.items():
+        voice = Voice(program, "alice", f"/{name}/", True)
+        assert voice.call("get_user_info")["uid"] == ALICE, "the same name in two worlds"
         assert voice.call("send_friend_message", id=voice.friend("小冰")["id"],
                           content=name)["code"] == 0
         assert voice.heard(name)
-        assert {event["content"] for event in voice.call("check_event", since=0)
-                if "content" in event} == {name}
-    assert programs["openqq"].stop() == 0
-    assert voices["openwx"].call("search_friend", name="小冰")[0]["name"] == "小冰"
-    programs["openwx"].stop()
+        voices.append(voice)
+    for voice in voices:
+        assert {f"/{event['content']}/" for event in voice.call("check_event", since=0)
+                if "content" in event} == {voice.prefix}
+    assert voices[0].program.stop() == 0
+    assert voices[1].friend("小冰")
+    voices[1].program.stop()
     again = start("controller")
     assert eventually(lambda: again.state("alice")["state"] == "running")
     listed = [name for name in os.listdir(again.tmpdir) if "weixin" not in name]
     assert listed and all(name.startswith("mojo_webqq_") for name in listed)
-
-
-def test_flavor_must_be_one_of_the_table(tmp_path):
-    for command in "controller", "client":
-        ended = subprocess.run([sys.executable, FILE, command, "--flavor", "wechat"],
-                               stderr=subprocess.PIPE, timeout=WAIT)
-        assert (ended.returncode, b"qq weixin" in ended.stderr) == (2, True)
 
 
 # -- reading
@@ -8387,23 +8372,21 @@ WX_GROUP = {"displayname", "id", "name", "owner_uid", "uid"}
 
 
 def test_weixin_objects_have_their_documented_members(voices):
-    alice, bob = voices
+    alice, _ = voices
     assert WX_PERSON <= set(alice.call("get_user_info"))
     friends = alice.call("get_friend_info")
     assert all(WX_PERSON | {"category"} == set(friend) for friend in friends)
-    assert {friend["name"]: friend["category"] for friend in friends if friend["name"] != "bob"
-            } == {"小冰": "好友", "小灰": "好友", "OpenQQ订阅号": "公众号",
-                  "文件传输助手": "系统帐号"}
-    helper = alice.friend("文件传输助手")
+    assert {friend["name"]: friend["category"] for friend in friends} == {
+        "小冰": "好友", "小灰": "好友", "bob": "好友", "OpenQQ订阅号": "公众号",
+        "文件传输助手": "系统帐号"}
+    helper, group = alice.friend("文件传输助手"), alice.group()
     assert (helper["id"], helper["account"]) == ("filehelper", "filehelper")
     assert re.fullmatch("@[0-9a-f]{32}", alice.friend("小冰")["id"])
-    group = alice.group("OpenQQ")
     assert set(group) == WX_GROUP | {"member"} and re.fullmatch("@@[0-9a-f]{32}", group["id"])
     assert all(WX_PERSON <= set(member) for member in group["member"])
-    assert {"alice", "bob", "小冰"} <= {member["name"] for member in group["member"]}
+    assert {"alice", "bob", "小冰"} <= set(alice.members())
     [basic] = [row for row in alice.call("get_group_basic_info") if row["name"] == "OpenQQ"]
-    assert set(basic) == WX_GROUP
-    assert group in alice.call("get_group_info")
+    assert set(basic) == WX_GROUP and group in alice.call("get_group_info")
     assert alice.call("search_friend", account="filehelper") == [helper]
     assert alice.call("search_friend", name="nobody") == alice.call("search_group") == LOST
     assert alice.call("search_group", displayname="OpenQQ") == [group]
@@ -8423,57 +8406,37 @@ def test_what_a_flavour_lacks_is_an_unknown_path(media_pair):
     for api in WX_LACKS if weixin else QQ_LACKS:
         for voice in alice, own:
             for prefix in "/openqq/", "/openwx/":
-                voice.prefix = prefix
-                status, fields, body = voice.raw(api, id="1")
+                status, fields, body = request(
+                    voice.base, voice.path(api, id="1").replace(voice.prefix, prefix))
                 assert (api, status, body) == (api, 403, b"api not found")
                 assert fields["content-type"] == "text/html;charset=UTF-8"
-    assert call(alice.program.base, "check_client", client="alice")["client"][0][
-        "state"] == "running"
-
-
-def test_at_all_is_nobody_in_qq(pair):
-    answer = pair.call("send_friend_message", client="alice", id="@all", content="to all")
-    assert answer == {"code": 100, "id": None, "status": "friend not found"}
-    assert "to all" not in heard(pair)
+    if not weixin:
+        assert alice.call("send_friend_message", id="@all", content="to all") == {
+            "code": 100, "id": None, "status": "friend not found"}
+    assert alice.program.state("alice")["state"] == "running"
 
 
 # -- sending
 
-def test_weixin_friends_are_found_by_any_key(voices):
+def test_weixin_friends_and_groups_are_found_by_any_key_and_tell_who_they_are(voices):
     alice, bob = voices
-    target = alice.friend("bob")
+    target, group = alice.friend("bob"), alice.group()
     for key in "id", "account", "displayname":
         text = f"by {key} {os.urandom(3).hex()}"
         sent = alice.call("send_friend_message", content=text, **{key: target[key]})
-        assert re.fullmatch(r"[0-9]+:" + target["id"], sent["id"])
         assert sent == {"code": 0, "id": sent["id"], "status": "success"}
+        assert re.fullmatch(r"[0-9]+:" + target["id"], sent["id"])
         got = bob.heard(text)
-        assert {name: got[name] for name in (
-            "class", "format", "post_type", "receiver", "receiver_account", "receiver_name",
-            "receiver_uid", "sender", "sender_account", "sender_category", "sender_markname",
-            "sender_name", "sender_uid", "type")} == {
-            "class": "recv", "format": "text", "post_type": "receive_message",
-            "receiver": "bob", "receiver_account": "bob", "receiver_name": "bob",
-            "receiver_uid": BOB, "sender": "alice", "sender_account": "alice",
-            "sender_category": "好友", "sender_markname": None, "sender_name": "alice",
-            "sender_uid": ALICE, "type": "friend_message"}
-        assert got["sender_id"] == bob.friend("alice")["id"]
-        assert got["receiver_id"] == bob.call("get_user_info")["id"]
+        wanted = {"class": "recv", "format": "text", "post_type": "receive_message",
+                  "receiver": "bob", "receiver_account": "bob", "receiver_name": "bob",
+                  "receiver_uid": BOB, "receiver_id": bob.call("get_user_info")["id"],
+                  "sender": "alice", "sender_account": "alice", "sender_category": "好友",
+                  "sender_markname": None, "sender_name": "alice", "sender_uid": ALICE,
+                  "sender_id": bob.friend("alice")["id"], "type": "friend_message"}
+        assert {name: got[name] for name in wanted} == wanted
         report = alice.next(lambda event: event.get("content") == text)
         assert (report["class"], report["receiver_account"], report["format"]) == (
             "send", "bob", "text")
-    for keys in ({}, {"id": "nobody"}, {"id": target["id"], "account": "alice"}):
-        assert alice.call("send_friend_message", content="x", **keys) == LOST_WITH_ID
-        assert alice.call("send_group_message", content="x", **keys) == LOST_WITH_ID
-    status, _, body = alice.raw("send_friend_message", id=target["id"])
-    assert (status, json.loads(body)["status"]) == (400, "content missing")
-    assert alice.call("send_friend_message", id="filehelper", content="later", **{"async": 1}
-                      ) == {"code": 0, "status": "request already in execution"}
-
-
-def test_weixin_group_messages_tell_of_their_group(voices):
-    alice, bob = voices
-    group = alice.group("OpenQQ")
     for key in "id", "displayname":
         text = f"to all by {key} {os.urandom(3).hex()}"
         sent = alice.call("send_group_message", content=text, **{key: group[key]})
@@ -8481,7 +8444,14 @@ def test_weixin_group_messages_tell_of_their_group(voices):
         got = bob.heard(text)
         assert (got["type"], got["group"], got["group_name"], got["group_uid"]) == (
             "group_message", "OpenQQ", "OpenQQ", group["uid"])
-        assert (got["group_id"], got["sender_name"]) == (bob.group("OpenQQ")["id"], "alice")
+        assert (got["group_id"], got["sender_name"]) == (bob.group()["id"], "alice")
+    for keys in ({}, {"id": "nobody"}, {"id": target["id"], "account": "alice"}):
+        for api in "send_friend_message", "send_group_message":
+            assert alice.call(api, content="x", **keys) == LOST_WITH_ID
+    status, _, body = alice.raw("send_friend_message", id=target["id"])
+    assert (status, json.loads(body)["status"]) == (400, "content missing")
+    assert alice.call("send_friend_message", id="filehelper", content="later", **{"async": 1}
+                      ) == {"code": 0, "status": "request already in execution"}
 
 
 def test_weixin_at_all_reaches_all_friends(voices):
@@ -8495,23 +8465,8 @@ def test_weixin_at_all_reaches_all_friends(voices):
     assert base64.b64decode(got["media_data"]) == PNG
 
 
-def test_filehelper_is_there_in_every_world(start, tmp_path):
-    world = {"people": [{"uid": "7001", "name": "alice"}, {"uid": "7002", "name": "dora"}],
-             "groups": [], "discuss": [], "friends": [["7001", "7002"]]}
-    (tmp_path / "world").write_text(json.dumps(world), encoding="utf-8")
-    client = start("client", "--flavor", "weixin", "--account", "alice", "--login_type", "login",
-                   "--world", str(tmp_path / "world"))
-    assert call(client.base, "/local/login", client="alice")["code"] == 0
-    friends = call(client.base, "/openwx/get_friend_info")
-    assert {friend["name"] for friend in friends} == {"dora", "文件传输助手"}
-    for key in "id", "account":
-        sent = call(client.base, "/openwx/send_friend_message", content="hello",
-                    **{key: "filehelper"})
-        assert (sent["code"], sent["id"].partition(":")[2]) == (0, "filehelper")
-
-
 def test_consult_waits_for_the_answer(voices):
-    alice, _ = voices
+    alice, bob = voices
     ice = alice.friend("小冰")
     answer = alice.call("consult", id=ice["id"], content="what now")
     assert {**answer, "id": ""} == {"code": 0, "id": "", "reply": "what now", "status": "success"}
@@ -8522,10 +8477,6 @@ def test_consult_waits_for_the_answer(voices):
     assert alice.call("consult", id="nobody", content="x") == LOST_WITH_ID
     assert alice.raw("consult", id=ice["id"], content="x", timeout="soon")[0] == 400
     assert alice.raw("consult", id=ice["id"])[0] == 400
-
-
-def test_consult_hears_an_account_too(voices):
-    alice, bob = voices
     text, answers = os.urandom(4).hex(), queue.Queue()
     threading.Thread(target=lambda: answers.put(alice.call(
         "consult", displayname="bob", content=text, timeout=20)), daemon=True).start()
@@ -8535,39 +8486,41 @@ def test_consult_hears_an_account_too(voices):
 
 
 @pytest.mark.parametrize("flavor", ["qq", "weixin"])
-@pytest.mark.parametrize("ill", ["full disk", "tmpdir gone"])
-def test_a_picture_goes_and_comes_though_nothing_can_be_written(start, receive, flavor, ill):
+def test_a_picture_goes_and_comes_though_nothing_can_be_written(start, receive, flavor):
     """From memory, with the text; what has to be kept is 507."""
-    receiver = receive()
-    program = start("controller", "--flavor", flavor)
-    prefix = "/openwx/" if flavor == "weixin" else "/openqq/"
-    own = os.path.join(program.tmpdir, "own")
+    receiver, program = receive(), start("controller", "--flavor", flavor)
+    own, weixin = os.path.join(program.tmpdir, "own"), flavor == "weixin"
     for name in "alice", "bob":
         program.login(name, post_api=receiver.url + "?", post_event="0", tmpdir=own)
-    alice = Voice(program, "alice", prefix, True).now()
-    if ill == "full disk":
+    alice = Voice(program, "alice", "/openwx/" if weixin else "/openqq/", True).now()
+
+    def fill_disk(limit=0):
         for row in program.call("check_client")["client"]:
-            resource.prlimit(row["pid"], resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-    else:
+            resource.prlimit(row["pid"], resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    def lose_tmpdir():
+        fill_disk(resource.RLIM_INFINITY)
         shutil.rmtree(own)
-    status, _, body = alice.raw("send_friend_message", displayname="bob", content="look",
-                                media_data=PNG_TEXT)
-    assert (status, json.loads(body)["code"]) == (200, 0), body
-    want = "look" if flavor == "weixin" else "look[图片]"
-    events = [receiver.next(lambda event: event.get("content") == want) for _ in range(2)]
-    assert {event["post_type"] for event in events} == {"send_message", "receive_message"}
-    for event in events:
-        if flavor == "weixin":
-            assert base64.b64decode(event["media_data"]) == PNG
-            assert (event["media_id"], event["media_path"]) == (None, None)
-        else:
-            [medium] = event["media"]
-            assert (medium["type"], medium["url"], medium["size"]) == ("image", None, str(len(PNG)))
-    if flavor == "weixin":
-        status, _, body = alice.raw("upload_media", media_data=PNG_TEXT)
-        answer = json.loads(body)
-        assert (status, answer["code"]) == (507, 507)
-        assert answer["status"].startswith("the picture cannot be kept: ")
+
+    for number, fall_ill in enumerate((fill_disk, lose_tmpdir)):
+        fall_ill()
+        assert alice.call("send_friend_message", displayname="bob", content=f"look{number}",
+                          media_data=PNG_TEXT)["code"] == 0
+        want = f"look{number}" + "[图片]" * (not weixin)
+        events = [receiver.next(lambda event: event.get("content") == want) for _ in range(2)]
+        assert {event["post_type"] for event in events} == {"send_message", "receive_message"}
+        for event in events:
+            if weixin:
+                assert base64.b64decode(event["media_data"]) == PNG
+                assert (event["media_id"], event["media_path"]) == (None, None)
+            else:
+                assert event["media"] == [{"type": "image", "url": None, "size": str(len(PNG)),
+                                           "name": event["media"][0]["name"]}]
+        if weixin:
+            status, _, body = alice.raw("upload_media", media_data=PNG_TEXT)
+            answer = json.loads(body)
+            assert (status, answer["code"]) == (507, 507)
+            assert answer["status"].startswith("the picture cannot be kept: ")
     assert "fault of this program" not in program.log.text()
 
 
@@ -8577,67 +8530,63 @@ def test_a_weixin_group_is_made_renamed_and_left(voices):
     alice, bob = voices
     ids = {name: alice.friend(name)["id"] for name in ("bob", "小冰", "小灰")}
     name = "群 " + os.urandom(3).hex()
-    assert alice.call("create_group", displayname=name) == {
-        "code": 200, "status": "friend id empty"}
-    assert alice.call("create_group", friends=ids["bob"] + ",@no") == {
-        "code": 100, "status": "friend id @no not found"}
-    made = alice.call("create_group", friends=f"{ids['bob']},{ids['小冰']}", displayname=name)
-    assert made == {"code": 0, "group_id": alice.group(name)["id"], "status": "success"}
-    assert bob.event("new_group", lambda params: params[0]["name"] == name)
-    group = alice.group(name)
-    assert group["owner_uid"] == ALICE
-    assert {member["name"] for member in group["member"]} == {"alice", "bob", "小冰"}
 
-    assert alice.call("invite_friend", id="@@no", friends=ids["小灰"]) == LOST
-    assert alice.call("invite_friend", id=group["id"]) == {"code": 200, "status": "friend id empty"}
-    assert alice.call("invite_friend", id=group["id"], friends="@no") == {
-        "code": 100, "status": "friend id @no not found"}
+    def refused(api, named, **more):
+        """Friends or members who are not named, or not there, and a group that is not."""
+        kind = named.rstrip("s")
+        for given, status in ({}, f"{kind} id empty"), ({named: "@no"}, f"{kind} id @no not found"):
+            assert alice.call(api, **more, **given) == {
+                "code": 100 if given else 200, "status": status}
+        if more.get("id"):
+            assert alice.call(api, id="@@no", **{named: ids["小灰"]}) == LOST
+
+    refused("create_group", "friends", displayname=name)
+    made = alice.call("create_group", friends=f"{ids['bob']},{ids['小冰']}", displayname=name)
+    group = alice.group(name)
+    assert made == {"code": 0, "group_id": group["id"], "status": "success"}
+    assert bob.event("new_group", lambda params: params[0]["name"] == name)
+    assert group["owner_uid"] == ALICE and set(alice.members(name)) == {"alice", "bob", "小冰"}
+
+    refused("invite_friend", "friends", id=group["id"])
     assert alice.call("invite_friend", displayname=name, friends=ids["小灰"]) == OK
     assert bob.event("new_group_member", lambda params: params[0]["name"] == "小灰")
 
     assert alice.call("set_group_displayname", id="@@no", new_displayname="x") == LOST
     assert alice.call("set_group_displayname", id=group["id"]) == FAILED
     assert alice.call("set_group_displayname", id=group["id"], new_displayname=name + "!") == OK
-    assert bob.event("group_property_change")["params"][1:] == ["name", name, name + "!"]
+    assert bob.event("group_property_change")[1:] == ["name", name, name + "!"]
     name += "!"
     assert bob.group(name)["displayname"] == name
 
-    known = {member["name"]: member["id"] for member in bob.group(name)["member"]}
-    assert bob.call("kick_group_member", displayname=name, members=known["小冰"]) == FAILED
-    known = {member["name"]: member["id"] for member in alice.group(name)["member"]}
-    assert alice.call("kick_group_member", id="@@no", members=known["小冰"]) == LOST
-    assert alice.call("kick_group_member", id=group["id"]) == {
-        "code": 200, "status": "member id empty"}
-    assert alice.call("kick_group_member", id=group["id"], members="@no") == {
-        "code": 100, "status": "member id @no not found"}
+    assert bob.call("kick_group_member", displayname=name,
+                    members=bob.members(name)["小冰"]["id"]) == FAILED
+    refused("kick_group_member", "members", id=group["id"])
+    known = {who: member["id"] for who, member in alice.members(name).items()}
     assert alice.call("kick_group_member", displayname=name,
                       members=f"{known['小冰']},{known['小灰']}") == OK
-    assert bob.event("lose_group_member")["params"][0]["name"] == "小冰"
+    assert bob.event("lose_group_member")[0]["name"] == "小冰"
     assert alice.call("kick_group_member", id=group["id"], members=known["bob"]) == OK
-    assert bob.event("lose_group")["params"][0]["name"] == name
+    assert bob.event("lose_group")[0]["name"] == name
     assert bob.call("search_group", name=name) == LOST
 
 
 def test_weixin_names_and_places_can_be_changed(voices):
-    alice, bob = voices
-    target, group = alice.friend("bob"), alice.group("OpenQQ")
+    alice, _ = voices
+    target, group, member = alice.friend("bob"), alice.group(), alice.members()["小冰"]
     for api in "set_friend_markname", "set_markname":
         assert alice.call(api, id="@no", new_markname="x") == LOST
         mark = "mark" + os.urandom(2).hex()
         assert alice.call(api, id=target["id"], new_markname=mark) == OK
-        assert alice.event("friend_property_change")["params"][1:] == [
-            "markname", target["markname"], mark]
-        found = alice.friend("bob")
-        assert (found["markname"], found["displayname"]) == (mark, mark)
+        assert alice.event("friend_property_change")[1:] == ["markname", target["markname"], mark]
+        target = alice.friend("bob")
+        assert (target["markname"], target["displayname"]) == (mark, mark)
         assert alice.call("send_friend_message", markname=mark, content="x")["code"] == 0
-        target = found
-    [member] = [row for row in group["member"] if row["name"] == "小冰"]
-    assert alice.call("set_markname", group_id=group["id"], id="@no", new_markname="x") == LOST
-    assert alice.call("set_markname", group_id="@@no", id=member["id"], new_markname="x") == LOST
+    for place, who in (group["id"], "@no"), ("@@no", member["id"]):
+        assert alice.call("set_markname", group_id=place, id=who, new_markname="x") == LOST
     assert alice.call("set_markname", group_id=group["id"], id=member["id"],
                       new_markname="冰") == OK
     alice.event("group_member_property_change", lambda params: params[3] == "冰")
-    [member] = [row for row in alice.group("OpenQQ")["member"] if row["name"] == "小冰"]
+    member = alice.members()["小冰"]
     assert (member["markname"], member["displayname"]) == ("冰", "冰")
     for id, place in (target["id"], {}), (member["id"], {"group_id": group["id"]}):
         assert alice.call("set_markname", id=id, new_markname="", **place) == OK
@@ -8649,71 +8598,62 @@ def test_weixin_names_and_places_can_be_changed(voices):
 
 def test_weixin_strangers_become_friends_by_request(voices):
     alice, bob = voices
-    base = alice.program.base
     me, target = alice.call("get_user_info")["id"], alice.friend("bob")["id"]
     assert alice.call("make_friend", id=me) == {"code": 101, "status": "can not be yourself"}
     assert alice.call("make_friend", id=target) == {"code": 101, "status": "already a friend"}
     assert alice.call("make_friend", id="@no") == alice.call("make_friend") == LOST
-    assert call(base, "/local/change", do="remove", what="friend", uid="alice",
+    assert call(alice.program.base, "/local/change", do="remove", what="friend", uid="alice",
                 **{"in": "bob"})["code"] == 0
     alice.event("lose_friend")
-    tickets = []
+    tickets, said = [], {"id": bob.members()["alice"]["id"], "displayname": "alice"}
     for _ in range(2):
         assert alice.call("make_friend", id=target, verify="it is me") == OK
-        [asked] = bob.event("friend_request")["params"]
+        [asked] = bob.event("friend_request")
         tickets.append(asked.pop("ticket"))
-        [member] = [row for row in bob.group("OpenQQ")["member"] if row["name"] == "alice"]
-        assert asked == {"id": member["id"], "displayname": "alice", "verify": "it is me"}
-    said = {"id": asked["id"], "displayname": "alice"}
+        assert asked == {**said, "verify": "it is me"}
     wrong = bob.call("accept_friend_request", ticket="no", **said)
     assert (wrong["code"], wrong["ticket"]) == (-1, "no")
     assert alice.call("accept_friend_request", ticket=tickets[1])["code"] == -1, "not alice's"
-    declined = bob.call("accept_friend_request", ticket=tickets[0], accept=0, **said)
-    assert declined == {"code": 0, "status": "success", "ticket": tickets[0], **said}
-    assert bob.call("search_friend", name="alice") == LOST
-    accepted = bob.call("accept_friend_request", ticket=tickets[1], **said)
-    assert accepted == {"code": 0, "status": "success", "ticket": tickets[1], **said}
+    for accept, ticket in enumerate(tickets):
+        assert bob.call("search_friend", name="alice") == LOST
+        assert bob.call("accept_friend_request", ticket=ticket, accept=accept, **said) == {
+            "code": 0, "status": "success", "ticket": ticket, **said}
     for voice, name in (alice, "bob"), (bob, "alice"):
-        assert voice.event("new_friend")["params"][0]["name"] == name
+        assert voice.event("new_friend")[0]["name"] == name
     assert bob.call("accept_friend_request", ticket=tickets[1])["code"] == -1, "used"
 
 
 def test_weixin_avatars_are_small_pictures(voices):
-    alice, bob = voices
-    group = alice.group("OpenQQ")
-    [member] = [row for row in group["member"] if row["name"] == "小灰"]
-    seen = set()
-    for keys in ({"id": alice.friend("bob")["id"]}, {"id": alice.call("get_user_info")["id"]},
-                 {"group_id": group["id"]}):
+    alice, _ = voices
+    group, gray = alice.group()["id"], alice.friend("小灰")
+    ways = ({"id": alice.friend("bob")["id"]}, {"id": alice.call("get_user_info")["id"]},
+            {"group_id": group}, {"group_id": group, "id": alice.members()["小灰"]["id"]},
+            {"displayname": "小灰"}, {"account": gray["account"]})
+    found = []
+    for keys in ways:
         status, fields, body = alice.raw("get_avatar", **keys)
         assert (status, fields["content-type"], fields["cache-control"]) == (
             200, "image/png", "max-age=3600")
         assert body.startswith(b"\x89PNG\r\n\x1a\n") and len(body) < 4096
-        seen.add(body)
-    assert len(seen) == 3
-    same = [alice.raw("get_avatar", **keys)[2] for keys in (
-        {"group_id": group["id"], "id": member["id"]}, {"displayname": "小灰"},
-        {"account": alice.friend("小灰")["account"]})]
-    assert same[0] == same[1] == same[2]
-    for keys in {}, {"id": "@no"}, {"group_id": "@@no"}, {"group_id": group["id"], "id": "@no"}:
+        found.append(body)
+    assert len(set(found)) == 4 and len(set(found[3:])) == 1
+    for keys in {}, {"id": "@no"}, {"group_id": "@@no"}, {"group_id": group, "id": "@no"}:
         assert alice.call("get_avatar", **keys) == LOST_WITH_ID
 
 
 def test_friend_requests_are_answered_in_qq_too(start, receive):
-    receiver = receive()
-    program = start("controller")
+    receiver, program = receive(), start("controller")
     program.login("alice", post_api=receiver.url, post_event_list="friend_request,new_friend")
-    for number, accept in enumerate(["0", "1"]):
-        person = program.call("/local/change", do="add", what="person", name=f"dora{number}")
-        assert program.call("/local/change", do="add", what="friend_request", uid=person["uid"],
+    for accept in "0", "1":
+        uid = program.call("/local/change", do="add", what="person", name="dora" + accept)["uid"]
+        assert program.call("/local/change", do="add", what="friend_request", uid=uid,
                             verify="hello", **{"in": "alice"})["code"] == 0
         [asked] = receiver.next(lambda event: event.get("event") == "friend_request")["params"]
         assert (set(asked), asked["name"], asked["verify"]) == (
-            {"id", "name", "verify", "ticket"}, f"dora{number}", "hello")
+            {"id", "name", "verify", "ticket"}, "dora" + accept, "hello")
         answer = program.call("accept_friend_request", client="alice", accept=accept,
                               ticket=asked["ticket"], markname="D", id=asked["id"])
-        assert answer == {"code": 0, "displayname": None, "id": asked["id"],
-                          "status": "success", "ticket": asked["ticket"]}
+        assert answer == {**OK, "displayname": None, "id": asked["id"], "ticket": asked["ticket"]}
     [friend] = receiver.next(lambda event: event.get("event") == "new_friend")["params"]
     assert (friend["name"], friend["markname"], friend["id"]) == ("dora1", "D", asked["id"])
     assert program.call("search_friend", client="alice", name="dora0")["code"] == 100
@@ -8721,21 +8661,20 @@ def test_friend_requests_are_answered_in_qq_too(start, receive):
 
 def test_messages_are_taken_back_once_by_their_sender(media_pair):
     alice, bob, weixin = media_pair
-    text = os.urandom(4).hex()
-    sent = alice.call("send_friend_message", displayname="bob", content=text)
-    got = bob.heard(text)
-    assert str(sent["id"]).partition(":")[0] == got["id"]
-    assert bob.call("revoke_message", id=got["id"]) == {
-        "code": 0, "status": "revoke failure"}, "not bob's"
-    assert alice.call("revoke_message", id=sent["id"]) == {"code": 0, "status": "revoke success"}
-    if weixin:  # in nobody's default list, and `pair` has the default
-        assert bob.event("revoke_message")["params"] == [got["id"], ALICE, ALICE, None]
-        group = alice.call("send_group_message", id=alice.group("OpenQQ")["id"], content=text)
+    text, done = os.urandom(4).hex(), {"code": 0, "status": "revoke success"}
+    sends = [("send_friend_message", {"displayname": "bob"})]
+    if weixin:
+        sends.append(("send_group_message", {"displayname": "OpenQQ"}))
+    for api, place in sends:
+        sent = alice.call(api, content=text, **place)["id"]
         got = bob.heard(text)
-        assert alice.call("revoke_message", id=group["id"])["status"] == "revoke success"
-        assert bob.event("revoke_message")["params"] == [
-            got["id"], ALICE, ALICE, got["group_uid"]]
-    assert alice.call("revoke_message", id=sent["id"]) == {"code": 0, "status": "revoke failure"}
+        assert str(sent).partition(":")[0] == got["id"]
+        failed = {"code": 0, "status": "revoke failure"}
+        assert bob.call("revoke_message", id=got["id"]) == failed, "not bob's"
+        assert alice.call("revoke_message", id=sent) == done
+        if weixin:  # in nobody's default list, and `pair` has the default
+            assert bob.event("revoke_message") == [got["id"], ALICE, ALICE, got.get("group_uid")]
+        assert alice.call("revoke_message", id=sent) == failed
     for unknown in {}, {"id": "1:@x"}, {"id": ""}:
         assert alice.call("revoke_message", **unknown) == {
             "code": -1, "status": "msg id not found"}
@@ -8743,14 +8682,17 @@ def test_messages_are_taken_back_once_by_their_sender(media_pair):
 
 # -- media
 
+MEDIA = {"media_code", "media_ext", "media_id", "media_mime", "media_mtime", "media_name",
+         "media_path", "media_size"}
+
+
 def arrives(bob, weixin, content, data=PNG):
     """The event of a picture that comes with this text; its bytes are checked."""
     want = content if weixin else content + "[图片]"
     got = bob.next(lambda event: event.get("content") == want and event["class"] == "recv")
     if weixin:
         assert got["format"] == "media" and base64.b64decode(got["media_data"]) == data
-        assert {"media_code", "media_ext", "media_id", "media_mime", "media_mtime", "media_name",
-                "media_path", "media_size"} <= set(got)
+        assert MEDIA <= set(got)
         assert (got["media_mime"], got["media_size"]) == ("image/png", str(len(data)))
         with open(got["media_path"], "rb") as file:
             assert file.read() == data
@@ -8766,30 +8708,25 @@ def arrives(bob, weixin, content, data=PNG):
 
 def test_a_picture_reaches_the_other_whichever_way_it_is_given(media_pair):
     alice, bob, weixin = media_pair
-    path = os.path.join(alice.program.tmpdir, "cat.png")
+    path, mark = os.path.join(alice.program.tmpdir, "cat.png"), os.urandom(3).hex()
     with open(path, "wb") as file:
         file.write(PNG)
-    send = {"displayname": "bob"}
-    mark = os.urandom(3).hex()
-    assert alice.post("send_friend_message", media_data=PNG_TEXT, content=mark + " data",
-                      **send)["code"] == 0
-    first = arrives(bob, weixin, mark + " data")
-    assert alice.call("send_friend_message", media_path=path, content=mark + " path",
-                      **send)["code"] == 0
-    got = arrives(bob, weixin, mark + " path")
+
+    def send(text, **given):
+        """The event, after a picture that goes to bob with a text, as a form."""
+        assert alice.post("send_friend_message", displayname="bob", content=text,
+                          **given)["code"] == 0
+        return arrives(bob, weixin, text)
+
+    first = send(mark + " data", media_data=PNG_TEXT)
+    got = send(mark + " path", media_path=path)
     assert (got["media_name"] if weixin else got["media"][0]["name"]) == "cat.png"
-    url = alice.program.base + (bob.path("get_media", id=first["media_id"]) if weixin else
-                                urllib.parse.urlsplit(first["media"][0]["url"])._replace(
-                                    scheme="", netloc="").geturl())
-    assert alice.call("send_friend_message", media_url=url, content=mark + " url",
-                      **send)["code"] == 0
-    arrives(bob, weixin, mark + " url")
-    fields, body = form_with_files(media_data=PNG, content=mark + " part", client="alice", **send)
-    answer = request(alice.base, alice.prefix + "send_friend_message", "POST", body, fields)
-    assert json.loads(answer[2])["code"] == 0
-    arrives(bob, weixin, mark + " part")
+    send(mark + " part", media_data=PNG)
+    send(mark + " url", media_url=alice.program.base + (
+        bob.path("get_media", id=first["media_id"]) if weixin else urllib.parse.urlsplit(
+            first["media"][0]["url"])._replace(scheme="", netloc="").geturl()))
     body = json.dumps({"client": "alice", "media_data": PNG_TEXT, "content": mark + " json",
-                       **send}).encode()
+                       "displayname": "bob"}).encode()
     answer = request(alice.base, alice.prefix + "send_friend_message", "POST", body,
                      {"Content-Type": "application/json"})
     assert json.loads(answer[2])["code"] == 0
@@ -8798,106 +8735,88 @@ def test_a_picture_reaches_the_other_whichever_way_it_is_given(media_pair):
                       content=mark + " group")["code"] == 0
     assert arrives(bob, weixin, mark + " group")["group"] == "OpenQQ"
     os.remove(path)
-
-
-def test_an_uploaded_file_keeps_its_name(weixin_pair):
-    fields, body = form_with_files(media_data=PNG, client="alice")
-    answer = request(weixin_pair.base, "/openwx/upload_media", "POST", body, fields)[2]
-    assert json.loads(answer)["media_name"] == "cat.png"
-
-
-def test_a_picture_needs_no_text(media_pair):
-    alice, bob, weixin = media_pair
+    alice.now(), bob.now()
     assert alice.post("send_friend_message", displayname="bob", media_data=PNG_TEXT)["code"] == 0
-    got = bob.next(lambda event: event["post_type"] == "receive_message"
-                   and ("media_id" in event or "media" in event))
+    got, report = [voice.next(lambda event: "media_id" in event or "media" in event)
+                   for voice in (bob, alice)]
     assert got["content"] == (f"[media]({got['media_path']})" if weixin else "[图片]")
-    report = alice.next(lambda event: event["post_type"] == "send_message"
-                        and ("media_id" in event or "media" in event))
     assert report["content"].startswith("[media](" if weixin else "[图片]")
 
 
 def test_uploaded_media_is_sent_by_its_id(voices):
     alice, bob = voices
-    fields, body = form_with_files(media_data=PNG, client="alice")
-    ways = [lambda: alice.post("upload_media", media_data=PNG_TEXT),
-            lambda: json.loads(request(alice.base, "/openwx/upload_media", "POST", body,
-                                       fields)[2])]
-    for number, upload in enumerate(ways):
-        row = upload()
-        assert {"code", "status", "media_code", "media_ext", "media_id", "media_mime",
-                "media_mtime", "media_name", "media_path", "media_size"} == set(row)
+    for data in PNG_TEXT, PNG:
+        row = alice.post("upload_media", media_data=data)
+        assert {"code", "status", *MEDIA} == set(row)
         assert (row["code"], row["media_ext"], row["media_mime"], row["media_size"]) == (
             0, "png", "image/png", str(len(PNG)))
-        for send, keys in (("send_friend_message", {"displayname": "bob"}),
-                           ("send_group_message", {"displayname": "OpenQQ"})):
+        assert row["media_name"] == "cat.png" or data == PNG_TEXT
+        for api, given in (
+                ("send_friend_message", {"displayname": "bob", "media_id": row["media_id"]}),
+                ("send_group_message", {"displayname": "OpenQQ", "media_id": row["media_id"]}),
+                ("send_friend_message", {"displayname": "bob", "media_path": row["media_path"]})):
             text = os.urandom(4).hex()
-            assert alice.call(send, media_id=row["media_id"], content=text, **keys)["code"] == 0
+            assert alice.call(api, content=text, **given)["code"] == 0
             arrives(bob, True, text)
-        assert alice.call("send_friend_message", displayname="bob", content=text,
-                          media_path=row["media_path"])["code"] == 0, "its own media file"
-        arrives(bob, True, text)
     assert alice.raw("upload_media")[0] == 400
 
 
 def test_uploaded_media_is_harmless_whatever_it_is(voices):
     alice, _ = voices
-    page = base64.b64encode(b"<script>alert(1)</script>").decode()
-    for name in "page.html", "../../etc/page.html", "\n\x00page.html\"":
-        row = alice.post("upload_media", media_data=page, media_name=name.replace("\0", ""))
-        start_of = os.path.join(os.path.realpath(alice.program.tmpdir), "mojo_weixin_media_alice_")
+    page = b"<script>alert(1)</script>"
+    start_of = os.path.join(os.path.realpath(alice.program.tmpdir), "mojo_weixin_media_alice_")
+    for name in "page.html", "../../etc/page.html", "\npage.html\"":
+        row = alice.post("upload_media", media_data=base64.b64encode(page).decode(),
+                         media_name=name)
         assert re.fullmatch(re.escape(start_of) + r"[0-9a-f]{32}\.[a-z]+", row["media_path"])
         assert os.stat(row["media_path"]).st_mode & 0o777 == 0o600
         status, fields, body = alice.raw("get_media", id=row["media_id"])
-        assert (status, body) == (200, b"<script>alert(1)</script>")
+        assert (status, body) == (200, page)
         assert (fields["content-security-policy"], fields["x-content-type-options"]) == (
             "sandbox", "nosniff")
 
 
 def test_bad_media_is_refused_and_nothing_is_sent(media_pair, tmp_path):
-    alice, bob, weixin = media_pair
-    tmpdir = alice.program.tmpdir
-    outside = tmp_path / "cat.png"
+    alice, bob, _ = media_pair
+    tmpdir, outside = alice.program.tmpdir, tmp_path / "cat.png"
     outside.write_bytes(PNG)
     own = [os.path.join(tmpdir, name) for name in os.listdir(tmpdir)
            if name.startswith("mojo_") and "_media_alice_" not in name]
-    assert any("cookie_alice" in name for name in own)
-    link, fifo = os.path.join(tmpdir, "link.png"), os.path.join(tmpdir, "fifo.png")
-    if not os.path.lexists(link):
-        os.symlink(str(outside), link)
-        os.mkfifo(fifo)
-    cookie_link = os.path.join(tmpdir, "cookie.png")
-    if not os.path.lexists(cookie_link):
-        os.symlink([name for name in own if "cookie_alice" in name][0], cookie_link)
-    paths = [str(outside), "/etc/passwd", link, cookie_link, *own, os.path.join(
-        tmpdir, "..", os.path.basename(str(tmp_path)), "cat.png"), "cat.png"]
-    for path in paths:
-        status, _, body = alice.raw("send_friend_message", displayname="bob", content="bad",
-                                    media_path=path)
-        answer = json.loads(body)
-        assert (path, status, answer["code"], answer["status"]) == (
-            path, 400, 6, "media_path not allowed: put the file into "
-            f"{os.path.realpath(tmpdir)}, or give media_data or media_url")
-    for bad in ({"media_path": fifo}, {"media_path": tmpdir},
-                {"media_path": os.path.join(tmpdir, "none.png")}, {"media_data": "%%%"},
-                {"media_id": "0" * 32}, {"media_id": "../../etc/passwd"},
-                {"media_url": "file:///etc/passwd"}, {"media_url": "data:,x"},
-                {"media_url": "http://127.0.0.1:1/"}, {"media_url": "nowhere"},
-                {"media_url": "http://169.254.169.254/latest"},
-                {"media_url": alice.program.base + "/nope"}):
-        status, _, body = alice.raw("send_friend_message", displayname="bob", content="bad", **bad)
-        assert (bad, status) == (bad, 400) and json.loads(body)["code"] in (6, 400)
+    [cookie] = [name for name in own if "cookie_alice" in name]
+    link, cookie_link, fifo = [os.path.join(tmpdir, name + ".png")
+                               for name in ("link", "cookie", "fifo")]
+    os.symlink(str(outside), link)
+    os.symlink(cookie, cookie_link)
+    os.mkfifo(fifo)
+    try:
+        for path in [str(outside), "/etc/passwd", link, cookie_link, *own, os.path.join(
+                tmpdir, "..", os.path.basename(str(tmp_path)), "cat.png"), "cat.png"]:
+            status, _, body = alice.raw("send_friend_message", displayname="bob", content="bad",
+                                        media_path=path)
+            assert (path, status, json.loads(body)) == (path, 400, {
+                "code": 6, "status": "media_path not allowed: put the file into "
+                f"{os.path.realpath(tmpdir)}, or give media_data or media_url"})
+        for bad in ({"media_path": fifo}, {"media_path": tmpdir},
+                    {"media_path": os.path.join(tmpdir, "none.png")}, {"media_data": "%%%"},
+                    {"media_id": "0" * 32}, {"media_id": "../../etc/passwd"},
+                    {"media_url": "file:///etc/passwd"}, {"media_url": "data:,x"},
+                    {"media_url": "http://127.0.0.1:1/"}, {"media_url": "nowhere"},
+                    {"media_url": "http://169.254.169.254/latest"},
+                    {"media_url": alice.program.base + "/nope"}):
+            status, _, body = alice.raw("send_friend_message", displayname="bob", content="bad",
+                                        **bad)
+            assert (bad, status) == (bad, 400) and json.loads(body)["code"] in (6, 400)
+    finally:
+        for path in link, cookie_link, fifo:
+            os.remove(path)
     assert alice.post("send_friend_message", displayname="bob", media_data=PNG_TEXT,
                       content="bad" * 30_000)["code"] == 400
     mark = os.urandom(4).hex()
     assert alice.call("send_friend_message", displayname="bob", content=mark)["code"] == 0
-    contents = []
-    while mark not in contents:  # nothing that was sent before comes after it
-        contents = [event.get("content") for event in bob.call("check_event", since=0)]
-    assert not [text for text in contents if str(text).startswith("bad")]
+    bob.heard(mark)  # nothing that was sent before comes after it
+    assert not [event for event in bob.call("check_event", since=0)
+                if event.get("content", "").startswith("bad")]
     assert alice.raw("get_media", id="0" * 32)[0] == alice.raw("get_media")[0] == 404
-    for path in link, fifo, cookie_link:
-        os.remove(path)
 
 
 class Gallery(Peer):
@@ -8936,25 +8855,22 @@ def test_a_pictures_address_may_stand_in_media_path_too_and_may_lead_elsewhere(
         media_pair, gallery):
     alice, bob, weixin = media_pair
     url = gallery.url + "/cat.png"
-    sends = [("send_friend_message", {"displayname": "bob"}),
-             ("send_group_message", {"displayname": "OpenQQ"})]
-    for number, (api, keys) in enumerate(sends):
+    for api, keys in (("send_friend_message", {"displayname": "bob"}),
+                      ("send_group_message", {"displayname": "OpenQQ"})):
         for given in ({"media_path": url}, {"media_path": url.replace("http", "HTTP")},
                       {"media_url": url}, {"media_path": gallery.to(gallery.to(url))},
                       {"media_url": gallery.to("/cat.png")}):
             text = os.urandom(4).hex()
-            answer = alice.call(api, content=text, **keys, **given)
-            assert answer["code"] == 0, (given, answer)
+            id = alice.call(api, content=text, **keys, **given)["media_id"]
             arrives(bob, weixin, text)
-            status, fields, body = alice.raw("get_media", id=answer["media_id"])
+            again = alice.call(api, content=text + "2", media_id=id, **keys)
+            assert (again["code"], again["media_id"]) == (0, id)
+            arrives(bob, weixin, text + "2")
+            status, fields, body = alice.raw("get_media", id=id)
             assert (status, fields["content-type"], body) == (200, "image/png", PNG)
-            text = os.urandom(4).hex()
-            again = alice.call(api, content=text, media_id=answer["media_id"], **keys)
-            assert (again["code"], again["media_id"]) == (0, answer["media_id"])
-            arrives(bob, weixin, text)
-    assert "media_id" not in alice.call("send_friend_message", displayname="bob", content="x")
-    assert "media_id" not in alice.call("send_friend_message", displayname="bob", content="x",
-                                        media_path=url, **{"async": 1})
+    for more in {}, {"media_path": url, "async": 1}:
+        assert "media_id" not in alice.call("send_friend_message", displayname="bob",
+                                            content="x", **more)
     if weixin:
         row = alice.call("upload_media", media_path=url)
         assert (row["code"], row["media_name"], row["media_size"]) == (0, "cat.png", str(len(PNG)))
@@ -8962,59 +8878,52 @@ def test_a_pictures_address_may_stand_in_media_path_too_and_may_lead_elsewhere(
 
 def ways_into(program, port):
     """Addresses of a server of this program, by all the names that lead to it."""
-    names = ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.1", "0", "0.0.0.0"]
+    names = ["localhost", "127.1", "2130706433", "0x7f.1", "0", "0.0.0.0"]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
+        with contextlib.suppress(OSError):
             probe.connect(("192.0.2.1", 9))   # nothing is sent; that is how we are called outside
             names.append(probe.getsockname()[0])
-        except OSError:
-            pass
     paths = ["/", "/healthz", "/metrics", "/local/world", "/local/scan?ticket=1",
              "/openqq/check_client", "/openqq/get_user_info?client=bob",
              "/openwx/stop_client?client=bob", "/openqq/nope/get_media", "/openqq/get_media",
              "/openqq/get_media?client=nobody&id=x", "/openqq/get_media?client=bob&id=x"]
-    return [f"http://{names[0]}:{port}{path}" for path in paths] + [
-        f"http://{name}:{port}/openqq/stop_client?client=bob" for name in names[1:]]
+    return [f"http://127.0.0.1:{port}{path}" for path in paths] + [
+        f"http://{name}:{port}/openqq/stop_client?client=bob" for name in names]
 
 
 def test_no_pictures_address_leads_to_a_port_of_this_program(media_pair, gallery, alone):
     alice, _, _ = media_pair
     program = alice.program
-    ports = [program.port, alone.program.port, *(
-        row["port"] for row in call(program.base, "check_client")["client"])]
-    for port in ports:
+    given = [{"media_url": gallery.url + path} for path in (
+        "/round", "/empty", "/to?file:///etc/passwd", "/to?http://169.254.169.254/x",
+        "/to?http://[bad", "/to?http://127.0.0.1:70000/")]
+    for port in (program.port, alone.program.port, *(
+            row["port"] for row in call(program.base, "check_client")["client"])):
         for url in ways_into(program, port):
-            for given in {"media_url": url}, {"media_path": url}, {"media_url": gallery.to(url)}:
-                status, _, body = alice.raw("send_friend_message", displayname="bob", **given)
-                assert (given, status) == (given, 400), body
-    for path in "/round", "/empty", "/to?file:///etc/passwd", "/to?http://169.254.169.254/x", \
-            "/to?http://[bad", "/to?http://127.0.0.1:70000/":
-        status, _, body = alice.raw("send_friend_message", displayname="bob",
-                                    media_url=gallery.url + path)
-        assert (path, status) == (path, 400), body
+            given += [{"media_url": url}, {"media_path": url}, {"media_url": gallery.to(url)}]
+    for params in given:
+        status, _, body = alice.raw("send_friend_message", displayname="bob", **params)
+        assert (params, status) == (params, 400), body
     states = [row["state"] for row in call(program.base, "check_client")["client"]]
     assert set(states) == {"running"}
 
 
-def test_what_media_a_caller_names_is_never_a_secret_of_another_place(start, tmp_path):
+def test_what_media_a_caller_names_is_never_a_secret_of_another_place(start):
     """cookie_path and its like may lie in tmpdir under any name (start_client takes them)."""
     program = start("controller", "--flavor", "weixin")
     paths = {name: os.path.join(program.tmpdir, name + ".png")
              for name in ("cookie_path", "state_path")}
     program.login("alice", post_secret="hush", **paths)
     program.login("alice_b")
-    alice = Voice(program, "alice", "/openwx/", True)
-    other = Voice(program, "alice_b", "/openwx/", True)
-    for name, path in paths.items():
-        assert os.path.exists(path)
-        assert alice.raw("upload_media", media_path=path)[0] == 400, name
+    alice, other = [Voice(program, name, "/openwx/", True) for name in ("alice", "alice_b")]
     theirs = other.post("upload_media", media_data=PNG_TEXT)["media_path"]
-    assert alice.raw("upload_media", media_path=theirs)[0] == 400
+    for path in [*paths.values(), theirs]:
+        assert os.path.exists(path)
+        assert alice.raw("upload_media", media_path=path)[0] == 400, path
 
 
 def test_post_media_data_0_leaves_the_bytes_out(start, receive):
-    receiver = receive()
-    program = start("controller", "--flavor", "weixin")
+    receiver, program = receive(), start("controller", "--flavor", "weixin")
     program.login("alice")
     program.login("bob", post_api=receiver.url, post_media_data=0)
     program.login("carol", download_media=0)
@@ -9032,11 +8941,9 @@ def test_post_media_data_0_leaves_the_bytes_out(start, receive):
     got = carol.heard("look")
     assert (got["media_path"], got["media_id"]) == (None, None)
     assert base64.b64decode(got["media_data"]) == PNG
-    kept = [name for name in os.listdir(program.tmpdir) if "media_carol" in name]
-    assert kept == []
     assert call(program.base, "delete_client", client="bob")["code"] == 0
-    assert not [name for name in os.listdir(program.tmpdir) if "_bob" in name], \
-        "nothing of a deleted account stays, its pictures least of all"
+    left = [name for name in os.listdir(program.tmpdir) if "media_carol" in name or "_bob" in name]
+    assert not left, "of a deleted account stays nothing, its pictures least of all"
 
 
 # -- large ones
@@ -9049,35 +8956,22 @@ def large(number):
 def test_large_pictures_arrive_whole_several_at_once(media_pair):
     alice, bob, weixin = media_pair
     pictures = {f"large {n} {os.urandom(2).hex()}": large(n) for n in range(3)}
-    answers = queue.Queue()
-
-    def give(text, data):
-        fields, body = form_with_files(media_data=data, content=text, client="alice",
-                                       displayname="bob")
-        answers.put(json.loads(request(alice.base, alice.prefix + "send_friend_message", "POST",
-                                       body, fields)[2]))
-
-    for item in pictures.items():
-        threading.Thread(target=give, args=item, daemon=True).start()
-    assert [answers.get(timeout=WAIT)["code"] for _ in pictures] == [0, 0, 0]
-    bob.seq = 0
-    found = {}
+    give = functools.partial(alice.post, "send_friend_message", displayname="bob")
+    with concurrent.futures.ThreadPoolExecutor(3) as crew:
+        answers = crew.map(lambda text: give(content=text, media_data=pictures[text]), pictures)
+        assert [answer["code"] for answer in answers] == [0, 0, 0]
+    bob.seq, found = 0, {}
     while len(found) < 3:
         got = bob.next(lambda event: event["post_type"] == "receive_message"
-                       and event["content"].startswith("large"))
-        text = got["content"].replace("[图片]", "")
-        if text not in pictures:
-            continue
+                       and event["content"].replace("[图片]", "") in pictures)
         if weixin:
-            found[text] = base64.b64decode(got["media_data"])
+            data = base64.b64decode(got["media_data"])
         else:
             url = urllib.parse.urlsplit(got["media"][0]["url"])
-            found[text] = request(bob.program.base, f"{url.path}?{url.query}")[2]
+            data = request(bob.program.base, f"{url.path}?{url.query}")[2]
+        found[got["content"].replace("[图片]", "")] = data
     assert found == pictures
-    fields, body = form_with_files(media_data=large(9) + b"!", client="alice", displayname="bob")
-    status, _, answer = request(alice.base, alice.prefix + "send_friend_message", "POST", body,
-                                fields)
-    assert (status, json.loads(answer)["code"]) == (400, 400)
+    assert give(media_data=large(9) + b"!")["code"] == 400
     for name in "alice", "bob":  # what is small is quick again, for those who come after
         for _ in range(21):
             assert alice.program.call("send_friend_message", client=name, displayname="小灰",
@@ -9085,17 +8979,15 @@ def test_large_pictures_arrive_whole_several_at_once(media_pair):
 
 
 def test_pictures_wait_for_an_account_that_is_away_and_survive_the_host(start, receive):
-    receiver = receive()
-    program = start("controller", "--flavor", "weixin")
+    receiver, program = receive(), start("controller", "--flavor", "weixin")
     program.login("alice")
     program.login("bob", post_api=receiver.url)
     assert call(program.base, "/openwx/stop_client", client="bob")["code"] == 0
     alice = Voice(program, "alice", "/openwx/", True)
     pictures = {f"waits {n}": large(n) if n < 2 else PNG for n in range(4)}
     for text, data in pictures.items():
-        sent = alice.post("send_friend_message", displayname="bob", content=text,
-                          media_data=base64.b64encode(data).decode())
-        assert sent["code"] == 0
+        assert alice.post("send_friend_message", displayname="bob", content=text,
+                          media_data=base64.b64encode(data).decode())["code"] == 0
     assert program.stop() == 0
     again = start("controller", "--flavor", "weixin")
     assert call(again.base, "/openwx/start_client", client="bob",
@@ -9106,24 +8998,18 @@ def test_pictures_wait_for_an_account_that_is_away_and_survive_the_host(start, r
         assert base64.b64decode(got["media_data"]) == data
 
 
-@pytest.mark.parametrize("kind", ["ledger", "spool"])
-def test_more_pictures_than_64_mib_wait_without_harm(tmp_path, kind):
+def test_more_pictures_than_64_mib_wait_without_harm(tmp_path):
     """Ten large pictures that wait are more than a state file is ever to hold."""
     log, text = openqq.Log("", "info", None, "utf-8", False, False), "a" * 7_000_000
-    if kind == "ledger":
-        make = lambda: openqq.Ledger(str(tmp_path / "a.json"), str(tmp_path / "b"), log)  # noqa
-        before = make()
-        for number in range(10):
-            before.put(text, "wait", str(number))
-        before.commit()
-        assert len(make().table("wait")) == 10
-    else:
-        make = lambda: openqq.Spool(str(tmp_path / "a"), 10_000, log)  # noqa: E731
-        before = make()
-        for number in range(10):
-            before.add({"event": text})
-        before.close()
-        assert len(make().pending) == 10
+    ledger, spool = [lambda: openqq.Ledger(str(tmp_path / "a.json"), str(tmp_path / "b"), log),
+                     lambda: openqq.Spool(str(tmp_path / "c"), 10_000, log)]
+    book, waiting = ledger(), spool()
+    for number in range(10):
+        book.put(text, "wait", str(number))
+        waiting.add({"event": text})
+    book.commit()
+    waiting.close()
+    assert len(ledger().table("wait")) == len(spool().pending) == 10
 
 
 def test_too_many_pictures_that_wait_cost_no_text(tmp_path):
@@ -9131,19 +9017,16 @@ def test_too_many_pictures_that_wait_cost_no_text(tmp_path):
     log = openqq.Log("", "info", None, "utf-8", False, False)
     boxes = openqq.Outboxes(openqq.Ledger(str(tmp_path / "a"), str(tmp_path / "b"), log), set())
     picture = {"name": "cat.png", "data": "a" * 7_000_000}
-    for number in range(3):
-        boxes.put("bob", {"do": "message", "content": f"text {number}", "media": None})
-    for number in range(12):
-        boxes.put("bob", {"do": "message", "content": f"picture {number}", "media": picture})
+    for number in range(15):
+        boxes.put("bob", {"do": "message", "content": str(number),
+                          "media": picture if number >= 3 else None})
     found = []
     for _ in range(20):
         items = boxes.take("bob", True)
-        found += [item["content"] for item in items]
+        found += [int(item["content"]) for item in items]
         if items:
             boxes.acknowledge("bob", items[-1]["mark"])
-    assert found[:3] == ["text 0", "text 1", "text 2"]
-    assert found[-1] == "picture 11" and found == sorted(
-        found, key=lambda text: (text[0] == "p", int(text.split()[1])))
+    assert found[:3] == [0, 1, 2] and found[-1] == 14 and found == sorted(found)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -9159,11 +9042,8 @@ def test_whoever_starts_and_stops_one_name_leaves_one_client_or_none(start):
             what = ("start_client", "stop_client", "delete_client")[(number + turn) % 3]
             controller.call(what, client="alice")
 
-    threads = [threading.Thread(target=press, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(6) as crowd:
+        list(crowd.map(press, range(6)))
     controller.call("stop_client", client="alice")
     assert controller.login("alice")["status"] == "success"
     assert "died" not in controller.log.text()
@@ -9182,9 +9062,12 @@ sys.exit(client.run())
 """)
     process = subprocess.Popen([sys.executable, script], stdin=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=HERE))
-    log = Log(process.stderr)
-    first = log.wait(r"(http://[^ ]*/local/scan[^ )]*)").group(1)
-    assert urllib.request.urlopen(first).status == 200
+    log, scanned = Log(process.stderr), False
+    while not scanned and process.poll() is None:  # a code may expire before it is scanned
+        time.sleep(0.02)
+        for url in re.findall(r"http://[^ ]*/local/scan[^ )]*", log.text()):
+            with contextlib.suppress(urllib.error.URLError):
+                scanned = urllib.request.urlopen(url).status == 200
     assert process.wait(WAIT) == 0
     states, codes = [], []
     while states[-1:] != ["stop"]:
@@ -9194,7 +9077,7 @@ sys.exit(client.run())
         elif event["event"] == "input_qrcode":
             codes.append(event["params"][1])
     assert len(set(codes)) == 3
-    assert states == ["loading", "scaning", "confirming", "scaning", "stop"]
+    assert [state for state in states if state != "scaning"] == ["loading", "confirming", "stop"]
     log.wait(r"\[error\] nobody scanned 3 QR codes")
     assert not os.path.exists(str(tmp_path / "mojo_webqq_qrcode_alice.jpg"))
 
@@ -9220,67 +9103,39 @@ zJVtQUJPU+senhtbBugFBwwCngqyRp+L
 """
 
 
-def test_post_api_over_tls_gets_one_event_after_the_other_on_one_connection(start, tmp_path):
-    pem, posts, lines = put(tmp_path / "tls.pem", TEST_PEM), queue.Queue(), set()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self):
-            lines.add(self.client_address)
-            posts.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+def test_post_api_over_tls_gets_one_event_after_the_other_on_one_connection(
+        start, receive, tmp_path):
+    pem, receiver, lines = put(tmp_path / "tls.pem", TEST_PEM), receive(), []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
+    server, accept = receiver.server, receiver.server.get_request
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        client = start("client", "--account", "alice", "--post-api",
-                       f"https://127.0.0.1:{server.server_address[1]}/", env={"SSL_CERT_FILE": pem})
-        call(client.base, "/local/login", client="alice")
-        for number in range(5):
-            call(client.base, "/local/say", client="alice", **{"from": "小灰"}, content=str(number))
-        heard = []
-        while heard[-1:] != ["4"]:
-            heard += [text for text in [posts.get(timeout=WAIT).get("content")] if text]
-        assert heard == ["0", "1", "2", "3", "4"]
-        assert client.stop() == 0
-        assert "Traceback" not in client.log.text()
-    finally:
-        server.shutdown()
-        server.server_close()
+    server.get_request = lambda: lines.append("one") or accept()
+    client = start("client", "--account", "alice", "--post-api",
+                   receiver.url.replace("http", "https"), env={"SSL_CERT_FILE": pem})
+    client.call("/local/login", client="alice")
+    for number in range(5):
+        client.call("/local/say", client="alice", **{"from": "小灰"}, content=str(number))
+    receiver.message("4")
+    heard = [event["content"] for _, _, _, event in receiver.posts if "content" in event]
+    assert heard == ["0", "1", "2", "3", "4"]
+    assert client.stop() == 0
+    assert "Traceback" not in client.log.text()
     assert len(lines) < 3, "each post on a connection of its own"
-
-
-def test_health_is_told_to_everybody(guarded):
-    for port, _ in ports_of(guarded, token=TOKEN):
-        status, _, body = request(f"http://127.0.0.1:{port}", "/healthz",
-                                  headers={"Host": "elsewhere.example", "Via": "1.1 proxy"})
-        assert (status, json.loads(body)["code"]) == (200, 0)
 
 
 def test_a_links_calls_need_its_key_and_sense(pair):
     with open(f"/proc/{pair.state('alice')['pid']}/environ", "rb") as file:
         key = re.search(rb"OPENQQ_KEY=([0-9a-f]+)", file.read()).group(1).decode()
-
-    def link(body, **fields):
-        return request(pair.base, "/local/link", "POST", body, fields)[0]
-
     good = b'{"verb":"ready","args":[],"named":{}}'
-    assert [link(good), link(good, **{"X-OpenQQ-Key": "0" * 32})] == [403, 403]
-    for bad in (b"", b"{", b"[]", b"5", b'{"verb":"ready"}', b'{"args":[]}',
-                b'{"verb":"ready","args":5,"named":{}}', b'{"verb":"ready","args":[]}', b"\xff"):
-        assert (bad, link(bad, **{"X-OpenQQ-Key": key})) == (bad, 400)
-    assert link(b'{"verb":"settle","args":[],"named":{}}', **{"X-OpenQQ-Key": key}) == 404
-    assert link(good, **{"X-OpenQQ-Key": key}) == 200
+    cases = [(good, {}, 403), (good, {"X-OpenQQ-Key": "0" * 32}, 403), (good, key, 200),
+             (b'{"verb":"settle","args":[],"named":{}}', key, 404)]
+    cases += [(bad, key, 400) for bad in (
+        b"", b"{", b"[]", b"5", b'{"verb":"ready"}', b'{"args":[]}', b"\xff",
+        b'{"verb":"ready","args":5,"named":{}}', b'{"verb":"ready","args":[]}')]
+    for body, fields, status in cases:
+        fields = {"X-OpenQQ-Key": key} if fields == key else fields
+        assert (body, request(pair.base, "/local/link", "POST", body, fields)[0]) == (body, status)
 
 
 ODD_WORDS = ["", " ", "0", "00", "-1", "²", "１２", "1" * 30, "x" * 100_000, "\t", "\u202e", "*",
@@ -9292,7 +9147,6 @@ ODD_WORDS = ["", " ", "0", "00", "-1", "²", "１２", "1" * 30, "x" * 100_000, 
 def test_whatever_local_calls_are_given_is_answered_and_breaks_no_later_one(start, flavor):
     """8 or 400 for nonsense, never 500; all that worked before works afterwards."""
     program = start("controller", "--flavor", flavor)
-    prefix = {"qq": "/openqq/", "weixin": "/openwx/"}[flavor]
     program.login("alice", numeric_ids="1", check_event_list_max_size="5")
     spin = random.Random(12)
     names = {"/local/change": ["do", "what", "uid", "in", "name", "role", "echo", "muted", "card",
@@ -9307,7 +9161,7 @@ def test_whatever_local_calls_are_given_is_answered_and_breaks_no_later_one(star
             "in": ["OpenQQ", "alice", "小灰"], "to": ["OpenQQ", "小灰"], "uid": ["alice", "小灰", "77"],
             "muted": ["1.2.3", ".", "1e5"], "role": ["owner"], "echo": ["1"]}
     spare = {"小冰", "小灰", "alice"}  # who are needed below are not removed, nor called otherwise
-    for number in range(much(1_200, 20_000)):
+    for _ in range(much(1_200, 20_000)):
         path = spin.choice(["/local/change"] * 6 + ["/local/say"] * 4 + sorted(names))
         given = {name: spin.choice(good.get(name, []) if spin.random() < 0.8 and name in good
                                    else ODD_WORDS)
@@ -9326,29 +9180,51 @@ def test_whatever_local_calls_are_given_is_answered_and_breaks_no_later_one(star
     for content, params in [("a", {}), ("b", {"type": "group_message", "to": "OpenQQ"})]:
         assert program.call("/local/say", client="alice", content=content,
                             **{"from": "小灰"}, **params)["code"] == 0
-    sent = call(program.base, prefix + "send_friend_message", client="alice", content="hello",
-                displayname="小冰")
-    assert sent["code"] == 0
+    voice = Voice(program, "alice", {"qq": "/openqq/", "weixin": "/openwx/"}[flavor], True)
+    assert voice.call("send_friend_message", content="hello", displayname="小冰")["code"] == 0
     assert "fault of this program" not in program.log.text()
 
 
-def test_somebody_without_a_name_is_not_hit_by_calls_that_name_nobody(start):
+NO_CHANGE = [
+    {"do": "set", "what": "person", "uid": "小灰", "name": ""},
+    {"do": "set", "what": "group", "uid": "OpenQQ", "name": " "},
+    {"do": "add", "what": "person", "name": ""}, {"do": "add", "what": "person"},
+    {"do": "add", "what": "group"}, {"do": "add", "what": "person", "uid": "7" * 19},
+    {"do": "add", "what": "person", "uid": "²"},
+    {"do": "add", "what": "person", "uid": "2854196301", "name": "again"},
+    {"do": "add", "what": "group", "uid": "20260001", "name": "again"},
+    {"do": "set", "what": "person", "signature": "x"}, {"do": "remove", "what": "person"},
+    {"do": "remove", "what": "group", "uid": ""},
+    {"do": "set", "what": "person", "uid": "小灰", "signature": "x" * 5_000},
+    *({"do": "set", "what": "person", "uid": "小灰", name: value} for name, value in (
+        ("role", "king"), ("echo", "yes"), ("muted", "soon"), ("muted", "1.2.3")))]
+
+
+def test_what_the_network_cannot_read_changes_nothing_and_hits_nobody(start, tmp_path):
     program = start("controller")
-    change = functools.partial(program.call, "/local/change")
-    for given in [{"do": "set", "what": "person", "uid": "小灰", "name": ""},
-                  {"do": "set", "what": "group", "uid": "OpenQQ", "name": " "},
-                  {"do": "add", "what": "person", "name": ""}, {"do": "add", "what": "person"},
-                  {"do": "add", "what": "group"}, {"do": "add", "what": "person", "uid": "7" * 19},
-                  {"do": "add", "what": "person", "uid": "²"},
-                  {"do": "add", "what": "person", "uid": "2854196301", "name": "again"},
-                  {"do": "add", "what": "group", "uid": "20260001", "name": "again"},
-                  {"do": "set", "what": "person", "signature": "x"},
-                  {"do": "remove", "what": "person"}, {"do": "remove", "what": "group", "uid": ""},
-                  {"do": "set", "what": "person", "uid": "小灰", "signature": "x" * 5_000}]:
-        assert change(**given)["code"] == 8, given
+    for given in NO_CHANGE:
+        answer = program.call("/local/change", **given)
+        assert answer["code"] == 8, given
+        for name in {"role", "echo", "muted"} & set(given):
+            assert answer["status"] == f"{name} {given[name]} not found"
     world = program.call("/local/world")
     assert [row["name"] for row in world["people"]] == ["小冰", "小灰"]
     assert [row["name"] for row in world["groups"]] == ["OpenQQ"]
+    for name, value in ("role", "king"), ("muted", "1.2.3"):
+        path = put(tmp_path / "world.json", json.dumps({
+            "people": [{"uid": "7", "name": "x"}], "groups": [{
+                "uid": "8", "name": "g", "owner_uid": "", "member": [{"uid": "7", name: value}]}]}))
+        status, said = run_once("controller", "--port", 0, "--tmpdir", tmp_path / "t",
+                                "--world", path)
+        assert status == 1 and "world file" in said
+    program.login("alice")
+    uid = program.call("get_user_info", client="alice")["uid"]
+    assert program.call("/local/change", do="remove", what="person", uid=uid)["code"] == 0
+    program.call("stop_client", client="alice")
+    program.login("alice")
+    assert program.call("get_user_info", client="alice")["name"] == "alice", "back with the login"
+    assert {row["name"] for row in program.call("get_friend_info", client="alice")} == {
+        "小冰", "小灰"}
 
 
 def test_weixin_has_no_discuss_to_change_or_to_speak_in(start, tmp_path):
@@ -9367,31 +9243,6 @@ def test_weixin_has_no_discuss_to_change_or_to_speak_in(start, tmp_path):
         assert (status, json.loads(body)["code"]) == (404, 8)
 
 
-@pytest.mark.parametrize("name, value", [("role", "king"), ("echo", "yes"), ("muted", "soon"),
-                                         ("muted", "1.2.3")])
-def test_what_the_network_cannot_read_it_does_not_take(pair, start, tmp_path, name, value):
-    answer = pair.call("/local/change", do="set", what="person", uid="小灰", **{name: value})
-    assert answer == {"code": 8, "status": f"{name} {value} not found"}
-    world = {"people": [{"uid": "7", "name": "x"}], "groups": [
-        {"uid": "8", "name": "g", "owner_uid": "", "member": [{"uid": "7", name: value}]}]}
-    path = put(tmp_path / "world.json", json.dumps(world))
-    refused = subprocess.run([sys.executable, FILE, "controller", "--port", "0", "--tmpdir",
-                              str(tmp_path / "t"), "--world", path], stderr=subprocess.PIPE)
-    assert refused.returncode == 1 and b"world file" in refused.stderr
-
-
-def test_somebody_removed_from_the_world_is_back_with_the_next_login(start):
-    controller = start("controller")
-    controller.login("alice")
-    uid = controller.call("get_user_info", client="alice")["uid"]
-    assert controller.call("/local/change", do="remove", what="person", uid=uid)["code"] == 0
-    controller.call("stop_client", client="alice")
-    controller.login("alice")
-    assert controller.call("get_user_info", client="alice")["name"] == "alice"
-    assert {row["name"] for row in controller.call("get_friend_info", client="alice")} == {
-        "小冰", "小灰"}
-
-
 def test_client_whose_own_child_holds_its_life_line_is_seen_to_die(start):
     """A plugin may fork; check_interval finds what the end of the line does not tell."""
     controller = start("controller", "--check-interval", "1")
@@ -9403,8 +9254,7 @@ if fork == 0:
     os._exit(0)
 print("fork", fork, flush=True)
 """, ""))
-    pid = controller.login("alice")["pid"]
-    os.kill(pid, signal.SIGKILL)
+    os.kill(controller.login("alice")["pid"], signal.SIGKILL)
     try:
         controller.log.wait(r"client alice died \(signal 9\)")
     finally:
@@ -11588,28 +11438,32 @@ def test_300_groups_of_2000_members_block_nothing(start, closing):
 # ------------------------------------------------------------------------------------------------
 
 def test_an_answer_an_event_and_a_quote_name_a_message_by_one_id(face):
-    known, words = those_known(face), os.urandom(4).hex()
-    uid = known["user"]["uid"]
+    uid, words = those_known(face)["user"]["uid"], os.urandom(4).hex()
+
+    def heard(**more):
+        said = face.say("看", type="group_message", to="OpenQQ", **more)
+        return face.receiver.next(lambda event: event.get("id") == str(said["id"]))
+
     sent = face.call("send_group_message", uid=OPENQQ_GROUP, content=f"小冰 {words}",
                      at=f"{XIAOHUI},{XIAOBING}")
     told = face.sent(f"小冰 {words}")
     assert (told["id"], told["at"]) == (str(sent["id"]), [XIAOHUI, XIAOBING])
-    said = face.say("看", type="group_message", to="OpenQQ", reply_to=sent["id"], at=f"{uid},all")
-    echo = face.receiver.next(lambda event: event.get("id") == str(said["id"]))
+    echo = heard(reply_to=sent["id"], at=f"{uid},all")
     assert (echo["content"], echo["reply_to"]) == ("@alice @全体成员 看", str(sent["id"]))
     assert (echo["at"], echo["at_me"]) == ([uid, "all"], 1)
-    said = face.say("看", type="group_message", to="OpenQQ", at="all")
-    other = face.receiver.next(lambda event: event.get("id") == str(said["id"]))
+    other = heard(at="all")
     assert (other["at"], other["at_me"], other["reply_to"]) == (["all"], 0, None)
-    answer = face.call("send_friend_message", uid=XIAOHUI, content=words, reply_to=said["id"])
-    assert face.sent(words)["reply_to"] == str(said["id"])
-    for seen in (told, echo, other):
+    answer = face.call("send_friend_message", uid=XIAOHUI, content=words, reply_to=other["id"])
+    last = face.sent(words)
+    assert (last["reply_to"], last["id"]) == (other["id"], str(answer["id"]))
+    for seen in told, echo, other, last:
         assert face.call("get_message", id=seen["id"]) == seen
-    assert face.call("get_message", id=answer["id"])["content"] == words
     for unknown in {}, {"id": ""}, {"id": "5"}, {"id": "x"}, {"id": "../1"}:
         assert face.call("get_message", **unknown) == {"code": 100, "status": "object not found"}
     for bad in {"reply_to": "x"}, {"reply_to": "1;2"}, {"at": "me"}, {"at": "1,,x"}, {"at": "0"}:
         assert face.call("send_friend_message", uid=XIAOHUI, content="x", **bad)["code"] == 400
+    assert face.call("call_action", action="get_status") == {
+        "code": 201, "status": "not with this link"}
 
 
 def test_a_bridges_ids_quotes_and_mentions_are_ours(qq):
@@ -11625,7 +11479,7 @@ def test_a_bridges_ids_quotes_and_mentions_are_ours(qq):
         segment("at", qq="all"), segment("at", qq="0")]))
     assert (event["reply_to"], event["at"], event["at_me"]) == (
         str(sent["id"]), ["10001", "all"], 1)
-    assert event["content"].endswith("嗯@全体成员 @0 ") or "嗯@全体成员" in event["content"]
+    assert "嗯@全体成员" in event["content"]
     assert qq.call("get_message", id=event["id"])["content"] == event["content"]
     assert qq.call("revoke_message", id=event["id"])["status"] == "revoke success"
     qq.bridge.wait_call("delete_msg", lambda got: str(got["message_id"]) == event["id"])
@@ -11639,23 +11493,22 @@ def test_a_bridges_ids_quotes_and_mentions_are_ours(qq):
 
 
 def test_a_message_that_is_not_remembered_is_asked_of_the_bridge(qq):
-    def told(params):
-        return {"data": {"message_id": params["message_id"], "message_type": "group",
-                         "group_id": 30001, "time": 1600000000, "real_id": 5,
-                         "sender": {"user_id": 40001, "nickname": "路人"},
-                         "message": [segment("text", text="早")]}}
+    def told(sender):
+        return lambda params: {"data": {
+            "message_id": params["message_id"], "message_type": "group", "group_id": 30001,
+            "time": 1600000000, "real_id": 5, "sender": sender,
+            "message": [segment("text", text="早")]}}
 
-    qq.bridge.answers["get_msg"] = told
     try:
-        row = qq.call("get_message", id="123456")
-        assert (row["id"], row["content"], row["sender"], row["group"], row["time"]) == (
-            "123456", "早", "路人", "一家人", "1600000000")
-        own = {**told({"message_id": 7}), "data": {**told({"message_id": 7})["data"],
-                                                   "sender": {"user_id": 10001}}}
-        qq.bridge.answers["get_msg"] = own
-        row = qq.call("get_message", id="123458")
-        assert (row["class"], row["code"], row["content"], row["msg"]) == (
-            "send", 0, "早", "发送成功")
+        for sender, wanted in (
+                ({"user_id": 40001, "nickname": "路人"},
+                 {"id": "123456", "content": "早", "sender": "路人", "group": "一家人",
+                  "time": "1600000000"}),
+                ({"user_id": 10001}, {"class": "send", "code": 0, "content": "早",
+                                      "msg": "发送成功"})):
+            qq.bridge.answers["get_msg"] = told(sender)
+            row = qq.call("get_message", id="123456")
+            assert {name: row[name] for name in wanted} == wanted
         for rubbish in ({"data": None}, {"data": []}, {"data": {"sender": 5}}, {"retcode": 100},
                         {"data": {"sender": {"user_id": 1}, "message": {"x": [1]}}}):
             qq.bridge.answers["get_msg"] = lambda params, rubbish=rubbish: rubbish
@@ -11679,6 +11532,9 @@ def test_an_answer_quotes_mentions_revokes_mutes_and_kicks(start, receive):
         return str(controller.call("/local/say", client="alice", type="group_message", to="OpenQQ",
                                    content=content, **{"from": "小灰"})["id"])
 
+    def event(name):
+        return receiver.next(lambda event: event.get("event") == name)
+
     for yes in 1, "1", True:
         number = say(f"引用{yes!r}", reply="好", quote=yes, at_sender=yes)
         sent = receiver.next(lambda event: event.get("content") == "好")
@@ -11688,22 +11544,20 @@ def test_an_answer_quotes_mentions_revokes_mutes_and_kicks(start, receive):
     assert "reply_to" not in sent and "at" not in sent
     say("坏", reply="怪", quote="yes", at_sender=[1], nonsense={"a": 1}, shutup="2")
     receiver.next(lambda event: event.get("content") == "怪")
-    controller.log.wait("quote in an answer of post_api must be 0 or 1")
-    controller.log.wait("at_sender in an answer of post_api must be 0 or 1")
     say("没词", reply=True)
-    controller.log.wait("reply in an answer of post_api must be text")
+    for said in "quote .*must be 0 or 1", "at_sender .*must be 0 or 1", "reply .*must be text":
+        controller.log.wait(said.replace(" ", " in an answer of post_api ", 1))
     say("禁", ban="1", ban_duration=600)
-    shut = receiver.next(lambda event: event.get("event") == "group_shutup")["params"]
-    assert (shut[0]["uid"], shut[1]["name"], shut[2], shut[3]["name"]) == (
-        XIAOHUI, "alice", 600, "OpenQQ")
+    who, by, seconds, where = event("group_shutup")["params"]
+    assert (who["uid"], by["name"], seconds, where["name"]) == (XIAOHUI, "alice", 600, "OpenQQ")
     controller.call("shutup_group_member", client="alice", group_uid=OPENQQ_GROUP,
                     member_uid=XIAOHUI, time=0)
-    assert receiver.next(lambda event: event.get("event") == "group_shutup")["params"][2] == 0
+    assert event("group_shutup")["params"][2] == 0
     number = say("删", delete=1)
     assert eventually(lambda: controller.call(
         "revoke_message", client="alice", id=number)["status"] == "revoke failure"), "it is gone"
     say("踢", kick=True)
-    lost = receiver.next(lambda event: event.get("event") == "lose_group_member")
+    lost = event("lose_group_member")
     assert lost["params"][0]["uid"] == XIAOHUI and lost["kind"] == "kick"
     assert "Traceback" not in controller.log.text()
 
@@ -11723,7 +11577,7 @@ def test_an_answer_does_on_a_bridge_what_it_wants(bridged, receive):
         message = bridge.wait_call("send_group_msg")["message"]
         assert [row["type"] for row in message] == ["reply", "at", "text", "face", "text"]
         in_group(30001, 40001, "坏")(bridge)
-        bridged["webhook"].program.log.wait("file in a CQ code not allowed")
+        bot.program.log.wait("file in a CQ code not allowed")
         event = bridge.say_group(30001, 40001, "删")
         assert str(bridge.wait_call("delete_msg")["message_id"]) == str(event["message_id"])
         assert bridge.wait_call("set_group_ban")["duration"] == 120
@@ -11741,9 +11595,9 @@ def test_an_answer_does_on_a_bridge_what_it_wants(bridged, receive):
 
 # -- requests to join a group, and invitations
 
-def test_somebody_who_asks_to_join_a_group_is_let_in_or_not(together):
+def test_somebody_who_asks_to_join_a_group_is_let_in_or_not_and_an_invitation_leads_in(together):
     alice, bob = together
-    uid = alice.change("add", "person", name="求进")
+    uid, me = alice.change("add", "person", name="求进"), alice.call("get_user_info")["uid"]
     for accept, reason in ("0", "满了"), ("1", ""):
         alice.change("add", "group_request", uid, OPENQQ_GROUP, comment="芝麻开门")
         [row] = alice.event("group_request", lambda params: params[0]["uid"] == uid)
@@ -11760,21 +11614,16 @@ def test_somebody_who_asks_to_join_a_group_is_let_in_or_not(together):
             "code": 0, "status": "success", "ticket": ticket}
         assert alice.call("accept_group_request", **asked)["code"] == -1, "one answer only"
     event = alice.receiver.next(lambda event: event.get("event") == "new_group_member")
-    assert (event["params"][0]["uid"], event["kind"]) == (uid, "approve")
-    assert event["operator_uid"] == alice.call("get_user_info")["uid"]
+    assert (event["params"][0]["uid"], event["kind"], event["operator_uid"]) == (
+        uid, "approve", me)
     alice.change("remove", "person", uid)
-
-
-def test_an_invitation_leads_into_a_group(together):
-    alice, _ = together
     group = alice.change("add", "group", name=f"新群{os.urandom(3).hex()}", owner_uid=XIAOHUI)
-    me = alice.call("get_user_info")["uid"]
     alice.change("add", "group_request", me, group, **{"from": XIAOHUI})
     [row] = alice.event("group_request", lambda params: params[0]["group_uid"] == group)
     assert (row["kind"], row["uid"], row["name"]) == ("invite", XIAOHUI, "小灰")
     assert alice.call("accept_group_request", ticket=row["ticket"])["code"] == 0
     assert alice.event("new_group")[0]["uid"] == group
-    assert alice.call("leave_group", group_uid=group) == {"code": 0, "status": "success"}
+    assert alice.call("leave_group", group_uid=group) == OK
     assert alice.event("lose_group")[0]["uid"] == group
     assert alice.call("leave_group", group_uid=group)["code"] == 100
     alice.change("remove", "group", group)
@@ -11790,137 +11639,137 @@ def test_requests_on_a_bridge_are_told_and_answered_also_those_of_before(qq):
     assert qq.call("accept_group_request", ticket=row["ticket"], accept=0, reason="满")["code"] == 0
     qq.bridge.wait_call("set_group_add_request", lambda got: got == {
         "flag": "g:1", "sub_type": "add", "approve": False, "reason": "满"})
-    for number, told in enumerate((
-            {"join_requests": [{"request_id": 71, "requester_uin": 50002, "message": "嗨",
-                                "group_id": 30001, "group_name": "一家人", "checked": False},
-                               {"request_id": 72, "requester_uin": 50003, "group_id": 30001,
-                                "checked": True}, None, 5],
-             "InvitedRequest": [{"request_id": 73, "invitor_uin": 20001, "group_id": 39999,
-                                 "group_name": "外群", "checked": False}]}, None, [], {"x": 1})):
+    waiting = {"join_requests": [
+        {"request_id": 71, "requester_uin": 50002, "message": "嗨", "group_id": 30001,
+         "group_name": "一家人", "checked": False},
+        {"request_id": 72, "requester_uin": 50003, "group_id": 30001, "checked": True}, None, 5],
+        "InvitedRequest": [{"request_id": 73, "invitor_uin": 20001, "group_id": 39999,
+                            "group_name": "外群", "checked": False}]}
+    for told in [], waiting:
         qq.bridge.answers["get_group_system_msg"] = {"data": told}
         qq.up_to_a_word()
         count = len(qq.bridge.calls)
         qq.bridge.drop()
         assert eventually(lambda: "get_group_system_msg" in [name for name, _ in qq.bridge.calls[
             count:]])
-        found = []
-        while len(found) < (2 if not number else 0):
-            found += [event for event in qq.call("check_event", since=qq.seq)
-                      if event.get("event") == "group_request"]
-        if not number:
-            assert [(row["kind"], row["uid"], row["group"], row["ticket"]) for row in (
-                event["params"][0] for event in found[-2:])] == [
-                ("join", "50002", "一家人", "add:71"), ("invite", "20001", "外群", "invite:73")]
+    found = []
+    while len(found) < 2:
+        found = [event["params"][0] for event in qq.call("check_event", since=qq.seq)
+                 if event.get("event") == "group_request"]
     del qq.bridge.answers["get_group_system_msg"]
+    assert [(row["kind"], row["uid"], row["group"], row["ticket"]) for row in found] == [
+        ("join", "50002", "一家人", "add:71"), ("invite", "20001", "外群", "invite:73")]
     qq.running()
 
 
 # -- moderation
 
-BRIDGE_ACTS = [
+BRIDGE_ACTS = [  # what is called, what the bridge gets besides the group
     ("shutup_group_member", {"member_uid": 40001, "time": 0}, "set_group_ban",
-     {"group_id": "30001", "user_id": "40001", "duration": 0}),
-    ("shutup_group_member", {"all": 1}, "set_group_whole_ban", {"group_id": "30001",
-                                                                "enable": True}),
-    ("shutup_group_member", {"all": 1, "time": 0}, "set_group_whole_ban",
-     {"group_id": "30001", "enable": False}),
+     {"user_id": "40001", "duration": 0}),
+    ("shutup_group_member", {"all": 1}, "set_group_whole_ban", {"enable": True}),
+    ("shutup_group_member", {"all": 1, "time": 0}, "set_group_whole_ban", {"enable": False}),
     ("set_group_card", {"member_uid": 40001, "card": "新"}, "set_group_card",
-     {"group_id": "30001", "user_id": "40001", "card": "新"}),
-    ("set_group_card", {"member_id": 40001}, "set_group_card",
-     {"group_id": "30001", "user_id": "40001", "card": ""}),
+     {"user_id": "40001", "card": "新"}),
+    ("set_group_card", {"member_id": 40001}, "set_group_card", {"user_id": "40001", "card": ""}),
     ("set_group_admin", {"member_uid": 40001}, "set_group_admin",
-     {"group_id": "30001", "user_id": "40001", "enable": True}),
+     {"user_id": "40001", "enable": True}),
     ("set_group_admin", {"member_uid": 40001, "enable": 0}, "set_group_admin",
-     {"group_id": "30001", "user_id": "40001", "enable": False}),
+     {"user_id": "40001", "enable": False}),
     ("set_group_title", {"member_uid": 40001, "title": "元老"}, "set_group_special_title",
-     {"group_id": "30001", "user_id": "40001", "special_title": "元老"}),
-    ("set_group_name", {"name": "新名"}, "set_group_name", {"group_id": "30001",
-                                                            "group_name": "新名"}),
-    ("leave_group", {}, "set_group_leave", {"group_id": "30001"}),
-    ("poke", {"member_uid": 40001}, "group_poke", {"group_id": "30001", "user_id": "40001"})]
+     {"user_id": "40001", "special_title": "元老"}),
+    ("set_group_name", {"name": "新名"}, "set_group_name", {"group_name": "新名"}),
+    ("leave_group", {}, "set_group_leave", {}),
+    ("poke", {"member_uid": 40001}, "group_poke", {"user_id": "40001"})]
 
 
 def test_moderation_reaches_the_bridge(qq):
     for name, params, action, wanted in BRIDGE_ACTS:
         for place in {"group_uid": 30001}, {"group_id": 30001}:
-            assert qq.call(name, **place, **params) == {"code": 0, "status": "success"}, name
-            qq.bridge.wait_call(action, lambda got, wanted=wanted: got == wanted)
+            assert qq.call(name, **place, **params) == OK, name
+            qq.bridge.wait_call(action, lambda got, wanted=wanted: got == {
+                "group_id": "30001", **wanted})
         qq.bridge.answers[action] = {"retcode": 100, "wording": "无权限"}
-        assert qq.call(name, group_uid=30001, **params) == {"code": 201, "status": "failure"}
+        assert qq.call(name, group_uid=30001, **params) == FAILED
         del qq.bridge.answers[action]
         qq.bridge.wait_call(action)
         assert qq.call(name, group_uid=1, **params)["code"] == 100
     for name in "set_group_card", "set_group_admin", "set_group_title", "poke":
         assert qq.call(name, group_uid=30001)["code"] == 200
     assert qq.call("set_group_name", group_uid=30001)["code"] == 201
-    assert qq.call("delete_friend", uid=20002)["code"] == 0
-    qq.bridge.wait_call("delete_friend", lambda got: got == {"user_id": "20002"})
-    assert qq.call("poke", uid=20001)["code"] == 0
-    assert qq.bridge.wait_call("friend_poke") == {"user_id": "20001"}
-    assert qq.call("delete_friend")["code"] == qq.call("poke")["code"] == 100
+    for name, uid, action in (("delete_friend", 20002, "delete_friend"),
+                              ("poke", 20001, "friend_poke")):
+        assert qq.call(name, uid=uid)["code"] == 0
+        qq.bridge.wait_call(action, lambda got, uid=uid: got == {"user_id": str(uid)})
+        assert qq.call(name)["code"] == 100
 
 
 def test_moderation_works_on_the_network_inside(together):
     alice, bob = together
     alice.forget(), bob.forget()
     uid = bob.call("get_user_info")["uid"]
-    named = {"group_uid": OPENQQ_GROUP, "member_uid": uid}
-    assert alice.call("set_group_card", card="小鲍", **named)["code"] == 0
+    group, named = {"group_uid": OPENQQ_GROUP}, {"group_uid": OPENQQ_GROUP, "member_uid": uid}
+
+    def says(content="x"):
+        return bob.call("send_group_message", uid=OPENQQ_GROUP, content=content)["code"]
+
+    assert alice.call("set_group_card", card="小鲍", **named) == OK
     changed = alice.receiver.next(
         lambda event: event.get("event") == "group_member_property_change")
     assert (changed["params"][1], changed["params"][3]) == ("card", "小鲍")
     assert changed["group_uid"] == OPENQQ_GROUP
-    assert alice.call("set_group_title", title="元老", **named)["code"] == 0
+    assert alice.call("set_group_title", title="元老", **named) == OK
     assert alice.event("group_member_property_change")[1:] == ["title", None, "元老"]
     assert [row["title"] for row in bob.group()["member"] if row["uid"] == uid] == ["元老"]
-    assert bob.call("set_group_title", title="x", **named)["code"] == 201
+    assert bob.call("set_group_title", title="x", **named) == FAILED
     for enable, role in (1, "admin"), (0, "member"):
-        assert alice.call("set_group_admin", enable=enable, **named)["code"] == 0
+        assert alice.call("set_group_admin", enable=enable, **named) == OK
         assert alice.event("group_member_property_change")[3] == role
-    assert bob.call("shutup_group_member", all=1, group_uid=OPENQQ_GROUP)["code"] == 201
-    assert alice.call("shutup_group_member", all=1, group_uid=OPENQQ_GROUP)["code"] == 0
-    params = bob.event("group_shutup")
-    assert (params[0], params[1]["name"], params[2], params[3]["uid"]) == (
-        None, "alice", -1, OPENQQ_GROUP)
-    assert bob.call("send_group_message", uid=OPENQQ_GROUP, content="x")["code"] == -4
-    assert alice.call("send_group_message", uid=OPENQQ_GROUP, content="x")["code"] == 0
-    assert alice.call("shutup_group_member", all=1, time=0, group_uid=OPENQQ_GROUP)["code"] == 0
-    assert bob.event("group_shutup")[2] == 0
-    assert bob.call("send_group_message", uid=OPENQQ_GROUP, content="x")["code"] == 0
-    assert alice.call("poke", uid=uid)["code"] == 0
-    assert [row and row["name"] for row in bob.event("poke")] == ["alice", "bob", None]
-    assert alice.call("poke", **named)["code"] == 0
-    assert [row and row["name"] for row in bob.event("poke")] == ["alice", "bob", "OpenQQ"]
-    assert alice.call("set_group_name", group_uid=OPENQQ_GROUP, name="改名")["code"] == 0
-    assert alice.event("group_property_change")[1:] == ["name", "OpenQQ", "改名"]
-    assert alice.call("set_group_name", group_uid=OPENQQ_GROUP, name="OpenQQ")["code"] == 0
-    alice.event("group_property_change")
+    assert bob.call("shutup_group_member", all=1, **group) == FAILED
+    for how, seconds, code in ({}, -1, -4), ({"time": 0}, 0, 0):
+        assert alice.call("shutup_group_member", all=1, **how, **group) == OK
+        params = bob.event("group_shutup")
+        assert (params[0], params[1]["name"], params[2], params[3]["uid"]) == (
+            None, "alice", seconds, OPENQQ_GROUP)
+        assert says() == code
+        assert alice.call("send_group_message", uid=OPENQQ_GROUP, content="x")["code"] == 0
+    for place, where in ({"uid": uid}, None), (named, "OpenQQ"):
+        assert alice.call("poke", **place) == OK
+        assert [row and row["name"] for row in bob.event("poke")] == ["alice", "bob", where]
+    for old, new in ("OpenQQ", "改名"), ("改名", "OpenQQ"):
+        assert alice.call("set_group_name", name=new, **group) == OK
+        assert alice.event("group_property_change")[1:] == ["name", old, new]
     alice.call("set_group_card", card="", **named), alice.call("set_group_title", title="", **named)
     person = alice.change("add", "person", name="将别")
     alice.change("add", "friend", person, "alice")
     assert alice.call("delete_friend", uid=person)["code"] == 0
     assert alice.event("lose_friend")[0]["uid"] == person
     alice.change("remove", "person", person)
+    bob.forget()
+    sent = alice.call("send_group_message", uid=OPENQQ_GROUP, media_name="a.zip",
+                      media_data=base64.b64encode(b"PK\3\4").decode())
+    who, file, where = bob.event("group_upload")
+    assert (who["name"], where["name"]) == ("alice", "OpenQQ")
+    assert file == {"name": "a.zip", "size": "4", "id": str(sent["id"])}
 
 
 def test_what_happens_in_groups_on_a_bridge_is_told(qq):
-    cases = [
-        (dict(notice_type="group_ban", sub_type="ban", group_id=30001, user_id=40001,
-              operator_id=10001, duration=600), "group_shutup", ["40001", "10001", 600, "30001"]),
-        (dict(notice_type="group_ban", sub_type="lift_ban", group_id=30001, user_id=40001,
-              operator_id=10001, duration=0), "group_shutup", ["40001", "10001", 0, "30001"]),
-        (dict(notice_type="group_ban", sub_type="ban", group_id=30001, user_id=0, operator_id=10001,
-              duration=-1), "group_shutup", [None, "10001", -1, "30001"]),
-        (dict(notice_type="group_ban", sub_type="lift_ban", group_id=30001, user_id=0,
-              operator_id=10001, duration=0), "group_shutup", [None, "10001", 0, "30001"]),
-        (dict(notice_type="notify", sub_type="poke", group_id=30001, user_id=40001,
-              target_id=10001), "poke", ["40001", "10001", "30001"]),
-        (dict(notice_type="notify", sub_type="poke", user_id=20001, target_id=10001), "poke",
-         ["20001", "10001", None]),
-        (dict(notice_type="group_upload", group_id=30001, user_id=40001, file={
-            "id": "/f", "name": "a.zip", "size": 7, "busid": 1}), "group_upload",
-         ["40001", {"id": "/f", "name": "a.zip", "size": "7"}, "30001"])]
-    for row, name, wanted in cases:
+    ban = {"notice_type": "group_ban", "group_id": 30001, "operator_id": 10001}
+    poke = {"notice_type": "notify", "sub_type": "poke", "target_id": 10001}
+    for row, name, wanted in (
+            ({**ban, "sub_type": "ban", "user_id": 40001, "duration": 600}, "group_shutup",
+             ["40001", "10001", 600, "30001"]),
+            ({**ban, "sub_type": "lift_ban", "user_id": 40001, "duration": 0}, "group_shutup",
+             ["40001", "10001", 0, "30001"]),
+            ({**ban, "sub_type": "ban", "user_id": 0, "duration": -1}, "group_shutup",
+             [None, "10001", -1, "30001"]),
+            ({**ban, "sub_type": "lift_ban", "user_id": 0, "duration": 0}, "group_shutup",
+             [None, "10001", 0, "30001"]),
+            ({**poke, "group_id": 30001, "user_id": 40001}, "poke", ["40001", "10001", "30001"]),
+            ({**poke, "user_id": 20001}, "poke", ["20001", "10001", None]),
+            ({"notice_type": "group_upload", "group_id": 30001, "user_id": 40001, "file": {
+                "id": "/f", "name": "a.zip", "size": 7, "busid": 1}}, "group_upload",
+             ["40001", {"id": "/f", "name": "a.zip", "size": "7"}, "30001"])):
         [event] = qq.events_of(notice(**row))
         got = [part["uid"] if isinstance(part, dict) and "uid" in part else part
                for part in event["params"]]
@@ -11937,25 +11786,24 @@ def test_what_happens_in_groups_on_a_bridge_is_told(qq):
         [event] = qq.events_of(notice(notice_type="group_decrease", sub_type="leave",
                                       group_id=30001, user_id=50077, operator_id=50077))
         assert (event["event"], event["kind"]) == ("lose_group_member", "leave")
-    for rubbish in (dict(notice_type="group_ban", group_id=30001, duration="x"),
-                    dict(notice_type="group_upload", group_id=30001, user_id=1, file=[]),
-                    dict(notice_type="notify", sub_type="poke", user_id=1, target_id={}),
-                    dict(request_type="group", group_id=30001, user_id=[1], flag={})):
+    for rubbish in ({"notice_type": "group_ban", "group_id": 30001, "duration": "x"},
+                    {"notice_type": "group_upload", "group_id": 30001, "user_id": 1, "file": []},
+                    {**poke, "user_id": 1, "target_id": {}},
+                    {"request_type": "group", "group_id": 30001, "user_id": [1], "flag": {}}):
         qq.events_of(lambda bridge, row=rubbish: bridge.emit(**row))
     assert "Traceback" not in qq.program.log.text()
 
 
-# -- files
+# -- files, and everything else
 
 def test_a_file_goes_out_as_a_file_and_one_that_comes_is_had_when_it_is_wanted(qq, gallery):
     data = base64.b64encode(b"PK\3\4").decode()
-    for name, params, action, place in (
-            (TO_GROUP, {"uid": 30001}, "upload_group_file", {"group_id": "30001"}),
-            (TO_FRIEND, {"uid": 20001}, "upload_private_file", {"user_id": "20001"})):
-        answer = qq.call(name, media_data=data, media_name="a.zip", **params)
+    for name, uid, action, place in ((TO_GROUP, 30001, "upload_group_file", "group_id"),
+                                     (TO_FRIEND, 20001, "upload_private_file", "user_id")):
+        answer = qq.call(name, media_data=data, media_name="a.zip", uid=uid)
         assert (answer["code"], answer["id"]) == (0, None)
-        qq.bridge.wait_call(action, lambda got, place=place: got == {
-            "file": "base64://" + data, "name": "a.zip", **place})
+        qq.bridge.wait_call(action, lambda got, row={
+            "file": "base64://" + data, "name": "a.zip", place: str(uid)}: got == row)
     answer = qq.call(TO_GROUP, uid=30001, content="看", media_data=data, media_name="a.zip")
     assert answer["id"]
     qq.bridge.wait_call("send_group_msg", lambda got: got["message"] == text_of("看"))
@@ -11977,18 +11825,6 @@ def test_a_file_goes_out_as_a_file_and_one_that_comes_is_had_when_it_is_wanted(q
     del qq.bridge.answers["get_group_file_url"]
 
 
-def test_a_file_in_a_group_is_told_of_on_the_network_inside(together):
-    alice, bob = together
-    bob.forget()
-    data = base64.b64encode(b"PK\3\4").decode()
-    sent = alice.call("send_group_message", uid=OPENQQ_GROUP, media_data=data, media_name="a.zip")
-    who, file, group = bob.event("group_upload")
-    assert (who["name"], group["name"]) == ("alice", "OpenQQ")
-    assert file == {"name": "a.zip", "size": "4", "id": str(sent["id"])}
-
-
-# -- everything else
-
 CALL_REFUSED = [
     {"file": "/etc/passwd"}, {"file": "file:///etc/passwd"}, {"a": [{"url": "C:\\x"}]},
     {"message": [{"type": "image", "data": {"file": "FILE:///x"}}]}, {"path": ".."},
@@ -11999,59 +11835,47 @@ CALL_REFUSED = [
 
 
 def test_any_other_action_is_handed_to_the_bridge_and_nothing_of_this_machine(qq):
+    def act(action, params=None):
+        return qq.call("call_action", action=action, **({} if params is None else {
+            "params": params if isinstance(params, str) else json.dumps(params)}))
+
     qq.bridge.answers["get_essence_msg_list"] = lambda params: {"data": [params]}
-    answer = qq.call("call_action", action="get_essence_msg_list",
-                     params=json.dumps({"number": 30001, "file": "a.png"}))
-    assert answer == {"code": 0, "data": [{"number": 30001, "file": "a.png"}],
-                      "status": "success"}
+    given = {"number": 30001, "file": "a.png"}
+    assert act("get_essence_msg_list", given) == {**OK, "data": [given]}
     qq.bridge.answers["get_essence_msg_list"] = {"retcode": 1200, "wording": "不行"}
-    assert qq.call("call_action", action="get_essence_msg_list") == {
-        "code": 201, "status": "failure", "retcode": 1200, "info": "不行"}
+    assert act("get_essence_msg_list") == {**FAILED, "retcode": 1200, "info": "不行"}
     del qq.bridge.answers["get_essence_msg_list"]
-    assert qq.call("call_action", action="no_such_thing")["code"] == 201
+    assert act("no_such_thing")["code"] == 201
     count = len(qq.bridge.calls)
-    for name in ("get_cookies", "get_csrf_token", "get_credentials", "set_restart", "clean_cache",
-                 "bot_exit", "nc_get_rkey", "get_clientkey", "get_cookies_async", "SET_RESTART",
-                 ".get_cookies"):
-        assert qq.call("call_action", action=name)["code"] == 6, name
-    for name in "", "a/b", "../x", "a b", "x" * 65, "动作", "a?b=1", "a%2fb":
-        assert qq.call("call_action", action=name)["code"] == 400, name
-    for text in "[]", "5", "{", '"x"', '{"a":1e999}' * 2:
-        assert qq.call("call_action", action="get_status", params=text)["code"] == 400, text
-    for params in CALL_REFUSED:
-        assert qq.call("call_action", action="send_msg", params=json.dumps(params))["code"] == 6, (
-            params)
     own = f"http://127.0.0.1:{qq.program.port}/openqq/stop_client?client={qq.name}"
-    for params in {"url": own}, {"message": f"[CQ:image,file={cq_value(own)}]"}:
-        assert qq.call("call_action", action="send_msg", params=json.dumps(params))["code"] == 400
+    refused = [(name, None, 6) for name in (
+        "get_cookies", "get_csrf_token", "get_credentials", "set_restart", "clean_cache",
+        "bot_exit", "nc_get_rkey", "get_clientkey", "get_cookies_async", "SET_RESTART",
+        ".get_cookies")]
+    refused += [(name, None, 400) for name in (
+        "", "a/b", "../x", "a b", "x" * 65, "动作", "a?b=1", "a%2fb")]
+    refused += [("get_status", text, 400) for text in (
+        "[]", "5", "{", '"x"', '{"a":1e999}' * 2)]
+    refused += [("send_msg", params, 6) for params in CALL_REFUSED]
+    refused += [("send_msg", params, 400) for params in (
+        {"url": own}, {"message": f"[CQ:image,file={cq_value(own)}]"})]
+    for action, params, code in refused:
+        assert act(action, params)["code"] == code, (action, params)
     assert len(qq.bridge.calls) == count
     assert qq.call("update_client", call_action_all=1)["code"] in (6, 400), "not for callers"
 
 
-def test_what_the_network_inside_has_not_is_said(face):
-    assert face.call("call_action", action="get_status") == {
-        "code": 201, "status": "not with this link"}
+# -- a bot, written from the README alone
 
-
-# -- three bots, written from the README alone: each in twenty lines
-
-WELCOME = '''
+ROBOT = '''
 class Bot(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
-        event = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        event, answer = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), {}
         if event.get("event") == "new_group_member":
             member, group = event["params"]
             call("send_group_message", uid=group["uid"], at=member["uid"],
                  content="欢迎 " + member["name"])
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-'''
-MODERATION = '''
-class Bot(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        event, answer = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), {}
-        if event.get("event") == "group_request":
+        elif event.get("event") == "group_request":
             answer = {"approve": int(event["params"][0]["comment"] == "芝麻开门")}
         elif event.get("class") == "recv" and event["type"] == "group_message":
             if "脏话" in event["content"]:
@@ -12059,21 +11883,11 @@ class Bot(http.server.BaseHTTPRequestHandler):
             elif event["content"].startswith("解禁 "):
                 call("shutup_group_member", group_uid=event["group_uid"], time=0,
                      member_uid=event["content"].split()[1])
-        body = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(body)
-'''
-ASSISTANT = '''
-class Bot(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        event, answer = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), {}
-        if event.get("class") == "recv" and event["at_me"]:
-            question = event["content"]
-            if event["reply_to"]:
-                question += " / " + call("get_message", id=event["reply_to"])["content"]
-            answer = {"reply": "你问: " + question, "quote": 1, "at_sender": 1}
+            elif event["at_me"]:
+                question = event["content"]
+                if event["reply_to"]:
+                    question += " / " + call("get_message", id=event["reply_to"])["content"]
+                answer = {"reply": "你问: " + question, "quote": 1, "at_sender": 1}
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
@@ -12081,83 +11895,52 @@ class Bot(http.server.BaseHTTPRequestHandler):
 '''
 
 
-@pytest.fixture
-def run_bot(tmp_path):
-    """run_bot(code, base) starts a bot that calls robot's API there: its URL."""
-    running = []
-
-    def begin(code, base):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        assert len(code.strip().splitlines()) <= 20
-        script = tmp_path / "bot.py"
-        script.write_text(
-            "import http.server, json, urllib.parse, urllib.request\n\n"
-            "def call(name, **params):\n"
-            f"    url = '{base}/openqq/' + name + '?' + urllib.parse.urlencode(\n"
-            "        {'client': 'robot', **params})\n"
-            "    return json.load(urllib.request.urlopen(url))\n" + code
-            + f"\nhttp.server.HTTPServer(('127.0.0.1', {port}), Bot).serve_forever()\n",
-            encoding="utf-8")
-        running.append(subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL))
-        return f"http://127.0.0.1:{port}/"
-
-    yield begin
-    for process in running:
-        process.terminate()
-        process.wait()
-
-
-def test_a_welcome_bot_of_twenty_lines_greets_who_is_new(start, run_bot):
+def test_a_bot_of_thirty_lines_greets_moderates_lets_in_and_answers(start, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     controller = start("controller")
-    controller.login("robot", post_api=run_bot(WELCOME, controller.base))
-    controller.login("carol")
-    assert eventually(lambda: [event for event in controller.call(
-        "check_event", client="carol", since=0) if event.get("content", "").endswith("欢迎 carol")])
-    [event] = [event for event in controller.call("check_event", client="carol", since=0)
-               if event.get("content", "").endswith("欢迎 carol")]
-    assert event["at_me"] == 1 and event["content"] == "@carol 欢迎 carol"
+    script = put(tmp_path / "bot.py", (
+        "import http.server, json, urllib.parse, urllib.request\n\n"
+        "def call(name, **params):\n"
+        f"    url = '{controller.base}/openqq/' + name + '?' + urllib.parse.urlencode(\n"
+        "        {'client': 'robot', **params})\n"
+        "    return json.load(urllib.request.urlopen(url))\n" + ROBOT
+        + f"\nhttp.server.HTTPServer(('127.0.0.1', {port}), Bot).serve_forever()\n"))
+    bot = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
+    try:
+        controller.login("robot", post_api=f"http://127.0.0.1:{port}/")
+        controller.login("carol")
+        carol = Voice(controller, "carol", "/openqq/", True)
+        uid = {name: call(controller.base, "get_user_info", client=name)["uid"]
+               for name in ("robot", "carol")}
 
+        def say(content, **more):
+            return carol.call("send_group_message", uid=OPENQQ_GROUP, content=content, **more)
 
-def test_a_moderation_bot_of_twenty_lines_mutes_unmutes_and_lets_in(start, run_bot):
-    controller = start("controller")
-    controller.login("robot", post_api=run_bot(MODERATION, controller.base))
-    controller.login("carol")
-    uid = controller.call("get_user_info", client="carol")["uid"]
-    say = functools.partial(controller.call, "send_group_message", client="carol",
-                            uid=OPENQQ_GROUP)
-    assert say(content="说脏话")["code"] == 0
-    assert eventually(lambda: say(content="我错了")["code"] == -4)
-    assert controller.call("/local/say", **{"from": "小灰"}, client="robot", to="OpenQQ",
-                           type="group_message", content=f"解禁 {uid}")["code"] == 0
-    assert eventually(lambda: say(content="谢谢")["code"] == 0)
-    members = lambda: {row["name"] for row in controller.call(  # noqa: E731
-        "search_group", client="robot", uid=OPENQQ_GROUP)[0]["member"]}
-    for name, comment in ("甲", "让我进去"), ("乙", "芝麻开门"):
-        controller.call("/local/change", do="add", what="person", name=name)
-        assert controller.call("/local/change", do="add", what="group_request", uid=name,
-                               comment=comment, **{"in": OPENQQ_GROUP})["code"] == 0
-    assert eventually(lambda: "乙" in members()) and "甲" not in members()
+        def comes(text):
+            return carol.next(lambda event: text in event.get("content", "")
+                              and event["class"] == "recv")
 
-
-def test_an_assistant_of_twenty_lines_quotes_its_questioner(start, run_bot):
-    controller = start("controller")
-    controller.login("robot", post_api=run_bot(ASSISTANT, controller.base))
-    controller.login("carol")
-    uid = controller.call("get_user_info", client="robot")["uid"]
-    ask = functools.partial(controller.call, "send_group_message", client="carol",
-                            uid=OPENQQ_GROUP)
-    first = ask(content="今天星期五")
-    asked = ask(content="对吗", at=uid, reply_to=first["id"])
-
-    def answers():
-        return [event for event in controller.call("check_event", client="carol", since=0)
-                if "你问" in event.get("content", "") and event["class"] == "recv"]
-
-    assert eventually(answers)
-    [answer] = answers()
-    assert (answer["reply_to"], answer["at_me"]) == (str(asked["id"]), 1)
-    assert answer["content"] == "@carol 你问: @robot 对吗 / 今天星期五"
+        greeting = comes("欢迎 carol")
+        assert (greeting["content"], greeting["at_me"]) == ("@carol 欢迎 carol", 1)
+        first = say("今天星期五")
+        asked = say("对吗", at=uid["robot"], reply_to=first["id"])
+        answer = comes("你问")
+        assert (answer["reply_to"], answer["at_me"]) == (str(asked["id"]), 1)
+        assert answer["content"] == "@carol 你问: @robot 对吗 / 今天星期五"
+        assert say("说脏话")["code"] == 0
+        assert eventually(lambda: say("我错了")["code"] == -4)
+        assert controller.call("/local/say", **{"from": "小灰"}, client="robot", to="OpenQQ",
+                               type="group_message", content=f"解禁 {uid['carol']}")["code"] == 0
+        assert eventually(lambda: say("谢谢")["code"] == 0)
+        for name, comment in ("甲", "让我进去"), ("乙", "芝麻开门"):
+            controller.call("/local/change", do="add", what="person", name=name)
+            assert controller.call("/local/change", do="add", what="group_request", uid=name,
+                                   comment=comment, **{"in": OPENQQ_GROUP})["code"] == 0
+        assert eventually(lambda: "乙" in carol.members()) and "甲" not in carol.members()
+    finally:
+        bot.terminate()
+        bot.wait()
 
 
 # ------------------------------------------------------------------------------------------------
