@@ -3844,9 +3844,9 @@ def test_an_id_that_waits_for_somebody_is_given_to_no_other_message(tmp_path):
         here = network()
         for name in "alice", "bob":
             here.call(name, "attach", ["", "", True], {})
-        [bob] = [row["uid"] for row in here.world.ledger.table("people").values()
+        [bob] = [row["uid"] for row in here.table("people").values()
                  if row["name"] == "bob"]
-        here.do(here.logins.detach, "bob")
+        here.do(here.detach, "bob")
         [said] = here.call("alice", "send", [[
             {"type": "friend_message", "content": "x", "uid": bob}]], {})
         ids.append(said["id"])
@@ -4724,7 +4724,7 @@ def test_a_client_that_died_while_it_waited_for_news_is_not_kept_in_memory(netwo
     for number in range(3):
         with pytest.raises(openqq.Hangup):
             network.call(f"client{number}", "pull", [""], {}, gone)
-    assert network.outboxes._pulls == {}
+    assert not any(session.pull for session in network.sessions.values())
 
 
 @pytest.fixture
@@ -4732,7 +4732,7 @@ def enter(network):
     """enter(account) logs it in by a code: its row of the login."""
     def log_in(account):
         assert network.call(account, "attach", ["", "", False], {}) == {}
-        network.do(network.logins.hope, account)
+        network.do(network.hope, account)
         network.call(account, "ticket", [], {})
         network.call(account, "ready", [], {})
         return [item["login"] for item in network.call(account, "pull", [""], {})
@@ -4772,17 +4772,17 @@ def test_what_a_muted_resident_would_have_answered_fails_nobodys_message(network
 
 
 def test_a_ticket_works_once_and_for_120_seconds(network):
-    now, logins = [0.0], network.logins
-    logins._timer = lambda: now[0]
+    now = [0.0]
+    network.timer = lambda: now[0]
 
     def ticket():
-        logins.ticket("alice")
+        network.ticket("alice")
         (item,) = network.call("alice", "pull", [""], {})
         return urllib.parse.parse_qs(urllib.parse.urlsplit(item["text"]).query)["ticket"][0]
 
     def is_good(number):
         try:
-            return logins.scan(number) == "alice"
+            return network.scan(number) == "alice"
         except openqq.NotFound:
             return False
 
@@ -4795,13 +4795,13 @@ def test_a_ticket_works_once_and_for_120_seconds(network):
     assert not is_good(second)
     network.call("alice", "pull", [""], {})
     third = ticket()
-    assert logins.confirm(third) == "alice" and not is_good(third)
+    assert network.confirm(third) == "alice" and not is_good(third)
 
 
 def test_a_thousand_messages_wait_for_somebody_who_is_away(network, enter):
     for account in "alice", "bob":
         uid = enter(account)["uid"]
-    network.do(network.logins.detach, "bob")
+    network.do(network.detach, "bob")
     messages = [{"type": "friend_message", "uid": uid, "content": str(number)}
                 for number in range(1_003)]
     assert {row["code"] for row in network.call("alice", "send", [messages], {})} == {0}
@@ -9848,21 +9848,20 @@ def test_more_pictures_than_64_mib_wait_without_harm(tmp_path, kind):
         assert len(make().pending) == 10
 
 
-def test_too_many_pictures_that_wait_cost_no_text(tmp_path):
+def test_too_many_pictures_that_wait_cost_no_text(network):
     """1,000 messages wait (DESIGN); pictures that are too much for that go, texts stay."""
-    log = openqq.Log("", "info", None, "utf-8", False, False)
-    boxes = openqq.Outboxes(openqq.Ledger(str(tmp_path / "a"), str(tmp_path / "b"), log), set())
+    network.ready("bob")
     picture = {"name": "cat.png", "data": "a" * 7_000_000}
     for number in range(3):
-        boxes.put("bob", {"do": "message", "content": f"text {number}", "media": None})
+        network.deliver("bob", {"do": "message", "content": f"text {number}", "media": None})
     for number in range(12):
-        boxes.put("bob", {"do": "message", "content": f"picture {number}", "media": picture})
+        network.deliver("bob", {"do": "message", "content": f"picture {number}", "media": picture})
     found = []
     for _ in range(20):
-        items = boxes.take("bob", True)
+        items = network.take("bob")
         found += [item["content"] for item in items]
         if items:
-            boxes.acknowledge("bob", items[-1]["mark"])
+            network.acknowledge("bob", items[-1]["mark"])
     assert found[:3] == ["text 0", "text 1", "text 2"]
     assert found[-1] == "picture 11" and found == sorted(
         found, key=lambda text: (text[0] == "p", int(text.split()[1])))
