@@ -5788,10 +5788,6 @@ class Store:
         if self.relay:
             self.relay(seq, data)
 
-    def followed(self) -> bool:
-        """Whether anybody streams."""
-        return bool(self._feeds)
-
     def take(self, since: Optional[int], wait: Wait,
              seconds: float = EVENT_SECONDS) -> bytes:
         """A JSON list of the events after `since`, or after the mark (None), which then moves.
@@ -5805,17 +5801,17 @@ class Store:
             rows = self._after(mark)
             if not rows:
                 self._waiting.add(future)
-        if not rows:
-            try:
+        try:
+            if not rows:
                 wait(future, seconds)
-            except TimeoutError:
-                pass
-            finally:
-                with self._lock:
-                    self._waiting.discard(future)
-                    rows = self._after(mark)
-        if rows and since is None:
+        except TimeoutError:
+            pass
+        finally:
             with self._lock:
+                self._waiting.discard(future)
+        with self._lock:
+            rows = self._after(mark)
+            if rows and since is None:
                 self._mark = max(self._mark, rows[-1][0])
         return b"[" + b",".join([data for _, data in rows]) + b"]"
 
@@ -5885,6 +5881,21 @@ def bulk_of(item: Json) -> int:
     return len(event.get("media_data") or "") if isinstance(event, dict) else 0
 
 
+class Lane:
+    """The events of one conversation that wait to be posted, or are on their way."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.keys: Deque[int] = collections.deque()  # in the spool; only the first is tried
+        self.reset()
+
+    def reset(self) -> None:
+        """Of what is first now nothing is known."""
+        self.tries = 0                         # in vain, after it was sent
+        self.since: Optional[float] = None     # its first try
+        self.next = 0.0                        # when it may be tried again
+
+
 class Reporter:
     """Posts events to post_api, each conversation in order, through a queue that survives.
 
@@ -5913,25 +5924,26 @@ class Reporter:
         self._failed, self._clock, self._numeric = failed, clock, numeric
         self._asking = asking
         self._pool = ThreadPool(POST_LANES, "post", log)
-        self.error: Row = {}                            # as check_client shows it: post_error
+        self.error: Row = {}                      # as check_client shows it: post_error
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
-        self._queues: Dict[str, Deque[int]] = {}        # conversation -> keys in the spool
-        self._flying: Dict[str, float] = {}             # conversation -> when its post began
-        self._waiting: Dict[str, float] = {}            # conversation -> when it may try again
-        self._tries: Dict[int, Tuple[int, float]] = {}  # key -> times refused, of the first try
-        self._pause_until = 0.0                         # nobody can be reached at all
-        self._outage = 0                                # tries in a row that found nobody
-        self._gone = not url                            # the receiver said so
-        self._redirected = False                        # it sent us elsewhere, to no avail
-        self._holding = False                           # the process is about to end
-        self._emptied: Optional[Callable[[], None]] = None
-        self._look_at = self._tell_at = 0.0             # when the timers do so next
+        self._lanes: Dict[str, Lane] = {}         # by conversation; who comes first goes first
+        self._flying: Dict[Lane, float] = {}      # when each post began that has no answer yet
+        self._pause_until = 0.0                   # nobody can be reached at all
+        self._outage = 0                          # tries in a row that found nobody
+        self._gone = not url                      # the receiver said so
+        self._redirected = False                  # it sent us elsewhere, to no avail
+        self._holding = False                     # the process is about to end
+        self._landed: Optional[Callable[[], Any]] = None
+        self._look_at = self._tell_at = 0.0       # when the timers do so next
         with timers.lock:
             for key, item in list(spool.pending.items() if url else ()):
                 if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
-                    self._queues.setdefault(str(item["in"]), collections.deque()).append(key)
+                    self._lane(str(item["in"])).keys.append(key)
                 else:
                     spool.done(key)  # no event: whoever wrote that into the file
+
+    def _lane(self, conversation: str) -> Lane:
+        return self._lanes.setdefault(conversation, Lane(conversation))
 
     def add(self, event: Row, conversation: str, mark: Json = None) -> None:
         """Queue an event for posting, together with its source's mark (Spool)."""
@@ -5940,29 +5952,29 @@ class Reporter:
                 return self._spool.advance(mark) if mark is not None else None
             name = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
             key = self._spool.add({"id": name, "in": conversation, "event": event}, mark)
-            self._queues.setdefault(conversation, collections.deque()).append(key)
+            self._lane(conversation).keys.append(key)
             for old in self._spool.excess():
-                its = str(self._spool.pending[old]["in"])
-                if its not in self._flying or self._queues[its][0] != old:  # not on its way
-                    self._drop(its, old, "over the limit of the queue")
+                lane = self._lane(str(self._spool.pending[old]["in"]))
+                if lane not in self._flying or lane.keys[0] != old:
+                    self._drop(lane, old, "over the limit of the queue")
 
     def flush(self) -> None:
         """Write what was added, then post it: in this order, or a kill could lose it."""
         with self._timers.lock:
             flight = self._next()
             if flight:
-                self._pool.submit(self._post, flight)
+                self._pool.submit(self._post, *flight)
 
     start = flush  # going on with what a former process left
 
-    def drain(self, emptied: Callable[[], None]) -> None:
-        """Have emptied() called, by the timers, once nothing is left to post."""
+    def drain(self, landed: Callable[[], Any]) -> None:
+        """Have landed() called, by the timers, after each event that is done with."""
         with self._timers.lock:
-            self._emptied = emptied
+            self._landed = landed
             self.flush()
 
-    def hold(self, landed: Callable[[], None]) -> None:
-        """Post no more; have landed() called once what is on its way has been answered."""
+    def hold(self, landed: Callable[[], Any]) -> None:
+        """The same, and post no more."""
         with self._timers.lock:
             self._holding = True
             self.drain(landed)
@@ -5975,34 +5987,30 @@ class Reporter:
         """How many are on their way."""
         return len(self._flying)
 
-    def _next(self) -> Optional[Tuple[str, int, Row]]:
-        """What is to be posted now, as conversation, key and item; it counts as flying. One at
-        most: its answer, or PATIENCE, lets the next one go."""
+    def _next(self) -> Optional[Tuple[Lane, Row]]:
+        """What is to be posted now; it counts as flying. One at most: its answer, or PATIENCE,
+        lets the next one go."""
         self._spool.flush()
         found, now = None, self._timers.clock()
-        wait = max([began + self.PATIENCE - now for began in self._flying.values()], default=0.0)
+        wait = max(self._flying.values(), default=now - self.PATIENCE) + self.PATIENCE - now
         if (wait <= 0 and len(self._flying) < POST_LANES and now >= self._pause_until
                 and not self._holding):
-            for conversation, keys in self._queues.items():
-                if conversation not in self._flying and (
-                        self._waiting.get(conversation, now) <= now):
-                    found = conversation, keys[0], self._spool.pending[keys[0]]
-                    self._waiting.pop(conversation, None)
-                    self._flying[conversation], wait = now, self.PATIENCE
+            for lane in self._lanes.values():
+                if lane not in self._flying and lane.next <= now:
+                    found = lane, self._spool.pending[lane.keys[0]]
+                    self._flying[lane], wait = now, self.PATIENCE
                     break
-        if wait > 0 and now >= self._look_at and len(self._queues) > len(self._flying):
+        if wait > 0 and now >= self._look_at and len(self._lanes) > len(self._flying):
             self._look_at = now + wait
             self._timers.later(wait, self.flush)
-        if self._emptied and not (self._flying if self._holding else self._queues):
-            self._timers.later(0.0, self._emptied)
-            self._emptied = None
         return found
 
-    def _post(self, flight: Optional[Tuple[str, int, Row]]) -> None:
+    def _post(self, lane: Lane, item: Row) -> None:
         """In a thread of the pool: post an event, note what came of it, and go on with the next
         one, until there is none or another thread has it."""
+        flight: Optional[Tuple[Lane, Row]] = (lane, item)
         while flight:
-            conversation, key, item = flight
+            lane, item = flight
             status, answer, failure = 0, None, None
             self._asking(item["event"], True)
             try:
@@ -6021,8 +6029,11 @@ class Reporter:
                     self._log.failure("what an answer of post_api wants")
             self._asking(item["event"], False)
             with self._timers.lock:
-                del self._flying[conversation]
-                self._note(conversation, key, status, failure)
+                del self._flying[lane]
+                if not self._gone:  # else another answer said so meanwhile, and all is dropped
+                    self._note(lane, status, failure)
+                if self._landed:
+                    self._timers.later(0.0, self._landed)
                 flight = self._next()
 
     def _call(self, item: Row) -> Tuple[int, Optional[Row]]:
@@ -6045,26 +6056,20 @@ class Reporter:
             if not same_origin(url, target):
                 break
             url = target
-        answer = None
         if reply.kind in ("application/json", "text/json"):
-            try:
-                answer = object_in(read_text(data).encode())
-            except ValueError:
-                pass  # no text in any encoding that we know
-        return reply.status, answer
+            with contextlib.suppress(ValueError):  # no text in any encoding that we know
+                return reply.status, object_in(read_text(data).encode())
+        return reply.status, None
 
-    def _note(self, conversation: str, key: int, status: int,
-              failure: Optional[Unreachable]) -> None:
+    def _note(self, lane: Lane, status: int, failure: Optional[Unreachable]) -> None:
         """What became of a post decides when it, or the next one, is tried."""
-        now, url = self._timers.clock(), shown_url(self._url)
-        tries, first = self._tries.get(key, (0, now))
-        if self._gone:
-            return  # another answer said so meanwhile, and all has been dropped
+        now, url, key = self._timers.clock(), shown_url(self._url), lane.keys[0]
+        lane.since = now if lane.since is None else lane.since
         if status == 410:
             self._log.warn(f"{url} answered 410 Gone: nothing more is posted to it")
             self._gone = True
             for other, item in list(self._spool.pending.items()):
-                self._drop(str(item["in"]), other, "the receiver is gone")
+                self._drop(self._lane(str(item["in"])), other, "the receiver is gone")
         elif failure is None:
             if self._outage > 1:
                 self._log.info(f"{url} takes events again")
@@ -6073,19 +6078,18 @@ class Reporter:
                                "give the URL that takes events")
             self._outage, self._redirected = 0, 300 <= status < 400
             self.counts["posted"] += 1
-            self._forget(conversation, key)
-        elif failure.sent and tries + 1 >= POST_TRIES:
-            self._drop(conversation, key, f"{failure.status}, {POST_TRIES} times")
+            self._forget(lane, key)
+        elif failure.sent and lane.tries + 1 >= POST_TRIES:
+            self._drop(lane, key, f"{failure.status}, {POST_TRIES} times")
+        elif not failure.sent and now - lane.since > POST_DAY:
+            self._drop(lane, key, "nobody there for a day")
         elif failure.sent:  # what breaks its receiver is not to do so for a day
             self.counts["retried"] += 1
-            self._tries[key] = tries + 1, first
-            self._waiting[conversation] = now + 2.0 ** tries
-            self._timers.later(2.0 ** tries, self.flush)
-        elif now - first > POST_DAY:
-            self._drop(conversation, key, "nobody there for a day")
+            lane.next = now + 2.0 ** lane.tries
+            self._timers.later(2.0 ** lane.tries, self.flush)
+            lane.tries += 1
         else:  # no connection: it would fare no better with the others, so all wait
             self.counts["retried"] += 1
-            self._tries[key] = tries, first
             if now >= self._pause_until:
                 if self._outage == 1:
                     self._log.warn(f"{url} cannot be reached ({failure.status}); "
@@ -6095,21 +6099,21 @@ class Reporter:
                 self._pause_until = now + pause
                 self._timers.later(pause, self.flush)
 
-    def _forget(self, conversation: str, key: int) -> None:
+    def _forget(self, lane: Lane, key: int) -> None:
         """Whatever became of an event: the next of its conversation waits behind the others."""
-        self._tries.pop(key, None)
-        self._waiting.pop(conversation, None)
-        keys = self._queues.pop(conversation)
-        keys.remove(key)
-        if keys:
-            self._queues[conversation] = keys
+        if lane.keys[0] == key:
+            lane.reset()
+        lane.keys.remove(key)
+        del self._lanes[lane.name]
+        if lane.keys:
+            self._lanes[lane.name] = lane
         self._spool.done(key)
 
-    def _drop(self, conversation: str, key: int, why: str) -> None:
-        self._forget(conversation, key)
+    def _drop(self, lane: Lane, key: int, why: str) -> None:
+        self._forget(lane, key)
         self.counts["dropped"] += 1
         dropped, now = self.counts["dropped"], self._timers.clock()
-        if dropped & (dropped - 1) == 0:  # 1, 2, 4, 8 …
+        if is_news(dropped):
             self._log.warn(f"{dropped} event(s) dropped, not posted to {shown_url(self._url)}: "
                            f"{why}")
         self.error = {"time": str(int(self._clock())), "error": why, "dropped": dropped}
@@ -6241,8 +6245,14 @@ class Heartbeat:
             target = redirect_of(url, reply)
             if not target:
                 return
-            own = self._own_call(target)
-            if own:
+            try:
+                parts, (_, host, port) = urllib.parse.urlsplit(target), origin_of(target)
+            except ValueError:
+                host, port = "", 0
+            if port in self._own and is_loopback(host) and (
+                    re.match("/open(qq|wx)/", parts.path)):
+                own = self._own[port] + urllib.parse.urlunsplit(
+                    parts._replace(scheme="", netloc="", fragment=""))  # whatever it called us
                 fields = {"Authorization": bearer(self._token)} if self._token else {}
                 reply = self._fetch(own, "GET", fields, seconds=PROXY_SECONDS)
                 reply.read()
@@ -6252,18 +6262,6 @@ class Heartbeat:
                                       "our own API nor its own server: not followed")
             url = target
         self._log.warn(f"poll_api leads on after {self.HOPS} redirects: given up")
-
-    def _own_call(self, target: str) -> str:
-        """The call that a redirect asks for, at our own address whatever it called us."""
-        try:
-            parts = urllib.parse.urlsplit(target)
-            _, host, port = origin_of(target)
-        except ValueError:
-            return ""
-        base = self._own.get(port) if is_loopback(host) else None
-        if base is None or not re.match("/open(qq|wx)/", parts.path):
-            return ""
-        return base + urllib.parse.urlunsplit(parts._replace(scheme="", netloc="", fragment=""))
 
 
 # ------------------------------------------------------------------------------------------------
