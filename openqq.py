@@ -6600,6 +6600,11 @@ class Society(World):
             self.tell(viewers, kind + "_property_change", {
                 "uid": uid, "property": name, "value": typed(name, value), **more})
 
+    def _set(self, row: Row, kind: str, viewers: Iterable[str], *path: str, **more: str) -> None:
+        """Change properties of what is at a place in the ledger, which ends with its uid."""
+        self.put({**self.table(*path), **row}, *path)
+        self._tell_change(viewers, kind, path[-1], row, **more)
+
     def _keep_request(self, table: str, request: Row) -> str:
         """The ticket by which a request will be answered."""
         ticket, requests = new_secret(), self.table(table)
@@ -6655,15 +6660,10 @@ class Society(World):
         require(uid in self.table("friend", me), uid)
         self.unfriend(uid, me)
 
-    def set_friend(self, uid: str, viewer: str, row: Row) -> None:
-        """Change how `viewer` sees a friend."""
-        self.put({**self.table("friend", viewer, uid), **row}, "friend", viewer, uid)
-        self._tell_change([viewer], "friend", uid, row)
-
     def set_markname(self, me: str, uid: str, markname: str) -> None:
         """What one calls somebody, friend or member of a group; nobody else sees it."""
         if uid in self.table("friend", me):
-            self.set_friend(uid, me, {"markname": markname})
+            self._set({"markname": markname}, "friend", [me], "friend", me, uid)
         self.put({"markname": markname}, "mark", me, uid)
         for group, members in self.table("group_member").items():
             if me in members and uid in members:
@@ -6724,21 +6724,15 @@ class Society(World):
         self.tell(others, way + members, {
             **facts, "circle": circle, "object": lambda to: self.member(members, to, circle, uid)})
 
-    def set_circle(self, table: str, uid: str, row: Row) -> None:
-        """Change properties of a group or discuss."""
-        self.put({**self.table(table, uid), **row}, table, uid)
-        self._tell_change(self.table(table + "_member", uid), table, uid, row)
-
     def set_member(self, group: str, uid: str, row: Row) -> None:
         """A card or a role in a group; one's own role is the group's `role` as well."""
+        members = self.table("group_member", group)
         owner = str(self.table("group", group).get("owner_uid") or "")
         if row.get("role") == "owner" and owner != uid:
-            self.set_circle("group", group, {"owner_uid": uid})
-            if self.role(group, owner):
+            self._set({"owner_uid": uid}, "group", members, "group", group)
+            if owner in members:
                 self.set_member(group, owner, {"role": "member"})  # there is but one
-        members = self.table("group_member", group)
-        self.put({**members[uid], **row}, "group_member", group, uid)
-        self._tell_change(members, "group_member", uid, row, circle=group)
+        self._set(row, "group_member", members, "group_member", group, uid, circle=group)
         if "role" in row:
             self._tell_change([uid], "group", group, {"role": ROLES[row["role"]]})
 
@@ -6760,7 +6754,7 @@ class Society(World):
     def rename(self, me: str, group: str, name: str) -> None:
         """Give a group another name, for all of its members."""
         require(self._may(me, group, "member"), group)
-        self.set_circle("group", group, {"name": name})
+        self._set({"name": name}, "group", self.table("group_member", group), "group", group)
 
     def kick(self, me: str, group: str, uids: List[str]) -> None:
         """Remove members."""
@@ -6845,7 +6839,8 @@ class Society(World):
             "set person": ("people", "", lambda: self._set_person(uid, row)),
             "remove person": ("people", "", lambda: self._remove_person(uid)),
             "add friend": ("people", "people", lambda: self.befriend(uid, place, row)),
-            "set friend": ("people", "people", lambda: self.set_friend(uid, place, row)),
+            "set friend": ("people", "people", lambda: self._set(
+                row, "friend", [place], "friend", place, uid)),
             "remove friend": ("people", "people", lambda: self.unfriend(uid, place)),
             "add friend_request": ("people", "people", lambda: self.ask_friend(
                 uid, place, str(row.get("verify", "")))),
@@ -6855,7 +6850,8 @@ class Society(World):
             "add poke": ("people", "group" if place else "", lambda: self.poke(
                 uid, self.find("people", str(row.get("to", ""))), place)),
             f"add {circle}": ("", "", lambda: self._add(circle, uid, row)),
-            f"set {circle}": (circle, "", lambda: self.set_circle(circle, uid, row)),
+            f"set {circle}": (circle, "", lambda: self._set(
+                row, circle, self.table(circle + "_member", uid), circle, uid)),
             f"remove {circle}": (circle, "", lambda: self._remove_circle(circle, uid)),
             f"add {circle}_member": ("people", circle, lambda: self.enter(
                 circle, place, uid, row)),
@@ -6894,8 +6890,7 @@ class Society(World):
                 if uid in self.table(table + "_member", circle)]
 
     def _set_person(self, uid: str, row: Row) -> None:
-        self.put({**self.table("people", uid), **row}, "people", uid)
-        self._tell_change([uid], "user", uid, row)
+        self._set(row, "user", [uid], "people", uid)
         self._tell_change(self.table("friend", uid), "friend", uid, row)
         for table, circle in self._circles_of(uid):
             self._tell_change(self.table(table + "_member", circle), table + "_member", uid, row,
@@ -7203,13 +7198,16 @@ class LocalPages:
 
     def routes(self) -> List[Route]:
         """The routes of /local/; a ticket or a key protects those that are open."""
+        network = self._network
         return [Route("/local/scan", "GET", self.scan, open=True),
                 Route("/local/confirm", "POST", self.scan, open=True),
                 Route("/local/link", "POST", self.link, open=True),
                 Route("/local/login", ACT, self.login),
                 Route("/local/say", ACT, self.say),
-                Route("/local/change", ACT, self.change),
-                Route("/local/world", READ, self.world)]
+                Route("/local/change", ACT, lambda request: {
+                    **network.do(network.change, request.keys()), "code": 0, "status": "success"}),
+                Route("/local/world", READ, lambda request: {
+                    **network.do(network.dump), "code": 0})]
 
     def key_for(self, account: str) -> str:
         """What a client proves with that it speaks for its account."""
@@ -7282,15 +7280,6 @@ class LocalPages:
             table = "discuss" if kind == "discuss_message" else "group"
             message[table] = network.find(table, to, account)
         return network.speak(who, message)
-
-    def change(self, request: Request) -> Row:
-        """Change the world: every documented event can be made to happen."""
-        done = self._network.do(self._network.change, request.keys())
-        return {**done, "code": 0, "status": "success"}
-
-    def world(self, request: Request) -> Row:
-        """Who and what there is, as --world reads it."""
-        return {**self._network.do(self._network.dump), "code": 0}
 
 
 MESSAGE_ID = re.compile("-?[0-9]{1,20}")
