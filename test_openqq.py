@@ -5259,30 +5259,13 @@ def poll_until(look, seconds=WAIT):
     return look()
 
 
-class Mouthpiece(Peer):
-    """A post_api that gives 003's answer to a message, byte for byte."""
-
-    def __init__(self):
-        self.posted = []
-        super().__init__()
-
-    def handle(self, handler):
-        assert (handler.path, "X-Signature" in handler.headers) == ("/post_api", False)
-        self.posted.append(json.loads(handler.body))
-        handler.wfile.write((
-            "HTTP/1.1 200 OK\r\nConnection: close\r\n"
-            "Content-Type: application/json;charset=UTF-8\r\n"
-            "Date: Mon, 29 Feb 2016 05:53:31 GMT\r\nContent-Length: 27\r\n"
-            "Server: Mojolicious (Perl)\r\n\r\n{\"reply\":\"你好\",\"code\":0}").encode()
-            if self.posted[-1]["post_type"] == "receive_message" else
-            b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-        handler.close_connection = True
-
-
-def test_the_documents_answer_replies_and_stdout_carries_the_events(start):
-    """post_stdout=1 says on stdout what is posted, a line each."""
-    mouthpiece = Mouthpiece()
-    client = start("client", "--account", "solo", "--post_api", mouthpiece.url + "/post_api",
+def test_the_documents_answer_replies_and_stdout_carries_the_events(start, receive):
+    """003's answer; post_stdout=1 says on stdout what is posted, a line each."""
+    document = (200, {"Content-Type": "application/json;charset=UTF-8", "Connection": "close"},
+                '{"reply":"你好","code":0}'.encode())
+    receiver = receive(
+        lambda event: document if event["post_type"] == "receive_message" else None)
+    client = start("client", "--account", "solo", "--post_api", receiver.url,
                    "--post-stdout", "1", "--login_type", "login", "--pwd", "x")
     client.out.wait('"login"')
     said = client.call("/local/say", client="solo", content="问", **{"from": "小灰"})
@@ -5290,9 +5273,9 @@ def test_the_documents_answer_replies_and_stdout_carries_the_events(start):
     client.out.wait('"post_type":"send_message"')
     assert client.stop() == 0
     client.out.wait('"event":"stop"')
-    mouthpiece.close()
     lines = [json.loads(line) for line in client.out.lines]
-    assert sorted(lines, key=str) == sorted(mouthpiece.posted, key=str)  # lanes keep no one order
+    posted = [event for _, _, _, event in receiver.posts]
+    assert sorted(lines, key=str) == sorted(posted, key=str)  # lanes keep no one order
     [reply] = [event for event in lines if event["post_type"] == "send_message"]
     assert (reply["content"], reply["receiver"], reply["from"]) == ("你好", "小灰", "api")
 
@@ -8013,15 +7996,6 @@ def test_killed_client_posts_twice_at_most_what_was_on_its_way(start, receive):
     assert len(set(posts)) == len(expected), "a repeated event has its old id"
 
 
-def sorted_world(controller):
-    """What /local/world shows, in an order of its own."""
-    def ordered(value):
-        if isinstance(value, dict):
-            return {key: ordered(item) for key, item in value.items()}
-        return sorted(map(ordered, value), key=repr) if isinstance(value, list) else value
-    return ordered(controller.call("/local/world"))
-
-
 def test_host_that_starts_again_keeps_the_world_the_logins_and_what_waits(start):
     controller = start("controller")
     for name in "alice", "bob":
@@ -8033,11 +8007,11 @@ def test_host_that_starts_again_keeps_the_world_the_logins_and_what_waits(start)
         sent = controller.call("send_friend_message", client="alice", name="bob",
                                content=f"waits {number}")
         assert sent["code"] == 0
-        world = sorted_world(controller)
+        world = in_any_order(everything(controller))
         controller.process.send_signal(number)
         assert all_gone(controller.log, WAIT)
         controller = start("controller")
-        assert sorted_world(controller) == world
+        assert in_any_order(everything(controller)) == world
         controller.call("start_client", client="bob")
         assert {name: user(controller, name)["id"] for name in ("alice", "bob")} == ids
         kept = []
@@ -8161,24 +8135,6 @@ def test_the_reaper_survives_a_socket_that_is_closed_while_it_is_told_of_it():
     pairs[1][1].close()
     assert gone.wait(WAIT)
     stream.close()
-
-
-def test_pid_file_passes_from_holder_to_holder(tmp_path):
-    path = str(tmp_path / "pid")
-    first, second = openqq.PidFile(path), openqq.PidFile(path)
-    first.take("client a")
-    with pytest.raises(openqq.Refusal, match=rf"client a .* {os.getpid()};"):
-        second.take("client a")
-    waiting = threading.Thread(target=openqq.PidFile(path).await_end, daemon=True)
-    waiting.start()
-    second.drop()
-    assert os.path.exists(path), "only its holder removes it"
-    first.drop()
-    waiting.join(WAIT)
-    assert not waiting.is_alive() and not os.path.exists(path)
-    second.take("client a")
-    assert content(path) == f"{os.getpid()}\n".encode()
-    second.drop()
 
 
 def test_ring_gives_each_event_once_to_bare_calls_and_again_to_since():
