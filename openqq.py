@@ -5772,8 +5772,7 @@ class Store:
                     0 < self._room < self._bytes and len(self._ring) > 1):
                 self._bytes -= len(self._ring.popleft()[1])
             self._feed(self._seq, data)
-            waiting, self._waiting = self._waiting, set()
-            for future in waiting:
+            for future in self._waiting:
                 settle(future, True)
 
     def tell(self, event: Union[Row, bytes]) -> None:
@@ -5837,20 +5836,21 @@ class Store:
             with self._lock:
                 feed = Feed(self._after(mark))
                 self._feeds.add(feed)
-                rows = feed.take()
+            sign, ended = b"retry: 1000\n\n", False
             try:
-                yield from as_stream(rows)
-                yield b"retry: 1000\n\n"
-                ended = False
-                while not ended:
-                    try:
-                        ended = request.wait(feed.more, STREAM_SECONDS) is None
-                    except TimeoutError:
-                        yield b":\n\n"
+                while True:
                     with self._lock:
                         ended = ended or feed not in self._feeds
                         rows = feed.take()
                     yield from as_stream(rows)
+                    yield sign
+                    if ended:
+                        return
+                    sign = b""
+                    try:
+                        ended = request.wait(feed.more, STREAM_SECONDS) is None
+                    except TimeoutError:
+                        sign = b":\n\n"
             finally:
                 with self._lock:
                     self._feeds.discard(feed)
@@ -6458,47 +6458,41 @@ class World:
                 for uid, row in self.table("people").items()
                 if uid in self.account_of or "state" in row}
 
-    def _seen(self, kind: str, account: str, uid: str, *rows: Row) -> Row:
-        """The documented members of a thing as an account sees it; later rows win."""
-        merged: Row = {**self.flavour.usual, "state": self.state_of(uid),
-                       "account": self.account_of.get(uid, uid)}
-        for row in rows:
-            merged.update(row)
-        table = kind if kind in ("group", "discuss") else "people"
-        merged.update(uid=uid, id=self.id_for(account, uid, table), display=merged.get("card"))
-        names = self.flavour.fields[kind] + (("title",) if merged.get("title") else ())
-        return {name: typed(name, merged.get(name)) for name in names}
-
-    def friend(self, account: str, uid: str) -> Row:
-        """Somebody as on an account's friend list."""
-        return self._seen("friend", account, uid, self.table("people", uid),
-                          self.table("friend", self.me(account), uid))
-
-    def member(self, table: str, account: str, circle: str, uid: str) -> Row:
-        """Somebody in a group or discuss (`table` group_member or discuss_member)."""
-        row = {"role": "member", **self.table(table, circle, uid)}
-        return self._seen(table, account, uid, self.table("people", uid), row,
-                          self.table("mark", self.me(account), uid))
-
-    def circle(self, table: str, account: str, uid: str, members: bool = True) -> Row:
-        """A group or discuss (`table`), with or without its members."""
-        row, everybody = self.table(table, uid), self.table(table + "_member", uid)
-        owner, own = str(row.get("owner_uid") or ""), everybody.get(self.me(account)) or {}
-        seen = self._seen(table, account, uid, row, {
-            "role": ROLES[own.get("role", "member")], "owner_uid": owner or None,
-            "owner_id": self.id_for(account, owner) if owner else None, "code": uid})
-        seen["uid"] = uid  # a discuss shows none, but its members are found by it
-        if members:
-            seen["member"] = [self.member(table + "_member", account, uid, member)
-                              for member in everybody]
+    def seen(self, kind: str, account: str, uid: str, circle: str = "",
+             members: bool = True) -> Row:
+        """The documented members of a thing as an account sees it: of a user, friend, group_member
+        or discuss_member (of a `circle`), of a group or discuss with or without its members."""
+        me, is_circle = self.me(account), kind in ("group", "discuss")
+        row: Row = {**self.flavour.usual, "state": self.state_of(uid),
+                    "account": self.account_of.get(uid, uid)}
+        if is_circle:
+            row.update(self.table(kind, uid))
+            everybody, owner = self.table(kind + "_member", uid), str(row.get("owner_uid") or "")
+            role = (everybody.get(me) or {}).get("role", "member")
+            row.update(role=ROLES[role], owner_uid=owner or None, code=uid,
+                       owner_id=self.id_for(account, owner) if owner else None)
+        elif circle:
+            row.update({**self.table("people", uid), "role": "member",
+                        **self.table(kind, circle, uid), **self.table("mark", me, uid)})
+        else:
+            row.update({**self.table("people", uid), **self.table("friend", me, uid)})
+        row.update(uid=uid, id=self.id_for(account, uid, kind if is_circle else "people"),
+                   display=row.get("card"))
+        names = self.flavour.fields[kind] + (("title",) if row.get("title") else ())
+        seen = {name: typed(name, row.get(name)) for name in names}
+        if is_circle:
+            seen["uid"] = uid  # a discuss shows none, but its members are found by it
+            if members:
+                seen["member"] = [self.seen(kind + "_member", account, member, uid)
+                                  for member in everybody]
         return seen
 
     def roster(self, account: str) -> Row:
         """All that an account loads at login."""
         me, table = self.me(account), self.table
-        return {"user": self._seen("user", account, me, {"account": account}, table("people", me)),
-                "friend": [self.friend(account, uid) for uid in table("friend", me)],
-                **{what: [self.circle(what, account, uid) for uid in table(what)
+        return {"user": self.seen("user", account, me),
+                "friend": [self.seen("friend", account, uid) for uid in table("friend", me)],
+                **{what: [self.seen(what, account, uid) for uid in table(what)
                           if me in table(what + "_member", uid)]
                    for what in ("group", "discuss")}}
 
@@ -6629,7 +6623,7 @@ class Society(World):
 
     def _tell_friends(self, event: str, one: str, other: str) -> None:
         for viewer, seen in (other, one), (one, other):
-            self.tell([viewer], event, {"object": lambda to, uid=seen: self.friend(to, uid)})
+            self.tell([viewer], event, {"object": lambda to, uid=seen: self.seen("friend", to, uid)})
 
     def ask_friend(self, me: str, uid: str, verify: str) -> None:
         """Let somebody ask another to be a friend."""
@@ -6719,10 +6713,10 @@ class Society(World):
     def _tell_move(self, way: str, table: str, circle: str, uid: str, facts: Row) -> None:
         members = table + "_member"
         self.tell([uid], way + table, {
-            "object": lambda to: self.circle(table, to, circle, members=way == "new_")})
+            "object": lambda to: self.seen(table, to, circle, members=way == "new_")})
         others = [member for member in self.table(members, circle) if member != uid]
         self.tell(others, way + members, {
-            **facts, "circle": circle, "object": lambda to: self.member(members, to, circle, uid)})
+            **facts, "circle": circle, "object": lambda to: self.seen(members, to, uid, circle)})
 
     def set_member(self, group: str, uid: str, row: Row) -> None:
         """A card or a role in a group; one's own role is the group's `role` as well."""
@@ -6905,7 +6899,7 @@ class Society(World):
 
     def _remove_circle(self, table: str, uid: str) -> None:
         self.tell(self.table(table + "_member", uid), "lose_" + table, {
-            "object": lambda to: self.circle(table, to, uid, members=False)})
+            "object": lambda to: self.seen(table, to, uid, members=False)})
         self.put(None, table + "_member", uid)
         self.put(None, table, uid)
 
