@@ -6498,18 +6498,19 @@ class World:
 
     # -- what waits for an account, numbered, until it says that it has it
 
-    def tell(self, uids: Iterable[str], event: str, parts: Row, away: bool = False) -> None:
+    def tell(self, uids: Iterable[str], event: str, parts: Row, of: Sequence[Any] = (),
+             away: bool = False) -> None:
         """Tell those of some people who are accounts and there, or with `away` all accounts.
 
-        Parts that are callable are called with the account.
+        `of` are the arguments of seen() for the event's object, as each of them sees it.
         """
         for uid in uids:
             account = self.account_of.get(uid)
             if account is not None and (away or self.sessions[account].online):
-                self.deliver(account, {
-                    "do": "event", "event": event, "time": str(int(self.clock())),
-                    **{name: part(account) if callable(part) else part
-                       for name, part in parts.items()}})
+                item = {"do": "event", "event": event, "time": str(int(self.clock())), **parts}
+                if of:
+                    item["object"] = self.seen(of[0], account, *of[1:])
+                self.deliver(account, item)
 
     def deliver(self, account: str, item: Row) -> None:
         """Let an item wait for an account; the oldest of too many, or of too heavy ones, go."""
@@ -6613,25 +6614,21 @@ class Society(World):
         """Make two people friends; `row` is how `other` sees `one`."""
         self.put(row or {}, "friend", other, one)
         self.put(self.table("friend", one).get(other) or {}, "friend", one, other)
-        self._tell_friends("new_friend", one, other)
+        for viewer, seen in (other, one), (one, other):
+            self.tell([viewer], "new_friend", {}, ("friend", seen))
 
     def unfriend(self, one: str, other: str) -> None:
         """End a friendship."""
-        self._tell_friends("lose_friend", one, other)
-        self.put(None, "friend", one, other)
-        self.put(None, "friend", other, one)
-
-    def _tell_friends(self, event: str, one: str, other: str) -> None:
         for viewer, seen in (other, one), (one, other):
-            self.tell([viewer], event, {"object": lambda to, uid=seen: self.seen("friend", to, uid)})
+            self.tell([viewer], "lose_friend", {}, ("friend", seen))
+            self.put(None, "friend", viewer, seen)
 
     def ask_friend(self, me: str, uid: str, verify: str) -> None:
         """Let somebody ask another to be a friend."""
-        ticket = self._keep_request("request", {"from": me, "to": uid})
-        name = self.table("people", me).get("name") or me
-        self.tell([uid], "friend_request", {"request": lambda to: {
-            "id": self.id_for(to, me), "name": name, "displayname": name, "verify": verify,
-            "ticket": ticket}}, away=True)
+        name, viewer = self.table("people", me).get("name") or me, self.account_of.get(uid, "")
+        self.tell([uid], "friend_request", {"request": {
+            "id": self.id_for(viewer, me), "name": name, "displayname": name, "verify": verify,
+            "ticket": self._keep_request("request", {"from": me, "to": uid})}}, away=True)
 
     def make_friend(self, me: str, uid: str, verify: str) -> None:
         """Ask somebody to be a friend; residents agree at once."""
@@ -6712,11 +6709,9 @@ class Society(World):
 
     def _tell_move(self, way: str, table: str, circle: str, uid: str, facts: Row) -> None:
         members = table + "_member"
-        self.tell([uid], way + table, {
-            "object": lambda to: self.seen(table, to, circle, members=way == "new_")})
+        self.tell([uid], way + table, {}, (table, circle, "", way == "new_"))
         others = [member for member in self.table(members, circle) if member != uid]
-        self.tell(others, way + members, {
-            **facts, "circle": circle, "object": lambda to: self.seen(members, to, uid, circle)})
+        self.tell(others, way + members, {**facts, "circle": circle}, (members, uid, circle))
 
     def set_member(self, group: str, uid: str, row: Row) -> None:
         """A card or a role in a group; one's own role is the group's `role` as well."""
@@ -6898,8 +6893,7 @@ class Society(World):
         self.put(None, "people", uid)
 
     def _remove_circle(self, table: str, uid: str) -> None:
-        self.tell(self.table(table + "_member", uid), "lose_" + table, {
-            "object": lambda to: self.seen(table, to, uid, members=False)})
+        self.tell(self.table(table + "_member", uid), "lose_" + table, {}, (table, uid, "", False))
         self.put(None, table + "_member", uid)
         self.put(None, table, uid)
 
@@ -6994,11 +6988,11 @@ class LocalNetwork(Society):
         self.acknowledge(account, mark)
         row = self.table("login", account)
         age = self.clock() - float(row.get("time", 0))
-        if cookie and cookie == row.get("cookie") and 0 <= age < COOKIE_SECONDS:
-            return {"login": self._log_in(account, row["nonce"], cookie)}
-        if password:
-            return {"login": self._log_in(account, row.get("nonce") or new_secret())}
-        return {}
+        if not cookie or cookie != row.get("cookie") or not 0 <= age < COOKIE_SECONDS:
+            cookie = ""
+        if not cookie and not password:
+            return {}
+        return {"login": self._log_in(account, row.get("nonce") or new_secret(), cookie)}
 
     def ticket(self, account: str) -> None:
         """A new QR code; the former one is void. It goes to the client as a note, so that no later
