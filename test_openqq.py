@@ -8020,6 +8020,20 @@ def test_host_that_starts_again_keeps_the_world_the_logins_and_what_waits(start)
         assert kept.count(f"waits {number}") == 1
 
 
+def test_a_world_file_that_cannot_be_read_leaves_the_world_as_it_was(tmp_path):
+    def network(world):
+        return openqq.LocalNetwork(str(tmp_path / "net"), world, openqq.QQ,
+                                   openqq.Log(level="fatal"), lambda: "http://x")
+
+    first = network("")
+    first.do(first.change, {"do": "add", "what": "person", "name": "老王"})
+    first.stop()
+    for wrong in "no JSON", "{}", '{"people": [{"uid": 1, "role": "king"}]}':
+        with pytest.raises(openqq.Refusal, match="cannot be read"):
+            network(put(tmp_path / "world", wrong))
+    assert network("").dump() == first.dump()
+
+
 def test_disk_that_takes_no_more_is_a_warning_and_the_api_goes_on(start, receive):
     receiver = receive()
     controller = start("controller", "--post-api", receiver.url)
