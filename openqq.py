@@ -5202,8 +5202,7 @@ class Store:
                     0 < self._room < self._bytes and len(self._ring) > 1):
                 self._bytes -= len(self._ring.popleft()[1])
             self._feed(self._seq, data)
-            waiting, self._waiting = self._waiting, set()
-            for future in waiting:
+            for future in self._waiting:
                 settle(future, True)
 
     def tell(self, event: Union[Row, bytes]) -> None:
@@ -5218,10 +5217,6 @@ class Store:
         if self.relay:
             self.relay(seq, data)
 
-    def followed(self) -> bool:
-        """Whether anybody streams."""
-        return bool(self._feeds)
-
     def take(self, since: Optional[int], wait: Wait,
              seconds: float = EVENT_SECONDS) -> bytes:
         """A JSON list of the events after `since`, or after the mark (None), which then moves.
@@ -5235,17 +5230,17 @@ class Store:
             rows = self._after(mark)
             if not rows:
                 self._waiting.add(future)
-        if not rows:
-            try:
+        try:
+            if not rows:
                 wait(future, seconds)
-            except TimeoutError:
-                pass
-            finally:
-                with self._lock:
-                    self._waiting.discard(future)
-                    rows = self._after(mark)
-        if rows and since is None:
+        except TimeoutError:
+            pass
+        finally:
             with self._lock:
+                self._waiting.discard(future)
+        with self._lock:
+            rows = self._after(mark)
+            if rows and since is None:
                 self._mark = max(self._mark, rows[-1][0])
         return b"[" + b",".join([data for _, data in rows]) + b"]"
 
@@ -5271,20 +5266,21 @@ class Store:
             with self._lock:
                 feed = Feed(self._after(mark))
                 self._feeds.add(feed)
-                rows = feed.take()
+            sign, ended = b"retry: 1000\n\n", False
             try:
-                yield from as_stream(rows)
-                yield b"retry: 1000\n\n"
-                ended = False
-                while not ended:
-                    try:
-                        ended = request.wait(feed.more, STREAM_SECONDS) is None
-                    except TimeoutError:
-                        yield b":\n\n"
+                while True:
                     with self._lock:
                         ended = ended or feed not in self._feeds
                         rows = feed.take()
                     yield from as_stream(rows)
+                    yield sign
+                    if ended:
+                        return
+                    sign = b""
+                    try:
+                        ended = request.wait(feed.more, STREAM_SECONDS) is None
+                    except TimeoutError:
+                        sign = b":\n\n"
             finally:
                 with self._lock:
                     self._feeds.discard(feed)
@@ -5315,6 +5311,21 @@ def bulk_of(item: Json) -> int:
     return len(event.get("media_data") or "") if isinstance(event, dict) else 0
 
 
+class Lane:
+    """The events of one conversation that wait to be posted, or are on their way."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.keys: Deque[int] = collections.deque()  # in the spool; only the first is tried
+        self.reset()
+
+    def reset(self) -> None:
+        """Of what is first now nothing is known."""
+        self.tries = 0                         # in vain, after it was sent
+        self.since: Optional[float] = None     # its first try
+        self.next = 0.0                        # when it may be tried again
+
+
 class Reporter:
     """Posts events to post_api, each conversation in order, through a queue that survives.
 
@@ -5343,25 +5354,26 @@ class Reporter:
         self._failed, self._clock, self._numeric = failed, clock, numeric
         self._asking = asking
         self._pool = ThreadPool(POST_LANES, "post", log)
-        self.error: Row = {}                            # as check_client shows it: post_error
+        self.error: Row = {}                      # as check_client shows it: post_error
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
-        self._queues: Dict[str, Deque[int]] = {}        # conversation -> keys in the spool
-        self._flying: Dict[str, float] = {}             # conversation -> when its post began
-        self._waiting: Dict[str, float] = {}            # conversation -> when it may try again
-        self._tries: Dict[int, Tuple[int, float]] = {}  # key -> times refused, of the first try
-        self._pause_until = 0.0                         # nobody can be reached at all
-        self._outage = 0                                # tries in a row that found nobody
-        self._gone = not url                            # the receiver said so
-        self._redirected = False                        # it sent us elsewhere, to no avail
-        self._holding = False                           # the process is about to end
-        self._emptied: Optional[Callable[[], None]] = None
-        self._look_at = self._tell_at = 0.0             # when the timers do so next
+        self._lanes: Dict[str, Lane] = {}         # by conversation; who comes first goes first
+        self._flying: Dict[Lane, float] = {}      # when each post began that has no answer yet
+        self._pause_until = 0.0                   # nobody can be reached at all
+        self._outage = 0                          # tries in a row that found nobody
+        self._gone = not url                      # the receiver said so
+        self._redirected = False                  # it sent us elsewhere, to no avail
+        self._holding = False                     # the process is about to end
+        self._landed: Optional[Callable[[], Any]] = None
+        self._look_at = self._tell_at = 0.0       # when the timers do so next
         with timers.lock:
             for key, item in list(spool.pending.items() if url else ()):
                 if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
-                    self._queues.setdefault(str(item["in"]), collections.deque()).append(key)
+                    self._lane(str(item["in"])).keys.append(key)
                 else:
                     spool.done(key)  # no event: whoever wrote that into the file
+
+    def _lane(self, conversation: str) -> Lane:
+        return self._lanes.setdefault(conversation, Lane(conversation))
 
     def add(self, event: Row, conversation: str, mark: Json = None) -> None:
         """Queue an event for posting, together with its source's mark (Spool)."""
@@ -5370,29 +5382,29 @@ class Reporter:
                 return self._spool.advance(mark) if mark is not None else None
             name = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
             key = self._spool.add({"id": name, "in": conversation, "event": event}, mark)
-            self._queues.setdefault(conversation, collections.deque()).append(key)
+            self._lane(conversation).keys.append(key)
             for old in self._spool.excess():
-                its = str(self._spool.pending[old]["in"])
-                if its not in self._flying or self._queues[its][0] != old:  # not on its way
-                    self._drop(its, old, "over the limit of the queue")
+                lane = self._lane(str(self._spool.pending[old]["in"]))
+                if lane not in self._flying or lane.keys[0] != old:
+                    self._drop(lane, old, "over the limit of the queue")
 
     def flush(self) -> None:
         """Write what was added, then post it: in this order, or a kill could lose it."""
         with self._timers.lock:
             flight = self._next()
             if flight:
-                self._pool.submit(self._post, flight)
+                self._pool.submit(self._post, *flight)
 
     start = flush  # going on with what a former process left
 
-    def drain(self, emptied: Callable[[], None]) -> None:
-        """Have emptied() called, by the timers, once nothing is left to post."""
+    def drain(self, landed: Callable[[], Any]) -> None:
+        """Have landed() called, by the timers, after each event that is done with."""
         with self._timers.lock:
-            self._emptied = emptied
+            self._landed = landed
             self.flush()
 
-    def hold(self, landed: Callable[[], None]) -> None:
-        """Post no more; have landed() called once what is on its way has been answered."""
+    def hold(self, landed: Callable[[], Any]) -> None:
+        """The same, and post no more."""
         with self._timers.lock:
             self._holding = True
             self.drain(landed)
@@ -5405,34 +5417,30 @@ class Reporter:
         """How many are on their way."""
         return len(self._flying)
 
-    def _next(self) -> Optional[Tuple[str, int, Row]]:
-        """What is to be posted now, as conversation, key and item; it counts as flying. One at
-        most: its answer, or PATIENCE, lets the next one go."""
+    def _next(self) -> Optional[Tuple[Lane, Row]]:
+        """What is to be posted now; it counts as flying. One at most: its answer, or PATIENCE,
+        lets the next one go."""
         self._spool.flush()
         found, now = None, self._timers.clock()
-        wait = max([began + self.PATIENCE - now for began in self._flying.values()], default=0.0)
+        wait = max(self._flying.values(), default=now - self.PATIENCE) + self.PATIENCE - now
         if (wait <= 0 and len(self._flying) < POST_LANES and now >= self._pause_until
                 and not self._holding):
-            for conversation, keys in self._queues.items():
-                if conversation not in self._flying and (
-                        self._waiting.get(conversation, now) <= now):
-                    found = conversation, keys[0], self._spool.pending[keys[0]]
-                    self._waiting.pop(conversation, None)
-                    self._flying[conversation], wait = now, self.PATIENCE
+            for lane in self._lanes.values():
+                if lane not in self._flying and lane.next <= now:
+                    found = lane, self._spool.pending[lane.keys[0]]
+                    self._flying[lane], wait = now, self.PATIENCE
                     break
-        if wait > 0 and now >= self._look_at and len(self._queues) > len(self._flying):
+        if wait > 0 and now >= self._look_at and len(self._lanes) > len(self._flying):
             self._look_at = now + wait
             self._timers.later(wait, self.flush)
-        if self._emptied and not (self._flying if self._holding else self._queues):
-            self._timers.later(0.0, self._emptied)
-            self._emptied = None
         return found
 
-    def _post(self, flight: Optional[Tuple[str, int, Row]]) -> None:
+    def _post(self, lane: Lane, item: Row) -> None:
         """In a thread of the pool: post an event, note what came of it, and go on with the next
         one, until there is none or another thread has it."""
+        flight: Optional[Tuple[Lane, Row]] = (lane, item)
         while flight:
-            conversation, key, item = flight
+            lane, item = flight
             status, answer, failure = 0, None, None
             self._asking(item["event"], True)
             try:
@@ -5451,8 +5459,11 @@ class Reporter:
                     self._log.failure("what an answer of post_api wants")
             self._asking(item["event"], False)
             with self._timers.lock:
-                del self._flying[conversation]
-                self._note(conversation, key, status, failure)
+                del self._flying[lane]
+                if not self._gone:  # else another answer said so meanwhile, and all is dropped
+                    self._note(lane, status, failure)
+                if self._landed:
+                    self._timers.later(0.0, self._landed)
                 flight = self._next()
 
     def _call(self, item: Row) -> Tuple[int, Optional[Row]]:
@@ -5475,26 +5486,20 @@ class Reporter:
             if not same_origin(url, target):
                 break
             url = target
-        answer = None
         if reply.kind in ("application/json", "text/json"):
-            try:
-                answer = object_in(read_text(data).encode())
-            except ValueError:
-                pass  # no text in any encoding that we know
-        return reply.status, answer
+            with contextlib.suppress(ValueError):  # no text in any encoding that we know
+                return reply.status, object_in(read_text(data).encode())
+        return reply.status, None
 
-    def _note(self, conversation: str, key: int, status: int,
-              failure: Optional[Unreachable]) -> None:
+    def _note(self, lane: Lane, status: int, failure: Optional[Unreachable]) -> None:
         """What became of a post decides when it, or the next one, is tried."""
-        now, url = self._timers.clock(), shown_url(self._url)
-        tries, first = self._tries.get(key, (0, now))
-        if self._gone:
-            return  # another answer said so meanwhile, and all has been dropped
+        now, url, key = self._timers.clock(), shown_url(self._url), lane.keys[0]
+        lane.since = now if lane.since is None else lane.since
         if status == 410:
             self._log.warn(f"{url} answered 410 Gone: nothing more is posted to it")
             self._gone = True
             for other, item in list(self._spool.pending.items()):
-                self._drop(str(item["in"]), other, "the receiver is gone")
+                self._drop(self._lane(str(item["in"])), other, "the receiver is gone")
         elif failure is None:
             if self._outage > 1:
                 self._log.info(f"{url} takes events again")
@@ -5503,19 +5508,18 @@ class Reporter:
                                "give the URL that takes events")
             self._outage, self._redirected = 0, 300 <= status < 400
             self.counts["posted"] += 1
-            self._forget(conversation, key)
-        elif failure.sent and tries + 1 >= POST_TRIES:
-            self._drop(conversation, key, f"{failure.status}, {POST_TRIES} times")
+            self._forget(lane, key)
+        elif failure.sent and lane.tries + 1 >= POST_TRIES:
+            self._drop(lane, key, f"{failure.status}, {POST_TRIES} times")
+        elif not failure.sent and now - lane.since > POST_DAY:
+            self._drop(lane, key, "nobody there for a day")
         elif failure.sent:  # what breaks its receiver is not to do so for a day
             self.counts["retried"] += 1
-            self._tries[key] = tries + 1, first
-            self._waiting[conversation] = now + 2.0 ** tries
-            self._timers.later(2.0 ** tries, self.flush)
-        elif now - first > POST_DAY:
-            self._drop(conversation, key, "nobody there for a day")
+            lane.next = now + 2.0 ** lane.tries
+            self._timers.later(2.0 ** lane.tries, self.flush)
+            lane.tries += 1
         else:  # no connection: it would fare no better with the others, so all wait
             self.counts["retried"] += 1
-            self._tries[key] = tries, first
             if now >= self._pause_until:
                 if self._outage == 1:
                     self._log.warn(f"{url} cannot be reached ({failure.status}); "
@@ -5525,21 +5529,21 @@ class Reporter:
                 self._pause_until = now + pause
                 self._timers.later(pause, self.flush)
 
-    def _forget(self, conversation: str, key: int) -> None:
+    def _forget(self, lane: Lane, key: int) -> None:
         """Whatever became of an event: the next of its conversation waits behind the others."""
-        self._tries.pop(key, None)
-        self._waiting.pop(conversation, None)
-        keys = self._queues.pop(conversation)
-        keys.remove(key)
-        if keys:
-            self._queues[conversation] = keys
+        if lane.keys[0] == key:
+            lane.reset()
+        lane.keys.remove(key)
+        del self._lanes[lane.name]
+        if lane.keys:
+            self._lanes[lane.name] = lane
         self._spool.done(key)
 
-    def _drop(self, conversation: str, key: int, why: str) -> None:
-        self._forget(conversation, key)
+    def _drop(self, lane: Lane, key: int, why: str) -> None:
+        self._forget(lane, key)
         self.counts["dropped"] += 1
         dropped, now = self.counts["dropped"], self._timers.clock()
-        if dropped & (dropped - 1) == 0:  # 1, 2, 4, 8 …
+        if is_news(dropped):
             self._log.warn(f"{dropped} event(s) dropped, not posted to {shown_url(self._url)}: "
                            f"{why}")
         self.error = {"time": str(int(self._clock())), "error": why, "dropped": dropped}
@@ -5671,8 +5675,14 @@ class Heartbeat:
             target = redirect_of(url, reply)
             if not target:
                 return
-            own = self._own_call(target)
-            if own:
+            try:
+                parts, (_, host, port) = urllib.parse.urlsplit(target), origin_of(target)
+            except ValueError:
+                host, port = "", 0
+            if port in self._own and is_loopback(host) and (
+                    re.match("/open(qq|wx)/", parts.path)):
+                own = self._own[port] + urllib.parse.urlunsplit(
+                    parts._replace(scheme="", netloc="", fragment=""))  # whatever it called us
                 fields = {"Authorization": bearer(self._token)} if self._token else {}
                 reply = self._fetch(own, "GET", fields, seconds=PROXY_SECONDS)
                 reply.read()
@@ -5683,25 +5693,18 @@ class Heartbeat:
             url = target
         self._log.warn(f"poll_api leads on after {self.HOPS} redirects: given up")
 
-    def _own_call(self, target: str) -> str:
-        """The call that a redirect asks for, at our own address whatever it called us."""
-        try:
-            parts = urllib.parse.urlsplit(target)
-            _, host, port = origin_of(target)
-        except ValueError:
-            return ""
-        base = self._own.get(port) if is_loopback(host) else None
-        if base is None or not re.match("/open(qq|wx)/", parts.path):
-            return ""
-        return base + urllib.parse.urlunsplit(parts._replace(scheme="", netloc="", fragment=""))
-
 
 # ------------------------------------------------------------------------------------------------
 # 10. Local network
 # ------------------------------------------------------------------------------------------------
 
 COMMON = "OpenQQ"   # the group and the discuss that everybody who logs in joins
-ROLES = {"owner": "create", "admin": "manage", "member": "attend"}
+ROLES = {"owner": "create", "admin": "manage", "member": "attend"}  # and what groups call them
+RANKS = {"owner": 3, "admin": 2, "member": 1}
+SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
+UID = re.compile("[1-9][0-9]{0,17}")  # what a number of 64 bits holds, as typed clients keep it
+PROPERTIES = {"role": "owner|admin|member", "echo": "[01]", "name": r"(?s)(?=.*\S).*",
+              "muted": r"[0-9]{1,12}(\.[0-9]{1,9})?"}
 
 
 def weight(row: Row) -> int:
@@ -5726,53 +5729,94 @@ def typed(name: str, value: Json) -> Json:
     return int(text) if name in ("max_member", "max_admin") and LENGTH.fullmatch(text) else text
 
 
-SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
-UID = re.compile("[1-9][0-9]{0,17}")  # what a number of 64 bits holds, as typed clients keep it
-PROPERTIES = {"role": "owner|admin|member", "echo": "[01]", "name": r"(?s)(?=.*\S).*",
-              "muted": r"[0-9]{1,12}(\.[0-9]{1,9})?"}
+def require(there: Any, what: str) -> None:
+    """NotFound, by its name, for what is not there, or not for whoever asks."""
+    if not there:
+        raise NotFound(f"{what} not found")
 
 
 def check_properties(row: Row) -> None:
     """NotFound for a property that the network itself reads and could not, or too long a one."""
     for name, value in row.items():
-        good = PROPERTIES.get(name, "(?s).*")
-        if len(str(value)) > SETTING_LIMIT or not re.fullmatch(good, str(value)):
-            raise NotFound(f"{name[:100]} {str(value)[:100]} not found")
+        good = re.fullmatch(PROPERTIES.get(name, "(?s).*"), str(value))
+        require(good and len(str(value)) <= SETTING_LIMIT, f"{name[:100]} {str(value)[:100]}")
+
+
+def member_of(group: str, uid: str) -> Row:
+    """Whom an event speaks of: the roster knows more."""
+    return {"kind": "group_member", "uid": uid, "circle": group}
+
+
+class Session:
+    """What is known of an account only as long as the host runs."""
+
+    def __init__(self) -> None:
+        self.mode = "online"         # the state that it wants to show
+        self.online = False          # logged in
+        self.running = False         # its client has loaded the roster, too
+        self.notes: List[Row] = []   # for its client, about the login: neither numbered nor kept
+        self.pull: Optional[Future[bool]] = None  # its client's, that waits for something to come
+        self.hopes: Set[Future[bool]] = set()     # callers who wait until it is running
 
 
 class World:
-    """Who and what there is on the local network: tables in a ledger, by uid.
+    """Who and what there is on the local network, how each account sees it, and what waits for
+    each: tables in a ledger, by uid.
 
-    people: uid -> row. friend: uid -> friend's uid -> how the first sees the second. group and
-    discuss: uid -> row; group_member and discuss_member: uid -> member's uid -> row. login:
-    account -> uid, nonce, cookie, time.
+    people: uid -> row. friend: uid -> friend's uid -> how the first sees the second; mark: the
+    same of members of groups. group and discuss: uid -> row; group_member and discuss_member: uid
+    -> member's uid -> row. login: account -> uid, nonce, cookie, time. wait: account -> number ->
+    item; seq: account -> its last number.
     """
 
-    def __init__(self, ledger: Ledger, flavour: Type[Flavour]) -> None:
-        self.ledger, self.flavour = ledger, flavour
-        self.online: Set[str] = set()  # accounts
-        self.mode: Dict[str, str] = {}  # account -> the state that it wants to show
-        self.account_of = {row["uid"]: account
-                           for account, row in ledger.table("login").items()}
+    BATCH = 256
 
-    def begin(self, spec: Row, digest: str) -> None:
-        """Start anew with the people of a world file; ValueError or KeyError if it is none."""
-        self.ledger.clear()
-        self.account_of = {}
-        put = self.ledger.put
-        put(binascii.hexlify(os.urandom(4)).decode(), "about", "era")
-        put(digest, "about", "world")
+    def __init__(self, path: str, world_file: str, flavour: Type[Flavour], log: Log,
+                 clock: Callable[[], float]) -> None:
+        self.flavour, self.log, self.clock = flavour, log, clock
+        self.ledger = Ledger(path + ".json", path + ".jsonl", log)
+        self.put, self.table = self.ledger.put, self.ledger.table
+        self.sessions: Dict[str, Session] = collections.defaultdict(Session)  # by account
+        self.sent: Dict[str, Row] = {}  # the newest messages, by id: uid, group, receivers
+        self._woken: Set[str] = set()   # accounts for which something came
+        self._dropped = 0
+        data = read_file(os.path.realpath(world_file)) if world_file else to_bytes(flavour.world)
+        digest = f"{zlib.crc32(data):08x}" if world_file and data else ""
+        about = self.table("about")
+        if not about or digest not in ("", about.get("world")):
+            try:
+                self._begin(from_bytes(data or b""), digest)
+            except (ValueError, KeyError, TypeError, AttributeError, NotFound):
+                raise Refusal(f"world file {world_file} cannot be read: there must be one, and it "
+                              "must hold what /local/world shows") from None
+        self.account_of = {row["uid"]: account for account, row in self.table("login").items()}
+
+    def _begin(self, spec: Row, digest: str) -> None:
+        """Start anew with what a world file holds, once all of it has been read."""
+        era = binascii.hexlify(os.urandom(4)).decode()
+        found: List[Tuple[Any, ...]] = [(era, "about", "era"), (digest, "about", "world")]
         for person in [*self.fixtures(), *spec["people"]]:
             uid = str(person["uid"])
             person = {**person, "name": str(person.get("name") or uid)}
             check_properties(person)
-            put(person, "people", uid)
-        for what, member in ("groups", "group_member"), ("discuss", "discuss_member"):
-            for circle in spec.get(what, []) if member in self.flavour.fields else []:
-                self._begin_circle(what.rstrip("s") if what == "groups" else what, member, circle)
+            found.append((person, "people", uid))
+        for table, circles in ("group", "groups"), ("discuss", "discuss"):
+            for circle in spec.get(circles, []) if table in self.flavour.fields else []:
+                uid, owner = str(circle["uid"]), str(circle.get("owner_uid"))
+                row = dict(circle)
+                members = row.pop("member")
+                found.append((row, table, uid))
+                for row in members:
+                    row = dict(row) if isinstance(row, dict) else {"uid": str(row)}
+                    check_properties(row)
+                    if str(row["uid"]) == owner:
+                        row["role"] = "owner"
+                    found.append((row, table + "_member", uid, str(row["uid"])))
         for one, other in spec.get("friends", []):
-            put({}, "friend", str(one), str(other))
-            put({}, "friend", str(other), str(one))
+            found += ({}, "friend", str(one), str(other)), ({}, "friend", str(other), str(one))
+        self.ledger.clear()
+        for value, *place in found:
+            self.put(value, *place)
         self.ledger.commit()
         self.ledger.save()
 
@@ -5780,20 +5824,9 @@ class World:
         """Those who are in every world: they have an id of their own (filehelper)."""
         return [person for person in self.flavour.world["people"] if "id" in person]
 
-    def _begin_circle(self, what: str, member: str, circle: Row) -> None:
-        uid = str(circle["uid"])
-        self.ledger.put({key: value for key, value in circle.items() if key != "member"},
-                        what, uid)
-        for row in circle["member"]:
-            row = dict(row) if isinstance(row, dict) else {"uid": str(row)}
-            check_properties(row)
-            if str(row["uid"]) == str(circle.get("owner_uid")):
-                row["role"] = "owner"
-            self.ledger.put(row, member, uid, str(row["uid"]))
-
     def dump(self) -> Row:
-        """What begin() reads, and /local/world shows."""
-        table = self.ledger.table
+        """What a world file holds, and /local/world shows."""
+        table = self.table
         return {
             "people": list(table("people").values()),
             "groups": [dict(row, member=[
@@ -5805,10 +5838,16 @@ class World:
             "friends": [[one, other] for one, others in table("friend").items()
                         for other in others if one < other]}
 
+    # -- who is who
+
+    def me(self, account: str) -> str:
+        """The uid of an account that has logged in once."""
+        return str(self.table("login", account)["uid"])
+
     def find(self, table: str, who: str, viewer: str = "") -> str:
         """The uid of a person, group or discuss by uid, account, name or the viewer's id."""
-        rows = self.ledger.table(table)
-        login = self.ledger.table("login", who) if table == "people" and who else {}
+        rows = self.table(table)
+        login = self.table("login", who) if table == "people" and who else {}
         for uid in who, login.get("uid"):
             if uid and uid in rows:
                 return str(uid)
@@ -5820,698 +5859,570 @@ class World:
     def id_for(self, account: str, uid: str, table: str = "people") -> str:
         """How an account's login calls a uid: another id than that, a new one after each scan."""
         import hashlib
-        fixed = self.ledger.table(table, uid).get("id")
+        fixed = self.table(table, uid).get("id")
         if fixed:
             return str(fixed)
-        nonce = self.ledger.table("login", account).get("nonce", "")
+        nonce = self.table("login", account).get("nonce", "")
         digest = hashlib.blake2b(f"{nonce}/{uid}".encode(), digest_size=16)
         number = 10 ** 14 + int.from_bytes(digest.digest()[:8], "big") % (9 * 10 ** 14)
         return self.flavour.ids[table].format(number=number, hex=digest.hexdigest())
 
-    def _seen(self, kind: str, account: str, uid: str, *rows: Row) -> Row:
-        """The documented members of a thing as an account sees it; later rows win."""
-        merged: Row = {**self.flavour.usual, "state": self.state_of(uid),
-                       "account": self.account_of.get(uid, uid)}
-        for row in rows:
-            merged.update(row)
-        table = kind if kind in ("group", "discuss") else "people"
-        merged.update(uid=uid, id=self.id_for(account, uid, table), display=merged.get("card"))
-        names = self.flavour.fields[kind] + (("title",) if merged.get("title") else ())
-        return {name: typed(name, merged.get(name)) for name in names}
+    def role(self, group: str, uid: str) -> str:
+        """owner, admin or member; empty for somebody who is not in the group."""
+        row = self.table("group_member", group).get(uid)
+        return "" if row is None else str(row.get("role", "member"))
 
     def state_of(self, uid: str) -> str:
         """Residents are always there, accounts while they are logged in and not hidden."""
         account = self.account_of.get(uid)
         if account is None:
             return "online"
-        mode = self.mode.get(account, "online") if account in self.online else "offline"
-        return "offline" if mode == "hidden" else mode
+        session = self.sessions[account]
+        return session.mode if session.online and session.mode != "hidden" else "offline"
+
+    # -- how an account sees it
 
     def presence(self, account: str) -> Dict[str, str]:
         """How people look to others now, uid -> state: accounts, and who was given a state."""
         return {uid: str(row.get("state") or self.state_of(uid))
-                for uid, row in self.ledger.table("people").items()
+                for uid, row in self.table("people").items()
                 if uid in self.account_of or "state" in row}
 
-    def user(self, account: str) -> Row:
-        """An account's own row."""
-        uid = self.ledger.table("login", account)["uid"]
-        row = self._seen("user", account, uid, {"account": account},
-                         self.ledger.table("people", uid))
-        return row
-
-    def friend(self, account: str, uid: str) -> Row:
-        """Somebody as on an account's friend list."""
-        me = self.ledger.table("login", account)["uid"]
-        return self._seen("friend", account, uid, self.ledger.table("people", uid),
-                          self.ledger.table("friend", me, uid))
-
-    def member(self, table: str, account: str, circle: str, uid: str) -> Row:
-        """Somebody in a group or discuss (`table` group_member or discuss_member)."""
-        row = {"role": "member", **self.ledger.table(table, circle, uid)}
-        me = self.ledger.table("login", account)["uid"]
-        return self._seen(table, account, uid, self.ledger.table("people", uid), row,
-                          self.ledger.table("mark", me, uid))
-
-    def circle(self, table: str, account: str, uid: str, members: bool = True) -> Row:
-        """A group or discuss (`table`), with or without its members."""
-        me = self.ledger.table("login", account)["uid"]
-        row = dict(self.ledger.table(table, uid))
-        owner = str(row.get("owner_uid") or "")
-        own = self.ledger.table(table + "_member", uid, me)
-        seen = self._seen(table, account, uid, row, {
-            "role": ROLES[own.get("role", "member")], "owner_uid": owner or None,
-            "owner_id": self.id_for(account, owner) if owner else None, "code": uid,
-            })
-        seen["uid"] = uid  # a discuss shows none, but its members are found by it
-        if members:
-            seen["member"] = [self.member(table + "_member", account, uid, member)
-                              for member in self.ledger.table(table + "_member", uid)]
+    def seen(self, kind: str, account: str, uid: str, circle: str = "",
+             members: bool = True) -> Row:
+        """The documented members of a thing as an account sees it: of a user, friend, group_member
+        or discuss_member (of a `circle`), of a group or discuss with or without its members."""
+        me, is_circle = self.me(account), kind in ("group", "discuss")
+        row: Row = {**self.flavour.usual, "state": self.state_of(uid),
+                    "account": self.account_of.get(uid, uid)}
+        if is_circle:
+            row.update(self.table(kind, uid))
+            everybody, owner = self.table(kind + "_member", uid), str(row.get("owner_uid") or "")
+            role = (everybody.get(me) or {}).get("role", "member")
+            row.update(role=ROLES[role], owner_uid=owner or None, code=uid,
+                       owner_id=self.id_for(account, owner) if owner else None)
+        elif circle:
+            row.update({**self.table("people", uid), "role": "member",
+                        **self.table(kind, circle, uid), **self.table("mark", me, uid)})
+        else:
+            row.update({**self.table("people", uid), **self.table("friend", me, uid)})
+        row.update(uid=uid, id=self.id_for(account, uid, kind if is_circle else "people"),
+                   display=row.get("card"))
+        names = self.flavour.fields[kind] + (("title",) if row.get("title") else ())
+        seen = {name: typed(name, row.get(name)) for name in names}
+        if is_circle:
+            seen["uid"] = uid  # a discuss shows none, but its members are found by it
+            if members:
+                seen["member"] = [self.seen(kind + "_member", account, member, uid)
+                                  for member in everybody]
         return seen
 
     def roster(self, account: str) -> Row:
         """All that an account loads at login."""
-        me = self.ledger.table("login", account)["uid"]
-        table = self.ledger.table
-        return {"user": self.user(account),
-                "friend": [self.friend(account, uid) for uid in table("friend", me)],
-                **{what: [self.circle(what, account, uid) for uid in table(what)
+        me, table = self.me(account), self.table
+        return {"user": self.seen("user", account, me),
+                "friend": [self.seen("friend", account, uid) for uid in table("friend", me)],
+                **{what: [self.seen(what, account, uid) for uid in table(what)
                           if me in table(what + "_member", uid)]
                    for what in ("group", "discuss")}}
 
-    def role(self, group: str, uid: str) -> str:
-        """owner, admin or member; empty for somebody who is not in the group."""
-        row = self.ledger.table("group_member", group).get(uid)
-        return "" if row is None else str(row.get("role", "member"))
+    # -- what waits for an account, numbered, until it says that it has it
 
+    def tell(self, uids: Iterable[str], event: str, parts: Row, of: Sequence[Any] = (),
+             away: bool = False) -> None:
+        """Tell those of some people who are accounts and there, or with `away` all accounts.
 
-class Outboxes:
-    """What waits for each account: numbered, and kept until the account says that it has it.
+        `of` are the arguments of seen() for the event's object, as each of them sees it.
+        """
+        for uid in uids:
+            account = self.account_of.get(uid)
+            if account is not None and (away or self.sessions[account].online):
+                item = {"do": "event", "event": event, "time": str(int(self.clock())), **parts}
+                if of:
+                    item["object"] = self.seen(of[0], account, *of[1:])
+                self.deliver(account, item)
 
-    Messages wait for an account that is away, up to WAIT_LIMIT of them; everything else is
-    only for those who are there. Notes, about the login itself, are not numbered nor kept.
-    """
-
-    BATCH = 256
-
-    def __init__(self, ledger: Ledger, online: Set[str]) -> None:
-        self._ledger, self._online = ledger, online
-        self._notes: Dict[str, List[Row]] = {}
-        self._pulls: Dict[str, Future[bool]] = {}  # those who wait
-        self._woken: Set[str] = set()
-        self._dropped = 0
-        for waiting in ledger.table("wait").values():
-            items = sorted(waiting.items(), key=lambda item: int(item[0]))
-            waiting.clear()
-            waiting.update(items)
-
-    def era(self) -> str:
-        """The name of this world: numbers of another one mean nothing here."""
-        return str(self._ledger.table("about").get("era", ""))
-
-    def put(self, account: str, item: Row) -> None:
+    def deliver(self, account: str, item: Row) -> None:
         """Let an item wait for an account; the oldest of too many, or of too heavy ones, go."""
         number = self.last(account) + 1
-        self._ledger.put(number, "seq", account)
-        self._ledger.put(item, "wait", account, str(number))
-        waiting = self._ledger.table("wait", account)
-        excess = len(waiting) - (POST_QUEUE_LIMIT if account in self._online else WAIT_LIMIT)
-        too_many = list(itertools.islice(waiting, max(0, excess)))
+        self.put(number, "seq", account)
+        self.put(item, "wait", account, str(number))
+        waiting = self.table("wait", account)
+        limit = POST_QUEUE_LIMIT if self.sessions[account].online else WAIT_LIMIT
+        too_many = list(itertools.islice(waiting, max(0, len(waiting) - limit)))
         if item.get("media"):
             pictures = {key: weight(row) for key, row in waiting.items() if row.get("media")}
-            heavy = sum(pictures.values())
+            excess = sum(pictures.values()) - WAIT_BYTES
             for key, size in pictures.items():
-                if heavy > WAIT_BYTES:
+                if excess > 0:
                     too_many.append(key)
-                    heavy -= size
+                    excess -= size
         for key in too_many:
-            self._ledger.put(None, "wait", account, key)
+            self.put(None, "wait", account, key)
             self._dropped += 1
             if is_news(self._dropped):
-                self._ledger.log.warn(f"{self._dropped} message(s) dropped: too many wait")
+                self.log.warn(f"{self._dropped} message(s) dropped: too many wait")
         self._woken.add(account)
 
-    def withdraw(self, account: str, message_id: str) -> bool:
-        """Let a message wait no more; False if it does not."""
-        for key, item in self._ledger.table("wait", account).items():
-            if item["do"] == "message" and item["id"] == message_id:
-                self._ledger.put(None, "wait", account, key)
-                return True
-        return False
+    def note(self, account: str, item: Row) -> None:
+        """Tell an account's client something about its login."""
+        self.sessions[account].notes.append(item)
+        self._woken.add(account)
 
     def last(self, account: str) -> int:
         """The number of an account's newest item."""
-        return int(self._ledger.table("seq").get(account, 0))
+        return int(self.table("seq").get(account, 0))
 
-    def note(self, account: str, item: Row) -> None:
-        """Tell an account something about its login, if it is there."""
-        self._notes.setdefault(account, []).append(item)
-        self._woken.add(account)
+    def era(self) -> str:
+        """The name of this world: numbers of another one mean nothing here."""
+        return str(self.table("about").get("era", ""))
+
+    def take(self, account: str) -> List[Row]:
+        """Notes, and what waits, oldest first, each with the mark that acknowledges it: that is
+        only for a client that has loaded its roster."""
+        session = self.sessions[account]
+        items, session.notes = session.notes, []
+        era, size, waiting = self.era(), 0, self.table("wait", account) if session.running else {}
+        for number, item in itertools.islice(waiting.items(), self.BATCH):
+            items.append(dict(item, mark=f"{era}:{number}"))
+            size += weight(item)
+            if size > BATCH_LIMIT:
+                break
+        return items
 
     def acknowledge(self, account: str, mark: str) -> None:
         """Forget what an account has: all up to its mark, `ERA:NUMBER`."""
         era, _, number = mark.partition(":")
-        if era != self.era() or not number.isdigit():
-            return
-        waiting = self._ledger.table("wait", account)
-        for key in list(itertools.takewhile(lambda key: int(key) <= int(number), waiting)):
-            self._ledger.put(None, "wait", account, key)
-
-    def take(self, account: str, ready: bool) -> List[Row]:
-        """What waits, oldest first, each numbered item with the mark that acknowledges it.
-
-        Those are only for an account that is ready: it has loaded its roster.
-        """
-        notes = self._notes.pop(account, [])
-        if not ready:
-            return notes
-        era, size = self.era(), 0
-        for number, item in itertools.islice(self._ledger.table("wait", account).items(),
-                                             self.BATCH):
-            notes.append(dict(item, mark=f"{era}:{number}"))
-            size += weight(item)
-            if size > BATCH_LIMIT:
-                break
-        return notes
-
-    def wait(self, account: str) -> Future[bool]:
-        """What brings True when something comes, or False when somebody waits anew."""
-        former, self._pulls[account] = self._pulls.get(account), Future()
-        if former:
-            settle(former, False)
-        return self._pulls[account]
-
-    def leave(self, account: str, future: Future[bool]) -> None:
-        """Nobody waits any more for what wait() gave."""
-        if self._pulls.get(account) is future:
-            del self._pulls[account]
-
-    def forget_notes(self, account: str) -> None:
-        """At a new beginning: what was said about the last login."""
-        self._notes.pop(account, None)
-
-    def wake_up(self, account: str) -> None:
-        """Let an account look again what there is."""
-        self._woken.add(account)
+        if era == self.era() and number.isdigit():
+            for key in list(itertools.takewhile(lambda key: int(key) <= int(number),
+                                                self.table("wait", account))):
+                self.put(None, "wait", account, key)
 
     def wake(self) -> None:
         """Let those have their items who wait for them; to be called after a commit."""
         woken, self._woken = self._woken, set()
         for account in woken:
-            future = self._pulls.pop(account, None)
-            if future:
-                settle(future, True)
+            session = self.sessions[account]
+            if session.pull:
+                settle(session.pull, True)
+                session.pull = None
 
 
-def member_of(group: str, uid: str) -> Row:
-    """Whom an event speaks of: the roster knows more."""
-    return {"kind": "group_member", "uid": uid, "circle": group}
-
-
-class Society:
+class Society(World):
     """What people do with each other besides talking, and what may be changed from outside: each
-    change of the world is told to those accounts that see it and are there.
+    change of the world is told to those accounts that see it and are there."""
 
-    `sent` holds the newest messages by id: uid, group, receivers.
-    """
-
-    # What an account may do by its link, in the words of Link; true if it was done.
+    # What an account may do by its link, in the words of Link. Each gets the account's uid, and is
+    # NotFound, with nothing done, for who has no right to it.
     VERBS = ("revoke", "make_friend", "answer_request", "create_group", "invite", "rename",
              "set_markname", "kick", "mute", "mute_all", "set_card", "set_admin", "set_title",
              "leave_group", "delete_friend", "poke", "answer_group_request")
-    # What /local/change may do, and the method. {} is group or discuss, its first argument then.
-    CHANGES = {"add person": "_add_person", "remove person": "_remove_person",
-               "set person": "_set_person", "add friend": "_add_friend",
-               "remove friend": "_remove_friend", "set friend": "_set_friend",
-               "add friend_request": "_add_friend_request", "set group_member": "_set_member",
-               "add group_request": "_add_group_request", "add poke": "_add_poke",
-               "add {}": "_add_circle", "remove {}": "_remove_circle", "set {}": "_set_circle",
-               "add {}_member": "_add_member", "remove {}_member": "_remove_member"}
 
-    def __init__(self, world: World, outboxes: Outboxes, clock: Callable[[], float]) -> None:
-        self._world, self._clock = world, clock
-        self._ledger, self._outboxes = world.ledger, outboxes
-        self._put, self._table, self._find = world.ledger.put, world.ledger.table, world.find
-        self.sent: Dict[str, Row] = {}
+    def _tell_change(self, viewers: Iterable[str], kind: str, uid: str, row: Row,
+                     **more: str) -> None:
+        """Tell of properties that have changed; `kind` is that of the thing."""
+        for name, value in row.items():
+            self.tell(viewers, kind + "_property_change", {
+                "uid": uid, "property": name, "value": typed(name, value), **more})
 
-    def tell(self, uid: str, event: str, parts: Row, away: bool = False) -> None:
-        """Tell somebody who is there, or with `away` any account.
+    def _set(self, row: Row, kind: str, viewers: Iterable[str], *path: str, **more: str) -> None:
+        """Change properties of what is at a place in the ledger, which ends with its uid."""
+        self.put({**self.table(*path), **row}, *path)
+        self._tell_change(viewers, kind, path[-1], row, **more)
 
-        Parts that are callable are called with the account.
-        """
-        account = self._world.account_of.get(uid)
-        if "value" in parts:
-            parts = {**parts, "value": typed(parts["property"], parts["value"])}
-        if account is not None and (away or account in self._world.online):
-            self._outboxes.put(account, {"do": "event", "event": event,
-                                         "time": str(int(self._clock())), **{
-                name: part(account) if callable(part) else part for name, part in parts.items()}})
+    def _keep_request(self, table: str, request: Row) -> str:
+        """The ticket by which a request will be answered."""
+        ticket, requests = new_secret(), self.table(table)
+        if len(requests) >= WAIT_LIMIT:  # nobody answered the oldest
+            self.put(None, table, next(iter(requests)))
+        self.put(request, table, ticket)
+        return ticket
 
-    def tell_circle(self, table: str, circle: str, event: str, parts: Row,
-                    besides: str = "") -> None:
-        """Tell everybody in a group or discuss."""
-        for uid in self._table(table + "_member", circle):
-            if uid != besides:
-                self.tell(uid, event, parts)
+    # -- friends
 
     def befriend(self, one: str, other: str, row: Optional[Row] = None) -> None:
         """Make two people friends; `row` is how `other` sees `one`."""
-        self._put(row or {}, "friend", other, one)
-        self._put(self._table("friend", one).get(other) or {}, "friend", one, other)
+        self.put(row or {}, "friend", other, one)
+        self.put(self.table("friend", one).get(other) or {}, "friend", one, other)
         for viewer, seen in (other, one), (one, other):
-            self.tell(viewer, "new_friend",
-                      {"object": lambda to, uid=seen: self._world.friend(to, uid)})
+            self.tell([viewer], "new_friend", {}, ("friend", seen))
 
     def unfriend(self, one: str, other: str) -> None:
         """End a friendship."""
         for viewer, seen in (other, one), (one, other):
-            self.tell(viewer, "lose_friend",
-                      {"object": lambda to, uid=seen: self._world.friend(to, uid)})
-            self._put(None, "friend", viewer, seen)
+            self.tell([viewer], "lose_friend", {}, ("friend", seen))
+            self.put(None, "friend", viewer, seen)
+
+    def ask_friend(self, me: str, uid: str, verify: str) -> None:
+        """Let somebody ask another to be a friend."""
+        name, viewer = self.table("people", me).get("name") or me, self.account_of.get(uid, "")
+        self.tell([uid], "friend_request", {"request": {
+            "id": self.id_for(viewer, me), "name": name, "displayname": name, "verify": verify,
+            "ticket": self._keep_request("request", {"from": me, "to": uid})}}, away=True)
+
+    def make_friend(self, me: str, uid: str, verify: str) -> None:
+        """Ask somebody to be a friend; residents agree at once."""
+        require(uid in self.table("people"), uid)
+        if uid in self.account_of:
+            self.ask_friend(me, uid, verify)
+        else:
+            self.befriend(me, uid)
+
+    def answer_request(self, me: str, ticket: str, accept: bool, markname: str) -> None:
+        """Agree to a friend_request, or not; a ticket is good for one answer."""
+        request = self.table("request", ticket)
+        require(request.get("to") == me, "ticket")
+        self.put(None, "request", ticket)
+        if accept:
+            self.befriend(request["from"], me, {"markname": markname} if markname else {})
+
+    def delete_friend(self, me: str, uid: str) -> None:
+        """End one's own friendship."""
+        require(uid in self.table("friend", me), uid)
+        self.unfriend(uid, me)
+
+    def set_markname(self, me: str, uid: str, markname: str) -> None:
+        """What one calls somebody, friend or member of a group; nobody else sees it."""
+        if uid in self.table("friend", me):
+            self._set({"markname": markname}, "friend", [me], "friend", me, uid)
+        self.put({"markname": markname}, "mark", me, uid)
+        for group, members in self.table("group_member").items():
+            if me in members and uid in members:
+                self._tell_change([me], "group_member", uid, {"markname": markname}, circle=group)
+
+    def poke(self, me: str, uid: str, group: str) -> None:
+        """Poke a friend, or a member of a group, who all see it there."""
+        members = self.table("group_member", group) if group else self.table("friend", me)
+        require(uid in members, f"{uid} as a friend, or in the group,")
+        pair = [member_of(group, one) if group else {"kind": "friend", "uid": one}
+                for one in (me, uid)]
+        self.tell(members if group else [me, uid], "poke", {
+            "params": [*pair, {"kind": "group", "uid": group} if group else None]})
+
+    def revoke(self, me: str, id: str) -> None:
+        """Take a message back; its receivers hear of it, unless it still waits for them. Only
+        one's own, or in a group with the right to it, and only once."""
+        found = self.sent.get(id) or {}
+        require(found and (found["uid"] == me or found["group"] and self._may(
+            me, found["group"], "admin", found["uid"])), id)
+        del self.sent[id]
+        for uid in found["receivers"]:
+            account = self.account_of.get(uid, "")
+            for key, item in list(self.table("wait", account).items()):
+                if item.get("id") == id and not self.sessions[account].online:
+                    self.put(None, "wait", account, key)
+        self.tell(found["receivers"], "revoke_message", {
+            "params": [id, found["uid"], me, found["group"]]})
+
+    # -- groups and discusses: `table` is either
+
+    def _may(self, me: str, group: str, role: str, *uids: str) -> bool:
+        """Whether somebody has this role in a group or a higher one, and one above that of some
+        other members: owners may with all, admins with plain members."""
+        mine, *others = [RANKS.get(self.role(group, uid), 0) for uid in (me, *uids)]
+        return mine >= RANKS[role] and all(0 < other < mine for other in others)
 
     def enter(self, table: str, circle: str, uid: str, row: Row, **facts: Json) -> None:
         """Let somebody into a group or discuss; its first account owns it. `facts` are kind
         (approve, invite) and operator_uid."""
-        if not self._table(table, circle).get("owner_uid") and uid in self._world.account_of:
-            self._put(dict(self._table(table, circle), owner_uid=uid), table, circle)
+        if not self.table(table, circle).get("owner_uid") and uid in self.account_of:
+            self.put(dict(self.table(table, circle), owner_uid=uid), table, circle)
             row = dict(row, role="owner")
-        self._put(dict(row, uid=uid, join_time=str(int(self._clock()))), table + "_member",
-                  circle, uid)
+        self.put(dict(row, uid=uid, join_time=str(int(self.clock()))), table + "_member",
+                 circle, uid)
         self._tell_move("new_", table, circle, uid, facts)
 
     def leave(self, table: str, circle: str, uid: str, **facts: Json) -> None:
         """Take somebody out of a group or discuss; kind is leave or kick."""
         self._tell_move("lose_", table, circle, uid, facts)
-        self._put(None, table + "_member", circle, uid)
+        self.put(None, table + "_member", circle, uid)
 
     def _tell_move(self, way: str, table: str, circle: str, uid: str, facts: Row) -> None:
-        members, world = table + "_member", self._world
-        self.tell(uid, way + table, {
-            "object": lambda to: world.circle(table, to, circle, members=way == "new_")})
-        self.tell_circle(table, circle, way + members, {
-            **facts, "circle": circle, "object": lambda to: world.member(members, to, circle, uid)},
-            besides=uid)
+        members = table + "_member"
+        self.tell([uid], way + table, {}, (table, circle, "", way == "new_"))
+        others = [member for member in self.table(members, circle) if member != uid]
+        self.tell(others, way + members, {**facts, "circle": circle}, (members, uid, circle))
 
-    # -- what accounts do
+    def set_member(self, group: str, uid: str, row: Row) -> None:
+        """A card or a role in a group; one's own role is the group's `role` as well."""
+        members = self.table("group_member", group)
+        owner = str(self.table("group", group).get("owner_uid") or "")
+        if row.get("role") == "owner" and owner != uid:
+            self._set({"owner_uid": uid}, "group", members, "group", group)
+            if owner in members:
+                self.set_member(group, owner, {"role": "member"})  # there is but one
+        self._set(row, "group_member", members, "group_member", group, uid, circle=group)
+        if "role" in row:
+            self._tell_change([uid], "group", group, {"role": ROLES[row["role"]]})
 
-    def _me(self, account: str) -> str:
-        return str(self._table("login", account)["uid"])
-
-    def revoke(self, account: str, id: str) -> bool:
-        """Take a message back; its receivers hear of it, unless it still waits for them. Only
-        one's own, or in a group with the right to it, and only once."""
-        found, me = self.sent.get(id), self._me(account)
-        if found is None or found["uid"] != me and not (
-                found["group"] and self._may(account, found["group"], [found["uid"]])):
-            return False
-        del self.sent[id]
-        for uid in found["receivers"]:
-            name = self._world.account_of.get(uid)
-            if not (name and name not in self._world.online
-                    and self._outboxes.withdraw(name, id)):
-                self.tell(uid, "revoke_message", {"params": [
-                    id, found["uid"], me, found["group"]]})
-        return True
-
-    def make_friend(self, account: str, uid: str, verify: str) -> bool:
-        """Ask somebody to be a friend; residents agree at once."""
-        me = self._me(account)
-        if uid not in self._table("people"):
-            return False
-        if uid in self._world.account_of:
-            self._request(me, uid, verify)
-        else:
-            self.befriend(me, uid)
-        return True
-
-    def _request(self, asker: str, uid: str, verify: str) -> None:
-        ticket = self._ticket("request", {"from": asker, "to": uid})
-        name = self._table("people", asker).get("name") or asker
-        self.tell(uid, "friend_request", {"request": lambda to: {
-            "id": self._world.id_for(to, asker), "name": name,
-            "displayname": name, "verify": verify, "ticket": ticket}}, away=True)
-
-    def _ticket(self, table: str, request: Row) -> str:
-        """Keep a request for its answer."""
-        ticket, requests = new_secret(), self._table(table)
-        if len(requests) >= WAIT_LIMIT:  # nobody answered the oldest
-            self._put(None, table, next(iter(requests)))
-        self._put(request, table, ticket)
-        return ticket
-
-    def answer_request(self, account: str, ticket: str, accept: bool, markname: str) -> bool:
-        """Agree to a friend_request, or not; a ticket is good for one answer."""
-        request, me = self._table("request", ticket), self._me(account)
-        if request.get("to") != me:
-            return False
-        self._put(None, "request", ticket)
-        if accept:
-            self.befriend(request["from"], me, {"markname": markname} if markname else {})
-        return True
-
-    def create_group(self, account: str, uids: List[str], name: str) -> str:
+    def create_group(self, me: str, uids: List[str], name: str) -> str:
         """Found a group with friends in it: its uid."""
-        uid = name_to_uid(f"{name}/{new_secret()}")
-        self._put({"uid": uid, "name": name, "owner_uid": ""}, "group", uid)
-        for member in [self._me(account), *uids]:
-            self.enter("group", uid, member, {})
-        return uid
+        group = name_to_uid(f"{name}/{new_secret()}")
+        self.put({"uid": group, "name": name, "owner_uid": ""}, "group", group)
+        for uid in [me, *uids]:
+            self.enter("group", group, uid, {})
+        return group
 
-    def invite(self, account: str, group: str, uids: List[str]) -> bool:
+    def invite(self, me: str, group: str, uids: List[str]) -> None:
         """Bring friends into a group; those who are there stay."""
-        if not self._world.role(group, self._me(account)):
-            return False
+        require(self._may(me, group, "member"), group)
         for uid in uids:
-            if not self._world.role(group, uid):
-                self.enter("group", group, uid, {}, kind="invite", operator_uid=self._me(account))
-        return True
+            if not self.role(group, uid):
+                self.enter("group", group, uid, {}, kind="invite", operator_uid=me)
 
-    def rename(self, account: str, group: str, name: str) -> bool:
+    def rename(self, me: str, group: str, name: str) -> None:
         """Give a group another name, for all of its members."""
-        if not self._world.role(group, self._me(account)):
-            return False
-        self._set_circle("group", group, "", {"name": name})
-        return True
+        require(self._may(me, group, "member"), group)
+        self._set({"name": name}, "group", self.table("group_member", group), "group", group)
 
-    def set_markname(self, account: str, uid: str, markname: str) -> bool:
-        """What one calls somebody, friend or member of a group; nobody else sees it."""
-        me, parts = self._me(account), {"uid": uid, "property": "markname", "value": markname}
-        row = self._table("friend", me)
-        if uid in row:
-            self._put({**row[uid], "markname": markname}, "friend", me, uid)
-            self.tell(me, "friend_property_change", parts)
-        self._put({"markname": markname}, "mark", me, uid)
-        for circle, members in self._table("group_member").items():
-            if me in members and uid in members:
-                self.tell(me, "group_member_property_change", {**parts, "circle": circle})
-        return True
-
-    def kick(self, account: str, group: str, uids: List[str]) -> bool:
-        """Remove members; False, and nothing done, without the right to it."""
-        if not self._may(account, group, uids):
-            return False
+    def kick(self, me: str, group: str, uids: List[str]) -> None:
+        """Remove members."""
+        require(self._may(me, group, "admin", *uids), group)
         for uid in uids:
-            self.leave("group", group, uid, kind="kick", operator_uid=self._me(account))
-        return True
+            self.leave("group", group, uid, kind="kick", operator_uid=me)
 
-    def mute(self, account: str, group: str, uids: List[str], seconds: int) -> bool:
-        """Silence members for a time; False, and nothing done, without the right to it."""
-        if not self._may(account, group, uids):
-            return False
+    def mute(self, me: str, group: str, uids: List[str], seconds: int) -> None:
+        """Silence members for a time."""
+        require(self._may(me, group, "admin", *uids), group)
+        members = self.table("group_member", group)
         for uid in uids:
-            row = self._table("group_member", group, uid)
-            self._put(dict(row, muted=self._clock() + seconds), "group_member", group, uid)
-            self._tell_shutup(group, member_of(group, uid), account, seconds)
-        return True
+            self.put(dict(members[uid], muted=self.clock() + seconds), "group_member", group, uid)
+            self._tell_shutup(me, group, member_of(group, uid), seconds)
 
-    def mute_all(self, account: str, group: str, on: bool) -> bool:
+    def mute_all(self, me: str, group: str, on: bool) -> None:
         """Silence all plain members until that is lifted."""
-        if self._world.role(group, self._me(account)) not in ("owner", "admin"):
-            return False
-        self._put({**self._table("group", group), "muted": on}, "group", group)
-        self._tell_shutup(group, None, account, -1 if on else 0)
-        return True
+        require(self._may(me, group, "admin"), group)
+        self.put({**self.table("group", group), "muted": on}, "group", group)
+        self._tell_shutup(me, group, None, -1 if on else 0)
 
-    def _tell_shutup(self, group: str, who: Optional[Row], account: str, seconds: int) -> None:
-        self.tell_circle("group", group, "group_shutup", {"params": [
-            who, member_of(group, self._me(account)), seconds, {"kind": "group", "uid": group}]})
+    def _tell_shutup(self, me: str, group: str, who: Optional[Row], seconds: int) -> None:
+        self.tell(self.table("group_member", group), "group_shutup", {"params": [
+            who, member_of(group, me), seconds, {"kind": "group", "uid": group}]})
 
-    def set_card(self, account: str, group: str, uid: str, card: str) -> bool:
+    def set_card(self, me: str, group: str, uid: str, card: str) -> None:
         """What somebody is called in a group: oneself, or those whom one may mute."""
-        if uid != self._me(account) and not self._may(account, group, [uid]):
-            return False
-        self._set_member(uid, group, {"card": card or None})
-        return True
+        require(self._may(me, group, "member") if uid == me else
+                self._may(me, group, "admin", uid), group)
+        self.set_member(group, uid, {"card": card or None})
 
-    def set_admin(self, account: str, group: str, uid: str, on: bool) -> bool:
+    def set_admin(self, me: str, group: str, uid: str, on: bool) -> None:
         """Make a member an admin, or a plain one: the owner may."""
-        return self._set_by_owner(account, group, uid, {"role": "admin" if on else "member"})
+        require(self._may(me, group, "owner", uid), group)
+        self.set_member(group, uid, {"role": "admin" if on else "member"})
 
-    def set_title(self, account: str, group: str, uid: str, title: str) -> bool:
+    def set_title(self, me: str, group: str, uid: str, title: str) -> None:
         """Give a member a title: the owner may."""
-        return self._set_by_owner(account, group, uid, {"title": title or None})
+        require(self._may(me, group, "owner") and self.role(group, uid), group)
+        self.set_member(group, uid, {"title": title or None})
 
-    def _set_by_owner(self, account: str, group: str, uid: str, row: Row) -> bool:
-        if self._world.role(group, self._me(account)) != "owner" or (
-                "role" in row and self._world.role(group, uid) == "owner"):
-            return False
-        self._set_member(uid, group, row)
-        return True
-
-    def leave_group(self, account: str, group: str) -> bool:
+    def leave_group(self, me: str, group: str) -> None:
         """Leave a group."""
-        me = self._me(account)
-        if not self._world.role(group, me):
-            return False
+        require(self._may(me, group, "member"), group)
         self.leave("group", group, me, kind="leave", operator_uid=me)
-        return True
 
-    def delete_friend(self, account: str, uid: str) -> bool:
-        """End a friendship."""
-        me = self._me(account)
-        if uid not in self._table("friend", me):
-            return False
-        self.unfriend(uid, me)
-        return True
-
-    def poke(self, account: str, uid: str, group: str) -> bool:
-        """Poke a friend, or a member of a group, who all see it there."""
-        return self._poke(self._me(account), uid, group)
-
-    def _poke(self, me: str, uid: str, group: str) -> bool:
-        if uid not in (self._table("group_member", group) if group else self._table("friend", me)):
-            return False
-        for viewer in self._table("group_member", group) if group else {me: 0, uid: 0}:
-            self.tell(viewer, "poke", {"params": [
-                *[member_of(group, one) if group else {"kind": "friend", "uid": one}
-                  for one in (me, uid)], {"kind": "group", "uid": group} if group else None]})
-        return True
-
-    def answer_group_request(self, account: str, ticket: str, accept: bool, reason: str) -> bool:
-        """Let somebody into a group who asked for it, or enter one that one was invited to."""
-        request, me = self._table("group_request", ticket), self._me(account)
-        if not request or (request["uid"] != me if request["kind"] == "invite" else
-                           self._world.role(request["group_uid"], me) not in ("owner", "admin")):
-            return False
-        self._put(None, "group_request", ticket)
-        group, uid = request["group_uid"], request["uid"]
-        if accept and not self._world.role(group, uid):
-            invited = request["kind"] == "invite"
-            self.enter("group", group, uid, {}, kind="invite" if invited else "approve",
-                       operator_uid=request["from"] if invited else me)
-        return True
-
-    def _may(self, account: str, group: str, uids: List[str]) -> bool:
-        """Owners may with all others, admins with plain members."""
-        rank = {"": 9, "owner": 3, "admin": 2, "member": 1}
-        me = self._world.role(group, self._me(account))
-        return me in ("owner", "admin") and all(
-            rank[self._world.role(group, uid)] < rank[me] for uid in uids)
-
-    # -- what may be changed from outside: each gets uid, place (`in`) and properties as given
-
-    def change(self, params: Params) -> Row:
-        """Do what the parameters say; {"uid": …}. NotFound for whatever is not there."""
-        row = dict(params)
-        do, what, uid, place = [row.pop(name, "") for name in ("do", "what", "uid", "in")]
-        words: List[str] = []
-        act = self.CHANGES.get(f"{do} {what}")
-        table = what.partition("_")[0]
-        if act is None and table in ("group", "discuss") and table in self._world.flavour.fields:
-            act, words = self.CHANGES.get(f"{do} {what.replace(table, '{}', 1)}"), [table]
-        if act is None:
-            raise NotFound(f"do={do[:100]} what={what[:100]} not found")
-        check_properties(row)
-        return {"uid": getattr(self, act)(*words, uid, place, row)}
-
-    def _add_person(self, uid: str, place: str, row: Row) -> str:
-        name, uid = self._new(uid, row, "people", "")
-        self._put({**row, "uid": uid, "name": name}, "people", uid)
-        return uid
-
-    def _new(self, uid: str, row: Row, table: str, salt: str) -> Tuple[str, str]:
-        """Name and uid of something new: each makes the other, if only one of them is given."""
-        name = str(row.get("name") or uid)
-        uid = uid or (name_to_uid(salt + name) if name else "")
-        if not UID.fullmatch(uid):
-            raise NotFound("uid as a number of 1 to 18 digits not found")
-        if uid in self._table(table):
-            raise NotFound(f"uid {uid} is there already: a free one not found")
-        return name, uid
-
-    def _remove_person(self, uid: str, place: str, row: Row) -> str:
-        uid = self._find("people", uid)
-        for friend in list(self._table("friend", uid)):
-            self.unfriend(uid, friend)
-        for table in "group", "discuss":
-            for circle in list(self._table(table)):
-                if uid in self._table(table + "_member", circle):
-                    self.leave(table, circle, uid)
-        self._put(None, "people", uid)
-        return uid
-
-    def _set_person(self, uid: str, place: str, row: Row) -> str:
-        uid = self._find("people", uid)
-        self._put({**self._table("people", uid), **row}, "people", uid)
-        for name, value in row.items():
-            parts = {"uid": uid, "property": name, "value": value}
-            self.tell(uid, "user_property_change", parts)
-            for friend in self._table("friend", uid):
-                self.tell(friend, "friend_property_change", parts)
-            for table in "group", "discuss":
-                for circle in self._table(table):
-                    if uid in self._table(table + "_member", circle):
-                        self.tell_circle(table, circle, table + "_member_property_change",
-                                         {**parts, "circle": circle})
-        return uid
-
-    def _add_friend(self, uid: str, place: str, row: Row) -> str:
-        """The properties (markname …) are how `in` sees it."""
-        uid, place = self._find("people", uid), self._find("people", place)
-        self.befriend(uid, place, row)
-        return uid
-
-    def _add_friend_request(self, uid: str, place: str, row: Row) -> str:
-        uid, place = self._find("people", uid), self._find("people", place)
-        self._request(uid, place, str(row.get("verify", "")))
-        return uid
-
-    def _add_group_request(self, uid: str, place: str, row: Row) -> str:
-        """`uid` asks to be let into `in`; with `from`, that one invites it there."""
-        uid, group = self._find("people", uid), self._find("group", place)
-        inviter = self._find("people", row["from"]) if row.get("from") else ""
-        members = self._table("group_member", group)
-        if uid in members or inviter and inviter not in members:
-            raise NotFound(f"{uid} outside of {place}, or {inviter} in it, not found")
-        who = inviter or uid
+    def ask_group(self, uid: str, group: str, inviter: str, comment: str) -> None:
+        """Let somebody ask to be let into a group, or be invited to it by a member."""
+        members, who = self.table("group_member", group), inviter or uid
+        require(uid not in members and (not inviter or inviter in members),
+                f"{uid} outside of {group}, or {inviter} in it,")
         request = {"kind": "invite" if inviter else "join", "group_uid": group, "uid": uid,
                    "from": inviter}
-        told = {**request, "ticket": self._ticket("group_request", request), "uid": who,
-                "comment": str(row.get("comment", "")),
-                "group": self._table("group", group).get("name"),
-                "name": self._table("people", who).get("name") or who}
-        for one in [uid] if inviter else [
-                one for one in members if self._world.role(group, one) in ("owner", "admin")]:
-            self.tell(one, "group_request", {"request": told}, away=True)
-        return uid
+        told = {**request, "ticket": self._keep_request("group_request", request), "uid": who,
+                "comment": comment, "group": self.table("group", group).get("name"),
+                "name": self.table("people", who).get("name") or who}
+        self.tell([uid] if inviter else [one for one in members if self._may(one, group, "admin")],
+                  "group_request", {"request": told}, away=True)
 
-    def _add_poke(self, uid: str, place: str, row: Row) -> str:
-        """`uid` pokes `to`, in a group if `in` names one."""
-        uid, to = self._find("people", uid), self._find("people", str(row.get("to", "")))
-        if not self._poke(uid, to, self._find("group", place) if place else ""):
-            raise NotFound(f"{to} as a friend, or in the group, not found")
-        return uid
+    def answer_group_request(self, me: str, ticket: str, accept: bool, reason: str) -> None:
+        """Let somebody into a group who asked for it, or enter one that one was invited to."""
+        request = self.table("group_request", ticket)
+        group, uid, inviter = [request.get(name) or "" for name in ("group_uid", "uid", "from")]
+        require(uid and (uid == me if inviter else self._may(me, group, "admin")), "ticket")
+        self.put(None, "group_request", ticket)
+        if accept and not self.role(group, uid):
+            self.enter("group", group, uid, {}, kind="invite" if inviter else "approve",
+                       operator_uid=inviter or me)
 
-    def _remove_friend(self, uid: str, place: str, row: Row) -> str:
-        uid, place = self._friends(uid, place)
-        self.unfriend(uid, place)
-        return uid
+    # -- what may be changed from outside
 
-    def _set_friend(self, uid: str, place: str, row: Row) -> str:
-        uid, place = self._friends(uid, place)
-        self._put({**self._table("friend", place, uid), **row}, "friend", place, uid)
-        for name, value in row.items():
-            self.tell(place, "friend_property_change",
-                      {"uid": uid, "property": name, "value": value})
-        return uid
+    def change(self, params: Params) -> Row:
+        """Do what /local/change says: {"uid": …}. NotFound for whatever is not there."""
+        row = dict(params)
+        do, what, uid, place = [row.pop(name, "") for name in ("do", "what", "uid", "in")]
+        circle = "group"
+        if what.startswith("discuss") and "discuss" in self.flavour.fields:
+            circle = "discuss"
+        # Where `uid` and `in` are looked for, and what is done once they are found.
+        changes: Dict[str, Tuple[str, str, Callable[[], Any]]] = {
+            "add person": ("", "", lambda: self._add("people", uid, row)),
+            "set person": ("people", "", lambda: self._set_person(uid, row)),
+            "remove person": ("people", "", lambda: self._remove_person(uid)),
+            "add friend": ("people", "people", lambda: self.befriend(uid, place, row)),
+            "set friend": ("people", "people", lambda: self._set(
+                row, "friend", [place], "friend", place, uid)),
+            "remove friend": ("people", "people", lambda: self.unfriend(uid, place)),
+            "add friend_request": ("people", "people", lambda: self.ask_friend(
+                uid, place, str(row.get("verify", "")))),
+            "add group_request": ("people", "group", lambda: self.ask_group(
+                uid, place, self.find("people", row["from"]) if row.get("from") else "",
+                str(row.get("comment", "")))),
+            "add poke": ("people", "group" if place else "", lambda: self.poke(
+                uid, self.find("people", str(row.get("to", ""))), place)),
+            f"add {circle}": ("", "", lambda: self._add(circle, uid, row)),
+            f"set {circle}": (circle, "", lambda: self._set(
+                row, circle, self.table(circle + "_member", uid), circle, uid)),
+            f"remove {circle}": (circle, "", lambda: self._remove_circle(circle, uid)),
+            f"add {circle}_member": ("people", circle, lambda: self.enter(
+                circle, place, uid, row)),
+            "set group_member": ("people", "group", lambda: self.set_member(place, uid, row)),
+            f"remove {circle}_member": ("people", circle, lambda: self.leave(circle, place, uid))}
+        require(f"{do} {what}" in changes, f"do={do[:100]} what={what[:100]}")
+        check_properties(row)
+        table, within, act = changes[f"{do} {what}"]
+        uid = self.find(table, uid) if table else uid
+        place = self.find(within, place) if within else place
+        if what.endswith("_member") or what == "friend" and do != "add":
+            there, adds = uid in self.table(what, place), do == "add"
+            require(there or adds, f"{what.rpartition('_')[2]} {uid}")
+            require(not there or not adds, f"{uid} outside of {place}")
+        return {"uid": act() or uid}
 
-    def _friends(self, uid: str, place: str) -> Tuple[str, str]:
-        one, other = self._find("people", uid), self._find("people", place)
-        if one not in self._table("friend", other):
-            raise NotFound(f"friend {uid} not found")
-        return one, other
-
-    def _add_circle(self, table: str, uid: str, place: str, row: Row) -> str:
-        """With its owner in it if `owner_uid` names one."""
-        name, uid = self._new(uid, row, table, table)
-        owner = row.get("owner_uid") and self._find("people", row["owner_uid"])
-        self._put({**row, "uid": uid, "name": name, "owner_uid": owner or ""}, table, uid)
+    def _add(self, table: str, uid: str, row: Row) -> str:
+        """A person, or a group or discuss, with its owner in it if `owner_uid` names one. Name
+        and uid make each other, if only one of them is given."""
+        name = str(row.get("name") or uid)
+        uid = uid or (name_to_uid(("" if table == "people" else table) + name) if name else "")
+        require(UID.fullmatch(uid), "uid as a number of 1 to 18 digits")
+        require(uid not in self.table(table), f"uid {uid} is there already: a free one")
+        row, owner = {**row, "uid": uid, "name": name}, ""
+        if table != "people":
+            owner = self.find("people", row["owner_uid"]) if row.get("owner_uid") else ""
+            row["owner_uid"] = owner
+        self.put(row, table, uid)
         if owner:
             self.enter(table, uid, owner, {"role": "owner"})
         return uid
 
-    def _remove_circle(self, table: str, uid: str, place: str, row: Row) -> str:
-        uid = self._find(table, uid)
-        self.tell_circle(table, uid, "lose_" + table, {
-            "object": lambda to: self._world.circle(table, to, uid, members=False)})
-        self._put(None, table + "_member", uid)
-        self._put(None, table, uid)
-        return uid
+    def _circles_of(self, uid: str) -> List[Tuple[str, str]]:
+        """The groups and discusses that somebody is in: table and uid."""
+        return [(table, circle) for table in ("group", "discuss") for circle in self.table(table)
+                if uid in self.table(table + "_member", circle)]
 
-    def _set_circle(self, table: str, uid: str, place: str, row: Row) -> str:
-        uid = self._find(table, uid)
-        self._put({**self._table(table, uid), **row}, table, uid)
-        for name, value in row.items():
-            self.tell_circle(table, uid, table + "_property_change",
-                             {"uid": uid, "property": name, "value": value})
-        return uid
+    def _set_person(self, uid: str, row: Row) -> None:
+        self._set(row, "user", [uid], "people", uid)
+        self._tell_change(self.table("friend", uid), "friend", uid, row)
+        for table, circle in self._circles_of(uid):
+            self._tell_change(self.table(table + "_member", circle), table + "_member", uid, row,
+                              circle=circle)
 
-    def _add_member(self, table: str, uid: str, place: str, row: Row) -> str:
-        uid, place = self._find("people", uid), self._find(table, place)
-        if uid in self._table(table + "_member", place):
-            raise NotFound(f"{uid} outside of {place} not found")
-        self.enter(table, place, uid, row)
-        return uid
+    def _remove_person(self, uid: str) -> None:
+        for friend in list(self.table("friend", uid)):
+            self.unfriend(uid, friend)
+        for table, circle in self._circles_of(uid):
+            self.leave(table, circle, uid)
+        self.put(None, "people", uid)
 
-    def _remove_member(self, table: str, uid: str, place: str, row: Row) -> str:
-        uid, place = self._member(table, uid, place)
-        self.leave(table, place, uid)
-        return uid
-
-    def _set_member(self, uid: str, place: str, row: Row) -> str:
-        """A card or a role in a group; one's own role is the group's `role` as well."""
-        uid, place = self._member("group", uid, place)
-        owner = str(self._table("group", place).get("owner_uid") or "")
-        if row.get("role") == "owner" and owner != uid:
-            self._set_circle("group", place, "", {"owner_uid": uid})
-            if self._world.role(place, owner):
-                self._set_member(owner, place, {"role": "member"})  # there is but one
-        self._put({**self._table("group_member", place, uid), **row}, "group_member", place, uid)
-        for name, value in row.items():
-            self.tell_circle("group", place, "group_member_property_change",
-                             {"circle": place, "uid": uid, "property": name, "value": value})
-        if "role" in row:
-            self.tell(uid, "group_property_change", {
-                "uid": place, "property": "role", "value": ROLES[row["role"]]})
-        return uid
-
-    def _member(self, table: str, uid: str, place: str) -> Tuple[str, str]:
-        uid, place = self._find("people", uid), self._find(table, place)
-        if uid not in self._table(table + "_member", place):
-            raise NotFound(f"member {uid} not found")
-        return uid, place
+    def _remove_circle(self, table: str, uid: str) -> None:
+        self.tell(self.table(table + "_member", uid), "lose_" + table, {}, (table, uid, "", False))
+        self.put(None, table + "_member", uid)
+        self.put(None, table, uid)
 
 
-class Logins:
-    """Who is logged in on the local network, and how one gets there.
+class LocalNetwork(Society):
+    """A small chat network inside the program (DESIGN): who is logged in, and what is said.
 
-    A QR code on show holds a ticket: a number that nobody can guess, and that works once. `url()`
-    is how a phone reaches the host; `timer` gives seconds that never go back.
+    A QR code on show holds a ticket: a number that nobody can guess, and that works once.
+    `known(account)` tells whether there is a client of that name, for /local/login; `url()` is
+    how a phone reaches the host, and takes no lock.
     """
 
-    VERBS = ("attach", "ticket", "ready", "logout")
+    PULL_SECONDS = 300.0
+    # What a link may ask besides Society.VERBS; each gets the account.
+    CALLS = ("attach", "ticket", "ready", "logout", "roster", "presence", "send")
 
-    def __init__(self, world: World, society: Society, outboxes: Outboxes, url: Callable[[], str],
-                 clock: Callable[[], float], timer: Callable[[], float] = time.monotonic) -> None:
-        self._world, self._society, self._outboxes = world, society, outboxes
-        self._ledger, self._url, self._clock, self._timer = world.ledger, url, clock, timer
-        self._tickets: Dict[str, Tuple[str, float]] = {}     # ticket -> account, end of life
-        self.running: Set[str] = set()                       # accounts
-        self._hopes: Dict[str, List[Future[bool]]] = {}      # of /local/login's that wait
+    def __init__(self, path: str, world_file: str, flavour: Type[Flavour], log: Log,
+                 url: Callable[[], str], known: Callable[[str], bool] = lambda account: True,
+                 clock: Callable[[], float] = time.time) -> None:
+        super().__init__(path, world_file, flavour, log, clock)
+        self.lock = threading.RLock()  # guards all of it: who and what there is, what waits
+        self.known, self._url, self.ended = known, url, False
+        self.timer = time.monotonic    # of tickets: seconds that never go back
+        self._tickets: Dict[str, Tuple[str, float]] = {}  # ticket -> account, end of life
+        waiting = {item.get("id") for items in self.table("wait").values()
+                   for item in items.values()}
+        self._ids = MessageIds(clock, lambda number: str(number) in self.sent
+                               or str(number) in waiting)
+
+    def stop(self) -> None:
+        """Let everything survive; from now on all calls are NotRunning."""
+        with self.lock:
+            self.ledger.save()
+            self.ended = True
+
+    def do(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Call a function under the lock; what it changed survives before anybody hears of it."""
+        with self.lock:
+            if self.ended:
+                raise NotRunning("stopping")
+            try:
+                return function(*args, **named)
+            finally:
+                self.ledger.commit()
+                self.wake()
+
+    def call(self, account: str, verb: str, args: Sequence[Json], named: Row,
+             wait: Wait = result_of) -> Json:
+        """What a link asks in the name of its account: a method of Link, with its arguments."""
+        if verb == "pull":
+            return self._pull(account, str(args[0]), wait)
+        if verb in self.CALLS:
+            return self.do(getattr(self, verb), account, *args, **named)
+        require(verb in self.VERBS, verb)
+        try:
+            done = self.do(lambda: getattr(self, verb)(self.me(account), *args, **named))
+        except NotFound:
+            return False
+        return True if done is None else done
+
+    def _pull(self, account: str, mark: str, wait: Wait) -> List[Row]:
+        """What happened to an account, as soon as there is something; `mark` says what it has."""
+        with self.lock:
+            self.do(self.acknowledge, account, mark)
+            items = self.take(account)
+            if items:
+                return items
+            session = self.sessions[account]
+            future: Future[bool] = Future()
+            if session.pull:
+                settle(session.pull, False)  # its client asks anew: that one has gone
+            session.pull = future
+        woken = True
+        try:
+            woken = wait(future, self.PULL_SECONDS)
+        except TimeoutError:
+            pass
+        finally:
+            with self.lock:
+                if session.pull is future:
+                    session.pull = None
+        with self.lock:
+            return self.take(account) if woken else []
+
+    # -- logins
 
     def attach(self, account: str, mark: str, cookie: str, password: bool,
                mode: str = "online") -> Row:
         """An account's client is there. {"login": …} if it is logged in by that, else {}."""
-        self._world.mode[account] = mode
-        self._outboxes.forget_notes(account)
-        self._outboxes.acknowledge(account, mark)
-        row = self._ledger.table("login", account)
-        age = self._clock() - float(row.get("time", 0))
-        if cookie and cookie == row.get("cookie") and 0 <= age < COOKIE_SECONDS:
-            return {"login": self._log_in(account, row["nonce"], cookie)}
-        if password:
-            return {"login": self._log_in(account, row.get("nonce") or new_secret())}
-        return {}
+        session = self.sessions[account]
+        session.mode, session.notes = mode, []
+        self.acknowledge(account, mark)
+        row = self.table("login", account)
+        age = self.clock() - float(row.get("time", 0))
+        if not cookie or cookie != row.get("cookie") or not 0 <= age < COOKIE_SECONDS:
+            cookie = ""
+        if not cookie and not password:
+            return {}
+        return {"login": self._log_in(account, row.get("nonce") or new_secret(), cookie)}
 
     def ticket(self, account: str) -> None:
         """A new QR code; the former one is void. It goes to the client as a note, so that no later
@@ -6521,222 +6432,117 @@ class Logins:
         """
         self._cancel(account)
         ticket = new_secret()
-        self._tickets[ticket] = account, self._timer() + TICKET_SECONDS
+        self._tickets[ticket] = account, self.timer() + TICKET_SECONDS
         query = urllib.parse.urlencode({"client": account, "ticket": ticket})
-        self._outboxes.note(account, {"do": "qrcode", "seconds": TICKET_SECONDS,
-                                      "text": f"{self._url()}/local/scan?{query}"})
-        if account in self._hopes:
+        self.note(account, {"do": "qrcode", "seconds": TICKET_SECONDS,
+                            "text": f"{self._url()}/local/scan?{query}"})
+        if self.sessions[account].hopes:
             self.confirm(ticket)
 
     def _cancel(self, account: str) -> None:
-        self._tickets = {ticket: entry for ticket, entry in self._tickets.items()
-                         if entry[0] != account and self._timer() < entry[1]}
+        self._tickets = {ticket: (name, end) for ticket, (name, end) in self._tickets.items()
+                         if name != account and self.timer() < end}
 
     def scan(self, ticket: str) -> str:
         """Somebody opened the code's URL: whose it is; NotFound if it is unknown, used or old."""
         account, end = self._tickets.get(ticket, ("", 0.0))
-        if self._timer() >= end:
-            raise NotFound("ticket not found")
-        self._outboxes.note(account, {"do": "scanned"})
+        require(account and self.timer() < end, "ticket")
+        self.note(account, {"do": "scanned"})
         return account
 
     def confirm(self, ticket: str) -> str:
         """Somebody pressed the button: whose it is, or NotFound."""
         account = self.scan(ticket)
         self._cancel(account)
-        login = self._log_in(account, new_secret())
-        self._outboxes.note(account, {"do": "confirmed", "login": login})
+        self.note(account, {"do": "confirmed", "login": self._log_in(account, new_secret())})
         return account
 
     def hope(self, account: str) -> Future[bool]:
         """Log an account in, now or as soon as it shows a code; True when it is running."""
         future: Future[bool] = Future()
-        if account in self.running:
+        if self.sessions[account].running:
             settle(future, True)
             return future
-        self._hopes.setdefault(account, []).append(future)
+        self.sessions[account].hopes.add(future)
         for ticket, (name, end) in list(self._tickets.items()):
-            if name == account and self._timer() < end:
+            if name == account and self.timer() < end:
                 self.confirm(ticket)
         return future
 
     def despair(self, account: str, future: Future[bool]) -> None:
         """One of those who hope() for an account gives up."""
-        hopes = [hope for hope in self._hopes.pop(account, []) if hope is not future]
-        if hopes:
-            self._hopes[account] = hopes
+        self.sessions[account].hopes.discard(future)
 
     def ready(self, account: str) -> None:
         """An account's client is running."""
-        self.running.add(account)
-        self._outboxes.wake_up(account)
-        for future in self._hopes.pop(account, []):
+        session = self.sessions[account]
+        session.running = True
+        self._woken.add(account)
+        hopes, session.hopes = session.hopes, set()
+        for future in hopes:
             settle(future, True)
 
     def detach(self, account: str) -> None:
         """An account's client is gone."""
         self._cancel(account)
-        self.running.discard(account)
-        self._world.online.discard(account)
+        self.sessions[account].running = self.sessions[account].online = False
 
     def logout(self, account: str) -> None:
         """The account wants to be scanned anew."""
         self.detach(account)
-        row = self._ledger.table("login", account)
+        row = self.table("login", account)
         if row:
-            self._ledger.put(dict(row, cookie=""), "login", account)
+            self.put(dict(row, cookie=""), "login", account)
 
     def delete(self, account: str) -> None:
         """Forget an account's login and what waits for it; the person stays in the world."""
         self.logout(account)
-        self._ledger.put(None, "wait", account)
+        self.put(None, "wait", account)
 
     def _log_in(self, account: str, nonce: str, cookie: str = "") -> Row:
         """A login by cookie leaves that valid: a kill may come before a new one is written."""
-        row = self._ledger.table("login", account)
-        uid = row.get("uid") or self._new_uid(account)
-        cookie = cookie or new_secret()
-        self._ledger.put({"uid": uid, "nonce": nonce, "cookie": cookie, "time": self._clock()},
-                         "login", account)
-        self._world.account_of[uid] = account
-        if not row or uid not in self._ledger.table("people"):
-            self._join(account, uid)
-        self._world.online.add(account)  # only now: it hears of no friend that it will load
-        return {"uid": uid, "cookie": cookie}
-
-    def _new_uid(self, account: str) -> str:
-        for uid, row in self._ledger.table("people").items():
-            if row.get("name") == account and uid not in self._world.account_of:
-                return uid
-        uid = name_to_uid(account)
-        while uid in self._world.account_of:
+        people, row = self.table("people"), self.table("login", account)
+        uid = row.get("uid") or next((
+            uid for uid, person in people.items()
+            if person.get("name") == account and uid not in self.account_of), name_to_uid(account))
+        while not row and uid in self.account_of:
             uid = str(int(uid) + 1)
-        return uid
-
-    def _join(self, account: str, uid: str) -> None:
-        """An account's very first login: it becomes everybody's friend, once and for all."""
-        if uid in self._ledger.table("people"):  # a world file says whose friend it is
-            for person in self._world.fixtures():
-                self._society.befriend(uid, person["uid"])
-            return
-        self._ledger.put({"uid": uid, "name": account}, "people", uid)
-        for other in list(self._ledger.table("people")):
-            if other != uid:
-                self._society.befriend(uid, other)
-        for table in "group", "discuss":
-            for circle, row in list(self._ledger.table(table).items()):
-                if row.get("name") == COMMON:
-                    self._society.enter(table, circle, uid, {})
-
-
-class LocalNetwork:
-    """A small chat network inside the program (DESIGN).
-
-    `known(account)` tells whether there is a client of that name, for /local/login; `url()` is
-    how a phone reaches the host, and takes no lock.
-    """
-
-    PULL_SECONDS = 300.0
-
-    def __init__(self, path: str, world_file: str, flavour: Type[Flavour], log: Log,
-                 url: Callable[[], str], known: Callable[[str], bool] = lambda account: True,
-                 clock: Callable[[], float] = time.time) -> None:
-        self.known, self.clock, self.ended = known, clock, False
-        self.lock = threading.RLock()  # guards all of it: who and what there is, what waits
-        self._ledger = Ledger(path + ".json", path + ".jsonl", log)
-        self.world = World(self._ledger, flavour)
-        self._open_world(world_file)
-        self.outboxes = Outboxes(self._ledger, self.world.online)
-        self.society = Society(self.world, self.outboxes, clock)
-        self.logins = Logins(self.world, self.society, self.outboxes, url, clock)
-        waiting = {item.get("id") for items in self._ledger.table("wait").values()
-                   for item in items.values()}
-        self._ids = MessageIds(clock, lambda number: str(number) in self.society.sent
-                               or str(number) in waiting)
-        self._verbs = {verb: getattr(owner, verb) for owner, verbs in (
-            (self.logins, Logins.VERBS), (self.world, ("roster", "presence")),
-            (self.society, Society.VERBS), (self, ("send",))) for verb in verbs}
-
-    def _open_world(self, path: str) -> None:
-        data = (read_file(os.path.realpath(path)) if path
-                else to_bytes(self.world.flavour.world))
-        digest = f"{zlib.crc32(data):08x}" if path and data else ""
-        about = self._ledger.table("about")
-        if about and digest in ("", about.get("world")):
-            return
-        try:
-            spec = from_bytes(data or b"")
-            self.world.begin(spec, digest)
-        except (ValueError, KeyError, TypeError, AttributeError, NotFound):
-            raise Refusal(f"world file {path} cannot be read: there must be one, and it must hold "
-                          "what /local/world shows") from None
-
-    def stop(self) -> None:
-        """Let everything survive; from now on all calls are NotRunning."""
-        with self.lock:
-            self._ledger.save()
-            self.ended = True
-
-    def do(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function under the lock; what it changed survives before anybody hears of it."""
-        with self.lock:
-            if self.ended:
-                raise NotRunning("stopping")
-            try:
-                return function(*args)
-            finally:
-                self._ledger.commit()
-                self.outboxes.wake()
-
-    def call(self, account: str, verb: str, args: Sequence[Json], named: Row,
-             wait: Wait = result_of) -> Json:
-        """What a link asks in the name of its account: a method of Link, with its arguments."""
-        if verb == "pull":
-            return self._pull(account, str(args[0]), wait)
-        function = self._verbs.get(verb)
-        if function is None:
-            raise NotFound(f"{verb} not found")
-        return self.do(functools.partial(function, account, *args, **named))
-
-    def _pull(self, account: str, mark: str, wait: Wait) -> List[Row]:
-        """What happened to an account, as soon as there is something; `mark` says what it has."""
-        def take() -> List[Row]:
-            return self.outboxes.take(account, account in self.logins.running)
-
-        with self.lock:
-            self.do(self.outboxes.acknowledge, account, mark)
-            items = take()
-            if items:
-                return items
-            future = self.outboxes.wait(account)
-        try:
-            woken = wait(future, self.PULL_SECONDS)
-        except TimeoutError:
-            woken = True
-        finally:
-            with self.lock:
-                self.outboxes.leave(account, future)
-        with self.lock:
-            return take() if woken else []
+        cookie = cookie or new_secret()
+        self.put({"uid": uid, "nonce": nonce, "cookie": cookie, "time": self.clock()},
+                 "login", account)
+        self.account_of[uid] = account
+        friends, circles = [person["uid"] for person in self.fixtures()], []
+        if uid not in people:  # one that no world file tells of becomes everybody's friend
+            friends = list(people)
+            circles = [(table, circle) for table in ("group", "discuss")
+                       for circle, about in self.table(table).items()
+                       if about.get("name") == COMMON]
+            self.put({"uid": uid, "name": account}, "people", uid)
+        elif row:
+            friends = []  # it is not the very first login
+        for friend in friends:
+            self.befriend(uid, friend)
+        for table, circle in circles:
+            self.enter(table, circle, uid, {})
+        self.sessions[account].online = True  # only now: it hears of no friend that it will load
+        return {"uid": uid, "cookie": cookie}
 
     # -- messages
 
     def send(self, account: str, messages: List[Row]) -> List[Row]:
-        """Deliver messages, in order; for each {"code", "info"} as CONTRACT 4 has them."""
-        return [self._send(account, message) for message in messages]
-
-    def _send(self, account: str, message: Row) -> Row:
-        """`mark` comes with it when somebody answered on the spot: what the answer is known by."""
-        before = self.outboxes.last(account)
-        try:
-            said = self.speak(str(self._ledger.table("login", account)["uid"]), message)[0]
-        except NotFound as error:
-            return {"code": -4, "info": f"响应未知: {error.status}"}
-        answered: Row = {}
-        now = self.outboxes.last(account)
-        if now > before:
-            answered["mark"] = f"{self.outboxes.era()}:{now}"
-        return {"code": 0, "info": "发送正常", "id": said["id"], **answered}
+        """Deliver messages, in order; for each {"code", "info", "id"} as CONTRACT 4 has them, and
+        `mark` when somebody answered on the spot: what the answer is known by."""
+        results: List[Row] = []
+        for message in messages:
+            before = self.last(account)
+            try:
+                said = self.speak(self.me(account), message)[0]
+                results.append({"code": 0, "info": "发送正常", "id": said["id"]})
+            except NotFound as error:
+                results.append({"code": -4, "info": f"响应未知: {error.status}"})
+            if self.last(account) > before:
+                results[-1]["mark"] = f"{self.era()}:{self.last(account)}"
+        return results
 
     def speak(self, uid: str, message: Row) -> List[Row]:
         """Say something as anybody: a message has type, content, and uid, group, discuss.
@@ -6745,66 +6551,58 @@ class LocalNetwork:
         answers again; NotFound if the one who speaks has no business there.
         """
         receivers = self._receivers(uid, message)
-        said = self._deliver(uid, message, receivers)
-        answers = [self._echo(receiver, uid, message) for receiver in receivers
-                   if receiver not in self.world.account_of]  # now all have heard what they answer
-        return [said, *(answer for answer in answers if answer)]
-
-    def _deliver(self, uid: str, message: Row, receivers: List[str]) -> Row:
-        id, people = str(self._ids.next()), self._ledger.table("people")
-        at = message.get("at") or [] if "uid" not in message or not message["uid"] else []
-        names = ["全体成员" if one == "all" else people.get(one, {}).get("name", one) for one in at]
-        item = {"do": "message", "type": message["type"], "time": str(int(self.clock())), "id": id,
-                "content": "".join(f"@{name} " for name in names) + message["content"],
-                "uid": uid, "name": people[uid]["name"], "reply_to": message.get("reply_to"),
-                "at": at, "group": message.get("group"), "discuss": message.get("discuss"),
-                "media": message.get("media")}
-        # For revoking; who asks later than WAIT_LIMIT messages after it comes too late.
-        self.society.sent[id] = {"uid": uid, "group": item["group"], "receivers": receivers}
-        keep_newest(self.society.sent, WAIT_LIMIT)
-        for receiver in receivers:
-            account = self.world.account_of.get(receiver)
-            if account is not None:
-                self.outboxes.put(account, dict(item, sender_id=self.world.id_for(account, uid)))
-        media, group = item["media"], item["group"]
-        if media and group and media.get("mime", "").partition("/")[0] not in SEGMENTS:
-            size = str(len(media["data"]) * 3 // 4 - media["data"][-2:].count("="))
-            self.society.tell_circle("group", group, "group_upload", {"params": [
-                member_of(group, uid), {"name": media["name"], "size": size, "id": id},
-                {"kind": "group", "uid": group}]})
-        return item
+        said = [self._hand_out(uid, message, receivers)]
+        alone = message["type"] in ("friend_message", "sess_message")
+        answer = dict(message, uid=uid if alone else None, reply_to=None, at=[])
+        for resident in receivers:  # now all have heard what they answer
+            row = self.table("people", resident)
+            if resident not in self.account_of and int(row.get("echo") or 0) and (
+                    alone or row["name"] in message["content"]):  # called by its name
+                with contextlib.suppress(NotFound):  # muted: that is not the speaker's fault
+                    said.append(self._hand_out(resident, answer,
+                                               self._receivers(resident, answer)))
+        return said
 
     def _receivers(self, uid: str, message: Row) -> List[str]:
         kind, target = message["type"], message.get("uid")
         if kind == "friend_message":
-            if target not in self._ledger.table("friend", uid):
-                raise NotFound("friend not found")
+            require(target in self.table("friend", uid), "friend")
             return [str(target)]
         table = "group" if message.get("group") else "discuss"
         circle = str(message.get(table))
-        members = self._ledger.table(table + "_member", circle)
-        if uid not in members or (kind == "sess_message" and target not in members):
-            raise NotFound(f"{table} member not found")
+        members = self.table(table + "_member", circle)
+        require(uid in members and (kind != "sess_message" or target in members), f"{table} member")
         if kind == "sess_message":
             return [str(target)]
         if float(members[uid].get("muted", 0)) > self.clock() or (
-                self._ledger.table(table, circle).get("muted")
+                self.table(table, circle).get("muted")
                 and members[uid].get("role", "member") == "member"):
             raise NotFound("muted, not heard")
         members[uid]["last_speak_time"] = str(int(self.clock()))  # not worth a line of its own
         return [member for member in members if member != uid]
 
-    def _echo(self, resident: str, uid: str, message: Row) -> Optional[Row]:
-        """An echo says what others say to it; in company only when its name is called."""
-        row = self._ledger.table("people", resident)
-        alone = message["type"] in ("friend_message", "sess_message")
-        if not int(row.get("echo") or 0) or not (alone or row["name"] in message["content"]):
-            return None
-        answer = dict(message, uid=uid if alone else None, reply_to=None, at=[])
-        try:
-            return self._deliver(resident, answer, self._receivers(resident, answer))
-        except NotFound:
-            return None  # muted: that is no fault of what it would answer
+    def _hand_out(self, uid: str, message: Row, receivers: List[str]) -> Row:
+        id, people, group = str(self._ids.next()), self.table("people"), message.get("group")
+        at = [] if message.get("uid") else message.get("at") or []
+        names = ["全体成员" if one == "all" else people.get(one, {}).get("name", one) for one in at]
+        media = message.get("media")
+        item = {"do": "message", "type": message["type"], "time": str(int(self.clock())), "id": id,
+                "content": "".join(f"@{name} " for name in names) + message["content"],
+                "uid": uid, "name": people[uid]["name"], "reply_to": message.get("reply_to"),
+                "at": at, "group": group, "discuss": message.get("discuss"), "media": media}
+        # For revoking; who asks later than WAIT_LIMIT messages after it comes too late.
+        self.sent[id] = {"uid": uid, "group": group, "receivers": receivers}
+        keep_newest(self.sent, WAIT_LIMIT)
+        for receiver in receivers:
+            account = self.account_of.get(receiver)
+            if account is not None:
+                self.deliver(account, dict(item, sender_id=self.id_for(account, uid)))
+        if media and group and media.get("mime", "").partition("/")[0] not in SEGMENTS:
+            size = str(len(media["data"]) * 3 // 4 - media["data"][-2:].count("="))
+            self.tell(self.table("group_member", group), "group_upload", {"params": [
+                member_of(group, uid), {"name": media["name"], "size": size, "id": id},
+                {"kind": "group", "uid": group}]})
+        return item
 
 
 class LocalPages:
@@ -6818,13 +6616,16 @@ class LocalPages:
 
     def routes(self) -> List[Route]:
         """The routes of /local/; a ticket or a key protects those that are open."""
+        network = self._network
         return [Route("/local/scan", "GET", self.scan, open=True),
-                Route("/local/confirm", "POST", self.confirm, open=True),
+                Route("/local/confirm", "POST", self.scan, open=True),
                 Route("/local/link", "POST", self.link, open=True),
                 Route("/local/login", ACT, self.login),
                 Route("/local/say", ACT, self.say),
-                Route("/local/change", ACT, self.change),
-                Route("/local/world", READ, self.world)]
+                Route("/local/change", ACT, lambda request: {
+                    **network.do(network.change, request.keys()), "code": 0, "status": "success"}),
+                Route("/local/world", READ, lambda request: {
+                    **network.do(network.dump), "code": 0})]
 
     def key_for(self, account: str) -> str:
         """What a client proves with that it speaks for its account."""
@@ -6834,25 +6635,19 @@ class LocalPages:
         return key
 
     def scan(self, request: Request) -> Response:
-        """The QR code's URL, opened by a phone: a page with a button."""
-        ticket = request.params.get("ticket", "")
-        return self._page(request, self._network.logins.scan, SCAN_BODY, {"ticket": ticket})
-
-    def confirm(self, request: Request) -> Response:
-        """The button."""
-        return self._page(request, self._network.logins.confirm, SAY_BODY, {
-            "title": "✓ 登录成功", "text": "You are logged in; this page can be closed."})
-
-    def _page(self, request: Request, step: Callable[[str], str], body: str,
-              values: Dict[str, str]) -> Response:
-        ticket = request.params.get("ticket", "")
+        """The QR code's URL, opened by a phone: a page with a button; and what that leads to."""
+        network, ticket = self._network, request.params.get("ticket", "")
+        confirms = request.path == "/local/confirm"
         try:
-            account = self._network.do(step, ticket)
+            account = network.do(network.confirm if confirms else network.scan, ticket)
         except NotFound:
             return page(SAY_BODY, {"title": "二维码已失效", "text": "This code is no longer valid: "
                         "it was used, or is too old. Scan the one that is shown now."}, 404)
-        return page(body, {"account": account, "client": urllib.parse.quote_plus(account),
-                           **values})
+        if confirms:
+            return page(SAY_BODY, {"title": "✓ 登录成功",
+                                   "text": "You are logged in; this page can be closed."})
+        return page(SCAN_BODY, {"account": account, "ticket": ticket,
+                                "client": urllib.parse.quote_plus(account)})
 
     def link(self, request: Request) -> Json:
         """A client's own calls, in the name of the account that its key stands for."""
@@ -6868,17 +6663,16 @@ class LocalPages:
 
     def login(self, request: Request) -> Row:
         """Log an account in as if somebody had scanned and pressed; answers when it runs."""
-        account = check_name(request.params.get("client", ""))
-        if not self._network.known(account):
-            raise NotFound(f"{account} not found")
-        future = self._network.do(self._network.logins.hope, account)
+        network, account = self._network, check_name(request.params.get("client", ""))
+        require(network.known(account), account)
+        future = network.do(network.hope, account)
         try:
             request.wait(future, self.LOGIN_SECONDS)
         except TimeoutError:
             raise NotFound(f"{account} not found waiting for a scan; "
                            "check_client says what it does") from None
         finally:
-            self._network.do(self._network.logins.despair, account, future)
+            network.do(network.despair, account, future)
         return {"account": account, "code": 0, "status": "success"}
 
     def say(self, request: Request) -> Row:
@@ -6890,35 +6684,20 @@ class LocalPages:
             for row in answers]}
 
     def _say(self, params: Params) -> List[Row]:
-        world, to = self._network.world, params.get("to", "")
-        who = world.find("people", params.get("from", ""))
+        network, to = self._network, params.get("to", "")
+        who = network.find("people", params.get("from", ""))
         account, kind = params.get("client", ""), params.get("type", "friend_message")
-        login = world.ledger.table("login", account) if account else {}
-        if not login and (account or kind == "sess_message" or not to):
-            raise NotFound(f"{account or 'client'} not found")
+        login = network.table("login", account) if account else {}
+        require(login or to and not account and kind != "sess_message", account or "client")
         message = {"type": kind, "content": check_content(params), **check_quote(params)}
+        require(kind in ("friend_message", "sess_message", "group_message", "discuss_message"),
+                f"type {kind}")
         if kind in ("friend_message", "sess_message"):
-            message["uid"] = login.get("uid") or world.find("people", to)
-        elif kind not in ("group_message", "discuss_message"):
-            raise NotFound(f"type {kind} not found")
+            message["uid"] = login.get("uid") or network.find("people", to)
         if kind != "friend_message":
             table = "discuss" if kind == "discuss_message" else "group"
-            message[table] = world.find(table, to, account)
-        return self._network.speak(who, message)
-
-    def change(self, request: Request) -> Row:
-        """Change the world: every documented event can be made to happen."""
-        done = self._network.do(self._network.society.change, request.keys())
-        return {**done, "code": 0, "status": "success"}
-
-    def world(self, request: Request) -> Row:
-        """Who and what there is, as --world reads it."""
-        return {**self._network.do(self._network.world.dump), "code": 0}
-
-
-def is_sendable(content: str) -> bool:
-    """Whether a message's text is there and not too long."""
-    return 0 < len(content) and len(content.encode("utf-8", "replace")) <= CONTENT_LIMIT
+            message[table] = network.find(table, to, account)
+        return network.speak(who, message)
 
 
 MESSAGE_ID = re.compile("-?[0-9]{1,20}")
@@ -6935,13 +6714,17 @@ def check_quote(params: Params) -> Row:
     return {"reply_to": reply_to, "at": at}
 
 
+def is_sendable(content: str) -> bool:
+    """Whether a message's text is there and not too long."""
+    return 0 < len(content) and len(content.encode("utf-8", "replace")) <= CONTENT_LIMIT
+
+
 def check_content(params: Params) -> str:
     """A message's text; BadRequest when there is none, or too much."""
     content = params.get("content", "")
-    if not content:
-        raise BadRequest(400, "content missing")
     if not is_sendable(content):
-        raise BadRequest(400, f"content over {CONTENT_LIMIT} bytes")
+        raise BadRequest(400, f"content over {CONTENT_LIMIT} bytes" if content
+                         else "content missing")
     return content
 
 
@@ -12659,7 +12442,7 @@ class Controller:
 
     def detach(self, name: str) -> None:
         """A client's process is gone; called without the lock."""
-        self.network.do(self.network.logins.detach, name)
+        self.network.do(self.network.detach, name)
 
     # -- ending
 
@@ -12760,7 +12543,7 @@ class ControllerApi:
         with controller.turn(name):
             account = controller.former.get(name) or self._child(request)
             controller.stop_client(account, "client_deleted")
-            controller.network.do(controller.network.logins.delete, name)
+            controller.network.do(controller.network.delete, name)
             for setting in "cookie_path", "state_path", "spool_path", "qrcode_path", "ids_path":
                 remove_file(controller.path_of(account, setting))
                 remove_leftovers(controller.path_of(account, setting))
