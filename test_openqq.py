@@ -4864,7 +4864,8 @@ def test_shutup_in_the_answer_to_a_group_message_silences_the_sender_for_shutup_
 
 def muted_until(tower, who):
     """When a member may speak again, by the network's own files: no API tells it."""
-    found = "".join(content(tower.program.path(name).decode()) for name in ("local.json", "local.jsonl"))
+    found = "".join(content(tower.program.path(name)).decode()
+                    for name in ("local.json", "local.jsonl"))
     times = [float(time) for row in re.findall(r"\{[^{}]*\"muted\":[^{}]*\}", found)
              if f'"{who}"' in row for time in re.findall(r"\"muted\":([0-9.]+)", row)]
     return max(times, default=0)
