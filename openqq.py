@@ -934,7 +934,7 @@ class Timers:
             self._wake()
         return timer
 
-    def watch(self, sock: socket.socket, function: Callable[[], None]) -> None:
+    def watch(self, sock: socket.socket, function: Callable[[], Any]) -> None:
         """Have function() called, with the lock held, whenever the socket can be read."""
         self._selector.register(sock, selectors.EVENT_READ, function)
         self._wake()  # some systems' selectors take no notice while they wait
@@ -12689,12 +12689,47 @@ SHARED = ("log_level", "tmpdir", "log_encoding", "public_url", "allowed_hosts", 
           "http_debug", "http_max_message_size")
 
 
-class Account:
-    """A client's name and what it was started with; pid and port are those of the last time."""
+class Child:
+    """An account's client as its controller sees it, whose lock guards all of this.
 
-    def __init__(self, name: str, given: Dict[str, str], pid: int, port: int) -> None:
+    `phase` is what the controller does with its process (Supervisor), `state` what the client says
+    of itself (CONTRACT 8). One that is merely remembered has no listener; its pid and port are
+    those of the last time.
+    """
+
+    def __init__(self, name: str, given: Dict[str, str],
+                 listener: Optional[socket.socket] = None, port: int = 0) -> None:
         self.name, self.given = name, given          # settings as text, secrets included
-        self.pid, self.port = pid, port
+        self.pid, self.port = 0, listener.getsockname()[1] if listener else port
+        self.listener: Any = listener                # ours too, so that the port stays taken
+        self.forget: Set[str] = set()                # secrets that its cookie file is to lose
+        self.phase, self.state = "stopped", "init"
+        self.lines: Deque[str] = collections.deque(maxlen=5)  # the last warnings of its log
+        self.since = time.time()                     # in this state
+        self.process: Any = None                     # subprocess.Popen while it lives
+        self.life: Optional[socket.socket] = None
+        self.heard = bytearray()                     # of a line that is not complete yet
+        self.restarts = -1                           # starts after the first
+        self.tries = 0                               # starts without reaching running
+        self.running_since = 0.0
+        self.timer: Optional[Timer] = None           # for the end of a pause or a trial
+        self.waiting: Optional[Timer] = None         # for client_waiting
+        self.former: Optional[Tuple[Dict[str, str], Set[str]]] = None
+        # What it was given and is to forget is on trial, while `former` tells what that was.
+        self.refusal: Optional[OpenQQError] = None   # why the last trial was in vain
+
+    def alive(self) -> bool:
+        """Whether it runs, or will in a moment."""
+        return self.phase not in ("stopped", "failed")
+
+    def busy(self) -> bool:
+        """Whether it has a process, or one is just being made."""
+        return self.phase in ("starting", "running", "renewing", "stopping")
+
+    def seen(self) -> str:
+        """Its state for others; `failed` if it died and is not started again."""
+        return self.state if self.process else "init" if self.alive() else (
+            "failed" if self.phase == "failed" else "stop")
 
     def open_settings(self) -> Dict[str, str]:
         """What it was given, without the secrets."""
@@ -12706,53 +12741,15 @@ class Account:
                 "port": self.port, "status": "success"}
 
 
-class Child(Account):
-    """One client as its controller sees it, whose lock guards all of this.
-
-    `phase` is what the controller does with its process (Supervisor.step), `state` what the
-    client says of itself (CONTRACT 8).
-    """
-
-    ALIVE = ("waiting", "starting", "running", "renewing", "stopping", "backoff")
-
-    def __init__(self, name: str, given: Dict[str, str], listener: socket.socket) -> None:
-        super().__init__(name, given, 0, listener.getsockname()[1])
-        self.listener = listener                     # ours too, so that the port stays taken
-        self.forget: Set[str] = set()                # secrets that its cookie file is to lose
-        self.phase, self.state = "stopped", "init"
-        self.lines: Deque[str] = collections.deque(maxlen=5)  # the last warnings of its log
-        self.since = time.time()                     # in this state
-        self.making = False                          # a thread makes its process just now
-        self.process: Any = None                     # subprocess.Popen while it lives
-        self.life: Optional[socket.socket] = None
-        self.heard = bytearray()                     # of a line that is not complete yet
-        self.restarts = -1                           # starts after the first
-        self.tries = 0                               # starts without reaching running
-        self.running_since = 0.0
-        self.timer: Optional[Timer] = None           # when time moves it on
-        self.waiting: Optional[Timer] = None         # for client_waiting
-        self.former: Optional[Tuple[Dict[str, str], Set[str]]] = None
-        # What it was given and is to forget is on trial, while `former` tells what that was.
-        self.refusal: Optional[OpenQQError] = None   # why the last trial was in vain
-
-    def alive(self) -> bool:
-        """Whether it runs, or will in a moment."""
-        return self.phase in self.ALIVE
-
-    def seen(self) -> str:
-        """Its state for others; `failed` if it died and is not started again."""
-        return self.state if self.process else "init" if self.alive() else (
-            "failed" if self.phase == "failed" else "stop")
-
-
 class Supervisor:
     """Keeps the clients' processes alive: makes them, hears them, ends them.
 
-    All methods are called with the controller's lock held, but for those that make a process or
-    wait for the end of one.
+    All methods are called with the controller's lock held, but for make() and those with a thread
+    of their own: one per process waits for its end.
     """
 
     YOUNG_SECONDS = 1.0
+    SILENT_SECONDS = 1.0         # a process may live on without its life line
 
     def __init__(self, owner: Controller, spawn_process: Any = None) -> None:
         import subprocess
@@ -12763,34 +12760,34 @@ class Supervisor:
         self.ending = False
         self.restarts = 0                              # of clients that had died
         self._turn = itertools.count(os.getpid() + 1)  # of the CPUs; the first is not ours
-        self._pool = ThreadPool(16, "children", self._log)
-        self._resumers = ThreadPool(16, "resume", self._log)
+        self._pool = ThreadPool(MOST_WATCHED, "children", self._log)
 
     # -- from one phase to the next
 
-    def step(self, child: Child, due: bool = False, status: Optional[int] = None) -> None:
-        """All that becomes of a child: by time (`due`), when the client says another state, when
-        its process has ended (`status`)."""
-        phase = child.phase
-        if phase == "starting" and child.state == "running":    # starting -> running
-            child.phase, child.tries = "running", 0
-            child.running_since = self._timers.clock()
+    def expect(self, child: Child) -> None:
+        """A child's process is about to be made: from now on it is alive."""
+        self.children[child.name], child.phase = child, "starting"
+        child.tries += 1
+        child.restarts += 1
+        self._enter(child, "init")
+        if child.former:
+            child.timer = self._timers.later(TRIAL_SECONDS, self._decide, child)
+
+    def _begin(self, child: Child, anew: bool = False) -> None:
+        if anew:                                     # with other settings: it had not died
             child.lines.clear()
-        if status is None:
-            if phase in ("stopping", "renewing") and due and child.process:
-                child.process.kill()                 # it does not heed TERM; its end is heard of
-            elif phase == "backoff" and due:
-                self._begin(child)                   # backoff -> starting
-            elif child.former and phase == "starting" and (due or child.state != "init"):
-                self._decide(child)                  # it serves, or lives, with its new settings
-            # A child may be starting for ever: logging in waits for a person. One that is waiting
-            # is moved on by the end of a process that is not ours (make).
-            return
-        child.process, child.making = None, False
-        if phase == "stopping" or self.ending:
-            self._stopped(child)                     # stopping -> stopped
+            child.tries, child.restarts = 0, child.restarts - 1
+        self.expect(child)
+        self._pool.submit(self.make, child)
+
+    def _ended(self, child: Child, status: int) -> None:
+        """All that becomes of a child whose process has ended, or could not be made. A client may
+        be starting for ever, by the way: logging in waits for a person."""
+        child.process = None
+        if child.phase == "stopping" or self.ending:
             self._log.info(f"client {child.name} stopped")
-        elif phase == "renewing":
+            self._stopped(child)                     # stopping -> stopped
+        elif child.phase == "renewing":
             self._begin(child, anew=True)            # renewing -> starting, on trial
         elif child.former:
             self._log.error(f"client {child.name} died of its new settings: it has those of before")
@@ -12798,8 +12795,8 @@ class Supervisor:
             self._decide(child, ClientDied(reason="\n".join(child.lines)))
             self._begin(child, anew=True)            # starting, on trial -> starting, as before
         elif status == 0:
-            self._stopped(child)                     # running -> stopped: somebody told it to
             self._log.info(f"client {child.name} ended by itself")
+            self._stopped(child)                     # running -> stopped: somebody told it to
         else:
             how = f"exit status {status}" if status > 0 else f"signal {-status}"
             child.lines.append(f"client {child.name} died: {how}")
@@ -12813,49 +12810,33 @@ class Supervisor:
             self._log.warn(f"client {child.name} died ({how}); starting it again"
                            + (f" in {wait:g} s" if wait else ""))
             self.restarts += 1
-            child.phase = "backoff"                  # starting, running -> backoff
-            self._step_in(child, wait)
-
-    def _step_in(self, child: Child, seconds: float) -> None:
-        if child.timer:
-            child.timer.cancel()
-        child.timer = self._timers.later(seconds, self.step, child, True)
-
-    def _begin(self, child: Child, anew: bool = False) -> None:
-        if anew:                                     # with other settings: it had not died
-            child.lines.clear()
-            child.tries, child.restarts = 0, child.restarts - 1
-        self.expect(child)
-        self._pool.submit(self.make, child)
+            child.phase = "backoff"                  # starting, running -> backoff -> starting
+            child.timer = self._timers.later(wait, self._begin, child)
 
     def _stopped(self, child: Child) -> None:
         child.phase = "stopped"
-        if child.timer:
-            child.timer.cancel()
         self.leaving.pop(child.name, None)
         self._decide(child, NotRunning("stopping") if child.former else child.refusal)
 
     def _decide(self, child: Child, refusal: Optional[OpenQQError] = None) -> None:
-        """From now on a child's death is one like any other."""
+        """A trial is over: from now on a child's death is one like any other."""
+        if child.timer:
+            child.timer.cancel()
         child.former, child.refusal = None, refusal
         self._owner.settled.notify_all()
 
     # -- what others want of it
 
-    def expect(self, child: Child) -> None:
-        """A child's process is about to be made: from now on it is alive."""
-        self.children[child.name] = child
-        child.phase, child.making = "starting", True
-        child.tries += 1
-        child.restarts += 1
-        self._enter(child, "init")
-        if child.former:
-            self._step_in(child, TRIAL_SECONDS)
-
     def resume(self, child: Child, pid_file: PidFile) -> None:
         """Start a child of a former controller, once its former process is gone."""
+        def begin() -> None:
+            pid_file.await_end()
+            with self._owner.lock:
+                if child.phase == "waiting":         # else it was stopped meanwhile
+                    self._begin(child)               # waiting -> starting
+
         self.children[child.name], child.phase = child, "waiting"
-        self._resumers.submit(self.make, child, pid_file)
+        self._pool.submit(begin)
 
     def renew(self, child: Child, given: Dict[str, str], forget: Set[str]) -> None:
         """Have a child begin anew with other settings, on its port; if it does not come up with
@@ -12872,16 +12853,22 @@ class Supervisor:
         self._end(child, "stopping")
 
     def _end(self, child: Child, phase: str) -> None:
+        busy, child.phase = child.busy(), phase
+        if child.timer:
+            child.timer.cancel()
+        if child.process:
+            self._tell_to_end(child)                 # its end is heard of
+        elif not busy and phase == "stopping":
+            self._stopped(child)                     # waiting, backoff, failed -> stopped
+        elif not busy:
+            self._begin(child, anew=True)            # backoff, stopped, failed -> starting
+        # What is just being made ends as soon as it can (make).
+
+    def _tell_to_end(self, child: Child) -> None:
         """TERM, and KILL after a while."""
-        child.phase = phase
-        if child.process or child.making:            # what is being made ends as soon as it can
-            if child.life:
-                tell_to_end(child.process, child.life)
-            self._step_in(child, KILL_SECONDS)
-        elif phase == "stopping":
-            self._stopped(child)
-        else:
-            self._begin(child, anew=True)
+        if child.life:
+            tell_to_end(child.process, child.life)
+        self._timers.later(KILL_SECONDS, child.process.kill)
 
     def stop_all(self) -> None:
         """End all children at once, KILL those that were told so before."""
@@ -12894,31 +12881,25 @@ class Supervisor:
 
     def busy(self) -> bool:
         """Whether there is a process, or will be in a moment."""
-        return any(child.process or child.making
-                   for child in [*self.children.values(), *self.leaving.values()])
+        return any(child.busy() for child in [*self.children.values(), *self.leaving.values()])
 
     def release(self, child: Child) -> None:
         """Give a child's port back."""
-        self._hang_up_no_more(child)
-        child.listener.close()
+        if child.listener:
+            self._hang_up_no_more(child)
+            child.listener.close()
 
     def _hang_up_no_more(self, child: Child) -> None:
         with contextlib.suppress(KeyError):          # it never died
             self._timers.unwatch(child.listener)
 
-    # -- processes; these are called without the lock
+    # -- processes
 
-    def make(self, child: Child, pid_file: Optional[PidFile] = None, first: bool = False) -> None:
-        """Make a child's process, with its port's socket and a life line; of one that is resumed,
-        once the former one is gone. StartFailure of the first one, the others are tried again."""
+    def make(self, child: Child, first: bool = False) -> None:
+        """Make a child's process, with its port's socket and a life line; without the lock.
+        StartFailure of the first one, the others are tried again."""
         owner = self._owner
-        if pid_file:
-            pid_file.await_end()
         with owner.lock:
-            if child.phase == "waiting":
-                self.expect(child)                   # waiting -> starting
-            elif pid_file:
-                return                               # it was stopped meanwhile
             environment = self._environment(child)
         try:
             ours, theirs = socket_pair()
@@ -12930,26 +12911,26 @@ class Supervisor:
         except (OSError, ValueError) as error:
             with owner.lock:
                 child.lines.append(f"cannot be started: {error}")
-                if first:
-                    self._log.error(f"client {child.name} cannot be started: {error}")
-                    self.children.pop(child.name, None)
-                    child.making = False
-                    self._stopped(child)
-                    self.release(child)
-                    raise StartFailure(reason=str(error)) from None
-                return self.step(child, status=127)
+                if not first:
+                    return self._ended(child, 127)
+                self._log.error(f"client {child.name} cannot be started: {error}")
+                self.children.pop(child.name, None)
+                self._stopped(child)
+                self.release(child)
+                raise StartFailure(reason=str(error)) from None
         ours.setblocking(False)
         if owner.settings.one_cpu:
             share_cpu(next(self._turn), process.pid)
         with owner.lock:
-            child.process, child.pid, child.making = process, process.pid, False
-            child.life, child.heard = ours, bytearray()
+            child.process, child.pid, child.life = process, process.pid, ours
+            child.heard.clear()
             self._hang_up_no_more(child)             # only now somebody takes its callers
             self._timers.watch(ours, lambda: self.listen(child))
             self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
             if child.phase != "starting":
-                tell_to_end(process, ours)           # somebody said so meanwhile
+                self._tell_to_end(child)             # somebody said so meanwhile
             owner.changed()
+        self._pool.submit(self._await_end, child)
 
     def _environment(self, child: Child) -> Dict[str, str]:
         """A client's environment, made from scratch."""
@@ -12972,40 +12953,54 @@ class Supervisor:
                 "OPENQQ_FORGET": ",".join(sorted(child.forget)),
                 "OPENQQ_TEMPLATE": settings.template_path}
 
-    def _reap(self, child: Child) -> None:
-        """Learn how a process ended that let go of its life line."""
-        process = child.process
-        try:
-            process.wait(1.0)
-        except Exception:  # subprocess.TimeoutExpired, which is not imported here
-            process.kill()
-        status = process.wait()
+    def _await_end(self, child: Child) -> None:
+        """In a thread of its own: until a process has ended, and has said what it had to say."""
+        status = child.process.wait()
         TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
         self._owner.detach(child.name)
         with self._owner.lock:
+            while self.listen(child):
+                pass
+            if child.life:                           # a child of its own has it too
+                self._let_go(child)
             self._enter(child, "stop")
             self._timers.watch(child.listener, lambda: self._hang_up(child))
-            self.step(child, status=status)
+            self._ended(child, status)
             self._owner.changed()
+
+    def _let_go(self, child: Child) -> None:
+        assert child.life is not None
+        self._timers.unwatch(child.life)
+        child.life.close()
+        child.life = None
+
+    def _hang_up(self, child: Child) -> None:
+        """End the connections that nobody takes: their callers get 502 instead of waiting."""
+        child.listener.setblocking(False)
+        with contextlib.suppress(OSError):           # there is none any more
+            while child.process is None:
+                child.listener.accept()[0].close()
 
     # -- what clients say
 
-    def listen(self, child: Child) -> None:
-        """Take what has come up a child's life line (Parent): its end tells that of the process."""
+    def listen(self, child: Child) -> bool:
+        """Take what has come up a child's life line (Parent); whether there may be more."""
         try:
             data = child.life.recv(262_144) if child.life else None
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if data == b"":
             self._let_go(child)
+            self._timers.later(self.SILENT_SECONDS, child.process.kill)
         elif data:
             child.heard += data
             if b"\n" in data:
                 *lines, child.heard = child.heard.split(b"\n")
                 for line in lines:
                     self._hear(child, bytes(line))
+        return bool(data)
 
     def _hear(self, child: Child, line: bytes) -> None:
         """An event is passed on as it is: only its readers need to know what it says."""
@@ -13023,7 +13018,13 @@ class Supervisor:
                            "event(s) are missing in the stream of all")
         if "state" in news:
             self._enter(child, str(news["state"]))
-            self.step(child)
+            starting = child.phase == "starting"
+            if starting and child.state == "running":  # starting -> running
+                child.phase, child.tries = "running", 0
+                child.running_since = self._timers.clock()
+                child.lines.clear()
+            if starting and child.former and child.state != "init":
+                self._decide(child)                  # it lives with its new settings
 
     def _enter(self, child: Child, state: str) -> None:
         old, child.state = child.state, state
@@ -13037,27 +13038,6 @@ class Supervisor:
         elif state not in LOGGING_IN and child.waiting:
             child.waiting.cancel()
             child.waiting = None
-
-    def _let_go(self, child: Child) -> None:
-        assert child.life is not None
-        self._timers.unwatch(child.life)
-        child.life.close()
-        child.life = None
-        self._pool.submit(self._reap, child)
-
-    def look_after(self) -> None:
-        """See to those who died with their life line in the hands of a child of their own."""
-        for child in [*self.children.values(), *self.leaving.values()]:
-            if child.life and child.process.poll() is not None:
-                self._let_go(child)
-        self._timers.later(max(1.0, self._owner.settings.check_interval), self.look_after)
-
-    def _hang_up(self, child: Child) -> None:
-        """End the connections that nobody takes: their callers get 502 instead of waiting."""
-        child.listener.setblocking(False)
-        with contextlib.suppress(OSError):           # there is none any more
-            while child.process is None:
-                child.listener.accept()[0].close()
 
 
 def inherited(flavour: Type[Flavour]) -> Dict[str, str]:
@@ -13218,7 +13198,7 @@ class Controller:
 
     Settings are given as keyword arguments, `listen` among them, else taken from the environment.
     Refusal if it cannot start. The thread of run() is that of the timers: signals, what is to
-    happen later, what clients say. HTTP threads and pools make, end and await processes.
+    happen later, what clients say. HTTP threads and a pool make and await processes.
     """
 
     FILES = {"state_path": "state_{}.json", "qrcode_path": "qrcode_{}.jpg",
@@ -13226,21 +13206,21 @@ class Controller:
              "spool_path": "post_{}.jsonl", "ids_path": "ids_{}.jsonl", "media": "media_{}_"}
 
     def __init__(self, listen: Optional[List[Row]] = None, **given: Any) -> None:
-        self.flavour = flavour_named(given.get("flavor"))
+        self.flavour = flavour = flavour_named(given.get("flavor"))
         try:
-            self.settings = Settings("controller", given, os.environ, self.flavour.environ)
+            settings = Settings("controller", given, os.environ, flavour.environ)
         except ValueError as error:
             raise Refusal(str(error), 2) from None
-        template = self.settings.given("template_path")
+        template = settings.given("template_path")
         if template:  # the operator may name a symlink; what merely lies in tmpdir may be none
-            self.settings = self.settings.with_({"template_path": os.path.realpath(template)})
-        settings, flavour = self.settings, self.flavour
+            settings = settings.with_({"template_path": os.path.realpath(template)})
         settings.fill(tmpdir=check_tmpdir(settings.tmpdir), port=flavour.port,
                       backend_start_port=flavour.client_port)
         start = os.path.join(settings.tmpdir, flavour.file_prefix)
         settings.fill(pid_path=start + "controller_process.pid",
                       backend_path=start + "controller_backend.dat",
                       template_path=start + "controller_template.py")
+        self.settings, self._start = settings, start
         self._addresses = listen or [{"host": settings.host, "port": settings.port}]
         self.log = open_log(settings, f"[{flavour.ps}c][{os.getpid()}]")
         # Guards former, _turns, _dirty, the supervisor and its children. Those who wait for the
@@ -13252,11 +13232,13 @@ class Controller:
         self.gate = Gate(settings.token, settings.allowed_hosts)
         self.store = Store(STREAM_LIMIT, room=STREAM_BYTES)  # the events of all clients
         self.supervisor = Supervisor(self)
-        self.former: Dict[str, Account] = {}  # clients that do not run, for their next start
+        self.former: Dict[str, Child] = {}    # clients that do not run, for their next start
         self._turns: Set[str] = set()         # names of clients that somebody starts, stops …
         self._dirty = False                   # the backend file is to be written
         self._servers: List[Server] = []
         self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
+        self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
+                                  self.timers, self.log, lambda event, answer: None)
         self._closing: List[Callable[[], None]] = []
 
     def run(self) -> int:
@@ -13284,7 +13266,7 @@ class Controller:
 
     def _open(self) -> None:
         """Everything that a child needs, before there is one."""
-        settings, log = self.settings, self.log
+        settings = self.settings
         self._listeners = [open_listener(str(address.get("host") or settings.host),
                                          int(address.get("port", settings.port)))
                            for address in self._addresses]
@@ -13294,14 +13276,11 @@ class Controller:
         self.url = f"http://{local}:{port}"
         settings.fill(public_url=f"http://127.0.0.1:{port}")
         self.network = LocalNetwork(
-            os.path.join(settings.tmpdir, self.flavour.file_prefix + "local"), settings.world,
-            self.flavour, log, lambda: str(settings.public_url),
-            lambda name: name in self.supervisor.children)
+            self._start + "local", settings.world, self.flavour, self.log,
+            lambda: str(settings.public_url), lambda name: name in self.supervisor.children)
         self._closing.append(self.network.stop)
         self.pages = LocalPages(self.network)
         self.key_for = self.pages.key_for
-        self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
-                                  self.timers, log, lambda event, answer: None)
         if not read_file(settings.template_path):
             try:
                 write_file(settings.template_path, default_template(self.flavour).encode())
@@ -13309,41 +13288,17 @@ class Controller:
                 raise Refusal(f"the template {settings.template_path} cannot be written: "
                               f"{error.strerror}") from None
 
-    def _serve(self) -> None:
-        settings, log = self.settings, self.log
-        api = ControllerApi(self)
-        app = App(self.gate, log, api.all_routes(self.pages.routes()), api.proxy,
-                  [prefix + path for prefix in ("/openqq/", "/openwx/")
-                   for path in self.flavour.apis])
-        children = self.supervisor.children
-        app.metrics.watch("clients", "gauge", "Clients by state.", lambda: {
-            f'state="{state}"': [child.seen() for child in list(children.values())].count(state)
-            for state in (*NEXT_STATES, "failed") if state})
-        app.metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
-                          lambda: {"": self.supervisor.restarts})
-        watch_posting(app.metrics, self._reporter)
-        log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
-        self._servers += serve(app, self._listeners, settings, log)
-        for listener in self._listeners:
-            host, port = listener.getsockname()[:2]
-            log.info(f"Listening at http://{host}:{port}")
-        log.info(gate_hint(settings))
-        log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
-                 "start_client?client=NAME")
-
     def _begin(self) -> None:
+        settings = self.settings
         self._reporter.start()
-        if self.settings.poll_api:
+        if settings.poll_api:
             port = self._listeners[0].getsockname()[1]
-            heartbeat = Heartbeat(self.settings.poll_api, self.settings.poll_interval,
-                                  {port: self.url}, self.settings.token, self.log)
+            heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, {port: self.url},
+                                  settings.token, self.log)
             heartbeat.start()
             self._closing.append(heartbeat.stop)
-        with self.lock:
-            self.supervisor.look_after()
-        backend = read_json(self.settings.backend_path, self.log)
-        accounts = read_accounts(self.settings.accounts, self.log) if self.settings.accounts else {}
-        for name, row in backend.items():
+        accounts = read_accounts(settings.accounts, self.log) if settings.accounts else {}
+        for name, row in read_json(settings.backend_path, self.log).items():
             if isinstance(row, dict):
                 self._recall(name, row, accounts.get(name, {}))
         for name, given in accounts.items():
@@ -13363,7 +13318,7 @@ class Controller:
             except ValueError as error:
                 self.log.warn(f"client {name}: {error}; going on without")
         try:
-            known = Account(check_name(name), renewed({}, given), 0, _port(str(row.get("port"))))
+            known = Child(check_name(name), renewed({}, given), port=_port(str(row.get("port"))))
             self.former[name] = known
             if self.settings.resume and row.get("run"):
                 child = Child(name, renewed(known.given, anew),
@@ -13374,6 +13329,27 @@ class Controller:
                     self.supervisor.resume(child, PidFile(self.path_of(child, "pid_path")))
         except (OpenQQError, ValueError) as error:
             self.log.warn(f"client {name} cannot be resumed: {error}")
+
+    def _serve(self) -> None:
+        settings, log = self.settings, self.log
+        api = ControllerApi(self)
+        app = App(self.gate, log, api.routes, api.proxy,
+                  [prefix + path for prefix in PREFIXES for path in self.flavour.apis])
+        children = self.supervisor.children
+        app.metrics.watch("clients", "gauge", "Clients by state.", lambda: {
+            f'state="{state}"': [child.seen() for child in list(children.values())].count(state)
+            for state in (*NEXT_STATES, "failed") if state})
+        app.metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
+                          lambda: {"": self.supervisor.restarts})
+        watch_posting(app.metrics, self._reporter)
+        log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
+        self._servers += serve(app, self._listeners, settings, log)
+        for listener in self._listeners:
+            host, port = listener.getsockname()[:2]
+            log.info(f"Listening at http://{host}:{port}")
+        log.info(gate_hint(settings))
+        log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
+                 "start_client?client=NAME")
 
     # -- clients; whoever calls these has the client's turn, and no lock
 
@@ -13393,16 +13369,15 @@ class Controller:
 
     def _await(self, condition: Callable[[], bool], more: float = 0.0) -> None:
         """What ends a process takes no longer; TooSlow if the system does."""
-        with self.settled:
-            if not self.settled.wait_for(condition, KILL_SECONDS + 5.0 + more):
-                raise TooSlow()
+        if not self.settled.wait_for(condition, KILL_SECONDS + 5.0 + more):
+            raise TooSlow()
 
     def start_client(self, name: str, given: Dict[str, str]) -> Child:
         """Start a client that is not alive, with what it is given and what is remembered of it;
         TooManyClients, NoPort, StartFailure, ClientDied, TooSlow."""
         supervisor = self.supervisor
-        self._await(lambda: name not in supervisor.leaving)
         with self.lock:
+            self._await(lambda: name not in supervisor.leaving)
             self._check_start()
             if any(other != name and other.lower() == name.lower() for other in (
                     *supervisor.children, *supervisor.leaving, *self.former)):
@@ -13432,33 +13407,31 @@ class Controller:
             self.supervisor.renew(child, settings, cleared(given) | {
                 name for name in child.forget if name not in settings})
             self.changed()
-        self._await(lambda: child.former is None, TRIAL_SECONDS)
+            self._await(lambda: child.former is None, TRIAL_SECONDS)
         if child.refusal:
             raise child.refusal
 
-    def stop_client(self, account: Account, event: str = "client_stopped") -> None:
+    def stop_client(self, child: Child, event: str = "client_stopped") -> None:
         """End a client, if it runs, and let those who read the events know, as check_client
         knows no more of it. Its settings are remembered, unless it is deleted."""
         with self.lock:
             if event == "client_deleted":
-                self.former.pop(account.name, None)
-            elif isinstance(account, Child):
-                self.remember(account)
-            if isinstance(account, Child):
-                self.supervisor.children.pop(account.name, None)
-                self.supervisor.stop(account)
+                self.former.pop(child.name, None)
+            else:
+                self.remember(child)
+            self.supervisor.children.pop(child.name, None)
+            self.supervisor.stop(child)
             self.changed()
-        if isinstance(account, Child):
-            self._await(lambda: account.phase == "stopped")
-            with self.lock:
-                self.supervisor.release(account)
-        self.tell(account, event, [account.name], settings=account.open_settings())
+            self._await(lambda: child.phase == "stopped")
+            self.supervisor.release(child)
+        self.tell(child, event, [child.name], settings=child.open_settings())
 
     def remember(self, child: Child) -> None:
         """Keep what a client was started with, until it is started again or deleted."""
-        given = {name: value for name, value in child.given.items() if name not in UNKEPT}
+        for name in UNKEPT:
+            child.given.pop(name, None)
         self.former.pop(child.name, None)  # the newest stands last
-        self.former[child.name] = Account(child.name, given, child.pid, child.port)
+        self.former[child.name] = child
         if len(self.former) > MEMORY_LIMIT:
             del self.former[next(iter(self.former))]
 
@@ -13477,12 +13450,12 @@ class Controller:
             self.log.error(f"the template does not compile: {error}")
             raise ClientDied() from None
 
-    def path_of(self, account: Account, setting: str) -> str:
+    def path_of(self, child: Child, setting: str) -> str:
         """Where a client's state, QR code or pid file is, or how the names of its media begin."""
-        given = account.given.get(setting)
-        directory = _path(account.given.get("tmpdir", "")) or self.settings.tmpdir
+        given = child.given.get(setting)
+        directory = _path(child.given.get("tmpdir", "")) or self.settings.tmpdir
         return str(_path(given)) if given else os.path.join(
-            directory, self.flavour.file_prefix + self.FILES[setting].format(account.name))
+            directory, self.flavour.file_prefix + self.FILES[setting].format(child.name))
 
     # -- what others are told; with or without the lock
 
@@ -13498,26 +13471,25 @@ class Controller:
         self._dirty = False
         if self.supervisor.ending:
             return  # what ran when we were told to stop is to be resumed
-        rows = {account.name: {"pid": account.pid, "port": account.port,
-                               "run": isinstance(account, Child) and account.alive(),
-                               "given": account.open_settings()}
-                for account in [*self.former.values(), *self.supervisor.children.values()]}
+        rows = {child.name: {"pid": child.pid, "port": child.port, "given": child.open_settings(),
+                             "run": child.alive() and child.name in self.supervisor.children}
+                for child in [*self.former.values(), *self.supervisor.children.values()]}
         if not keep_file(self.settings.backend_path, to_bytes(rows), self.log):
             self._dirty = True
             self.timers.later(REPLACE_SECONDS, self._save)
 
-    def tell(self, account: Account, event: str, params: List[Json], **more: Json) -> Row:
+    def tell(self, child: Child, event: str, params: List[Json], **more: Json) -> Row:
         """Let those who read the events know of a client, with numbers where its own have them."""
-        given = {**inherited(self.flavour), **account.given}
+        given = {**inherited(self.flavour), **child.given}
         row = event_row(event, params)
         if SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0")):
             row = numbered(row)
-        self.store.tell({**row, **more, "client": account.name})
+        self.store.tell({**row, **more, "client": child.name})
         return row
 
-    def report(self, account: Account, event: str, *params: Json) -> None:
+    def report(self, child: Child, event: str, *params: Json) -> None:
         """Post an event of ours besides: each begins with the client's name."""
-        self._reporter.add(self.tell(account, event, [account.name, *params]), "")
+        self._reporter.add(self.tell(child, event, [child.name, *params]), "")
         self._reporter.flush()
 
     def detach(self, name: str) -> None:
@@ -13548,21 +13520,16 @@ class ControllerApi:
 
     def __init__(self, controller: Controller) -> None:
         self._controller, self._children = controller, controller.supervisor.children
-        self._token = controller.settings.token
-        self._own_paths = {route.path for route in self.routes()}  # whatever the method
-
-    def routes(self) -> List[Route]:
-        """The route table, under both prefixes."""
-        return api_routes([verb for verb in VERBS if verb.on in ("controller", "both")],
-                          lambda verb: getattr(self, verb.name)
-                          ) + [Route("/", READ, self.index, open=True), HEALTH,
-                               *[Route(path, "POST", self.from_bridge, open=True)
-                                 for path in BRIDGES]]
-
-    def all_routes(self, others: List[Route]) -> List[Route]:
-        """These, others, and the one that describes them, with what is passed on to clients."""
-        routes = self.routes() + others
-        return routes + openapi_routes(self._controller.flavour, bool(self._token), routes, True)
+        self._flavour, self._settings = controller.flavour, controller.settings
+        config = dashboard_config(self._flavour, self._settings, "")
+        routes = api_routes([verb for verb in VERBS if verb.on in ("controller", "both")],
+                            lambda verb: getattr(self, verb.name))
+        routes += [Route("/", READ, lambda request: dashboard(config), open=True), HEALTH,
+                   *[Route(path, "POST", self.from_bridge, open=True) for path in BRIDGES]]
+        self._own_paths = {route.path for route in routes}  # whatever the method
+        routes += controller.pages.routes()
+        self.routes = routes + openapi_routes(self._flavour, bool(self._settings.token), routes,
+                                              True)
 
     def _name(self, request: Request) -> str:
         name = request.params.get("client", "")
@@ -13580,24 +13547,27 @@ class ControllerApi:
         child = self._child(request)
         if child.process is None:
             raise Unreachable()
-        return pass_on(request, child.port, None if as_it_is else self._token, trusted)
+        return pass_on(request, child.port, None if as_it_is else self._settings.token, trusted)
 
     def start_client(self, request: Request) -> Row:
-        """Start a client; answers before it has logged in."""
-        controller, name = self._controller, self._name(request)
-        settings, given = controller.settings, check_params(request.keys())
+        """Start a client; answers before it has logged in, with the parameters as they were
+        spelt, but no secrets."""
+        controller, name, settings = self._controller, self._name(request), self._settings
+        given = check_params(request.keys())
         check_paths(given, settings.tmpdir,
-                    rf"{controller.flavour.file_prefix}{{}}_{re.escape(name)}\.\w+",
+                    rf"{self._flavour.file_prefix}{{}}_{re.escape(name)}\.\w+",
                     (settings.template_path, settings.backend_path, settings.pid_path,
                      settings.log_path, settings.accounts, settings.world))
-        row: Row = {"account": name}
+        row: Row = {}
+        for key, value in request.keys().items():
+            setting = setting_named(key)
+            if setting and not setting.secret:
+                row[key] = setting.split(value)[0]
         with controller.turn(name):
             child = self._children.get(name)
             if child and child.alive():
-                row["status"] = "client already exists"
-            else:
-                child = controller.start_client(name, given)
-            return {**request_echo(request), **child.shown(), **row}
+                return {**row, **child.shown(), "account": name, "status": "client already exists"}
+            return {**row, **controller.start_client(name, given).shown(), "account": name}
 
     def update_client(self, request: Request) -> Row:
         """Change settings of a client, which begins anew with them: all or none, but no paths."""
@@ -13621,43 +13591,41 @@ class ControllerApi:
         posted; of one that was stopped before as well."""
         controller, name = self._controller, self._name(request)
         with controller.turn(name):
-            account = controller.former.get(name) or self._child(request)
-            controller.stop_client(account, "client_deleted")
+            child = controller.former.get(name) or self._child(request)
+            controller.stop_client(child, "client_deleted")
             controller.network.do(controller.network.logins.delete, name)
             for setting in "cookie_path", "state_path", "spool_path", "qrcode_path", "ids_path":
-                remove_file(controller.path_of(account, setting))
-                remove_leftovers(controller.path_of(account, setting))
-            Shelf(controller.path_of(account, "media"), controller.log).clear()
-            return account.shown()
+                remove_file(controller.path_of(child, setting))
+                remove_leftovers(controller.path_of(child, setting))
+            Shelf(controller.path_of(child, "media"), controller.log).clear()
+            return child.shown()
 
     def check_client(self, request: Request) -> Row:
-        """One client's state or all clients'."""
+        """One client's state or all clients': what their state files say, but for the state of
+        a process that is no more."""
         children = ([self._child(request)] if request.params.get("client") else
                     sorted(list(self._children.values()), key=lambda child: child.name))
-        return {"code": 0, "client": [self._state(child) for child in children]}
-
-    def _state(self, child: Child) -> Row:
-        """The state file's content, unless it is of a process that is no more."""
-        controller = self._controller
-        row = read_json(controller.path_of(child, "state_path"), controller.log)
-        lives = child.process is not None and row.get("pid") == child.pid
-        given = {**inherited(controller.flavour), **child.given}
-        row = {**row, "account": child.name, "pid": child.pid, "port": child.port,
-               "restarts": max(0, child.restarts), "since": str(int(child.since)),
-               "link": link_of(given.get)}
-        if lives:
-            return row
-        row["state"] = child.seen()
-        if row["state"] == "failed":
-            row.update({"state": "stop", "failed": True})
-        return {**row, "error": "\n".join(child.lines)} if child.lines else row
+        rows = []
+        for child in children:
+            row = read_json(self._controller.path_of(child, "state_path"), self._controller.log)
+            lives = child.process is not None and row.get("pid") == child.pid
+            given = {**inherited(self._flavour), **child.given}
+            row.update(account=child.name, pid=child.pid, port=child.port, link=link_of(given.get),
+                       restarts=max(0, child.restarts), since=str(int(child.since)))
+            if not lives:
+                state = child.seen()
+                row.update({"state": "stop", "failed": True} if state == "failed" else
+                           {"state": state})
+                if child.lines:
+                    row["error"] = "\n".join(child.lines)
+            rows.append(row)
+        return {"code": 0, "client": rows}
 
     def get_qrcode(self, request: Request) -> Response:
         """The picture to be scanned; 404 while there is none."""
         child = self._child(request)
         path = self._controller.path_of(child, "qrcode_path")
-        return qrcode_response(read_file(path) if child.process else None,
-                               self._controller.flavour)
+        return qrcode_response(read_file(path) if child.process else None, self._flavour)
 
     def events(self, request: Request) -> Response:
         """A stream of one client's events, or of all clients'."""
@@ -13689,18 +13657,6 @@ class ControllerApi:
             if child is None or child.process is None:
                 raise  # who is there is none of a stranger's business
         return self._pass_on(request, trusted, is_milky)
-
-    def index(self, request: Request) -> Response:
-        """What a browser sees at /."""
-        controller = self._controller
-        return dashboard(dashboard_config(controller.flavour, controller.settings, ""))
-
-
-def request_echo(request: Request) -> Row:
-    """The parameters that start_client tells again, as they were spelt; secrets stay out."""
-    rows = [(name, value, setting_named(name) or SETTINGS["token"])
-            for name, value in request.keys().items()]
-    return {name: setting.split(value)[0] for name, value, setting in rows if not setting.secret}
 
 
 # ------------------------------------------------------------------------------------------------
