@@ -11741,22 +11741,31 @@ class Media:
         name = next((name for name in names if params.get(name)), "")
         if not name:
             return None
-        given, path = params[name], None
-        try:
-            if name == "media_data":
-                data, title = self.read_base64(given), "picture"
-            elif name == "media_url" or is_url(given):  # 001 has addresses in media_path too
-                if self.client.link.fetches and not self.leads_here(given):
-                    return self.linked(given, params.get("media_name"))
-                data, title = self.read_url(given)
-            else:
-                path = os.path.realpath(given)
-                data, title = self.read_path(given), os.path.basename(given)
-        except Unreachable as error:
-            raise BadRequest(400, f"{name}: {error.status}") from None
+        given, path, title = params[name], None, "picture"
+        chosen = params.get("media_name")
+        if name == "media_data":
+            try:
+                data = base64.b64decode(re.sub(r"\s", "", given), validate=True)
+            except ValueError:
+                raise BadRequest(400, "media_data is not base64") from None
+        elif name == "media_url" or is_url(given):  # 001 has addresses in media_path too
+            try:
+                fetched = self.client.link.fetches and not self.leads_here(given)
+                data = b"" if fetched else self.read_url(given)
+            except Unreachable as error:
+                raise BadRequest(400, f"{name}: {error.status}") from None
+            title = urllib.parse.urlsplit(given).path.rpartition("/")[2] or title
+            if fetched:  # by the bridge
+                row = unkept_media(data, chosen or title)
+                if row["media_mime"].partition("/")[0] not in SEGMENTS:
+                    row["media_mime"] = "image/jpeg"
+                return {**row, "url": given, "media_size": None}
+        else:
+            data, path = self.read_path(given), os.path.realpath(given)
+            title = os.path.basename(path)
         if len(data) > MEDIA_LIMIT:
             raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
-        title = params.get("media_name") or params.get(name + ".filename") or title
+        title = chosen or params.get(name + ".filename") or title
         try:
             return {**shelf.put(data, title), "path": path}
         except OSError as error:
@@ -11791,21 +11800,6 @@ class Media:
         except Unreachable as error:
             raise BadRequest(400, f"an address in a CQ code: {error.status}") from None
 
-    def linked(self, url: str, name: Optional[str]) -> Row:
-        """What a Shelf tells of media, for those that somebody else will fetch."""
-        name = name or urllib.parse.urlsplit(url).path.rpartition("/")[2]
-        row = unkept_media(b"", name or "picture")
-        known = row["media_mime"].partition("/")[0] in SEGMENTS
-        return {**row, "url": url, "media_size": None,
-                "media_mime": row["media_mime"] if known else "image/jpeg"}
-
-    def read_base64(self, text: str) -> bytes:
-        """BadRequest for what is none."""
-        try:
-            return base64.b64decode(re.sub(r"\s", "", text), validate=True)
-        except ValueError:
-            raise BadRequest(400, "media_data is not base64") from None
-
     def read_path(self, path: str) -> bytes:
         """A file that callers may name: within tmpdir, and none of this program's own but media.
         NotAllowed, BadRequest."""
@@ -11816,31 +11810,28 @@ class Media:
                        + Shelf.NAME.pattern,
                        (settings.cookie_path, settings.state_path, settings.pid_path,
                         settings.log_path))
+            data = read_file(path, MEDIA_LIMIT)
         except NotAllowed as error:
             raise NotAllowed(f"{error.status}: put the file into {settings.tmpdir}, "
                              "or give media_data or media_url") from None
-        try:
-            data = read_file(path, MEDIA_LIMIT)
         except OSError:
             raise BadRequest(400, f"media_path over {MEDIA_LIMIT} bytes") from None
         if not data:
             raise BadRequest(400, "media_path cannot be read")
         return data
 
-    def read_url(self, url: str) -> Tuple[bytes, str]:
+    def read_url(self, url: str) -> bytes:
         """A picture from anywhere but from this program (MEDIA_MARK). Unreachable."""
-        until, given = time.monotonic() + self.SECONDS, url
+        until = time.monotonic() + self.SECONDS
         for _ in range(self.HOPS + 1):
             reply = fetch(url, fields={MEDIA_MARK: "1", "User-Agent": "openqq/" + VERSION},
                           seconds=max(0.1, until - time.monotonic()))
-            target = redirect_of(url, reply)
-            if not target:
-                data = reply.read(MEDIA_LIMIT + 1)
+            url = redirect_of(url, reply)
+            data = reply.read(MEDIA_LIMIT + 1)
+            if not url:
                 if reply.status != 200 or not data:
                     raise Unreachable(f"the server answers {reply.status}")
-                return data, urllib.parse.urlsplit(given).path.rpartition("/")[2] or "picture"
-            reply.read(BATCH_LIMIT)
-            url = target
+                return data
         raise Unreachable(f"over {self.HOPS} redirects")
 
 
@@ -11870,10 +11861,11 @@ class Answers:
         """
         if row["post_type"] == "event":
             if row["event"] in ("friend_request", "group_request") and "approve" in answer:
-                accept, ticket = self._is_set(answer, "approve"), row["params"][0].get("ticket")
-                verb, last = ("answer_request", "") if row["event"] == "friend_request" else (
-                    "answer_group_request", self._text(answer, "reason"))
-                self._do(verb, str(ticket), accept, last)
+                accept, ticket = self._is_set(answer, "approve"), str(row["params"][0].get("ticket"))
+                if row["event"] == "friend_request":
+                    self._do("answer_request", ticket, accept, "")
+                else:
+                    self._do("answer_group_request", ticket, accept, self._text(answer, "reason"))
             return
         received, group = row["class"] == "recv", str(row.get("group_uid") or "")
         sender, text = str(row.get("sender_uid") or ""), self._text(answer, "reply")
@@ -11899,25 +11891,27 @@ class Answers:
                 if self._is_set(answer, flag):
                     seconds = str(answer.get(length, 60))
                     if not re.fullmatch("[0-9]{1,9}", seconds):
-                        self._client.log.warn(f"{length} in an answer of post_api must be a "
-                                              "number of seconds")
+                        self._warn(length, "a number of seconds")
                         seconds = "60"
                     self._do("mute", group, [sender], max(60, int(seconds)))
             if self._is_set(answer, "kick"):
                 self._do("kick", group, [sender])
 
+    def _warn(self, name: str, wanted: str) -> None:
+        self._client.log.warn(f"{name} in an answer of post_api must be {wanted}")
+
     def _is_set(self, answer: Row, name: str) -> bool:
-        """1, "1" and true are alike; the log tells of what is no such thing."""
+        """1, "1" and true are alike."""
         value = answer.get(name)
         if value not in (None, 0, 1, "0", "1"):  # True is 1
-            self._client.log.warn(f"{name} in an answer of post_api must be 0 or 1")
+            self._warn(name, "0 or 1")
         return value in (1, "1")
 
     def _text(self, answer: Row, name: str) -> str:
         value = answer.get(name)
         if isinstance(value, (bool, list, dict)):
             if value is not False:
-                self._client.log.warn(f"{name} in an answer of post_api must be text")
+                self._warn(name, "text")
             return ""
         return value if isinstance(value, str) else scalar(value) or ""
 
@@ -11966,7 +11960,8 @@ class Answers:
 
 class Api:
     """The client server's API: what the row NAME of VERBS tells of is done by the method _NAME, by
-    the one that `does` names, or by act()."""
+    the one that `does` names, or, with `link`, by the link. What was done or not is then answered
+    as the row says."""
 
     NOT_FOUND = {"code": 100, "status": "object not found"}
     FAILURE = {"code": 201, "status": "failure"}
@@ -11979,18 +11974,23 @@ class Api:
 
     def handler(self, verb: Verb) -> Callable[[Request], Any]:
         """What a route calls for a row of VERBS."""
-        name, *args = verb.does.split() or [verb.name]
-        act: Callable[[Request], Any] = functools.partial(
-            self.act, verb) if verb.link else functools.partial(getattr(self, "_" + name), *args)
+        name, *args = ["act", verb.link] if verb.link else verb.does.split() or [verb.name]
+        act = functools.partial(getattr(self, "_" + name), *args)
 
-        def when_running(request: Request) -> Any:
-            if self.client.state != "running":
+        def handle(request: Request) -> Any:
+            link = self.client.link
+            if not verb.any_state and self.client.state != "running":
                 raise NotRunning(state=self.client.state)
-            if verb.name in self.client.link.lacks:
+            if not verb.any_state and verb.name in link.lacks:
                 return Response(b"", "", 503) if verb.gives == "image" else {
                     "code": 201, "status": "not with this link"}
-            return act(request)
-        return act if verb.any_state else when_running
+            done = act(request)
+            if not isinstance(done, bool):
+                return done
+            code, _, status = (verb.yes if done else verb.no).partition(" ")
+            return {**{name: request.params.get(name) for name in verb.echo.split()},
+                    "code": int(code), "status": status}
+        return handle
 
     # -- who is meant
 
@@ -12231,21 +12231,18 @@ class Api:
 
     # -- what the link does of itself (CONTRACT 5 and 10)
 
-    def act(self, verb: Verb, request: Request) -> Json:
+    def _act(self, what: str, request: Request) -> bool:
         """Have the link do what a row of VERBS says. A method _the_WORD finds what the parameters
         mean, and may end the call with an Answer; other words are parameters' names."""
-        method, *pairs = verb.link.split()
+        method, *pairs = what.split()
         given: Row = {}
         for name, _, word in [pair.partition("=") for pair in pairs]:
             find = getattr(self, "_the_" + word, None)
             given[name] = (find(request.params, given) if find
                            else request.params.get(word, ""))
-        done = getattr(self.client.link, method)(**{
+        return bool(getattr(self.client.link, method)(**{
             name: value.uid if isinstance(value, Thing) else value
-            for name, value in given.items()})
-        code, _, status = (verb.yes if done else verb.no).partition(" ")
-        return {**{name: request.params.get(name) for name in verb.echo.split()},
-                "code": int(code), "status": status}
+            for name, value in given.items()}))
 
     def _the_group(self, params: Params, given: Row) -> Any:
         return self.one("group", params, self.flavour.keys["place"], self.NOT_FOUND)
@@ -12254,57 +12251,50 @@ class Api:
         """The uids of members of that group, who are named by id or uid."""
         group, names = given["group"], self.flavour.keys["members"]
         name = next((name for name in names if params.get(name)), "")
-        key = "uid" if name.endswith("uid") else "id"
         if name:
             self.client.details.wait([group])
-        return self._uids(params.get(name, ""), "member",
-                          lambda person: self.members(group, {key: person}))
+        return self._uids(params.get(name, ""), "member", lambda person: self.members(
+            group, {"uid" if name.endswith("uid") else "id": person}))
+
+    def _the_member(self, params: Params, given: Row) -> str:
+        return self._the_members(params, given)[0]
 
     def _the_friends(self, params: Params, given: Row) -> List[str]:
         return self._uids(params.get("friends", ""), "friend",
                           lambda person: self.client.roster.search("friend", {"id": person}))
 
     def _uids(self, text: str, what: str, find: Callable[[str], List[Any]]) -> List[str]:
-        names = [name for name in text.split(",") if name]
-        if not names:
-            raise Answer({"code": 200, "status": f"{what} id empty"})
         uids = []
-        for name in names:
+        for name in filter(None, text.split(",")):
             found = find(name)
             if not found:
                 raise Answer({"code": 100, "status": self.flavour.unknown.format(
                     what=what, name=name)})
             uids.append(found[0].uid)
+        if not uids:
+            raise Answer({"code": 200, "status": f"{what} id empty"})
         return uids
-
-    def _the_member(self, params: Params, given: Row) -> str:
-        return self._the_members(params, given)[0]
 
     def _the_friend(self, params: Params, given: Row) -> Any:
         return self.one("friend", params, ("uid", "id"), self.NOT_FOUND)
-
-    def _the_enable(self, params: Params, given: Row) -> bool:
-        return params.get("enable", "1") != "0"
 
     def _shutup_group_member(self, request: Request) -> Json:
         params, link = request.params, self.client.link
         group = self._the_group(params, {})
         if params.get("all") == "1" and not any(map(params.get, self.flavour.keys["members"])):
-            done = link.mute_all(group.uid, params.get("time") != "0")
-        else:
-            seconds = self._the_time(params)
-            done = link.mute(group.uid, self._the_members(params, {"group": group}), seconds)
-        return {"code": 0, "status": "success"} if done else self.FAILURE
+            return link.mute_all(group.uid, params.get("time") != "0")
+        minutes = params.get("time", "")  # 004 and the program; 003 erred; 0 lifts
+        if not re.fullmatch("[0-9]+", minutes):
+            raise Answer({"code": 400, "status": "shutup time missing or error"})
+        return link.mute(group.uid, self._the_members(params, {"group": group}),
+                         int(minutes[:9]) * 60)
 
     def _poke(self, request: Request) -> Json:
-        params, group = request.params, None
-        if any(map(params.get, self.flavour.keys["place"])):
-            group = self._the_group(params, {})
-            uid = self._the_member(params, {"group": group})
-        else:
-            uid = self._the_friend(params, {}).uid
-        done = self.client.link.poke(uid, group.uid if group else "")
-        return {"code": 0, "status": "success"} if done else self.FAILURE
+        params, link = request.params, self.client.link
+        if not any(map(params.get, self.flavour.keys["place"])):
+            return link.poke(self._the_friend(params, {}).uid, "")
+        group = self._the_group(params, {})
+        return link.poke(self._the_member(params, {"group": group}), group.uid)
 
     def _call_action(self, request: Request) -> Json:
         action, text = request.params.get("action", ""), request.params.get("params") or "{}"
@@ -12323,22 +12313,12 @@ class Api:
             return {**self.FAILURE, "retcode": row.get("retcode"), "info": wording(row)}
         return {"code": 0, "data": row.get("data"), "status": "success"}
 
-    def _the_time(self, params: Params) -> int:
-        """`time`, which is in minutes (004 and the program; 003 erred); 0 lifts."""
-        minutes = params.get("time", "")
-        if not re.fullmatch("[0-9]+", minutes):
-            raise Answer({"code": 400, "status": "shutup time missing or error"})
-        return int(minutes[:9]) * 60
-
     def _the_person(self, params: Params, given: Row) -> Any:
         """A friend, or with group_id somebody in a group."""
         if not params.get("group_id"):
             return self.one("friend", params, missing=self.NOT_FOUND)
-        keys = {name: params[name] for name in self.flavour.keys["friend"] if params.get(name)}
-        for group in self.find("group", params, ("group_id",)):
-            for member in self.client.roster.members(group, keys):
-                return member
-        raise Answer(self.NOT_FOUND)
+        return self._somebody_in(self.find("group", params, ("group_id",)), {
+            name: params[name] for name in self.flavour.keys["friend"] if params.get(name)})
 
     def _the_stranger(self, params: Params, given: Row) -> Any:
         """Somebody, by id, whom one shares a group with and who is no friend yet."""
@@ -12347,8 +12327,11 @@ class Api:
             raise Answer({"code": 101, "status": "can not be yourself"})
         if roster.search("friend", {"id": name}):
             raise Answer({"code": 101, "status": "already a friend"})
-        for group in list(roster.group.values()):
-            for member in roster.members(group, {"id": name}):
+        return self._somebody_in(list(roster.group.values()), {"id": name})
+
+    def _somebody_in(self, groups: List[Any], keys: Mapping[str, str]) -> Any:
+        for group in groups:
+            for member in self.client.roster.members(group, keys):
                 return member
         raise Answer(self.NOT_FOUND)
 
@@ -12378,14 +12361,16 @@ class Api:
     def _the_accept(self, params: Params, given: Row) -> bool:
         return params.get("accept", "1") != "0"
 
-    def _the_new_displayname(self, params: Params, given: Row, name: str = "new_displayname"
-                             ) -> str:
+    def _the_enable(self, params: Params, given: Row) -> bool:
+        return params.get("enable", "1") != "0"
+
+    def _the_new_name(self, params: Params, given: Row, name: str = "name") -> str:
         if not params.get(name):
             raise Answer(self.FAILURE)
         return params[name]
 
-    def _the_new_name(self, params: Params, given: Row) -> str:
-        return self._the_new_displayname(params, given, "name")
+    def _the_new_displayname(self, params: Params, given: Row) -> str:
+        return self._the_new_name(params, given, "new_displayname")
 
     def _create_group(self, request: Request) -> Json:
         uids = self._the_friends(request.params, {})
@@ -12402,11 +12387,9 @@ class Api:
 
     def _stick(self, request: Request) -> Json:
         params, keys = request.params, self.flavour.keys
-        if not (self.find("friend", params, keys["friend"])
-                or self.find("group", params, keys["group"])):
+        if not any(self.find(kind, params, keys[kind]) for kind in ("friend", "group")):
             return self.NOT_FOUND
-        good = params.get("op", "1") in ("0", "1")
-        return {"code": 0, "status": "success"} if good else self.FAILURE
+        return params.get("op", "1") in ("0", "1")
 
     # -- events, life cycle (CONTRACT 6 and 8)
 
@@ -12455,11 +12438,17 @@ def qrcode_response(picture: Optional[bytes], flavour: Type[Flavour]) -> Respons
                     fields={"Cache-Control": "no-cache"})
 
 
-def api_routes(verbs: Iterable[Verb], handler: Callable[[Verb], Callable[[Request], Any]]
-               ) -> List[Route]:
-    """The routes of calls, under both prefixes."""
-    return [Route(prefix + verb.name, verb.methods, handler(verb))
-            for prefix in PREFIXES for verb in verbs]
+def all_routes(flavour: Type[Flavour], settings: Settings, verbs: Iterable[Verb],
+               handler: Callable[[Verb], Callable[[Request], Any]],
+               index: Callable[[Request], Response], from_bridge: Callable[[Request], Any],
+               pages: Optional[LocalPages], is_controller: bool) -> List[Route]:
+    """What a client or a controller serves: calls under both prefixes, and what stands besides."""
+    routes = [Route(prefix + verb.name, verb.methods, handler(verb))
+              for prefix in PREFIXES for verb in verbs]
+    routes += [HEALTH, Route("/", READ, index, open=True),
+               *[Route(path, "POST", from_bridge, open=True) for path in BRIDGES],
+               *(pages.routes() if pages else [])]
+    return routes + openapi_routes(flavour, bool(settings.token), routes, is_controller)
 
 
 class ClientApp(App):
@@ -12548,70 +12537,60 @@ def openqq_plugin(client: Client, data: Row) -> None:
     """Openqq: the HTTP API, and what is posted and asked of others.
 
     `data` may hold `listen`, a list of {"host", "port"}, and any setting (003: post_api …); what
-    it does not name is as the client's settings say. Refusal if an address cannot be had.
+    it does not name is as the client's settings say. A controller hands down a socket of its own
+    instead. Refusal if an address cannot be had.
     """
+    log, flavour, parent = client.log, client.flavour, client.parent
     settings = client.settings.with_(
         {name: value for name, value in data.items() if name != "listen"})
+    settings.fill(port=flavour.client_port)
     store = Store(settings.check_event_list_max_size)
-    if client.parent and not client.outlets:
-        store.relay = client.parent.add
+    if parent and not client.outlets:
+        store.relay = parent.add
     api = Api(client, store, settings.numeric_ids)
     answers = Answers(client, api.media, settings.post_api)
     reporter = Reporter(
-        settings.post_api, settings.post_secret, client.spool, client.timers, client.log,
+        settings.post_api, settings.post_secret, client.spool, client.timers, log,
         answers.answered, asking=answers.typing,
         failed=lambda: client.papers.write_state(client),
         numeric=settings.numeric_ids)
     listed = settings.post_event_list
     if listed is None:
-        listed = client.flavour.post_event_list
+        listed = flavour.post_event_list
     client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
                                  settings.post_stdout, settings.numeric_ids,
                                  settings.post_media_data))
-    serve_client(client, api, reporter, settings,
-                 data.get("listen") or [{"host": settings.host, "port": settings.port}])
-    if settings.poll_api:
-        own = {client.port: f"http://127.0.0.1:{client.port}"}
-        if client.parent and client.parent.local:
-            own[origin_of(client.parent.local)[2]] = client.parent.local
-        heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, own, settings.token,
-                              client.log)
-        client.on("login", lambda client, fresh: heartbeat.start())
-        client.closing.append(heartbeat.stop)
 
-
-def serve_client(client: Client, api: Api, reporter: Optional[Reporter], settings: Settings,
-                 addresses: List[Row]) -> None:
-    """Serve an account's API at some addresses; a controller hands down a socket of its own."""
-    gate, flavour = Gate(settings.token, settings.allowed_hosts), client.flavour
-    pages = client.local_pages()
-    config = dashboard_config(flavour, settings, client.account)
-    routes = api_routes(flavour.apis.values(), api.handler)
-    routes += [*(pages.routes() if pages else []), HEALTH,
-               Route("/", READ, lambda request: client_page(client) if client.parent
-                     else dashboard(config), open=True),
-               *[Route(path, "POST", functools.partial(take_from_bridge, client, gate), open=True)
-                 for path in BRIDGES]]
-    routes += openapi_routes(flavour, bool(settings.token), routes[:], False)
-    app = ClientApp(gate, client.log, routes, client_fallback)
+    gate = Gate(settings.token, settings.allowed_hosts)
+    app = ClientApp(gate, log, all_routes(
+        flavour, settings, flavour.apis.values(), api.handler,
+        lambda request: client_page(client) if client.parent else dashboard(
+            dashboard_config(flavour, settings, client.account)),
+        functools.partial(take_from_bridge, client, gate), client.local_pages(), False),
+        client_fallback)
     app.metrics.watch("clients", "gauge", "Clients by state.",
                       lambda: {f'state="{state}"': state == client.state
                                for state in NEXT_STATES if state})
     app.metrics.watch("send_queue_length", "gauge", "Messages that wait to be sent.",
                       lambda: {"": client.talk.queue.waiting()})
     watch_posting(app.metrics, reporter)
-    listeners = [client.take_listener() or open_listener(
-        address.get("host") or settings.host, int(next(
-            port for port in (address.get("port"), settings.port, flavour.client_port)
-            if port not in (None, "")))) for address in addresses]
+    listeners = [client.take_listener() or open_listener(address, settings)
+                 for address in data.get("listen") or [{}]]
     client.port = client.port or listeners[0].getsockname()[1]
-    client.closing += [server.close_down
-                       for server in serve(app, listeners, settings, client.log)]
+    client.closing += [server.close_down for server in serve(app, listeners, settings, log)]
     for listener in listeners:
-        client.log.info(f"插件[{flavour.program}::Plugin::{flavour.plugin}]监听地址: "
-                        f"[ http://{listener.getsockname()[0]}:{listener.getsockname()[1]} ]")
-    if not client.parent:
-        client.log.info(gate_hint(settings))
+        log.info(f"插件[{flavour.program}::Plugin::{flavour.plugin}]监听地址: "
+                 f"[ http://{listener.getsockname()[0]}:{listener.getsockname()[1]} ]")
+    if not parent:
+        log.info(gate_hint(settings))
+
+    if settings.poll_api:
+        own = {client.port: f"http://127.0.0.1:{client.port}"}
+        if parent and parent.local:
+            own[origin_of(parent.local)[2]] = parent.local
+        heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, own, settings.token, log)
+        client.on("login", lambda client, fresh: heartbeat.start())
+        client.closing.append(heartbeat.stop)
 
 
 def serve(app: App, listeners: Iterable[socket.socket], settings: Settings,
@@ -12639,10 +12618,13 @@ def gate_hint(settings: Settings) -> str:
             "to serve them as well, start with --token SECRET")
 
 
-def open_listener(host: str, port: int) -> socket.socket:
-    """A listening socket; Refusal with the remedy."""
+def open_listener(address: Row, settings: Settings) -> socket.socket:
+    """A listening socket, where an item of `listen` says, else the settings; Refusal with the
+    remedy."""
+    host, port = [getattr(settings, name) if address.get(name) in (None, "") else address[name]
+                  for name in ("host", "port")]
     try:
-        return listen(host, port)
+        return listen(str(host), int(port))
     except (OSError, ValueError, OverflowError) as error:  # ValueError: what is no name
         why = getattr(error, "strerror", "") or error
         raise Refusal(f"cannot listen on {host} port {port}: {why}; "
@@ -12888,6 +12870,7 @@ class Supervisor:
         if child.listener:
             self._hang_up_no_more(child)
             child.listener.close()
+            child.listener = None
 
     def _hang_up_no_more(self, child: Child) -> None:
         with contextlib.suppress(KeyError):          # it never died
@@ -13125,14 +13108,14 @@ def default_template(flavour: Type[Flavour]) -> str:
                            PLUGIN=flavour.plugin.upper())
 
 
-def check_params(params: Params) -> Dict[str, str]:
+def check_params(params: Params, paths: bool = True) -> Dict[str, str]:
     """start_client's parameters as settings; NotAllowed for what callers may not give.
 
     An empty one is no value: it clears what is remembered.
     """
     try:
-        return texts_of(params, lambda setting: "" if setting and setting.caller
-                        else "not allowed")
+        return texts_of(params, lambda setting: "" if setting and setting.caller and (
+            paths or setting.read is not _path) else "not allowed")
     except ValueError as error:
         why = str(error)
         raise NotAllowed(why if why.endswith("not allowed") else why + ": not allowed") from None
@@ -13221,7 +13204,7 @@ class Controller:
                       backend_path=start + "controller_backend.dat",
                       template_path=start + "controller_template.py")
         self.settings, self._start = settings, start
-        self._addresses = listen or [{"host": settings.host, "port": settings.port}]
+        self._addresses = listen or [{}]
         self.log = open_log(settings, f"[{flavour.ps}c][{os.getpid()}]")
         # Guards former, _turns, _dirty, the supervisor and its children. Those who wait for the
         # end of a child, of a trial or of another one's turn are notified by `settled`.
@@ -13267,9 +13250,7 @@ class Controller:
     def _open(self) -> None:
         """Everything that a child needs, before there is one."""
         settings = self.settings
-        self._listeners = [open_listener(str(address.get("host") or settings.host),
-                                         int(address.get("port", settings.port)))
-                           for address in self._addresses]
+        self._listeners = [open_listener(address, settings) for address in self._addresses]
         host, port = self._listeners[0].getsockname()[:2]
         local = "127.0.0.1" if host == "0.0.0.0" else "[::1]" if host == "::" else (
             f"[{host}]" if ":" in host else host)
@@ -13521,15 +13502,12 @@ class ControllerApi:
     def __init__(self, controller: Controller) -> None:
         self._controller, self._children = controller, controller.supervisor.children
         self._flavour, self._settings = controller.flavour, controller.settings
-        config = dashboard_config(self._flavour, self._settings, "")
-        routes = api_routes([verb for verb in VERBS if verb.on in ("controller", "both")],
-                            lambda verb: getattr(self, verb.name))
-        routes += [Route("/", READ, lambda request: dashboard(config), open=True), HEALTH,
-                   *[Route(path, "POST", self.from_bridge, open=True) for path in BRIDGES]]
-        self._own_paths = {route.path for route in routes}  # whatever the method
-        routes += controller.pages.routes()
-        self.routes = routes + openapi_routes(self._flavour, bool(self._settings.token), routes,
-                                              True)
+        verbs = [verb for verb in VERBS if verb.on in ("controller", "both")]
+        self._own_paths = {prefix + verb.name for prefix in PREFIXES for verb in verbs}
+        self.routes = all_routes(
+            self._flavour, self._settings, verbs, lambda verb: getattr(self, verb.name),
+            lambda request: dashboard(dashboard_config(self._flavour, self._settings, "")),
+            self.from_bridge, controller.pages, True)
 
     def _name(self, request: Request) -> str:
         name = request.params.get("client", "")
@@ -13573,10 +13551,7 @@ class ControllerApi:
         """Change settings of a client, which begins anew with them: all or none, but no paths."""
         with self._controller.turn(self._name(request)):
             child = self._child(request)
-            for name in request.keys():
-                if getattr(setting_named(name), "read", None) is _path:
-                    raise NotAllowed(f"{name} not allowed")
-            self._controller.update_client(child, check_params(request.keys()))
+            self._controller.update_client(child, check_params(request.keys(), paths=False))
             return {**child.shown(), "account": child.name}
 
     def stop_client(self, request: Request) -> Row:
@@ -13641,7 +13616,7 @@ class ControllerApi:
         if request.method == "OPTIONS":
             return Response(b"", "", fields=OPTIONS_FIELDS)
         if not re.match("/open(qq|wx)/.", request.path) or request.path in self._own_paths:
-            raise ApiNotFound()
+            raise ApiNotFound()                      # or with another method
         return self._pass_on(request)
 
     def from_bridge(self, request: Request) -> Response:
