@@ -12694,15 +12694,13 @@ class Child:
         self.restarts = -1                           # starts after the first
         self.tries = 0                               # starts without reaching running
         self.running_since = 0.0
-        self.timer: Optional[Timer] = None           # for the end of a pause or a trial
+        self.trial = False                           # somebody waits whether it comes up (renew)
+        self.timer: Optional[Timer] = None           # for the end of a pause
         self.waiting: Optional[Timer] = None         # for client_waiting
-        self.former: Optional[Tuple[Dict[str, str], Set[str]]] = None
-        # What it was given and is to forget is on trial, while `former` tells what that was.
-        self.refusal: Optional[OpenQQError] = None   # why the last trial was in vain
 
     def alive(self) -> bool:
         """Whether it runs, or will in a moment."""
-        return self.phase not in ("stopped", "failed")
+        return self.phase not in ("stopping", "stopped", "failed")
 
     def busy(self) -> bool:
         """Whether it has a process, or one is just being made."""
@@ -12738,7 +12736,6 @@ class Supervisor:
         self._spawn = spawn_process or subprocess.Popen
         self._owner, self._timers, self._log = owner, owner.timers, owner.log
         self.children: Dict[str, Child] = {}
-        self.leaving: Dict[str, Child] = {}            # told to stop, not gone yet
         self.ending = False
         self.restarts = 0                              # of clients that had died
         self._turn = itertools.count(os.getpid() + 1)  # of the CPUs; the first is not ours
@@ -12752,8 +12749,6 @@ class Supervisor:
         child.tries += 1
         child.restarts += 1
         self._enter(child, "init")
-        if child.former:
-            child.timer = self._timers.later(TRIAL_SECONDS, self._decide, child)
 
     def _begin(self, child: Child, anew: bool = False) -> None:
         if anew:                                     # with other settings: it had not died
@@ -12763,22 +12758,20 @@ class Supervisor:
         self._pool.submit(self.make, child)
 
     def _ended(self, child: Child, status: int) -> None:
-        """All that becomes of a child whose process has ended, or could not be made. A client may
-        be starting for ever, by the way: logging in waits for a person."""
+        """All that becomes of a child whose process has ended, or could not be made. One may be
+        starting for ever: logging in waits for a person."""
         child.process = None
+        self._owner.settled.notify_all()
         if child.phase == "stopping" or self.ending:
             self._log.info(f"client {child.name} stopped")
-            self._stopped(child)                     # stopping -> stopped
+            child.phase = "stopped"                  # stopping -> stopped
         elif child.phase == "renewing":
-            self._begin(child, anew=True)            # renewing -> starting, on trial
-        elif child.former:
-            self._log.error(f"client {child.name} died of its new settings: it has those of before")
-            child.given, child.forget = child.former
-            self._decide(child, ClientDied(reason="\n".join(child.lines)))
-            self._begin(child, anew=True)            # starting, on trial -> starting, as before
+            self._begin(child, anew=True)            # renewing -> starting
+        elif child.trial:
+            child.phase = "failed"                   # starting -> failed: renew() goes on
         elif status == 0:
             self._log.info(f"client {child.name} ended by itself")
-            self._stopped(child)                     # running -> stopped: somebody told it to
+            child.phase = "stopped"                  # running -> stopped: somebody told it to
         else:
             how = f"exit status {status}" if status > 0 else f"signal {-status}"
             child.lines.append(f"client {child.name} died: {how}")
@@ -12795,18 +12788,6 @@ class Supervisor:
             child.phase = "backoff"                  # starting, running -> backoff -> starting
             child.timer = self._timers.later(wait, self._begin, child)
 
-    def _stopped(self, child: Child) -> None:
-        child.phase = "stopped"
-        self.leaving.pop(child.name, None)
-        self._decide(child, NotRunning("stopping") if child.former else child.refusal)
-
-    def _decide(self, child: Child, refusal: Optional[OpenQQError] = None) -> None:
-        """A trial is over: from now on a child's death is one like any other."""
-        if child.timer:
-            child.timer.cancel()
-        child.former, child.refusal = None, refusal
-        self._owner.settled.notify_all()
-
     # -- what others want of it
 
     def resume(self, child: Child, pid_file: PidFile) -> None:
@@ -12821,27 +12802,44 @@ class Supervisor:
         self._pool.submit(begin)
 
     def renew(self, child: Child, given: Dict[str, str], forget: Set[str]) -> None:
-        """Have a child begin anew with other settings, on its port; if it does not come up with
-        them it goes on with what it had. Its `former` and `refusal` tell what came of it."""
-        child.former, child.refusal = (child.given, child.forget), None
+        """Have a child begin anew with other settings, on its port, and return when it has; one
+        that dies of them goes on with what it had. The lock is let go meanwhile. ClientDied,
+        NotRunning, TooSlow."""
+        former, child.trial = (child.given, child.forget), True
         child.given, child.forget = given, forget
         self._log.info(f"client {child.name} begins anew with other settings")
         if child.phase != "waiting":                 # else it is started in a moment
-            self._end(child, "renewing")
+            self.stop(child, "renewing")
+        try:
+            self.wait(lambda: child.phase not in ("waiting", "renewing"))
+            self._owner.settled.wait_for(
+                lambda: child.phase != "starting" or child.state != "init", TRIAL_SECONDS)
+        finally:
+            child.trial = False
+        if self.ending:
+            raise NotRunning("stopping")
+        if child.phase == "failed":
+            self._log.error(f"client {child.name} died of its new settings: it has those of before")
+            died = ClientDied(reason="\n".join(child.lines))
+            child.given, child.forget = former
+            self._begin(child, anew=True)            # failed -> starting, as before
+            raise died
 
-    def stop(self, child: Child) -> None:
-        """End a child; it is among the leaving until it is gone."""
-        self.leaving[child.name] = child
-        self._end(child, "stopping")
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """What ends a process takes no longer; TooSlow if the system does."""
+        if not self._owner.settled.wait_for(condition, KILL_SECONDS + 5.0):
+            raise TooSlow()
 
-    def _end(self, child: Child, phase: str) -> None:
+    def stop(self, child: Child, phase: str = "stopping") -> None:
+        """End a child: it is stopped now, or stopping until its process is gone."""
         busy, child.phase = child.busy(), phase
         if child.timer:
             child.timer.cancel()
         if child.process:
             self._tell_to_end(child)                 # its end is heard of
         elif not busy and phase == "stopping":
-            self._stopped(child)                     # waiting, backoff, failed -> stopped
+            child.phase = "stopped"                  # waiting, backoff, failed -> stopped
+            self._owner.settled.notify_all()
         elif not busy:
             self._begin(child, anew=True)            # backoff, stopped, failed -> starting
         # What is just being made ends as soon as it can (make).
@@ -12855,15 +12853,14 @@ class Supervisor:
     def stop_all(self) -> None:
         """End all children at once, KILL those that were told so before."""
         hurry, self.ending = self.ending, True
-        for child in {**self.children, **self.leaving}.values():
-            if child.alive():
-                self.stop(child)
+        for child in self.children.values():
+            self.stop(child)
             if hurry and child.process:
                 child.process.kill()
 
     def busy(self) -> bool:
         """Whether there is a process, or will be in a moment."""
-        return any(child.busy() for child in [*self.children.values(), *self.leaving.values()])
+        return any(child.busy() for child in self.children.values())
 
     def release(self, child: Child) -> None:
         """Give a child's port back."""
@@ -12897,9 +12894,9 @@ class Supervisor:
                 if not first:
                     return self._ended(child, 127)
                 self._log.error(f"client {child.name} cannot be started: {error}")
-                self.children.pop(child.name, None)
-                self._stopped(child)
+                del self.children[child.name]
                 self.release(child)
+                owner.settled.notify_all()
                 raise StartFailure(reason=str(error)) from None
         ours.setblocking(False)
         if owner.settings.one_cpu:
@@ -13001,19 +12998,17 @@ class Supervisor:
                            "event(s) are missing in the stream of all")
         if "state" in news:
             self._enter(child, str(news["state"]))
-            starting = child.phase == "starting"
-            if starting and child.state == "running":  # starting -> running
-                child.phase, child.tries = "running", 0
+            if child.phase == "starting" and child.state == "running":
+                child.phase, child.tries = "running", 0  # starting -> running
                 child.running_since = self._timers.clock()
                 child.lines.clear()
-            if starting and child.former and child.state != "init":
-                self._decide(child)                  # it lives with its new settings
 
     def _enter(self, child: Child, state: str) -> None:
         old, child.state = child.state, state
         if state == old:
             return
         child.since = time.time()
+        self._owner.settled.notify_all()
         self._owner.tell(child, "state_change", [old, state])
         if state in LOGGING_IN and child.waiting is None:  # somebody should know if nobody scans
             child.waiting = self._timers.later(WAITING_SECONDS, self._owner.report, child,
@@ -13348,25 +13343,19 @@ class Controller:
                 self._turns.discard(name)
                 self.settled.notify_all()
 
-    def _await(self, condition: Callable[[], bool], more: float = 0.0) -> None:
-        """What ends a process takes no longer; TooSlow if the system does."""
-        if not self.settled.wait_for(condition, KILL_SECONDS + 5.0 + more):
-            raise TooSlow()
-
     def start_client(self, name: str, given: Dict[str, str]) -> Child:
         """Start a client that is not alive, with what it is given and what is remembered of it;
         TooManyClients, NoPort, StartFailure, ClientDied, TooSlow."""
         supervisor = self.supervisor
         with self.lock:
-            self._await(lambda: name not in supervisor.leaving)
+            former = supervisor.children.get(name)
+            supervisor.wait(lambda: not former or not former.busy())
             self._check_start()
             if any(other != name and other.lower() == name.lower() for other in (
-                    *supervisor.children, *supervisor.leaving, *self.former)):
+                    *supervisor.children, *self.former)):
                 raise NotAllowed("client name not allowed: it differs only in case from another")
-            former = supervisor.children.pop(name, None)
             if former:
                 self.remember(former)
-                supervisor.release(former)
             known = self.former[name].given if name in self.former else {}
             child = Child(name, renewed(known, given), open_port(
                 self.settings.backend_start_port, former.port if former else 0))
@@ -13385,30 +13374,28 @@ class Controller:
             return
         with self.lock:
             self._check_start(child.alive())
+            self.changed()
             self.supervisor.renew(child, settings, cleared(given) | {
                 name for name in child.forget if name not in settings})
-            self.changed()
-            self._await(lambda: child.former is None, TRIAL_SECONDS)
-        if child.refusal:
-            raise child.refusal
 
     def stop_client(self, child: Child, event: str = "client_stopped") -> None:
         """End a client, if it runs, and let those who read the events know, as check_client
         knows no more of it. Its settings are remembered, unless it is deleted."""
         with self.lock:
-            if event == "client_deleted":
-                self.former.pop(child.name, None)
-            else:
-                self.remember(child)
-            self.supervisor.children.pop(child.name, None)
             self.supervisor.stop(child)
             self.changed()
-            self._await(lambda: child.phase == "stopped")
-            self.supervisor.release(child)
+            self.supervisor.wait(lambda: child.phase == "stopped")
+            self.remember(child)
+            if event == "client_deleted":
+                del self.former[child.name]
+            self._save()
         self.tell(child, event, [child.name], settings=child.open_settings())
 
     def remember(self, child: Child) -> None:
-        """Keep what a client was started with, until it is started again or deleted."""
+        """Keep what a client that has stopped was started with, until it is started again or
+        deleted."""
+        self.supervisor.children.pop(child.name, None)
+        self.supervisor.release(child)
         for name in UNKEPT:
             child.given.pop(name, None)
         self.former.pop(child.name, None)  # the newest stands last
@@ -13452,8 +13439,8 @@ class Controller:
         self._dirty = False
         if self.supervisor.ending:
             return  # what ran when we were told to stop is to be resumed
-        rows = {child.name: {"pid": child.pid, "port": child.port, "given": child.open_settings(),
-                             "run": child.alive() and child.name in self.supervisor.children}
+        rows = {child.name: {"pid": child.pid, "port": child.port, "run": child.alive(),
+                             "given": child.open_settings()}
                 for child in [*self.former.values(), *self.supervisor.children.values()]}
         if not keep_file(self.settings.backend_path, to_bytes(rows), self.log):
             self._dirty = True

@@ -8572,15 +8572,31 @@ class Nursery:
         self.starts.append(began)
         return self.processes[-1]
 
-    def start(self):
+    def start(self, state=""):
+        """Start the child, and wait until it says that it is in this state."""
         with self.lock:
             self.supervisor.expect(self.child)
         self.supervisor.make(self.child, first=True)
+        self.until(lambda: not state or self.child.state == state)
+        return self
 
     def call(self, method, *args):
         """What a method of the supervisor returns that is to be called with the lock held."""
         with self.lock:
             return getattr(self.supervisor, method)(*args)
+
+    def renew(self, mode):
+        """Begin a change of settings: a future with why it was refused, or None."""
+        def work():
+            try:
+                future.set_result(self.call("renew", self.child, {"mode": mode}, set()))
+            except openqq.OpenQQError as error:
+                future.set_result(error)
+
+        future = concurrent.futures.Future()
+        threading.Thread(target=work, daemon=True).start()
+        self.until(lambda: self.child.phase == "renewing")
+        return future
 
     def until(self, condition, pace=0.0):
         """Wait for what other threads and processes do; meanwhile the clock runs at a `pace`."""
@@ -8624,8 +8640,7 @@ def nursery(tmp_path):
 
 
 def test_client_that_dies_at_once_is_started_seven_times_ever_later_then_reported(nursery):
-    home = nursery("say('{\"log\":\"the reason\"}\\n'); sys.exit(3)")
-    home.start()
+    home = nursery("say('{\"log\":\"the reason\"}\\n'); sys.exit(3)").start()
     for starts, wait in enumerate([1, 2, 4, 8, 16], 2):
         home.until(lambda: len(home.starts) == starts and home.child.phase == "backoff")
         assert home.child.alive() and home.child.phase != "failed"
@@ -8642,8 +8657,7 @@ def test_client_that_dies_at_once_is_started_seven_times_ever_later_then_reporte
 
 
 def test_client_that_was_running_for_a_while_starts_again_at_once_any_number_of_times(nursery):
-    home = nursery("say('{\"state\":\"running\"}\\n'); time.sleep(60)")
-    home.start()
+    home = nursery("say('{\"state\":\"running\"}\\n'); time.sleep(60)").start()
     for number in range(1, 10):
         home.until(lambda: home.child.state == "running")
         home.move(100)
@@ -8654,25 +8668,20 @@ def test_client_that_was_running_for_a_while_starts_again_at_once_any_number_of_
 
 
 def test_client_that_nobody_scans_for_ten_minutes_is_reported_once(nursery):
-    home = nursery("say('{\"state\":\"scaning\"}\\n'); time.sleep(60)")
-    home.start()
-    home.until(lambda: home.child.state == "scaning")
+    program = ("signal.signal(signal.SIGUSR1, lambda *_: say('{\"state\":\"running\"}\\n'))\n"
+               "say('{\"state\":\"scaning\"}\\n')\nwhile 1: signal.pause()")
+    home = nursery(program).start("scaning")
     home.move(599.9)
     assert not home.reports
     home.move(0.1)
     assert home.reports == [(1600.0, "client_waiting", "alice")]
 
-
-def test_client_that_was_scanned_in_time_is_not_reported(nursery):
-    home = nursery("signal.signal(signal.SIGUSR1, lambda *_: say('{\"state\":\"running\"}\\n'))\n"
-                   "say('{\"state\":\"scaning\"}\\n')\nwhile 1: signal.pause()")
-    home.start()
-    home.until(lambda: home.child.state == "scaning")
+    home = nursery(program).start("scaning")
     home.move(599)
     home.processes[0].send_signal(signal.SIGUSR1)
     home.until(lambda: home.child.state == "running")
     home.move(600)
-    assert not home.reports
+    assert not home.reports, "it was scanned in time"
 
 
 def test_client_with_new_settings_begins_when_the_former_process_is_gone_and_is_no_restart(nursery):
@@ -8682,55 +8691,44 @@ def test_client_with_new_settings_begins_when_the_former_process_is_gone_and_is_
                    "say('{\"state\":\"loading\"}\\n')\nwhile 1: signal.pause()")
     home.child.given = {"mode": "online"}
     home.start()
-    for mode, good in ("away", True), ("busy", False), ("hidden", True):
+    for mode, wanted in ("away", "away"), ("busy", "away"), ("hidden", "hidden"):
         home.until(lambda: home.child.state == "loading")
-        former, starts = home.child.given, len(home.starts)
-        home.call("renew", home.child, {"mode": mode}, set())
+        starts, refused = len(home.starts), home.renew(mode)
         home.move(openqq.KILL_SECONDS - 0.1)
         assert len(home.starts) == starts, "the former process lives"
         home.move(0.1)
-        home.until(lambda: not home.child.former)
-        if good:
-            assert home.child.refusal is None and home.child.given == {"mode": mode}
-        else:
-            assert isinstance(home.child.refusal, openqq.ClientDied)
-            assert home.child.given == former
+        assert isinstance(refused.result(WAIT), type(None) if mode == wanted else openqq.ClientDied)
+        assert home.child.given == {"mode": wanted}
     home.until(lambda: home.child.state == "loading")
     assert home.child.restarts == 0 and home.supervisor.restarts == 0 and not home.reports
-    home.move(openqq.TRIAL_SECONDS)
 
 
-def test_client_that_says_nothing_has_taken_its_new_settings_after_a_while(nursery):
+def test_client_that_says_nothing_has_taken_its_new_settings_after_a_while(nursery, monkeypatch):
     """A template may not come to run(); its end is one like any other then."""
-    home = nursery("time.sleep(60)")
-    home.start()
-    home.call("renew", home.child, {"mode": "busy"}, set())
-    home.until(lambda: len(home.starts) == 2)
-    home.move(openqq.TRIAL_SECONDS - 0.1)
-    assert home.child.former
-    home.move(0.1)
-    assert not home.child.former and home.child.refusal is None
+    monkeypatch.setattr(openqq, "TRIAL_SECONDS", 0.1)
+    home = nursery("time.sleep(60)").start()
+    assert home.renew("busy").result(WAIT) is None and len(home.starts) == 2
     home.processes[-1].kill()
     home.until(lambda: len(home.starts) == 3, pace=0.5)
     assert home.child.given == {"mode": "busy"} and home.supervisor.restarts == 1
 
 
+STUBBORN = ("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "say('{\"state\":\"running\"}\\n')\nwhile 1: signal.pause()")
+
+
 def test_a_stop_ends_a_change_of_settings_too(nursery):
-    home = nursery("time.sleep(60)")
-    home.start()
-    home.call("renew", home.child, {"mode": "busy"}, set())
+    home = nursery(STUBBORN).start("running")
+    refused = home.renew("busy")
     home.call("stop_all")
+    home.call("stop_all")
+    assert isinstance(refused.result(WAIT), openqq.NotRunning)
     home.until(lambda: not home.supervisor.busy())
-    assert isinstance(home.child.refusal, openqq.NotRunning)
     assert len(home.starts) == 1
 
 
 def test_client_that_does_not_heed_term_is_killed_after_a_while_or_at_a_second_signal(nursery):
-    stubborn = ("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-                "say('{\"state\":\"running\"}\\n')\nwhile 1: signal.pause()")
-    home = nursery(stubborn)
-    home.start()
-    home.until(lambda: home.child.state == "running")
+    home = nursery(STUBBORN).start("running")
     home.call("stop", home.child)
     home.move(openqq.KILL_SECONDS - 0.1)
     assert home.processes[0].poll() is None and home.child.phase == "stopping"
@@ -8738,13 +8736,22 @@ def test_client_that_does_not_heed_term_is_killed_after_a_while_or_at_a_second_s
     home.until(lambda: home.child.phase == "stopped")
     assert home.processes[0].returncode == -signal.SIGKILL
 
-    home = nursery(stubborn)
-    home.start()
-    home.until(lambda: home.child.state == "running")
+    home = nursery(STUBBORN).start("running")
     home.call("stop_all")
     home.call("stop_all")
     home.until(lambda: not home.supervisor.busy())
     assert home.processes[0].returncode == -signal.SIGKILL and home.now == 1000.0
+
+
+def test_client_that_lets_go_of_its_life_line_is_killed_and_one_whose_child_holds_it_is_missed(
+        nursery):
+    home = nursery("os.close(int(os.environ['OPENQQ_LIFE']))\nwhile 1: signal.pause()").start()
+    home.until(lambda: home.child.life is None)
+    home.move(home.supervisor.SILENT_SECONDS)
+    home.until(lambda: home.child.phase == "backoff" or len(home.starts) > 1)
+
+    home = nursery("if os.fork() == 0: time.sleep(1); os._exit(0)\nos._exit(1)").start()
+    home.until(lambda: len(home.starts) > 1)
 
 
 def test_events_of_a_client_are_passed_on_with_its_name_and_lost_ones_are_counted(nursery):
@@ -8778,11 +8785,11 @@ client.run()
 """
 
 
-def test_edited_template_is_what_new_clients_run(start):
+def test_edited_template_is_what_new_clients_run_and_one_that_does_not_compile_is_code_4(start):
     controller = start("controller")
     controller.login("alice")
-    written = content(controller.path("controller_template.py")).decode()
-    assert "client.run()" in written and written == openqq.default_template(openqq.QQ)
+    written = content(controller.path("controller_template.py"))
+    assert written.decode() == openqq.default_template(openqq.QQ)
     edit_template(controller, TEMPLATE.format("", "client.log.info('edited')"))
     controller.login("bob")
     assert [row["name"] for row in controller.state("bob")["plugin"]] == [
@@ -8790,20 +8797,14 @@ def test_edited_template_is_what_new_clients_run(start):
     controller.log.wait(r"^\[bob\].*edited")
     assert len(controller.state("alice")["plugin"]) > 2, "alice is as she was"
     assert controller.call("get_user_info", client="bob")["account"] == "bob"
-
-
-def test_template_that_does_not_compile_is_code_4_and_harms_nobody(start):
-    controller = start("controller")
-    controller.login("alice")
-    good = content(controller.path("controller_template.py"))
     for bad in "def (:\n", "\0", "print('", "# coding: nonsense\n":
         edit_template(controller, bad)
-        answer = controller.call("start_client", client="bob")
+        answer = controller.call("start_client", client="carol")
         assert (answer["code"], answer["status"]) == (4, "client pid not ok"), bad
     controller.log.wait(r"\[error\].*template")
-    assert [row["account"] for row in controller.call("check_client")["client"]] == ["alice"]
-    put(controller.path("controller_template.py"), good)
-    assert controller.call("start_client", client="bob")["code"] == 0
+    assert [row["account"] for row in controller.call("check_client")["client"]] == ["alice", "bob"]
+    put(controller.path("controller_template.py"), written)
+    assert controller.call("start_client", client="carol")["code"] == 0
 
 
 def test_template_that_fails_is_told_by_log_check_client_and_post_api(start, receive):
