@@ -6820,20 +6820,12 @@ def all_gone(log, seconds=openqq.ORPHAN_SECONDS):
         return log._changed.wait_for(lambda: log._ended, seconds)
 
 
-def run_once(*words, env=None):
-    """(exit status, what it said) of a program that is expected to end by itself."""
-    done = subprocess.run([sys.executable, FILE, *map(str, words)], stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=WAIT,
-                          env={**os.environ, **(env or {})})
-    return done.returncode, done.stdout.decode()
-
-
-def left_files(program):
-    """Names of what lies in its tmpdir, without the prefix that all of them must have; what is
-    just being written, and renamed in a moment, is not counted."""
+def left_files(program, name=""):
+    """Names with `name` of what lies in its tmpdir, without the prefix that all of them must have;
+    what is just being written, and renamed in a moment, is not counted."""
     names = [name for name in os.listdir(program.tmpdir) if not name.startswith(".openqq_")]
     assert all(name.startswith("mojo_webqq_") for name in names), names
-    return {name[len("mojo_webqq_"):] for name in names}
+    return {each[len("mojo_webqq_"):] for each in names if name in each}
 
 
 def content(path):
@@ -6853,6 +6845,26 @@ def reserve():
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", 0))
     return sock
+
+
+def hmac_sha1(secret, body):
+    return hmac.new(secret.encode(), body, "sha1").hexdigest()
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory):
+    """A controller for tests that have accounts of their own there, posting to house.receiver."""
+    receiver = Receiver()
+    program = Program(tmp_path_factory.mktemp("house"), "controller", "--post-api", receiver.url)
+    program.receiver = receiver
+    yield program.ready()
+    assert program.stop() == 0
+    assert "fault of this program" not in program.log.text()
+    receiver.close()
+
+
+def listed_names(controller):
+    return [row["account"] for row in controller.call("check_client")["client"]]
 
 
 def test_twenty_starts_in_the_same_moment_give_twenty_running_clients(start):
@@ -6879,80 +6891,84 @@ def test_start_of_a_living_client_tells_of_it_and_starts_none(pair):
     assert (again["code"], again["status"]) == (0, "client already exists")
     assert (again["pid"], again["port"]) == (before["pid"], before["port"])
     assert pair.state("alice") == before
+    for api in "stop_client", "delete_client", "check_client", "get_qrcode", "update_client":
+        if api != "check_client":
+            assert pair.call(api) == {"code": 1, "status": "client not found"}
+        assert pair.call(api, client="nobody") == {"code": 1, "status": "client not exists"}
 
 
-def test_stopped_client_keeps_cookie_and_state_and_starts_at_once_without_a_scan(start):
-    controller = start("controller")
-    first = controller.login("alice")
-    who = user(controller, "alice")
-    assert left_files(controller) >= {"pid_alice.pid", "cookie_alice.dat", "state_alice.json"}
-    stopped = controller.call("stop_client", client="alice")
+def test_stopped_client_keeps_cookie_and_state_and_starts_at_once_without_a_scan(house):
+    first, who = house.login("anna"), user(house, "anna")
+    assert left_files(house) >= {"pid_anna.pid", "cookie_anna.dat", "state_anna.json"}
+    stopped = house.call("stop_client", client="anna")
     assert {key: stopped[key] for key in ("client", "code", "pid", "port", "status")} == {
-        "client": "alice", "code": 0, "pid": first["pid"], "port": first["port"],
+        "client": "anna", "code": 0, "pid": first["pid"], "port": first["port"],
         "status": "success"}
-    left = {name for name in left_files(controller) if "alice" in name}
-    assert left - {"post_alice.jsonl"} == {"cookie_alice.dat", "state_alice.json"}
-    state = json.loads(content(controller.path("state_alice.json")))
+    assert left_files(house, "anna") - {"post_anna.jsonl"} == {"cookie_anna.dat",
+                                                               "state_anna.json"}
+    state = json.loads(content(house.path("state_anna.json")))
     assert (state["state"], state["previous_state"]) == ("stop", "running")
-    second = controller.call("start_client", client="alice")
+    second = house.call("start_client", client="anna")
     assert (second["code"], second["status"]) == (0, "success")
-    assert second["pid"] != first["pid"]
-    assert user(controller, "alice")["id"] == who["id"]
-    assert controller.state("alice")["state"] == "running"
+    assert second["pid"] != first["pid"] and user(house, "anna")["id"] == who["id"]
+    assert house.state("anna")["state"] == "running"
 
 
-def test_client_stopped_while_it_waits_for_a_scan_takes_its_qr_code_away(start, receive):
+def test_client_stopped_while_it_waits_for_a_scan_takes_its_qr_code_away(house, receive):
     receiver = receive()
-    controller = start("controller")
-    controller.call("start_client", client="alice", post_api=receiver.url)
+    house.call("start_client", client="ben", post_api=receiver.url)
     receiver.next(is_qrcode)
-    assert content(controller.path("qrcode_alice.jpg")).startswith(b"\x89PNG")
-    assert json.loads(content(controller.path("state_alice.json")))["state"] == "scaning"
-    assert controller.call("stop_client", client="alice")["code"] == 0
-    assert not {"qrcode_alice.jpg", "pid_alice.pid"} & left_files(controller)
-    assert controller.call("get_qrcode", client="alice")["status"] == "client not exists"
+    assert content(house.path("qrcode_ben.jpg")).startswith(b"\x89PNG")
+    assert json.loads(content(house.path("state_ben.json")))["state"] == "scaning"
+    assert house.call("stop_client", client="ben")["code"] == 0
+    assert not {"qrcode_ben.jpg", "pid_ben.pid"} & left_files(house)
+    assert house.call("get_qrcode", client="ben")["status"] == "client not exists"
 
 
-def test_deleted_client_leaves_nothing_and_must_be_scanned_again(start, receive):
-    controller = start("controller")
-    controller.login("alice", post_api=receive().url)
-    who = user(controller, "alice")
-    assert controller.call("delete_client", client="alice")["code"] == 0
-    assert not [name for name in left_files(controller) if "alice" in name]
-    assert controller.call("check_client") == {"client": [], "code": 0}
-    controller.call("start_client", client="alice")
-    controller.log.wait(r"^\[alice\].*等待手机QQ扫描二维码", count=2)
-    again = user(controller, "alice")
-    assert again["uid"] == who["uid"] and again["id"] != who["id"]
-
-
-def test_a_client_is_deleted_also_when_its_tmpdir_is_not_there(start):
-    controller = start("controller")
-    own = os.path.join(controller.tmpdir, "own")
-    controller.login("alice", tmpdir=own)
+def test_deleted_client_leaves_nothing_and_must_be_scanned_again(house):
+    """Also one that was stopped before, and one whose tmpdir is gone, or not yet there."""
+    for running in True, False:
+        house.login("cora", msg_ttl="5", post_secret="S3CRET")
+        who = user(house, "cora")
+        if not running:
+            house.call("stop_client", client="cora")
+        deleted = house.call("delete_client", client="cora")
+        assert (deleted["code"], deleted["client"], deleted["msg_ttl"]) == (0, "cora", "5")
+        assert not left_files(house, "cora") and "cora" not in listed_names(house)
+        assert house.call("delete_client", client="cora")["status"] == "client not exists"
+        assert "msg_ttl" not in house.call("start_client", client="cora")
+        assert settings_of(house, "cora") == {"post_api": house.receiver.url + "?client=cora"}
+        house.log.wait(r"^\[cora\].*等待手机QQ扫描二维码", count=4 - 2 * running)
+        again = user(house, "cora")
+        assert again["uid"] == who["uid"] and again["id"] != who["id"]
+        house.call("delete_client", client="cora")
+    own = os.path.join(house.tmpdir, "own")
+    house.login("dora", tmpdir=own)
     shutil.rmtree(own)
-    assert controller.call("delete_client", client="alice")["code"] == 0
-    controller.call("start_client", client="bob", tmpdir=own + "/not/yet")
-    assert controller.call("delete_client", client="bob")["code"] == 0  # it may be made, or not
-    assert controller.call("check_client") == {"client": [], "code": 0}
-    assert "fault of this program" not in controller.log.text()
+    assert house.call("delete_client", client="dora")["code"] == 0
+    house.call("start_client", client="dora", tmpdir=own + "/not/yet")
+    assert house.call("delete_client", client="dora")["code"] == 0  # it may be made, or not
+    shutil.rmtree(own, ignore_errors=True)
+    assert "dora" not in listed_names(house)
 
 
 # -- what a client was started with
 
+def environment_of(pid):
+    """The environment of a client's process, which before its exec has its parent's; {} of one
+    that is gone."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return dict(entry.split("=", 1) for entry in file.read().decode().split("\0") if entry)
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+
+
 def settings_of(controller, name):
     """What the environment of a client's process says of the settings that tests give."""
-    def environment():
-        try:  # one that has just died may still stand in check_client
-            with open(f"/proc/{controller.state(name)['pid']}/environ", "rb") as file:
-                return file.read().decode()
-        except (FileNotFoundError, ProcessLookupError):
-            return ""
-
-    entries = eventually(environment)
-    found = openqq.from_environment(dict(entry.split("=", 1) for entry in entries.split("\0")
-                                         if entry), "MOJO_WEBQQ_")
-    return {name: value for name, value in found.items()
+    environment = eventually(lambda: environment_of(controller.state(name)["pid"]))
+    return {name: value for name, value in openqq.from_environment(
+        environment, "MOJO_WEBQQ_").items()
             if name in ("post_api", "post_secret", "msg_ttl", "pwd", "login_type", "keep_cookie",
                         "post_event_list", "onebot_api", "onebot_token")}
 
@@ -6961,34 +6977,32 @@ def backend_of(controller):
     return json.loads(content(controller.path("controller_backend.dat")))
 
 
-@pytest.mark.parametrize("end", [None, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_client_comes_up_as_it_was_also_with_another_controller(start, receive, end):
-    receiver = receive()
-    controller = start("controller")
+def test_a_stopped_client_comes_up_as_it_was_also_with_another_controller(start, receive):
+    receiver, controller = receive(), start("controller")
     controller.login("alice", post_api=receiver.url, post_secret="S3CRET", msg_ttl="5",
                      login_type="login", pwd="S3CRET-pwd")
-    assert controller.call("stop_client", client="alice")["msg_ttl"] == "5"
-    assert controller.call("check_client") == {"client": [], "code": 0}
-    assert controller.call("check_client", client="alice")["status"] == "client not exists"
-    row = backend_of(controller)["alice"]
-    assert row["run"] is False
-    assert row["given"] == {"post_api": receiver.url, "msg_ttl": "5", "login_type": "login"}
-    if end:
-        controller.process.send_signal(end)
-        assert all_gone(controller.log, WAIT)
-        assert b"S3CRET" not in content(controller.path("controller_backend.dat"))
-        controller = start("controller")
+    for end in None, signal.SIGTERM, signal.SIGKILL:
+        assert controller.call("stop_client", client="alice")["msg_ttl"] == "5"
+        assert controller.call("check_client", client="alice")["status"] == "client not exists"
+        row = backend_of(controller)["alice"]
+        assert row["run"] is False
+        assert row["given"] == {"post_api": receiver.url, "msg_ttl": "5", "login_type": "login"}
+        if end:
+            controller.process.send_signal(end)
+            assert all_gone(controller.log, WAIT)
+            assert b"S3CRET" not in content(controller.path("controller_backend.dat"))
+            controller = start("controller")
         assert controller.call("check_client") == {"client": [], "code": 0}
-    answer = controller.call("start_client", client="alice")
-    assert {name: answer[name] for name in row["given"]} == row["given"]
-    assert "S3CRET" not in json.dumps(answer)
-    assert controller.call("/local/login", client="alice")["code"] == 0
-    del receiver.posts[:]
-    controller.call("/local/say", client="alice", content="again", **{"from": "小灰"})
-    receiver.message("again")
-    _, headers, body, _ = receiver.posts[-1]
-    assert headers["X-Signature"] == "sha1=" + hmac_sha1("S3CRET", body)
-    assert "pwd" not in settings_of(controller, "alice")
+        answer = controller.call("start_client", client="alice")
+        assert {name: answer[name] for name in row["given"]} == row["given"]
+        assert "S3CRET" not in json.dumps(answer)
+        assert controller.call("/local/login", client="alice")["code"] == 0
+        del receiver.posts[:]
+        controller.call("/local/say", client="alice", content=f"again {end}", **{"from": "小灰"})
+        receiver.message(f"again {end}")
+        _, headers, body, _ = receiver.posts[-1]
+        assert headers["X-Signature"] == "sha1=" + hmac_sha1("S3CRET", body)
+        assert "pwd" not in settings_of(controller, "alice")
 
 
 def test_settings_given_anew_win_and_an_empty_one_clears(start, receive):
@@ -7016,53 +7030,40 @@ def test_settings_given_anew_win_and_an_empty_one_clears(start, receive):
     assert "post_api" not in settings_of(controller, "alice")
 
 
-@pytest.mark.parametrize("running", [True, False])
-def test_a_deleted_client_is_forgotten_also_when_it_was_stopped_before(start, running):
-    controller = start("controller")
-    controller.login("alice", msg_ttl="5", post_secret="S3CRET")
-    if not running:
-        controller.call("stop_client", client="alice")
-    deleted = controller.call("delete_client", client="alice")
-    assert (deleted["code"], deleted["client"], deleted["msg_ttl"]) == (0, "alice", "5")
-    assert not [name for name in left_files(controller) if "alice" in name]
-    assert controller.call("delete_client", client="alice")["status"] == "client not exists"
-    assert "msg_ttl" not in controller.call("start_client", client="alice")
-    assert settings_of(controller, "alice") == {}
+RENEWED = [  # what was, what is given anew, what holds then
+    ({"msg_ttl": "5"}, {}, {"msg_ttl": "5"}),
+    ({"msg_ttl": "5"}, {"mode": "busy"}, {"msg_ttl": "5", "mode": "busy"}),
+    ({"msg_ttl": "5"}, {"msg_ttl": "6"}, {"msg_ttl": "6"}),
+    ({"msg_ttl": "5", "mode": "busy"}, {"msg_ttl": ""}, {"mode": "busy"}),
+    ({"msg_ttl": "5"}, {"onebot_api": "ws://h"}, {"msg_ttl": "5", "onebot_api": "ws://h"}),
+    # another bridge
+    ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_login": "napcat",
+      "onebot_login_token": "u", "onebot_secret": "s", "msg_ttl": "5"},
+     {"onebot_api": "ws://g", "onebot_secret": "r"},
+     {"onebot_api": "ws://g", "onebot_secret": "r", "msg_ttl": "5"}),
+    # the same bridge
+    ({"onebot_api": "ws://h", "onebot_token": "t"}, {"onebot_api": "WS://h"},
+     {"onebot_api": "ws://h", "onebot_token": "t"}),
+    # another bridge, the same token
+    ({"onebot_api": "ws://h", "onebot_token": "t"}, {"onebot_api": "ws://g", "onebot_token": "t"},
+     {"onebot_api": "ws://g", "onebot_token": "t"}),
+    # no bridge
+    ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_secret": "s"}, {"onebot_api": ""}, {}),
+    # another page
+    ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_login_token": "u"},
+     {"onebot_login_api": "http://p"},
+     {"onebot_api": "ws://h", "onebot_token": "t", "onebot_login_api": "http://p"}),
+]
 
 
-RENEWED = {
-    "nothing": ({"msg_ttl": "5"}, {}, {"msg_ttl": "5"}),
-    "one more": ({"msg_ttl": "5"}, {"mode": "busy"}, {"msg_ttl": "5", "mode": "busy"}),
-    "another": ({"msg_ttl": "5"}, {"msg_ttl": "6"}, {"msg_ttl": "6"}),
-    "empty": ({"msg_ttl": "5", "mode": "busy"}, {"msg_ttl": ""}, {"mode": "busy"}),
-    "a bridge": ({"msg_ttl": "5"}, {"onebot_api": "ws://h"}, {"msg_ttl": "5",
-                                                             "onebot_api": "ws://h"}),
-    "another bridge": ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_login": "napcat",
-                        "onebot_login_token": "u", "onebot_secret": "s", "msg_ttl": "5"},
-                       {"onebot_api": "ws://g", "onebot_secret": "r"},
-                       {"onebot_api": "ws://g", "onebot_secret": "r", "msg_ttl": "5"}),
-    "the same bridge": ({"onebot_api": "ws://h", "onebot_token": "t"}, {"onebot_api": "WS://h"},
-                        {"onebot_api": "ws://h", "onebot_token": "t"}),
-    "another bridge, the same token": ({"onebot_api": "ws://h", "onebot_token": "t"},
-                                       {"onebot_api": "ws://g", "onebot_token": "t"},
-                                       {"onebot_api": "ws://g", "onebot_token": "t"}),
-    "no bridge": ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_secret": "s"},
-                  {"onebot_api": ""}, {}),
-    "another page": ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_login_token": "u"},
-                     {"onebot_login_api": "http://p"},
-                     {"onebot_api": "ws://h", "onebot_token": "t", "onebot_login_api": "http://p"}),
-}
-
-
-@pytest.mark.parametrize("former, given, wanted", RENEWED.values(), ids=RENEWED)
-def test_what_holds_after_settings_are_given_anew(former, given, wanted):
-    assert openqq.renewed(former, given) == wanted
+def test_what_holds_after_settings_are_given_anew():
+    for former, given, wanted in RENEWED:
+        assert openqq.renewed(former, given) == wanted, (former, given)
 
 
 def test_the_token_of_one_bridge_is_told_to_no_other_after_a_restart(start):
     """Of the controller, which has no secrets: they come from the cookie's file."""
-    first, second = Bridge(token="S3CRET"), Bridge()
-    try:
+    with contextlib.closing(Bridge(token="S3CRET")) as first, contextlib.closing(Bridge()) as second:
         controller = start("controller")
         me = Bridged(controller, "ws", first, onebot_login_token="u").running()
         controller.call("stop_client", client="ws")
@@ -7076,15 +7077,11 @@ def test_the_token_of_one_bridge_is_told_to_no_other_after_a_restart(start):
         me.running()
         assert b"S3CRET" not in content(controller.path("cookie_ws.dat"))
         assert "S3CRET" not in controller.log.text() and not first.faults + second.faults
-    finally:
-        first.close()
-        second.close()
 
 
 def test_a_token_within_a_bridges_url_works_and_is_treated_as_a_secret(start):
     """It stands in no answer, file or log, but for the cookie's; over HTTP as over WebSocket."""
-    bridge = Bridge(token="S3CRET")
-    try:
+    with contextlib.closing(Bridge(token="S3CRET")) as bridge:
         controller = start("controller", "--http-debug", "1", "--log-level", "debug")
         answers = []
         for name, url in ("ws", bridge.ws + "/?access_token=S3CRET"), (
@@ -7101,16 +7098,18 @@ def test_a_token_within_a_bridges_url_works_and_is_treated_as_a_secret(start):
         for name in left_files(controller) - {"cookie_ws.dat", "cookie_sse.dat"}:
             assert b"S3CRET" not in content(controller.path(name)), name
         assert "S3CRET" not in controller.log.text()
-    finally:
-        bridge.close()
     done = run_openqq("client", "--onebot-api", "gopher://h/?access_token=S3CRET")
     assert done.returncode == 2 and "S3CRET" not in done.stderr
 
 
 def test_the_accounts_file_wins_over_what_is_remembered(start, tmp_path):
-    """For those that are resumed too; what it does not name stays, null clears."""
+    """For those that are resumed too; what it does not name stays, null clears. What is wrong
+    with one account is said, and keeps none of the others away."""
     accounts = put(tmp_path / "accounts.json", json.dumps({
-        "alice": {"msg_ttl": 7, "mode": None}, "bob": {"msg_ttl": 8}}))
+        "alice": {"msg_ttl": 7, "mode": None}, "bob": {"msg_ttl": 8}, "../x": {},
+        "carol": ["post_api"], "dave": {"nonsense": 1},
+        "erin": {"login_type": "login", "pwd": "x", "numeric_ids": True, "post_api": None,
+                 "post_event_list": ["login", "stop"]}}))
     first = start("controller", tmpdir=tmp_path / "t")
     for name in "alice", "bob":
         first.login(name, msg_ttl="5", mode="busy", post_event_list="login")
@@ -7121,28 +7120,54 @@ def test_the_accounts_file_wins_over_what_is_remembered(start, tmp_path):
         assert second.call("/local/login", client=name)["code"] == 0
         assert settings_of(second, name) == {"msg_ttl": ttl, "post_event_list": "login"}
     assert [second.state(name)["mode"] for name in ("alice", "bob")] == ["online", "busy"]
+    for wrong in r"\.\./x", "carol", "dave.*nonsense":
+        second.log.wait(r"\[error\] accounts file: .*" + wrong)
+    assert isinstance(user(second, "erin")["uid"], int)
+    assert listed_names(second) == ["alice", "bob", "erin"]
+
+
+def test_accounts_file_that_cannot_be_read_is_said_and_harms_nothing(start, tmp_path):
+    lines = []
+    log = openqq.Log(level="fatal")
+    log.keep = lines.append
+    for text in "", "{", "[]", "5":
+        assert openqq.read_accounts(put(tmp_path / "accounts.json", text), log) == {}
+        assert re.search("accounts file .* cannot be used: .*must look like", lines[-1]), text
+    controller = start("controller", "--accounts", tmp_path / "nothing.json")
+    controller.log.wait(r"\[error\] accounts file .* cannot be used: .*must look like")
+    assert listed_names(controller) == []
 
 
 def test_a_memory_that_is_no_good_stops_no_start(start, tmp_path):
-    good = {"msg_ttl": "5"}
-    put(tmp_path / "mojo_webqq_controller_backend.dat", json.dumps({
+    path, good = tmp_path / "mojo_webqq_controller_backend.dat", {"msg_ttl": "5"}
+    put(path, json.dumps({
         "alice": {"run": False, "port": 0, "given": {**good, "mode": "asleep", "gone": 1,
                                                      "max_clients": "3", "post_api": ["x"]}},
         "bob": {"run": False, "port": 0, "given": "?"}, "carol": {"run": False, "given": good},
-        "dave": {"port": 0, "given": good}, "..": {"run": False, "port": 0, "given": good}}))
+        "dave": {"port": 0, "given": good}, "..": {"run": False, "port": 0, "given": good},
+        "frank": 1, "../x": {"run": True, "port": 5000, "given": {}},
+        "grace": {"run": True, "port": 99999999, "given": {}},
+        "heidi": {"run": True, "port": 0, "given": {"setting_of_another_version": "1"}},
+        "ivan": {"run": True, "port": 0, "given": {"log_level": 7}},
+        "judy": {"run": True, "port": None, "given": []}}))
     controller = start("controller")
     for name, wanted in ("alice", good), ("bob", {}), ("carol", {}), ("dave", good):
         assert controller.call("start_client", client=name)["code"] == 0
         assert settings_of(controller, name) == wanted, name
-    assert "fault of this program" not in controller.log.text()
+    assert {"alice", "bob", "carol", "dave"} <= set(listed_names(controller)) and not (
+        {"frank", "..", "../x"} & set(listed_names(controller)))
+    assert controller.stop() == 0 and backend_of(controller)["bob"]["run"]
+    put(path, "[]")
+    again = start("controller")
+    assert again.call("start_client", client="bob")["code"] == 0
+    assert "fault of this program" not in controller.log.text() + again.log.text()
 
 
 def test_a_thousand_stopped_clients_are_remembered_not_more(tmp_path):
     controller = openqq.Controller(tmpdir=str(tmp_path), port=0)
     for number in range(openqq.MEMORY_LIMIT + 5):
-        listener = openqq.listen("127.0.0.1", 0)
-        controller.remember(openqq.Child(f"c{number}", {"msg_ttl": "5", "pwd": "x"}, listener))
-        listener.close()
+        controller.remember(openqq.Child(f"c{number}", {"msg_ttl": "5", "pwd": "x"},
+                                         openqq.listen("127.0.0.1", 0)))
     assert len(controller.former) == openqq.MEMORY_LIMIT and "c4" not in controller.former
     assert controller.former["c5"].given == {"msg_ttl": "5"}
     controller.timers.stop()
@@ -7201,39 +7226,34 @@ def test_settings_of_a_running_client_are_changed_without_a_scan_and_nothing_is_
     assert again["code"] == 0 and b"S3CRET" not in content(controller.path("cookie_alice.dat"))
 
 
-def test_update_client_takes_all_or_nothing(start, receive):
-    controller = start("controller")
-    before = controller.login("alice", msg_ttl="5")
-    status = controller.state("alice")
+def test_update_client_takes_all_or_nothing(house):
+    before, status = house.login("emil", msg_ttl="5"), house.state("emil")
     for wrong in [{"mode": "asleep"}, {"port": "1"}, {"nonsense": "1"}, {"msg_ttl": "0"},
-                  {"tmpdir": controller.tmpdir}, {"log_path": controller.tmpdir + "/x"},
+                  {"tmpdir": house.tmpdir}, {"log_path": house.tmpdir + "/x"},
                   {"cookie_path": ""}, {"state-path": "x"}, {"post_api": "http://a http://b"},
                   {"account": "bob"}, {"flavor": "weixin"}]:
         for method in "GET", "POST":
-            query = urllib.parse.urlencode({"client": "alice", "post_secret": "x", **wrong})
-            path, form = "/openqq/update_client", "application/x-www-form-urlencoded"
-            target, data = (path + "?" + query, None) if method == "GET" else (path, query)
-            code, _, body = request(controller.base, target, method, data, {"Content-Type": form})
+            code, _, body = Face(house, "emil", controlled=True).raw(
+                "update_client", method, post_secret="x", **wrong)
             answer = json.loads(body)
             assert (code, answer["code"]) == (400, 6), wrong
             assert re.search(next(iter(wrong)), answer["status"])
-    assert controller.call("update_client") == {"code": 1, "status": "client not found"}
-    assert controller.call("update_client", client="nobody") == {
-        "code": 1, "status": "client not exists"}
     for same in {}, {"msg_ttl": "5"}, {"msg_ttl": "05"}, {"mode": ""}:
-        answer = controller.call("update_client", client="alice", **same)
+        answer = house.call("update_client", client="emil", **same)
         assert (answer["code"], answer["pid"]) == (0, before["pid"]), same
-    assert controller.state("alice") == status
-    controller.call("stop_client", client="alice")
-    assert controller.call("update_client", client="alice", msg_ttl="6") == {
+    assert house.state("emil") == status
+    house.call("stop_client", client="emil")
+    assert house.call("update_client", client="emil", msg_ttl="6") == {
         "code": 1, "status": "client not exists"}
-    assert "msg_ttl" in controller.call("start_client", client="alice")
-    alone = start("client", "--account", "bob", tmpdir=controller.tmpdir + "/alone")
-    assert request(alone.base, "/openqq/update_client?msg_ttl=6")[::2] == (403, b"api not found")
+    again = house.call("start_client", client="emil")
+    assert again["msg_ttl"] == "5"
+    assert request(f"http://127.0.0.1:{again['port']}", "/openqq/update_client?msg_ttl=6")[::2] == (
+        403, b"api not found")
 
 
 def test_a_client_that_dies_of_its_new_settings_goes_on_with_those_of_before(start):
-    controller = start("controller")
+    """One that failed is put right by update_client."""
+    controller = start("controller", "--restart", "never")
     edit_template(controller, TEMPLATE.format(
         "assert os.environ.get('MOJO_WEBQQ_MSG_TTL') != '13', 'unlucky'", ""))
     before = controller.login("alice", msg_ttl="5")
@@ -7248,65 +7268,49 @@ def test_a_client_that_dies_of_its_new_settings_goes_on_with_those_of_before(sta
     assert backend_of(controller)["alice"]["given"] == {"msg_ttl": "5"}
     assert controller.call("update_client", client="alice", msg_ttl="6")["msg_ttl"] == "6"
 
-
-def test_a_client_that_failed_is_put_right_by_update_client(start):
-    controller = start("controller", "--restart", "never")
-    edit_template(controller, TEMPLATE.format(
-        "assert os.environ.get('MOJO_WEBQQ_MSG_TTL') != '13', 'unlucky'", ""))
-    assert controller.call("start_client", client="alice", msg_ttl="13")["code"] == 0
-    assert eventually(lambda: controller.state("alice").get("failed"))
-    assert controller.call("update_client", client="alice", msg_ttl="5")["code"] == 0
-    assert controller.call("/local/login", client="alice")["code"] == 0
-    row = controller.state("alice")
+    assert controller.call("start_client", client="bob", msg_ttl="13")["code"] == 0
+    assert eventually(lambda: controller.state("bob").get("failed"))
+    assert controller.call("update_client", client="bob", msg_ttl="5")["code"] == 0
+    assert controller.call("/local/login", client="bob")["code"] == 0
+    row = controller.state("bob")
     assert (row["state"], row.get("failed")) == ("running", None)
 
 
-def test_a_send_that_waits_gets_an_answer_when_settings_change(start):
-    controller = start("controller")
-    controller.login("alice", send_interval="60")
+def test_a_send_that_waits_gets_an_answer_when_settings_change(house):
+    port = house.login("fred", send_interval="60")["port"]
     sends = queue.Queue()
 
     def send(number):
-        status, _, body = request(controller.base, "/openqq/send_friend_message?" + (
-            urllib.parse.urlencode({"client": "alice", "name": "小冰", "content": str(number)})))
+        status, _, body = Face(house, "fred", controlled=True).raw(
+            "send_friend_message", name="小冰", content=str(number))
         sends.put((number, status, json.loads(body)["code"]))
 
     send(1)
     assert sends.get(timeout=WAIT) == (1, 200, 0)
     threading.Thread(target=send, args=(2,)).start()
-    port = controller.state("alice")["port"]
     assert eventually(lambda: b"openqq_send_queue_length 1" in request(
         f"http://127.0.0.1:{port}", "/metrics")[2])
-    assert controller.call("update_client", client="alice", mode="busy")["code"] == 0
+    assert house.call("update_client", client="fred", mode="busy")["code"] == 0
     number, status, code = sends.get(timeout=WAIT)
     assert number == 2 and (status, code) in ((200, -3), (503, 300), (502, 7)), (status, code)
 
 
-@pytest.mark.parametrize("round", range(much(3, 30)))
-def test_calls_of_one_name_at_once_neither_block_nor_leave_two_processes(start, round):
+def test_calls_of_one_name_at_once_neither_block_nor_leave_two_processes(start):
     controller = start("controller")
-    spin = random.Random(round)
-    calls = ["start_client", "stop_client", "update_client", "delete_client"] * 4
-    spin.shuffle(calls)
-    answers = at_once(len(calls), lambda number: controller.call(
-        calls[number], client="alice", **({"msg_ttl": str(number + 1)}
-                                          if calls[number][0] in "su" else {})))
-    assert all(answer and answer["code"] in (0, 1) for answer in answers), answers
-    controller.call("start_client", client="alice")
-    assert controller.call("/local/login", client="alice")["code"] == 0
-    row = controller.state("alice")
-    assert (row["state"], row["restarts"]) == ("running", 0)
-    alive = subprocess.run(["pgrep", "-P", str(controller.pid)], stdout=subprocess.PIPE)
-    assert alive.stdout.split() == [str(row["pid"]).encode()]
+    for number in range(much(3, 30)):
+        calls = ["start_client", "stop_client", "update_client", "delete_client"] * 4
+        random.Random(number).shuffle(calls)
+        answers = at_once(len(calls), lambda number: controller.call(
+            calls[number], client="alice", **({"msg_ttl": str(number + 1)}
+                                              if calls[number][0] in "su" else {})))
+        assert all(answer and answer["code"] in (0, 1) for answer in answers), answers
+        controller.call("start_client", client="alice")
+        assert controller.call("/local/login", client="alice")["code"] == 0
+        row = controller.state("alice")
+        assert (row["state"], row["restarts"]) == ("running", 0)
+        alive = subprocess.run(["pgrep", "-P", str(controller.pid)], stdout=subprocess.PIPE)
+        assert alive.stdout.split() == [str(row["pid"]).encode()]
     assert not re.search("Traceback|fault of this program", controller.log.text())
-
-
-@pytest.mark.parametrize("api", ["stop_client", "delete_client", "check_client", "get_qrcode",
-                                 "update_client"])
-def test_calls_for_a_client_that_is_none_say_so(pair, api):
-    if api != "check_client":
-        assert pair.call(api) == {"code": 1, "status": "client not found"}
-    assert pair.call(api, client="nobody") == {"code": 1, "status": "client not exists"}
 
 
 def test_no_more_clients_than_max_clients(start):
@@ -7334,38 +7338,33 @@ def test_no_port_left_is_code_2(start):
         controller = start("controller", "--backend-start-port", "65535")
         answer = controller.call("start_client", client="alice")
         assert (answer["code"], answer["status"]) == (2, "no available port")
-        assert controller.call("check_client") == {"client": [], "code": 0}
+        assert listed_names(controller) == []
 
 
-def test_killed_client_comes_back_without_a_scan_on_its_old_port(start, receive):
+def test_killed_client_comes_back_without_a_scan_on_its_old_port(house, receive):
+    """One that ended on purpose is not started again."""
     receiver = receive()
-    controller = start("controller", "--post-api", receiver.url)
-    first = controller.login("alice")
-    who = user(controller, "alice")
+    first = house.login("gina", post_api=receiver.url)
+    who = user(house, "gina")
     assert receiver.next(is_login)["params"] == [1]
     os.kill(first["pid"], signal.SIGKILL)
     receiver.next(lambda event: is_login(event) and event["params"] == [0])
-    state = controller.state("alice")
+    state = house.state("gina")
     assert (state["state"], state["port"]) == ("running", first["port"])
     assert state["pid"] != first["pid"]
-    assert controller.call("get_user_info", client="alice")["id"] == who["id"]
+    assert house.call("get_user_info", client="gina")["id"] == who["id"]
+    os.kill(state["pid"], signal.SIGTERM)
+    house.log.wait("client gina ended by itself")
+    assert house.state("gina")["state"] == "stop"
+    assert house.log.text().count("client gina died") == 1
+    assert house.call("start_client", client="gina")["code"] == 0
 
 
-def test_client_ended_on_purpose_is_not_started_again(start):
+def test_killed_controller_takes_its_clients_along_and_a_new_one_brings_them_back(start, receive):
+    receiver = receive()
     controller = start("controller")
-    for name, end in [("alice", lambda pid: controller.call("/openqq/stop_client?client=" + name)),
-                      ("bob", lambda pid: os.kill(pid, signal.SIGTERM))]:
-        first = controller.login(name)
-        end(first["pid"])
-        controller.log.wait(f"client {name} (stopped|ended by itself)")
-    assert controller.state("bob")["state"] == "stop"
-    assert "starting it again" not in controller.log.text()
-    assert controller.call("start_client", client="bob")["code"] == 0
-
-
-def test_killed_controller_takes_its_clients_along_and_a_new_one_brings_them_back(start):
-    controller = start("controller")
-    pids = {name: controller.login(name)["pid"] for name in ("alice", "bob")}
+    pids = {name: controller.login(name, post_api=receiver.url, post_secret="s")["pid"]
+            for name in ("alice", "bob")}
     ids = {name: user(controller, name)["id"] for name in pids}
     controller.call("stop_client", client="bob")
     controller.process.kill()
@@ -7375,6 +7374,9 @@ def test_killed_controller_takes_its_clients_along_and_a_new_one_brings_them_bac
     listed = second.call("check_client")["client"]
     assert [(row["account"], row["state"]) for row in listed] == [("alice", "running")]
     assert listed[0]["pid"] != pids["alice"]
+    receiver.next(lambda event: is_login(event) and event["params"] == [0])
+    for _, headers, body, _ in receiver.posts:
+        assert headers["X-Signature"] == "sha1=" + hmac_sha1("s", body)
 
 
 def test_new_controller_waits_for_the_clients_of_a_killed_one(start):
@@ -7395,33 +7397,30 @@ def test_new_controller_waits_for_the_clients_of_a_killed_one(start):
     assert user(second, "alice")["account"] == "alice"
 
 
-@pytest.mark.parametrize("resume, expected", [("1", ["alice"]), ("0", [])])
-def test_controller_resumes_unless_told_otherwise(start, resume, expected):
-    first = start("controller")
-    first.call("start_client", client="alice")
-    assert first.stop() == 0
-    second = start("controller", "--resume", resume)
-    listed = second.call("check_client")["client"]
-    assert [row["account"] for row in listed] == expected
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_controller_ends_cleanly_at_a_signal(start, number):
-    controller = start("controller")
-    controller.login("alice")
-    assert controller.stop(number) == 0
-    assert all_gone(controller.log)
-    assert not [name for name in left_files(controller) if "pid" in name or "qrcode" in name]
-    assert "cookie_alice.dat" in left_files(controller)
-    assert json.loads(content(controller.path("state_alice.json")))["state"] == "stop"
-    assert "Traceback" not in controller.log.text()
+def test_controller_ends_cleanly_at_a_signal_and_resumes_unless_told_otherwise(start):
+    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
+        controller = start("controller")
+        if number == signal.SIGTERM:
+            controller.call("start_client", client="alice")
+        assert listed_names(controller) == ["alice"] and user(controller, "alice")
+        assert controller.stop(number) == 0
+        assert all_gone(controller.log)
+        assert not [name for name in left_files(controller) if "pid" in name or "qrcode" in name]
+        assert "cookie_alice.dat" in left_files(controller)
+        assert json.loads(content(controller.path("state_alice.json")))["state"] == "stop"
+        assert "Traceback" not in controller.log.text()
+    assert listed_names(start("controller", "--resume", "0")) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_client_alone_ends_cleanly_at_a_signal(start, receive, number):
+    """INT without a terminal is none."""
     receiver = receive()
     client = start("client", "--account", "alice", "--post-api", receiver.url)
     receiver.next(is_qrcode)
+    client.process.send_signal(signal.SIGINT)
+    client.log.wait(r"\[warn\] .*INT")
+    assert client.call("get_client_info")["account"] == "alice"
     assert {"pid_alice.pid", "qrcode_alice.jpg"} <= left_files(client)
     assert client.stop(number) == 0
     assert not {"pid_alice.pid", "qrcode_alice.jpg"} & left_files(client)
@@ -7435,14 +7434,6 @@ def test_signal_right_after_the_first_line_ends_a_program_cleanly(start, whose):
         program = start(whose)
         assert program.stop() == 0
         assert not [name for name in left_files(program) if name.endswith(".pid")]
-
-
-def test_client_without_a_terminal_ignores_int_with_a_warning(start):
-    client = start("client", "--account", "alice")
-    client.log.wait("等待手机QQ扫描二维码")
-    client.process.send_signal(signal.SIGINT)
-    client.log.wait(r"\[warn\] .*INT")
-    assert client.call("get_client_info")["account"] == "alice"
 
 
 def test_int_at_a_terminal_ends_a_client(tmp_path):
@@ -7479,40 +7470,12 @@ def test_second_controller_and_second_client_name_the_holder_and_harm_nothing(pa
     for words, holder in [(["controller"], pair.pid),
                           (["client", "--account", "alice"], pair.state("alice")["pid"])]:
         before = pair.state("alice"), left_files(pair), content(pair.path("controller_backend.dat"))
-        status, said = run_once(*words, "--tmpdir", pair.tmpdir, "--port", "0")
-        assert status == 1
-        assert re.search(rf"\b{holder}\b", said) and "Traceback" not in said
+        done = run_openqq(*words, "--tmpdir", pair.tmpdir, "--port", "0")
+        assert done.returncode == 1
+        assert re.search(rf"\b{holder}\b", done.stderr) and "Traceback" not in done.stderr
         assert before == (pair.state("alice"), left_files(pair),
                           content(pair.path("controller_backend.dat")))
     assert pair.call("get_user_info", client="alice")["account"] == "alice"
-
-
-def test_pid_files_without_a_living_holder_block_nobody(start, receive, tmp_path):
-    receiver, foreign = receive(), str(os.getpid())
-    left = {"a": b"", "b": b"garbage\n", "c": b"2147483647\n", "d": foreign.encode() + b"\n",
-            "e": b"\xff\xfe"}
-    for name in left:
-        put(tmp_path / f"mojo_webqq_pid_{name}.pid", left[name])
-    put(tmp_path / "mojo_webqq_controller_process.pid", foreign)
-    controller = start("controller", "--post-api", receiver.url)
-    assert content(controller.path("controller_process.pid")) == f"{controller.pid}\n".encode()
-    for name in left:
-        started = controller.call("start_client", client=name)
-        receiver.next(is_qrcode)
-        assert content(controller.path(f"pid_{name}.pid")) == f"{started['pid']}\n".encode()
-
-
-def test_storable_files_of_the_perl_programs_are_set_aside(start, tmp_path):
-    storable = b"pst0\x05\x0b\x0412345678\x04\x08\x08\x03\x00\x00\x00\xff\xfe"
-    names = ["mojo_webqq_controller_backend.dat", "mojo_webqq_cookie_alice.dat"]
-    for name in names:
-        put(tmp_path / name, storable)
-    controller = start("controller")
-    controller.login("alice")
-    for name in names:
-        controller.log.wait(r"\[warn\].*" + re.escape(name))
-        assert content(tmp_path / (name + ".old")) == storable
-        assert json.loads(content(tmp_path / name))
 
 
 # What a crash, a full disk or another program may leave in a file that only grows.
@@ -7522,60 +7485,40 @@ GARBAGE_LINES = (b'\n\n\x00\xff\xfe\n1\n"x"\nnull\n[]\n{}\n[[]]\n[1]\n["x"]\n[[1
            b'{"key":5,"item":{"id":"x-1","in":"","eve')
 
 
-def test_garbage_in_queues_and_journals_stops_nobody(start, receive, tmp_path):
-    receiver = receive()
+def test_what_others_left_in_the_place_of_files_stops_nobody(start, receive, tmp_path):
+    """Garbage in queues and journals; pid files without a living holder; Storable files of the
+    Perl programs, which are set aside."""
+    receiver, foreign = receive(), str(os.getpid())
     for name in "post_alice.jsonl", "local.jsonl", "controller_post.jsonl":
         put(tmp_path / ("mojo_webqq_" + name), GARBAGE_LINES)
+    pids = {"a": b"", "b": b"garbage\n", "c": b"2147483647\n", "d": foreign.encode() + b"\n",
+            "e": b"\xff\xfe"}
+    for name in pids:
+        put(tmp_path / f"mojo_webqq_pid_{name}.pid", pids[name])
+    put(tmp_path / "mojo_webqq_controller_process.pid", foreign)
+    storable = b"pst0\x05\x0b\x0412345678\x04\x08\x08\x03\x00\x00\x00\xff\xfe"
+    olds = ["mojo_webqq_controller_backend.dat", "mojo_webqq_cookie_alice.dat"]
+    for name in olds:
+        put(tmp_path / name, storable)
     controller = start("controller", "--post-api", receiver.url)
+    assert content(controller.path("controller_process.pid")) == f"{controller.pid}\n".encode()
     controller.login("alice")
     who = user(controller, "alice")
+    for name in olds:
+        controller.log.wait(r"\[warn\].*" + re.escape(name))
+        assert content(tmp_path / (name + ".old")) == storable
+        assert json.loads(content(tmp_path / name))
     controller.call("/local/say", **{"from": "小灰", "client": "alice", "content": "hello"})
     assert receiver.message("hello")["sender"] == "小灰"
+    for name in pids:
+        started = controller.call("start_client", client=name)
+        receiver.next(is_qrcode)
+        assert content(controller.path(f"pid_{name}.pid")) == f"{started['pid']}\n".encode()
+        controller.call("delete_client", client=name)
     assert controller.stop() == 0
     second = start("controller", "--post-api", receiver.url)
     assert user(second, "alice")["id"] == who["id"]
     assert "fault of this program" not in controller.log.text() + second.log.text()
-
-
-@pytest.mark.parametrize("backend", ["[]", json.dumps({
-    "alice": 1, "../x": {"run": True, "port": 5000, "given": {}},
-    "carol": {"run": True, "port": 99999999, "given": {}},
-    "dave": {"run": True, "port": 0, "given": {"setting_of_another_version": "1"}},
-    "erin": {"run": True, "port": 0, "given": {"log_level": 7}},
-    "frank": {"run": True, "port": None, "given": []}})], ids=["no object", "bad rows"])
-def test_garbage_in_the_backend_file_stops_no_controller(start, tmp_path, backend):
-    put(tmp_path / "mojo_webqq_controller_backend.dat", backend)
-    controller = start("controller")
-    assert controller.call("start_client", client="bob")["code"] == 0
-    names = [row["account"] for row in controller.call("check_client")["client"]]
-    assert "bob" in names and not {"alice", "../x"} & set(names)
-    assert controller.stop() == 0
-    assert "fault of this program" not in controller.log.text()
-    assert json.loads(content(controller.path("controller_backend.dat")))["bob"]["run"]
-
-
-def test_accounts_file_is_started_at_boot(start, tmp_path):
-    """What is wrong with one account is said, and keeps none of the others away."""
-    accounts = put(tmp_path / "accounts.json", json.dumps({
-        "alice": {"login_type": "login", "pwd": "x", "numeric_ids": True, "post_api": None,
-                  "post_event_list": ["login", "stop"]},
-        "../x": {}, "bob": {"nonsense": 1}, "carol": ["post_api"]}))
-    controller = start("controller", "--accounts", accounts, tmpdir=tmp_path / "good")
-    for wrong in (r"\.\./x", "bob.*nonsense", "carol"):
-        controller.log.wait(r"\[error\] accounts file: .*" + wrong)
-    assert isinstance(user(controller, "alice")["uid"], int)
-    listed = controller.call("check_client")["client"]
-    assert [(row["account"], row["state"]) for row in listed] == [("alice", "running")]
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", None])
-def test_accounts_file_that_cannot_be_read_is_said_and_harms_nothing(start, tmp_path, text):
-    path = tmp_path / "accounts.json"
-    if text is not None:
-        path.write_text(text)
-    controller = start("controller", "--accounts", path)
-    controller.log.wait(r"\[error\] accounts file .* cannot be used: .*must look like")
-    assert controller.call("check_client") == {"client": [], "code": 0}
 
 
 def test_clients_have_the_documented_names_in_ps(pair):
@@ -7588,19 +7531,11 @@ def test_clients_environment_is_built_from_scratch(start):
     controller = start("controller", env={
         "PYTHONSTARTUP": "/x", "LD_PRELOAD": "", "BASH_ENV": "/x", "AWS_SECRET_ACCESS_KEY": "s",
         "OPENQQ_TOKEN": "t0ken", "MOJO_WEBQQ_MSG_TTL": "7", "MOJO_WEBQQ_ACCOUNT": "mallory"})
-    port = {"Authorization": "Bearer t0ken"}
-    body = request(controller.base, "/openqq/start_client?client=alice&mode=away", headers=port)[2]
+    body = request(controller.base, "/openqq/start_client?client=alice&mode=away",
+                   headers={"Authorization": "Bearer t0ken"})[2]
     pid = json.loads(body)["pid"]
-    environment = {}
-
-    def begun():  # before that it has its parent's
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            environment.clear()
-            environment.update(entry.split("=", 1) for entry in file.read().decode().split("\0")
-                               if entry)
-        return environment and "AWS_SECRET_ACCESS_KEY" not in environment
-
-    assert eventually(begun)
+    assert eventually(lambda: "AWS_SECRET_ACCESS_KEY" not in environment_of(pid))
+    environment = environment_of(pid)
     foreign = {name for name in environment if not name.startswith(("MOJO_WEBQQ_", "OPENQQ_"))}
     assert foreign <= {"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "TERM",
                        "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR",
@@ -7610,47 +7545,34 @@ def test_clients_environment_is_built_from_scratch(start):
     assert (environment["MOJO_WEBQQ_MODE"], environment["MOJO_WEBQQ_MSG_TTL"]) == ("away", "7")
 
 
-def test_secrets_stand_in_no_file_answer_or_log_but_the_cookie(start, receive, tmp_path):
+def test_secrets_stand_in_no_file_answer_or_log_but_the_cookie(start, receive):
+    """And all files that there are are documented, and nobody else's to read."""
     receiver = receive()
-    controller = start("controller", "--token", "S3CRET-token")
+    controller = start("controller", "--token", "S3CRET-token", "--post-api", receiver.url)
     query = urllib.parse.urlencode({"client": "alice", "pwd": "S3CRET-pwd", "login_type": "login",
                                     "post_secret": "S3CRET-post", "post_api": receiver.url})
     token = {"Authorization": "Bearer S3CRET-token"}
     answers = [request(controller.base, path, headers=token)[2] for path in (
         "/openqq/start_client?" + query, "/local/login?client=alice",
-        "/openqq/start_client?" + query, "/openqq/check_client", "/local/world",
-        "/openqq/get_client_info?client=alice")]
+        "/openqq/start_client?client=bob", "/openqq/start_client?" + query, "/openqq/check_client",
+        "/local/world", "/openqq/get_client_info?client=alice")]
     receiver.next(is_login)
-    body, signature = receiver.posts[-1][2], receiver.posts[-1][1]["X-Signature"]
-    assert signature == "sha1=" + hmac_sha1("S3CRET-post", body)
-    for name in left_files(controller):
+    _, headers, body, _ = receiver.posts[-1]
+    assert headers["X-Signature"] == "sha1=" + hmac_sha1("S3CRET-post", body)
+    controller.log.wait(r"^\[bob\].*等待手机QQ扫描二维码")
+    ends = {"cookie": ".dat", "pid": ".pid", "qrcode": ".jpg", "state": ".json", "post": ".jsonl"}
+    found = left_files(controller)
+    assert found <= {f"{what}_{name}{ends[what]}" for name in ("alice", "bob") for what in ends} | {
+        "controller_process.pid", "controller_backend.dat", "controller_template.py",
+        "controller_post.jsonl", "local.json", "local.jsonl"}
+    assert {"cookie_alice.dat", "qrcode_bob.jpg", "post_alice.jsonl", "local.json"} <= found
+    for name in found:
+        assert os.stat(controller.path(name)).st_mode & 0o777 == 0o600, name
         answers.append(content(controller.path(name)).replace(
             b"S3CRET-post", b"") if name == "cookie_alice.dat" else content(controller.path(name)))
     shown = subprocess.check_output(["ps", "-o", "args=", "-p", str(controller.pid)])
-    assert b"S3CRET" not in b"".join(answers) + shown
-    answers = [request(controller.base, "/openqq/stop_client?client=alice", headers=token)[2]]
-    assert b"S3CRET" not in answers[0] and "S3CRET" not in controller.log.text()
-    assert os.stat(controller.path("cookie_alice.dat")).st_mode & 0o777 == 0o600
-
-
-def hmac_sha1(secret, body):
-    import hmac
-    return hmac.new(secret.encode(), body, "sha1").hexdigest()
-
-
-def test_resumed_client_signs_as_before(start, receive):
-    receiver = receive()
-    first = start("controller")
-    first.login("alice", post_api=receiver.url, post_secret="s")
-    assert receiver.next(is_login)
-    assert first.stop() == 0
-    seen = len(receiver.posts)
-    second = start("controller")
-    user(second, "alice")
-    assert receiver.next(is_login)["params"] == [0]
-    assert len(receiver.posts) > seen
-    for _, headers, body, _ in receiver.posts:
-        assert headers["X-Signature"] == "sha1=" + hmac_sha1("s", body)
+    answers.append(request(controller.base, "/openqq/stop_client?client=alice", headers=token)[2])
+    assert b"S3CRET" not in b"".join(answers) + shown and "S3CRET" not in controller.log.text()
 
 
 def test_controllers_secret_signs_what_its_clients_post_to_its_post_api(start, receive):
@@ -7663,25 +7585,6 @@ def test_controllers_secret_signs_what_its_clients_post_to_its_post_api(start, r
     for _, headers, body, _ in list(receiver.posts):
         assert headers["X-Signature"] == "sha1=" + hmac_sha1("s", body)
     assert not [1 for _, headers, _, _ in list(other.posts) if headers["X-Signature"]]
-
-
-def test_only_documented_files_with_mode_0600(start, receive):
-    controller = start("controller", "--post-api", receive().url)
-    controller.login("alice")
-    controller.call("start_client", client="bob")
-    controller.log.wait(r"^\[bob\].*等待手机QQ扫描二维码")
-    controller.call("send_friend_message", client="alice", name="小冰", content="x")
-    accounts = [f"{what}_{name}" for name in ("alice", "bob") for what in (
-        "cookie", "pid", "qrcode", "state", "post")]
-    ends = {"cookie": ".dat", "pid": ".pid", "qrcode": ".jpg", "state": ".json", "post": ".jsonl"}
-    documented = {name + ends[name.split("_")[0]] for name in accounts} | {
-        "controller_process.pid", "controller_backend.dat", "controller_template.py",
-        "controller_post.jsonl", "local.json", "local.jsonl"}
-    found = left_files(controller)
-    assert found <= documented
-    assert {"cookie_alice.dat", "qrcode_bob.jpg", "post_alice.jsonl", "local.json"} <= found
-    for name in found:
-        assert os.stat(controller.path(name)).st_mode & 0o777 == 0o600, name
 
 
 def test_chinese_names_and_texts_work_in_the_c_locale(start, receive):
@@ -7733,21 +7636,6 @@ def test_planted_symlinks_lead_nowhere(start, receive, tmp_path, there):
         assert json.loads(content(outside / name)) == precious, name
 
 
-@pytest.mark.parametrize("words, name, plant", [
-    (["controller"], "controller_process.pid", os.symlink),
-    (["client", "--account", "alice"], "pid_alice.pid", os.link),
-    (["client", "--log-path", "{}/mojo_webqq_log"], "log", os.symlink)])
-def test_planted_link_at_a_pid_or_log_file_is_refused(tmp_path, words, name, plant):
-    precious = put(tmp_path / "precious", "1\n")
-    path = str(tmp_path / ("mojo_webqq_" + name))
-    plant(precious, path)
-    status, said = run_once(*[word.format(tmp_path) for word in words],
-                            "--tmpdir", tmp_path, "--port", "0")
-    assert status == 1
-    assert path in said and "Traceback" not in said
-    assert content(precious) == b"1\n"
-
-
 def test_fifo_in_the_place_of_a_file_holds_nobody_up(start, tmp_path):
     for name in PLANTED:
         os.mkfifo(str(tmp_path / ("mojo_webqq_" + name)))
@@ -7756,24 +7644,33 @@ def test_fifo_in_the_place_of_a_file_holds_nobody_up(start, tmp_path):
     assert controller.state("alice")["state"] == "running"
 
 
-@pytest.mark.parametrize("words", [["controller"], ["client", "--account", "alice"]])
-def test_tmpdir_that_cannot_be_written_is_a_clear_refusal(tmp_path, words):
-    blocked = os.path.join(put(tmp_path / "file", ""), "below")
-    status, said = run_once(*words, "--tmpdir", blocked, "--port", "0")
-    assert status == 1
-    assert blocked in said and "--tmpdir" in said and "Traceback" not in said
-
-
-@pytest.mark.parametrize("words", [["controller"], ["client"]])
-def test_port_that_is_taken_is_a_clear_refusal_and_leaves_no_pid_file(tmp_path, words):
+def test_what_stands_in_the_way_of_a_start_is_a_clear_refusal(tmp_path):
+    """A planted link at a pid or log file, a tmpdir that cannot be written, a port that is taken:
+    exit status 1, with the remedy, and no pid file is left."""
+    precious = put(tmp_path / "precious", "1\n")
+    blocked = os.path.join(precious, "below")
     with reserve() as sock:
         sock.listen(1)
         port = str(sock.getsockname()[1])
-        status, said = run_once(*words, "--tmpdir", tmp_path, "--host", "127.0.0.1",
-                                "--port", port)
-    assert status == 1
-    assert port in said and "--port" in said and "Traceback" not in said
-    assert not [name for name in os.listdir(str(tmp_path)) if name.endswith(".pid")]
+        for number, (words, said, name, plant) in enumerate([
+                (["controller"], "{path}", "controller_process.pid", os.symlink),
+                (["client", "--account", "alice"], "{path}", "pid_alice.pid", os.link),
+                (["client", "--log-path", "{path}"], "{path}", "log", os.symlink),
+                (["controller", "--tmpdir", blocked], blocked + ".*--tmpdir", "", None),
+                (["client", "--tmpdir", blocked], blocked + ".*--tmpdir", "", None),
+                (["controller", "--port", port], port + ".*--port", "", None),
+                (["client", "--port", port], port + ".*--port", "", None)]):
+            tmpdir = tmp_path / str(number)
+            tmpdir.mkdir()
+            path = str(tmpdir / ("mojo_webqq_" + name))
+            if plant:
+                plant(precious, path)
+            done = run_openqq(words[0], "--tmpdir", str(tmpdir), "--port", "0", "--host",
+                              "127.0.0.1", *[word.format(path=path) for word in words[1:]])
+            assert done.returncode == 1, words
+            assert re.search(said.format(path=re.escape(path)), done.stderr, re.DOTALL), words
+            assert "Traceback" not in done.stderr and content(precious) == b"1\n"
+            assert plant or not [name for name in os.listdir(str(tmpdir)) if name.endswith(".pid")]
 
 
 # ------------------------------------------------------------------------------------------------
