@@ -3486,6 +3486,18 @@ def together(tmp_path_factory):
         receiver.close()
 
 
+@pytest.fixture(scope="session")
+def house(tmp_path_factory):
+    """A controller for tests that have accounts of their own there, posting to house.receiver."""
+    receiver = Receiver()
+    program = Program(tmp_path_factory.mktemp("house"), "controller", "--post-api", receiver.url)
+    program.receiver = receiver
+    yield program.ready()
+    assert program.stop() == 0
+    assert "fault of this program" not in program.log.text()
+    receiver.close()
+
+
 @pytest.fixture(params=["alone", "controller"])
 def face(request):
     """alice's API on a client alone and through a controller."""
@@ -3610,8 +3622,9 @@ def test_get_client_info_tells_about_the_program(face):
         assert 0 <= row["runtime"] <= time.time() - row["starttime"] + 1
 
 
-def test_numeric_ids_makes_numbers_of_all_ids_at_once(fresh):
-    face = logged_in(fresh(numeric_ids=1))
+def test_numeric_ids_makes_numbers_of_all_ids_at_once(house, receive):
+    face = Face(house, "ida", receive(), True)
+    house.login("ida", numeric_ids=1, post_api=face.receiver.url)
     assert_object(face.call("get_user_info"), "user", True)
     for api, kind, _ in LISTS:
         for row in face.call(api):
@@ -4451,49 +4464,43 @@ def test_relogin_shows_a_new_code_and_changes_the_ids(alone, together):
         assert face.receiver.message("back")["sender_id"] == face.friend("小灰")["id"]
 
 
-def test_stop_client_on_a_client_stops_it_in_3_seconds(start, tmp_path):
-    clients = {method: start("client", "--account", "alice", tmpdir=tmp_path / method)
-               for method in ("GET", "POST")}
-    for method, client in clients.items():  # in any state: nobody has scanned yet
-        before = time.time()
-        answer = json.loads(request(client.base, "/openqq/stop_client", method)[2])
+def test_stop_client_on_a_client_stops_it_in_3_seconds(house):
+    before, bases = time.time(), {}
+    for method in "GET", "POST":  # in any state: nobody has scanned yet
+        started = house.call("start_client", client="stopped" + method)
+        bases[method] = f"http://127.0.0.1:{started['port']}"
+        answer = json.loads(request(bases[method], "/openqq/stop_client", method)[2])
         assert answer == {
-            "account": "alice", "code": 0, "pid": client.pid, "runtime": answer["runtime"],
-            "starttime": answer["starttime"],
-            "status": f"success, client({client.pid}) will stop in 3 seconds"}
-        assert type(answer["runtime"]) is int and type(answer["starttime"]) is int
-        assert answer["starttime"] <= before and client.process.poll() is None
-    for client in clients.values():
-        assert client.process.wait(WAIT) == 0
-        assert sorted(os.listdir(client.tmpdir))
-        assert not os.path.exists(client.path("pid_alice.pid"))
-        assert not os.path.exists(client.path("qrcode_alice.jpg"))
+            "account": "stopped" + method, "code": 0, "pid": started["pid"],
+            "runtime": answer["runtime"], "starttime": answer["starttime"],
+            "status": f"success, client({started['pid']}) will stop in 3 seconds"}
+        assert type(answer["runtime"]) is int and before - 1 <= answer["starttime"] <= time.time()
+    assert call(bases["POST"], "get_client_info")["code"] == 0  # until then it serves
+    for method in bases:
+        house.log.wait(f"client stopped{method} ended by itself")
+        assert left_files(house, f"_stopped{method}") == {f"state_stopped{method}.json",
+                                                          f"post_stopped{method}.jsonl"}
 
 
-def test_login_by_password_needs_no_scan(fresh):
-    face = fresh(login_type="login", pwd="whatever")
-    assert face.event("login") in ([0], [1])
-    assert face.call("get_user_info")["account"] == "alice"
-    assert "ticket=" not in face.program.log.text()
-    for name in os.listdir(face.program.tmpdir):
-        with open(os.path.join(face.program.tmpdir, name), "rb") as file:
-            assert b"whatever" not in file.read(), name
+def test_login_by_password_needs_no_scan(house, receive):
+    receiver = receive()
+    house.call("start_client", client="paul", login_type="login", pwd="whatever",
+               post_api=receiver.url)
+    assert receiver.next(is_login)["params"] in ([0], [1])
+    assert house.call("get_user_info", client="paul")["account"] == "paul"
+    assert not re.search(r"\[paul\].*ticket=", house.log.text())
+    for name in left_files(house):
+        assert b"whatever" not in content(house.path(name)), name
 
 
-def test_a_client_that_may_show_no_code_stops(start):
-    client = start("client", "--account", "alice", "--qrcode-count-max", "0")
-    assert client.process.wait(WAIT) == 0
-    with open(client.path("state_alice.json"), encoding="utf-8") as file:
-        assert json.load(file)["state"] == "stop"
-
-
-def test_lists_that_are_not_wanted_stay_empty(start):
-    client = start("client", "--account", "alice", "--is-init-friend", "0", "--is-init-group",
-                   "0", "--is-init-discuss=0")
-    assert client.call("/local/login", client="alice")["code"] == 0
+def test_a_client_that_may_show_no_code_stops_and_lists_that_are_not_wanted_stay_empty(house):
+    house.call("start_client", client="quin", qrcode_count_max=0)
+    house.log.wait("client quin ended by itself")
+    assert house.state("quin")["state"] == "stop"
+    house.login("rosa", is_init_friend=0, is_init_group=0, is_init_discuss=0)
     for api, _, _ in LISTS:
-        assert client.call(api) == []
-    assert client.call("get_user_info")["name"] == "alice"
+        assert house.call(api, client="rosa") == []
+    assert house.call("get_user_info", client="rosa")["name"] == "rosa"
 
 
 # -- the world
@@ -6638,18 +6645,6 @@ def reserve():
 
 def hmac_sha1(secret, body):
     return hmac.new(secret.encode(), body, "sha1").hexdigest()
-
-
-@pytest.fixture(scope="session")
-def house(tmp_path_factory):
-    """A controller for tests that have accounts of their own there, posting to house.receiver."""
-    receiver = Receiver()
-    program = Program(tmp_path_factory.mktemp("house"), "controller", "--post-api", receiver.url)
-    program.receiver = receiver
-    yield program.ready()
-    assert program.stop() == 0
-    assert "fault of this program" not in program.log.text()
-    receiver.close()
 
 
 def listed_names(controller):
