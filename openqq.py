@@ -11861,7 +11861,8 @@ class Answers:
         """
         if row["post_type"] == "event":
             if row["event"] in ("friend_request", "group_request") and "approve" in answer:
-                accept, ticket = self._is_set(answer, "approve"), str(row["params"][0].get("ticket"))
+                ticket = str(row["params"][0].get("ticket"))
+                accept = self._is_set(answer, "approve")
                 if row["event"] == "friend_request":
                     self._do("answer_request", ticket, accept, "")
                 else:
