@@ -12098,16 +12098,16 @@ class Api:
 
     def _get_media(self, request: Request) -> Response:
         id, _, number = request.params.get("id", "").partition(".")
-        seen = self.client.talk.remembered(id) if re.fullmatch("[0-9]{1,4}", number) else None
-        files = dict(enumerate(seen.get("media") or ())) if seen else {}
-        file = files.get(int(number), {}) if files else {}
-        if seen and file.get("file_id"):  # the bridge's URLs end, so it is asked now
-            try:
+        seen = self.client.talk.remembered(id) or {}
+        file = {str(place): file for place, file in enumerate(seen.get("media") or ())}.get(
+            number, {})
+        if file.get("file_id"):  # the bridge's URLs end, so it is asked now
+            with contextlib.suppress(Declined):
                 url = self.client.link.file_url({**file, "group": seen.get("group_uid"),
                                                  "uid": seen.get("sender_uid")})
-            except Declined:
-                url = ""
-            return Response(b"", "", 302, {"Location": url}) if url else Response(b"", "", 404)
+                if url:
+                    return Response(b"", "", 302, {"Location": url})
+            return Response(b"", "", 404)
         row = self.client.papers.shelf.get(id)
         data = read_file(row["media_path"]) if row else None
         if row is None or data is None:
@@ -12917,7 +12917,7 @@ class Supervisor:
                 if KEPT_ENVIRONMENT.fullmatch(name)}
         flavour, settings = self._owner.flavour, self._owner.settings
         given = {**{name: SETTINGS[name].text(getattr(settings, name)) for name in SHARED},
-                 **inherited(flavour), **child.given,
+                 **self._owner.inherited, **child.given,
                  "account": child.name, "port": str(child.port)}
         if not given.get("post_api") and settings.post_api:
             given["post_api"], given["post_secret"] = settings.post_api, settings.post_secret
@@ -13015,12 +13015,6 @@ class Supervisor:
         elif state not in LOGGING_IN and child.waiting:
             child.waiting.cancel()
             child.waiting = None
-
-
-def inherited(flavour: Type[Flavour]) -> Dict[str, str]:
-    """Client settings in the controller's own environment: defaults for all its clients."""
-    return {name: value for name, value in from_environment(os.environ, flavour.environ).items()
-            if SETTINGS[name].whose == "client" and name != "account"}
 
 
 def open_port(first: int, wish: int = 0) -> socket.socket:
@@ -13198,6 +13192,9 @@ class Controller:
                       backend_path=start + "controller_backend.dat",
                       template_path=start + "controller_template.py")
         self.settings, self._start = settings, start
+        self.inherited = {  # client settings in our environment: defaults for all clients
+            name: value for name, value in from_environment(os.environ, flavour.environ).items()
+            if SETTINGS[name].whose == "client" and name != "account"}
         self._addresses = listen or [{}]
         self.log = open_log(settings, f"[{flavour.ps}c][{os.getpid()}]")
         # Guards former, _turns, _dirty, the supervisor and its children. Those who wait for the
@@ -13447,7 +13444,7 @@ class Controller:
 
     def tell(self, child: Child, event: str, params: List[Json], **more: Json) -> Row:
         """Let those who read the events know of a client, with numbers where its own have them."""
-        given = {**inherited(self.flavour), **child.given}
+        given = {**self.inherited, **child.given}
         row = event_row(event, params)
         if SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0")):
             row = numbered(row)
@@ -13570,7 +13567,7 @@ class ControllerApi:
         for child in children:
             row = read_json(self._controller.path_of(child, "state_path"), self._controller.log)
             lives = child.process is not None and row.get("pid") == child.pid
-            given = {**inherited(self._flavour), **child.given}
+            given = {**self._controller.inherited, **child.given}
             row.update(account=child.name, pid=child.pid, port=child.port, link=link_of(given.get),
                        restarts=max(0, child.restarts), since=str(int(child.since)))
             if not lives:
