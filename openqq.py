@@ -13346,7 +13346,7 @@ class Controller:
         with self.lock:
             former = supervisor.children.get(name)
             supervisor.wait(lambda: not former or not former.busy())
-            self._check_start()
+            self.check_start()
             if any(other != name and other.lower() == name.lower() for other in (
                     *supervisor.children, *self.former)):
                 raise NotAllowed("client name not allowed: it differs only in case from another")
@@ -13361,18 +13361,6 @@ class Controller:
         with self.lock:
             self.former.pop(name, None)
         return child
-
-    def update_client(self, child: Child, given: Dict[str, str]) -> None:
-        """Let a client have some settings anew, and return when it has begun with them, at once
-        if they are what it has. TooManyClients, ClientDied, NotRunning, TooSlow."""
-        settings = renewed(child.given, given)
-        if settings == child.given and not cleared(given):
-            return
-        with self.lock:
-            self._check_start(child.alive())
-            self.changed()
-            self.supervisor.renew(child, settings, cleared(given) | {
-                name for name in child.forget if name not in settings})
 
     def stop_client(self, child: Child, event: str = "client_stopped") -> None:
         """End a client, if it runs, and let those who read the events know, as check_client
@@ -13399,8 +13387,9 @@ class Controller:
         if len(self.former) > MEMORY_LIMIT:
             del self.former[next(iter(self.former))]
 
-    def _check_start(self, alive: bool = False) -> None:
-        """Whether a process may be made, for a client that is alive or not."""
+    def check_start(self, alive: bool = False) -> None:
+        """A process may be made, for a client that is alive or not; NotRunning, TooManyClients,
+        ClientDied."""
         if self.supervisor.ending:
             raise NotRunning("stopping")
         children = self.supervisor.children
@@ -13531,10 +13520,18 @@ class ControllerApi:
             return {**row, **controller.start_client(name, given).shown(), "account": name}
 
     def update_client(self, request: Request) -> Row:
-        """Change settings of a client, which begins anew with them: all or none, but no paths."""
-        with self._controller.turn(self._name(request)):
-            child = self._child(request)
-            self._controller.update_client(child, check_params(request.keys(), paths=False))
+        """Change settings of a client, which begins anew with them, unless it has them: all or
+        none, but no paths. Answers when it has begun."""
+        controller = self._controller
+        with controller.turn(self._name(request)):
+            child, given = self._child(request), check_params(request.keys(), paths=False)
+            settings, forget = renewed(child.given, given), cleared(given)
+            if settings != child.given or forget:
+                with controller.lock:
+                    controller.check_start(child.alive())
+                    controller.changed()
+                    controller.supervisor.renew(child, settings, forget | {
+                        name for name in child.forget if name not in settings})
             return {**child.shown(), "account": child.name}
 
     def stop_client(self, request: Request) -> Row:
