@@ -11962,6 +11962,7 @@ class Api:
     the one that `does` names, or, with `link`, by the link. What was done or not is then answered
     as the row says."""
 
+    FLAGS = ("accept", "enable")  # words of a row's `link` that hold unless they are 0
     NOT_FOUND = {"code": 100, "status": "object not found"}
     FAILURE = {"code": 201, "status": "failure"}
 
@@ -12238,6 +12239,7 @@ class Api:
         for name, _, word in [pair.partition("=") for pair in pairs]:
             find = getattr(self, "_the_" + word, None)
             given[name] = (find(request.params, given) if find
+                           else request.params.get(word, "1") != "0" if word in self.FLAGS
                            else request.params.get(word, ""))
         return bool(getattr(self.client.link, method)(**{
             name: value.uid if isinstance(value, Thing) else value
@@ -12356,12 +12358,6 @@ class Api:
         if not re.fullmatch("[0-9]{1,16}", params.get("code", "")):
             raise BadRequest(400, "code must be digits")
         return params["code"]
-
-    def _the_accept(self, params: Params, given: Row) -> bool:
-        return params.get("accept", "1") != "0"
-
-    def _the_enable(self, params: Params, given: Row) -> bool:
-        return params.get("enable", "1") != "0"
 
     def _the_new_name(self, params: Params, given: Row, name: str = "name") -> str:
         if not params.get(name):
