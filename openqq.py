@@ -871,7 +871,7 @@ class Timers:
             self._wake()
         return timer
 
-    def watch(self, sock: socket.socket, function: Callable[[], None]) -> None:
+    def watch(self, sock: socket.socket, function: Callable[[], Any]) -> None:
         """Have function() called, with the lock held, whenever the socket can be read."""
         self._selector.register(sock, selectors.EVENT_READ, function)
         self._wake()  # some systems' selectors take no notice while they wait
@@ -1177,8 +1177,8 @@ SETTINGS = {setting.name: setting for setting in [
     _controller("backend_start_port", None, "first port for clients: 5000 (weixin 3000)",
         "客户端的起始端口", _port),
     _controller("max_clients", 100, "clients alive at once", "同时运行的客户端数"),
-    _controller("check_interval", 5.0, "seconds between two looks at clients' processes, besides "
-        "noticing their end at once", "检查客户端进程的间隔秒数", between=(0, 1_000_000)),
+    _controller("check_interval", 5.0, "without effect: the end of a client is noticed at once",
+        "不起作用：客户端结束时立即得知", between=(0, 1_000_000)),
     _controller("template_path", "", "the script that clients run: in tmpdir", "客户端运行的脚本", _path),
     _controller("backend_path", "", "file with the clients: in tmpdir", "记录客户端的文件", _path),
     _controller("accounts", "", "JSON file, name to settings, started at boot",
@@ -10661,22 +10661,31 @@ class Media:
         name = next((name for name in names if params.get(name)), "")
         if not name:
             return None
-        given, path = params[name], None
-        try:
-            if name == "media_data":
-                data, title = self.read_base64(given), "picture"
-            elif name == "media_url" or is_url(given):  # 001 has addresses in media_path too
-                if self.client.link.fetches and not self.leads_here(given):
-                    return self.linked(given, params.get("media_name"))
-                data, title = self.read_url(given)
-            else:
-                path = os.path.realpath(given)
-                data, title = self.read_path(given), os.path.basename(given)
-        except Unreachable as error:
-            raise BadRequest(400, f"{name}: {error.status}") from None
+        given, path, title = params[name], None, "picture"
+        chosen = params.get("media_name")
+        if name == "media_data":
+            try:
+                data = base64.b64decode(re.sub(r"\s", "", given), validate=True)
+            except ValueError:
+                raise BadRequest(400, "media_data is not base64") from None
+        elif name == "media_url" or is_url(given):  # 001 has addresses in media_path too
+            try:
+                fetched = self.client.link.fetches and not self.leads_here(given)
+                data = b"" if fetched else self.read_url(given)
+            except Unreachable as error:
+                raise BadRequest(400, f"{name}: {error.status}") from None
+            title = urllib.parse.urlsplit(given).path.rpartition("/")[2] or title
+            if fetched:  # by the bridge
+                row = unkept_media(data, chosen or title)
+                if row["media_mime"].partition("/")[0] not in SEGMENTS:
+                    row["media_mime"] = "image/jpeg"
+                return {**row, "url": given, "media_size": None}
+        else:
+            data, path = self.read_path(given), os.path.realpath(given)
+            title = os.path.basename(path)
         if len(data) > MEDIA_LIMIT:
             raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
-        title = params.get("media_name") or params.get(name + ".filename") or title
+        title = chosen or params.get(name + ".filename") or title
         try:
             return {**shelf.put(data, title), "path": path}
         except OSError as error:
@@ -10711,21 +10720,6 @@ class Media:
         except Unreachable as error:
             raise BadRequest(400, f"an address in a CQ code: {error.status}") from None
 
-    def linked(self, url: str, name: Optional[str]) -> Row:
-        """What a Shelf tells of media, for those that somebody else will fetch."""
-        name = name or urllib.parse.urlsplit(url).path.rpartition("/")[2]
-        row = unkept_media(b"", name or "picture")
-        known = row["media_mime"].partition("/")[0] in SEGMENTS
-        return {**row, "url": url, "media_size": None,
-                "media_mime": row["media_mime"] if known else "image/jpeg"}
-
-    def read_base64(self, text: str) -> bytes:
-        """BadRequest for what is none."""
-        try:
-            return base64.b64decode(re.sub(r"\s", "", text), validate=True)
-        except ValueError:
-            raise BadRequest(400, "media_data is not base64") from None
-
     def read_path(self, path: str) -> bytes:
         """A file that callers may name: within tmpdir, and none of this program's own but media.
         NotAllowed, BadRequest."""
@@ -10736,31 +10730,28 @@ class Media:
                        + Shelf.NAME.pattern,
                        (settings.cookie_path, settings.state_path, settings.pid_path,
                         settings.log_path))
+            data = read_file(path, MEDIA_LIMIT)
         except NotAllowed as error:
             raise NotAllowed(f"{error.status}: put the file into {settings.tmpdir}, "
                              "or give media_data or media_url") from None
-        try:
-            data = read_file(path, MEDIA_LIMIT)
         except OSError:
             raise BadRequest(400, f"media_path over {MEDIA_LIMIT} bytes") from None
         if not data:
             raise BadRequest(400, "media_path cannot be read")
         return data
 
-    def read_url(self, url: str) -> Tuple[bytes, str]:
+    def read_url(self, url: str) -> bytes:
         """A picture from anywhere but from this program (MEDIA_MARK). Unreachable."""
-        until, given = time.monotonic() + self.SECONDS, url
+        until = time.monotonic() + self.SECONDS
         for _ in range(self.HOPS + 1):
             reply = fetch(url, fields={MEDIA_MARK: "1", "User-Agent": "openqq/" + VERSION},
                           seconds=max(0.1, until - time.monotonic()))
-            target = redirect_of(url, reply)
-            if not target:
-                data = reply.read(MEDIA_LIMIT + 1)
+            url = redirect_of(url, reply)
+            data = reply.read(MEDIA_LIMIT + 1)
+            if not url:
                 if reply.status != 200 or not data:
                     raise Unreachable(f"the server answers {reply.status}")
-                return data, urllib.parse.urlsplit(given).path.rpartition("/")[2] or "picture"
-            reply.read(BATCH_LIMIT)
-            url = target
+                return data
         raise Unreachable(f"over {self.HOPS} redirects")
 
 
@@ -10790,10 +10781,12 @@ class Answers:
         """
         if row["post_type"] == "event":
             if row["event"] in ("friend_request", "group_request") and "approve" in answer:
-                accept, ticket = self._is_set(answer, "approve"), row["params"][0].get("ticket")
-                verb, last = ("answer_request", "") if row["event"] == "friend_request" else (
-                    "answer_group_request", self._text(answer, "reason"))
-                self._do(verb, str(ticket), accept, last)
+                ticket = str(row["params"][0].get("ticket"))
+                accept = self._is_set(answer, "approve")
+                if row["event"] == "friend_request":
+                    self._do("answer_request", ticket, accept, "")
+                else:
+                    self._do("answer_group_request", ticket, accept, self._text(answer, "reason"))
             return
         received, group = row["class"] == "recv", str(row.get("group_uid") or "")
         sender, text = str(row.get("sender_uid") or ""), self._text(answer, "reply")
@@ -10819,25 +10812,27 @@ class Answers:
                 if self._is_set(answer, flag):
                     seconds = str(answer.get(length, 60))
                     if not re.fullmatch("[0-9]{1,9}", seconds):
-                        self._client.log.warn(f"{length} in an answer of post_api must be a "
-                                              "number of seconds")
+                        self._warn(length, "a number of seconds")
                         seconds = "60"
                     self._do("mute", group, [sender], max(60, int(seconds)))
             if self._is_set(answer, "kick"):
                 self._do("kick", group, [sender])
 
+    def _warn(self, name: str, wanted: str) -> None:
+        self._client.log.warn(f"{name} in an answer of post_api must be {wanted}")
+
     def _is_set(self, answer: Row, name: str) -> bool:
-        """1, "1" and true are alike; the log tells of what is no such thing."""
+        """1, "1" and true are alike."""
         value = answer.get(name)
         if value not in (None, 0, 1, "0", "1"):  # True is 1
-            self._client.log.warn(f"{name} in an answer of post_api must be 0 or 1")
+            self._warn(name, "0 or 1")
         return value in (1, "1")
 
     def _text(self, answer: Row, name: str) -> str:
         value = answer.get(name)
         if isinstance(value, (bool, list, dict)):
             if value is not False:
-                self._client.log.warn(f"{name} in an answer of post_api must be text")
+                self._warn(name, "text")
             return ""
         return value if isinstance(value, str) else scalar(value) or ""
 
@@ -10886,8 +10881,10 @@ class Answers:
 
 class Api:
     """The client server's API: what the row NAME of VERBS tells of is done by the method _NAME, by
-    the one that `does` names, or by act()."""
+    the one that `does` names, or, with `link`, by the link. What was done or not is then answered
+    as the row says."""
 
+    FLAGS = ("accept", "enable")  # words of a row's `link` that hold unless they are 0
     NOT_FOUND = {"code": 100, "status": "object not found"}
     FAILURE = {"code": 201, "status": "failure"}
 
@@ -10899,18 +10896,23 @@ class Api:
 
     def handler(self, verb: Verb) -> Callable[[Request], Any]:
         """What a route calls for a row of VERBS."""
-        name, *args = verb.does.split() or [verb.name]
-        act: Callable[[Request], Any] = functools.partial(
-            self.act, verb) if verb.link else functools.partial(getattr(self, "_" + name), *args)
+        name, *args = ["act", verb.link] if verb.link else verb.does.split() or [verb.name]
+        act = functools.partial(getattr(self, "_" + name), *args)
 
-        def when_running(request: Request) -> Any:
-            if self.client.state != "running":
+        def handle(request: Request) -> Any:
+            link = self.client.link
+            if not verb.any_state and self.client.state != "running":
                 raise NotRunning(state=self.client.state)
-            if verb.name in self.client.link.lacks:
+            if not verb.any_state and verb.name in link.lacks:
                 return Response(b"", "", 503) if verb.gives == "image" else {
                     "code": 201, "status": "not with this link"}
-            return act(request)
-        return act if verb.any_state else when_running
+            done = act(request)
+            if not isinstance(done, bool):
+                return done
+            code, _, status = (verb.yes if done else verb.no).partition(" ")
+            return {**{name: request.params.get(name) for name in verb.echo.split()},
+                    "code": int(code), "status": status}
+        return handle
 
     # -- who is meant
 
@@ -11019,16 +11021,16 @@ class Api:
 
     def _get_media(self, request: Request) -> Response:
         id, _, number = request.params.get("id", "").partition(".")
-        seen = self.client.talk.remembered(id) if re.fullmatch("[0-9]{1,4}", number) else None
-        files = dict(enumerate(seen.get("media") or ())) if seen else {}
-        file = files.get(int(number), {}) if files else {}
-        if seen and file.get("file_id"):  # the bridge's URLs end, so it is asked now
-            try:
+        seen = self.client.talk.remembered(id) or {}
+        file = {str(place): file for place, file in enumerate(seen.get("media") or ())}.get(
+            number, {})
+        if file.get("file_id"):  # the bridge's URLs end, so it is asked now
+            with contextlib.suppress(Declined):
                 url = self.client.link.file_url({**file, "group": seen.get("group_uid"),
                                                  "uid": seen.get("sender_uid")})
-            except Declined:
-                url = ""
-            return Response(b"", "", 302, {"Location": url}) if url else Response(b"", "", 404)
+                if url:
+                    return Response(b"", "", 302, {"Location": url})
+            return Response(b"", "", 404)
         row = self.client.papers.shelf.get(id)
         data = read_file(row["media_path"]) if row else None
         if row is None or data is None:
@@ -11151,21 +11153,19 @@ class Api:
 
     # -- what the link does of itself (CONTRACT 5 and 10)
 
-    def act(self, verb: Verb, request: Request) -> Json:
+    def _act(self, what: str, request: Request) -> bool:
         """Have the link do what a row of VERBS says. A method _the_WORD finds what the parameters
         mean, and may end the call with an Answer; other words are parameters' names."""
-        method, *pairs = verb.link.split()
+        method, *pairs = what.split()
         given: Row = {}
         for name, _, word in [pair.partition("=") for pair in pairs]:
             find = getattr(self, "_the_" + word, None)
             given[name] = (find(request.params, given) if find
+                           else request.params.get(word, "1") != "0" if word in self.FLAGS
                            else request.params.get(word, ""))
-        done = getattr(self.client.link, method)(**{
+        return bool(getattr(self.client.link, method)(**{
             name: value.uid if isinstance(value, Thing) else value
-            for name, value in given.items()})
-        code, _, status = (verb.yes if done else verb.no).partition(" ")
-        return {**{name: request.params.get(name) for name in verb.echo.split()},
-                "code": int(code), "status": status}
+            for name, value in given.items()}))
 
     def _the_group(self, params: Params, given: Row) -> Any:
         return self.one("group", params, self.flavour.keys["place"], self.NOT_FOUND)
@@ -11174,57 +11174,50 @@ class Api:
         """The uids of members of that group, who are named by id or uid."""
         group, names = given["group"], self.flavour.keys["members"]
         name = next((name for name in names if params.get(name)), "")
-        key = "uid" if name.endswith("uid") else "id"
         if name:
             self.client.details.wait([group])
-        return self._uids(params.get(name, ""), "member",
-                          lambda person: self.members(group, {key: person}))
+        return self._uids(params.get(name, ""), "member", lambda person: self.members(
+            group, {"uid" if name.endswith("uid") else "id": person}))
+
+    def _the_member(self, params: Params, given: Row) -> str:
+        return self._the_members(params, given)[0]
 
     def _the_friends(self, params: Params, given: Row) -> List[str]:
         return self._uids(params.get("friends", ""), "friend",
                           lambda person: self.client.roster.search("friend", {"id": person}))
 
     def _uids(self, text: str, what: str, find: Callable[[str], List[Any]]) -> List[str]:
-        names = [name for name in text.split(",") if name]
-        if not names:
-            raise Answer({"code": 200, "status": f"{what} id empty"})
         uids = []
-        for name in names:
+        for name in filter(None, text.split(",")):
             found = find(name)
             if not found:
                 raise Answer({"code": 100, "status": self.flavour.unknown.format(
                     what=what, name=name)})
             uids.append(found[0].uid)
+        if not uids:
+            raise Answer({"code": 200, "status": f"{what} id empty"})
         return uids
-
-    def _the_member(self, params: Params, given: Row) -> str:
-        return self._the_members(params, given)[0]
 
     def _the_friend(self, params: Params, given: Row) -> Any:
         return self.one("friend", params, ("uid", "id"), self.NOT_FOUND)
-
-    def _the_enable(self, params: Params, given: Row) -> bool:
-        return params.get("enable", "1") != "0"
 
     def _shutup_group_member(self, request: Request) -> Json:
         params, link = request.params, self.client.link
         group = self._the_group(params, {})
         if params.get("all") == "1" and not any(map(params.get, self.flavour.keys["members"])):
-            done = link.mute_all(group.uid, params.get("time") != "0")
-        else:
-            seconds = self._the_time(params)
-            done = link.mute(group.uid, self._the_members(params, {"group": group}), seconds)
-        return {"code": 0, "status": "success"} if done else self.FAILURE
+            return link.mute_all(group.uid, params.get("time") != "0")
+        minutes = params.get("time", "")  # 004 and the program; 003 erred; 0 lifts
+        if not re.fullmatch("[0-9]+", minutes):
+            raise Answer({"code": 400, "status": "shutup time missing or error"})
+        return link.mute(group.uid, self._the_members(params, {"group": group}),
+                         int(minutes[:9]) * 60)
 
     def _poke(self, request: Request) -> Json:
-        params, group = request.params, None
-        if any(map(params.get, self.flavour.keys["place"])):
-            group = self._the_group(params, {})
-            uid = self._the_member(params, {"group": group})
-        else:
-            uid = self._the_friend(params, {}).uid
-        done = self.client.link.poke(uid, group.uid if group else "")
-        return {"code": 0, "status": "success"} if done else self.FAILURE
+        params, link = request.params, self.client.link
+        if not any(map(params.get, self.flavour.keys["place"])):
+            return link.poke(self._the_friend(params, {}).uid, "")
+        group = self._the_group(params, {})
+        return link.poke(self._the_member(params, {"group": group}), group.uid)
 
     def _call_action(self, request: Request) -> Json:
         action, text = request.params.get("action", ""), request.params.get("params") or "{}"
@@ -11243,22 +11236,12 @@ class Api:
             return {**self.FAILURE, "retcode": row.get("retcode"), "info": wording(row)}
         return {"code": 0, "data": row.get("data"), "status": "success"}
 
-    def _the_time(self, params: Params) -> int:
-        """`time`, which is in minutes (004 and the program; 003 erred); 0 lifts."""
-        minutes = params.get("time", "")
-        if not re.fullmatch("[0-9]+", minutes):
-            raise Answer({"code": 400, "status": "shutup time missing or error"})
-        return int(minutes[:9]) * 60
-
     def _the_person(self, params: Params, given: Row) -> Any:
         """A friend, or with group_id somebody in a group."""
         if not params.get("group_id"):
             return self.one("friend", params, missing=self.NOT_FOUND)
-        keys = {name: params[name] for name in self.flavour.keys["friend"] if params.get(name)}
-        for group in self.find("group", params, ("group_id",)):
-            for member in self.client.roster.members(group, keys):
-                return member
-        raise Answer(self.NOT_FOUND)
+        return self._somebody_in(self.find("group", params, ("group_id",)), {
+            name: params[name] for name in self.flavour.keys["friend"] if params.get(name)})
 
     def _the_stranger(self, params: Params, given: Row) -> Any:
         """Somebody, by id, whom one shares a group with and who is no friend yet."""
@@ -11267,8 +11250,11 @@ class Api:
             raise Answer({"code": 101, "status": "can not be yourself"})
         if roster.search("friend", {"id": name}):
             raise Answer({"code": 101, "status": "already a friend"})
-        for group in list(roster.group.values()):
-            for member in roster.members(group, {"id": name}):
+        return self._somebody_in(list(roster.group.values()), {"id": name})
+
+    def _somebody_in(self, groups: List[Any], keys: Mapping[str, str]) -> Any:
+        for group in groups:
+            for member in self.client.roster.members(group, keys):
                 return member
         raise Answer(self.NOT_FOUND)
 
@@ -11295,17 +11281,13 @@ class Api:
             raise BadRequest(400, "code must be digits")
         return params["code"]
 
-    def _the_accept(self, params: Params, given: Row) -> bool:
-        return params.get("accept", "1") != "0"
-
-    def _the_new_displayname(self, params: Params, given: Row, name: str = "new_displayname"
-                             ) -> str:
+    def _the_new_name(self, params: Params, given: Row, name: str = "name") -> str:
         if not params.get(name):
             raise Answer(self.FAILURE)
         return params[name]
 
-    def _the_new_name(self, params: Params, given: Row) -> str:
-        return self._the_new_displayname(params, given, "name")
+    def _the_new_displayname(self, params: Params, given: Row) -> str:
+        return self._the_new_name(params, given, "new_displayname")
 
     def _create_group(self, request: Request) -> Json:
         uids = self._the_friends(request.params, {})
@@ -11322,11 +11304,9 @@ class Api:
 
     def _stick(self, request: Request) -> Json:
         params, keys = request.params, self.flavour.keys
-        if not (self.find("friend", params, keys["friend"])
-                or self.find("group", params, keys["group"])):
+        if not any(self.find(kind, params, keys[kind]) for kind in ("friend", "group")):
             return self.NOT_FOUND
-        good = params.get("op", "1") in ("0", "1")
-        return {"code": 0, "status": "success"} if good else self.FAILURE
+        return params.get("op", "1") in ("0", "1")
 
     # -- events, life cycle (CONTRACT 6 and 8)
 
@@ -11375,11 +11355,17 @@ def qrcode_response(picture: Optional[bytes], flavour: Type[Flavour]) -> Respons
                     fields={"Cache-Control": "no-cache"})
 
 
-def api_routes(verbs: Iterable[Verb], handler: Callable[[Verb], Callable[[Request], Any]]
-               ) -> List[Route]:
-    """The routes of calls, under both prefixes."""
-    return [Route(prefix + verb.name, verb.methods, handler(verb))
-            for prefix in PREFIXES for verb in verbs]
+def all_routes(flavour: Type[Flavour], settings: Settings, verbs: Iterable[Verb],
+               handler: Callable[[Verb], Callable[[Request], Any]],
+               index: Callable[[Request], Response], from_bridge: Callable[[Request], Any],
+               pages: Optional[LocalPages], is_controller: bool) -> List[Route]:
+    """What a client or a controller serves: calls under both prefixes, and what stands besides."""
+    routes = [Route(prefix + verb.name, verb.methods, handler(verb))
+              for prefix in PREFIXES for verb in verbs]
+    routes += [HEALTH, Route("/", READ, index, open=True),
+               *[Route(path, "POST", from_bridge, open=True) for path in BRIDGES],
+               *(pages.routes() if pages else [])]
+    return routes + openapi_routes(flavour, bool(settings.token), routes, is_controller)
 
 
 class ClientApp(App):
@@ -11468,70 +11454,60 @@ def openqq_plugin(client: Client, data: Row) -> None:
     """Openqq: the HTTP API, and what is posted and asked of others.
 
     `data` may hold `listen`, a list of {"host", "port"}, and any setting (003: post_api …); what
-    it does not name is as the client's settings say. Refusal if an address cannot be had.
+    it does not name is as the client's settings say. A controller hands down a socket of its own
+    instead. Refusal if an address cannot be had.
     """
+    log, flavour, parent = client.log, client.flavour, client.parent
     settings = client.settings.with_(
         {name: value for name, value in data.items() if name != "listen"})
+    settings.fill(port=flavour.client_port)
     store = Store(settings.check_event_list_max_size)
-    if client.parent and not client.outlets:
-        store.relay = client.parent.add
+    if parent and not client.outlets:
+        store.relay = parent.add
     api = Api(client, store, settings.numeric_ids)
     answers = Answers(client, api.media, settings.post_api)
     reporter = Reporter(
-        settings.post_api, settings.post_secret, client.spool, client.timers, client.log,
+        settings.post_api, settings.post_secret, client.spool, client.timers, log,
         answers.answered, asking=answers.typing,
         failed=lambda: client.papers.write_state(client),
         numeric=settings.numeric_ids)
     listed = settings.post_event_list
     if listed is None:
-        listed = client.flavour.post_event_list
+        listed = flavour.post_event_list
     client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
                                  settings.post_stdout, settings.numeric_ids,
                                  settings.post_media_data))
-    serve_client(client, api, reporter, settings,
-                 data.get("listen") or [{"host": settings.host, "port": settings.port}])
-    if settings.poll_api:
-        own = {client.port: f"http://127.0.0.1:{client.port}"}
-        if client.parent and client.parent.local:
-            own[origin_of(client.parent.local)[2]] = client.parent.local
-        heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, own, settings.token,
-                              client.log)
-        client.on("login", lambda client, fresh: heartbeat.start())
-        client.closing.append(heartbeat.stop)
 
-
-def serve_client(client: Client, api: Api, reporter: Optional[Reporter], settings: Settings,
-                 addresses: List[Row]) -> None:
-    """Serve an account's API at some addresses; a controller hands down a socket of its own."""
-    gate, flavour = Gate(settings.token, settings.allowed_hosts), client.flavour
-    pages = client.local_pages()
-    config = dashboard_config(flavour, settings, client.account)
-    routes = api_routes(flavour.apis.values(), api.handler)
-    routes += [*(pages.routes() if pages else []), HEALTH,
-               Route("/", READ, lambda request: client_page(client) if client.parent
-                     else dashboard(config), open=True),
-               *[Route(path, "POST", functools.partial(take_from_bridge, client, gate), open=True)
-                 for path in BRIDGES]]
-    routes += openapi_routes(flavour, bool(settings.token), routes[:], False)
-    app = ClientApp(gate, client.log, routes, client_fallback)
+    gate = Gate(settings.token, settings.allowed_hosts)
+    app = ClientApp(gate, log, all_routes(
+        flavour, settings, flavour.apis.values(), api.handler,
+        lambda request: client_page(client) if client.parent else dashboard(
+            dashboard_config(flavour, settings, client.account)),
+        functools.partial(take_from_bridge, client, gate), client.local_pages(), False),
+        client_fallback)
     app.metrics.watch("clients", "gauge", "Clients by state.",
                       lambda: {f'state="{state}"': state == client.state
                                for state in NEXT_STATES if state})
     app.metrics.watch("send_queue_length", "gauge", "Messages that wait to be sent.",
                       lambda: {"": client.talk.waiting()})
     watch_posting(app.metrics, reporter)
-    listeners = [client.take_listener() or open_listener(
-        address.get("host") or settings.host, int(next(
-            port for port in (address.get("port"), settings.port, flavour.client_port)
-            if port not in (None, "")))) for address in addresses]
+    listeners = [client.take_listener() or open_listener(address, settings)
+                 for address in data.get("listen") or [{}]]
     client.port = client.port or listeners[0].getsockname()[1]
-    client.closing += [server.close_down
-                       for server in serve(app, listeners, settings, client.log)]
+    client.closing += [server.close_down for server in serve(app, listeners, settings, log)]
     for listener in listeners:
-        client.log.info(f"插件[{flavour.program}::Plugin::{flavour.plugin}]监听地址: "
-                        f"[ http://{listener.getsockname()[0]}:{listener.getsockname()[1]} ]")
-    if not client.parent:
-        client.log.info(gate_hint(settings))
+        log.info(f"插件[{flavour.program}::Plugin::{flavour.plugin}]监听地址: "
+                 f"[ http://{listener.getsockname()[0]}:{listener.getsockname()[1]} ]")
+    if not parent:
+        log.info(gate_hint(settings))
+
+    if settings.poll_api:
+        own = {client.port: f"http://127.0.0.1:{client.port}"}
+        if parent and parent.local:
+            own[origin_of(parent.local)[2]] = parent.local
+        heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, own, settings.token, log)
+        client.on("login", lambda client, fresh: heartbeat.start())
+        client.closing.append(heartbeat.stop)
 
 
 def serve(app: App, listeners: Iterable[socket.socket], settings: Settings,
@@ -11559,10 +11535,13 @@ def gate_hint(settings: Settings) -> str:
             "to serve them as well, start with --token SECRET")
 
 
-def open_listener(host: str, port: int) -> socket.socket:
-    """A listening socket; Refusal with the remedy."""
+def open_listener(address: Row, settings: Settings) -> socket.socket:
+    """A listening socket, where an item of `listen` says, else the settings; Refusal with the
+    remedy."""
+    host, port = [getattr(settings, name) if address.get(name) in (None, "") else address[name]
+                  for name in ("host", "port")]
     try:
-        return listen(host, port)
+        return listen(str(host), int(port))
     except (OSError, ValueError, OverflowError) as error:  # ValueError: what is no name
         why = getattr(error, "strerror", "") or error
         raise Refusal(f"cannot listen on {host} port {port}: {why}; "
@@ -11609,12 +11588,45 @@ SHARED = ("log_level", "tmpdir", "log_encoding", "public_url", "allowed_hosts", 
           "http_debug", "http_max_message_size")
 
 
-class Account:
-    """A client's name and what it was started with; pid and port are those of the last time."""
+class Child:
+    """An account's client as its controller sees it, whose lock guards all of this.
 
-    def __init__(self, name: str, given: Dict[str, str], pid: int, port: int) -> None:
+    `phase` is what the controller does with its process (Supervisor), `state` what the client says
+    of itself (CONTRACT 8). One that is merely remembered has no listener; its pid and port are
+    those of the last time.
+    """
+
+    def __init__(self, name: str, given: Dict[str, str],
+                 listener: Optional[socket.socket] = None, port: int = 0) -> None:
         self.name, self.given = name, given          # settings as text, secrets included
-        self.pid, self.port = pid, port
+        self.pid, self.port = 0, listener.getsockname()[1] if listener else port
+        self.listener: Any = listener                # ours too, so that the port stays taken
+        self.forget: Set[str] = set()                # secrets that its cookie file is to lose
+        self.phase, self.state = "stopped", "init"
+        self.lines: Deque[str] = collections.deque(maxlen=5)  # the last warnings of its log
+        self.since = time.time()                     # in this state
+        self.process: Any = None                     # subprocess.Popen while it lives
+        self.life: Optional[socket.socket] = None
+        self.heard = bytearray()                     # of a line that is not complete yet
+        self.restarts = -1                           # starts after the first
+        self.tries = 0                               # starts without reaching running
+        self.running_since = 0.0
+        self.trial = False                           # somebody waits whether it comes up (renew)
+        self.timer: Optional[Timer] = None           # for the end of a pause
+        self.waiting: Optional[Timer] = None         # for client_waiting
+
+    def alive(self) -> bool:
+        """Whether it runs, or will in a moment."""
+        return self.phase not in ("stopping", "stopped", "failed")
+
+    def busy(self) -> bool:
+        """Whether it has a process, or one is just being made."""
+        return self.phase in ("starting", "running", "renewing", "stopping")
+
+    def seen(self) -> str:
+        """Its state for others; `failed` if it died and is not started again."""
+        return self.state if self.process else "init" if self.alive() else (
+            "failed" if self.phase == "failed" else "stop")
 
     def open_settings(self) -> Dict[str, str]:
         """What it was given, without the secrets."""
@@ -11626,100 +11638,57 @@ class Account:
                 "port": self.port, "status": "success"}
 
 
-class Child(Account):
-    """One client as its controller sees it, whose lock guards all of this.
-
-    `phase` is what the controller does with its process (Supervisor.step), `state` what the
-    client says of itself (CONTRACT 8).
-    """
-
-    ALIVE = ("waiting", "starting", "running", "renewing", "stopping", "backoff")
-
-    def __init__(self, name: str, given: Dict[str, str], listener: socket.socket) -> None:
-        super().__init__(name, given, 0, listener.getsockname()[1])
-        self.listener = listener                     # ours too, so that the port stays taken
-        self.forget: Set[str] = set()                # secrets that its cookie file is to lose
-        self.phase, self.state = "stopped", "init"
-        self.lines: Deque[str] = collections.deque(maxlen=5)  # the last warnings of its log
-        self.since = time.time()                     # in this state
-        self.making = False                          # a thread makes its process just now
-        self.process: Any = None                     # subprocess.Popen while it lives
-        self.life: Optional[socket.socket] = None
-        self.heard = bytearray()                     # of a line that is not complete yet
-        self.restarts = -1                           # starts after the first
-        self.tries = 0                               # starts without reaching running
-        self.running_since = 0.0
-        self.timer: Optional[Timer] = None           # when time moves it on
-        self.waiting: Optional[Timer] = None         # for client_waiting
-        self.former: Optional[Tuple[Dict[str, str], Set[str]]] = None
-        # What it was given and is to forget is on trial, while `former` tells what that was.
-        self.refusal: Optional[OpenQQError] = None   # why the last trial was in vain
-
-    def alive(self) -> bool:
-        """Whether it runs, or will in a moment."""
-        return self.phase in self.ALIVE
-
-    def seen(self) -> str:
-        """Its state for others; `failed` if it died and is not started again."""
-        return self.state if self.process else "init" if self.alive() else (
-            "failed" if self.phase == "failed" else "stop")
-
-
 class Supervisor:
     """Keeps the clients' processes alive: makes them, hears them, ends them.
 
-    All methods are called with the controller's lock held, but for those that make a process or
-    wait for the end of one.
+    All methods are called with the controller's lock held, but for make() and those with a thread
+    of their own: one per process waits for its end.
     """
 
     YOUNG_SECONDS = 1.0
+    SILENT_SECONDS = 1.0         # a process may live on without its life line
 
     def __init__(self, owner: Controller, spawn_process: Any = None) -> None:
         import subprocess
         self._spawn = spawn_process or subprocess.Popen
         self._owner, self._timers, self._log = owner, owner.timers, owner.log
         self.children: Dict[str, Child] = {}
-        self.leaving: Dict[str, Child] = {}            # told to stop, not gone yet
         self.ending = False
         self.restarts = 0                              # of clients that had died
         self._turn = itertools.count(os.getpid() + 1)  # of the CPUs; the first is not ours
-        self._pool = ThreadPool(16, "children", self._log)
-        self._resumers = ThreadPool(16, "resume", self._log)
+        self._pool = ThreadPool(MOST_WATCHED, "children", self._log)
 
     # -- from one phase to the next
 
-    def step(self, child: Child, due: bool = False, status: Optional[int] = None) -> None:
-        """All that becomes of a child: by time (`due`), when the client says another state, when
-        its process has ended (`status`)."""
-        phase = child.phase
-        if phase == "starting" and child.state == "running":    # starting -> running
-            child.phase, child.tries = "running", 0
-            child.running_since = self._timers.clock()
+    def expect(self, child: Child) -> None:
+        """A child's process is about to be made: from now on it is alive."""
+        self.children[child.name], child.phase = child, "starting"
+        child.tries += 1
+        child.restarts += 1
+        self._enter(child, "init")
+
+    def _begin(self, child: Child, anew: bool = False) -> None:
+        if anew:                                     # with other settings: it had not died
             child.lines.clear()
-        if status is None:
-            if phase in ("stopping", "renewing") and due and child.process:
-                child.process.kill()                 # it does not heed TERM; its end is heard of
-            elif phase == "backoff" and due:
-                self._begin(child)                   # backoff -> starting
-            elif child.former and phase == "starting" and (due or child.state != "init"):
-                self._decide(child)                  # it serves, or lives, with its new settings
-            # A child may be starting for ever: logging in waits for a person. One that is waiting
-            # is moved on by the end of a process that is not ours (make).
-            return
-        child.process, child.making = None, False
-        if phase == "stopping" or self.ending:
-            self._stopped(child)                     # stopping -> stopped
+            child.tries, child.restarts = 0, child.restarts - 1
+        self.expect(child)
+        self._pool.submit(self.make, child)
+
+    def _ended(self, child: Child, status: int) -> None:
+        """All that becomes of a child whose process has ended, or could not be made. One may be
+        starting for ever: logging in waits for a person."""
+        child.process = None
+        self._owner.settled.notify_all()
+        if child.phase == "stopping" or self.ending:
             self._log.info(f"client {child.name} stopped")
-        elif phase == "renewing":
-            self._begin(child, anew=True)            # renewing -> starting, on trial
-        elif child.former:
-            self._log.error(f"client {child.name} died of its new settings: it has those of before")
-            child.given, child.forget = child.former
-            self._decide(child, ClientDied(reason="\n".join(child.lines)))
-            self._begin(child, anew=True)            # starting, on trial -> starting, as before
+            child.phase = "stopped"                  # stopping -> stopped
+        elif child.phase == "renewing":
+            self._begin(child, anew=True)            # renewing -> starting
+        elif child.trial:
+            child.phase = "failed"                   # starting -> failed: renew() goes on
         elif status == 0:
-            self._stopped(child)                     # running -> stopped: somebody told it to
             self._log.info(f"client {child.name} ended by itself")
+            child.phase = "stopped"                  # running -> stopped: somebody told it to
         else:
             how = f"exit status {status}" if status > 0 else f"signal {-status}"
             child.lines.append(f"client {child.name} died: {how}")
@@ -11733,112 +11702,101 @@ class Supervisor:
             self._log.warn(f"client {child.name} died ({how}); starting it again"
                            + (f" in {wait:g} s" if wait else ""))
             self.restarts += 1
-            child.phase = "backoff"                  # starting, running -> backoff
-            self._step_in(child, wait)
-
-    def _step_in(self, child: Child, seconds: float) -> None:
-        if child.timer:
-            child.timer.cancel()
-        child.timer = self._timers.later(seconds, self.step, child, True)
-
-    def _begin(self, child: Child, anew: bool = False) -> None:
-        if anew:                                     # with other settings: it had not died
-            child.lines.clear()
-            child.tries, child.restarts = 0, child.restarts - 1
-        self.expect(child)
-        self._pool.submit(self.make, child)
-
-    def _stopped(self, child: Child) -> None:
-        child.phase = "stopped"
-        if child.timer:
-            child.timer.cancel()
-        self.leaving.pop(child.name, None)
-        self._decide(child, NotRunning("stopping") if child.former else child.refusal)
-
-    def _decide(self, child: Child, refusal: Optional[OpenQQError] = None) -> None:
-        """From now on a child's death is one like any other."""
-        child.former, child.refusal = None, refusal
-        self._owner.settled.notify_all()
+            child.phase = "backoff"                  # starting, running -> backoff -> starting
+            child.timer = self._timers.later(wait, self._begin, child)
 
     # -- what others want of it
 
-    def expect(self, child: Child) -> None:
-        """A child's process is about to be made: from now on it is alive."""
-        self.children[child.name] = child
-        child.phase, child.making = "starting", True
-        child.tries += 1
-        child.restarts += 1
-        self._enter(child, "init")
-        if child.former:
-            self._step_in(child, TRIAL_SECONDS)
-
     def resume(self, child: Child, pid_file: PidFile) -> None:
         """Start a child of a former controller, once its former process is gone."""
+        def begin() -> None:
+            pid_file.await_end()
+            with self._owner.lock:
+                if child.phase == "waiting":         # else it was stopped meanwhile
+                    self._begin(child)               # waiting -> starting
+
         self.children[child.name], child.phase = child, "waiting"
-        self._resumers.submit(self.make, child, pid_file)
+        self._pool.submit(begin)
 
     def renew(self, child: Child, given: Dict[str, str], forget: Set[str]) -> None:
-        """Have a child begin anew with other settings, on its port; if it does not come up with
-        them it goes on with what it had. Its `former` and `refusal` tell what came of it."""
-        child.former, child.refusal = (child.given, child.forget), None
+        """Have a child begin anew with other settings, on its port, and return when it has; one
+        that dies of them goes on with what it had. The lock is let go meanwhile. ClientDied,
+        NotRunning, TooSlow."""
+        former, child.trial = (child.given, child.forget), True
         child.given, child.forget = given, forget
         self._log.info(f"client {child.name} begins anew with other settings")
         if child.phase != "waiting":                 # else it is started in a moment
-            self._end(child, "renewing")
+            self.stop(child, "renewing")
+        try:
+            self.wait(lambda: child.phase not in ("waiting", "renewing"))
+            self._owner.settled.wait_for(
+                lambda: child.phase != "starting" or child.state != "init", TRIAL_SECONDS)
+        finally:
+            child.trial = False
+        if self.ending:
+            raise NotRunning("stopping")
+        if child.phase == "failed":
+            self._log.error(f"client {child.name} died of its new settings: it has those of before")
+            died = ClientDied(reason="\n".join(child.lines))
+            child.given, child.forget = former
+            self._begin(child, anew=True)            # failed -> starting, as before
+            raise died
 
-    def stop(self, child: Child) -> None:
-        """End a child; it is among the leaving until it is gone."""
-        self.leaving[child.name] = child
-        self._end(child, "stopping")
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """What ends a process takes no longer; TooSlow if the system does."""
+        if not self._owner.settled.wait_for(condition, KILL_SECONDS + 5.0):
+            raise TooSlow()
 
-    def _end(self, child: Child, phase: str) -> None:
+    def stop(self, child: Child, phase: str = "stopping") -> None:
+        """End a child: it is stopped now, or stopping until its process is gone."""
+        busy, child.phase = child.busy(), phase
+        if child.timer:
+            child.timer.cancel()
+        if child.process:
+            self._tell_to_end(child)                 # its end is heard of
+        elif not busy and phase == "stopping":
+            child.phase = "stopped"                  # waiting, backoff, failed -> stopped
+            self._owner.settled.notify_all()
+        elif not busy:
+            self._begin(child, anew=True)            # backoff, stopped, failed -> starting
+        # What is just being made ends as soon as it can (make).
+
+    def _tell_to_end(self, child: Child) -> None:
         """TERM, and KILL after a while."""
-        child.phase = phase
-        if child.process or child.making:            # what is being made ends as soon as it can
-            if child.life:
-                tell_to_end(child.process, child.life)
-            self._step_in(child, KILL_SECONDS)
-        elif phase == "stopping":
-            self._stopped(child)
-        else:
-            self._begin(child, anew=True)
+        if child.life:
+            tell_to_end(child.process, child.life)
+        self._timers.later(KILL_SECONDS, child.process.kill)
 
     def stop_all(self) -> None:
         """End all children at once, KILL those that were told so before."""
         hurry, self.ending = self.ending, True
-        for child in {**self.children, **self.leaving}.values():
-            if child.alive():
-                self.stop(child)
+        for child in self.children.values():
+            self.stop(child)
             if hurry and child.process:
                 child.process.kill()
 
     def busy(self) -> bool:
         """Whether there is a process, or will be in a moment."""
-        return any(child.process or child.making
-                   for child in [*self.children.values(), *self.leaving.values()])
+        return any(child.busy() for child in self.children.values())
 
     def release(self, child: Child) -> None:
         """Give a child's port back."""
-        self._hang_up_no_more(child)
-        child.listener.close()
+        if child.listener:
+            self._hang_up_no_more(child)
+            child.listener.close()
+            child.listener = None
 
     def _hang_up_no_more(self, child: Child) -> None:
         with contextlib.suppress(KeyError):          # it never died
             self._timers.unwatch(child.listener)
 
-    # -- processes; these are called without the lock
+    # -- processes
 
-    def make(self, child: Child, pid_file: Optional[PidFile] = None, first: bool = False) -> None:
-        """Make a child's process, with its port's socket and a life line; of one that is resumed,
-        once the former one is gone. StartFailure of the first one, the others are tried again."""
+    def make(self, child: Child, first: bool = False) -> None:
+        """Make a child's process, with its port's socket and a life line; without the lock.
+        StartFailure of the first one, the others are tried again."""
         owner = self._owner
-        if pid_file:
-            pid_file.await_end()
         with owner.lock:
-            if child.phase == "waiting":
-                self.expect(child)                   # waiting -> starting
-            elif pid_file:
-                return                               # it was stopped meanwhile
             environment = self._environment(child)
         try:
             ours, theirs = socket_pair()
@@ -11850,26 +11808,26 @@ class Supervisor:
         except (OSError, ValueError) as error:
             with owner.lock:
                 child.lines.append(f"cannot be started: {error}")
-                if first:
-                    self._log.error(f"client {child.name} cannot be started: {error}")
-                    self.children.pop(child.name, None)
-                    child.making = False
-                    self._stopped(child)
-                    self.release(child)
-                    raise StartFailure(reason=str(error)) from None
-                return self.step(child, status=127)
+                if not first:
+                    return self._ended(child, 127)
+                self._log.error(f"client {child.name} cannot be started: {error}")
+                del self.children[child.name]
+                self.release(child)
+                owner.settled.notify_all()
+                raise StartFailure(reason=str(error)) from None
         ours.setblocking(False)
         if owner.settings.one_cpu:
             share_cpu(next(self._turn), process.pid)
         with owner.lock:
-            child.process, child.pid, child.making = process, process.pid, False
-            child.life, child.heard = ours, bytearray()
+            child.process, child.pid, child.life = process, process.pid, ours
+            child.heard.clear()
             self._hang_up_no_more(child)             # only now somebody takes its callers
             self._timers.watch(ours, lambda: self.listen(child))
             self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
             if child.phase != "starting":
-                tell_to_end(process, ours)           # somebody said so meanwhile
+                self._tell_to_end(child)             # somebody said so meanwhile
             owner.changed()
+        self._pool.submit(self._await_end, child)
 
     def _environment(self, child: Child) -> Dict[str, str]:
         """A client's environment, made from scratch."""
@@ -11877,7 +11835,7 @@ class Supervisor:
                 if KEPT_ENVIRONMENT.fullmatch(name)}
         flavour, settings = self._owner.flavour, self._owner.settings
         given = {**{name: SETTINGS[name].text(getattr(settings, name)) for name in SHARED},
-                 **inherited(flavour), **child.given,
+                 **self._owner.inherited, **child.given,
                  "account": child.name, "port": str(child.port)}
         if not given.get("post_api") and settings.post_api:
             given["post_api"], given["post_secret"] = settings.post_api, settings.post_secret
@@ -11892,40 +11850,54 @@ class Supervisor:
                 "OPENQQ_FORGET": ",".join(sorted(child.forget)),
                 "OPENQQ_TEMPLATE": settings.template_path}
 
-    def _reap(self, child: Child) -> None:
-        """Learn how a process ended that let go of its life line."""
-        process = child.process
-        try:
-            process.wait(1.0)
-        except Exception:  # subprocess.TimeoutExpired, which is not imported here
-            process.kill()
-        status = process.wait()
+    def _await_end(self, child: Child) -> None:
+        """In a thread of its own: until a process has ended, and has said what it had to say."""
+        status = child.process.wait()
         TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
         self._owner.detach(child.name)
         with self._owner.lock:
+            while self.listen(child):
+                pass
+            if child.life:                           # a child of its own has it too
+                self._let_go(child)
             self._enter(child, "stop")
             self._timers.watch(child.listener, lambda: self._hang_up(child))
-            self.step(child, status=status)
+            self._ended(child, status)
             self._owner.changed()
+
+    def _let_go(self, child: Child) -> None:
+        assert child.life is not None
+        self._timers.unwatch(child.life)
+        child.life.close()
+        child.life = None
+
+    def _hang_up(self, child: Child) -> None:
+        """End the connections that nobody takes: their callers get 502 instead of waiting."""
+        child.listener.setblocking(False)
+        with contextlib.suppress(OSError):           # there is none any more
+            while child.process is None:
+                child.listener.accept()[0].close()
 
     # -- what clients say
 
-    def listen(self, child: Child) -> None:
-        """Take what has come up a child's life line (Parent): its end tells that of the process."""
+    def listen(self, child: Child) -> bool:
+        """Take what has come up a child's life line (Parent); whether there may be more."""
         try:
             data = child.life.recv(262_144) if child.life else None
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if data == b"":
             self._let_go(child)
+            self._timers.later(self.SILENT_SECONDS, child.process.kill)
         elif data:
             child.heard += data
             if b"\n" in data:
                 *lines, child.heard = child.heard.split(b"\n")
                 for line in lines:
                     self._hear(child, bytes(line))
+        return bool(data)
 
     def _hear(self, child: Child, line: bytes) -> None:
         """An event is passed on as it is: only its readers need to know what it says."""
@@ -11943,13 +11915,17 @@ class Supervisor:
                            "event(s) are missing in the stream of all")
         if "state" in news:
             self._enter(child, str(news["state"]))
-            self.step(child)
+            if child.phase == "starting" and child.state == "running":
+                child.phase, child.tries = "running", 0  # starting -> running
+                child.running_since = self._timers.clock()
+                child.lines.clear()
 
     def _enter(self, child: Child, state: str) -> None:
         old, child.state = child.state, state
         if state == old:
             return
         child.since = time.time()
+        self._owner.settled.notify_all()
         self._owner.tell(child, "state_change", [old, state])
         if state in LOGGING_IN and child.waiting is None:  # somebody should know if nobody scans
             child.waiting = self._timers.later(WAITING_SECONDS, self._owner.report, child,
@@ -11957,33 +11933,6 @@ class Supervisor:
         elif state not in LOGGING_IN and child.waiting:
             child.waiting.cancel()
             child.waiting = None
-
-    def _let_go(self, child: Child) -> None:
-        assert child.life is not None
-        self._timers.unwatch(child.life)
-        child.life.close()
-        child.life = None
-        self._pool.submit(self._reap, child)
-
-    def look_after(self) -> None:
-        """See to those who died with their life line in the hands of a child of their own."""
-        for child in [*self.children.values(), *self.leaving.values()]:
-            if child.life and child.process.poll() is not None:
-                self._let_go(child)
-        self._timers.later(max(1.0, self._owner.settings.check_interval), self.look_after)
-
-    def _hang_up(self, child: Child) -> None:
-        """End the connections that nobody takes: their callers get 502 instead of waiting."""
-        child.listener.setblocking(False)
-        with contextlib.suppress(OSError):           # there is none any more
-            while child.process is None:
-                child.listener.accept()[0].close()
-
-
-def inherited(flavour: Type[Flavour]) -> Dict[str, str]:
-    """Client settings in the controller's own environment: defaults for all its clients."""
-    return {name: value for name, value in from_environment(os.environ, flavour.environ).items()
-            if SETTINGS[name].whose == "client" and name != "account"}
 
 
 def open_port(first: int, wish: int = 0) -> socket.socket:
@@ -12065,14 +12014,14 @@ def default_template(flavour: Type[Flavour]) -> str:
                            PLUGIN=flavour.plugin.upper())
 
 
-def check_params(params: Params) -> Dict[str, str]:
+def check_params(params: Params, paths: bool = True) -> Dict[str, str]:
     """start_client's parameters as settings; NotAllowed for what callers may not give.
 
     An empty one is no value: it clears what is remembered.
     """
     try:
-        return texts_of(params, lambda setting: "" if setting and setting.caller
-                        else "not allowed")
+        return texts_of(params, lambda setting: "" if setting and setting.caller and (
+            paths or setting.read is not _path) else "not allowed")
     except ValueError as error:
         why = str(error)
         raise NotAllowed(why if why.endswith("not allowed") else why + ": not allowed") from None
@@ -12138,7 +12087,7 @@ class Controller:
 
     Settings are given as keyword arguments, `listen` among them, else taken from the environment.
     Refusal if it cannot start. The thread of run() is that of the timers: signals, what is to
-    happen later, what clients say. HTTP threads and pools make, end and await processes.
+    happen later, what clients say. HTTP threads and a pool make and await processes.
     """
 
     FILES = {"state_path": "state_{}.json", "qrcode_path": "qrcode_{}.jpg",
@@ -12146,22 +12095,25 @@ class Controller:
              "spool_path": "post_{}.jsonl", "ids_path": "ids_{}.jsonl", "media": "media_{}_"}
 
     def __init__(self, listen: Optional[List[Row]] = None, **given: Any) -> None:
-        self.flavour = flavour_named(given.get("flavor"))
+        self.flavour = flavour = flavour_named(given.get("flavor"))
         try:
-            self.settings = Settings("controller", given, os.environ, self.flavour.environ)
+            settings = Settings("controller", given, os.environ, flavour.environ)
         except ValueError as error:
             raise Refusal(str(error), 2) from None
-        template = self.settings.given("template_path")
+        template = settings.given("template_path")
         if template:  # the operator may name a symlink; what merely lies in tmpdir may be none
-            self.settings = self.settings.with_({"template_path": os.path.realpath(template)})
-        settings, flavour = self.settings, self.flavour
+            settings = settings.with_({"template_path": os.path.realpath(template)})
         settings.fill(tmpdir=check_tmpdir(settings.tmpdir), port=flavour.port,
                       backend_start_port=flavour.client_port)
         start = os.path.join(settings.tmpdir, flavour.file_prefix)
         settings.fill(pid_path=start + "controller_process.pid",
                       backend_path=start + "controller_backend.dat",
                       template_path=start + "controller_template.py")
-        self._addresses = listen or [{"host": settings.host, "port": settings.port}]
+        self.settings, self._start = settings, start
+        self.inherited = {  # client settings in our environment: defaults for all clients
+            name: value for name, value in from_environment(os.environ, flavour.environ).items()
+            if SETTINGS[name].whose == "client" and name != "account"}
+        self._addresses = listen or [{}]
         self.log = open_log(settings, f"[{flavour.ps}c][{os.getpid()}]")
         # Guards former, _turns, _dirty, the supervisor and its children. Those who wait for the
         # end of a child, of a trial or of another one's turn are notified by `settled`.
@@ -12172,11 +12124,13 @@ class Controller:
         self.gate = Gate(settings.token, settings.allowed_hosts)
         self.store = Store(STREAM_LIMIT, room=STREAM_BYTES)  # the events of all clients
         self.supervisor = Supervisor(self)
-        self.former: Dict[str, Account] = {}  # clients that do not run, for their next start
+        self.former: Dict[str, Child] = {}    # clients that do not run, for their next start
         self._turns: Set[str] = set()         # names of clients that somebody starts, stops …
         self._dirty = False                   # the backend file is to be written
         self._servers: List[Server] = []
         self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
+        self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
+                                  self.timers, self.log, lambda event, answer: None)
         self._closing: List[Callable[[], None]] = []
 
     def run(self) -> int:
@@ -12204,24 +12158,19 @@ class Controller:
 
     def _open(self) -> None:
         """Everything that a child needs, before there is one."""
-        settings, log = self.settings, self.log
-        self._listeners = [open_listener(str(address.get("host") or settings.host),
-                                         int(address.get("port", settings.port)))
-                           for address in self._addresses]
+        settings = self.settings
+        self._listeners = [open_listener(address, settings) for address in self._addresses]
         host, port = self._listeners[0].getsockname()[:2]
         local = "127.0.0.1" if host == "0.0.0.0" else "[::1]" if host == "::" else (
             f"[{host}]" if ":" in host else host)
         self.url = f"http://{local}:{port}"
         settings.fill(public_url=f"http://127.0.0.1:{port}")
         self.network = LocalNetwork(
-            os.path.join(settings.tmpdir, self.flavour.file_prefix + "local"), settings.world,
-            self.flavour, log, lambda: str(settings.public_url),
-            lambda name: name in self.supervisor.children)
+            self._start + "local", settings.world, self.flavour, self.log,
+            lambda: str(settings.public_url), lambda name: name in self.supervisor.children)
         self._closing.append(self.network.stop)
         self.pages = LocalPages(self.network)
         self.key_for = self.pages.key_for
-        self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
-                                  self.timers, log, lambda event, answer: None)
         if not read_file(settings.template_path):
             try:
                 write_file(settings.template_path, default_template(self.flavour).encode())
@@ -12229,41 +12178,17 @@ class Controller:
                 raise Refusal(f"the template {settings.template_path} cannot be written: "
                               f"{error.strerror}") from None
 
-    def _serve(self) -> None:
-        settings, log = self.settings, self.log
-        api = ControllerApi(self)
-        app = App(self.gate, log, api.all_routes(self.pages.routes()), api.proxy,
-                  [prefix + path for prefix in ("/openqq/", "/openwx/")
-                   for path in self.flavour.apis])
-        children = self.supervisor.children
-        app.metrics.watch("clients", "gauge", "Clients by state.", lambda: {
-            f'state="{state}"': [child.seen() for child in list(children.values())].count(state)
-            for state in (*NEXT_STATES, "failed") if state})
-        app.metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
-                          lambda: {"": self.supervisor.restarts})
-        watch_posting(app.metrics, self._reporter)
-        log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
-        self._servers += serve(app, self._listeners, settings, log)
-        for listener in self._listeners:
-            host, port = listener.getsockname()[:2]
-            log.info(f"Listening at http://{host}:{port}")
-        log.info(gate_hint(settings))
-        log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
-                 "start_client?client=NAME")
-
     def _begin(self) -> None:
+        settings = self.settings
         self._reporter.start()
-        if self.settings.poll_api:
+        if settings.poll_api:
             port = self._listeners[0].getsockname()[1]
-            heartbeat = Heartbeat(self.settings.poll_api, self.settings.poll_interval,
-                                  {port: self.url}, self.settings.token, self.log)
+            heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, {port: self.url},
+                                  settings.token, self.log)
             heartbeat.start()
             self._closing.append(heartbeat.stop)
-        with self.lock:
-            self.supervisor.look_after()
-        backend = read_json(self.settings.backend_path, self.log)
-        accounts = read_accounts(self.settings.accounts, self.log) if self.settings.accounts else {}
-        for name, row in backend.items():
+        accounts = read_accounts(settings.accounts, self.log) if settings.accounts else {}
+        for name, row in read_json(settings.backend_path, self.log).items():
             if isinstance(row, dict):
                 self._recall(name, row, accounts.get(name, {}))
         for name, given in accounts.items():
@@ -12283,7 +12208,7 @@ class Controller:
             except ValueError as error:
                 self.log.warn(f"client {name}: {error}; going on without")
         try:
-            known = Account(check_name(name), renewed({}, given), 0, _port(str(row.get("port"))))
+            known = Child(check_name(name), renewed({}, given), port=_port(str(row.get("port"))))
             self.former[name] = known
             if self.settings.resume and row.get("run"):
                 child = Child(name, renewed(known.given, anew),
@@ -12294,6 +12219,27 @@ class Controller:
                     self.supervisor.resume(child, PidFile(self.path_of(child, "pid_path")))
         except (OpenQQError, ValueError) as error:
             self.log.warn(f"client {name} cannot be resumed: {error}")
+
+    def _serve(self) -> None:
+        settings, log = self.settings, self.log
+        api = ControllerApi(self)
+        app = App(self.gate, log, api.routes, api.proxy,
+                  [prefix + path for prefix in PREFIXES for path in self.flavour.apis])
+        children = self.supervisor.children
+        app.metrics.watch("clients", "gauge", "Clients by state.", lambda: {
+            f'state="{state}"': [child.seen() for child in list(children.values())].count(state)
+            for state in (*NEXT_STATES, "failed") if state})
+        app.metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
+                          lambda: {"": self.supervisor.restarts})
+        watch_posting(app.metrics, self._reporter)
+        log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
+        self._servers += serve(app, self._listeners, settings, log)
+        for listener in self._listeners:
+            host, port = listener.getsockname()[:2]
+            log.info(f"Listening at http://{host}:{port}")
+        log.info(gate_hint(settings))
+        log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
+                 "start_client?client=NAME")
 
     # -- clients; whoever calls these has the client's turn, and no lock
 
@@ -12311,26 +12257,19 @@ class Controller:
                 self._turns.discard(name)
                 self.settled.notify_all()
 
-    def _await(self, condition: Callable[[], bool], more: float = 0.0) -> None:
-        """What ends a process takes no longer; TooSlow if the system does."""
-        with self.settled:
-            if not self.settled.wait_for(condition, KILL_SECONDS + 5.0 + more):
-                raise TooSlow()
-
     def start_client(self, name: str, given: Dict[str, str]) -> Child:
         """Start a client that is not alive, with what it is given and what is remembered of it;
         TooManyClients, NoPort, StartFailure, ClientDied, TooSlow."""
         supervisor = self.supervisor
-        self._await(lambda: name not in supervisor.leaving)
         with self.lock:
-            self._check_start()
+            former = supervisor.children.get(name)
+            supervisor.wait(lambda: not former or not former.busy())
+            self.check_start()
             if any(other != name and other.lower() == name.lower() for other in (
-                    *supervisor.children, *supervisor.leaving, *self.former)):
+                    *supervisor.children, *self.former)):
                 raise NotAllowed("client name not allowed: it differs only in case from another")
-            former = supervisor.children.pop(name, None)
             if former:
                 self.remember(former)
-                supervisor.release(former)
             known = self.former[name].given if name in self.former else {}
             child = Child(name, renewed(known, given), open_port(
                 self.settings.backend_start_port, former.port if former else 0))
@@ -12341,49 +12280,34 @@ class Controller:
             self.former.pop(name, None)
         return child
 
-    def update_client(self, child: Child, given: Dict[str, str]) -> None:
-        """Let a client have some settings anew, and return when it has begun with them, at once
-        if they are what it has. TooManyClients, ClientDied, NotRunning, TooSlow."""
-        settings = renewed(child.given, given)
-        if settings == child.given and not cleared(given):
-            return
-        with self.lock:
-            self._check_start(child.alive())
-            self.supervisor.renew(child, settings, cleared(given) | {
-                name for name in child.forget if name not in settings})
-            self.changed()
-        self._await(lambda: child.former is None, TRIAL_SECONDS)
-        if child.refusal:
-            raise child.refusal
-
-    def stop_client(self, account: Account, event: str = "client_stopped") -> None:
+    def stop_client(self, child: Child, event: str = "client_stopped") -> None:
         """End a client, if it runs, and let those who read the events know, as check_client
         knows no more of it. Its settings are remembered, unless it is deleted."""
         with self.lock:
-            if event == "client_deleted":
-                self.former.pop(account.name, None)
-            elif isinstance(account, Child):
-                self.remember(account)
-            if isinstance(account, Child):
-                self.supervisor.children.pop(account.name, None)
-                self.supervisor.stop(account)
+            self.supervisor.stop(child)
             self.changed()
-        if isinstance(account, Child):
-            self._await(lambda: account.phase == "stopped")
-            with self.lock:
-                self.supervisor.release(account)
-        self.tell(account, event, [account.name], settings=account.open_settings())
+            self.supervisor.wait(lambda: child.phase == "stopped")
+            self.remember(child)
+            if event == "client_deleted":
+                del self.former[child.name]
+            self._save()
+        self.tell(child, event, [child.name], settings=child.open_settings())
 
     def remember(self, child: Child) -> None:
-        """Keep what a client was started with, until it is started again or deleted."""
-        given = {name: value for name, value in child.given.items() if name not in UNKEPT}
+        """Keep what a client that has stopped was started with, until it is started again or
+        deleted."""
+        self.supervisor.children.pop(child.name, None)
+        self.supervisor.release(child)
+        for name in UNKEPT:
+            child.given.pop(name, None)
         self.former.pop(child.name, None)  # the newest stands last
-        self.former[child.name] = Account(child.name, given, child.pid, child.port)
+        self.former[child.name] = child
         if len(self.former) > MEMORY_LIMIT:
             del self.former[next(iter(self.former))]
 
-    def _check_start(self, alive: bool = False) -> None:
-        """Whether a process may be made, for a client that is alive or not."""
+    def check_start(self, alive: bool = False) -> None:
+        """A process may be made, for a client that is alive or not; NotRunning, TooManyClients,
+        ClientDied."""
         if self.supervisor.ending:
             raise NotRunning("stopping")
         children = self.supervisor.children
@@ -12397,12 +12321,12 @@ class Controller:
             self.log.error(f"the template does not compile: {error}")
             raise ClientDied() from None
 
-    def path_of(self, account: Account, setting: str) -> str:
+    def path_of(self, child: Child, setting: str) -> str:
         """Where a client's state, QR code or pid file is, or how the names of its media begin."""
-        given = account.given.get(setting)
-        directory = _path(account.given.get("tmpdir", "")) or self.settings.tmpdir
+        given = child.given.get(setting)
+        directory = _path(child.given.get("tmpdir", "")) or self.settings.tmpdir
         return str(_path(given)) if given else os.path.join(
-            directory, self.flavour.file_prefix + self.FILES[setting].format(account.name))
+            directory, self.flavour.file_prefix + self.FILES[setting].format(child.name))
 
     # -- what others are told; with or without the lock
 
@@ -12418,26 +12342,25 @@ class Controller:
         self._dirty = False
         if self.supervisor.ending:
             return  # what ran when we were told to stop is to be resumed
-        rows = {account.name: {"pid": account.pid, "port": account.port,
-                               "run": isinstance(account, Child) and account.alive(),
-                               "given": account.open_settings()}
-                for account in [*self.former.values(), *self.supervisor.children.values()]}
+        rows = {child.name: {"pid": child.pid, "port": child.port, "run": child.alive(),
+                             "given": child.open_settings()}
+                for child in [*self.former.values(), *self.supervisor.children.values()]}
         if not keep_file(self.settings.backend_path, to_bytes(rows), self.log):
             self._dirty = True
             self.timers.later(REPLACE_SECONDS, self._save)
 
-    def tell(self, account: Account, event: str, params: List[Json], **more: Json) -> Row:
+    def tell(self, child: Child, event: str, params: List[Json], **more: Json) -> Row:
         """Let those who read the events know of a client, with numbers where its own have them."""
-        given = {**inherited(self.flavour), **account.given}
+        given = {**self.inherited, **child.given}
         row = event_row(event, params)
         if SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0")):
             row = numbered(row)
-        self.store.tell({**row, **more, "client": account.name})
+        self.store.tell({**row, **more, "client": child.name})
         return row
 
-    def report(self, account: Account, event: str, *params: Json) -> None:
+    def report(self, child: Child, event: str, *params: Json) -> None:
         """Post an event of ours besides: each begins with the client's name."""
-        self._reporter.add(self.tell(account, event, [account.name, *params]), "")
+        self._reporter.add(self.tell(child, event, [child.name, *params]), "")
         self._reporter.flush()
 
     def detach(self, name: str) -> None:
@@ -12468,21 +12391,13 @@ class ControllerApi:
 
     def __init__(self, controller: Controller) -> None:
         self._controller, self._children = controller, controller.supervisor.children
-        self._token = controller.settings.token
-        self._own_paths = {route.path for route in self.routes()}  # whatever the method
-
-    def routes(self) -> List[Route]:
-        """The route table, under both prefixes."""
-        return api_routes([verb for verb in VERBS if verb.on in ("controller", "both")],
-                          lambda verb: getattr(self, verb.name)
-                          ) + [Route("/", READ, self.index, open=True), HEALTH,
-                               *[Route(path, "POST", self.from_bridge, open=True)
-                                 for path in BRIDGES]]
-
-    def all_routes(self, others: List[Route]) -> List[Route]:
-        """These, others, and the one that describes them, with what is passed on to clients."""
-        routes = self.routes() + others
-        return routes + openapi_routes(self._controller.flavour, bool(self._token), routes, True)
+        self._flavour, self._settings = controller.flavour, controller.settings
+        verbs = [verb for verb in VERBS if verb.on in ("controller", "both")]
+        self._own_paths = {prefix + verb.name for prefix in PREFIXES for verb in verbs}
+        self.routes = all_routes(
+            self._flavour, self._settings, verbs, lambda verb: getattr(self, verb.name),
+            lambda request: dashboard(dashboard_config(self._flavour, self._settings, "")),
+            self.from_bridge, controller.pages, True)
 
     def _name(self, request: Request) -> str:
         name = request.params.get("client", "")
@@ -12500,33 +12415,41 @@ class ControllerApi:
         child = self._child(request)
         if child.process is None:
             raise Unreachable()
-        return pass_on(request, child.port, None if as_it_is else self._token, trusted)
+        return pass_on(request, child.port, None if as_it_is else self._settings.token, trusted)
 
     def start_client(self, request: Request) -> Row:
-        """Start a client; answers before it has logged in."""
-        controller, name = self._controller, self._name(request)
-        settings, given = controller.settings, check_params(request.keys())
+        """Start a client; answers before it has logged in, with the parameters as they were
+        spelt, but no secrets."""
+        controller, name, settings = self._controller, self._name(request), self._settings
+        given = check_params(request.keys())
         check_paths(given, settings.tmpdir,
-                    rf"{controller.flavour.file_prefix}{{}}_{re.escape(name)}\.\w+",
+                    rf"{self._flavour.file_prefix}{{}}_{re.escape(name)}\.\w+",
                     (settings.template_path, settings.backend_path, settings.pid_path,
                      settings.log_path, settings.accounts, settings.world))
-        row: Row = {"account": name}
+        row: Row = {}
+        for key, value in request.keys().items():
+            setting = setting_named(key)
+            if setting and not setting.secret:
+                row[key] = setting.split(value)[0]
         with controller.turn(name):
             child = self._children.get(name)
             if child and child.alive():
-                row["status"] = "client already exists"
-            else:
-                child = controller.start_client(name, given)
-            return {**request_echo(request), **child.shown(), **row}
+                return {**row, **child.shown(), "account": name, "status": "client already exists"}
+            return {**row, **controller.start_client(name, given).shown(), "account": name}
 
     def update_client(self, request: Request) -> Row:
-        """Change settings of a client, which begins anew with them: all or none, but no paths."""
-        with self._controller.turn(self._name(request)):
-            child = self._child(request)
-            for name in request.keys():
-                if getattr(setting_named(name), "read", None) is _path:
-                    raise NotAllowed(f"{name} not allowed")
-            self._controller.update_client(child, check_params(request.keys()))
+        """Change settings of a client, which begins anew with them, unless it has them: all or
+        none, but no paths. Answers when it has begun."""
+        controller = self._controller
+        with controller.turn(self._name(request)):
+            child, given = self._child(request), check_params(request.keys(), paths=False)
+            settings, forget = renewed(child.given, given), cleared(given)
+            if settings != child.given or forget:
+                with controller.lock:
+                    controller.check_start(child.alive())
+                    controller.changed()
+                    controller.supervisor.renew(child, settings, forget | {
+                        name for name in child.forget if name not in settings})
             return {**child.shown(), "account": child.name}
 
     def stop_client(self, request: Request) -> Row:
@@ -12541,43 +12464,41 @@ class ControllerApi:
         posted; of one that was stopped before as well."""
         controller, name = self._controller, self._name(request)
         with controller.turn(name):
-            account = controller.former.get(name) or self._child(request)
-            controller.stop_client(account, "client_deleted")
+            child = controller.former.get(name) or self._child(request)
+            controller.stop_client(child, "client_deleted")
             controller.network.do(controller.network.delete, name)
             for setting in "cookie_path", "state_path", "spool_path", "qrcode_path", "ids_path":
-                remove_file(controller.path_of(account, setting))
-                remove_leftovers(controller.path_of(account, setting))
-            Shelf(controller.path_of(account, "media"), controller.log).clear()
-            return account.shown()
+                remove_file(controller.path_of(child, setting))
+                remove_leftovers(controller.path_of(child, setting))
+            Shelf(controller.path_of(child, "media"), controller.log).clear()
+            return child.shown()
 
     def check_client(self, request: Request) -> Row:
-        """One client's state or all clients'."""
+        """One client's state or all clients': what their state files say, but for the state of
+        a process that is no more."""
         children = ([self._child(request)] if request.params.get("client") else
                     sorted(list(self._children.values()), key=lambda child: child.name))
-        return {"code": 0, "client": [self._state(child) for child in children]}
-
-    def _state(self, child: Child) -> Row:
-        """The state file's content, unless it is of a process that is no more."""
-        controller = self._controller
-        row = read_json(controller.path_of(child, "state_path"), controller.log)
-        lives = child.process is not None and row.get("pid") == child.pid
-        given = {**inherited(controller.flavour), **child.given}
-        row = {**row, "account": child.name, "pid": child.pid, "port": child.port,
-               "restarts": max(0, child.restarts), "since": str(int(child.since)),
-               "link": link_of(given.get)}
-        if lives:
-            return row
-        row["state"] = child.seen()
-        if row["state"] == "failed":
-            row.update({"state": "stop", "failed": True})
-        return {**row, "error": "\n".join(child.lines)} if child.lines else row
+        rows = []
+        for child in children:
+            row = read_json(self._controller.path_of(child, "state_path"), self._controller.log)
+            lives = child.process is not None and row.get("pid") == child.pid
+            given = {**self._controller.inherited, **child.given}
+            row.update(account=child.name, pid=child.pid, port=child.port, link=link_of(given.get),
+                       restarts=max(0, child.restarts), since=str(int(child.since)))
+            if not lives:
+                state = child.seen()
+                row.update({"state": "stop", "failed": True} if state == "failed" else
+                           {"state": state})
+                if child.lines:
+                    row["error"] = "\n".join(child.lines)
+            rows.append(row)
+        return {"code": 0, "client": rows}
 
     def get_qrcode(self, request: Request) -> Response:
         """The picture to be scanned; 404 while there is none."""
         child = self._child(request)
         path = self._controller.path_of(child, "qrcode_path")
-        return qrcode_response(read_file(path) if child.process else None,
-                               self._controller.flavour)
+        return qrcode_response(read_file(path) if child.process else None, self._flavour)
 
     def events(self, request: Request) -> Response:
         """A stream of one client's events, or of all clients'."""
@@ -12593,7 +12514,7 @@ class ControllerApi:
         if request.method == "OPTIONS":
             return Response(b"", "", fields=OPTIONS_FIELDS)
         if not re.match("/open(qq|wx)/.", request.path) or request.path in self._own_paths:
-            raise ApiNotFound()
+            raise ApiNotFound()                      # or with another method
         return self._pass_on(request)
 
     def from_bridge(self, request: Request) -> Response:
@@ -12609,18 +12530,6 @@ class ControllerApi:
             if child is None or child.process is None:
                 raise  # who is there is none of a stranger's business
         return self._pass_on(request, trusted, is_milky)
-
-    def index(self, request: Request) -> Response:
-        """What a browser sees at /."""
-        controller = self._controller
-        return dashboard(dashboard_config(controller.flavour, controller.settings, ""))
-
-
-def request_echo(request: Request) -> Row:
-    """The parameters that start_client tells again, as they were spelt; secrets stay out."""
-    rows = [(name, value, setting_named(name) or SETTINGS["token"])
-            for name, value in request.keys().items()]
-    return {name: setting.split(value)[0] for name, value, setting in rows if not setting.secret}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -12663,11 +12572,11 @@ def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
     """The settings of a controller or client, each a flag under all of its names."""
     def flag(found: re.Match[str]) -> str:
         setting = setting_named(found.group(1))
-        return "--" + (setting.name if setting else found.group(1))
+        return "--" + (setting.name.replace("_", "-") if setting in settings else found.group(1))
 
-    names = [row.name for row in SETTINGS.values() if row.whose in (whose, "both")]
+    settings = [row for row in SETTINGS.values() if row.whose in (whose, "both")]
     parser = Parser(f"is not a setting of a {whose}; python openqq.py {whose} --help shows them",
-                    **dict.fromkeys(names, "store"))
+                    **{row.name.replace("_", "-"): "store" for row in settings})
     return tokens_apart(parser.read([re.sub("^--([^=]+)", flag, word) for word in words]))
 
 
