@@ -8594,9 +8594,9 @@ def test_what_the_network_cannot_read_changes_nothing_and_hits_nobody(start, tmp
         path = put(tmp_path / "world.json", json.dumps({
             "people": [{"uid": "7", "name": "x"}], "groups": [{
                 "uid": "8", "name": "g", "owner_uid": "", "member": [{"uid": "7", name: value}]}]}))
-        status, said = run_once("controller", "--port", 0, "--tmpdir", tmp_path / "t",
-                                "--world", path)
-        assert status == 1 and "world file" in said
+        done = run_openqq("controller", "--port", "0", "--tmpdir", str(tmp_path / "t"),
+                          "--world", str(path))
+        assert done.returncode == 1 and "world file" in done.stderr
     program.login("alice")
     uid = program.call("get_user_info", client="alice")["uid"]
     assert program.call("/local/change", do="remove", what="person", uid=uid)["code"] == 0
