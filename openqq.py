@@ -4740,7 +4740,8 @@ function seenBy(person) {
 }
 
 async function choosePeer() {
-  const asked = peer = chosen("peer");
+  const before = peer, asked = peer = chosen("peer");
+  if (asked?.key !== before?.key) $("members").replaceChildren();  // ids are another's now
   showTalk();
   $("group").hidden = !peer || peer.kind !== "group";
   if ($("group").hidden) return;
@@ -4827,7 +4828,7 @@ async function speak(content) {
   return answer;
 }
 
-$("speaker").onchange = () => {  // ids are another's now
+$("speaker").onchange = () => {
   fill("peer", []);
   choosePeer();
   loadPeers();
