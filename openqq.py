@@ -9346,22 +9346,19 @@ class Parent:
     @classmethod
     def find(cls) -> Optional[Parent]:
         """That of this process, or None; what said so leaves the environment."""
-        names = ("OPENQQ_LIFE", "OPENQQ_LISTEN", "OPENQQ_LOCAL", "OPENQQ_KEY")
-        life, listener, local, key = [os.environ.pop(name, "") for name in names]
-        if not life:
-            return None
+        life, listener, local, key = [os.environ.pop("OPENQQ_" + name, "")
+                                      for name in ("LIFE", "LISTEN", "LOCAL", "KEY")]
         return cls(socket.socket(fileno=int(life)), socket.socket(fileno=int(listener)),
-                   local, key)
+                   local, key) if life else None
 
     def tell(self, **news: str) -> None:
-        """Let the controller know, now."""
+        """Send a state or a warning, now."""
         with self._lock:
             self._unsent += to_bytes(news) + b"\n"
         self.flush()
 
     def add(self, seq: int, event: bytes) -> None:
-        """Let the controller know of an event, as JSON, with the next flush(); its `seq` is 0 if
-        it is not kept."""
+        """Queue an event, as JSON, for the next flush(); its `seq` is 0 if it is not kept."""
         if event.startswith(b'{"event":"state_change"'):
             return  # it tells those itself: also those of clients that cannot any more
         with self._lock:
@@ -9374,7 +9371,7 @@ class Parent:
             self._unsent += (b"+" if seq else b"-") + event + b"\n"
 
     def flush(self) -> None:
-        """Send what there is, as far as the line takes it; a thread waits until it takes more."""
+        """Send what the line takes; a thread waits until it takes more."""
         with self._lock:
             try:
                 while self._unsent and not self._waiting:
@@ -9398,7 +9395,7 @@ class Parent:
 
 
 class Papers:
-    """A client's files: pid, cookie, QR code, state (000). Writing never stops the client."""
+    """A client's files (000): a failure to write one never stops the client."""
 
     def __init__(self, settings: Settings, flavour: Type[Flavour], log: Log) -> None:
         self.settings, self.log = settings, log
@@ -9418,26 +9415,26 @@ class Papers:
     def state_row(self, client: Client) -> Row:
         """The state file's content (000, CONTRACT 8)."""
         settings, program = self.settings, client.flavour.program
-        row: Row = {name: getattr(settings, name) for name in (
-            "cookie_path", "log_level", "mode", "pid_path", "qrcode_path", "state_path",
-            "tmpdir")}
-        row.update({name: str(int(getattr(settings, name))) for name in (
-            *client.flavour.state_flags, "qrcode_count_max", "ua_retry_times")})
-        row.update(account=client.account, os=SYSTEM, pid=os.getpid(),
-                   log_encoding=settings.given("log_encoding") or None,
-                   log_path=settings.given("log_path") or None,
-                   previous_state=client.previous_state or None,
-                   start_time=str(client.start_time), state=client.state, version=VERSION,
-                   plugin=[{"name": ("" if plugin.name[0] == "+" else f"{program}::Plugin::")
-                            + plugin.name, "priority": plugin.priority,
-                            "auto_call": None if plugin.call_on_load else 1,
-                            "call_on_load": int(plugin.call_on_load)}
-                           for plugin in sorted(client.plugins, key=lambda p: p.name)])
-        row.update(client.link.status())
+        row: Row = {
+            **{name: getattr(settings, name) for name in (
+                "cookie_path", "log_level", "mode", "pid_path", "qrcode_path", "state_path",
+                "tmpdir")},
+            **{name: str(int(getattr(settings, name))) for name in (
+                *client.flavour.state_flags, "qrcode_count_max", "ua_retry_times")},
+            "account": client.account, "os": SYSTEM, "pid": os.getpid(),
+            **{name: settings.given(name) or None for name in ("log_encoding", "log_path")},
+            "previous_state": client.previous_state or None,
+            "start_time": str(client.start_time), "state": client.state, "version": VERSION,
+            "plugin": [{"name": ("" if plugin.name[0] == "+" else f"{program}::Plugin::")
+                        + plugin.name, "priority": plugin.priority,
+                        "auto_call": None if plugin.call_on_load else 1,
+                        "call_on_load": int(plugin.call_on_load)}
+                       for plugin in sorted(client.plugins, key=lambda p: p.name)],
+            **client.link.status()}
         if client.warnings:
             row["warning"] = "; ".join(client.warnings.values())
         for outlet in client.outlets:
-            if outlet.reporter and outlet.reporter.error:
+            if outlet.reporter.error:
                 row["post_error"] = outlet.reporter.error
         return dict(row, error=client.error) if client.error else row
 
@@ -9447,20 +9444,15 @@ class Papers:
         if not keep_file(self.settings.state_path, data, self.log):
             client.plan("state file", REPLACE_SECONDS, self.write_state, client)
 
-    def read_qrcode(self) -> Optional[bytes]:
-        """The picture, or None while there is none."""
-        return read_file(self.settings.qrcode_path)
-
     def read_cookie(self) -> Row:
         """The last login's cookie file; {} if there is none, or it is another account's."""
         row = read_json(self.settings.cookie_path, self.log)
         return row if row.get("account") == self.settings.account else {}
 
     def write_cookie(self, cookie: Optional[str] = None) -> None:
-        """Keep a login, and with it the secrets that a resumed client needs (DESIGN).
+        """Keep a login, and the secrets of now, which a resumed client needs (DESIGN).
 
-        Without a `cookie`, or where none is to be kept, what is there stays, and the secrets
-        beside it are replaced by those of now.
+        Without a `cookie`, or where none is to be kept, the one that is there stays.
         """
         old, secrets = self.read_cookie(), self.settings.secrets()
         if cookie is None or not self.settings.keep_cookie:
@@ -9472,11 +9464,9 @@ class Papers:
             "secrets": secrets, "bridge": self._urls()}), self.log)
 
     def share_secrets(self) -> None:
-        """Take over the secrets of a former start, and have a later one find what was given now.
-
-        A resumed client has no others. Not those that the controller was told to forget, nor
-        those of a bridge at another address.
-        """
+        """Take over the secrets of a former start, since a resumed client is given none, and keep
+        those of this one. Not those that the controller was told to forget, nor those of a bridge
+        at another address."""
         row, now = self.read_cookie(), self._urls()
         forget = os.environ.pop("OPENQQ_FORGET", "").split(",")
         then, secrets = row.get("bridge") or {}, row.get("secrets") or {}
@@ -9495,7 +9485,8 @@ class Papers:
 
 
 class Roster:
-    """Who the account knows; `lock`, the client's, guards all of it."""
+    """Who the account knows; `lock`, the client's, guards all of it. What reads it with a lock of
+    its own may be called from any thread."""
 
     def __init__(self, fields: Mapping[str, Tuple[str, ...]], lock: Any) -> None:
         self.fields, self.lock = fields, lock
@@ -9514,14 +9505,9 @@ class Roster:
         table: Dict[str, Any] = getattr(self, kind)
         return table
 
-    # -- reading, from any thread
-
-    def to_json(self, kind: str, members: bool = True) -> List[Row]:
-        """The list of a kind, as documented."""
-        return list(self.rows(kind, members))
-
     def rows(self, kind: str, members: bool) -> Iterator[Row]:
-        """The same one by one: nobody has to wait for a lock until a million members are told."""
+        """The list of a kind, as documented; nobody has to wait for the lock until a million
+        members are told."""
         with self.lock:
             things = list(self.table(kind).values())
         for thing in things:
@@ -9529,15 +9515,16 @@ class Roster:
                 row = (thing.full_json if members else thing.to_json)(self.fields)
             yield row
 
-    def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
-        """The things of a kind whose attributes equal all the keys; none without keys."""
+    def search(self, where: Union[str, Circle], keys: Mapping[str, str]) -> List[Any]:
+        """The things of a kind, or the members of a group or discuss, whose attributes equal all
+        the keys, as text; none without keys."""
         with self.lock:
-            return match(self.table(kind).values(), keys)
-
-    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
-        """The members of a group or discuss whose attributes equal all the keys."""
-        with self.lock:
-            return match(circle.member.values(), keys)
+            things = (where.member if isinstance(where, Circle) else self.table(where)).values()
+            found = list(things) if keys else []
+            for name, wanted in keys.items():
+                found = [thing for thing in found if thing.value(name) is not None
+                         and str(thing.value(name)) == wanted]
+            return found
 
     def find(self, kind: str, uid: str, circle: str) -> Optional[Any]:
         """One thing by its uid, a member by that of its group or discuss too; or None."""
@@ -9547,13 +9534,9 @@ class Roster:
         """Whether an event about it came after the first `before` changes."""
         return self.touched.get((kind, uid), 0) > before
 
-    # -- what changes it
-
     def load(self, row: Row, kinds: Iterable[str], before: int) -> None:
-        """Take over what a link told; only the kinds that are wanted.
-
-        What events said since there were `before` of them is newer than that.
-        """
+        """Take over what a link told of these kinds, except where events that came after the
+        first `before` changes are newer."""
         for kind in kinds:
             if kind == "user":
                 self.user = User(row["user"])
@@ -9565,10 +9548,10 @@ class Roster:
             setattr(self, kind, new)
 
     def show_states(self, states: Mapping[str, str]) -> None:
-        """Take over who is there now: nobody is told of that, the lists show it."""
+        """Take over who is there now: no event tells of that."""
         with self.lock:
             circles = [*self.group.values(), *self.discuss.values()]
-            tables: List[Mapping[str, Thing]] = [self.friend, *[c.member for c in circles]]
+            tables: List[Dict[str, Any]] = [self.friend, *[c.member for c in circles]]
             for table in tables:
                 for uid in states.keys() & table.keys():
                     table[uid].state = states[uid]
@@ -9623,16 +9606,6 @@ class Roster:
             thing = table.pop(uid, thing)
         return event, [thing, circle] if circle else [thing]
 
-    def differences(self, kind: str, rows: Iterable[Row], before: int) -> List[Row]:
-        """What happened between the roster and what a link tells now of a kind, as events of a
-        link. Nothing of what events told since there were `before` of them: it would be undone.
-        """
-        new = {row["uid"]: row for row in rows if not self.is_newer(kind, row["uid"], before)}
-        if kind == "user":
-            return changes_of(kind, dict.fromkeys(new, self.user), new)
-        return changes_of(kind, {uid: thing for uid, thing in self.table(kind).items()
-                                 if not self.is_newer(kind, uid, before)}, new)
-
 
 def changes_of(kind: str, old: Mapping[str, Any], new: Mapping[str, Row], **place: str
                ) -> List[Row]:
@@ -9656,23 +9629,12 @@ def changes_of(kind: str, old: Mapping[str, Any], new: Mapping[str, Row], **plac
                     for uid in old if uid not in new]
 
 
-def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
-    """Those whose attributes equal all the keys, as text; none without keys."""
-    if not keys:
-        return []
-    return [thing for thing in things if all(
-        thing.value(name) is not None and str(thing.value(name)) == value
-        for name, value in keys.items())]
-
-
 PLUGINS: Dict[str, Tuple[Callable[[Any, Row], None], int]] = {}  # name -> call, priority
 
 
 class Plugin:
-    """Something that a client runs, `call(client, data)`; those with a high priority first.
-
-    `name` is what Client.load() is given. Refusal if there is none.
-    """
+    """Something that a client runs, `call(client, data)`; those with a high priority first. Refusal
+    if there is none."""
 
     def __init__(self, name: Any, data: Row, call_on_load: bool) -> None:
         self.data, self.call_on_load = data, call_on_load
@@ -9715,7 +9677,7 @@ class Listing:
         self._since: Optional[float] = None
 
     def doubt(self, known: Iterable[str], told: Iterable[str]) -> str:
-        """Why the uids that the list told are not believed, in words; empty if they are."""
+        """Why the uids that the list told are not believed; empty if they are."""
         old, new, now = set(known), set(told), time.monotonic()
         missing = len(old - new)
         if not new or 3 * missing > len(old):
@@ -9728,9 +9690,8 @@ class Listing:
 
 
 class Details:
-    """What a link does not tell at once: lists of friends and groups, who is in a group. What is
-    known is compared with it, so that events tell of the difference.
-    """
+    """What a link does not tell at once: lists of friends and groups, who is in a group. Events
+    tell how it differs from what is known."""
 
     def __init__(self, client: Client) -> None:
         self._client, self._roster = client, client.roster
@@ -9751,16 +9712,21 @@ class Details:
                 if getattr(self._client.settings, setting + kind)]
 
     def compare(self, row: Row, before: int) -> None:
-        """Report what happened between the roster, when there had been `before` changes of it, and
-        what the link tells now of some kinds."""
+        """Report what happened between the roster and what the link tells now of some kinds, except
+        where events that came after the first `before` changes are newer: it would be undone."""
         client, roster = self._client, self._roster
         kinds = [kind for kind in self.kinds("is_update_") if kind in row]
         if client.settings.is_update_user and "user" in row:
             kinds.insert(0, "user")
         with client.batch():
-            for item in [item for kind in kinds for item in roster.differences(
-                    kind, [row["user"]] if kind == "user" else row[kind], before)]:
-                client.talk.happen(item)
+            for kind in kinds:
+                new = {one["uid"]: one for one in ([row[kind]] if kind == "user" else row[kind])
+                       if not roster.is_newer(kind, one["uid"], before)}
+                old = dict.fromkeys(new, roster.user) if kind == "user" else {
+                    uid: thing for uid, thing in roster.table(kind).items()
+                    if not roster.is_newer(kind, uid, before)}
+                for item in changes_of(kind, old, new):
+                    client.talk.happen(item)
             for told in row["group"] if "group" in kinds else []:
                 group, count = roster.group.get(told["uid"]), told.get("member_count")
                 if group:
@@ -9775,19 +9741,18 @@ class Details:
             self._client.emit("update_user", [self._roster.user.to_json(self._roster.fields)])
         for kind in ("friend", "group"):
             if kind in kinds:
-                self._client.emit("update_" + kind, [self._roster.to_json(kind, members=False)])
+                self._client.emit("update_" + kind, [list(self._roster.rows(kind, False))])
 
     # -- lists
 
     def is_certain(self, kind: str) -> bool:
-        """Whether who is not on the list of friends, or groups, is none: it is good, or not wanted
-        at all."""
+        """Whether who is not on the list of friends, or groups, is none."""
         return (not self._client.link.real or self.lists[kind].good
                 or kind not in self.kinds("is_init_"))
 
     def ask(self, kind: str, anew: bool = False) -> None:
-        """Have the link asked for a list now, unless that is under way; `anew` after a new login,
-        of which nothing is known yet."""
+        """Have the link asked for a list, unless that is under way; `anew` after a new login, of
+        which nothing is known yet."""
         listing = self.lists[kind]
         self._client.unplan(kind)
         if anew:
@@ -9797,7 +9762,6 @@ class Details:
             self._askers.submit(self._fetch, kind, listing)
 
     def _fetch(self, kind: str, listing: Listing) -> None:
-        """In a worker: ask for a list. What is known changes only by one that is believed."""
         client, roster = self._client, self._roster
         before, rows, why = roster.changes, [], ""  # type: int, List[Row], str
         try:
@@ -9819,13 +9783,13 @@ class Details:
                         "and it is asked again")
             if why:
                 client.plan(kind, wait, self.ask, kind)
-            elif listing.loaded:
-                self.compare({kind: rows}, before)
             else:
-                roster.load({kind: rows}, [kind], before)
-                if client.state == "running":
-                    self.report([kind])
-            if not why:
+                if listing.loaded:
+                    self.compare({kind: rows}, before)
+                else:
+                    roster.load({kind: rows}, [kind], before)
+                    if client.state == "running":
+                        self.report([kind])
                 listing.loaded, listing.failures = True, 0
             listing.answers += 1
             client.changed.notify_all()
@@ -9861,10 +9825,8 @@ class Details:
     # -- members
 
     def wait(self, groups: Iterable[Circle], members: bool = True) -> None:
-        """Have the members of groups loaded, or only one's role in them; from any thread.
-
-        After DETAIL_SECONDS it returns with what there is then; the rest is loaded all the same.
-        """
+        """Have the members of groups loaded, or only one's role in them; after DETAIL_SECONDS it
+        returns all the same. From any thread."""
         wanted = {(str(group.uid), members) for group in groups
                   if not group.loaded and (members or group.value("role") is None)}
         if not wanted:
@@ -9878,7 +9840,7 @@ class Details:
                 self._client.log.warn("the bridge is slow to tell the members of groups")
 
     def _load(self, uid: str, members: bool) -> None:
-        """In a worker: ask the link, and once more if an event told of the group meanwhile."""
+        """Ask the link, and once more if an event told of the group meanwhile."""
         client, roster = self._client, self._roster
         while True:
             row: Optional[Row] = None
@@ -9919,10 +9881,10 @@ class Details:
 class Login:
     """How an account gets to running, and how what it knows stays true.
 
-    The link's threads call the hooks, each of which leads to a state (those with an underscore:
-    `_show` a code and `_wait` to scaning, `_scanned` to confirming, `_confirmed` to updating,
-    `_lost` back there). The link is asked by workers: for a login; for the roster, after which the
-    client runs; for that again every update_interval.
+    The link's threads call the hooks, each of which leads to a state: `_show` a code and `_wait`
+    to scaning, `_scanned` to confirming, `_confirmed` to updating, `_lost` back there. Workers ask
+    the link for a login, for the roster, after which the client runs, and for that again every
+    update_interval.
     """
 
     def __init__(self, client: Client) -> None:
@@ -9953,7 +9915,7 @@ class Login:
             self.link = LINKS[kind](settings, hooks, log)
             return
         if client.parent:
-            host: Callable[[str, Row], Json] = RemoteHost(client.parent.local, client.parent.key)
+            host: Callable[..., Json] = RemoteHost(client.parent.local, client.parent.key)
         else:
             network = self.network = LocalNetwork(
                 client.papers.local_path, settings.world, client.flavour, log,
@@ -9963,7 +9925,7 @@ class Login:
         self.link = LocalLink(host, hooks, settings.login_type == "login", settings.mode, log)
 
     def _cancel(self) -> None:
-        """This login is over, or what it showed: nothing that was planned for it happens."""
+        """This login is over, or what it showed: nothing planned for it happens."""
         self._client.unplan("code", "refresh", "friend", "group")
         self._turn += 1
         self._client.changed.notify_all()
@@ -10032,7 +9994,7 @@ class Login:
             client.plan("code", seconds, self._submit, renew)
 
     def _wait(self, error: str) -> None:
-        """There is no login, and no code to scan; the state file says why."""
+        """There is no login, and no code to scan."""
         client = self._client
         if (client.state, client.error) != ("scaning", error):
             self._cancel()
@@ -10042,10 +10004,10 @@ class Login:
             client.enter("scaning", error)
 
     def _scanned(self) -> None:
-        client = self._client
-        if client.state == "scaning":
-            client.log.info(f"{client.flavour.phone}扫码成功,请在手机上点击[登录]按钮... (scanned)")
-            client.enter("confirming")
+        if self._client.state == "scaning":
+            self._client.log.info(f"{self._client.flavour.phone}扫码成功,"
+                                  "请在手机上点击[登录]按钮... (scanned)")
+            self._client.enter("confirming")
 
     def _confirmed(self, cookie: str, fresh: bool) -> None:
         client = self._client
@@ -10071,11 +10033,8 @@ class Login:
         client.enter(state, error)
 
     def _learn(self, fresh: bool, turn: int) -> None:
-        """In a worker: learn who the account is and whom it knows, then run, and from then on look
-        whether that is still so.
-
-        Lists that the link tells apart may take long: it runs without them after LOOKUP_SECONDS.
-        """
+        """Learn who the account is and whom it knows, then run, after LOOKUP_SECONDS without the
+        lists that the link tells apart; from then on look whether that is still so."""
         client, roster, details = self._client, self._client.roster, self._client.details
         before = roster.changes
         row = self.link.roster()
@@ -10150,11 +10109,8 @@ if TYPE_CHECKING:  # a message to be sent, what the link gets of it, who waits f
 
 
 class Talk:
-    """What an account says and hears. With the client's lock held, unless said otherwise.
-
-    What it says goes through one queue, first in, first out (CONTRACT 4): one thread hands batches
-    of it to the link, without the lock.
-    """
+    """What an account says and hears. With the client's lock held, unless said otherwise; what it
+    says goes through one queue (CONTRACT 4), of which one thread hands batches to the link."""
 
     # What events of the documents tell besides, as members, since callbacks count the params.
     FACTS = {"new_group_member": ("kind", "operator_uid"),
@@ -10181,8 +10137,8 @@ class Talk:
 
     def compose(self, item: Row, origin: str = "", media: Optional[Row] = None
                 ) -> Optional[Message]:
-        """What an item of the link says, as a message; None if it is not to be told of. Or what
-        `origin` here is to send, perhaps with media of the shelf."""
+        """What an item of the link says, as a message, or None if that is not to be told of; or
+        what `origin` here is to send, perhaps with media of the shelf."""
         client, flavour, roster = self._client, self._flavour, self._client.roster
         own, uid = item["do"] == "sent", item["uid"]
         kind = CIRCLE_OF.get(item["type"]) or (
@@ -10209,11 +10165,11 @@ class Talk:
             self._name(message, "sender", roster.user, {})
             message.__dict__.update({
                 "class": "send", "post_type": "send_message", "from": origin or "none",
-                "source": "local" if origin else "outer", "ttl": client.settings.msg_ttl})
+                "source": "local" if origin else "outer", "ttl": client.settings.msg_ttl,
+                "code": 0, "info": "发送正常", "msg": flavour.sent["status"]})
             if uid is not None:
                 message.peer_uid = uid
                 self._name(message, "receiver", thing, {"uid": uid})
-            self._set_outcome(message, {"code": 0, "info": "发送正常"})
         else:
             if thing is None and "sender" in item and (
                     circle and not circle.loaded or not client.is_certain("friend")):
@@ -10241,15 +10197,15 @@ class Talk:
         return message
 
     def _name(self, message: Message, role: str, thing: Optional[Thing], row: Row) -> None:
-        """Say who is sender or receiver; of somebody unknown what `row` tells."""
+        """Say who is sender or receiver; `row` tells of somebody unknown."""
         message.__dict__.update({
             role: thing.displayname if thing else row.get("name"), role + "_thing": thing,
             **{f"{role}_{part}": thing.value(part) if thing else row.get(part)
                for part in self._flavour.parts[role]}})
 
     def _add_media(self, message: Message, picture: Row, media: Optional[Row]) -> None:
-        """Give a message what its flavour tells of a picture, as a link has it. It came, unless
-        `media` of the shelf is given, and is kept there if it is to be and can be."""
+        """Give a message what its flavour tells of a picture: `media` of the shelf, or one that
+        came, which gets there if it is to be kept and can be."""
         if media is None:
             data, name = base64.b64decode(picture["data"]), str(picture["name"])
             media = unkept_media(data, name)
@@ -10268,20 +10224,17 @@ class Talk:
             "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
         message.__dict__.update({name: shown[name] for name in self._flavour.media_members})
 
-    def _set_outcome(self, message: Message, result: Row) -> None:
-        message.code, message.info = result["code"], result["info"]
-        message.msg = self._flavour.not_sent if message.code else self._flavour.sent["status"]
-
-    def remember(self, row: Row) -> None:
-        """Keep a message, as it is reported, for get_message; a picture's bytes are on the shelf.
-        """
-        if row["id"] is None:
-            return
-        data = to_bytes({**row, "media_data": None} if row.get("media_data") else row)
-        self._seen_size += len(data) - len(self._seen.pop(row["id"], b""))
-        self._seen[row["id"]] = data
-        while len(self._seen) > WAIT_LIMIT or self._seen_size > SEEN_BYTES:
-            self._seen_size -= len(self._seen.pop(next(iter(self._seen))))
+    def _report(self, message: Message, mark: str = "") -> None:
+        """Let everybody know of a message, and keep it, as it is reported, for get_message, except
+        a picture's bytes, which are on the shelf."""
+        row = message.to_json({})
+        if row["id"] is not None:
+            data = to_bytes({**row, "media_data": None} if row.get("media_data") else row)
+            self._seen_size += len(data) - len(self._seen.pop(row["id"], b""))
+            self._seen[row["id"]] = data
+            while len(self._seen) > WAIT_LIMIT or self._seen_size > SEEN_BYTES:
+                self._seen_size -= len(self._seen.pop(next(iter(self._seen))))
+        self._client.tell(message.post_type, row, message.conversation(), [message], mark)
 
     def remembered(self, id: str) -> Optional[Row]:
         """One of the newest messages, as it was reported. From any thread."""
@@ -10300,7 +10253,7 @@ class Talk:
 
     def is_full(self) -> bool:
         """Whether so many messages wait that no more are taken."""
-        return self.waiting() >= int(self._client.settings.send_queue_max_size)
+        return len(self._jobs) >= int(self._client.settings.send_queue_max_size)
 
     def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
              origin: str = "api", via: str = "", media: Optional[Row] = None, cq: bool = False,
@@ -10407,10 +10360,12 @@ class Talk:
         the spot is there too, and everything has survived."""
         with self._client.batch():
             for (message, _, _), result in outcomes:
-                message.id = result.get("id")
-                self._set_outcome(message, result)
-                self._client.emit_message(message)
-            if not self.began:
+                message.id, message.code = result.get("id"), result["code"]
+                message.info = result["info"]
+                if message.code:
+                    message.msg = self._flavour.not_sent
+                self._report(message)
+            if self._own and not self.began:
                 self._hear_own()
         for job, result in outcomes:
             (message, _, future), mark = job, result.get("mark", "")
@@ -10423,11 +10378,9 @@ class Talk:
     # -- hearing
 
     def receive(self, items: List[Row]) -> str:
-        """Take over what a link brought; the mark of what is safe on disk then. NotRunning.
-
-        In the link's thread. While a send is under way it waits for that: nobody is to hear the
-        echo before the call.
-        """
+        """Take over what a link brought; the mark of what is safe on disk then. NotRunning. In the
+        link's thread: while a send is under way it waits for that, for nobody is to hear the echo
+        before the call."""
         client = self._client
         with client.lock:
             began = self.began
@@ -10476,14 +10429,14 @@ class Talk:
                 self._hear(item, "")
 
     def _hear(self, item: Row, mark: str) -> None:
-        """A message came, or the account sent one, from another device unless it was we."""
+        """A message that came, or that the account sent, from another device unless it was we."""
         client, own = self._client, item["do"] == "sent"
         message = None if own and item["id"] in self._seen else self.compose(item)
         if message is None:
             return client.spool.advance(mark or None)
         for future in self._expected.pop(item["uid"], []) if not own and not message.circle else []:
             settle(future, message.content)
-        client.emit_message(message, mark)
+        self._report(message, mark)
 
     def happen(self, item: Row, mark: str = "") -> bool:
         """Let an event of the link change the roster, and report it; False if it is void."""
@@ -10733,8 +10686,8 @@ class Client:
             self.stop()
 
     def _wind_up(self) -> None:
-        """In a thread of its own: what waits to be posted gets a moment, and after it what is on
-        its way: sent and not answered it would come twice. The rest waits for the next start."""
+        """In a thread of its own: what waits to be posted gets a moment, then what is on its way:
+        sent and not answered it would come twice. The rest waits for the next start."""
         with self.lock:
             for outlet in self.outlets:
                 if outlet.waiting():
@@ -10763,40 +10716,31 @@ class Client:
             yield
         finally:
             self._batches -= 1
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._batches:
-            self.spool.flush()
-            for outlet in self.outlets:
-                outlet.flush()
-            if self.parent:
-                self.parent.flush()
+            if not self._batches:
+                self.spool.flush()
+                for outlet in self.outlets:
+                    outlet.flush()
+                if self.parent:
+                    self.parent.flush()
 
     def emit(self, event: str, params: List[Any], mark: str = "",
              when: Optional[str] = None, facts: Mapping[str, Json] = {}) -> None:
         """Let everybody know of an event; with the mark and the time that its source gave it, and
         `facts` as members of its own."""
         fields = self.flavour.fields
-        shown = [thing.full_json(fields) if isinstance(thing, Circle) and number == 0
-                 else thing.to_json(fields) if isinstance(thing, Thing) else thing
-                 for number, thing in enumerate(params)]
-        self._tell(event, {**event_row(event, shown, when), **facts}, "", params, mark)
+        shown = [thing.to_json(fields) if isinstance(thing, Thing) else thing for thing in params]
+        if params and isinstance(params[0], Circle):
+            shown[0] = params[0].full_json(fields)
+        self.tell(event, {**event_row(event, shown, when), **facts}, "", params, mark)
 
-    def emit_message(self, message: Message, mark: str = "") -> None:
-        """Let everybody know of a message, received or sent."""
-        row = message.to_json(self.flavour.fields)
-        self.talk.remember(row)
-        self._tell(message.post_type, row, message.conversation(), [message], mark)
-
-    def _tell(self, event: str, row: Row, conversation: str, params: List[Any],
-              mark: str) -> None:
-        taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
-        if mark and not any(taken):
-            self.spool.advance(mark)
-        for callback in self._callbacks.get(event, ()):
-            self._crew.submit(callback, self, *params)
-        self._flush()
+    def tell(self, event: str, row: Row, conversation: str, params: List[Any], mark: str) -> None:
+        """The same of what is shown as `row`, in order within a conversation."""
+        with self.batch():
+            taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
+            if mark and not any(taken):
+                self.spool.advance(mark)
+            for callback in self._callbacks.get(event, ()):
+                self._crew.submit(callback, self, *params)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -11165,7 +11109,7 @@ class Api:
     def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
         """The members of a group or discuss that fit; a number may be known to the bridge only."""
         link = self.client.link
-        found = self.client.roster.members(circle, keys)
+        found = self.client.roster.search(circle, keys)
         if not found and len(keys) == 1 and link.real and circle.kind == "group":
             try:
                 uid = number_of(*keys.values())
@@ -11206,7 +11150,7 @@ class Api:
 
     def _get_group_basic_info(self, request: Request) -> Json:
         self.client.details.wait(list(self.client.roster.group.values()), members=False)
-        return self.show(self.client.roster.to_json("group", members=False))
+        return self.show(list(self.client.roster.rows("group", False)))
 
     def _search(self, kind: str, request: Request) -> Json:
         client, names = self.client, self.flavour.other_names[kind]
@@ -11232,7 +11176,7 @@ class Api:
                 "runtime": int(time.time()) - client.start_time}
 
     def _get_qrcode(self, request: Request) -> Response:
-        return qrcode_response(self.client.papers.read_qrcode(), self.flavour)
+        return qrcode_response(read_file(self.client.settings.qrcode_path), self.flavour)
 
     def _get_media(self, request: Request) -> Response:
         id, _, number = request.params.get("id", "").partition(".")
@@ -11259,7 +11203,7 @@ class Api:
         if params.get("group_id"):
             found = self.find("group", params, ("group_id",))
             if found and params.get("id"):
-                found = roster.members(found[0], {"id": params["id"]})
+                found = roster.search(found[0], {"id": params["id"]})
         elif params.get("id") == roster.user.id:
             found = [roster.user]
         else:
@@ -11473,7 +11417,7 @@ class Api:
             return self.one("friend", params, missing=self.NOT_FOUND)
         keys = {name: params[name] for name in self.flavour.keys["friend"] if params.get(name)}
         for group in self.find("group", params, ("group_id",)):
-            for member in self.client.roster.members(group, keys):
+            for member in self.client.roster.search(group, keys):
                 return member
         raise Answer(self.NOT_FOUND)
 
@@ -11485,7 +11429,7 @@ class Api:
         if roster.search("friend", {"id": name}):
             raise Answer({"code": 101, "status": "already a friend"})
         for group in list(roster.group.values()):
-            for member in roster.members(group, {"id": name}):
+            for member in roster.search(group, {"id": name}):
                 return member
         raise Answer(self.NOT_FOUND)
 
