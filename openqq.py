@@ -12798,20 +12798,17 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--" + name, action=action)
 
     def error(self, message: str) -> NoReturn:
-        """A flag without its value, above all."""
         flag = message.partition(":")[0].replace("argument ", "")
         raise Refusal(f"{flag} takes no value" if "ignored" in message else
                       f"{flag} needs a value; one that begins with -- is given as {flag}=VALUE", 2)
 
     def read(self, words: Sequence[str]) -> Row:
         """What the words say, by the flags' names. Refusal."""
-        try:
-            texts = list(map(typed_text, words))
+        try:  # behind a NUL, which no word can hold, argparse takes one dash for no flag
+            texts = [re.sub("^-(?!-)", "\0-", typed_text(word)) for word in words]
         except ValueError as error:
             raise Refusal(f"a word is {error}", 2) from None
-        # Behind a NUL, which no word can hold, argparse takes one dash for no flag.
-        found, strange = self.parse_known_intermixed_args(
-            [re.sub("^-(?!-)", "\0-", text) for text in texts])
+        found, strange = self.parse_known_intermixed_args(texts)
         if strange:
             flag = strange[0].partition("=")[0].strip("\0")
             raise Refusal(f"{flag} {self._stranger}", 2)
@@ -12834,18 +12831,17 @@ def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
 
 def help_text(whose: str) -> str:
     """All settings of a controller or client, as --help shows them."""
-    rows = {}
-    for setting in SETTINGS.values():
-        if setting.whose in (whose, "both") and not setting.idle:
-            default = f" [{setting.shown()}]" if setting.shown() else ""
-            rows[f"  --{setting.name.replace('_', '-')} VALUE"] = (
-                f"{setting.help}{default} | {setting.chinese}")
-    width = max(map(len, rows)) + 2
+    rows = [(f"  --{setting.name.replace('_', '-')} VALUE",
+             f"{setting.help}{f' [{setting.shown()}]' if setting.shown() else ''}"
+             f" | {setting.chinese}")
+            for setting in SETTINGS.values()
+            if setting.whose in (whose, "both") and not setting.idle]
+    width = max(len(flag) for flag, _ in rows) + 2
     return (f"usage: python openqq.py {whose} [--setting value …]\n\n"
             "Each setting takes a value; booleans are 0 and 1, lists have commas. In the\n"
             "environment a setting is MOJO_WEBQQ_ and its name in capitals.\n"
             "每个设置带一个值；布尔值为 0 或 1，列表用逗号分隔。环境变量名为 MOJO_WEBQQ_ 加大写的设置名。\n\n"
-            + "".join(f"{flag:{width}}{text}\n" for flag, text in rows.items()))
+            + "".join(f"{flag:{width}}{text}\n" for flag, text in rows))
 
 
 # For glibc: one heap instead of one for each thread, and large buffers outside of it, so that
@@ -12855,11 +12851,11 @@ FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
 
 
 def run_server(whose: str, given: Dict[str, str]) -> int:
-    """`controller`: many accounts; `client`: one account alone.
+    """`controller`: many accounts; `client`: one account alone. Begins once more with the secrets
+    off the command line, under a name for ps.
 
-    It begins once more under the name that ps is to show, with the secrets off the command line.
-    Only argv[0] makes a name that all of ps's forms show; its directory must stay Python's own,
-    or a virtual environment would be lost.
+    Only argv[0] makes one that all of ps's forms show; its directory must stay Python's own, or a
+    virtual environment would be lost.
     """
     flavour = flavour_named(given.get("flavor"))
     python = os.environ.pop("OPENQQ_PYTHON", "")
@@ -12867,14 +12863,11 @@ def run_server(whose: str, given: Dict[str, str]) -> int:
         account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
         title = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
         environment = {name: value for name, value in FRUGAL.items() if name not in os.environ}
-        flags = []
-        for name, value in given.items():
-            if SETTINGS[name].secret:
-                environment[flavour.environ + name.upper()] = value
-            else:
-                flags.append(f"--{name}={value}")
+        environment.update({flavour.environ + name.upper(): value
+                            for name, value in given.items() if SETTINGS[name].secret})
         if "token" in given:
             environment["OPENQQ_TOKEN"] = given["token"]
+        flags = [f"--{name}={value}" for name, value in given.items() if not SETTINGS[name].secret]
         begin_again(os.path.join(os.path.dirname(sys.executable), title.replace("/", "_")),
                     ["-S", *python_words(whose, *flags)], OPENQQ_PYTHON=sys.executable,
                     **environment)
@@ -12897,8 +12890,8 @@ def run_client(**given: str) -> int:
 
 
 def run_child() -> int:
-    """`--client`: what a controller starts. It does what the template says; what the written one
-    says is built in, and so is quicker."""
+    """`--client`: what a controller starts. Does what the template says; what the written one says
+    is built in, and so is quicker."""
     sys.executable = os.environ.pop("OPENQQ_PYTHON", sys.executable)
     sys.modules.setdefault("openqq", sys.modules[__name__])
     receive_sockets()
@@ -12935,11 +12928,8 @@ def end_with_controller(line: socket.socket) -> None:
 # -- the commands that call a server's API
 
 def printable(text: str, is_json: bool = False) -> str:
-    """Text that does nothing to a terminal: names and messages come from anybody.
-
-    Controls, and what only steers the display, are spelt as Python does, or if the text is JSON
-    as JSON does; blanks of any kind become blanks, except in JSON.
-    """
+    """Text that does nothing to a terminal: names and messages come from anybody. Controls, and
+    what only steers the display, are spelt as Python does, in JSON as JSON does."""
     def spelt(sign: str) -> str:
         if sign.isprintable() or sign == ("\n" if is_json else "\u200d"):
             return sign
@@ -12977,8 +12967,8 @@ def event_line(event: Row) -> Tuple[str, str]:
 
 
 class Said:
-    """What a server answered: `value` is its JSON, None if it is none, `row` that if it is an
-    object; `code` the answer's own; `good` unless it said no."""
+    """What a server answered: `value` is its JSON, or None, `row` that if it is an object; `code`
+    the answer's own; `good` unless it said no."""
 
     def __init__(self, reply: Reply) -> None:
         if reply.kind == "text/event-stream":
@@ -13005,7 +12995,7 @@ class Said:
 
 
 class Terminal:
-    """The commands, each a method of its name, given the words behind it. COMMANDS lists them.
+    """The commands that COMMANDS lists, each a method of its name, given the words behind it.
     Refusal for what goes wrong, Unreachable where nobody answers."""
 
     WATCH_SECONDS = 1.0
@@ -13042,7 +13032,6 @@ class Terminal:
         return Said(self._open(api, params))
 
     def _show_raw(self, said: Said) -> None:
-        """What came, byte for byte, unless it would play with a terminal."""
         is_json = said.kind == "application/json"
         if not self._is_console:
             sys.stdout.buffer.write(said.body + (b"\n" if is_json else b""))
@@ -13056,8 +13045,8 @@ class Terminal:
         return f"\x1b[{code}m{text}\x1b[0m" if self._has_colors and code else text
 
     def _finish(self, said: Said, is_json: bool = True) -> bool:
-        """Print what came, if that is all that is wanted: else it is to be shown. Refusal if it
-        says no, or if it is not what only a server of ours can have said."""
+        """Print what came, if that is all that is wanted; whether it is still to be shown. Refusal
+        if it says no, or if no server of ours can have said it."""
         if self._is_raw:
             self._show_raw(said)
         if not said.good:
@@ -13073,8 +13062,8 @@ class Terminal:
             print(printable(", ".join([str(said.row.get("status")), *words])))
 
     def _check_account(self, name: str) -> None:
-        """Refusal where there is no such account: with these calls a client alone does not look
-        at `client`, so that it serves bots which name it as they please."""
+        """Refusal where there is no such account: a client alone does not look at `client` with
+        these calls, for bots that name it as they please."""
         said = self._ask("check_client", client=name)
         if said.code == ClientMissing.code:
             self._finish(said)
@@ -13142,11 +13131,8 @@ class Terminal:
 
     def qrcode(self, name: str) -> None:
         """Draw the QR code that an account waits with; without colours light is what is written,
-        as on a dark screen.
-
-        It is read out of the picture: its text lets in whoever has it, and so is in no answer
-        that scripts keep and logs show.
-        """
+        as on a dark screen. It is read out of the picture: its text lets in whoever has it, and so
+        is in no answer that scripts keep and logs show."""
         self._check_account(name)
         said = self._ask("get_qrcode", client=name)
         if said.status == 404:
@@ -13264,10 +13250,7 @@ def run_command(command: str, words: Sequence[str]) -> int:
 
 
 def written(write: Callable[[], Optional[int]]) -> int:
-    """The exit status of what writes to standard output. Refusal when that takes no more.
-
-    What is still in its buffer would be tried again at the end: it goes nowhere.
-    """
+    """The exit status of what writes to standard output. Refusal when that takes no more."""
     out: Any = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     out.reconfigure(errors="backslashreplace")
     sys.stdout = out
@@ -13276,6 +13259,7 @@ def written(write: Callable[[], Optional[int]]) -> int:
         out.flush()
         return status
     except OSError as error:  # of a server it is an Unreachable, and so a Refusal
+        # What is still in the buffer would be tried again at the end: it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if not isinstance(error, BrokenPipeError):
             raise Refusal(f"the output cannot be written: {error.strerror}") from None
