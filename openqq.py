@@ -9905,9 +9905,8 @@ class Login:
             return call
 
         hooks = Hooks(hook(self._show), hook(self._wait), hook(self._scanned),
-                      hook(self._confirmed), hook(self._lost),
-                      lambda items: client.talk.receive(items), client.roster.find,
-                      client.details.is_certain, hook(self._keep))
+                      hook(self._confirmed), hook(self._lost), client.talk.receive,
+                      client.roster.find, client.is_certain, hook(self._keep))
         hooks.ids_path = client.papers.ids_path
         self.link: Link
         kind = link_of(settings.given)
@@ -10119,9 +10118,7 @@ class Talk:
     GIVEN_UP = {"code": -3, "info": "发送异常"}
 
     def __init__(self, client: Client) -> None:
-        self._client, self._link, self._flavour = client, client.link, client.flavour
-        interval = client.settings.send_interval
-        self._interval: float = self._link.send_interval if interval is None else interval
+        self._client, self._flavour = client, client.flavour
         self._jobs: Deque[Job] = collections.deque()
         self._sender = ThreadPool(1, "send", client.log)
         self._working = False                     # the sender is at it
@@ -10315,7 +10312,9 @@ class Talk:
 
     def _work(self) -> None:
         """In the thread that sends: one batch after the other, until nothing waits."""
-        client, clock = self._client, self._client.timers.clock
+        client, link, clock = self._client, self._client.link, self._client.timers.clock
+        given: Optional[float] = client.settings.send_interval
+        interval = link.send_interval if given is None else given
         while True:
             batch: List[Job] = []
             size, pause = 0, 0.0
@@ -10323,7 +10322,7 @@ class Talk:
                 while self._jobs and clock() < self._rests_until:
                     client.changed.wait(self._rests_until - clock())
                 jobs = self._jobs
-                while jobs and len(batch) < (1 if self._interval else self._link.batch):
+                while jobs and len(batch) < (1 if interval else link.batch):
                     size += weight(jobs[0][1])
                     if batch and size > BATCH_LIMIT:
                         break
@@ -10333,7 +10332,7 @@ class Talk:
                     return
                 self.began = began = clock()
             try:
-                results = self._link.send([row for _, row, _ in batch])
+                results = link.send([row for _, row, _ in batch])
             except Exception as error:  # the queue must go on whatever a link does
                 why = f"响应未知: {getattr(error, 'status', repr(error))}"
                 results = [{"code": -4, "info": why}] * len(batch)
@@ -10343,7 +10342,7 @@ class Talk:
                     for message, _, _ in batch:
                         message.ttl -= 1
             with client.lock:
-                self.began, self._rests_until = 0.0, max(began + self._interval, pause)
+                self.began, self._rests_until = 0.0, max(began + interval, pause)
                 again = [job for job in batch if pause and job[0].ttl > 0]
                 jobs.extendleft(reversed(again))  # if they were given up meanwhile, nobody looks
                 try:
@@ -10390,7 +10389,7 @@ class Talk:
                 if own and not self._own:
                     client.plan("own", BRIDGE_SECONDS, self._hear_own)
                 self._own += own
-                if self._link.echoes:
+                if client.link.echoes:
                     left = began + ECHO_SECONDS - client.timers.clock()
                     client.changed.wait_for(lambda: self.began != began, max(0.0, left))
             if client.ended:
@@ -10459,16 +10458,12 @@ class Talk:
         return future
 
     def expect(self, uid: str) -> Future[Any]:
-        """What the next message from a friend says. From any thread."""
+        """What the next message from a friend says; who gives up cancels it. From any thread."""
         future: Future[Any] = Future()
         with self._client.lock:
-            self._expected.setdefault(uid, []).append(future)
+            waiting = [one for one in self._expected.get(uid, []) if not one.cancelled()]
+            self._expected[uid] = [*waiting, future]
         return future
-
-    def expect_no_more(self, uid: str, future: Future[Any]) -> None:
-        """One of those who expect() a friend's word gives up. From any thread."""
-        with self._client.lock, contextlib.suppress(ValueError):
-            self._expected.get(uid, []).remove(future)
 
 
 class Client:
@@ -10518,10 +10513,10 @@ class Client:
         self._plans: Dict[str, Timer] = {}           # what is to come, by its name
         self.details = Details(self)
         self.look_for, self.is_certain = self.details.look_for, self.details.is_certain
-        self._login = Login(self)
-        self.link = self._login.link
         self.talk = Talk(self)
         self.send = self.talk.send                   # what the four below come to
+        self._login = Login(self)
+        self.link = self._login.link
         self.enter("init")
 
     # -- the public face
@@ -11301,7 +11296,7 @@ class Api:
             return {**row, "reply": None, "reply_status": "reply timeout"}
         finally:
             self.client.link.typing(friend.uid, False)
-            self.client.talk.expect_no_more(friend.uid, answer)
+            answer.cancel()
 
     def _upload_media(self, request: Request) -> Json:
         row = self.media.take(request.params, keep=True)
