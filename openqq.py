@@ -4000,15 +4000,14 @@ QR_FINDER = re.compile(rb"(?=\x01\x00\x01\x01\x01\x00\x01)(?:(?<=\x00{4})|(?=.{7
 def qr_matrix(text: str) -> List[bytearray]:
     """A text as a QR code without quiet zone, of the smallest version and in byte mode (clause 7).
 
-    It is UTF-8. No ECI header says so, though the standard's default is ISO 8859-1: scanners detect
-    UTF-8, but not all know the header. ValueError: it exceeds 2331 bytes, or holds half of a
-    surrogate pair.
+    It is UTF-8 without an ECI header, though the standard's default is ISO 8859-1: scanners detect
+    UTF-8, but not all know the header. ValueError: it exceeds 2331 bytes, or is no valid Unicode.
     """
     payload = text.encode("utf-8")
     if len(payload) > QR_ROOM[-1]:
         raise ValueError(f"text of {len(payload)} bytes does not fit into a QR code: "
                          f"shorten it to {QR_ROOM[-1]} bytes of UTF-8 or fewer")
-    version = 1 + next(at for at, room in enumerate(QR_ROOM) if len(payload) <= room)
+    version = 1 + bisect.bisect_left(QR_ROOM, len(payload))
     grid = qr_patterns(version)
     side = len(grid)
     # Data go up and down in columns of two, from the right (7.7.3); the vertical timing pattern
@@ -4142,10 +4141,7 @@ def qr_png(matrix: List[bytearray], scale: int = 8, quiet: int = 4) -> bytes:
 
 
 def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> List[bytearray]:
-    """Read a symbol back out of what `qr_png` made of it, with the same scale and border.
-
-    ValueError: it is another sort of picture.
-    """
+    """Read a symbol back out of what `qr_png` made of it. ValueError: it is another picture."""
     width = int.from_bytes(png[16:20], "big")
     side, rest = divmod(width - 2 * quiet * scale, scale)
     start, end, stride = png.find(b"IDAT") + 4, png.rfind(b"IEND") - 8, 1 + (width + 7) // 8
@@ -4163,11 +4159,8 @@ def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> List[bytearray]:
 
 
 def qr_text(matrix: List[bytearray], quiet: int = 2) -> str:
-    """A symbol for a terminal: lines of half blocks, each two rows of modules.
-
-    Each line sets black on white by itself and resets at its end, so that a dark theme does not
-    turn the code into its negative. A border of 2 is enough on a screen.
-    """
+    """A symbol for a terminal: lines of half blocks, each two rows of modules. Each sets black on
+    white, or a dark theme would make a negative of it. A border of 2 is enough on a screen."""
     rows = qr_bordered(matrix, quiet)
     rows.append(bytearray(len(rows)))          # the number of rows is odd
     return "".join(["\x1b[30;47m" + "".join([" ▀▄█"[upper + 2 * lower]
@@ -4209,8 +4202,8 @@ def page(body: str, values: Mapping[str, str], status: int = 200) -> Response:
 
 
 def dashboard(config: Json) -> Response:
-    """The page to work with. It knows `config`, and learns all else from the API: nothing that is
-    worth a token. What others wrote gets into it as text only, and Trusted Types see to that."""
+    """The page to work with. It knows `config`, which is worth no token, and learns all else from
+    the API. What others wrote gets into it as text only, and Trusted Types see to that."""
     data = to_bytes(config).decode().replace("<", "\\u003c")
     return html_response(
         "en", DASHBOARD_STYLE, f'{DASHBOARD_BODY}<script type="application/json" id="config">{data}'
@@ -4219,10 +4212,8 @@ def dashboard(config: Json) -> Response:
 
 
 def html_response(lang: str, style: str, body: str, policy: str, status: int = 200) -> Response:
-    """A page that nobody may frame, and that may do what the policy lists.
-
-    What marks its own style and script gets into each empty nonce; values have no bare quotes.
-    """
+    """A page that nobody may frame, and that may do what the policy lists. What marks its own style
+    and script gets into each empty nonce; values have no bare quotes."""
     nonce = base64.b64encode(os.urandom(12)).decode()
     text = ('<!doctype html><html lang="' + lang + '"><meta charset="utf-8"><meta name="viewport" '
             'content="width=device-width,initial-scale=1"><title>OpenQQ</title>'
@@ -4979,15 +4970,20 @@ def schema_of(word: str) -> Row:
     return TYPES[word] if word in TYPES else {"$ref": "#/components/schemas/" + word}
 
 
+def object_schema(properties: Row, required: List[str]) -> Row:
+    """The schema of an object; an empty list of what is required is left out."""
+    row: Row = {"type": "object", "properties": properties}
+    return {**row, "required": required} if required else row
+
+
 def shape_of(words: Iterable[str]) -> Row:
     """An object with these members, by the rule for names (CONTRACT 1) where no type is given."""
-    row: Row = {"type": "object", "properties": {}}
+    properties = {}
     for name, _, kind in (word.rstrip("!").partition(":") for word in words):
-        kind = kind or ("int" if name in WHOLE else
-                        "id" if ID_KEY.fullmatch(name) or name == "time" else "text")
-        row["properties"][name] = schema_of(kind)
-    required = [word[:-1] for word in words if word.endswith("!")]
-    return {**row, "required": required} if required else row
+        properties[name] = schema_of(kind or (
+            "int" if name in WHOLE else
+            "id" if ID_KEY.fullmatch(name) or name == "time" else "text"))
+    return object_schema(properties, [word[:-1] for word in words if word.endswith("!")])
 
 
 def parameters_of(verb: Verb, flavour: Type[Flavour], is_controller: bool) -> List[Row]:
@@ -5027,8 +5023,7 @@ def parameters_of(verb: Verb, flavour: Type[Flavour], is_controller: bool) -> Li
 
 def responses_of(verb: Verb, flavour: Type[Flavour], is_passed: bool, statuses: Set[str]) -> Row:
     """What a call answers, by HTTP statuses: these, and what every one may answer."""
-    codes = {0, *(int(word) for word in verb.codes.split() if word[0] != "=")}
-    codes |= {1} if is_passed else set()
+    codes = {0, int(is_passed), *(int(word) for word in verb.codes.split() if word[0] != "=")}
     statuses = statuses | {word[1:] for word in verb.codes.split() if word[0] == "="}
     rows: Row = {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
     answer = schema_of("answer")
@@ -5060,12 +5055,9 @@ def operation(verb: Verb, route: Route, method: str, params: List[Row], response
         row["requestBody"] = {"content": {"application/json": {
             "schema": TYPES["object"], "example": {"post_type": "meta_event"}}}}
     elif method == "POST":
-        schema: Row = {"type": "object", "properties": {
-            param["name"]: {**param["schema"], "description": param["description"]}
-            for param in params}}
-        required = [param["name"] for param in params if param["required"]]
-        if required:
-            schema["required"] = required
+        schema = object_schema(
+            {param["name"]: {**param["schema"], "description": param["description"]}
+             for param in params}, [param["name"] for param in params if param["required"]])
         example = {param["name"]: param["example"] for param in params if "example" in param}
         content: Row = {kind: {"schema": schema, "example": example} for kind in (
             "application/x-www-form-urlencoded", "application/json")}
@@ -5101,7 +5093,7 @@ def components(flavour: Type[Flavour]) -> Row:
 def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
                    is_controller: bool) -> List[Route]:
     """The routes of the document that describes the others, what a controller passes on, and
-    these; one that VERBS does not name is nobody's business."""
+    these; one that VERBS does not name is left out."""
     def openapi_json(request: Request) -> Row:
         own_paths = {route.path for route in routes}
         passed = [Route(flavour.prefix + verb.name, verb.methods, openapi_json)
@@ -9637,15 +9629,14 @@ class Plugin:
     if there is none."""
 
     def __init__(self, name: Any, data: Row, call_on_load: bool) -> None:
-        self.data, self.call_on_load = data, call_on_load
-        if isinstance(name, str) and not name.startswith("+"):
+        self.name = name if isinstance(name, str) else "+" + getattr(name, "__name__", "plugin")
+        self.data, self.call_on_load, module = data, call_on_load, name
+        if not self.name.startswith("+"):
             if name not in PLUGINS:
                 raise Refusal(f"there is no plugin {name}; there are "
                               f"{', '.join(sorted(PLUGINS))}, and +NAME for a module of your own")
-            self.name = name
             self.call, self.priority = PLUGINS[name]
             return
-        module = name
         if isinstance(name, str):
             try:
                 import importlib
@@ -9654,7 +9645,6 @@ class Plugin:
                 module.call  # AttributeError, if it has none
             except (ImportError, AttributeError) as error:
                 raise Refusal(f"plugin {name} cannot be loaded: {error}") from None
-        self.name = name if isinstance(name, str) else "+" + getattr(name, "__name__", "plugin")
         self.call = getattr(module, "call", module)
         self.priority = getattr(module, "PRIORITY", 0)
 
@@ -9737,11 +9727,11 @@ class Details:
 
     def report(self, kinds: Iterable[str]) -> None:
         """Tell how lists are now."""
-        if "user" in kinds:
-            self._client.emit("update_user", [self._roster.user.to_json(self._roster.fields)])
-        for kind in ("friend", "group"):
-            if kind in kinds:
-                self._client.emit("update_" + kind, [list(self._roster.rows(kind, False))])
+        for kind in kinds:
+            if kind != "discuss":
+                self._client.emit("update_" + kind, [
+                    self._roster.user.to_json(self._roster.fields) if kind == "user"
+                    else list(self._roster.rows(kind, False))])
 
     # -- lists
 
@@ -9772,12 +9762,12 @@ class Details:
             listing.asking = False
             if client.state == "stop" or listing is not self.lists[kind]:
                 return  # the latter is of another account
-            wait = DOUBT_SECONDS / 4
             if why:
                 listing.failures += 1
                 wait = backoff(listing.failures + 1, LIST_SECONDS)
             else:
                 why = listing.doubt(roster.table(kind), [row["uid"] for row in rows])
+                wait = DOUBT_SECONDS / 4
             listing.good = not why
             client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, "
                         "and it is asked again")
@@ -9819,8 +9809,7 @@ class Details:
                     client.plan(kind, max(0.0, wait), self.ask, kind)
                 if not client.changed.wait_for(lambda: listing.answers != answers, DETAIL_SECONDS):
                     listing.good = False  # until it comes
-        known: Optional[Thing] = self._roster.table(kind).get(uid)
-        return known or (None if listing.good else stranger)
+        return self._roster.table(kind).get(uid) or (None if listing.good else stranger)
 
     # -- members
 
@@ -9829,8 +9818,6 @@ class Details:
         returns all the same. From any thread."""
         wanted = {(str(group.uid), members) for group in groups
                   if not group.loaded and (members or group.value("role") is None)}
-        if not wanted:
-            return
         with self._client.lock:
             for job in wanted - self._loading:
                 self._loading.add(job)
