@@ -9471,7 +9471,6 @@ class Papers:
         self.write_cookie()
 
     def _urls(self) -> Dict[str, str]:
-        """Where secrets go to."""
         return {name: getattr(self.settings, name) for name, setting in SETTINGS.items()
                 if setting.token[0]}
 
@@ -9726,7 +9725,6 @@ class Details:
             self.report(kinds)
 
     def report(self, kinds: Iterable[str]) -> None:
-        """Tell how lists are now."""
         for kind in kinds:
             if kind != "discuss":
                 self._client.emit("update_" + kind, [
@@ -10066,7 +10064,7 @@ class Login:
             self.link.ready()
 
     def _claim_account(self) -> None:
-        """Two clients of one account hear and answer everything twice."""
+        """Warn while another client has this account: both would hear and answer everything."""
         client, name = self._client, self.link.account()
         if self._claim or not name or client.state == "stop":
             return
@@ -10128,7 +10126,8 @@ class Talk:
         kind = CIRCLE_OF.get(item["type"]) or (
             "discuss" if item.get("discuss") else "group" if item.get("group") else "")
         message = Message({**{name: item[name] for name in ("type", "content", "id", "time")},
-                           **flavour.text_format, "circle": None, "peer_uid": None,
+                           **flavour.text_format, "circle": None, "peer_uid": uid if own or (
+                               not kind or item["type"] == "sess_message") else None,
                            "answer": lambda message, text, **more: self.reply(
                                message.to_json({}), text, "code", **more)})
         circle: Any = None
@@ -10152,7 +10151,6 @@ class Talk:
                 "source": "local" if origin else "outer", "ttl": client.settings.msg_ttl,
                 "code": 0, "info": "发送正常", "msg": flavour.sent["status"]})
             if uid is not None:
-                message.peer_uid = uid
                 self._name(message, "receiver", thing, {"uid": uid})
         else:
             if thing is None and "sender" in item and (
@@ -10160,8 +10158,6 @@ class Talk:
                 thing = (GroupMember if circle else Friend)(item["sender"])
             if thing is None and client.settings.ignore_unknown_id:
                 return None
-            if not kind or item["type"] == "sess_message":
-                message.peer_uid = uid
             message.__dict__.update({"class": "recv", "post_type": "receive_message"})
             self._name(message, "receiver", roster.user, {})
             self._name(message, "sender", thing, {**item, "id": item.get("sender_id")})
@@ -10298,7 +10294,6 @@ class Talk:
         return len(jobs)
 
     def _work(self) -> None:
-        """In the thread that sends: one batch after the other, until nothing waits."""
         client, link, clock = self._client, self._client.link, self._client.timers.clock
         given: Optional[float] = client.settings.send_interval
         interval = link.send_interval if given is None else given
@@ -10618,7 +10613,6 @@ class Client:
         self._plans[what] = self.timers.later(seconds, act, *args)
 
     def unplan(self, *names: str) -> None:
-        """Let it not happen."""
         for name in names:
             if name in self._plans:
                 self._plans.pop(name).cancel()
@@ -10716,7 +10710,7 @@ class Client:
         self.tell(event, {**event_row(event, shown, when), **facts}, "", params, mark)
 
     def tell(self, event: str, row: Row, conversation: str, params: List[Any], mark: str) -> None:
-        """The same of what is shown as `row`, in order within a conversation."""
+        """Let everybody know of what is shown as `row`, in order within a conversation."""
         with self.batch():
             taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
             if mark and not any(taken):
