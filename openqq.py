@@ -10218,9 +10218,7 @@ class Talk:
 
     def remembered(self, id: str) -> Optional[Row]:
         """One of the newest messages, as it was reported. From any thread."""
-        with self._client.lock:
-            data = self._seen.get(id)
-        row = object_in(data) if data else None
+        row = object_in(self._seen.get(id, b""))
         if row and row.get("media_path") and row["media_data"] is None:
             row["media_data"] = base64.b64encode(read_file(row["media_path"]) or b"").decode()
         return row
