@@ -4000,15 +4000,14 @@ QR_FINDER = re.compile(rb"(?=\x01\x00\x01\x01\x01\x00\x01)(?:(?<=\x00{4})|(?=.{7
 def qr_matrix(text: str) -> List[bytearray]:
     """A text as a QR code without quiet zone, of the smallest version and in byte mode (clause 7).
 
-    It is UTF-8. No ECI header says so, though the standard's default is ISO 8859-1: scanners detect
-    UTF-8, but not all know the header. ValueError: it exceeds 2331 bytes, or holds half of a
-    surrogate pair.
+    It is UTF-8 without an ECI header, though the standard's default is ISO 8859-1: scanners detect
+    UTF-8, but not all know the header. ValueError: it exceeds 2331 bytes, or is no valid Unicode.
     """
     payload = text.encode("utf-8")
     if len(payload) > QR_ROOM[-1]:
         raise ValueError(f"text of {len(payload)} bytes does not fit into a QR code: "
                          f"shorten it to {QR_ROOM[-1]} bytes of UTF-8 or fewer")
-    version = 1 + next(at for at, room in enumerate(QR_ROOM) if len(payload) <= room)
+    version = 1 + bisect.bisect_left(QR_ROOM, len(payload))
     grid = qr_patterns(version)
     side = len(grid)
     # Data go up and down in columns of two, from the right (7.7.3); the vertical timing pattern
@@ -4142,10 +4141,7 @@ def qr_png(matrix: List[bytearray], scale: int = 8, quiet: int = 4) -> bytes:
 
 
 def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> List[bytearray]:
-    """Read a symbol back out of what `qr_png` made of it, with the same scale and border.
-
-    ValueError: it is another sort of picture.
-    """
+    """Read a symbol back out of what `qr_png` made of it. ValueError: it is another picture."""
     width = int.from_bytes(png[16:20], "big")
     side, rest = divmod(width - 2 * quiet * scale, scale)
     start, end, stride = png.find(b"IDAT") + 4, png.rfind(b"IEND") - 8, 1 + (width + 7) // 8
@@ -4163,11 +4159,8 @@ def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> List[bytearray]:
 
 
 def qr_text(matrix: List[bytearray], quiet: int = 2) -> str:
-    """A symbol for a terminal: lines of half blocks, each two rows of modules.
-
-    Each line sets black on white by itself and resets at its end, so that a dark theme does not
-    turn the code into its negative. A border of 2 is enough on a screen.
-    """
+    """A symbol for a terminal: lines of half blocks, each two rows of modules. Each sets black on
+    white, or a dark theme would make a negative of it. A border of 2 is enough on a screen."""
     rows = qr_bordered(matrix, quiet)
     rows.append(bytearray(len(rows)))          # the number of rows is odd
     return "".join(["\x1b[30;47m" + "".join([" ▀▄█"[upper + 2 * lower]
@@ -4209,8 +4202,8 @@ def page(body: str, values: Mapping[str, str], status: int = 200) -> Response:
 
 
 def dashboard(config: Json) -> Response:
-    """The page to work with. It knows `config`, and learns all else from the API: nothing that is
-    worth a token. What others wrote gets into it as text only, and Trusted Types see to that."""
+    """The page to work with. It knows `config`, which is worth no token, and learns all else from
+    the API. What others wrote gets into it as text only, and Trusted Types see to that."""
     data = to_bytes(config).decode().replace("<", "\\u003c")
     return html_response(
         "en", DASHBOARD_STYLE, f'{DASHBOARD_BODY}<script type="application/json" id="config">{data}'
@@ -4219,10 +4212,8 @@ def dashboard(config: Json) -> Response:
 
 
 def html_response(lang: str, style: str, body: str, policy: str, status: int = 200) -> Response:
-    """A page that nobody may frame, and that may do what the policy lists.
-
-    What marks its own style and script gets into each empty nonce; values have no bare quotes.
-    """
+    """A page that nobody may frame, and that may do what the policy lists. What marks its own style
+    and script gets into each empty nonce; values have no bare quotes."""
     nonce = base64.b64encode(os.urandom(12)).decode()
     text = ('<!doctype html><html lang="' + lang + '"><meta charset="utf-8"><meta name="viewport" '
             'content="width=device-width,initial-scale=1"><title>OpenQQ</title>'
@@ -4980,15 +4971,20 @@ def schema_of(word: str) -> Row:
     return TYPES[word] if word in TYPES else {"$ref": "#/components/schemas/" + word}
 
 
+def object_schema(properties: Row, required: List[str]) -> Row:
+    """The schema of an object; an empty list of what is required is left out."""
+    row: Row = {"type": "object", "properties": properties}
+    return {**row, "required": required} if required else row
+
+
 def shape_of(words: Iterable[str]) -> Row:
     """An object with these members, by the rule for names (CONTRACT 1) where no type is given."""
-    row: Row = {"type": "object", "properties": {}}
+    properties = {}
     for name, _, kind in (word.rstrip("!").partition(":") for word in words):
-        kind = kind or ("int" if name in WHOLE else
-                        "id" if ID_KEY.fullmatch(name) or name == "time" else "text")
-        row["properties"][name] = schema_of(kind)
-    required = [word[:-1] for word in words if word.endswith("!")]
-    return {**row, "required": required} if required else row
+        properties[name] = schema_of(kind or (
+            "int" if name in WHOLE else
+            "id" if ID_KEY.fullmatch(name) or name == "time" else "text"))
+    return object_schema(properties, [word[:-1] for word in words if word.endswith("!")])
 
 
 def parameters_of(verb: Verb, flavour: Type[Flavour], is_controller: bool) -> List[Row]:
@@ -5028,8 +5024,7 @@ def parameters_of(verb: Verb, flavour: Type[Flavour], is_controller: bool) -> Li
 
 def responses_of(verb: Verb, flavour: Type[Flavour], is_passed: bool, statuses: Set[str]) -> Row:
     """What a call answers, by HTTP statuses: these, and what every one may answer."""
-    codes = {0, *(int(word) for word in verb.codes.split() if word[0] != "=")}
-    codes |= {1} if is_passed else set()
+    codes = {0, int(is_passed), *(int(word) for word in verb.codes.split() if word[0] != "=")}
     statuses = statuses | {word[1:] for word in verb.codes.split() if word[0] == "="}
     rows: Row = {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
     answer = schema_of("answer")
@@ -5061,12 +5056,9 @@ def operation(verb: Verb, route: Route, method: str, params: List[Row], response
         row["requestBody"] = {"content": {"application/json": {
             "schema": TYPES["object"], "example": {"post_type": "meta_event"}}}}
     elif method == "POST":
-        schema: Row = {"type": "object", "properties": {
-            param["name"]: {**param["schema"], "description": param["description"]}
-            for param in params}}
-        required = [param["name"] for param in params if param["required"]]
-        if required:
-            schema["required"] = required
+        schema = object_schema(
+            {param["name"]: {**param["schema"], "description": param["description"]}
+             for param in params}, [param["name"] for param in params if param["required"]])
         example = {param["name"]: param["example"] for param in params if "example" in param}
         content: Row = {kind: {"schema": schema, "example": example} for kind in (
             "application/x-www-form-urlencoded", "application/json")}
@@ -5102,7 +5094,7 @@ def components(flavour: Type[Flavour]) -> Row:
 def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
                    is_controller: bool) -> List[Route]:
     """The routes of the document that describes the others, what a controller passes on, and
-    these; one that VERBS does not name is nobody's business."""
+    these; one that VERBS does not name is left out."""
     def openapi_json(request: Request) -> Row:
         own_paths = {route.path for route in routes}
         passed = [Route(flavour.prefix + verb.name, verb.methods, openapi_json)
@@ -9130,22 +9122,19 @@ class Parent:
     @classmethod
     def find(cls) -> Optional[Parent]:
         """That of this process, or None; what said so leaves the environment."""
-        names = ("OPENQQ_LIFE", "OPENQQ_LISTEN", "OPENQQ_LOCAL", "OPENQQ_KEY")
-        life, listener, local, key = [os.environ.pop(name, "") for name in names]
-        if not life:
-            return None
+        life, listener, local, key = [os.environ.pop("OPENQQ_" + name, "")
+                                      for name in ("LIFE", "LISTEN", "LOCAL", "KEY")]
         return cls(socket.socket(fileno=int(life)), socket.socket(fileno=int(listener)),
-                   local, key)
+                   local, key) if life else None
 
     def tell(self, **news: str) -> None:
-        """Let the controller know, now."""
+        """Send a state or a warning, now."""
         with self._lock:
             self._unsent += to_bytes(news) + b"\n"
         self.flush()
 
     def add(self, seq: int, event: bytes) -> None:
-        """Let the controller know of an event, as JSON, with the next flush(); its `seq` is 0 if
-        it is not kept."""
+        """Queue an event, as JSON, for the next flush(); its `seq` is 0 if it is not kept."""
         if event.startswith(b'{"event":"state_change"'):
             return  # it tells those itself: also those of clients that cannot any more
         with self._lock:
@@ -9158,7 +9147,7 @@ class Parent:
             self._unsent += (b"+" if seq else b"-") + event + b"\n"
 
     def flush(self) -> None:
-        """Send what there is, as far as the line takes it; a thread waits until it takes more."""
+        """Send what the line takes; a thread waits until it takes more."""
         with self._lock:
             try:
                 while self._unsent and not self._waiting:
@@ -9182,7 +9171,7 @@ class Parent:
 
 
 class Papers:
-    """A client's files: pid, cookie, QR code, state (000). Writing never stops the client."""
+    """A client's files (000): a failure to write one never stops the client."""
 
     def __init__(self, settings: Settings, flavour: Type[Flavour], log: Log) -> None:
         self.settings, self.log = settings, log
@@ -9202,26 +9191,26 @@ class Papers:
     def state_row(self, client: Client) -> Row:
         """The state file's content (000, CONTRACT 8)."""
         settings, program = self.settings, client.flavour.program
-        row: Row = {name: getattr(settings, name) for name in (
-            "cookie_path", "log_level", "mode", "pid_path", "qrcode_path", "state_path",
-            "tmpdir")}
-        row.update({name: str(int(getattr(settings, name))) for name in (
-            *client.flavour.state_flags, "qrcode_count_max", "ua_retry_times")})
-        row.update(account=client.account, os=SYSTEM, pid=os.getpid(),
-                   log_encoding=settings.given("log_encoding") or None,
-                   log_path=settings.given("log_path") or None,
-                   previous_state=client.previous_state or None,
-                   start_time=str(client.start_time), state=client.state, version=VERSION,
-                   plugin=[{"name": ("" if plugin.name[0] == "+" else f"{program}::Plugin::")
-                            + plugin.name, "priority": plugin.priority,
-                            "auto_call": None if plugin.call_on_load else 1,
-                            "call_on_load": int(plugin.call_on_load)}
-                           for plugin in sorted(client.plugins, key=lambda p: p.name)])
-        row.update(client.link.status())
+        row: Row = {
+            **{name: getattr(settings, name) for name in (
+                "cookie_path", "log_level", "mode", "pid_path", "qrcode_path", "state_path",
+                "tmpdir")},
+            **{name: str(int(getattr(settings, name))) for name in (
+                *client.flavour.state_flags, "qrcode_count_max", "ua_retry_times")},
+            "account": client.account, "os": SYSTEM, "pid": os.getpid(),
+            **{name: settings.given(name) or None for name in ("log_encoding", "log_path")},
+            "previous_state": client.previous_state or None,
+            "start_time": str(client.start_time), "state": client.state, "version": VERSION,
+            "plugin": [{"name": ("" if plugin.name[0] == "+" else f"{program}::Plugin::")
+                        + plugin.name, "priority": plugin.priority,
+                        "auto_call": None if plugin.call_on_load else 1,
+                        "call_on_load": int(plugin.call_on_load)}
+                       for plugin in sorted(client.plugins, key=lambda p: p.name)],
+            **client.link.status()}
         if client.warnings:
             row["warning"] = "; ".join(client.warnings.values())
         for outlet in client.outlets:
-            if outlet.reporter and outlet.reporter.error:
+            if outlet.reporter.error:
                 row["post_error"] = outlet.reporter.error
         return dict(row, error=client.error) if client.error else row
 
@@ -9231,20 +9220,15 @@ class Papers:
         if not keep_file(self.settings.state_path, data, self.log):
             client.plan("state file", REPLACE_SECONDS, self.write_state, client)
 
-    def read_qrcode(self) -> Optional[bytes]:
-        """The picture, or None while there is none."""
-        return read_file(self.settings.qrcode_path)
-
     def read_cookie(self) -> Row:
         """The last login's cookie file; {} if there is none, or it is another account's."""
         row = read_json(self.settings.cookie_path, self.log)
         return row if row.get("account") == self.settings.account else {}
 
     def write_cookie(self, cookie: Optional[str] = None) -> None:
-        """Keep a login, and with it the secrets that a resumed client needs (DESIGN).
+        """Keep a login, and the secrets of now, which a resumed client needs (DESIGN).
 
-        Without a `cookie`, or where none is to be kept, what is there stays, and the secrets
-        beside it are replaced by those of now.
+        Without a `cookie`, or where none is to be kept, the one that is there stays.
         """
         old, secrets = self.read_cookie(), self.settings.secrets()
         if cookie is None or not self.settings.keep_cookie:
@@ -9256,11 +9240,9 @@ class Papers:
             "secrets": secrets, "bridge": self._urls()}), self.log)
 
     def share_secrets(self) -> None:
-        """Take over the secrets of a former start, and have a later one find what was given now.
-
-        A resumed client has no others. Not those that the controller was told to forget, nor
-        those of a bridge at another address.
-        """
+        """Take over the secrets of a former start, since a resumed client is given none, and keep
+        those of this one. Not those that the controller was told to forget, nor those of a bridge
+        at another address."""
         row, now = self.read_cookie(), self._urls()
         forget = os.environ.pop("OPENQQ_FORGET", "").split(",")
         then, secrets = row.get("bridge") or {}, row.get("secrets") or {}
@@ -9273,13 +9255,13 @@ class Papers:
         self.write_cookie()
 
     def _urls(self) -> Dict[str, str]:
-        """Where secrets go to."""
         return {name: getattr(self.settings, name) for name, setting in SETTINGS.items()
                 if setting.token[0]}
 
 
 class Roster:
-    """Who the account knows; `lock`, the client's, guards all of it."""
+    """Who the account knows; `lock`, the client's, guards all of it. What reads it with a lock of
+    its own may be called from any thread."""
 
     def __init__(self, fields: Mapping[str, Tuple[str, ...]], lock: Any) -> None:
         self.fields, self.lock = fields, lock
@@ -9298,14 +9280,9 @@ class Roster:
         table: Dict[str, Any] = getattr(self, kind)
         return table
 
-    # -- reading, from any thread
-
-    def to_json(self, kind: str, members: bool = True) -> List[Row]:
-        """The list of a kind, as documented."""
-        return list(self.rows(kind, members))
-
     def rows(self, kind: str, members: bool) -> Iterator[Row]:
-        """The same one by one: nobody has to wait for a lock until a million members are told."""
+        """The list of a kind, as documented; nobody has to wait for the lock until a million
+        members are told."""
         with self.lock:
             things = list(self.table(kind).values())
         for thing in things:
@@ -9313,15 +9290,16 @@ class Roster:
                 row = (thing.full_json if members else thing.to_json)(self.fields)
             yield row
 
-    def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
-        """The things of a kind whose attributes equal all the keys; none without keys."""
+    def search(self, where: Union[str, Circle], keys: Mapping[str, str]) -> List[Any]:
+        """The things of a kind, or the members of a group or discuss, whose attributes equal all
+        the keys, as text; none without keys."""
         with self.lock:
-            return match(self.table(kind).values(), keys)
-
-    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
-        """The members of a group or discuss whose attributes equal all the keys."""
-        with self.lock:
-            return match(circle.member.values(), keys)
+            things = (where.member if isinstance(where, Circle) else self.table(where)).values()
+            found = list(things) if keys else []
+            for name, wanted in keys.items():
+                found = [thing for thing in found if thing.value(name) is not None
+                         and str(thing.value(name)) == wanted]
+            return found
 
     def find(self, kind: str, uid: str, circle: str) -> Optional[Any]:
         """One thing by its uid, a member by that of its group or discuss too; or None."""
@@ -9331,13 +9309,9 @@ class Roster:
         """Whether an event about it came after the first `before` changes."""
         return self.touched.get((kind, uid), 0) > before
 
-    # -- what changes it
-
     def load(self, row: Row, kinds: Iterable[str], before: int) -> None:
-        """Take over what a link told; only the kinds that are wanted.
-
-        What events said since there were `before` of them is newer than that.
-        """
+        """Take over what a link told of these kinds, except where events that came after the
+        first `before` changes are newer."""
         for kind in kinds:
             if kind == "user":
                 self.user = User(row["user"])
@@ -9349,10 +9323,10 @@ class Roster:
             setattr(self, kind, new)
 
     def show_states(self, states: Mapping[str, str]) -> None:
-        """Take over who is there now: nobody is told of that, the lists show it."""
+        """Take over who is there now: no event tells of that."""
         with self.lock:
             circles = [*self.group.values(), *self.discuss.values()]
-            tables: List[Mapping[str, Thing]] = [self.friend, *[c.member for c in circles]]
+            tables: List[Dict[str, Any]] = [self.friend, *[c.member for c in circles]]
             for table in tables:
                 for uid in states.keys() & table.keys():
                     table[uid].state = states[uid]
@@ -9407,16 +9381,6 @@ class Roster:
             thing = table.pop(uid, thing)
         return event, [thing, circle] if circle else [thing]
 
-    def differences(self, kind: str, rows: Iterable[Row], before: int) -> List[Row]:
-        """What happened between the roster and what a link tells now of a kind, as events of a
-        link. Nothing of what events told since there were `before` of them: it would be undone.
-        """
-        new = {row["uid"]: row for row in rows if not self.is_newer(kind, row["uid"], before)}
-        if kind == "user":
-            return changes_of(kind, dict.fromkeys(new, self.user), new)
-        return changes_of(kind, {uid: thing for uid, thing in self.table(kind).items()
-                                 if not self.is_newer(kind, uid, before)}, new)
-
 
 def changes_of(kind: str, old: Mapping[str, Any], new: Mapping[str, Row], **place: str
                ) -> List[Row]:
@@ -9440,34 +9404,22 @@ def changes_of(kind: str, old: Mapping[str, Any], new: Mapping[str, Row], **plac
                     for uid in old if uid not in new]
 
 
-def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
-    """Those whose attributes equal all the keys, as text; none without keys."""
-    if not keys:
-        return []
-    return [thing for thing in things if all(
-        thing.value(name) is not None and str(thing.value(name)) == value
-        for name, value in keys.items())]
-
-
 PLUGINS: Dict[str, Tuple[Callable[[Any, Row], None], int]] = {}  # name -> call, priority
 
 
 class Plugin:
-    """Something that a client runs, `call(client, data)`; those with a high priority first.
-
-    `name` is what Client.load() is given. Refusal if there is none.
-    """
+    """Something that a client runs, `call(client, data)`; those with a high priority first. Refusal
+    if there is none."""
 
     def __init__(self, name: Any, data: Row, call_on_load: bool) -> None:
-        self.data, self.call_on_load = data, call_on_load
-        if isinstance(name, str) and not name.startswith("+"):
+        self.name = name if isinstance(name, str) else "+" + getattr(name, "__name__", "plugin")
+        self.data, self.call_on_load, module = data, call_on_load, name
+        if not self.name.startswith("+"):
             if name not in PLUGINS:
                 raise Refusal(f"there is no plugin {name}; there are "
                               f"{', '.join(sorted(PLUGINS))}, and +NAME for a module of your own")
-            self.name = name
             self.call, self.priority = PLUGINS[name]
             return
-        module = name
         if isinstance(name, str):
             try:
                 import importlib
@@ -9476,7 +9428,6 @@ class Plugin:
                 module.call  # AttributeError, if it has none
             except (ImportError, AttributeError) as error:
                 raise Refusal(f"plugin {name} cannot be loaded: {error}") from None
-        self.name = name if isinstance(name, str) else "+" + getattr(name, "__name__", "plugin")
         self.call = getattr(module, "call", module)
         self.priority = getattr(module, "PRIORITY", 0)
 
@@ -9499,7 +9450,7 @@ class Listing:
         self._since: Optional[float] = None
 
     def doubt(self, known: Iterable[str], told: Iterable[str]) -> str:
-        """Why the uids that the list told are not believed, in words; empty if they are."""
+        """Why the uids that the list told are not believed; empty if they are."""
         old, new, now = set(known), set(told), time.monotonic()
         missing = len(old - new)
         if not new or 3 * missing > len(old):
@@ -9512,9 +9463,8 @@ class Listing:
 
 
 class Details:
-    """What a link does not tell at once: lists of friends and groups, who is in a group. What is
-    known is compared with it, so that events tell of the difference.
-    """
+    """What a link does not tell at once: lists of friends and groups, who is in a group. Events
+    tell how it differs from what is known."""
 
     def __init__(self, client: Client) -> None:
         self._client, self._roster = client, client.roster
@@ -9535,16 +9485,21 @@ class Details:
                 if getattr(self._client.settings, setting + kind)]
 
     def compare(self, row: Row, before: int) -> None:
-        """Report what happened between the roster, when there had been `before` changes of it, and
-        what the link tells now of some kinds."""
+        """Report what happened between the roster and what the link tells now of some kinds, except
+        where events that came after the first `before` changes are newer: it would be undone."""
         client, roster = self._client, self._roster
         kinds = [kind for kind in self.kinds("is_update_") if kind in row]
         if client.settings.is_update_user and "user" in row:
             kinds.insert(0, "user")
         with client.batch():
-            for item in [item for kind in kinds for item in roster.differences(
-                    kind, [row["user"]] if kind == "user" else row[kind], before)]:
-                client.talk.happen(item)
+            for kind in kinds:
+                new = {one["uid"]: one for one in ([row[kind]] if kind == "user" else row[kind])
+                       if not roster.is_newer(kind, one["uid"], before)}
+                old = dict.fromkeys(new, roster.user) if kind == "user" else {
+                    uid: thing for uid, thing in roster.table(kind).items()
+                    if not roster.is_newer(kind, uid, before)}
+                for item in changes_of(kind, old, new):
+                    client.talk.happen(item)
             for told in row["group"] if "group" in kinds else []:
                 group, count = roster.group.get(told["uid"]), told.get("member_count")
                 if group:
@@ -9554,24 +9509,22 @@ class Details:
             self.report(kinds)
 
     def report(self, kinds: Iterable[str]) -> None:
-        """Tell how lists are now."""
-        if "user" in kinds:
-            self._client.emit("update_user", [self._roster.user.to_json(self._roster.fields)])
-        for kind in ("friend", "group"):
-            if kind in kinds:
-                self._client.emit("update_" + kind, [self._roster.to_json(kind, members=False)])
+        for kind in kinds:
+            if kind != "discuss":
+                self._client.emit("update_" + kind, [
+                    self._roster.user.to_json(self._roster.fields) if kind == "user"
+                    else list(self._roster.rows(kind, False))])
 
     # -- lists
 
     def is_certain(self, kind: str) -> bool:
-        """Whether who is not on the list of friends, or groups, is none: it is good, or not wanted
-        at all."""
+        """Whether who is not on the list of friends, or groups, is none."""
         return (not self._client.link.real or self.lists[kind].good
                 or kind not in self.kinds("is_init_"))
 
     def ask(self, kind: str, anew: bool = False) -> None:
-        """Have the link asked for a list now, unless that is under way; `anew` after a new login,
-        of which nothing is known yet."""
+        """Have the link asked for a list, unless that is under way; `anew` after a new login, of
+        which nothing is known yet."""
         listing = self.lists[kind]
         self._client.unplan(kind)
         if anew:
@@ -9581,7 +9534,6 @@ class Details:
             self._askers.submit(self._fetch, kind, listing)
 
     def _fetch(self, kind: str, listing: Listing) -> None:
-        """In a worker: ask for a list. What is known changes only by one that is believed."""
         client, roster = self._client, self._roster
         before, rows, why = roster.changes, [], ""  # type: int, List[Row], str
         try:
@@ -9592,24 +9544,24 @@ class Details:
             listing.asking = False
             if client.state == "stop" or listing is not self.lists[kind]:
                 return  # the latter is of another account
-            wait = DOUBT_SECONDS / 4
             if why:
                 listing.failures += 1
                 wait = backoff(listing.failures + 1, LIST_SECONDS)
             else:
                 why = listing.doubt(roster.table(kind), [row["uid"] for row in rows])
+                wait = DOUBT_SECONDS / 4
             listing.good = not why
             client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, "
                         "and it is asked again")
             if why:
                 client.plan(kind, wait, self.ask, kind)
-            elif listing.loaded:
-                self.compare({kind: rows}, before)
             else:
-                roster.load({kind: rows}, [kind], before)
-                if client.state == "running":
-                    self.report([kind])
-            if not why:
+                if listing.loaded:
+                    self.compare({kind: rows}, before)
+                else:
+                    roster.load({kind: rows}, [kind], before)
+                    if client.state == "running":
+                        self.report([kind])
                 listing.loaded, listing.failures = True, 0
             listing.answers += 1
             client.changed.notify_all()
@@ -9639,20 +9591,15 @@ class Details:
                     client.plan(kind, max(0.0, wait), self.ask, kind)
                 if not client.changed.wait_for(lambda: listing.answers != answers, DETAIL_SECONDS):
                     listing.good = False  # until it comes
-        known: Optional[Thing] = self._roster.table(kind).get(uid)
-        return known or (None if listing.good else stranger)
+        return self._roster.table(kind).get(uid) or (None if listing.good else stranger)
 
     # -- members
 
     def wait(self, groups: Iterable[Circle], members: bool = True) -> None:
-        """Have the members of groups loaded, or only one's role in them; from any thread.
-
-        After DETAIL_SECONDS it returns with what there is then; the rest is loaded all the same.
-        """
+        """Have the members of groups loaded, or only one's role in them; after DETAIL_SECONDS it
+        returns all the same. From any thread."""
         wanted = {(str(group.uid), members) for group in groups
                   if not group.loaded and (members or group.value("role") is None)}
-        if not wanted:
-            return
         with self._client.lock:
             for job in wanted - self._loading:
                 self._loading.add(job)
@@ -9662,7 +9609,7 @@ class Details:
                 self._client.log.warn("the bridge is slow to tell the members of groups")
 
     def _load(self, uid: str, members: bool) -> None:
-        """In a worker: ask the link, and once more if an event told of the group meanwhile."""
+        """Ask the link, and once more if an event told of the group meanwhile."""
         client, roster = self._client, self._roster
         while True:
             row: Optional[Row] = None
@@ -9703,10 +9650,10 @@ class Details:
 class Login:
     """How an account gets to running, and how what it knows stays true.
 
-    The link's threads call the hooks, each of which leads to a state (those with an underscore:
-    `_show` a code and `_wait` to scaning, `_scanned` to confirming, `_confirmed` to updating,
-    `_lost` back there). The link is asked by workers: for a login; for the roster, after which the
-    client runs; for that again every update_interval.
+    The link's threads call the hooks, each of which leads to a state: `_show` a code and `_wait`
+    to scaning, `_scanned` to confirming, `_confirmed` to updating, `_lost` back there. Workers ask
+    the link for a login, for the roster, after which the client runs, and for that again every
+    update_interval.
     """
 
     def __init__(self, client: Client) -> None:
@@ -9727,9 +9674,8 @@ class Login:
             return call
 
         hooks = Hooks(hook(self._show), hook(self._wait), hook(self._scanned),
-                      hook(self._confirmed), hook(self._lost),
-                      lambda items: client.talk.receive(items), client.roster.find,
-                      client.details.is_certain, hook(self._keep))
+                      hook(self._confirmed), hook(self._lost), client.talk.receive,
+                      client.roster.find, client.is_certain, hook(self._keep))
         hooks.ids_path = client.papers.ids_path
         self.link: Link
         kind = link_of(settings.given)
@@ -9737,7 +9683,7 @@ class Login:
             self.link = LINKS[kind](settings, hooks, log)
             return
         if client.parent:
-            host: Callable[[str, Row], Json] = RemoteHost(client.parent.local, client.parent.key)
+            host: Callable[..., Json] = RemoteHost(client.parent.local, client.parent.key)
         else:
             network = self.network = LocalNetwork(
                 client.papers.local_path, settings.world, client.flavour, log,
@@ -9747,7 +9693,7 @@ class Login:
         self.link = LocalLink(host, hooks, settings.login_type == "login", settings.mode, log)
 
     def _cancel(self) -> None:
-        """This login is over, or what it showed: nothing that was planned for it happens."""
+        """This login is over, or what it showed: nothing planned for it happens."""
         self._client.unplan("code", "refresh", "friend", "group")
         self._turn += 1
         self._client.changed.notify_all()
@@ -9816,7 +9762,7 @@ class Login:
             client.plan("code", seconds, self._submit, renew)
 
     def _wait(self, error: str) -> None:
-        """There is no login, and no code to scan; the state file says why."""
+        """There is no login, and no code to scan."""
         client = self._client
         if (client.state, client.error) != ("scaning", error):
             self._cancel()
@@ -9826,10 +9772,10 @@ class Login:
             client.enter("scaning", error)
 
     def _scanned(self) -> None:
-        client = self._client
-        if client.state == "scaning":
-            client.log.info(f"{client.flavour.phone}扫码成功,请在手机上点击[登录]按钮... (scanned)")
-            client.enter("confirming")
+        if self._client.state == "scaning":
+            self._client.log.info(f"{self._client.flavour.phone}扫码成功,"
+                                  "请在手机上点击[登录]按钮... (scanned)")
+            self._client.enter("confirming")
 
     def _confirmed(self, cookie: str, fresh: bool) -> None:
         client = self._client
@@ -9855,11 +9801,8 @@ class Login:
         client.enter(state, error)
 
     def _learn(self, fresh: bool, turn: int) -> None:
-        """In a worker: learn who the account is and whom it knows, then run, and from then on look
-        whether that is still so.
-
-        Lists that the link tells apart may take long: it runs without them after LOOKUP_SECONDS.
-        """
+        """Learn who the account is and whom it knows, then run, after LOOKUP_SECONDS without the
+        lists that the link tells apart; from then on look whether that is still so."""
         client, roster, details = self._client, self._client.roster, self._client.details
         before = roster.changes
         row = self.link.roster()
@@ -9905,7 +9848,7 @@ class Login:
             self.link.ready()
 
     def _claim_account(self) -> None:
-        """Two clients of one account hear and answer everything twice."""
+        """Warn while another client has this account: both would hear and answer everything."""
         client, name = self._client, self.link.account()
         if self._claim or not name or client.state == "stop":
             return
@@ -9934,11 +9877,8 @@ if TYPE_CHECKING:  # a message to be sent, what the link gets of it, who waits f
 
 
 class Talk:
-    """What an account says and hears. With the client's lock held, unless said otherwise.
-
-    What it says goes through one queue, first in, first out (CONTRACT 4): one thread hands batches
-    of it to the link, without the lock.
-    """
+    """What an account says and hears. With the client's lock held, unless said otherwise; what it
+    says goes through one queue (CONTRACT 4), of which one thread hands batches to the link."""
 
     # What events of the documents tell besides, as members, since callbacks count the params.
     FACTS = {"new_group_member": ("kind", "operator_uid"),
@@ -9947,9 +9887,7 @@ class Talk:
     GIVEN_UP = {"code": -3, "info": "发送异常"}
 
     def __init__(self, client: Client) -> None:
-        self._client, self._link, self._flavour = client, client.link, client.flavour
-        interval = client.settings.send_interval
-        self._interval: float = self._link.send_interval if interval is None else interval
+        self._client, self._flavour = client, client.flavour
         self._jobs: Deque[Job] = collections.deque()
         self._sender = ThreadPool(1, "send", client.log)
         self._working = False                     # the sender is at it
@@ -9965,14 +9903,15 @@ class Talk:
 
     def compose(self, item: Row, origin: str = "", media: Optional[Row] = None
                 ) -> Optional[Message]:
-        """What an item of the link says, as a message; None if it is not to be told of. Or what
-        `origin` here is to send, perhaps with media of the shelf."""
+        """What an item of the link says, as a message, or None if that is not to be told of; or
+        what `origin` here is to send, perhaps with media of the shelf."""
         client, flavour, roster = self._client, self._flavour, self._client.roster
         own, uid = item["do"] == "sent", item["uid"]
         kind = CIRCLE_OF.get(item["type"]) or (
             "discuss" if item.get("discuss") else "group" if item.get("group") else "")
         message = Message({**{name: item[name] for name in ("type", "content", "id", "time")},
-                           **flavour.text_format, "circle": None, "peer_uid": None,
+                           **flavour.text_format, "circle": None, "peer_uid": uid if own or (
+                               not kind or item["type"] == "sess_message") else None,
                            "answer": lambda message, text, **more: self.reply(
                                message.to_json({}), text, "code", **more)})
         circle: Any = None
@@ -9993,19 +9932,16 @@ class Talk:
             self._name(message, "sender", roster.user, {})
             message.__dict__.update({
                 "class": "send", "post_type": "send_message", "from": origin or "none",
-                "source": "local" if origin else "outer", "ttl": client.settings.msg_ttl})
+                "source": "local" if origin else "outer", "ttl": client.settings.msg_ttl,
+                "code": 0, "info": "发送正常", "msg": flavour.sent["status"]})
             if uid is not None:
-                message.peer_uid = uid
                 self._name(message, "receiver", thing, {"uid": uid})
-            self._set_outcome(message, {"code": 0, "info": "发送正常"})
         else:
             if thing is None and "sender" in item and (
                     circle and not circle.loaded or not client.is_certain("friend")):
                 thing = (GroupMember if circle else Friend)(item["sender"])
             if thing is None and client.settings.ignore_unknown_id:
                 return None
-            if not kind or item["type"] == "sess_message":
-                message.peer_uid = uid
             message.__dict__.update({"class": "recv", "post_type": "receive_message"})
             self._name(message, "receiver", roster.user, {})
             self._name(message, "sender", thing, {**item, "id": item.get("sender_id")})
@@ -10025,15 +9961,15 @@ class Talk:
         return message
 
     def _name(self, message: Message, role: str, thing: Optional[Thing], row: Row) -> None:
-        """Say who is sender or receiver; of somebody unknown what `row` tells."""
+        """Say who is sender or receiver; `row` tells of somebody unknown."""
         message.__dict__.update({
             role: thing.displayname if thing else row.get("name"), role + "_thing": thing,
             **{f"{role}_{part}": thing.value(part) if thing else row.get(part)
                for part in self._flavour.parts[role]}})
 
     def _add_media(self, message: Message, picture: Row, media: Optional[Row]) -> None:
-        """Give a message what its flavour tells of a picture, as a link has it. It came, unless
-        `media` of the shelf is given, and is kept there if it is to be and can be."""
+        """Give a message what its flavour tells of a picture: `media` of the shelf, or one that
+        came, which gets there if it is to be kept and can be."""
         if media is None:
             data, name = base64.b64decode(picture["data"]), str(picture["name"])
             media = unkept_media(data, name)
@@ -10052,26 +9988,21 @@ class Talk:
             "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
         message.__dict__.update({name: shown[name] for name in self._flavour.media_members})
 
-    def _set_outcome(self, message: Message, result: Row) -> None:
-        message.code, message.info = result["code"], result["info"]
-        message.msg = self._flavour.not_sent if message.code else self._flavour.sent["status"]
-
-    def remember(self, row: Row) -> None:
-        """Keep a message, as it is reported, for get_message; a picture's bytes are on the shelf.
-        """
-        if row["id"] is None:
-            return
-        data = to_bytes({**row, "media_data": None} if row.get("media_data") else row)
-        self._seen_size += len(data) - len(self._seen.pop(row["id"], b""))
-        self._seen[row["id"]] = data
-        while len(self._seen) > WAIT_LIMIT or self._seen_size > SEEN_BYTES:
-            self._seen_size -= len(self._seen.pop(next(iter(self._seen))))
+    def _report(self, message: Message, mark: str = "") -> None:
+        """Let everybody know of a message, and keep it, as it is reported, for get_message, except
+        a picture's bytes, which are on the shelf."""
+        row = message.to_json({})
+        if row["id"] is not None:
+            data = to_bytes({**row, "media_data": None} if row.get("media_data") else row)
+            self._seen_size += len(data) - len(self._seen.pop(row["id"], b""))
+            self._seen[row["id"]] = data
+            while len(self._seen) > WAIT_LIMIT or self._seen_size > SEEN_BYTES:
+                self._seen_size -= len(self._seen.pop(next(iter(self._seen))))
+        self._client.tell(message.post_type, row, message.conversation(), [message], mark)
 
     def remembered(self, id: str) -> Optional[Row]:
         """One of the newest messages, as it was reported. From any thread."""
-        with self._client.lock:
-            data = self._seen.get(id)
-        row = object_in(data) if data else None
+        row = object_in(self._seen.get(id, b""))
         if row and row.get("media_path") and row["media_data"] is None:
             row["media_data"] = base64.b64encode(read_file(row["media_path"]) or b"").decode()
         return row
@@ -10084,7 +10015,7 @@ class Talk:
 
     def is_full(self) -> bool:
         """Whether so many messages wait that no more are taken."""
-        return self.waiting() >= int(self._client.settings.send_queue_max_size)
+        return len(self._jobs) >= int(self._client.settings.send_queue_max_size)
 
     def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
              origin: str = "api", via: str = "", media: Optional[Row] = None, cq: bool = False,
@@ -10145,8 +10076,9 @@ class Talk:
         return len(jobs)
 
     def _work(self) -> None:
-        """In the thread that sends: one batch after the other, until nothing waits."""
-        client, clock = self._client, self._client.timers.clock
+        client, link, clock = self._client, self._client.link, self._client.timers.clock
+        given: Optional[float] = client.settings.send_interval
+        interval = link.send_interval if given is None else given
         while True:
             batch: List[Job] = []
             size, pause = 0, 0.0
@@ -10154,7 +10086,7 @@ class Talk:
                 while self._jobs and clock() < self._rests_until:
                     client.changed.wait(self._rests_until - clock())
                 jobs = self._jobs
-                while jobs and len(batch) < (1 if self._interval else self._link.batch):
+                while jobs and len(batch) < (1 if interval else link.batch):
                     size += weight(jobs[0][1])
                     if batch and size > BATCH_LIMIT:
                         break
@@ -10164,7 +10096,7 @@ class Talk:
                     return
                 self.began = began = clock()
             try:
-                results = self._link.send([row for _, row, _ in batch])
+                results = link.send([row for _, row, _ in batch])
             except Exception as error:  # the queue must go on whatever a link does
                 why = f"响应未知: {getattr(error, 'status', repr(error))}"
                 results = [{"code": -4, "info": why}] * len(batch)
@@ -10174,7 +10106,7 @@ class Talk:
                     for message, _, _ in batch:
                         message.ttl -= 1
             with client.lock:
-                self.began, self._rests_until = 0.0, max(began + self._interval, pause)
+                self.began, self._rests_until = 0.0, max(began + interval, pause)
                 again = [job for job in batch if pause and job[0].ttl > 0]
                 jobs.extendleft(reversed(again))  # if they were given up meanwhile, nobody looks
                 try:
@@ -10191,10 +10123,12 @@ class Talk:
         the spot is there too, and everything has survived."""
         with self._client.batch():
             for (message, _, _), result in outcomes:
-                message.id = result.get("id")
-                self._set_outcome(message, result)
-                self._client.emit_message(message)
-            if not self.began:
+                message.id, message.code = result.get("id"), result["code"]
+                message.info = result["info"]
+                if message.code:
+                    message.msg = self._flavour.not_sent
+                self._report(message)
+            if self._own and not self.began:
                 self._hear_own()
         for job, result in outcomes:
             (message, _, future), mark = job, result.get("mark", "")
@@ -10207,11 +10141,9 @@ class Talk:
     # -- hearing
 
     def receive(self, items: List[Row]) -> str:
-        """Take over what a link brought; the mark of what is safe on disk then. NotRunning.
-
-        In the link's thread. While a send is under way it waits for that: nobody is to hear the
-        echo before the call.
-        """
+        """Take over what a link brought; the mark of what is safe on disk then. NotRunning. In the
+        link's thread: while a send is under way it waits for that, for nobody is to hear the echo
+        before the call."""
         client = self._client
         with client.lock:
             began = self.began
@@ -10221,7 +10153,7 @@ class Talk:
                 if own and not self._own:
                     client.plan("own", BRIDGE_SECONDS, self._hear_own)
                 self._own += own
-                if self._link.echoes:
+                if client.link.echoes:
                     left = began + ECHO_SECONDS - client.timers.clock()
                     client.changed.wait_for(lambda: self.began != began, max(0.0, left))
             if client.ended:
@@ -10260,14 +10192,14 @@ class Talk:
                 self._hear(item, "")
 
     def _hear(self, item: Row, mark: str) -> None:
-        """A message came, or the account sent one, from another device unless it was we."""
+        """A message that came, or that the account sent, from another device unless it was we."""
         client, own = self._client, item["do"] == "sent"
         message = None if own and item["id"] in self._seen else self.compose(item)
         if message is None:
             return client.spool.advance(mark or None)
         for future in self._expected.pop(item["uid"], []) if not own and not message.circle else []:
             settle(future, message.content)
-        client.emit_message(message, mark)
+        self._report(message, mark)
 
     def happen(self, item: Row, mark: str = "") -> bool:
         """Let an event of the link change the roster, and report it; False if it is void."""
@@ -10290,16 +10222,12 @@ class Talk:
         return future
 
     def expect(self, uid: str) -> Future[Any]:
-        """What the next message from a friend says. From any thread."""
+        """What the next message from a friend says; who gives up cancels it. From any thread."""
         future: Future[Any] = Future()
         with self._client.lock:
-            self._expected.setdefault(uid, []).append(future)
+            waiting = [one for one in self._expected.get(uid, []) if not one.cancelled()]
+            self._expected[uid] = [*waiting, future]
         return future
-
-    def expect_no_more(self, uid: str, future: Future[Any]) -> None:
-        """One of those who expect() a friend's word gives up. From any thread."""
-        with self._client.lock, contextlib.suppress(ValueError):
-            self._expected.get(uid, []).remove(future)
 
 
 class Client:
@@ -10349,10 +10277,10 @@ class Client:
         self._plans: Dict[str, Timer] = {}           # what is to come, by its name
         self.details = Details(self)
         self.look_for, self.is_certain = self.details.look_for, self.details.is_certain
-        self._login = Login(self)
-        self.link = self._login.link
         self.talk = Talk(self)
         self.send = self.talk.send                   # what the four below come to
+        self._login = Login(self)
+        self.link = self._login.link
         self.enter("init")
 
     # -- the public face
@@ -10467,7 +10395,6 @@ class Client:
         self._plans[what] = self.timers.later(seconds, act, *args)
 
     def unplan(self, *names: str) -> None:
-        """Let it not happen."""
         for name in names:
             if name in self._plans:
                 self._plans.pop(name).cancel()
@@ -10517,8 +10444,8 @@ class Client:
             self.stop()
 
     def _wind_up(self) -> None:
-        """In a thread of its own: what waits to be posted gets a moment, and after it what is on
-        its way: sent and not answered it would come twice. The rest waits for the next start."""
+        """In a thread of its own: what waits to be posted gets a moment, then what is on its way:
+        sent and not answered it would come twice. The rest waits for the next start."""
         with self.lock:
             for outlet in self.outlets:
                 if outlet.waiting():
@@ -10547,40 +10474,31 @@ class Client:
             yield
         finally:
             self._batches -= 1
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._batches:
-            self.spool.flush()
-            for outlet in self.outlets:
-                outlet.flush()
-            if self.parent:
-                self.parent.flush()
+            if not self._batches:
+                self.spool.flush()
+                for outlet in self.outlets:
+                    outlet.flush()
+                if self.parent:
+                    self.parent.flush()
 
     def emit(self, event: str, params: List[Any], mark: str = "",
              when: Optional[str] = None, facts: Mapping[str, Json] = {}) -> None:
         """Let everybody know of an event; with the mark and the time that its source gave it, and
         `facts` as members of its own."""
         fields = self.flavour.fields
-        shown = [thing.full_json(fields) if isinstance(thing, Circle) and number == 0
-                 else thing.to_json(fields) if isinstance(thing, Thing) else thing
-                 for number, thing in enumerate(params)]
-        self._tell(event, {**event_row(event, shown, when), **facts}, "", params, mark)
+        shown = [thing.to_json(fields) if isinstance(thing, Thing) else thing for thing in params]
+        if params and isinstance(params[0], Circle):
+            shown[0] = params[0].full_json(fields)
+        self.tell(event, {**event_row(event, shown, when), **facts}, "", params, mark)
 
-    def emit_message(self, message: Message, mark: str = "") -> None:
-        """Let everybody know of a message, received or sent."""
-        row = message.to_json(self.flavour.fields)
-        self.talk.remember(row)
-        self._tell(message.post_type, row, message.conversation(), [message], mark)
-
-    def _tell(self, event: str, row: Row, conversation: str, params: List[Any],
-              mark: str) -> None:
-        taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
-        if mark and not any(taken):
-            self.spool.advance(mark)
-        for callback in self._callbacks.get(event, ()):
-            self._crew.submit(callback, self, *params)
-        self._flush()
+    def tell(self, event: str, row: Row, conversation: str, params: List[Any], mark: str) -> None:
+        """Let everybody know of what is shown as `row`, in order within a conversation."""
+        with self.batch():
+            taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
+            if mark and not any(taken):
+                self.spool.advance(mark)
+            for callback in self._callbacks.get(event, ()):
+                self._crew.submit(callback, self, *params)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -10951,7 +10869,7 @@ class Api:
     def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
         """The members of a group or discuss that fit; a number may be known to the bridge only."""
         link = self.client.link
-        found = self.client.roster.members(circle, keys)
+        found = self.client.roster.search(circle, keys)
         if not found and len(keys) == 1 and link.real and circle.kind == "group":
             try:
                 uid = number_of(*keys.values())
@@ -10992,7 +10910,7 @@ class Api:
 
     def _get_group_basic_info(self, request: Request) -> Json:
         self.client.details.wait(list(self.client.roster.group.values()), members=False)
-        return self.show(self.client.roster.to_json("group", members=False))
+        return self.show(list(self.client.roster.rows("group", False)))
 
     def _search(self, kind: str, request: Request) -> Json:
         client, names = self.client, self.flavour.other_names[kind]
@@ -11018,7 +10936,7 @@ class Api:
                 "runtime": int(time.time()) - client.start_time}
 
     def _get_qrcode(self, request: Request) -> Response:
-        return qrcode_response(self.client.papers.read_qrcode(), self.flavour)
+        return qrcode_response(read_file(self.client.settings.qrcode_path), self.flavour)
 
     def _get_media(self, request: Request) -> Response:
         id, _, number = request.params.get("id", "").partition(".")
@@ -11045,7 +10963,7 @@ class Api:
         if params.get("group_id"):
             found = self.find("group", params, ("group_id",))
             if found and params.get("id"):
-                found = roster.members(found[0], {"id": params["id"]})
+                found = roster.search(found[0], {"id": params["id"]})
         elif params.get("id") == roster.user.id:
             found = [roster.user]
         else:
@@ -11143,7 +11061,7 @@ class Api:
             return {**row, "reply": None, "reply_status": "reply timeout"}
         finally:
             self.client.link.typing(friend.uid, False)
-            self.client.talk.expect_no_more(friend.uid, answer)
+            answer.cancel()
 
     def _upload_media(self, request: Request) -> Json:
         row = self.media.take(request.params, keep=True)
@@ -11255,7 +11173,7 @@ class Api:
 
     def _somebody_in(self, groups: List[Any], keys: Mapping[str, str]) -> Any:
         for group in groups:
-            for member in self.client.roster.members(group, keys):
+            for member in self.client.roster.search(group, keys):
                 return member
         raise Answer(self.NOT_FOUND)
 
@@ -12547,20 +12465,17 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--" + name, action=action)
 
     def error(self, message: str) -> NoReturn:
-        """A flag without its value, above all."""
         flag = message.partition(":")[0].replace("argument ", "")
         raise Refusal(f"{flag} takes no value" if "ignored" in message else
                       f"{flag} needs a value; one that begins with -- is given as {flag}=VALUE", 2)
 
     def read(self, words: Sequence[str]) -> Row:
         """What the words say, by the flags' names. Refusal."""
-        try:
-            texts = list(map(typed_text, words))
+        try:  # behind a NUL, which no word can hold, argparse takes one dash for no flag
+            texts = [re.sub("^-(?!-)", "\0-", typed_text(word)) for word in words]
         except ValueError as error:
             raise Refusal(f"a word is {error}", 2) from None
-        # Behind a NUL, which no word can hold, argparse takes one dash for no flag.
-        found, strange = self.parse_known_intermixed_args(
-            [re.sub("^-(?!-)", "\0-", text) for text in texts])
+        found, strange = self.parse_known_intermixed_args(texts)
         if strange:
             flag = strange[0].partition("=")[0].strip("\0")
             raise Refusal(f"{flag} {self._stranger}", 2)
@@ -12583,18 +12498,17 @@ def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
 
 def help_text(whose: str) -> str:
     """All settings of a controller or client, as --help shows them."""
-    rows = {}
-    for setting in SETTINGS.values():
-        if setting.whose in (whose, "both") and not setting.idle:
-            default = f" [{setting.shown()}]" if setting.shown() else ""
-            rows[f"  --{setting.name.replace('_', '-')} VALUE"] = (
-                f"{setting.help}{default} | {setting.chinese}")
-    width = max(map(len, rows)) + 2
+    rows = [(f"  --{setting.name.replace('_', '-')} VALUE",
+             f"{setting.help}{f' [{setting.shown()}]' if setting.shown() else ''}"
+             f" | {setting.chinese}")
+            for setting in SETTINGS.values()
+            if setting.whose in (whose, "both") and not setting.idle]
+    width = max(len(flag) for flag, _ in rows) + 2
     return (f"usage: python openqq.py {whose} [--setting value …]\n\n"
             "Each setting takes a value; booleans are 0 and 1, lists have commas. In the\n"
             "environment a setting is MOJO_WEBQQ_ and its name in capitals.\n"
             "每个设置带一个值；布尔值为 0 或 1，列表用逗号分隔。环境变量名为 MOJO_WEBQQ_ 加大写的设置名。\n\n"
-            + "".join(f"{flag:{width}}{text}\n" for flag, text in rows.items()))
+            + "".join(f"{flag:{width}}{text}\n" for flag, text in rows))
 
 
 # For glibc: one heap instead of one for each thread, and large buffers outside of it, so that
@@ -12604,11 +12518,11 @@ FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
 
 
 def run_server(whose: str, given: Dict[str, str]) -> int:
-    """`controller`: many accounts; `client`: one account alone.
+    """`controller`: many accounts; `client`: one account alone. Begins once more with the secrets
+    off the command line, under a name for ps.
 
-    It begins once more under the name that ps is to show, with the secrets off the command line.
-    Only argv[0] makes a name that all of ps's forms show; its directory must stay Python's own,
-    or a virtual environment would be lost.
+    Only argv[0] makes one that all of ps's forms show; its directory must stay Python's own, or a
+    virtual environment would be lost.
     """
     flavour = flavour_named(given.get("flavor"))
     python = os.environ.pop("OPENQQ_PYTHON", "")
@@ -12616,14 +12530,11 @@ def run_server(whose: str, given: Dict[str, str]) -> int:
         account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
         title = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
         environment = {name: value for name, value in FRUGAL.items() if name not in os.environ}
-        flags = []
-        for name, value in given.items():
-            if SETTINGS[name].secret:
-                environment[flavour.environ + name.upper()] = value
-            else:
-                flags.append(f"--{name}={value}")
+        environment.update({flavour.environ + name.upper(): value
+                            for name, value in given.items() if SETTINGS[name].secret})
         if "token" in given:
             environment["OPENQQ_TOKEN"] = given["token"]
+        flags = [f"--{name}={value}" for name, value in given.items() if not SETTINGS[name].secret]
         begin_again(os.path.join(os.path.dirname(sys.executable), title.replace("/", "_")),
                     ["-S", *python_words(whose, *flags)], OPENQQ_PYTHON=sys.executable,
                     **environment)
@@ -12646,8 +12557,8 @@ def run_client(**given: str) -> int:
 
 
 def run_child() -> int:
-    """`--client`: what a controller starts. It does what the template says; what the written one
-    says is built in, and so is quicker."""
+    """`--client`: what a controller starts. Does what the template says; what the written one says
+    is built in, and so is quicker."""
     sys.executable = os.environ.pop("OPENQQ_PYTHON", sys.executable)
     sys.modules.setdefault("openqq", sys.modules[__name__])
     receive_sockets()
@@ -12684,11 +12595,8 @@ def end_with_controller(line: socket.socket) -> None:
 # -- the commands that call a server's API
 
 def printable(text: str, is_json: bool = False) -> str:
-    """Text that does nothing to a terminal: names and messages come from anybody.
-
-    Controls, and what only steers the display, are spelt as Python does, or if the text is JSON
-    as JSON does; blanks of any kind become blanks, except in JSON.
-    """
+    """Text that does nothing to a terminal: names and messages come from anybody. Controls, and
+    what only steers the display, are spelt as Python does, in JSON as JSON does."""
     def spelt(sign: str) -> str:
         if sign.isprintable() or sign == ("\n" if is_json else "\u200d"):
             return sign
@@ -12726,8 +12634,8 @@ def event_line(event: Row) -> Tuple[str, str]:
 
 
 class Said:
-    """What a server answered: `value` is its JSON, None if it is none, `row` that if it is an
-    object; `code` the answer's own; `good` unless it said no."""
+    """What a server answered: `value` is its JSON, or None, `row` that if it is an object; `code`
+    the answer's own; `good` unless it said no."""
 
     def __init__(self, reply: Reply) -> None:
         if reply.kind == "text/event-stream":
@@ -12754,7 +12662,7 @@ class Said:
 
 
 class Terminal:
-    """The commands, each a method of its name, given the words behind it. COMMANDS lists them.
+    """The commands that COMMANDS lists, each a method of its name, given the words behind it.
     Refusal for what goes wrong, Unreachable where nobody answers."""
 
     WATCH_SECONDS = 1.0
@@ -12791,7 +12699,6 @@ class Terminal:
         return Said(self._open(api, params))
 
     def _show_raw(self, said: Said) -> None:
-        """What came, byte for byte, unless it would play with a terminal."""
         is_json = said.kind == "application/json"
         if not self._is_console:
             sys.stdout.buffer.write(said.body + (b"\n" if is_json else b""))
@@ -12805,8 +12712,8 @@ class Terminal:
         return f"\x1b[{code}m{text}\x1b[0m" if self._has_colors and code else text
 
     def _finish(self, said: Said, is_json: bool = True) -> bool:
-        """Print what came, if that is all that is wanted: else it is to be shown. Refusal if it
-        says no, or if it is not what only a server of ours can have said."""
+        """Print what came, if that is all that is wanted; whether it is still to be shown. Refusal
+        if it says no, or if no server of ours can have said it."""
         if self._is_raw:
             self._show_raw(said)
         if not said.good:
@@ -12822,8 +12729,8 @@ class Terminal:
             print(printable(", ".join([str(said.row.get("status")), *words])))
 
     def _check_account(self, name: str) -> None:
-        """Refusal where there is no such account: with these calls a client alone does not look
-        at `client`, so that it serves bots which name it as they please."""
+        """Refusal where there is no such account: a client alone does not look at `client` with
+        these calls, for bots that name it as they please."""
         said = self._ask("check_client", client=name)
         if said.code == ClientMissing.code:
             self._finish(said)
@@ -12891,11 +12798,8 @@ class Terminal:
 
     def qrcode(self, name: str) -> None:
         """Draw the QR code that an account waits with; without colours light is what is written,
-        as on a dark screen.
-
-        It is read out of the picture: its text lets in whoever has it, and so is in no answer
-        that scripts keep and logs show.
-        """
+        as on a dark screen. It is read out of the picture: its text lets in whoever has it, and so
+        is in no answer that scripts keep and logs show."""
         self._check_account(name)
         said = self._ask("get_qrcode", client=name)
         if said.status == 404:
@@ -13013,10 +12917,7 @@ def run_command(command: str, words: Sequence[str]) -> int:
 
 
 def written(write: Callable[[], Optional[int]]) -> int:
-    """The exit status of what writes to standard output. Refusal when that takes no more.
-
-    What is still in its buffer would be tried again at the end: it goes nowhere.
-    """
+    """The exit status of what writes to standard output. Refusal when that takes no more."""
     out: Any = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     out.reconfigure(errors="backslashreplace")
     sys.stdout = out
@@ -13025,6 +12926,7 @@ def written(write: Callable[[], Optional[int]]) -> int:
         out.flush()
         return status
     except OSError as error:  # of a server it is an Unreachable, and so a Refusal
+        # What is still in the buffer would be tried again at the end: it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if not isinstance(error, BrokenPipeError):
             raise Refusal(f"the output cannot be written: {error.strerror}") from None
