@@ -5132,13 +5132,9 @@ def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
 # 9. Events
 # ------------------------------------------------------------------------------------------------
 
-MOMENT = re.compile("[1-9][0-9]{0,11}")  # seconds, as an event's source may tell them
-
-
 def as_stream(rows: List[Tuple[int, bytes]]) -> Iterator[bytes]:
-    """Rows (seq, JSON) as server-sent events, in pieces of about 8 KiB: the events of one store
-    are shared by all its readers, so only a piece is made anew for each of them. Rows are gone
-    once they are given out."""
+    """Rows (seq, JSON) as server-sent events, in pieces of about 8 KiB: only these are made anew
+    for each reader. Rows are gone once they are given out."""
     rows.reverse()
     while rows:
         piece = bytearray()
@@ -5157,18 +5153,6 @@ class Feed:
         self.rows, self.size = rows, 0   # a number of 0: not kept, so nothing to resume from
         self.more: Future[bool] = Future()  # set when there is more
 
-    def add(self, seq: int, data: bytes) -> bool:
-        """One more; False if its reader is too far behind."""
-        self.rows.append((seq, data))
-        self.size += len(data)
-        settle(self.more, True)
-        return len(self.rows) <= STREAM_LIMIT and self.size <= STREAM_BYTES
-
-    def take(self) -> List[Tuple[int, bytes]]:
-        """All there is; from now on `more` is of what comes next."""
-        rows, self.rows, self.size, self.more = self.rows, [], 0, Future()
-        return rows
-
 
 class Store:
     """The ring of the newest events, for check_event and streams (CONTRACT 6).
@@ -5180,19 +5164,17 @@ class Store:
 
     def __init__(self, size: int, clock: Callable[[], float] = time.time,
                  room: int = 0) -> None:
-        self._lock = threading.Lock()  # guards all that may change below, and each Feed
+        self._lock = threading.Lock()  # guards all below, and each Feed
         self._size, self._room = max(1, size), room
         self._ring: Deque[Tuple[int, bytes]] = collections.deque()
         self._bytes = 0                # of what is in the ring
         self._seq = self._mark = int(clock() * 1000)
         self._waiting: Set[Future[bool]] = set()  # calls of check_event
         self._feeds: Set[Feed] = set()
-        # Hears of each event at once, as a Feed does.
-        self.relay: Optional[Callable[[int, bytes], None]] = None
+        self.relay: Optional[Callable[[int, bytes], None]] = None  # gets all that a Feed gets
 
     def add(self, event: Union[Row, bytes]) -> None:
-        """Keep an event, and wake everybody who waits for one. One that has a seq keeps it, and
-        so does one that is JSON already."""
+        """Keep an event, and wake who waits for one. One with a seq keeps that, as does JSON."""
         with self._lock:
             self._seq += 1
             data = event if isinstance(event, bytes) else to_bytes({"seq": self._seq, **event})
@@ -5213,7 +5195,12 @@ class Store:
 
     def _feed(self, seq: int, data: bytes) -> None:
         """Who falls too far behind is cut off: it comes back, and says from where on."""
-        self._feeds = {feed for feed in self._feeds if feed.add(seq, data)}
+        for feed in list(self._feeds):
+            feed.rows.append((seq, data))
+            feed.size += len(data)
+            settle(feed.more, True)
+            if len(feed.rows) > STREAM_LIMIT or feed.size > STREAM_BYTES:
+                self._feeds.discard(feed)
         if self.relay:
             self.relay(seq, data)
 
@@ -5221,8 +5208,8 @@ class Store:
              seconds: float = EVENT_SECONDS) -> bytes:
         """A JSON list of the events after `since`, or after the mark (None), which then moves.
 
-        Waits up to `seconds` for the first one by `wait(future, seconds)`; Hangup, raised by
-        that, leaves everything for the next caller.
+        Waits up to `seconds` for the first one; Hangup, raised by `wait`, leaves all of them for
+        the next caller.
         """
         future: Future[bool] = Future()
         with self._lock:
@@ -5255,10 +5242,8 @@ class Store:
 
     def stream(self, request: Request) -> Response:
         """Server-sent events: what is kept from after Last-Event-ID, or else after `since`; a
-        `retry` where the present begins; then, also with neither, all that comes. BadRequest.
-
-        It ends with the server or, by Hangup, with its reader.
-        """
+        `retry` where the present begins; then, also with neither, all that comes, until the server
+        ends or, by Hangup, its reader. BadRequest."""
         since = seq_of(request.fields.get("last-event-id") or request.params.get("since"))
         mark = self._seq if since is None else since
 
@@ -5271,7 +5256,7 @@ class Store:
                 while True:
                     with self._lock:
                         ended = ended or feed not in self._feeds
-                        rows = feed.take()
+                        rows, feed.rows, feed.size, feed.more = feed.rows, [], 0, Future()
                     yield from as_stream(rows)
                     yield sign
                     if ended:
@@ -5290,8 +5275,8 @@ class Store:
 
 
 def event_row(event: str, params: List[Any], when: Optional[str] = None) -> Row:
-    """An event as it is told; `when` is its time in seconds, where its source knows that."""
-    known = when is not None and MOMENT.fullmatch(when)
+    """An event as it is told; `when` is its time in seconds, if its source tells that."""
+    known = re.fullmatch("[1-9][0-9]{0,11}", when or "")
     return {"event": event, "params": params, "post_type": "event",
             "time": when if known else str(int(time.time()))}
 
@@ -5314,13 +5299,9 @@ def bulk_of(item: Json) -> int:
 class Lane:
     """The events of one conversation that wait to be posted, or are on their way."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, keys: Iterable[int] = ()) -> None:
         self.name = name
-        self.keys: Deque[int] = collections.deque()  # in the spool; only the first is tried
-        self.reset()
-
-    def reset(self) -> None:
-        """Of what is first now nothing is known."""
+        self.keys = collections.deque(keys)    # in the spool; only the first is tried
         self.tries = 0                         # in vain, after it was sent
         self.since: Optional[float] = None     # its first try
         self.next = 0.0                        # when it may be tried again
@@ -5328,20 +5309,20 @@ class Lane:
 
 class Reporter:
     """Posts events to post_api, each conversation in order, through a queue that survives.
+    Without a URL nothing is posted.
 
     The threads of a pool post one event each, without a lock; the owner's, `timers.lock`, guards
     the spool and all state here. A second conversation is posted beside the first once that has
     taken PATIENCE: so a slow answer holds up one chat only, and a kill finds one event on its
-    way, not four, as long as the receiver is quick. Without a URL nothing is posted.
+    way, not four, as long as the receiver is quick.
 
     `answered(event, answer)` gets each JSON object that a receiver answers, before the next event
     of that conversation goes; `asking(event, True)` is called before a post, and with False once
-    its answer is there, or none will come; both without the lock. `error` tells of the last event
-    that was dropped; `failed()` is called after it changed, by the timers, with the lock held.
+    its answer is there, or none will come; both without the lock. `failed()` is called after
+    `error` changed, by the timers, with the lock held.
     """
 
     PATIENCE = 0.05
-    LATER = (408, 425, 429)
     TELL_SECONDS = 1.0           # between two calls of failed(): a file is written for it
 
     def __init__(self, url: str, secret: str, spool: Spool, timers: Any, log: Log,
@@ -5353,8 +5334,8 @@ class Reporter:
         self._log, self._answered, self._fetch = log, answered, fetch
         self._failed, self._clock, self._numeric = failed, clock, numeric
         self._asking = asking
-        self._pool = ThreadPool(POST_LANES, "post", log)
-        self.error: Row = {}                      # as check_client shows it: post_error
+        self._shown, self._pool = shown_url(url), ThreadPool(POST_LANES, "post", log)
+        self.error: Row = {}                      # post_error: of the last one dropped
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
         self._lanes: Dict[str, Lane] = {}         # by conversation; who comes first goes first
         self._flying: Dict[Lane, float] = {}      # when each post began that has no answer yet
@@ -5368,23 +5349,21 @@ class Reporter:
         with timers.lock:
             for key, item in list(spool.pending.items() if url else ()):
                 if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
-                    self._lane(str(item["in"])).keys.append(key)
+                    name = str(item["in"])
+                    self._lanes.setdefault(name, Lane(name)).keys.append(key)
                 else:
                     spool.done(key)  # no event: whoever wrote that into the file
 
-    def _lane(self, conversation: str) -> Lane:
-        return self._lanes.setdefault(conversation, Lane(conversation))
-
     def add(self, event: Row, conversation: str, mark: Json = None) -> None:
-        """Queue an event for posting, together with its source's mark (Spool)."""
+        """Queue an event, together with its source's mark (Spool)."""
         with self._timers.lock:
             if self._gone:
                 return self._spool.advance(mark) if mark is not None else None
-            name = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
-            key = self._spool.add({"id": name, "in": conversation, "event": event}, mark)
-            self._lane(conversation).keys.append(key)
+            id = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
+            key = self._spool.add({"id": id, "in": conversation, "event": event}, mark)
+            self._lanes.setdefault(conversation, Lane(conversation)).keys.append(key)
             for old in self._spool.excess():
-                lane = self._lane(str(self._spool.pending[old]["in"]))
+                lane = self._lanes[str(self._spool.pending[old]["in"])]
                 if lane not in self._flying or lane.keys[0] != old:
                     self._drop(lane, old, "over the limit of the queue")
 
@@ -5436,8 +5415,8 @@ class Reporter:
         return found
 
     def _post(self, lane: Lane, item: Row) -> None:
-        """In a thread of the pool: post an event, note what came of it, and go on with the next
-        one, until there is none or another thread has it."""
+        """In a thread of the pool: post one event after the other, until there is none that may be
+        posted now."""
         flight: Optional[Tuple[Lane, Row]] = (lane, item)
         while flight:
             lane, item = flight
@@ -5445,7 +5424,7 @@ class Reporter:
             self._asking(item["event"], True)
             try:
                 status, answer = self._call(item)
-                if status in self.LATER or status >= 500:
+                if status in (408, 425, 429) or status >= 500:
                     failure = Unreachable(f"answered {status}", True)
             except Unreachable as error:
                 failure = error
@@ -5467,7 +5446,7 @@ class Reporter:
                 flight = self._next()
 
     def _call(self, item: Row) -> Tuple[int, Optional[Row]]:
-        """Post an event, to where redirects on the same server lead: the answer's status, and the
+        """Post an event, and follow redirects on the same server: the answer's status, and the
         JSON object in it. Unreachable."""
         event, queued = item["event"], re.match("[0-9a-f]{1,15}(?=-)", str(item["id"]))
         if self._numeric:            # which may have changed since it was queued
@@ -5483,7 +5462,7 @@ class Reporter:
             reply = self._fetch(url, "POST", fields, body, max(0.1, until - self._timers.clock()))
             data = reply.read()
             target = redirect_of(url, reply)
-            if not same_origin(url, target):
+            if not (target and same_origin(url, target)):
                 break
             url = target
         if reply.kind in ("application/json", "text/json"):
@@ -5493,18 +5472,18 @@ class Reporter:
 
     def _note(self, lane: Lane, status: int, failure: Optional[Unreachable]) -> None:
         """What became of a post decides when it, or the next one, is tried."""
-        now, url, key = self._timers.clock(), shown_url(self._url), lane.keys[0]
+        now, key = self._timers.clock(), lane.keys[0]
         lane.since = now if lane.since is None else lane.since
         if status == 410:
-            self._log.warn(f"{url} answered 410 Gone: nothing more is posted to it")
+            self._log.warn(f"{self._shown} answered 410 Gone: nothing more is posted to it")
             self._gone = True
             for other, item in list(self._spool.pending.items()):
-                self._drop(self._lane(str(item["in"])), other, "the receiver is gone")
+                self._drop(self._lanes[str(item["in"])], other, "the receiver is gone")
         elif failure is None:
             if self._outage > 1:
-                self._log.info(f"{url} takes events again")
+                self._log.info(f"{self._shown} takes events again")
             if 300 <= status < 400 and not self._redirected:
-                self._log.warn(f"{url} answers with a redirect that is not followed: "
+                self._log.warn(f"{self._shown} answers with a redirect that is not followed: "
                                "give the URL that takes events")
             self._outage, self._redirected = 0, 300 <= status < 400
             self.counts["posted"] += 1
@@ -5522,7 +5501,7 @@ class Reporter:
             self.counts["retried"] += 1
             if now >= self._pause_until:
                 if self._outage == 1:
-                    self._log.warn(f"{url} cannot be reached ({failure.status}); "
+                    self._log.warn(f"{self._shown} cannot be reached ({failure.status}); "
                                    "events wait for it")
                 pause = backoff(self._outage, POST_PAUSE)
                 self._outage += 1
@@ -5531,12 +5510,11 @@ class Reporter:
 
     def _forget(self, lane: Lane, key: int) -> None:
         """Whatever became of an event: the next of its conversation waits behind the others."""
-        if lane.keys[0] == key:
-            lane.reset()
+        first, name = lane.keys[0] == key, lane.name
         lane.keys.remove(key)
-        del self._lanes[lane.name]
+        del self._lanes[name]
         if lane.keys:
-            self._lanes[lane.name] = lane
+            self._lanes[name] = Lane(name, lane.keys) if first else lane
         self._spool.done(key)
 
     def _drop(self, lane: Lane, key: int, why: str) -> None:
@@ -5544,8 +5522,7 @@ class Reporter:
         self.counts["dropped"] += 1
         dropped, now = self.counts["dropped"], self._timers.clock()
         if is_news(dropped):
-            self._log.warn(f"{dropped} event(s) dropped, not posted to {shown_url(self._url)}: "
-                           f"{why}")
+            self._log.warn(f"{dropped} event(s) dropped, not posted to {self._shown}: {why}")
         self.error = {"time": str(int(self._clock())), "error": why, "dropped": dropped}
         if now >= self._tell_at:
             self._tell_at = now + self.TELL_SECONDS
@@ -5588,7 +5565,7 @@ def same_origin(url: str, other: str) -> bool:
 
 
 class Outlet:
-    """Where an account's events go: the ring, post_api, stdout; each what is meant for it."""
+    """Where an account's events go: the ring, post_api, stdout."""
 
     KEPT = re.compile("(new|lose)_")  # in the ring whatever post_event_list says (CONTRACT 6)
     KEPT_IF_LISTED = re.compile(".*_property_change|(friend|group)_request|revoke_message|"
@@ -5769,8 +5746,6 @@ class World:
     item; seq: account -> its last number.
     """
 
-    BATCH = 256
-
     def __init__(self, path: str, world_file: str, flavour: Type[Flavour], log: Log,
                  clock: Callable[[], float]) -> None:
         self.flavour, self.log, self.clock = flavour, log, clock
@@ -5789,6 +5764,7 @@ class World:
             except (ValueError, KeyError, TypeError, AttributeError, NotFound):
                 raise Refusal(f"world file {world_file} cannot be read: there must be one, and it "
                               "must hold what /local/world shows") from None
+        self.era = str(self.table("about").get("era", ""))  # numbers of another one mean nothing
         self.account_of = {row["uid"]: account for account, row in self.table("login").items()}
 
     def _begin(self, spec: Row, digest: str) -> None:
@@ -5944,7 +5920,7 @@ class World:
 
     def deliver(self, account: str, item: Row) -> None:
         """Let an item wait for an account; the oldest of too many, or of too heavy ones, go."""
-        number = self.last(account) + 1
+        number = int(self.table("seq").get(account, 0)) + 1
         self.put(number, "seq", account)
         self.put(item, "wait", account, str(number))
         waiting = self.table("wait", account)
@@ -5969,22 +5945,14 @@ class World:
         self.sessions[account].notes.append(item)
         self._woken.add(account)
 
-    def last(self, account: str) -> int:
-        """The number of an account's newest item."""
-        return int(self.table("seq").get(account, 0))
-
-    def era(self) -> str:
-        """The name of this world: numbers of another one mean nothing here."""
-        return str(self.table("about").get("era", ""))
-
     def take(self, account: str) -> List[Row]:
-        """Notes, and what waits, oldest first, each with the mark that acknowledges it: that is
-        only for a client that has loaded its roster."""
+        """Notes and, once its client has loaded the roster, what waits, oldest first, each with the
+        mark that acknowledges it."""
         session = self.sessions[account]
         items, session.notes = session.notes, []
-        era, size, waiting = self.era(), 0, self.table("wait", account) if session.running else {}
-        for number, item in itertools.islice(waiting.items(), self.BATCH):
-            items.append(dict(item, mark=f"{era}:{number}"))
+        size, waiting = 0, self.table("wait", account) if session.running else {}
+        for number, item in itertools.islice(waiting.items(), 256):
+            items.append(dict(item, mark=f"{self.era}:{number}"))
             size += weight(item)
             if size > BATCH_LIMIT:
                 break
@@ -5993,27 +5961,22 @@ class World:
     def acknowledge(self, account: str, mark: str) -> None:
         """Forget what an account has: all up to its mark, `ERA:NUMBER`."""
         era, _, number = mark.partition(":")
-        if era == self.era() and number.isdigit():
-            for key in list(itertools.takewhile(lambda key: int(key) <= int(number),
-                                                self.table("wait", account))):
+        if era == self.era and number.isdigit():
+            for key in list(self.table("wait", account)):
+                if int(key) > int(number):
+                    break
                 self.put(None, "wait", account, key)
-
-    def wake(self) -> None:
-        """Let those have their items who wait for them; to be called after a commit."""
-        woken, self._woken = self._woken, set()
-        for account in woken:
-            session = self.sessions[account]
-            if session.pull:
-                settle(session.pull, True)
-                session.pull = None
 
 
 class Society(World):
     """What people do with each other besides talking, and what may be changed from outside: each
-    change of the world is told to those accounts that see it and are there."""
+    change of the world is told to those accounts that see it and are there.
 
-    # What an account may do by its link, in the words of Link. Each gets the account's uid, and is
-    # NotFound, with nothing done, for who has no right to it.
+    What an account may do by its link Link describes: delete_friend(), create_group(), rename(),
+    kick(), mute(), mute_all(), set_admin(), set_title(), leave_group() and the others in VERBS.
+    Each gets the account's uid, and is NotFound, with nothing done, for who has no right to it.
+    """
+
     VERBS = ("revoke", "make_friend", "answer_request", "create_group", "invite", "rename",
              "set_markname", "kick", "mute", "mute_all", "set_card", "set_admin", "set_title",
              "leave_group", "delete_friend", "poke", "answer_group_request")
@@ -6077,7 +6040,6 @@ class Society(World):
             self.befriend(request["from"], me, {"markname": markname} if markname else {})
 
     def delete_friend(self, me: str, uid: str) -> None:
-        """End one's own friendship."""
         require(uid in self.table("friend", me), uid)
         self.unfriend(uid, me)
 
@@ -6156,7 +6118,6 @@ class Society(World):
             self._tell_change([uid], "group", group, {"role": ROLES[row["role"]]})
 
     def create_group(self, me: str, uids: List[str], name: str) -> str:
-        """Found a group with friends in it: its uid."""
         group = name_to_uid(f"{name}/{new_secret()}")
         self.put({"uid": group, "name": name, "owner_uid": ""}, "group", group)
         for uid in [me, *uids]:
@@ -6171,18 +6132,15 @@ class Society(World):
                 self.enter("group", group, uid, {}, kind="invite", operator_uid=me)
 
     def rename(self, me: str, group: str, name: str) -> None:
-        """Give a group another name, for all of its members."""
         require(self._may(me, group, "member"), group)
         self._set({"name": name}, "group", self.table("group_member", group), "group", group)
 
     def kick(self, me: str, group: str, uids: List[str]) -> None:
-        """Remove members."""
         require(self._may(me, group, "admin", *uids), group)
         for uid in uids:
             self.leave("group", group, uid, kind="kick", operator_uid=me)
 
     def mute(self, me: str, group: str, uids: List[str], seconds: int) -> None:
-        """Silence members for a time."""
         require(self._may(me, group, "admin", *uids), group)
         members = self.table("group_member", group)
         for uid in uids:
@@ -6190,7 +6148,6 @@ class Society(World):
             self._tell_shutup(me, group, member_of(group, uid), seconds)
 
     def mute_all(self, me: str, group: str, on: bool) -> None:
-        """Silence all plain members until that is lifted."""
         require(self._may(me, group, "admin"), group)
         self.put({**self.table("group", group), "muted": on}, "group", group)
         self._tell_shutup(me, group, None, -1 if on else 0)
@@ -6206,17 +6163,14 @@ class Society(World):
         self.set_member(group, uid, {"card": card or None})
 
     def set_admin(self, me: str, group: str, uid: str, on: bool) -> None:
-        """Make a member an admin, or a plain one: the owner may."""
         require(self._may(me, group, "owner", uid), group)
         self.set_member(group, uid, {"role": "admin" if on else "member"})
 
     def set_title(self, me: str, group: str, uid: str, title: str) -> None:
-        """Give a member a title: the owner may."""
         require(self._may(me, group, "owner") and self.role(group, uid), group)
         self.set_member(group, uid, {"title": title or None})
 
     def leave_group(self, me: str, group: str) -> None:
-        """Leave a group."""
         require(self._may(me, group, "member"), group)
         self.leave("group", group, me, kind="leave", operator_uid=me)
 
@@ -6336,7 +6290,6 @@ class LocalNetwork(Society):
     how a phone reaches the host, and takes no lock.
     """
 
-    PULL_SECONDS = 300.0
     # What a link may ask besides Society.VERBS; each gets the account.
     CALLS = ("attach", "ticket", "ready", "logout", "roster", "presence", "send")
 
@@ -6347,7 +6300,7 @@ class LocalNetwork(Society):
         self.lock = threading.RLock()  # guards all of it: who and what there is, what waits
         self.known, self._url, self.ended = known, url, False
         self.timer = time.monotonic    # of tickets: seconds that never go back
-        self._tickets: Dict[str, Tuple[str, float]] = {}  # ticket -> account, end of life
+        self._tickets: Dict[str, Tuple[str, float]] = {}  # account -> ticket, end of life
         waiting = {item.get("id") for items in self.table("wait").values()
                    for item in items.values()}
         self._ids = MessageIds(clock, lambda number: str(number) in self.sent
@@ -6368,7 +6321,11 @@ class LocalNetwork(Society):
                 return function(*args, **named)
             finally:
                 self.ledger.commit()
-                self.wake()
+                while self._woken:
+                    session = self.sessions[self._woken.pop()]
+                    if session.pull:
+                        settle(session.pull, True)
+                        session.pull = None
 
     def call(self, account: str, verb: str, args: Sequence[Json], named: Row,
              wait: Wait = result_of) -> Json:
@@ -6398,7 +6355,7 @@ class LocalNetwork(Society):
             session.pull = future
         woken = True
         try:
-            woken = wait(future, self.PULL_SECONDS)
+            woken = wait(future, 300.0)
         except TimeoutError:
             pass
         finally:
@@ -6430,30 +6387,26 @@ class LocalNetwork(Society):
 
         The ticket would do: by `client` a proxy before many controllers finds the one it is of.
         """
-        self._cancel(account)
         ticket = new_secret()
-        self._tickets[ticket] = account, self.timer() + TICKET_SECONDS
+        self._tickets[account] = ticket, self.timer() + TICKET_SECONDS
         query = urllib.parse.urlencode({"client": account, "ticket": ticket})
         self.note(account, {"do": "qrcode", "seconds": TICKET_SECONDS,
                             "text": f"{self._url()}/local/scan?{query}"})
         if self.sessions[account].hopes:
             self.confirm(ticket)
 
-    def _cancel(self, account: str) -> None:
-        self._tickets = {ticket: (name, end) for ticket, (name, end) in self._tickets.items()
-                         if name != account and self.timer() < end}
-
     def scan(self, ticket: str) -> str:
         """Somebody opened the code's URL: whose it is; NotFound if it is unknown, used or old."""
-        account, end = self._tickets.get(ticket, ("", 0.0))
-        require(account and self.timer() < end, "ticket")
+        account = next((name for name, (valid, end) in self._tickets.items()
+                        if valid == ticket and self.timer() < end), "")
+        require(account, "ticket")
         self.note(account, {"do": "scanned"})
         return account
 
     def confirm(self, ticket: str) -> str:
         """Somebody pressed the button: whose it is, or NotFound."""
         account = self.scan(ticket)
-        self._cancel(account)
+        del self._tickets[account]
         self.note(account, {"do": "confirmed", "login": self._log_in(account, new_secret())})
         return account
 
@@ -6464,14 +6417,10 @@ class LocalNetwork(Society):
             settle(future, True)
             return future
         self.sessions[account].hopes.add(future)
-        for ticket, (name, end) in list(self._tickets.items()):
-            if name == account and self.timer() < end:
-                self.confirm(ticket)
+        ticket, end = self._tickets.get(account, ("", 0.0))
+        if self.timer() < end:
+            self.confirm(ticket)
         return future
-
-    def despair(self, account: str, future: Future[bool]) -> None:
-        """One of those who hope() for an account gives up."""
-        self.sessions[account].hopes.discard(future)
 
     def ready(self, account: str) -> None:
         """An account's client is running."""
@@ -6484,7 +6433,7 @@ class LocalNetwork(Society):
 
     def detach(self, account: str) -> None:
         """An account's client is gone."""
-        self._cancel(account)
+        self._tickets.pop(account, None)
         self.sessions[account].running = self.sessions[account].online = False
 
     def logout(self, account: str) -> None:
@@ -6534,14 +6483,15 @@ class LocalNetwork(Society):
         `mark` when somebody answered on the spot: what the answer is known by."""
         results: List[Row] = []
         for message in messages:
-            before = self.last(account)
+            before = self.table("seq").get(account)
             try:
                 said = self.speak(self.me(account), message)[0]
                 results.append({"code": 0, "info": "发送正常", "id": said["id"]})
             except NotFound as error:
                 results.append({"code": -4, "info": f"响应未知: {error.status}"})
-            if self.last(account) > before:
-                results[-1]["mark"] = f"{self.era()}:{self.last(account)}"
+            last = self.table("seq").get(account)
+            if last != before:
+                results[-1]["mark"] = f"{self.era}:{last}"
         return results
 
     def speak(self, uid: str, message: Row) -> List[Row]:
@@ -6672,7 +6622,7 @@ class LocalPages:
             raise NotFound(f"{account} not found waiting for a scan; "
                            "check_client says what it does") from None
         finally:
-            network.do(network.despair, account, future)
+            network.do(network.sessions[account].hopes.discard, future)
         return {"account": account, "code": 0, "status": "success"}
 
     def say(self, request: Request) -> Row:
