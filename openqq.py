@@ -5155,15 +5155,11 @@ class Feed:
 
 
 class Store:
-    """The ring of the newest events, for check_event and streams (CONTRACT 6).
+    """The ring of the newest events, for check_event and streams (CONTRACT 6); `room` bounds its
+    bytes. A `seq` starts at the clock's milliseconds, so that a number from before a restart is
+    older than all that is kept. Bare calls share one mark; `since` and streams only read."""
 
-    Each event gets a `seq` that starts at the clock's milliseconds, so that a number from before
-    a restart is older than all that is kept. Bare calls share one mark; `since` and streams only
-    read. `room` bounds the bytes that are kept.
-    """
-
-    def __init__(self, size: int, clock: Callable[[], float] = time.time,
-                 room: int = 0) -> None:
+    def __init__(self, size: int, clock: Callable[[], float] = time.time, room: int = 0) -> None:
         self._lock = threading.Lock()  # guards all below, and each Feed
         self._size, self._room = max(1, size), room
         self._ring: Deque[Tuple[int, bytes]] = collections.deque()
@@ -5204,8 +5200,7 @@ class Store:
         if self.relay:
             self.relay(seq, data)
 
-    def take(self, since: Optional[int], wait: Wait,
-             seconds: float = EVENT_SECONDS) -> bytes:
+    def take(self, since: Optional[int], wait: Wait, seconds: float = EVENT_SECONDS) -> bytes:
         """A JSON list of the events after `since`, or after the mark (None), which then moves.
 
         Waits up to `seconds` for the first one; Hangup, raised by `wait`, leaves all of them for
@@ -5299,8 +5294,7 @@ def bulk_of(item: Json) -> int:
 class Lane:
     """The events of one conversation that wait to be posted, or are on their way."""
 
-    def __init__(self, name: str, keys: Iterable[int] = ()) -> None:
-        self.name = name
+    def __init__(self, keys: Iterable[int] = ()) -> None:
         self.keys = collections.deque(keys)    # in the spool; only the first is tried
         self.tries = 0                         # in vain, after it was sent
         self.since: Optional[float] = None     # its first try
@@ -5323,7 +5317,6 @@ class Reporter:
     """
 
     PATIENCE = 0.05
-    TELL_SECONDS = 1.0           # between two calls of failed(): a file is written for it
 
     def __init__(self, url: str, secret: str, spool: Spool, timers: Any, log: Log,
                  answered: Callable[[Row, Row], None], fetch: Callable[..., Reply] = fetch,
@@ -5349,8 +5342,7 @@ class Reporter:
         with timers.lock:
             for key, item in list(spool.pending.items() if url else ()):
                 if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
-                    name = str(item["in"])
-                    self._lanes.setdefault(name, Lane(name)).keys.append(key)
+                    self._lanes.setdefault(str(item["in"]), Lane()).keys.append(key)
                 else:
                     spool.done(key)  # no event: whoever wrote that into the file
 
@@ -5361,11 +5353,11 @@ class Reporter:
                 return self._spool.advance(mark) if mark is not None else None
             id = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
             key = self._spool.add({"id": id, "in": conversation, "event": event}, mark)
-            self._lanes.setdefault(conversation, Lane(conversation)).keys.append(key)
+            self._lanes.setdefault(conversation, Lane()).keys.append(key)
+            flying = {lane.keys[0] for lane in self._flying}
             for old in self._spool.excess():
-                lane = self._lanes[str(self._spool.pending[old]["in"])]
-                if lane not in self._flying or lane.keys[0] != old:
-                    self._drop(lane, old, "over the limit of the queue")
+                if old not in flying:
+                    self._drop(old, "over the limit of the queue")
 
     def flush(self) -> None:
         """Write what was added, then post it: in this order, or a kill could lose it."""
@@ -5477,8 +5469,8 @@ class Reporter:
         if status == 410:
             self._log.warn(f"{self._shown} answered 410 Gone: nothing more is posted to it")
             self._gone = True
-            for other, item in list(self._spool.pending.items()):
-                self._drop(self._lanes[str(item["in"])], other, "the receiver is gone")
+            for other in list(self._spool.pending):
+                self._drop(other, "the receiver is gone")
         elif failure is None:
             if self._outage > 1:
                 self._log.info(f"{self._shown} takes events again")
@@ -5487,11 +5479,11 @@ class Reporter:
                                "give the URL that takes events")
             self._outage, self._redirected = 0, 300 <= status < 400
             self.counts["posted"] += 1
-            self._forget(lane, key)
+            self._forget(key)
         elif failure.sent and lane.tries + 1 >= POST_TRIES:
-            self._drop(lane, key, f"{failure.status}, {POST_TRIES} times")
+            self._drop(key, f"{failure.status}, {POST_TRIES} times")
         elif not failure.sent and now - lane.since > POST_DAY:
-            self._drop(lane, key, "nobody there for a day")
+            self._drop(key, "nobody there for a day")
         elif failure.sent:  # what breaks its receiver is not to do so for a day
             self.counts["retried"] += 1
             lane.next = now + 2.0 ** lane.tries
@@ -5508,34 +5500,35 @@ class Reporter:
                 self._pause_until = now + pause
                 self._timers.later(pause, self.flush)
 
-    def _forget(self, lane: Lane, key: int) -> None:
+    def _forget(self, key: int) -> None:
         """Whatever became of an event: the next of its conversation waits behind the others."""
-        first, name = lane.keys[0] == key, lane.name
+        name = str(self._spool.pending[key]["in"])
+        lane = self._lanes.pop(name)
+        first = lane.keys[0] == key
         lane.keys.remove(key)
-        del self._lanes[name]
         if lane.keys:
-            self._lanes[name] = Lane(name, lane.keys) if first else lane
+            self._lanes[name] = Lane(lane.keys) if first else lane
         self._spool.done(key)
 
-    def _drop(self, lane: Lane, key: int, why: str) -> None:
-        self._forget(lane, key)
+    def _drop(self, key: int, why: str) -> None:
+        self._forget(key)
         self.counts["dropped"] += 1
-        dropped, now = self.counts["dropped"], self._timers.clock()
+        dropped = self.counts["dropped"]
         if is_news(dropped):
             self._log.warn(f"{dropped} event(s) dropped, not posted to {self._shown}: {why}")
         self.error = {"time": str(int(self._clock())), "error": why, "dropped": dropped}
-        if now >= self._tell_at:
-            self._tell_at = now + self.TELL_SECONDS
-            self._timers.later(self.TELL_SECONDS, self._failed)
+        now = self._timers.clock()
+        if now >= self._tell_at:  # a file is written for it
+            self._tell_at = now + 1.0
+            self._timers.later(1.0, self._failed)
 
 
-def watch_posting(metrics: Metrics, reporter: Optional[Reporter]) -> None:
-    """Let /metrics tell of what is posted; all 0 where nothing is."""
-    counts = reporter.counts if reporter else dict.fromkeys(("posted", "retried", "dropped"), 0)
+def watch_posting(metrics: Metrics, reporter: Reporter) -> None:
+    """Let /metrics tell of what is posted."""
     metrics.watch("events_total", "counter", "Events for post_api by what became of them.",
-                  lambda: {f'result="{name}"': count for name, count in counts.items()})
+                  lambda: {f'result="{name}"': count for name, count in reporter.counts.items()})
     metrics.watch("post_queue_length", "gauge", "Events that wait to be posted.",
-                  lambda: {"": reporter.waiting() if reporter else 0})
+                  lambda: {"": reporter.waiting()})
 
 
 def shown_url(url: str) -> str:
@@ -5604,14 +5597,10 @@ class Outlet:
 
 
 class Heartbeat:
-    """Asks poll_api again and again, and does what its redirects say (CONTRACT 7).
-
-    So a server outside can drive a program inside: it lets the request hang, and answers it with
-    a redirect to an API of ours. `own` maps the ports of our servers to their URLs.
-    """
+    """Asks poll_api again and again, and does what its redirects say (CONTRACT 7): so a server
+    outside can drive a program inside. `own` maps the ports of our servers to their URLs."""
 
     HOPS = 7
-    HANG_SECONDS = 86_400.0
 
     def __init__(self, url: str, interval: float, own: Dict[int, str], token: str, log: Log,
                  fetch: Callable[..., Reply] = fetch) -> None:
@@ -5620,7 +5609,7 @@ class Heartbeat:
         self._started, self._ended = False, threading.Event()
 
     def start(self) -> None:
-        """Beat in a thread of its own, until stop(); a second call changes nothing."""
+        """Beat until stop(); a second call changes nothing."""
         if not self._started:
             self._started = True
             spawn(self._run, name="heartbeat")
@@ -5647,7 +5636,7 @@ class Heartbeat:
         """Ask once, and follow where the answer leads. Unreachable."""
         url = self._url
         for _ in range(self.HOPS + 1):
-            reply = self._fetch(url, seconds=self.HANG_SECONDS)
+            reply = self._fetch(url, seconds=86_400.0)  # it may let us hang
             reply.read()
             target = redirect_of(url, reply)
             if not target:
@@ -5661,7 +5650,7 @@ class Heartbeat:
                 own = self._own[port] + urllib.parse.urlunsplit(
                     parts._replace(scheme="", netloc="", fragment=""))  # whatever it called us
                 fields = {"Authorization": bearer(self._token)} if self._token else {}
-                reply = self._fetch(own, "GET", fields, seconds=PROXY_SECONDS)
+                reply = self._fetch(own, fields=fields, seconds=PROXY_SECONDS)
                 reply.read()
                 return self._log.info(f"poll_api had us call {shown_url(own)}: {reply.status}")
             if not same_origin(self._url, target):
@@ -5675,7 +5664,6 @@ class Heartbeat:
 # 10. Local network
 # ------------------------------------------------------------------------------------------------
 
-COMMON = "OpenQQ"   # the group and the discuss that everybody who logs in joins
 ROLES = {"owner": "create", "admin": "manage", "member": "attend"}  # and what groups call them
 RANKS = {"owner": 3, "admin": 2, "member": 1}
 SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
@@ -5686,9 +5674,8 @@ PROPERTIES = {"role": "owner|admin|member", "echo": "[01]", "name": r"(?s)(?=.*\
 
 def weight(row: Row) -> int:
     """About how many bytes a message or an event takes on its way."""
-    if "event" in row:
-        return len(to_bytes(row))
-    return 6 * len(row["content"]) + len((row.get("media") or {}).get("data", ""))
+    return len(to_bytes(row)) if "event" in row else (
+        6 * len(row["content"]) + len((row.get("media") or {}).get("data", "")))
 
 
 def name_to_uid(name: str) -> str:
@@ -5707,20 +5694,20 @@ def typed(name: str, value: Json) -> Json:
 
 
 def require(there: Any, what: str) -> None:
-    """NotFound, by its name, for what is not there, or not for whoever asks."""
+    """NotFound for what is not there, or not for whoever asks."""
     if not there:
         raise NotFound(f"{what} not found")
 
 
 def check_properties(row: Row) -> None:
-    """NotFound for a property that the network itself reads and could not, or too long a one."""
+    """NotFound for a property that the network reads and could not, or too long a one."""
     for name, value in row.items():
         good = re.fullmatch(PROPERTIES.get(name, "(?s).*"), str(value))
         require(good and len(str(value)) <= SETTING_LIMIT, f"{name[:100]} {str(value)[:100]}")
 
 
 def member_of(group: str, uid: str) -> Row:
-    """Whom an event speaks of: the roster knows more."""
+    """Whom an event speaks of."""
     return {"kind": "group_member", "uid": uid, "circle": group}
 
 
@@ -5732,8 +5719,8 @@ class Session:
         self.online = False          # logged in
         self.running = False         # its client has loaded the roster, too
         self.notes: List[Row] = []   # for its client, about the login: neither numbered nor kept
-        self.pull: Optional[Future[bool]] = None  # its client's, that waits for something to come
-        self.hopes: Set[Future[bool]] = set()     # callers who wait until it is running
+        self.pull: Optional[Future[bool]] = None  # of its client, which waits for news
+        self.hopes: Set[Future[bool]] = set()     # of callers who wait until it is running
 
 
 class World:
@@ -5866,8 +5853,8 @@ class World:
 
     def seen(self, kind: str, account: str, uid: str, circle: str = "",
              members: bool = True) -> Row:
-        """The documented members of a thing as an account sees it: of a user, friend, group_member
-        or discuss_member (of a `circle`), of a group or discuss with or without its members."""
+        """The documented fields of a thing as an account sees it; a member is one of a `circle`, a
+        group or discuss comes with its members or without."""
         me, is_circle = self.me(account), kind in ("group", "discuss")
         row: Row = {**self.flavour.usual, "state": self.state_of(uid),
                     "account": self.account_of.get(uid, uid)}
@@ -5906,10 +5893,8 @@ class World:
 
     def tell(self, uids: Iterable[str], event: str, parts: Row, of: Sequence[Any] = (),
              away: bool = False) -> None:
-        """Tell those of some people who are accounts and there, or with `away` all accounts.
-
-        `of` are the arguments of seen() for the event's object, as each of them sees it.
-        """
+        """Tell those of some people who are accounts and there, or with `away` all accounts. `of`
+        are the arguments of seen() for the event's object, as each of them sees it."""
         for uid in uids:
             account = self.account_of.get(uid)
             if account is not None and (away or self.sessions[account].online):
@@ -6062,8 +6047,8 @@ class Society(World):
             "params": [*pair, {"kind": "group", "uid": group} if group else None]})
 
     def revoke(self, me: str, id: str) -> None:
-        """Take a message back; its receivers hear of it, unless it still waits for them. Only
-        one's own, or in a group with the right to it, and only once."""
+        """Take one's own message back, or that of a member whom one may mute, once; its receivers
+        hear of it, unless it still waits for them."""
         found = self.sent.get(id) or {}
         require(found and (found["uid"] == me or found["group"] and self._may(
             me, found["group"], "admin", found["uid"])), id)
@@ -6242,8 +6227,8 @@ class Society(World):
         return {"uid": act() or uid}
 
     def _add(self, table: str, uid: str, row: Row) -> str:
-        """A person, or a group or discuss, with its owner in it if `owner_uid` names one. Name
-        and uid make each other, if only one of them is given."""
+        """A person, or a group or discuss, with its owner in it if `owner_uid` names one. If only
+        one of name and uid is given, it makes the other."""
         name = str(row.get("name") or uid)
         uid = uid or (name_to_uid(("" if table == "people" else table) + name) if name else "")
         require(UID.fullmatch(uid), "uid as a number of 1 to 18 digits")
@@ -6460,19 +6445,18 @@ class LocalNetwork(Society):
         self.put({"uid": uid, "nonce": nonce, "cookie": cookie, "time": self.clock()},
                  "login", account)
         self.account_of[uid] = account
-        friends, circles = [person["uid"] for person in self.fixtures()], []
-        if uid not in people:  # one that no world file tells of becomes everybody's friend
-            friends = list(people)
-            circles = [(table, circle) for table in ("group", "discuss")
-                       for circle, about in self.table(table).items()
-                       if about.get("name") == COMMON]
+        is_new = uid not in people  # one that no world file tells of becomes everybody's friend
+        friends = list(people) if is_new else []
+        if is_new:
             self.put({"uid": uid, "name": account}, "people", uid)
-        elif row:
-            friends = []  # it is not the very first login
+        elif not row:  # the very first login
+            friends = [person["uid"] for person in self.fixtures()]
         for friend in friends:
             self.befriend(uid, friend)
-        for table, circle in circles:
-            self.enter(table, circle, uid, {})
+        for table in ("group", "discuss") if is_new else ():
+            for circle, about in list(self.table(table).items()):
+                if about.get("name") == "OpenQQ":
+                    self.enter(table, circle, uid, {})
         self.sessions[account].online = True  # only now: it hears of no friend that it will load
         return {"uid": uid, "cookie": cookie}
 
@@ -11450,7 +11434,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
         client.closing.append(heartbeat.stop)
 
 
-def serve_client(client: Client, api: Api, reporter: Optional[Reporter], settings: Settings,
+def serve_client(client: Client, api: Api, reporter: Reporter, settings: Settings,
                  addresses: List[Row]) -> None:
     """Serve an account's API at some addresses; a controller hands down a socket of its own."""
     gate, flavour = Gate(settings.token, settings.allowed_hosts), client.flavour
