@@ -44,7 +44,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import bisect
 import collections
 import contextlib
@@ -5354,9 +5353,8 @@ class Reporter:
             id = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
             key = self._spool.add({"id": id, "in": conversation, "event": event}, mark)
             self._lanes.setdefault(conversation, Lane()).keys.append(key)
-            flying = {lane.keys[0] for lane in self._flying}
             for old in self._spool.excess():
-                if old not in flying:
+                if old not in [lane.keys[0] for lane in self._flying]:
                     self._drop(old, "over the limit of the queue")
 
     def flush(self) -> None:
@@ -5712,7 +5710,7 @@ def member_of(group: str, uid: str) -> Row:
 
 
 class Session:
-    """What is known of an account only as long as the host runs."""
+    """What is known of an account only while the host runs."""
 
     def __init__(self) -> None:
         self.mode = "online"         # the state that it wants to show
@@ -5756,8 +5754,8 @@ class World:
 
     def _begin(self, spec: Row, digest: str) -> None:
         """Start anew with what a world file holds, once all of it has been read."""
-        era = binascii.hexlify(os.urandom(4)).decode()
-        found: List[Tuple[Any, ...]] = [(era, "about", "era"), (digest, "about", "world")]
+        found: List[Tuple[Any, ...]] = [(os.urandom(4).hex(), "about", "era"),
+                                        (digest, "about", "world")]
         for person in [*self.fixtures(), *spec["people"]]:
             uid = str(person["uid"])
             person = {**person, "name": str(person.get("name") or uid)}
@@ -5810,7 +5808,7 @@ class World:
     def find(self, table: str, who: str, viewer: str = "") -> str:
         """The uid of a person, group or discuss by uid, account, name or the viewer's id."""
         rows = self.table(table)
-        login = self.table("login", who) if table == "people" and who else {}
+        login = self.table("login", who) if table == "people" else {}
         for uid in who, login.get("uid"):
             if uid and uid in rows:
                 return str(uid)
@@ -6221,9 +6219,9 @@ class Society(World):
         uid = self.find(table, uid) if table else uid
         place = self.find(within, place) if within else place
         if what.endswith("_member") or what == "friend" and do != "add":
-            there, adds = uid in self.table(what, place), do == "add"
-            require(there or adds, f"{what.rpartition('_')[2]} {uid}")
-            require(not there or not adds, f"{uid} outside of {place}")
+            adds = do == "add"
+            require(adds != (uid in self.table(what, place)), f"{uid} outside of {place}" if adds
+                    else f"{what.rpartition('_')[2]} {uid}")
         return {"uid": act() or uid}
 
     def _add(self, table: str, uid: str, row: Row) -> str:
@@ -6270,9 +6268,8 @@ class Society(World):
 class LocalNetwork(Society):
     """A small chat network inside the program (DESIGN): who is logged in, and what is said.
 
-    A QR code on show holds a ticket: a number that nobody can guess, and that works once.
-    `known(account)` tells whether there is a client of that name, for /local/login; `url()` is
-    how a phone reaches the host, and takes no lock.
+    `known(account)` tells whether there is a client of that name; `url()`, which takes no lock,
+    how a phone reaches the host.
     """
 
     # What a link may ask besides Society.VERBS; each gets the account.
@@ -6285,7 +6282,8 @@ class LocalNetwork(Society):
         self.lock = threading.RLock()  # guards all of it: who and what there is, what waits
         self.known, self._url, self.ended = known, url, False
         self.timer = time.monotonic    # of tickets: seconds that never go back
-        self._tickets: Dict[str, Tuple[str, float]] = {}  # account -> ticket, end of life
+        # Account -> ticket: what its QR code holds, and nobody can guess; end of life.
+        self._tickets: Dict[str, Tuple[str, float]] = {}
         waiting = {item.get("id") for items in self.table("wait").values()
                    for item in items.values()}
         self._ids = MessageIds(clock, lambda number: str(number) in self.sent
@@ -6368,12 +6366,10 @@ class LocalNetwork(Society):
 
     def ticket(self, account: str) -> None:
         """A new QR code; the former one is void. It goes to the client as a note, so that no later
-        note overtakes it.
-
-        The ticket would do: by `client` a proxy before many controllers finds the one it is of.
-        """
+        note overtakes it."""
         ticket = new_secret()
         self._tickets[account] = ticket, self.timer() + TICKET_SECONDS
+        # By `client` a proxy before many controllers finds the one that the ticket is of.
         query = urllib.parse.urlencode({"client": account, "ticket": ticket})
         self.note(account, {"do": "qrcode", "seconds": TICKET_SECONDS,
                             "text": f"{self._url()}/local/scan?{query}"})
@@ -6382,8 +6378,9 @@ class LocalNetwork(Society):
 
     def scan(self, ticket: str) -> str:
         """Somebody opened the code's URL: whose it is; NotFound if it is unknown, used or old."""
-        account = next((name for name, (valid, end) in self._tickets.items()
-                        if valid == ticket and self.timer() < end), "")
+        now = self.timer()
+        account = {known: name for name, (known, end) in self._tickets.items() if now < end
+                   }.get(ticket, "")
         require(account, "ticket")
         self.note(account, {"do": "scanned"})
         return account
@@ -6479,11 +6476,9 @@ class LocalNetwork(Society):
         return results
 
     def speak(self, uid: str, message: Row) -> List[Row]:
-        """Say something as anybody: a message has type, content, and uid, group, discuss.
-
-        What was said, and behind it what residents answered on the spot, which none of them
-        answers again; NotFound if the one who speaks has no business there.
-        """
+        """Say something as anybody: a message has type, content, and uid, group, discuss. Gives
+        what was said, and behind it what residents answered on the spot, which none of them
+        answers again. NotFound for who has no business there."""
         receivers = self._receivers(uid, message)
         said = [self._hand_out(uid, message, receivers)]
         alone = message["type"] in ("friend_message", "sess_message")
@@ -6518,10 +6513,11 @@ class LocalNetwork(Society):
     def _hand_out(self, uid: str, message: Row, receivers: List[str]) -> Row:
         id, people, group = str(self._ids.next()), self.table("people"), message.get("group")
         at = [] if message.get("uid") else message.get("at") or []
-        names = ["全体成员" if one == "all" else people.get(one, {}).get("name", one) for one in at]
+        names = ["@%s " % ("全体成员" if one == "all" else people.get(one, {}).get("name", one))
+                 for one in at]
         media = message.get("media")
         item = {"do": "message", "type": message["type"], "time": str(int(self.clock())), "id": id,
-                "content": "".join(f"@{name} " for name in names) + message["content"],
+                "content": "".join([*names, message["content"]]),
                 "uid": uid, "name": people[uid]["name"], "reply_to": message.get("reply_to"),
                 "at": at, "group": group, "discuss": message.get("discuss"), "media": media}
         # For revoking; who asks later than WAIT_LIMIT messages after it comes too late.
@@ -6541,8 +6537,6 @@ class LocalNetwork(Society):
 
 class LocalPages:
     """What the network's host serves under /local/: for phones, for scripts, for clients."""
-
-    LOGIN_SECONDS = 15.0         # a client that was just started needs a moment
 
     def __init__(self, network: LocalNetwork) -> None:
         self._network = network
@@ -6601,7 +6595,7 @@ class LocalPages:
         require(network.known(account), account)
         future = network.do(network.hope, account)
         try:
-            request.wait(future, self.LOGIN_SECONDS)
+            request.wait(future, 15.0)  # a client that was just started needs a moment
         except TimeoutError:
             raise NotFound(f"{account} not found waiting for a scan; "
                            "check_client says what it does") from None
