@@ -5277,11 +5277,9 @@ def event_row(event: str, params: List[Any], when: Optional[str] = None) -> Row:
 
 def seq_of(text: Optional[str]) -> Optional[int]:
     """An event's number as callers give it, or None; BadRequest."""
-    if text is None:
-        return None
-    if not re.fullmatch("[0-9]{1,18}", text):
+    if text is not None and not re.fullmatch("[0-9]{1,18}", text):
         raise BadRequest(400, "since must be a seq, a whole number")
-    return int(text)
+    return None if text is None else int(text)
 
 
 def bulk_of(item: Json) -> int:
@@ -5368,15 +5366,13 @@ class Reporter:
 
     def drain(self, landed: Callable[[], Any]) -> None:
         """Have landed() called, by the timers, after each event that is done with."""
-        with self._timers.lock:
-            self._landed = landed
-            self.flush()
+        self._landed = landed
+        self.flush()
 
     def hold(self, landed: Callable[[], Any]) -> None:
         """The same, and post no more."""
-        with self._timers.lock:
-            self._holding = True
-            self.drain(landed)
+        self._holding = True
+        self.drain(landed)
 
     def waiting(self) -> int:
         """How many events are not delivered yet."""
