@@ -44,7 +44,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import bisect
 import collections
 import contextlib
@@ -5125,13 +5124,9 @@ def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
 # 9. Events
 # ------------------------------------------------------------------------------------------------
 
-MOMENT = re.compile("[1-9][0-9]{0,11}")  # seconds, as an event's source may tell them
-
-
 def as_stream(rows: List[Tuple[int, bytes]]) -> Iterator[bytes]:
-    """Rows (seq, JSON) as server-sent events, in pieces of about 8 KiB: the events of one store
-    are shared by all its readers, so only a piece is made anew for each of them. Rows are gone
-    once they are given out."""
+    """Rows (seq, JSON) as server-sent events, in pieces of about 8 KiB: only these are made anew
+    for each reader. Rows are gone once they are given out."""
     rows.reverse()
     while rows:
         piece = bytearray()
@@ -5150,42 +5145,24 @@ class Feed:
         self.rows, self.size = rows, 0   # a number of 0: not kept, so nothing to resume from
         self.more: Future[bool] = Future()  # set when there is more
 
-    def add(self, seq: int, data: bytes) -> bool:
-        """One more; False if its reader is too far behind."""
-        self.rows.append((seq, data))
-        self.size += len(data)
-        settle(self.more, True)
-        return len(self.rows) <= STREAM_LIMIT and self.size <= STREAM_BYTES
-
-    def take(self) -> List[Tuple[int, bytes]]:
-        """All there is; from now on `more` is of what comes next."""
-        rows, self.rows, self.size, self.more = self.rows, [], 0, Future()
-        return rows
-
 
 class Store:
-    """The ring of the newest events, for check_event and streams (CONTRACT 6).
+    """The ring of the newest events, for check_event and streams (CONTRACT 6); `room` bounds its
+    bytes. A `seq` starts at the clock's milliseconds, so that a number from before a restart is
+    older than all that is kept. Bare calls share one mark; `since` and streams only read."""
 
-    Each event gets a `seq` that starts at the clock's milliseconds, so that a number from before
-    a restart is older than all that is kept. Bare calls share one mark; `since` and streams only
-    read. `room` bounds the bytes that are kept.
-    """
-
-    def __init__(self, size: int, clock: Callable[[], float] = time.time,
-                 room: int = 0) -> None:
-        self._lock = threading.Lock()  # guards all that may change below, and each Feed
+    def __init__(self, size: int, clock: Callable[[], float] = time.time, room: int = 0) -> None:
+        self._lock = threading.Lock()  # guards all below, and each Feed
         self._size, self._room = max(1, size), room
         self._ring: Deque[Tuple[int, bytes]] = collections.deque()
         self._bytes = 0                # of what is in the ring
         self._seq = self._mark = int(clock() * 1000)
         self._waiting: Set[Future[bool]] = set()  # calls of check_event
         self._feeds: Set[Feed] = set()
-        # Hears of each event at once, as a Feed does.
-        self.relay: Optional[Callable[[int, bytes], None]] = None
+        self.relay: Optional[Callable[[int, bytes], None]] = None  # gets all that a Feed gets
 
     def add(self, event: Union[Row, bytes]) -> None:
-        """Keep an event, and wake everybody who waits for one. One that has a seq keeps it, and
-        so does one that is JSON already."""
+        """Keep an event, and wake who waits for one. One with a seq keeps that, as does JSON."""
         with self._lock:
             self._seq += 1
             data = event if isinstance(event, bytes) else to_bytes({"seq": self._seq, **event})
@@ -5206,16 +5183,20 @@ class Store:
 
     def _feed(self, seq: int, data: bytes) -> None:
         """Who falls too far behind is cut off: it comes back, and says from where on."""
-        self._feeds = {feed for feed in self._feeds if feed.add(seq, data)}
+        for feed in list(self._feeds):
+            feed.rows.append((seq, data))
+            feed.size += len(data)
+            settle(feed.more, True)
+            if len(feed.rows) > STREAM_LIMIT or feed.size > STREAM_BYTES:
+                self._feeds.discard(feed)
         if self.relay:
             self.relay(seq, data)
 
-    def take(self, since: Optional[int], wait: Wait,
-             seconds: float = EVENT_SECONDS) -> bytes:
+    def take(self, since: Optional[int], wait: Wait, seconds: float = EVENT_SECONDS) -> bytes:
         """A JSON list of the events after `since`, or after the mark (None), which then moves.
 
-        Waits up to `seconds` for the first one by `wait(future, seconds)`; Hangup, raised by
-        that, leaves everything for the next caller.
+        Waits up to `seconds` for the first one; Hangup, raised by `wait`, leaves all of them for
+        the next caller.
         """
         future: Future[bool] = Future()
         with self._lock:
@@ -5248,10 +5229,8 @@ class Store:
 
     def stream(self, request: Request) -> Response:
         """Server-sent events: what is kept from after Last-Event-ID, or else after `since`; a
-        `retry` where the present begins; then, also with neither, all that comes. BadRequest.
-
-        It ends with the server or, by Hangup, with its reader.
-        """
+        `retry` where the present begins; then, also with neither, all that comes, until the server
+        ends or, by Hangup, its reader. BadRequest."""
         since = seq_of(request.fields.get("last-event-id") or request.params.get("since"))
         mark = self._seq if since is None else since
 
@@ -5264,7 +5243,7 @@ class Store:
                 while True:
                     with self._lock:
                         ended = ended or feed not in self._feeds
-                        rows = feed.take()
+                        rows, feed.rows, feed.size, feed.more = feed.rows, [], 0, Future()
                     yield from as_stream(rows)
                     yield sign
                     if ended:
@@ -5283,19 +5262,17 @@ class Store:
 
 
 def event_row(event: str, params: List[Any], when: Optional[str] = None) -> Row:
-    """An event as it is told; `when` is its time in seconds, where its source knows that."""
-    known = when is not None and MOMENT.fullmatch(when)
+    """An event as it is told; `when` is its time in seconds, if its source tells that."""
+    known = re.fullmatch("[1-9][0-9]{0,11}", when or "")
     return {"event": event, "params": params, "post_type": "event",
             "time": when if known else str(int(time.time()))}
 
 
 def seq_of(text: Optional[str]) -> Optional[int]:
     """An event's number as callers give it, or None; BadRequest."""
-    if text is None:
-        return None
-    if not re.fullmatch("[0-9]{1,18}", text):
+    if text is not None and not re.fullmatch("[0-9]{1,18}", text):
         raise BadRequest(400, "since must be a seq, a whole number")
-    return int(text)
+    return None if text is None else int(text)
 
 
 def bulk_of(item: Json) -> int:
@@ -5307,13 +5284,8 @@ def bulk_of(item: Json) -> int:
 class Lane:
     """The events of one conversation that wait to be posted, or are on their way."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.keys: Deque[int] = collections.deque()  # in the spool; only the first is tried
-        self.reset()
-
-    def reset(self) -> None:
-        """Of what is first now nothing is known."""
+    def __init__(self, keys: Iterable[int] = ()) -> None:
+        self.keys = collections.deque(keys)    # in the spool; only the first is tried
         self.tries = 0                         # in vain, after it was sent
         self.since: Optional[float] = None     # its first try
         self.next = 0.0                        # when it may be tried again
@@ -5321,21 +5293,20 @@ class Lane:
 
 class Reporter:
     """Posts events to post_api, each conversation in order, through a queue that survives.
+    Without a URL nothing is posted.
 
     The threads of a pool post one event each, without a lock; the owner's, `timers.lock`, guards
     the spool and all state here. A second conversation is posted beside the first once that has
     taken PATIENCE: so a slow answer holds up one chat only, and a kill finds one event on its
-    way, not four, as long as the receiver is quick. Without a URL nothing is posted.
+    way, not four, as long as the receiver is quick.
 
     `answered(event, answer)` gets each JSON object that a receiver answers, before the next event
     of that conversation goes; `asking(event, True)` is called before a post, and with False once
-    its answer is there, or none will come; both without the lock. `error` tells of the last event
-    that was dropped; `failed()` is called after it changed, by the timers, with the lock held.
+    its answer is there, or none will come; both without the lock. `failed()` is called after
+    `error` changed, by the timers, with the lock held.
     """
 
     PATIENCE = 0.05
-    LATER = (408, 425, 429)
-    TELL_SECONDS = 1.0           # between two calls of failed(): a file is written for it
 
     def __init__(self, url: str, secret: str, spool: Spool, timers: Any, log: Log,
                  answered: Callable[[Row, Row], None], fetch: Callable[..., Reply] = fetch,
@@ -5346,8 +5317,8 @@ class Reporter:
         self._log, self._answered, self._fetch = log, answered, fetch
         self._failed, self._clock, self._numeric = failed, clock, numeric
         self._asking = asking
-        self._pool = ThreadPool(POST_LANES, "post", log)
-        self.error: Row = {}                      # as check_client shows it: post_error
+        self._shown, self._pool = shown_url(url), ThreadPool(POST_LANES, "post", log)
+        self.error: Row = {}                      # post_error: of the last one dropped
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
         self._lanes: Dict[str, Lane] = {}         # by conversation; who comes first goes first
         self._flying: Dict[Lane, float] = {}      # when each post began that has no answer yet
@@ -5361,25 +5332,21 @@ class Reporter:
         with timers.lock:
             for key, item in list(spool.pending.items() if url else ()):
                 if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
-                    self._lane(str(item["in"])).keys.append(key)
+                    self._lanes.setdefault(str(item["in"]), Lane()).keys.append(key)
                 else:
                     spool.done(key)  # no event: whoever wrote that into the file
 
-    def _lane(self, conversation: str) -> Lane:
-        return self._lanes.setdefault(conversation, Lane(conversation))
-
     def add(self, event: Row, conversation: str, mark: Json = None) -> None:
-        """Queue an event for posting, together with its source's mark (Spool)."""
+        """Queue an event, together with its source's mark (Spool)."""
         with self._timers.lock:
             if self._gone:
                 return self._spool.advance(mark) if mark is not None else None
-            name = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
-            key = self._spool.add({"id": name, "in": conversation, "event": event}, mark)
-            self._lane(conversation).keys.append(key)
+            id = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
+            key = self._spool.add({"id": id, "in": conversation, "event": event}, mark)
+            self._lanes.setdefault(conversation, Lane()).keys.append(key)
             for old in self._spool.excess():
-                lane = self._lane(str(self._spool.pending[old]["in"]))
-                if lane not in self._flying or lane.keys[0] != old:
-                    self._drop(lane, old, "over the limit of the queue")
+                if old not in [lane.keys[0] for lane in self._flying]:
+                    self._drop(old, "over the limit of the queue")
 
     def flush(self) -> None:
         """Write what was added, then post it: in this order, or a kill could lose it."""
@@ -5392,15 +5359,13 @@ class Reporter:
 
     def drain(self, landed: Callable[[], Any]) -> None:
         """Have landed() called, by the timers, after each event that is done with."""
-        with self._timers.lock:
-            self._landed = landed
-            self.flush()
+        self._landed = landed
+        self.flush()
 
     def hold(self, landed: Callable[[], Any]) -> None:
         """The same, and post no more."""
-        with self._timers.lock:
-            self._holding = True
-            self.drain(landed)
+        self._holding = True
+        self.drain(landed)
 
     def waiting(self) -> int:
         """How many events are not delivered yet."""
@@ -5429,8 +5394,8 @@ class Reporter:
         return found
 
     def _post(self, lane: Lane, item: Row) -> None:
-        """In a thread of the pool: post an event, note what came of it, and go on with the next
-        one, until there is none or another thread has it."""
+        """In a thread of the pool: post one event after the other, until there is none that may be
+        posted now."""
         flight: Optional[Tuple[Lane, Row]] = (lane, item)
         while flight:
             lane, item = flight
@@ -5438,7 +5403,7 @@ class Reporter:
             self._asking(item["event"], True)
             try:
                 status, answer = self._call(item)
-                if status in self.LATER or status >= 500:
+                if status in (408, 425, 429) or status >= 500:
                     failure = Unreachable(f"answered {status}", True)
             except Unreachable as error:
                 failure = error
@@ -5460,7 +5425,7 @@ class Reporter:
                 flight = self._next()
 
     def _call(self, item: Row) -> Tuple[int, Optional[Row]]:
-        """Post an event, to where redirects on the same server lead: the answer's status, and the
+        """Post an event, and follow redirects on the same server: the answer's status, and the
         JSON object in it. Unreachable."""
         event, queued = item["event"], re.match("[0-9a-f]{1,15}(?=-)", str(item["id"]))
         if self._numeric:            # which may have changed since it was queued
@@ -5476,7 +5441,7 @@ class Reporter:
             reply = self._fetch(url, "POST", fields, body, max(0.1, until - self._timers.clock()))
             data = reply.read()
             target = redirect_of(url, reply)
-            if not same_origin(url, target):
+            if not (target and same_origin(url, target)):
                 break
             url = target
         if reply.kind in ("application/json", "text/json"):
@@ -5486,26 +5451,26 @@ class Reporter:
 
     def _note(self, lane: Lane, status: int, failure: Optional[Unreachable]) -> None:
         """What became of a post decides when it, or the next one, is tried."""
-        now, url, key = self._timers.clock(), shown_url(self._url), lane.keys[0]
+        now, key = self._timers.clock(), lane.keys[0]
         lane.since = now if lane.since is None else lane.since
         if status == 410:
-            self._log.warn(f"{url} answered 410 Gone: nothing more is posted to it")
+            self._log.warn(f"{self._shown} answered 410 Gone: nothing more is posted to it")
             self._gone = True
-            for other, item in list(self._spool.pending.items()):
-                self._drop(self._lane(str(item["in"])), other, "the receiver is gone")
+            for other in list(self._spool.pending):
+                self._drop(other, "the receiver is gone")
         elif failure is None:
             if self._outage > 1:
-                self._log.info(f"{url} takes events again")
+                self._log.info(f"{self._shown} takes events again")
             if 300 <= status < 400 and not self._redirected:
-                self._log.warn(f"{url} answers with a redirect that is not followed: "
+                self._log.warn(f"{self._shown} answers with a redirect that is not followed: "
                                "give the URL that takes events")
             self._outage, self._redirected = 0, 300 <= status < 400
             self.counts["posted"] += 1
-            self._forget(lane, key)
+            self._forget(key)
         elif failure.sent and lane.tries + 1 >= POST_TRIES:
-            self._drop(lane, key, f"{failure.status}, {POST_TRIES} times")
+            self._drop(key, f"{failure.status}, {POST_TRIES} times")
         elif not failure.sent and now - lane.since > POST_DAY:
-            self._drop(lane, key, "nobody there for a day")
+            self._drop(key, "nobody there for a day")
         elif failure.sent:  # what breaks its receiver is not to do so for a day
             self.counts["retried"] += 1
             lane.next = now + 2.0 ** lane.tries
@@ -5515,43 +5480,42 @@ class Reporter:
             self.counts["retried"] += 1
             if now >= self._pause_until:
                 if self._outage == 1:
-                    self._log.warn(f"{url} cannot be reached ({failure.status}); "
+                    self._log.warn(f"{self._shown} cannot be reached ({failure.status}); "
                                    "events wait for it")
                 pause = backoff(self._outage, POST_PAUSE)
                 self._outage += 1
                 self._pause_until = now + pause
                 self._timers.later(pause, self.flush)
 
-    def _forget(self, lane: Lane, key: int) -> None:
+    def _forget(self, key: int) -> None:
         """Whatever became of an event: the next of its conversation waits behind the others."""
-        if lane.keys[0] == key:
-            lane.reset()
+        name = str(self._spool.pending[key]["in"])
+        lane = self._lanes.pop(name)
+        first = lane.keys[0] == key
         lane.keys.remove(key)
-        del self._lanes[lane.name]
         if lane.keys:
-            self._lanes[lane.name] = lane
+            self._lanes[name] = Lane(lane.keys) if first else lane
         self._spool.done(key)
 
-    def _drop(self, lane: Lane, key: int, why: str) -> None:
-        self._forget(lane, key)
+    def _drop(self, key: int, why: str) -> None:
+        self._forget(key)
         self.counts["dropped"] += 1
-        dropped, now = self.counts["dropped"], self._timers.clock()
+        dropped = self.counts["dropped"]
         if is_news(dropped):
-            self._log.warn(f"{dropped} event(s) dropped, not posted to {shown_url(self._url)}: "
-                           f"{why}")
+            self._log.warn(f"{dropped} event(s) dropped, not posted to {self._shown}: {why}")
         self.error = {"time": str(int(self._clock())), "error": why, "dropped": dropped}
-        if now >= self._tell_at:
-            self._tell_at = now + self.TELL_SECONDS
-            self._timers.later(self.TELL_SECONDS, self._failed)
+        now = self._timers.clock()
+        if now >= self._tell_at:  # a file is written for it
+            self._tell_at = now + 1.0
+            self._timers.later(1.0, self._failed)
 
 
-def watch_posting(metrics: Metrics, reporter: Optional[Reporter]) -> None:
-    """Let /metrics tell of what is posted; all 0 where nothing is."""
-    counts = reporter.counts if reporter else dict.fromkeys(("posted", "retried", "dropped"), 0)
+def watch_posting(metrics: Metrics, reporter: Reporter) -> None:
+    """Let /metrics tell of what is posted."""
     metrics.watch("events_total", "counter", "Events for post_api by what became of them.",
-                  lambda: {f'result="{name}"': count for name, count in counts.items()})
+                  lambda: {f'result="{name}"': count for name, count in reporter.counts.items()})
     metrics.watch("post_queue_length", "gauge", "Events that wait to be posted.",
-                  lambda: {"": reporter.waiting() if reporter else 0})
+                  lambda: {"": reporter.waiting()})
 
 
 def shown_url(url: str) -> str:
@@ -5581,7 +5545,7 @@ def same_origin(url: str, other: str) -> bool:
 
 
 class Outlet:
-    """Where an account's events go: the ring, post_api, stdout; each what is meant for it."""
+    """Where an account's events go: the ring, post_api, stdout."""
 
     KEPT = re.compile("(new|lose)_")  # in the ring whatever post_event_list says (CONTRACT 6)
     KEPT_IF_LISTED = re.compile(".*_property_change|(friend|group)_request|revoke_message|"
@@ -5620,14 +5584,10 @@ class Outlet:
 
 
 class Heartbeat:
-    """Asks poll_api again and again, and does what its redirects say (CONTRACT 7).
-
-    So a server outside can drive a program inside: it lets the request hang, and answers it with
-    a redirect to an API of ours. `own` maps the ports of our servers to their URLs.
-    """
+    """Asks poll_api again and again, and does what its redirects say (CONTRACT 7): so a server
+    outside can drive a program inside. `own` maps the ports of our servers to their URLs."""
 
     HOPS = 7
-    HANG_SECONDS = 86_400.0
 
     def __init__(self, url: str, interval: float, own: Dict[int, str], token: str, log: Log,
                  fetch: Callable[..., Reply] = fetch) -> None:
@@ -5636,7 +5596,7 @@ class Heartbeat:
         self._started, self._ended = False, threading.Event()
 
     def start(self) -> None:
-        """Beat in a thread of its own, until stop(); a second call changes nothing."""
+        """Beat until stop(); a second call changes nothing."""
         if not self._started:
             self._started = True
             spawn(self._run, name="heartbeat")
@@ -5663,7 +5623,7 @@ class Heartbeat:
         """Ask once, and follow where the answer leads. Unreachable."""
         url = self._url
         for _ in range(self.HOPS + 1):
-            reply = self._fetch(url, seconds=self.HANG_SECONDS)
+            reply = self._fetch(url, seconds=86_400.0)  # it may let us hang
             reply.read()
             target = redirect_of(url, reply)
             if not target:
@@ -5677,7 +5637,7 @@ class Heartbeat:
                 own = self._own[port] + urllib.parse.urlunsplit(
                     parts._replace(scheme="", netloc="", fragment=""))  # whatever it called us
                 fields = {"Authorization": bearer(self._token)} if self._token else {}
-                reply = self._fetch(own, "GET", fields, seconds=PROXY_SECONDS)
+                reply = self._fetch(own, fields=fields, seconds=PROXY_SECONDS)
                 reply.read()
                 return self._log.info(f"poll_api had us call {shown_url(own)}: {reply.status}")
             if not same_origin(self._url, target):
@@ -5691,7 +5651,6 @@ class Heartbeat:
 # 10. Local network
 # ------------------------------------------------------------------------------------------------
 
-COMMON = "OpenQQ"   # the group and the discuss that everybody who logs in joins
 ROLES = {"owner": "create", "admin": "manage", "member": "attend"}  # and what groups call them
 RANKS = {"owner": 3, "admin": 2, "member": 1}
 SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
@@ -5702,9 +5661,8 @@ PROPERTIES = {"role": "owner|admin|member", "echo": "[01]", "name": r"(?s)(?=.*\
 
 def weight(row: Row) -> int:
     """About how many bytes a message or an event takes on its way."""
-    if "event" in row:
-        return len(to_bytes(row))
-    return 6 * len(row["content"]) + len((row.get("media") or {}).get("data", ""))
+    return len(to_bytes(row)) if "event" in row else (
+        6 * len(row["content"]) + len((row.get("media") or {}).get("data", "")))
 
 
 def name_to_uid(name: str) -> str:
@@ -5723,33 +5681,33 @@ def typed(name: str, value: Json) -> Json:
 
 
 def require(there: Any, what: str) -> None:
-    """NotFound, by its name, for what is not there, or not for whoever asks."""
+    """NotFound for what is not there, or not for whoever asks."""
     if not there:
         raise NotFound(f"{what} not found")
 
 
 def check_properties(row: Row) -> None:
-    """NotFound for a property that the network itself reads and could not, or too long a one."""
+    """NotFound for a property that the network reads and could not, or too long a one."""
     for name, value in row.items():
         good = re.fullmatch(PROPERTIES.get(name, "(?s).*"), str(value))
         require(good and len(str(value)) <= SETTING_LIMIT, f"{name[:100]} {str(value)[:100]}")
 
 
 def member_of(group: str, uid: str) -> Row:
-    """Whom an event speaks of: the roster knows more."""
+    """Whom an event speaks of."""
     return {"kind": "group_member", "uid": uid, "circle": group}
 
 
 class Session:
-    """What is known of an account only as long as the host runs."""
+    """What is known of an account only while the host runs."""
 
     def __init__(self) -> None:
         self.mode = "online"         # the state that it wants to show
         self.online = False          # logged in
         self.running = False         # its client has loaded the roster, too
         self.notes: List[Row] = []   # for its client, about the login: neither numbered nor kept
-        self.pull: Optional[Future[bool]] = None  # its client's, that waits for something to come
-        self.hopes: Set[Future[bool]] = set()     # callers who wait until it is running
+        self.pull: Optional[Future[bool]] = None  # of its client, which waits for news
+        self.hopes: Set[Future[bool]] = set()     # of callers who wait until it is running
 
 
 class World:
@@ -5761,8 +5719,6 @@ class World:
     -> member's uid -> row. login: account -> uid, nonce, cookie, time. wait: account -> number ->
     item; seq: account -> its last number.
     """
-
-    BATCH = 256
 
     def __init__(self, path: str, world_file: str, flavour: Type[Flavour], log: Log,
                  clock: Callable[[], float]) -> None:
@@ -5782,12 +5738,13 @@ class World:
             except (ValueError, KeyError, TypeError, AttributeError, NotFound):
                 raise Refusal(f"world file {world_file} cannot be read: there must be one, and it "
                               "must hold what /local/world shows") from None
+        self.era = str(self.table("about").get("era", ""))  # numbers of another one mean nothing
         self.account_of = {row["uid"]: account for account, row in self.table("login").items()}
 
     def _begin(self, spec: Row, digest: str) -> None:
         """Start anew with what a world file holds, once all of it has been read."""
-        era = binascii.hexlify(os.urandom(4)).decode()
-        found: List[Tuple[Any, ...]] = [(era, "about", "era"), (digest, "about", "world")]
+        found: List[Tuple[Any, ...]] = [(os.urandom(4).hex(), "about", "era"),
+                                        (digest, "about", "world")]
         for person in [*self.fixtures(), *spec["people"]]:
             uid = str(person["uid"])
             person = {**person, "name": str(person.get("name") or uid)}
@@ -5840,7 +5797,7 @@ class World:
     def find(self, table: str, who: str, viewer: str = "") -> str:
         """The uid of a person, group or discuss by uid, account, name or the viewer's id."""
         rows = self.table(table)
-        login = self.table("login", who) if table == "people" and who else {}
+        login = self.table("login", who) if table == "people" else {}
         for uid in who, login.get("uid"):
             if uid and uid in rows:
                 return str(uid)
@@ -5883,8 +5840,8 @@ class World:
 
     def seen(self, kind: str, account: str, uid: str, circle: str = "",
              members: bool = True) -> Row:
-        """The documented members of a thing as an account sees it: of a user, friend, group_member
-        or discuss_member (of a `circle`), of a group or discuss with or without its members."""
+        """The documented fields of a thing as an account sees it; a member is one of a `circle`, a
+        group or discuss comes with its members or without."""
         me, is_circle = self.me(account), kind in ("group", "discuss")
         row: Row = {**self.flavour.usual, "state": self.state_of(uid),
                     "account": self.account_of.get(uid, uid)}
@@ -5923,10 +5880,8 @@ class World:
 
     def tell(self, uids: Iterable[str], event: str, parts: Row, of: Sequence[Any] = (),
              away: bool = False) -> None:
-        """Tell those of some people who are accounts and there, or with `away` all accounts.
-
-        `of` are the arguments of seen() for the event's object, as each of them sees it.
-        """
+        """Tell those of some people who are accounts and there, or with `away` all accounts. `of`
+        are the arguments of seen() for the event's object, as each of them sees it."""
         for uid in uids:
             account = self.account_of.get(uid)
             if account is not None and (away or self.sessions[account].online):
@@ -5937,7 +5892,7 @@ class World:
 
     def deliver(self, account: str, item: Row) -> None:
         """Let an item wait for an account; the oldest of too many, or of too heavy ones, go."""
-        number = self.last(account) + 1
+        number = int(self.table("seq").get(account, 0)) + 1
         self.put(number, "seq", account)
         self.put(item, "wait", account, str(number))
         waiting = self.table("wait", account)
@@ -5962,22 +5917,14 @@ class World:
         self.sessions[account].notes.append(item)
         self._woken.add(account)
 
-    def last(self, account: str) -> int:
-        """The number of an account's newest item."""
-        return int(self.table("seq").get(account, 0))
-
-    def era(self) -> str:
-        """The name of this world: numbers of another one mean nothing here."""
-        return str(self.table("about").get("era", ""))
-
     def take(self, account: str) -> List[Row]:
-        """Notes, and what waits, oldest first, each with the mark that acknowledges it: that is
-        only for a client that has loaded its roster."""
+        """Notes and, once its client has loaded the roster, what waits, oldest first, each with the
+        mark that acknowledges it."""
         session = self.sessions[account]
         items, session.notes = session.notes, []
-        era, size, waiting = self.era(), 0, self.table("wait", account) if session.running else {}
-        for number, item in itertools.islice(waiting.items(), self.BATCH):
-            items.append(dict(item, mark=f"{era}:{number}"))
+        size, waiting = 0, self.table("wait", account) if session.running else {}
+        for number, item in itertools.islice(waiting.items(), 256):
+            items.append(dict(item, mark=f"{self.era}:{number}"))
             size += weight(item)
             if size > BATCH_LIMIT:
                 break
@@ -5986,27 +5933,22 @@ class World:
     def acknowledge(self, account: str, mark: str) -> None:
         """Forget what an account has: all up to its mark, `ERA:NUMBER`."""
         era, _, number = mark.partition(":")
-        if era == self.era() and number.isdigit():
-            for key in list(itertools.takewhile(lambda key: int(key) <= int(number),
-                                                self.table("wait", account))):
+        if era == self.era and number.isdigit():
+            for key in list(self.table("wait", account)):
+                if int(key) > int(number):
+                    break
                 self.put(None, "wait", account, key)
-
-    def wake(self) -> None:
-        """Let those have their items who wait for them; to be called after a commit."""
-        woken, self._woken = self._woken, set()
-        for account in woken:
-            session = self.sessions[account]
-            if session.pull:
-                settle(session.pull, True)
-                session.pull = None
 
 
 class Society(World):
     """What people do with each other besides talking, and what may be changed from outside: each
-    change of the world is told to those accounts that see it and are there."""
+    change of the world is told to those accounts that see it and are there.
 
-    # What an account may do by its link, in the words of Link. Each gets the account's uid, and is
-    # NotFound, with nothing done, for who has no right to it.
+    What an account may do by its link Link describes: delete_friend(), create_group(), rename(),
+    kick(), mute(), mute_all(), set_admin(), set_title(), leave_group() and the others in VERBS.
+    Each gets the account's uid, and is NotFound, with nothing done, for who has no right to it.
+    """
+
     VERBS = ("revoke", "make_friend", "answer_request", "create_group", "invite", "rename",
              "set_markname", "kick", "mute", "mute_all", "set_card", "set_admin", "set_title",
              "leave_group", "delete_friend", "poke", "answer_group_request")
@@ -6070,7 +6012,6 @@ class Society(World):
             self.befriend(request["from"], me, {"markname": markname} if markname else {})
 
     def delete_friend(self, me: str, uid: str) -> None:
-        """End one's own friendship."""
         require(uid in self.table("friend", me), uid)
         self.unfriend(uid, me)
 
@@ -6093,8 +6034,8 @@ class Society(World):
             "params": [*pair, {"kind": "group", "uid": group} if group else None]})
 
     def revoke(self, me: str, id: str) -> None:
-        """Take a message back; its receivers hear of it, unless it still waits for them. Only
-        one's own, or in a group with the right to it, and only once."""
+        """Take one's own message back, or that of a member whom one may mute, once; its receivers
+        hear of it, unless it still waits for them."""
         found = self.sent.get(id) or {}
         require(found and (found["uid"] == me or found["group"] and self._may(
             me, found["group"], "admin", found["uid"])), id)
@@ -6149,7 +6090,6 @@ class Society(World):
             self._tell_change([uid], "group", group, {"role": ROLES[row["role"]]})
 
     def create_group(self, me: str, uids: List[str], name: str) -> str:
-        """Found a group with friends in it: its uid."""
         group = name_to_uid(f"{name}/{new_secret()}")
         self.put({"uid": group, "name": name, "owner_uid": ""}, "group", group)
         for uid in [me, *uids]:
@@ -6164,18 +6104,15 @@ class Society(World):
                 self.enter("group", group, uid, {}, kind="invite", operator_uid=me)
 
     def rename(self, me: str, group: str, name: str) -> None:
-        """Give a group another name, for all of its members."""
         require(self._may(me, group, "member"), group)
         self._set({"name": name}, "group", self.table("group_member", group), "group", group)
 
     def kick(self, me: str, group: str, uids: List[str]) -> None:
-        """Remove members."""
         require(self._may(me, group, "admin", *uids), group)
         for uid in uids:
             self.leave("group", group, uid, kind="kick", operator_uid=me)
 
     def mute(self, me: str, group: str, uids: List[str], seconds: int) -> None:
-        """Silence members for a time."""
         require(self._may(me, group, "admin", *uids), group)
         members = self.table("group_member", group)
         for uid in uids:
@@ -6183,7 +6120,6 @@ class Society(World):
             self._tell_shutup(me, group, member_of(group, uid), seconds)
 
     def mute_all(self, me: str, group: str, on: bool) -> None:
-        """Silence all plain members until that is lifted."""
         require(self._may(me, group, "admin"), group)
         self.put({**self.table("group", group), "muted": on}, "group", group)
         self._tell_shutup(me, group, None, -1 if on else 0)
@@ -6199,17 +6135,14 @@ class Society(World):
         self.set_member(group, uid, {"card": card or None})
 
     def set_admin(self, me: str, group: str, uid: str, on: bool) -> None:
-        """Make a member an admin, or a plain one: the owner may."""
         require(self._may(me, group, "owner", uid), group)
         self.set_member(group, uid, {"role": "admin" if on else "member"})
 
     def set_title(self, me: str, group: str, uid: str, title: str) -> None:
-        """Give a member a title: the owner may."""
         require(self._may(me, group, "owner") and self.role(group, uid), group)
         self.set_member(group, uid, {"title": title or None})
 
     def leave_group(self, me: str, group: str) -> None:
-        """Leave a group."""
         require(self._may(me, group, "member"), group)
         self.leave("group", group, me, kind="leave", operator_uid=me)
 
@@ -6275,14 +6208,14 @@ class Society(World):
         uid = self.find(table, uid) if table else uid
         place = self.find(within, place) if within else place
         if what.endswith("_member") or what == "friend" and do != "add":
-            there, adds = uid in self.table(what, place), do == "add"
-            require(there or adds, f"{what.rpartition('_')[2]} {uid}")
-            require(not there or not adds, f"{uid} outside of {place}")
+            adds = do == "add"
+            require(adds != (uid in self.table(what, place)), f"{uid} outside of {place}" if adds
+                    else f"{what.rpartition('_')[2]} {uid}")
         return {"uid": act() or uid}
 
     def _add(self, table: str, uid: str, row: Row) -> str:
-        """A person, or a group or discuss, with its owner in it if `owner_uid` names one. Name
-        and uid make each other, if only one of them is given."""
+        """A person, or a group or discuss, with its owner in it if `owner_uid` names one. If only
+        one of name and uid is given, it makes the other."""
         name = str(row.get("name") or uid)
         uid = uid or (name_to_uid(("" if table == "people" else table) + name) if name else "")
         require(UID.fullmatch(uid), "uid as a number of 1 to 18 digits")
@@ -6324,12 +6257,10 @@ class Society(World):
 class LocalNetwork(Society):
     """A small chat network inside the program (DESIGN): who is logged in, and what is said.
 
-    A QR code on show holds a ticket: a number that nobody can guess, and that works once.
-    `known(account)` tells whether there is a client of that name, for /local/login; `url()` is
-    how a phone reaches the host, and takes no lock.
+    `known(account)` tells whether there is a client of that name; `url()`, which takes no lock,
+    how a phone reaches the host.
     """
 
-    PULL_SECONDS = 300.0
     # What a link may ask besides Society.VERBS; each gets the account.
     CALLS = ("attach", "ticket", "ready", "logout", "roster", "presence", "send")
 
@@ -6340,7 +6271,8 @@ class LocalNetwork(Society):
         self.lock = threading.RLock()  # guards all of it: who and what there is, what waits
         self.known, self._url, self.ended = known, url, False
         self.timer = time.monotonic    # of tickets: seconds that never go back
-        self._tickets: Dict[str, Tuple[str, float]] = {}  # ticket -> account, end of life
+        # Account -> ticket: what its QR code holds, and nobody can guess; end of life.
+        self._tickets: Dict[str, Tuple[str, float]] = {}
         waiting = {item.get("id") for items in self.table("wait").values()
                    for item in items.values()}
         self._ids = MessageIds(clock, lambda number: str(number) in self.sent
@@ -6361,7 +6293,11 @@ class LocalNetwork(Society):
                 return function(*args, **named)
             finally:
                 self.ledger.commit()
-                self.wake()
+                while self._woken:
+                    session = self.sessions[self._woken.pop()]
+                    if session.pull:
+                        settle(session.pull, True)
+                        session.pull = None
 
     def call(self, account: str, verb: str, args: Sequence[Json], named: Row,
              wait: Wait = result_of) -> Json:
@@ -6391,7 +6327,7 @@ class LocalNetwork(Society):
             session.pull = future
         woken = True
         try:
-            woken = wait(future, self.PULL_SECONDS)
+            woken = wait(future, 300.0)
         except TimeoutError:
             pass
         finally:
@@ -6419,34 +6355,29 @@ class LocalNetwork(Society):
 
     def ticket(self, account: str) -> None:
         """A new QR code; the former one is void. It goes to the client as a note, so that no later
-        note overtakes it.
-
-        The ticket would do: by `client` a proxy before many controllers finds the one it is of.
-        """
-        self._cancel(account)
+        note overtakes it."""
         ticket = new_secret()
-        self._tickets[ticket] = account, self.timer() + TICKET_SECONDS
+        self._tickets[account] = ticket, self.timer() + TICKET_SECONDS
+        # By `client` a proxy before many controllers finds the one that the ticket is of.
         query = urllib.parse.urlencode({"client": account, "ticket": ticket})
         self.note(account, {"do": "qrcode", "seconds": TICKET_SECONDS,
                             "text": f"{self._url()}/local/scan?{query}"})
         if self.sessions[account].hopes:
             self.confirm(ticket)
 
-    def _cancel(self, account: str) -> None:
-        self._tickets = {ticket: (name, end) for ticket, (name, end) in self._tickets.items()
-                         if name != account and self.timer() < end}
-
     def scan(self, ticket: str) -> str:
         """Somebody opened the code's URL: whose it is; NotFound if it is unknown, used or old."""
-        account, end = self._tickets.get(ticket, ("", 0.0))
-        require(account and self.timer() < end, "ticket")
+        now = self.timer()
+        account = {known: name for name, (known, end) in self._tickets.items() if now < end
+                   }.get(ticket, "")
+        require(account, "ticket")
         self.note(account, {"do": "scanned"})
         return account
 
     def confirm(self, ticket: str) -> str:
         """Somebody pressed the button: whose it is, or NotFound."""
         account = self.scan(ticket)
-        self._cancel(account)
+        del self._tickets[account]
         self.note(account, {"do": "confirmed", "login": self._log_in(account, new_secret())})
         return account
 
@@ -6457,14 +6388,10 @@ class LocalNetwork(Society):
             settle(future, True)
             return future
         self.sessions[account].hopes.add(future)
-        for ticket, (name, end) in list(self._tickets.items()):
-            if name == account and self.timer() < end:
-                self.confirm(ticket)
+        ticket, end = self._tickets.get(account, ("", 0.0))
+        if self.timer() < end:
+            self.confirm(ticket)
         return future
-
-    def despair(self, account: str, future: Future[bool]) -> None:
-        """One of those who hope() for an account gives up."""
-        self.sessions[account].hopes.discard(future)
 
     def ready(self, account: str) -> None:
         """An account's client is running."""
@@ -6477,7 +6404,7 @@ class LocalNetwork(Society):
 
     def detach(self, account: str) -> None:
         """An account's client is gone."""
-        self._cancel(account)
+        self._tickets.pop(account, None)
         self.sessions[account].running = self.sessions[account].online = False
 
     def logout(self, account: str) -> None:
@@ -6504,19 +6431,18 @@ class LocalNetwork(Society):
         self.put({"uid": uid, "nonce": nonce, "cookie": cookie, "time": self.clock()},
                  "login", account)
         self.account_of[uid] = account
-        friends, circles = [person["uid"] for person in self.fixtures()], []
-        if uid not in people:  # one that no world file tells of becomes everybody's friend
-            friends = list(people)
-            circles = [(table, circle) for table in ("group", "discuss")
-                       for circle, about in self.table(table).items()
-                       if about.get("name") == COMMON]
+        is_new = uid not in people  # one that no world file tells of becomes everybody's friend
+        friends = list(people) if is_new else []
+        if is_new:
             self.put({"uid": uid, "name": account}, "people", uid)
-        elif row:
-            friends = []  # it is not the very first login
+        elif not row:  # the very first login
+            friends = [person["uid"] for person in self.fixtures()]
         for friend in friends:
             self.befriend(uid, friend)
-        for table, circle in circles:
-            self.enter(table, circle, uid, {})
+        for table in ("group", "discuss") if is_new else ():
+            for circle, about in list(self.table(table).items()):
+                if about.get("name") == "OpenQQ":
+                    self.enter(table, circle, uid, {})
         self.sessions[account].online = True  # only now: it hears of no friend that it will load
         return {"uid": uid, "cookie": cookie}
 
@@ -6527,22 +6453,21 @@ class LocalNetwork(Society):
         `mark` when somebody answered on the spot: what the answer is known by."""
         results: List[Row] = []
         for message in messages:
-            before = self.last(account)
+            before = self.table("seq").get(account)
             try:
                 said = self.speak(self.me(account), message)[0]
                 results.append({"code": 0, "info": "发送正常", "id": said["id"]})
             except NotFound as error:
                 results.append({"code": -4, "info": f"响应未知: {error.status}"})
-            if self.last(account) > before:
-                results[-1]["mark"] = f"{self.era()}:{self.last(account)}"
+            last = self.table("seq").get(account)
+            if last != before:
+                results[-1]["mark"] = f"{self.era}:{last}"
         return results
 
     def speak(self, uid: str, message: Row) -> List[Row]:
-        """Say something as anybody: a message has type, content, and uid, group, discuss.
-
-        What was said, and behind it what residents answered on the spot, which none of them
-        answers again; NotFound if the one who speaks has no business there.
-        """
+        """Say something as anybody: a message has type, content, and uid, group, discuss. Gives
+        what was said, and behind it what residents answered on the spot, which none of them
+        answers again. NotFound for who has no business there."""
         receivers = self._receivers(uid, message)
         said = [self._hand_out(uid, message, receivers)]
         alone = message["type"] in ("friend_message", "sess_message")
@@ -6577,10 +6502,11 @@ class LocalNetwork(Society):
     def _hand_out(self, uid: str, message: Row, receivers: List[str]) -> Row:
         id, people, group = str(self._ids.next()), self.table("people"), message.get("group")
         at = [] if message.get("uid") else message.get("at") or []
-        names = ["全体成员" if one == "all" else people.get(one, {}).get("name", one) for one in at]
+        names = ["@%s " % ("全体成员" if one == "all" else people.get(one, {}).get("name", one))
+                 for one in at]
         media = message.get("media")
         item = {"do": "message", "type": message["type"], "time": str(int(self.clock())), "id": id,
-                "content": "".join(f"@{name} " for name in names) + message["content"],
+                "content": "".join([*names, message["content"]]),
                 "uid": uid, "name": people[uid]["name"], "reply_to": message.get("reply_to"),
                 "at": at, "group": group, "discuss": message.get("discuss"), "media": media}
         # For revoking; who asks later than WAIT_LIMIT messages after it comes too late.
@@ -6600,8 +6526,6 @@ class LocalNetwork(Society):
 
 class LocalPages:
     """What the network's host serves under /local/: for phones, for scripts, for clients."""
-
-    LOGIN_SECONDS = 15.0         # a client that was just started needs a moment
 
     def __init__(self, network: LocalNetwork) -> None:
         self._network = network
@@ -6660,12 +6584,12 @@ class LocalPages:
         require(network.known(account), account)
         future = network.do(network.hope, account)
         try:
-            request.wait(future, self.LOGIN_SECONDS)
+            request.wait(future, 15.0)  # a client that was just started needs a moment
         except TimeoutError:
             raise NotFound(f"{account} not found waiting for a scan; "
                            "check_client says what it does") from None
         finally:
-            network.do(network.despair, account, future)
+            network.do(network.sessions[account].hopes.discard, future)
         return {"account": account, "code": 0, "status": "success"}
 
     def say(self, request: Request) -> Row:
