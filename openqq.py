@@ -10917,17 +10917,15 @@ class Api:
         be known to the bridge all the same.
         """
         names, missing = names or self.flavour.keys[kind], missing or self.flavour.missing[kind]
-        found = self.find(kind, params, names)
+        given = {name: params[name] for name in names if params.get(name)}
+        said, found = set(given.values()), self.find(kind, params, names)
         if len(found) > 1:
-            said = {params.get(name, "") for name in names}
             found = [thing for thing in found if thing.value("markname") in said] or found
         if len(found) > 1:
             raise Answer({**missing, "code": 100, "status": f"{kind} not unique"})
-        keys = [name for name in names if params.get(name)]
-        numbers = {params[name] for name in keys}
-        if not found and len(numbers) == 1 and all(name.endswith("id") for name in keys):
-            found = list(filter(None, [self.client.look_for(kind, *numbers)]))
-        if not found:
+        if not found and len(said) == 1 and all(name.endswith("id") for name in given):
+            found = [self.client.look_for(kind, *said)]
+        if not any(found):
             raise Answer(missing)
         return found[0]
 
@@ -11436,9 +11434,8 @@ def openqq_plugin(client: Client, data: Row) -> None:
     answers = Answers(client, api.media, settings.post_api)
     reporter = Reporter(
         settings.post_api, settings.post_secret, client.spool, client.timers, log,
-        answers.answered, asking=answers.typing,
-        failed=lambda: client.papers.write_state(client),
-        numeric=settings.numeric_ids)
+        answers.answered, asking=answers.typing, numeric=settings.numeric_ids,
+        failed=lambda: client.papers.write_state(client))
     listed = (flavour.post_event_list if settings.post_event_list is None
               else settings.post_event_list)
     client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
@@ -11448,8 +11445,8 @@ def openqq_plugin(client: Client, data: Row) -> None:
     gate = Gate(settings.token, settings.allowed_hosts)
     app = ClientApp(gate, log, all_routes(
         flavour, settings, flavour.apis.values(), api.handler,
-        lambda request: client_page(client) if client.parent else dashboard(
-            dashboard_config(flavour, settings, client.account)),
+        lambda request: client_page(client) if client.parent else dashboard_for(
+            flavour, settings, client.account),
         functools.partial(take_from_bridge, client, gate), client.local_pages(), False),
         client_fallback)
     app.metrics.watch("clients", "gauge", "Clients by state.",
@@ -11522,13 +11519,13 @@ def client_page(client: Client) -> Response:
                              "lines": lines})
 
 
-def dashboard_config(flavour: Type[Flavour], settings: Settings, account: str) -> Row:
-    """What the dashboard has to know; `account` of a client alone, empty for a controller."""
-    return {"account": account, "controller": not account, "prefix": flavour.prefix,
-            "guarded": bool(settings.token), "apis": list(flavour.apis),
-            "settings": [[setting.name, setting.help, setting.shown(), setting.secret,
-                          setting.chinese] for setting in SETTINGS.values()
-                         if setting.caller and not setting.idle]}
+def dashboard_for(flavour: Type[Flavour], settings: Settings, account: str) -> Response:
+    """The page to work with; `account` of a client alone, empty for a controller."""
+    return dashboard({
+        "account": account, "controller": not account, "prefix": flavour.prefix,
+        "guarded": bool(settings.token), "apis": list(flavour.apis),
+        "settings": [[setting.name, setting.help, setting.shown(), setting.secret, setting.chinese]
+                     for setting in SETTINGS.values() if setting.caller and not setting.idle]})
 
 
 PLUGINS.update({"ShowMsg": (show_msg, 100), "UploadQRcode": (upload_qrcode, 0),
@@ -11567,7 +11564,7 @@ class Child:
         self.lines: Deque[str] = collections.deque(maxlen=5)  # the last warnings of its log
         self.since = time.time()                     # in this state
         self.process: Any = None                     # subprocess.Popen while it lives
-        self.life: Optional[socket.socket] = None
+        self.life: Any = None                        # the socket to it
         self.heard = bytearray()                     # of a line that is not complete yet
         self.restarts = -1                           # starts after the first
         self.tries = 0                               # starts without reaching running
@@ -11797,9 +11794,9 @@ class Supervisor:
             given["post_api"], given["post_secret"] = settings.post_api, settings.post_secret
         for name in "post_api", "poll_api":
             given[name] = with_params(given[name], client=child.name) if given.get(name) else ""
-        secret = {"OPENQQ_TOKEN": settings.token} if settings.token else {}
         return {**kept, **to_environment({name: value for name, value in given.items() if value},
-                                         flavour.environ, flavour.plugin), **secret,
+                                         flavour.environ, flavour.plugin),
+                **({"OPENQQ_TOKEN": settings.token} if settings.token else {}),
                 "MALLOC_ARENA_MAX": "1",  # glibc: else each thread has a heap of its own
                 "OPENQQ_FLAVOR": flavour.name, "OPENQQ_LOCAL": self._owner.url,
                 "OPENQQ_KEY": self._owner.key_for(child.name),
@@ -11828,7 +11825,6 @@ class Supervisor:
             self._owner.changed()
 
     def _let_go(self, child: Child) -> None:
-        assert child.life is not None
         self._timers.unwatch(child.life)
         child.life.close()
         child.life = None
@@ -11906,18 +11902,15 @@ def is_passed_on(name: str) -> bool:
             and not ABOUT_THE_CALLER.fullmatch(name))
 
 
-def pass_on(request: Request, port: int, token: Optional[str] = "", trusted: bool = True
+def pass_on(request: Request, port: int, authorization: str = "", trusted: bool = True
             ) -> Response:
-    """A client's answer to a call, which is made anew from what was parsed; Unreachable, TooSlow,
-    Hangup. One that is not trusted comes to the client as from another machine, and with its own
-    token, as with None, instead of ours."""
+    """A client's answer to a call, which is made anew from what was parsed; one that is not
+    trusted comes to the client as from another machine. Unreachable, TooSlow, Hangup."""
     fields = {name: value for name, value in request.fields.items() if is_passed_on(name)}
     if not trusted:
         fields["forwarded"] = "for=unknown"
-    if not trusted or token is None:
-        fields["authorization"] = request.fields.get("authorization", "")
-    elif token:
-        fields["authorization"] = bearer(token)
+    if authorization:
+        fields["authorization"] = authorization
     reads = READS.match(request.path) is not None
     method = "GET" if request.method == "HEAD" and reads else request.method
     target = request.target.replace("#", "%23")  # a fragment to us, a letter to its caller
@@ -12266,12 +12259,12 @@ class Controller:
 
     # -- what others are told; with or without the lock
 
-    def changed(self) -> None:
-        """What the backend file says is no longer so."""
+    def changed(self, seconds: float = 0.0) -> None:
+        """What the backend file says is no longer so; it is written in so many seconds."""
         with self.lock:
             if not self._dirty:
                 self._dirty = True
-                self.timers.later(0.0, self._save)
+                self.timers.later(seconds, self._save)
 
     def _save(self) -> None:
         """The backend file: what a later controller resumes or remembers, without secrets."""
@@ -12282,8 +12275,7 @@ class Controller:
                              "given": child.open_settings()}
                 for child in [*self.former.values(), *self.supervisor.children.values()]}
         if not keep_file(self.settings.backend_path, to_bytes(rows), self.log):
-            self._dirty = True
-            self.timers.later(REPLACE_SECONDS, self._save)
+            self.changed(REPLACE_SECONDS)
 
     def tell(self, child: Child, event: str, params: List[Json], **more: Json) -> Row:
         """Let those who read the events know of a client, with numbers where its own have them."""
@@ -12332,7 +12324,7 @@ class ControllerApi:
         self._own_paths = {prefix + verb.name for prefix in PREFIXES for verb in verbs}
         self.routes = all_routes(
             self._flavour, self._settings, verbs, lambda verb: getattr(self, "do_" + verb.name),
-            lambda request: dashboard(dashboard_config(self._flavour, self._settings, "")),
+            lambda request: dashboard_for(self._flavour, self._settings, ""),
             self.from_bridge, controller.pages, True)
 
     def _name(self, request: Request) -> str:
@@ -12347,11 +12339,14 @@ class ControllerApi:
             raise ClientMissing("client not exists")
         return child
 
-    def _pass_on(self, request: Request, trusted: bool = True, as_it_is: bool = False) -> Response:
-        child = self._child(request)
+    def _pass_on(self, request: Request, trusted: bool = True, own: bool = False) -> Response:
+        """A client's answer to a call with the token that it shares with us, or with its own."""
+        child, token = self._child(request), self._settings.token
         if child.process is None:
             raise Unreachable()
-        return pass_on(request, child.port, None if as_it_is else self._settings.token, trusted)
+        ours = bearer(token) if token else ""
+        return pass_on(request, child.port,
+                       request.fields.get("authorization", "") if own else ours, trusted)
 
     def do_start_client(self, request: Request) -> Row:
         """It answers with the parameters as they were spelt, but no secrets."""
@@ -12457,7 +12452,7 @@ class ControllerApi:
             trusted = False
             if child is None or child.process is None:
                 raise  # who is there is none of a stranger's business
-        return self._pass_on(request, trusted, is_milky)
+        return self._pass_on(request, trusted, own=is_milky or not trusted)
 
 
 # ------------------------------------------------------------------------------------------------
