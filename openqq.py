@@ -11511,8 +11511,8 @@ def open_listener(address: Row, settings: Settings) -> socket.socket:
 
 def client_page(client: Client) -> Response:
     """What a browser sees at / of a controller's client."""
-    base, prefix = client.public_url(), client.flavour.prefix
-    lines = "\n".join(f"{base}{prefix}{call}" for call in (
+    base = client.public_url() + client.flavour.prefix
+    lines = "\n".join(base + call for call in (
         "get_client_info", "get_qrcode", "get_friend_info",
         "send_friend_message?uid=…&content=hello", "check_event"))
     return page(INDEX_BODY, {"what": f"This is the client of the account {client.account}.",
@@ -12167,8 +12167,7 @@ class Controller:
         log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
         self._servers += serve(app, self._listeners, settings, log)
         for listener in self._listeners:
-            host, port = listener.getsockname()[:2]
-            log.info(f"Listening at http://{host}:{port}")
+            log.info("Listening at http://{}:{}".format(*listener.getsockname()))
         log.info(gate_hint(settings))
         log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
                  "start_client?client=NAME")
@@ -12401,10 +12400,9 @@ class ControllerApi:
 
     def do_check_client(self, request: Request) -> Row:
         """What state files say, but for the state of a process that is no more."""
-        children = ([self._child(request)] if request.params.get("client") else
-                    sorted(list(self._children.values()), key=lambda child: child.name))
         rows = []
-        for child in children:
+        for child in ([self._child(request)] if request.params.get("client") else
+                      sorted(list(self._children.values()), key=lambda child: child.name)):
             row = read_json(self._controller.path_of(child, "state_path"), self._controller.log)
             lives = child.process is not None and row.get("pid") == child.pid
             given = {**self._controller.inherited, **child.given}
@@ -12428,7 +12426,7 @@ class ControllerApi:
         if request.params.get("client"):
             return self._pass_on(request)
         with self._controller.lock:  # what clients have told by now comes before what is to come
-            for child in list(self._children.values()):
+            for child in self._children.values():
                 self._controller.supervisor.listen(child)
         return self._controller.store.stream(request)
 
