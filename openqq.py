@@ -6950,27 +6950,22 @@ def check_content(params: Params) -> str:
 # ------------------------------------------------------------------------------------------------
 
 class Hooks:
-    """What a link tells its client; each may be called from any thread.
+    """What a link tells its client; each may be called from any thread."""
 
-    `qrcode(code, seconds, error)`: to be scanned, how long it holds, and why, if there is more to
-    tell. `waiting(error)`: not logged in, and no code to show. `scanned()`. `confirmed(cookie,
-    fresh)`: logged in, `fresh` if ids may have changed; also after `lost(error)`: the connection is
-    gone, in words. `received(items)`: what happened; returns the mark of what is safe on disk.
-    `known(kind, uid, circle)`: a thing of the roster, or None. `certain(kind)`: whether who is not
-    known there is new (a list that was not told, or is doubted, says nothing about that).
-    `kept(cookie)`: what status() tells has changed and, unless it is empty, what a later login
-    needs. `ids_path`: a file for what a link must know of its messages.
-    """
+    qrcode: Callable[[Code, float, str], None]  # to be scanned; seconds that it holds; a complaint
+    waiting: Callable[[str], None]         # not logged in, and no code to show: why
+    scanned: Callable[[], None]
+    confirmed: Callable[[str, bool], None]  # logged in: a cookie; whether ids may have changed
+    lost: Callable[[str], None]            # the connection is gone: why; confirmed() may follow
+    received: Callable[[List[Row]], str]   # what happened -> the mark of what is safe on disk
+    known: Callable[[str, str, str], Any]  # kind, uid, circle -> a thing of the roster, or None
+    certain: Callable[[str], bool]         # whether who is not known of a kind is new: a list that
+                                           # was not told, or is doubted, says nothing about that
+    kept: Callable[[str], None]            # status() has changed; a cookie, unless it is empty
+    ids_path: str                          # a file for what a link must know of its messages
 
-    def __init__(self, qrcode: Callable[[Code, float, str], None], waiting: Callable[[str], None],
-                 scanned: Callable[[], None], confirmed: Callable[[str, bool], None],
-                 lost: Callable[[str], None], received: Callable[[List[Row]], str],
-                 known: Callable[[str, str, str], Optional[Any]],
-                 certain: Callable[[str], bool], kept: Callable[[str], None]) -> None:
-        self.kept, self.ids_path = kept, ""
-        self.qrcode, self.waiting, self.scanned = qrcode, waiting, scanned
-        self.confirmed, self.lost = confirmed, lost
-        self.received, self.known, self.certain = received, known, certain
+    def __init__(self, **hooks: Any) -> None:
+        vars(self).update(hooks)
 
 
 class Link:
@@ -7034,10 +7029,10 @@ class Link:
 
 
 class LocalLink(Link):
-    """An account on the local network; `host(verb, …)` is LocalNetwork.call.
+    """An account on the local network; `host(verb, …)` is LocalNetwork.call, or call_host().
 
-    What happens is fetched by a thread that asks, and waits for an answer as long as nothing
-    happens; asking again acknowledges what was stored.
+    A thread asks for what happens, and is answered when something does; asking again acknowledges
+    what was stored.
     """
 
     send_interval = 0.0
@@ -7048,8 +7043,8 @@ class LocalLink(Link):
 
     def __init__(self, host: Callable[..., Json], hooks: Hooks, password: bool,
                  mode: str, log: Log) -> None:
-        self._host, self._hooks, self._password, self._log = host, hooks, password, log
-        self._mode = mode
+        self._host, self._hooks, self._log = host, hooks, log
+        self._password, self._mode = password, mode
         self._closed = threading.Event()
         self._mark = ""
         self._pulling = False
@@ -7069,7 +7064,6 @@ class LocalLink(Link):
         self._host("ticket")
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:
-        """Whatever else a link can do the network does, and in the same words."""
         if verb in self.FORWARDED:
             return functools.partial(self._host, verb)
         return super().__getattr__(verb)
@@ -7102,34 +7096,27 @@ class LocalLink(Link):
                 failures += 1
 
 
-class RemoteHost:
-    """LocalNetwork.call, in another process, for one account."""
-
-    # pull: longer than one may wait; presence: a list is not worth more; 30 for all others
-    SECONDS = {"pull": 330.0, "presence": LOOKUP_SECONDS}
-
-    def __init__(self, url: str, key: str) -> None:
-        self._url = url + "/local/link"
-        self._fields = {"X-OpenQQ-Key": key, "Content-Type": "application/json"}
-
-    def __call__(self, verb: str, *args: Json, **named: Json) -> Json:
-        """What the host answers; Unreachable, also for what it refuses."""
-        body = to_bytes({"verb": verb, "args": args, "named": named})
-        reply = fetch(self._url, "POST", self._fields, body, self.SECONDS.get(verb, 30.0))
-        data = reply.read(4 * BODY_LIMIT)
-        try:
-            value = from_bytes(data)
-        except ValueError:
-            raise Unreachable("not an answer of a host", True) from None
-        if reply.status != 200:
-            raise Unreachable(str(value.get("status", reply.status)), True)
-        return value
+def call_host(url: str, key: str, verb: str, *args: Json, **named: Json) -> Json:
+    """LocalNetwork.call in another process, for the account of the key. Unreachable, also for what
+    the host refuses."""
+    # pull: longer than one may wait; presence: a list is not worth more
+    seconds = {"pull": 330.0, "presence": LOOKUP_SECONDS}.get(verb, 30.0)
+    reply = fetch(url + "/local/link", "POST",
+                  {"X-OpenQQ-Key": key, "Content-Type": "application/json"},
+                  to_bytes({"verb": verb, "args": args, "named": named}), seconds)
+    data = reply.read(4 * BODY_LIMIT)
+    try:
+        value = from_bytes(data)
+    except ValueError:
+        raise Unreachable("not an answer of a host", True) from None
+    if reply.status != 200:
+        raise Unreachable(str(value.get("status", reply.status)), True)
+    return value
 
 
 # -- what bridges say: values, messages, people (OneBot 11 and Milky spell nearly all alike)
 
 CQ_CODE = re.compile(r"\[CQ:([A-Za-z0-9_.\-]+)((?:,[^,\[\]]*)*)\]")
-SEGMENT_TYPE = re.compile(r"[A-Za-z0-9_.\-]{1,32}")
 CQ_ESCAPES = (("&", "&amp;"), ("[", "&#91;"), ("]", "&#93;"), (",", "&#44;"))
 # What segments read as, with members of their data (| or else) as far as they are there. What is
 # empty then, and what is not listed, reads [type].
@@ -7146,9 +7133,6 @@ DETAIL_LIMIT = 500               # letters of one such member
 AT_LIMIT = 8                     # names of a message that are asked for: each may take seconds
 MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
 ANY_GROUP = "284840486"  # NapCat's, for a temporary session whose group it does not know
-IMAGE_SUMMARY = re.compile(r"\[[^\[\]]{1,20}\]")  # NapCat: [动画表情]
-XML_TITLES = (r"""\bbrief=["']([^"']*)""", r"<title\b[^>]{0,200}>([^<]*)",
-              r"""\btitle=["']([^"']*)""")
 # Actions that hand out the account or the machine.
 SECRET_ACTION = re.compile("(?i)cookie|credential|csrf|key|token|exit|quit|restart|reboot|shutdown|"
                            "clean|logout")
@@ -7157,7 +7141,7 @@ SOURCE_NAME = re.compile("(?i)(file|url|image|path|audio|cover|thumb|icon|.*_?ur
 
 
 def scalar(value: Json) -> Optional[str]:
-    """A scalar as text, as bridges write the same id as a number or a string; else None."""
+    """A scalar as text, since bridges write ids as numbers or strings; else None."""
     if value is None or isinstance(value, (dict, list)):
         return None
     if isinstance(value, float) and not abs(value) < 1e300:
@@ -7186,23 +7170,22 @@ def detail(value: Json) -> str:
 
 
 def id_of(text: str) -> Json:
-    """A message's id as bridges and answers have it: a number, unless JSON's would be too small
-    for it, or it is none."""
+    """A message's id as bridges and answers have it: a number, where one of JSON's can hold it."""
     return int(text) if re.fullmatch("-?[0-9]{1,15}", text) else text
 
 
 def filled(row: Row) -> Row:
-    """What a look-up really says: its nulls and empty texts replace nothing that is known."""
+    """The members that are not null or an empty text: those say nothing."""
     return {name: value for name, value in row.items() if value not in (None, "")}
 
 
 def object_of(value: Json) -> Row:
-    """An object; an empty one for whatever else a bridge may have put there."""
+    """An object; an empty one for whatever else a bridge has put there."""
     return value if isinstance(value, dict) else {}
 
 
 def rows_of(value: Json) -> List[Row]:
-    """The objects of a list; what else a bridge may have put there is left out."""
+    """The objects of a list, without whatever else a bridge has put there."""
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
@@ -7226,10 +7209,7 @@ def text_segments(text: str) -> List[Row]:
 
 
 def segments_of(message: Json) -> List[Row]:
-    """A message as bridges spell it, with CQ codes or as a list, as [{"type", "data"}].
-
-    Whatever else a bridge may send, the type is a word and the data an object.
-    """
+    """Any message of a bridge, with CQ codes or as a list, as [{"type": word, "data": object}]."""
     found: List[Row] = []
     if isinstance(message, str):
         parts = [*CQ_CODE.split(message), "", ""]  # text, type, values, text, type, values …
@@ -7249,8 +7229,8 @@ def segments_of(message: Json) -> List[Row]:
             kind, data = detail(row.get("type")), row.get("data")
             if kind == "text" and isinstance(data, str):
                 data = {"text": data}
-            found.append({"type": kind if SEGMENT_TYPE.fullmatch(kind) else "?",
-                          "data": object_of(data)})
+            known = re.fullmatch(r"[A-Za-z0-9_.\-]{1,32}", kind)
+            found.append({"type": kind if known else "?", "data": object_of(data)})
         else:
             text = row if isinstance(row, str) else detail(row)
             found += text_segments(text) or [{"type": "?", "data": {}}]
@@ -7274,11 +7254,8 @@ def cq_text(segments: Iterable[Row]) -> str:
 
 def check_sources(value: Json, check_url: Callable[[str], None], name: str = "",
                   in_code: bool = False) -> None:
-    """NotAllowed for anything in a message with CQ codes, or in an action's parameters, that would
-    have a bridge read a file of its machine, however deep it stands.
-
-    `check_url` is called with each address that the bridge would fetch.
-    """
+    """NotAllowed if a message with CQ codes, or an action's parameters, would have a bridge read a
+    file of its machine; check_url() gets each address that the bridge would fetch."""
     if isinstance(value, dict):
         for key, part in value.items():
             check_sources(part, check_url, str(key).strip(), in_code)
@@ -7305,14 +7282,14 @@ def readable(kind: str, data: Row) -> str:
         return text if isinstance(text, str) else detail(text) or f"[{kind}]"
     if kind in ("json", "xml"):
         return card_text(kind, data.get("data")) or f"[{kind}]"
-    if kind == "image" and IMAGE_SUMMARY.fullmatch(detail(data.get("summary"))):
-        return detail(data["summary"])
+    summary = detail(data.get("summary"))
+    if kind == "image" and re.fullmatch(r"\[[^\[\]]{1,20}\]", summary):  # NapCat: [动画表情]
+        return summary
     if kind == "file" and re.search(r"[/\\]|^base64:", detail(data.get("file"))):
         data = {**data, "file": None}    # where it lies; that is not its name
     if kind == "forward":
         news = " ".join(detail(row.get("text")) for row in rows_of(data.get("news")))
-        return detail(data.get("summary")) or detail(news) or detail(
-            data.get("prompt")) or LABELS[kind]
+        return summary or detail(news) or detail(data.get("prompt")) or LABELS[kind]
     if kind == "reply":
         return ""
     return re.sub(r"\{([a-z_|]+)\}", lambda found: next(filter(None, (
@@ -7326,7 +7303,9 @@ def card_text(kind: str, card: Json) -> str:
         import html
         text = card[:16_384] if isinstance(card, str) else ""
         *said, link = [detail(html.unescape(found.group(1))) if found else "" for found in (
-            re.search(pattern, text) for pattern in (*XML_TITLES, r"""\burl=["']([^"']*)"""))]
+            re.search(pattern, text) for pattern in (
+                r"""\bbrief=["']([^"']*)""", r"<title\b[^>]{0,200}>([^<]*)",
+                r"""\btitle=["']([^"']*)""", r"""\burl=["']([^"']*)"""))]
         links = [link]
     else:
         row = object_of(object_in(card.encode("utf-8", "replace")) if isinstance(card, str)
@@ -7353,7 +7332,7 @@ def media_link(kind: str, data: Row) -> Row:
 def friend_row(row: Row) -> Row:
     """A friend of a bridge's as ours; NapCat knows the category."""
     uid = number_of(row.get("user_id"))
-    category = (row.get("categoryName") or row.get("category_name") or row.get("categroyName"))
+    category = row.get("categoryName") or row.get("category_name") or row.get("categroyName")
     return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
             "markname": scalar(row.get("remark")) or None, "category": scalar(category),
             "sex": scalar(row.get("sex"))}
@@ -7382,7 +7361,7 @@ def member_row(row: Row) -> Row:
 
 
 def happened(event: str, **more: Any) -> Row:
-    """An item of a link: an event of the documents."""
+    """An item of a link (Hooks.received): an event of the documents."""
     return {"do": "event", "event": event, **more}
 
 
@@ -9942,18 +9921,19 @@ class Login:
                         act(*args)
             return call
 
-        hooks = Hooks(hook(self._show), hook(self._wait), hook(self._scanned),
-                      hook(self._confirmed), hook(self._lost),
-                      lambda items: client.talk.receive(items), client.roster.find,
-                      client.details.is_certain, hook(self._keep))
-        hooks.ids_path = client.papers.ids_path
+        hooks = Hooks(qrcode=hook(self._show), waiting=hook(self._wait),
+                      scanned=hook(self._scanned), confirmed=hook(self._confirmed),
+                      lost=hook(self._lost), received=lambda items: client.talk.receive(items),
+                      known=client.roster.find, certain=client.details.is_certain,
+                      kept=hook(self._keep), ids_path=client.papers.ids_path)
         self.link: Link
         kind = link_of(settings.given)
         if kind in LINKS:
             self.link = LINKS[kind](settings, hooks, log)
             return
         if client.parent:
-            host: Callable[[str, Row], Json] = RemoteHost(client.parent.local, client.parent.key)
+            host: Callable[..., Json] = functools.partial(call_host, client.parent.local,
+                                                          client.parent.key)
         else:
             network = self.network = LocalNetwork(
                 client.papers.local_path, settings.world, client.flavour, log,
