@@ -7545,20 +7545,22 @@ def wording(row: Row) -> str:
 # -- where a bridge shows the QR code of its QQ
 
 class LoginPage:
-    """The WebUI of NapCat or LLBot, with the QR code (ONEBOT.md, "Login QR").
-
-    look() tells whether the bridge is logged in, the code's text or picture, and what is wrong.
-    Unreachable. A token that was refused is not offered again: LLBot locks the page for that.
-    """
+    """The WebUI of NapCat or LLBot, with the QR code (ONEBOT.md, "Login QR"), by default on the
+    bridge's host. A token that was refused is not offered again: LLBot locks the page for that."""
 
     PORTS = {"napcat": 6099, "llbot": 3080}
 
-    def __init__(self, url: str, token: str, kind: str = "") -> None:
-        self._url, self._token, self._kind = url.rstrip("/"), token, kind
+    def __init__(self, settings: Settings, bridge: str) -> None:
+        self._token, self._kind = settings.onebot_login_token, settings.onebot_login
+        host = urllib.parse.urlsplit(bridge).hostname or ""
+        host = f"[{host}]" if ":" in host else host
+        url = settings.onebot_login_api or f"http://{host}:{self.PORTS[self._kind]}"
+        self._url = url.rstrip("/")
         self._refused = self._credential = ""  # the latter is NapCat's, for an hour
         self._rest_until = 0.0
 
     def look(self) -> Tuple[bool, Code, str]:
+        """Whether the bridge is logged in, the code to scan, what is wrong. Unreachable."""
         if self._kind == "llbot":
             if self._ask("login-info").get("online"):
                 return True, "", ""
@@ -7628,24 +7630,14 @@ class LoginPage:
         return hashlib.sha256((self._token + more).encode()).hexdigest()
 
 
-def page_of(settings: Settings, url: str) -> Optional[LoginPage]:
-    """What shows the code of the bridge at a URL: by default on its host."""
-    kind, host = settings.onebot_login, urllib.parse.urlsplit(url).hostname or ""
-    if not kind:
-        return None
-    host = f"[{host}]" if ":" in host else host
-    return LoginPage(settings.onebot_login_api or f"http://{host}:{LoginPage.PORTS[kind]}",
-                     settings.onebot_login_token, kind)
-
-
-# -- a link through a bridge: what does not depend on the protocol
+# -- a link through a bridge, in the words of OneBot
 
 class Intake:
-    """Events on their way from the thread that reads them to the client, in order.
+    """Events on their way from the thread that reads them to act(rows), in order.
 
     Until they are `wanted` they wait, the oldest dropped beyond LIMIT; then put() waits where too
-    many do. `act(rows)` gets them. It may have to look somebody up: the events of that conversation
-    wait for it, all others only PATIENCE seconds, so that quick look-ups keep the order of all.
+    many do. While act() looks somebody up, the events of that conversation wait, all others only
+    PATIENCE seconds, so that quick look-ups keep the order of all.
     """
 
     LIMIT = 10_000
@@ -7664,7 +7656,6 @@ class Intake:
         self._wanted = False
 
     def want(self, wanted: bool) -> None:
-        """Whether they are acted upon from now on, or wait."""
         with self._changed:
             if wanted and not self._wanted:
                 self._dealer.submit(self._deal)
@@ -7672,7 +7663,7 @@ class Intake:
             self._changed.notify_all()
 
     def put(self, conversation: str, row: Row) -> None:
-        """Add one. The wait has an end: who acts may itself wait for an answer that comes after."""
+        """Add one. The wait has an end: act() may itself wait for an answer that comes after."""
         with self._changed:
             if self._wanted:
                 self._changed.wait_for(lambda: self._size < self.LIMIT, LOOKUP_SECONDS)
@@ -7684,8 +7675,6 @@ class Intake:
             self._changed.notify_all()
 
     def _deal(self) -> None:
-        """Give events to their conversation's worker, and wait a while for that before the next
-        conversation's."""
         with self._changed:
             while self._changed.wait_for(lambda: self._rows or not self._wanted) and self._wanted:
                 name = self._rows[0][0]
@@ -7711,14 +7700,14 @@ class Intake:
 
 
 class Recent:
-    """The newest WAIT_LIMIT things that were noted, and what was noted of them."""
+    """The newest WAIT_LIMIT notes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards notes
         self.notes: Dict[Any, Any] = {}
 
     def note(self, key: Any, value: Any) -> Any:
-        """Note it; what was noted before, or None."""
+        """Note a value; the one that was noted before, or None."""
         with self._lock:
             before = self.notes.pop(key, None)
             self.notes[key] = value
@@ -7726,19 +7715,17 @@ class Recent:
         return before
 
 
-class BridgeLink(Link):
-    """A QQ account, through a bridge.
+class OneBotLink(Link):
+    """A QQ account, through a OneBot 11 bridge (ONEBOT.md): NapCatQQ, LLBot and their like.
 
-    What bridges are asked and what they tell is spelled as in OneBot 11 (ONEBOT.md) throughout; a
-    subclass for another protocol puts it into its own words, in `_get` and `_hear`. `connect()`
-    makes a connection, which a thread reads from; since that must never wait for an answer, another
-    greets the bridge, those of Intake pass events on, `_curious` looks up what nobody waits for.
+    One thread reads from the connection and never waits for an answer; another greets the bridge,
+    those of Intake pass events on, `_curious` looks up what nobody waits for. A subclass for
+    another protocol translates from and to OneBot's words, in `_get` and `_items`.
     """
 
     fetches = real = True
     any_group = ANY_GROUP
-    PROTOCOL, UNKNOWN = "OneBot", "onebot_event"
-    _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
+    PROTOCOL, EXAMPLE, UNKNOWN = "OneBot", "ws://HOST:3001", "onebot_event"
     # A verb of Link: the one action that does it, and ours=theirs of what it takes.
     ACTIONS = {
         "mute_all": "set_group_whole_ban group=group_id on=enable",
@@ -7757,12 +7744,17 @@ class BridgeLink(Link):
         **dict.fromkeys(("message private", "request friend", "friend_add"), "user_id"),
         "poke": "user_id target_id", "group_recall": "", "friend_recall": ""}
 
-    def __init__(self, url: str, connect: Callable[[], Bridge], page: Optional[LoginPage],
-                 sync: bool, shares_files: bool, hooks: Hooks, log: Log) -> None:
-        self.echoes, self._hooks, self._log = sync, hooks, log
-        self._url, self._connect, self._page = url, connect, page
-        self._shares_files = shares_files
-        self.bridge = connect()              # the newest connection
+    def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
+        name = self.PROTOCOL.lower()
+        self._url = getattr(settings, name + "_api")
+        self._token = getattr(settings, name + "_token")
+        if not self._url:
+            raise Refusal(
+                f"link={name} needs the bridge's address: {name}_api={self.EXAMPLE}", 2)
+        self._hooks, self._log = hooks, log
+        self.echoes, self._shares_files = settings.allow_message_sync, settings.onebot_local
+        self._look = LoginPage(settings, self._url).look if settings.onebot_login else None
+        self.bridge = self._connect()        # the newest connection
         self.me = self._name = ""            # the account's own uid and name, once it is logged in
         self._closed = threading.Event()
         self._living = self._greeted = False
@@ -7779,6 +7771,10 @@ class BridgeLink(Link):
         self._names = Recent()               # (group, uid) -> how `at` shows them
 
     # -- the connection
+
+    def _connect(self) -> Bridge:
+        way = SocketBridge if self._url.startswith("ws") else HttpBridge
+        return way(self._url, self._token, self._log, self._hear)
 
     def login(self, cookie: str, mark: str) -> None:
         self.bridge.news.set()
@@ -7825,14 +7821,16 @@ class BridgeLink(Link):
     def _await_page(self) -> None:
         """NapCat opens its OneBot ports only when QQ is logged in; its page is there before."""
         try:
-            while self._page and not self._closed.is_set() and not self._look_at(self._page):
+            while not (self._closed.is_set() or self._logged_in()):
                 self._closed.wait(LOGIN_SECONDS)
         except Unreachable as error:
             self._log.warn(f"the bridge's login page: {error.status}")
 
-    def _look_at(self, page: LoginPage) -> bool:
-        """Whether the page says that it is logged in; else its code is shown."""
-        logged_in, text, why = page.look()
+    def _logged_in(self) -> bool:
+        """Whether the login page, if there is one, says so; else its code is shown."""
+        if not self._look:
+            return True
+        logged_in, text, why = self._look()
         if not logged_in and text and text != self._shown:
             self._shown = text
             self._hooks.qrcode(text, TICKET_SECONDS, self._thrown_out)
@@ -7857,7 +7855,7 @@ class BridgeLink(Link):
                     break
                 continue
             try:
-                if not self._page or self._look_at(self._page) and not self._shown:
+                if self._logged_in() and not self._shown:
                     self._hooks.waiting(self._thrown_out or "the bridge is not logged in: scan the "
                                         "code that it shows")
             except Unreachable as error:
@@ -8064,6 +8062,17 @@ class BridgeLink(Link):
     def ready(self) -> None:
         self._intake.want(True)
         self._curious.submit(self._ask_for_requests)
+
+    def _hear(self, row: Row) -> None:
+        """Take an event, in the thread that reads it, or is posted to."""
+        if row.get("post_type") == "meta_event":
+            if object_of(row.get("status")).get("online") is False and self._greeted:
+                self._offline("it says so in its status")
+        elif row.get("notice_type") == "bot_offline":
+            self._offline(scalar(row.get("message")) or "the account was logged out")
+        else:
+            who = row.get("user_id") or row.get("target_id")
+            self._intake.put(number_of(row.get("group_id")) or f"/{scalar(who)}", row)
 
     def hear(self, row: Row) -> bool:
         me, uid = self.me, scalar(row.get("self_id"))
@@ -8357,45 +8366,7 @@ class BridgeLink(Link):
                         "comment": row.get("message")}))
 
 
-class OneBotLink(BridgeLink):
-    """A QQ account, through a OneBot 11 bridge (ONEBOT.md): NapCatQQ, LLBot and their like."""
-
-    def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
-        if not settings.onebot_api:
-            raise Refusal("link=onebot needs the bridge's address: onebot_api=ws://HOST:3001", 2)
-        url = settings.onebot_api
-        way: Type[Bridge] = SocketBridge if url.startswith("ws") else HttpBridge
-        super().__init__(url, lambda: way(url, settings.onebot_token, log, self._hear),
-                         page_of(settings, url), bool(settings.allow_message_sync),
-                         bool(settings.onebot_local), hooks, log)
-
-    def _hear(self, row: Row) -> None:
-        if row.get("post_type") == "meta_event":
-            if object_of(row.get("status")).get("online") is False and self._greeted:
-                self._offline("it says so in its status")
-        elif row.get("notice_type") == "bot_offline":
-            self._offline(scalar(row.get("message")) or "the account was logged out")
-        else:
-            who = row.get("user_id") or row.get("target_id")
-            self._intake.put(number_of(row.get("group_id")) or f"/{scalar(who)}", row)
-
-
 # -- Milky (MILKY.md): the same QQ in other words, which MilkyLink translates from and to OneBot's
-
-class QrFile(LoginPage):
-    """A picture that a bridge keeps where it works (Lagrange.Milky, Yogurt), if its path is known.
-    One that is older than any code is of a former login."""
-
-    ELSE, SECONDS, LIMIT = "scan the code on its console, or in its qrcode.png", 600.0, 2 ** 20
-
-    def look(self) -> Tuple[bool, Code, str]:
-        with contextlib.suppress(OSError):   # there is none, or it is too large
-            age = time.time() - os.stat(self._url).st_mtime
-            data = read_file(self._url, self.LIMIT) if age < self.SECONDS else None
-            if data and media_type(data, "") in ("image/png", "image/jpeg"):
-                return False, data, ""
-        return False, "", self.ELSE + (f" ({self._url} is none of now)" if self._url else "")
-
 
 class MessageBook(Journal):
     """The newest LIMIT messages of a bridge that numbers them within each conversation (`place`,
@@ -8498,10 +8469,10 @@ class MilkyCalls(HttpBridge):
         return row
 
 
-class MilkyLink(BridgeLink):
+class MilkyLink(OneBotLink):
     """A QQ account, through a Milky bridge: Lagrange.Milky, Yogurt, LLBot."""
 
-    PROTOCOL, UNKNOWN, PAGES = "Milky", "milky_event", 10
+    PROTOCOL, EXAMPLE, UNKNOWN = "Milky", "http://HOST:3000", "milky_event"
     # A OneBot action -> Milky's call, and theirs=ours for parameters; others are called as they are
     CALLS = {
         "get_stranger_info": "get_user_profile", "set_group_kick": "kick_group_member",
@@ -8546,21 +8517,33 @@ class MilkyLink(BridgeLink):
         "group_whole_mute": ("notice group_ban", "is_mute ban lift_ban", "")}
 
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
-        url = re.sub("^ws", "http", settings.milky_api)
-        if not url:
-            raise Refusal("link=milky needs the bridge's address: milky_api=http://HOST:3000", 2)
+        super().__init__(settings, hooks, log)
         self._book = MessageBook(hooks.ids_path, log)
         self._hashes = Recent()              # a private file's id -> its hash, which its URL needs
-        super().__init__(url, lambda: MilkyCalls(url, settings.milky_token, log, self._hear),
-                         page_of(settings, url) or QrFile(settings.qrcode_file, ""),
-                         bool(settings.allow_message_sync), bool(settings.onebot_local), hooks, log)
+        self._picture = settings.qrcode_file
+        self._look = self._look or self._look_at_picture
+
+    def _connect(self) -> Bridge:
+        self._url = re.sub("^ws", "http", self._url)
+        return MilkyCalls(self._url, self._token, self._log, self._hear)
 
     def _await_page(self) -> None:
         self._intake.want(False)
-        if not isinstance(self._page, QrFile):
+        if self._look != self._look_at_picture:
             super()._await_page()
-        elif self._page.look()[1]:           # the bridge may serve nobody before it is logged in
-            self._look_at(self._page)
+        elif self._look_at_picture()[1]:     # the bridge may serve nobody before it is logged in
+            self._logged_in()
+
+    def _look_at_picture(self) -> Tuple[bool, Code, str]:
+        """As LoginPage.look(), of a picture that the bridge keeps where it works (Lagrange.Milky,
+        Yogurt). One that is older than any code is of a former login."""
+        path = self._picture
+        with contextlib.suppress(OSError):   # there is none, or it is too large
+            data = read_file(path, 2 ** 20) if time.time() - os.stat(path).st_mtime < 600 else None
+            if data and media_type(data, "") in ("image/png", "image/jpeg"):
+                return False, data, ""
+        return False, "", "scan the code on its console, or in its qrcode.png" + (
+            f" ({path} is none of now)" if path else "")
 
     def ready(self) -> None:
         spawn(self._catch_up, self.bridge, name="history")
@@ -8581,7 +8564,7 @@ class MilkyLink(BridgeLink):
         where, start = self._spelt(place), None
         found: Dict[int, Row] = {}
         try:
-            for _ in range(self.PAGES):
+            for _ in range(10):
                 data = object_of(self._get("get_history_messages", LOOKUP_SECONDS, **where,
                                            limit=30, start_message_seq=start))
                 page = {int(number_of(row.get("message_seq")) or 0): {**where, **row}
