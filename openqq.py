@@ -150,7 +150,6 @@ WAITING_SECONDS = 600.0          # scaning for so long is worth a client_waiting
 
 BRIDGE_LIMIT = 16 * 1024 * 1024  # bytes of one message of a OneBot bridge
 BRIDGE_SECONDS = 30.0            # for an answer of it; silence before a sign of life is asked for
-WORDING_LIMIT = 500              # letters of what a bridge gives as a reason
 LOOKUP_SECONDS = 5.0             # a conversation waits so long for who is meant in it
 LIST_SECONDS = 60.0              # for a list: NapCat asks for each friend's details in that call
 DOUBT_SECONDS = 60.0             # how long a list that lost many must say the same
@@ -6976,21 +6975,19 @@ class Link:
 
     login(cookie, mark)   begin to log in, with a former login's cookie if there is one; hooks tell
                           the rest. renew() shows a new QR code; ready(): the account is running
-    roster()              {"user": …, "friend": […], "group": […], "discuss": […]}; what is left
-                          out list() tells. A group without `member` has that, and its role, left
-                          to details()
-    list(kind)            the friends or groups that roster() left out. Declined
-    details(group, members)  what roster() left out of a group: role, and with `members` owner_id,
-                          owner_uid, member. Declined if there are none to be had
+    roster()              {"user": …, "friend": […], "group": […], "discuss": […]}; lists may be
+                          left to list(), and a group's `member` and role to details()
+    list(kind)            the friends or groups. Declined
+    details(group, members)  a group's role, and with `members` owner_id, owner_uid, member.
+                          Declined if there are none to be had
     find_group(uid), find_member(group, uid)  one that no list told of, or None
     account()             what the account is called outside, where two clients may have the same
     status()              what check_client tells of this link besides
     presence()            uid -> state of those whose state no event tells
     send(messages)        of {type, content, cq, uid, group, discuss, reply_to (an id or None), at
-                          (uids, or all), media}: for each {"code", "info"}, besides `id`, which
-                          the message is known by from now on, and `mark`, if an answer came with
-                          it: that of an item that hooks.received() will get. `media` is {name,
-                          mime, data (base64), url, path}
+                          (uids, or all), media}: for each {"code", "info"}, `id` from now on, and
+                          `mark`, if an answer came with it: that of an item that hooks.received()
+                          will get. `media` is {name, mime, data (base64), url, path}
     hear(row)             take an event that was posted to us; False if this link knows none
     find_message(id)      an item that tells of a message, or None
     call(action, params)  the whole answer to an action of a bridge's own
@@ -7132,7 +7129,6 @@ LABELS = {"face": "[表情]", "bface": "[表情]", "sface": "[表情]",
 DETAIL_LIMIT = 500               # letters of one such member
 AT_LIMIT = 8                     # names of a message that are asked for: each may take seconds
 MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
-ANY_GROUP = "284840486"  # NapCat's, for a temporary session whose group it does not know
 # Actions that hand out the account or the machine.
 SECRET_ACTION = re.compile("(?i)cookie|credential|csrf|key|token|exit|quit|restart|reboot|shutdown|"
                            "clean|logout")
@@ -7416,7 +7412,7 @@ class HttpBridge(Bridge):
 
     def open(self) -> None:
         with contextlib.suppress(TooSlow):  # LLBot answers nothing at a path that it does not know
-            reply = self._fetch(self.EVENTS, "GET", None, LOOKUP_SECONDS, True)
+            reply = self._fetch(self.EVENTS, LOOKUP_SECONDS)
             if reply.status == 200 and reply.kind == "text/event-stream":
                 self._line = reply
                 return
@@ -7447,7 +7443,7 @@ class HttpBridge(Bridge):
         self._hear({"post_type": "meta_event", "meta_event_type": "heartbeat", "status": status})
 
     def ask(self, action: str, params: Row, seconds: float) -> Row:
-        reply = self._fetch(self.CALLS + action, "POST", to_bytes(params), seconds,
+        reply = self._fetch(self.CALLS + action, seconds, to_bytes(params),
                             action.startswith("get_"))
         data = reply.read(BRIDGE_LIMIT)
         if reply.status == 404:
@@ -7456,10 +7452,11 @@ class HttpBridge(Bridge):
             raise Unreachable(f"the bridge answers {reply.status}", True)
         return self._read(data)
 
-    def _fetch(self, path: str, method: str, body: Optional[bytes], seconds: float,
-               repeat: bool) -> Reply:
-        fields = {**self._fields, "Content-Type": "application/json"}
-        reply = fetch(beneath(self._url, path), method, fields, body, seconds, repeat=repeat)
+    def _fetch(self, path: str, seconds: float, body: Optional[bytes] = None,
+               repeat: bool = True) -> Reply:
+        reply = fetch(beneath(self._url, path), "POST" if body else "GET",
+                      {**self._fields, "Content-Type": "application/json"}, body, seconds,
+                      repeat=repeat)
         if reply.status in (401, 403):
             reply.close()
             raise Unreachable(self.REFUSED)
@@ -7539,7 +7536,7 @@ def is_refusal(row: Row) -> bool:
 def wording(row: Row) -> str:
     """Why a bridge did not do what it was asked."""
     return (scalar(row.get("wording")) or scalar(row.get("message")) or scalar(row.get("msg"))
-            or f"retcode {row.get('retcode')}")[:WORDING_LIMIT]
+            or f"retcode {row.get('retcode')}")[:500]
 
 
 # -- where a bridge shows the QR code of its QQ
@@ -7551,7 +7548,10 @@ class LoginPage:
     PORTS = {"napcat": 6099, "llbot": 3080}
 
     def __init__(self, settings: Settings, bridge: str) -> None:
-        self._token, self._kind = settings.onebot_login_token, settings.onebot_login
+        import hashlib
+        self._kind = settings.onebot_login
+        secret = settings.onebot_login_token + (".napcat" if self._kind == "napcat" else "")
+        self._digest = hashlib.sha256(secret.encode()).hexdigest()
         host = urllib.parse.urlsplit(bridge).hostname or ""
         host = f"[{host}]" if ":" in host else host
         url = settings.onebot_login_api or f"http://{host}:{self.PORTS[self._kind]}"
@@ -7578,7 +7578,7 @@ class LoginPage:
 
     def _ask(self, name: str) -> Row:
         if self._kind == "llbot":
-            row = self._call("/api/" + name, {"X-Webui-Token": self._digest()})
+            row = self._call("/api/" + name, {"X-Webui-Token": self._digest})
             return object_of(row.get("data"))
         fresh = not self._credential
         if fresh:
@@ -7597,7 +7597,7 @@ class LoginPage:
     def _log_in(self) -> None:
         if time.monotonic() < self._rest_until:
             raise Unreachable("the login page wants to be left alone for a while")
-        row = self._call("/api/auth/login", {}, to_bytes({"hash": self._digest(".napcat")}))
+        row = self._call("/api/auth/login", {}, to_bytes({"hash": self._digest}))
         data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
         if scalar(row.get("code")) == "0":
             self._credential = scalar(data.get("Credential")) or ""
@@ -7624,10 +7624,6 @@ class LoginPage:
     def _refuse(self, why: str) -> Unreachable:
         self._refused = f"the login page refuses onebot_login_token ({why}); it is not asked again"
         return Unreachable(self._refused)
-
-    def _digest(self, more: str = "") -> str:
-        import hashlib
-        return hashlib.sha256((self._token + more).encode()).hexdigest()
 
 
 # -- a link through a bridge, in the words of OneBot
@@ -7724,7 +7720,7 @@ class OneBotLink(Link):
     """
 
     fetches = real = True
-    any_group = ANY_GROUP
+    any_group = "284840486"      # NapCat's, for a temporary session whose group it does not know
     PROTOCOL, EXAMPLE, UNKNOWN = "OneBot", "ws://HOST:3001", "onebot_event"
     # A verb of Link: the one action that does it, and ours=theirs of what it takes.
     ACTIONS = {
@@ -7749,8 +7745,7 @@ class OneBotLink(Link):
         self._url = getattr(settings, name + "_api")
         self._token = getattr(settings, name + "_token")
         if not self._url:
-            raise Refusal(
-                f"link={name} needs the bridge's address: {name}_api={self.EXAMPLE}", 2)
+            raise Refusal(f"link={name} needs the bridge's address: {name}_api={self.EXAMPLE}", 2)
         self._hooks, self._log = hooks, log
         self.echoes, self._shares_files = settings.allow_message_sync, settings.onebot_local
         self._look = LoginPage(settings, self._url).look if settings.onebot_login else None
@@ -7805,7 +7800,6 @@ class OneBotLink(Link):
                 self._closed.wait(wait)
 
     def _read(self, bridge: Bridge) -> None:
-        """A connection's thread: it must never wait for an answer."""
         try:
             bridge.listen()
         except Exception as error:
@@ -7891,11 +7885,8 @@ class OneBotLink(Link):
         return row.get("data")
 
     def _look_up(self, action: str, **params: Json) -> Row:
-        """An object that something waits for; {} if it does not come in time.
-
-        All look-ups for one event together take LOOKUP_SECONDS, and what has just kept one waiting
-        in vain is not asked for another.
-        """
+        """An object, or {}. All look-ups for one event together take LOOKUP_SECONDS, and what has
+        just kept one waiting in vain is not asked for another."""
         now = time.monotonic()
         seconds = getattr(self._event, "until", now + LOOKUP_SECONDS) - now
         if seconds <= 0 or self._slow.get(action, 0.0) > now:
@@ -7909,7 +7900,7 @@ class OneBotLink(Link):
             return {}
 
     def _person(self, uid: str, group: str = "") -> Row:
-        """What the bridge says of somebody, in a group or anywhere; at least the number."""
+        """What the bridge says of somebody; at least the number."""
         return {**self._look_up("get_group_member_info" if group else "get_stranger_info",
                                 **filled({"group_id": group, "user_id": uid})), "user_id": uid}
 
@@ -7923,10 +7914,10 @@ class OneBotLink(Link):
 
     def list(self, kind: str) -> List[Row]:
         rows = self._list(f"get_{kind}_list", friend_row if kind == "friend" else group_row)
-        return [row for row in rows if row["uid"] != ANY_GROUP]
+        return [row for row in rows if row["uid"] != self.any_group]
 
     def _list(self, action: str, make: Callable[[Row], Row], **params: Json) -> List[Row]:
-        """The rows of a list; null is an empty one. What else names nobody would lose everybody."""
+        """The rows of a list. Declined for what is none, which would lose everybody."""
         told = self._get(action, LIST_SECONDS, **params)
         rows = [row for row in map(make, rows_of(told)) if row["uid"]]
         if told not in (None, []) and not rows:
@@ -7953,7 +7944,6 @@ class OneBotLink(Link):
 
     def _found(self, uid: str, make: Callable[[Row], Row], action: str, **params: str
                ) -> Optional[Row]:
-        """What a bridge knows of a number, None for nobody. Unreachable, if it does not say."""
         try:
             row = make(filled(object_of(self._get(action, LOOKUP_SECONDS, **params))))
         except Declined:
@@ -8010,16 +8000,15 @@ class OneBotLink(Link):
         return True
 
     def kick(self, group: str, uids: List[str]) -> bool:
-        """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
-        done = True
+        done = []
         for uid in uids:
-            if self._do("set_group_kick", group_id=group, user_id=uid, reject_add_request=False):
+            done.append(self._do("set_group_kick", group_id=group, user_id=uid,
+                                 reject_add_request=False))
+            if done[-1]:  # told at once: the bridge's own notice is then a repetition
                 self._act([{"post_type": "notice", "notice_type": "group_decrease",
                             "sub_type": "kick", "operator_id": self.me,
                             "group_id": group, "user_id": uid, "time": time.time()}])
-            else:
-                done = False
-        return done
+        return all(done)
 
     def mute(self, group: str, uids: List[str], seconds: int) -> bool:
         return all([self._do("set_group_ban", group_id=group, user_id=uid, duration=seconds)
@@ -8086,7 +8075,6 @@ class OneBotLink(Link):
         return True
 
     def _act(self, rows: List[Row]) -> None:
-        """What changes the roster is handed on before more is understood."""
         items: List[Row] = []
         for row in rows:
             self._event.until = time.monotonic() + LOOKUP_SECONDS
@@ -8096,20 +8084,18 @@ class OneBotLink(Link):
                 self._log.failure("an event of the bridge")
             finally:
                 del self._event.until
-            if any(item["do"] == "event" for item in items):
-                self._hand_on(items)
+            if row is rows[-1] or any(item["do"] == "event" for item in items):
+                self._hand_on(items)  # what changes the roster, before more is understood
                 items = []
-        self._hand_on(items)
 
     def _hand_on(self, items: List[Row]) -> None:
-        """Each under a mark of its own: a bridge numbers nothing, so none came before."""
         with contextlib.suppress(NotRunning):  # we stop
-            if items:
+            if items:  # each under a mark of its own: a bridge numbers nothing
                 self._hooks.received([{**item, "mark": f"{next(self._marks)}:0"}
                                       for item in items])
 
     def _items(self, row: Row) -> List[Row]:
-        """The items that come of an event, in order; none if it came before or means nothing."""
+        """What an event tells, in order; nothing if it came before or means nothing."""
         key: Json = row
         if message_number(row) and "message_type" in row:
             key = [str(row.get(name)) for name in (
@@ -8136,7 +8122,7 @@ class OneBotLink(Link):
         return [{"time": scalar(row.get("time")), **item} for item in items]
 
     def _was_told(self, seconds: float, what: str, *of: str) -> bool:
-        """Whether the same was the last thing told of somebody, so short a time ago; now it is."""
+        """Note what is told of somebody, and whether the same was told last, within the seconds."""
         now = time.monotonic()
         before, when = self._told.note(of, (what, now)) or ("", 0.0)
         return before == what and now - when <= seconds
@@ -8168,26 +8154,18 @@ class OneBotLink(Link):
                 found.append(self._of_member("new_group_member", group, item["sender"]))
                 self._curious.submit(self._look_later, group, uid)
                 in_group = False
-            found += self._news(object_of(row.get("sender")), uid, group if in_group else "")
+            told = object_of(row.get("sender"))
+            name = filled({"name": scalar(told.get("nickname"))})
+            more = {name: told[name] or None for name in ("card", "title")  # empty: there is none
+                    if isinstance(told.get(name), str)}
+            if scalar(told.get("role")) in ROLES:
+                more["role"] = told["role"]
+            for kind, place, facts in (("group_member", group if in_group else "",
+                                         {**name, **more}), ("friend", "", name)):
+                thing = known(kind, uid, place)
+                found += [changed(kind, place, uid, name, value) for name, value in facts.items()
+                          if thing is not None and thing.value(name) != value]
         return [*found, item]
-
-    def _news(self, told: Row, uid: str, group: str) -> List[Row]:
-        """What a sender's block says of somebody that the roster did not know yet.
-
-        A block without a member says nothing about it; an empty card or title is none.
-        """
-        name = {"name": scalar(told.get("nickname"))} if scalar(told.get("nickname")) else {}
-        more = {name: told[name] or None for name in ("card", "title")
-                if isinstance(told.get(name), str)}
-        if scalar(told.get("role")) in ROLES:
-            more["role"] = told["role"]
-        found = []
-        for kind, facts in ("group_member", {**name, **more}), ("friend", name):
-            thing = self._hooks.known(kind, uid, group)
-            found += [changed(kind, group if kind == "group_member" else "", uid, name, value)
-                      for name, value in facts.items()
-                      if thing is not None and thing.value(name) != value]
-        return found
 
     def _message(self, row: Row) -> Row:
         """The item that tells of a message."""
@@ -8222,7 +8200,7 @@ class OneBotLink(Link):
                 "sender": sender, "group_name": scalar(row.get("group_name"))}
 
     def _content(self, segments: List[Row], group: str) -> str:
-        """What a person reads, with one blank behind a name."""
+        """What a person reads, with one blank after a name."""
         parts: List[str] = []
         asked, after_name, room = 0, False, CONTENT_LIMIT // 4
         for kind, data in ((segment["type"], segment["data"]) for segment in segments):
@@ -8251,8 +8229,8 @@ class OneBotLink(Link):
     # -- who is new, or gone, or has changed
 
     def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
-        """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
-        if uid == ANY_GROUP or self._hooks.known("group", uid, "") or not (
+        """A group that is not listed is new, if the list is good or a notice is `sure`."""
+        if uid == self.any_group or self._hooks.known("group", uid, "") or not (
                 sure or self._hooks.certain("group")):
             return []
         self._was_told(0.0, "entry", uid, self.me)
@@ -8261,12 +8239,11 @@ class OneBotLink(Link):
         return [happened("new_group", object=group_row({**row, "group_id": uid}))]
 
     def _of_member(self, event: str, group: str, member: Row, **facts: Json) -> Row:
-        """Also of a group that no list has told of yet."""
         return happened(event, object=member, circle=group,
                         unlisted=not self._hooks.certain("group"), **facts)
 
     def _look_later(self, group: str, uid: str) -> None:
-        """What there is to know of somebody new; nobody waits for it, so nobody is told."""
+        """What there is to know of somebody new, quietly."""
         kind, make = ("group_member", member_row) if group else ("friend", friend_row)
         self._hand_on([changed(kind, group, uid, name, value, quiet=True)
                        for name, value in make(self._person(uid, group)).items()
@@ -8370,10 +8347,8 @@ class OneBotLink(Link):
 
 class MessageBook(Journal):
     """The newest LIMIT messages of a bridge that numbers them within each conversation (`place`,
-    ACCOUNT/SCENE/PEER), and an id for each that is turned back after a restart, too: a digest, as
-    high as those of MessageIds. flush() writes; it comes after an event was handed on, so that a
-    kill in between may double it but loses nothing.
-    """
+    ACCOUNT/SCENE/PEER), with an id for each: a digest, as high as those of MessageIds. flush() is
+    for after an event was handed on: a kill in between may double it but loses nothing."""
 
     LIMIT, COMPACT = 10_000, 1024 * 1024
 
@@ -8392,8 +8367,8 @@ class MessageBook(Journal):
         keep_newest(self._rows, self.LIMIT)
 
     def note(self, place: str, seq: int, when: float = 0.0) -> Tuple[int, bool]:
-        """The id of a message, and whether this is new of it: that it was heard `when` it was said
-        (negative: we said it), or, with 0, that it is talked of."""
+        """The id of a message, and whether it was not noted before; `when` it was heard (negative:
+        we said it), or 0 if it is only talked of, which counts for nothing once it is heard."""
         least = MessageIds.LEAST
         number = least + zlib.crc32(f"{place}/{seq}".encode()) % least
         with self._lock:
@@ -8413,7 +8388,7 @@ class MessageBook(Journal):
         return row[1], row[2]
 
     def heard(self, account: str, since: float) -> Dict[str, int]:
-        """The 50 places where an account heard something last, and the last seq in each."""
+        """The 50 places where an account heard something last -> the last seq there."""
         newest: Dict[str, int] = {}
         with self._lock:
             for _, place, seq, when in self._rows.values():
@@ -8422,7 +8397,6 @@ class MessageBook(Journal):
         return dict(list(newest.items())[:-51:-1])
 
     def flush(self) -> None:
-        """Let what was noted survive."""
         with self._lock:
             if self._unwritten:
                 self.write(self._unwritten)
@@ -8438,7 +8412,7 @@ def is_true(value: Json) -> bool:
 
 
 def renamed(row: Row, names: Sequence[str]) -> Row:
-    """The members of an object that are named `ours=theirs`, with the names that are ours."""
+    """Members of an object under other names, each given as `ours=theirs`."""
     return {ours: row.get(theirs) for ours, theirs in (pair.split("=") for pair in names)}
 
 
@@ -8602,7 +8576,7 @@ class MilkyLink(OneBotLink):
         raise Declined(f"its answer to {name} has no {member}")
 
     def _entity(self, row: Row) -> Row:
-        """A friend, group or member, besides with the names that OneBot bridges have for that."""
+        """A friend, group or member, also with OneBot's names."""
         return {**row, "group_remark": row.get("remark"),
                 "group_memo": scalar(row.get("announcement")) or row.get("description"),
                 "group_create_time": row.get("created_time"),
@@ -8641,9 +8615,9 @@ class MilkyLink(OneBotLink):
             if None in made.values():
                 raise Declined(f"Milky cannot send this segment: {kind}")
             found.append({"type": theirs, "data": made})
-        data = object_of(self._get("send_private_message", user_id=user_id, message=found)
-                         if user_id else
-                         self._get("send_group_message", group_id=group_id, message=found))
+        to: Row = {"user_id": user_id} if user_id else {"group_id": group_id}
+        data = object_of(self._get(f"send_{'private' if user_id else 'group'}_message",
+                                   message=found, **to))
         seq = number_of(data.get("message_seq"))
         number = self._book.note(place, int(seq), -time.time())[0] if seq else None
         self._book.flush()
@@ -8705,7 +8679,7 @@ class MilkyLink(OneBotLink):
         self._book.flush()
 
     def _items(self, row: Row) -> List[Row]:
-        """What comes of an event of Milky's, or of one that is in OneBot's words already."""
+        """Also of one that is in OneBot's words already."""
         kind, data = scalar(row.get("event_type")) or "", object_of(row.get("data"))
         place, seq = self._place(data), int(number_of(data.get("message_seq")) or 0)
         if kind == "message_receive":
@@ -8795,11 +8769,8 @@ def _aes_tables() -> Any:
 
 
 def aes_128_ecb(key: bytes, data: bytes, encrypt: bool) -> bytes:
-    """AES-128-ECB with PKCS7 padding: WeChat's media have it, the standard library has not.
-
-    1 MiB takes a third of a second. ValueError if what is to be decrypted was not encrypted with
-    this key.
-    """
+    """AES-128-ECB with PKCS7 padding, which the standard library has not. ValueError if what is to
+    be decrypted was not encrypted with this key. 1 MiB takes a third of a second."""
     if encrypt:
         count = 16 - len(data) % 16
         data += bytes([count]) * count
@@ -8851,10 +8822,10 @@ class LoginEnded(OpenQQError):
 class ILinkLink(Link):
     """A WeChat account, through Tencent's own bot API (WEIXIN): whoever scans it, and no one else.
 
-    One thread logs in, by a code or by what the cookie holds, then asks for news again and again.
-    The cookie is JSON: token, base (the API's address after the login), me, owner (uids of account
-    and person), and `people`: uid -> [context token, sends left, until when]. The mark of an item
-    tells from where to ask after it, and which messages since then are known already.
+    One thread logs in, by a code or the cookie, then asks for news again and again. The cookie is
+    JSON: token, base (the API's address after the login), me, owner (uids of account and person),
+    and `people`: uid -> [context token, sends left, until when]. The mark of an item tells from
+    where to ask after it, and which messages since then are known already.
     """
 
     real = True
@@ -8883,7 +8854,6 @@ class ILinkLink(Link):
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
         self._hooks, self._log = hooks, log
         self._api, self._cdn = settings.ilink_api.rstrip("/"), settings.ilink_cdn.rstrip("/")
-        self._is_official = self._api == SETTINGS["ilink_api"].default
         self._news = threading.Condition()   # guards the next five
         self._login: Row = {}                # empty, where it needs a scan
         self._people: Dict[str, List[Any]] = {}
@@ -8915,7 +8885,6 @@ class ILinkLink(Link):
         return str(self._login.get("me", ""))
 
     def status(self) -> Row:
-        """What check_client tells besides: how many messages may be sent, until when (seconds)."""
         with self._news:
             _, left, until = self._person(str(self._login.get("owner", "")))
             shown: Row = {"sends_left": left if until > time.time() else 0,
@@ -8941,7 +8910,6 @@ class ILinkLink(Link):
             self._news.notify_all()
 
     def verify_code(self, code: str) -> bool:
-        """The digits that the phone shows; False when nobody asks for them."""
         with self._news:
             if self._digits is None:
                 return False
@@ -8992,8 +8960,7 @@ class ILinkLink(Link):
             self._news.wait_for(lambda: turn != self._turn, seconds)
 
     def _scan(self, turn: int) -> None:
-        """Show a code until it is scanned and confirmed: then _login is there, or else it came to
-        nothing."""
+        """Show a code until it is confirmed, and _login is there, or until it came to nothing."""
         row = self._call("get_bot_qrcode?bot_type=3", {
             "local_token_list": [self._former["token"]] if self._former else []}, self._api)
         params, base = {"qrcode": scalar(row.get("qrcode")) or ""}, self._api
@@ -9011,11 +8978,20 @@ class ILinkLink(Link):
                 row = {}
             status = row.get("status")
             if status == "confirmed":
-                return self._accept(row, base)
+                token, me, owner, url = [scalar(row.get(name)) or "" for name in (
+                    "bot_token", "ilink_bot_id", "ilink_user_id", "baseurl")]
+                if not (me and owner and re.fullmatch("[!-~]+", token)):
+                    raise Unreachable("it confirms a login without a token")
+                base = self._allowed(url if is_url(url) else base)
+                if me != self._former.get("me"):
+                    self._cursor = ""
+                with self._news:
+                    self._login = {"token": token, "me": me, "owner": owner, "base": base}
+                return
+            if status == "binded_redirect":
+                with self._news:
+                    self._login = self._former
             if status in ("expired", "verify_code_blocked", "binded_redirect"):
-                if status == "binded_redirect":
-                    with self._news:
-                        self._login = self._former
                 return
             if status in ("scaned", "need_verifycode"):
                 self._hooks.scanned()
@@ -9036,20 +9012,8 @@ class ILinkLink(Link):
                 base = self._allowed("https://" + host)
             self._rest(turn, 1.0)
 
-    def _accept(self, row: Row, base: str) -> None:
-        """Take what a confirmation tells as the login."""
-        token, me, owner, url = [scalar(row.get(name)) or "" for name in (
-            "bot_token", "ilink_bot_id", "ilink_user_id", "baseurl")]
-        if not (me and owner and re.fullmatch("[!-~]+", token)):
-            raise Unreachable("it confirms a login without a token")
-        base = self._allowed(url if is_url(url) else base)
-        if me != self._former.get("me"):
-            self._cursor = ""
-        with self._news:
-            self._login = {"token": token, "me": me, "owner": owner, "base": base}
-
     def _poll(self, turn: int) -> None:
-        """Ask for news once, and hand on what came; the next time acknowledges it."""
+        """Ask for news, and hand it on; the next time acknowledges it."""
         began = time.monotonic()
         try:
             row = self._call("getupdates", {"get_updates_buf": self._cursor},
@@ -9113,7 +9077,6 @@ class ILinkLink(Link):
                 **({"media": media} if media else {})}
 
     def _fetch_media(self, data: Row, ending: str) -> Optional[Row]:
-        """{name, data (base64)} of what came, or None if it cannot be had."""
         media = object_of(data.get("media"))
         if not media:
             return None
@@ -9213,17 +9176,18 @@ class ILinkLink(Link):
             "aes_key": base64.b64encode(key.hex().encode()).decode()}}}
 
     def typing(self, uid: str, on: bool) -> None:
-        self._typists.submit(self._type, uid, on)
+        def show() -> None:
+            try:
+                ticket = self._call("getconfig", {
+                    "ilink_user_id": uid,
+                    "context_token": self._person(uid)[0]}).get("typing_ticket")
+                if ticket:
+                    self._call("sendtyping", {"ilink_user_id": uid, "typing_ticket": ticket,
+                                              "status": 1 if on else 2})
+            except OpenQQError as error:
+                self._log.debug(f"WeChat, typing: {error.status}")
 
-    def _type(self, uid: str, on: bool) -> None:
-        try:
-            ticket = self._call("getconfig", {
-                "ilink_user_id": uid, "context_token": self._person(uid)[0]}).get("typing_ticket")
-            if ticket:
-                self._call("sendtyping", {"ilink_user_id": uid, "typing_ticket": ticket,
-                                          "status": 1 if on else 2})
-        except OpenQQError as error:
-            self._log.debug(f"WeChat, typing: {error.status}")
+        self._typists.submit(show)
 
     def _call(self, name: str, body: Row, base: str = "", seconds: float = 15.0,
               check: bool = True) -> Row:
@@ -9254,10 +9218,11 @@ class ILinkLink(Link):
         return row
 
     def _allowed(self, url: str) -> str:
-        """The address, unless Tencent's own servers would lead us to others'. Unreachable."""
+        """The address. Unreachable, if Tencent's own servers would lead us to others'."""
         parts = urllib.parse.urlsplit(url)
         under = ("." + (parts.hostname or "")).endswith(".weixin.qq.com")
-        if self._is_official and (parts.scheme != "https" or not under):
+        official = self._api == SETTINGS["ilink_api"].default
+        if official and (parts.scheme != "https" or not under):
             raise Unreachable(f"it leads elsewhere, to {shown_url(url)}")
         return url.rstrip("/")
 
