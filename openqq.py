@@ -8846,7 +8846,6 @@ class ILinkLink(Link):
                         r".{2000,3999}[ ，,]|.{4000}")
     RULE = ("WeChat's rule: the person has to write first, then 10 messages may be sent to him "
             "within 24 hours")
-    SENDS, SENDS_SECONDS = 10, 86_400.0
     POLL_SECONDS = 40.0          # its own limit is 35
     CODE_SECONDS = 300.0         # a code that is not scanned is replaced
 
@@ -8930,7 +8929,8 @@ class ILinkLink(Link):
                     if not self._login:
                         continue
                 elif not confirmed:
-                    self._call("msg/notifystart", {}, check=False)
+                    with contextlib.suppress(Declined, LoginEnded):
+                        self._call("msg/notifystart", {})
                     self._call("getconfig", {"ilink_user_id": self._login["owner"]})
                 if turn == self._turn and not confirmed:
                     confirmed, self._why = True, ""
@@ -8971,7 +8971,7 @@ class ILinkLink(Link):
         while turn == self._turn and time.monotonic() < until:
             try:
                 row = self._fetch(with_params(f"{base}/ilink/bot/get_qrcode_status", **params),
-                                  "GET", self.APP, None, self.POLL_SECONDS)
+                                  self.APP, self.POLL_SECONDS)
             except Unreachable as error:  # also a long poll's end
                 self._log.debug(f"WeChat, get_qrcode_status: {error.status}")
                 row = {}
@@ -9050,7 +9050,7 @@ class ILinkLink(Link):
         uid = scalar(message.get("from_user_id")) or ""
         with self._news:
             token = scalar(message.get("context_token")) or self._person(uid)[0]
-            self._people[uid] = [token, self.SENDS, time.time() + self.SENDS_SECONDS]
+            self._people[uid] = [token, 10, time.time() + 86_400]  # as RULE says
         texts, reply_to = [], None
         media: Optional[Row] = None
         for part in rows_of(message.get("item_list")):
@@ -9139,7 +9139,7 @@ class ILinkLink(Link):
         return to_bytes({**self._login, "people": self._people}).decode()
 
     def _upload(self, uid: str, media: Row) -> Row:
-        """Put a picture, a video or a file on WeChat's server: the item that shows it."""
+        """Put a file on WeChat's server: the item that shows it."""
         import hashlib
         data, key, name = base64.b64decode(media["data"]), os.urandom(16), os.urandom(16).hex()
         body = aes_128_ecb(key, data, True)
@@ -9188,8 +9188,7 @@ class ILinkLink(Link):
 
         self._typists.submit(show)
 
-    def _call(self, name: str, body: Row, base: str = "", seconds: float = 15.0,
-              check: bool = True) -> Row:
+    def _call(self, name: str, body: Row, base: str = "", seconds: float = 15.0) -> Row:
         """The answer to a call. Unreachable; Declined with what WeChat says; LoginEnded."""
         login = self._login
         fields = {**self.APP, "Content-Type": "application/json",
@@ -9199,18 +9198,17 @@ class ILinkLink(Link):
         if not base:
             base, body = login["base"], {**body, "base_info": self.BASE_INFO}
             fields["Authorization"] = "Bearer " + login["token"]
-        row = self._fetch(f"{base}/ilink/bot/{name}", "POST", fields, to_bytes(body), seconds)
+        row = self._fetch(f"{base}/ilink/bot/{name}", fields, seconds, to_bytes(body))
         code, why = row.get("errcode") or row.get("ret") or 0, scalar(row.get("errmsg")) or ""
-        if code and check:
-            if scalar(code) in ("-14", "-14.0"):
-                raise LoginEnded(f"-14 {why}".strip())
+        if scalar(code) in ("-14", "-14.0"):
+            raise LoginEnded(f"-14 {why}".strip())
+        if code:
             raise Declined(f"{name}: {code} {why}".strip()
                            + (f"; {self.RULE}" if name == "sendmessage" else ""))
         return row
 
-    def _fetch(self, url: str, method: str, fields: Fields, body: Optional[bytes],
-               seconds: float) -> Row:
-        reply = fetch(url, method, fields, body, seconds)
+    def _fetch(self, url: str, fields: Fields, seconds: float, body: Optional[bytes] = None) -> Row:
+        reply = fetch(url, "POST" if body else "GET", fields, body, seconds)
         row = object_in(reply.read())
         if reply.status != 200 or row is None:
             raise Unreachable(f"it answers {reply.status}", True)  # so it may have acted
