@@ -7371,16 +7371,12 @@ def changed(kind: str, group: str, uid: str, name: str, value: Json, **more: Any
 # -- the ways to a bridge
 
 class Bridge:
-    """One connection to a bridge: calls there, events back. One subclass per way.
+    """One connection to a bridge: calls there, events back. One subclass per way."""
 
-    open()                        connect. Unreachable
-    listen()                      give events to `hear` until the bridge is lost: Unreachable
-    ask(action, params, seconds)  the bridge's answer, whatever it says. Unreachable, Declined
-    """
-
-    open: Callable[[], None]
-    listen: Callable[[], None]
-    ask: Callable[[str, Row, float], Row]
+    open: Callable[[], None]               # connect. Unreachable
+    listen: Callable[[], None]             # hear() events until the bridge is lost: Unreachable
+    ask: Callable[[str, Row, float], Row]  # action, parameters, seconds -> the bridge's answer,
+                                           # whatever it says. Unreachable, Declined
     REFUSED = "the bridge refuses onebot_token"
 
     def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
@@ -7391,9 +7387,12 @@ class Bridge:
         self.complaint = ""          # why we, or the bridge in words of its own, end it
         self.news = threading.Event()  # set when it is time to see whether it is logged in
 
-    def close(self, why: str = "the connection was closed") -> None:
+    def close(self, why: Union[str, Exception] = "the connection was closed") -> None:
         """End it, from any thread."""
-        self.complaint = self.complaint or why
+        if isinstance(why, Exception) and not isinstance(why, OpenQQError):
+            self._log.failure("the bridge's thread")
+            why = repr(why)
+        self.complaint = self.complaint or str(why)
         self.closed.set()
         self.news.set()
         if self._line:
@@ -7481,7 +7480,7 @@ class SocketBridge(Bridge):
     def listen(self) -> None:
         self._line.run()
 
-    def close(self, why: str = "the connection was closed") -> None:
+    def close(self, why: Union[str, Exception] = "the connection was closed") -> None:
         super().close(why)
         for echo in list(self._waiting):
             future = self._waiting.pop(echo, None)
@@ -7697,9 +7696,10 @@ class Intake:
 
 
 class Recent:
-    """The newest WAIT_LIMIT notes."""
+    """The newest notes."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = WAIT_LIMIT) -> None:
+        self._limit = limit
         self._lock = threading.Lock()  # guards notes
         self.notes: Dict[Any, Any] = {}
 
@@ -7708,7 +7708,7 @@ class Recent:
         with self._lock:
             before = self.notes.pop(key, None)
             self.notes[key] = value
-            keep_newest(self.notes, WAIT_LIMIT)
+            keep_newest(self.notes, self._limit)
         return before
 
 
@@ -7791,7 +7791,7 @@ class OneBotLink(Link):
                     self._greet(bridge)
                     bridge.news.wait()
             except Exception as error:  # whatever it was, an account must not go deaf
-                bridge.close(self._explain(error))
+                bridge.close(error)
             failures = 1 if self._greeted else failures + 1
             self._greeted = False
             if not self._closed.is_set():
@@ -7804,14 +7804,7 @@ class OneBotLink(Link):
         try:
             bridge.listen()
         except Exception as error:
-            bridge.close(self._explain(error))
-
-    def _explain(self, error: Exception) -> str:
-        """Why a connection ends."""
-        if isinstance(error, OpenQQError):
-            return error.status
-        self._log.failure("the bridge's thread")
-        return repr(error)
+            bridge.close(error)
 
     def _await_page(self) -> None:
         """NapCat opens its OneBot ports only when QQ is logged in; its page is there before."""
@@ -8347,25 +8340,21 @@ class OneBotLink(Link):
 # -- Milky (MILKY.md): the same QQ in other words, which MilkyLink translates from and to OneBot's
 
 class MessageBook(Journal):
-    """The newest LIMIT messages of a bridge that numbers them within each conversation (`place`,
+    """The newest messages of a bridge that numbers them within each conversation (`place`,
     ACCOUNT/SCENE/PEER), with an id for each: a digest, as high as those of MessageIds. flush() is
     for after an event was handed on: a kill in between may double it but loses nothing."""
 
-    LIMIT, COMPACT = 10_000, 1024 * 1024
+    COMPACT = 1024 * 1024
 
     def __init__(self, path: str, log: Log) -> None:
         super().__init__(path, log)
         self._lock = threading.Lock()        # guards both below, and the file
-        self._rows: Dict[int, List[Any]] = {}  # id -> id, place, seq, when
+        self._recent = Recent(10_000)        # id -> id, place, seq, when
+        self._rows: Dict[int, List[Any]] = self._recent.notes
         self._unwritten: List[Json] = []
         for line in self.read():
             if isinstance(line, list) and list(map(type, line)) == [int, str, int, int]:
-                self._keep(line)
-
-    def _keep(self, row: List[Any]) -> None:
-        self._rows.pop(row[0], None)
-        self._rows[row[0]] = row
-        keep_newest(self._rows, self.LIMIT)
+                self._recent.note(line[0], line)
 
     def note(self, place: str, seq: int, when: float = 0.0) -> Tuple[int, bool]:
         """The id of a message, and whether it was not noted before; `when` it was heard (negative:
@@ -8377,8 +8366,9 @@ class MessageBook(Journal):
                 number = least + (number + 1) % least
             if number in self._rows and (self._rows[number][3] or not when):
                 return number, False
-            self._keep([number, place, seq, int(when)])
-            self._unwritten.append(self._rows[number])
+            row = [number, place, seq, int(when)]
+            self._recent.note(number, row)
+            self._unwritten.append(row)
             return number, True
 
     def find(self, number: Json) -> Tuple[str, int]:
