@@ -7133,8 +7133,6 @@ MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"
 # Actions that hand out the account or the machine.
 SECRET_ACTION = re.compile("(?i)cookie|credential|csrf|key|token|exit|quit|restart|reboot|shutdown|"
                            "clean|logout")
-# Members whose value a bridge reads, or fetches.
-SOURCE_NAME = re.compile("(?i)(file|url|image|path|audio|cover|thumb|icon|.*_?ur[il])")
 
 
 def scalar(value: Json) -> Optional[str]:
@@ -7263,7 +7261,8 @@ def check_sources(value: Json, check_url: Callable[[str], None], name: str = "",
         for segment in segments_of(value):
             if segment["type"] != "text":  # a node's content holds codes of its own
                 check_sources(segment["data"], check_url, in_code=True)
-        source = value.strip() if SOURCE_NAME.fullmatch(name) else ""
+        fetched = re.fullmatch("(?i)file|url|image|path|audio|cover|thumb|icon|.*ur[il]", name)
+        source = value.strip() if fetched else ""
         if not re.match("(https?|base64)://", source) and re.search(
                 r"[/\\:]|^\.\.?$", source) or in_code and re.search(r"(?i)\bfile:", value):
             where = " in a CQ code" if in_code else ""
@@ -7582,7 +7581,17 @@ class LoginPage:
             return object_of(row.get("data"))
         fresh = not self._credential
         if fresh:
-            self._log_in()
+            if time.monotonic() < self._rest_until:
+                raise Unreachable("the login page wants to be left alone for a while")
+            row = self._call("/api/auth/login", {}, to_bytes({"hash": self._digest}))
+            data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
+            if scalar(row.get("code")) == "0":
+                self._credential = scalar(data.get("Credential")) or ""
+            elif "rate limit" in why:  # says nothing about the token
+                self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
+                raise Unreachable(f"the login page: {why}")
+            if not self._credential:
+                raise self._refuse("two-factor login" if data.get("require2FA") else why)
         row = self._call("/api/QQLogin/" + name, {"Authorization": bearer(self._credential)}, b"{}")
         why = scalar(row.get("message")) or ""
         if scalar(row.get("code")) == "0":
@@ -7593,19 +7602,6 @@ class LoginPage:
         if fresh:
             raise self._refuse(why)
         return self._ask(name)
-
-    def _log_in(self) -> None:
-        if time.monotonic() < self._rest_until:
-            raise Unreachable("the login page wants to be left alone for a while")
-        row = self._call("/api/auth/login", {}, to_bytes({"hash": self._digest}))
-        data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
-        if scalar(row.get("code")) == "0":
-            self._credential = scalar(data.get("Credential")) or ""
-        elif "rate limit" in why:  # says nothing about the token
-            self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
-            raise Unreachable(f"the login page: {why}")
-        if not self._credential:
-            raise self._refuse("two-factor login" if data.get("require2FA") else why)
 
     def _call(self, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
         if self._refused:
@@ -7637,7 +7633,6 @@ class Intake:
     """
 
     LIMIT = 10_000
-    BATCH = 64
     WORKERS = 16
     PATIENCE = 0.25
 
@@ -7684,7 +7679,7 @@ class Intake:
     def _work(self, name: str) -> None:
         while True:
             with self._changed:
-                rows = self._busy[name][:self.BATCH]
+                rows = self._busy[name][:64]
                 if not rows:
                     del self._busy[name]
                     return self._changed.notify_all()
