@@ -58,6 +58,7 @@ import json
 import logging
 import math
 import mimetypes
+import operator
 import os
 import queue
 import re
@@ -149,7 +150,6 @@ WAITING_SECONDS = 600.0          # scaning for so long is worth a client_waiting
 
 BRIDGE_LIMIT = 16 * 1024 * 1024  # bytes of one message of a OneBot bridge
 BRIDGE_SECONDS = 30.0            # for an answer of it; silence before a sign of life is asked for
-WORDING_LIMIT = 500              # letters of what a bridge gives as a reason
 LOOKUP_SECONDS = 5.0             # a conversation waits so long for who is meant in it
 LIST_SECONDS = 60.0              # for a list: NapCat asks for each friend's details in that call
 DOUBT_SECONDS = 60.0             # how long a list that lost many must say the same
@@ -6650,27 +6650,22 @@ def check_content(params: Params) -> str:
 # ------------------------------------------------------------------------------------------------
 
 class Hooks:
-    """What a link tells its client; each may be called from any thread.
+    """What a link tells its client; each may be called from any thread."""
 
-    `qrcode(code, seconds, error)`: to be scanned, how long it holds, and why, if there is more to
-    tell. `waiting(error)`: not logged in, and no code to show. `scanned()`. `confirmed(cookie,
-    fresh)`: logged in, `fresh` if ids may have changed; also after `lost(error)`: the connection is
-    gone, in words. `received(items)`: what happened; returns the mark of what is safe on disk.
-    `known(kind, uid, circle)`: a thing of the roster, or None. `certain(kind)`: whether who is not
-    known there is new (a list that was not told, or is doubted, says nothing about that).
-    `kept(cookie)`: what status() tells has changed and, unless it is empty, what a later login
-    needs. `ids_path`: a file for what a link must know of its messages.
-    """
+    qrcode: Callable[[Code, float, str], None]  # to be scanned; seconds that it holds; a complaint
+    waiting: Callable[[str], None]         # not logged in, and no code to show: why
+    scanned: Callable[[], None]
+    confirmed: Callable[[str, bool], None]  # logged in: a cookie; whether ids may have changed
+    lost: Callable[[str], None]            # the connection is gone: why; confirmed() may follow
+    received: Callable[[List[Row]], str]   # what happened -> the mark of what is safe on disk
+    known: Callable[[str, str, str], Any]  # kind, uid, circle -> a thing of the roster, or None
+    certain: Callable[[str], bool]         # whether who is not known of a kind is new: a list that
+                                           # was not told, or is doubted, says nothing about that
+    kept: Callable[[str], None]            # status() has changed; a cookie, unless it is empty
+    ids_path: str                          # a file for what a link must know of its messages
 
-    def __init__(self, qrcode: Callable[[Code, float, str], None], waiting: Callable[[str], None],
-                 scanned: Callable[[], None], confirmed: Callable[[str, bool], None],
-                 lost: Callable[[str], None], received: Callable[[List[Row]], str],
-                 known: Callable[[str, str, str], Optional[Any]],
-                 certain: Callable[[str], bool], kept: Callable[[str], None]) -> None:
-        self.kept, self.ids_path = kept, ""
-        self.qrcode, self.waiting, self.scanned = qrcode, waiting, scanned
-        self.confirmed, self.lost = confirmed, lost
-        self.received, self.known, self.certain = received, known, certain
+    def __init__(self, **hooks: Any) -> None:
+        vars(self).update(hooks)
 
 
 class Link:
@@ -6681,21 +6676,19 @@ class Link:
 
     login(cookie, mark)   begin to log in, with a former login's cookie if there is one; hooks tell
                           the rest. renew() shows a new QR code; ready(): the account is running
-    roster()              {"user": …, "friend": […], "group": […], "discuss": […]}; what is left
-                          out list() tells. A group without `member` has that, and its role, left
-                          to details()
-    list(kind)            the friends or groups that roster() left out. Declined
-    details(group, members)  what roster() left out of a group: role, and with `members` owner_id,
-                          owner_uid, member. Declined if there are none to be had
+    roster()              {"user": …, "friend": […], "group": […], "discuss": […]}; lists may be
+                          left to list(), and a group's `member` and role to details()
+    list(kind)            the friends or groups. Declined
+    details(group, members)  a group's role, and with `members` owner_id, owner_uid, member.
+                          Declined if there are none to be had
     find_group(uid), find_member(group, uid)  one that no list told of, or None
     account()             what the account is called outside, where two clients may have the same
     status()              what check_client tells of this link besides
     presence()            uid -> state of those whose state no event tells
     send(messages)        of {type, content, cq, uid, group, discuss, reply_to (an id or None), at
-                          (uids, or all), media}: for each {"code", "info"}, besides `id`, which
-                          the message is known by from now on, and `mark`, if an answer came with
-                          it: that of an item that hooks.received() will get. `media` is {name,
-                          mime, data (base64), url, path}
+                          (uids, or all), media}: for each {"code", "info"}, `id` from now on, and
+                          `mark`, if an answer came with it: that of an item that hooks.received()
+                          will get. `media` is {name, mime, data (base64), url, path}
     hear(row)             take an event that was posted to us; False if this link knows none
     find_message(id)      an item that tells of a message, or None
     call(action, params)  the whole answer to an action of a bridge's own
@@ -6734,10 +6727,10 @@ class Link:
 
 
 class LocalLink(Link):
-    """An account on the local network; `host(verb, …)` is LocalNetwork.call.
+    """An account on the local network; `host(verb, …)` is LocalNetwork.call, or call_host().
 
-    What happens is fetched by a thread that asks, and waits for an answer as long as nothing
-    happens; asking again acknowledges what was stored.
+    A thread asks for what happens, and is answered when something does; asking again acknowledges
+    what was stored.
     """
 
     send_interval = 0.0
@@ -6748,8 +6741,8 @@ class LocalLink(Link):
 
     def __init__(self, host: Callable[..., Json], hooks: Hooks, password: bool,
                  mode: str, log: Log) -> None:
-        self._host, self._hooks, self._password, self._log = host, hooks, password, log
-        self._mode = mode
+        self._host, self._hooks, self._log = host, hooks, log
+        self._password, self._mode = password, mode
         self._closed = threading.Event()
         self._mark = ""
         self._pulling = False
@@ -6769,7 +6762,6 @@ class LocalLink(Link):
         self._host("ticket")
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:
-        """Whatever else a link can do the network does, and in the same words."""
         if verb in self.FORWARDED:
             return functools.partial(self._host, verb)
         return super().__getattr__(verb)
@@ -6802,34 +6794,27 @@ class LocalLink(Link):
                 failures += 1
 
 
-class RemoteHost:
-    """LocalNetwork.call, in another process, for one account."""
-
-    # pull: longer than one may wait; presence: a list is not worth more; 30 for all others
-    SECONDS = {"pull": 330.0, "presence": LOOKUP_SECONDS}
-
-    def __init__(self, url: str, key: str) -> None:
-        self._url = url + "/local/link"
-        self._fields = {"X-OpenQQ-Key": key, "Content-Type": "application/json"}
-
-    def __call__(self, verb: str, *args: Json, **named: Json) -> Json:
-        """What the host answers; Unreachable, also for what it refuses."""
-        body = to_bytes({"verb": verb, "args": args, "named": named})
-        reply = fetch(self._url, "POST", self._fields, body, self.SECONDS.get(verb, 30.0))
-        data = reply.read(4 * BODY_LIMIT)
-        try:
-            value = from_bytes(data)
-        except ValueError:
-            raise Unreachable("not an answer of a host", True) from None
-        if reply.status != 200:
-            raise Unreachable(str(value.get("status", reply.status)), True)
-        return value
+def call_host(url: str, key: str, verb: str, *args: Json, **named: Json) -> Json:
+    """LocalNetwork.call in another process, for the account of the key. Unreachable, also for what
+    the host refuses."""
+    # pull: longer than one may wait; presence: a list is not worth more
+    seconds = {"pull": 330.0, "presence": LOOKUP_SECONDS}.get(verb, 30.0)
+    reply = fetch(url + "/local/link", "POST",
+                  {"X-OpenQQ-Key": key, "Content-Type": "application/json"},
+                  to_bytes({"verb": verb, "args": args, "named": named}), seconds)
+    data = reply.read(4 * BODY_LIMIT)
+    try:
+        value = from_bytes(data)
+    except ValueError:
+        raise Unreachable("not an answer of a host", True) from None
+    if reply.status != 200:
+        raise Unreachable(str(value.get("status", reply.status)), True)
+    return value
 
 
 # -- what bridges say: values, messages, people (OneBot 11 and Milky spell nearly all alike)
 
 CQ_CODE = re.compile(r"\[CQ:([A-Za-z0-9_.\-]+)((?:,[^,\[\]]*)*)\]")
-SEGMENT_TYPE = re.compile(r"[A-Za-z0-9_.\-]{1,32}")
 CQ_ESCAPES = (("&", "&amp;"), ("[", "&#91;"), ("]", "&#93;"), (",", "&#44;"))
 # What segments read as, with members of their data (| or else) as far as they are there. What is
 # empty then, and what is not listed, reads [type].
@@ -6845,19 +6830,13 @@ LABELS = {"face": "[表情]", "bface": "[表情]", "sface": "[表情]",
 DETAIL_LIMIT = 500               # letters of one such member
 AT_LIMIT = 8                     # names of a message that are asked for: each may take seconds
 MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
-ANY_GROUP = "284840486"  # NapCat's, for a temporary session whose group it does not know
-IMAGE_SUMMARY = re.compile(r"\[[^\[\]]{1,20}\]")  # NapCat: [动画表情]
-XML_TITLES = (r"""\bbrief=["']([^"']*)""", r"<title\b[^>]{0,200}>([^<]*)",
-              r"""\btitle=["']([^"']*)""")
 # Actions that hand out the account or the machine.
 SECRET_ACTION = re.compile("(?i)cookie|credential|csrf|key|token|exit|quit|restart|reboot|shutdown|"
                            "clean|logout")
-# Members whose value a bridge reads, or fetches.
-SOURCE_NAME = re.compile("(?i)(file|url|image|path|audio|cover|thumb|icon|.*_?ur[il])")
 
 
 def scalar(value: Json) -> Optional[str]:
-    """A scalar as text, as bridges write the same id as a number or a string; else None."""
+    """A scalar as text, since bridges write ids as numbers or strings; else None."""
     if value is None or isinstance(value, (dict, list)):
         return None
     if isinstance(value, float) and not abs(value) < 1e300:
@@ -6886,23 +6865,22 @@ def detail(value: Json) -> str:
 
 
 def id_of(text: str) -> Json:
-    """A message's id as bridges and answers have it: a number, unless JSON's would be too small
-    for it, or it is none."""
+    """A message's id as bridges and answers have it: a number, where one of JSON's can hold it."""
     return int(text) if re.fullmatch("-?[0-9]{1,15}", text) else text
 
 
 def filled(row: Row) -> Row:
-    """What a look-up really says: its nulls and empty texts replace nothing that is known."""
+    """The members that are not null or an empty text: those say nothing."""
     return {name: value for name, value in row.items() if value not in (None, "")}
 
 
 def object_of(value: Json) -> Row:
-    """An object; an empty one for whatever else a bridge may have put there."""
+    """An object; an empty one for whatever else a bridge has put there."""
     return value if isinstance(value, dict) else {}
 
 
 def rows_of(value: Json) -> List[Row]:
-    """The objects of a list; what else a bridge may have put there is left out."""
+    """The objects of a list, without whatever else a bridge has put there."""
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
@@ -6926,10 +6904,7 @@ def text_segments(text: str) -> List[Row]:
 
 
 def segments_of(message: Json) -> List[Row]:
-    """A message as bridges spell it, with CQ codes or as a list, as [{"type", "data"}].
-
-    Whatever else a bridge may send, the type is a word and the data an object.
-    """
+    """Any message of a bridge, with CQ codes or as a list, as [{"type": word, "data": object}]."""
     found: List[Row] = []
     if isinstance(message, str):
         parts = [*CQ_CODE.split(message), "", ""]  # text, type, values, text, type, values …
@@ -6949,8 +6924,8 @@ def segments_of(message: Json) -> List[Row]:
             kind, data = detail(row.get("type")), row.get("data")
             if kind == "text" and isinstance(data, str):
                 data = {"text": data}
-            found.append({"type": kind if SEGMENT_TYPE.fullmatch(kind) else "?",
-                          "data": object_of(data)})
+            known = re.fullmatch(r"[A-Za-z0-9_.\-]{1,32}", kind)
+            found.append({"type": kind if known else "?", "data": object_of(data)})
         else:
             text = row if isinstance(row, str) else detail(row)
             found += text_segments(text) or [{"type": "?", "data": {}}]
@@ -6974,11 +6949,8 @@ def cq_text(segments: Iterable[Row]) -> str:
 
 def check_sources(value: Json, check_url: Callable[[str], None], name: str = "",
                   in_code: bool = False) -> None:
-    """NotAllowed for anything in a message with CQ codes, or in an action's parameters, that would
-    have a bridge read a file of its machine, however deep it stands.
-
-    `check_url` is called with each address that the bridge would fetch.
-    """
+    """NotAllowed if a message with CQ codes, or an action's parameters, would have a bridge read a
+    file of its machine; check_url() gets each address that the bridge would fetch."""
     if isinstance(value, dict):
         for key, part in value.items():
             check_sources(part, check_url, str(key).strip(), in_code)
@@ -6989,7 +6961,8 @@ def check_sources(value: Json, check_url: Callable[[str], None], name: str = "",
         for segment in segments_of(value):
             if segment["type"] != "text":  # a node's content holds codes of its own
                 check_sources(segment["data"], check_url, in_code=True)
-        source = value.strip() if SOURCE_NAME.fullmatch(name) else ""
+        fetched = re.fullmatch("(?i)file|url|image|path|audio|cover|thumb|icon|.*ur[il]", name)
+        source = value.strip() if fetched else ""
         if not re.match("(https?|base64)://", source) and re.search(
                 r"[/\\:]|^\.\.?$", source) or in_code and re.search(r"(?i)\bfile:", value):
             where = " in a CQ code" if in_code else ""
@@ -7005,14 +6978,14 @@ def readable(kind: str, data: Row) -> str:
         return text if isinstance(text, str) else detail(text) or f"[{kind}]"
     if kind in ("json", "xml"):
         return card_text(kind, data.get("data")) or f"[{kind}]"
-    if kind == "image" and IMAGE_SUMMARY.fullmatch(detail(data.get("summary"))):
-        return detail(data["summary"])
+    summary = detail(data.get("summary"))
+    if kind == "image" and re.fullmatch(r"\[[^\[\]]{1,20}\]", summary):  # NapCat: [动画表情]
+        return summary
     if kind == "file" and re.search(r"[/\\]|^base64:", detail(data.get("file"))):
         data = {**data, "file": None}    # where it lies; that is not its name
     if kind == "forward":
         news = " ".join(detail(row.get("text")) for row in rows_of(data.get("news")))
-        return detail(data.get("summary")) or detail(news) or detail(
-            data.get("prompt")) or LABELS[kind]
+        return summary or detail(news) or detail(data.get("prompt")) or LABELS[kind]
     if kind == "reply":
         return ""
     return re.sub(r"\{([a-z_|]+)\}", lambda found: next(filter(None, (
@@ -7026,7 +6999,9 @@ def card_text(kind: str, card: Json) -> str:
         import html
         text = card[:16_384] if isinstance(card, str) else ""
         *said, link = [detail(html.unescape(found.group(1))) if found else "" for found in (
-            re.search(pattern, text) for pattern in (*XML_TITLES, r"""\burl=["']([^"']*)"""))]
+            re.search(pattern, text) for pattern in (
+                r"""\bbrief=["']([^"']*)""", r"<title\b[^>]{0,200}>([^<]*)",
+                r"""\btitle=["']([^"']*)""", r"""\burl=["']([^"']*)"""))]
         links = [link]
     else:
         row = object_of(object_in(card.encode("utf-8", "replace")) if isinstance(card, str)
@@ -7053,7 +7028,7 @@ def media_link(kind: str, data: Row) -> Row:
 def friend_row(row: Row) -> Row:
     """A friend of a bridge's as ours; NapCat knows the category."""
     uid = number_of(row.get("user_id"))
-    category = (row.get("categoryName") or row.get("category_name") or row.get("categroyName"))
+    category = row.get("categoryName") or row.get("category_name") or row.get("categroyName")
     return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
             "markname": scalar(row.get("remark")) or None, "category": scalar(category),
             "sex": scalar(row.get("sex"))}
@@ -7082,7 +7057,7 @@ def member_row(row: Row) -> Row:
 
 
 def happened(event: str, **more: Any) -> Row:
-    """An item of a link: an event of the documents."""
+    """An item of a link (Hooks.received): an event of the documents."""
     return {"do": "event", "event": event, **more}
 
 
@@ -7095,16 +7070,12 @@ def changed(kind: str, group: str, uid: str, name: str, value: Json, **more: Any
 # -- the ways to a bridge
 
 class Bridge:
-    """One connection to a bridge: calls there, events back. One subclass per way.
+    """One connection to a bridge: calls there, events back. One subclass per way."""
 
-    open()                        connect. Unreachable
-    listen()                      give events to `hear` until the bridge is lost: Unreachable
-    ask(action, params, seconds)  the bridge's answer, whatever it says. Unreachable, Declined
-    """
-
-    open: Callable[[], None]
-    listen: Callable[[], None]
-    ask: Callable[[str, Row, float], Row]
+    open: Callable[[], None]               # connect. Unreachable
+    listen: Callable[[], None]             # hear() events until the bridge is lost: Unreachable
+    ask: Callable[[str, Row, float], Row]  # action, parameters, seconds -> the bridge's answer,
+                                           # whatever it says. Unreachable, Declined
     REFUSED = "the bridge refuses onebot_token"
 
     def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
@@ -7115,9 +7086,12 @@ class Bridge:
         self.complaint = ""          # why we, or the bridge in words of its own, end it
         self.news = threading.Event()  # set when it is time to see whether it is logged in
 
-    def close(self, why: str = "the connection was closed") -> None:
+    def close(self, why: Union[str, Exception] = "the connection was closed") -> None:
         """End it, from any thread."""
-        self.complaint = self.complaint or why
+        if isinstance(why, Exception) and not isinstance(why, OpenQQError):
+            self._log.failure("the bridge's thread")
+            why = repr(why)
+        self.complaint = self.complaint or str(why)
         self.closed.set()
         self.news.set()
         if self._line:
@@ -7137,7 +7111,7 @@ class HttpBridge(Bridge):
 
     def open(self) -> None:
         with contextlib.suppress(TooSlow):  # LLBot answers nothing at a path that it does not know
-            reply = self._fetch(self.EVENTS, "GET", None, LOOKUP_SECONDS, True)
+            reply = self._fetch(self.EVENTS, LOOKUP_SECONDS)
             if reply.status == 200 and reply.kind == "text/event-stream":
                 self._line = reply
                 return
@@ -7168,7 +7142,7 @@ class HttpBridge(Bridge):
         self._hear({"post_type": "meta_event", "meta_event_type": "heartbeat", "status": status})
 
     def ask(self, action: str, params: Row, seconds: float) -> Row:
-        reply = self._fetch(self.CALLS + action, "POST", to_bytes(params), seconds,
+        reply = self._fetch(self.CALLS + action, seconds, to_bytes(params),
                             action.startswith("get_"))
         data = reply.read(BRIDGE_LIMIT)
         if reply.status == 404:
@@ -7177,10 +7151,11 @@ class HttpBridge(Bridge):
             raise Unreachable(f"the bridge answers {reply.status}", True)
         return self._read(data)
 
-    def _fetch(self, path: str, method: str, body: Optional[bytes], seconds: float,
-               repeat: bool) -> Reply:
-        fields = {**self._fields, "Content-Type": "application/json"}
-        reply = fetch(beneath(self._url, path), method, fields, body, seconds, repeat=repeat)
+    def _fetch(self, path: str, seconds: float, body: Optional[bytes] = None,
+               repeat: bool = True) -> Reply:
+        reply = fetch(beneath(self._url, path), "POST" if body else "GET",
+                      {**self._fields, "Content-Type": "application/json"}, body, seconds,
+                      repeat=repeat)
         if reply.status in (401, 403):
             reply.close()
             raise Unreachable(self.REFUSED)
@@ -7204,7 +7179,7 @@ class SocketBridge(Bridge):
     def listen(self) -> None:
         self._line.run()
 
-    def close(self, why: str = "the connection was closed") -> None:
+    def close(self, why: Union[str, Exception] = "the connection was closed") -> None:
         super().close(why)
         for echo in list(self._waiting):
             future = self._waiting.pop(echo, None)
@@ -7260,26 +7235,31 @@ def is_refusal(row: Row) -> bool:
 def wording(row: Row) -> str:
     """Why a bridge did not do what it was asked."""
     return (scalar(row.get("wording")) or scalar(row.get("message")) or scalar(row.get("msg"))
-            or f"retcode {row.get('retcode')}")[:WORDING_LIMIT]
+            or f"retcode {row.get('retcode')}")[:500]
 
 
 # -- where a bridge shows the QR code of its QQ
 
 class LoginPage:
-    """The WebUI of NapCat or LLBot, with the QR code (ONEBOT.md, "Login QR").
-
-    look() tells whether the bridge is logged in, the code's text or picture, and what is wrong.
-    Unreachable. A token that was refused is not offered again: LLBot locks the page for that.
-    """
+    """The WebUI of NapCat or LLBot, with the QR code (ONEBOT.md, "Login QR"), by default on the
+    bridge's host. A token that was refused is not offered again: LLBot locks the page for that."""
 
     PORTS = {"napcat": 6099, "llbot": 3080}
 
-    def __init__(self, url: str, token: str, kind: str = "") -> None:
-        self._url, self._token, self._kind = url.rstrip("/"), token, kind
+    def __init__(self, settings: Settings, bridge: str) -> None:
+        import hashlib
+        self._kind = settings.onebot_login
+        secret = settings.onebot_login_token + (".napcat" if self._kind == "napcat" else "")
+        self._digest = hashlib.sha256(secret.encode()).hexdigest()
+        host = urllib.parse.urlsplit(bridge).hostname or ""
+        host = f"[{host}]" if ":" in host else host
+        url = settings.onebot_login_api or f"http://{host}:{self.PORTS[self._kind]}"
+        self._url = url.rstrip("/")
         self._refused = self._credential = ""  # the latter is NapCat's, for an hour
         self._rest_until = 0.0
 
     def look(self) -> Tuple[bool, Code, str]:
+        """Whether the bridge is logged in, the code to scan, what is wrong. Unreachable."""
         if self._kind == "llbot":
             if self._ask("login-info").get("online"):
                 return True, "", ""
@@ -7297,11 +7277,21 @@ class LoginPage:
 
     def _ask(self, name: str) -> Row:
         if self._kind == "llbot":
-            row = self._call("/api/" + name, {"X-Webui-Token": self._digest()})
+            row = self._call("/api/" + name, {"X-Webui-Token": self._digest})
             return object_of(row.get("data"))
         fresh = not self._credential
         if fresh:
-            self._log_in()
+            if time.monotonic() < self._rest_until:
+                raise Unreachable("the login page wants to be left alone for a while")
+            row = self._call("/api/auth/login", {}, to_bytes({"hash": self._digest}))
+            data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
+            if scalar(row.get("code")) == "0":
+                self._credential = scalar(data.get("Credential")) or ""
+            elif "rate limit" in why:  # says nothing about the token
+                self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
+                raise Unreachable(f"the login page: {why}")
+            if not self._credential:
+                raise self._refuse("two-factor login" if data.get("require2FA") else why)
         row = self._call("/api/QQLogin/" + name, {"Authorization": bearer(self._credential)}, b"{}")
         why = scalar(row.get("message")) or ""
         if scalar(row.get("code")) == "0":
@@ -7312,19 +7302,6 @@ class LoginPage:
         if fresh:
             raise self._refuse(why)
         return self._ask(name)
-
-    def _log_in(self) -> None:
-        if time.monotonic() < self._rest_until:
-            raise Unreachable("the login page wants to be left alone for a while")
-        row = self._call("/api/auth/login", {}, to_bytes({"hash": self._digest(".napcat")}))
-        data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
-        if scalar(row.get("code")) == "0":
-            self._credential = scalar(data.get("Credential")) or ""
-        elif "rate limit" in why:  # says nothing about the token
-            self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
-            raise Unreachable(f"the login page: {why}")
-        if not self._credential:
-            raise self._refuse("two-factor login" if data.get("require2FA") else why)
 
     def _call(self, path: str, fields: Fields, body: Optional[bytes] = None) -> Row:
         if self._refused:
@@ -7344,33 +7321,18 @@ class LoginPage:
         self._refused = f"the login page refuses onebot_login_token ({why}); it is not asked again"
         return Unreachable(self._refused)
 
-    def _digest(self, more: str = "") -> str:
-        import hashlib
-        return hashlib.sha256((self._token + more).encode()).hexdigest()
 
-
-def page_of(settings: Settings, url: str) -> Optional[LoginPage]:
-    """What shows the code of the bridge at a URL: by default on its host."""
-    kind, host = settings.onebot_login, urllib.parse.urlsplit(url).hostname or ""
-    if not kind:
-        return None
-    host = f"[{host}]" if ":" in host else host
-    return LoginPage(settings.onebot_login_api or f"http://{host}:{LoginPage.PORTS[kind]}",
-                     settings.onebot_login_token, kind)
-
-
-# -- a link through a bridge: what does not depend on the protocol
+# -- a link through a bridge, in the words of OneBot
 
 class Intake:
-    """Events on their way from the thread that reads them to the client, in order.
+    """Events on their way from the thread that reads them to act(rows), in order.
 
     Until they are `wanted` they wait, the oldest dropped beyond LIMIT; then put() waits where too
-    many do. `act(rows)` gets them. It may have to look somebody up: the events of that conversation
-    wait for it, all others only PATIENCE seconds, so that quick look-ups keep the order of all.
+    many do. While act() looks somebody up, the events of that conversation wait, all others only
+    PATIENCE seconds, so that quick look-ups keep the order of all.
     """
 
     LIMIT = 10_000
-    BATCH = 64
     WORKERS = 16
     PATIENCE = 0.25
 
@@ -7385,7 +7347,6 @@ class Intake:
         self._wanted = False
 
     def want(self, wanted: bool) -> None:
-        """Whether they are acted upon from now on, or wait."""
         with self._changed:
             if wanted and not self._wanted:
                 self._dealer.submit(self._deal)
@@ -7393,7 +7354,7 @@ class Intake:
             self._changed.notify_all()
 
     def put(self, conversation: str, row: Row) -> None:
-        """Add one. The wait has an end: who acts may itself wait for an answer that comes after."""
+        """Add one. The wait has an end: act() may itself wait for an answer that comes after."""
         with self._changed:
             if self._wanted:
                 self._changed.wait_for(lambda: self._size < self.LIMIT, LOOKUP_SECONDS)
@@ -7405,8 +7366,6 @@ class Intake:
             self._changed.notify_all()
 
     def _deal(self) -> None:
-        """Give events to their conversation's worker, and wait a while for that before the next
-        conversation's."""
         with self._changed:
             while self._changed.wait_for(lambda: self._rows or not self._wanted) and self._wanted:
                 name = self._rows[0][0]
@@ -7420,7 +7379,7 @@ class Intake:
     def _work(self, name: str) -> None:
         while True:
             with self._changed:
-                rows = self._busy[name][:self.BATCH]
+                rows = self._busy[name][:64]
                 if not rows:
                     del self._busy[name]
                     return self._changed.notify_all()
@@ -7432,34 +7391,33 @@ class Intake:
 
 
 class Recent:
-    """The newest WAIT_LIMIT things that were noted, and what was noted of them."""
+    """The newest notes."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = WAIT_LIMIT) -> None:
+        self._limit = limit
         self._lock = threading.Lock()  # guards notes
         self.notes: Dict[Any, Any] = {}
 
     def note(self, key: Any, value: Any) -> Any:
-        """Note it; what was noted before, or None."""
+        """Note a value; the one that was noted before, or None."""
         with self._lock:
             before = self.notes.pop(key, None)
             self.notes[key] = value
-            keep_newest(self.notes, WAIT_LIMIT)
+            keep_newest(self.notes, self._limit)
         return before
 
 
-class BridgeLink(Link):
-    """A QQ account, through a bridge.
+class OneBotLink(Link):
+    """A QQ account, through a OneBot 11 bridge (ONEBOT.md): NapCatQQ, LLBot and their like.
 
-    What bridges are asked and what they tell is spelled as in OneBot 11 (ONEBOT.md) throughout; a
-    subclass for another protocol puts it into its own words, in `_get` and `_hear`. `connect()`
-    makes a connection, which a thread reads from; since that must never wait for an answer, another
-    greets the bridge, those of Intake pass events on, `_curious` looks up what nobody waits for.
+    One thread reads from the connection and never waits for an answer; another greets the bridge,
+    those of Intake pass events on, `_curious` looks up what nobody waits for. A subclass for
+    another protocol translates from and to OneBot's words, in `_get` and `_items`.
     """
 
     fetches = real = True
-    any_group = ANY_GROUP
-    PROTOCOL, UNKNOWN = "OneBot", "onebot_event"
-    _hear: Callable[[Row], None]  # take an event, in the thread that reads it, or is posted to
+    any_group = "284840486"      # NapCat's, for a temporary session whose group it does not know
+    PROTOCOL, EXAMPLE, UNKNOWN = "OneBot", "ws://HOST:3001", "onebot_event"
     # A verb of Link: the one action that does it, and ours=theirs of what it takes.
     ACTIONS = {
         "mute_all": "set_group_whole_ban group=group_id on=enable",
@@ -7478,12 +7436,16 @@ class BridgeLink(Link):
         **dict.fromkeys(("message private", "request friend", "friend_add"), "user_id"),
         "poke": "user_id target_id", "group_recall": "", "friend_recall": ""}
 
-    def __init__(self, url: str, connect: Callable[[], Bridge], page: Optional[LoginPage],
-                 sync: bool, shares_files: bool, hooks: Hooks, log: Log) -> None:
-        self.echoes, self._hooks, self._log = sync, hooks, log
-        self._url, self._connect, self._page = url, connect, page
-        self._shares_files = shares_files
-        self.bridge = connect()              # the newest connection
+    def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
+        name = self.PROTOCOL.lower()
+        self._url = getattr(settings, name + "_api")
+        self._token = getattr(settings, name + "_token")
+        if not self._url:
+            raise Refusal(f"link={name} needs the bridge's address: {name}_api={self.EXAMPLE}", 2)
+        self._hooks, self._log = hooks, log
+        self.echoes, self._shares_files = settings.allow_message_sync, settings.onebot_local
+        self._look = LoginPage(settings, self._url).look if settings.onebot_login else None
+        self.bridge = self._connect()        # the newest connection
         self.me = self._name = ""            # the account's own uid and name, once it is logged in
         self._closed = threading.Event()
         self._living = self._greeted = False
@@ -7500,6 +7462,10 @@ class BridgeLink(Link):
         self._names = Recent()               # (group, uid) -> how `at` shows them
 
     # -- the connection
+
+    def _connect(self) -> Bridge:
+        way = SocketBridge if self._url.startswith("ws") else HttpBridge
+        return way(self._url, self._token, self._log, self._hear)
 
     def login(self, cookie: str, mark: str) -> None:
         self.bridge.news.set()
@@ -7520,7 +7486,7 @@ class BridgeLink(Link):
                     self._greet(bridge)
                     bridge.news.wait()
             except Exception as error:  # whatever it was, an account must not go deaf
-                bridge.close(self._explain(error))
+                bridge.close(error)
             failures = 1 if self._greeted else failures + 1
             self._greeted = False
             if not self._closed.is_set():
@@ -7530,30 +7496,24 @@ class BridgeLink(Link):
                 self._closed.wait(wait)
 
     def _read(self, bridge: Bridge) -> None:
-        """A connection's thread: it must never wait for an answer."""
         try:
             bridge.listen()
         except Exception as error:
-            bridge.close(self._explain(error))
-
-    def _explain(self, error: Exception) -> str:
-        """Why a connection ends."""
-        if isinstance(error, OpenQQError):
-            return error.status
-        self._log.failure("the bridge's thread")
-        return repr(error)
+            bridge.close(error)
 
     def _await_page(self) -> None:
         """NapCat opens its OneBot ports only when QQ is logged in; its page is there before."""
         try:
-            while self._page and not self._closed.is_set() and not self._look_at(self._page):
+            while not (self._closed.is_set() or self._logged_in()):
                 self._closed.wait(LOGIN_SECONDS)
         except Unreachable as error:
             self._log.warn(f"the bridge's login page: {error.status}")
 
-    def _look_at(self, page: LoginPage) -> bool:
-        """Whether the page says that it is logged in; else its code is shown."""
-        logged_in, text, why = page.look()
+    def _logged_in(self) -> bool:
+        """Whether the login page, if there is one, says so; else its code is shown."""
+        if not self._look:
+            return True
+        logged_in, text, why = self._look()
         if not logged_in and text and text != self._shown:
             self._shown = text
             self._hooks.qrcode(text, TICKET_SECONDS, self._thrown_out)
@@ -7578,7 +7538,7 @@ class BridgeLink(Link):
                     break
                 continue
             try:
-                if not self._page or self._look_at(self._page) and not self._shown:
+                if self._logged_in() and not self._shown:
                     self._hooks.waiting(self._thrown_out or "the bridge is not logged in: scan the "
                                         "code that it shows")
             except Unreachable as error:
@@ -7614,11 +7574,8 @@ class BridgeLink(Link):
         return row.get("data")
 
     def _look_up(self, action: str, **params: Json) -> Row:
-        """An object that something waits for; {} if it does not come in time.
-
-        All look-ups for one event together take LOOKUP_SECONDS, and what has just kept one waiting
-        in vain is not asked for another.
-        """
+        """An object, or {}. All look-ups for one event together take LOOKUP_SECONDS, and what has
+        just kept one waiting in vain is not asked for another."""
         now = time.monotonic()
         seconds = getattr(self._event, "until", now + LOOKUP_SECONDS) - now
         if seconds <= 0 or self._slow.get(action, 0.0) > now:
@@ -7632,7 +7589,7 @@ class BridgeLink(Link):
             return {}
 
     def _person(self, uid: str, group: str = "") -> Row:
-        """What the bridge says of somebody, in a group or anywhere; at least the number."""
+        """What the bridge says of somebody; at least the number."""
         return {**self._look_up("get_group_member_info" if group else "get_stranger_info",
                                 **filled({"group_id": group, "user_id": uid})), "user_id": uid}
 
@@ -7646,10 +7603,10 @@ class BridgeLink(Link):
 
     def list(self, kind: str) -> List[Row]:
         rows = self._list(f"get_{kind}_list", friend_row if kind == "friend" else group_row)
-        return [row for row in rows if row["uid"] != ANY_GROUP]
+        return [row for row in rows if row["uid"] != self.any_group]
 
     def _list(self, action: str, make: Callable[[Row], Row], **params: Json) -> List[Row]:
-        """The rows of a list; null is an empty one. What else names nobody would lose everybody."""
+        """The rows of a list. Declined for what is none, which would lose everybody."""
         told = self._get(action, LIST_SECONDS, **params)
         rows = [row for row in map(make, rows_of(told)) if row["uid"]]
         if told not in (None, []) and not rows:
@@ -7676,7 +7633,6 @@ class BridgeLink(Link):
 
     def _found(self, uid: str, make: Callable[[Row], Row], action: str, **params: str
                ) -> Optional[Row]:
-        """What a bridge knows of a number, None for nobody. Unreachable, if it does not say."""
         try:
             row = make(filled(object_of(self._get(action, LOOKUP_SECONDS, **params))))
         except Declined:
@@ -7733,16 +7689,15 @@ class BridgeLink(Link):
         return True
 
     def kick(self, group: str, uids: List[str]) -> bool:
-        """Whoever was removed is told of at once; the bridge's own notice is then a repetition."""
-        done = True
+        done = []
         for uid in uids:
-            if self._do("set_group_kick", group_id=group, user_id=uid, reject_add_request=False):
+            done.append(self._do("set_group_kick", group_id=group, user_id=uid,
+                                 reject_add_request=False))
+            if done[-1]:  # told at once: the bridge's own notice is then a repetition
                 self._act([{"post_type": "notice", "notice_type": "group_decrease",
                             "sub_type": "kick", "operator_id": self.me,
                             "group_id": group, "user_id": uid, "time": time.time()}])
-            else:
-                done = False
-        return done
+        return all(done)
 
     def mute(self, group: str, uids: List[str], seconds: int) -> bool:
         return all([self._do("set_group_ban", group_id=group, user_id=uid, duration=seconds)
@@ -7786,6 +7741,17 @@ class BridgeLink(Link):
         self._intake.want(True)
         self._curious.submit(self._ask_for_requests)
 
+    def _hear(self, row: Row) -> None:
+        """Take an event, in the thread that reads it, or is posted to."""
+        if row.get("post_type") == "meta_event":
+            if object_of(row.get("status")).get("online") is False and self._greeted:
+                self._offline("it says so in its status")
+        elif row.get("notice_type") == "bot_offline":
+            self._offline(scalar(row.get("message")) or "the account was logged out")
+        else:
+            who = row.get("user_id") or row.get("target_id")
+            self._intake.put(number_of(row.get("group_id")) or f"/{scalar(who)}", row)
+
     def hear(self, row: Row) -> bool:
         me, uid = self.me, scalar(row.get("self_id"))
         if me and uid and uid != me:
@@ -7798,7 +7764,6 @@ class BridgeLink(Link):
         return True
 
     def _act(self, rows: List[Row]) -> None:
-        """What changes the roster is handed on before more is understood."""
         items: List[Row] = []
         for row in rows:
             self._event.until = time.monotonic() + LOOKUP_SECONDS
@@ -7808,20 +7773,18 @@ class BridgeLink(Link):
                 self._log.failure("an event of the bridge")
             finally:
                 del self._event.until
-            if any(item["do"] == "event" for item in items):
-                self._hand_on(items)
+            if row is rows[-1] or any(item["do"] == "event" for item in items):
+                self._hand_on(items)  # what changes the roster, before more is understood
                 items = []
-        self._hand_on(items)
 
     def _hand_on(self, items: List[Row]) -> None:
-        """Each under a mark of its own: a bridge numbers nothing, so none came before."""
         with contextlib.suppress(NotRunning):  # we stop
-            if items:
+            if items:  # each under a mark of its own: a bridge numbers nothing
                 self._hooks.received([{**item, "mark": f"{next(self._marks)}:0"}
                                       for item in items])
 
     def _items(self, row: Row) -> List[Row]:
-        """The items that come of an event, in order; none if it came before or means nothing."""
+        """What an event tells, in order; nothing if it came before or means nothing."""
         key: Json = row
         if message_number(row) and "message_type" in row:
             key = [str(row.get(name)) for name in (
@@ -7848,7 +7811,7 @@ class BridgeLink(Link):
         return [{"time": scalar(row.get("time")), **item} for item in items]
 
     def _was_told(self, seconds: float, what: str, *of: str) -> bool:
-        """Whether the same was the last thing told of somebody, so short a time ago; now it is."""
+        """Note what is told of somebody, and whether the same was told last, within the seconds."""
         now = time.monotonic()
         before, when = self._told.note(of, (what, now)) or ("", 0.0)
         return before == what and now - when <= seconds
@@ -7880,26 +7843,18 @@ class BridgeLink(Link):
                 found.append(self._of_member("new_group_member", group, item["sender"]))
                 self._curious.submit(self._look_later, group, uid)
                 in_group = False
-            found += self._news(object_of(row.get("sender")), uid, group if in_group else "")
+            told = object_of(row.get("sender"))
+            name = filled({"name": scalar(told.get("nickname"))})
+            more = {name: told[name] or None for name in ("card", "title")  # empty: there is none
+                    if isinstance(told.get(name), str)}
+            if scalar(told.get("role")) in ROLES:
+                more["role"] = told["role"]
+            for kind, place, facts in (("group_member", group if in_group else "",
+                                         {**name, **more}), ("friend", "", name)):
+                thing = known(kind, uid, place)
+                found += [changed(kind, place, uid, name, value) for name, value in facts.items()
+                          if thing is not None and thing.value(name) != value]
         return [*found, item]
-
-    def _news(self, told: Row, uid: str, group: str) -> List[Row]:
-        """What a sender's block says of somebody that the roster did not know yet.
-
-        A block without a member says nothing about it; an empty card or title is none.
-        """
-        name = {"name": scalar(told.get("nickname"))} if scalar(told.get("nickname")) else {}
-        more = {name: told[name] or None for name in ("card", "title")
-                if isinstance(told.get(name), str)}
-        if scalar(told.get("role")) in ROLES:
-            more["role"] = told["role"]
-        found = []
-        for kind, facts in ("group_member", {**name, **more}), ("friend", name):
-            thing = self._hooks.known(kind, uid, group)
-            found += [changed(kind, group if kind == "group_member" else "", uid, name, value)
-                      for name, value in facts.items()
-                      if thing is not None and thing.value(name) != value]
-        return found
 
     def _message(self, row: Row) -> Row:
         """The item that tells of a message."""
@@ -7934,7 +7889,7 @@ class BridgeLink(Link):
                 "sender": sender, "group_name": scalar(row.get("group_name"))}
 
     def _content(self, segments: List[Row], group: str) -> str:
-        """What a person reads, with one blank behind a name."""
+        """What a person reads, with one blank after a name."""
         parts: List[str] = []
         asked, after_name, room = 0, False, CONTENT_LIMIT // 4
         for kind, data in ((segment["type"], segment["data"]) for segment in segments):
@@ -7963,8 +7918,8 @@ class BridgeLink(Link):
     # -- who is new, or gone, or has changed
 
     def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
-        """A group that is not listed is new, if the list is good or a notice says so (`sure`)."""
-        if uid == ANY_GROUP or self._hooks.known("group", uid, "") or not (
+        """A group that is not listed is new, if the list is good or a notice is `sure`."""
+        if uid == self.any_group or self._hooks.known("group", uid, "") or not (
                 sure or self._hooks.certain("group")):
             return []
         self._was_told(0.0, "entry", uid, self.me)
@@ -7973,12 +7928,11 @@ class BridgeLink(Link):
         return [happened("new_group", object=group_row({**row, "group_id": uid}))]
 
     def _of_member(self, event: str, group: str, member: Row, **facts: Json) -> Row:
-        """Also of a group that no list has told of yet."""
         return happened(event, object=member, circle=group,
                         unlisted=not self._hooks.certain("group"), **facts)
 
     def _look_later(self, group: str, uid: str) -> None:
-        """What there is to know of somebody new; nobody waits for it, so nobody is told."""
+        """What there is to know of somebody new, quietly."""
         kind, make = ("group_member", member_row) if group else ("friend", friend_row)
         self._hand_on([changed(kind, group, uid, name, value, quiet=True)
                        for name, value in make(self._person(uid, group)).items()
@@ -8078,72 +8032,28 @@ class BridgeLink(Link):
                         "comment": row.get("message")}))
 
 
-class OneBotLink(BridgeLink):
-    """A QQ account, through a OneBot 11 bridge (ONEBOT.md): NapCatQQ, LLBot and their like."""
-
-    def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
-        if not settings.onebot_api:
-            raise Refusal("link=onebot needs the bridge's address: onebot_api=ws://HOST:3001", 2)
-        url = settings.onebot_api
-        way: Type[Bridge] = SocketBridge if url.startswith("ws") else HttpBridge
-        super().__init__(url, lambda: way(url, settings.onebot_token, log, self._hear),
-                         page_of(settings, url), bool(settings.allow_message_sync),
-                         bool(settings.onebot_local), hooks, log)
-
-    def _hear(self, row: Row) -> None:
-        if row.get("post_type") == "meta_event":
-            if object_of(row.get("status")).get("online") is False and self._greeted:
-                self._offline("it says so in its status")
-        elif row.get("notice_type") == "bot_offline":
-            self._offline(scalar(row.get("message")) or "the account was logged out")
-        else:
-            who = row.get("user_id") or row.get("target_id")
-            self._intake.put(number_of(row.get("group_id")) or f"/{scalar(who)}", row)
-
-
 # -- Milky (MILKY.md): the same QQ in other words, which MilkyLink translates from and to OneBot's
 
-class QrFile(LoginPage):
-    """A picture that a bridge keeps where it works (Lagrange.Milky, Yogurt), if its path is known.
-    One that is older than any code is of a former login."""
-
-    ELSE, SECONDS, LIMIT = "scan the code on its console, or in its qrcode.png", 600.0, 2 ** 20
-
-    def look(self) -> Tuple[bool, Code, str]:
-        with contextlib.suppress(OSError):   # there is none, or it is too large
-            age = time.time() - os.stat(self._url).st_mtime
-            data = read_file(self._url, self.LIMIT) if age < self.SECONDS else None
-            if data and media_type(data, "") in ("image/png", "image/jpeg"):
-                return False, data, ""
-        return False, "", self.ELSE + (f" ({self._url} is none of now)" if self._url else "")
-
-
 class MessageBook(Journal):
-    """The newest LIMIT messages of a bridge that numbers them within each conversation (`place`,
-    ACCOUNT/SCENE/PEER), and an id for each that is turned back after a restart, too: a digest, as
-    high as those of MessageIds. flush() writes; it comes after an event was handed on, so that a
-    kill in between may double it but loses nothing.
-    """
+    """The newest messages of a bridge that numbers them within each conversation (`place`,
+    ACCOUNT/SCENE/PEER), with an id for each: a digest, as high as those of MessageIds. flush() is
+    for after an event was handed on: a kill in between may double it but loses nothing."""
 
-    LIMIT, COMPACT = 10_000, 1024 * 1024
+    COMPACT = 1024 * 1024
 
     def __init__(self, path: str, log: Log) -> None:
         super().__init__(path, log)
         self._lock = threading.Lock()        # guards both below, and the file
-        self._rows: Dict[int, List[Any]] = {}  # id -> id, place, seq, when
+        self._recent = Recent(10_000)        # id -> id, place, seq, when
+        self._rows: Dict[int, List[Any]] = self._recent.notes
         self._unwritten: List[Json] = []
         for line in self.read():
             if isinstance(line, list) and list(map(type, line)) == [int, str, int, int]:
-                self._keep(line)
-
-    def _keep(self, row: List[Any]) -> None:
-        self._rows.pop(row[0], None)
-        self._rows[row[0]] = row
-        keep_newest(self._rows, self.LIMIT)
+                self._recent.note(line[0], line)
 
     def note(self, place: str, seq: int, when: float = 0.0) -> Tuple[int, bool]:
-        """The id of a message, and whether this is new of it: that it was heard `when` it was said
-        (negative: we said it), or, with 0, that it is talked of."""
+        """The id of a message, and whether it was not noted before; `when` it was heard (negative:
+        we said it), or 0 if it is only talked of, which counts for nothing once it is heard."""
         least = MessageIds.LEAST
         number = least + zlib.crc32(f"{place}/{seq}".encode()) % least
         with self._lock:
@@ -8151,8 +8061,9 @@ class MessageBook(Journal):
                 number = least + (number + 1) % least
             if number in self._rows and (self._rows[number][3] or not when):
                 return number, False
-            self._keep([number, place, seq, int(when)])
-            self._unwritten.append(self._rows[number])
+            row = [number, place, seq, int(when)]
+            self._recent.note(number, row)
+            self._unwritten.append(row)
             return number, True
 
     def find(self, number: Json) -> Tuple[str, int]:
@@ -8163,7 +8074,7 @@ class MessageBook(Journal):
         return row[1], row[2]
 
     def heard(self, account: str, since: float) -> Dict[str, int]:
-        """The 50 places where an account heard something last, and the last seq in each."""
+        """The 50 places where an account heard something last -> the last seq there."""
         newest: Dict[str, int] = {}
         with self._lock:
             for _, place, seq, when in self._rows.values():
@@ -8172,7 +8083,6 @@ class MessageBook(Journal):
         return dict(list(newest.items())[:-51:-1])
 
     def flush(self) -> None:
-        """Let what was noted survive."""
         with self._lock:
             if self._unwritten:
                 self.write(self._unwritten)
@@ -8188,7 +8098,7 @@ def is_true(value: Json) -> bool:
 
 
 def renamed(row: Row, names: Sequence[str]) -> Row:
-    """The members of an object that are named `ours=theirs`, with the names that are ours."""
+    """Members of an object under other names, each given as `ours=theirs`."""
     return {ours: row.get(theirs) for ours, theirs in (pair.split("=") for pair in names)}
 
 
@@ -8219,10 +8129,10 @@ class MilkyCalls(HttpBridge):
         return row
 
 
-class MilkyLink(BridgeLink):
+class MilkyLink(OneBotLink):
     """A QQ account, through a Milky bridge: Lagrange.Milky, Yogurt, LLBot."""
 
-    PROTOCOL, UNKNOWN, PAGES = "Milky", "milky_event", 10
+    PROTOCOL, EXAMPLE, UNKNOWN = "Milky", "http://HOST:3000", "milky_event"
     # A OneBot action -> Milky's call, and theirs=ours for parameters; others are called as they are
     CALLS = {
         "get_stranger_info": "get_user_profile", "set_group_kick": "kick_group_member",
@@ -8267,21 +8177,33 @@ class MilkyLink(BridgeLink):
         "group_whole_mute": ("notice group_ban", "is_mute ban lift_ban", "")}
 
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
-        url = re.sub("^ws", "http", settings.milky_api)
-        if not url:
-            raise Refusal("link=milky needs the bridge's address: milky_api=http://HOST:3000", 2)
+        super().__init__(settings, hooks, log)
         self._book = MessageBook(hooks.ids_path, log)
         self._hashes = Recent()              # a private file's id -> its hash, which its URL needs
-        super().__init__(url, lambda: MilkyCalls(url, settings.milky_token, log, self._hear),
-                         page_of(settings, url) or QrFile(settings.qrcode_file, ""),
-                         bool(settings.allow_message_sync), bool(settings.onebot_local), hooks, log)
+        self._picture = settings.qrcode_file
+        self._look = self._look or self._look_at_picture
+
+    def _connect(self) -> Bridge:
+        self._url = re.sub("^ws", "http", self._url)
+        return MilkyCalls(self._url, self._token, self._log, self._hear)
 
     def _await_page(self) -> None:
         self._intake.want(False)
-        if not isinstance(self._page, QrFile):
+        if self._look != self._look_at_picture:
             super()._await_page()
-        elif self._page.look()[1]:           # the bridge may serve nobody before it is logged in
-            self._look_at(self._page)
+        elif self._look_at_picture()[1]:     # the bridge may serve nobody before it is logged in
+            self._logged_in()
+
+    def _look_at_picture(self) -> Tuple[bool, Code, str]:
+        """As LoginPage.look(), of a picture that the bridge keeps where it works (Lagrange.Milky,
+        Yogurt). One that is older than any code is of a former login."""
+        path = self._picture
+        with contextlib.suppress(OSError):   # there is none, or it is too large
+            data = read_file(path, 2 ** 20) if time.time() - os.stat(path).st_mtime < 600 else None
+            if data and media_type(data, "") in ("image/png", "image/jpeg"):
+                return False, data, ""
+        return False, "", "scan the code on its console, or in its qrcode.png" + (
+            f" ({path} is none of now)" if path else "")
 
     def ready(self) -> None:
         spawn(self._catch_up, self.bridge, name="history")
@@ -8302,7 +8224,7 @@ class MilkyLink(BridgeLink):
         where, start = self._spelt(place), None
         found: Dict[int, Row] = {}
         try:
-            for _ in range(self.PAGES):
+            for _ in range(10):
                 data = object_of(self._get("get_history_messages", LOOKUP_SECONDS, **where,
                                            limit=30, start_message_seq=start))
                 page = {int(number_of(row.get("message_seq")) or 0): {**where, **row}
@@ -8340,7 +8262,7 @@ class MilkyLink(BridgeLink):
         raise Declined(f"its answer to {name} has no {member}")
 
     def _entity(self, row: Row) -> Row:
-        """A friend, group or member, besides with the names that OneBot bridges have for that."""
+        """A friend, group or member, also with OneBot's names."""
         return {**row, "group_remark": row.get("remark"),
                 "group_memo": scalar(row.get("announcement")) or row.get("description"),
                 "group_create_time": row.get("created_time"),
@@ -8379,9 +8301,9 @@ class MilkyLink(BridgeLink):
             if None in made.values():
                 raise Declined(f"Milky cannot send this segment: {kind}")
             found.append({"type": theirs, "data": made})
-        data = object_of(self._get("send_private_message", user_id=user_id, message=found)
-                         if user_id else
-                         self._get("send_group_message", group_id=group_id, message=found))
+        to: Row = {"user_id": user_id} if user_id else {"group_id": group_id}
+        data = object_of(self._get(f"send_{'private' if user_id else 'group'}_message",
+                                   message=found, **to))
         seq = number_of(data.get("message_seq"))
         number = self._book.note(place, int(seq), -time.time())[0] if seq else None
         self._book.flush()
@@ -8443,7 +8365,7 @@ class MilkyLink(BridgeLink):
         self._book.flush()
 
     def _items(self, row: Row) -> List[Row]:
-        """What comes of an event of Milky's, or of one that is in OneBot's words already."""
+        """Also of one that is in OneBot's words already."""
         kind, data = scalar(row.get("event_type")) or "", object_of(row.get("data"))
         place, seq = self._place(data), int(number_of(data.get("message_seq")) or 0)
         if kind == "message_receive":
@@ -8506,80 +8428,75 @@ class MilkyLink(BridgeLink):
 
 
 @functools.lru_cache(maxsize=1)
-def _aes_tables() -> Any:
-    """The S-box; then for encrypting, and for decrypting, what a byte of each row of a state adds
-    to its column, as a word: within a round, and in the last one (FIPS 197, 5.1 and 5.3)."""
-    power, log = [1], [0] * 256  # of 3, whose powers are all of GF(2^8) but 0
-    for number in range(1, 255):
-        value = power[-1] ^ power[-1] << 1
-        power.append(value ^ (0x11b if value > 0xff else 0))
-        log[power[-1]] = number
-
-    def columns(source: Sequence[int], *factors: int) -> List[List[int]]:
-        words = [int.from_bytes(bytes(
-            power[(log[factor] + log[value]) % 255] if factor and value else 0
-            for factor in factors), "big") for value in source]
-        return [[word >> 8 * row | word << 32 - 8 * row & 0xffffffff for word in words]
-                for row in range(4)]
-
-    box = bytearray([0x63])
-    for value in range(1, 256):
-        inverse = power[-log[value] % 255]
+def _aes_tables() -> Tuple[bytes, bytes]:
+    """The S-box, and the doubles of all bytes in AES' field (FIPS 197, 4.2 and 5.1.1)."""
+    double = bytes(value << 1 & 0xff ^ (0x1b if value > 0x7f else 0) for value in range(256))
+    power = [1]                          # of 3: all of the field but 0
+    while len(power) < 255:
+        power.append(power[-1] ^ double[power[-1]])
+    box = bytearray([0x63] * 256)
+    for number, value in enumerate(power):
+        inverse = power[-number % 255]
         spread = inverse ^ inverse << 1 ^ inverse << 2 ^ inverse << 3 ^ inverse << 4
-        box.append((spread ^ spread >> 8) & 0xff ^ 0x63)
-    unbox = bytes(map(box.index, range(256)))
-    return (bytes(box), [columns(box, 2, 1, 1, 3), columns(box, 1, 0, 0, 0)],
-            [columns(unbox, 14, 9, 13, 11), columns(unbox, 1, 0, 0, 0)])
+        box[value] = (spread ^ spread >> 8) & 0xff ^ 0x63
+    return bytes(box), double
 
 
 def aes_128_ecb(key: bytes, data: bytes, encrypt: bool) -> bytes:
-    """AES-128-ECB with PKCS7 padding: WeChat's media have it, the standard library has not.
-
-    1 MiB takes a third of a second. ValueError if what is to be decrypted was not encrypted with
-    this key.
-    """
+    """AES-128-ECB with PKCS7 padding, which the standard library has not. ValueError if what is to
+    be decrypted was not encrypted with this key. 1 MiB takes a tenth of a second."""
     if encrypt:
         count = 16 - len(data) % 16
         data += bytes([count]) * count
     if len(key) != 16 or not data or len(data) % 16:
         raise ValueError("a key has 16 bytes, and encrypted data blocks of 16 bytes")
-    box, *tables = _aes_tables()
-    within, at_end = tables[not encrypt]
-    words = list(struct.unpack(">4I", key))
+    box, double = _aes_tables()
+    unbox, size = bytes(map(box.index, range(256))), len(data) // 16
+    keys = bytearray(key)                # 16 for each round
     for number in range(4, 44):
-        word = words[-1]
+        word = keys[-4:]
         if number % 4 == 0:
-            turned = (word << 8 & 0xffffffff | word >> 24).to_bytes(4, "big").translate(box)
-            constant = b"\x01\x02\x04\x08\x10\x20\x40\x80\x1b\x36"[number // 4 - 1]
-            word = int.from_bytes(turned, "big") ^ constant << 24
-        words.append(words[-4] ^ word)
-    rounds = [words[number:number + 4] for number in range(0, 44, 4)]
-    if not encrypt:  # the equivalent inverse cipher (FIPS 197, 5.3.5)
-        t0, t1, t2, t3 = within
-        rounds.reverse()
-        rounds[1:10] = [[t0[box[word >> 24]] ^ t1[box[word >> 16 & 0xff]]
-                         ^ t2[box[word >> 8 & 0xff]] ^ t3[box[word & 0xff]]
-                         for word in words] for words in rounds[1:10]]
-        # it shifts rows the other way: so do the same shifts with columns in reverse order
-        rounds = [[a, d, c, b] for a, b, c, d in rounds]
-    first, *steps = zip([within] * 10 + [at_end], rounds)
-    out: List[int] = []
-    for a, b, c, d in struct.iter_unpack(">4I", data):
-        if not encrypt:
-            b, d = d, b
-        a, b, c, d = (word ^ part for word, part in zip((a, b, c, d), first[1]))
-        for (t0, t1, t2, t3), (k0, k1, k2, k3) in steps:
-            a, b, c, d = (
-                t0[a >> 24] ^ t1[b >> 16 & 0xff] ^ t2[c >> 8 & 0xff] ^ t3[d & 0xff] ^ k0,
-                t0[b >> 24] ^ t1[c >> 16 & 0xff] ^ t2[d >> 8 & 0xff] ^ t3[a & 0xff] ^ k1,
-                t0[c >> 24] ^ t1[d >> 16 & 0xff] ^ t2[a >> 8 & 0xff] ^ t3[b & 0xff] ^ k2,
-                t0[d >> 24] ^ t1[a >> 16 & 0xff] ^ t2[b >> 8 & 0xff] ^ t3[c & 0xff] ^ k3)
-        out += (a, b, c, d) if encrypt else (a, d, c, b)
-    data = struct.pack(f">{len(out)}I", *out)
-    count = 0 if encrypt else data[-1]
-    if not encrypt and (not 1 <= count <= 16 or data[-count:] != bytes([count]) * count):
+            word = (word[1:] + word[:1]).translate(box)
+            word[0] ^= b"\x01\x02\x04\x08\x10\x20\x40\x80\x1b\x36"[number // 4 - 1]
+        keys += bytes(map(operator.xor, word, keys[-16:-12]))
+
+    def xor(*parts: bytes) -> bytes:
+        numbers = (int.from_bytes(part, "big") for part in parts)
+        return functools.reduce(operator.xor, numbers).to_bytes(size, "big")
+
+    def with_key(state: List[bytes], number: int) -> List[bytes]:
+        return [xor(part, bytes([byte]) * size)
+                for part, byte in zip(state, keys[16 * number:16 * number + 16])]
+
+    def mixed(state: List[bytes]) -> List[bytes]:
+        found = []
+        for number in range(16):
+            a, b, c, d = (state[number & 12 | number + row & 3] for row in range(4))
+            found.append(xor(xor(a, b).translate(double), b, c, d))
+        return found
+
+    # The state holds each of a block's 16 bytes for all blocks: so every step is one of C's.
+    state = [data[number::16] for number in range(16)]
+    if encrypt:
+        state = with_key(state, 0)
+        for number in range(1, 11):
+            state = [state[5 * place % 16].translate(box) for place in range(16)]
+            state = with_key(mixed(state) if number < 10 else state, number)
+    else:
+        for number in range(10, 0, -1):
+            state = with_key(state, number)
+            if number < 10:              # mixing undoes itself together with this
+                state = mixed([xor(part, xor(part, state[place ^ 2]).translate(double).translate(
+                    double)) for place, part in enumerate(state)])
+            state = [state[13 * place % 16].translate(unbox) for place in range(16)]
+        state = with_key(state, 0)
+    out = bytearray(len(data))
+    for number, part in enumerate(state):
+        out[number::16] = part
+    count = 0 if encrypt else out[-1]
+    if not encrypt and (not 1 <= count <= 16 or out[-count:] != bytes([count]) * count):
         raise ValueError("not encrypted with this key")
-    return data[:len(data) - count]
+    return bytes(out[:len(out) - count])
 
 
 class LoginEnded(OpenQQError):
@@ -8589,10 +8506,10 @@ class LoginEnded(OpenQQError):
 class ILinkLink(Link):
     """A WeChat account, through Tencent's own bot API (WEIXIN): whoever scans it, and no one else.
 
-    One thread logs in, by a code or by what the cookie holds, then asks for news again and again.
-    The cookie is JSON: token, base (the API's address after the login), me, owner (uids of account
-    and person), and `people`: uid -> [context token, sends left, until when]. The mark of an item
-    tells from where to ask after it, and which messages since then are known already.
+    One thread logs in, by a code or the cookie, then asks for news again and again. The cookie is
+    JSON: token, base (the API's address after the login), me, owner (uids of account and person),
+    and `people`: uid -> [context token, sends left, until when]. The mark of an item tells from
+    where to ask after it, and which messages since then are known already.
     """
 
     real = True
@@ -8614,14 +8531,12 @@ class ILinkLink(Link):
                         r".{2000,3999}[ ，,]|.{4000}")
     RULE = ("WeChat's rule: the person has to write first, then 10 messages may be sent to him "
             "within 24 hours")
-    SENDS, SENDS_SECONDS = 10, 86_400.0
     POLL_SECONDS = 40.0          # its own limit is 35
     CODE_SECONDS = 300.0         # a code that is not scanned is replaced
 
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
         self._hooks, self._log = hooks, log
         self._api, self._cdn = settings.ilink_api.rstrip("/"), settings.ilink_cdn.rstrip("/")
-        self._is_official = self._api == SETTINGS["ilink_api"].default
         self._news = threading.Condition()   # guards the next five
         self._login: Row = {}                # empty, where it needs a scan
         self._people: Dict[str, List[Any]] = {}
@@ -8653,7 +8568,6 @@ class ILinkLink(Link):
         return str(self._login.get("me", ""))
 
     def status(self) -> Row:
-        """What check_client tells besides: how many messages may be sent, until when (seconds)."""
         with self._news:
             _, left, until = self._person(str(self._login.get("owner", "")))
             shown: Row = {"sends_left": left if until > time.time() else 0,
@@ -8679,7 +8593,6 @@ class ILinkLink(Link):
             self._news.notify_all()
 
     def verify_code(self, code: str) -> bool:
-        """The digits that the phone shows; False when nobody asks for them."""
         with self._news:
             if self._digits is None:
                 return False
@@ -8701,7 +8614,8 @@ class ILinkLink(Link):
                     if not self._login:
                         continue
                 elif not confirmed:
-                    self._call("msg/notifystart", {}, check=False)
+                    with contextlib.suppress(Declined, LoginEnded):
+                        self._call("msg/notifystart", {})
                     self._call("getconfig", {"ilink_user_id": self._login["owner"]})
                 if turn == self._turn and not confirmed:
                     confirmed, self._why = True, ""
@@ -8730,8 +8644,7 @@ class ILinkLink(Link):
             self._news.wait_for(lambda: turn != self._turn, seconds)
 
     def _scan(self, turn: int) -> None:
-        """Show a code until it is scanned and confirmed: then _login is there, or else it came to
-        nothing."""
+        """Show a code until it is confirmed, and _login is there, or until it came to nothing."""
         row = self._call("get_bot_qrcode?bot_type=3", {
             "local_token_list": [self._former["token"]] if self._former else []}, self._api)
         params, base = {"qrcode": scalar(row.get("qrcode")) or ""}, self._api
@@ -8743,17 +8656,26 @@ class ILinkLink(Link):
         while turn == self._turn and time.monotonic() < until:
             try:
                 row = self._fetch(with_params(f"{base}/ilink/bot/get_qrcode_status", **params),
-                                  "GET", self.APP, None, self.POLL_SECONDS)
+                                  self.APP, self.POLL_SECONDS)
             except Unreachable as error:  # also a long poll's end
                 self._log.debug(f"WeChat, get_qrcode_status: {error.status}")
                 row = {}
             status = row.get("status")
             if status == "confirmed":
-                return self._accept(row, base)
+                token, me, owner, url = [scalar(row.get(name)) or "" for name in (
+                    "bot_token", "ilink_bot_id", "ilink_user_id", "baseurl")]
+                if not (me and owner and re.fullmatch("[!-~]+", token)):
+                    raise Unreachable("it confirms a login without a token")
+                base = self._allowed(url if is_url(url) else base)
+                if me != self._former.get("me"):
+                    self._cursor = ""
+                with self._news:
+                    self._login = {"token": token, "me": me, "owner": owner, "base": base}
+                return
+            if status == "binded_redirect":
+                with self._news:
+                    self._login = self._former
             if status in ("expired", "verify_code_blocked", "binded_redirect"):
-                if status == "binded_redirect":
-                    with self._news:
-                        self._login = self._former
                 return
             if status in ("scaned", "need_verifycode"):
                 self._hooks.scanned()
@@ -8774,20 +8696,8 @@ class ILinkLink(Link):
                 base = self._allowed("https://" + host)
             self._rest(turn, 1.0)
 
-    def _accept(self, row: Row, base: str) -> None:
-        """Take what a confirmation tells as the login."""
-        token, me, owner, url = [scalar(row.get(name)) or "" for name in (
-            "bot_token", "ilink_bot_id", "ilink_user_id", "baseurl")]
-        if not (me and owner and re.fullmatch("[!-~]+", token)):
-            raise Unreachable("it confirms a login without a token")
-        base = self._allowed(url if is_url(url) else base)
-        if me != self._former.get("me"):
-            self._cursor = ""
-        with self._news:
-            self._login = {"token": token, "me": me, "owner": owner, "base": base}
-
     def _poll(self, turn: int) -> None:
-        """Ask for news once, and hand on what came; the next time acknowledges it."""
+        """Ask for news, and hand it on; the next time acknowledges it."""
         began = time.monotonic()
         try:
             row = self._call("getupdates", {"get_updates_buf": self._cursor},
@@ -8825,7 +8735,7 @@ class ILinkLink(Link):
         uid = scalar(message.get("from_user_id")) or ""
         with self._news:
             token = scalar(message.get("context_token")) or self._person(uid)[0]
-            self._people[uid] = [token, self.SENDS, time.time() + self.SENDS_SECONDS]
+            self._people[uid] = [token, 10, time.time() + 86_400]  # as RULE says
         texts, reply_to = [], None
         media: Optional[Row] = None
         for part in rows_of(message.get("item_list")):
@@ -8851,7 +8761,6 @@ class ILinkLink(Link):
                 **({"media": media} if media else {})}
 
     def _fetch_media(self, data: Row, ending: str) -> Optional[Row]:
-        """{name, data (base64)} of what came, or None if it cannot be had."""
         media = object_of(data.get("media"))
         if not media:
             return None
@@ -8915,7 +8824,7 @@ class ILinkLink(Link):
         return to_bytes({**self._login, "people": self._people}).decode()
 
     def _upload(self, uid: str, media: Row) -> Row:
-        """Put a picture, a video or a file on WeChat's server: the item that shows it."""
+        """Put a file on WeChat's server: the item that shows it."""
         import hashlib
         data, key, name = base64.b64decode(media["data"]), os.urandom(16), os.urandom(16).hex()
         body = aes_128_ecb(key, data, True)
@@ -8951,20 +8860,20 @@ class ILinkLink(Link):
             "aes_key": base64.b64encode(key.hex().encode()).decode()}}}
 
     def typing(self, uid: str, on: bool) -> None:
-        self._typists.submit(self._type, uid, on)
+        def show() -> None:
+            try:
+                ticket = self._call("getconfig", {
+                    "ilink_user_id": uid,
+                    "context_token": self._person(uid)[0]}).get("typing_ticket")
+                if ticket:
+                    self._call("sendtyping", {"ilink_user_id": uid, "typing_ticket": ticket,
+                                              "status": 1 if on else 2})
+            except OpenQQError as error:
+                self._log.debug(f"WeChat, typing: {error.status}")
 
-    def _type(self, uid: str, on: bool) -> None:
-        try:
-            ticket = self._call("getconfig", {
-                "ilink_user_id": uid, "context_token": self._person(uid)[0]}).get("typing_ticket")
-            if ticket:
-                self._call("sendtyping", {"ilink_user_id": uid, "typing_ticket": ticket,
-                                          "status": 1 if on else 2})
-        except OpenQQError as error:
-            self._log.debug(f"WeChat, typing: {error.status}")
+        self._typists.submit(show)
 
-    def _call(self, name: str, body: Row, base: str = "", seconds: float = 15.0,
-              check: bool = True) -> Row:
+    def _call(self, name: str, body: Row, base: str = "", seconds: float = 15.0) -> Row:
         """The answer to a call. Unreachable; Declined with what WeChat says; LoginEnded."""
         login = self._login
         fields = {**self.APP, "Content-Type": "application/json",
@@ -8974,28 +8883,28 @@ class ILinkLink(Link):
         if not base:
             base, body = login["base"], {**body, "base_info": self.BASE_INFO}
             fields["Authorization"] = "Bearer " + login["token"]
-        row = self._fetch(f"{base}/ilink/bot/{name}", "POST", fields, to_bytes(body), seconds)
+        row = self._fetch(f"{base}/ilink/bot/{name}", fields, seconds, to_bytes(body))
         code, why = row.get("errcode") or row.get("ret") or 0, scalar(row.get("errmsg")) or ""
-        if code and check:
-            if scalar(code) in ("-14", "-14.0"):
-                raise LoginEnded(f"-14 {why}".strip())
+        if scalar(code) in ("-14", "-14.0"):
+            raise LoginEnded(f"-14 {why}".strip())
+        if code:
             raise Declined(f"{name}: {code} {why}".strip()
                            + (f"; {self.RULE}" if name == "sendmessage" else ""))
         return row
 
-    def _fetch(self, url: str, method: str, fields: Fields, body: Optional[bytes],
-               seconds: float) -> Row:
-        reply = fetch(url, method, fields, body, seconds)
+    def _fetch(self, url: str, fields: Fields, seconds: float, body: Optional[bytes] = None) -> Row:
+        reply = fetch(url, "POST" if body else "GET", fields, body, seconds)
         row = object_in(reply.read())
         if reply.status != 200 or row is None:
             raise Unreachable(f"it answers {reply.status}", True)  # so it may have acted
         return row
 
     def _allowed(self, url: str) -> str:
-        """The address, unless Tencent's own servers would lead us to others'. Unreachable."""
+        """The address. Unreachable, if Tencent's own servers would lead us to others'."""
         parts = urllib.parse.urlsplit(url)
         under = ("." + (parts.hostname or "")).endswith(".weixin.qq.com")
-        if self._is_official and (parts.scheme != "https" or not under):
+        official = self._api == SETTINGS["ilink_api"].default
+        if official and (parts.scheme != "https" or not under):
             raise Unreachable(f"it leads elsewhere, to {shown_url(url)}")
         return url.rstrip("/")
 
@@ -9433,6 +9342,7 @@ class Details:
             self.report(kinds)
 
     def report(self, kinds: Iterable[str]) -> None:
+        """Tell what has been loaded anew: update_friend and its like."""
         for kind in kinds:
             if kind != "discuss":
                 self._client.emit("update_" + kind, [
@@ -9597,17 +9507,19 @@ class Login:
                         act(*args)
             return call
 
-        hooks = Hooks(hook(self._show), hook(self._wait), hook(self._scanned),
-                      hook(self._confirmed), hook(self._lost), client.talk.receive,
-                      client.roster.find, client.is_certain, hook(self._keep))
-        hooks.ids_path = client.papers.ids_path
+        hooks = Hooks(qrcode=hook(self._show), waiting=hook(self._wait),
+                      scanned=hook(self._scanned), confirmed=hook(self._confirmed),
+                      lost=hook(self._lost), received=client.talk.receive,
+                      known=client.roster.find, certain=client.details.is_certain,
+                      kept=hook(self._keep), ids_path=client.papers.ids_path)
         self.link: Link
         kind = link_of(settings.given)
         if kind in LINKS:
             self.link = LINKS[kind](settings, hooks, log)
             return
         if client.parent:
-            host: Callable[..., Json] = RemoteHost(client.parent.local, client.parent.key)
+            host: Callable[..., Json] = functools.partial(call_host, client.parent.local,
+                                                          client.parent.key)
         else:
             network = self.network = LocalNetwork(
                 client.papers.local_path, settings.world, client.flavour, log,
@@ -10319,6 +10231,7 @@ class Client:
         self._plans[what] = self.timers.later(seconds, act, *args)
 
     def unplan(self, *names: str) -> None:
+        """Take plan()s back, as far as they have not begun."""
         for name in names:
             if name in self._plans:
                 self._plans.pop(name).cancel()
