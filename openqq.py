@@ -173,7 +173,6 @@ POST_BYTES = 256 * 1024 * 1024   # of pictures in events that wait to be posted
 class OpenQQError(Exception):
     """An error that is an answer: `code` and `status` as in CONTRACT 1, `http` of the status line,
     `extra` further members of the JSON. Errors that the original knows answer with HTTP 200."""
-
     code, status, http = 1, "failure", 200
 
     def __init__(self, status: Optional[str] = None, **extra: Any) -> None:
@@ -207,9 +206,8 @@ Hangup = answering(1)                             # the caller is gone: there is
 
 
 class Unreachable(OpenQQError):
-    """No connection, or one that broke before an answer was complete; `sent` tells whether a part
-    of the request may have been acted upon."""
-
+    """No connection, or one that broke before an answer was complete; `sent`: a part of the
+    request may have been acted upon."""
     code, status, http = 7, "client not reachable", 502
 
     def __init__(self, status: Optional[str] = None, sent: bool = False, **extra: Any) -> None:
@@ -219,7 +217,6 @@ class Unreachable(OpenQQError):
 
 class TooSlow(Unreachable):
     """The other side took longer than it was given."""
-
     http = 504
 
 
@@ -292,11 +289,8 @@ def is_held(error: OSError) -> bool:
 
 
 def is_own_file(found: os.stat_result) -> bool:
-    """Whether it is a plain file of ours (or root's) with one name. On Windows, where no directory
-    for temporary files is everybody's, all owners have the number 0."""
-    owner = 0
-    if sys.platform != "win32":
-        owner = os.geteuid()
+    """Whether it is a plain file of ours (or root's) with one name; on Windows all owners are 0."""
+    owner = getattr(os, "geteuid", int)()
     return stat.S_ISREG(found.st_mode) and found.st_uid in (0, owner) and found.st_nlink == 1
 
 
@@ -313,10 +307,9 @@ def own_opener(path: str, flags: int) -> int:
 
 
 def lock_file(file: IO[Any]) -> bool:
-    """Lock an open file until it is closed; False if another process has. Windows locks bytes, and
-    nobody else can read those: it is one that lies far behind the file's end."""
+    """Lock an open file until it is closed; False if another process has."""
     try:
-        if sys.platform == "win32":
+        if sys.platform == "win32":  # nobody else can read a locked byte: one far behind the end
             os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
@@ -338,10 +331,9 @@ def await_lock(file: IO[Any]) -> None:
 
 
 def remove_locked(file: IO[Any], path: str) -> None:
-    """Remove and close a locked file, so that nobody can lock one that is removed afterwards.
-    Windows removes no open file, be it open here or at who locked it next."""
+    """Remove and close a locked file, in this order: else somebody could lock it in between."""
     if sys.platform == "win32":
-        file.close()
+        file.close()  # it removes no open file, be it open here or at who locked it next
     with contextlib.suppress(OSError):
         os.unlink(path)
     file.close()
@@ -349,9 +341,9 @@ def remove_locked(file: IO[Any], path: str) -> None:
 
 def start_process(spawn_process: Callable[..., Any], title: str, words: Sequence[str],
                   environment: Mapping[str, str], **sockets: socket.socket) -> Any:
-    """A Python process, called `title` where the system shows that, of a session or group of its
-    own: what a terminal sends is for us. It finds the numbers of the sockets, once it has called
-    receive_sockets(), in its environment. OSError, ValueError."""
+    """A Python process, called `title` where the system shows that, which a terminal's signals do
+    not reach. After receive_sockets() it has the sockets' numbers in its environment. OSError,
+    ValueError."""
     import subprocess
     python = os.environ.get("OPENQQ_PYTHON", sys.executable)
     argv = [os.path.join(os.path.dirname(python), title), "-S", *words]
@@ -388,7 +380,7 @@ def receive_sockets() -> None:
 
 
 def tell_to_end(process: Any, life: socket.socket) -> None:
-    """Ask a process of ours to end; Windows has no TERM: there it ends since its life line does."""
+    """Ask a process of ours to end: on Windows, which has no TERM, by ending its life line."""
     if sys.platform == "win32":
         with contextlib.suppress(OSError):
             life.shutdown(socket.SHUT_WR)
@@ -397,9 +389,8 @@ def tell_to_end(process: Any, life: socket.socket) -> None:
 
 
 def begin_again(title: str, words: Sequence[str], **environment: str) -> None:
-    """Run this file once more, as a process that is called `title`; it reads UTF-8 whatever we
-    read. What is in the environment cannot be seen by other users, as words can. Windows shows
-    the words to nobody else and takes no names: there it returns."""
+    """Run this file once more, called `title`, with what other users must not see in the
+    environment. On Windows, which shows them no words and takes no names, it returns."""
     if sys.platform != "win32":
         spelt: Dict[str, Any] = {name: value.encode("utf-8", "surrogateescape")
                                  for name, value in environment.items()}
@@ -428,22 +419,21 @@ def on_closed_console(act: Callable[[], None]) -> None:
 
 
 def take_no_signals() -> None:
-    """Leave the signals of the process to its other threads; where there are none, that is so."""
+    """Leave the signals of the process to its other threads."""
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
 
 def interrupt_reading(sock: socket.socket) -> None:
-    """End a recv() in another thread, after shutdown(): of Windows' it takes no notice."""
+    """End a recv() in another thread, where shutdown() does not."""
     if sys.platform == "win32":
         import ctypes
         kernel32().CancelIoEx(ctypes.c_void_p(sock.fileno()), None)
 
 
 def own_port(sock: socket.socket) -> None:
-    """Have bind() refuse a port that is taken, and take one whose last connections still fade;
-    on Windows the same option means the contrary, and another one is needed."""
-    if sys.platform == "win32":
+    """Have bind() refuse a port that is taken, and take one whose last connections still fade."""
+    if sys.platform == "win32":  # where SO_REUSEADDR would let others in
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
     else:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -460,8 +450,8 @@ def keep_alive(sock: socket.socket) -> None:
 
 
 def socket_pair() -> Tuple[socket.socket, socket.socket]:
-    """Two sockets that are connected. On Windows a connection on the loopback, where another
-    program's may be in between: until 3.12 Python does not look."""
+    """Two sockets that are connected with each other: Python of Windows, until 3.12, may come to
+    another program's on the loopback, and does not look."""
     while True:
         ours, theirs = socket.socketpair()
         if sys.platform != "win32" or (ours.getsockname() == theirs.getpeername()
@@ -472,9 +462,8 @@ def socket_pair() -> Tuple[socket.socket, socket.socket]:
 
 
 def room_for_connections() -> int:
-    """How many there may be at once, each with one that it causes: beyond the limit of open files
-    nobody could even be told that there are too many. A quarter of them is left for files and
-    clients. Windows has none for sockets."""
+    """How many there may be at once, each with one that it causes, within the limit of open files
+    (Windows has none for sockets); a quarter is left for files and clients."""
     wanted = 65_536
     if sys.platform != "win32":
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -498,7 +487,7 @@ if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: 
 
 def share_cpu(number: int, pid: int = 0) -> None:
     """Keep a process that has no threads yet to one of the CPUS. Its threads run one at a time in
-    any case, and to wake each other on another CPU took most of the time (measured on two)."""
+    any case, and to wake each other on another CPU took most of the time (measured)."""
     if len(CPUS) > 1:
         with contextlib.suppress(OSError):  # it has just ended, or the system does not let us
             getattr(os, "sched_setaffinity")(pid, [CPUS[number % len(CPUS)]])
@@ -513,8 +502,7 @@ def is_console(file: Any) -> bool:
 
 
 def write_stderr(data: bytes) -> None:
-    """Write UTF-8 in one piece. Python's raw stream does so anywhere; a descriptor would not: what
-    it takes on Windows is shown in the console's code page."""
+    """Write UTF-8 in one piece, also to a console of Windows, which a descriptor would not."""
     buffer: Any = sys.stderr.buffer
     getattr(buffer, "raw", buffer).write(data)  # it has none with PYTHONUNBUFFERED
 
@@ -533,12 +521,11 @@ def prepare_console() -> None:
 
 
 def has_own_window() -> bool:
-    """Whether the console is there for us alone, since somebody has double-clicked the file: with
-    us it holds a launcher, py.exe, at most."""
+    """Whether somebody has double-clicked this file, so that the console ends with us."""
     if sys.platform == "win32":
         import ctypes
         count: int = kernel32().GetConsoleProcessList((ctypes.c_uint * 8)(), 8)
-        return 0 < count <= 2
+        return 0 < count <= 2  # we, and py.exe perhaps
     return False
 
 
@@ -554,7 +541,7 @@ encode_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=("
 
 
 def no_number(name: str) -> None:
-    """ValueError: NaN and Infinity are no JSON (RFC 8259), and would be sent as words."""
+    """ValueError: NaN and Infinity are no JSON (RFC 8259)."""
     raise ValueError(f"{name} is no JSON")
 
 
@@ -577,15 +564,16 @@ def from_bytes(data: bytes) -> Json:
 
 def object_in(data: bytes) -> Optional[Row]:
     """The JSON object that bytes hold; None for anything else."""
-    with contextlib.suppress(ValueError):
+    try:
         value = from_bytes(data)
-        return value if isinstance(value, dict) else None
-    return None
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def read_text(data: bytes, charset: str = "") -> str:
-    """Text of somebody who need not say how it is written: UTF-8, else GB18030, as Chinese
-    consoles and old scripts write it; a `charset` that says so comes first. ValueError."""
+    """Text as UTF-8, else as GB18030, which Chinese consoles and old scripts write; the other way
+    round, or only as UTF-8, where a `charset` says so. ValueError."""
     encodings = ["utf-8", "gb18030"]
     if charset.lower() in ("gb18030", "gbk", "gb2312", "cp936", "x-gbk"):
         encodings.reverse()
@@ -605,8 +593,7 @@ def typed_text(word: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """An account's name as it came, or NotAllowed: names become file names (DESIGN), also of other
-    systems, so that a folder can move."""
+    """An account's name, if it can be a part of file names on all systems; else NotAllowed."""
     if not NAME.fullmatch(name) or FORBIDDEN.fullmatch(name):
         raise NotAllowed("client name not allowed")
     return name
@@ -620,7 +607,6 @@ def new_secret() -> str:
 class MessageIds:
     """Ids of messages where the other side gives none: growing by one, the first one by the clock,
     and from 2^30 to below 2^31, since typed clients keep them in 31 bits."""
-
     LEAST = 2 ** 30
 
     def __init__(self, clock: Callable[[], float] = time.time,
@@ -664,12 +650,13 @@ def keep_newest(table: Dict[Any, Any], limit: int) -> None:
 
 def python_words(*words: str) -> List[str]:
     """The words behind `python` that run this file once more, as a module: as a script it would be
-    compiled each time. Its directory takes the place of the current one, where others may have put
-    modules; Python's embeddable package for Windows has that not on its path."""
+    compiled each time."""
     directory, name = os.path.split(os.path.abspath(__file__))
     module = name[:-3] if name.endswith(".py") else ""
     if not module.isidentifier():
         return ["-X", "utf8", os.path.join(directory, name), *words]
+    # In the place of the current directory, where others may have put modules; Python's embeddable
+    # package for Windows does not have that on its path.
     code = (f"import sys; sys.path[:sys.path[0] == ''] = [{directory!r}]; import {module}; "
             f"{module}.command_line()")
     return ["-X", "utf8", "-c", code, *words]
@@ -688,11 +675,8 @@ COLORS = {10: "34", 25: "32", 30: "33", 40: "31", 50: "35"}
 
 class LogHandler(logging.Handler):
     """A log file that is opened again when it was moved away, and never through a symlink; without
-    a path stderr. A record is one write, past the text layer, so that lines stay whole.
-
-    The form is the documents' (CONTRACT 9): `HEAD[yy/mm/dd HH:MM:SS] [level] text`, the prefix on
-    every line of the text. Logging's own WatchedFileHandler would take each client 0.5 MiB.
-    """
+    a path stderr. A record is one write, so that lines stay whole; its form is the documents'
+    (CONTRACT 9). Logging's own WatchedFileHandler would take each client 0.5 MiB."""
 
     def __init__(self, path: str, encoding: str, head: str, colored: bool, level: int) -> None:
         super().__init__(level)
@@ -700,7 +684,7 @@ class LogHandler(logging.Handler):
         self._file: Any = open(path, "ab", 0, opener=own_opener) if path else None
 
     def format(self, record: logging.LogRecord) -> str:
-        """Lines of text; control characters cannot reach the terminal."""
+        """`HEAD[yy/mm/dd HH:MM:SS] [level] ` before each line, and no control characters."""
         title, who = getattr(record, "message_of", ("", ""))
         level = next(name for name, number in LEVELS.items() if number >= record.levelno)
         when = time.strftime("%y/%m/%d %H:%M:%S", time.localtime(record.created))
@@ -717,21 +701,18 @@ class LogHandler(logging.Handler):
             if self._file is None:
                 return write_stderr(data)
             try:
-                moved = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+                stays = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
             except (OSError, ValueError):
-                moved = True
-            if moved:
+                stays = False
+            if not stays:
                 self._file.close()
                 self._file = open(self._path, "ab", 0, opener=own_opener)
             self._file.write(data)
 
 
 class Log(logging.Logger):
-    """The log of one controller or client, in the documents' levels (CONTRACT 9).
-
-    `keep` is called with the text of each warning or worse, also of those that are not written.
-    """
-
+    """The log of one controller or client, in the documents' levels (CONTRACT 9). `keep` gets the
+    text of each warning or worse, also of those that are not written."""
     warn = logging.Logger.warning  # the documents' word for it; logging is about to give it up
 
     def __init__(self, head: str = "", level: str = "info", path: Optional[str] = None,
@@ -784,8 +765,8 @@ def result_of(future: Future[Any], seconds: Optional[float] = None) -> Any:
 
 
 class ThreadPool:
-    """At most `size` threads; one more comes when there is work, one leaves that has been idle.
-    Those of concurrent.futures never leave, and a process that ends waits for what they do."""
+    """At most `size` threads; one that is idle for `linger` seconds leaves. Those of
+    concurrent.futures never leave, and a process that ends waits for what they do."""
 
     def __init__(self, size: int, name: str, log: Log, linger: float = 10.0) -> None:
         self.size, self.name, self.log, self.linger = size, name, log, linger
@@ -842,11 +823,9 @@ class Timer:
 
 
 class Timers:
-    """One thread for what is to happen later, for signals, and for sockets that say something.
-
-    What it calls runs with the owner's `lock` held, so that what was cancelled under the lock does
-    not happen. Such a call changes state and returns; what blocks is done by a worker.
-    """
+    """One thread for what is to happen later, for signals, and for sockets that say something. What
+    it calls has the owner's `lock`, so that what was cancelled under the lock does not happen, and
+    must not block."""
 
     def __init__(self, lock: Any, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
         self.lock, self.log, self.clock = lock, log, clock
@@ -881,14 +860,12 @@ class Timers:
         self._selector.unregister(sock)
 
     def catch_signals(self, act: Callable[[int], None]) -> None:
-        """Have act(number) called, with the lock held, for END_SIGNALS: where this is the main
-        thread, which has to run() too. What was ignored at start stays so (nohup)."""
+        """In the main thread, which has to run() too: have act(number) called, with the lock held,
+        for END_SIGNALS, but for those that were ignored at the start (nohup)."""
         if threading.current_thread() is not threading.main_thread():
             return
 
-        def catch(number: int, frame: Any = None) -> None:
-            # A handler runs between any two steps of this thread, perhaps in the middle of a
-            # change that the lock guards: it only takes a note, and the thread looks at it.
+        def catch(number: int, frame: Any = None) -> None:  # only notes it: the lock may be held
             self._caught.append(functools.partial(act, number))
             self._wake()
 
