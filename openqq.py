@@ -960,12 +960,10 @@ def _path(text: str) -> str:
     if not text:
         return text
     path = os.path.abspath(os.path.expanduser(_text(text)))
-    try:
+    with contextlib.suppress(OSError):  # there is nothing yet
         kind = os.stat(path).st_mode
-    except OSError:
-        return path
-    if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
-        raise ValueError("must not be a device")  # root would replace it
+        if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
+            raise ValueError("must not be a device")  # root would replace it
     return path
 
 
@@ -986,19 +984,11 @@ def _hosts(text: str) -> List[str]:
 
 def _encoding(text: str) -> str:
     """A codec for lines of any text: not idna or rot13, nor one that begins each with a mark."""
-    line = "[x] 1\n"
-    try:
-        good = not text or (line.encode(text) == line.encode()
-                            and bool("ä好😀\ud800\0".encode(text, "replace")))
-    except (LookupError, ValueError):
-        good = False
-    if not good:
-        raise ValueError("must be an encoding of text that Python knows, such as utf-8 or gbk")
-    return text
-
-
-# User and password; a name, an IPv4 or IPv6 address (RFC 6874: with a zone); a port.
-NETLOC = re.compile(r"(?:[^@\\]*@)?(?:\[([0-9A-Fa-f:.]+)(?:%[\w.%~-]+)?\]|([\w.-]+))(?::([0-9]*))?")
+    with contextlib.suppress(LookupError, ValueError):
+        if not text or ("[x] 1\n".encode(text) == b"[x] 1\n"
+                        and "ä好😀\ud800\0".encode(text, "replace")):
+            return text
+    raise ValueError("must be an encoding of text that Python knows, such as utf-8 or gbk")
 
 
 def _url(text: str, schemes: Sequence[str] = ("http", "https")) -> str:
@@ -1015,15 +1005,16 @@ def _url(text: str, schemes: Sequence[str] = ("http", "https")) -> str:
     if parts.scheme not in schemes or not parts.netloc:
         words = " or ".join(f"{scheme}://" for scheme in schemes)
         raise ValueError(f"must be an {words} URL")
-    found = NETLOC.fullmatch(parts.netloc)
+    # User and password; a name, an IPv4 or IPv6 address (RFC 6874: with a zone); a port.
+    found = re.fullmatch(r"(?:[^@\\]*@)?(?:\[([0-9A-Fa-f:.]+)(?:%[\w.%~-]+)?\]|([\w.-]+))"
+                         r"(?::([0-9]*))?", parts.netloc)
     address, name, port = found.groups() if found else ("", "", "")
     try:
-        good = (bool(socket.inet_pton(socket.AF_INET6, address)) if address
-                else 0 < len(name.encode("idna")) <= 253)
+        if not (socket.inet_pton(socket.AF_INET6, address) if address
+                else 0 < len(name.encode("idna")) <= 253):
+            raise ValueError
     except (OSError, ValueError):
-        good = False
-    if not good:
-        raise ValueError("must name a host, as example.com, 192.0.2.1 or [2001:db8::1]")
+        raise ValueError("must name a host, as example.com, 192.0.2.1 or [2001:db8::1]") from None
     if port and not 1 <= int(port) <= 65_535:
         raise ValueError("must have a port of 1 to 65535")
     return parts.scheme + text[len(parts.scheme):]
@@ -1044,20 +1035,12 @@ def _choice(*words: str) -> Callable[[str], str]:
     return choose
 
 
-READERS: Dict[type, Callable[[str], Json]] = {  # type of a default -> what reads such a setting
-    bool: _flag, int: _whole, float: _number, str: _text}
-
-
 class Setting:
-    """One row of the settings table.
-
-    `default` is what holds when nobody says anything (None: see the help text), `read` makes a
-    value of a text or raises ValueError, `whose` is "controller", "client" or "both", `caller`
-    tells whether start_client takes it, `secret` that it is never shown, `plugin` that it travels
-    to a client under the API plugin's name (000), `idle` that it has no effect any more.
-    `between` holds a number's bounds; `token` of a URL the parameter in it that is a secret, and
-    the setting where that belongs.
-    """
+    """One row of the settings table. `whose` is "controller", "client" or "both", `default` None
+    where the help tells more, `read` makes a value of a text or raises ValueError, `caller`:
+    start_client takes it, `plugin`: it reaches a client under the API plugin's name (000), `idle`:
+    it has no effect any more, `between` are a number's bounds, `token` of a URL is the parameter
+    in it that is a secret, and the setting where that belongs."""
 
     def __init__(self, whose: str, name: str, default: Json, help: str, chinese: str,
                  read: Optional[Callable[[str], Json]] = None, *, caller: bool = True,
@@ -1065,7 +1048,8 @@ class Setting:
                  between: Optional[Tuple[int, int]] = None,
                  token: Tuple[str, str] = ("", "")) -> None:
         self.name, self.default, self.whose = name, default, whose
-        self.read = read or READERS[type(default)]
+        self.read: Callable[[str], Json] = read or {
+            bool: _flag, int: _whole, float: _number, str: _text}[type(default)]
         self.help, self.chinese, self.secret = help, chinese, secret
         self.caller = caller and whose != "controller"
         self.plugin, self.idle, self.between, self.token = plugin, idle, between, token
@@ -1095,21 +1079,6 @@ class Setting:
         """The default as help shows it."""
         is_float = isinstance(self.default, float)
         return f"{self.default:g}" if is_float else self.text(self.default)
-
-    def split(self, url: str) -> Tuple[str, str]:
-        """A URL without the token that is its parameter, and that; empty if there is none."""
-        rest, mark, fragment = url.partition("#")
-        path, asks, query = rest.partition("?")
-        kept, token = [], None
-        for pair in query.split("&"):
-            name, _, value = map(urllib.parse.unquote_plus, pair.partition("="))
-            if name.lower() == self.token[0]:
-                token = value
-            else:
-                kept.append(pair)
-        if not self.token[0] or token is None:
-            return url, ""
-        return path + (asks + "&".join(kept) if kept else "") + mark + fragment, token
 
 
 _both, _controller, _client = (functools.partial(Setting, whose)
@@ -1256,23 +1225,32 @@ def link_of(given: Callable[[str], Json]) -> str:
 
 
 def tokens_apart(given: Mapping[str, str]) -> Dict[str, str]:
-    """Settings, by their own names, with each token that came within a URL where it belongs, so
-    that it is treated as a secret. One that is given by itself is stronger."""
+    """Settings with each token that came within a URL where it belongs, so that it is treated as a
+    secret. One that is given by itself is stronger."""
     found = dict(given)
     for name, text in given.items():
-        setting = SETTINGS[name]
-        if setting.token[1]:
-            found[name], token = setting.split(text)
-            if token and not given.get(setting.token[1]):
-                found[setting.token[1]] = token
+        parameter, owner = SETTINGS[name].token
+        rest, mark, fragment = text.partition("#")
+        path, _, query = rest.partition("?")
+        kept, tokens = [], []
+        for pair in query.split("&"):
+            key, _, value = map(urllib.parse.unquote_plus, pair.partition("="))
+            if key.lower() == parameter:
+                tokens.append(value)
+            else:
+                kept.append(pair)
+        if parameter and tokens:
+            found[name] = path + ("?" + "&".join(kept) if kept else "") + mark + fragment
+            if tokens[-1] and not given.get(owner):
+                found[owner] = tokens[-1]
     return found
 
 
 def texts_of(given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
              ) -> Dict[str, str]:
-    """What somebody gives, by the settings' own names, as texts that parse() takes; all settings
-    come this way. `why_not(setting)` is what stands against one here, if anything; None is no
-    setting at all. ValueError for that, and for a bad value; an empty text is left as it is."""
+    """What somebody gives, by the settings' own names, as texts that parse() takes, or empty ones.
+    ValueError for a bad value, and for one that `why_not(setting)` objects to; None is no setting
+    at all."""
     found = {}
     for name, value in given.items():
         setting = setting_named(name)
@@ -1288,8 +1266,7 @@ def texts_of(given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], s
 
 
 def urls_of(name: str) -> List[str]:
-    """The settings with the URLs that a secret is for: with others there it is worth nothing, and
-    would be told to somebody else."""
+    """The settings with the URLs that a secret is for, which others must not be told."""
     return [url for url, setting in SETTINGS.items() if setting.token[1] == name or (
         SETTINGS[name].secret and name.startswith(NETWORKS.get(url, "\0")))]
 
@@ -1297,10 +1274,10 @@ def urls_of(name: str) -> List[str]:
 def renewed(former: Mapping[str, str], given: Mapping[str, str]) -> Dict[str, str]:
     """What holds after some settings are given anew: those win, an empty one clears, and a new
     network clears what was said of any (its names, its secrets are for no other)."""
-    def read(name: str, text: str) -> Json:
-        return SETTINGS[name].parse(text) if text else None
+    def value(name: str, settings: Mapping[str, str]) -> Json:
+        return SETTINGS[name].parse(settings[name]) if settings.get(name) else None
 
-    new = {name for name in given if read(name, given[name]) != read(name, former.get(name, ""))}
+    new = {name for name in given if value(name, given) != value(name, former)}
     moved = any(given[name] for name in new.intersection(NETWORKS))
     prefixes = tuple(itertools.chain(*NETWORKS.values()))
     kept = {name: value for name, value in former.items()
@@ -1311,7 +1288,7 @@ def renewed(former: Mapping[str, str], given: Mapping[str, str]) -> Dict[str, st
 
 class Settings:
     """One server's settings, each an attribute: given, else from the environment, else default.
-    `given` maps names to values of any sort; ValueError for an unknown name or a bad value."""
+    ValueError for an unknown name or a bad value."""
 
     def __init__(self, whose: str, given: Mapping[str, Json], environ: Mapping[str, str],
                  prefix: str) -> None:
@@ -12814,7 +12791,8 @@ def request_echo(request: Request) -> Row:
     """The parameters that start_client tells again, as they were spelt; secrets stay out."""
     rows = [(name, value, setting_named(name) or SETTINGS["token"])
             for name, value in request.keys().items()]
-    return {name: setting.split(value)[0] for name, value, setting in rows if not setting.secret}
+    return {name: tokens_apart({setting.name: value})[setting.name]
+            for name, value, setting in rows if not setting.secret}
 
 
 # ------------------------------------------------------------------------------------------------
