@@ -1380,17 +1380,14 @@ CIRCLE = {"max_member": 2000, "max_admin": 10, "memo": "", "createtime": "0", "l
 class Verb:
     """One call of the API. Routes, their handlers, and the document at openapi.json follow from it.
 
-    `about` says what it does. `takes` are its parameters (PARAMS says what they mean): ! is
-    required, + a set of them, as Flavour.keys. `gives` is the answer's shape (SHAPES,
-    Flavour.fields; * is a list); `codes` those besides 0, and HTTP statuses after =; `example`
-    parameters that work on the network inside. `on` is who serves it: client (a controller passes
-    it on), controller, both, or nothing for a path whose section declares the route; `flavour`
-    the one that alone has it.
-    `link` is a method of Link, and its arguments by name: what Api.act() makes of a word, in
-    the order of the checks. Then `yes` and `no` are the answers' code and status, after what is
-    to be told again (`echo`). Without `link` a method of the API does it: `_` and `name`, or with
-    an argument `does`.
-    """
+    `takes` are its parameters (PARAMS): ! is required, + a set of them, as Flavour.keys. `gives` is
+    the answer's shape (SHAPES, Flavour.fields; * is a list); `codes` those besides 0, and HTTP
+    statuses after =; `example` parameters that work on the network inside. `on` is who serves it:
+    client (a controller passes it on), controller, both, or nothing for a path whose section
+    declares the route; `flavour` the one that alone has it.
+    `link` is a method of Link, and its arguments by name: what Api.act() makes of a word, in the
+    order of the checks; `yes` and `no` are the answers' code and status, after what is told again
+    (`echo`). Without `link` the method `_NAME` of the API does it, or what `does` names."""
 
     def __init__(self, name: str, methods: str, about: str, takes: str = "",
                  gives: str = "answer", codes: str = "", example: str = "", link: str = "",
@@ -1554,8 +1551,8 @@ def _rows(**lists: str) -> Dict[str, Tuple[str, ...]]:
 
 
 class QQ:
-    """What Mojo-Webqq calls things: names, ports, files, wording. Data only, all that flavours
-    may differ in (000, 002, 003, 004; fields as CONTRACT 3 has them)."""
+    """What Mojo-Webqq calls things: data only, all that flavours may differ in (000, 002, 003, 004;
+    fields as CONTRACT 3 has them)."""
 
     name = "qq"
     prefix = "/openqq/"          # of the API's paths
@@ -1586,8 +1583,7 @@ class QQ:
         friend_request="id name verify ticket",
         group_request="group group_uid uid name comment kind ticket",
         media="type url name size file_id")
-    # What a search may call members besides, as the program's objects did (AUTOLOAD in Group.pm,
-    # Friend.pm).
+    # What a search may call members besides (AUTOLOAD in Group.pm, Friend.pm).
     other_names: Dict[str, Dict[str, str]] = {
         "friend": {"qq": "uid", "nick": "name"},
         "group": {"gnumber": "uid", "number": "uid", "gtype": "role", "gname": "name",
@@ -1701,7 +1697,6 @@ class Thing:
     """A contact, a group or a message: attributes inside, a JSON object outside, with the members
     that Flavour.fields lists for its `kind`; what is not known is None. Each kind is a class, since
     objects of one class share the keys of their dicts: half the memory of a roster (measured)."""
-
     kind = ""
 
     def __init__(self, values: Row) -> None:
@@ -1759,8 +1754,8 @@ class DiscussMember(Thing):
 
 
 class Circle(Thing):
-    """A group or a discuss: `member` maps a uid to who it is; `loaded` tells whether that is all
-    of them: a link may leave them out until they are needed."""
+    """A group or a discuss. `member` maps uids to its members; a link may leave them out until they
+    are needed: then they are not `loaded`."""
     member_class: Type[Thing]
 
     def __init__(self, values: Row) -> None:
@@ -1789,7 +1784,6 @@ class Discuss(Circle):
 class Message(Thing):
     """A message, received (`class` recv) or sent; its fields (CONTRACT 6) are attributes.
     `sender_thing` and so on are the objects behind the names; `answer` is how reply() sends."""
-
     kind = "message"
     HIDDEN = ("answer", "sender_thing", "receiver_thing", "circle", "peer_uid")
 
@@ -1825,11 +1819,8 @@ def read_file(path: str, limit: Optional[int] = None) -> Optional[bytes]:
 
 
 def read_json(path: str, log: Log) -> Row:
-    """A state file's JSON object; {} where there is none.
-
-    What is there but cannot be read (the Perl programs wrote Storable) is set aside as
-    `<path>.old` with a warning: it is the user's, and it must not stop a start.
-    """
+    """A state file's JSON object; {} where there is none. What cannot be read (the Perl programs
+    wrote Storable) is set aside as `<path>.old`: it is the user's, and must not stop a start."""
     data = read_file(path)
     value = object_in(data) if data else {}
     if value is not None:
@@ -1843,11 +1834,8 @@ def read_json(path: str, log: Log) -> Row:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Replace a file at once: another process sees the old bytes or the new, never a part.
-
-    The file is 0600 from the start; what lies at `path`, be it a symlink, is replaced and not
-    followed. OSError when the disk is full or the directory cannot be written.
-    """
+    """Replace a file at once: others see the old bytes or the new, never a part. It is 0600 from
+    the start; a symlink at `path` is replaced, not followed. OSError."""
     directory, name = os.path.split(path)
     handle, temporary = tempfile.mkstemp("", f".openqq_{name}_", directory)
     try:
@@ -1907,11 +1895,8 @@ def check_tmpdir(path: str) -> str:
 
 
 def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterable[str]) -> None:
-    """NotAllowed unless a caller's path stays in the controller's tmpdir, off others' files.
-
-    `own_files` matches the names of this program's own files that the caller may have, `taken`
-    are paths that it may not, whatever they are called (empty ones count for nothing).
-    """
+    """NotAllowed unless a caller's path stays in the controller's tmpdir, is none of `taken` (empty
+    ones do not count), and no file of this program but one whose name `own_files` matches."""
     real, room = [os.path.normcase(os.path.realpath(each)) for each in (path, tmpdir)]
     base = os.path.basename(os.path.realpath(path))  # as symlinks lead to, and it is spelt
     foreign = (re.match("mojo_|[.]", base, re.I) or ":" in base) and not re.fullmatch(
@@ -1924,8 +1909,8 @@ def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterabl
 
 
 def check_usable(name: str, path: str, tmpdir: str) -> None:
-    """NotAllowed unless a client could write there: a plain file of ours or none, in a directory
-    that is there or will be (`tmpdir`); as for a `tmpdir` itself, a directory or none."""
+    """NotAllowed unless a client could write there: to a plain file of ours or a new one, in a
+    directory that is there or will be (`tmpdir`); as for a `tmpdir` itself, a directory or none."""
     is_tmpdir = name == "tmpdir"
     try:
         found = os.lstat(path)
@@ -1956,15 +1941,12 @@ def unkept_media(data: bytes, name: str) -> Row:
 
 class Shelf:
     """Media of an account: files, each with an id (CONTRACT 10). A start clears week-old ones."""
-
-    KEEP_SECONDS = 7 * 86_400.0
-    CODES = {"image": "3", "audio": "34", "video": "43"}  # what the original called them
     NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 
-    def __init__(self, start: str, log: Log) -> None:
+    def __init__(self, start: str) -> None:
         self._start = start
         self._names: Dict[str, str] = {}  # id -> the name that its giver gave it
-        self.clear(time.time() - self.KEEP_SECONDS)
+        self.clear(time.time() - 7 * 86_400)
 
     def clear(self, until: float = math.inf) -> None:
         """Remove all, or what was put there before a time."""
@@ -1984,8 +1966,7 @@ class Shelf:
         return self._row(key, path, data)
 
     def get(self, key: str) -> Optional[Row]:
-        """media_id, media_path, media_name, media_mime, media_ext, media_code, media_size (bytes)
-        and media_mtime of what is kept under an id; None if that is nothing."""
+        """What unkept_media() and _row() tell of what is kept under an id; None if nothing is."""
         for path in self._paths():
             if path.startswith(f"{self._start}{key}."):
                 with contextlib.suppress(OSError):  # it has just been cleared away
@@ -1998,15 +1979,15 @@ class Shelf:
 
     def _row(self, key: str, path: str, data: bytes) -> Row:
         row = unkept_media(data, self._names.get(key, os.path.basename(path)))
-        row.update(media_id=key, media_path=path, media_ext=path.rpartition(".")[2],
-                   media_mtime=str(int(os.stat(path).st_mtime)),
-                   media_code=self.CODES.get(row["media_mime"].partition("/")[0], "49"))
-        return row
+        codes = {"image": "3", "audio": "34", "video": "43"}  # the original's
+        return {**row, "media_id": key, "media_path": path, "media_ext": path.rpartition(".")[2],
+                "media_mtime": str(int(os.stat(path).st_mtime)),
+                "media_code": codes.get(row["media_mime"].partition("/")[0], "49")}
 
 
 class PidFile:
-    """A pid file that is a lock besides: held by an open descriptor, so it ends with its process,
-    and a number that a dead one left stands in nobody's way."""
+    """A pid file that is a lock besides, which ends with its process: what a dead one left stands
+    in nobody's way."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -2050,22 +2031,21 @@ class PidFile:
 class Journal:
     """A file that only grows: one JSON value per line, and a torn last line is no line.
 
-    write() is one system call, so a kill loses nothing that was written before. There is no fsync
+    flush() is one system call, so a kill loses nothing that was written before. There is no fsync
     (36 µs against 0.5): a machine that loses power may lose the last moments. A file that has
     grown to twice what lasted the last time is replaced by the lines that last.
     """
-
     COMPACT = 4 * 1024 * 1024    # bytes below which it is left alone
 
     def __init__(self, path: str, log: Log) -> None:
         self.path, self.log = path, log
+        self.unwritten: List[Json] = []
         self._file: Any = None
         self._broken = False
         self._size = self._base = 0  # bytes: now, and of what lasts
 
     def last_lines(self) -> Tuple[List[Json], int]:
-        """The lines that are as good as all there are, and how many bytes besides were put into
-        another file for that. OSError."""
+        """The lines that last, and how many bytes were put into another file besides. OSError."""
         raise NotImplementedError
 
     def read(self) -> Iterator[Json]:
@@ -2074,8 +2054,11 @@ class Journal:
             with contextlib.suppress(ValueError):
                 yield from_bytes(line)
 
-    def write(self, values: Iterable[Json]) -> None:
-        """Append values; a full disk costs a warning and their survival, not the program."""
+    def flush(self) -> None:
+        """Append what is `unwritten`; a full disk costs a warning and its survival, no more."""
+        values, self.unwritten = self.unwritten, []
+        if not values:
+            return
         try:
             if self._file is None:
                 self._file = open(self.path, "a+b", 0, opener=own_opener)
@@ -2116,8 +2099,7 @@ class Spool(Journal):
     thread at a time.
 
     `pending` maps keys that grow to items, the oldest first. An item and its mark are one line, so
-    that a kill neither loses nor doubles. `bulk(item)` are the bytes that count as POST_BYTES.
-    """
+    that a kill neither loses nor doubles. `bulk(item)` are the bytes that count for POST_BYTES."""
 
     def __init__(self, path: str, limit: int, log: Log,
                  bulk: Callable[[Json], int] = lambda item: 0) -> None:
@@ -2126,7 +2108,6 @@ class Spool(Journal):
         self.pending: Dict[int, Json] = {}
         self.mark: Json = None
         self.last = 0            # the newest key ever given
-        self._lines: List[Row] = []
         for line in self.read():
             row = line if isinstance(line, dict) else {}
             if all(isinstance(row.get(name, 0), int) for name in ("key", "done")):
@@ -2149,10 +2130,9 @@ class Spool(Journal):
 
     def _note(self, line: Row) -> None:
         self._apply(line)
-        self._lines.append(line)
+        self.unwritten.append(line)
 
     def _apply(self, line: Row) -> None:
-        """What a line says."""
         self.last = max(self.last, line.get("key", 0))
         if line.get("mark") is not None:
             self.mark = line["mark"]
@@ -2172,12 +2152,6 @@ class Spool(Journal):
             keys.append(key)
             size -= self._bulk(item)
         return keys
-
-    def flush(self) -> None:
-        """Write what add(), advance() and done() collected."""
-        if self._lines:
-            self.write(self._lines)
-        self._lines = []
 
     def close(self) -> None:
         """Flush, and give the descriptor back."""
@@ -2227,8 +2201,9 @@ class Ledger(Journal):
     def commit(self) -> None:
         """Let the changes survive."""
         if self._changes:
-            self.write([self._changes])
+            self.unwritten.append(self._changes)
             self._changes = []
+            self.flush()
 
     def save(self) -> None:
         """Write everything into the one file and empty the journal."""
@@ -8385,7 +8360,6 @@ class MessageBook(Journal):
         super().__init__(path, log)
         self._lock = threading.Lock()        # guards both below, and the file
         self._rows: Dict[int, List[Any]] = {}  # id -> id, place, seq, when
-        self._unwritten: List[Json] = []
         for line in self.read():
             if isinstance(line, list) and list(map(type, line)) == [int, str, int, int]:
                 self._keep(line)
@@ -8406,7 +8380,7 @@ class MessageBook(Journal):
             if number in self._rows and (self._rows[number][3] or not when):
                 return number, False
             self._keep([number, place, seq, int(when)])
-            self._unwritten.append(self._rows[number])
+            self.unwritten.append(self._rows[number])
             return number, True
 
     def find(self, number: Json) -> Tuple[str, int]:
@@ -8428,9 +8402,7 @@ class MessageBook(Journal):
     def flush(self) -> None:
         """Let what was noted survive."""
         with self._lock:
-            if self._unwritten:
-                self.write(self._unwritten)
-            self._unwritten = []
+            super().flush()
 
     def last_lines(self) -> Tuple[List[Json], int]:
         return list(self._rows.values()), 0
@@ -9363,7 +9335,7 @@ class Papers:
                       state_path=f"{start}state_{account}.json",
                       pid_path=f"{start}pid_{account}.pid")
         self.pid = PidFile(settings.pid_path)
-        self.shelf = Shelf(f"{start}media_{account}_", log)
+        self.shelf = Shelf(f"{start}media_{account}_")
         self.spool_path = f"{start}post_{account}.jsonl"
         self.ids_path = f"{start}ids_{account}.jsonl"
         self.claim_path = start + "account_{}.pid"
@@ -12718,7 +12690,7 @@ class ControllerApi:
             for setting in "cookie_path", "state_path", "spool_path", "qrcode_path", "ids_path":
                 remove_file(controller.path_of(account, setting))
                 remove_leftovers(controller.path_of(account, setting))
-            Shelf(controller.path_of(account, "media"), controller.log).clear()
+            Shelf(controller.path_of(account, "media")).clear()
             return account.shown()
 
     def check_client(self, request: Request) -> Row:
