@@ -133,24 +133,19 @@ POST_LANES = 4                   # conversations posted at once
 POST_TRIES = 5                   # of an event that was sent, and not taken
 POST_PAUSE = 15.0                # at most, between two looks for a receiver that is away
 POST_DAY = 86_400.0              # how long it may be away
-LATE_SECONDS = 600.0             # an event that is posted later than that says so
 ECHO_SECONDS = 1.0               # how long a send waits for what it was answered on the spot
 READ_SECONDS = 0.1               # for callers to get their last answers before the process ends
 SEND_SECONDS = 50.0              # a caller waits so long for a send; nginx itself waits 60
 STOP_SECONDS = 3.0               # what stop_client promises, and what the queue gets on a stop
-LAND_SECONDS = 1.5               # and then what it has sent, to be answered: else it comes twice
 KILL_SECONDS = 10.0              # between TERM and KILL
 REPLACE_SECONDS = 10.0           # before a state file that was not to be had is tried again
 ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
 START_TRIES = 7                  # starts without reaching running
 TRIAL_SECONDS = 10.0             # a client that has not died by then has taken its new settings
-SEEN_BYTES = 8 * 1024 * 1024     # of the newest messages, WAIT_LIMIT at most, for get_message
 MEMORY_LIMIT = 1_000             # stopped clients whose settings are remembered
-WAITING_SECONDS = 600.0          # scaning for so long is worth a client_waiting
 
 BRIDGE_LIMIT = 16 * 1024 * 1024  # bytes of one message of a OneBot bridge
 BRIDGE_SECONDS = 30.0            # for an answer of it; silence before a sign of life is asked for
-WORDING_LIMIT = 500              # letters of what a bridge gives as a reason
 LOOKUP_SECONDS = 5.0             # a conversation waits so long for who is meant in it
 LIST_SECONDS = 60.0              # for a list: NapCat asks for each friend's details in that call
 DOUBT_SECONDS = 60.0             # how long a list that lost many must say the same
@@ -162,7 +157,6 @@ DETAIL_SECONDS = 10.0            # get_group_info waits so long for members
 TICKET_SECONDS = 120.0           # a login's QR code
 COOKIE_SECONDS = 3 * 86_400.0
 WAIT_LIMIT = 1_000               # messages that wait for one account on the local network
-WAIT_BYTES = 64 * 1024 * 1024    # and how much they may take, pictures included
 POST_BYTES = 256 * 1024 * 1024   # of pictures in events that wait to be posted
 
 
@@ -431,14 +425,6 @@ def interrupt_reading(sock: socket.socket) -> None:
         kernel32().CancelIoEx(ctypes.c_void_p(sock.fileno()), None)
 
 
-def own_port(sock: socket.socket) -> None:
-    """Have bind() refuse a port that is taken, and take one whose last connections still fade."""
-    if sys.platform == "win32":  # where SO_REUSEADDR would let others in
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-    else:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-
-
 def keep_alive(sock: socket.socket) -> None:
     """Notice within minutes that a machine is gone whose answer is waited for."""
     if sys.platform == "win32":
@@ -587,8 +573,7 @@ def read_text(data: bytes, charset: str = "") -> str:
 
 
 def typed_text(word: str) -> str:
-    """A word of the command line or the environment, where bytes that Python could not read stand
-    as surrogates (PEP 383). ValueError."""
+    """A word from the system; bytes in it that are no UTF-8 (PEP 383) are GB18030. ValueError."""
     return read_text(os.fsencode(word)) if re.search("[\ud800-\udfff]", word) else word
 
 
@@ -635,11 +620,6 @@ def numbered(value: Json) -> Json:
 def backoff(tries: int, most: float = 60.0) -> float:
     """Seconds to wait after so many tries in vain: 0, 1, 2, 4 …, `most` at most."""
     return 0.0 if tries < 1 else min(most, 2.0 ** min(tries - 1, 20))
-
-
-def is_news(count: int) -> bool:
-    """Whether to tell of what happens again and again: the 1st time, the 2nd, 4th, 8th …"""
-    return count & (count - 1) == 0
 
 
 def keep_newest(table: Dict[Any, Any], limit: int) -> None:
@@ -1038,21 +1018,21 @@ def _choice(*words: str) -> Callable[[str], str]:
 class Setting:
     """One row of the settings table. `whose` is "controller", "client" or "both", `default` None
     where the help tells more, `read` makes a value of a text or raises ValueError, `caller`:
-    start_client takes it, `plugin`: it reaches a client under the API plugin's name (000), `idle`:
-    it has no effect any more, `between` are a number's bounds, `token` of a URL is the parameter
-    in it that is a secret, and the setting where that belongs."""
+    start_client takes it, `plugin`: it reaches a client under the API plugin's name (000),
+    `between` are a number's bounds, `token` of a URL is the parameter in it that is a secret, and
+    the setting where that belongs. Without `help` it is `idle`: it has no effect any more."""
 
-    def __init__(self, whose: str, name: str, default: Json, help: str, chinese: str,
+    def __init__(self, whose: str, name: str, default: Json, help: str = "", chinese: str = "",
                  read: Optional[Callable[[str], Json]] = None, *, caller: bool = True,
-                 secret: bool = False, plugin: bool = False, idle: bool = False,
+                 secret: bool = False, plugin: bool = False,
                  between: Optional[Tuple[int, int]] = None,
                  token: Tuple[str, str] = ("", "")) -> None:
         self.name, self.default, self.whose = name, default, whose
         self.read: Callable[[str], Json] = read or {
             bool: _flag, int: _whole, float: _number, str: _text}[type(default)]
-        self.help, self.chinese, self.secret = help, chinese, secret
+        self.help, self.chinese, self.secret, self.idle = help, chinese, secret, not help
         self.caller = caller and whose != "controller"
-        self.plugin, self.idle, self.between, self.token = plugin, idle, between, token
+        self.plugin, self.between, self.token = plugin, between, token
 
     def parse(self, text: str) -> Json:
         """The value that a text stands for; ValueError names the setting."""
@@ -1084,7 +1064,6 @@ class Setting:
 _both, _controller, _client = (functools.partial(Setting, whose)
                                for whose in ("both", "controller", "client"))
 _operator = functools.partial(Setting, "both", caller=False)  # a controller's clients follow it
-IDLE = ("taken, without effect", "接受但不起作用")  # of attributes of the documented `new`
 SETTINGS = {setting.name: setting for setting in [
     _client("account", "default", "the account's name", "帐号名", caller=False),
     _operator("host", "0.0.0.0", "address to listen on", "监听地址"),
@@ -1195,8 +1174,8 @@ SETTINGS = {setting.name: setting for setting in [
     _client("allow_message_sync", False, "report what the account sends from another device",
         "上报其他设备发出的消息"),
     _client("ignore_unknown_id", False, "drop messages from strangers", "丢弃陌生人的消息"),
-    _client("ua_retry_times", 5, *IDLE, idle=True),
-    *(_client(name, "", *IDLE, idle=True) for name in (
+    _client("ua_retry_times", 5),  # these are documented, and have no effect
+    *(_client(name, "") for name in (
         "verifycode_path pic_dir ignore_retcode type check_account domain ignore_poll_http_code "
         "default_send_real_comp_sign model_update_timeout group_member_card_cut_length "
         "group_member_identify_callback ua_debug_req_body ua_debug_res_body ua_debug "
@@ -1367,14 +1346,6 @@ def open_log(settings: Settings, head: str) -> Log:
 # The methods of routes. HEAD only where GET does nothing but read.
 READ, READ_OR_POST, ACT = "GET|HEAD", "GET|HEAD|POST", "GET|POST"
 PREFIXES = ("/openqq/", "/openwx/")  # of the API's paths; each server answers to both
-
-PERSON = {"category": "我的好友", "client_type": "pc", "face": "0", "flag": "0", "is_vip": "0",
-          "vip_level": "0", "sex": "unknown", "country": "中国", "province": "", "city": "",
-          "qage": "0", "bad_record": "0", "level": "0", "birthday": "", "blood": "0",
-          "signature": "", "personal": "", "allow": "0", "college": "", "constel": "0",
-          "email": "", "homepage": "", "mobile": "", "occupation": "", "phone": "",
-          "shengxiao": "0", "last_speak_time": "0", "join_time": "0"}
-CIRCLE = {"max_member": 2000, "max_admin": 10, "memo": "", "createtime": "0", "level": "0"}
 
 
 class Verb:
@@ -1613,7 +1584,14 @@ class QQ:
     media_members: Tuple[str, ...] = ("media",)  # what one with a picture has besides
     media_content = "{content}{label}"           # and its content: or {either}
     ids = {"people": "{number}", "group": "{number}", "discuss": "{number}"}  # their shapes
-    usual: Row = {**PERSON, **CIRCLE}  # members of things on the local network
+    usual: Row = {               # members of things on the local network
+        "category": "我的好友", "client_type": "pc", "face": "0", "flag": "0", "is_vip": "0",
+        "vip_level": "0", "sex": "unknown", "country": "中国", "province": "", "city": "",
+        "qage": "0", "bad_record": "0", "level": "0", "birthday": "", "blood": "0",
+        "signature": "", "personal": "", "allow": "0", "college": "", "constel": "0", "email": "",
+        "homepage": "", "mobile": "", "occupation": "", "phone": "", "shengxiao": "0",
+        "last_speak_time": "0", "join_time": "0", "memo": "", "createtime": "0",
+        "max_member": 2000, "max_admin": 10}
     world: Row = {               # who is there at the beginning
         "people": [{"uid": "2854196301", "name": "小冰", "echo": 1},
                    {"uid": "2854196302", "name": "小灰", "echo": 0}],
@@ -1668,7 +1646,7 @@ class Weixin(QQ):
                      "media_mtime", "media_name", "media_path", "media_size")
     media_content = "{either}"
     ids = {"people": "@{hex}", "group": "@@{hex}"}
-    usual = {**PERSON, **CIRCLE, "category": "好友", "sex": "0", "country": ""}
+    usual = {**QQ.usual, "category": "好友", "sex": "0", "country": ""}
     world = {
         "people": [*QQ.world["people"],
                    {"uid": "2854196303", "name": "OpenQQ订阅号", "echo": 0, "category": "公众号"},
@@ -3235,7 +3213,10 @@ def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        own_port(sock)
+        # A port that is taken is refused, but not one whose last connections still fade: on Windows
+        # the same option means the contrary.
+        sock.setsockopt(socket.SOL_SOCKET,
+                        getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
         sock.bind((host.strip("[]"), port))
         sock.listen(backlog)
     except BaseException:
@@ -5390,7 +5371,7 @@ class Reporter:
         event, queued = item["event"], re.match("[0-9a-f]{1,15}(?=-)", str(item["id"]))
         if self._numeric:            # which may have changed since it was queued
             event = numbered(event)
-        if queued and self._clock() - int(queued.group(), 16) / 1000 > LATE_SECONDS:
+        if queued and self._clock() - int(queued.group(), 16) / 1000 > 600:
             event = {**event, "late": 1}
         url, body, until = self._url, to_bytes(event), self._timers.clock() + POST_SECONDS
         fields = {"Content-Type": "application/json", "X-Event-ID": item["id"],
@@ -5870,13 +5851,13 @@ class Outboxes:
             pictures = {key: weight(row) for key, row in waiting.items() if row.get("media")}
             heavy = sum(pictures.values())
             for key, size in pictures.items():
-                if heavy > WAIT_BYTES:
+                if heavy > 64 * 1024 * 1024:
                     too_many.append(key)
                     heavy -= size
         for key in too_many:
             self._ledger.put(None, "wait", account, key)
             self._dropped += 1
-            if is_news(self._dropped):
+            if self._dropped & (self._dropped - 1) == 0:  # the 1st, 2nd, 4th, 8th …
                 self._ledger.log.warn(f"{self._dropped} message(s) dropped: too many wait")
         self._woken.add(account)
 
@@ -7489,7 +7470,7 @@ def is_refusal(row: Row) -> bool:
 def wording(row: Row) -> str:
     """Why a bridge did not do what it was asked."""
     return (scalar(row.get("wording")) or scalar(row.get("message")) or scalar(row.get("msg"))
-            or f"retcode {row.get('retcode')}")[:WORDING_LIMIT]
+            or f"retcode {row.get('retcode')}")[:500]
 
 
 # -- where a bridge shows the QR code of its QQ
@@ -10206,7 +10187,7 @@ class Talk:
         data = to_bytes({**row, "media_data": None} if row.get("media_data") else row)
         self._seen_size += len(data) - len(self._seen.pop(row["id"], b""))
         self._seen[row["id"]] = data
-        while len(self._seen) > WAIT_LIMIT or self._seen_size > SEEN_BYTES:
+        while len(self._seen) > WAIT_LIMIT or self._seen_size > 8 * 1024 * 1024:
             self._seen_size -= len(self._seen.pop(next(iter(self._seen))))
 
     def remembered(self, id: str) -> Optional[Row]:
@@ -10670,7 +10651,7 @@ class Client:
             for outlet in self.outlets:
                 outlet.hold(self.changed.notify_all)
             self.changed.wait_for(lambda: self._hurries or not any(
-                outlet.flying() for outlet in self.outlets), LAND_SECONDS)
+                outlet.flying() for outlet in self.outlets), 1.5)  # else what flies comes twice
             self.ended = True
             self.spool.close()
         busy = [close() for close in self.closing]
@@ -12095,8 +12076,7 @@ class Supervisor:
         child.since = time.time()
         self._owner.tell(child, "state_change", [old, state])
         if state in LOGGING_IN and child.waiting is None:  # somebody should know if nobody scans
-            child.waiting = self._timers.later(WAITING_SECONDS, self._owner.report, child,
-                                               "client_waiting")
+            child.waiting = self._timers.later(600, self._owner.report, child, "client_waiting")
         elif state not in LOGGING_IN and child.waiting:
             child.waiting.cancel()
             child.waiting = None
