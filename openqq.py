@@ -204,8 +204,8 @@ class Unreachable(OpenQQError):
     request may have been acted upon."""
     code, status, http = 7, "client not reachable", 502
 
-    def __init__(self, status: Optional[str] = None, sent: bool = False, **extra: Any) -> None:
-        super().__init__(status, **extra)
+    def __init__(self, status: Optional[str] = None, sent: bool = False) -> None:
+        super().__init__(status)
         self.sent = sent
 
 
@@ -736,7 +736,7 @@ def settle(future: Future[Any], value: Any) -> None:
             future.set_result(value)
 
 
-def result_of(future: Future[Any], seconds: Optional[float] = None) -> Any:
+def result_of(future: Future[Any], seconds: float) -> Any:
     """What a future brings; TimeoutError, which until Python 3.10 is not the one that it raises."""
     try:
         return future.result(seconds)
@@ -1775,8 +1775,7 @@ class Message(Thing):
         return f"{self.type}/{self.circle.uid if self.circle else ''}/{self.peer_uid or ''}"
 
     def reply(self, text: str, **more: Any) -> None:
-        """Send text to where the message came from; does not wait for the outcome. `more`
-        (reply_to, at, cq) as in Talk.send()."""
+        """Send text to where the message came from, without waiting; `more` as in Talk.send()."""
         self.answer(self, text, **more)
 
 
@@ -1845,11 +1844,10 @@ def remove_file(path: str) -> None:
 
 def files_in(directory: str, pattern: str) -> List[str]:
     """The paths of the files in a directory whose whole names fit; none where it is not there."""
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return []
-    return [os.path.join(directory, name) for name in names if re.fullmatch(pattern, name)]
+    with contextlib.suppress(OSError):
+        return [os.path.join(directory, name) for name in os.listdir(directory)
+                if re.fullmatch(pattern, name)]
+    return []
 
 
 def remove_leftovers(path: str) -> None:
@@ -1944,7 +1942,7 @@ class Shelf:
         return self._row(key, path, data)
 
     def get(self, key: str) -> Optional[Row]:
-        """What unkept_media() and _row() tell of what is kept under an id; None if nothing is."""
+        """What _row() tells of what is kept under an id; None if nothing is."""
         for path in self._paths():
             if path.startswith(f"{self._start}{key}."):
                 with contextlib.suppress(OSError):  # it has just been cleared away
@@ -1964,8 +1962,7 @@ class Shelf:
 
 
 class PidFile:
-    """A pid file that is a lock besides, which ends with its process: what a dead one left stands
-    in nobody's way."""
+    """A pid file that is a lock besides, which ends with its process."""
 
     def __init__(self, path: str) -> None:
         self.path = path
