@@ -131,8 +131,7 @@ POST_SECONDS = 30.0              # one try at post_api (DESIGN, "Nothing is lost
 POST_QUEUE_LIMIT = 10_000
 POST_LANES = 4                   # conversations posted at once
 POST_TRIES = 5                   # of an event that was sent, and not taken
-POST_PAUSE = 15.0                # at most, between two looks for a receiver that is away
-POST_DAY = 86_400.0              # how long it may be away
+POST_DAY = 86_400.0              # how long a receiver may be away
 ECHO_SECONDS = 1.0               # how long a send waits for what it was answered on the spot
 READ_SECONDS = 0.1               # for callers to get their last answers before the process ends
 SEND_SECONDS = 50.0              # a caller waits so long for a send; nginx itself waits 60
@@ -150,7 +149,6 @@ LOOKUP_SECONDS = 5.0             # a conversation waits so long for who is meant
 LIST_SECONDS = 60.0              # for a list: NapCat asks for each friend's details in that call
 DOUBT_SECONDS = 60.0             # how long a list that lost many must say the same
 REPEAT_SECONDS = 10.0            # within which a bridge that tells of an entry again repeats itself
-LOSS_SECONDS = 60.0              # the same of who left: our own kick comes as a notice as well
 LOGIN_SECONDS = 2.0              # between two looks at whether a bridge is logged in
 DETAIL_SECONDS = 10.0            # get_group_info waits so long for members
 
@@ -912,22 +910,22 @@ def _flag(text: str) -> bool:
     raise ValueError("must be 0 or 1")
 
 
-def _whole(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ValueError("must be a whole number")
-    return int(text)
+def _matching(pattern: str, convert: Callable[[str], Json], what: str) -> Callable[[str], Json]:
+    def read(text: str) -> Json:
+        if not re.fullmatch(pattern, text):
+            raise ValueError("must be " + what)
+        return convert(text)
+    return read
+
+
+_whole = _matching("[0-9]{1,9}", int, "a whole number")
+_number = _matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", float, "a number of seconds")
 
 
 def _port(text: str) -> int:
     if _whole(text) > 65_535:
         raise ValueError("must be a port, 0 to 65535")
     return int(text)
-
-
-def _number(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-        raise ValueError("must be a number of seconds")
-    return float(text)
 
 
 def _text(text: str) -> str:
@@ -1007,12 +1005,8 @@ def _bridge_url(text: str) -> str:
     return url
 
 
-def _choice(*words: str) -> Callable[[str], str]:
-    def choose(text: str) -> str:
-        if text not in words:
-            raise ValueError("must be " + " or ".join(filter(None, words)))
-        return text
-    return choose
+def _choice(*words: str) -> Callable[[str], Json]:
+    return _matching("|".join(words), str, " or ".join(filter(None, words)))
 
 
 class Setting:
@@ -5427,7 +5421,7 @@ class Reporter:
                 if self._outage == 1:
                     self._log.warn(f"{url} cannot be reached ({failure.status}); "
                                    "events wait for it")
-                pause = backoff(self._outage, POST_PAUSE)
+                pause = backoff(self._outage, 15.0)
                 self._outage += 1
                 self._pause_until = now + pause
                 self._timers.later(pause, self.flush)
@@ -8205,7 +8199,7 @@ class BridgeLink(Link):
         if what in ("group_dismiss", "group_decrease"):
             lost = what == "group_dismiss" or uid == me or sub_type in ("kick_me", "disband")
             who = me if lost else uid
-            if not who or self._was_told(LOSS_SECONDS, "loss", group, who):
+            if not who or self._was_told(60.0, "loss", group, who):  # our own kick comes twice
                 return []
             if lost:
                 return [happened("lose_group", object={"uid": group, "id": group, "name": group})]
