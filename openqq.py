@@ -910,22 +910,22 @@ def _flag(text: str) -> bool:
     raise ValueError("must be 0 or 1")
 
 
-def _matching(pattern: str, convert: Callable[[str], Json], what: str) -> Callable[[str], Json]:
-    def read(text: str) -> Json:
-        if not re.fullmatch(pattern, text):
-            raise ValueError("must be " + what)
-        return convert(text)
-    return read
-
-
-_whole = _matching("[0-9]{1,9}", int, "a whole number")
-_number = _matching(r"[0-9]{1,9}(\.[0-9]{1,9})?", float, "a number of seconds")
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError("must be a whole number")
+    return int(text)
 
 
 def _port(text: str) -> int:
     if _whole(text) > 65_535:
         raise ValueError("must be a port, 0 to 65535")
     return int(text)
+
+
+def _number(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise ValueError("must be a number of seconds")
+    return float(text)
 
 
 def _text(text: str) -> str:
@@ -1005,8 +1005,12 @@ def _bridge_url(text: str) -> str:
     return url
 
 
-def _choice(*words: str) -> Callable[[str], Json]:
-    return _matching("|".join(words), str, " or ".join(filter(None, words)))
+def _choice(*words: str) -> Callable[[str], str]:
+    def choose(text: str) -> str:
+        if text not in words:
+            raise ValueError("must be " + " or ".join(filter(None, words)))
+        return text
+    return choose
 
 
 class Setting:
