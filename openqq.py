@@ -314,22 +314,54 @@ def lock_file(file: IO[Any]) -> bool:
         os.lseek(file.fileno(), 0, os.SEEK_SET)
 
 
-def await_lock(file: IO[Any]) -> None:
-    """Return when no other process has locked a file. OSError."""
-    if sys.platform == "win32":
-        while not lock_file(file):
-            time.sleep(0.05)  # the system itself waits for no lock longer than ten seconds
-    else:
-        fcntl.flock(file, fcntl.LOCK_SH)
+class PidFile:
+    """A pid file that is a lock besides, which ends with its process."""
 
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file: Optional[IO[str]] = None
 
-def remove_locked(file: IO[Any], path: str) -> None:
-    """Remove and close a locked file, in this order: else somebody could lock it in between."""
-    if sys.platform == "win32":
-        file.close()  # it removes no open file, be it open here or at who locked it next
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-    file.close()
+    def take(self, who: str) -> None:
+        """Write our pid; Refusal, naming the holder, when another process has it."""
+        while self._file is None:
+            try:
+                file = open(self.path, "r+", encoding="utf-8", errors="replace",
+                            opener=lambda path, flags: own_opener(path, flags | os.O_CREAT))
+            except OSError as error:
+                raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
+                              "remove it, or give another --tmpdir") from None
+            if not lock_file(file):
+                with file:
+                    raise Refusal(f"{who} is running already, with pid "
+                                  f"{file.read(20).strip() or 'unknown'}; {self.path} says so")
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path)):
+                    self._file = file
+            if self._file is None:  # removed by its holder between our open and our lock
+                file.close()
+        self._file.truncate()
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+
+    def await_end(self) -> None:
+        """Return when no living process has it."""
+        with contextlib.suppress(OSError):  # there is none
+            with open(self.path, opener=own_opener) as file:
+                if sys.platform == "win32":
+                    while not lock_file(file):
+                        time.sleep(0.05)  # the system waits for no lock longer than ten seconds
+                else:
+                    fcntl.flock(file, fcntl.LOCK_SH)
+
+    def drop(self) -> None:
+        """Remove the file; harmless if it was never taken."""
+        if self._file is not None:
+            if sys.platform == "win32":
+                self._file.close()    # it removes no open file
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)  # before the lock ends: else somebody could have it by then
+            self._file.close()
+            self._file = None
 
 
 def start_process(spawn_process: Callable[..., Any], title: str, words: Sequence[str],
@@ -1963,48 +1995,6 @@ class Shelf:
         return {**row, "media_id": key, "media_path": path, "media_ext": path.rpartition(".")[2],
                 "media_mtime": str(int(os.stat(path).st_mtime)),
                 "media_code": codes.get(row["media_mime"].partition("/")[0], "49")}
-
-
-class PidFile:
-    """A pid file that is a lock besides, which ends with its process."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._file: Optional[IO[str]] = None
-
-    def take(self, who: str) -> None:
-        """Write our pid; Refusal, naming the holder, when another process has it."""
-        while self._file is None:
-            try:
-                file = open(self.path, "r+", encoding="utf-8", errors="replace",
-                            opener=lambda path, flags: own_opener(path, flags | os.O_CREAT))
-            except OSError as error:
-                raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
-                              "remove it, or give another --tmpdir") from None
-            if not lock_file(file):
-                with file:
-                    raise Refusal(f"{who} is running already, with pid "
-                                  f"{file.read(20).strip() or 'unknown'}; {self.path} says so")
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path)):
-                    self._file = file
-            if self._file is None:  # removed by its holder between our open and our lock
-                file.close()
-        self._file.truncate()
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
-
-    def await_end(self) -> None:
-        """Return when no living process has it."""
-        with contextlib.suppress(OSError):  # there is none
-            with open(self.path, opener=own_opener) as file:
-                await_lock(file)
-
-    def drop(self) -> None:
-        """Remove the file; harmless if it was never taken."""
-        if self._file is not None:
-            remove_locked(self._file, self.path)
-            self._file = None
 
 
 class Journal:
