@@ -1392,9 +1392,9 @@ class Verb:
     statuses after =; `example` parameters that work on the network inside. `on` is who serves it:
     client (a controller passes it on), controller, both, or nothing for a path whose section
     declares the route; `flavour` the one that alone has it.
-    `link` is a method of Link, and its arguments by name: what Api.act() makes of a word, in the
-    order of the checks; `yes` and `no` are the answers' code and status, after what is told again
-    (`echo`). Without `link` the method `_NAME` of the API does it, or what `does` names."""
+    `link` is a method of Link, and its arguments by name: what Api.do_act() makes of a word, in
+    the order of the checks; `yes` and `no` are the answers' code and status, after what is told
+    again (`echo`). Without `link` the method `do_NAME` of the API does it, or what `does` names."""
 
     def __init__(self, name: str, methods: str, about: str, takes: str = "",
                  gives: str = "answer", codes: str = "", example: str = "", link: str = "",
@@ -1494,7 +1494,7 @@ VERBS = [
          "+place +members time! all", "answer", "100 200 201 400",
          "group_uid=20260001 member_uid=2854196302 time=1", flavour="qq"),
     Verb("set_group_name", ACT, "Give a group another name.", "+place name!", "answer", "100 201",
-         "group_uid=20260001 name=OpenQQ", "rename group=group name=new_name", flavour="qq"),
+         "group_uid=20260001 name=OpenQQ", "rename group=group name=name!", flavour="qq"),
     Verb("set_group_card", ACT, "What somebody is called in a group.", "+place +members card",
          "answer", "100 200 201", "group_uid=20260001 member_uid=2854196302 card=x",
          "set_card group=group uid=member card=card", flavour="qq"),
@@ -1516,7 +1516,7 @@ VERBS = [
          "action! params", "called", "201 400", "action=get_version_info"),
     Verb("set_group_displayname", ACT, "Give a group another name.", "+place new_displayname!",
          "answer", "100 201", "displayname=OpenQQ new_displayname=OpenQQ",
-         "rename group=group name=new_displayname", flavour="weixin"),
+         "rename group=group name=new_displayname!", flavour="weixin"),
     *[Verb(name, ACT, "What one calls a friend, or with group_id somebody in a group.",
            "+friend group_id new_markname!", "answer", "100 201",
            "displayname=小冰 new_markname=小冰", "set_markname uid=person markname=new_markname",
@@ -10369,8 +10369,7 @@ def avatar(uid: str) -> bytes:
 
 
 def wait_for(request: Request, future: Future[Any], seconds: float) -> Any:
-    """What a future brings; only if that takes more than a moment is the caller watched.
-    TimeoutError."""
+    """What a future brings; a caller is watched only after a moment. TimeoutError."""
     try:
         return result_of(future, min(1.0, seconds))
     except TimeoutError:
@@ -10382,17 +10381,12 @@ def wait_for(request: Request, future: Future[Any], seconds: float) -> Any:
 class Media:
     """The pictures that callers bring to a client: as a file, in base64, as an address."""
 
-    SECONDS = 30.0               # for a picture's address, redirects and all
-    HOPS = 5
-
     def __init__(self, client: Client) -> None:
         self.client = client
 
     def take(self, params: Params, keep: bool = False) -> Optional[Row]:
-        """The shelf's row of the picture that parameters bring, by whichever media_* it is.
-
-        One that cannot be kept comes in `data`; with `keep` it is NoRoom. BadRequest, NotAllowed.
-        """
+        """The shelf's row of the picture that parameters bring, or None; one that cannot be kept
+        comes in `data`, or, with `keep`, is NoRoom. BadRequest, NotAllowed."""
         shelf = self.client.papers.shelf
         if params.get("media_id"):
             row = shelf.get(params["media_id"])
@@ -10463,13 +10457,11 @@ class Media:
             raise BadRequest(400, f"an address in a CQ code: {error.status}") from None
 
     def read_path(self, path: str) -> bytes:
-        """A file that callers may name: within tmpdir, and none of this program's own but media.
-        NotAllowed, BadRequest."""
-        settings, flavour = self.client.settings, self.client.flavour
+        """A file in tmpdir, none of this program's own but media. NotAllowed, BadRequest."""
+        settings = self.client.settings
+        media = re.escape(f"{self.client.flavour.file_prefix}media_{self.client.account}_")
         try:
-            check_path("media_path", path, settings.tmpdir,
-                       re.escape(f"{flavour.file_prefix}media_{self.client.account}_")
-                       + Shelf.NAME.pattern,
+            check_path("media_path", path, settings.tmpdir, media + Shelf.NAME.pattern,
                        (settings.cookie_path, settings.state_path, settings.pid_path,
                         settings.log_path))
             data = read_file(path, MEDIA_LIMIT)
@@ -10484,8 +10476,8 @@ class Media:
 
     def read_url(self, url: str) -> bytes:
         """A picture from anywhere but from this program (MEDIA_MARK). Unreachable."""
-        until = time.monotonic() + self.SECONDS
-        for _ in range(self.HOPS + 1):
+        until = time.monotonic() + 30.0
+        for _ in range(1 + 5):
             reply = fetch(url, fields={MEDIA_MARK: "1", "User-Agent": "openqq/" + VERSION},
                           seconds=max(0.1, until - time.monotonic()))
             url = redirect_of(url, reply)
@@ -10494,14 +10486,12 @@ class Media:
                 if reply.status != 200 or not data:
                     raise Unreachable(f"the server answers {reply.status}")
                 return data
-        raise Unreachable(f"over {self.HOPS} redirects")
+        raise Unreachable("over 5 redirects")
 
 
 class Answers:
-    """What a receiver of events wants done by its answer (003).
-
-    A thread pool does what may take long: pictures may come from far away.
-    """
+    """What a receiver of events wants done by its answer (003). A thread pool does what may take
+    long: pictures may come from far away."""
 
     MEDIA_LIMIT = 20             # pictures in one answer
 
@@ -10516,19 +10506,15 @@ class Answers:
             self._client.link.typing(str(row["sender_uid"]), on)
 
     def answered(self, row: Row, answer: Row) -> None:
-        """What a receiver of an event wants done (003, 001; names as OneBot's quick operations).
-
-        To a message: reply, with at_sender, quote, cq; media; to one that came also delete, kick,
-        shutup or ban. To a request: approve, with reason. In the thread that posted it.
-        """
+        """Do what it says (001, 003; names as in OneBot's quick operations), to a message: reply,
+        with at_sender, quote, cq; media; to one that came also delete, kick, shutup or ban. To a
+        request: approve, with reason."""
         if row["post_type"] == "event":
             if row["event"] in ("friend_request", "group_request") and "approve" in answer:
-                ticket = str(row["params"][0].get("ticket"))
-                accept = self._is_set(answer, "approve")
-                if row["event"] == "friend_request":
-                    self._do("answer_request", ticket, accept, "")
-                else:
-                    self._do("answer_group_request", ticket, accept, self._text(answer, "reason"))
+                verb, text = ("answer_request", "") if row["event"] == "friend_request" else (
+                    "answer_group_request", self._text(answer, "reason"))
+                self._do(verb, str(row["params"][0].get("ticket")),
+                         self._is_set(answer, "approve"), text)
             return
         received, group = row["class"] == "recv", str(row.get("group_uid") or "")
         sender, text = str(row.get("sender_uid") or ""), self._text(answer, "reply")
@@ -10544,9 +10530,8 @@ class Answers:
                 self._client.talk.reply(row, text, "api", **more)
             except OpenQQError as error:
                 self._client.log.warn(f"reply in an answer of post_api: {error.status}")
-        media = answer.get("media")
-        if media:
-            self._crew.submit(self._send_media, row, media if isinstance(media, list) else [media])
+        if answer.get("media"):
+            self._crew.submit(self._send_media, row, answer["media"])
         if received and self._is_set(answer, "delete"):
             self._do("revoke", row["id"])
         if received and row["type"] == "group_message" and sender:
@@ -10576,7 +10561,7 @@ class Answers:
             if value is not False:
                 self._warn(name, "text")
             return ""
-        return value if isinstance(value, str) else scalar(value) or ""
+        return scalar(value) or ""
 
     def _do(self, verb: str, *args: Any) -> None:
         """Have the link do something, in a thread: nobody waits for it."""
@@ -10591,17 +10576,18 @@ class Answers:
                                       f"failed: {why}")
         self._crew.submit(do)
 
-    def _send_media(self, row: Row, items: List[Json]) -> None:
+    def _send_media(self, row: Row, media: Json) -> None:
         """One after the other, each behind the reply."""
+        items = media if isinstance(media, list) else [media]
         if len(items) > self.MEDIA_LIMIT:
             self._client.log.warn(f"{len(items)} media in an answer of post_api: the first "
                                   f"{self.MEDIA_LIMIT} are sent")
         for item in items[:self.MEDIA_LIMIT]:
             try:
-                media = self._media.take(self._named(item))
-                if media is None:
+                taken = self._media.take(self._named(item))
+                if taken is None:
                     raise BadRequest(400, "it is empty")
-                self._client.talk.reply(row, "", "api", media)
+                self._client.talk.reply(row, "", "api", taken)
             except OpenQQError as error:
                 self._client.log.warn(f"media in an answer of post_api: {error.status}")
 
@@ -10622,9 +10608,8 @@ class Answers:
 
 
 class Api:
-    """The client server's API: what the row NAME of VERBS tells of is done by the method _NAME, by
-    the one that `does` names, or, with `link`, by the link. What was done or not is then answered
-    as the row says."""
+    """The client server's API. A row NAME of VERBS is done by the method do_NAME, by the one that
+    `does` names, or, with `link`, by the link; of what was done or not the row says the answer."""
 
     FLAGS = ("accept", "enable")  # words of a row's `link` that hold unless they are 0
     NOT_FOUND = {"code": 100, "status": "object not found"}
@@ -10639,13 +10624,12 @@ class Api:
     def handler(self, verb: Verb) -> Callable[[Request], Any]:
         """What a route calls for a row of VERBS."""
         name, *args = ["act", verb.link] if verb.link else verb.does.split() or [verb.name]
-        act = functools.partial(getattr(self, "_" + name), *args)
+        act = functools.partial(getattr(self, "do_" + name), *args)
 
         def handle(request: Request) -> Any:
-            link = self.client.link
             if not verb.any_state and self.client.state != "running":
                 raise NotRunning(state=self.client.state)
-            if not verb.any_state and verb.name in link.lacks:
+            if not verb.any_state and verb.name in self.client.link.lacks:
                 return Response(b"", "", 503) if verb.gives == "image" else {
                     "code": 201, "status": "not with this link"}
             done = act(request)
@@ -10675,17 +10659,15 @@ class Api:
         be known to the bridge all the same.
         """
         names, missing = names or self.flavour.keys[kind], missing or self.flavour.missing[kind]
-        found = self.find(kind, params, names)
+        given = {name: params[name] for name in names if params.get(name)}
+        said, found = set(given.values()), self.find(kind, params, names)
         if len(found) > 1:
-            said = {params.get(name, "") for name in names}
             found = [thing for thing in found if thing.value("markname") in said] or found
         if len(found) > 1:
             raise Answer({**missing, "code": 100, "status": f"{kind} not unique"})
-        keys = [name for name in names if params.get(name)]
-        numbers = {params[name] for name in keys}
-        if not found and len(numbers) == 1 and all(name.endswith("id") for name in keys):
-            found = list(filter(None, [self.client.look_for(kind, *numbers)]))
-        if not found:
+        if not found and len(said) == 1 and all(name.endswith("id") for name in given):
+            found = [self.client.look_for(kind, *said)]
+        if not any(found):
             raise Answer(missing)
         return found[0]
 
@@ -10704,7 +10686,7 @@ class Api:
 
     # -- reading (CONTRACT 3)
 
-    def _get_user_info(self, request: Request) -> Json:
+    def do_get_user_info(self, request: Request) -> Json:
         roster = self.client.roster
         return self.show(roster.user.to_json(roster.fields))
 
@@ -10723,7 +10705,7 @@ class Api:
                 wait = 5.0               # the list is worth more
             self._looked = time.monotonic() + wait
 
-    def _list(self, kind: str, request: Request) -> Response:
+    def do_list(self, kind: str, request: Request) -> Response:
         roster = self.client.roster
         if kind == "group":  # those whose members are not known yet are loaded first
             self.client.details.wait(list(roster.group.values()))
@@ -10731,11 +10713,11 @@ class Api:
         parts = [to_bytes(self.show(row)) for row in roster.rows(kind, True)]
         return Response(b"[%b]" % b",".join(parts))  # one dump of all would hold up all threads
 
-    def _get_group_basic_info(self, request: Request) -> Json:
+    def do_get_group_basic_info(self, request: Request) -> Json:
         self.client.details.wait(list(self.client.roster.group.values()), members=False)
         return self.show(list(self.client.roster.rows("group", False)))
 
-    def _search(self, kind: str, request: Request) -> Json:
+    def do_search(self, kind: str, request: Request) -> Json:
         client, names = self.client, self.flavour.other_names[kind]
         keys: Dict[str, str] = {}
         for given, value in request.keys().items():
@@ -10750,37 +10732,34 @@ class Api:
         return self.show([thing.full_json(client.roster.fields) for thing in found]
                          ) if found else self.NOT_FOUND
 
-    def _get_client_info(self, request: Request) -> Json:
-        client = self.client
-        row = client.papers.state_row(client)
+    def do_get_client_info(self, request: Request) -> Json:
+        row = self.client.papers.state_row(self.client)
         return {**{name: row[name] for name in ("account", "http_debug", "log_encoding",
                                                 "log_level", "log_path", "os", "pid", "version")},
-                "code": 0, "status": "success", "starttime": client.start_time,
-                "runtime": int(time.time()) - client.start_time}
+                "code": 0, "status": "success", "starttime": self.client.start_time,
+                "runtime": int(time.time()) - self.client.start_time}
 
-    def _get_qrcode(self, request: Request) -> Response:
+    def do_get_qrcode(self, request: Request) -> Response:
         return qrcode_response(read_file(self.client.settings.qrcode_path), self.flavour)
 
-    def _get_media(self, request: Request) -> Response:
+    def do_get_media(self, request: Request) -> Response:
         id, _, number = request.params.get("id", "").partition(".")
         seen = self.client.talk.remembered(id) or {}
         file = {str(place): file for place, file in enumerate(seen.get("media") or ())}.get(
             number, {})
+        url, row = None, self.client.papers.shelf.get(id)
         if file.get("file_id"):  # the bridge's URLs end, so it is asked now
+            row = None
             with contextlib.suppress(Declined):
                 url = self.client.link.file_url({**file, "group": seen.get("group_uid"),
                                                  "uid": seen.get("sender_uid")})
-                if url:
-                    return Response(b"", "", 302, {"Location": url})
-            return Response(b"", "", 404)
-        row = self.client.papers.shelf.get(id)
         data = read_file(row["media_path"]) if row else None
-        if row is None or data is None:
-            return Response(b"", "", 404)
-        return Response(data, row["media_mime"], fields={
-            "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"})
+        if row and data is not None:
+            return Response(data, row["media_mime"], fields={
+                "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"})
+        return Response(b"", "", 302, {"Location": url}) if url else Response(b"", "", 404)
 
-    def _get_avatar(self, request: Request) -> Response:
+    def do_get_avatar(self, request: Request) -> Json:
         params, roster = request.params, self.client.roster
         found: List[Any]
         if params.get("group_id"):
@@ -10792,13 +10771,13 @@ class Api:
         else:
             found = [self.one("friend", params)]
         if not found:
-            return json_response(self.flavour.missing["friend"])
+            return self.flavour.missing["friend"]
         return Response(avatar(found[0].uid), "image/png",
                         fields={"Cache-Control": "max-age=3600"})
 
     # -- sending (CONTRACT 4)
 
-    def _send_to(self, kind: str, request: Request) -> Json:
+    def do_send_to(self, kind: str, request: Request) -> Json:
         client, everybody = self.client, self.flavour.everybody
         if everybody and kind == "friend" and request.params.get("id") == everybody:
             content, media = self.what(request.params)
@@ -10811,7 +10790,7 @@ class Api:
         uid, circle = (target.uid, "") if kind == "friend" else (None, target.uid)
         return self.send(request, kind + "_message", target, uid, circle)
 
-    def _send_sess_message(self, request: Request) -> Json:
+    def do_send_sess_message(self, request: Request) -> Json:
         client, params = self.client, request.params
         if params.get("group_id") or params.get("group_uid"):
             kind, code = "group", 103
@@ -10835,7 +10814,7 @@ class Api:
             return self.send(request, "sess_message", stranger, uid, group, kind)
         return {"code": code, "id": None, "status": f"{kind} member not found"}
 
-    def send(self, request: Request, type: str, target: Thing, uid: Optional[str] = None,
+    def send(self, request: Request, type: str, target: Thing, uid: Optional[str],
              circle: str = "", via: str = "") -> Row:
         """Queue a message, and wait for the outcome unless the caller does not want to."""
         content, media = self.what(request.params)
@@ -10868,7 +10847,7 @@ class Api:
         media, content = self.media.take(params), params.get("content", "")
         return check_content(params) if content or not media else "", media
 
-    def _consult(self, request: Request) -> Json:
+    def do_consult(self, request: Request) -> Json:
         friend = self.one("friend", request.params)
         seconds = request.params.get("timeout", "30")
         if not re.fullmatch("[0-9]{1,4}", seconds):
@@ -10877,16 +10856,15 @@ class Api:
         self.client.link.typing(friend.uid, True)
         try:
             row = self.send(request, "friend_message", friend, friend.uid)
-            if row["code"] != 0:
-                return {**row, "reply": None}
-            return {**row, "reply": wait_for(request, answer, float(seconds))}
+            return {**row, "reply": wait_for(request, answer, float(seconds))
+                    if row["code"] == 0 else None}
         except TimeoutError:
             return {**row, "reply": None, "reply_status": "reply timeout"}
         finally:
             self.client.link.typing(friend.uid, False)
             answer.cancel()
 
-    def _upload_media(self, request: Request) -> Json:
+    def do_upload_media(self, request: Request) -> Json:
         row = self.media.take(request.params, keep=True)
         if row is None:
             raise BadRequest(400, "media_path, media_data or media_url missing")
@@ -10895,40 +10873,45 @@ class Api:
 
     # -- what the link does of itself (CONTRACT 5 and 10)
 
-    def _act(self, what: str, request: Request) -> bool:
-        """Have the link do what a row of VERBS says. A method _the_WORD finds what the parameters
-        mean, and may end the call with an Answer; other words are parameters' names."""
+    def do_act(self, what: str, request: Request) -> bool:
+        """Have the link do what a row of VERBS says. A method the_WORD finds what the parameters
+        mean, and may end the call with an Answer; other words are parameters' names, with ! of
+        those that must not be empty."""
         method, *pairs = what.split()
+        params = request.params
         given: Row = {}
         for name, _, word in [pair.partition("=") for pair in pairs]:
-            find = getattr(self, "_the_" + word, None)
-            given[name] = (find(request.params, given) if find
-                           else request.params.get(word, "1") != "0" if word in self.FLAGS
-                           else request.params.get(word, ""))
+            find, key = getattr(self, "the_" + word, None), word.rstrip("!")
+            given[name] = (find(params, given.get("group")) if find
+                           else params.get(key, "1") != "0" if key in self.FLAGS
+                           else params.get(key, ""))
+            if key != word and not given[name]:
+                raise Answer(self.FAILURE)
         return bool(getattr(self.client.link, method)(**{
             name: value.uid if isinstance(value, Thing) else value
             for name, value in given.items()}))
 
-    def _the_group(self, params: Params, given: Row) -> Any:
+    def the_group(self, params: Params, group: Any = None) -> Any:
         return self.one("group", params, self.flavour.keys["place"], self.NOT_FOUND)
 
-    def _the_members(self, params: Params, given: Row) -> List[str]:
-        """The uids of members of that group, who are named by id or uid."""
-        group, names = given["group"], self.flavour.keys["members"]
+    def the_members(self, params: Params, group: Any) -> List[str]:
+        """The uids of members of a group, who are named by id or uid."""
+        names = self.flavour.keys["members"]
         name = next((name for name in names if params.get(name)), "")
         if name:
             self.client.details.wait([group])
-        return self._uids(params.get(name, ""), "member", lambda person: self.members(
+        return self.uids(params.get(name, ""), "member", lambda person: self.members(
             group, {"uid" if name.endswith("uid") else "id": person}))
 
-    def _the_member(self, params: Params, given: Row) -> str:
-        return self._the_members(params, given)[0]
+    def the_member(self, params: Params, group: Any) -> str:
+        return self.the_members(params, group)[0]
 
-    def _the_friends(self, params: Params, given: Row) -> List[str]:
-        return self._uids(params.get("friends", ""), "friend",
-                          lambda person: self.client.roster.search("friend", {"id": person}))
+    def the_friends(self, params: Params, group: Any = None) -> List[str]:
+        return self.uids(params.get("friends", ""), "friend",
+                         lambda person: self.client.roster.search("friend", {"id": person}))
 
-    def _uids(self, text: str, what: str, find: Callable[[str], List[Any]]) -> List[str]:
+    def uids(self, text: str, what: str, find: Callable[[str], List[Any]]) -> List[str]:
+        """The uids of all who are named; an Answer, if somebody is not found, or nobody named."""
         uids = []
         for name in filter(None, text.split(",")):
             found = find(name)
@@ -10940,28 +10923,63 @@ class Api:
             raise Answer({"code": 200, "status": f"{what} id empty"})
         return uids
 
-    def _the_friend(self, params: Params, given: Row) -> Any:
+    def the_friend(self, params: Params, group: Any = None) -> Any:
         return self.one("friend", params, ("uid", "id"), self.NOT_FOUND)
 
-    def _shutup_group_member(self, request: Request) -> Json:
+    def the_person(self, params: Params, group: Any) -> Any:
+        """A friend, or with group_id somebody in a group."""
+        if not params.get("group_id"):
+            return self.one("friend", params, missing=self.NOT_FOUND)
+        return self.somebody_in(self.find("group", params, ("group_id",)), {
+            name: params[name] for name in self.flavour.keys["friend"] if params.get(name)})
+
+    def the_stranger(self, params: Params, group: Any) -> Any:
+        """Somebody, by id, whom one shares a group with and who is no friend yet."""
+        name, roster = params.get("id", ""), self.client.roster
+        if name and name == roster.user.id:
+            raise Answer({"code": 101, "status": "can not be yourself"})
+        if roster.search("friend", {"id": name}):
+            raise Answer({"code": 101, "status": "already a friend"})
+        return self.somebody_in(list(roster.group.values()), {"id": name})
+
+    def somebody_in(self, groups: List[Any], keys: Mapping[str, str]) -> Any:
+        """The first member of these groups that fits; an Answer, if there is none."""
+        for group in groups:
+            for member in self.client.roster.search(group, keys):
+                return member
+        raise Answer(self.NOT_FOUND)
+
+    def the_id(self, params: Params, group: Any) -> str:
+        """A message's id, as its sending or its event told it; a bridge may know more than we."""
+        id = params.get("id", "").partition(":")[0]
+        if not self.client.talk.remembered(id) and not (
+                self.client.link.real and MESSAGE_ID.fullmatch(id)):
+            raise Answer({"code": -1, "status": "msg id not found"})
+        return id
+
+    def the_digits(self, params: Params, group: Any) -> str:
+        if not re.fullmatch("[0-9]{1,16}", params.get("code", "")):
+            raise BadRequest(400, "code must be digits")
+        return params["code"]
+
+    def do_shutup_group_member(self, request: Request) -> Json:
         params, link = request.params, self.client.link
-        group = self._the_group(params, {})
+        group = self.the_group(params)
         if params.get("all") == "1" and not any(map(params.get, self.flavour.keys["members"])):
             return link.mute_all(group.uid, params.get("time") != "0")
         minutes = params.get("time", "")  # 004 and the program; 003 erred; 0 lifts
         if not re.fullmatch("[0-9]+", minutes):
             raise Answer({"code": 400, "status": "shutup time missing or error"})
-        return link.mute(group.uid, self._the_members(params, {"group": group}),
-                         int(minutes[:9]) * 60)
+        return link.mute(group.uid, self.the_members(params, group), int(minutes[:9]) * 60)
 
-    def _poke(self, request: Request) -> Json:
+    def do_poke(self, request: Request) -> Json:
         params, link = request.params, self.client.link
         if not any(map(params.get, self.flavour.keys["place"])):
-            return link.poke(self._the_friend(params, {}).uid, "")
-        group = self._the_group(params, {})
-        return link.poke(self._the_member(params, {"group": group}), group.uid)
+            return link.poke(self.the_friend(params).uid, "")
+        group = self.the_group(params)
+        return link.poke(self.the_member(params, group), group.uid)
 
-    def _call_action(self, request: Request) -> Json:
+    def do_call_action(self, request: Request) -> Json:
         action, text = request.params.get("action", ""), request.params.get("params") or "{}"
         params = object_in(text.encode("utf-8", "replace"))
         if not re.fullmatch("[.A-Za-z0-9_]{1,64}", action) or params is None:
@@ -10978,37 +10996,7 @@ class Api:
             return {**self.FAILURE, "retcode": row.get("retcode"), "info": wording(row)}
         return {"code": 0, "data": row.get("data"), "status": "success"}
 
-    def _the_person(self, params: Params, given: Row) -> Any:
-        """A friend, or with group_id somebody in a group."""
-        if not params.get("group_id"):
-            return self.one("friend", params, missing=self.NOT_FOUND)
-        return self._somebody_in(self.find("group", params, ("group_id",)), {
-            name: params[name] for name in self.flavour.keys["friend"] if params.get(name)})
-
-    def _the_stranger(self, params: Params, given: Row) -> Any:
-        """Somebody, by id, whom one shares a group with and who is no friend yet."""
-        name, roster = params.get("id", ""), self.client.roster
-        if name and name == roster.user.id:
-            raise Answer({"code": 101, "status": "can not be yourself"})
-        if roster.search("friend", {"id": name}):
-            raise Answer({"code": 101, "status": "already a friend"})
-        return self._somebody_in(list(roster.group.values()), {"id": name})
-
-    def _somebody_in(self, groups: List[Any], keys: Mapping[str, str]) -> Any:
-        for group in groups:
-            for member in self.client.roster.search(group, keys):
-                return member
-        raise Answer(self.NOT_FOUND)
-
-    def _the_id(self, params: Params, given: Row) -> str:
-        """A message's id, as its sending or its event told it; a bridge may know more than we."""
-        id = params.get("id", "").partition(":")[0]
-        if not self.client.talk.remembered(id) and not (
-                self.client.link.real and MESSAGE_ID.fullmatch(id)):
-            raise Answer({"code": -1, "status": "msg id not found"})
-        return id
-
-    def _get_message(self, request: Request) -> Json:
+    def do_get_message(self, request: Request) -> Json:
         id = request.params.get("id", "").partition(":")[0]
         row = self.client.talk.remembered(id)
         if row is None and MESSAGE_ID.fullmatch(id):
@@ -11018,33 +11006,19 @@ class Api:
             row = message.to_json(self.flavour.fields) if message else None
         return self.NOT_FOUND if row is None else self.show(row)
 
-    def _the_digits(self, params: Params, given: Row) -> str:
-        if not re.fullmatch("[0-9]{1,16}", params.get("code", "")):
-            raise BadRequest(400, "code must be digits")
-        return params["code"]
-
-    def _the_new_name(self, params: Params, given: Row, name: str = "name") -> str:
-        if not params.get(name):
-            raise Answer(self.FAILURE)
-        return params[name]
-
-    def _the_new_displayname(self, params: Params, given: Row) -> str:
-        return self._the_new_name(params, given, "new_displayname")
-
-    def _create_group(self, request: Request) -> Json:
-        uids = self._the_friends(request.params, {})
+    def do_create_group(self, request: Request) -> Json:
+        uids = self.the_friends(request.params)
         uid = self.client.link.create_group(uids, request.params.get("displayname") or "群聊")
         if not uid:
             return self.FAILURE
-        try:
+        group = None
+        with contextlib.suppress(TimeoutError):
             group = wait_for(request, self.client.talk.expect_group(uid), 10.0)
-        except TimeoutError:
-            group = None
         if group is None:
             raise NotRunning(state=self.client.state)
         return {"code": 0, "group_id": group.id, "status": "success"}
 
-    def _stick(self, request: Request) -> Json:
+    def do_stick(self, request: Request) -> Json:
         params, keys = request.params, self.flavour.keys
         if not any(self.find(kind, params, keys[kind]) for kind in ("friend", "group")):
             return self.NOT_FOUND
@@ -11052,10 +11026,10 @@ class Api:
 
     # -- events, life cycle (CONTRACT 6 and 8)
 
-    def _check_event(self, request: Request) -> Response:
+    def do_check_event(self, request: Request) -> Response:
         return Response(self.store.take(seq_of(request.params.get("since")), request.wait))
 
-    def _events(self, request: Request) -> Response:
+    def do_events(self, request: Request) -> Response:
         self.check_name(request)
         return self.store.stream(request)
 
@@ -11064,7 +11038,7 @@ class Api:
         if (request.params.get("client") or self.client.account) != self.client.account:
             raise ClientMissing("client not exists")
 
-    def _check_client(self, request: Request) -> Json:
+    def do_check_client(self, request: Request) -> Json:
         self.check_name(request)
         client = self.client
         return {"code": 0, "client": [{
@@ -11072,12 +11046,12 @@ class Api:
             "since": str(int(client.since)),
             "link": link_of(client.settings.given)}]}
 
-    def _stop_client(self, request: Request) -> Json:
+    def do_stop_client(self, request: Request) -> Json:
         return {**self.soon(request, "stop", self.client.stop),
                 "runtime": int(time.time()) - self.client.start_time,
                 "starttime": self.client.start_time, "pid": os.getpid()}
 
-    def _relogin(self, request: Request) -> Json:
+    def do_relogin(self, request: Request) -> Json:
         return self.soon(request, "relogin", self.client.relogin)
 
     def soon(self, request: Request, what: str, act: Callable[[], None]) -> Row:
@@ -11115,33 +11089,27 @@ class ClientApp(App):
 
     def answer(self, request: Request) -> Response:
         """As App.answer, wrapped; a bad callback is refused before anything is done."""
+        name, params = "", {}
         try:
-            callback = self._callback(request)
+            if "jsonp" in request.query or b"jsonp" in request.body:
+                try:
+                    params = request.params
+                except BadRequest:  # a body may be anything, and merely hold the word
+                    if "jsonp" in request.query:
+                        raise
+            if params.get("datatype") == "jsonp":
+                name = params.get("callback") or f"jsoncallback{int(time.time())}"
+                if not CALLBACK.fullmatch(name):
+                    raise NotAllowed("callback not allowed")
             response = super().answer(request)
-            if callback and response.kind == "application/json":
-                response = Response(callback.encode() + b"(" + response.body + b")",
+            if name and response.kind == "application/json":
+                response = Response(name.encode() + b"(" + response.body + b")",
                                     "application/javascript", response.status,
                                     {"X-Content-Type-Options": "nosniff"})
         except (NotAllowed, BadRequest) as error:
             response = error_response(error)
         response.fields = {**response.fields, "Access-Control-Allow-Origin": "*"}
         return response
-
-    def _callback(self, request: Request) -> str:
-        if "jsonp" not in request.query and b"jsonp" not in request.body:
-            return ""
-        try:
-            params = request.params
-        except BadRequest:
-            if "jsonp" in request.query:
-                raise
-            return ""  # a body may be something else altogether, and merely hold the word
-        name = params.get("callback") or f"jsoncallback{int(time.time())}"
-        if params.get("datatype") != "jsonp":
-            return ""
-        if not CALLBACK.fullmatch(name):
-            raise NotAllowed("callback not allowed")
-        return name
 
 
 OPTIONS_FIELDS = {
@@ -11162,9 +11130,8 @@ def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
     """/onebot and /milky, where a bridge posts its events (ONEBOT.md, MILKY.md). AuthFailure,
     BadRequest; ApiNotFound for an account on another link.
 
-    A signature lets it in (NapCat signs with its token; one that is wrong is one too many), the
-    bridge's token, or what every other caller needs; for Milky its token, or, where there is none,
-    that it is on this machine.
+    What lets it in is a signature (NapCat signs with its token), else the bridge's token or what
+    every other caller needs; for Milky, where there is no token, that it is on this machine.
     """
     request.read_url_only()
     settings, fields, is_milky = client.settings, request.fields, request.path == "/milky"
@@ -11195,9 +11162,8 @@ def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
 def openqq_plugin(client: Client, data: Row) -> None:
     """Openqq: the HTTP API, and what is posted and asked of others.
 
-    `data` may hold `listen`, a list of {"host", "port"}, and any setting (003: post_api …); what
-    it does not name is as the client's settings say. A controller hands down a socket of its own
-    instead. Refusal if an address cannot be had.
+    `data` may hold `listen`, a list of {"host", "port"}, which a controller's socket replaces, and
+    any setting (003: post_api …); the client's hold else. Refusal if an address cannot be had.
     """
     log, flavour, parent = client.log, client.flavour, client.parent
     settings = client.settings.with_(
@@ -11210,12 +11176,10 @@ def openqq_plugin(client: Client, data: Row) -> None:
     answers = Answers(client, api.media, settings.post_api)
     reporter = Reporter(
         settings.post_api, settings.post_secret, client.spool, client.timers, log,
-        answers.answered, asking=answers.typing,
-        failed=lambda: client.papers.write_state(client),
-        numeric=settings.numeric_ids)
-    listed = settings.post_event_list
-    if listed is None:
-        listed = flavour.post_event_list
+        answers.answered, asking=answers.typing, numeric=settings.numeric_ids,
+        failed=lambda: client.papers.write_state(client))
+    listed = (flavour.post_event_list if settings.post_event_list is None
+              else settings.post_event_list)
     client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
                                  settings.post_stdout, settings.numeric_ids,
                                  settings.post_media_data))
@@ -11223,8 +11187,8 @@ def openqq_plugin(client: Client, data: Row) -> None:
     gate = Gate(settings.token, settings.allowed_hosts)
     app = ClientApp(gate, log, all_routes(
         flavour, settings, flavour.apis.values(), api.handler,
-        lambda request: client_page(client) if client.parent else dashboard(
-            dashboard_config(flavour, settings, client.account)),
+        lambda request: client_page(client) if client.parent else dashboard_for(
+            flavour, settings, client.account),
         functools.partial(take_from_bridge, client, gate), client.local_pages(), False),
         client_fallback)
     app.metrics.watch("clients", "gauge", "Clients by state.",
@@ -11255,14 +11219,12 @@ def openqq_plugin(client: Client, data: Row) -> None:
 def serve(app: App, listeners: Iterable[socket.socket], settings: Settings,
           log: Log) -> List[Server]:
     """Answer at sockets from now on, each in a thread of its own."""
-    servers = []
-    for listener in listeners:
-        server = Server(listener, app, log, settings.max_connections,
-                        settings.http_max_message_size)
+    servers = [Server(listener, app, log, settings.max_connections,
+                      settings.http_max_message_size) for listener in listeners]
+    for server in servers:
         if settings.http_debug:
             server.debug = log.debug
         spawn(server.serve_forever, name="server")
-        servers.append(server)
     return servers
 
 
@@ -11278,8 +11240,7 @@ def gate_hint(settings: Settings) -> str:
 
 
 def open_listener(address: Row, settings: Settings) -> socket.socket:
-    """A listening socket, where an item of `listen` says, else the settings; Refusal with the
-    remedy."""
+    """A listening socket, where an item of `listen` says, else the settings. Refusal."""
     host, port = [getattr(settings, name) if address.get(name) in (None, "") else address[name]
                   for name in ("host", "port")]
     try:
@@ -11292,21 +11253,21 @@ def open_listener(address: Row, settings: Settings) -> socket.socket:
 
 def client_page(client: Client) -> Response:
     """What a browser sees at / of a controller's client."""
-    base, prefix = client.public_url(), client.flavour.prefix
-    lines = "\n".join(f"{base}{prefix}{call}" for call in (
+    base = client.public_url() + client.flavour.prefix
+    lines = "\n".join(base + call for call in (
         "get_client_info", "get_qrcode", "get_friend_info",
         "send_friend_message?uid=…&content=hello", "check_event"))
     return page(INDEX_BODY, {"what": f"This is the client of the account {client.account}.",
                              "lines": lines})
 
 
-def dashboard_config(flavour: Type[Flavour], settings: Settings, account: str) -> Row:
-    """What the dashboard has to know; `account` of a client alone, empty for a controller."""
-    return {"account": account, "controller": not account, "prefix": flavour.prefix,
-            "guarded": bool(settings.token), "apis": list(flavour.apis),
-            "settings": [[setting.name, setting.help, setting.shown(), setting.secret,
-                          setting.chinese] for setting in SETTINGS.values()
-                         if setting.caller and not setting.idle]}
+def dashboard_for(flavour: Type[Flavour], settings: Settings, account: str) -> Response:
+    """The page to work with; `account` of a client alone, empty for a controller."""
+    return dashboard({
+        "account": account, "controller": not account, "prefix": flavour.prefix,
+        "guarded": bool(settings.token), "apis": list(flavour.apis),
+        "settings": [[setting.name, setting.help, setting.shown(), setting.secret, setting.chinese]
+                     for setting in SETTINGS.values() if setting.caller and not setting.idle]})
 
 
 PLUGINS.update({"ShowMsg": (show_msg, 100), "UploadQRcode": (upload_qrcode, 0),
@@ -11331,12 +11292,9 @@ SHARED = ("log_level", "tmpdir", "log_encoding", "public_url", "allowed_hosts", 
 
 
 class Child:
-    """An account's client as its controller sees it, whose lock guards all of this.
-
-    `phase` is what the controller does with its process (Supervisor), `state` what the client says
-    of itself (CONTRACT 8). One that is merely remembered has no listener; its pid and port are
-    those of the last time.
-    """
+    """An account's client as its controller sees it, whose lock guards all of this. `phase` is what
+    the controller does with its process (Supervisor), `state` what the client says of itself
+    (CONTRACT 8). One that is merely remembered has no listener, and the port of the last time."""
 
     def __init__(self, name: str, given: Dict[str, str],
                  listener: Optional[socket.socket] = None, port: int = 0) -> None:
@@ -11348,7 +11306,7 @@ class Child:
         self.lines: Deque[str] = collections.deque(maxlen=5)  # the last warnings of its log
         self.since = time.time()                     # in this state
         self.process: Any = None                     # subprocess.Popen while it lives
-        self.life: Optional[socket.socket] = None
+        self.life: Any = None                        # the socket to it
         self.heard = bytearray()                     # of a line that is not complete yet
         self.restarts = -1                           # starts after the first
         self.tries = 0                               # starts without reaching running
@@ -11381,13 +11339,9 @@ class Child:
 
 
 class Supervisor:
-    """Keeps the clients' processes alive: makes them, hears them, ends them.
+    """Keeps the clients' processes alive: makes them, hears them, ends them. All methods are called
+    with the controller's lock held, but for make(), and _await_end() in a thread per process."""
 
-    All methods are called with the controller's lock held, but for make() and those with a thread
-    of their own: one per process waits for its end.
-    """
-
-    YOUNG_SECONDS = 1.0
     SILENT_SECONDS = 1.0         # a process may live on without its life line
 
     def __init__(self, owner: Controller, spawn_process: Any = None) -> None:
@@ -11417,8 +11371,7 @@ class Supervisor:
         self._pool.submit(self.make, child)
 
     def _ended(self, child: Child, status: int) -> None:
-        """All that becomes of a child whose process has ended, or could not be made. One may be
-        starting for ever: logging in waits for a person."""
+        """All that becomes of a child whose process has ended, or could not be made."""
         child.process = None
         self._owner.settled.notify_all()
         if child.phase == "stopping" or self.ending:
@@ -11439,8 +11392,8 @@ class Supervisor:
                 self._log.error(f"client {child.name} died ({how}) and is not started again")
                 self._owner.report(child, "client_failed", "\n".join(child.lines))
                 return
-            young = self._timers.clock() - child.running_since < self.YOUNG_SECONDS
-            wait = backoff(child.tries - 1) if child.tries else 1.0 if young else 0.0
+            young = self._timers.clock() - child.running_since < 1.0
+            wait = backoff(child.tries - 1) if child.tries else float(young)
             self._log.warn(f"client {child.name} died ({how}); starting it again"
                            + (f" in {wait:g} s" if wait else ""))
             self.restarts += 1
@@ -11462,8 +11415,7 @@ class Supervisor:
 
     def renew(self, child: Child, given: Dict[str, str], forget: Set[str]) -> None:
         """Have a child begin anew with other settings, on its port, and return when it has; one
-        that dies of them goes on with what it had. The lock is let go meanwhile. ClientDied,
-        NotRunning, TooSlow."""
+        that dies of them goes on with what it had. ClientDied, NotRunning, TooSlow."""
         former, child.trial = (child.given, child.forget), True
         child.given, child.forget = given, forget
         self._log.info(f"client {child.name} begins anew with other settings")
@@ -11496,12 +11448,13 @@ class Supervisor:
             child.timer.cancel()
         if child.process:
             self._tell_to_end(child)                 # its end is heard of
-        elif not busy and phase == "stopping":
+        elif busy:
+            pass                                     # what is just being made ends then (make)
+        elif phase == "stopping":
             child.phase = "stopped"                  # waiting, backoff, failed -> stopped
             self._owner.settled.notify_all()
-        elif not busy:
+        else:
             self._begin(child, anew=True)            # backoff, stopped, failed -> starting
-        # What is just being made ends as soon as it can (make).
 
     def _tell_to_end(self, child: Child) -> None:
         """TERM, and KILL after a while."""
@@ -11535,8 +11488,8 @@ class Supervisor:
     # -- processes
 
     def make(self, child: Child, first: bool = False) -> None:
-        """Make a child's process, with its port's socket and a life line; without the lock.
-        StartFailure of the first one, the others are tried again."""
+        """Make a child's process, without the lock. StartFailure of the first one, the others are
+        tried again."""
         owner = self._owner
         with owner.lock:
             environment = self._environment(child)
@@ -11583,9 +11536,9 @@ class Supervisor:
             given["post_api"], given["post_secret"] = settings.post_api, settings.post_secret
         for name in "post_api", "poll_api":
             given[name] = with_params(given[name], client=child.name) if given.get(name) else ""
-        secret = {"OPENQQ_TOKEN": settings.token} if settings.token else {}
         return {**kept, **to_environment({name: value for name, value in given.items() if value},
-                                         flavour.environ, flavour.plugin), **secret,
+                                         flavour.environ, flavour.plugin),
+                **({"OPENQQ_TOKEN": settings.token} if settings.token else {}),
                 "MALLOC_ARENA_MAX": "1",  # glibc: else each thread has a heap of its own
                 "OPENQQ_FLAVOR": flavour.name, "OPENQQ_LOCAL": self._owner.url,
                 "OPENQQ_KEY": self._owner.key_for(child.name),
@@ -11594,6 +11547,12 @@ class Supervisor:
 
     def _await_end(self, child: Child) -> None:
         """In a thread of its own: until a process has ended, and has said what it had to say."""
+        def hang_up() -> None:  # nobody takes its callers: they get 502 instead of waiting
+            child.listener.setblocking(False)
+            with contextlib.suppress(OSError):       # there is none any more
+                while child.process is None:
+                    child.listener.accept()[0].close()
+
         status = child.process.wait()
         TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
         self._owner.detach(child.name)
@@ -11603,22 +11562,14 @@ class Supervisor:
             if child.life:                           # a child of its own has it too
                 self._let_go(child)
             self._enter(child, "stop")
-            self._timers.watch(child.listener, lambda: self._hang_up(child))
+            self._timers.watch(child.listener, hang_up)
             self._ended(child, status)
             self._owner.changed()
 
     def _let_go(self, child: Child) -> None:
-        assert child.life is not None
         self._timers.unwatch(child.life)
         child.life.close()
         child.life = None
-
-    def _hang_up(self, child: Child) -> None:
-        """End the connections that nobody takes: their callers get 502 instead of waiting."""
-        child.listener.setblocking(False)
-        with contextlib.suppress(OSError):           # there is none any more
-            while child.process is None:
-                child.listener.accept()[0].close()
 
     # -- what clients say
 
@@ -11633,12 +11584,11 @@ class Supervisor:
         if data == b"":
             self._let_go(child)
             self._timers.later(self.SILENT_SECONDS, child.process.kill)
-        elif data:
-            child.heard += data
-            if b"\n" in data:
-                *lines, child.heard = child.heard.split(b"\n")
-                for line in lines:
-                    self._hear(child, bytes(line))
+        child.heard += data or b""
+        if data and b"\n" in data:
+            *lines, child.heard = child.heard.split(b"\n")
+            for line in lines:
+                self._hear(child, bytes(line))
         return bool(data)
 
     def _hear(self, child: Child, line: bytes) -> None:
@@ -11663,10 +11613,9 @@ class Supervisor:
                 child.lines.clear()
 
     def _enter(self, child: Child, state: str) -> None:
-        old, child.state = child.state, state
-        if state == old:
+        if state == child.state:
             return
-        child.since = time.time()
+        old, child.state, child.since = child.state, state, time.time()
         self._owner.settled.notify_all()
         self._owner.tell(child, "state_change", [old, state])
         if state in LOGGING_IN and child.waiting is None:  # somebody should know if nobody scans
@@ -11677,10 +11626,7 @@ class Supervisor:
 
 
 def open_port(first: int, wish: int = 0) -> socket.socket:
-    """A listening socket at the port that is wished for, else at the first free one. NoPort.
-
-    It stays open, so that no two starts can get the same.
-    """
+    """A listening socket at the port that is wished for, else at the first free one. NoPort."""
     for port in itertools.chain([wish] if wish else [], range(first, 65_536)):
         try:
             return listen("127.0.0.1", port)
@@ -11697,18 +11643,15 @@ def is_passed_on(name: str) -> bool:
             and not ABOUT_THE_CALLER.fullmatch(name))
 
 
-def pass_on(request: Request, port: int, token: Optional[str] = "", trusted: bool = True
+def pass_on(request: Request, port: int, authorization: str = "", trusted: bool = True
             ) -> Response:
-    """A client's answer to a call, which is made anew from what was parsed; Unreachable, TooSlow,
-    Hangup. One that is not trusted comes to the client as from another machine, and with its own
-    token, as with None, instead of ours."""
+    """A client's answer to a call, which is made anew from what was parsed; one that is not
+    trusted comes to the client as from another machine. Unreachable, TooSlow, Hangup."""
     fields = {name: value for name, value in request.fields.items() if is_passed_on(name)}
     if not trusted:
         fields["forwarded"] = "for=unknown"
-    if not trusted or token is None:
-        fields["authorization"] = request.fields.get("authorization", "")
-    elif token:
-        fields["authorization"] = bearer(token)
+    if authorization:
+        fields["authorization"] = authorization
     reads = READS.match(request.path) is not None
     method = "GET" if request.method == "HEAD" and reads else request.method
     target = request.target.replace("#", "%23")  # a fragment to us, a letter to its caller
@@ -11718,12 +11661,9 @@ def pass_on(request: Request, port: int, token: Optional[str] = "", trusted: boo
                       0.0 if WAITS.match(request.path) else PATIENCE_SECONDS)
         fields = {name.title(): value for name, value in reply.fields.items()
                   if name not in HOP_BY_HOP and name != "content-type"}
-        kind, body, pieces = reply.fields.get("content-type", ""), b"", None
-        if reply.length is None:
-            pieces = reply.pieces(PROXY_SECONDS)
-        else:
-            body = reply.read(reply.length)
-        return Response(body, kind, reply.status, fields, pieces)
+        body, pieces = (b"", reply.pieces(PROXY_SECONDS)) if reply.length is None else (
+            reply.read(reply.length), None)
+        return Response(body, reply.fields.get("content-type", ""), reply.status, fields, pieces)
     except Unreachable as error:
         raise type(error)("client not reachable") from None
 
@@ -11756,10 +11696,8 @@ def default_template(flavour: Type[Flavour]) -> str:
 
 
 def check_params(params: Params, paths: bool = True) -> Dict[str, str]:
-    """start_client's parameters as settings; NotAllowed for what callers may not give.
-
-    An empty one is no value: it clears what is remembered.
-    """
+    """start_client's parameters as settings, an empty one clears what is remembered; NotAllowed
+    for what callers may not give."""
     try:
         return texts_of(params, lambda setting: "" if setting and setting.caller and (
             paths or setting.read is not _path) else "not allowed")
@@ -11770,11 +11708,8 @@ def check_params(params: Params, paths: bool = True) -> Dict[str, str]:
 
 def check_paths(given: Mapping[str, str], tmpdir: str, own_files: str,
                 taken: Iterable[str]) -> None:
-    """NotAllowed for a caller's path that is no good: one file for two things among them.
-
-    `own_files` matches the names of this program's own files for a client, once the kind of file
-    is filled in; `taken` as check_path() has it.
-    """
+    """NotAllowed for a caller's path that is no good, as one for two things; `taken` and, once the
+    kind of file is filled in, `own_files` are as check_path() has them."""
     paths = {name: str(_path(value)) for name, value in given.items()
              if value and SETTINGS[name].read is _path}
     for name, path in paths.items():
@@ -11824,12 +11759,9 @@ def account_settings(given: Json) -> Dict[str, str]:
 
 
 class Controller:
-    """Many accounts, one process each, behind one API (002). run() works in the calling thread.
-
-    Settings are given as keyword arguments, `listen` among them, else taken from the environment.
-    Refusal if it cannot start. The thread of run() is that of the timers: signals, what is to
-    happen later, what clients say. HTTP threads and a pool make and await processes.
-    """
+    """Many accounts, one process each, behind one API (002). Settings are given as keyword
+    arguments, else taken from the environment. Refusal if it cannot start. The thread of run() is
+    that of the timers: signals, what is to happen later, what clients say."""
 
     FILES = {"state_path": "state_{}.json", "qrcode_path": "qrcode_{}.jpg",
              "pid_path": "pid_{}.pid", "cookie_path": "cookie_{}.dat",
@@ -11940,8 +11872,8 @@ class Controller:
                 self.log.error(f"accounts file: {name} cannot be started: {error.status}")
 
     def _recall(self, name: str, row: Row, anew: Dict[str, str]) -> None:
-        """Know again what a former controller remembered, as far as it makes sense, and resume
-        what ran; what the operator's file says is given `anew`."""
+        """Know again what a former controller remembered, and resume what ran; what the operator's
+        file says is given `anew`."""
         given: Dict[str, str] = {}
         for key, value in (row["given"] if isinstance(row.get("given"), dict) else {}).items():
             try:
@@ -11976,8 +11908,7 @@ class Controller:
         log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
         self._servers += serve(app, self._listeners, settings, log)
         for listener in self._listeners:
-            host, port = listener.getsockname()[:2]
-            log.info(f"Listening at http://{host}:{port}")
+            log.info("Listening at http://{}:{}".format(*listener.getsockname()))
         log.info(gate_hint(settings))
         log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
                  "start_client?client=NAME")
@@ -11986,8 +11917,7 @@ class Controller:
 
     @contextlib.contextmanager
     def turn(self, name: str) -> Iterator[None]:
-        """Whoever starts, changes, stops or deletes a client is done with it before the next one
-        begins: of two starts in the same moment the second finds the first one's client."""
+        """Whoever starts, changes, stops or deletes a client is done before the next one begins."""
         with self.settled:
             self.settled.wait_for(lambda: name not in self._turns)
             self._turns.add(name)
@@ -12022,8 +11952,8 @@ class Controller:
         return child
 
     def stop_client(self, child: Child, event: str = "client_stopped") -> None:
-        """End a client, if it runs, and let those who read the events know, as check_client
-        knows no more of it. Its settings are remembered, unless it is deleted."""
+        """End a client, if it runs, and tell those who read the events: check_client knows no more
+        of it. Its settings are remembered, unless it is deleted."""
         with self.lock:
             self.supervisor.stop(child)
             self.changed()
@@ -12035,8 +11965,7 @@ class Controller:
         self.tell(child, event, [child.name], settings=child.open_settings())
 
     def remember(self, child: Child) -> None:
-        """Keep what a client that has stopped was started with, until it is started again or
-        deleted."""
+        """Keep what a stopped client was started with, until it is started again or deleted."""
         self.supervisor.children.pop(child.name, None)
         self.supervisor.release(child)
         for name in UNKEPT:
@@ -12047,8 +11976,7 @@ class Controller:
             del self.former[next(iter(self.former))]
 
     def check_start(self, alive: bool = False) -> None:
-        """A process may be made, for a client that is alive or not; NotRunning, TooManyClients,
-        ClientDied."""
+        """NotRunning, TooManyClients or ClientDied unless a process may be made."""
         if self.supervisor.ending:
             raise NotRunning("stopping")
         children = self.supervisor.children
@@ -12071,12 +11999,12 @@ class Controller:
 
     # -- what others are told; with or without the lock
 
-    def changed(self) -> None:
-        """What the backend file says is no longer so."""
+    def changed(self, seconds: float = 0.0) -> None:
+        """What the backend file says is no longer so; it is written in so many seconds."""
         with self.lock:
             if not self._dirty:
                 self._dirty = True
-                self.timers.later(0.0, self._save)
+                self.timers.later(seconds, self._save)
 
     def _save(self) -> None:
         """The backend file: what a later controller resumes or remembers, without secrets."""
@@ -12087,8 +12015,7 @@ class Controller:
                              "given": child.open_settings()}
                 for child in [*self.former.values(), *self.supervisor.children.values()]}
         if not keep_file(self.settings.backend_path, to_bytes(rows), self.log):
-            self._dirty = True
-            self.timers.later(REPLACE_SECONDS, self._save)
+            self.changed(REPLACE_SECONDS)
 
     def tell(self, child: Child, event: str, params: List[Json], **more: Json) -> Row:
         """Let those who read the events know of a client, with numbers where its own have them."""
@@ -12111,24 +12038,24 @@ class Controller:
     # -- ending
 
     def _stop(self, number: int) -> None:
+        def end(seconds: float) -> None:
+            with self.settled:
+                self.settled.wait_for(lambda: not self.supervisor.busy())
+                self.log.info("stopped")
+                self._spool.close()
+                self.timers.later(seconds, self.timers.stop)
+
         if not self.supervisor.ending:
             self.log.info(f"stopping ({signal.Signals(number).name})")
             self._save()
             busy = any([server.close_down() for server in self._servers])
-            spawn(self._end, READ_SECONDS if busy else 0.0)  # callers are still to be answered
+            spawn(end, READ_SECONDS if busy else 0.0)  # callers are still to be answered
         self.supervisor.stop_all()  # a second one hurries
-
-    def _end(self, seconds: float) -> None:
-        """In a thread: when the last client is gone, so are we."""
-        with self.settled:
-            self.settled.wait_for(lambda: not self.supervisor.busy())
-            self.log.info("stopped")
-            self._spool.close()
-            self.timers.later(seconds, self.timers.stop)
 
 
 class ControllerApi:
-    """The controller's own API (CONTRACT 2), and the way to the clients' for all else."""
+    """The controller's own API (CONTRACT 2), where do_NAME does what the row NAME of VERBS tells,
+    and the way to the clients' for all else."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller, self._children = controller, controller.supervisor.children
@@ -12136,8 +12063,8 @@ class ControllerApi:
         verbs = [verb for verb in VERBS if verb.on in ("controller", "both")]
         self._own_paths = {prefix + verb.name for prefix in PREFIXES for verb in verbs}
         self.routes = all_routes(
-            self._flavour, self._settings, verbs, lambda verb: getattr(self, verb.name),
-            lambda request: dashboard(dashboard_config(self._flavour, self._settings, "")),
+            self._flavour, self._settings, verbs, lambda verb: getattr(self, "do_" + verb.name),
+            lambda request: dashboard_for(self._flavour, self._settings, ""),
             self.from_bridge, controller.pages, True)
 
     def _name(self, request: Request) -> str:
@@ -12152,15 +12079,17 @@ class ControllerApi:
             raise ClientMissing("client not exists")
         return child
 
-    def _pass_on(self, request: Request, trusted: bool = True, as_it_is: bool = False) -> Response:
-        child = self._child(request)
+    def _pass_on(self, request: Request, trusted: bool = True, own: bool = False) -> Response:
+        """A client's answer to a call with the token that it shares with us, or with its own."""
+        child, token = self._child(request), self._settings.token
         if child.process is None:
             raise Unreachable()
-        return pass_on(request, child.port, None if as_it_is else self._settings.token, trusted)
+        ours = bearer(token) if token else ""
+        return pass_on(request, child.port,
+                       request.fields.get("authorization", "") if own else ours, trusted)
 
-    def start_client(self, request: Request) -> Row:
-        """Start a client; answers before it has logged in, with the parameters as they were
-        spelt, but no secrets."""
+    def do_start_client(self, request: Request) -> Row:
+        """It answers with the parameters as they were spelt, but no secrets."""
         controller, name, settings = self._controller, self._name(request), self._settings
         given = check_params(request.keys())
         check_paths(given, settings.tmpdir,
@@ -12178,9 +12107,7 @@ class ControllerApi:
                 return {**row, **child.shown(), "account": name, "status": "client already exists"}
             return {**row, **controller.start_client(name, given).shown(), "account": name}
 
-    def update_client(self, request: Request) -> Row:
-        """Change settings of a client, which begins anew with them, unless it has them: all or
-        none, but no paths. Answers when it has begun."""
+    def do_update_client(self, request: Request) -> Row:
         controller = self._controller
         with controller.turn(self._name(request)):
             child, given = self._child(request), check_params(request.keys(), paths=False)
@@ -12193,16 +12120,14 @@ class ControllerApi:
                         name for name in child.forget if name not in settings})
             return {**child.shown(), "account": child.name}
 
-    def stop_client(self, request: Request) -> Row:
-        """Stop a client, and answer when it has stopped: it can be started again at once."""
+    def do_stop_client(self, request: Request) -> Row:
         with self._controller.turn(self._name(request)):
             child = self._child(request)
             self._controller.stop_client(child)
             return child.shown()
 
-    def delete_client(self, request: Request) -> Row:
-        """Stop a client and forget its login, its state, its settings and what waits to be
-        posted; of one that was stopped before as well."""
+    def do_delete_client(self, request: Request) -> Row:
+        """Also one that was stopped before."""
         controller, name = self._controller, self._name(request)
         with controller.turn(name):
             child = controller.former.get(name) or self._child(request)
@@ -12214,13 +12139,11 @@ class ControllerApi:
             Shelf(controller.path_of(child, "media")).clear()
             return child.shown()
 
-    def check_client(self, request: Request) -> Row:
-        """One client's state or all clients': what their state files say, but for the state of
-        a process that is no more."""
-        children = ([self._child(request)] if request.params.get("client") else
-                    sorted(list(self._children.values()), key=lambda child: child.name))
+    def do_check_client(self, request: Request) -> Row:
+        """What state files say, but for the state of a process that is no more."""
         rows = []
-        for child in children:
+        for child in ([self._child(request)] if request.params.get("client") else
+                      sorted(list(self._children.values()), key=lambda child: child.name)):
             row = read_json(self._controller.path_of(child, "state_path"), self._controller.log)
             lives = child.process is not None and row.get("pid") == child.pid
             given = {**self._controller.inherited, **child.given}
@@ -12235,18 +12158,16 @@ class ControllerApi:
             rows.append(row)
         return {"code": 0, "client": rows}
 
-    def get_qrcode(self, request: Request) -> Response:
-        """The picture to be scanned; 404 while there is none."""
+    def do_get_qrcode(self, request: Request) -> Response:
         child = self._child(request)
         path = self._controller.path_of(child, "qrcode_path")
         return qrcode_response(read_file(path) if child.process else None, self._flavour)
 
-    def events(self, request: Request) -> Response:
-        """A stream of one client's events, or of all clients'."""
+    def do_events(self, request: Request) -> Response:
         if request.params.get("client"):
             return self._pass_on(request)
         with self._controller.lock:  # what clients have told by now comes before what is to come
-            for child in list(self._children.values()):
+            for child in self._children.values():
                 self._controller.supervisor.listen(child)
         return self._controller.store.stream(request)
 
@@ -12270,7 +12191,7 @@ class ControllerApi:
             trusted = False
             if child is None or child.process is None:
                 raise  # who is there is none of a stranger's business
-        return self._pass_on(request, trusted, is_milky)
+        return self._pass_on(request, trusted, own=is_milky or not trusted)
 
 
 # ------------------------------------------------------------------------------------------------
