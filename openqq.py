@@ -131,14 +131,11 @@ POST_SECONDS = 30.0              # one try at post_api (DESIGN, "Nothing is lost
 POST_QUEUE_LIMIT = 10_000
 POST_LANES = 4                   # conversations posted at once
 POST_TRIES = 5                   # of an event that was sent, and not taken
-POST_PAUSE = 15.0                # at most, between two looks for a receiver that is away
-POST_DAY = 86_400.0              # how long it may be away
-LATE_SECONDS = 600.0             # an event that is posted later than that says so
+POST_DAY = 86_400.0              # how long a receiver may be away
 ECHO_SECONDS = 1.0               # how long a send waits for what it was answered on the spot
 READ_SECONDS = 0.1               # for callers to get their last answers before the process ends
 SEND_SECONDS = 50.0              # a caller waits so long for a send; nginx itself waits 60
 STOP_SECONDS = 3.0               # what stop_client promises, and what the queue gets on a stop
-LAND_SECONDS = 1.5               # and then what it has sent, to be answered: else it comes twice
 KILL_SECONDS = 10.0              # between TERM and KILL
 REPLACE_SECONDS = 10.0           # before a state file that was not to be had is tried again
 ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
@@ -146,7 +143,6 @@ START_TRIES = 7                  # starts without reaching running
 TRIAL_SECONDS = 10.0             # a client that has not died by then has taken its new settings
 SEEN_BYTES = 8 * 1024 * 1024     # of the newest messages, WAIT_LIMIT at most, for get_message
 MEMORY_LIMIT = 1_000             # stopped clients whose settings are remembered
-WAITING_SECONDS = 600.0          # scaning for so long is worth a client_waiting
 
 BRIDGE_LIMIT = 16 * 1024 * 1024  # bytes of one message of a OneBot bridge
 BRIDGE_SECONDS = 30.0            # for an answer of it; silence before a sign of life is asked for
@@ -154,7 +150,6 @@ LOOKUP_SECONDS = 5.0             # a conversation waits so long for who is meant
 LIST_SECONDS = 60.0              # for a list: NapCat asks for each friend's details in that call
 DOUBT_SECONDS = 60.0             # how long a list that lost many must say the same
 REPEAT_SECONDS = 10.0            # within which a bridge that tells of an entry again repeats itself
-LOSS_SECONDS = 60.0              # the same of who left: our own kick comes as a notice as well
 LOGIN_SECONDS = 2.0              # between two looks at whether a bridge is logged in
 DETAIL_SECONDS = 10.0            # get_group_info waits so long for members
 
@@ -172,7 +167,6 @@ POST_BYTES = 256 * 1024 * 1024   # of pictures in events that wait to be posted
 class OpenQQError(Exception):
     """An error that is an answer: `code` and `status` as in CONTRACT 1, `http` of the status line,
     `extra` further members of the JSON. Errors that the original knows answer with HTTP 200."""
-
     code, status, http = 1, "failure", 200
 
     def __init__(self, status: Optional[str] = None, **extra: Any) -> None:
@@ -206,19 +200,17 @@ Hangup = answering(1)                             # the caller is gone: there is
 
 
 class Unreachable(OpenQQError):
-    """No connection, or one that broke before an answer was complete; `sent` tells whether a part
-    of the request may have been acted upon."""
-
+    """No connection, or one that broke before an answer was complete; `sent`: a part of the
+    request may have been acted upon."""
     code, status, http = 7, "client not reachable", 502
 
-    def __init__(self, status: Optional[str] = None, sent: bool = False, **extra: Any) -> None:
-        super().__init__(status, **extra)
+    def __init__(self, status: Optional[str] = None, sent: bool = False) -> None:
+        super().__init__(status)
         self.sent = sent
 
 
 class TooSlow(Unreachable):
     """The other side took longer than it was given."""
-
     http = 504
 
 
@@ -291,11 +283,8 @@ def is_held(error: OSError) -> bool:
 
 
 def is_own_file(found: os.stat_result) -> bool:
-    """Whether it is a plain file of ours (or root's) with one name. On Windows, where no directory
-    for temporary files is everybody's, all owners have the number 0."""
-    owner = 0
-    if sys.platform != "win32":
-        owner = os.geteuid()
+    """Whether it is a plain file of ours (or root's) with one name; on Windows all owners are 0."""
+    owner = getattr(os, "geteuid", int)()
     return stat.S_ISREG(found.st_mode) and found.st_uid in (0, owner) and found.st_nlink == 1
 
 
@@ -312,10 +301,9 @@ def own_opener(path: str, flags: int) -> int:
 
 
 def lock_file(file: IO[Any]) -> bool:
-    """Lock an open file until it is closed; False if another process has. Windows locks bytes, and
-    nobody else can read those: it is one that lies far behind the file's end."""
+    """Lock an open file until it is closed; False if another process has."""
     try:
-        if sys.platform == "win32":
+        if sys.platform == "win32":  # nobody else can read a locked byte: one far behind the end
             os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
@@ -327,30 +315,61 @@ def lock_file(file: IO[Any]) -> bool:
         os.lseek(file.fileno(), 0, os.SEEK_SET)
 
 
-def await_lock(file: IO[Any]) -> None:
-    """Return when no other process has locked a file. OSError."""
-    if sys.platform == "win32":
-        while not lock_file(file):
-            time.sleep(0.05)  # the system itself waits for no lock longer than ten seconds
-    else:
-        fcntl.flock(file, fcntl.LOCK_SH)
+class PidFile:
+    """A pid file that is a lock besides, which ends with its process."""
 
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file: Optional[IO[str]] = None
 
-def remove_locked(file: IO[Any], path: str) -> None:
-    """Remove and close a locked file, so that nobody can lock one that is removed afterwards.
-    Windows removes no open file, be it open here or at who locked it next."""
-    if sys.platform == "win32":
-        file.close()
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-    file.close()
+    def take(self, who: str) -> None:
+        """Write our pid; Refusal, naming the holder, when another process has it."""
+        while self._file is None:
+            try:
+                file = open(self.path, "r+", encoding="utf-8", errors="replace",
+                            opener=lambda path, flags: own_opener(path, flags | os.O_CREAT))
+            except OSError as error:
+                raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
+                              "remove it, or give another --tmpdir") from None
+            if not lock_file(file):
+                with file:
+                    raise Refusal(f"{who} is running already, with pid "
+                                  f"{file.read(20).strip() or 'unknown'}; {self.path} says so")
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path)):
+                    self._file = file
+            if self._file is None:  # removed by its holder between our open and our lock
+                file.close()
+        self._file.truncate()
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+
+    def await_end(self) -> None:
+        """Return when no living process has it."""
+        with contextlib.suppress(OSError):  # there is none
+            with open(self.path, opener=own_opener) as file:
+                if sys.platform == "win32":
+                    while not lock_file(file):
+                        time.sleep(0.05)  # the system waits for no lock longer than ten seconds
+                else:
+                    fcntl.flock(file, fcntl.LOCK_SH)
+
+    def drop(self) -> None:
+        """Remove the file; harmless if it was never taken."""
+        if self._file is not None:
+            if sys.platform == "win32":
+                self._file.close()    # it removes no open file
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)  # before the lock ends: else somebody could have it by then
+            self._file.close()
+            self._file = None
 
 
 def start_process(spawn_process: Callable[..., Any], title: str, words: Sequence[str],
                   environment: Mapping[str, str], **sockets: socket.socket) -> Any:
-    """A Python process, called `title` where the system shows that, of a session or group of its
-    own: what a terminal sends is for us. It finds the numbers of the sockets, once it has called
-    receive_sockets(), in its environment. OSError, ValueError."""
+    """A Python process, called `title` where the system shows that, which a terminal's signals do
+    not reach. After receive_sockets() it has the sockets' numbers in its environment. OSError,
+    ValueError."""
     import subprocess
     python = os.environ.get("OPENQQ_PYTHON", sys.executable)
     argv = [os.path.join(os.path.dirname(python), title), "-S", *words]
@@ -387,7 +406,7 @@ def receive_sockets() -> None:
 
 
 def tell_to_end(process: Any, life: socket.socket) -> None:
-    """Ask a process of ours to end; Windows has no TERM: there it ends since its life line does."""
+    """Ask a process of ours to end: on Windows, which has no TERM, by ending its life line."""
     if sys.platform == "win32":
         with contextlib.suppress(OSError):
             life.shutdown(socket.SHUT_WR)
@@ -396,9 +415,8 @@ def tell_to_end(process: Any, life: socket.socket) -> None:
 
 
 def begin_again(title: str, words: Sequence[str], **environment: str) -> None:
-    """Run this file once more, as a process that is called `title`; it reads UTF-8 whatever we
-    read. What is in the environment cannot be seen by other users, as words can. Windows shows
-    the words to nobody else and takes no names: there it returns."""
+    """Run this file once more, called `title`, with what other users must not see in the
+    environment. On Windows, which shows them no words and takes no names, it returns."""
     if sys.platform != "win32":
         spelt: Dict[str, Any] = {name: value.encode("utf-8", "surrogateescape")
                                  for name, value in environment.items()}
@@ -427,25 +445,16 @@ def on_closed_console(act: Callable[[], None]) -> None:
 
 
 def take_no_signals() -> None:
-    """Leave the signals of the process to its other threads; where there are none, that is so."""
+    """Leave the signals of the process to its other threads."""
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
 
 def interrupt_reading(sock: socket.socket) -> None:
-    """End a recv() in another thread, after shutdown(): of Windows' it takes no notice."""
+    """End a recv() in another thread, where shutdown() does not."""
     if sys.platform == "win32":
         import ctypes
         kernel32().CancelIoEx(ctypes.c_void_p(sock.fileno()), None)
-
-
-def own_port(sock: socket.socket) -> None:
-    """Have bind() refuse a port that is taken, and take one whose last connections still fade;
-    on Windows the same option means the contrary, and another one is needed."""
-    if sys.platform == "win32":
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-    else:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def keep_alive(sock: socket.socket) -> None:
@@ -459,8 +468,8 @@ def keep_alive(sock: socket.socket) -> None:
 
 
 def socket_pair() -> Tuple[socket.socket, socket.socket]:
-    """Two sockets that are connected. On Windows a connection on the loopback, where another
-    program's may be in between: until 3.12 Python does not look."""
+    """Two sockets that are connected with each other: Python of Windows, until 3.12, may come to
+    another program's on the loopback, and does not look."""
     while True:
         ours, theirs = socket.socketpair()
         if sys.platform != "win32" or (ours.getsockname() == theirs.getpeername()
@@ -471,9 +480,8 @@ def socket_pair() -> Tuple[socket.socket, socket.socket]:
 
 
 def room_for_connections() -> int:
-    """How many there may be at once, each with one that it causes: beyond the limit of open files
-    nobody could even be told that there are too many. A quarter of them is left for files and
-    clients. Windows has none for sockets."""
+    """How many there may be at once, each with one that it causes, within the limit of open files
+    (Windows has none for sockets); a quarter is left for files and clients."""
     wanted = 65_536
     if sys.platform != "win32":
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -497,7 +505,7 @@ if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: 
 
 def share_cpu(number: int, pid: int = 0) -> None:
     """Keep a process that has no threads yet to one of the CPUS. Its threads run one at a time in
-    any case, and to wake each other on another CPU took most of the time (measured on two)."""
+    any case, and to wake each other on another CPU took most of the time (measured)."""
     if len(CPUS) > 1:
         with contextlib.suppress(OSError):  # it has just ended, or the system does not let us
             getattr(os, "sched_setaffinity")(pid, [CPUS[number % len(CPUS)]])
@@ -512,8 +520,7 @@ def is_console(file: Any) -> bool:
 
 
 def write_stderr(data: bytes) -> None:
-    """Write UTF-8 in one piece. Python's raw stream does so anywhere; a descriptor would not: what
-    it takes on Windows is shown in the console's code page."""
+    """Write UTF-8 in one piece, also to a console of Windows, which a descriptor would not."""
     buffer: Any = sys.stderr.buffer
     getattr(buffer, "raw", buffer).write(data)  # it has none with PYTHONUNBUFFERED
 
@@ -532,12 +539,11 @@ def prepare_console() -> None:
 
 
 def has_own_window() -> bool:
-    """Whether the console is there for us alone, since somebody has double-clicked the file: with
-    us it holds a launcher, py.exe, at most."""
+    """Whether somebody has double-clicked this file, so that the console ends with us."""
     if sys.platform == "win32":
         import ctypes
         count: int = kernel32().GetConsoleProcessList((ctypes.c_uint * 8)(), 8)
-        return 0 < count <= 2
+        return 0 < count <= 2  # we, and py.exe perhaps
     return False
 
 
@@ -553,7 +559,7 @@ encode_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=("
 
 
 def no_number(name: str) -> None:
-    """ValueError: NaN and Infinity are no JSON (RFC 8259), and would be sent as words."""
+    """ValueError: NaN and Infinity are no JSON (RFC 8259)."""
     raise ValueError(f"{name} is no JSON")
 
 
@@ -576,15 +582,16 @@ def from_bytes(data: bytes) -> Json:
 
 def object_in(data: bytes) -> Optional[Row]:
     """The JSON object that bytes hold; None for anything else."""
-    with contextlib.suppress(ValueError):
+    try:
         value = from_bytes(data)
-        return value if isinstance(value, dict) else None
-    return None
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def read_text(data: bytes, charset: str = "") -> str:
-    """Text of somebody who need not say how it is written: UTF-8, else GB18030, as Chinese
-    consoles and old scripts write it; a `charset` that says so comes first. ValueError."""
+    """Text as UTF-8, else as GB18030, which Chinese consoles and old scripts write; the other way
+    round, or only as UTF-8, where a `charset` says so. ValueError."""
     encodings = ["utf-8", "gb18030"]
     if charset.lower() in ("gb18030", "gbk", "gb2312", "cp936", "x-gbk"):
         encodings.reverse()
@@ -598,14 +605,12 @@ def read_text(data: bytes, charset: str = "") -> str:
 
 
 def typed_text(word: str) -> str:
-    """A word of the command line or the environment, where bytes that Python could not read stand
-    as surrogates (PEP 383). ValueError."""
+    """A word from the system; bytes in it that are no UTF-8 (PEP 383) are GB18030. ValueError."""
     return read_text(os.fsencode(word)) if re.search("[\ud800-\udfff]", word) else word
 
 
 def check_name(name: str) -> str:
-    """An account's name as it came, or NotAllowed: names become file names (DESIGN), also of other
-    systems, so that a folder can move."""
+    """An account's name, if it can be a part of file names on all systems; else NotAllowed."""
     if not NAME.fullmatch(name) or FORBIDDEN.fullmatch(name):
         raise NotAllowed("client name not allowed")
     return name
@@ -619,7 +624,6 @@ def new_secret() -> str:
 class MessageIds:
     """Ids of messages where the other side gives none: growing by one, the first one by the clock,
     and from 2^30 to below 2^31, since typed clients keep them in 31 bits."""
-
     LEAST = 2 ** 30
 
     def __init__(self, clock: Callable[[], float] = time.time,
@@ -663,12 +667,13 @@ def keep_newest(table: Dict[Any, Any], limit: int) -> None:
 
 def python_words(*words: str) -> List[str]:
     """The words behind `python` that run this file once more, as a module: as a script it would be
-    compiled each time. Its directory takes the place of the current one, where others may have put
-    modules; Python's embeddable package for Windows has that not on its path."""
+    compiled each time."""
     directory, name = os.path.split(os.path.abspath(__file__))
     module = name[:-3] if name.endswith(".py") else ""
     if not module.isidentifier():
         return ["-X", "utf8", os.path.join(directory, name), *words]
+    # In the place of the current directory, where others may have put modules; Python's embeddable
+    # package for Windows does not have that on its path.
     code = (f"import sys; sys.path[:sys.path[0] == ''] = [{directory!r}]; import {module}; "
             f"{module}.command_line()")
     return ["-X", "utf8", "-c", code, *words]
@@ -687,11 +692,8 @@ COLORS = {10: "34", 25: "32", 30: "33", 40: "31", 50: "35"}
 
 class LogHandler(logging.Handler):
     """A log file that is opened again when it was moved away, and never through a symlink; without
-    a path stderr. A record is one write, past the text layer, so that lines stay whole.
-
-    The form is the documents' (CONTRACT 9): `HEAD[yy/mm/dd HH:MM:SS] [level] text`, the prefix on
-    every line of the text. Logging's own WatchedFileHandler would take each client 0.5 MiB.
-    """
+    a path stderr. A record is one write, so that lines stay whole; its form is the documents'
+    (CONTRACT 9). Logging's own WatchedFileHandler would take each client 0.5 MiB."""
 
     def __init__(self, path: str, encoding: str, head: str, colored: bool, level: int) -> None:
         super().__init__(level)
@@ -699,7 +701,7 @@ class LogHandler(logging.Handler):
         self._file: Any = open(path, "ab", 0, opener=own_opener) if path else None
 
     def format(self, record: logging.LogRecord) -> str:
-        """Lines of text; control characters cannot reach the terminal."""
+        """`HEAD[yy/mm/dd HH:MM:SS] [level] ` before each line, and no control characters."""
         title, who = getattr(record, "message_of", ("", ""))
         level = next(name for name, number in LEVELS.items() if number >= record.levelno)
         when = time.strftime("%y/%m/%d %H:%M:%S", time.localtime(record.created))
@@ -716,21 +718,18 @@ class LogHandler(logging.Handler):
             if self._file is None:
                 return write_stderr(data)
             try:
-                moved = not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+                stays = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
             except (OSError, ValueError):
-                moved = True
-            if moved:
+                stays = False
+            if not stays:
                 self._file.close()
                 self._file = open(self._path, "ab", 0, opener=own_opener)
             self._file.write(data)
 
 
 class Log(logging.Logger):
-    """The log of one controller or client, in the documents' levels (CONTRACT 9).
-
-    `keep` is called with the text of each warning or worse, also of those that are not written.
-    """
-
+    """The log of one controller or client, in the documents' levels (CONTRACT 9). `keep` gets the
+    text of each warning or worse, also of those that are not written."""
     warn = logging.Logger.warning  # the documents' word for it; logging is about to give it up
 
     def __init__(self, head: str = "", level: str = "info", path: Optional[str] = None,
@@ -774,7 +773,7 @@ def settle(future: Future[Any], value: Any) -> None:
             future.set_result(value)
 
 
-def result_of(future: Future[Any], seconds: Optional[float] = None) -> Any:
+def result_of(future: Future[Any], seconds: float) -> Any:
     """What a future brings; TimeoutError, which until Python 3.10 is not the one that it raises."""
     try:
         return future.result(seconds)
@@ -783,8 +782,8 @@ def result_of(future: Future[Any], seconds: Optional[float] = None) -> Any:
 
 
 class ThreadPool:
-    """At most `size` threads; one more comes when there is work, one leaves that has been idle.
-    Those of concurrent.futures never leave, and a process that ends waits for what they do."""
+    """At most `size` threads; one that is idle for `linger` seconds leaves. Those of
+    concurrent.futures never leave, and a process that ends waits for what they do."""
 
     def __init__(self, size: int, name: str, log: Log, linger: float = 10.0) -> None:
         self.size, self.name, self.log, self.linger = size, name, log, linger
@@ -841,11 +840,9 @@ class Timer:
 
 
 class Timers:
-    """One thread for what is to happen later, for signals, and for sockets that say something.
-
-    What it calls runs with the owner's `lock` held, so that what was cancelled under the lock does
-    not happen. Such a call changes state and returns; what blocks is done by a worker.
-    """
+    """One thread for what is to happen later, for signals, and for sockets that say something. What
+    it calls has the owner's `lock`, so that what was cancelled under the lock does not happen, and
+    must not block."""
 
     def __init__(self, lock: Any, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
         self.lock, self.log, self.clock = lock, log, clock
@@ -880,14 +877,12 @@ class Timers:
         self._selector.unregister(sock)
 
     def catch_signals(self, act: Callable[[int], None]) -> None:
-        """Have act(number) called, with the lock held, for END_SIGNALS: where this is the main
-        thread, which has to run() too. What was ignored at start stays so (nohup)."""
+        """In the main thread, which has to run() too: have act(number) called, with the lock held,
+        for END_SIGNALS, but for those that were ignored at the start (nohup)."""
         if threading.current_thread() is not threading.main_thread():
             return
 
-        def catch(number: int, frame: Any = None) -> None:
-            # A handler runs between any two steps of this thread, perhaps in the middle of a
-            # change that the lock guards: it only takes a note, and the thread looks at it.
+        def catch(number: int, frame: Any = None) -> None:  # only notes it: the lock may be held
             self._caught.append(functools.partial(act, number))
             self._wake()
 
@@ -982,12 +977,10 @@ def _path(text: str) -> str:
     if not text:
         return text
     path = os.path.abspath(os.path.expanduser(_text(text)))
-    try:
+    with contextlib.suppress(OSError):  # there is nothing yet
         kind = os.stat(path).st_mode
-    except OSError:
-        return path
-    if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
-        raise ValueError("must not be a device")  # root would replace it
+        if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
+            raise ValueError("must not be a device")  # root would replace it
     return path
 
 
@@ -1008,19 +1001,11 @@ def _hosts(text: str) -> List[str]:
 
 def _encoding(text: str) -> str:
     """A codec for lines of any text: not idna or rot13, nor one that begins each with a mark."""
-    line = "[x] 1\n"
-    try:
-        good = not text or (line.encode(text) == line.encode()
-                            and bool("ä好😀\ud800\0".encode(text, "replace")))
-    except (LookupError, ValueError):
-        good = False
-    if not good:
-        raise ValueError("must be an encoding of text that Python knows, such as utf-8 or gbk")
-    return text
-
-
-# User and password; a name, an IPv4 or IPv6 address (RFC 6874: with a zone); a port.
-NETLOC = re.compile(r"(?:[^@\\]*@)?(?:\[([0-9A-Fa-f:.]+)(?:%[\w.%~-]+)?\]|([\w.-]+))(?::([0-9]*))?")
+    with contextlib.suppress(LookupError, ValueError):
+        if not text or ("[x] 1\n".encode(text) == b"[x] 1\n"
+                        and "ä好😀\ud800\0".encode(text, "replace")):
+            return text
+    raise ValueError("must be an encoding of text that Python knows, such as utf-8 or gbk")
 
 
 def _url(text: str, schemes: Sequence[str] = ("http", "https")) -> str:
@@ -1037,15 +1022,16 @@ def _url(text: str, schemes: Sequence[str] = ("http", "https")) -> str:
     if parts.scheme not in schemes or not parts.netloc:
         words = " or ".join(f"{scheme}://" for scheme in schemes)
         raise ValueError(f"must be an {words} URL")
-    found = NETLOC.fullmatch(parts.netloc)
+    # User and password; a name, an IPv4 or IPv6 address (RFC 6874: with a zone); a port.
+    found = re.fullmatch(r"(?:[^@\\]*@)?(?:\[([0-9A-Fa-f:.]+)(?:%[\w.%~-]+)?\]|([\w.-]+))"
+                         r"(?::([0-9]*))?", parts.netloc)
     address, name, port = found.groups() if found else ("", "", "")
     try:
-        good = (bool(socket.inet_pton(socket.AF_INET6, address)) if address
-                else 0 < len(name.encode("idna")) <= 253)
+        if not (socket.inet_pton(socket.AF_INET6, address) if address
+                else 0 < len(name.encode("idna")) <= 253):
+            raise ValueError
     except (OSError, ValueError):
-        good = False
-    if not good:
-        raise ValueError("must name a host, as example.com, 192.0.2.1 or [2001:db8::1]")
+        raise ValueError("must name a host, as example.com, 192.0.2.1 or [2001:db8::1]") from None
     if port and not 1 <= int(port) <= 65_535:
         raise ValueError("must have a port of 1 to 65535")
     return parts.scheme + text[len(parts.scheme):]
@@ -1066,31 +1052,24 @@ def _choice(*words: str) -> Callable[[str], str]:
     return choose
 
 
-READERS: Dict[type, Callable[[str], Json]] = {  # type of a default -> what reads such a setting
-    bool: _flag, int: _whole, float: _number, str: _text}
-
-
 class Setting:
-    """One row of the settings table.
+    """One row of the settings table. `whose` is "controller", "client" or "both", `default` None
+    where the help tells more, `read` makes a value of a text or raises ValueError, `caller`:
+    start_client takes it, `plugin`: it reaches a client under the API plugin's name (000),
+    `between` are a number's bounds, `token` of a URL is the parameter in it that is a secret, and
+    the setting where that belongs. Without `help` it is `idle`: it has no effect any more."""
 
-    `default` is what holds when nobody says anything (None: see the help text), `read` makes a
-    value of a text or raises ValueError, `whose` is "controller", "client" or "both", `caller`
-    tells whether start_client takes it, `secret` that it is never shown, `plugin` that it travels
-    to a client under the API plugin's name (000), `idle` that it has no effect any more.
-    `between` holds a number's bounds; `token` of a URL the parameter in it that is a secret, and
-    the setting where that belongs.
-    """
-
-    def __init__(self, whose: str, name: str, default: Json, help: str, chinese: str,
+    def __init__(self, whose: str, name: str, default: Json, help: str = "", chinese: str = "",
                  read: Optional[Callable[[str], Json]] = None, *, caller: bool = True,
-                 secret: bool = False, plugin: bool = False, idle: bool = False,
+                 secret: bool = False, plugin: bool = False,
                  between: Optional[Tuple[int, int]] = None,
                  token: Tuple[str, str] = ("", "")) -> None:
         self.name, self.default, self.whose = name, default, whose
-        self.read = read or READERS[type(default)]
-        self.help, self.chinese, self.secret = help, chinese, secret
+        self.read: Callable[[str], Json] = read or {
+            bool: _flag, int: _whole, float: _number, str: _text}[type(default)]
+        self.help, self.chinese, self.secret, self.idle = help, chinese, secret, not help
         self.caller = caller and whose != "controller"
-        self.plugin, self.idle, self.between, self.token = plugin, idle, between, token
+        self.plugin, self.between, self.token = plugin, between, token
 
     def parse(self, text: str) -> Json:
         """The value that a text stands for; ValueError names the setting."""
@@ -1118,26 +1097,10 @@ class Setting:
         is_float = isinstance(self.default, float)
         return f"{self.default:g}" if is_float else self.text(self.default)
 
-    def split(self, url: str) -> Tuple[str, str]:
-        """A URL without the token that is its parameter, and that; empty if there is none."""
-        rest, mark, fragment = url.partition("#")
-        path, asks, query = rest.partition("?")
-        kept, token = [], None
-        for pair in query.split("&"):
-            name, _, value = map(urllib.parse.unquote_plus, pair.partition("="))
-            if name.lower() == self.token[0]:
-                token = value
-            else:
-                kept.append(pair)
-        if not self.token[0] or token is None:
-            return url, ""
-        return path + (asks + "&".join(kept) if kept else "") + mark + fragment, token
-
 
 _both, _controller, _client = (functools.partial(Setting, whose)
                                for whose in ("both", "controller", "client"))
 _operator = functools.partial(Setting, "both", caller=False)  # a controller's clients follow it
-IDLE = ("taken, without effect", "接受但不起作用")  # of attributes of the documented `new`
 SETTINGS = {setting.name: setting for setting in [
     _client("account", "default", "the account's name", "帐号名", caller=False),
     _operator("host", "0.0.0.0", "address to listen on", "监听地址"),
@@ -1248,8 +1211,8 @@ SETTINGS = {setting.name: setting for setting in [
     _client("allow_message_sync", False, "report what the account sends from another device",
         "上报其他设备发出的消息"),
     _client("ignore_unknown_id", False, "drop messages from strangers", "丢弃陌生人的消息"),
-    _client("ua_retry_times", 5, *IDLE, idle=True),
-    *(_client(name, "", *IDLE, idle=True) for name in (
+    _client("ua_retry_times", 5),  # these are documented, and have no effect
+    *(_client(name, "") for name in (
         "verifycode_path pic_dir ignore_retcode type check_account domain ignore_poll_http_code "
         "default_send_real_comp_sign model_update_timeout group_member_card_cut_length "
         "group_member_identify_callback ua_debug_req_body ua_debug_res_body ua_debug "
@@ -1278,23 +1241,32 @@ def link_of(given: Callable[[str], Json]) -> str:
 
 
 def tokens_apart(given: Mapping[str, str]) -> Dict[str, str]:
-    """Settings, by their own names, with each token that came within a URL where it belongs, so
-    that it is treated as a secret. One that is given by itself is stronger."""
+    """Settings with each token that came within a URL where it belongs, so that it is treated as a
+    secret. One that is given by itself is stronger."""
     found = dict(given)
     for name, text in given.items():
-        setting = SETTINGS[name]
-        if setting.token[1]:
-            found[name], token = setting.split(text)
-            if token and not given.get(setting.token[1]):
-                found[setting.token[1]] = token
+        parameter, owner = SETTINGS[name].token
+        rest, mark, fragment = text.partition("#")
+        path, _, query = rest.partition("?")
+        kept, tokens = [], []
+        for pair in query.split("&"):
+            key, _, value = map(urllib.parse.unquote_plus, pair.partition("="))
+            if key.lower() == parameter:
+                tokens.append(value)
+            else:
+                kept.append(pair)
+        if parameter and tokens:
+            found[name] = path + ("?" + "&".join(kept) if kept else "") + mark + fragment
+            if tokens[-1] and not given.get(owner):
+                found[owner] = tokens[-1]
     return found
 
 
 def texts_of(given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
              ) -> Dict[str, str]:
-    """What somebody gives, by the settings' own names, as texts that parse() takes; all settings
-    come this way. `why_not(setting)` is what stands against one here, if anything; None is no
-    setting at all. ValueError for that, and for a bad value; an empty text is left as it is."""
+    """What somebody gives, by the settings' own names, as texts that parse() takes, or empty ones.
+    ValueError for a bad value, and for one that `why_not(setting)` objects to; None is no setting
+    at all."""
     found = {}
     for name, value in given.items():
         setting = setting_named(name)
@@ -1310,8 +1282,7 @@ def texts_of(given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], s
 
 
 def urls_of(name: str) -> List[str]:
-    """The settings with the URLs that a secret is for: with others there it is worth nothing, and
-    would be told to somebody else."""
+    """The settings with the URLs that a secret is for, which others must not be told."""
     return [url for url, setting in SETTINGS.items() if setting.token[1] == name or (
         SETTINGS[name].secret and name.startswith(NETWORKS.get(url, "\0")))]
 
@@ -1319,10 +1290,10 @@ def urls_of(name: str) -> List[str]:
 def renewed(former: Mapping[str, str], given: Mapping[str, str]) -> Dict[str, str]:
     """What holds after some settings are given anew: those win, an empty one clears, and a new
     network clears what was said of any (its names, its secrets are for no other)."""
-    def read(name: str, text: str) -> Json:
-        return SETTINGS[name].parse(text) if text else None
+    def value(name: str, settings: Mapping[str, str]) -> Json:
+        return SETTINGS[name].parse(settings[name]) if settings.get(name) else None
 
-    new = {name for name in given if read(name, given[name]) != read(name, former.get(name, ""))}
+    new = {name for name in given if value(name, given) != value(name, former)}
     moved = any(given[name] for name in new.intersection(NETWORKS))
     prefixes = tuple(itertools.chain(*NETWORKS.values()))
     kept = {name: value for name, value in former.items()
@@ -1333,7 +1304,7 @@ def renewed(former: Mapping[str, str], given: Mapping[str, str]) -> Dict[str, st
 
 class Settings:
     """One server's settings, each an attribute: given, else from the environment, else default.
-    `given` maps names to values of any sort; ValueError for an unknown name or a bad value."""
+    ValueError for an unknown name or a bad value."""
 
     def __init__(self, whose: str, given: Mapping[str, Json], environ: Mapping[str, str],
                  prefix: str) -> None:
@@ -1413,29 +1384,18 @@ def open_log(settings: Settings, head: str) -> Log:
 READ, READ_OR_POST, ACT = "GET|HEAD", "GET|HEAD|POST", "GET|POST"
 PREFIXES = ("/openqq/", "/openwx/")  # of the API's paths; each server answers to both
 
-PERSON = {"category": "我的好友", "client_type": "pc", "face": "0", "flag": "0", "is_vip": "0",
-          "vip_level": "0", "sex": "unknown", "country": "中国", "province": "", "city": "",
-          "qage": "0", "bad_record": "0", "level": "0", "birthday": "", "blood": "0",
-          "signature": "", "personal": "", "allow": "0", "college": "", "constel": "0",
-          "email": "", "homepage": "", "mobile": "", "occupation": "", "phone": "",
-          "shengxiao": "0", "last_speak_time": "0", "join_time": "0"}
-CIRCLE = {"max_member": 2000, "max_admin": 10, "memo": "", "createtime": "0", "level": "0"}
-
 
 class Verb:
     """One call of the API. Routes, their handlers, and the document at openapi.json follow from it.
 
-    `about` says what it does. `takes` are its parameters (PARAMS says what they mean): ! is
-    required, + a set of them, as Flavour.keys. `gives` is the answer's shape (SHAPES,
-    Flavour.fields; * is a list); `codes` those besides 0, and HTTP statuses after =; `example`
-    parameters that work on the network inside. `on` is who serves it: client (a controller passes
-    it on), controller, both, or nothing for a path whose section declares the route; `flavour`
-    the one that alone has it.
+    `takes` are its parameters (PARAMS): ! is required, + a set of them, as Flavour.keys. `gives` is
+    the answer's shape (SHAPES, Flavour.fields; * is a list); `codes` those besides 0, and HTTP
+    statuses after =; `example` parameters that work on the network inside. `on` is who serves it:
+    client (a controller passes it on), controller, both, or nothing for a path whose section
+    declares the route; `flavour` the one that alone has it.
     `link` is a method of Link, and its arguments by name: what Api.do_act() makes of a word, in
-    the order of the checks. Then `yes` and `no` are the answers' code and status, after what is
-    to be told again (`echo`). Without `link` a method of the API does it: `do_` and `name`, or with
-    an argument `does`.
-    """
+    the order of the checks; `yes` and `no` are the answers' code and status, after what is told
+    again (`echo`). Without `link` the method `do_NAME` of the API does it, or what `does` names."""
 
     def __init__(self, name: str, methods: str, about: str, takes: str = "",
                  gives: str = "answer", codes: str = "", example: str = "", link: str = "",
@@ -1599,8 +1559,8 @@ def _rows(**lists: str) -> Dict[str, Tuple[str, ...]]:
 
 
 class QQ:
-    """What Mojo-Webqq calls things: names, ports, files, wording. Data only, all that flavours
-    may differ in (000, 002, 003, 004; fields as CONTRACT 3 has them)."""
+    """What Mojo-Webqq calls things: data only, all that flavours may differ in (000, 002, 003, 004;
+    fields as CONTRACT 3 has them)."""
 
     name = "qq"
     prefix = "/openqq/"          # of the API's paths
@@ -1631,8 +1591,7 @@ class QQ:
         friend_request="id name verify ticket",
         group_request="group group_uid uid name comment kind ticket",
         media="type url name size file_id")
-    # What a search may call members besides, as the program's objects did (AUTOLOAD in Group.pm,
-    # Friend.pm).
+    # What a search may call members besides (AUTOLOAD in Group.pm, Friend.pm).
     other_names: Dict[str, Dict[str, str]] = {
         "friend": {"qq": "uid", "nick": "name"},
         "group": {"gnumber": "uid", "number": "uid", "gtype": "role", "gname": "name",
@@ -1662,7 +1621,14 @@ class QQ:
     media_members: Tuple[str, ...] = ("media",)  # what one with a picture has besides
     media_content = "{content}{label}"           # and its content: or {either}
     ids = {"people": "{number}", "group": "{number}", "discuss": "{number}"}  # their shapes
-    usual: Row = {**PERSON, **CIRCLE}  # members of things on the local network
+    usual: Row = {               # members of things on the local network
+        "category": "我的好友", "client_type": "pc", "face": "0", "flag": "0", "is_vip": "0",
+        "vip_level": "0", "sex": "unknown", "country": "中国", "province": "", "city": "",
+        "qage": "0", "bad_record": "0", "level": "0", "birthday": "", "blood": "0",
+        "signature": "", "personal": "", "allow": "0", "college": "", "constel": "0", "email": "",
+        "homepage": "", "mobile": "", "occupation": "", "phone": "", "shengxiao": "0",
+        "last_speak_time": "0", "join_time": "0", "memo": "", "createtime": "0",
+        "max_member": 2000, "max_admin": 10}
     world: Row = {               # who is there at the beginning
         "people": [{"uid": "2854196301", "name": "小冰", "echo": 1},
                    {"uid": "2854196302", "name": "小灰", "echo": 0}],
@@ -1717,7 +1683,7 @@ class Weixin(QQ):
                      "media_mtime", "media_name", "media_path", "media_size")
     media_content = "{either}"
     ids = {"people": "@{hex}", "group": "@@{hex}"}
-    usual = {**PERSON, **CIRCLE, "category": "好友", "sex": "0", "country": ""}
+    usual = {**QQ.usual, "category": "好友", "sex": "0", "country": ""}
     world = {
         "people": [*QQ.world["people"],
                    {"uid": "2854196303", "name": "OpenQQ订阅号", "echo": 0, "category": "公众号"},
@@ -1746,7 +1712,6 @@ class Thing:
     """A contact, a group or a message: attributes inside, a JSON object outside, with the members
     that Flavour.fields lists for its `kind`; what is not known is None. Each kind is a class, since
     objects of one class share the keys of their dicts: half the memory of a roster (measured)."""
-
     kind = ""
 
     def __init__(self, values: Row) -> None:
@@ -1804,8 +1769,8 @@ class DiscussMember(Thing):
 
 
 class Circle(Thing):
-    """A group or a discuss: `member` maps a uid to who it is; `loaded` tells whether that is all
-    of them: a link may leave them out until they are needed."""
+    """A group or a discuss. `member` maps uids to its members; a link may leave them out until they
+    are needed: then they are not `loaded`."""
     member_class: Type[Thing]
 
     def __init__(self, values: Row) -> None:
@@ -1834,7 +1799,6 @@ class Discuss(Circle):
 class Message(Thing):
     """A message, received (`class` recv) or sent; its fields (CONTRACT 6) are attributes.
     `sender_thing` and so on are the objects behind the names; `answer` is how reply() sends."""
-
     kind = "message"
     HIDDEN = ("answer", "sender_thing", "receiver_thing", "circle", "peer_uid")
 
@@ -1848,8 +1812,7 @@ class Message(Thing):
         return f"{self.type}/{self.circle.uid if self.circle else ''}/{self.peer_uid or ''}"
 
     def reply(self, text: str, **more: Any) -> None:
-        """Send text to where the message came from; does not wait for the outcome. `more`
-        (reply_to, at, cq) as in Talk.send()."""
+        """Send text to where the message came from, without waiting; `more` as in Talk.send()."""
         self.answer(self, text, **more)
 
 
@@ -1870,11 +1833,8 @@ def read_file(path: str, limit: Optional[int] = None) -> Optional[bytes]:
 
 
 def read_json(path: str, log: Log) -> Row:
-    """A state file's JSON object; {} where there is none.
-
-    What is there but cannot be read (the Perl programs wrote Storable) is set aside as
-    `<path>.old` with a warning: it is the user's, and it must not stop a start.
-    """
+    """A state file's JSON object; {} where there is none. What cannot be read (the Perl programs
+    wrote Storable) is set aside as `<path>.old`: it is the user's, and must not stop a start."""
     data = read_file(path)
     value = object_in(data) if data else {}
     if value is not None:
@@ -1888,11 +1848,8 @@ def read_json(path: str, log: Log) -> Row:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Replace a file at once: another process sees the old bytes or the new, never a part.
-
-    The file is 0600 from the start; what lies at `path`, be it a symlink, is replaced and not
-    followed. OSError when the disk is full or the directory cannot be written.
-    """
+    """Replace a file at once: others see the old bytes or the new, never a part. It is 0600 from
+    the start; a symlink at `path` is replaced, not followed. OSError."""
     directory, name = os.path.split(path)
     handle, temporary = tempfile.mkstemp("", f".openqq_{name}_", directory)
     try:
@@ -1924,11 +1881,10 @@ def remove_file(path: str) -> None:
 
 def files_in(directory: str, pattern: str) -> List[str]:
     """The paths of the files in a directory whose whole names fit; none where it is not there."""
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return []
-    return [os.path.join(directory, name) for name in names if re.fullmatch(pattern, name)]
+    with contextlib.suppress(OSError):
+        return [os.path.join(directory, name) for name in os.listdir(directory)
+                if re.fullmatch(pattern, name)]
+    return []
 
 
 def remove_leftovers(path: str) -> None:
@@ -1952,11 +1908,8 @@ def check_tmpdir(path: str) -> str:
 
 
 def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterable[str]) -> None:
-    """NotAllowed unless a caller's path stays in the controller's tmpdir, off others' files.
-
-    `own_files` matches the names of this program's own files that the caller may have, `taken`
-    are paths that it may not, whatever they are called (empty ones count for nothing).
-    """
+    """NotAllowed unless a caller's path stays in the controller's tmpdir, is none of `taken` (empty
+    ones do not count), and no file of this program but one whose name `own_files` matches."""
     real, room = [os.path.normcase(os.path.realpath(each)) for each in (path, tmpdir)]
     base = os.path.basename(os.path.realpath(path))  # as symlinks lead to, and it is spelt
     foreign = (re.match("mojo_|[.]", base, re.I) or ":" in base) and not re.fullmatch(
@@ -1969,8 +1922,8 @@ def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterabl
 
 
 def check_usable(name: str, path: str, tmpdir: str) -> None:
-    """NotAllowed unless a client could write there: a plain file of ours or none, in a directory
-    that is there or will be (`tmpdir`); as for a `tmpdir` itself, a directory or none."""
+    """NotAllowed unless a client could write there: to a plain file of ours or a new one, in a
+    directory that is there or will be (`tmpdir`); as for a `tmpdir` itself, a directory or none."""
     is_tmpdir = name == "tmpdir"
     try:
         found = os.lstat(path)
@@ -2001,15 +1954,12 @@ def unkept_media(data: bytes, name: str) -> Row:
 
 class Shelf:
     """Media of an account: files, each with an id (CONTRACT 10). A start clears week-old ones."""
-
-    KEEP_SECONDS = 7 * 86_400.0
-    CODES = {"image": "3", "audio": "34", "video": "43"}  # what the original called them
     NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 
-    def __init__(self, start: str, log: Log) -> None:
+    def __init__(self, start: str) -> None:
         self._start = start
         self._names: Dict[str, str] = {}  # id -> the name that its giver gave it
-        self.clear(time.time() - self.KEEP_SECONDS)
+        self.clear(time.time() - 7 * 86_400)
 
     def clear(self, until: float = math.inf) -> None:
         """Remove all, or what was put there before a time."""
@@ -2029,8 +1979,7 @@ class Shelf:
         return self._row(key, path, data)
 
     def get(self, key: str) -> Optional[Row]:
-        """media_id, media_path, media_name, media_mime, media_ext, media_code, media_size (bytes)
-        and media_mtime of what is kept under an id; None if that is nothing."""
+        """What _row() tells of what is kept under an id; None if nothing is."""
         for path in self._paths():
             if path.startswith(f"{self._start}{key}."):
                 with contextlib.suppress(OSError):  # it has just been cleared away
@@ -2043,74 +1992,30 @@ class Shelf:
 
     def _row(self, key: str, path: str, data: bytes) -> Row:
         row = unkept_media(data, self._names.get(key, os.path.basename(path)))
-        row.update(media_id=key, media_path=path, media_ext=path.rpartition(".")[2],
-                   media_mtime=str(int(os.stat(path).st_mtime)),
-                   media_code=self.CODES.get(row["media_mime"].partition("/")[0], "49"))
-        return row
-
-
-class PidFile:
-    """A pid file that is a lock besides: held by an open descriptor, so it ends with its process,
-    and a number that a dead one left stands in nobody's way."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._file: Optional[IO[str]] = None
-
-    def take(self, who: str) -> None:
-        """Write our pid; Refusal, naming the holder, when another process has it."""
-        while self._file is None:
-            try:
-                file = open(self.path, "r+", encoding="utf-8", errors="replace",
-                            opener=lambda path, flags: own_opener(path, flags | os.O_CREAT))
-            except OSError as error:
-                raise Refusal(f"{who} cannot write its pid file {self.path}: {error.strerror}; "
-                              "remove it, or give another --tmpdir") from None
-            if not lock_file(file):
-                with file:
-                    raise Refusal(f"{who} is running already, with pid "
-                                  f"{file.read(20).strip() or 'unknown'}; {self.path} says so")
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path)):
-                    self._file = file
-            if self._file is None:  # removed by its holder between our open and our lock
-                file.close()
-        self._file.truncate()
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
-
-    def await_end(self) -> None:
-        """Return when no living process has it."""
-        with contextlib.suppress(OSError):  # there is none
-            with open(self.path, opener=own_opener) as file:
-                await_lock(file)
-
-    def drop(self) -> None:
-        """Remove the file; harmless if it was never taken."""
-        if self._file is not None:
-            remove_locked(self._file, self.path)
-            self._file = None
+        codes = {"image": "3", "audio": "34", "video": "43"}  # the original's
+        return {**row, "media_id": key, "media_path": path, "media_ext": path.rpartition(".")[2],
+                "media_mtime": str(int(os.stat(path).st_mtime)),
+                "media_code": codes.get(row["media_mime"].partition("/")[0], "49")}
 
 
 class Journal:
     """A file that only grows: one JSON value per line, and a torn last line is no line.
 
-    write() is one system call, so a kill loses nothing that was written before. There is no fsync
+    flush() is one system call, so a kill loses nothing that was written before. There is no fsync
     (36 µs against 0.5): a machine that loses power may lose the last moments. A file that has
     grown to twice what lasted the last time is replaced by the lines that last.
     """
-
     COMPACT = 4 * 1024 * 1024    # bytes below which it is left alone
 
     def __init__(self, path: str, log: Log) -> None:
         self.path, self.log = path, log
+        self.unwritten: List[Json] = []
         self._file: Any = None
         self._broken = False
         self._size = self._base = 0  # bytes: now, and of what lasts
 
     def last_lines(self) -> Tuple[List[Json], int]:
-        """The lines that are as good as all there are, and how many bytes besides were put into
-        another file for that. OSError."""
+        """The lines that last, and how many bytes were put into another file besides. OSError."""
         raise NotImplementedError
 
     def read(self) -> Iterator[Json]:
@@ -2119,8 +2024,11 @@ class Journal:
             with contextlib.suppress(ValueError):
                 yield from_bytes(line)
 
-    def write(self, values: Iterable[Json]) -> None:
-        """Append values; a full disk costs a warning and their survival, not the program."""
+    def flush(self) -> None:
+        """Append what is `unwritten`; a full disk costs a warning and its survival, no more."""
+        values, self.unwritten = self.unwritten, []
+        if not values:
+            return
         try:
             if self._file is None:
                 self._file = open(self.path, "a+b", 0, opener=own_opener)
@@ -2161,8 +2069,7 @@ class Spool(Journal):
     thread at a time.
 
     `pending` maps keys that grow to items, the oldest first. An item and its mark are one line, so
-    that a kill neither loses nor doubles. `bulk(item)` are the bytes that count as POST_BYTES.
-    """
+    that a kill neither loses nor doubles. `bulk(item)` are the bytes that count for POST_BYTES."""
 
     def __init__(self, path: str, limit: int, log: Log,
                  bulk: Callable[[Json], int] = lambda item: 0) -> None:
@@ -2171,7 +2078,6 @@ class Spool(Journal):
         self.pending: Dict[int, Json] = {}
         self.mark: Json = None
         self.last = 0            # the newest key ever given
-        self._lines: List[Row] = []
         for line in self.read():
             row = line if isinstance(line, dict) else {}
             if all(isinstance(row.get(name, 0), int) for name in ("key", "done")):
@@ -2194,10 +2100,9 @@ class Spool(Journal):
 
     def _note(self, line: Row) -> None:
         self._apply(line)
-        self._lines.append(line)
+        self.unwritten.append(line)
 
     def _apply(self, line: Row) -> None:
-        """What a line says."""
         self.last = max(self.last, line.get("key", 0))
         if line.get("mark") is not None:
             self.mark = line["mark"]
@@ -2217,12 +2122,6 @@ class Spool(Journal):
             keys.append(key)
             size -= self._bulk(item)
         return keys
-
-    def flush(self) -> None:
-        """Write what add(), advance() and done() collected."""
-        if self._lines:
-            self.write(self._lines)
-        self._lines = []
 
     def close(self) -> None:
         """Flush, and give the descriptor back."""
@@ -2272,8 +2171,9 @@ class Ledger(Journal):
     def commit(self) -> None:
         """Let the changes survive."""
         if self._changes:
-            self.write([self._changes])
+            self.unwritten.append(self._changes)
             self._changes = []
+            self.flush()
 
     def save(self) -> None:
         """Write everything into the one file and empty the journal."""
@@ -3305,7 +3205,10 @@ def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        own_port(sock)
+        # A port that is taken is refused, but not one whose last connections still fade: on Windows
+        # the same option means the contrary.
+        sock.setsockopt(socket.SOL_SOCKET,
+                        getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
         sock.bind((host.strip("[]"), port))
         sock.listen(backlog)
     except BaseException:
@@ -5430,7 +5333,7 @@ class Reporter:
         event, queued = item["event"], re.match("[0-9a-f]{1,15}(?=-)", str(item["id"]))
         if self._numeric:            # which may have changed since it was queued
             event = numbered(event)
-        if queued and self._clock() - int(queued.group(), 16) / 1000 > LATE_SECONDS:
+        if queued and self._clock() - int(queued.group(), 16) / 1000 > 600:
             event = {**event, "late": 1}
         url, body, until = self._url, to_bytes(event), self._timers.clock() + POST_SECONDS
         fields = {"Content-Type": "application/json", "X-Event-ID": item["id"],
@@ -5482,7 +5385,7 @@ class Reporter:
                 if self._outage == 1:
                     self._log.warn(f"{self._shown} cannot be reached ({failure.status}); "
                                    "events wait for it")
-                pause = backoff(self._outage, POST_PAUSE)
+                pause = backoff(self._outage, 15.0)
                 self._outage += 1
                 self._pause_until = now + pause
                 self._timers.later(pause, self.flush)
@@ -7952,7 +7855,7 @@ class OneBotLink(Link):
         if what in ("group_dismiss", "group_decrease"):
             lost = what == "group_dismiss" or uid == me or sub_type in ("kick_me", "disband")
             who = me if lost else uid
-            if not who or self._was_told(LOSS_SECONDS, "loss", group, who):
+            if not who or self._was_told(60.0, "loss", group, who):  # our own kick comes twice
                 return []
             if lost:
                 return [happened("lose_group", object={"uid": group, "id": group, "name": group})]
@@ -8046,7 +7949,6 @@ class MessageBook(Journal):
         self._lock = threading.Lock()        # guards both below, and the file
         self._recent = Recent(10_000)        # id -> id, place, seq, when
         self._rows: Dict[int, List[Any]] = self._recent.notes
-        self._unwritten: List[Json] = []
         for line in self.read():
             if isinstance(line, list) and list(map(type, line)) == [int, str, int, int]:
                 self._recent.note(line[0], line)
@@ -8063,7 +7965,7 @@ class MessageBook(Journal):
                 return number, False
             row = [number, place, seq, int(when)]
             self._recent.note(number, row)
-            self._unwritten.append(row)
+            self.unwritten.append(row)
             return number, True
 
     def find(self, number: Json) -> Tuple[str, int]:
@@ -8084,9 +7986,7 @@ class MessageBook(Journal):
 
     def flush(self) -> None:
         with self._lock:
-            if self._unwritten:
-                self.write(self._unwritten)
-            self._unwritten = []
+            super().flush()
 
     def last_lines(self) -> Tuple[List[Json], int]:
         return list(self._rows.values()), 0
@@ -9015,7 +8915,7 @@ class Papers:
                       state_path=f"{start}state_{account}.json",
                       pid_path=f"{start}pid_{account}.pid")
         self.pid = PidFile(settings.pid_path)
-        self.shelf = Shelf(f"{start}media_{account}_", log)
+        self.shelf = Shelf(f"{start}media_{account}_")
         self.spool_path = f"{start}post_{account}.jsonl"
         self.ids_path = f"{start}ids_{account}.jsonl"
         self.claim_path = start + "account_{}.pid"
@@ -10292,7 +10192,7 @@ class Client:
             for outlet in self.outlets:
                 outlet.hold(self.changed.notify_all)
             self.changed.wait_for(lambda: self._hurries or not any(
-                outlet.flying() for outlet in self.outlets), LAND_SECONDS)
+                outlet.flying() for outlet in self.outlets), 1.5)  # else what flies comes twice
             self.ended = True
             self.spool.close()
         busy = [close() for close in self.closing]
@@ -11633,8 +11533,7 @@ class Supervisor:
         self._owner.settled.notify_all()
         self._owner.tell(child, "state_change", [old, state])
         if state in LOGGING_IN and child.waiting is None:  # somebody should know if nobody scans
-            child.waiting = self._timers.later(WAITING_SECONDS, self._owner.report, child,
-                                               "client_waiting")
+            child.waiting = self._timers.later(600, self._owner.report, child, "client_waiting")
         elif state not in LOGGING_IN and child.waiting:
             child.waiting.cancel()
             child.waiting = None
@@ -12115,7 +12014,7 @@ class ControllerApi:
         for key, value in request.keys().items():
             setting = setting_named(key)
             if setting and not setting.secret:
-                row[key] = setting.split(value)[0]
+                row[key] = tokens_apart({setting.name: value})[setting.name]
         with controller.turn(name):
             child = self._children.get(name)
             if child and child.alive():
@@ -12151,7 +12050,7 @@ class ControllerApi:
             for setting in "cookie_path", "state_path", "spool_path", "qrcode_path", "ids_path":
                 remove_file(controller.path_of(child, setting))
                 remove_leftovers(controller.path_of(child, setting))
-            Shelf(controller.path_of(child, "media"), controller.log).clear()
+            Shelf(controller.path_of(child, "media")).clear()
             return child.shown()
 
     def do_check_client(self, request: Request) -> Row:
