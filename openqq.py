@@ -793,7 +793,7 @@ class ThreadPool:
         self._jobs: Any = queue.SimpleQueue()
         self._free = self._threads = 0  # threads that wait, less the jobs that do
 
-    def submit(self, function: Callable[..., None], *args: Any) -> None:
+    def submit(self, function: Callable[..., Any], *args: Any) -> None:
         """Have function(*args) run by one of the threads, in the order of the calls."""
         with self._lock:
             self._free -= 1
@@ -2308,6 +2308,7 @@ CHUNK_LINE = re.compile(  # RFC 9112 7.1.1: an extension has a name, and may hav
     rb"""([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?:[ \t]*=[ \t]*(?:"""
     rb"""[!#$%&'*+\-.^_`|~0-9A-Za-z]+|"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"))?)*""")
 LENGTH = re.compile(r"[0-9]{1,15}")
+CHUNKED = -1  # instead of a length
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::([0-9]{1,5}))?")
 CHARSET = re.compile(r"""(?i);\s*charset=["']?([\w.-]+)""")
 BROKEN_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -2415,13 +2416,12 @@ class Reaper:
 
 
 REAPER = Reaper()
-Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # takes no descriptor
 
 
 def is_readable(sock: socket.socket, seconds: float = 0.0) -> bool:
     """Whether something comes within so many seconds, were it the end."""
-    with Selector() as selector:
-        try:
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        try:  # of the two neither takes a descriptor
             selector.register(sock, selectors.EVENT_READ)
         except ValueError:
             return True  # another thread has closed it
@@ -2476,13 +2476,13 @@ class Stream:
         self.sock.close()
 
     def more(self) -> bytes:
-        """What comes next from the socket, b"" at its end; `cause`, OSError."""
+        """What comes next from the socket; EOFError at its end, `cause`, OSError."""
         try:
             data = self.sock.recv(65_536)
         except OSError as error:
             raise self.cause or error from None
-        if not data and self.cause:
-            raise self.cause
+        if not data:
+            raise self.cause or EOFError()
         return data
 
     def send(self, data: bytes) -> None:
@@ -2493,10 +2493,8 @@ class Stream:
             raise self.cause or error from None
 
     def head(self) -> bytes:
-        """A message's first line and fields, without the blank line; b"" if nothing came at all.
-
-        BadRequest as soon as it is too long or cannot become right; EOFError if it ends within.
-        """
+        """A message's first line and fields, without the blank line; EOFError, and BadRequest as
+        soon as it is too long or cannot become right."""
         while b"\r\n\r\n" not in self.buffer:
             if b"\r\n" not in self.buffer[:LINE_LIMIT + 2]:
                 if len(self.buffer) > LINE_LIMIT:
@@ -2505,25 +2503,15 @@ class Stream:
                     raise BadRequest(400, "lines must end with CR LF")
             if len(self.buffer) > LINE_LIMIT + HEAD_LIMIT:
                 raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
-            data = self._some() if self.buffer else self.more()
-            if not data:
-                return b""
-            self.buffer += data
+            self.buffer += self.more()
         head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
         return head
-
-    def _some(self) -> bytes:
-        """As more(), but EOFError at the end."""
-        data = self.more()
-        if not data:
-            raise EOFError
-        return data
 
     def exactly(self, length: int) -> bytes:
         """So many bytes; EOFError if there are fewer."""
         pieces, missing = [self.buffer], length - len(self.buffer)
         while missing > 0:
-            pieces.append(self._some())
+            pieces.append(self.more())
             missing -= len(pieces[-1])
         data = b"".join(pieces)
         self.buffer = data[length:]
@@ -2534,12 +2522,26 @@ class Stream:
         while b"\r\n" not in self.buffer:
             if len(self.buffer) > CHUNK_LINE_LIMIT:
                 raise BadRequest(400, "chunk line too long")
-            self.buffer += self._some()
+            self.buffer += self.more()
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
-    def chunks(self) -> Iterator[bytes]:
-        """The pieces of a chunked body, trailer read and dropped (RFC 9112 7.1)."""
+    def body(self, length: Optional[int]) -> Iterator[bytes]:
+        """The pieces of a body of that length; CHUNKED: with its trailer read and dropped (RFC
+        9112 7.1); None: what comes until the connection ends. EOFError, BadRequest."""
+        left = sys.maxsize if length is None else length
+        while left > 0:
+            try:
+                data = self.buffer or self.more()
+            except EOFError:
+                if length is None:
+                    return
+                raise
+            self.buffer = data[left:]
+            yield data[:left]
+            left -= len(data)
+        if length != CHUNKED:
+            return
         while True:
             found = CHUNK_LINE.fullmatch(self.line())
             if not found:
@@ -2561,14 +2563,9 @@ class Stream:
         raise BadRequest(431, "trailer too long")
 
 
+@functools.lru_cache(maxsize=32)  # browsers repeat theirs; each may be of HEAD_LIMIT bytes
 def parse_fields(block: bytes) -> Fields:
-    """Header fields of a block, to be read and not changed; BadRequest. Short blocks are
-    remembered: browsers repeat theirs."""
-    return _known_fields(block) if len(block) <= 2048 else _known_fields.__wrapped__(block)
-
-
-@functools.lru_cache(maxsize=256)
-def _known_fields(block: bytes) -> Fields:
+    """Header fields of a block, to be read and not changed; BadRequest."""
     fields: Fields = {}
     lines = block.split(b"\r\n") if block else []
     if len(lines) > FIELD_LIMIT:
@@ -2586,11 +2583,8 @@ def _known_fields(block: bytes) -> Fields:
 
 
 def body_length(fields: Fields) -> int:
-    """A body's length by RFC 9112 6.3, -1 for a chunked one; BadRequest.
-
-    Whatever two readers could take for two different lengths is refused: that is how a second
-    request is smuggled past the first.
-    """
+    """A body's length by RFC 9112 6.3, or CHUNKED; BadRequest for whatever two readers could take
+    for two lengths: that is how a second request is smuggled past the first."""
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is not None and length is not None:
         raise BadRequest(400, "both content-length and transfer-encoding")
@@ -2598,7 +2592,7 @@ def body_length(fields: Fields) -> int:
         raise BadRequest(501, "transfer-encoding other than chunked")
     if length is not None and not LENGTH.fullmatch(length):
         raise BadRequest(400, "broken content-length")
-    return int(length or 0) if coding is None else -1
+    return int(length or 0) if coding is None else CHUNKED
 
 
 def charset_of(kind: str) -> str:
@@ -2771,7 +2765,7 @@ class Response:
             lines.append(f"Content-Length: {len(self.body)}")
         elif chunked:
             lines.append("Transfer-Encoding: chunked")
-        lines += [f"{name}: {value}" for name, value in self.fields.items()]
+        lines += map(": ".join, self.fields.items())
         if connection:
             lines.append("Connection: " + connection)
         text = "\r\n".join(lines)
@@ -2786,14 +2780,9 @@ def http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
 
-def json_response(value: Json, status: int = 200) -> Response:
-    """The usual answer."""
-    return Response(to_bytes(value), status=status)
-
-
 def error_response(error: OpenQQError) -> Response:
     """An error as its answer."""
-    return json_response(error.answer(), error.http)
+    return Response(to_bytes(error.answer()), status=error.http)
 
 
 class Gate:
@@ -2808,54 +2797,53 @@ class Gate:
         self._hosts = frozenset(hosts)
 
     def check(self, request: Request) -> None:
-        """AuthFailure unless this caller may."""
-        if not self._token:
-            reason = self._objection(request)
-            if reason:
-                raise AuthFailure(reason=reason)
-            return
-        scheme, _, given = request.fields.get("authorization", "").partition(" ")
-        offers = [given.strip().encode("latin-1", "replace")] if scheme.lower() == "bearer" else []
-        with contextlib.suppress(BadRequest):  # what cannot be read holds no token
-            offers += [request.params[name].encode("utf-8", "replace")
-                       for name in ("access_token", "token") if name in request.params]
-        if not any([same_bytes(offer, self._token) for offer in offers]):
-            raise AuthFailure()
-
-    def _objection(self, request: Request) -> str:
-        """The rule that speaks against a call, and what would help; empty if none does."""
+        """AuthFailure unless this caller may; it says which rule is against it, and what helps."""
         peer, fields = request.peer, request.fields
+        if self._token:
+            scheme, _, given = fields.get("authorization", "").partition(" ")
+            bears = scheme.lower() == "bearer"
+            offers = [given.strip().encode("latin-1", "replace")] if bears else []
+            with contextlib.suppress(BadRequest):  # what cannot be read holds no token
+                offers += [request.params[name].encode("utf-8", "replace")
+                           for name in ("access_token", "token") if name in request.params]
+            if not any([same_bytes(offer, self._token) for offer in offers]):
+                raise AuthFailure()
+            return
         if not is_loopback(peer):
-            return f"it comes from another machine, {peer}: set token, and let the caller give it"
+            raise AuthFailure(reason=f"it comes from another machine, {peer}: set token, and let "
+                                     "the caller give it")
         if "host" not in fields:
-            return "it has no Host: let the caller give one, or set token and let it give that"
+            raise AuthFailure(reason="it has no Host: let the caller give one, or set token and "
+                                     "let it give that")
         host = fields["host"]
         name = host_name(host)
         if not is_own_host(name):
             if name not in self._hosts:
-                return (f"its Host, {name[:100]}, is no name of this machine: set token; or "
-                        "allowed_hosts, if it is your own server's, which asks who is there")
+                raise AuthFailure(reason=(
+                    f"its Host, {name[:100]}, is no name of this machine: set token; or "
+                    "allowed_hosts, if it is your own server's, which asks who is there"))
             port = request.sock.getsockname()[1] if request.sock else 0
             if (host[len(name):] or ":80") == f":{port}":
-                return (f"its Host, {name[:100]}, has our own port {port}: a browser found that "
-                        "name here itself, and does not say which site asks; let the server in "
-                        "front call")
-        forwarded = not FORWARDED.isdisjoint(fields)
+                raise AuthFailure(reason=(
+                    f"its Host, {name[:100]}, has our own port {port}: a browser found that name "
+                    "here itself, and does not say which site asks; let the server in front call"))
+        forwarded = FORWARDED.intersection(fields)
         if forwarded:
             host = fields.get("x-forwarded-host", "")
             if host_name(host) not in self._hosts:
                 given = f"its X-Forwarded-Host is {host[:100]!a}" if host else "no X-Forwarded-Host"
-                return (f"it came through a proxy ({', '.join(sorted(FORWARDED & fields.keys()))}),"
-                        f" {given}: set token; or allowed_hosts to the one name that the proxy is "
-                        "called by and passes on as X-Forwarded-Host")
+                raise AuthFailure(reason=(
+                    f"it came through a proxy ({', '.join(sorted(forwarded))}), {given}: set "
+                    "token; or allowed_hosts to the one name that the proxy is called by and "
+                    "passes on as X-Forwarded-Host"))
         if is_cross_site(fields, host):
             site = fields.get("origin", fields.get("sec-fetch-site", ""))
-            return (f"a page of another site made it ({site[:100]!a}): "
-                    "set token, and let the page give it")
+            raise AuthFailure(reason=f"a page of another site made it ({site[:100]!a}): set "
+                                     "token, and let the page give it")
         if forwarded and came_by_http(fields):
-            return ("it came to the proxy by plain http, where browsers do not say which site "
-                    "asks: let that name be served by https only, or set token")
-        return ""
+            raise AuthFailure(reason=(
+                "it came to the proxy by plain http, where browsers do not say which site asks: "
+                "let that name be served by https only, or set token"))
 
 
 def came_by_http(fields: Fields) -> bool:
@@ -2878,6 +2866,7 @@ def is_cross_site(fields: Fields, host: str) -> bool:
     return port is None or place not in (host.lower(), re.sub(port + r"\Z", "", host.lower()))
 
 
+@functools.lru_cache(maxsize=256)
 def host_name(host: str) -> str:
     """The name or address in a Host field or an authority, in small letters; "" if broken."""
     found = HOST.fullmatch(host)
@@ -3029,7 +3018,7 @@ class App:
                 value = self.fallback(request)
             else:
                 raise ApiNotFound()
-            return value if isinstance(value, Response) else json_response(value)
+            return value if isinstance(value, Response) else Response(to_bytes(value))
         except Hangup:
             raise
         except OpenQQError as error:
@@ -3062,29 +3051,31 @@ class Connection(BaseHTTPRequestHandler):
 
     server: Server
 
-    def setup(self) -> None:
-        """One write per answer must not wait for an ACK: without this 44 ms each (measured)."""
-        self.connection = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.stream = Stream(self.connection)
-
-    def finish(self) -> None:
-        """Nothing is buffered that would have to be flushed."""
-        REAPER.remove(self.stream)
+    def __init__(self, sock: socket.socket, address: Any, server: Server) -> None:
+        """All of its life, as a job of the server's thread pool."""
+        self.connection, self.client_address, self.server = sock, address, server
+        self.stream = Stream(sock)
+        try:
+            # One write per answer must not wait for an ACK: without this 44 ms each (measured).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.handle()
+        except (OpenQQError, EOFError, OSError):
+            pass  # the caller went away, or what was passed on to it broke off
+        except Exception:
+            server.log.failure("a connection")
+        finally:
+            REAPER.remove(self.stream)
+            server.connections.discard(sock)
+            sock.close()
 
     def handle_one_request(self) -> None:
-        """Read a request, answer it, and say whether it was the last: `close_connection`.
-
-        OpenQQError, EOFError or OSError if the caller goes away, or what is passed on breaks off.
-        """
+        """Read a request, answer it, and say whether it was the last: `close_connection`."""
         self.close_connection = True
         server = self.server
         try:
             request, keep = self._read()
         except BadRequest as error:
             return self._refuse(error)
-        if request is None:
-            return
         began = time.monotonic()
         response = server.app.answer(request)
         server.app.metrics.count(request.path, response.status, time.monotonic() - began)
@@ -3105,16 +3096,16 @@ class Connection(BaseHTTPRequestHandler):
                 self._send(b"0\r\n\r\n")
         self.close_connection = not keep
 
-    def _read(self) -> Tuple[Optional[Request], bool]:
-        """The next request, None if there is none, and whether another may follow. BadRequest."""
+    def _read(self) -> Tuple[Request, bool]:
+        """The next request, and whether another may follow; BadRequest, EOFError, OSError."""
         stream, server = self.stream, self.server
         if not stream.buffer:  # the wait for its first byte and the time for the rest are two
             server.idle.add(stream)
             stream.allow(IDLE_SECONDS)
             try:
-                stream.buffer = b"" if server.ending else stream.more()
-            except TimeoutError:
-                return None, False
+                if server.ending:
+                    raise EOFError
+                stream.buffer = stream.more()
             finally:
                 server.idle.discard(stream)
         if b"\r\n\r\n" not in stream.buffer:
@@ -3125,8 +3116,6 @@ class Connection(BaseHTTPRequestHandler):
             head = stream.head()
         except TimeoutError:
             raise BadRequest(408, f"request head took over {HEAD_SECONDS:g} s") from None
-        if not head:
-            return None, False
         line, _, block = head.partition(b"\r\n")
         if len(line) > LINE_LIMIT:
             raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
@@ -3151,7 +3140,8 @@ class Connection(BaseHTTPRequestHandler):
             target = target if target[:1] == b"/" else b"/" + target
         elif target == b"*" and method != b"OPTIONS":
             raise BadRequest(400, "only OPTIONS takes *")
-        body = self._read_body(fields, old)
+        has_body = "content-length" in fields or "transfer-encoding" in fields
+        body = self._read_body(fields, old) if has_body else b""
         stream.until = math.inf
         wish = fields.get("connection", "").lower()
         return Request(method.decode(), target.decode("utf-8", "surrogateescape"), fields, body,
@@ -3162,7 +3152,7 @@ class Connection(BaseHTTPRequestHandler):
         length, limit = body_length(fields), self.server.body_limit
         if length == 0:
             return b""
-        if length < 0 and old:
+        if length == CHUNKED and old:
             raise BadRequest(400, "transfer-encoding in HTTP/1.0")
         if length > limit:
             raise BadRequest(413, f"body over {limit} bytes")
@@ -3172,10 +3162,8 @@ class Connection(BaseHTTPRequestHandler):
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.stream.allow(BODY_SECONDS)
         try:
-            if length > 0:
-                return self.stream.exactly(length)
             pieces, size = [], 0
-            for piece in self.stream.chunks():
+            for piece in self.stream.body(length):
                 pieces.append(piece)
                 size += len(piece)
                 if size > limit:
@@ -3195,7 +3183,7 @@ class Connection(BaseHTTPRequestHandler):
 
     def _send(self, data: bytes) -> None:
         self.stream.allow(WRITE_SECONDS)
-        self.stream.send(data)
+        self.connection.sendall(data)
         self.stream.until = math.inf
 
     def _refuse(self, error: BadRequest) -> None:
@@ -3203,11 +3191,10 @@ class Connection(BaseHTTPRequestHandler):
         response = error_response(error)
         self.server.app.metrics.count("", response.status)
         self.stream.allow(1.0)
-        self.stream.send(response.head("close") + response.body)
+        self.connection.sendall(response.head("close") + response.body)
         self.stream.shut(socket.SHUT_WR)
         for _ in range(256):
-            if not self.stream.more():
-                return
+            self.stream.more()
 
 
 class Server(ThreadingHTTPServer):
@@ -3235,7 +3222,7 @@ class Server(ThreadingHTTPServer):
             log.warn(f"{self._max} connections at once instead of {max_connections}: the system "
                      "allows no more open files (ulimit -n)")
         self._crew = ThreadPool(self._max, "http", log, linger=3.0)
-        self._open: Set[socket.socket] = set()  # all connections; add and discard only
+        self.connections: Set[socket.socket] = set()  # add and discard only
         self._ear, self._mouth = socket_pair()
         self._mouth.setblocking(False)
 
@@ -3247,8 +3234,16 @@ class Server(ThreadingHTTPServer):
             while not self.ending:
                 try:
                     sock, address = self.socket.accept()
-                    sock.setblocking(True)  # macOS hands the listener's mode down
-                    self.process_request(sock, address)
+                    if len(self.connections) < self._max:
+                        sock.setblocking(True)  # macOS hands the listener's mode down
+                        self.connections.add(sock)
+                        self._crew.submit(Connection, sock, address, self)
+                        continue
+                    busy = error_response(BadRequest(503, "too many connections"))
+                    self.app.metrics.count("", busy.status)
+                    sock.setblocking(False)
+                    with sock, contextlib.suppress(OSError):
+                        sock.send(busy.head("close") + busy.body)
                 except BlockingIOError:
                     with contextlib.suppress(OSError):  # the listener was closed just now
                         selector.select()
@@ -3259,33 +3254,9 @@ class Server(ThreadingHTTPServer):
                         self.log.warn(f"a connection could not be taken: {error.strerror}")
                         time.sleep(0.1)  # out of descriptors: the loop would spin
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand a new connection to a thread, or turn it away when there are too many."""
-        if len(self._open) < self._max:
-            self._open.add(request)
-            self._crew.submit(self._serve, request, client_address)
-            return
-        busy = error_response(BadRequest(503, "too many connections"))
-        self.app.metrics.count("", busy.status)
-        request.setblocking(False)
-        with contextlib.suppress(OSError):
-            request.send(busy.head("close") + busy.body)
-        request.close()
-
-    def _serve(self, request: socket.socket, client_address: Any) -> None:
-        try:
-            Connection(request, client_address, self)
-        except (OpenQQError, EOFError, OSError):
-            pass  # the caller went away, or what was passed on to it broke off
-        except Exception:
-            self.log.failure("a connection")
-        finally:
-            self._open.discard(request)
-            request.close()
-
     def close_down(self) -> bool:
         """shutdown(); whether there is somebody who is still to read an answer."""
-        busy = len(self._open) > len(self.idle)
+        busy = len(self.connections) > len(self.idle)
         self.shutdown()
         return busy
 
@@ -3424,7 +3395,7 @@ class Call(urllib.request.Request):
                  f"Host: {self._tunnel_host or self.own_host}"]
         # What urllib put into the headers is for a proxy: through a tunnel it would go too far.
         fields = self.fields if self._tunnel_host else {**self.headers, **self.fields}
-        lines += [f"{name}: {value}" for name, value in fields.items()]
+        lines += map(": ".join, fields.items())
         if body or self.method not in ("GET", "HEAD", "OPTIONS"):
             lines.append(f"Content-Length: {len(body)}")
         text = "\r\n".join(lines)
@@ -3504,42 +3475,35 @@ class Pool:
 
 class Reply(Stream):
     """An answer as it comes in: status, fields, and a body that is read once; `length` if it is
-    told. Its `caller` is watched as soon as it takes longer than `patience`: not each is worth
-    that."""
+    told. Its caller is watched as soon as it takes longer than the call's patience: not each is
+    worth that."""
 
-    def __init__(self, sock: socket.socket, key: Tuple[Any, ...], pool: Pool, call: Call) -> None:
+    status: int
+    fields: Fields
+
+    def __init__(self, sock: socket.socket, key: Tuple[Any, ...], call: Call) -> None:
         super().__init__(sock)
-        self._key, self._pool, self._call, self._seconds = key, pool, call, 0.0
-        self._caller, self._watched = call.caller, False
+        self._key, self._call = key, call
+        self._patience = call.patience if call.caller else math.inf  # inf as well: it is watched
         self._idle: Optional[Tuple[float, Callable[[], None]]] = None  # see pieces()
-        self._is_chunked = self._keep = self._is_finished = False
-        self.status = 0
-        self.fields: Fields = {}
-        self.length: Optional[int] = None
+        self._told: Optional[int] = None  # length as body() wants it
+        self._keep = self._is_read = self._is_closed = False
 
     def allow(self, seconds: float) -> None:
-        self._seconds = seconds
-        unwatched = self._caller is not None and not self._watched
-        super().allow(self._call.patience if unwatched else seconds)
+        self.until = until = time.monotonic() + min(seconds, self._patience)
+        REAPER.expect(until)
 
     def expire(self) -> None:
-        if self._caller is None or self._watched:
+        caller = self._call.caller
+        if caller is None or self._patience == math.inf:
             return super().expire()
-        self._watched = True
-        self.until += self._seconds
-        REAPER.watch(self._caller, self._leave)
+        self._patience = math.inf
+        self.until += self._call.timeout
+        REAPER.watch(caller, self._leave)
 
     def _leave(self) -> None:
         self.cause = self.cause or Hangup()
         self.shut()
-
-    def _release(self) -> None:
-        """The answer is there, or will not be: nobody waits for it any more."""
-        with REAPER.lock:
-            self.until = math.inf
-            if self._caller is not None and self._watched:
-                REAPER.unwatch(self._caller)
-            self._caller = None
 
     def more(self) -> bytes:
         if self._idle:
@@ -3556,10 +3520,7 @@ class Reply(Stream):
             self.allow(self._call.timeout)
             self.send(data)
             while True:  # 100 Continue and its like announce another head
-                head = self.head()
-                if not head:
-                    raise EOFError
-                first, _, block = head.partition(b"\r\n")
+                first, _, block = self.head().partition(b"\r\n")
                 found = STATUS_LINE.fullmatch(first)
                 if not found:
                     raise BadRequest(400, "the answer is not HTTP")
@@ -3569,22 +3530,27 @@ class Reply(Stream):
             self.fields = parse_fields(block)
             # Without a length, and not chunked, it lasts as long as the connection (RFC 9112 6.3).
             if self._call.method == "HEAD" or self.status in (204, 304):
-                self.length = 0
+                self._told = 0
             elif self.status != 101 and ("content-length" in self.fields
                                          or "transfer-encoding" in self.fields):
-                length = body_length(self.fields)
-                self._is_chunked = length < 0
-                self.length = None if self._is_chunked else length
+                self._told = body_length(self.fields)
             wish = self.fields.get("connection", "").lower()
-            self._keep = (found.group(1) == b"1" or "keep-alive" in wish) and "close" not in wish
-            if self.length == 0:
-                self._finish()
+            self._keep = (self._told is not None and "close" not in wish
+                          and (found.group(1) == b"1" or "keep-alive" in wish))
+            if self._told == 0:
+                self._is_read = True
+                self.close()
             return self
         except BaseException as error:
             self.close()
             if isinstance(error, (EOFError, OSError, BadRequest)):
                 raise _out_error(error, True) from None
             raise
+
+    @property
+    def length(self) -> Optional[int]:
+        """The body's, if it was told."""
+        return None if self._told == CHUNKED else self._told
 
     @property
     def kind(self) -> str:
@@ -3611,48 +3577,29 @@ class Reply(Stream):
         """
         self._idle = (seconds, idle) if seconds and idle else None
         try:
-            for piece in self._raw_pieces():
+            for piece in self.body(self._told):
                 yield piece
                 if seconds is not None:
                     self.allow(seconds)
+            self._is_read = True
         except (EOFError, OSError, BadRequest) as error:
             raise _out_error(error, True) from None
         finally:
-            self.close()  # nobody wants the rest, or there is none
-
-    def _raw_pieces(self) -> Iterator[bytes]:
-        if self._is_chunked:
-            yield from self.chunks()
-        elif self.length is None:
-            yield self.buffer
-            yield from iter(self.more, b"")
-            return
-        left = self.length or 0
-        while left > 0:
-            data = self.buffer or self.more()
-            if not data:
-                raise EOFError
-            self.buffer = data[left:]
-            yield data[:left]
-            left -= len(data[:left])
-        if not self._is_finished:
-            self._finish()
-
-    def _finish(self) -> None:
-        """All has been read: the connection is for the next call, if the server keeps it."""
-        if self._keep and not self.buffer:
-            self._is_finished = True
-            self._release()
-            REAPER.remove(self)
-            self._pool.give(self._key, self.sock)
-        else:
             self.close()
-            self._is_finished = True
 
     def close(self) -> None:
-        """Hang up on what is not wanted to its end. From any thread."""
-        if not self._is_finished:
-            self._release()
+        """Hang up on what is not wanted to its end; after that the connection is for the next
+        call, if the server keeps it. From any thread."""
+        with REAPER.lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            REAPER.remove(self)
+            if self._call.caller is not None and self._patience == math.inf:
+                REAPER.unwatch(self._call.caller)
+        if self._is_read and self._keep and not self.buffer:
+            TRANSPORT.pool.give(self._key, self.sock)
+        else:
             super().close()
 
 
@@ -3685,7 +3632,7 @@ class Transport(urllib.request.BaseHandler):
         data = call.to_bytes()
         sock = self.pool.take(key, call.repeat)
         if sock is not None:
-            reply = Reply(sock, key, self.pool, call)
+            reply = Reply(sock, key, call)
             try:
                 return reply.ask(data)
             except TooSlow:
@@ -3693,28 +3640,28 @@ class Transport(urllib.request.BaseHandler):
             except Unreachable:
                 if not call.repeat or reply.buffer:
                     raise
-        try:
-            sock = self._connect(call)
-        except OSError as error:
-            raise _out_error(error, False) from None
-        return Reply(sock, key, self.pool, call).ask(data)
-
-    https_open = http_open
-
-    def _connect(self, call: Call) -> socket.socket:
         until = time.monotonic() + min(CONNECT_SECONDS, call.timeout)
         parts = urllib.parse.urlsplit("//" + call.host)
         if not parts.hostname:
             raise Unreachable("a URL without a host")
         port = parts.port or (443 if call.type == "https" else 80)
         try:
-            sock = connect(parts.hostname, port, until)
+            try:
+                sock = connect(parts.hostname, port, until)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self.pool.drop():
+                    raise
+                sock = connect(parts.hostname, port, until)  # what waits must not cost a call
+            if call.type == "https":
+                sock = self._secure(sock, call, until)
         except OSError as error:
-            if error.errno != errno.EMFILE or not self.pool.drop():
-                raise
-            sock = connect(parts.hostname, port, until)  # what waits must not cost a call
-        if call.type != "https":
-            return sock
+            raise _out_error(error, False) from None
+        return Reply(sock, key, call).ask(data)
+
+    https_open = http_open
+
+    def _secure(self, sock: socket.socket, call: Call, until: float) -> socket.socket:
+        """TLS on a connection, through a proxy's tunnel where there is one. OSError, Unreachable."""
         import ssl
         target = call._tunnel_host or call.host
         try:
@@ -3920,12 +3867,12 @@ class WebSocket:
                     try:
                         self._line.allow(BRIDGE_SECONDS)
                         data = self._line.more()
+                    except EOFError:
+                        raise Unreachable("the connection was closed" if self._closing else
+                                          "the connection was ended by the other side") from None
                     except OSError as error:
                         raise _out_error(error, True) from None
                     self._line.until = math.inf
-                if not data:
-                    raise Unreachable("the connection was closed" if self._closing else
-                                      "the connection was ended by the other side")
                 if len(data) > 127:
                     self._silent = 0  # a pong alone may vanish in half a frame: no sign of life
                 self._buffer += data
@@ -11265,7 +11212,7 @@ class Api:
         else:
             found = [self.one("friend", params)]
         if not found:
-            return json_response(self.flavour.missing["friend"])
+            return Response(to_bytes(self.flavour.missing["friend"]))
         return Response(avatar(found[0].uid), "image/png",
                         fields={"Cache-Control": "max-age=3600"})
 
