@@ -2507,16 +2507,6 @@ class Stream:
         head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
         return head
 
-    def exactly(self, length: int) -> bytes:
-        """So many bytes; EOFError if there are fewer."""
-        pieces, missing = [self.buffer], length - len(self.buffer)
-        while missing > 0:
-            pieces.append(self.more())
-            missing -= len(pieces[-1])
-        data = b"".join(pieces)
-        self.buffer = data[length:]
-        return data[:length]
-
     def line(self) -> bytes:
         """A line of the chunked coding, without its CR LF."""
         while b"\r\n" not in self.buffer:
@@ -2551,9 +2541,12 @@ class Stream:
                 break
             if size > BODY_LIMIT:
                 raise BadRequest(413, "chunk too large")
-            yield self.exactly(size)
-            if self.exactly(2) != b"\r\n":
+            yield from self.body(size)
+            while len(self.buffer) < 2:
+                self.buffer += self.more()
+            if self.buffer[:2] != b"\r\n":
                 raise BadRequest(400, "chunk longer than its size")
+            self.buffer = self.buffer[2:]
         for _ in range(FIELD_LIMIT):
             line = self.line()
             if not line:
@@ -2707,13 +2700,10 @@ class Request:
         self.path = urllib.parse.unquote(path) if "%" in path else path
         self.target = target
         self.sock, self.old, self.wait = sock, old, wait
-        self._params: Optional[Params] = None
 
-    @property
+    @functools.cached_property
     def params(self) -> Params:
         """Query and body parameters, merged (CONTRACT 1); BadRequest if they cannot be read."""
-        if self._params is not None:
-            return self._params
         params = parse_form(self.query) if self.query else {}
         if self.body:
             kind = self.fields.get("content-type", "")
@@ -2728,12 +2718,11 @@ class Request:
         for name, value in params.items():
             if "\0" in name or "\0" in value:
                 raise BadRequest(400, f"NUL in {name!r}")
-        self._params = params
         return params
 
     def read_url_only(self) -> None:
         """Take parameters from the URL alone: the body is something else, as JSON may be."""
-        self._params = parse_form(self.query) if self.query else {}
+        self.params = parse_form(self.query) if self.query else {}
 
     def keys(self) -> Params:
         """The parameters that describe what is looked for: without those about the call."""
