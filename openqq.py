@@ -2301,7 +2301,6 @@ class Ledger(Journal):
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ((?:(?i:https?)://|/)[\x21-\x7e\x80-\xff]*|\*)"
                           rb" HTTP/1\.([01])")
-ABSOLUTE = re.compile(rb"[A-Za-z]+://([^/?]*)(.*)")
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")
 FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
 CHUNK_LINE = re.compile(  # RFC 9112 7.1.1: an extension has a name, and may have a value
@@ -2324,19 +2323,15 @@ FORWARDED = frozenset((
     "x-forwarded-host", "x-forwarded-port", "x-forwarded-server", "x-forwarded-by",
     "x-original-host", "x-original-forwarded-for", "x-real-ip", "x-client-ip",
     "x-cluster-client-ip", "cf-connecting-ip", "true-client-ip", "fastly-client-ip"))
-FORWARDED_PROTO = re.compile(r'\bproto\s*=\s*"?([^;,"]*)', re.IGNORECASE)  # RFC 7239
 # What a request for a picture carries, wherever its address leads: no server of this program
 # answers it, but with pictures. Callers on this machine are trusted; who gave the address is none.
 MEDIA_MARK = "x-openqq-media"
-PICTURES = re.compile("/open(qq|wx)/get_media")
 NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
 
 
 class Reaper:
-    """One thread that ends what takes too long, and tells who waits that its caller has gone.
-
-    So reading and writing block plainly, and a deadline costs nothing: no lock, no system call.
-    """
+    """One thread that ends what takes too long, and tells who waits that its caller has gone. So
+    reading and writing block plainly, and a deadline costs no lock and no system call."""
 
     def __init__(self) -> None:
         # Guards _mortal, _selector's sockets and _started; no socket that one of them holds is
@@ -2347,8 +2342,8 @@ class Reaper:
         self._ear, self._mouth = socket_pair()
         self._mouth.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ)
-        # select() and poll() take no notice of a socket that comes while they wait, and to wake
-        # them for each would take seconds for 500 callers: so they look often instead.
+        # select() and poll() take no notice of a socket that comes while they wait: they look
+        # often instead. To wake them for each would take seconds for 500 callers.
         self._pause = math.inf if hasattr(self._selector, "fileno") else 0.25
         self._started = False
         self._looks_at = math.inf    # when the thread looks at all `until` without being woken
@@ -2429,8 +2424,8 @@ def is_readable(sock: socket.socket, seconds: float = 0.0) -> bool:
 
 
 def has_ended(sock: socket.socket) -> bool:
-    """Whether the peer has closed its side, as far as is known here. TLS cannot be peeked into:
-    what comes there before anything was asked is a farewell."""
+    """Whether the peer has closed its side. TLS cannot be peeked into: what comes there before
+    anything was asked is a farewell."""
     try:
         return is_readable(sock) and (type(sock) is not socket.socket
                                       or not sock.recv(1, socket.MSG_PEEK))
@@ -2439,25 +2434,23 @@ def has_ended(sock: socket.socket) -> bool:
 
 
 class Stream:
-    """Bytes from and to a socket, for servers and for callers: one buffer, one deadline at a time.
-    It is ended by close(), not by the socket's own."""
+    """Bytes from and to a socket, with a buffer and a deadline. Ended by close(), not by the
+    socket's own."""
 
     __slots__ = ("sock", "buffer", "until", "cause")
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.buffer = b""
-        self.until = math.inf
+        self.sock, self.buffer, self.until = sock, b"", math.inf
         self.cause: Optional[Exception] = None  # why we, not the peer, ended it
         REAPER.add(self)
 
     def allow(self, seconds: float) -> None:
-        """From now on all reading or writing together may take so long (TimeoutError)."""
+        """All reading and writing from now on may take so long (TimeoutError)."""
         self.until = until = time.monotonic() + seconds
         REAPER.expect(until)
 
     def expire(self) -> None:
-        """By the reaper: reading ends, and a second later all, since to say so takes a moment."""
+        """By the reaper: reading ends, and a second later, when that has been said, writing."""
         first, self.cause = self.cause is None, self.cause or TimeoutError()
         self.until = self.until + 1.0 if first else math.inf
         self.shut(socket.SHUT_RD if first else socket.SHUT_RDWR)
@@ -2492,9 +2485,9 @@ class Stream:
         except OSError as error:
             raise self.cause or error from None
 
-    def head(self) -> bytes:
-        """A message's first line and fields, without the blank line; EOFError, and BadRequest as
-        soon as it is too long or cannot become right."""
+    def head(self) -> Tuple[bytes, bytes]:
+        """A message's first line, and its fields; EOFError, and BadRequest as soon as it is too
+        long or cannot become right."""
         while b"\r\n\r\n" not in self.buffer:
             if b"\r\n" not in self.buffer[:LINE_LIMIT + 2]:
                 if len(self.buffer) > LINE_LIMIT:
@@ -2505,7 +2498,12 @@ class Stream:
                 raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
             self.buffer += self.more()
         head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
-        return head
+        line, _, block = head.partition(b"\r\n")
+        if len(line) > LINE_LIMIT:
+            raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
+        if len(block) > HEAD_LIMIT:
+            raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
+        return line, block
 
     def line(self) -> bytes:
         """A line of the chunked coding, without its CR LF."""
@@ -2603,9 +2601,9 @@ def _legible(name: str, data: bytes, charset: str = "") -> str:
 
 
 def parse_form(text: str, charset: str = "") -> Params:
-    """Parameters of a query or form, whose bytes that are no UTF-8 stand there as surrogates (PEP
-    383); the last of a name counts. BadRequest. Each name and value is read for itself: a library
-    may have spelt one in UTF-8, and a console the other in GBK."""
+    """Parameters of a query or form, whose bytes that are no UTF-8 are surrogates (PEP 383); the
+    last of a name counts. BadRequest. Each name and value is read for itself: a library may have
+    written one in UTF-8, and a console the other in GBK."""
     if text.count("&") > PARAM_LIMIT:
         raise BadRequest(400, f"over {PARAM_LIMIT} parameters")
     pairs = [pair.partition("=") for pair in text.split("&") if pair]
@@ -2683,11 +2681,10 @@ def _whole_text(name: str, text: str) -> str:
 
 
 class Request:
-    """One request, framed and whole: method, path (decoded), query (raw), fields, body, peer.
+    """One whole request; the path is decoded, the query is not, `old` means HTTP/1.0.
 
     `wait(future, seconds)` is how a handler waits for what may take long: it raises Hangup when
     the caller goes away and TimeoutError after `seconds`, and gives None when the server ends.
-    `sock` is the caller's socket, for those that watch it themselves; `old` tells HTTP/1.0.
     """
 
     def __init__(self, method: str, target: str, fields: Fields, body: bytes, peer: str,
@@ -2721,11 +2718,11 @@ class Request:
         return params
 
     def read_url_only(self) -> None:
-        """Take parameters from the URL alone: the body is something else, as JSON may be."""
+        """Take parameters from the URL alone: the body is something else."""
         self.params = parse_form(self.query) if self.query else {}
 
     def keys(self) -> Params:
-        """The parameters that describe what is looked for: without those about the call."""
+        """The parameters that say what is looked for."""
         return {name: value for name, value in self.params.items() if name not in NOT_KEYS}
 
 
@@ -2742,10 +2739,8 @@ class Response:
         self.pieces = pieces
 
     def head(self, connection: str, chunked: bool = False) -> bytes:
-        """Status line and fields; no value can bring a line of its own.
-
-        `connection` is that field's value, or empty where HTTP/1.1 needs none.
-        """
+        """Status line and fields, with a Connection field unless `connection` is empty; ValueError
+        for a line break in a field."""
         lines = [f"HTTP/1.1 {self.status} {http.client.responses.get(self.status, 'Status')}",
                  "Date: " + http_date(int(time.time()))]
         if self.kind:
@@ -2775,11 +2770,9 @@ def error_response(error: OpenQQError) -> Response:
 
 
 class Gate:
-    """Who may call (DESIGN): one decision, made for each request before anything is done for it.
-
-    Without a token that is who calls from this machine, and what a server here passes on that is
-    known by one of `hosts` (allowed_hosts): the name is what a page of another site cannot have.
-    """
+    """Who may call (DESIGN). Without a token that is who calls from this machine, and what a
+    server here passes on that is known by one of `hosts` (allowed_hosts): the name is what a page
+    of another site cannot have."""
 
     def __init__(self, token: str = "", hosts: Iterable[str] = ()) -> None:
         self._token = token.encode()
@@ -2836,10 +2829,11 @@ class Gate:
 
 
 def came_by_http(fields: Fields) -> bool:
-    """Whether a proxy, or the browser, says that the proxy was not called by https."""
+    """Whether proxy or browser says that the proxy was not called by https."""
     said = [(part, good) for name, good in SECURE.items() if name in fields
             for part in fields[name].split(",")]
-    said += [(part, "https") for part in FORWARDED_PROTO.findall(fields.get("forwarded", ""))]
+    said += [(part, "https") for part in re.findall(  # RFC 7239
+        r'(?i)\bproto\s*=\s*"?([^;,"]*)', fields.get("forwarded", ""))]
     return (any([part.strip().lower() != good for part, good in said])
             or fields.get("origin", "").startswith("http:"))
 
@@ -2864,12 +2858,9 @@ def host_name(host: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def is_own_host(name: str) -> bool:
-    """Whether a Host, in small letters and without port, can only mean this machine.
-
-    `127.1` counts, as the documents' own examples call it. No other spelling does: to 0.0.0.0,
-    [::], [::ffff:7f00:1] and the like browsers send no Sec-Fetch fields, so that pages of other
-    sites could not be told (measured with Chromium and Firefox).
-    """
+    """Whether a Host, in small letters and without port, can only mean this machine: 127.1, as the
+    documents' examples have it, but no other spelling. To 0.0.0.0, [::], [::ffff:7f00:1] and the
+    like browsers send no Sec-Fetch fields (measured with Chromium and Firefox)."""
     if re.fullmatch(r"127(\.(0|[1-9][0-9]{0,7})){1,3}", name):  # a 0 before is octal
         return is_loopback(name)  # unless a number is too large
     return re.fullmatch(r"\[::1\]|([^.]+\.)*localhost\.?", name) is not None
@@ -2877,8 +2868,7 @@ def is_own_host(name: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
-    """Whether a peer or a URL's host, in brackets or not, can only be this machine. For a Host
-    field see is_own_host()."""
+    """Whether a peer or a URL's host can only be this machine; for a Host see is_own_host()."""
     host = host.lower().strip("[]").rstrip(".")
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -2905,8 +2895,8 @@ def signature(secret: str, body: bytes) -> str:
 
 
 class Route:
-    """One API: its path, the methods that it takes, and what it calls: `handler(request)` returns
-    a Response, or a JSON value. `open` are those that anybody may call."""
+    """An API: `handler(request)` returns a Response or a JSON value; an `open` one anybody may
+    call."""
 
     def __init__(self, path: str, methods: str, handler: Callable[[Request], Any],
                  open: bool = False) -> None:
@@ -2938,7 +2928,7 @@ class Metrics:
             self._sum_up()
 
     def _sum_up(self) -> List[Tuple[str, int, List[float]]]:
-        """All that was counted, sorted: path, status, and a row as in _rows."""
+        """All that was counted, sorted: path, status, row."""
         with self._lock:
             for _ in range(len(self._news)):
                 path, status, seconds = self._news.popleft()
@@ -2950,7 +2940,7 @@ class Metrics:
 
     def watch(self, name: str, kind: str, help: str,
               read: Callable[[], Mapping[str, float]]) -> None:
-        """Show what read() gives: the labels as text, empty for none -> the value."""
+        """Show what read() gives: labels as text, or empty -> value."""
         self._sources.append(("openqq_" + name, kind, help, read))
 
     def show(self, request: Request) -> Response:
@@ -2979,8 +2969,8 @@ class Metrics:
 
 
 class App:
-    """What a server serves: routes by path, behind a gate. `fallback(request)` answers what no
-    route takes (None: ApiNotFound); /metrics counts the routes and the paths `known`."""
+    """What a server serves, behind a gate; `fallback(request)` answers what no route takes.
+    /metrics counts the routes and the paths `known`."""
 
     def __init__(self, gate: Gate, log: Log, routes: Iterable[Route],
                  fallback: Optional[Callable[[Request], Any]] = None,
@@ -2994,10 +2984,11 @@ class App:
         self._refused: Dict[str, Set[str]] = {}  # rule -> what was logged of it
 
     def answer(self, request: Request) -> Response:
-        """The response to a request, whatever happens; only Hangup gets out."""
+        """The response to a request; Hangup, and nothing else."""
         route = self.routes.get(request.path)
         try:
-            if MEDIA_MARK in request.fields and not PICTURES.fullmatch(request.path):
+            if (MEDIA_MARK in request.fields
+                    and request.path not in ("/openqq/get_media", "/openwx/get_media")):
                 raise NotAllowed("a picture's address that leads to this program not allowed")
             if request.method != "OPTIONS" and not (route and route.open):
                 self.gate.check(request)
@@ -3021,8 +3012,7 @@ class App:
             return error_response(BadRequest(500, "a fault of this program; its log says more"))
 
     def _tell(self, reason: Optional[str]) -> None:
-        """Log why somebody was refused: each cause once. Callers make causes up, so there is a
-        limit; each rule has its own, or one would silence the others."""
+        """Log each cause of a refusal once: so many of each rule, since callers make them up."""
         if not reason:
             return
         with self._lock:
@@ -3035,8 +3025,8 @@ class App:
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One connection to a Server. Of the base class it keeps the life cycle: the parser there lets
-    several ways of smuggling pass, and spends ten times as long."""
+    """One connection to a Server. Of the base class it keeps handle(): the parser there lets
+    smuggled requests pass, and takes ten times as long."""
 
     server: Server
 
@@ -3102,14 +3092,9 @@ class Connection(BaseHTTPRequestHandler):
         if stream.buffer.startswith(b"\r\n"):
             stream.buffer = stream.buffer[2:]  # RFC 9112 2.2: old clients' extra line
         try:
-            head = stream.head()
+            line, block = stream.head()
         except TimeoutError:
             raise BadRequest(408, f"request head took over {HEAD_SECONDS:g} s") from None
-        line, _, block = head.partition(b"\r\n")
-        if len(line) > LINE_LIMIT:
-            raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
-        if len(block) > HEAD_LIMIT:
-            raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
         found = REQUEST_LINE.fullmatch(line)
         if not found:
             if re.fullmatch(rb"\S+ \S+ HTTP/(?!1)[0-9]\.[0-9]", line):
@@ -3120,13 +3105,13 @@ class Connection(BaseHTTPRequestHandler):
         # Only HTTP/1.1 must have a Host (RFC 9112 3.2); health checks by HTTP/1.0 leave it out.
         if ("host" in fields or not old) and not host_name(fields.get("host", "")):
             raise BadRequest(400, "no host field, or a broken one")
-        whole = ABSOLUTE.fullmatch(target) if target[:1] != b"/" else None
+        whole = None if target[:1] == b"/" else re.fullmatch(
+            rb"[A-Za-z]+://([^/?]*)/?(.*)", target)
         if whole:  # its authority counts, whatever Host says (RFC 9112 3.2.2)
             fields = {**fields, "host": whole.group(1).decode("latin-1")}
             if not host_name(fields["host"]):
                 raise BadRequest(400, "broken host in the request line")
-            target = whole.group(2)
-            target = target if target[:1] == b"/" else b"/" + target
+            target = b"/" + whole.group(2)
         elif target == b"*" and method != b"OPTIONS":
             raise BadRequest(400, "only OPTIONS takes *")
         has_body = "content-length" in fields or "transfer-encoding" in fields
@@ -3187,12 +3172,9 @@ class Connection(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """The HTTP server: a thread per connection, taken from a crew that lingers a moment.
-
-    `listener` is an open listening socket, which it takes over. serve_forever() sleeps until a
-    connection comes or shutdown() is called; the stock one looks twice a second, which makes a
-    hundred idle processes use 1.5 % of a core.
-    """
+    """The HTTP server, with a thread per connection on a listening socket, which it takes over.
+    serve_forever() sleeps until a connection comes or shutdown() is called; the stock one looks
+    twice a second, which makes a hundred idle processes use 1.5 % of a core."""
 
     def __init__(self, listener: socket.socket, app: App, log: Log, max_connections: int,
                  body_limit: int = BODY_LIMIT) -> None:
@@ -3200,10 +3182,8 @@ class Server(ThreadingHTTPServer):
         self.socket.close()
         self.socket = listener
         self.socket.setblocking(False)
-        self.app, self.log = app, log
+        self.app, self.log, self.body_limit, self.ending = app, log, body_limit, False
         self.debug: Optional[Callable[[str], None]] = None
-        self.body_limit = body_limit
-        self.ending = False
         self.waiting: Set[Future[Any]] = set()  # of callers who wait long; add and discard only
         self.idle: Set[Stream] = set()         # between two requests; add and discard only
         self._max = min(max_connections, room_for_connections())
@@ -3260,15 +3240,14 @@ class Server(ThreadingHTTPServer):
             stream.shut(socket.SHUT_RD)
 
 
-def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
-    """A listening socket; OSError if the address is taken or not ours. With a backlog of 128, a
-    thousand callers who come at once would wait 7 s."""
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; OSError if the address is taken or not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         own_port(sock)
         sock.bind((host.strip("[]"), port))
-        sock.listen(backlog)
+        sock.listen(1024)  # with 128, a thousand callers who come at once would wait 7 s
     except BaseException:
         sock.close()
         raise
@@ -3279,7 +3258,6 @@ def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
 # 8. HTTP out
 # ------------------------------------------------------------------------------------------------
 
-IDLE_LINES = 64                  # kept connections per host
 LINE_SECONDS = 5.0               # how long; a new one on this machine costs 0.1 ms
 CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 1.0           # before a proxied call watches its caller as well
@@ -3378,7 +3356,7 @@ class Call(urllib.request.Request):
         self.caller, self.repeat, self.patience = caller, repeat, patience
 
     def to_bytes(self) -> bytes:
-        """Head and body as they go out; Unreachable if a field would become two."""
+        """Head and body; Unreachable if a field would become two."""
         body = self._data or b""
         lines = [f"{self.method} {self.selector} HTTP/1.1",
                  f"Host: {self._tunnel_host or self.own_host}"]
@@ -3423,14 +3401,14 @@ class Pool:
             sock.close()
 
     def give(self, key: Tuple[Any, ...], sock: socket.socket) -> None:
-        """Take back a connection whose answer was read to its end."""
+        """Keep a connection whose answer was read to its end."""
         now, oldest = time.monotonic(), None
         with self._lock:
             self._idle.setdefault(key, []).append((now, sock))
             self._count += 1
             # A sixth of the connections that there may be: what callers cause has its own room.
             self._most = self._most or max(1, room_for_connections() // 6)
-            if len(self._idle[key]) > IDLE_LINES:
+            if len(self._idle[key]) > 64:
                 oldest = self._remove(key, 0)[1]
             elif self._count > self._most:
                 oldest = self._remove(min(self._idle, key=lambda key: self._idle[key][0][0]), 0)[1]
@@ -3463,9 +3441,8 @@ class Pool:
 
 
 class Reply(Stream):
-    """An answer as it comes in: status, fields, and a body that is read once; `length` if it is
-    told. Its caller is watched as soon as it takes longer than the call's patience: not each is
-    worth that."""
+    """An answer, whose body is read once. The caller is watched when it takes longer than the
+    call's patience: not each is worth that."""
 
     status: int
     fields: Fields
@@ -3509,8 +3486,8 @@ class Reply(Stream):
             self.allow(self._call.timeout)
             self.send(data)
             while True:  # 100 Continue and its like announce another head
-                first, _, block = self.head().partition(b"\r\n")
-                found = STATUS_LINE.fullmatch(first)
+                line, block = self.head()
+                found = STATUS_LINE.fullmatch(line)
                 if not found:
                     raise BadRequest(400, "the answer is not HTTP")
                 self.status = int(found.group(2))
@@ -3559,11 +3536,9 @@ class Reply(Stream):
 
     def pieces(self, seconds: Optional[float] = None,
                idle: Optional[Callable[[], None]] = None) -> Iterator[bytes]:
-        """The body as it comes; with `seconds` each piece may take so long, else all together.
-
-        With `idle` silence is no failure: it is called after each so many seconds of that, and may
-        raise. Unreachable, TooSlow, Hangup.
-        """
+        """The body as it comes; with `seconds` each piece may take so long, else all together, and
+        with idle() that is called after so much silence, and may raise. Unreachable, TooSlow,
+        Hangup."""
         self._idle = (seconds, idle) if seconds and idle else None
         try:
             for piece in self.body(self._told):
@@ -3593,7 +3568,6 @@ class Reply(Stream):
 
 
 def _out_error(error: Exception, sent: bool) -> Unreachable:
-    """What went wrong on the way out, in words for a log."""
     if isinstance(error, Unreachable):
         return error
     if isinstance(error, TimeoutError):
@@ -3614,9 +3588,9 @@ class Transport(urllib.request.BaseHandler):
         self._tls: Any = None
 
     def http_open(self, call: Call) -> Reply:
-        """The answer to a call; Unreachable, TooSlow, or Hangup when its caller went away. If a
-        kept connection turns out dead, only a read is repeated on a fresh one, and only if not a
-        byte of an answer came: of a send it is not known whether it was done."""
+        """The answer to a call; Unreachable, TooSlow, Hangup. If a kept connection turns out dead,
+        only a read is repeated on a fresh one, and only if not a byte of an answer came: of a send
+        it is not known whether it was done."""
         key = (call.type, call.host, call._tunnel_host)
         data = call.to_bytes()
         sock = self.pool.take(key, call.repeat)
@@ -3677,8 +3651,8 @@ class Transport(urllib.request.BaseHandler):
 
 
 def connect(host: str, port: int, until: float) -> socket.socket:
-    """A connected socket to the first address that answers; never to a forbidden one: what was
-    looked up is checked, and no second look-up can give another answer. OSError, Unreachable."""
+    """A socket connected to the first address that answers and is not forbidden; no second look-up
+    can give another answer than the one checked. OSError, Unreachable."""
     failure: Exception = Unreachable("unknown host")
     for family, kind, protocol, _, address in socket.getaddrinfo(host.encode(), port, 0,
                                                                  socket.SOCK_STREAM):
@@ -3700,7 +3674,7 @@ def connect(host: str, port: int, until: float) -> socket.socket:
 
 
 def addresses_of(host: str) -> List[str]:
-    """The numeric addresses of a name or address, in whatever spelling; none for an unknown one."""
+    """The numeric addresses of a name or address; none for an unknown one."""
     try:
         name = host.encode() if host.isascii() else host.encode("idna")
         return [str(row[4][0]) for row in socket.getaddrinfo(name, 0, 0, socket.SOCK_STREAM)]
@@ -3743,12 +3717,12 @@ def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = N
           body: Optional[bytes] = None, seconds: float = 30.0,
           caller: Optional[socket.socket] = None, repeat: bool = False,
           patience: float = PATIENCE_SECONDS) -> Reply:
-    """Call a URL and give its answer, whatever its status; redirects are the asker's affair.
+    """Call a URL and give its answer, whatever its status; redirects are not followed. Unreachable,
+    with `sent` telling whether the server may have acted; TooSlow.
 
-    `seconds` bounds all of it, the body included; with `caller` only the wait for each piece, and
-    Hangup is raised when that socket's peer goes away, which is looked for after `patience`
-    seconds. `repeat` is for reads: asking twice is asking once. Unreachable, with `sent` telling
-    whether the server may have acted; TooSlow.
+    `seconds` bounds all of it, the body included. Hangup is raised when the peer of the socket
+    `caller` goes away, which is looked for after `patience` seconds. `repeat` is for reads: to
+    ask twice does no harm.
     """
     try:
         call = Call(url, method, fields or {}, body, caller, repeat, patience)
@@ -3759,9 +3733,8 @@ def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = N
 
 
 class WebSocket:
-    """A WebSocket to a server (RFC 6455). run() gives each message to heard(data), answers pings,
-    asks for a pong in a silence, calls silence(), which may raise, and ends with Unreachable, in
-    words for a log, at the latest after four silent LOOK_SECONDS."""
+    """A WebSocket to a server (RFC 6455). run() gives each message to heard(data). In a silence it
+    asks for a pong and calls silence(), which may raise; after four LOOK_SECONDS of it it ends."""
 
     LOOK_SECONDS = BRIDGE_SECONDS / 2  # a connection that a router forgot looks like a silent one
     PART, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
