@@ -2488,22 +2488,19 @@ class Stream:
     def head(self) -> Tuple[bytes, bytes]:
         """A message's first line, and its fields; EOFError, and BadRequest as soon as it is too
         long or cannot become right."""
-        while b"\r\n\r\n" not in self.buffer:
-            if b"\r\n" not in self.buffer[:LINE_LIMIT + 2]:
-                if len(self.buffer) > LINE_LIMIT:
-                    raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
-                if b"\n" in self.buffer:
-                    raise BadRequest(400, "lines must end with CR LF")
-            if len(self.buffer) > LINE_LIMIT + HEAD_LIMIT:
+        while True:
+            head, is_whole, rest = self.buffer.partition(b"\r\n\r\n")
+            line, has_fields, block = head.partition(b"\r\n")
+            if len(line) > LINE_LIMIT:
+                raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
+            if len(block) > HEAD_LIMIT + (0 if is_whole else 3):  # three of its end, perhaps
                 raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
+            if is_whole:
+                self.buffer = rest
+                return line, block
+            if not has_fields and b"\n" in line:
+                raise BadRequest(400, "lines must end with CR LF")
             self.buffer += self.more()
-        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
-        line, _, block = head.partition(b"\r\n")
-        if len(line) > LINE_LIMIT:
-            raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
-        if len(block) > HEAD_LIMIT:
-            raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
-        return line, block
 
     def line(self) -> bytes:
         """A line of the chunked coding, without its CR LF."""
@@ -3331,16 +3328,15 @@ class Call(urllib.request.Request):
     """One request out, with the words of fetch(). ValueError for what is no http(s) URL."""
 
     SAFE = "!#$%&'()*+,/:;=?@[]~|^`{}\"<>"
-    ORIGIN = re.compile("[A-Za-z]+://[^/?#]*")
+    PARTS = re.compile("([A-Za-z]+://[^/?#]*|)([^#]*)")  # origin, target
     PLAIN = re.compile(r"[\x21-\x7e]*")
     timeout: float                # set by the opener
     _tunnel_host: Optional[str]   # by urllib, for a proxy's sake
 
     def __init__(self, url: str, method: str, fields: Mapping[str, str], body: Optional[bytes],
                  caller: Optional[socket.socket], repeat: bool, patience: float) -> None:
-        found = self.ORIGIN.match(url)
-        scheme, self.own_host, secret = split_origin(found.group() if found else "")
-        target = url[found.end() if found else 0:].partition("#")[0]
+        origin, target = self.PARTS.findall(url)[0]
+        scheme, self.own_host, secret = split_origin(origin)
         if not self.PLAIN.fullmatch(target):
             target = urllib.parse.quote(target, safe=self.SAFE, errors="surrogateescape")
         # All that Request.__init__ would set, which parses again: 6 of a proxied call's 40 µs.
@@ -3737,7 +3733,7 @@ class WebSocket:
     asks for a pong and calls silence(), which may raise; after four LOOK_SECONDS of it it ends."""
 
     LOOK_SECONDS = BRIDGE_SECONDS / 2  # a connection that a router forgot looks like a silent one
-    PART, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+    PART, TEXT, CLOSE, PING, PONG = 0, 1, 8, 9, 10
 
     def __init__(self, url: str, fields: Mapping[str, str], heard: Callable[[bytes], None],
                  silence: Callable[[], None] = lambda: None) -> None:
@@ -3764,21 +3760,40 @@ class WebSocket:
         self._look, self._silent = 0.0, 0  # when to look again, and how often all was silent
 
     def run(self) -> None:
-        """Work until the connection ends; always raises Unreachable."""
-        farewell = 1000
+        """Work until the connection ends; always raises Unreachable, in words for a log."""
+        farewell, parts, kind = 1000, bytearray(), self.PART
         self._look = time.monotonic() + self.LOOK_SECONDS
         try:
-            for code, payload in self._messages():
-                self._silent = 0
-                if code in (self.TEXT, self.BINARY):
-                    self._heard(payload)
-                elif code == self.PING:
-                    self.send(payload, self.PONG)
-                elif code == self.CLOSE:
+            while True:
+                first, length = self._exactly(2)
+                is_last, code = first & 0x80, first & 0x0f
+                if first & 0x70 or length & 0x80 or code not in (0, 1, 2, 8, 9, 10):
+                    raise BadRequest(400, "not a WebSocket frame of a server")
+                if length >= 126:
+                    length = int.from_bytes(self._exactly(2 if length == 126 else 8), "big")
+                if code >= self.CLOSE and (length > 125 or not is_last):
+                    raise BadRequest(400, "a control frame that is too long or in parts")
+                if length + len(parts) > BRIDGE_LIMIT:
+                    raise BadRequest(413, f"a message of over {BRIDGE_LIMIT} bytes")
+                payload = self._exactly(length)
+                if code == self.CLOSE:
                     why = " ".join(CONTROLS.sub(
                         " ", payload[2:].decode("utf-8", "replace")).split())
                     raise Unreachable("the other side closed the connection"
                                       + (f": {why}" if why else ""))
+                if code > self.CLOSE:  # it may stand between the parts of a message
+                    self._silent = 0
+                    if code == self.PING:
+                        self.send(payload, self.PONG)
+                    continue
+                if (code == self.PART) != (kind != self.PART):
+                    raise BadRequest(400, "parts of a message in the wrong order")
+                kind = kind or code
+                parts += payload
+                if is_last:
+                    self._silent = 0
+                    self._heard(bytes(parts))
+                    parts, kind = bytearray(), self.PART
         except BadRequest as error:
             farewell = 1009 if error.http == 413 else 1002
             raise Unreachable(error.status) from None
@@ -3786,33 +3801,6 @@ class WebSocket:
             with contextlib.suppress(Unreachable):  # it may be gone already
                 self.send(struct.pack("!H", farewell), self.CLOSE)
             self._line.close()
-
-    def _messages(self) -> Iterator[Tuple[int, bytes]]:
-        """Opcode and payload of each whole message and control frame; BadRequest, before too many
-        bytes are read."""
-        parts, kind = bytearray(), self.PART
-        while True:
-            first, length = self._exactly(2)
-            is_last, code = first & 0x80, first & 0x0f
-            if first & 0x70 or length & 0x80 or code not in (0, 1, 2, 8, 9, 10):
-                raise BadRequest(400, "not a WebSocket frame of a server")
-            if length >= 126:
-                length = int.from_bytes(self._exactly(2 if length == 126 else 8), "big")
-            if code >= self.CLOSE and (length > 125 or not is_last):
-                raise BadRequest(400, "a control frame that is too long or in parts")
-            if length + len(parts) > BRIDGE_LIMIT:
-                raise BadRequest(413, f"a message of over {BRIDGE_LIMIT} bytes")
-            payload = self._exactly(length)
-            if code >= self.CLOSE:
-                yield code, payload  # it may stand between the parts of a message
-                continue
-            if (code == self.PART) != (kind != self.PART):
-                raise BadRequest(400, "parts of a message in the wrong order")
-            kind = kind or code
-            parts += payload
-            if is_last:
-                yield kind, bytes(parts)
-                parts, kind = bytearray(), self.PART
 
     def _exactly(self, length: int) -> bytes:
         """So many bytes, however long that takes, while there are signs of life."""
