@@ -108,7 +108,6 @@ LINE_LIMIT = 8 * 1024            # request line; 414 beyond it
 FIELD_LIMIT = 100                # header fields; 431
 HEAD_LIMIT = 32 * 1024           # all header fields together; 431
 BODY_LIMIT = 8 * 1024 * 1024     # body; 413
-CHUNK_LINE_LIMIT = 256           # a chunk's size with its extensions; 400
 PARAM_LIMIT = 1_000              # parameters of a query or a form; 400
 HEAD_SECONDS = 10.0              # from a head's first byte to its last
 BODY_SECONDS = 30.0
@@ -2505,7 +2504,7 @@ class Stream:
     def line(self) -> bytes:
         """A line of the chunked coding, without its CR LF."""
         while b"\r\n" not in self.buffer:
-            if len(self.buffer) > CHUNK_LINE_LIMIT:
+            if len(self.buffer) > 256:
                 raise BadRequest(400, "chunk line too long")
             self.buffer += self.more()
         line, _, self.buffer = self.buffer.partition(b"\r\n")
@@ -2772,8 +2771,7 @@ class Gate:
     of another site cannot have."""
 
     def __init__(self, token: str = "", hosts: Iterable[str] = ()) -> None:
-        self._token = token.encode()
-        self._hosts = frozenset(hosts)
+        self._token, self._hosts = token.encode(), frozenset(hosts)
 
     def check(self, request: Request) -> None:
         """AuthFailure unless this caller may; it says which rule is against it, and what helps."""
@@ -3451,10 +3449,6 @@ class Reply(Stream):
         self._told: Optional[int] = None  # length as body() wants it
         self._keep = self._is_read = self._is_closed = False
 
-    def allow(self, seconds: float) -> None:
-        self.until = until = time.monotonic() + min(seconds, self._patience)
-        REAPER.expect(until)
-
     def expire(self) -> None:
         caller = self._call.caller
         if caller is None or self._patience == math.inf:
@@ -3479,7 +3473,7 @@ class Reply(Stream):
     def ask(self, data: bytes) -> "Reply":
         """Send the call, and return when the answer's head is there."""
         try:
-            self.allow(self._call.timeout)
+            self.allow(min(self._call.timeout, self._patience))
             self.send(data)
             while True:  # 100 Continue and its like announce another head
                 line, block = self.head()
@@ -3540,7 +3534,7 @@ class Reply(Stream):
             for piece in self.body(self._told):
                 yield piece
                 if seconds is not None:
-                    self.allow(seconds)
+                    self.allow(min(seconds, self._patience))
             self._is_read = True
         except (EOFError, OSError, BadRequest) as error:
             raise _out_error(error, True) from None
@@ -3681,12 +3675,10 @@ def addresses_of(host: str) -> List[str]:
 def is_own(address: str) -> bool:
     """Whether a numeric address is one of this machine's: only those can be bound."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.bind((address, 0))
         return True
-    except OSError:
-        return False
+    return False
 
 
 class Proxies(urllib.request.ProxyHandler):
@@ -3695,11 +3687,10 @@ class Proxies(urllib.request.ProxyHandler):
     def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> None:
         """None, so that Transport goes on with what was set in the request."""
         host = urllib.parse.urlsplit("//" + req.host).hostname or ""
-        try:
-            forbidden = is_forbidden(host)
-        except OSError:
-            forbidden = False  # a name: the proxy looks it up
-        if not forbidden and not is_loopback(host):
+        with contextlib.suppress(OSError):  # a name: the proxy looks it up
+            if is_forbidden(host):
+                return
+        if not is_loopback(host):
             super().proxy_open(req, proxy, type)
 
 
@@ -3746,15 +3737,13 @@ class WebSocket:
         reply = fetch("http" + url[2:], "GET", {
             **fields, "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": key,
             "Sec-WebSocket-Version": "13"}, seconds=CONNECT_SECONDS, repeat=True)
-        if reply.status in (401, 403):
-            reply.close()
-            raise AuthFailure()
         import hashlib
         digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
         proof = reply.fields.get("sec-websocket-accept", "")
         if reply.status != 101 or proof != base64.b64encode(digest).decode():
             reply.close()
-            raise Unreachable(f"no WebSocket there (it answers {reply.status})")
+            raise (AuthFailure() if reply.status in (401, 403) else
+                   Unreachable(f"no WebSocket there (it answers {reply.status})"))
         reply.until = math.inf
         self._line, self._buffer = reply, bytearray(reply.buffer)
         self._look, self._silent = 0.0, 0  # when to look again, and how often all was silent
