@@ -44,7 +44,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import bisect
 import collections
 import contextlib
@@ -870,7 +869,7 @@ class Timers:
             self._wake()
         return timer
 
-    def watch(self, sock: socket.socket, function: Callable[[], None]) -> None:
+    def watch(self, sock: socket.socket, function: Callable[[], Any]) -> None:
         """Have function() called, with the lock held, whenever the socket can be read."""
         self._selector.register(sock, selectors.EVENT_READ, function)
         self._wake()  # some systems' selectors take no notice while they wait
@@ -1176,8 +1175,8 @@ SETTINGS = {setting.name: setting for setting in [
     _controller("backend_start_port", None, "first port for clients: 5000 (weixin 3000)",
         "客户端的起始端口", _port),
     _controller("max_clients", 100, "clients alive at once", "同时运行的客户端数"),
-    _controller("check_interval", 5.0, "seconds between two looks at clients' processes, besides "
-        "noticing their end at once", "检查客户端进程的间隔秒数", between=(0, 1_000_000)),
+    _controller("check_interval", 5.0, "without effect: the end of a client is noticed at once",
+        "不起作用：客户端结束时立即得知", between=(0, 1_000_000)),
     _controller("template_path", "", "the script that clients run: in tmpdir", "客户端运行的脚本", _path),
     _controller("backend_path", "", "file with the clients: in tmpdir", "记录客户端的文件", _path),
     _controller("accounts", "", "JSON file, name to settings, started at boot",
@@ -1431,9 +1430,9 @@ class Verb:
     parameters that work on the network inside. `on` is who serves it: client (a controller passes
     it on), controller, both, or nothing for a path whose section declares the route; `flavour`
     the one that alone has it.
-    `link` is a method of Link, and its arguments by name: what Api.act() makes of a word, in
+    `link` is a method of Link, and its arguments by name: what Api.do_act() makes of a word, in
     the order of the checks. Then `yes` and `no` are the answers' code and status, after what is
-    to be told again (`echo`). Without `link` a method of the API does it: `_` and `name`, or with
+    to be told again (`echo`). Without `link` a method of the API does it: `do_` and `name`, or with
     an argument `does`.
     """
 
@@ -1535,7 +1534,7 @@ VERBS = [
          "+place +members time! all", "answer", "100 200 201 400",
          "group_uid=20260001 member_uid=2854196302 time=1", flavour="qq"),
     Verb("set_group_name", ACT, "Give a group another name.", "+place name!", "answer", "100 201",
-         "group_uid=20260001 name=OpenQQ", "rename group=group name=new_name", flavour="qq"),
+         "group_uid=20260001 name=OpenQQ", "rename group=group name=name!", flavour="qq"),
     Verb("set_group_card", ACT, "What somebody is called in a group.", "+place +members card",
          "answer", "100 200 201", "group_uid=20260001 member_uid=2854196302 card=x",
          "set_card group=group uid=member card=card", flavour="qq"),
@@ -1557,7 +1556,7 @@ VERBS = [
          "action! params", "called", "201 400", "action=get_version_info"),
     Verb("set_group_displayname", ACT, "Give a group another name.", "+place new_displayname!",
          "answer", "100 201", "displayname=OpenQQ new_displayname=OpenQQ",
-         "rename group=group name=new_displayname", flavour="weixin"),
+         "rename group=group name=new_displayname!", flavour="weixin"),
     *[Verb(name, ACT, "What one calls a friend, or with group_id somebody in a group.",
            "+friend group_id new_markname!", "answer", "100 201",
            "displayname=小冰 new_markname=小冰", "set_markname uid=person markname=new_markname",
@@ -3886,15 +3885,14 @@ QR_FINDER = re.compile(rb"(?=\x01\x00\x01\x01\x01\x00\x01)(?:(?<=\x00{4})|(?=.{7
 def qr_matrix(text: str) -> List[bytearray]:
     """A text as a QR code without quiet zone, of the smallest version and in byte mode (clause 7).
 
-    It is UTF-8. No ECI header says so, though the standard's default is ISO 8859-1: scanners detect
-    UTF-8, but not all know the header. ValueError: it exceeds 2331 bytes, or holds half of a
-    surrogate pair.
+    It is UTF-8 without an ECI header, though the standard's default is ISO 8859-1: scanners detect
+    UTF-8, but not all know the header. ValueError: it exceeds 2331 bytes, or is no valid Unicode.
     """
     payload = text.encode("utf-8")
     if len(payload) > QR_ROOM[-1]:
         raise ValueError(f"text of {len(payload)} bytes does not fit into a QR code: "
                          f"shorten it to {QR_ROOM[-1]} bytes of UTF-8 or fewer")
-    version = 1 + next(at for at, room in enumerate(QR_ROOM) if len(payload) <= room)
+    version = 1 + bisect.bisect_left(QR_ROOM, len(payload))
     grid = qr_patterns(version)
     side = len(grid)
     # Data go up and down in columns of two, from the right (7.7.3); the vertical timing pattern
@@ -4028,10 +4026,7 @@ def qr_png(matrix: List[bytearray], scale: int = 8, quiet: int = 4) -> bytes:
 
 
 def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> List[bytearray]:
-    """Read a symbol back out of what `qr_png` made of it, with the same scale and border.
-
-    ValueError: it is another sort of picture.
-    """
+    """Read a symbol back out of what `qr_png` made of it. ValueError: it is another picture."""
     width = int.from_bytes(png[16:20], "big")
     side, rest = divmod(width - 2 * quiet * scale, scale)
     start, end, stride = png.find(b"IDAT") + 4, png.rfind(b"IEND") - 8, 1 + (width + 7) // 8
@@ -4049,11 +4044,8 @@ def qr_unpng(png: bytes, scale: int = 8, quiet: int = 4) -> List[bytearray]:
 
 
 def qr_text(matrix: List[bytearray], quiet: int = 2) -> str:
-    """A symbol for a terminal: lines of half blocks, each two rows of modules.
-
-    Each line sets black on white by itself and resets at its end, so that a dark theme does not
-    turn the code into its negative. A border of 2 is enough on a screen.
-    """
+    """A symbol for a terminal: lines of half blocks, each two rows of modules. Each sets black on
+    white, or a dark theme would make a negative of it. A border of 2 is enough on a screen."""
     rows = qr_bordered(matrix, quiet)
     rows.append(bytearray(len(rows)))          # the number of rows is odd
     return "".join(["\x1b[30;47m" + "".join([" ▀▄█"[upper + 2 * lower]
@@ -4095,8 +4087,8 @@ def page(body: str, values: Mapping[str, str], status: int = 200) -> Response:
 
 
 def dashboard(config: Json) -> Response:
-    """The page to work with. It knows `config`, and learns all else from the API: nothing that is
-    worth a token. What others wrote gets into it as text only, and Trusted Types see to that."""
+    """The page to work with. It knows `config`, which is worth no token, and learns all else from
+    the API. What others wrote gets into it as text only, and Trusted Types see to that."""
     data = to_bytes(config).decode().replace("<", "\\u003c")
     return html_response(
         "en", DASHBOARD_STYLE, f'{DASHBOARD_BODY}<script type="application/json" id="config">{data}'
@@ -4105,10 +4097,8 @@ def dashboard(config: Json) -> Response:
 
 
 def html_response(lang: str, style: str, body: str, policy: str, status: int = 200) -> Response:
-    """A page that nobody may frame, and that may do what the policy lists.
-
-    What marks its own style and script gets into each empty nonce; values have no bare quotes.
-    """
+    """A page that nobody may frame, and that may do what the policy lists. What marks its own style
+    and script gets into each empty nonce; values have no bare quotes."""
     nonce = base64.b64encode(os.urandom(12)).decode()
     text = ('<!doctype html><html lang="' + lang + '"><meta charset="utf-8"><meta name="viewport" '
             'content="width=device-width,initial-scale=1"><title>OpenQQ</title>'
@@ -4626,7 +4616,8 @@ function seenBy(person) {
 }
 
 async function choosePeer() {
-  const asked = peer = chosen("peer");
+  const before = peer, asked = peer = chosen("peer");
+  if (asked?.key !== before?.key) $("members").replaceChildren();  // ids are another's now
   showTalk();
   $("group").hidden = !peer || peer.kind !== "group";
   if ($("group").hidden) return;
@@ -4713,7 +4704,7 @@ async function speak(content) {
   return answer;
 }
 
-$("speaker").onchange = () => {  // ids are another's now
+$("speaker").onchange = () => {
   fill("peer", []);
   choosePeer();
   loadPeers();
@@ -4865,15 +4856,20 @@ def schema_of(word: str) -> Row:
     return TYPES[word] if word in TYPES else {"$ref": "#/components/schemas/" + word}
 
 
+def object_schema(properties: Row, required: List[str]) -> Row:
+    """The schema of an object; an empty list of what is required is left out."""
+    row: Row = {"type": "object", "properties": properties}
+    return {**row, "required": required} if required else row
+
+
 def shape_of(words: Iterable[str]) -> Row:
     """An object with these members, by the rule for names (CONTRACT 1) where no type is given."""
-    row: Row = {"type": "object", "properties": {}}
+    properties = {}
     for name, _, kind in (word.rstrip("!").partition(":") for word in words):
-        kind = kind or ("int" if name in WHOLE else
-                        "id" if ID_KEY.fullmatch(name) or name == "time" else "text")
-        row["properties"][name] = schema_of(kind)
-    required = [word[:-1] for word in words if word.endswith("!")]
-    return {**row, "required": required} if required else row
+        properties[name] = schema_of(kind or (
+            "int" if name in WHOLE else
+            "id" if ID_KEY.fullmatch(name) or name == "time" else "text"))
+    return object_schema(properties, [word[:-1] for word in words if word.endswith("!")])
 
 
 def parameters_of(verb: Verb, flavour: Type[Flavour], is_controller: bool) -> List[Row]:
@@ -4913,8 +4909,7 @@ def parameters_of(verb: Verb, flavour: Type[Flavour], is_controller: bool) -> Li
 
 def responses_of(verb: Verb, flavour: Type[Flavour], is_passed: bool, statuses: Set[str]) -> Row:
     """What a call answers, by HTTP statuses: these, and what every one may answer."""
-    codes = {0, *(int(word) for word in verb.codes.split() if word[0] != "=")}
-    codes |= {1} if is_passed else set()
+    codes = {0, int(is_passed), *(int(word) for word in verb.codes.split() if word[0] != "=")}
     statuses = statuses | {word[1:] for word in verb.codes.split() if word[0] == "="}
     rows: Row = {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
     answer = schema_of("answer")
@@ -4946,12 +4941,9 @@ def operation(verb: Verb, route: Route, method: str, params: List[Row], response
         row["requestBody"] = {"content": {"application/json": {
             "schema": TYPES["object"], "example": {"post_type": "meta_event"}}}}
     elif method == "POST":
-        schema: Row = {"type": "object", "properties": {
-            param["name"]: {**param["schema"], "description": param["description"]}
-            for param in params}}
-        required = [param["name"] for param in params if param["required"]]
-        if required:
-            schema["required"] = required
+        schema = object_schema(
+            {param["name"]: {**param["schema"], "description": param["description"]}
+             for param in params}, [param["name"] for param in params if param["required"]])
         example = {param["name"]: param["example"] for param in params if "example" in param}
         content: Row = {kind: {"schema": schema, "example": example} for kind in (
             "application/x-www-form-urlencoded", "application/json")}
@@ -4987,7 +4979,7 @@ def components(flavour: Type[Flavour]) -> Row:
 def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
                    is_controller: bool) -> List[Route]:
     """The routes of the document that describes the others, what a controller passes on, and
-    these; one that VERBS does not name is nobody's business."""
+    these; one that VERBS does not name is left out."""
     def openapi_json(request: Request) -> Row:
         own_paths = {route.path for route in routes}
         passed = [Route(flavour.prefix + verb.name, verb.methods, openapi_json)
@@ -5018,13 +5010,9 @@ def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
 # 9. Events
 # ------------------------------------------------------------------------------------------------
 
-MOMENT = re.compile("[1-9][0-9]{0,11}")  # seconds, as an event's source may tell them
-
-
 def as_stream(rows: List[Tuple[int, bytes]]) -> Iterator[bytes]:
-    """Rows (seq, JSON) as server-sent events, in pieces of about 8 KiB: the events of one store
-    are shared by all its readers, so only a piece is made anew for each of them. Rows are gone
-    once they are given out."""
+    """Rows (seq, JSON) as server-sent events, in pieces of about 8 KiB: only these are made anew
+    for each reader. Rows are gone once they are given out."""
     rows.reverse()
     while rows:
         piece = bytearray()
@@ -5043,42 +5031,24 @@ class Feed:
         self.rows, self.size = rows, 0   # a number of 0: not kept, so nothing to resume from
         self.more: Future[bool] = Future()  # set when there is more
 
-    def add(self, seq: int, data: bytes) -> bool:
-        """One more; False if its reader is too far behind."""
-        self.rows.append((seq, data))
-        self.size += len(data)
-        settle(self.more, True)
-        return len(self.rows) <= STREAM_LIMIT and self.size <= STREAM_BYTES
-
-    def take(self) -> List[Tuple[int, bytes]]:
-        """All there is; from now on `more` is of what comes next."""
-        rows, self.rows, self.size, self.more = self.rows, [], 0, Future()
-        return rows
-
 
 class Store:
-    """The ring of the newest events, for check_event and streams (CONTRACT 6).
+    """The ring of the newest events, for check_event and streams (CONTRACT 6); `room` bounds its
+    bytes. A `seq` starts at the clock's milliseconds, so that a number from before a restart is
+    older than all that is kept. Bare calls share one mark; `since` and streams only read."""
 
-    Each event gets a `seq` that starts at the clock's milliseconds, so that a number from before
-    a restart is older than all that is kept. Bare calls share one mark; `since` and streams only
-    read. `room` bounds the bytes that are kept.
-    """
-
-    def __init__(self, size: int, clock: Callable[[], float] = time.time,
-                 room: int = 0) -> None:
-        self._lock = threading.Lock()  # guards all that may change below, and each Feed
+    def __init__(self, size: int, clock: Callable[[], float] = time.time, room: int = 0) -> None:
+        self._lock = threading.Lock()  # guards all below, and each Feed
         self._size, self._room = max(1, size), room
         self._ring: Deque[Tuple[int, bytes]] = collections.deque()
         self._bytes = 0                # of what is in the ring
         self._seq = self._mark = int(clock() * 1000)
         self._waiting: Set[Future[bool]] = set()  # calls of check_event
         self._feeds: Set[Feed] = set()
-        # Hears of each event at once, as a Feed does.
-        self.relay: Optional[Callable[[int, bytes], None]] = None
+        self.relay: Optional[Callable[[int, bytes], None]] = None  # gets all that a Feed gets
 
     def add(self, event: Union[Row, bytes]) -> None:
-        """Keep an event, and wake everybody who waits for one. One that has a seq keeps it, and
-        so does one that is JSON already."""
+        """Keep an event, and wake who waits for one. One with a seq keeps that, as does JSON."""
         with self._lock:
             self._seq += 1
             data = event if isinstance(event, bytes) else to_bytes({"seq": self._seq, **event})
@@ -5088,8 +5058,7 @@ class Store:
                     0 < self._room < self._bytes and len(self._ring) > 1):
                 self._bytes -= len(self._ring.popleft()[1])
             self._feed(self._seq, data)
-            waiting, self._waiting = self._waiting, set()
-            for future in waiting:
+            for future in self._waiting:
                 settle(future, True)
 
     def tell(self, event: Union[Row, bytes]) -> None:
@@ -5100,20 +5069,20 @@ class Store:
 
     def _feed(self, seq: int, data: bytes) -> None:
         """Who falls too far behind is cut off: it comes back, and says from where on."""
-        self._feeds = {feed for feed in self._feeds if feed.add(seq, data)}
+        for feed in list(self._feeds):
+            feed.rows.append((seq, data))
+            feed.size += len(data)
+            settle(feed.more, True)
+            if len(feed.rows) > STREAM_LIMIT or feed.size > STREAM_BYTES:
+                self._feeds.discard(feed)
         if self.relay:
             self.relay(seq, data)
 
-    def followed(self) -> bool:
-        """Whether anybody streams."""
-        return bool(self._feeds)
-
-    def take(self, since: Optional[int], wait: Wait,
-             seconds: float = EVENT_SECONDS) -> bytes:
+    def take(self, since: Optional[int], wait: Wait, seconds: float = EVENT_SECONDS) -> bytes:
         """A JSON list of the events after `since`, or after the mark (None), which then moves.
 
-        Waits up to `seconds` for the first one by `wait(future, seconds)`; Hangup, raised by
-        that, leaves everything for the next caller.
+        Waits up to `seconds` for the first one; Hangup, raised by `wait`, leaves all of them for
+        the next caller.
         """
         future: Future[bool] = Future()
         with self._lock:
@@ -5121,17 +5090,17 @@ class Store:
             rows = self._after(mark)
             if not rows:
                 self._waiting.add(future)
-        if not rows:
-            try:
+        try:
+            if not rows:
                 wait(future, seconds)
-            except TimeoutError:
-                pass
-            finally:
-                with self._lock:
-                    self._waiting.discard(future)
-                    rows = self._after(mark)
-        if rows and since is None:
+        except TimeoutError:
+            pass
+        finally:
             with self._lock:
+                self._waiting.discard(future)
+        with self._lock:
+            rows = self._after(mark)
+            if rows and since is None:
                 self._mark = max(self._mark, rows[-1][0])
         return b"[" + b",".join([data for _, data in rows]) + b"]"
 
@@ -5146,10 +5115,8 @@ class Store:
 
     def stream(self, request: Request) -> Response:
         """Server-sent events: what is kept from after Last-Event-ID, or else after `since`; a
-        `retry` where the present begins; then, also with neither, all that comes. BadRequest.
-
-        It ends with the server or, by Hangup, with its reader.
-        """
+        `retry` where the present begins; then, also with neither, all that comes, until the server
+        ends or, by Hangup, its reader. BadRequest."""
         since = seq_of(request.fields.get("last-event-id") or request.params.get("since"))
         mark = self._seq if since is None else since
 
@@ -5157,20 +5124,21 @@ class Store:
             with self._lock:
                 feed = Feed(self._after(mark))
                 self._feeds.add(feed)
-                rows = feed.take()
+            sign, ended = b"retry: 1000\n\n", False
             try:
-                yield from as_stream(rows)
-                yield b"retry: 1000\n\n"
-                ended = False
-                while not ended:
+                while True:
+                    with self._lock:
+                        ended = ended or feed not in self._feeds
+                        rows, feed.rows, feed.size, feed.more = feed.rows, [], 0, Future()
+                    yield from as_stream(rows)
+                    yield sign
+                    if ended:
+                        return
+                    sign = b""
                     try:
                         ended = request.wait(feed.more, STREAM_SECONDS) is None
                     except TimeoutError:
-                        yield b":\n\n"
-                    with self._lock:
-                        ended = ended or feed not in self._feeds
-                        rows = feed.take()
-                    yield from as_stream(rows)
+                        sign = b":\n\n"
             finally:
                 with self._lock:
                     self._feeds.discard(feed)
@@ -5180,19 +5148,17 @@ class Store:
 
 
 def event_row(event: str, params: List[Any], when: Optional[str] = None) -> Row:
-    """An event as it is told; `when` is its time in seconds, where its source knows that."""
-    known = when is not None and MOMENT.fullmatch(when)
+    """An event as it is told; `when` is its time in seconds, if its source tells that."""
+    known = re.fullmatch("[1-9][0-9]{0,11}", when or "")
     return {"event": event, "params": params, "post_type": "event",
             "time": when if known else str(int(time.time()))}
 
 
 def seq_of(text: Optional[str]) -> Optional[int]:
     """An event's number as callers give it, or None; BadRequest."""
-    if text is None:
-        return None
-    if not re.fullmatch("[0-9]{1,18}", text):
+    if text is not None and not re.fullmatch("[0-9]{1,18}", text):
         raise BadRequest(400, "since must be a seq, a whole number")
-    return int(text)
+    return None if text is None else int(text)
 
 
 def bulk_of(item: Json) -> int:
@@ -5201,23 +5167,32 @@ def bulk_of(item: Json) -> int:
     return len(event.get("media_data") or "") if isinstance(event, dict) else 0
 
 
+class Lane:
+    """The events of one conversation that wait to be posted, or are on their way."""
+
+    def __init__(self, keys: Iterable[int] = ()) -> None:
+        self.keys = collections.deque(keys)    # in the spool; only the first is tried
+        self.tries = 0                         # in vain, after it was sent
+        self.since: Optional[float] = None     # its first try
+        self.next = 0.0                        # when it may be tried again
+
+
 class Reporter:
     """Posts events to post_api, each conversation in order, through a queue that survives.
+    Without a URL nothing is posted.
 
     The threads of a pool post one event each, without a lock; the owner's, `timers.lock`, guards
     the spool and all state here. A second conversation is posted beside the first once that has
     taken PATIENCE: so a slow answer holds up one chat only, and a kill finds one event on its
-    way, not four, as long as the receiver is quick. Without a URL nothing is posted.
+    way, not four, as long as the receiver is quick.
 
     `answered(event, answer)` gets each JSON object that a receiver answers, before the next event
     of that conversation goes; `asking(event, True)` is called before a post, and with False once
-    its answer is there, or none will come; both without the lock. `error` tells of the last event
-    that was dropped; `failed()` is called after it changed, by the timers, with the lock held.
+    its answer is there, or none will come; both without the lock. `failed()` is called after
+    `error` changed, by the timers, with the lock held.
     """
 
     PATIENCE = 0.05
-    LATER = (408, 425, 429)
-    TELL_SECONDS = 1.0           # between two calls of failed(): a file is written for it
 
     def __init__(self, url: str, secret: str, spool: Spool, timers: Any, log: Log,
                  answered: Callable[[Row, Row], None], fetch: Callable[..., Reply] = fetch,
@@ -5228,60 +5203,55 @@ class Reporter:
         self._log, self._answered, self._fetch = log, answered, fetch
         self._failed, self._clock, self._numeric = failed, clock, numeric
         self._asking = asking
-        self._pool = ThreadPool(POST_LANES, "post", log)
-        self.error: Row = {}                            # as check_client shows it: post_error
+        self._shown, self._pool = shown_url(url), ThreadPool(POST_LANES, "post", log)
+        self.error: Row = {}                      # post_error: of the last one dropped
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
-        self._queues: Dict[str, Deque[int]] = {}        # conversation -> keys in the spool
-        self._flying: Dict[str, float] = {}             # conversation -> when its post began
-        self._waiting: Dict[str, float] = {}            # conversation -> when it may try again
-        self._tries: Dict[int, Tuple[int, float]] = {}  # key -> times refused, of the first try
-        self._pause_until = 0.0                         # nobody can be reached at all
-        self._outage = 0                                # tries in a row that found nobody
-        self._gone = not url                            # the receiver said so
-        self._redirected = False                        # it sent us elsewhere, to no avail
-        self._holding = False                           # the process is about to end
-        self._emptied: Optional[Callable[[], None]] = None
-        self._look_at = self._tell_at = 0.0             # when the timers do so next
+        self._lanes: Dict[str, Lane] = {}         # by conversation; who comes first goes first
+        self._flying: Dict[Lane, float] = {}      # when each post began that has no answer yet
+        self._pause_until = 0.0                   # nobody can be reached at all
+        self._outage = 0                          # tries in a row that found nobody
+        self._gone = not url                      # the receiver said so
+        self._redirected = False                  # it sent us elsewhere, to no avail
+        self._holding = False                     # the process is about to end
+        self._landed: Optional[Callable[[], Any]] = None
+        self._look_at = self._tell_at = 0.0       # when the timers do so next
         with timers.lock:
             for key, item in list(spool.pending.items() if url else ()):
                 if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
-                    self._queues.setdefault(str(item["in"]), collections.deque()).append(key)
+                    self._lanes.setdefault(str(item["in"]), Lane()).keys.append(key)
                 else:
                     spool.done(key)  # no event: whoever wrote that into the file
 
     def add(self, event: Row, conversation: str, mark: Json = None) -> None:
-        """Queue an event for posting, together with its source's mark (Spool)."""
+        """Queue an event, together with its source's mark (Spool)."""
         with self._timers.lock:
             if self._gone:
                 return self._spool.advance(mark) if mark is not None else None
-            name = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
-            key = self._spool.add({"id": name, "in": conversation, "event": event}, mark)
-            self._queues.setdefault(conversation, collections.deque()).append(key)
+            id = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
+            key = self._spool.add({"id": id, "in": conversation, "event": event}, mark)
+            self._lanes.setdefault(conversation, Lane()).keys.append(key)
             for old in self._spool.excess():
-                its = str(self._spool.pending[old]["in"])
-                if its not in self._flying or self._queues[its][0] != old:  # not on its way
-                    self._drop(its, old, "over the limit of the queue")
+                if old not in [lane.keys[0] for lane in self._flying]:
+                    self._drop(old, "over the limit of the queue")
 
     def flush(self) -> None:
         """Write what was added, then post it: in this order, or a kill could lose it."""
         with self._timers.lock:
             flight = self._next()
             if flight:
-                self._pool.submit(self._post, flight)
+                self._pool.submit(self._post, *flight)
 
     start = flush  # going on with what a former process left
 
-    def drain(self, emptied: Callable[[], None]) -> None:
-        """Have emptied() called, by the timers, once nothing is left to post."""
-        with self._timers.lock:
-            self._emptied = emptied
-            self.flush()
+    def drain(self, landed: Callable[[], Any]) -> None:
+        """Have landed() called, by the timers, after each event that is done with."""
+        self._landed = landed
+        self.flush()
 
-    def hold(self, landed: Callable[[], None]) -> None:
-        """Post no more; have landed() called once what is on its way has been answered."""
-        with self._timers.lock:
-            self._holding = True
-            self.drain(landed)
+    def hold(self, landed: Callable[[], Any]) -> None:
+        """The same, and post no more."""
+        self._holding = True
+        self.drain(landed)
 
     def waiting(self) -> int:
         """How many events are not delivered yet."""
@@ -5291,39 +5261,35 @@ class Reporter:
         """How many are on their way."""
         return len(self._flying)
 
-    def _next(self) -> Optional[Tuple[str, int, Row]]:
-        """What is to be posted now, as conversation, key and item; it counts as flying. One at
-        most: its answer, or PATIENCE, lets the next one go."""
+    def _next(self) -> Optional[Tuple[Lane, Row]]:
+        """What is to be posted now; it counts as flying. One at most: its answer, or PATIENCE,
+        lets the next one go."""
         self._spool.flush()
         found, now = None, self._timers.clock()
-        wait = max([began + self.PATIENCE - now for began in self._flying.values()], default=0.0)
+        wait = max(self._flying.values(), default=now - self.PATIENCE) + self.PATIENCE - now
         if (wait <= 0 and len(self._flying) < POST_LANES and now >= self._pause_until
                 and not self._holding):
-            for conversation, keys in self._queues.items():
-                if conversation not in self._flying and (
-                        self._waiting.get(conversation, now) <= now):
-                    found = conversation, keys[0], self._spool.pending[keys[0]]
-                    self._waiting.pop(conversation, None)
-                    self._flying[conversation], wait = now, self.PATIENCE
+            for lane in self._lanes.values():
+                if lane not in self._flying and lane.next <= now:
+                    found = lane, self._spool.pending[lane.keys[0]]
+                    self._flying[lane], wait = now, self.PATIENCE
                     break
-        if wait > 0 and now >= self._look_at and len(self._queues) > len(self._flying):
+        if wait > 0 and now >= self._look_at and len(self._lanes) > len(self._flying):
             self._look_at = now + wait
             self._timers.later(wait, self.flush)
-        if self._emptied and not (self._flying if self._holding else self._queues):
-            self._timers.later(0.0, self._emptied)
-            self._emptied = None
         return found
 
-    def _post(self, flight: Optional[Tuple[str, int, Row]]) -> None:
-        """In a thread of the pool: post an event, note what came of it, and go on with the next
-        one, until there is none or another thread has it."""
+    def _post(self, lane: Lane, item: Row) -> None:
+        """In a thread of the pool: post one event after the other, until there is none that may be
+        posted now."""
+        flight: Optional[Tuple[Lane, Row]] = (lane, item)
         while flight:
-            conversation, key, item = flight
+            lane, item = flight
             status, answer, failure = 0, None, None
             self._asking(item["event"], True)
             try:
                 status, answer = self._call(item)
-                if status in self.LATER or status >= 500:
+                if status in (408, 425, 429) or status >= 500:
                     failure = Unreachable(f"answered {status}", True)
             except Unreachable as error:
                 failure = error
@@ -5337,12 +5303,15 @@ class Reporter:
                     self._log.failure("what an answer of post_api wants")
             self._asking(item["event"], False)
             with self._timers.lock:
-                del self._flying[conversation]
-                self._note(conversation, key, status, failure)
+                del self._flying[lane]
+                if not self._gone:  # else another answer said so meanwhile, and all is dropped
+                    self._note(lane, status, failure)
+                if self._landed:
+                    self._timers.later(0.0, self._landed)
                 flight = self._next()
 
     def _call(self, item: Row) -> Tuple[int, Optional[Row]]:
-        """Post an event, to where redirects on the same server lead: the answer's status, and the
+        """Post an event, and follow redirects on the same server: the answer's status, and the
         JSON object in it. Unreachable."""
         event, queued = item["event"], re.match("[0-9a-f]{1,15}(?=-)", str(item["id"]))
         if self._numeric:            # which may have changed since it was queued
@@ -5358,89 +5327,81 @@ class Reporter:
             reply = self._fetch(url, "POST", fields, body, max(0.1, until - self._timers.clock()))
             data = reply.read()
             target = redirect_of(url, reply)
-            if not same_origin(url, target):
+            if not (target and same_origin(url, target)):
                 break
             url = target
-        answer = None
         if reply.kind in ("application/json", "text/json"):
-            try:
-                answer = object_in(read_text(data).encode())
-            except ValueError:
-                pass  # no text in any encoding that we know
-        return reply.status, answer
+            with contextlib.suppress(ValueError):  # no text in any encoding that we know
+                return reply.status, object_in(read_text(data).encode())
+        return reply.status, None
 
-    def _note(self, conversation: str, key: int, status: int,
-              failure: Optional[Unreachable]) -> None:
+    def _note(self, lane: Lane, status: int, failure: Optional[Unreachable]) -> None:
         """What became of a post decides when it, or the next one, is tried."""
-        now, url = self._timers.clock(), shown_url(self._url)
-        tries, first = self._tries.get(key, (0, now))
-        if self._gone:
-            return  # another answer said so meanwhile, and all has been dropped
+        now, key = self._timers.clock(), lane.keys[0]
+        lane.since = now if lane.since is None else lane.since
         if status == 410:
-            self._log.warn(f"{url} answered 410 Gone: nothing more is posted to it")
+            self._log.warn(f"{self._shown} answered 410 Gone: nothing more is posted to it")
             self._gone = True
-            for other, item in list(self._spool.pending.items()):
-                self._drop(str(item["in"]), other, "the receiver is gone")
+            for other in list(self._spool.pending):
+                self._drop(other, "the receiver is gone")
         elif failure is None:
             if self._outage > 1:
-                self._log.info(f"{url} takes events again")
+                self._log.info(f"{self._shown} takes events again")
             if 300 <= status < 400 and not self._redirected:
-                self._log.warn(f"{url} answers with a redirect that is not followed: "
+                self._log.warn(f"{self._shown} answers with a redirect that is not followed: "
                                "give the URL that takes events")
             self._outage, self._redirected = 0, 300 <= status < 400
             self.counts["posted"] += 1
-            self._forget(conversation, key)
-        elif failure.sent and tries + 1 >= POST_TRIES:
-            self._drop(conversation, key, f"{failure.status}, {POST_TRIES} times")
+            self._forget(key)
+        elif failure.sent and lane.tries + 1 >= POST_TRIES:
+            self._drop(key, f"{failure.status}, {POST_TRIES} times")
+        elif not failure.sent and now - lane.since > POST_DAY:
+            self._drop(key, "nobody there for a day")
         elif failure.sent:  # what breaks its receiver is not to do so for a day
             self.counts["retried"] += 1
-            self._tries[key] = tries + 1, first
-            self._waiting[conversation] = now + 2.0 ** tries
-            self._timers.later(2.0 ** tries, self.flush)
-        elif now - first > POST_DAY:
-            self._drop(conversation, key, "nobody there for a day")
+            lane.next = now + 2.0 ** lane.tries
+            self._timers.later(2.0 ** lane.tries, self.flush)
+            lane.tries += 1
         else:  # no connection: it would fare no better with the others, so all wait
             self.counts["retried"] += 1
-            self._tries[key] = tries, first
             if now >= self._pause_until:
                 if self._outage == 1:
-                    self._log.warn(f"{url} cannot be reached ({failure.status}); "
+                    self._log.warn(f"{self._shown} cannot be reached ({failure.status}); "
                                    "events wait for it")
                 pause = backoff(self._outage, POST_PAUSE)
                 self._outage += 1
                 self._pause_until = now + pause
                 self._timers.later(pause, self.flush)
 
-    def _forget(self, conversation: str, key: int) -> None:
+    def _forget(self, key: int) -> None:
         """Whatever became of an event: the next of its conversation waits behind the others."""
-        self._tries.pop(key, None)
-        self._waiting.pop(conversation, None)
-        keys = self._queues.pop(conversation)
-        keys.remove(key)
-        if keys:
-            self._queues[conversation] = keys
+        name = str(self._spool.pending[key]["in"])
+        lane = self._lanes.pop(name)
+        first = lane.keys[0] == key
+        lane.keys.remove(key)
+        if lane.keys:
+            self._lanes[name] = Lane(lane.keys) if first else lane
         self._spool.done(key)
 
-    def _drop(self, conversation: str, key: int, why: str) -> None:
-        self._forget(conversation, key)
+    def _drop(self, key: int, why: str) -> None:
+        self._forget(key)
         self.counts["dropped"] += 1
-        dropped, now = self.counts["dropped"], self._timers.clock()
-        if dropped & (dropped - 1) == 0:  # 1, 2, 4, 8 …
-            self._log.warn(f"{dropped} event(s) dropped, not posted to {shown_url(self._url)}: "
-                           f"{why}")
+        dropped = self.counts["dropped"]
+        if is_news(dropped):
+            self._log.warn(f"{dropped} event(s) dropped, not posted to {self._shown}: {why}")
         self.error = {"time": str(int(self._clock())), "error": why, "dropped": dropped}
-        if now >= self._tell_at:
-            self._tell_at = now + self.TELL_SECONDS
-            self._timers.later(self.TELL_SECONDS, self._failed)
+        now = self._timers.clock()
+        if now >= self._tell_at:  # a file is written for it
+            self._tell_at = now + 1.0
+            self._timers.later(1.0, self._failed)
 
 
-def watch_posting(metrics: Metrics, reporter: Optional[Reporter]) -> None:
-    """Let /metrics tell of what is posted; all 0 where nothing is."""
-    counts = reporter.counts if reporter else dict.fromkeys(("posted", "retried", "dropped"), 0)
+def watch_posting(metrics: Metrics, reporter: Reporter) -> None:
+    """Let /metrics tell of what is posted."""
     metrics.watch("events_total", "counter", "Events for post_api by what became of them.",
-                  lambda: {f'result="{name}"': count for name, count in counts.items()})
+                  lambda: {f'result="{name}"': count for name, count in reporter.counts.items()})
     metrics.watch("post_queue_length", "gauge", "Events that wait to be posted.",
-                  lambda: {"": reporter.waiting() if reporter else 0})
+                  lambda: {"": reporter.waiting()})
 
 
 def shown_url(url: str) -> str:
@@ -5470,7 +5431,7 @@ def same_origin(url: str, other: str) -> bool:
 
 
 class Outlet:
-    """Where an account's events go: the ring, post_api, stdout; each what is meant for it."""
+    """Where an account's events go: the ring, post_api, stdout."""
 
     KEPT = re.compile("(new|lose)_")  # in the ring whatever post_event_list says (CONTRACT 6)
     KEPT_IF_LISTED = re.compile(".*_property_change|(friend|group)_request|revoke_message|"
@@ -5509,14 +5470,10 @@ class Outlet:
 
 
 class Heartbeat:
-    """Asks poll_api again and again, and does what its redirects say (CONTRACT 7).
-
-    So a server outside can drive a program inside: it lets the request hang, and answers it with
-    a redirect to an API of ours. `own` maps the ports of our servers to their URLs.
-    """
+    """Asks poll_api again and again, and does what its redirects say (CONTRACT 7): so a server
+    outside can drive a program inside. `own` maps the ports of our servers to their URLs."""
 
     HOPS = 7
-    HANG_SECONDS = 86_400.0
 
     def __init__(self, url: str, interval: float, own: Dict[int, str], token: str, log: Log,
                  fetch: Callable[..., Reply] = fetch) -> None:
@@ -5525,7 +5482,7 @@ class Heartbeat:
         self._started, self._ended = False, threading.Event()
 
     def start(self) -> None:
-        """Beat in a thread of its own, until stop(); a second call changes nothing."""
+        """Beat until stop(); a second call changes nothing."""
         if not self._started:
             self._started = True
             spawn(self._run, name="heartbeat")
@@ -5552,15 +5509,21 @@ class Heartbeat:
         """Ask once, and follow where the answer leads. Unreachable."""
         url = self._url
         for _ in range(self.HOPS + 1):
-            reply = self._fetch(url, seconds=self.HANG_SECONDS)
+            reply = self._fetch(url, seconds=86_400.0)  # it may let us hang
             reply.read()
             target = redirect_of(url, reply)
             if not target:
                 return
-            own = self._own_call(target)
-            if own:
+            try:
+                parts, (_, host, port) = urllib.parse.urlsplit(target), origin_of(target)
+            except ValueError:
+                host, port = "", 0
+            if port in self._own and is_loopback(host) and (
+                    re.match("/open(qq|wx)/", parts.path)):
+                own = self._own[port] + urllib.parse.urlunsplit(
+                    parts._replace(scheme="", netloc="", fragment=""))  # whatever it called us
                 fields = {"Authorization": bearer(self._token)} if self._token else {}
-                reply = self._fetch(own, "GET", fields, seconds=PROXY_SECONDS)
+                reply = self._fetch(own, fields=fields, seconds=PROXY_SECONDS)
                 reply.read()
                 return self._log.info(f"poll_api had us call {shown_url(own)}: {reply.status}")
             if not same_origin(self._url, target):
@@ -5569,32 +5532,23 @@ class Heartbeat:
             url = target
         self._log.warn(f"poll_api leads on after {self.HOPS} redirects: given up")
 
-    def _own_call(self, target: str) -> str:
-        """The call that a redirect asks for, at our own address whatever it called us."""
-        try:
-            parts = urllib.parse.urlsplit(target)
-            _, host, port = origin_of(target)
-        except ValueError:
-            return ""
-        base = self._own.get(port) if is_loopback(host) else None
-        if base is None or not re.match("/open(qq|wx)/", parts.path):
-            return ""
-        return base + urllib.parse.urlunsplit(parts._replace(scheme="", netloc="", fragment=""))
-
 
 # ------------------------------------------------------------------------------------------------
 # 10. Local network
 # ------------------------------------------------------------------------------------------------
 
-COMMON = "OpenQQ"   # the group and the discuss that everybody who logs in joins
-ROLES = {"owner": "create", "admin": "manage", "member": "attend"}
+ROLES = {"owner": "create", "admin": "manage", "member": "attend"}  # and what groups call them
+RANKS = {"owner": 3, "admin": 2, "member": 1}
+SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
+UID = re.compile("[1-9][0-9]{0,17}")  # what a number of 64 bits holds, as typed clients keep it
+PROPERTIES = {"role": "owner|admin|member", "echo": "[01]", "name": r"(?s)(?=.*\S).*",
+              "muted": r"[0-9]{1,12}(\.[0-9]{1,9})?"}
 
 
 def weight(row: Row) -> int:
     """About how many bytes a message or an event takes on its way."""
-    if "event" in row:
-        return len(to_bytes(row))
-    return 6 * len(row["content"]) + len((row.get("media") or {}).get("data", ""))
+    return len(to_bytes(row)) if "event" in row else (
+        6 * len(row["content"]) + len((row.get("media") or {}).get("data", "")))
 
 
 def name_to_uid(name: str) -> str:
@@ -5612,53 +5566,93 @@ def typed(name: str, value: Json) -> Json:
     return int(text) if name in ("max_member", "max_admin") and LENGTH.fullmatch(text) else text
 
 
-SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
-UID = re.compile("[1-9][0-9]{0,17}")  # what a number of 64 bits holds, as typed clients keep it
-PROPERTIES = {"role": "owner|admin|member", "echo": "[01]", "name": r"(?s)(?=.*\S).*",
-              "muted": r"[0-9]{1,12}(\.[0-9]{1,9})?"}
+def require(there: Any, what: str) -> None:
+    """NotFound for what is not there, or not for whoever asks."""
+    if not there:
+        raise NotFound(f"{what} not found")
 
 
 def check_properties(row: Row) -> None:
-    """NotFound for a property that the network itself reads and could not, or too long a one."""
+    """NotFound for a property that the network reads and could not, or too long a one."""
     for name, value in row.items():
-        good = PROPERTIES.get(name, "(?s).*")
-        if len(str(value)) > SETTING_LIMIT or not re.fullmatch(good, str(value)):
-            raise NotFound(f"{name[:100]} {str(value)[:100]} not found")
+        good = re.fullmatch(PROPERTIES.get(name, "(?s).*"), str(value))
+        require(good and len(str(value)) <= SETTING_LIMIT, f"{name[:100]} {str(value)[:100]}")
+
+
+def member_of(group: str, uid: str) -> Row:
+    """Whom an event speaks of."""
+    return {"kind": "group_member", "uid": uid, "circle": group}
+
+
+class Session:
+    """What is known of an account only while the host runs."""
+
+    def __init__(self) -> None:
+        self.mode = "online"         # the state that it wants to show
+        self.online = False          # logged in
+        self.running = False         # its client has loaded the roster, too
+        self.notes: List[Row] = []   # for its client, about the login: neither numbered nor kept
+        self.pull: Optional[Future[bool]] = None  # of its client, which waits for news
+        self.hopes: Set[Future[bool]] = set()     # of callers who wait until it is running
 
 
 class World:
-    """Who and what there is on the local network: tables in a ledger, by uid.
+    """Who and what there is on the local network, how each account sees it, and what waits for
+    each: tables in a ledger, by uid.
 
-    people: uid -> row. friend: uid -> friend's uid -> how the first sees the second. group and
-    discuss: uid -> row; group_member and discuss_member: uid -> member's uid -> row. login:
-    account -> uid, nonce, cookie, time.
+    people: uid -> row. friend: uid -> friend's uid -> how the first sees the second; mark: the
+    same of members of groups. group and discuss: uid -> row; group_member and discuss_member: uid
+    -> member's uid -> row. login: account -> uid, nonce, cookie, time. wait: account -> number ->
+    item; seq: account -> its last number.
     """
 
-    def __init__(self, ledger: Ledger, flavour: Type[Flavour]) -> None:
-        self.ledger, self.flavour = ledger, flavour
-        self.online: Set[str] = set()  # accounts
-        self.mode: Dict[str, str] = {}  # account -> the state that it wants to show
-        self.account_of = {row["uid"]: account
-                           for account, row in ledger.table("login").items()}
+    def __init__(self, path: str, world_file: str, flavour: Type[Flavour], log: Log,
+                 clock: Callable[[], float]) -> None:
+        self.flavour, self.log, self.clock = flavour, log, clock
+        self.ledger = Ledger(path + ".json", path + ".jsonl", log)
+        self.put, self.table = self.ledger.put, self.ledger.table
+        self.sessions: Dict[str, Session] = collections.defaultdict(Session)  # by account
+        self.sent: Dict[str, Row] = {}  # the newest messages, by id: uid, group, receivers
+        self._woken: Set[str] = set()   # accounts for which something came
+        self._dropped = 0
+        data = read_file(os.path.realpath(world_file)) if world_file else to_bytes(flavour.world)
+        digest = f"{zlib.crc32(data):08x}" if world_file and data else ""
+        about = self.table("about")
+        if not about or digest not in ("", about.get("world")):
+            try:
+                self._begin(from_bytes(data or b""), digest)
+            except (ValueError, KeyError, TypeError, AttributeError, NotFound):
+                raise Refusal(f"world file {world_file} cannot be read: there must be one, and it "
+                              "must hold what /local/world shows") from None
+        self.era = str(self.table("about").get("era", ""))  # numbers of another one mean nothing
+        self.account_of = {row["uid"]: account for account, row in self.table("login").items()}
 
-    def begin(self, spec: Row, digest: str) -> None:
-        """Start anew with the people of a world file; ValueError or KeyError if it is none."""
-        self.ledger.clear()
-        self.account_of = {}
-        put = self.ledger.put
-        put(binascii.hexlify(os.urandom(4)).decode(), "about", "era")
-        put(digest, "about", "world")
+    def _begin(self, spec: Row, digest: str) -> None:
+        """Start anew with what a world file holds, once all of it has been read."""
+        found: List[Tuple[Any, ...]] = [(os.urandom(4).hex(), "about", "era"),
+                                        (digest, "about", "world")]
         for person in [*self.fixtures(), *spec["people"]]:
             uid = str(person["uid"])
             person = {**person, "name": str(person.get("name") or uid)}
             check_properties(person)
-            put(person, "people", uid)
-        for what, member in ("groups", "group_member"), ("discuss", "discuss_member"):
-            for circle in spec.get(what, []) if member in self.flavour.fields else []:
-                self._begin_circle(what.rstrip("s") if what == "groups" else what, member, circle)
+            found.append((person, "people", uid))
+        for table, circles in ("group", "groups"), ("discuss", "discuss"):
+            for circle in spec.get(circles, []) if table in self.flavour.fields else []:
+                uid, owner = str(circle["uid"]), str(circle.get("owner_uid"))
+                row = dict(circle)
+                members = row.pop("member")
+                found.append((row, table, uid))
+                for row in members:
+                    row = dict(row) if isinstance(row, dict) else {"uid": str(row)}
+                    check_properties(row)
+                    if str(row["uid"]) == owner:
+                        row["role"] = "owner"
+                    found.append((row, table + "_member", uid, str(row["uid"])))
         for one, other in spec.get("friends", []):
-            put({}, "friend", str(one), str(other))
-            put({}, "friend", str(other), str(one))
+            found += ({}, "friend", str(one), str(other)), ({}, "friend", str(other), str(one))
+        self.ledger.clear()
+        for value, *place in found:
+            self.put(value, *place)
         self.ledger.commit()
         self.ledger.save()
 
@@ -5666,20 +5660,9 @@ class World:
         """Those who are in every world: they have an id of their own (filehelper)."""
         return [person for person in self.flavour.world["people"] if "id" in person]
 
-    def _begin_circle(self, what: str, member: str, circle: Row) -> None:
-        uid = str(circle["uid"])
-        self.ledger.put({key: value for key, value in circle.items() if key != "member"},
-                        what, uid)
-        for row in circle["member"]:
-            row = dict(row) if isinstance(row, dict) else {"uid": str(row)}
-            check_properties(row)
-            if str(row["uid"]) == str(circle.get("owner_uid")):
-                row["role"] = "owner"
-            self.ledger.put(row, member, uid, str(row["uid"]))
-
     def dump(self) -> Row:
-        """What begin() reads, and /local/world shows."""
-        table = self.ledger.table
+        """What a world file holds, and /local/world shows."""
+        table = self.table
         return {
             "people": list(table("people").values()),
             "groups": [dict(row, member=[
@@ -5691,10 +5674,16 @@ class World:
             "friends": [[one, other] for one, others in table("friend").items()
                         for other in others if one < other]}
 
+    # -- who is who
+
+    def me(self, account: str) -> str:
+        """The uid of an account that has logged in once."""
+        return str(self.table("login", account)["uid"])
+
     def find(self, table: str, who: str, viewer: str = "") -> str:
         """The uid of a person, group or discuss by uid, account, name or the viewer's id."""
-        rows = self.ledger.table(table)
-        login = self.ledger.table("login", who) if table == "people" and who else {}
+        rows = self.table(table)
+        login = self.table("login", who) if table == "people" else {}
         for uid in who, login.get("uid"):
             if uid and uid in rows:
                 return str(uid)
@@ -5706,997 +5695,723 @@ class World:
     def id_for(self, account: str, uid: str, table: str = "people") -> str:
         """How an account's login calls a uid: another id than that, a new one after each scan."""
         import hashlib
-        fixed = self.ledger.table(table, uid).get("id")
+        fixed = self.table(table, uid).get("id")
         if fixed:
             return str(fixed)
-        nonce = self.ledger.table("login", account).get("nonce", "")
+        nonce = self.table("login", account).get("nonce", "")
         digest = hashlib.blake2b(f"{nonce}/{uid}".encode(), digest_size=16)
         number = 10 ** 14 + int.from_bytes(digest.digest()[:8], "big") % (9 * 10 ** 14)
         return self.flavour.ids[table].format(number=number, hex=digest.hexdigest())
 
-    def _seen(self, kind: str, account: str, uid: str, *rows: Row) -> Row:
-        """The documented members of a thing as an account sees it; later rows win."""
-        merged: Row = {**self.flavour.usual, "state": self.state_of(uid),
-                       "account": self.account_of.get(uid, uid)}
-        for row in rows:
-            merged.update(row)
-        table = kind if kind in ("group", "discuss") else "people"
-        merged.update(uid=uid, id=self.id_for(account, uid, table), display=merged.get("card"))
-        names = self.flavour.fields[kind] + (("title",) if merged.get("title") else ())
-        return {name: typed(name, merged.get(name)) for name in names}
+    def role(self, group: str, uid: str) -> str:
+        """owner, admin or member; empty for somebody who is not in the group."""
+        row = self.table("group_member", group).get(uid)
+        return "" if row is None else str(row.get("role", "member"))
 
     def state_of(self, uid: str) -> str:
         """Residents are always there, accounts while they are logged in and not hidden."""
         account = self.account_of.get(uid)
         if account is None:
             return "online"
-        mode = self.mode.get(account, "online") if account in self.online else "offline"
-        return "offline" if mode == "hidden" else mode
+        session = self.sessions[account]
+        return session.mode if session.online and session.mode != "hidden" else "offline"
+
+    # -- how an account sees it
 
     def presence(self, account: str) -> Dict[str, str]:
         """How people look to others now, uid -> state: accounts, and who was given a state."""
         return {uid: str(row.get("state") or self.state_of(uid))
-                for uid, row in self.ledger.table("people").items()
+                for uid, row in self.table("people").items()
                 if uid in self.account_of or "state" in row}
 
-    def user(self, account: str) -> Row:
-        """An account's own row."""
-        uid = self.ledger.table("login", account)["uid"]
-        row = self._seen("user", account, uid, {"account": account},
-                         self.ledger.table("people", uid))
-        return row
-
-    def friend(self, account: str, uid: str) -> Row:
-        """Somebody as on an account's friend list."""
-        me = self.ledger.table("login", account)["uid"]
-        return self._seen("friend", account, uid, self.ledger.table("people", uid),
-                          self.ledger.table("friend", me, uid))
-
-    def member(self, table: str, account: str, circle: str, uid: str) -> Row:
-        """Somebody in a group or discuss (`table` group_member or discuss_member)."""
-        row = {"role": "member", **self.ledger.table(table, circle, uid)}
-        me = self.ledger.table("login", account)["uid"]
-        return self._seen(table, account, uid, self.ledger.table("people", uid), row,
-                          self.ledger.table("mark", me, uid))
-
-    def circle(self, table: str, account: str, uid: str, members: bool = True) -> Row:
-        """A group or discuss (`table`), with or without its members."""
-        me = self.ledger.table("login", account)["uid"]
-        row = dict(self.ledger.table(table, uid))
-        owner = str(row.get("owner_uid") or "")
-        own = self.ledger.table(table + "_member", uid, me)
-        seen = self._seen(table, account, uid, row, {
-            "role": ROLES[own.get("role", "member")], "owner_uid": owner or None,
-            "owner_id": self.id_for(account, owner) if owner else None, "code": uid,
-            })
-        seen["uid"] = uid  # a discuss shows none, but its members are found by it
-        if members:
-            seen["member"] = [self.member(table + "_member", account, uid, member)
-                              for member in self.ledger.table(table + "_member", uid)]
+    def seen(self, kind: str, account: str, uid: str, circle: str = "",
+             members: bool = True) -> Row:
+        """The documented fields of a thing as an account sees it; a member is one of a `circle`, a
+        group or discuss comes with its members or without."""
+        me, is_circle = self.me(account), kind in ("group", "discuss")
+        row: Row = {**self.flavour.usual, "state": self.state_of(uid),
+                    "account": self.account_of.get(uid, uid)}
+        if is_circle:
+            row.update(self.table(kind, uid))
+            everybody, owner = self.table(kind + "_member", uid), str(row.get("owner_uid") or "")
+            role = (everybody.get(me) or {}).get("role", "member")
+            row.update(role=ROLES[role], owner_uid=owner or None, code=uid,
+                       owner_id=self.id_for(account, owner) if owner else None)
+        elif circle:
+            row.update({**self.table("people", uid), "role": "member",
+                        **self.table(kind, circle, uid), **self.table("mark", me, uid)})
+        else:
+            row.update({**self.table("people", uid), **self.table("friend", me, uid)})
+        row.update(uid=uid, id=self.id_for(account, uid, kind if is_circle else "people"),
+                   display=row.get("card"))
+        names = self.flavour.fields[kind] + (("title",) if row.get("title") else ())
+        seen = {name: typed(name, row.get(name)) for name in names}
+        if is_circle:
+            seen["uid"] = uid  # a discuss shows none, but its members are found by it
+            if members:
+                seen["member"] = [self.seen(kind + "_member", account, member, uid)
+                                  for member in everybody]
         return seen
 
     def roster(self, account: str) -> Row:
         """All that an account loads at login."""
-        me = self.ledger.table("login", account)["uid"]
-        table = self.ledger.table
-        return {"user": self.user(account),
-                "friend": [self.friend(account, uid) for uid in table("friend", me)],
-                **{what: [self.circle(what, account, uid) for uid in table(what)
+        me, table = self.me(account), self.table
+        return {"user": self.seen("user", account, me),
+                "friend": [self.seen("friend", account, uid) for uid in table("friend", me)],
+                **{what: [self.seen(what, account, uid) for uid in table(what)
                           if me in table(what + "_member", uid)]
                    for what in ("group", "discuss")}}
 
-    def role(self, group: str, uid: str) -> str:
-        """owner, admin or member; empty for somebody who is not in the group."""
-        row = self.ledger.table("group_member", group).get(uid)
-        return "" if row is None else str(row.get("role", "member"))
+    # -- what waits for an account, numbered, until it says that it has it
 
+    def tell(self, uids: Iterable[str], event: str, parts: Row, of: Sequence[Any] = (),
+             away: bool = False) -> None:
+        """Tell those of some people who are accounts and there, or with `away` all accounts. `of`
+        are the arguments of seen() for the event's object, as each of them sees it."""
+        for uid in uids:
+            account = self.account_of.get(uid)
+            if account is not None and (away or self.sessions[account].online):
+                item = {"do": "event", "event": event, "time": str(int(self.clock())), **parts}
+                if of:
+                    item["object"] = self.seen(of[0], account, *of[1:])
+                self.deliver(account, item)
 
-class Outboxes:
-    """What waits for each account: numbered, and kept until the account says that it has it.
-
-    Messages wait for an account that is away, up to WAIT_LIMIT of them; everything else is
-    only for those who are there. Notes, about the login itself, are not numbered nor kept.
-    """
-
-    BATCH = 256
-
-    def __init__(self, ledger: Ledger, online: Set[str]) -> None:
-        self._ledger, self._online = ledger, online
-        self._notes: Dict[str, List[Row]] = {}
-        self._pulls: Dict[str, Future[bool]] = {}  # those who wait
-        self._woken: Set[str] = set()
-        self._dropped = 0
-        for waiting in ledger.table("wait").values():
-            items = sorted(waiting.items(), key=lambda item: int(item[0]))
-            waiting.clear()
-            waiting.update(items)
-
-    def era(self) -> str:
-        """The name of this world: numbers of another one mean nothing here."""
-        return str(self._ledger.table("about").get("era", ""))
-
-    def put(self, account: str, item: Row) -> None:
+    def deliver(self, account: str, item: Row) -> None:
         """Let an item wait for an account; the oldest of too many, or of too heavy ones, go."""
-        number = self.last(account) + 1
-        self._ledger.put(number, "seq", account)
-        self._ledger.put(item, "wait", account, str(number))
-        waiting = self._ledger.table("wait", account)
-        excess = len(waiting) - (POST_QUEUE_LIMIT if account in self._online else WAIT_LIMIT)
-        too_many = list(itertools.islice(waiting, max(0, excess)))
+        number = int(self.table("seq").get(account, 0)) + 1
+        self.put(number, "seq", account)
+        self.put(item, "wait", account, str(number))
+        waiting = self.table("wait", account)
+        limit = POST_QUEUE_LIMIT if self.sessions[account].online else WAIT_LIMIT
+        too_many = list(itertools.islice(waiting, max(0, len(waiting) - limit)))
         if item.get("media"):
             pictures = {key: weight(row) for key, row in waiting.items() if row.get("media")}
-            heavy = sum(pictures.values())
+            excess = sum(pictures.values()) - WAIT_BYTES
             for key, size in pictures.items():
-                if heavy > WAIT_BYTES:
+                if excess > 0:
                     too_many.append(key)
-                    heavy -= size
+                    excess -= size
         for key in too_many:
-            self._ledger.put(None, "wait", account, key)
+            self.put(None, "wait", account, key)
             self._dropped += 1
             if is_news(self._dropped):
-                self._ledger.log.warn(f"{self._dropped} message(s) dropped: too many wait")
+                self.log.warn(f"{self._dropped} message(s) dropped: too many wait")
         self._woken.add(account)
-
-    def withdraw(self, account: str, message_id: str) -> bool:
-        """Let a message wait no more; False if it does not."""
-        for key, item in self._ledger.table("wait", account).items():
-            if item["do"] == "message" and item["id"] == message_id:
-                self._ledger.put(None, "wait", account, key)
-                return True
-        return False
-
-    def last(self, account: str) -> int:
-        """The number of an account's newest item."""
-        return int(self._ledger.table("seq").get(account, 0))
 
     def note(self, account: str, item: Row) -> None:
-        """Tell an account something about its login, if it is there."""
-        self._notes.setdefault(account, []).append(item)
+        """Tell an account's client something about its login."""
+        self.sessions[account].notes.append(item)
         self._woken.add(account)
+
+    def take(self, account: str) -> List[Row]:
+        """Notes and, once its client has loaded the roster, what waits, oldest first, each with the
+        mark that acknowledges it."""
+        session = self.sessions[account]
+        items, session.notes = session.notes, []
+        size, waiting = 0, self.table("wait", account) if session.running else {}
+        for number, item in itertools.islice(waiting.items(), 256):
+            items.append(dict(item, mark=f"{self.era}:{number}"))
+            size += weight(item)
+            if size > BATCH_LIMIT:
+                break
+        return items
 
     def acknowledge(self, account: str, mark: str) -> None:
         """Forget what an account has: all up to its mark, `ERA:NUMBER`."""
         era, _, number = mark.partition(":")
-        if era != self.era() or not number.isdigit():
-            return
-        waiting = self._ledger.table("wait", account)
-        for key in list(itertools.takewhile(lambda key: int(key) <= int(number), waiting)):
-            self._ledger.put(None, "wait", account, key)
-
-    def take(self, account: str, ready: bool) -> List[Row]:
-        """What waits, oldest first, each numbered item with the mark that acknowledges it.
-
-        Those are only for an account that is ready: it has loaded its roster.
-        """
-        notes = self._notes.pop(account, [])
-        if not ready:
-            return notes
-        era, size = self.era(), 0
-        for number, item in itertools.islice(self._ledger.table("wait", account).items(),
-                                             self.BATCH):
-            notes.append(dict(item, mark=f"{era}:{number}"))
-            size += weight(item)
-            if size > BATCH_LIMIT:
-                break
-        return notes
-
-    def wait(self, account: str) -> Future[bool]:
-        """What brings True when something comes, or False when somebody waits anew."""
-        former, self._pulls[account] = self._pulls.get(account), Future()
-        if former:
-            settle(former, False)
-        return self._pulls[account]
-
-    def leave(self, account: str, future: Future[bool]) -> None:
-        """Nobody waits any more for what wait() gave."""
-        if self._pulls.get(account) is future:
-            del self._pulls[account]
-
-    def forget_notes(self, account: str) -> None:
-        """At a new beginning: what was said about the last login."""
-        self._notes.pop(account, None)
-
-    def wake_up(self, account: str) -> None:
-        """Let an account look again what there is."""
-        self._woken.add(account)
-
-    def wake(self) -> None:
-        """Let those have their items who wait for them; to be called after a commit."""
-        woken, self._woken = self._woken, set()
-        for account in woken:
-            future = self._pulls.pop(account, None)
-            if future:
-                settle(future, True)
+        if era == self.era and number.isdigit():
+            for key in list(self.table("wait", account)):
+                if int(key) > int(number):
+                    break
+                self.put(None, "wait", account, key)
 
 
-def member_of(group: str, uid: str) -> Row:
-    """Whom an event speaks of: the roster knows more."""
-    return {"kind": "group_member", "uid": uid, "circle": group}
-
-
-class Society:
+class Society(World):
     """What people do with each other besides talking, and what may be changed from outside: each
     change of the world is told to those accounts that see it and are there.
 
-    `sent` holds the newest messages by id: uid, group, receivers.
+    What an account may do by its link Link describes: delete_friend(), create_group(), rename(),
+    kick(), mute(), mute_all(), set_admin(), set_title(), leave_group() and the others in VERBS.
+    Each gets the account's uid, and is NotFound, with nothing done, for who has no right to it.
     """
 
-    # What an account may do by its link, in the words of Link; true if it was done.
     VERBS = ("revoke", "make_friend", "answer_request", "create_group", "invite", "rename",
              "set_markname", "kick", "mute", "mute_all", "set_card", "set_admin", "set_title",
              "leave_group", "delete_friend", "poke", "answer_group_request")
-    # What /local/change may do, and the method. {} is group or discuss, its first argument then.
-    CHANGES = {"add person": "_add_person", "remove person": "_remove_person",
-               "set person": "_set_person", "add friend": "_add_friend",
-               "remove friend": "_remove_friend", "set friend": "_set_friend",
-               "add friend_request": "_add_friend_request", "set group_member": "_set_member",
-               "add group_request": "_add_group_request", "add poke": "_add_poke",
-               "add {}": "_add_circle", "remove {}": "_remove_circle", "set {}": "_set_circle",
-               "add {}_member": "_add_member", "remove {}_member": "_remove_member"}
 
-    def __init__(self, world: World, outboxes: Outboxes, clock: Callable[[], float]) -> None:
-        self._world, self._clock = world, clock
-        self._ledger, self._outboxes = world.ledger, outboxes
-        self._put, self._table, self._find = world.ledger.put, world.ledger.table, world.find
-        self.sent: Dict[str, Row] = {}
+    def _tell_change(self, viewers: Iterable[str], kind: str, uid: str, row: Row,
+                     **more: str) -> None:
+        """Tell of properties that have changed; `kind` is that of the thing."""
+        for name, value in row.items():
+            self.tell(viewers, kind + "_property_change", {
+                "uid": uid, "property": name, "value": typed(name, value), **more})
 
-    def tell(self, uid: str, event: str, parts: Row, away: bool = False) -> None:
-        """Tell somebody who is there, or with `away` any account.
+    def _set(self, row: Row, kind: str, viewers: Iterable[str], *path: str, **more: str) -> None:
+        """Change properties of what is at a place in the ledger, which ends with its uid."""
+        self.put({**self.table(*path), **row}, *path)
+        self._tell_change(viewers, kind, path[-1], row, **more)
 
-        Parts that are callable are called with the account.
-        """
-        account = self._world.account_of.get(uid)
-        if "value" in parts:
-            parts = {**parts, "value": typed(parts["property"], parts["value"])}
-        if account is not None and (away or account in self._world.online):
-            self._outboxes.put(account, {"do": "event", "event": event,
-                                         "time": str(int(self._clock())), **{
-                name: part(account) if callable(part) else part for name, part in parts.items()}})
+    def _keep_request(self, table: str, request: Row) -> str:
+        """The ticket by which a request will be answered."""
+        ticket, requests = new_secret(), self.table(table)
+        if len(requests) >= WAIT_LIMIT:  # nobody answered the oldest
+            self.put(None, table, next(iter(requests)))
+        self.put(request, table, ticket)
+        return ticket
 
-    def tell_circle(self, table: str, circle: str, event: str, parts: Row,
-                    besides: str = "") -> None:
-        """Tell everybody in a group or discuss."""
-        for uid in self._table(table + "_member", circle):
-            if uid != besides:
-                self.tell(uid, event, parts)
+    # -- friends
 
     def befriend(self, one: str, other: str, row: Optional[Row] = None) -> None:
         """Make two people friends; `row` is how `other` sees `one`."""
-        self._put(row or {}, "friend", other, one)
-        self._put(self._table("friend", one).get(other) or {}, "friend", one, other)
+        self.put(row or {}, "friend", other, one)
+        self.put(self.table("friend", one).get(other) or {}, "friend", one, other)
         for viewer, seen in (other, one), (one, other):
-            self.tell(viewer, "new_friend",
-                      {"object": lambda to, uid=seen: self._world.friend(to, uid)})
+            self.tell([viewer], "new_friend", {}, ("friend", seen))
 
     def unfriend(self, one: str, other: str) -> None:
         """End a friendship."""
         for viewer, seen in (other, one), (one, other):
-            self.tell(viewer, "lose_friend",
-                      {"object": lambda to, uid=seen: self._world.friend(to, uid)})
-            self._put(None, "friend", viewer, seen)
+            self.tell([viewer], "lose_friend", {}, ("friend", seen))
+            self.put(None, "friend", viewer, seen)
+
+    def ask_friend(self, me: str, uid: str, verify: str) -> None:
+        """Let somebody ask another to be a friend."""
+        name, viewer = self.table("people", me).get("name") or me, self.account_of.get(uid, "")
+        self.tell([uid], "friend_request", {"request": {
+            "id": self.id_for(viewer, me), "name": name, "displayname": name, "verify": verify,
+            "ticket": self._keep_request("request", {"from": me, "to": uid})}}, away=True)
+
+    def make_friend(self, me: str, uid: str, verify: str) -> None:
+        """Ask somebody to be a friend; residents agree at once."""
+        require(uid in self.table("people"), uid)
+        if uid in self.account_of:
+            self.ask_friend(me, uid, verify)
+        else:
+            self.befriend(me, uid)
+
+    def answer_request(self, me: str, ticket: str, accept: bool, markname: str) -> None:
+        """Agree to a friend_request, or not; a ticket is good for one answer."""
+        request = self.table("request", ticket)
+        require(request.get("to") == me, "ticket")
+        self.put(None, "request", ticket)
+        if accept:
+            self.befriend(request["from"], me, {"markname": markname} if markname else {})
+
+    def delete_friend(self, me: str, uid: str) -> None:
+        require(uid in self.table("friend", me), uid)
+        self.unfriend(uid, me)
+
+    def set_markname(self, me: str, uid: str, markname: str) -> None:
+        """What one calls somebody, friend or member of a group; nobody else sees it."""
+        if uid in self.table("friend", me):
+            self._set({"markname": markname}, "friend", [me], "friend", me, uid)
+        self.put({"markname": markname}, "mark", me, uid)
+        for group, members in self.table("group_member").items():
+            if me in members and uid in members:
+                self._tell_change([me], "group_member", uid, {"markname": markname}, circle=group)
+
+    def poke(self, me: str, uid: str, group: str) -> None:
+        """Poke a friend, or a member of a group, who all see it there."""
+        members = self.table("group_member", group) if group else self.table("friend", me)
+        require(uid in members, f"{uid} as a friend, or in the group,")
+        pair = [member_of(group, one) if group else {"kind": "friend", "uid": one}
+                for one in (me, uid)]
+        self.tell(members if group else [me, uid], "poke", {
+            "params": [*pair, {"kind": "group", "uid": group} if group else None]})
+
+    def revoke(self, me: str, id: str) -> None:
+        """Take one's own message back, or that of a member whom one may mute, once; its receivers
+        hear of it, unless it still waits for them."""
+        found = self.sent.get(id) or {}
+        require(found and (found["uid"] == me or found["group"] and self._may(
+            me, found["group"], "admin", found["uid"])), id)
+        del self.sent[id]
+        for uid in found["receivers"]:
+            account = self.account_of.get(uid, "")
+            for key, item in list(self.table("wait", account).items()):
+                if item.get("id") == id and not self.sessions[account].online:
+                    self.put(None, "wait", account, key)
+        self.tell(found["receivers"], "revoke_message", {
+            "params": [id, found["uid"], me, found["group"]]})
+
+    # -- groups and discusses: `table` is either
+
+    def _may(self, me: str, group: str, role: str, *uids: str) -> bool:
+        """Whether somebody has this role in a group or a higher one, and one above that of some
+        other members: owners may with all, admins with plain members."""
+        mine, *others = [RANKS.get(self.role(group, uid), 0) for uid in (me, *uids)]
+        return mine >= RANKS[role] and all(0 < other < mine for other in others)
 
     def enter(self, table: str, circle: str, uid: str, row: Row, **facts: Json) -> None:
         """Let somebody into a group or discuss; its first account owns it. `facts` are kind
         (approve, invite) and operator_uid."""
-        if not self._table(table, circle).get("owner_uid") and uid in self._world.account_of:
-            self._put(dict(self._table(table, circle), owner_uid=uid), table, circle)
+        if not self.table(table, circle).get("owner_uid") and uid in self.account_of:
+            self.put(dict(self.table(table, circle), owner_uid=uid), table, circle)
             row = dict(row, role="owner")
-        self._put(dict(row, uid=uid, join_time=str(int(self._clock()))), table + "_member",
-                  circle, uid)
+        self.put(dict(row, uid=uid, join_time=str(int(self.clock()))), table + "_member",
+                 circle, uid)
         self._tell_move("new_", table, circle, uid, facts)
 
     def leave(self, table: str, circle: str, uid: str, **facts: Json) -> None:
         """Take somebody out of a group or discuss; kind is leave or kick."""
         self._tell_move("lose_", table, circle, uid, facts)
-        self._put(None, table + "_member", circle, uid)
+        self.put(None, table + "_member", circle, uid)
 
     def _tell_move(self, way: str, table: str, circle: str, uid: str, facts: Row) -> None:
-        members, world = table + "_member", self._world
-        self.tell(uid, way + table, {
-            "object": lambda to: world.circle(table, to, circle, members=way == "new_")})
-        self.tell_circle(table, circle, way + members, {
-            **facts, "circle": circle, "object": lambda to: world.member(members, to, circle, uid)},
-            besides=uid)
+        members = table + "_member"
+        self.tell([uid], way + table, {}, (table, circle, "", way == "new_"))
+        others = [member for member in self.table(members, circle) if member != uid]
+        self.tell(others, way + members, {**facts, "circle": circle}, (members, uid, circle))
 
-    # -- what accounts do
+    def set_member(self, group: str, uid: str, row: Row) -> None:
+        """A card or a role in a group; one's own role is the group's `role` as well."""
+        members = self.table("group_member", group)
+        owner = str(self.table("group", group).get("owner_uid") or "")
+        if row.get("role") == "owner" and owner != uid:
+            self._set({"owner_uid": uid}, "group", members, "group", group)
+            if owner in members:
+                self.set_member(group, owner, {"role": "member"})  # there is but one
+        self._set(row, "group_member", members, "group_member", group, uid, circle=group)
+        if "role" in row:
+            self._tell_change([uid], "group", group, {"role": ROLES[row["role"]]})
 
-    def _me(self, account: str) -> str:
-        return str(self._table("login", account)["uid"])
+    def create_group(self, me: str, uids: List[str], name: str) -> str:
+        group = name_to_uid(f"{name}/{new_secret()}")
+        self.put({"uid": group, "name": name, "owner_uid": ""}, "group", group)
+        for uid in [me, *uids]:
+            self.enter("group", group, uid, {})
+        return group
 
-    def revoke(self, account: str, id: str) -> bool:
-        """Take a message back; its receivers hear of it, unless it still waits for them. Only
-        one's own, or in a group with the right to it, and only once."""
-        found, me = self.sent.get(id), self._me(account)
-        if found is None or found["uid"] != me and not (
-                found["group"] and self._may(account, found["group"], [found["uid"]])):
-            return False
-        del self.sent[id]
-        for uid in found["receivers"]:
-            name = self._world.account_of.get(uid)
-            if not (name and name not in self._world.online
-                    and self._outboxes.withdraw(name, id)):
-                self.tell(uid, "revoke_message", {"params": [
-                    id, found["uid"], me, found["group"]]})
-        return True
-
-    def make_friend(self, account: str, uid: str, verify: str) -> bool:
-        """Ask somebody to be a friend; residents agree at once."""
-        me = self._me(account)
-        if uid not in self._table("people"):
-            return False
-        if uid in self._world.account_of:
-            self._request(me, uid, verify)
-        else:
-            self.befriend(me, uid)
-        return True
-
-    def _request(self, asker: str, uid: str, verify: str) -> None:
-        ticket = self._ticket("request", {"from": asker, "to": uid})
-        name = self._table("people", asker).get("name") or asker
-        self.tell(uid, "friend_request", {"request": lambda to: {
-            "id": self._world.id_for(to, asker), "name": name,
-            "displayname": name, "verify": verify, "ticket": ticket}}, away=True)
-
-    def _ticket(self, table: str, request: Row) -> str:
-        """Keep a request for its answer."""
-        ticket, requests = new_secret(), self._table(table)
-        if len(requests) >= WAIT_LIMIT:  # nobody answered the oldest
-            self._put(None, table, next(iter(requests)))
-        self._put(request, table, ticket)
-        return ticket
-
-    def answer_request(self, account: str, ticket: str, accept: bool, markname: str) -> bool:
-        """Agree to a friend_request, or not; a ticket is good for one answer."""
-        request, me = self._table("request", ticket), self._me(account)
-        if request.get("to") != me:
-            return False
-        self._put(None, "request", ticket)
-        if accept:
-            self.befriend(request["from"], me, {"markname": markname} if markname else {})
-        return True
-
-    def create_group(self, account: str, uids: List[str], name: str) -> str:
-        """Found a group with friends in it: its uid."""
-        uid = name_to_uid(f"{name}/{new_secret()}")
-        self._put({"uid": uid, "name": name, "owner_uid": ""}, "group", uid)
-        for member in [self._me(account), *uids]:
-            self.enter("group", uid, member, {})
-        return uid
-
-    def invite(self, account: str, group: str, uids: List[str]) -> bool:
+    def invite(self, me: str, group: str, uids: List[str]) -> None:
         """Bring friends into a group; those who are there stay."""
-        if not self._world.role(group, self._me(account)):
-            return False
+        require(self._may(me, group, "member"), group)
         for uid in uids:
-            if not self._world.role(group, uid):
-                self.enter("group", group, uid, {}, kind="invite", operator_uid=self._me(account))
-        return True
+            if not self.role(group, uid):
+                self.enter("group", group, uid, {}, kind="invite", operator_uid=me)
 
-    def rename(self, account: str, group: str, name: str) -> bool:
-        """Give a group another name, for all of its members."""
-        if not self._world.role(group, self._me(account)):
-            return False
-        self._set_circle("group", group, "", {"name": name})
-        return True
+    def rename(self, me: str, group: str, name: str) -> None:
+        require(self._may(me, group, "member"), group)
+        self._set({"name": name}, "group", self.table("group_member", group), "group", group)
 
-    def set_markname(self, account: str, uid: str, markname: str) -> bool:
-        """What one calls somebody, friend or member of a group; nobody else sees it."""
-        me, parts = self._me(account), {"uid": uid, "property": "markname", "value": markname}
-        row = self._table("friend", me)
-        if uid in row:
-            self._put({**row[uid], "markname": markname}, "friend", me, uid)
-            self.tell(me, "friend_property_change", parts)
-        self._put({"markname": markname}, "mark", me, uid)
-        for circle, members in self._table("group_member").items():
-            if me in members and uid in members:
-                self.tell(me, "group_member_property_change", {**parts, "circle": circle})
-        return True
-
-    def kick(self, account: str, group: str, uids: List[str]) -> bool:
-        """Remove members; False, and nothing done, without the right to it."""
-        if not self._may(account, group, uids):
-            return False
+    def kick(self, me: str, group: str, uids: List[str]) -> None:
+        require(self._may(me, group, "admin", *uids), group)
         for uid in uids:
-            self.leave("group", group, uid, kind="kick", operator_uid=self._me(account))
-        return True
+            self.leave("group", group, uid, kind="kick", operator_uid=me)
 
-    def mute(self, account: str, group: str, uids: List[str], seconds: int) -> bool:
-        """Silence members for a time; False, and nothing done, without the right to it."""
-        if not self._may(account, group, uids):
-            return False
+    def mute(self, me: str, group: str, uids: List[str], seconds: int) -> None:
+        require(self._may(me, group, "admin", *uids), group)
+        members = self.table("group_member", group)
         for uid in uids:
-            row = self._table("group_member", group, uid)
-            self._put(dict(row, muted=self._clock() + seconds), "group_member", group, uid)
-            self._tell_shutup(group, member_of(group, uid), account, seconds)
-        return True
+            self.put(dict(members[uid], muted=self.clock() + seconds), "group_member", group, uid)
+            self._tell_shutup(me, group, member_of(group, uid), seconds)
 
-    def mute_all(self, account: str, group: str, on: bool) -> bool:
-        """Silence all plain members until that is lifted."""
-        if self._world.role(group, self._me(account)) not in ("owner", "admin"):
-            return False
-        self._put({**self._table("group", group), "muted": on}, "group", group)
-        self._tell_shutup(group, None, account, -1 if on else 0)
-        return True
+    def mute_all(self, me: str, group: str, on: bool) -> None:
+        require(self._may(me, group, "admin"), group)
+        self.put({**self.table("group", group), "muted": on}, "group", group)
+        self._tell_shutup(me, group, None, -1 if on else 0)
 
-    def _tell_shutup(self, group: str, who: Optional[Row], account: str, seconds: int) -> None:
-        self.tell_circle("group", group, "group_shutup", {"params": [
-            who, member_of(group, self._me(account)), seconds, {"kind": "group", "uid": group}]})
+    def _tell_shutup(self, me: str, group: str, who: Optional[Row], seconds: int) -> None:
+        self.tell(self.table("group_member", group), "group_shutup", {"params": [
+            who, member_of(group, me), seconds, {"kind": "group", "uid": group}]})
 
-    def set_card(self, account: str, group: str, uid: str, card: str) -> bool:
+    def set_card(self, me: str, group: str, uid: str, card: str) -> None:
         """What somebody is called in a group: oneself, or those whom one may mute."""
-        if uid != self._me(account) and not self._may(account, group, [uid]):
-            return False
-        self._set_member(uid, group, {"card": card or None})
-        return True
+        require(self._may(me, group, "member") if uid == me else
+                self._may(me, group, "admin", uid), group)
+        self.set_member(group, uid, {"card": card or None})
 
-    def set_admin(self, account: str, group: str, uid: str, on: bool) -> bool:
-        """Make a member an admin, or a plain one: the owner may."""
-        return self._set_by_owner(account, group, uid, {"role": "admin" if on else "member"})
+    def set_admin(self, me: str, group: str, uid: str, on: bool) -> None:
+        require(self._may(me, group, "owner", uid), group)
+        self.set_member(group, uid, {"role": "admin" if on else "member"})
 
-    def set_title(self, account: str, group: str, uid: str, title: str) -> bool:
-        """Give a member a title: the owner may."""
-        return self._set_by_owner(account, group, uid, {"title": title or None})
+    def set_title(self, me: str, group: str, uid: str, title: str) -> None:
+        require(self._may(me, group, "owner") and self.role(group, uid), group)
+        self.set_member(group, uid, {"title": title or None})
 
-    def _set_by_owner(self, account: str, group: str, uid: str, row: Row) -> bool:
-        if self._world.role(group, self._me(account)) != "owner" or (
-                "role" in row and self._world.role(group, uid) == "owner"):
-            return False
-        self._set_member(uid, group, row)
-        return True
-
-    def leave_group(self, account: str, group: str) -> bool:
-        """Leave a group."""
-        me = self._me(account)
-        if not self._world.role(group, me):
-            return False
+    def leave_group(self, me: str, group: str) -> None:
+        require(self._may(me, group, "member"), group)
         self.leave("group", group, me, kind="leave", operator_uid=me)
-        return True
 
-    def delete_friend(self, account: str, uid: str) -> bool:
-        """End a friendship."""
-        me = self._me(account)
-        if uid not in self._table("friend", me):
-            return False
-        self.unfriend(uid, me)
-        return True
-
-    def poke(self, account: str, uid: str, group: str) -> bool:
-        """Poke a friend, or a member of a group, who all see it there."""
-        return self._poke(self._me(account), uid, group)
-
-    def _poke(self, me: str, uid: str, group: str) -> bool:
-        if uid not in (self._table("group_member", group) if group else self._table("friend", me)):
-            return False
-        for viewer in self._table("group_member", group) if group else {me: 0, uid: 0}:
-            self.tell(viewer, "poke", {"params": [
-                *[member_of(group, one) if group else {"kind": "friend", "uid": one}
-                  for one in (me, uid)], {"kind": "group", "uid": group} if group else None]})
-        return True
-
-    def answer_group_request(self, account: str, ticket: str, accept: bool, reason: str) -> bool:
-        """Let somebody into a group who asked for it, or enter one that one was invited to."""
-        request, me = self._table("group_request", ticket), self._me(account)
-        if not request or (request["uid"] != me if request["kind"] == "invite" else
-                           self._world.role(request["group_uid"], me) not in ("owner", "admin")):
-            return False
-        self._put(None, "group_request", ticket)
-        group, uid = request["group_uid"], request["uid"]
-        if accept and not self._world.role(group, uid):
-            invited = request["kind"] == "invite"
-            self.enter("group", group, uid, {}, kind="invite" if invited else "approve",
-                       operator_uid=request["from"] if invited else me)
-        return True
-
-    def _may(self, account: str, group: str, uids: List[str]) -> bool:
-        """Owners may with all others, admins with plain members."""
-        rank = {"": 9, "owner": 3, "admin": 2, "member": 1}
-        me = self._world.role(group, self._me(account))
-        return me in ("owner", "admin") and all(
-            rank[self._world.role(group, uid)] < rank[me] for uid in uids)
-
-    # -- what may be changed from outside: each gets uid, place (`in`) and properties as given
-
-    def change(self, params: Params) -> Row:
-        """Do what the parameters say; {"uid": …}. NotFound for whatever is not there."""
-        row = dict(params)
-        do, what, uid, place = [row.pop(name, "") for name in ("do", "what", "uid", "in")]
-        words: List[str] = []
-        act = self.CHANGES.get(f"{do} {what}")
-        table = what.partition("_")[0]
-        if act is None and table in ("group", "discuss") and table in self._world.flavour.fields:
-            act, words = self.CHANGES.get(f"{do} {what.replace(table, '{}', 1)}"), [table]
-        if act is None:
-            raise NotFound(f"do={do[:100]} what={what[:100]} not found")
-        check_properties(row)
-        return {"uid": getattr(self, act)(*words, uid, place, row)}
-
-    def _add_person(self, uid: str, place: str, row: Row) -> str:
-        name, uid = self._new(uid, row, "people", "")
-        self._put({**row, "uid": uid, "name": name}, "people", uid)
-        return uid
-
-    def _new(self, uid: str, row: Row, table: str, salt: str) -> Tuple[str, str]:
-        """Name and uid of something new: each makes the other, if only one of them is given."""
-        name = str(row.get("name") or uid)
-        uid = uid or (name_to_uid(salt + name) if name else "")
-        if not UID.fullmatch(uid):
-            raise NotFound("uid as a number of 1 to 18 digits not found")
-        if uid in self._table(table):
-            raise NotFound(f"uid {uid} is there already: a free one not found")
-        return name, uid
-
-    def _remove_person(self, uid: str, place: str, row: Row) -> str:
-        uid = self._find("people", uid)
-        for friend in list(self._table("friend", uid)):
-            self.unfriend(uid, friend)
-        for table in "group", "discuss":
-            for circle in list(self._table(table)):
-                if uid in self._table(table + "_member", circle):
-                    self.leave(table, circle, uid)
-        self._put(None, "people", uid)
-        return uid
-
-    def _set_person(self, uid: str, place: str, row: Row) -> str:
-        uid = self._find("people", uid)
-        self._put({**self._table("people", uid), **row}, "people", uid)
-        for name, value in row.items():
-            parts = {"uid": uid, "property": name, "value": value}
-            self.tell(uid, "user_property_change", parts)
-            for friend in self._table("friend", uid):
-                self.tell(friend, "friend_property_change", parts)
-            for table in "group", "discuss":
-                for circle in self._table(table):
-                    if uid in self._table(table + "_member", circle):
-                        self.tell_circle(table, circle, table + "_member_property_change",
-                                         {**parts, "circle": circle})
-        return uid
-
-    def _add_friend(self, uid: str, place: str, row: Row) -> str:
-        """The properties (markname …) are how `in` sees it."""
-        uid, place = self._find("people", uid), self._find("people", place)
-        self.befriend(uid, place, row)
-        return uid
-
-    def _add_friend_request(self, uid: str, place: str, row: Row) -> str:
-        uid, place = self._find("people", uid), self._find("people", place)
-        self._request(uid, place, str(row.get("verify", "")))
-        return uid
-
-    def _add_group_request(self, uid: str, place: str, row: Row) -> str:
-        """`uid` asks to be let into `in`; with `from`, that one invites it there."""
-        uid, group = self._find("people", uid), self._find("group", place)
-        inviter = self._find("people", row["from"]) if row.get("from") else ""
-        members = self._table("group_member", group)
-        if uid in members or inviter and inviter not in members:
-            raise NotFound(f"{uid} outside of {place}, or {inviter} in it, not found")
-        who = inviter or uid
+    def ask_group(self, uid: str, group: str, inviter: str, comment: str) -> None:
+        """Let somebody ask to be let into a group, or be invited to it by a member."""
+        members, who = self.table("group_member", group), inviter or uid
+        require(uid not in members and (not inviter or inviter in members),
+                f"{uid} outside of {group}, or {inviter} in it,")
         request = {"kind": "invite" if inviter else "join", "group_uid": group, "uid": uid,
                    "from": inviter}
-        told = {**request, "ticket": self._ticket("group_request", request), "uid": who,
-                "comment": str(row.get("comment", "")),
-                "group": self._table("group", group).get("name"),
-                "name": self._table("people", who).get("name") or who}
-        for one in [uid] if inviter else [
-                one for one in members if self._world.role(group, one) in ("owner", "admin")]:
-            self.tell(one, "group_request", {"request": told}, away=True)
-        return uid
+        told = {**request, "ticket": self._keep_request("group_request", request), "uid": who,
+                "comment": comment, "group": self.table("group", group).get("name"),
+                "name": self.table("people", who).get("name") or who}
+        self.tell([uid] if inviter else [one for one in members if self._may(one, group, "admin")],
+                  "group_request", {"request": told}, away=True)
 
-    def _add_poke(self, uid: str, place: str, row: Row) -> str:
-        """`uid` pokes `to`, in a group if `in` names one."""
-        uid, to = self._find("people", uid), self._find("people", str(row.get("to", "")))
-        if not self._poke(uid, to, self._find("group", place) if place else ""):
-            raise NotFound(f"{to} as a friend, or in the group, not found")
-        return uid
+    def answer_group_request(self, me: str, ticket: str, accept: bool, reason: str) -> None:
+        """Let somebody into a group who asked for it, or enter one that one was invited to."""
+        request = self.table("group_request", ticket)
+        group, uid, inviter = [request.get(name) or "" for name in ("group_uid", "uid", "from")]
+        require(uid and (uid == me if inviter else self._may(me, group, "admin")), "ticket")
+        self.put(None, "group_request", ticket)
+        if accept and not self.role(group, uid):
+            self.enter("group", group, uid, {}, kind="invite" if inviter else "approve",
+                       operator_uid=inviter or me)
 
-    def _remove_friend(self, uid: str, place: str, row: Row) -> str:
-        uid, place = self._friends(uid, place)
-        self.unfriend(uid, place)
-        return uid
+    # -- what may be changed from outside
 
-    def _set_friend(self, uid: str, place: str, row: Row) -> str:
-        uid, place = self._friends(uid, place)
-        self._put({**self._table("friend", place, uid), **row}, "friend", place, uid)
-        for name, value in row.items():
-            self.tell(place, "friend_property_change",
-                      {"uid": uid, "property": name, "value": value})
-        return uid
+    def change(self, params: Params) -> Row:
+        """Do what /local/change says: {"uid": …}. NotFound for whatever is not there."""
+        row = dict(params)
+        do, what, uid, place = [row.pop(name, "") for name in ("do", "what", "uid", "in")]
+        circle = "group"
+        if what.startswith("discuss") and "discuss" in self.flavour.fields:
+            circle = "discuss"
+        # Where `uid` and `in` are looked for, and what is done once they are found.
+        changes: Dict[str, Tuple[str, str, Callable[[], Any]]] = {
+            "add person": ("", "", lambda: self._add("people", uid, row)),
+            "set person": ("people", "", lambda: self._set_person(uid, row)),
+            "remove person": ("people", "", lambda: self._remove_person(uid)),
+            "add friend": ("people", "people", lambda: self.befriend(uid, place, row)),
+            "set friend": ("people", "people", lambda: self._set(
+                row, "friend", [place], "friend", place, uid)),
+            "remove friend": ("people", "people", lambda: self.unfriend(uid, place)),
+            "add friend_request": ("people", "people", lambda: self.ask_friend(
+                uid, place, str(row.get("verify", "")))),
+            "add group_request": ("people", "group", lambda: self.ask_group(
+                uid, place, self.find("people", row["from"]) if row.get("from") else "",
+                str(row.get("comment", "")))),
+            "add poke": ("people", "group" if place else "", lambda: self.poke(
+                uid, self.find("people", str(row.get("to", ""))), place)),
+            f"add {circle}": ("", "", lambda: self._add(circle, uid, row)),
+            f"set {circle}": (circle, "", lambda: self._set(
+                row, circle, self.table(circle + "_member", uid), circle, uid)),
+            f"remove {circle}": (circle, "", lambda: self._remove_circle(circle, uid)),
+            f"add {circle}_member": ("people", circle, lambda: self.enter(
+                circle, place, uid, row)),
+            "set group_member": ("people", "group", lambda: self.set_member(place, uid, row)),
+            f"remove {circle}_member": ("people", circle, lambda: self.leave(circle, place, uid))}
+        require(f"{do} {what}" in changes, f"do={do[:100]} what={what[:100]}")
+        check_properties(row)
+        table, within, act = changes[f"{do} {what}"]
+        uid = self.find(table, uid) if table else uid
+        place = self.find(within, place) if within else place
+        if what.endswith("_member") or what == "friend" and do != "add":
+            adds = do == "add"
+            require(adds != (uid in self.table(what, place)), f"{uid} outside of {place}" if adds
+                    else f"{what.rpartition('_')[2]} {uid}")
+        return {"uid": act() or uid}
 
-    def _friends(self, uid: str, place: str) -> Tuple[str, str]:
-        one, other = self._find("people", uid), self._find("people", place)
-        if one not in self._table("friend", other):
-            raise NotFound(f"friend {uid} not found")
-        return one, other
-
-    def _add_circle(self, table: str, uid: str, place: str, row: Row) -> str:
-        """With its owner in it if `owner_uid` names one."""
-        name, uid = self._new(uid, row, table, table)
-        owner = row.get("owner_uid") and self._find("people", row["owner_uid"])
-        self._put({**row, "uid": uid, "name": name, "owner_uid": owner or ""}, table, uid)
+    def _add(self, table: str, uid: str, row: Row) -> str:
+        """A person, or a group or discuss, with its owner in it if `owner_uid` names one. If only
+        one of name and uid is given, it makes the other."""
+        name = str(row.get("name") or uid)
+        uid = uid or (name_to_uid(("" if table == "people" else table) + name) if name else "")
+        require(UID.fullmatch(uid), "uid as a number of 1 to 18 digits")
+        require(uid not in self.table(table), f"uid {uid} is there already: a free one")
+        row, owner = {**row, "uid": uid, "name": name}, ""
+        if table != "people":
+            owner = self.find("people", row["owner_uid"]) if row.get("owner_uid") else ""
+            row["owner_uid"] = owner
+        self.put(row, table, uid)
         if owner:
             self.enter(table, uid, owner, {"role": "owner"})
         return uid
 
-    def _remove_circle(self, table: str, uid: str, place: str, row: Row) -> str:
-        uid = self._find(table, uid)
-        self.tell_circle(table, uid, "lose_" + table, {
-            "object": lambda to: self._world.circle(table, to, uid, members=False)})
-        self._put(None, table + "_member", uid)
-        self._put(None, table, uid)
-        return uid
+    def _circles_of(self, uid: str) -> List[Tuple[str, str]]:
+        """The groups and discusses that somebody is in: table and uid."""
+        return [(table, circle) for table in ("group", "discuss") for circle in self.table(table)
+                if uid in self.table(table + "_member", circle)]
 
-    def _set_circle(self, table: str, uid: str, place: str, row: Row) -> str:
-        uid = self._find(table, uid)
-        self._put({**self._table(table, uid), **row}, table, uid)
-        for name, value in row.items():
-            self.tell_circle(table, uid, table + "_property_change",
-                             {"uid": uid, "property": name, "value": value})
-        return uid
+    def _set_person(self, uid: str, row: Row) -> None:
+        self._set(row, "user", [uid], "people", uid)
+        self._tell_change(self.table("friend", uid), "friend", uid, row)
+        for table, circle in self._circles_of(uid):
+            self._tell_change(self.table(table + "_member", circle), table + "_member", uid, row,
+                              circle=circle)
 
-    def _add_member(self, table: str, uid: str, place: str, row: Row) -> str:
-        uid, place = self._find("people", uid), self._find(table, place)
-        if uid in self._table(table + "_member", place):
-            raise NotFound(f"{uid} outside of {place} not found")
-        self.enter(table, place, uid, row)
-        return uid
+    def _remove_person(self, uid: str) -> None:
+        for friend in list(self.table("friend", uid)):
+            self.unfriend(uid, friend)
+        for table, circle in self._circles_of(uid):
+            self.leave(table, circle, uid)
+        self.put(None, "people", uid)
 
-    def _remove_member(self, table: str, uid: str, place: str, row: Row) -> str:
-        uid, place = self._member(table, uid, place)
-        self.leave(table, place, uid)
-        return uid
-
-    def _set_member(self, uid: str, place: str, row: Row) -> str:
-        """A card or a role in a group; one's own role is the group's `role` as well."""
-        uid, place = self._member("group", uid, place)
-        owner = str(self._table("group", place).get("owner_uid") or "")
-        if row.get("role") == "owner" and owner != uid:
-            self._set_circle("group", place, "", {"owner_uid": uid})
-            if self._world.role(place, owner):
-                self._set_member(owner, place, {"role": "member"})  # there is but one
-        self._put({**self._table("group_member", place, uid), **row}, "group_member", place, uid)
-        for name, value in row.items():
-            self.tell_circle("group", place, "group_member_property_change",
-                             {"circle": place, "uid": uid, "property": name, "value": value})
-        if "role" in row:
-            self.tell(uid, "group_property_change", {
-                "uid": place, "property": "role", "value": ROLES[row["role"]]})
-        return uid
-
-    def _member(self, table: str, uid: str, place: str) -> Tuple[str, str]:
-        uid, place = self._find("people", uid), self._find(table, place)
-        if uid not in self._table(table + "_member", place):
-            raise NotFound(f"member {uid} not found")
-        return uid, place
+    def _remove_circle(self, table: str, uid: str) -> None:
+        self.tell(self.table(table + "_member", uid), "lose_" + table, {}, (table, uid, "", False))
+        self.put(None, table + "_member", uid)
+        self.put(None, table, uid)
 
 
-class Logins:
-    """Who is logged in on the local network, and how one gets there.
+class LocalNetwork(Society):
+    """A small chat network inside the program (DESIGN): who is logged in, and what is said.
 
-    A QR code on show holds a ticket: a number that nobody can guess, and that works once. `url()`
-    is how a phone reaches the host; `timer` gives seconds that never go back.
+    `known(account)` tells whether there is a client of that name; `url()`, which takes no lock,
+    how a phone reaches the host.
     """
 
-    VERBS = ("attach", "ticket", "ready", "logout")
-
-    def __init__(self, world: World, society: Society, outboxes: Outboxes, url: Callable[[], str],
-                 clock: Callable[[], float], timer: Callable[[], float] = time.monotonic) -> None:
-        self._world, self._society, self._outboxes = world, society, outboxes
-        self._ledger, self._url, self._clock, self._timer = world.ledger, url, clock, timer
-        self._tickets: Dict[str, Tuple[str, float]] = {}     # ticket -> account, end of life
-        self.running: Set[str] = set()                       # accounts
-        self._hopes: Dict[str, List[Future[bool]]] = {}      # of /local/login's that wait
-
-    def attach(self, account: str, mark: str, cookie: str, password: bool,
-               mode: str = "online") -> Row:
-        """An account's client is there. {"login": …} if it is logged in by that, else {}."""
-        self._world.mode[account] = mode
-        self._outboxes.forget_notes(account)
-        self._outboxes.acknowledge(account, mark)
-        row = self._ledger.table("login", account)
-        age = self._clock() - float(row.get("time", 0))
-        if cookie and cookie == row.get("cookie") and 0 <= age < COOKIE_SECONDS:
-            return {"login": self._log_in(account, row["nonce"], cookie)}
-        if password:
-            return {"login": self._log_in(account, row.get("nonce") or new_secret())}
-        return {}
-
-    def ticket(self, account: str) -> None:
-        """A new QR code; the former one is void. It goes to the client as a note, so that no later
-        note overtakes it.
-
-        The ticket would do: by `client` a proxy before many controllers finds the one it is of.
-        """
-        self._cancel(account)
-        ticket = new_secret()
-        self._tickets[ticket] = account, self._timer() + TICKET_SECONDS
-        query = urllib.parse.urlencode({"client": account, "ticket": ticket})
-        self._outboxes.note(account, {"do": "qrcode", "seconds": TICKET_SECONDS,
-                                      "text": f"{self._url()}/local/scan?{query}"})
-        if account in self._hopes:
-            self.confirm(ticket)
-
-    def _cancel(self, account: str) -> None:
-        self._tickets = {ticket: entry for ticket, entry in self._tickets.items()
-                         if entry[0] != account and self._timer() < entry[1]}
-
-    def scan(self, ticket: str) -> str:
-        """Somebody opened the code's URL: whose it is; NotFound if it is unknown, used or old."""
-        account, end = self._tickets.get(ticket, ("", 0.0))
-        if self._timer() >= end:
-            raise NotFound("ticket not found")
-        self._outboxes.note(account, {"do": "scanned"})
-        return account
-
-    def confirm(self, ticket: str) -> str:
-        """Somebody pressed the button: whose it is, or NotFound."""
-        account = self.scan(ticket)
-        self._cancel(account)
-        login = self._log_in(account, new_secret())
-        self._outboxes.note(account, {"do": "confirmed", "login": login})
-        return account
-
-    def hope(self, account: str) -> Future[bool]:
-        """Log an account in, now or as soon as it shows a code; True when it is running."""
-        future: Future[bool] = Future()
-        if account in self.running:
-            settle(future, True)
-            return future
-        self._hopes.setdefault(account, []).append(future)
-        for ticket, (name, end) in list(self._tickets.items()):
-            if name == account and self._timer() < end:
-                self.confirm(ticket)
-        return future
-
-    def despair(self, account: str, future: Future[bool]) -> None:
-        """One of those who hope() for an account gives up."""
-        hopes = [hope for hope in self._hopes.pop(account, []) if hope is not future]
-        if hopes:
-            self._hopes[account] = hopes
-
-    def ready(self, account: str) -> None:
-        """An account's client is running."""
-        self.running.add(account)
-        self._outboxes.wake_up(account)
-        for future in self._hopes.pop(account, []):
-            settle(future, True)
-
-    def detach(self, account: str) -> None:
-        """An account's client is gone."""
-        self._cancel(account)
-        self.running.discard(account)
-        self._world.online.discard(account)
-
-    def logout(self, account: str) -> None:
-        """The account wants to be scanned anew."""
-        self.detach(account)
-        row = self._ledger.table("login", account)
-        if row:
-            self._ledger.put(dict(row, cookie=""), "login", account)
-
-    def delete(self, account: str) -> None:
-        """Forget an account's login and what waits for it; the person stays in the world."""
-        self.logout(account)
-        self._ledger.put(None, "wait", account)
-
-    def _log_in(self, account: str, nonce: str, cookie: str = "") -> Row:
-        """A login by cookie leaves that valid: a kill may come before a new one is written."""
-        row = self._ledger.table("login", account)
-        uid = row.get("uid") or self._new_uid(account)
-        cookie = cookie or new_secret()
-        self._ledger.put({"uid": uid, "nonce": nonce, "cookie": cookie, "time": self._clock()},
-                         "login", account)
-        self._world.account_of[uid] = account
-        if not row or uid not in self._ledger.table("people"):
-            self._join(account, uid)
-        self._world.online.add(account)  # only now: it hears of no friend that it will load
-        return {"uid": uid, "cookie": cookie}
-
-    def _new_uid(self, account: str) -> str:
-        for uid, row in self._ledger.table("people").items():
-            if row.get("name") == account and uid not in self._world.account_of:
-                return uid
-        uid = name_to_uid(account)
-        while uid in self._world.account_of:
-            uid = str(int(uid) + 1)
-        return uid
-
-    def _join(self, account: str, uid: str) -> None:
-        """An account's very first login: it becomes everybody's friend, once and for all."""
-        if uid in self._ledger.table("people"):  # a world file says whose friend it is
-            for person in self._world.fixtures():
-                self._society.befriend(uid, person["uid"])
-            return
-        self._ledger.put({"uid": uid, "name": account}, "people", uid)
-        for other in list(self._ledger.table("people")):
-            if other != uid:
-                self._society.befriend(uid, other)
-        for table in "group", "discuss":
-            for circle, row in list(self._ledger.table(table).items()):
-                if row.get("name") == COMMON:
-                    self._society.enter(table, circle, uid, {})
-
-
-class LocalNetwork:
-    """A small chat network inside the program (DESIGN).
-
-    `known(account)` tells whether there is a client of that name, for /local/login; `url()` is
-    how a phone reaches the host, and takes no lock.
-    """
-
-    PULL_SECONDS = 300.0
+    # What a link may ask besides Society.VERBS; each gets the account.
+    CALLS = ("attach", "ticket", "ready", "logout", "roster", "presence", "send")
 
     def __init__(self, path: str, world_file: str, flavour: Type[Flavour], log: Log,
                  url: Callable[[], str], known: Callable[[str], bool] = lambda account: True,
                  clock: Callable[[], float] = time.time) -> None:
-        self.known, self.clock, self.ended = known, clock, False
+        super().__init__(path, world_file, flavour, log, clock)
         self.lock = threading.RLock()  # guards all of it: who and what there is, what waits
-        self._ledger = Ledger(path + ".json", path + ".jsonl", log)
-        self.world = World(self._ledger, flavour)
-        self._open_world(world_file)
-        self.outboxes = Outboxes(self._ledger, self.world.online)
-        self.society = Society(self.world, self.outboxes, clock)
-        self.logins = Logins(self.world, self.society, self.outboxes, url, clock)
-        waiting = {item.get("id") for items in self._ledger.table("wait").values()
+        self.known, self._url, self.ended = known, url, False
+        self.timer = time.monotonic    # of tickets: seconds that never go back
+        # Account -> ticket: what its QR code holds, and nobody can guess; end of life.
+        self._tickets: Dict[str, Tuple[str, float]] = {}
+        waiting = {item.get("id") for items in self.table("wait").values()
                    for item in items.values()}
-        self._ids = MessageIds(clock, lambda number: str(number) in self.society.sent
+        self._ids = MessageIds(clock, lambda number: str(number) in self.sent
                                or str(number) in waiting)
-        self._verbs = {verb: getattr(owner, verb) for owner, verbs in (
-            (self.logins, Logins.VERBS), (self.world, ("roster", "presence")),
-            (self.society, Society.VERBS), (self, ("send",))) for verb in verbs}
-
-    def _open_world(self, path: str) -> None:
-        data = (read_file(os.path.realpath(path)) if path
-                else to_bytes(self.world.flavour.world))
-        digest = f"{zlib.crc32(data):08x}" if path and data else ""
-        about = self._ledger.table("about")
-        if about and digest in ("", about.get("world")):
-            return
-        try:
-            spec = from_bytes(data or b"")
-            self.world.begin(spec, digest)
-        except (ValueError, KeyError, TypeError, AttributeError, NotFound):
-            raise Refusal(f"world file {path} cannot be read: there must be one, and it must hold "
-                          "what /local/world shows") from None
 
     def stop(self) -> None:
         """Let everything survive; from now on all calls are NotRunning."""
         with self.lock:
-            self._ledger.save()
+            self.ledger.save()
             self.ended = True
 
-    def do(self, function: Callable[..., Any], *args: Any) -> Any:
+    def do(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Call a function under the lock; what it changed survives before anybody hears of it."""
         with self.lock:
             if self.ended:
                 raise NotRunning("stopping")
             try:
-                return function(*args)
+                return function(*args, **named)
             finally:
-                self._ledger.commit()
-                self.outboxes.wake()
+                self.ledger.commit()
+                while self._woken:
+                    session = self.sessions[self._woken.pop()]
+                    if session.pull:
+                        settle(session.pull, True)
+                        session.pull = None
 
     def call(self, account: str, verb: str, args: Sequence[Json], named: Row,
              wait: Wait = result_of) -> Json:
         """What a link asks in the name of its account: a method of Link, with its arguments."""
         if verb == "pull":
             return self._pull(account, str(args[0]), wait)
-        function = self._verbs.get(verb)
-        if function is None:
-            raise NotFound(f"{verb} not found")
-        return self.do(functools.partial(function, account, *args, **named))
+        if verb in self.CALLS:
+            return self.do(getattr(self, verb), account, *args, **named)
+        require(verb in self.VERBS, verb)
+        try:
+            done = self.do(lambda: getattr(self, verb)(self.me(account), *args, **named))
+        except NotFound:
+            return False
+        return True if done is None else done
 
     def _pull(self, account: str, mark: str, wait: Wait) -> List[Row]:
         """What happened to an account, as soon as there is something; `mark` says what it has."""
-        def take() -> List[Row]:
-            return self.outboxes.take(account, account in self.logins.running)
-
         with self.lock:
-            self.do(self.outboxes.acknowledge, account, mark)
-            items = take()
+            self.do(self.acknowledge, account, mark)
+            items = self.take(account)
             if items:
                 return items
-            future = self.outboxes.wait(account)
+            session = self.sessions[account]
+            future: Future[bool] = Future()
+            if session.pull:
+                settle(session.pull, False)  # its client asks anew: that one has gone
+            session.pull = future
+        woken = True
         try:
-            woken = wait(future, self.PULL_SECONDS)
+            woken = wait(future, 300.0)
         except TimeoutError:
-            woken = True
+            pass
         finally:
             with self.lock:
-                self.outboxes.leave(account, future)
+                if session.pull is future:
+                    session.pull = None
         with self.lock:
-            return take() if woken else []
+            return self.take(account) if woken else []
+
+    # -- logins
+
+    def attach(self, account: str, mark: str, cookie: str, password: bool,
+               mode: str = "online") -> Row:
+        """An account's client is there. {"login": …} if it is logged in by that, else {}."""
+        session = self.sessions[account]
+        session.mode, session.notes = mode, []
+        self.acknowledge(account, mark)
+        row = self.table("login", account)
+        age = self.clock() - float(row.get("time", 0))
+        if not cookie or cookie != row.get("cookie") or not 0 <= age < COOKIE_SECONDS:
+            cookie = ""
+        if not cookie and not password:
+            return {}
+        return {"login": self._log_in(account, row.get("nonce") or new_secret(), cookie)}
+
+    def ticket(self, account: str) -> None:
+        """A new QR code; the former one is void. It goes to the client as a note, so that no later
+        note overtakes it."""
+        ticket = new_secret()
+        self._tickets[account] = ticket, self.timer() + TICKET_SECONDS
+        # By `client` a proxy before many controllers finds the one that the ticket is of.
+        query = urllib.parse.urlencode({"client": account, "ticket": ticket})
+        self.note(account, {"do": "qrcode", "seconds": TICKET_SECONDS,
+                            "text": f"{self._url()}/local/scan?{query}"})
+        if self.sessions[account].hopes:
+            self.confirm(ticket)
+
+    def scan(self, ticket: str) -> str:
+        """Somebody opened the code's URL: whose it is; NotFound if it is unknown, used or old."""
+        now = self.timer()
+        account = {known: name for name, (known, end) in self._tickets.items() if now < end
+                   }.get(ticket, "")
+        require(account, "ticket")
+        self.note(account, {"do": "scanned"})
+        return account
+
+    def confirm(self, ticket: str) -> str:
+        """Somebody pressed the button: whose it is, or NotFound."""
+        account = self.scan(ticket)
+        del self._tickets[account]
+        self.note(account, {"do": "confirmed", "login": self._log_in(account, new_secret())})
+        return account
+
+    def hope(self, account: str) -> Future[bool]:
+        """Log an account in, now or as soon as it shows a code; True when it is running."""
+        future: Future[bool] = Future()
+        if self.sessions[account].running:
+            settle(future, True)
+            return future
+        self.sessions[account].hopes.add(future)
+        ticket, end = self._tickets.get(account, ("", 0.0))
+        if self.timer() < end:
+            self.confirm(ticket)
+        return future
+
+    def ready(self, account: str) -> None:
+        """An account's client is running."""
+        session = self.sessions[account]
+        session.running = True
+        self._woken.add(account)
+        hopes, session.hopes = session.hopes, set()
+        for future in hopes:
+            settle(future, True)
+
+    def detach(self, account: str) -> None:
+        """An account's client is gone."""
+        self._tickets.pop(account, None)
+        self.sessions[account].running = self.sessions[account].online = False
+
+    def logout(self, account: str) -> None:
+        """The account wants to be scanned anew."""
+        self.detach(account)
+        row = self.table("login", account)
+        if row:
+            self.put(dict(row, cookie=""), "login", account)
+
+    def delete(self, account: str) -> None:
+        """Forget an account's login and what waits for it; the person stays in the world."""
+        self.logout(account)
+        self.put(None, "wait", account)
+
+    def _log_in(self, account: str, nonce: str, cookie: str = "") -> Row:
+        """A login by cookie leaves that valid: a kill may come before a new one is written."""
+        people, row = self.table("people"), self.table("login", account)
+        uid = row.get("uid") or next((
+            uid for uid, person in people.items()
+            if person.get("name") == account and uid not in self.account_of), name_to_uid(account))
+        while not row and uid in self.account_of:
+            uid = str(int(uid) + 1)
+        cookie = cookie or new_secret()
+        self.put({"uid": uid, "nonce": nonce, "cookie": cookie, "time": self.clock()},
+                 "login", account)
+        self.account_of[uid] = account
+        is_new = uid not in people  # one that no world file tells of becomes everybody's friend
+        friends = list(people) if is_new else []
+        if is_new:
+            self.put({"uid": uid, "name": account}, "people", uid)
+        elif not row:  # the very first login
+            friends = [person["uid"] for person in self.fixtures()]
+        for friend in friends:
+            self.befriend(uid, friend)
+        for table in ("group", "discuss") if is_new else ():
+            for circle, about in list(self.table(table).items()):
+                if about.get("name") == "OpenQQ":
+                    self.enter(table, circle, uid, {})
+        self.sessions[account].online = True  # only now: it hears of no friend that it will load
+        return {"uid": uid, "cookie": cookie}
 
     # -- messages
 
     def send(self, account: str, messages: List[Row]) -> List[Row]:
-        """Deliver messages, in order; for each {"code", "info"} as CONTRACT 4 has them."""
-        return [self._send(account, message) for message in messages]
-
-    def _send(self, account: str, message: Row) -> Row:
-        """`mark` comes with it when somebody answered on the spot: what the answer is known by."""
-        before = self.outboxes.last(account)
-        try:
-            said = self.speak(str(self._ledger.table("login", account)["uid"]), message)[0]
-        except NotFound as error:
-            return {"code": -4, "info": f"响应未知: {error.status}"}
-        answered: Row = {}
-        now = self.outboxes.last(account)
-        if now > before:
-            answered["mark"] = f"{self.outboxes.era()}:{now}"
-        return {"code": 0, "info": "发送正常", "id": said["id"], **answered}
+        """Deliver messages, in order; for each {"code", "info", "id"} as CONTRACT 4 has them, and
+        `mark` when somebody answered on the spot: what the answer is known by."""
+        results: List[Row] = []
+        for message in messages:
+            before = self.table("seq").get(account)
+            try:
+                said = self.speak(self.me(account), message)[0]
+                results.append({"code": 0, "info": "发送正常", "id": said["id"]})
+            except NotFound as error:
+                results.append({"code": -4, "info": f"响应未知: {error.status}"})
+            last = self.table("seq").get(account)
+            if last != before:
+                results[-1]["mark"] = f"{self.era}:{last}"
+        return results
 
     def speak(self, uid: str, message: Row) -> List[Row]:
-        """Say something as anybody: a message has type, content, and uid, group, discuss.
-
-        What was said, and behind it what residents answered on the spot, which none of them
-        answers again; NotFound if the one who speaks has no business there.
-        """
+        """Say something as anybody: a message has type, content, and uid, group, discuss. Gives
+        what was said, and behind it what residents answered on the spot, which none of them
+        answers again. NotFound for who has no business there."""
         receivers = self._receivers(uid, message)
-        said = self._deliver(uid, message, receivers)
-        answers = [self._echo(receiver, uid, message) for receiver in receivers
-                   if receiver not in self.world.account_of]  # now all have heard what they answer
-        return [said, *(answer for answer in answers if answer)]
-
-    def _deliver(self, uid: str, message: Row, receivers: List[str]) -> Row:
-        id, people = str(self._ids.next()), self._ledger.table("people")
-        at = message.get("at") or [] if "uid" not in message or not message["uid"] else []
-        names = ["全体成员" if one == "all" else people.get(one, {}).get("name", one) for one in at]
-        item = {"do": "message", "type": message["type"], "time": str(int(self.clock())), "id": id,
-                "content": "".join(f"@{name} " for name in names) + message["content"],
-                "uid": uid, "name": people[uid]["name"], "reply_to": message.get("reply_to"),
-                "at": at, "group": message.get("group"), "discuss": message.get("discuss"),
-                "media": message.get("media")}
-        # For revoking; who asks later than WAIT_LIMIT messages after it comes too late.
-        self.society.sent[id] = {"uid": uid, "group": item["group"], "receivers": receivers}
-        keep_newest(self.society.sent, WAIT_LIMIT)
-        for receiver in receivers:
-            account = self.world.account_of.get(receiver)
-            if account is not None:
-                self.outboxes.put(account, dict(item, sender_id=self.world.id_for(account, uid)))
-        media, group = item["media"], item["group"]
-        if media and group and media.get("mime", "").partition("/")[0] not in SEGMENTS:
-            size = str(len(media["data"]) * 3 // 4 - media["data"][-2:].count("="))
-            self.society.tell_circle("group", group, "group_upload", {"params": [
-                member_of(group, uid), {"name": media["name"], "size": size, "id": id},
-                {"kind": "group", "uid": group}]})
-        return item
+        said = [self._hand_out(uid, message, receivers)]
+        alone = message["type"] in ("friend_message", "sess_message")
+        answer = dict(message, uid=uid if alone else None, reply_to=None, at=[])
+        for resident in receivers:  # now all have heard what they answer
+            row = self.table("people", resident)
+            if resident not in self.account_of and int(row.get("echo") or 0) and (
+                    alone or row["name"] in message["content"]):  # called by its name
+                with contextlib.suppress(NotFound):  # muted: that is not the speaker's fault
+                    said.append(self._hand_out(resident, answer,
+                                               self._receivers(resident, answer)))
+        return said
 
     def _receivers(self, uid: str, message: Row) -> List[str]:
         kind, target = message["type"], message.get("uid")
         if kind == "friend_message":
-            if target not in self._ledger.table("friend", uid):
-                raise NotFound("friend not found")
+            require(target in self.table("friend", uid), "friend")
             return [str(target)]
         table = "group" if message.get("group") else "discuss"
         circle = str(message.get(table))
-        members = self._ledger.table(table + "_member", circle)
-        if uid not in members or (kind == "sess_message" and target not in members):
-            raise NotFound(f"{table} member not found")
+        members = self.table(table + "_member", circle)
+        require(uid in members and (kind != "sess_message" or target in members), f"{table} member")
         if kind == "sess_message":
             return [str(target)]
         if float(members[uid].get("muted", 0)) > self.clock() or (
-                self._ledger.table(table, circle).get("muted")
+                self.table(table, circle).get("muted")
                 and members[uid].get("role", "member") == "member"):
             raise NotFound("muted, not heard")
         members[uid]["last_speak_time"] = str(int(self.clock()))  # not worth a line of its own
         return [member for member in members if member != uid]
 
-    def _echo(self, resident: str, uid: str, message: Row) -> Optional[Row]:
-        """An echo says what others say to it; in company only when its name is called."""
-        row = self._ledger.table("people", resident)
-        alone = message["type"] in ("friend_message", "sess_message")
-        if not int(row.get("echo") or 0) or not (alone or row["name"] in message["content"]):
-            return None
-        answer = dict(message, uid=uid if alone else None, reply_to=None, at=[])
-        try:
-            return self._deliver(resident, answer, self._receivers(resident, answer))
-        except NotFound:
-            return None  # muted: that is no fault of what it would answer
+    def _hand_out(self, uid: str, message: Row, receivers: List[str]) -> Row:
+        id, people, group = str(self._ids.next()), self.table("people"), message.get("group")
+        at = [] if message.get("uid") else message.get("at") or []
+        names = ["@%s " % ("全体成员" if one == "all" else people.get(one, {}).get("name", one))
+                 for one in at]
+        media = message.get("media")
+        item = {"do": "message", "type": message["type"], "time": str(int(self.clock())), "id": id,
+                "content": "".join([*names, message["content"]]),
+                "uid": uid, "name": people[uid]["name"], "reply_to": message.get("reply_to"),
+                "at": at, "group": group, "discuss": message.get("discuss"), "media": media}
+        # For revoking; who asks later than WAIT_LIMIT messages after it comes too late.
+        self.sent[id] = {"uid": uid, "group": group, "receivers": receivers}
+        keep_newest(self.sent, WAIT_LIMIT)
+        for receiver in receivers:
+            account = self.account_of.get(receiver)
+            if account is not None:
+                self.deliver(account, dict(item, sender_id=self.id_for(account, uid)))
+        if media and group and media.get("mime", "").partition("/")[0] not in SEGMENTS:
+            size = str(len(media["data"]) * 3 // 4 - media["data"][-2:].count("="))
+            self.tell(self.table("group_member", group), "group_upload", {"params": [
+                member_of(group, uid), {"name": media["name"], "size": size, "id": id},
+                {"kind": "group", "uid": group}]})
+        return item
 
 
 class LocalPages:
     """What the network's host serves under /local/: for phones, for scripts, for clients."""
-
-    LOGIN_SECONDS = 15.0         # a client that was just started needs a moment
 
     def __init__(self, network: LocalNetwork) -> None:
         self._network = network
@@ -6704,13 +6419,16 @@ class LocalPages:
 
     def routes(self) -> List[Route]:
         """The routes of /local/; a ticket or a key protects those that are open."""
+        network = self._network
         return [Route("/local/scan", "GET", self.scan, open=True),
-                Route("/local/confirm", "POST", self.confirm, open=True),
+                Route("/local/confirm", "POST", self.scan, open=True),
                 Route("/local/link", "POST", self.link, open=True),
                 Route("/local/login", ACT, self.login),
                 Route("/local/say", ACT, self.say),
-                Route("/local/change", ACT, self.change),
-                Route("/local/world", READ, self.world)]
+                Route("/local/change", ACT, lambda request: {
+                    **network.do(network.change, request.keys()), "code": 0, "status": "success"}),
+                Route("/local/world", READ, lambda request: {
+                    **network.do(network.dump), "code": 0})]
 
     def key_for(self, account: str) -> str:
         """What a client proves with that it speaks for its account."""
@@ -6720,25 +6438,19 @@ class LocalPages:
         return key
 
     def scan(self, request: Request) -> Response:
-        """The QR code's URL, opened by a phone: a page with a button."""
-        ticket = request.params.get("ticket", "")
-        return self._page(request, self._network.logins.scan, SCAN_BODY, {"ticket": ticket})
-
-    def confirm(self, request: Request) -> Response:
-        """The button."""
-        return self._page(request, self._network.logins.confirm, SAY_BODY, {
-            "title": "✓ 登录成功", "text": "You are logged in; this page can be closed."})
-
-    def _page(self, request: Request, step: Callable[[str], str], body: str,
-              values: Dict[str, str]) -> Response:
-        ticket = request.params.get("ticket", "")
+        """The QR code's URL, opened by a phone: a page with a button; and what that leads to."""
+        network, ticket = self._network, request.params.get("ticket", "")
+        confirms = request.path == "/local/confirm"
         try:
-            account = self._network.do(step, ticket)
+            account = network.do(network.confirm if confirms else network.scan, ticket)
         except NotFound:
             return page(SAY_BODY, {"title": "二维码已失效", "text": "This code is no longer valid: "
                         "it was used, or is too old. Scan the one that is shown now."}, 404)
-        return page(body, {"account": account, "client": urllib.parse.quote_plus(account),
-                           **values})
+        if confirms:
+            return page(SAY_BODY, {"title": "✓ 登录成功",
+                                   "text": "You are logged in; this page can be closed."})
+        return page(SCAN_BODY, {"account": account, "ticket": ticket,
+                                "client": urllib.parse.quote_plus(account)})
 
     def link(self, request: Request) -> Json:
         """A client's own calls, in the name of the account that its key stands for."""
@@ -6754,17 +6466,16 @@ class LocalPages:
 
     def login(self, request: Request) -> Row:
         """Log an account in as if somebody had scanned and pressed; answers when it runs."""
-        account = check_name(request.params.get("client", ""))
-        if not self._network.known(account):
-            raise NotFound(f"{account} not found")
-        future = self._network.do(self._network.logins.hope, account)
+        network, account = self._network, check_name(request.params.get("client", ""))
+        require(network.known(account), account)
+        future = network.do(network.hope, account)
         try:
-            request.wait(future, self.LOGIN_SECONDS)
+            request.wait(future, 15.0)  # a client that was just started needs a moment
         except TimeoutError:
             raise NotFound(f"{account} not found waiting for a scan; "
                            "check_client says what it does") from None
         finally:
-            self._network.do(self._network.logins.despair, account, future)
+            network.do(network.sessions[account].hopes.discard, future)
         return {"account": account, "code": 0, "status": "success"}
 
     def say(self, request: Request) -> Row:
@@ -6776,35 +6487,20 @@ class LocalPages:
             for row in answers]}
 
     def _say(self, params: Params) -> List[Row]:
-        world, to = self._network.world, params.get("to", "")
-        who = world.find("people", params.get("from", ""))
+        network, to = self._network, params.get("to", "")
+        who = network.find("people", params.get("from", ""))
         account, kind = params.get("client", ""), params.get("type", "friend_message")
-        login = world.ledger.table("login", account) if account else {}
-        if not login and (account or kind == "sess_message" or not to):
-            raise NotFound(f"{account or 'client'} not found")
+        login = network.table("login", account) if account else {}
+        require(login or to and not account and kind != "sess_message", account or "client")
         message = {"type": kind, "content": check_content(params), **check_quote(params)}
+        require(kind in ("friend_message", "sess_message", "group_message", "discuss_message"),
+                f"type {kind}")
         if kind in ("friend_message", "sess_message"):
-            message["uid"] = login.get("uid") or world.find("people", to)
-        elif kind not in ("group_message", "discuss_message"):
-            raise NotFound(f"type {kind} not found")
+            message["uid"] = login.get("uid") or network.find("people", to)
         if kind != "friend_message":
             table = "discuss" if kind == "discuss_message" else "group"
-            message[table] = world.find(table, to, account)
-        return self._network.speak(who, message)
-
-    def change(self, request: Request) -> Row:
-        """Change the world: every documented event can be made to happen."""
-        done = self._network.do(self._network.society.change, request.keys())
-        return {**done, "code": 0, "status": "success"}
-
-    def world(self, request: Request) -> Row:
-        """Who and what there is, as --world reads it."""
-        return {**self._network.do(self._network.world.dump), "code": 0}
-
-
-def is_sendable(content: str) -> bool:
-    """Whether a message's text is there and not too long."""
-    return 0 < len(content) and len(content.encode("utf-8", "replace")) <= CONTENT_LIMIT
+            message[table] = network.find(table, to, account)
+        return network.speak(who, message)
 
 
 MESSAGE_ID = re.compile("-?[0-9]{1,20}")
@@ -6821,13 +6517,17 @@ def check_quote(params: Params) -> Row:
     return {"reply_to": reply_to, "at": at}
 
 
+def is_sendable(content: str) -> bool:
+    """Whether a message's text is there and not too long."""
+    return 0 < len(content) and len(content.encode("utf-8", "replace")) <= CONTENT_LIMIT
+
+
 def check_content(params: Params) -> str:
     """A message's text; BadRequest when there is none, or too much."""
     content = params.get("content", "")
-    if not content:
-        raise BadRequest(400, "content missing")
     if not is_sendable(content):
-        raise BadRequest(400, f"content over {CONTENT_LIMIT} bytes")
+        raise BadRequest(400, f"content over {CONTENT_LIMIT} bytes" if content
+                         else "content missing")
     return content
 
 
@@ -9232,22 +8932,19 @@ class Parent:
     @classmethod
     def find(cls) -> Optional[Parent]:
         """That of this process, or None; what said so leaves the environment."""
-        names = ("OPENQQ_LIFE", "OPENQQ_LISTEN", "OPENQQ_LOCAL", "OPENQQ_KEY")
-        life, listener, local, key = [os.environ.pop(name, "") for name in names]
-        if not life:
-            return None
+        life, listener, local, key = [os.environ.pop("OPENQQ_" + name, "")
+                                      for name in ("LIFE", "LISTEN", "LOCAL", "KEY")]
         return cls(socket.socket(fileno=int(life)), socket.socket(fileno=int(listener)),
-                   local, key)
+                   local, key) if life else None
 
     def tell(self, **news: str) -> None:
-        """Let the controller know, now."""
+        """Send a state or a warning, now."""
         with self._lock:
             self._unsent += to_bytes(news) + b"\n"
         self.flush()
 
     def add(self, seq: int, event: bytes) -> None:
-        """Let the controller know of an event, as JSON, with the next flush(); its `seq` is 0 if
-        it is not kept."""
+        """Queue an event, as JSON, for the next flush(); its `seq` is 0 if it is not kept."""
         if event.startswith(b'{"event":"state_change"'):
             return  # it tells those itself: also those of clients that cannot any more
         with self._lock:
@@ -9260,7 +8957,7 @@ class Parent:
             self._unsent += (b"+" if seq else b"-") + event + b"\n"
 
     def flush(self) -> None:
-        """Send what there is, as far as the line takes it; a thread waits until it takes more."""
+        """Send what the line takes; a thread waits until it takes more."""
         with self._lock:
             try:
                 while self._unsent and not self._waiting:
@@ -9284,7 +8981,7 @@ class Parent:
 
 
 class Papers:
-    """A client's files: pid, cookie, QR code, state (000). Writing never stops the client."""
+    """A client's files (000): a failure to write one never stops the client."""
 
     def __init__(self, settings: Settings, flavour: Type[Flavour], log: Log) -> None:
         self.settings, self.log = settings, log
@@ -9304,26 +9001,26 @@ class Papers:
     def state_row(self, client: Client) -> Row:
         """The state file's content (000, CONTRACT 8)."""
         settings, program = self.settings, client.flavour.program
-        row: Row = {name: getattr(settings, name) for name in (
-            "cookie_path", "log_level", "mode", "pid_path", "qrcode_path", "state_path",
-            "tmpdir")}
-        row.update({name: str(int(getattr(settings, name))) for name in (
-            *client.flavour.state_flags, "qrcode_count_max", "ua_retry_times")})
-        row.update(account=client.account, os=SYSTEM, pid=os.getpid(),
-                   log_encoding=settings.given("log_encoding") or None,
-                   log_path=settings.given("log_path") or None,
-                   previous_state=client.previous_state or None,
-                   start_time=str(client.start_time), state=client.state, version=VERSION,
-                   plugin=[{"name": ("" if plugin.name[0] == "+" else f"{program}::Plugin::")
-                            + plugin.name, "priority": plugin.priority,
-                            "auto_call": None if plugin.call_on_load else 1,
-                            "call_on_load": int(plugin.call_on_load)}
-                           for plugin in sorted(client.plugins, key=lambda p: p.name)])
-        row.update(client.link.status())
+        row: Row = {
+            **{name: getattr(settings, name) for name in (
+                "cookie_path", "log_level", "mode", "pid_path", "qrcode_path", "state_path",
+                "tmpdir")},
+            **{name: str(int(getattr(settings, name))) for name in (
+                *client.flavour.state_flags, "qrcode_count_max", "ua_retry_times")},
+            "account": client.account, "os": SYSTEM, "pid": os.getpid(),
+            **{name: settings.given(name) or None for name in ("log_encoding", "log_path")},
+            "previous_state": client.previous_state or None,
+            "start_time": str(client.start_time), "state": client.state, "version": VERSION,
+            "plugin": [{"name": ("" if plugin.name[0] == "+" else f"{program}::Plugin::")
+                        + plugin.name, "priority": plugin.priority,
+                        "auto_call": None if plugin.call_on_load else 1,
+                        "call_on_load": int(plugin.call_on_load)}
+                       for plugin in sorted(client.plugins, key=lambda p: p.name)],
+            **client.link.status()}
         if client.warnings:
             row["warning"] = "; ".join(client.warnings.values())
         for outlet in client.outlets:
-            if outlet.reporter and outlet.reporter.error:
+            if outlet.reporter.error:
                 row["post_error"] = outlet.reporter.error
         return dict(row, error=client.error) if client.error else row
 
@@ -9333,20 +9030,15 @@ class Papers:
         if not keep_file(self.settings.state_path, data, self.log):
             client.plan("state file", REPLACE_SECONDS, self.write_state, client)
 
-    def read_qrcode(self) -> Optional[bytes]:
-        """The picture, or None while there is none."""
-        return read_file(self.settings.qrcode_path)
-
     def read_cookie(self) -> Row:
         """The last login's cookie file; {} if there is none, or it is another account's."""
         row = read_json(self.settings.cookie_path, self.log)
         return row if row.get("account") == self.settings.account else {}
 
     def write_cookie(self, cookie: Optional[str] = None) -> None:
-        """Keep a login, and with it the secrets that a resumed client needs (DESIGN).
+        """Keep a login, and the secrets of now, which a resumed client needs (DESIGN).
 
-        Without a `cookie`, or where none is to be kept, what is there stays, and the secrets
-        beside it are replaced by those of now.
+        Without a `cookie`, or where none is to be kept, the one that is there stays.
         """
         old, secrets = self.read_cookie(), self.settings.secrets()
         if cookie is None or not self.settings.keep_cookie:
@@ -9358,11 +9050,9 @@ class Papers:
             "secrets": secrets, "bridge": self._urls()}), self.log)
 
     def share_secrets(self) -> None:
-        """Take over the secrets of a former start, and have a later one find what was given now.
-
-        A resumed client has no others. Not those that the controller was told to forget, nor
-        those of a bridge at another address.
-        """
+        """Take over the secrets of a former start, since a resumed client is given none, and keep
+        those of this one. Not those that the controller was told to forget, nor those of a bridge
+        at another address."""
         row, now = self.read_cookie(), self._urls()
         forget = os.environ.pop("OPENQQ_FORGET", "").split(",")
         then, secrets = row.get("bridge") or {}, row.get("secrets") or {}
@@ -9375,13 +9065,13 @@ class Papers:
         self.write_cookie()
 
     def _urls(self) -> Dict[str, str]:
-        """Where secrets go to."""
         return {name: getattr(self.settings, name) for name, setting in SETTINGS.items()
                 if setting.token[0]}
 
 
 class Roster:
-    """Who the account knows; `lock`, the client's, guards all of it."""
+    """Who the account knows; `lock`, the client's, guards all of it. What reads it with a lock of
+    its own may be called from any thread."""
 
     def __init__(self, fields: Mapping[str, Tuple[str, ...]], lock: Any) -> None:
         self.fields, self.lock = fields, lock
@@ -9400,14 +9090,9 @@ class Roster:
         table: Dict[str, Any] = getattr(self, kind)
         return table
 
-    # -- reading, from any thread
-
-    def to_json(self, kind: str, members: bool = True) -> List[Row]:
-        """The list of a kind, as documented."""
-        return list(self.rows(kind, members))
-
     def rows(self, kind: str, members: bool) -> Iterator[Row]:
-        """The same one by one: nobody has to wait for a lock until a million members are told."""
+        """The list of a kind, as documented; nobody has to wait for the lock until a million
+        members are told."""
         with self.lock:
             things = list(self.table(kind).values())
         for thing in things:
@@ -9415,15 +9100,16 @@ class Roster:
                 row = (thing.full_json if members else thing.to_json)(self.fields)
             yield row
 
-    def search(self, kind: str, keys: Mapping[str, str]) -> List[Any]:
-        """The things of a kind whose attributes equal all the keys; none without keys."""
+    def search(self, where: Union[str, Circle], keys: Mapping[str, str]) -> List[Any]:
+        """The things of a kind, or the members of a group or discuss, whose attributes equal all
+        the keys, as text; none without keys."""
         with self.lock:
-            return match(self.table(kind).values(), keys)
-
-    def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
-        """The members of a group or discuss whose attributes equal all the keys."""
-        with self.lock:
-            return match(circle.member.values(), keys)
+            things = (where.member if isinstance(where, Circle) else self.table(where)).values()
+            found = list(things) if keys else []
+            for name, wanted in keys.items():
+                found = [thing for thing in found if thing.value(name) is not None
+                         and str(thing.value(name)) == wanted]
+            return found
 
     def find(self, kind: str, uid: str, circle: str) -> Optional[Any]:
         """One thing by its uid, a member by that of its group or discuss too; or None."""
@@ -9433,13 +9119,9 @@ class Roster:
         """Whether an event about it came after the first `before` changes."""
         return self.touched.get((kind, uid), 0) > before
 
-    # -- what changes it
-
     def load(self, row: Row, kinds: Iterable[str], before: int) -> None:
-        """Take over what a link told; only the kinds that are wanted.
-
-        What events said since there were `before` of them is newer than that.
-        """
+        """Take over what a link told of these kinds, except where events that came after the
+        first `before` changes are newer."""
         for kind in kinds:
             if kind == "user":
                 self.user = User(row["user"])
@@ -9451,10 +9133,10 @@ class Roster:
             setattr(self, kind, new)
 
     def show_states(self, states: Mapping[str, str]) -> None:
-        """Take over who is there now: nobody is told of that, the lists show it."""
+        """Take over who is there now: no event tells of that."""
         with self.lock:
             circles = [*self.group.values(), *self.discuss.values()]
-            tables: List[Mapping[str, Thing]] = [self.friend, *[c.member for c in circles]]
+            tables: List[Dict[str, Any]] = [self.friend, *[c.member for c in circles]]
             for table in tables:
                 for uid in states.keys() & table.keys():
                     table[uid].state = states[uid]
@@ -9509,16 +9191,6 @@ class Roster:
             thing = table.pop(uid, thing)
         return event, [thing, circle] if circle else [thing]
 
-    def differences(self, kind: str, rows: Iterable[Row], before: int) -> List[Row]:
-        """What happened between the roster and what a link tells now of a kind, as events of a
-        link. Nothing of what events told since there were `before` of them: it would be undone.
-        """
-        new = {row["uid"]: row for row in rows if not self.is_newer(kind, row["uid"], before)}
-        if kind == "user":
-            return changes_of(kind, dict.fromkeys(new, self.user), new)
-        return changes_of(kind, {uid: thing for uid, thing in self.table(kind).items()
-                                 if not self.is_newer(kind, uid, before)}, new)
-
 
 def changes_of(kind: str, old: Mapping[str, Any], new: Mapping[str, Row], **place: str
                ) -> List[Row]:
@@ -9542,34 +9214,22 @@ def changes_of(kind: str, old: Mapping[str, Any], new: Mapping[str, Row], **plac
                     for uid in old if uid not in new]
 
 
-def match(things: Iterable[Thing], keys: Mapping[str, str]) -> List[Thing]:
-    """Those whose attributes equal all the keys, as text; none without keys."""
-    if not keys:
-        return []
-    return [thing for thing in things if all(
-        thing.value(name) is not None and str(thing.value(name)) == value
-        for name, value in keys.items())]
-
-
 PLUGINS: Dict[str, Tuple[Callable[[Any, Row], None], int]] = {}  # name -> call, priority
 
 
 class Plugin:
-    """Something that a client runs, `call(client, data)`; those with a high priority first.
-
-    `name` is what Client.load() is given. Refusal if there is none.
-    """
+    """Something that a client runs, `call(client, data)`; those with a high priority first. Refusal
+    if there is none."""
 
     def __init__(self, name: Any, data: Row, call_on_load: bool) -> None:
-        self.data, self.call_on_load = data, call_on_load
-        if isinstance(name, str) and not name.startswith("+"):
+        self.name = name if isinstance(name, str) else "+" + getattr(name, "__name__", "plugin")
+        self.data, self.call_on_load, module = data, call_on_load, name
+        if not self.name.startswith("+"):
             if name not in PLUGINS:
                 raise Refusal(f"there is no plugin {name}; there are "
                               f"{', '.join(sorted(PLUGINS))}, and +NAME for a module of your own")
-            self.name = name
             self.call, self.priority = PLUGINS[name]
             return
-        module = name
         if isinstance(name, str):
             try:
                 import importlib
@@ -9578,7 +9238,6 @@ class Plugin:
                 module.call  # AttributeError, if it has none
             except (ImportError, AttributeError) as error:
                 raise Refusal(f"plugin {name} cannot be loaded: {error}") from None
-        self.name = name if isinstance(name, str) else "+" + getattr(name, "__name__", "plugin")
         self.call = getattr(module, "call", module)
         self.priority = getattr(module, "PRIORITY", 0)
 
@@ -9601,7 +9260,7 @@ class Listing:
         self._since: Optional[float] = None
 
     def doubt(self, known: Iterable[str], told: Iterable[str]) -> str:
-        """Why the uids that the list told are not believed, in words; empty if they are."""
+        """Why the uids that the list told are not believed; empty if they are."""
         old, new, now = set(known), set(told), time.monotonic()
         missing = len(old - new)
         if not new or 3 * missing > len(old):
@@ -9614,9 +9273,8 @@ class Listing:
 
 
 class Details:
-    """What a link does not tell at once: lists of friends and groups, who is in a group. What is
-    known is compared with it, so that events tell of the difference.
-    """
+    """What a link does not tell at once: lists of friends and groups, who is in a group. Events
+    tell how it differs from what is known."""
 
     def __init__(self, client: Client) -> None:
         self._client, self._roster = client, client.roster
@@ -9637,16 +9295,21 @@ class Details:
                 if getattr(self._client.settings, setting + kind)]
 
     def compare(self, row: Row, before: int) -> None:
-        """Report what happened between the roster, when there had been `before` changes of it, and
-        what the link tells now of some kinds."""
+        """Report what happened between the roster and what the link tells now of some kinds, except
+        where events that came after the first `before` changes are newer: it would be undone."""
         client, roster = self._client, self._roster
         kinds = [kind for kind in self.kinds("is_update_") if kind in row]
         if client.settings.is_update_user and "user" in row:
             kinds.insert(0, "user")
         with client.batch():
-            for item in [item for kind in kinds for item in roster.differences(
-                    kind, [row["user"]] if kind == "user" else row[kind], before)]:
-                client.talk.happen(item)
+            for kind in kinds:
+                new = {one["uid"]: one for one in ([row[kind]] if kind == "user" else row[kind])
+                       if not roster.is_newer(kind, one["uid"], before)}
+                old = dict.fromkeys(new, roster.user) if kind == "user" else {
+                    uid: thing for uid, thing in roster.table(kind).items()
+                    if not roster.is_newer(kind, uid, before)}
+                for item in changes_of(kind, old, new):
+                    client.talk.happen(item)
             for told in row["group"] if "group" in kinds else []:
                 group, count = roster.group.get(told["uid"]), told.get("member_count")
                 if group:
@@ -9656,24 +9319,22 @@ class Details:
             self.report(kinds)
 
     def report(self, kinds: Iterable[str]) -> None:
-        """Tell how lists are now."""
-        if "user" in kinds:
-            self._client.emit("update_user", [self._roster.user.to_json(self._roster.fields)])
-        for kind in ("friend", "group"):
-            if kind in kinds:
-                self._client.emit("update_" + kind, [self._roster.to_json(kind, members=False)])
+        for kind in kinds:
+            if kind != "discuss":
+                self._client.emit("update_" + kind, [
+                    self._roster.user.to_json(self._roster.fields) if kind == "user"
+                    else list(self._roster.rows(kind, False))])
 
     # -- lists
 
     def is_certain(self, kind: str) -> bool:
-        """Whether who is not on the list of friends, or groups, is none: it is good, or not wanted
-        at all."""
+        """Whether who is not on the list of friends, or groups, is none."""
         return (not self._client.link.real or self.lists[kind].good
                 or kind not in self.kinds("is_init_"))
 
     def ask(self, kind: str, anew: bool = False) -> None:
-        """Have the link asked for a list now, unless that is under way; `anew` after a new login,
-        of which nothing is known yet."""
+        """Have the link asked for a list, unless that is under way; `anew` after a new login, of
+        which nothing is known yet."""
         listing = self.lists[kind]
         self._client.unplan(kind)
         if anew:
@@ -9683,7 +9344,6 @@ class Details:
             self._askers.submit(self._fetch, kind, listing)
 
     def _fetch(self, kind: str, listing: Listing) -> None:
-        """In a worker: ask for a list. What is known changes only by one that is believed."""
         client, roster = self._client, self._roster
         before, rows, why = roster.changes, [], ""  # type: int, List[Row], str
         try:
@@ -9694,24 +9354,24 @@ class Details:
             listing.asking = False
             if client.state == "stop" or listing is not self.lists[kind]:
                 return  # the latter is of another account
-            wait = DOUBT_SECONDS / 4
             if why:
                 listing.failures += 1
                 wait = backoff(listing.failures + 1, LIST_SECONDS)
             else:
                 why = listing.doubt(roster.table(kind), [row["uid"] for row in rows])
+                wait = DOUBT_SECONDS / 4
             listing.good = not why
             client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, "
                         "and it is asked again")
             if why:
                 client.plan(kind, wait, self.ask, kind)
-            elif listing.loaded:
-                self.compare({kind: rows}, before)
             else:
-                roster.load({kind: rows}, [kind], before)
-                if client.state == "running":
-                    self.report([kind])
-            if not why:
+                if listing.loaded:
+                    self.compare({kind: rows}, before)
+                else:
+                    roster.load({kind: rows}, [kind], before)
+                    if client.state == "running":
+                        self.report([kind])
                 listing.loaded, listing.failures = True, 0
             listing.answers += 1
             client.changed.notify_all()
@@ -9741,20 +9401,15 @@ class Details:
                     client.plan(kind, max(0.0, wait), self.ask, kind)
                 if not client.changed.wait_for(lambda: listing.answers != answers, DETAIL_SECONDS):
                     listing.good = False  # until it comes
-        known: Optional[Thing] = self._roster.table(kind).get(uid)
-        return known or (None if listing.good else stranger)
+        return self._roster.table(kind).get(uid) or (None if listing.good else stranger)
 
     # -- members
 
     def wait(self, groups: Iterable[Circle], members: bool = True) -> None:
-        """Have the members of groups loaded, or only one's role in them; from any thread.
-
-        After DETAIL_SECONDS it returns with what there is then; the rest is loaded all the same.
-        """
+        """Have the members of groups loaded, or only one's role in them; after DETAIL_SECONDS it
+        returns all the same. From any thread."""
         wanted = {(str(group.uid), members) for group in groups
                   if not group.loaded and (members or group.value("role") is None)}
-        if not wanted:
-            return
         with self._client.lock:
             for job in wanted - self._loading:
                 self._loading.add(job)
@@ -9764,7 +9419,7 @@ class Details:
                 self._client.log.warn("the bridge is slow to tell the members of groups")
 
     def _load(self, uid: str, members: bool) -> None:
-        """In a worker: ask the link, and once more if an event told of the group meanwhile."""
+        """Ask the link, and once more if an event told of the group meanwhile."""
         client, roster = self._client, self._roster
         while True:
             row: Optional[Row] = None
@@ -9805,10 +9460,10 @@ class Details:
 class Login:
     """How an account gets to running, and how what it knows stays true.
 
-    The link's threads call the hooks, each of which leads to a state (those with an underscore:
-    `_show` a code and `_wait` to scaning, `_scanned` to confirming, `_confirmed` to updating,
-    `_lost` back there). The link is asked by workers: for a login; for the roster, after which the
-    client runs; for that again every update_interval.
+    The link's threads call the hooks, each of which leads to a state: `_show` a code and `_wait`
+    to scaning, `_scanned` to confirming, `_confirmed` to updating, `_lost` back there. Workers ask
+    the link for a login, for the roster, after which the client runs, and for that again every
+    update_interval.
     """
 
     def __init__(self, client: Client) -> None:
@@ -9829,9 +9484,8 @@ class Login:
             return call
 
         hooks = Hooks(hook(self._show), hook(self._wait), hook(self._scanned),
-                      hook(self._confirmed), hook(self._lost),
-                      lambda items: client.talk.receive(items), client.roster.find,
-                      client.details.is_certain, hook(self._keep))
+                      hook(self._confirmed), hook(self._lost), client.talk.receive,
+                      client.roster.find, client.is_certain, hook(self._keep))
         hooks.ids_path = client.papers.ids_path
         self.link: Link
         kind = link_of(settings.given)
@@ -9839,7 +9493,7 @@ class Login:
             self.link = LINKS[kind](settings, hooks, log)
             return
         if client.parent:
-            host: Callable[[str, Row], Json] = RemoteHost(client.parent.local, client.parent.key)
+            host: Callable[..., Json] = RemoteHost(client.parent.local, client.parent.key)
         else:
             network = self.network = LocalNetwork(
                 client.papers.local_path, settings.world, client.flavour, log,
@@ -9849,7 +9503,7 @@ class Login:
         self.link = LocalLink(host, hooks, settings.login_type == "login", settings.mode, log)
 
     def _cancel(self) -> None:
-        """This login is over, or what it showed: nothing that was planned for it happens."""
+        """This login is over, or what it showed: nothing planned for it happens."""
         self._client.unplan("code", "refresh", "friend", "group")
         self._turn += 1
         self._client.changed.notify_all()
@@ -9918,7 +9572,7 @@ class Login:
             client.plan("code", seconds, self._submit, renew)
 
     def _wait(self, error: str) -> None:
-        """There is no login, and no code to scan; the state file says why."""
+        """There is no login, and no code to scan."""
         client = self._client
         if (client.state, client.error) != ("scaning", error):
             self._cancel()
@@ -9928,10 +9582,10 @@ class Login:
             client.enter("scaning", error)
 
     def _scanned(self) -> None:
-        client = self._client
-        if client.state == "scaning":
-            client.log.info(f"{client.flavour.phone}扫码成功,请在手机上点击[登录]按钮... (scanned)")
-            client.enter("confirming")
+        if self._client.state == "scaning":
+            self._client.log.info(f"{self._client.flavour.phone}扫码成功,"
+                                  "请在手机上点击[登录]按钮... (scanned)")
+            self._client.enter("confirming")
 
     def _confirmed(self, cookie: str, fresh: bool) -> None:
         client = self._client
@@ -9957,11 +9611,8 @@ class Login:
         client.enter(state, error)
 
     def _learn(self, fresh: bool, turn: int) -> None:
-        """In a worker: learn who the account is and whom it knows, then run, and from then on look
-        whether that is still so.
-
-        Lists that the link tells apart may take long: it runs without them after LOOKUP_SECONDS.
-        """
+        """Learn who the account is and whom it knows, then run, after LOOKUP_SECONDS without the
+        lists that the link tells apart; from then on look whether that is still so."""
         client, roster, details = self._client, self._client.roster, self._client.details
         before = roster.changes
         row = self.link.roster()
@@ -10007,7 +9658,7 @@ class Login:
             self.link.ready()
 
     def _claim_account(self) -> None:
-        """Two clients of one account hear and answer everything twice."""
+        """Warn while another client has this account: both would hear and answer everything."""
         client, name = self._client, self.link.account()
         if self._claim or not name or client.state == "stop":
             return
@@ -10036,11 +9687,8 @@ if TYPE_CHECKING:  # a message to be sent, what the link gets of it, who waits f
 
 
 class Talk:
-    """What an account says and hears. With the client's lock held, unless said otherwise.
-
-    What it says goes through one queue, first in, first out (CONTRACT 4): one thread hands batches
-    of it to the link, without the lock.
-    """
+    """What an account says and hears. With the client's lock held, unless said otherwise; what it
+    says goes through one queue (CONTRACT 4), of which one thread hands batches to the link."""
 
     # What events of the documents tell besides, as members, since callbacks count the params.
     FACTS = {"new_group_member": ("kind", "operator_uid"),
@@ -10049,9 +9697,7 @@ class Talk:
     GIVEN_UP = {"code": -3, "info": "发送异常"}
 
     def __init__(self, client: Client) -> None:
-        self._client, self._link, self._flavour = client, client.link, client.flavour
-        interval = client.settings.send_interval
-        self._interval: float = self._link.send_interval if interval is None else interval
+        self._client, self._flavour = client, client.flavour
         self._jobs: Deque[Job] = collections.deque()
         self._sender = ThreadPool(1, "send", client.log)
         self._working = False                     # the sender is at it
@@ -10067,14 +9713,15 @@ class Talk:
 
     def compose(self, item: Row, origin: str = "", media: Optional[Row] = None
                 ) -> Optional[Message]:
-        """What an item of the link says, as a message; None if it is not to be told of. Or what
-        `origin` here is to send, perhaps with media of the shelf."""
+        """What an item of the link says, as a message, or None if that is not to be told of; or
+        what `origin` here is to send, perhaps with media of the shelf."""
         client, flavour, roster = self._client, self._flavour, self._client.roster
         own, uid = item["do"] == "sent", item["uid"]
         kind = CIRCLE_OF.get(item["type"]) or (
             "discuss" if item.get("discuss") else "group" if item.get("group") else "")
         message = Message({**{name: item[name] for name in ("type", "content", "id", "time")},
-                           **flavour.text_format, "circle": None, "peer_uid": None,
+                           **flavour.text_format, "circle": None, "peer_uid": uid if own or (
+                               not kind or item["type"] == "sess_message") else None,
                            "answer": lambda message, text, **more: self.reply(
                                message.to_json({}), text, "code", **more)})
         circle: Any = None
@@ -10095,19 +9742,16 @@ class Talk:
             self._name(message, "sender", roster.user, {})
             message.__dict__.update({
                 "class": "send", "post_type": "send_message", "from": origin or "none",
-                "source": "local" if origin else "outer", "ttl": client.settings.msg_ttl})
+                "source": "local" if origin else "outer", "ttl": client.settings.msg_ttl,
+                "code": 0, "info": "发送正常", "msg": flavour.sent["status"]})
             if uid is not None:
-                message.peer_uid = uid
                 self._name(message, "receiver", thing, {"uid": uid})
-            self._set_outcome(message, {"code": 0, "info": "发送正常"})
         else:
             if thing is None and "sender" in item and (
                     circle and not circle.loaded or not client.is_certain("friend")):
                 thing = (GroupMember if circle else Friend)(item["sender"])
             if thing is None and client.settings.ignore_unknown_id:
                 return None
-            if not kind or item["type"] == "sess_message":
-                message.peer_uid = uid
             message.__dict__.update({"class": "recv", "post_type": "receive_message"})
             self._name(message, "receiver", roster.user, {})
             self._name(message, "sender", thing, {**item, "id": item.get("sender_id")})
@@ -10127,15 +9771,15 @@ class Talk:
         return message
 
     def _name(self, message: Message, role: str, thing: Optional[Thing], row: Row) -> None:
-        """Say who is sender or receiver; of somebody unknown what `row` tells."""
+        """Say who is sender or receiver; `row` tells of somebody unknown."""
         message.__dict__.update({
             role: thing.displayname if thing else row.get("name"), role + "_thing": thing,
             **{f"{role}_{part}": thing.value(part) if thing else row.get(part)
                for part in self._flavour.parts[role]}})
 
     def _add_media(self, message: Message, picture: Row, media: Optional[Row]) -> None:
-        """Give a message what its flavour tells of a picture, as a link has it. It came, unless
-        `media` of the shelf is given, and is kept there if it is to be and can be."""
+        """Give a message what its flavour tells of a picture: `media` of the shelf, or one that
+        came, which gets there if it is to be kept and can be."""
         if media is None:
             data, name = base64.b64decode(picture["data"]), str(picture["name"])
             media = unkept_media(data, name)
@@ -10154,26 +9798,21 @@ class Talk:
             "type": kind, "url": url, "name": media["media_name"], "size": media["media_size"]}]}
         message.__dict__.update({name: shown[name] for name in self._flavour.media_members})
 
-    def _set_outcome(self, message: Message, result: Row) -> None:
-        message.code, message.info = result["code"], result["info"]
-        message.msg = self._flavour.not_sent if message.code else self._flavour.sent["status"]
-
-    def remember(self, row: Row) -> None:
-        """Keep a message, as it is reported, for get_message; a picture's bytes are on the shelf.
-        """
-        if row["id"] is None:
-            return
-        data = to_bytes({**row, "media_data": None} if row.get("media_data") else row)
-        self._seen_size += len(data) - len(self._seen.pop(row["id"], b""))
-        self._seen[row["id"]] = data
-        while len(self._seen) > WAIT_LIMIT or self._seen_size > SEEN_BYTES:
-            self._seen_size -= len(self._seen.pop(next(iter(self._seen))))
+    def _report(self, message: Message, mark: str = "") -> None:
+        """Let everybody know of a message, and keep it, as it is reported, for get_message, except
+        a picture's bytes, which are on the shelf."""
+        row = message.to_json({})
+        if row["id"] is not None:
+            data = to_bytes({**row, "media_data": None} if row.get("media_data") else row)
+            self._seen_size += len(data) - len(self._seen.pop(row["id"], b""))
+            self._seen[row["id"]] = data
+            while len(self._seen) > WAIT_LIMIT or self._seen_size > SEEN_BYTES:
+                self._seen_size -= len(self._seen.pop(next(iter(self._seen))))
+        self._client.tell(message.post_type, row, message.conversation(), [message], mark)
 
     def remembered(self, id: str) -> Optional[Row]:
         """One of the newest messages, as it was reported. From any thread."""
-        with self._client.lock:
-            data = self._seen.get(id)
-        row = object_in(data) if data else None
+        row = object_in(self._seen.get(id, b""))
         if row and row.get("media_path") and row["media_data"] is None:
             row["media_data"] = base64.b64encode(read_file(row["media_path"]) or b"").decode()
         return row
@@ -10186,7 +9825,7 @@ class Talk:
 
     def is_full(self) -> bool:
         """Whether so many messages wait that no more are taken."""
-        return self.waiting() >= int(self._client.settings.send_queue_max_size)
+        return len(self._jobs) >= int(self._client.settings.send_queue_max_size)
 
     def send(self, type: str, content: str, uid: Optional[str] = None, circle: str = "",
              origin: str = "api", via: str = "", media: Optional[Row] = None, cq: bool = False,
@@ -10247,8 +9886,9 @@ class Talk:
         return len(jobs)
 
     def _work(self) -> None:
-        """In the thread that sends: one batch after the other, until nothing waits."""
-        client, clock = self._client, self._client.timers.clock
+        client, link, clock = self._client, self._client.link, self._client.timers.clock
+        given: Optional[float] = client.settings.send_interval
+        interval = link.send_interval if given is None else given
         while True:
             batch: List[Job] = []
             size, pause = 0, 0.0
@@ -10256,7 +9896,7 @@ class Talk:
                 while self._jobs and clock() < self._rests_until:
                     client.changed.wait(self._rests_until - clock())
                 jobs = self._jobs
-                while jobs and len(batch) < (1 if self._interval else self._link.batch):
+                while jobs and len(batch) < (1 if interval else link.batch):
                     size += weight(jobs[0][1])
                     if batch and size > BATCH_LIMIT:
                         break
@@ -10266,7 +9906,7 @@ class Talk:
                     return
                 self.began = began = clock()
             try:
-                results = self._link.send([row for _, row, _ in batch])
+                results = link.send([row for _, row, _ in batch])
             except Exception as error:  # the queue must go on whatever a link does
                 why = f"响应未知: {getattr(error, 'status', repr(error))}"
                 results = [{"code": -4, "info": why}] * len(batch)
@@ -10276,7 +9916,7 @@ class Talk:
                     for message, _, _ in batch:
                         message.ttl -= 1
             with client.lock:
-                self.began, self._rests_until = 0.0, max(began + self._interval, pause)
+                self.began, self._rests_until = 0.0, max(began + interval, pause)
                 again = [job for job in batch if pause and job[0].ttl > 0]
                 jobs.extendleft(reversed(again))  # if they were given up meanwhile, nobody looks
                 try:
@@ -10293,10 +9933,12 @@ class Talk:
         the spot is there too, and everything has survived."""
         with self._client.batch():
             for (message, _, _), result in outcomes:
-                message.id = result.get("id")
-                self._set_outcome(message, result)
-                self._client.emit_message(message)
-            if not self.began:
+                message.id, message.code = result.get("id"), result["code"]
+                message.info = result["info"]
+                if message.code:
+                    message.msg = self._flavour.not_sent
+                self._report(message)
+            if self._own and not self.began:
                 self._hear_own()
         for job, result in outcomes:
             (message, _, future), mark = job, result.get("mark", "")
@@ -10309,11 +9951,9 @@ class Talk:
     # -- hearing
 
     def receive(self, items: List[Row]) -> str:
-        """Take over what a link brought; the mark of what is safe on disk then. NotRunning.
-
-        In the link's thread. While a send is under way it waits for that: nobody is to hear the
-        echo before the call.
-        """
+        """Take over what a link brought; the mark of what is safe on disk then. NotRunning. In the
+        link's thread: while a send is under way it waits for that, for nobody is to hear the echo
+        before the call."""
         client = self._client
         with client.lock:
             began = self.began
@@ -10323,7 +9963,7 @@ class Talk:
                 if own and not self._own:
                     client.plan("own", BRIDGE_SECONDS, self._hear_own)
                 self._own += own
-                if self._link.echoes:
+                if client.link.echoes:
                     left = began + ECHO_SECONDS - client.timers.clock()
                     client.changed.wait_for(lambda: self.began != began, max(0.0, left))
             if client.ended:
@@ -10362,14 +10002,14 @@ class Talk:
                 self._hear(item, "")
 
     def _hear(self, item: Row, mark: str) -> None:
-        """A message came, or the account sent one, from another device unless it was we."""
+        """A message that came, or that the account sent, from another device unless it was we."""
         client, own = self._client, item["do"] == "sent"
         message = None if own and item["id"] in self._seen else self.compose(item)
         if message is None:
             return client.spool.advance(mark or None)
         for future in self._expected.pop(item["uid"], []) if not own and not message.circle else []:
             settle(future, message.content)
-        client.emit_message(message, mark)
+        self._report(message, mark)
 
     def happen(self, item: Row, mark: str = "") -> bool:
         """Let an event of the link change the roster, and report it; False if it is void."""
@@ -10392,16 +10032,12 @@ class Talk:
         return future
 
     def expect(self, uid: str) -> Future[Any]:
-        """What the next message from a friend says. From any thread."""
+        """What the next message from a friend says; who gives up cancels it. From any thread."""
         future: Future[Any] = Future()
         with self._client.lock:
-            self._expected.setdefault(uid, []).append(future)
+            waiting = [one for one in self._expected.get(uid, []) if not one.cancelled()]
+            self._expected[uid] = [*waiting, future]
         return future
-
-    def expect_no_more(self, uid: str, future: Future[Any]) -> None:
-        """One of those who expect() a friend's word gives up. From any thread."""
-        with self._client.lock, contextlib.suppress(ValueError):
-            self._expected.get(uid, []).remove(future)
 
 
 class Client:
@@ -10451,10 +10087,10 @@ class Client:
         self._plans: Dict[str, Timer] = {}           # what is to come, by its name
         self.details = Details(self)
         self.look_for, self.is_certain = self.details.look_for, self.details.is_certain
-        self._login = Login(self)
-        self.link = self._login.link
         self.talk = Talk(self)
         self.send = self.talk.send                   # what the four below come to
+        self._login = Login(self)
+        self.link = self._login.link
         self.enter("init")
 
     # -- the public face
@@ -10569,7 +10205,6 @@ class Client:
         self._plans[what] = self.timers.later(seconds, act, *args)
 
     def unplan(self, *names: str) -> None:
-        """Let it not happen."""
         for name in names:
             if name in self._plans:
                 self._plans.pop(name).cancel()
@@ -10619,8 +10254,8 @@ class Client:
             self.stop()
 
     def _wind_up(self) -> None:
-        """In a thread of its own: what waits to be posted gets a moment, and after it what is on
-        its way: sent and not answered it would come twice. The rest waits for the next start."""
+        """In a thread of its own: what waits to be posted gets a moment, then what is on its way:
+        sent and not answered it would come twice. The rest waits for the next start."""
         with self.lock:
             for outlet in self.outlets:
                 if outlet.waiting():
@@ -10649,40 +10284,31 @@ class Client:
             yield
         finally:
             self._batches -= 1
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._batches:
-            self.spool.flush()
-            for outlet in self.outlets:
-                outlet.flush()
-            if self.parent:
-                self.parent.flush()
+            if not self._batches:
+                self.spool.flush()
+                for outlet in self.outlets:
+                    outlet.flush()
+                if self.parent:
+                    self.parent.flush()
 
     def emit(self, event: str, params: List[Any], mark: str = "",
              when: Optional[str] = None, facts: Mapping[str, Json] = {}) -> None:
         """Let everybody know of an event; with the mark and the time that its source gave it, and
         `facts` as members of its own."""
         fields = self.flavour.fields
-        shown = [thing.full_json(fields) if isinstance(thing, Circle) and number == 0
-                 else thing.to_json(fields) if isinstance(thing, Thing) else thing
-                 for number, thing in enumerate(params)]
-        self._tell(event, {**event_row(event, shown, when), **facts}, "", params, mark)
+        shown = [thing.to_json(fields) if isinstance(thing, Thing) else thing for thing in params]
+        if params and isinstance(params[0], Circle):
+            shown[0] = params[0].full_json(fields)
+        self.tell(event, {**event_row(event, shown, when), **facts}, "", params, mark)
 
-    def emit_message(self, message: Message, mark: str = "") -> None:
-        """Let everybody know of a message, received or sent."""
-        row = message.to_json(self.flavour.fields)
-        self.talk.remember(row)
-        self._tell(message.post_type, row, message.conversation(), [message], mark)
-
-    def _tell(self, event: str, row: Row, conversation: str, params: List[Any],
-              mark: str) -> None:
-        taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
-        if mark and not any(taken):
-            self.spool.advance(mark)
-        for callback in self._callbacks.get(event, ()):
-            self._crew.submit(callback, self, *params)
-        self._flush()
+    def tell(self, event: str, row: Row, conversation: str, params: List[Any], mark: str) -> None:
+        """Let everybody know of what is shown as `row`, in order within a conversation."""
+        with self.batch():
+            taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
+            if mark and not any(taken):
+                self.spool.advance(mark)
+            for callback in self._callbacks.get(event, ()):
+                self._crew.submit(callback, self, *params)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -10730,8 +10356,7 @@ def avatar(uid: str) -> bytes:
 
 
 def wait_for(request: Request, future: Future[Any], seconds: float) -> Any:
-    """What a future brings; only if that takes more than a moment is the caller watched.
-    TimeoutError."""
+    """What a future brings; a caller is watched only after a moment. TimeoutError."""
     try:
         return result_of(future, min(1.0, seconds))
     except TimeoutError:
@@ -10743,17 +10368,12 @@ def wait_for(request: Request, future: Future[Any], seconds: float) -> Any:
 class Media:
     """The pictures that callers bring to a client: as a file, in base64, as an address."""
 
-    SECONDS = 30.0               # for a picture's address, redirects and all
-    HOPS = 5
-
     def __init__(self, client: Client) -> None:
         self.client = client
 
     def take(self, params: Params, keep: bool = False) -> Optional[Row]:
-        """The shelf's row of the picture that parameters bring, by whichever media_* it is.
-
-        One that cannot be kept comes in `data`; with `keep` it is NoRoom. BadRequest, NotAllowed.
-        """
+        """The shelf's row of the picture that parameters bring, or None; one that cannot be kept
+        comes in `data`, or, with `keep`, is NoRoom. BadRequest, NotAllowed."""
         shelf = self.client.papers.shelf
         if params.get("media_id"):
             row = shelf.get(params["media_id"])
@@ -10764,22 +10384,31 @@ class Media:
         name = next((name for name in names if params.get(name)), "")
         if not name:
             return None
-        given, path = params[name], None
-        try:
-            if name == "media_data":
-                data, title = self.read_base64(given), "picture"
-            elif name == "media_url" or is_url(given):  # 001 has addresses in media_path too
-                if self.client.link.fetches and not self.leads_here(given):
-                    return self.linked(given, params.get("media_name"))
-                data, title = self.read_url(given)
-            else:
-                path = os.path.realpath(given)
-                data, title = self.read_path(given), os.path.basename(given)
-        except Unreachable as error:
-            raise BadRequest(400, f"{name}: {error.status}") from None
+        given, path, title = params[name], None, "picture"
+        chosen = params.get("media_name")
+        if name == "media_data":
+            try:
+                data = base64.b64decode(re.sub(r"\s", "", given), validate=True)
+            except ValueError:
+                raise BadRequest(400, "media_data is not base64") from None
+        elif name == "media_url" or is_url(given):  # 001 has addresses in media_path too
+            try:
+                fetched = self.client.link.fetches and not self.leads_here(given)
+                data = b"" if fetched else self.read_url(given)
+            except Unreachable as error:
+                raise BadRequest(400, f"{name}: {error.status}") from None
+            title = urllib.parse.urlsplit(given).path.rpartition("/")[2] or title
+            if fetched:  # by the bridge
+                row = unkept_media(data, chosen or title)
+                if row["media_mime"].partition("/")[0] not in SEGMENTS:
+                    row["media_mime"] = "image/jpeg"
+                return {**row, "url": given, "media_size": None}
+        else:
+            data, path = self.read_path(given), os.path.realpath(given)
+            title = os.path.basename(path)
         if len(data) > MEDIA_LIMIT:
             raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
-        title = params.get("media_name") or params.get(name + ".filename") or title
+        title = chosen or params.get(name + ".filename") or title
         try:
             return {**shelf.put(data, title), "path": path}
         except OSError as error:
@@ -10814,64 +10443,42 @@ class Media:
         except Unreachable as error:
             raise BadRequest(400, f"an address in a CQ code: {error.status}") from None
 
-    def linked(self, url: str, name: Optional[str]) -> Row:
-        """What a Shelf tells of media, for those that somebody else will fetch."""
-        name = name or urllib.parse.urlsplit(url).path.rpartition("/")[2]
-        row = unkept_media(b"", name or "picture")
-        known = row["media_mime"].partition("/")[0] in SEGMENTS
-        return {**row, "url": url, "media_size": None,
-                "media_mime": row["media_mime"] if known else "image/jpeg"}
-
-    def read_base64(self, text: str) -> bytes:
-        """BadRequest for what is none."""
-        try:
-            return base64.b64decode(re.sub(r"\s", "", text), validate=True)
-        except ValueError:
-            raise BadRequest(400, "media_data is not base64") from None
-
     def read_path(self, path: str) -> bytes:
-        """A file that callers may name: within tmpdir, and none of this program's own but media.
-        NotAllowed, BadRequest."""
-        settings, flavour = self.client.settings, self.client.flavour
+        """A file in tmpdir, none of this program's own but media. NotAllowed, BadRequest."""
+        settings = self.client.settings
+        media = re.escape(f"{self.client.flavour.file_prefix}media_{self.client.account}_")
         try:
-            check_path("media_path", path, settings.tmpdir,
-                       re.escape(f"{flavour.file_prefix}media_{self.client.account}_")
-                       + Shelf.NAME.pattern,
+            check_path("media_path", path, settings.tmpdir, media + Shelf.NAME.pattern,
                        (settings.cookie_path, settings.state_path, settings.pid_path,
                         settings.log_path))
+            data = read_file(path, MEDIA_LIMIT)
         except NotAllowed as error:
             raise NotAllowed(f"{error.status}: put the file into {settings.tmpdir}, "
                              "or give media_data or media_url") from None
-        try:
-            data = read_file(path, MEDIA_LIMIT)
         except OSError:
             raise BadRequest(400, f"media_path over {MEDIA_LIMIT} bytes") from None
         if not data:
             raise BadRequest(400, "media_path cannot be read")
         return data
 
-    def read_url(self, url: str) -> Tuple[bytes, str]:
+    def read_url(self, url: str) -> bytes:
         """A picture from anywhere but from this program (MEDIA_MARK). Unreachable."""
-        until, given = time.monotonic() + self.SECONDS, url
-        for _ in range(self.HOPS + 1):
+        until = time.monotonic() + 30.0
+        for _ in range(1 + 5):
             reply = fetch(url, fields={MEDIA_MARK: "1", "User-Agent": "openqq/" + VERSION},
                           seconds=max(0.1, until - time.monotonic()))
-            target = redirect_of(url, reply)
-            if not target:
-                data = reply.read(MEDIA_LIMIT + 1)
+            url = redirect_of(url, reply)
+            data = reply.read(MEDIA_LIMIT + 1)
+            if not url:
                 if reply.status != 200 or not data:
                     raise Unreachable(f"the server answers {reply.status}")
-                return data, urllib.parse.urlsplit(given).path.rpartition("/")[2] or "picture"
-            reply.read(BATCH_LIMIT)
-            url = target
-        raise Unreachable(f"over {self.HOPS} redirects")
+                return data
+        raise Unreachable("over 5 redirects")
 
 
 class Answers:
-    """What a receiver of events wants done by its answer (003).
-
-    A thread pool does what may take long: pictures may come from far away.
-    """
+    """What a receiver of events wants done by its answer (003). A thread pool does what may take
+    long: pictures may come from far away."""
 
     MEDIA_LIMIT = 20             # pictures in one answer
 
@@ -10886,17 +10493,15 @@ class Answers:
             self._client.link.typing(str(row["sender_uid"]), on)
 
     def answered(self, row: Row, answer: Row) -> None:
-        """What a receiver of an event wants done (003, 001; names as OneBot's quick operations).
-
-        To a message: reply, with at_sender, quote, cq; media; to one that came also delete, kick,
-        shutup or ban. To a request: approve, with reason. In the thread that posted it.
-        """
+        """Do what it says (001, 003; names as in OneBot's quick operations), to a message: reply,
+        with at_sender, quote, cq; media; to one that came also delete, kick, shutup or ban. To a
+        request: approve, with reason."""
         if row["post_type"] == "event":
             if row["event"] in ("friend_request", "group_request") and "approve" in answer:
-                accept, ticket = self._is_set(answer, "approve"), row["params"][0].get("ticket")
-                verb, last = ("answer_request", "") if row["event"] == "friend_request" else (
+                verb, text = ("answer_request", "") if row["event"] == "friend_request" else (
                     "answer_group_request", self._text(answer, "reason"))
-                self._do(verb, str(ticket), accept, last)
+                self._do(verb, str(row["params"][0].get("ticket")),
+                         self._is_set(answer, "approve"), text)
             return
         received, group = row["class"] == "recv", str(row.get("group_uid") or "")
         sender, text = str(row.get("sender_uid") or ""), self._text(answer, "reply")
@@ -10912,9 +10517,8 @@ class Answers:
                 self._client.talk.reply(row, text, "api", **more)
             except OpenQQError as error:
                 self._client.log.warn(f"reply in an answer of post_api: {error.status}")
-        media = answer.get("media")
-        if media:
-            self._crew.submit(self._send_media, row, media if isinstance(media, list) else [media])
+        if answer.get("media"):
+            self._crew.submit(self._send_media, row, answer["media"])
         if received and self._is_set(answer, "delete"):
             self._do("revoke", row["id"])
         if received and row["type"] == "group_message" and sender:
@@ -10922,27 +10526,29 @@ class Answers:
                 if self._is_set(answer, flag):
                     seconds = str(answer.get(length, 60))
                     if not re.fullmatch("[0-9]{1,9}", seconds):
-                        self._client.log.warn(f"{length} in an answer of post_api must be a "
-                                              "number of seconds")
+                        self._warn(length, "a number of seconds")
                         seconds = "60"
                     self._do("mute", group, [sender], max(60, int(seconds)))
             if self._is_set(answer, "kick"):
                 self._do("kick", group, [sender])
 
+    def _warn(self, name: str, wanted: str) -> None:
+        self._client.log.warn(f"{name} in an answer of post_api must be {wanted}")
+
     def _is_set(self, answer: Row, name: str) -> bool:
-        """1, "1" and true are alike; the log tells of what is no such thing."""
+        """1, "1" and true are alike."""
         value = answer.get(name)
         if value not in (None, 0, 1, "0", "1"):  # True is 1
-            self._client.log.warn(f"{name} in an answer of post_api must be 0 or 1")
+            self._warn(name, "0 or 1")
         return value in (1, "1")
 
     def _text(self, answer: Row, name: str) -> str:
         value = answer.get(name)
         if isinstance(value, (bool, list, dict)):
             if value is not False:
-                self._client.log.warn(f"{name} in an answer of post_api must be text")
+                self._warn(name, "text")
             return ""
-        return value if isinstance(value, str) else scalar(value) or ""
+        return scalar(value) or ""
 
     def _do(self, verb: str, *args: Any) -> None:
         """Have the link do something, in a thread: nobody waits for it."""
@@ -10957,17 +10563,18 @@ class Answers:
                                       f"failed: {why}")
         self._crew.submit(do)
 
-    def _send_media(self, row: Row, items: List[Json]) -> None:
+    def _send_media(self, row: Row, media: Json) -> None:
         """One after the other, each behind the reply."""
+        items = media if isinstance(media, list) else [media]
         if len(items) > self.MEDIA_LIMIT:
             self._client.log.warn(f"{len(items)} media in an answer of post_api: the first "
                                   f"{self.MEDIA_LIMIT} are sent")
         for item in items[:self.MEDIA_LIMIT]:
             try:
-                media = self._media.take(self._named(item))
-                if media is None:
+                taken = self._media.take(self._named(item))
+                if taken is None:
                     raise BadRequest(400, "it is empty")
-                self._client.talk.reply(row, "", "api", media)
+                self._client.talk.reply(row, "", "api", taken)
             except OpenQQError as error:
                 self._client.log.warn(f"media in an answer of post_api: {error.status}")
 
@@ -10988,9 +10595,10 @@ class Answers:
 
 
 class Api:
-    """The client server's API: what the row NAME of VERBS tells of is done by the method _NAME, by
-    the one that `does` names, or by act()."""
+    """The client server's API. A row NAME of VERBS is done by the method do_NAME, by the one that
+    `does` names, or, with `link`, by the link; of what was done or not the row says the answer."""
 
+    FLAGS = ("accept", "enable")  # words of a row's `link` that hold unless they are 0
     NOT_FOUND = {"code": 100, "status": "object not found"}
     FAILURE = {"code": 201, "status": "failure"}
 
@@ -11002,18 +10610,22 @@ class Api:
 
     def handler(self, verb: Verb) -> Callable[[Request], Any]:
         """What a route calls for a row of VERBS."""
-        name, *args = verb.does.split() or [verb.name]
-        act: Callable[[Request], Any] = functools.partial(
-            self.act, verb) if verb.link else functools.partial(getattr(self, "_" + name), *args)
+        name, *args = ["act", verb.link] if verb.link else verb.does.split() or [verb.name]
+        act = functools.partial(getattr(self, "do_" + name), *args)
 
-        def when_running(request: Request) -> Any:
-            if self.client.state != "running":
+        def handle(request: Request) -> Any:
+            if not verb.any_state and self.client.state != "running":
                 raise NotRunning(state=self.client.state)
-            if verb.name in self.client.link.lacks:
+            if not verb.any_state and verb.name in self.client.link.lacks:
                 return Response(b"", "", 503) if verb.gives == "image" else {
                     "code": 201, "status": "not with this link"}
-            return act(request)
-        return act if verb.any_state else when_running
+            done = act(request)
+            if not isinstance(done, bool):
+                return done
+            code, _, status = (verb.yes if done else verb.no).partition(" ")
+            return {**{name: request.params.get(name) for name in verb.echo.split()},
+                    "code": int(code), "status": status}
+        return handle
 
     # -- who is meant
 
@@ -11034,24 +10646,22 @@ class Api:
         be known to the bridge all the same.
         """
         names, missing = names or self.flavour.keys[kind], missing or self.flavour.missing[kind]
-        found = self.find(kind, params, names)
+        given = {name: params[name] for name in names if params.get(name)}
+        said, found = set(given.values()), self.find(kind, params, names)
         if len(found) > 1:
-            said = {params.get(name, "") for name in names}
             found = [thing for thing in found if thing.value("markname") in said] or found
         if len(found) > 1:
             raise Answer({**missing, "code": 100, "status": f"{kind} not unique"})
-        keys = [name for name in names if params.get(name)]
-        numbers = {params[name] for name in keys}
-        if not found and len(numbers) == 1 and all(name.endswith("id") for name in keys):
-            found = list(filter(None, [self.client.look_for(kind, *numbers)]))
-        if not found:
+        if not found and len(said) == 1 and all(name.endswith("id") for name in given):
+            found = [self.client.look_for(kind, *said)]
+        if not any(found):
             raise Answer(missing)
         return found[0]
 
     def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
         """The members of a group or discuss that fit; a number may be known to the bridge only."""
         link = self.client.link
-        found = self.client.roster.members(circle, keys)
+        found = self.client.roster.search(circle, keys)
         if not found and len(keys) == 1 and link.real and circle.kind == "group":
             try:
                 uid = number_of(*keys.values())
@@ -11063,7 +10673,7 @@ class Api:
 
     # -- reading (CONTRACT 3)
 
-    def _get_user_info(self, request: Request) -> Json:
+    def do_get_user_info(self, request: Request) -> Json:
         roster = self.client.roster
         return self.show(roster.user.to_json(roster.fields))
 
@@ -11082,7 +10692,7 @@ class Api:
                 wait = 5.0               # the list is worth more
             self._looked = time.monotonic() + wait
 
-    def _list(self, kind: str, request: Request) -> Response:
+    def do_list(self, kind: str, request: Request) -> Response:
         roster = self.client.roster
         if kind == "group":  # those whose members are not known yet are loaded first
             self.client.details.wait(list(roster.group.values()))
@@ -11090,11 +10700,11 @@ class Api:
         parts = [to_bytes(self.show(row)) for row in roster.rows(kind, True)]
         return Response(b"[%b]" % b",".join(parts))  # one dump of all would hold up all threads
 
-    def _get_group_basic_info(self, request: Request) -> Json:
+    def do_get_group_basic_info(self, request: Request) -> Json:
         self.client.details.wait(list(self.client.roster.group.values()), members=False)
-        return self.show(self.client.roster.to_json("group", members=False))
+        return self.show(list(self.client.roster.rows("group", False)))
 
-    def _search(self, kind: str, request: Request) -> Json:
+    def do_search(self, kind: str, request: Request) -> Json:
         client, names = self.client, self.flavour.other_names[kind]
         keys: Dict[str, str] = {}
         for given, value in request.keys().items():
@@ -11109,55 +10719,52 @@ class Api:
         return self.show([thing.full_json(client.roster.fields) for thing in found]
                          ) if found else self.NOT_FOUND
 
-    def _get_client_info(self, request: Request) -> Json:
-        client = self.client
-        row = client.papers.state_row(client)
+    def do_get_client_info(self, request: Request) -> Json:
+        row = self.client.papers.state_row(self.client)
         return {**{name: row[name] for name in ("account", "http_debug", "log_encoding",
                                                 "log_level", "log_path", "os", "pid", "version")},
-                "code": 0, "status": "success", "starttime": client.start_time,
-                "runtime": int(time.time()) - client.start_time}
+                "code": 0, "status": "success", "starttime": self.client.start_time,
+                "runtime": int(time.time()) - self.client.start_time}
 
-    def _get_qrcode(self, request: Request) -> Response:
-        return qrcode_response(self.client.papers.read_qrcode(), self.flavour)
+    def do_get_qrcode(self, request: Request) -> Response:
+        return qrcode_response(read_file(self.client.settings.qrcode_path), self.flavour)
 
-    def _get_media(self, request: Request) -> Response:
+    def do_get_media(self, request: Request) -> Response:
         id, _, number = request.params.get("id", "").partition(".")
-        seen = self.client.talk.remembered(id) if re.fullmatch("[0-9]{1,4}", number) else None
-        files = dict(enumerate(seen.get("media") or ())) if seen else {}
-        file = files.get(int(number), {}) if files else {}
-        if seen and file.get("file_id"):  # the bridge's URLs end, so it is asked now
-            try:
+        seen = self.client.talk.remembered(id) or {}
+        file = {str(place): file for place, file in enumerate(seen.get("media") or ())}.get(
+            number, {})
+        url, row = None, self.client.papers.shelf.get(id)
+        if file.get("file_id"):  # the bridge's URLs end, so it is asked now
+            row = None
+            with contextlib.suppress(Declined):
                 url = self.client.link.file_url({**file, "group": seen.get("group_uid"),
                                                  "uid": seen.get("sender_uid")})
-            except Declined:
-                url = ""
-            return Response(b"", "", 302, {"Location": url}) if url else Response(b"", "", 404)
-        row = self.client.papers.shelf.get(id)
         data = read_file(row["media_path"]) if row else None
-        if row is None or data is None:
-            return Response(b"", "", 404)
-        return Response(data, row["media_mime"], fields={
-            "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"})
+        if row and data is not None:
+            return Response(data, row["media_mime"], fields={
+                "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"})
+        return Response(b"", "", 302, {"Location": url}) if url else Response(b"", "", 404)
 
-    def _get_avatar(self, request: Request) -> Response:
+    def do_get_avatar(self, request: Request) -> Json:
         params, roster = request.params, self.client.roster
         found: List[Any]
         if params.get("group_id"):
             found = self.find("group", params, ("group_id",))
             if found and params.get("id"):
-                found = roster.members(found[0], {"id": params["id"]})
+                found = roster.search(found[0], {"id": params["id"]})
         elif params.get("id") == roster.user.id:
             found = [roster.user]
         else:
             found = [self.one("friend", params)]
         if not found:
-            return Response(to_bytes(self.flavour.missing["friend"]))
+            return self.flavour.missing["friend"]
         return Response(avatar(found[0].uid), "image/png",
                         fields={"Cache-Control": "max-age=3600"})
 
     # -- sending (CONTRACT 4)
 
-    def _send_to(self, kind: str, request: Request) -> Json:
+    def do_send_to(self, kind: str, request: Request) -> Json:
         client, everybody = self.client, self.flavour.everybody
         if everybody and kind == "friend" and request.params.get("id") == everybody:
             content, media = self.what(request.params)
@@ -11170,7 +10777,7 @@ class Api:
         uid, circle = (target.uid, "") if kind == "friend" else (None, target.uid)
         return self.send(request, kind + "_message", target, uid, circle)
 
-    def _send_sess_message(self, request: Request) -> Json:
+    def do_send_sess_message(self, request: Request) -> Json:
         client, params = self.client, request.params
         if params.get("group_id") or params.get("group_uid"):
             kind, code = "group", 103
@@ -11194,7 +10801,7 @@ class Api:
             return self.send(request, "sess_message", stranger, uid, group, kind)
         return {"code": code, "id": None, "status": f"{kind} member not found"}
 
-    def send(self, request: Request, type: str, target: Thing, uid: Optional[str] = None,
+    def send(self, request: Request, type: str, target: Thing, uid: Optional[str],
              circle: str = "", via: str = "") -> Row:
         """Queue a message, and wait for the outcome unless the caller does not want to."""
         content, media = self.what(request.params)
@@ -11227,7 +10834,7 @@ class Api:
         media, content = self.media.take(params), params.get("content", "")
         return check_content(params) if content or not media else "", media
 
-    def _consult(self, request: Request) -> Json:
+    def do_consult(self, request: Request) -> Json:
         friend = self.one("friend", request.params)
         seconds = request.params.get("timeout", "30")
         if not re.fullmatch("[0-9]{1,4}", seconds):
@@ -11236,16 +10843,15 @@ class Api:
         self.client.link.typing(friend.uid, True)
         try:
             row = self.send(request, "friend_message", friend, friend.uid)
-            if row["code"] != 0:
-                return {**row, "reply": None}
-            return {**row, "reply": wait_for(request, answer, float(seconds))}
+            return {**row, "reply": wait_for(request, answer, float(seconds))
+                    if row["code"] == 0 else None}
         except TimeoutError:
             return {**row, "reply": None, "reply_status": "reply timeout"}
         finally:
             self.client.link.typing(friend.uid, False)
-            self.client.talk.expect_no_more(friend.uid, answer)
+            answer.cancel()
 
-    def _upload_media(self, request: Request) -> Json:
+    def do_upload_media(self, request: Request) -> Json:
         row = self.media.take(request.params, keep=True)
         if row is None:
             raise BadRequest(400, "media_path, media_data or media_url missing")
@@ -11254,82 +10860,113 @@ class Api:
 
     # -- what the link does of itself (CONTRACT 5 and 10)
 
-    def act(self, verb: Verb, request: Request) -> Json:
-        """Have the link do what a row of VERBS says. A method _the_WORD finds what the parameters
-        mean, and may end the call with an Answer; other words are parameters' names."""
-        method, *pairs = verb.link.split()
+    def do_act(self, what: str, request: Request) -> bool:
+        """Have the link do what a row of VERBS says. A method the_WORD finds what the parameters
+        mean, and may end the call with an Answer; other words are parameters' names, with ! of
+        those that must not be empty."""
+        method, *pairs = what.split()
+        params = request.params
         given: Row = {}
         for name, _, word in [pair.partition("=") for pair in pairs]:
-            find = getattr(self, "_the_" + word, None)
-            given[name] = (find(request.params, given) if find
-                           else request.params.get(word, ""))
-        done = getattr(self.client.link, method)(**{
+            find, key = getattr(self, "the_" + word, None), word.rstrip("!")
+            given[name] = (find(params, given.get("group")) if find
+                           else params.get(key, "1") != "0" if key in self.FLAGS
+                           else params.get(key, ""))
+            if key != word and not given[name]:
+                raise Answer(self.FAILURE)
+        return bool(getattr(self.client.link, method)(**{
             name: value.uid if isinstance(value, Thing) else value
-            for name, value in given.items()})
-        code, _, status = (verb.yes if done else verb.no).partition(" ")
-        return {**{name: request.params.get(name) for name in verb.echo.split()},
-                "code": int(code), "status": status}
+            for name, value in given.items()}))
 
-    def _the_group(self, params: Params, given: Row) -> Any:
+    def the_group(self, params: Params, group: Any = None) -> Any:
         return self.one("group", params, self.flavour.keys["place"], self.NOT_FOUND)
 
-    def _the_members(self, params: Params, given: Row) -> List[str]:
-        """The uids of members of that group, who are named by id or uid."""
-        group, names = given["group"], self.flavour.keys["members"]
+    def the_members(self, params: Params, group: Any) -> List[str]:
+        """The uids of members of a group, who are named by id or uid."""
+        names = self.flavour.keys["members"]
         name = next((name for name in names if params.get(name)), "")
-        key = "uid" if name.endswith("uid") else "id"
         if name:
             self.client.details.wait([group])
-        return self._uids(params.get(name, ""), "member",
-                          lambda person: self.members(group, {key: person}))
+        return self.uids(params.get(name, ""), "member", lambda person: self.members(
+            group, {"uid" if name.endswith("uid") else "id": person}))
 
-    def _the_friends(self, params: Params, given: Row) -> List[str]:
-        return self._uids(params.get("friends", ""), "friend",
-                          lambda person: self.client.roster.search("friend", {"id": person}))
+    def the_member(self, params: Params, group: Any) -> str:
+        return self.the_members(params, group)[0]
 
-    def _uids(self, text: str, what: str, find: Callable[[str], List[Any]]) -> List[str]:
-        names = [name for name in text.split(",") if name]
-        if not names:
-            raise Answer({"code": 200, "status": f"{what} id empty"})
+    def the_friends(self, params: Params, group: Any = None) -> List[str]:
+        return self.uids(params.get("friends", ""), "friend",
+                         lambda person: self.client.roster.search("friend", {"id": person}))
+
+    def uids(self, text: str, what: str, find: Callable[[str], List[Any]]) -> List[str]:
+        """The uids of all who are named; an Answer, if somebody is not found, or nobody named."""
         uids = []
-        for name in names:
+        for name in filter(None, text.split(",")):
             found = find(name)
             if not found:
                 raise Answer({"code": 100, "status": self.flavour.unknown.format(
                     what=what, name=name)})
             uids.append(found[0].uid)
+        if not uids:
+            raise Answer({"code": 200, "status": f"{what} id empty"})
         return uids
 
-    def _the_member(self, params: Params, given: Row) -> str:
-        return self._the_members(params, given)[0]
-
-    def _the_friend(self, params: Params, given: Row) -> Any:
+    def the_friend(self, params: Params, group: Any = None) -> Any:
         return self.one("friend", params, ("uid", "id"), self.NOT_FOUND)
 
-    def _the_enable(self, params: Params, given: Row) -> bool:
-        return params.get("enable", "1") != "0"
+    def the_person(self, params: Params, group: Any) -> Any:
+        """A friend, or with group_id somebody in a group."""
+        if not params.get("group_id"):
+            return self.one("friend", params, missing=self.NOT_FOUND)
+        return self.somebody_in(self.find("group", params, ("group_id",)), {
+            name: params[name] for name in self.flavour.keys["friend"] if params.get(name)})
 
-    def _shutup_group_member(self, request: Request) -> Json:
+    def the_stranger(self, params: Params, group: Any) -> Any:
+        """Somebody, by id, whom one shares a group with and who is no friend yet."""
+        name, roster = params.get("id", ""), self.client.roster
+        if name and name == roster.user.id:
+            raise Answer({"code": 101, "status": "can not be yourself"})
+        if roster.search("friend", {"id": name}):
+            raise Answer({"code": 101, "status": "already a friend"})
+        return self.somebody_in(list(roster.group.values()), {"id": name})
+
+    def somebody_in(self, groups: List[Any], keys: Mapping[str, str]) -> Any:
+        """The first member of these groups that fits; an Answer, if there is none."""
+        for group in groups:
+            for member in self.client.roster.search(group, keys):
+                return member
+        raise Answer(self.NOT_FOUND)
+
+    def the_id(self, params: Params, group: Any) -> str:
+        """A message's id, as its sending or its event told it; a bridge may know more than we."""
+        id = params.get("id", "").partition(":")[0]
+        if not self.client.talk.remembered(id) and not (
+                self.client.link.real and MESSAGE_ID.fullmatch(id)):
+            raise Answer({"code": -1, "status": "msg id not found"})
+        return id
+
+    def the_digits(self, params: Params, group: Any) -> str:
+        if not re.fullmatch("[0-9]{1,16}", params.get("code", "")):
+            raise BadRequest(400, "code must be digits")
+        return params["code"]
+
+    def do_shutup_group_member(self, request: Request) -> Json:
         params, link = request.params, self.client.link
-        group = self._the_group(params, {})
+        group = self.the_group(params)
         if params.get("all") == "1" and not any(map(params.get, self.flavour.keys["members"])):
-            done = link.mute_all(group.uid, params.get("time") != "0")
-        else:
-            seconds = self._the_time(params)
-            done = link.mute(group.uid, self._the_members(params, {"group": group}), seconds)
-        return {"code": 0, "status": "success"} if done else self.FAILURE
+            return link.mute_all(group.uid, params.get("time") != "0")
+        minutes = params.get("time", "")  # 004 and the program; 003 erred; 0 lifts
+        if not re.fullmatch("[0-9]+", minutes):
+            raise Answer({"code": 400, "status": "shutup time missing or error"})
+        return link.mute(group.uid, self.the_members(params, group), int(minutes[:9]) * 60)
 
-    def _poke(self, request: Request) -> Json:
-        params, group = request.params, None
-        if any(map(params.get, self.flavour.keys["place"])):
-            group = self._the_group(params, {})
-            uid = self._the_member(params, {"group": group})
-        else:
-            uid = self._the_friend(params, {}).uid
-        done = self.client.link.poke(uid, group.uid if group else "")
-        return {"code": 0, "status": "success"} if done else self.FAILURE
+    def do_poke(self, request: Request) -> Json:
+        params, link = request.params, self.client.link
+        if not any(map(params.get, self.flavour.keys["place"])):
+            return link.poke(self.the_friend(params).uid, "")
+        group = self.the_group(params)
+        return link.poke(self.the_member(params, group), group.uid)
 
-    def _call_action(self, request: Request) -> Json:
+    def do_call_action(self, request: Request) -> Json:
         action, text = request.params.get("action", ""), request.params.get("params") or "{}"
         params = object_in(text.encode("utf-8", "replace"))
         if not re.fullmatch("[.A-Za-z0-9_]{1,64}", action) or params is None:
@@ -11346,44 +10983,7 @@ class Api:
             return {**self.FAILURE, "retcode": row.get("retcode"), "info": wording(row)}
         return {"code": 0, "data": row.get("data"), "status": "success"}
 
-    def _the_time(self, params: Params) -> int:
-        """`time`, which is in minutes (004 and the program; 003 erred); 0 lifts."""
-        minutes = params.get("time", "")
-        if not re.fullmatch("[0-9]+", minutes):
-            raise Answer({"code": 400, "status": "shutup time missing or error"})
-        return int(minutes[:9]) * 60
-
-    def _the_person(self, params: Params, given: Row) -> Any:
-        """A friend, or with group_id somebody in a group."""
-        if not params.get("group_id"):
-            return self.one("friend", params, missing=self.NOT_FOUND)
-        keys = {name: params[name] for name in self.flavour.keys["friend"] if params.get(name)}
-        for group in self.find("group", params, ("group_id",)):
-            for member in self.client.roster.members(group, keys):
-                return member
-        raise Answer(self.NOT_FOUND)
-
-    def _the_stranger(self, params: Params, given: Row) -> Any:
-        """Somebody, by id, whom one shares a group with and who is no friend yet."""
-        name, roster = params.get("id", ""), self.client.roster
-        if name and name == roster.user.id:
-            raise Answer({"code": 101, "status": "can not be yourself"})
-        if roster.search("friend", {"id": name}):
-            raise Answer({"code": 101, "status": "already a friend"})
-        for group in list(roster.group.values()):
-            for member in roster.members(group, {"id": name}):
-                return member
-        raise Answer(self.NOT_FOUND)
-
-    def _the_id(self, params: Params, given: Row) -> str:
-        """A message's id, as its sending or its event told it; a bridge may know more than we."""
-        id = params.get("id", "").partition(":")[0]
-        if not self.client.talk.remembered(id) and not (
-                self.client.link.real and MESSAGE_ID.fullmatch(id)):
-            raise Answer({"code": -1, "status": "msg id not found"})
-        return id
-
-    def _get_message(self, request: Request) -> Json:
+    def do_get_message(self, request: Request) -> Json:
         id = request.params.get("id", "").partition(":")[0]
         row = self.client.talk.remembered(id)
         if row is None and MESSAGE_ID.fullmatch(id):
@@ -11393,50 +10993,30 @@ class Api:
             row = message.to_json(self.flavour.fields) if message else None
         return self.NOT_FOUND if row is None else self.show(row)
 
-    def _the_digits(self, params: Params, given: Row) -> str:
-        if not re.fullmatch("[0-9]{1,16}", params.get("code", "")):
-            raise BadRequest(400, "code must be digits")
-        return params["code"]
-
-    def _the_accept(self, params: Params, given: Row) -> bool:
-        return params.get("accept", "1") != "0"
-
-    def _the_new_displayname(self, params: Params, given: Row, name: str = "new_displayname"
-                             ) -> str:
-        if not params.get(name):
-            raise Answer(self.FAILURE)
-        return params[name]
-
-    def _the_new_name(self, params: Params, given: Row) -> str:
-        return self._the_new_displayname(params, given, "name")
-
-    def _create_group(self, request: Request) -> Json:
-        uids = self._the_friends(request.params, {})
+    def do_create_group(self, request: Request) -> Json:
+        uids = self.the_friends(request.params)
         uid = self.client.link.create_group(uids, request.params.get("displayname") or "群聊")
         if not uid:
             return self.FAILURE
-        try:
+        group = None
+        with contextlib.suppress(TimeoutError):
             group = wait_for(request, self.client.talk.expect_group(uid), 10.0)
-        except TimeoutError:
-            group = None
         if group is None:
             raise NotRunning(state=self.client.state)
         return {"code": 0, "group_id": group.id, "status": "success"}
 
-    def _stick(self, request: Request) -> Json:
+    def do_stick(self, request: Request) -> Json:
         params, keys = request.params, self.flavour.keys
-        if not (self.find("friend", params, keys["friend"])
-                or self.find("group", params, keys["group"])):
+        if not any(self.find(kind, params, keys[kind]) for kind in ("friend", "group")):
             return self.NOT_FOUND
-        good = params.get("op", "1") in ("0", "1")
-        return {"code": 0, "status": "success"} if good else self.FAILURE
+        return params.get("op", "1") in ("0", "1")
 
     # -- events, life cycle (CONTRACT 6 and 8)
 
-    def _check_event(self, request: Request) -> Response:
+    def do_check_event(self, request: Request) -> Response:
         return Response(self.store.take(seq_of(request.params.get("since")), request.wait))
 
-    def _events(self, request: Request) -> Response:
+    def do_events(self, request: Request) -> Response:
         self.check_name(request)
         return self.store.stream(request)
 
@@ -11445,7 +11025,7 @@ class Api:
         if (request.params.get("client") or self.client.account) != self.client.account:
             raise ClientMissing("client not exists")
 
-    def _check_client(self, request: Request) -> Json:
+    def do_check_client(self, request: Request) -> Json:
         self.check_name(request)
         client = self.client
         return {"code": 0, "client": [{
@@ -11453,12 +11033,12 @@ class Api:
             "since": str(int(client.since)),
             "link": link_of(client.settings.given)}]}
 
-    def _stop_client(self, request: Request) -> Json:
+    def do_stop_client(self, request: Request) -> Json:
         return {**self.soon(request, "stop", self.client.stop),
                 "runtime": int(time.time()) - self.client.start_time,
                 "starttime": self.client.start_time, "pid": os.getpid()}
 
-    def _relogin(self, request: Request) -> Json:
+    def do_relogin(self, request: Request) -> Json:
         return self.soon(request, "relogin", self.client.relogin)
 
     def soon(self, request: Request, what: str, act: Callable[[], None]) -> Row:
@@ -11478,11 +11058,17 @@ def qrcode_response(picture: Optional[bytes], flavour: Type[Flavour]) -> Respons
                     fields={"Cache-Control": "no-cache"})
 
 
-def api_routes(verbs: Iterable[Verb], handler: Callable[[Verb], Callable[[Request], Any]]
-               ) -> List[Route]:
-    """The routes of calls, under both prefixes."""
-    return [Route(prefix + verb.name, verb.methods, handler(verb))
-            for prefix in PREFIXES for verb in verbs]
+def all_routes(flavour: Type[Flavour], settings: Settings, verbs: Iterable[Verb],
+               handler: Callable[[Verb], Callable[[Request], Any]],
+               index: Callable[[Request], Response], from_bridge: Callable[[Request], Any],
+               pages: Optional[LocalPages], is_controller: bool) -> List[Route]:
+    """What a client or a controller serves: calls under both prefixes, and what stands besides."""
+    routes = [Route(prefix + verb.name, verb.methods, handler(verb))
+              for prefix in PREFIXES for verb in verbs]
+    routes += [HEALTH, Route("/", READ, index, open=True),
+               *[Route(path, "POST", from_bridge, open=True) for path in BRIDGES],
+               *(pages.routes() if pages else [])]
+    return routes + openapi_routes(flavour, bool(settings.token), routes, is_controller)
 
 
 class ClientApp(App):
@@ -11490,33 +11076,27 @@ class ClientApp(App):
 
     def answer(self, request: Request) -> Response:
         """As App.answer, wrapped; a bad callback is refused before anything is done."""
+        name, params = "", {}
         try:
-            callback = self._callback(request)
+            if "jsonp" in request.query or b"jsonp" in request.body:
+                try:
+                    params = request.params
+                except BadRequest:  # a body may be anything, and merely hold the word
+                    if "jsonp" in request.query:
+                        raise
+            if params.get("datatype") == "jsonp":
+                name = params.get("callback") or f"jsoncallback{int(time.time())}"
+                if not CALLBACK.fullmatch(name):
+                    raise NotAllowed("callback not allowed")
             response = super().answer(request)
-            if callback and response.kind == "application/json":
-                response = Response(callback.encode() + b"(" + response.body + b")",
+            if name and response.kind == "application/json":
+                response = Response(name.encode() + b"(" + response.body + b")",
                                     "application/javascript", response.status,
                                     {"X-Content-Type-Options": "nosniff"})
         except (NotAllowed, BadRequest) as error:
             response = error_response(error)
         response.fields = {**response.fields, "Access-Control-Allow-Origin": "*"}
         return response
-
-    def _callback(self, request: Request) -> str:
-        if "jsonp" not in request.query and b"jsonp" not in request.body:
-            return ""
-        try:
-            params = request.params
-        except BadRequest:
-            if "jsonp" in request.query:
-                raise
-            return ""  # a body may be something else altogether, and merely hold the word
-        name = params.get("callback") or f"jsoncallback{int(time.time())}"
-        if params.get("datatype") != "jsonp":
-            return ""
-        if not CALLBACK.fullmatch(name):
-            raise NotAllowed("callback not allowed")
-        return name
 
 
 OPTIONS_FIELDS = {
@@ -11537,9 +11117,8 @@ def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
     """/onebot and /milky, where a bridge posts its events (ONEBOT.md, MILKY.md). AuthFailure,
     BadRequest; ApiNotFound for an account on another link.
 
-    A signature lets it in (NapCat signs with its token; one that is wrong is one too many), the
-    bridge's token, or what every other caller needs; for Milky its token, or, where there is none,
-    that it is on this machine.
+    What lets it in is a signature (NapCat signs with its token), else the bridge's token or what
+    every other caller needs; for Milky, where there is no token, that it is on this machine.
     """
     request.read_url_only()
     settings, fields, is_milky = client.settings, request.fields, request.path == "/milky"
@@ -11570,84 +11149,69 @@ def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
 def openqq_plugin(client: Client, data: Row) -> None:
     """Openqq: the HTTP API, and what is posted and asked of others.
 
-    `data` may hold `listen`, a list of {"host", "port"}, and any setting (003: post_api …); what
-    it does not name is as the client's settings say. Refusal if an address cannot be had.
+    `data` may hold `listen`, a list of {"host", "port"}, which a controller's socket replaces, and
+    any setting (003: post_api …); the client's hold else. Refusal if an address cannot be had.
     """
+    log, flavour, parent = client.log, client.flavour, client.parent
     settings = client.settings.with_(
         {name: value for name, value in data.items() if name != "listen"})
+    settings.fill(port=flavour.client_port)
     store = Store(settings.check_event_list_max_size)
-    if client.parent and not client.outlets:
-        store.relay = client.parent.add
+    if parent and not client.outlets:
+        store.relay = parent.add
     api = Api(client, store, settings.numeric_ids)
     answers = Answers(client, api.media, settings.post_api)
     reporter = Reporter(
-        settings.post_api, settings.post_secret, client.spool, client.timers, client.log,
-        answers.answered, asking=answers.typing,
-        failed=lambda: client.papers.write_state(client),
-        numeric=settings.numeric_ids)
-    listed = settings.post_event_list
-    if listed is None:
-        listed = client.flavour.post_event_list
+        settings.post_api, settings.post_secret, client.spool, client.timers, log,
+        answers.answered, asking=answers.typing, numeric=settings.numeric_ids,
+        failed=lambda: client.papers.write_state(client))
+    listed = (flavour.post_event_list if settings.post_event_list is None
+              else settings.post_event_list)
     client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
                                  settings.post_stdout, settings.numeric_ids,
                                  settings.post_media_data))
-    serve_client(client, api, reporter, settings,
-                 data.get("listen") or [{"host": settings.host, "port": settings.port}])
-    if settings.poll_api:
-        own = {client.port: f"http://127.0.0.1:{client.port}"}
-        if client.parent and client.parent.local:
-            own[origin_of(client.parent.local)[2]] = client.parent.local
-        heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, own, settings.token,
-                              client.log)
-        client.on("login", lambda client, fresh: heartbeat.start())
-        client.closing.append(heartbeat.stop)
 
-
-def serve_client(client: Client, api: Api, reporter: Optional[Reporter], settings: Settings,
-                 addresses: List[Row]) -> None:
-    """Serve an account's API at some addresses; a controller hands down a socket of its own."""
-    gate, flavour = Gate(settings.token, settings.allowed_hosts), client.flavour
-    pages = client.local_pages()
-    config = dashboard_config(flavour, settings, client.account)
-    routes = api_routes(flavour.apis.values(), api.handler)
-    routes += [*(pages.routes() if pages else []), HEALTH,
-               Route("/", READ, lambda request: client_page(client) if client.parent
-                     else dashboard(config), open=True),
-               *[Route(path, "POST", functools.partial(take_from_bridge, client, gate), open=True)
-                 for path in BRIDGES]]
-    routes += openapi_routes(flavour, bool(settings.token), routes[:], False)
-    app = ClientApp(gate, client.log, routes, client_fallback)
+    gate = Gate(settings.token, settings.allowed_hosts)
+    app = ClientApp(gate, log, all_routes(
+        flavour, settings, flavour.apis.values(), api.handler,
+        lambda request: client_page(client) if client.parent else dashboard_for(
+            flavour, settings, client.account),
+        functools.partial(take_from_bridge, client, gate), client.local_pages(), False),
+        client_fallback)
     app.metrics.watch("clients", "gauge", "Clients by state.",
                       lambda: {f'state="{state}"': state == client.state
                                for state in NEXT_STATES if state})
     app.metrics.watch("send_queue_length", "gauge", "Messages that wait to be sent.",
                       lambda: {"": client.talk.waiting()})
     watch_posting(app.metrics, reporter)
-    listeners = [client.take_listener() or open_listener(
-        address.get("host") or settings.host, int(next(
-            port for port in (address.get("port"), settings.port, flavour.client_port)
-            if port not in (None, "")))) for address in addresses]
+    listeners = [client.take_listener() or open_listener(address, settings)
+                 for address in data.get("listen") or [{}]]
     client.port = client.port or listeners[0].getsockname()[1]
-    client.closing += [server.close_down
-                       for server in serve(app, listeners, settings, client.log)]
+    client.closing += [server.close_down for server in serve(app, listeners, settings, log)]
     for listener in listeners:
-        client.log.info(f"插件[{flavour.program}::Plugin::{flavour.plugin}]监听地址: "
-                        f"[ http://{listener.getsockname()[0]}:{listener.getsockname()[1]} ]")
-    if not client.parent:
-        client.log.info(gate_hint(settings))
+        log.info(f"插件[{flavour.program}::Plugin::{flavour.plugin}]监听地址: "
+                 f"[ http://{listener.getsockname()[0]}:{listener.getsockname()[1]} ]")
+    if not parent:
+        log.info(gate_hint(settings))
+
+    if settings.poll_api:
+        own = {client.port: f"http://127.0.0.1:{client.port}"}
+        if parent and parent.local:
+            own[origin_of(parent.local)[2]] = parent.local
+        heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, own, settings.token, log)
+        client.on("login", lambda client, fresh: heartbeat.start())
+        client.closing.append(heartbeat.stop)
 
 
 def serve(app: App, listeners: Iterable[socket.socket], settings: Settings,
           log: Log) -> List[Server]:
     """Answer at sockets from now on, each in a thread of its own."""
-    servers = []
-    for listener in listeners:
-        server = Server(listener, app, log, settings.max_connections,
-                        settings.http_max_message_size)
+    servers = [Server(listener, app, log, settings.max_connections,
+                      settings.http_max_message_size) for listener in listeners]
+    for server in servers:
         if settings.http_debug:
             server.debug = log.debug
         spawn(server.serve_forever, name="server")
-        servers.append(server)
     return servers
 
 
@@ -11662,10 +11226,12 @@ def gate_hint(settings: Settings) -> str:
             "to serve them as well, start with --token SECRET")
 
 
-def open_listener(host: str, port: int) -> socket.socket:
-    """A listening socket; Refusal with the remedy."""
+def open_listener(address: Row, settings: Settings) -> socket.socket:
+    """A listening socket, where an item of `listen` says, else the settings. Refusal."""
+    host, port = [getattr(settings, name) if address.get(name) in (None, "") else address[name]
+                  for name in ("host", "port")]
     try:
-        return listen(host, port)
+        return listen(str(host), int(port))
     except (OSError, ValueError, OverflowError) as error:  # ValueError: what is no name
         why = getattr(error, "strerror", "") or error
         raise Refusal(f"cannot listen on {host} port {port}: {why}; "
@@ -11674,21 +11240,21 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 def client_page(client: Client) -> Response:
     """What a browser sees at / of a controller's client."""
-    base, prefix = client.public_url(), client.flavour.prefix
-    lines = "\n".join(f"{base}{prefix}{call}" for call in (
+    base = client.public_url() + client.flavour.prefix
+    lines = "\n".join(base + call for call in (
         "get_client_info", "get_qrcode", "get_friend_info",
         "send_friend_message?uid=…&content=hello", "check_event"))
     return page(INDEX_BODY, {"what": f"This is the client of the account {client.account}.",
                              "lines": lines})
 
 
-def dashboard_config(flavour: Type[Flavour], settings: Settings, account: str) -> Row:
-    """What the dashboard has to know; `account` of a client alone, empty for a controller."""
-    return {"account": account, "controller": not account, "prefix": flavour.prefix,
-            "guarded": bool(settings.token), "apis": list(flavour.apis),
-            "settings": [[setting.name, setting.help, setting.shown(), setting.secret,
-                          setting.chinese] for setting in SETTINGS.values()
-                         if setting.caller and not setting.idle]}
+def dashboard_for(flavour: Type[Flavour], settings: Settings, account: str) -> Response:
+    """The page to work with; `account` of a client alone, empty for a controller."""
+    return dashboard({
+        "account": account, "controller": not account, "prefix": flavour.prefix,
+        "guarded": bool(settings.token), "apis": list(flavour.apis),
+        "settings": [[setting.name, setting.help, setting.shown(), setting.secret, setting.chinese]
+                     for setting in SETTINGS.values() if setting.caller and not setting.idle]})
 
 
 PLUGINS.update({"ShowMsg": (show_msg, 100), "UploadQRcode": (upload_qrcode, 0),
@@ -11712,12 +11278,42 @@ SHARED = ("log_level", "tmpdir", "log_encoding", "public_url", "allowed_hosts", 
           "http_debug", "http_max_message_size")
 
 
-class Account:
-    """A client's name and what it was started with; pid and port are those of the last time."""
+class Child:
+    """An account's client as its controller sees it, whose lock guards all of this. `phase` is what
+    the controller does with its process (Supervisor), `state` what the client says of itself
+    (CONTRACT 8). One that is merely remembered has no listener, and the port of the last time."""
 
-    def __init__(self, name: str, given: Dict[str, str], pid: int, port: int) -> None:
+    def __init__(self, name: str, given: Dict[str, str],
+                 listener: Optional[socket.socket] = None, port: int = 0) -> None:
         self.name, self.given = name, given          # settings as text, secrets included
-        self.pid, self.port = pid, port
+        self.pid, self.port = 0, listener.getsockname()[1] if listener else port
+        self.listener: Any = listener                # ours too, so that the port stays taken
+        self.forget: Set[str] = set()                # secrets that its cookie file is to lose
+        self.phase, self.state = "stopped", "init"
+        self.lines: Deque[str] = collections.deque(maxlen=5)  # the last warnings of its log
+        self.since = time.time()                     # in this state
+        self.process: Any = None                     # subprocess.Popen while it lives
+        self.life: Any = None                        # the socket to it
+        self.heard = bytearray()                     # of a line that is not complete yet
+        self.restarts = -1                           # starts after the first
+        self.tries = 0                               # starts without reaching running
+        self.running_since = 0.0
+        self.trial = False                           # somebody waits whether it comes up (renew)
+        self.timer: Optional[Timer] = None           # for the end of a pause
+        self.waiting: Optional[Timer] = None         # for client_waiting
+
+    def alive(self) -> bool:
+        """Whether it runs, or will in a moment."""
+        return self.phase not in ("stopping", "stopped", "failed")
+
+    def busy(self) -> bool:
+        """Whether it has a process, or one is just being made."""
+        return self.phase in ("starting", "running", "renewing", "stopping")
+
+    def seen(self) -> str:
+        """Its state for others; `failed` if it died and is not started again."""
+        return self.state if self.process else "init" if self.alive() else (
+            "failed" if self.phase == "failed" else "stop")
 
     def open_settings(self) -> Dict[str, str]:
         """What it was given, without the secrets."""
@@ -11729,120 +11325,30 @@ class Account:
                 "port": self.port, "status": "success"}
 
 
-class Child(Account):
-    """One client as its controller sees it, whose lock guards all of this.
-
-    `phase` is what the controller does with its process (Supervisor.step), `state` what the
-    client says of itself (CONTRACT 8).
-    """
-
-    ALIVE = ("waiting", "starting", "running", "renewing", "stopping", "backoff")
-
-    def __init__(self, name: str, given: Dict[str, str], listener: socket.socket) -> None:
-        super().__init__(name, given, 0, listener.getsockname()[1])
-        self.listener = listener                     # ours too, so that the port stays taken
-        self.forget: Set[str] = set()                # secrets that its cookie file is to lose
-        self.phase, self.state = "stopped", "init"
-        self.lines: Deque[str] = collections.deque(maxlen=5)  # the last warnings of its log
-        self.since = time.time()                     # in this state
-        self.making = False                          # a thread makes its process just now
-        self.process: Any = None                     # subprocess.Popen while it lives
-        self.life: Optional[socket.socket] = None
-        self.heard = bytearray()                     # of a line that is not complete yet
-        self.restarts = -1                           # starts after the first
-        self.tries = 0                               # starts without reaching running
-        self.running_since = 0.0
-        self.timer: Optional[Timer] = None           # when time moves it on
-        self.waiting: Optional[Timer] = None         # for client_waiting
-        self.former: Optional[Tuple[Dict[str, str], Set[str]]] = None
-        # What it was given and is to forget is on trial, while `former` tells what that was.
-        self.refusal: Optional[OpenQQError] = None   # why the last trial was in vain
-
-    def alive(self) -> bool:
-        """Whether it runs, or will in a moment."""
-        return self.phase in self.ALIVE
-
-    def seen(self) -> str:
-        """Its state for others; `failed` if it died and is not started again."""
-        return self.state if self.process else "init" if self.alive() else (
-            "failed" if self.phase == "failed" else "stop")
-
-
 class Supervisor:
-    """Keeps the clients' processes alive: makes them, hears them, ends them.
+    """Keeps the clients' processes alive: makes them, hears them, ends them. All methods are called
+    with the controller's lock held, but for make(), and _await_end() in a thread per process."""
 
-    All methods are called with the controller's lock held, but for those that make a process or
-    wait for the end of one.
-    """
-
-    YOUNG_SECONDS = 1.0
+    SILENT_SECONDS = 1.0         # a process may live on without its life line
 
     def __init__(self, owner: Controller, spawn_process: Any = None) -> None:
         import subprocess
         self._spawn = spawn_process or subprocess.Popen
         self._owner, self._timers, self._log = owner, owner.timers, owner.log
         self.children: Dict[str, Child] = {}
-        self.leaving: Dict[str, Child] = {}            # told to stop, not gone yet
         self.ending = False
         self.restarts = 0                              # of clients that had died
         self._turn = itertools.count(os.getpid() + 1)  # of the CPUs; the first is not ours
-        self._pool = ThreadPool(16, "children", self._log)
-        self._resumers = ThreadPool(16, "resume", self._log)
+        self._pool = ThreadPool(MOST_WATCHED, "children", self._log)
 
     # -- from one phase to the next
 
-    def step(self, child: Child, due: bool = False, status: Optional[int] = None) -> None:
-        """All that becomes of a child: by time (`due`), when the client says another state, when
-        its process has ended (`status`)."""
-        phase = child.phase
-        if phase == "starting" and child.state == "running":    # starting -> running
-            child.phase, child.tries = "running", 0
-            child.running_since = self._timers.clock()
-            child.lines.clear()
-        if status is None:
-            if phase in ("stopping", "renewing") and due and child.process:
-                child.process.kill()                 # it does not heed TERM; its end is heard of
-            elif phase == "backoff" and due:
-                self._begin(child)                   # backoff -> starting
-            elif child.former and phase == "starting" and (due or child.state != "init"):
-                self._decide(child)                  # it serves, or lives, with its new settings
-            # A child may be starting for ever: logging in waits for a person. One that is waiting
-            # is moved on by the end of a process that is not ours (make).
-            return
-        child.process, child.making = None, False
-        if phase == "stopping" or self.ending:
-            self._stopped(child)                     # stopping -> stopped
-            self._log.info(f"client {child.name} stopped")
-        elif phase == "renewing":
-            self._begin(child, anew=True)            # renewing -> starting, on trial
-        elif child.former:
-            self._log.error(f"client {child.name} died of its new settings: it has those of before")
-            child.given, child.forget = child.former
-            self._decide(child, ClientDied(reason="\n".join(child.lines)))
-            self._begin(child, anew=True)            # starting, on trial -> starting, as before
-        elif status == 0:
-            self._stopped(child)                     # running -> stopped: somebody told it to
-            self._log.info(f"client {child.name} ended by itself")
-        else:
-            how = f"exit status {status}" if status > 0 else f"signal {-status}"
-            child.lines.append(f"client {child.name} died: {how}")
-            if self._owner.settings.restart == "never" or child.tries >= START_TRIES:
-                child.phase = "failed"               # starting, running -> failed
-                self._log.error(f"client {child.name} died ({how}) and is not started again")
-                self._owner.report(child, "client_failed", "\n".join(child.lines))
-                return
-            young = self._timers.clock() - child.running_since < self.YOUNG_SECONDS
-            wait = backoff(child.tries - 1) if child.tries else 1.0 if young else 0.0
-            self._log.warn(f"client {child.name} died ({how}); starting it again"
-                           + (f" in {wait:g} s" if wait else ""))
-            self.restarts += 1
-            child.phase = "backoff"                  # starting, running -> backoff
-            self._step_in(child, wait)
-
-    def _step_in(self, child: Child, seconds: float) -> None:
-        if child.timer:
-            child.timer.cancel()
-        child.timer = self._timers.later(seconds, self.step, child, True)
+    def expect(self, child: Child) -> None:
+        """A child's process is about to be made: from now on it is alive."""
+        self.children[child.name], child.phase = child, "starting"
+        child.tries += 1
+        child.restarts += 1
+        self._enter(child, "init")
 
     def _begin(self, child: Child, anew: bool = False) -> None:
         if anew:                                     # with other settings: it had not died
@@ -11851,97 +11357,128 @@ class Supervisor:
         self.expect(child)
         self._pool.submit(self.make, child)
 
-    def _stopped(self, child: Child) -> None:
-        child.phase = "stopped"
-        if child.timer:
-            child.timer.cancel()
-        self.leaving.pop(child.name, None)
-        self._decide(child, NotRunning("stopping") if child.former else child.refusal)
-
-    def _decide(self, child: Child, refusal: Optional[OpenQQError] = None) -> None:
-        """From now on a child's death is one like any other."""
-        child.former, child.refusal = None, refusal
+    def _ended(self, child: Child, status: int) -> None:
+        """All that becomes of a child whose process has ended, or could not be made."""
+        child.process = None
         self._owner.settled.notify_all()
+        if child.phase == "stopping" or self.ending:
+            self._log.info(f"client {child.name} stopped")
+            child.phase = "stopped"                  # stopping -> stopped
+        elif child.phase == "renewing":
+            self._begin(child, anew=True)            # renewing -> starting
+        elif child.trial:
+            child.phase = "failed"                   # starting -> failed: renew() goes on
+        elif status == 0:
+            self._log.info(f"client {child.name} ended by itself")
+            child.phase = "stopped"                  # running -> stopped: somebody told it to
+        else:
+            how = f"exit status {status}" if status > 0 else f"signal {-status}"
+            child.lines.append(f"client {child.name} died: {how}")
+            if self._owner.settings.restart == "never" or child.tries >= START_TRIES:
+                child.phase = "failed"               # starting, running -> failed
+                self._log.error(f"client {child.name} died ({how}) and is not started again")
+                self._owner.report(child, "client_failed", "\n".join(child.lines))
+                return
+            young = self._timers.clock() - child.running_since < 1.0
+            wait = backoff(child.tries - 1) if child.tries else float(young)
+            self._log.warn(f"client {child.name} died ({how}); starting it again"
+                           + (f" in {wait:g} s" if wait else ""))
+            self.restarts += 1
+            child.phase = "backoff"                  # starting, running -> backoff -> starting
+            child.timer = self._timers.later(wait, self._begin, child)
 
     # -- what others want of it
 
-    def expect(self, child: Child) -> None:
-        """A child's process is about to be made: from now on it is alive."""
-        self.children[child.name] = child
-        child.phase, child.making = "starting", True
-        child.tries += 1
-        child.restarts += 1
-        self._enter(child, "init")
-        if child.former:
-            self._step_in(child, TRIAL_SECONDS)
-
     def resume(self, child: Child, pid_file: PidFile) -> None:
         """Start a child of a former controller, once its former process is gone."""
+        def begin() -> None:
+            pid_file.await_end()
+            with self._owner.lock:
+                if child.phase == "waiting":         # else it was stopped meanwhile
+                    self._begin(child)               # waiting -> starting
+
         self.children[child.name], child.phase = child, "waiting"
-        self._resumers.submit(self.make, child, pid_file)
+        self._pool.submit(begin)
 
     def renew(self, child: Child, given: Dict[str, str], forget: Set[str]) -> None:
-        """Have a child begin anew with other settings, on its port; if it does not come up with
-        them it goes on with what it had. Its `former` and `refusal` tell what came of it."""
-        child.former, child.refusal = (child.given, child.forget), None
+        """Have a child begin anew with other settings, on its port, and return when it has; one
+        that dies of them goes on with what it had. ClientDied, NotRunning, TooSlow."""
+        former, child.trial = (child.given, child.forget), True
         child.given, child.forget = given, forget
         self._log.info(f"client {child.name} begins anew with other settings")
         if child.phase != "waiting":                 # else it is started in a moment
-            self._end(child, "renewing")
+            self.stop(child, "renewing")
+        try:
+            self.wait(lambda: child.phase not in ("waiting", "renewing"))
+            self._owner.settled.wait_for(
+                lambda: child.phase != "starting" or child.state != "init", TRIAL_SECONDS)
+        finally:
+            child.trial = False
+        if self.ending:
+            raise NotRunning("stopping")
+        if child.phase == "failed":
+            self._log.error(f"client {child.name} died of its new settings: it has those of before")
+            died = ClientDied(reason="\n".join(child.lines))
+            child.given, child.forget = former
+            self._begin(child, anew=True)            # failed -> starting, as before
+            raise died
 
-    def stop(self, child: Child) -> None:
-        """End a child; it is among the leaving until it is gone."""
-        self.leaving[child.name] = child
-        self._end(child, "stopping")
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """What ends a process takes no longer; TooSlow if the system does."""
+        if not self._owner.settled.wait_for(condition, KILL_SECONDS + 5.0):
+            raise TooSlow()
 
-    def _end(self, child: Child, phase: str) -> None:
-        """TERM, and KILL after a while."""
-        child.phase = phase
-        if child.process or child.making:            # what is being made ends as soon as it can
-            if child.life:
-                tell_to_end(child.process, child.life)
-            self._step_in(child, KILL_SECONDS)
+    def stop(self, child: Child, phase: str = "stopping") -> None:
+        """End a child: it is stopped now, or stopping until its process is gone."""
+        busy, child.phase = child.busy(), phase
+        if child.timer:
+            child.timer.cancel()
+        if child.process:
+            self._tell_to_end(child)                 # its end is heard of
+        elif busy:
+            pass                                     # what is just being made ends then (make)
         elif phase == "stopping":
-            self._stopped(child)
+            child.phase = "stopped"                  # waiting, backoff, failed -> stopped
+            self._owner.settled.notify_all()
         else:
-            self._begin(child, anew=True)
+            self._begin(child, anew=True)            # backoff, stopped, failed -> starting
+
+    def _tell_to_end(self, child: Child) -> None:
+        """TERM, and KILL after a while."""
+        if child.life:
+            tell_to_end(child.process, child.life)
+        self._timers.later(KILL_SECONDS, child.process.kill)
 
     def stop_all(self) -> None:
         """End all children at once, KILL those that were told so before."""
         hurry, self.ending = self.ending, True
-        for child in {**self.children, **self.leaving}.values():
-            if child.alive():
-                self.stop(child)
+        for child in self.children.values():
+            self.stop(child)
             if hurry and child.process:
                 child.process.kill()
 
     def busy(self) -> bool:
         """Whether there is a process, or will be in a moment."""
-        return any(child.process or child.making
-                   for child in [*self.children.values(), *self.leaving.values()])
+        return any(child.busy() for child in self.children.values())
 
     def release(self, child: Child) -> None:
         """Give a child's port back."""
-        self._hang_up_no_more(child)
-        child.listener.close()
+        if child.listener:
+            self._hang_up_no_more(child)
+            child.listener.close()
+            child.listener = None
 
     def _hang_up_no_more(self, child: Child) -> None:
         with contextlib.suppress(KeyError):          # it never died
             self._timers.unwatch(child.listener)
 
-    # -- processes; these are called without the lock
+    # -- processes
 
-    def make(self, child: Child, pid_file: Optional[PidFile] = None, first: bool = False) -> None:
-        """Make a child's process, with its port's socket and a life line; of one that is resumed,
-        once the former one is gone. StartFailure of the first one, the others are tried again."""
+    def make(self, child: Child, first: bool = False) -> None:
+        """Make a child's process, without the lock. StartFailure of the first one, the others are
+        tried again."""
         owner = self._owner
-        if pid_file:
-            pid_file.await_end()
         with owner.lock:
-            if child.phase == "waiting":
-                self.expect(child)                   # waiting -> starting
-            elif pid_file:
-                return                               # it was stopped meanwhile
             environment = self._environment(child)
         try:
             ours, theirs = socket_pair()
@@ -11953,26 +11490,26 @@ class Supervisor:
         except (OSError, ValueError) as error:
             with owner.lock:
                 child.lines.append(f"cannot be started: {error}")
-                if first:
-                    self._log.error(f"client {child.name} cannot be started: {error}")
-                    self.children.pop(child.name, None)
-                    child.making = False
-                    self._stopped(child)
-                    self.release(child)
-                    raise StartFailure(reason=str(error)) from None
-                return self.step(child, status=127)
+                if not first:
+                    return self._ended(child, 127)
+                self._log.error(f"client {child.name} cannot be started: {error}")
+                del self.children[child.name]
+                self.release(child)
+                owner.settled.notify_all()
+                raise StartFailure(reason=str(error)) from None
         ours.setblocking(False)
         if owner.settings.one_cpu:
             share_cpu(next(self._turn), process.pid)
         with owner.lock:
-            child.process, child.pid, child.making = process, process.pid, False
-            child.life, child.heard = ours, bytearray()
+            child.process, child.pid, child.life = process, process.pid, ours
+            child.heard.clear()
             self._hang_up_no_more(child)             # only now somebody takes its callers
             self._timers.watch(ours, lambda: self.listen(child))
             self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
             if child.phase != "starting":
-                tell_to_end(process, ours)           # somebody said so meanwhile
+                self._tell_to_end(child)             # somebody said so meanwhile
             owner.changed()
+        self._pool.submit(self._await_end, child)
 
     def _environment(self, child: Child) -> Dict[str, str]:
         """A client's environment, made from scratch."""
@@ -11980,55 +11517,66 @@ class Supervisor:
                 if KEPT_ENVIRONMENT.fullmatch(name)}
         flavour, settings = self._owner.flavour, self._owner.settings
         given = {**{name: SETTINGS[name].text(getattr(settings, name)) for name in SHARED},
-                 **inherited(flavour), **child.given,
+                 **self._owner.inherited, **child.given,
                  "account": child.name, "port": str(child.port)}
         if not given.get("post_api") and settings.post_api:
             given["post_api"], given["post_secret"] = settings.post_api, settings.post_secret
         for name in "post_api", "poll_api":
             given[name] = with_params(given[name], client=child.name) if given.get(name) else ""
-        secret = {"OPENQQ_TOKEN": settings.token} if settings.token else {}
         return {**kept, **to_environment({name: value for name, value in given.items() if value},
-                                         flavour.environ, flavour.plugin), **secret,
+                                         flavour.environ, flavour.plugin),
+                **({"OPENQQ_TOKEN": settings.token} if settings.token else {}),
                 "MALLOC_ARENA_MAX": "1",  # glibc: else each thread has a heap of its own
                 "OPENQQ_FLAVOR": flavour.name, "OPENQQ_LOCAL": self._owner.url,
                 "OPENQQ_KEY": self._owner.key_for(child.name),
                 "OPENQQ_FORGET": ",".join(sorted(child.forget)),
                 "OPENQQ_TEMPLATE": settings.template_path}
 
-    def _reap(self, child: Child) -> None:
-        """Learn how a process ended that let go of its life line."""
-        process = child.process
-        try:
-            process.wait(1.0)
-        except Exception:  # subprocess.TimeoutExpired, which is not imported here
-            process.kill()
-        status = process.wait()
+    def _await_end(self, child: Child) -> None:
+        """In a thread of its own: until a process has ended, and has said what it had to say."""
+        def hang_up() -> None:  # nobody takes its callers: they get 502 instead of waiting
+            child.listener.setblocking(False)
+            with contextlib.suppress(OSError):       # there is none any more
+                while child.process is None:
+                    child.listener.accept()[0].close()
+
+        status = child.process.wait()
         TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
         self._owner.detach(child.name)
         with self._owner.lock:
+            while self.listen(child):
+                pass
+            if child.life:                           # a child of its own has it too
+                self._let_go(child)
             self._enter(child, "stop")
-            self._timers.watch(child.listener, lambda: self._hang_up(child))
-            self.step(child, status=status)
+            self._timers.watch(child.listener, hang_up)
+            self._ended(child, status)
             self._owner.changed()
+
+    def _let_go(self, child: Child) -> None:
+        self._timers.unwatch(child.life)
+        child.life.close()
+        child.life = None
 
     # -- what clients say
 
-    def listen(self, child: Child) -> None:
-        """Take what has come up a child's life line (Parent): its end tells that of the process."""
+    def listen(self, child: Child) -> bool:
+        """Take what has come up a child's life line (Parent); whether there may be more."""
         try:
             data = child.life.recv(262_144) if child.life else None
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if data == b"":
             self._let_go(child)
-        elif data:
-            child.heard += data
-            if b"\n" in data:
-                *lines, child.heard = child.heard.split(b"\n")
-                for line in lines:
-                    self._hear(child, bytes(line))
+            self._timers.later(self.SILENT_SECONDS, child.process.kill)
+        child.heard += data or b""
+        if data and b"\n" in data:
+            *lines, child.heard = child.heard.split(b"\n")
+            for line in lines:
+                self._hear(child, bytes(line))
+        return bool(data)
 
     def _hear(self, child: Child, line: bytes) -> None:
         """An event is passed on as it is: only its readers need to know what it says."""
@@ -12046,13 +11594,16 @@ class Supervisor:
                            "event(s) are missing in the stream of all")
         if "state" in news:
             self._enter(child, str(news["state"]))
-            self.step(child)
+            if child.phase == "starting" and child.state == "running":
+                child.phase, child.tries = "running", 0  # starting -> running
+                child.running_since = self._timers.clock()
+                child.lines.clear()
 
     def _enter(self, child: Child, state: str) -> None:
-        old, child.state = child.state, state
-        if state == old:
+        if state == child.state:
             return
-        child.since = time.time()
+        old, child.state, child.since = child.state, state, time.time()
+        self._owner.settled.notify_all()
         self._owner.tell(child, "state_change", [old, state])
         if state in LOGGING_IN and child.waiting is None:  # somebody should know if nobody scans
             child.waiting = self._timers.later(WAITING_SECONDS, self._owner.report, child,
@@ -12061,39 +11612,9 @@ class Supervisor:
             child.waiting.cancel()
             child.waiting = None
 
-    def _let_go(self, child: Child) -> None:
-        assert child.life is not None
-        self._timers.unwatch(child.life)
-        child.life.close()
-        child.life = None
-        self._pool.submit(self._reap, child)
-
-    def look_after(self) -> None:
-        """See to those who died with their life line in the hands of a child of their own."""
-        for child in [*self.children.values(), *self.leaving.values()]:
-            if child.life and child.process.poll() is not None:
-                self._let_go(child)
-        self._timers.later(max(1.0, self._owner.settings.check_interval), self.look_after)
-
-    def _hang_up(self, child: Child) -> None:
-        """End the connections that nobody takes: their callers get 502 instead of waiting."""
-        child.listener.setblocking(False)
-        with contextlib.suppress(OSError):           # there is none any more
-            while child.process is None:
-                child.listener.accept()[0].close()
-
-
-def inherited(flavour: Type[Flavour]) -> Dict[str, str]:
-    """Client settings in the controller's own environment: defaults for all its clients."""
-    return {name: value for name, value in from_environment(os.environ, flavour.environ).items()
-            if SETTINGS[name].whose == "client" and name != "account"}
-
 
 def open_port(first: int, wish: int = 0) -> socket.socket:
-    """A listening socket at the port that is wished for, else at the first free one. NoPort.
-
-    It stays open, so that no two starts can get the same.
-    """
+    """A listening socket at the port that is wished for, else at the first free one. NoPort."""
     for port in itertools.chain([wish] if wish else [], range(first, 65_536)):
         try:
             return listen("127.0.0.1", port)
@@ -12110,18 +11631,15 @@ def is_passed_on(name: str) -> bool:
             and not ABOUT_THE_CALLER.fullmatch(name))
 
 
-def pass_on(request: Request, port: int, token: Optional[str] = "", trusted: bool = True
+def pass_on(request: Request, port: int, authorization: str = "", trusted: bool = True
             ) -> Response:
-    """A client's answer to a call, which is made anew from what was parsed; Unreachable, TooSlow,
-    Hangup. One that is not trusted comes to the client as from another machine, and with its own
-    token, as with None, instead of ours."""
+    """A client's answer to a call, which is made anew from what was parsed; one that is not
+    trusted comes to the client as from another machine. Unreachable, TooSlow, Hangup."""
     fields = {name: value for name, value in request.fields.items() if is_passed_on(name)}
     if not trusted:
         fields["forwarded"] = "for=unknown"
-    if not trusted or token is None:
-        fields["authorization"] = request.fields.get("authorization", "")
-    elif token:
-        fields["authorization"] = bearer(token)
+    if authorization:
+        fields["authorization"] = authorization
     reads = READS.match(request.path) is not None
     method = "GET" if request.method == "HEAD" and reads else request.method
     target = request.target.replace("#", "%23")  # a fragment to us, a letter to its caller
@@ -12131,12 +11649,9 @@ def pass_on(request: Request, port: int, token: Optional[str] = "", trusted: boo
                       0.0 if WAITS.match(request.path) else PATIENCE_SECONDS)
         fields = {name.title(): value for name, value in reply.fields.items()
                   if name not in HOP_BY_HOP and name != "content-type"}
-        kind, body, pieces = reply.fields.get("content-type", ""), b"", None
-        if reply.length is None:
-            pieces = reply.pieces(PROXY_SECONDS)
-        else:
-            body = reply.read(reply.length)
-        return Response(body, kind, reply.status, fields, pieces)
+        body, pieces = (b"", reply.pieces(PROXY_SECONDS)) if reply.length is None else (
+            reply.read(reply.length), None)
+        return Response(body, reply.fields.get("content-type", ""), reply.status, fields, pieces)
     except Unreachable as error:
         raise type(error)("client not reachable") from None
 
@@ -12168,14 +11683,12 @@ def default_template(flavour: Type[Flavour]) -> str:
                            PLUGIN=flavour.plugin.upper())
 
 
-def check_params(params: Params) -> Dict[str, str]:
-    """start_client's parameters as settings; NotAllowed for what callers may not give.
-
-    An empty one is no value: it clears what is remembered.
-    """
+def check_params(params: Params, paths: bool = True) -> Dict[str, str]:
+    """start_client's parameters as settings, an empty one clears what is remembered; NotAllowed
+    for what callers may not give."""
     try:
-        return texts_of(params, lambda setting: "" if setting and setting.caller
-                        else "not allowed")
+        return texts_of(params, lambda setting: "" if setting and setting.caller and (
+            paths or setting.read is not _path) else "not allowed")
     except ValueError as error:
         why = str(error)
         raise NotAllowed(why if why.endswith("not allowed") else why + ": not allowed") from None
@@ -12183,11 +11696,8 @@ def check_params(params: Params) -> Dict[str, str]:
 
 def check_paths(given: Mapping[str, str], tmpdir: str, own_files: str,
                 taken: Iterable[str]) -> None:
-    """NotAllowed for a caller's path that is no good: one file for two things among them.
-
-    `own_files` matches the names of this program's own files for a client, once the kind of file
-    is filled in; `taken` as check_path() has it.
-    """
+    """NotAllowed for a caller's path that is no good, as one for two things; `taken` and, once the
+    kind of file is filled in, `own_files` are as check_path() has them."""
     paths = {name: str(_path(value)) for name, value in given.items()
              if value and SETTINGS[name].read is _path}
     for name, path in paths.items():
@@ -12237,34 +11747,34 @@ def account_settings(given: Json) -> Dict[str, str]:
 
 
 class Controller:
-    """Many accounts, one process each, behind one API (002). run() works in the calling thread.
-
-    Settings are given as keyword arguments, `listen` among them, else taken from the environment.
-    Refusal if it cannot start. The thread of run() is that of the timers: signals, what is to
-    happen later, what clients say. HTTP threads and pools make, end and await processes.
-    """
+    """Many accounts, one process each, behind one API (002). Settings are given as keyword
+    arguments, else taken from the environment. Refusal if it cannot start. The thread of run() is
+    that of the timers: signals, what is to happen later, what clients say."""
 
     FILES = {"state_path": "state_{}.json", "qrcode_path": "qrcode_{}.jpg",
              "pid_path": "pid_{}.pid", "cookie_path": "cookie_{}.dat",
              "spool_path": "post_{}.jsonl", "ids_path": "ids_{}.jsonl", "media": "media_{}_"}
 
     def __init__(self, listen: Optional[List[Row]] = None, **given: Any) -> None:
-        self.flavour = flavour_named(given.get("flavor"))
+        self.flavour = flavour = flavour_named(given.get("flavor"))
         try:
-            self.settings = Settings("controller", given, os.environ, self.flavour.environ)
+            settings = Settings("controller", given, os.environ, flavour.environ)
         except ValueError as error:
             raise Refusal(str(error), 2) from None
-        template = self.settings.given("template_path")
+        template = settings.given("template_path")
         if template:  # the operator may name a symlink; what merely lies in tmpdir may be none
-            self.settings = self.settings.with_({"template_path": os.path.realpath(template)})
-        settings, flavour = self.settings, self.flavour
+            settings = settings.with_({"template_path": os.path.realpath(template)})
         settings.fill(tmpdir=check_tmpdir(settings.tmpdir), port=flavour.port,
                       backend_start_port=flavour.client_port)
         start = os.path.join(settings.tmpdir, flavour.file_prefix)
         settings.fill(pid_path=start + "controller_process.pid",
                       backend_path=start + "controller_backend.dat",
                       template_path=start + "controller_template.py")
-        self._addresses = listen or [{"host": settings.host, "port": settings.port}]
+        self.settings, self._start = settings, start
+        self.inherited = {  # client settings in our environment: defaults for all clients
+            name: value for name, value in from_environment(os.environ, flavour.environ).items()
+            if SETTINGS[name].whose == "client" and name != "account"}
+        self._addresses = listen or [{}]
         self.log = open_log(settings, f"[{flavour.ps}c][{os.getpid()}]")
         # Guards former, _turns, _dirty, the supervisor and its children. Those who wait for the
         # end of a child, of a trial or of another one's turn are notified by `settled`.
@@ -12275,11 +11785,13 @@ class Controller:
         self.gate = Gate(settings.token, settings.allowed_hosts)
         self.store = Store(STREAM_LIMIT, room=STREAM_BYTES)  # the events of all clients
         self.supervisor = Supervisor(self)
-        self.former: Dict[str, Account] = {}  # clients that do not run, for their next start
+        self.former: Dict[str, Child] = {}    # clients that do not run, for their next start
         self._turns: Set[str] = set()         # names of clients that somebody starts, stops …
         self._dirty = False                   # the backend file is to be written
         self._servers: List[Server] = []
         self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
+        self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
+                                  self.timers, self.log, lambda event, answer: None)
         self._closing: List[Callable[[], None]] = []
 
     def run(self) -> int:
@@ -12307,24 +11819,19 @@ class Controller:
 
     def _open(self) -> None:
         """Everything that a child needs, before there is one."""
-        settings, log = self.settings, self.log
-        self._listeners = [open_listener(str(address.get("host") or settings.host),
-                                         int(address.get("port", settings.port)))
-                           for address in self._addresses]
+        settings = self.settings
+        self._listeners = [open_listener(address, settings) for address in self._addresses]
         host, port = self._listeners[0].getsockname()[:2]
         local = "127.0.0.1" if host == "0.0.0.0" else "[::1]" if host == "::" else (
             f"[{host}]" if ":" in host else host)
         self.url = f"http://{local}:{port}"
         settings.fill(public_url=f"http://127.0.0.1:{port}")
         self.network = LocalNetwork(
-            os.path.join(settings.tmpdir, self.flavour.file_prefix + "local"), settings.world,
-            self.flavour, log, lambda: str(settings.public_url),
-            lambda name: name in self.supervisor.children)
+            self._start + "local", settings.world, self.flavour, self.log,
+            lambda: str(settings.public_url), lambda name: name in self.supervisor.children)
         self._closing.append(self.network.stop)
         self.pages = LocalPages(self.network)
         self.key_for = self.pages.key_for
-        self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
-                                  self.timers, log, lambda event, answer: None)
         if not read_file(settings.template_path):
             try:
                 write_file(settings.template_path, default_template(self.flavour).encode())
@@ -12332,41 +11839,17 @@ class Controller:
                 raise Refusal(f"the template {settings.template_path} cannot be written: "
                               f"{error.strerror}") from None
 
-    def _serve(self) -> None:
-        settings, log = self.settings, self.log
-        api = ControllerApi(self)
-        app = App(self.gate, log, api.all_routes(self.pages.routes()), api.proxy,
-                  [prefix + path for prefix in ("/openqq/", "/openwx/")
-                   for path in self.flavour.apis])
-        children = self.supervisor.children
-        app.metrics.watch("clients", "gauge", "Clients by state.", lambda: {
-            f'state="{state}"': [child.seen() for child in list(children.values())].count(state)
-            for state in (*NEXT_STATES, "failed") if state})
-        app.metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
-                          lambda: {"": self.supervisor.restarts})
-        watch_posting(app.metrics, self._reporter)
-        log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
-        self._servers += serve(app, self._listeners, settings, log)
-        for listener in self._listeners:
-            host, port = listener.getsockname()[:2]
-            log.info(f"Listening at http://{host}:{port}")
-        log.info(gate_hint(settings))
-        log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
-                 "start_client?client=NAME")
-
     def _begin(self) -> None:
+        settings = self.settings
         self._reporter.start()
-        if self.settings.poll_api:
+        if settings.poll_api:
             port = self._listeners[0].getsockname()[1]
-            heartbeat = Heartbeat(self.settings.poll_api, self.settings.poll_interval,
-                                  {port: self.url}, self.settings.token, self.log)
+            heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, {port: self.url},
+                                  settings.token, self.log)
             heartbeat.start()
             self._closing.append(heartbeat.stop)
-        with self.lock:
-            self.supervisor.look_after()
-        backend = read_json(self.settings.backend_path, self.log)
-        accounts = read_accounts(self.settings.accounts, self.log) if self.settings.accounts else {}
-        for name, row in backend.items():
+        accounts = read_accounts(settings.accounts, self.log) if settings.accounts else {}
+        for name, row in read_json(settings.backend_path, self.log).items():
             if isinstance(row, dict):
                 self._recall(name, row, accounts.get(name, {}))
         for name, given in accounts.items():
@@ -12377,8 +11860,8 @@ class Controller:
                 self.log.error(f"accounts file: {name} cannot be started: {error.status}")
 
     def _recall(self, name: str, row: Row, anew: Dict[str, str]) -> None:
-        """Know again what a former controller remembered, as far as it makes sense, and resume
-        what ran; what the operator's file says is given `anew`."""
+        """Know again what a former controller remembered, and resume what ran; what the operator's
+        file says is given `anew`."""
         given: Dict[str, str] = {}
         for key, value in (row["given"] if isinstance(row.get("given"), dict) else {}).items():
             try:
@@ -12386,7 +11869,7 @@ class Controller:
             except ValueError as error:
                 self.log.warn(f"client {name}: {error}; going on without")
         try:
-            known = Account(check_name(name), renewed({}, given), 0, _port(str(row.get("port"))))
+            known = Child(check_name(name), renewed({}, given), port=_port(str(row.get("port"))))
             self.former[name] = known
             if self.settings.resume and row.get("run"):
                 child = Child(name, renewed(known.given, anew),
@@ -12398,12 +11881,31 @@ class Controller:
         except (OpenQQError, ValueError) as error:
             self.log.warn(f"client {name} cannot be resumed: {error}")
 
+    def _serve(self) -> None:
+        settings, log = self.settings, self.log
+        api = ControllerApi(self)
+        app = App(self.gate, log, api.routes, api.proxy,
+                  [prefix + path for prefix in PREFIXES for path in self.flavour.apis])
+        children = self.supervisor.children
+        app.metrics.watch("clients", "gauge", "Clients by state.", lambda: {
+            f'state="{state}"': [child.seen() for child in list(children.values())].count(state)
+            for state in (*NEXT_STATES, "failed") if state})
+        app.metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
+                          lambda: {"": self.supervisor.restarts})
+        watch_posting(app.metrics, self._reporter)
+        log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
+        self._servers += serve(app, self._listeners, settings, log)
+        for listener in self._listeners:
+            log.info("Listening at http://{}:{}".format(*listener.getsockname()))
+        log.info(gate_hint(settings))
+        log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
+                 "start_client?client=NAME")
+
     # -- clients; whoever calls these has the client's turn, and no lock
 
     @contextlib.contextmanager
     def turn(self, name: str) -> Iterator[None]:
-        """Whoever starts, changes, stops or deletes a client is done with it before the next one
-        begins: of two starts in the same moment the second finds the first one's client."""
+        """Whoever starts, changes, stops or deletes a client is done before the next one begins."""
         with self.settled:
             self.settled.wait_for(lambda: name not in self._turns)
             self._turns.add(name)
@@ -12414,26 +11916,19 @@ class Controller:
                 self._turns.discard(name)
                 self.settled.notify_all()
 
-    def _await(self, condition: Callable[[], bool], more: float = 0.0) -> None:
-        """What ends a process takes no longer; TooSlow if the system does."""
-        with self.settled:
-            if not self.settled.wait_for(condition, KILL_SECONDS + 5.0 + more):
-                raise TooSlow()
-
     def start_client(self, name: str, given: Dict[str, str]) -> Child:
         """Start a client that is not alive, with what it is given and what is remembered of it;
         TooManyClients, NoPort, StartFailure, ClientDied, TooSlow."""
         supervisor = self.supervisor
-        self._await(lambda: name not in supervisor.leaving)
         with self.lock:
-            self._check_start()
+            former = supervisor.children.get(name)
+            supervisor.wait(lambda: not former or not former.busy())
+            self.check_start()
             if any(other != name and other.lower() == name.lower() for other in (
-                    *supervisor.children, *supervisor.leaving, *self.former)):
+                    *supervisor.children, *self.former)):
                 raise NotAllowed("client name not allowed: it differs only in case from another")
-            former = supervisor.children.pop(name, None)
             if former:
                 self.remember(former)
-                supervisor.release(former)
             known = self.former[name].given if name in self.former else {}
             child = Child(name, renewed(known, given), open_port(
                 self.settings.backend_start_port, former.port if former else 0))
@@ -12444,49 +11939,32 @@ class Controller:
             self.former.pop(name, None)
         return child
 
-    def update_client(self, child: Child, given: Dict[str, str]) -> None:
-        """Let a client have some settings anew, and return when it has begun with them, at once
-        if they are what it has. TooManyClients, ClientDied, NotRunning, TooSlow."""
-        settings = renewed(child.given, given)
-        if settings == child.given and not cleared(given):
-            return
+    def stop_client(self, child: Child, event: str = "client_stopped") -> None:
+        """End a client, if it runs, and tell those who read the events: check_client knows no more
+        of it. Its settings are remembered, unless it is deleted."""
         with self.lock:
-            self._check_start(child.alive())
-            self.supervisor.renew(child, settings, cleared(given) | {
-                name for name in child.forget if name not in settings})
+            self.supervisor.stop(child)
             self.changed()
-        self._await(lambda: child.former is None, TRIAL_SECONDS)
-        if child.refusal:
-            raise child.refusal
-
-    def stop_client(self, account: Account, event: str = "client_stopped") -> None:
-        """End a client, if it runs, and let those who read the events know, as check_client
-        knows no more of it. Its settings are remembered, unless it is deleted."""
-        with self.lock:
+            self.supervisor.wait(lambda: child.phase == "stopped")
+            self.remember(child)
             if event == "client_deleted":
-                self.former.pop(account.name, None)
-            elif isinstance(account, Child):
-                self.remember(account)
-            if isinstance(account, Child):
-                self.supervisor.children.pop(account.name, None)
-                self.supervisor.stop(account)
-            self.changed()
-        if isinstance(account, Child):
-            self._await(lambda: account.phase == "stopped")
-            with self.lock:
-                self.supervisor.release(account)
-        self.tell(account, event, [account.name], settings=account.open_settings())
+                del self.former[child.name]
+            self._save()
+        self.tell(child, event, [child.name], settings=child.open_settings())
 
     def remember(self, child: Child) -> None:
-        """Keep what a client was started with, until it is started again or deleted."""
-        given = {name: value for name, value in child.given.items() if name not in UNKEPT}
+        """Keep what a stopped client was started with, until it is started again or deleted."""
+        self.supervisor.children.pop(child.name, None)
+        self.supervisor.release(child)
+        for name in UNKEPT:
+            child.given.pop(name, None)
         self.former.pop(child.name, None)  # the newest stands last
-        self.former[child.name] = Account(child.name, given, child.pid, child.port)
+        self.former[child.name] = child
         if len(self.former) > MEMORY_LIMIT:
             del self.former[next(iter(self.former))]
 
-    def _check_start(self, alive: bool = False) -> None:
-        """Whether a process may be made, for a client that is alive or not."""
+    def check_start(self, alive: bool = False) -> None:
+        """NotRunning, TooManyClients or ClientDied unless a process may be made."""
         if self.supervisor.ending:
             raise NotRunning("stopping")
         children = self.supervisor.children
@@ -12500,92 +11978,82 @@ class Controller:
             self.log.error(f"the template does not compile: {error}")
             raise ClientDied() from None
 
-    def path_of(self, account: Account, setting: str) -> str:
+    def path_of(self, child: Child, setting: str) -> str:
         """Where a client's state, QR code or pid file is, or how the names of its media begin."""
-        given = account.given.get(setting)
-        directory = _path(account.given.get("tmpdir", "")) or self.settings.tmpdir
+        given = child.given.get(setting)
+        directory = _path(child.given.get("tmpdir", "")) or self.settings.tmpdir
         return str(_path(given)) if given else os.path.join(
-            directory, self.flavour.file_prefix + self.FILES[setting].format(account.name))
+            directory, self.flavour.file_prefix + self.FILES[setting].format(child.name))
 
     # -- what others are told; with or without the lock
 
-    def changed(self) -> None:
-        """What the backend file says is no longer so."""
+    def changed(self, seconds: float = 0.0) -> None:
+        """What the backend file says is no longer so; it is written in so many seconds."""
         with self.lock:
             if not self._dirty:
                 self._dirty = True
-                self.timers.later(0.0, self._save)
+                self.timers.later(seconds, self._save)
 
     def _save(self) -> None:
         """The backend file: what a later controller resumes or remembers, without secrets."""
         self._dirty = False
         if self.supervisor.ending:
             return  # what ran when we were told to stop is to be resumed
-        rows = {account.name: {"pid": account.pid, "port": account.port,
-                               "run": isinstance(account, Child) and account.alive(),
-                               "given": account.open_settings()}
-                for account in [*self.former.values(), *self.supervisor.children.values()]}
+        rows = {child.name: {"pid": child.pid, "port": child.port, "run": child.alive(),
+                             "given": child.open_settings()}
+                for child in [*self.former.values(), *self.supervisor.children.values()]}
         if not keep_file(self.settings.backend_path, to_bytes(rows), self.log):
-            self._dirty = True
-            self.timers.later(REPLACE_SECONDS, self._save)
+            self.changed(REPLACE_SECONDS)
 
-    def tell(self, account: Account, event: str, params: List[Json], **more: Json) -> Row:
+    def tell(self, child: Child, event: str, params: List[Json], **more: Json) -> Row:
         """Let those who read the events know of a client, with numbers where its own have them."""
-        given = {**inherited(self.flavour), **account.given}
+        given = {**self.inherited, **child.given}
         row = event_row(event, params)
         if SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0")):
             row = numbered(row)
-        self.store.tell({**row, **more, "client": account.name})
+        self.store.tell({**row, **more, "client": child.name})
         return row
 
-    def report(self, account: Account, event: str, *params: Json) -> None:
+    def report(self, child: Child, event: str, *params: Json) -> None:
         """Post an event of ours besides: each begins with the client's name."""
-        self._reporter.add(self.tell(account, event, [account.name, *params]), "")
+        self._reporter.add(self.tell(child, event, [child.name, *params]), "")
         self._reporter.flush()
 
     def detach(self, name: str) -> None:
         """A client's process is gone; called without the lock."""
-        self.network.do(self.network.logins.detach, name)
+        self.network.do(self.network.detach, name)
 
     # -- ending
 
     def _stop(self, number: int) -> None:
+        def end(seconds: float) -> None:
+            with self.settled:
+                self.settled.wait_for(lambda: not self.supervisor.busy())
+                self.log.info("stopped")
+                self._spool.close()
+                self.timers.later(seconds, self.timers.stop)
+
         if not self.supervisor.ending:
             self.log.info(f"stopping ({signal.Signals(number).name})")
             self._save()
             busy = any([server.close_down() for server in self._servers])
-            spawn(self._end, READ_SECONDS if busy else 0.0)  # callers are still to be answered
+            spawn(end, READ_SECONDS if busy else 0.0)  # callers are still to be answered
         self.supervisor.stop_all()  # a second one hurries
-
-    def _end(self, seconds: float) -> None:
-        """In a thread: when the last client is gone, so are we."""
-        with self.settled:
-            self.settled.wait_for(lambda: not self.supervisor.busy())
-            self.log.info("stopped")
-            self._spool.close()
-            self.timers.later(seconds, self.timers.stop)
 
 
 class ControllerApi:
-    """The controller's own API (CONTRACT 2), and the way to the clients' for all else."""
+    """The controller's own API (CONTRACT 2), where do_NAME does what the row NAME of VERBS tells,
+    and the way to the clients' for all else."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller, self._children = controller, controller.supervisor.children
-        self._token = controller.settings.token
-        self._own_paths = {route.path for route in self.routes()}  # whatever the method
-
-    def routes(self) -> List[Route]:
-        """The route table, under both prefixes."""
-        return api_routes([verb for verb in VERBS if verb.on in ("controller", "both")],
-                          lambda verb: getattr(self, verb.name)
-                          ) + [Route("/", READ, self.index, open=True), HEALTH,
-                               *[Route(path, "POST", self.from_bridge, open=True)
-                                 for path in BRIDGES]]
-
-    def all_routes(self, others: List[Route]) -> List[Route]:
-        """These, others, and the one that describes them, with what is passed on to clients."""
-        routes = self.routes() + others
-        return routes + openapi_routes(self._controller.flavour, bool(self._token), routes, True)
+        self._flavour, self._settings = controller.flavour, controller.settings
+        verbs = [verb for verb in VERBS if verb.on in ("controller", "both")]
+        self._own_paths = {prefix + verb.name for prefix in PREFIXES for verb in verbs}
+        self.routes = all_routes(
+            self._flavour, self._settings, verbs, lambda verb: getattr(self, "do_" + verb.name),
+            lambda request: dashboard_for(self._flavour, self._settings, ""),
+            self.from_bridge, controller.pages, True)
 
     def _name(self, request: Request) -> str:
         name = request.params.get("client", "")
@@ -12599,95 +12067,95 @@ class ControllerApi:
             raise ClientMissing("client not exists")
         return child
 
-    def _pass_on(self, request: Request, trusted: bool = True, as_it_is: bool = False) -> Response:
-        child = self._child(request)
+    def _pass_on(self, request: Request, trusted: bool = True, own: bool = False) -> Response:
+        """A client's answer to a call with the token that it shares with us, or with its own."""
+        child, token = self._child(request), self._settings.token
         if child.process is None:
             raise Unreachable()
-        return pass_on(request, child.port, None if as_it_is else self._token, trusted)
+        ours = bearer(token) if token else ""
+        return pass_on(request, child.port,
+                       request.fields.get("authorization", "") if own else ours, trusted)
 
-    def start_client(self, request: Request) -> Row:
-        """Start a client; answers before it has logged in."""
-        controller, name = self._controller, self._name(request)
-        settings, given = controller.settings, check_params(request.keys())
+    def do_start_client(self, request: Request) -> Row:
+        """It answers with the parameters as they were spelt, but no secrets."""
+        controller, name, settings = self._controller, self._name(request), self._settings
+        given = check_params(request.keys())
         check_paths(given, settings.tmpdir,
-                    rf"{controller.flavour.file_prefix}{{}}_{re.escape(name)}\.\w+",
+                    rf"{self._flavour.file_prefix}{{}}_{re.escape(name)}\.\w+",
                     (settings.template_path, settings.backend_path, settings.pid_path,
                      settings.log_path, settings.accounts, settings.world))
-        row: Row = {"account": name}
+        row: Row = {}
+        for key, value in request.keys().items():
+            setting = setting_named(key)
+            if setting and not setting.secret:
+                row[key] = setting.split(value)[0]
         with controller.turn(name):
             child = self._children.get(name)
             if child and child.alive():
-                row["status"] = "client already exists"
-            else:
-                child = controller.start_client(name, given)
-            return {**request_echo(request), **child.shown(), **row}
+                return {**row, **child.shown(), "account": name, "status": "client already exists"}
+            return {**row, **controller.start_client(name, given).shown(), "account": name}
 
-    def update_client(self, request: Request) -> Row:
-        """Change settings of a client, which begins anew with them: all or none, but no paths."""
-        with self._controller.turn(self._name(request)):
-            child = self._child(request)
-            for name in request.keys():
-                if getattr(setting_named(name), "read", None) is _path:
-                    raise NotAllowed(f"{name} not allowed")
-            self._controller.update_client(child, check_params(request.keys()))
+    def do_update_client(self, request: Request) -> Row:
+        controller = self._controller
+        with controller.turn(self._name(request)):
+            child, given = self._child(request), check_params(request.keys(), paths=False)
+            settings, forget = renewed(child.given, given), cleared(given)
+            if settings != child.given or forget:
+                with controller.lock:
+                    controller.check_start(child.alive())
+                    controller.changed()
+                    controller.supervisor.renew(child, settings, forget | {
+                        name for name in child.forget if name not in settings})
             return {**child.shown(), "account": child.name}
 
-    def stop_client(self, request: Request) -> Row:
-        """Stop a client, and answer when it has stopped: it can be started again at once."""
+    def do_stop_client(self, request: Request) -> Row:
         with self._controller.turn(self._name(request)):
             child = self._child(request)
             self._controller.stop_client(child)
             return child.shown()
 
-    def delete_client(self, request: Request) -> Row:
-        """Stop a client and forget its login, its state, its settings and what waits to be
-        posted; of one that was stopped before as well."""
+    def do_delete_client(self, request: Request) -> Row:
+        """Also one that was stopped before."""
         controller, name = self._controller, self._name(request)
         with controller.turn(name):
-            account = controller.former.get(name) or self._child(request)
-            controller.stop_client(account, "client_deleted")
-            controller.network.do(controller.network.logins.delete, name)
+            child = controller.former.get(name) or self._child(request)
+            controller.stop_client(child, "client_deleted")
+            controller.network.do(controller.network.delete, name)
             for setting in "cookie_path", "state_path", "spool_path", "qrcode_path", "ids_path":
-                remove_file(controller.path_of(account, setting))
-                remove_leftovers(controller.path_of(account, setting))
-            Shelf(controller.path_of(account, "media"), controller.log).clear()
-            return account.shown()
+                remove_file(controller.path_of(child, setting))
+                remove_leftovers(controller.path_of(child, setting))
+            Shelf(controller.path_of(child, "media"), controller.log).clear()
+            return child.shown()
 
-    def check_client(self, request: Request) -> Row:
-        """One client's state or all clients'."""
-        children = ([self._child(request)] if request.params.get("client") else
-                    sorted(list(self._children.values()), key=lambda child: child.name))
-        return {"code": 0, "client": [self._state(child) for child in children]}
+    def do_check_client(self, request: Request) -> Row:
+        """What state files say, but for the state of a process that is no more."""
+        rows = []
+        for child in ([self._child(request)] if request.params.get("client") else
+                      sorted(list(self._children.values()), key=lambda child: child.name)):
+            row = read_json(self._controller.path_of(child, "state_path"), self._controller.log)
+            lives = child.process is not None and row.get("pid") == child.pid
+            given = {**self._controller.inherited, **child.given}
+            row.update(account=child.name, pid=child.pid, port=child.port, link=link_of(given.get),
+                       restarts=max(0, child.restarts), since=str(int(child.since)))
+            if not lives:
+                state = child.seen()
+                row.update({"state": "stop", "failed": True} if state == "failed" else
+                           {"state": state})
+                if child.lines:
+                    row["error"] = "\n".join(child.lines)
+            rows.append(row)
+        return {"code": 0, "client": rows}
 
-    def _state(self, child: Child) -> Row:
-        """The state file's content, unless it is of a process that is no more."""
-        controller = self._controller
-        row = read_json(controller.path_of(child, "state_path"), controller.log)
-        lives = child.process is not None and row.get("pid") == child.pid
-        given = {**inherited(controller.flavour), **child.given}
-        row = {**row, "account": child.name, "pid": child.pid, "port": child.port,
-               "restarts": max(0, child.restarts), "since": str(int(child.since)),
-               "link": link_of(given.get)}
-        if lives:
-            return row
-        row["state"] = child.seen()
-        if row["state"] == "failed":
-            row.update({"state": "stop", "failed": True})
-        return {**row, "error": "\n".join(child.lines)} if child.lines else row
-
-    def get_qrcode(self, request: Request) -> Response:
-        """The picture to be scanned; 404 while there is none."""
+    def do_get_qrcode(self, request: Request) -> Response:
         child = self._child(request)
         path = self._controller.path_of(child, "qrcode_path")
-        return qrcode_response(read_file(path) if child.process else None,
-                               self._controller.flavour)
+        return qrcode_response(read_file(path) if child.process else None, self._flavour)
 
-    def events(self, request: Request) -> Response:
-        """A stream of one client's events, or of all clients'."""
+    def do_events(self, request: Request) -> Response:
         if request.params.get("client"):
             return self._pass_on(request)
         with self._controller.lock:  # what clients have told by now comes before what is to come
-            for child in list(self._children.values()):
+            for child in self._children.values():
                 self._controller.supervisor.listen(child)
         return self._controller.store.stream(request)
 
@@ -12696,7 +12164,7 @@ class ControllerApi:
         if request.method == "OPTIONS":
             return Response(b"", "", fields=OPTIONS_FIELDS)
         if not re.match("/open(qq|wx)/.", request.path) or request.path in self._own_paths:
-            raise ApiNotFound()
+            raise ApiNotFound()                      # or with another method
         return self._pass_on(request)
 
     def from_bridge(self, request: Request) -> Response:
@@ -12711,19 +12179,7 @@ class ControllerApi:
             trusted = False
             if child is None or child.process is None:
                 raise  # who is there is none of a stranger's business
-        return self._pass_on(request, trusted, is_milky)
-
-    def index(self, request: Request) -> Response:
-        """What a browser sees at /."""
-        controller = self._controller
-        return dashboard(dashboard_config(controller.flavour, controller.settings, ""))
-
-
-def request_echo(request: Request) -> Row:
-    """The parameters that start_client tells again, as they were spelt; secrets stay out."""
-    rows = [(name, value, setting_named(name) or SETTINGS["token"])
-            for name, value in request.keys().items()]
-    return {name: setting.split(value)[0] for name, value, setting in rows if not setting.secret}
+        return self._pass_on(request, trusted, own=is_milky or not trusted)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -12740,20 +12196,17 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--" + name, action=action)
 
     def error(self, message: str) -> NoReturn:
-        """A flag without its value, above all."""
         flag = message.partition(":")[0].replace("argument ", "")
         raise Refusal(f"{flag} takes no value" if "ignored" in message else
                       f"{flag} needs a value; one that begins with -- is given as {flag}=VALUE", 2)
 
     def read(self, words: Sequence[str]) -> Row:
         """What the words say, by the flags' names. Refusal."""
-        try:
-            texts = list(map(typed_text, words))
+        try:  # behind a NUL, which no word can hold, argparse takes one dash for no flag
+            texts = [re.sub("^-(?!-)", "\0-", typed_text(word)) for word in words]
         except ValueError as error:
             raise Refusal(f"a word is {error}", 2) from None
-        # Behind a NUL, which no word can hold, argparse takes one dash for no flag.
-        found, strange = self.parse_known_intermixed_args(
-            [re.sub("^-(?!-)", "\0-", text) for text in texts])
+        found, strange = self.parse_known_intermixed_args(texts)
         if strange:
             flag = strange[0].partition("=")[0].strip("\0")
             raise Refusal(f"{flag} {self._stranger}", 2)
@@ -12766,28 +12219,27 @@ def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
     """The settings of a controller or client, each a flag under all of its names."""
     def flag(found: re.Match[str]) -> str:
         setting = setting_named(found.group(1))
-        return "--" + (setting.name if setting else found.group(1))
+        return "--" + (setting.name.replace("_", "-") if setting in settings else found.group(1))
 
-    names = [row.name for row in SETTINGS.values() if row.whose in (whose, "both")]
+    settings = [row for row in SETTINGS.values() if row.whose in (whose, "both")]
     parser = Parser(f"is not a setting of a {whose}; python openqq.py {whose} --help shows them",
-                    **dict.fromkeys(names, "store"))
+                    **{row.name.replace("_", "-"): "store" for row in settings})
     return tokens_apart(parser.read([re.sub("^--([^=]+)", flag, word) for word in words]))
 
 
 def help_text(whose: str) -> str:
     """All settings of a controller or client, as --help shows them."""
-    rows = {}
-    for setting in SETTINGS.values():
-        if setting.whose in (whose, "both") and not setting.idle:
-            default = f" [{setting.shown()}]" if setting.shown() else ""
-            rows[f"  --{setting.name.replace('_', '-')} VALUE"] = (
-                f"{setting.help}{default} | {setting.chinese}")
-    width = max(map(len, rows)) + 2
+    rows = [(f"  --{setting.name.replace('_', '-')} VALUE",
+             f"{setting.help}{f' [{setting.shown()}]' if setting.shown() else ''}"
+             f" | {setting.chinese}")
+            for setting in SETTINGS.values()
+            if setting.whose in (whose, "both") and not setting.idle]
+    width = max(len(flag) for flag, _ in rows) + 2
     return (f"usage: python openqq.py {whose} [--setting value …]\n\n"
             "Each setting takes a value; booleans are 0 and 1, lists have commas. In the\n"
             "environment a setting is MOJO_WEBQQ_ and its name in capitals.\n"
             "每个设置带一个值；布尔值为 0 或 1，列表用逗号分隔。环境变量名为 MOJO_WEBQQ_ 加大写的设置名。\n\n"
-            + "".join(f"{flag:{width}}{text}\n" for flag, text in rows.items()))
+            + "".join(f"{flag:{width}}{text}\n" for flag, text in rows))
 
 
 # For glibc: one heap instead of one for each thread, and large buffers outside of it, so that
@@ -12797,11 +12249,11 @@ FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
 
 
 def run_server(whose: str, given: Dict[str, str]) -> int:
-    """`controller`: many accounts; `client`: one account alone.
+    """`controller`: many accounts; `client`: one account alone. Begins once more with the secrets
+    off the command line, under a name for ps.
 
-    It begins once more under the name that ps is to show, with the secrets off the command line.
-    Only argv[0] makes a name that all of ps's forms show; its directory must stay Python's own,
-    or a virtual environment would be lost.
+    Only argv[0] makes one that all of ps's forms show; its directory must stay Python's own, or a
+    virtual environment would be lost.
     """
     flavour = flavour_named(given.get("flavor"))
     python = os.environ.pop("OPENQQ_PYTHON", "")
@@ -12809,14 +12261,11 @@ def run_server(whose: str, given: Dict[str, str]) -> int:
         account = given.get("account") or os.environ.get(flavour.environ + "ACCOUNT", "default")
         title = f"{flavour.ps}{whose}" + (f"({account})" if whose == "client" else "")
         environment = {name: value for name, value in FRUGAL.items() if name not in os.environ}
-        flags = []
-        for name, value in given.items():
-            if SETTINGS[name].secret:
-                environment[flavour.environ + name.upper()] = value
-            else:
-                flags.append(f"--{name}={value}")
+        environment.update({flavour.environ + name.upper(): value
+                            for name, value in given.items() if SETTINGS[name].secret})
         if "token" in given:
             environment["OPENQQ_TOKEN"] = given["token"]
+        flags = [f"--{name}={value}" for name, value in given.items() if not SETTINGS[name].secret]
         begin_again(os.path.join(os.path.dirname(sys.executable), title.replace("/", "_")),
                     ["-S", *python_words(whose, *flags)], OPENQQ_PYTHON=sys.executable,
                     **environment)
@@ -12839,8 +12288,8 @@ def run_client(**given: str) -> int:
 
 
 def run_child() -> int:
-    """`--client`: what a controller starts. It does what the template says; what the written one
-    says is built in, and so is quicker."""
+    """`--client`: what a controller starts. Does what the template says; what the written one says
+    is built in, and so is quicker."""
     sys.executable = os.environ.pop("OPENQQ_PYTHON", sys.executable)
     sys.modules.setdefault("openqq", sys.modules[__name__])
     receive_sockets()
@@ -12877,11 +12326,8 @@ def end_with_controller(line: socket.socket) -> None:
 # -- the commands that call a server's API
 
 def printable(text: str, is_json: bool = False) -> str:
-    """Text that does nothing to a terminal: names and messages come from anybody.
-
-    Controls, and what only steers the display, are spelt as Python does, or if the text is JSON
-    as JSON does; blanks of any kind become blanks, except in JSON.
-    """
+    """Text that does nothing to a terminal: names and messages come from anybody. Controls, and
+    what only steers the display, are spelt as Python does, in JSON as JSON does."""
     def spelt(sign: str) -> str:
         if sign.isprintable() or sign == ("\n" if is_json else "\u200d"):
             return sign
@@ -12919,8 +12365,8 @@ def event_line(event: Row) -> Tuple[str, str]:
 
 
 class Said:
-    """What a server answered: `value` is its JSON, None if it is none, `row` that if it is an
-    object; `code` the answer's own; `good` unless it said no."""
+    """What a server answered: `value` is its JSON, or None, `row` that if it is an object; `code`
+    the answer's own; `good` unless it said no."""
 
     def __init__(self, reply: Reply) -> None:
         if reply.kind == "text/event-stream":
@@ -12947,7 +12393,7 @@ class Said:
 
 
 class Terminal:
-    """The commands, each a method of its name, given the words behind it. COMMANDS lists them.
+    """The commands that COMMANDS lists, each a method of its name, given the words behind it.
     Refusal for what goes wrong, Unreachable where nobody answers."""
 
     WATCH_SECONDS = 1.0
@@ -12984,7 +12430,6 @@ class Terminal:
         return Said(self._open(api, params))
 
     def _show_raw(self, said: Said) -> None:
-        """What came, byte for byte, unless it would play with a terminal."""
         is_json = said.kind == "application/json"
         if not self._is_console:
             sys.stdout.buffer.write(said.body + (b"\n" if is_json else b""))
@@ -12998,8 +12443,8 @@ class Terminal:
         return f"\x1b[{code}m{text}\x1b[0m" if self._has_colors and code else text
 
     def _finish(self, said: Said, is_json: bool = True) -> bool:
-        """Print what came, if that is all that is wanted: else it is to be shown. Refusal if it
-        says no, or if it is not what only a server of ours can have said."""
+        """Print what came, if that is all that is wanted; whether it is still to be shown. Refusal
+        if it says no, or if no server of ours can have said it."""
         if self._is_raw:
             self._show_raw(said)
         if not said.good:
@@ -13015,8 +12460,8 @@ class Terminal:
             print(printable(", ".join([str(said.row.get("status")), *words])))
 
     def _check_account(self, name: str) -> None:
-        """Refusal where there is no such account: with these calls a client alone does not look
-        at `client`, so that it serves bots which name it as they please."""
+        """Refusal where there is no such account: a client alone does not look at `client` with
+        these calls, for bots that name it as they please."""
         said = self._ask("check_client", client=name)
         if said.code == ClientMissing.code:
             self._finish(said)
@@ -13084,11 +12529,8 @@ class Terminal:
 
     def qrcode(self, name: str) -> None:
         """Draw the QR code that an account waits with; without colours light is what is written,
-        as on a dark screen.
-
-        It is read out of the picture: its text lets in whoever has it, and so is in no answer
-        that scripts keep and logs show.
-        """
+        as on a dark screen. It is read out of the picture: its text lets in whoever has it, and so
+        is in no answer that scripts keep and logs show."""
         self._check_account(name)
         said = self._ask("get_qrcode", client=name)
         if said.status == 404:
@@ -13206,10 +12648,7 @@ def run_command(command: str, words: Sequence[str]) -> int:
 
 
 def written(write: Callable[[], Optional[int]]) -> int:
-    """The exit status of what writes to standard output. Refusal when that takes no more.
-
-    What is still in its buffer would be tried again at the end: it goes nowhere.
-    """
+    """The exit status of what writes to standard output. Refusal when that takes no more."""
     out: Any = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     out.reconfigure(errors="backslashreplace")
     sys.stdout = out
@@ -13218,6 +12657,7 @@ def written(write: Callable[[], Optional[int]]) -> int:
         out.flush()
         return status
     except OSError as error:  # of a server it is an Unreachable, and so a Refusal
+        # What is still in the buffer would be tried again at the end: it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if not isinstance(error, BrokenPipeError):
             raise Refusal(f"the output cannot be written: {error.strerror}") from None
