@@ -2432,8 +2432,7 @@ def has_ended(sock: socket.socket) -> bool:
 
 
 class Stream:
-    """Bytes from and to a socket, with a buffer and a deadline. Ended by close(), not by the
-    socket's own."""
+    """Bytes from and to a socket, with a buffer and a deadline; close() this, not the socket."""
 
     __slots__ = ("sock", "buffer", "until", "cause")
 
