@@ -108,7 +108,6 @@ LINE_LIMIT = 8 * 1024            # request line; 414 beyond it
 FIELD_LIMIT = 100                # header fields; 431
 HEAD_LIMIT = 32 * 1024           # all header fields together; 431
 BODY_LIMIT = 8 * 1024 * 1024     # body; 413
-CHUNK_LINE_LIMIT = 256           # a chunk's size with its extensions; 400
 PARAM_LIMIT = 1_000              # parameters of a query or a form; 400
 HEAD_SECONDS = 10.0              # from a head's first byte to its last
 BODY_SECONDS = 30.0
@@ -791,7 +790,7 @@ class ThreadPool:
         self._jobs: Any = queue.SimpleQueue()
         self._free = self._threads = 0  # threads that wait, less the jobs that do
 
-    def submit(self, function: Callable[..., None], *args: Any) -> None:
+    def submit(self, function: Callable[..., Any], *args: Any) -> None:
         """Have function(*args) run by one of the threads, in the order of the calls."""
         with self._lock:
             self._free -= 1
@@ -2200,13 +2199,13 @@ class Ledger(Journal):
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ((?:(?i:https?)://|/)[\x21-\x7e\x80-\xff]*|\*)"
                           rb" HTTP/1\.([01])")
-ABSOLUTE = re.compile(rb"[A-Za-z]+://([^/?]*)(.*)")
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")
 FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
 CHUNK_LINE = re.compile(  # RFC 9112 7.1.1: an extension has a name, and may have a value
     rb"""([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t]*[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?:[ \t]*=[ \t]*(?:"""
     rb"""[!#$%&'*+\-.^_`|~0-9A-Za-z]+|"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"))?)*""")
 LENGTH = re.compile(r"[0-9]{1,15}")
+CHUNKED = -1  # instead of a length
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::([0-9]{1,5}))?")
 CHARSET = re.compile(r"""(?i);\s*charset=["']?([\w.-]+)""")
 BROKEN_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -2222,19 +2221,15 @@ FORWARDED = frozenset((
     "x-forwarded-host", "x-forwarded-port", "x-forwarded-server", "x-forwarded-by",
     "x-original-host", "x-original-forwarded-for", "x-real-ip", "x-client-ip",
     "x-cluster-client-ip", "cf-connecting-ip", "true-client-ip", "fastly-client-ip"))
-FORWARDED_PROTO = re.compile(r'\bproto\s*=\s*"?([^;,"]*)', re.IGNORECASE)  # RFC 7239
 # What a request for a picture carries, wherever its address leads: no server of this program
 # answers it, but with pictures. Callers on this machine are trusted; who gave the address is none.
 MEDIA_MARK = "x-openqq-media"
-PICTURES = re.compile("/open(qq|wx)/get_media")
 NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
 
 
 class Reaper:
-    """One thread that ends what takes too long, and tells who waits that its caller has gone.
-
-    So reading and writing block plainly, and a deadline costs nothing: no lock, no system call.
-    """
+    """One thread that ends what takes too long, and tells who waits that its caller has gone. So
+    reading and writing block plainly, and a deadline costs no lock and no system call."""
 
     def __init__(self) -> None:
         # Guards _mortal, _selector's sockets and _started; no socket that one of them holds is
@@ -2245,8 +2240,8 @@ class Reaper:
         self._ear, self._mouth = socket_pair()
         self._mouth.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ)
-        # select() and poll() take no notice of a socket that comes while they wait, and to wake
-        # them for each would take seconds for 500 callers: so they look often instead.
+        # select() and poll() take no notice of a socket that comes while they wait: they look
+        # often instead. To wake them for each would take seconds for 500 callers.
         self._pause = math.inf if hasattr(self._selector, "fileno") else 0.25
         self._started = False
         self._looks_at = math.inf    # when the thread looks at all `until` without being woken
@@ -2314,13 +2309,12 @@ class Reaper:
 
 
 REAPER = Reaper()
-Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # takes no descriptor
 
 
 def is_readable(sock: socket.socket, seconds: float = 0.0) -> bool:
     """Whether something comes within so many seconds, were it the end."""
-    with Selector() as selector:
-        try:
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        try:  # of the two neither takes a descriptor
             selector.register(sock, selectors.EVENT_READ)
         except ValueError:
             return True  # another thread has closed it
@@ -2328,8 +2322,8 @@ def is_readable(sock: socket.socket, seconds: float = 0.0) -> bool:
 
 
 def has_ended(sock: socket.socket) -> bool:
-    """Whether the peer has closed its side, as far as is known here. TLS cannot be peeked into:
-    what comes there before anything was asked is a farewell."""
+    """Whether the peer has closed its side. TLS cannot be peeked into: what comes there before
+    anything was asked is a farewell."""
     try:
         return is_readable(sock) and (type(sock) is not socket.socket
                                       or not sock.recv(1, socket.MSG_PEEK))
@@ -2338,25 +2332,22 @@ def has_ended(sock: socket.socket) -> bool:
 
 
 class Stream:
-    """Bytes from and to a socket, for servers and for callers: one buffer, one deadline at a time.
-    It is ended by close(), not by the socket's own."""
+    """Bytes from and to a socket, with a buffer and a deadline; close() this, not the socket."""
 
     __slots__ = ("sock", "buffer", "until", "cause")
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.buffer = b""
-        self.until = math.inf
+        self.sock, self.buffer, self.until = sock, b"", math.inf
         self.cause: Optional[Exception] = None  # why we, not the peer, ended it
         REAPER.add(self)
 
     def allow(self, seconds: float) -> None:
-        """From now on all reading or writing together may take so long (TimeoutError)."""
+        """All reading and writing from now on may take so long (TimeoutError)."""
         self.until = until = time.monotonic() + seconds
         REAPER.expect(until)
 
     def expire(self) -> None:
-        """By the reaper: reading ends, and a second later all, since to say so takes a moment."""
+        """By the reaper: reading ends, and a second later, when that has been said, writing."""
         first, self.cause = self.cause is None, self.cause or TimeoutError()
         self.until = self.until + 1.0 if first else math.inf
         self.shut(socket.SHUT_RD if first else socket.SHUT_RDWR)
@@ -2375,13 +2366,13 @@ class Stream:
         self.sock.close()
 
     def more(self) -> bytes:
-        """What comes next from the socket, b"" at its end; `cause`, OSError."""
+        """What comes next from the socket; EOFError at its end, `cause`, OSError."""
         try:
             data = self.sock.recv(65_536)
         except OSError as error:
             raise self.cause or error from None
-        if not data and self.cause:
-            raise self.cause
+        if not data:
+            raise self.cause or EOFError()
         return data
 
     def send(self, data: bytes) -> None:
@@ -2391,54 +2382,48 @@ class Stream:
         except OSError as error:
             raise self.cause or error from None
 
-    def head(self) -> bytes:
-        """A message's first line and fields, without the blank line; b"" if nothing came at all.
-
-        BadRequest as soon as it is too long or cannot become right; EOFError if it ends within.
-        """
-        while b"\r\n\r\n" not in self.buffer:
-            if b"\r\n" not in self.buffer[:LINE_LIMIT + 2]:
-                if len(self.buffer) > LINE_LIMIT:
-                    raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
-                if b"\n" in self.buffer:
-                    raise BadRequest(400, "lines must end with CR LF")
-            if len(self.buffer) > LINE_LIMIT + HEAD_LIMIT:
+    def head(self) -> Tuple[bytes, bytes]:
+        """A message's first line, and its fields; EOFError, and BadRequest as soon as it is too
+        long or cannot become right."""
+        while True:
+            head, is_whole, rest = self.buffer.partition(b"\r\n\r\n")
+            line, has_fields, block = head.partition(b"\r\n")
+            if len(line) > LINE_LIMIT:
+                raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
+            if len(block) > HEAD_LIMIT + (0 if is_whole else 3):  # three of its end, perhaps
                 raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
-            data = self._some() if self.buffer else self.more()
-            if not data:
-                return b""
-            self.buffer += data
-        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
-        return head
-
-    def _some(self) -> bytes:
-        """As more(), but EOFError at the end."""
-        data = self.more()
-        if not data:
-            raise EOFError
-        return data
-
-    def exactly(self, length: int) -> bytes:
-        """So many bytes; EOFError if there are fewer."""
-        pieces, missing = [self.buffer], length - len(self.buffer)
-        while missing > 0:
-            pieces.append(self._some())
-            missing -= len(pieces[-1])
-        data = b"".join(pieces)
-        self.buffer = data[length:]
-        return data[:length]
+            if is_whole:
+                self.buffer = rest
+                return line, block
+            if not has_fields and b"\n" in line:
+                raise BadRequest(400, "lines must end with CR LF")
+            self.buffer += self.more()
 
     def line(self) -> bytes:
         """A line of the chunked coding, without its CR LF."""
         while b"\r\n" not in self.buffer:
-            if len(self.buffer) > CHUNK_LINE_LIMIT:
+            if len(self.buffer) > 256:
                 raise BadRequest(400, "chunk line too long")
-            self.buffer += self._some()
+            self.buffer += self.more()
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
-    def chunks(self) -> Iterator[bytes]:
-        """The pieces of a chunked body, trailer read and dropped (RFC 9112 7.1)."""
+    def body(self, length: Optional[int]) -> Iterator[bytes]:
+        """The pieces of a body of that length; CHUNKED: with its trailer read and dropped (RFC
+        9112 7.1); None: what comes until the connection ends. EOFError, BadRequest."""
+        left = sys.maxsize if length is None else length
+        while left > 0:
+            try:
+                data = self.buffer or self.more()
+            except EOFError:
+                if length is None:
+                    return
+                raise
+            self.buffer = data[left:]
+            yield data[:left]
+            left -= len(data)
+        if length != CHUNKED:
+            return
         while True:
             found = CHUNK_LINE.fullmatch(self.line())
             if not found:
@@ -2448,9 +2433,12 @@ class Stream:
                 break
             if size > BODY_LIMIT:
                 raise BadRequest(413, "chunk too large")
-            yield self.exactly(size)
-            if self.exactly(2) != b"\r\n":
+            yield from self.body(size)
+            while len(self.buffer) < 2:
+                self.buffer += self.more()
+            if self.buffer[:2] != b"\r\n":
                 raise BadRequest(400, "chunk longer than its size")
+            self.buffer = self.buffer[2:]
         for _ in range(FIELD_LIMIT):
             line = self.line()
             if not line:
@@ -2460,14 +2448,9 @@ class Stream:
         raise BadRequest(431, "trailer too long")
 
 
+@functools.lru_cache(maxsize=32)  # browsers repeat theirs; each may be of HEAD_LIMIT bytes
 def parse_fields(block: bytes) -> Fields:
-    """Header fields of a block, to be read and not changed; BadRequest. Short blocks are
-    remembered: browsers repeat theirs."""
-    return _known_fields(block) if len(block) <= 2048 else _known_fields.__wrapped__(block)
-
-
-@functools.lru_cache(maxsize=256)
-def _known_fields(block: bytes) -> Fields:
+    """Header fields of a block, to be read and not changed; BadRequest."""
     fields: Fields = {}
     lines = block.split(b"\r\n") if block else []
     if len(lines) > FIELD_LIMIT:
@@ -2485,11 +2468,8 @@ def _known_fields(block: bytes) -> Fields:
 
 
 def body_length(fields: Fields) -> int:
-    """A body's length by RFC 9112 6.3, -1 for a chunked one; BadRequest.
-
-    Whatever two readers could take for two different lengths is refused: that is how a second
-    request is smuggled past the first.
-    """
+    """A body's length by RFC 9112 6.3, or CHUNKED; BadRequest for whatever two readers could take
+    for two lengths: that is how a second request is smuggled past the first."""
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is not None and length is not None:
         raise BadRequest(400, "both content-length and transfer-encoding")
@@ -2497,7 +2477,7 @@ def body_length(fields: Fields) -> int:
         raise BadRequest(501, "transfer-encoding other than chunked")
     if length is not None and not LENGTH.fullmatch(length):
         raise BadRequest(400, "broken content-length")
-    return int(length or 0) if coding is None else -1
+    return int(length or 0) if coding is None else CHUNKED
 
 
 def charset_of(kind: str) -> str:
@@ -2515,9 +2495,9 @@ def _legible(name: str, data: bytes, charset: str = "") -> str:
 
 
 def parse_form(text: str, charset: str = "") -> Params:
-    """Parameters of a query or form, whose bytes that are no UTF-8 stand there as surrogates (PEP
-    383); the last of a name counts. BadRequest. Each name and value is read for itself: a library
-    may have spelt one in UTF-8, and a console the other in GBK."""
+    """Parameters of a query or form, whose bytes that are no UTF-8 are surrogates (PEP 383); the
+    last of a name counts. BadRequest. Each name and value is read for itself: a library may have
+    written one in UTF-8, and a console the other in GBK."""
     if text.count("&") > PARAM_LIMIT:
         raise BadRequest(400, f"over {PARAM_LIMIT} parameters")
     pairs = [pair.partition("=") for pair in text.split("&") if pair]
@@ -2595,11 +2575,10 @@ def _whole_text(name: str, text: str) -> str:
 
 
 class Request:
-    """One request, framed and whole: method, path (decoded), query (raw), fields, body, peer.
+    """One whole request; the path is decoded, the query is not, `old` means HTTP/1.0.
 
     `wait(future, seconds)` is how a handler waits for what may take long: it raises Hangup when
     the caller goes away and TimeoutError after `seconds`, and gives None when the server ends.
-    `sock` is the caller's socket, for those that watch it themselves; `old` tells HTTP/1.0.
     """
 
     def __init__(self, method: str, target: str, fields: Fields, body: bytes, peer: str,
@@ -2612,13 +2591,10 @@ class Request:
         self.path = urllib.parse.unquote(path) if "%" in path else path
         self.target = target
         self.sock, self.old, self.wait = sock, old, wait
-        self._params: Optional[Params] = None
 
-    @property
+    @functools.cached_property
     def params(self) -> Params:
         """Query and body parameters, merged (CONTRACT 1); BadRequest if they cannot be read."""
-        if self._params is not None:
-            return self._params
         params = parse_form(self.query) if self.query else {}
         if self.body:
             kind = self.fields.get("content-type", "")
@@ -2633,15 +2609,14 @@ class Request:
         for name, value in params.items():
             if "\0" in name or "\0" in value:
                 raise BadRequest(400, f"NUL in {name!r}")
-        self._params = params
         return params
 
     def read_url_only(self) -> None:
-        """Take parameters from the URL alone: the body is something else, as JSON may be."""
-        self._params = parse_form(self.query) if self.query else {}
+        """Take parameters from the URL alone: the body is something else."""
+        self.params = parse_form(self.query) if self.query else {}
 
     def keys(self) -> Params:
-        """The parameters that describe what is looked for: without those about the call."""
+        """The parameters that say what is looked for."""
         return {name: value for name, value in self.params.items() if name not in NOT_KEYS}
 
 
@@ -2658,10 +2633,8 @@ class Response:
         self.pieces = pieces
 
     def head(self, connection: str, chunked: bool = False) -> bytes:
-        """Status line and fields; no value can bring a line of its own.
-
-        `connection` is that field's value, or empty where HTTP/1.1 needs none.
-        """
+        """Status line and fields, with a Connection field unless `connection` is empty; ValueError
+        for a line break in a field."""
         lines = [f"HTTP/1.1 {self.status} {http.client.responses.get(self.status, 'Status')}",
                  "Date: " + http_date(int(time.time()))]
         if self.kind:
@@ -2670,7 +2643,7 @@ class Response:
             lines.append(f"Content-Length: {len(self.body)}")
         elif chunked:
             lines.append("Transfer-Encoding: chunked")
-        lines += [f"{name}: {value}" for name, value in self.fields.items()]
+        lines += map(": ".join, self.fields.items())
         if connection:
             lines.append("Connection: " + connection)
         text = "\r\n".join(lines)
@@ -2685,83 +2658,75 @@ def http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
 
-def json_response(value: Json, status: int = 200) -> Response:
-    """The usual answer."""
-    return Response(to_bytes(value), status=status)
-
-
 def error_response(error: OpenQQError) -> Response:
     """An error as its answer."""
-    return json_response(error.answer(), error.http)
+    return Response(to_bytes(error.answer()), status=error.http)
 
 
 class Gate:
-    """Who may call (DESIGN): one decision, made for each request before anything is done for it.
-
-    Without a token that is who calls from this machine, and what a server here passes on that is
-    known by one of `hosts` (allowed_hosts): the name is what a page of another site cannot have.
-    """
+    """Who may call (DESIGN). Without a token that is who calls from this machine, and what a
+    server here passes on that is known by one of `hosts` (allowed_hosts): the name is what a page
+    of another site cannot have."""
 
     def __init__(self, token: str = "", hosts: Iterable[str] = ()) -> None:
-        self._token = token.encode()
-        self._hosts = frozenset(hosts)
+        self._token, self._hosts = token.encode(), frozenset(hosts)
 
     def check(self, request: Request) -> None:
-        """AuthFailure unless this caller may."""
-        if not self._token:
-            reason = self._objection(request)
-            if reason:
-                raise AuthFailure(reason=reason)
-            return
-        scheme, _, given = request.fields.get("authorization", "").partition(" ")
-        offers = [given.strip().encode("latin-1", "replace")] if scheme.lower() == "bearer" else []
-        with contextlib.suppress(BadRequest):  # what cannot be read holds no token
-            offers += [request.params[name].encode("utf-8", "replace")
-                       for name in ("access_token", "token") if name in request.params]
-        if not any([same_bytes(offer, self._token) for offer in offers]):
-            raise AuthFailure()
-
-    def _objection(self, request: Request) -> str:
-        """The rule that speaks against a call, and what would help; empty if none does."""
+        """AuthFailure unless this caller may; it says which rule is against it, and what helps."""
         peer, fields = request.peer, request.fields
+        if self._token:
+            scheme, _, given = fields.get("authorization", "").partition(" ")
+            bears = scheme.lower() == "bearer"
+            offers = [given.strip().encode("latin-1", "replace")] if bears else []
+            with contextlib.suppress(BadRequest):  # what cannot be read holds no token
+                offers += [request.params[name].encode("utf-8", "replace")
+                           for name in ("access_token", "token") if name in request.params]
+            if not any([same_bytes(offer, self._token) for offer in offers]):
+                raise AuthFailure()
+            return
         if not is_loopback(peer):
-            return f"it comes from another machine, {peer}: set token, and let the caller give it"
+            raise AuthFailure(reason=f"it comes from another machine, {peer}: set token, and let "
+                                     "the caller give it")
         if "host" not in fields:
-            return "it has no Host: let the caller give one, or set token and let it give that"
+            raise AuthFailure(reason="it has no Host: let the caller give one, or set token and "
+                                     "let it give that")
         host = fields["host"]
         name = host_name(host)
         if not is_own_host(name):
             if name not in self._hosts:
-                return (f"its Host, {name[:100]}, is no name of this machine: set token; or "
-                        "allowed_hosts, if it is your own server's, which asks who is there")
+                raise AuthFailure(reason=(
+                    f"its Host, {name[:100]}, is no name of this machine: set token; or "
+                    "allowed_hosts, if it is your own server's, which asks who is there"))
             port = request.sock.getsockname()[1] if request.sock else 0
             if (host[len(name):] or ":80") == f":{port}":
-                return (f"its Host, {name[:100]}, has our own port {port}: a browser found that "
-                        "name here itself, and does not say which site asks; let the server in "
-                        "front call")
-        forwarded = not FORWARDED.isdisjoint(fields)
+                raise AuthFailure(reason=(
+                    f"its Host, {name[:100]}, has our own port {port}: a browser found that name "
+                    "here itself, and does not say which site asks; let the server in front call"))
+        forwarded = FORWARDED.intersection(fields)
         if forwarded:
             host = fields.get("x-forwarded-host", "")
             if host_name(host) not in self._hosts:
                 given = f"its X-Forwarded-Host is {host[:100]!a}" if host else "no X-Forwarded-Host"
-                return (f"it came through a proxy ({', '.join(sorted(FORWARDED & fields.keys()))}),"
-                        f" {given}: set token; or allowed_hosts to the one name that the proxy is "
-                        "called by and passes on as X-Forwarded-Host")
+                raise AuthFailure(reason=(
+                    f"it came through a proxy ({', '.join(sorted(forwarded))}), {given}: set "
+                    "token; or allowed_hosts to the one name that the proxy is called by and "
+                    "passes on as X-Forwarded-Host"))
         if is_cross_site(fields, host):
             site = fields.get("origin", fields.get("sec-fetch-site", ""))
-            return (f"a page of another site made it ({site[:100]!a}): "
-                    "set token, and let the page give it")
+            raise AuthFailure(reason=f"a page of another site made it ({site[:100]!a}): set "
+                                     "token, and let the page give it")
         if forwarded and came_by_http(fields):
-            return ("it came to the proxy by plain http, where browsers do not say which site "
-                    "asks: let that name be served by https only, or set token")
-        return ""
+            raise AuthFailure(reason=(
+                "it came to the proxy by plain http, where browsers do not say which site asks: "
+                "let that name be served by https only, or set token"))
 
 
 def came_by_http(fields: Fields) -> bool:
-    """Whether a proxy, or the browser, says that the proxy was not called by https."""
+    """Whether proxy or browser says that the proxy was not called by https."""
     said = [(part, good) for name, good in SECURE.items() if name in fields
             for part in fields[name].split(",")]
-    said += [(part, "https") for part in FORWARDED_PROTO.findall(fields.get("forwarded", ""))]
+    said += [(part, "https") for part in re.findall(  # RFC 7239
+        r'(?i)\bproto\s*=\s*"?([^;,"]*)', fields.get("forwarded", ""))]
     return (any([part.strip().lower() != good for part, good in said])
             or fields.get("origin", "").startswith("http:"))
 
@@ -2777,6 +2742,7 @@ def is_cross_site(fields: Fields, host: str) -> bool:
     return port is None or place not in (host.lower(), re.sub(port + r"\Z", "", host.lower()))
 
 
+@functools.lru_cache(maxsize=256)
 def host_name(host: str) -> str:
     """The name or address in a Host field or an authority, in small letters; "" if broken."""
     found = HOST.fullmatch(host)
@@ -2785,12 +2751,9 @@ def host_name(host: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def is_own_host(name: str) -> bool:
-    """Whether a Host, in small letters and without port, can only mean this machine.
-
-    `127.1` counts, as the documents' own examples call it. No other spelling does: to 0.0.0.0,
-    [::], [::ffff:7f00:1] and the like browsers send no Sec-Fetch fields, so that pages of other
-    sites could not be told (measured with Chromium and Firefox).
-    """
+    """Whether a Host, in small letters and without port, can only mean this machine: 127.1, as the
+    documents' examples have it, but no other spelling. To 0.0.0.0, [::], [::ffff:7f00:1] and the
+    like browsers send no Sec-Fetch fields (measured with Chromium and Firefox)."""
     if re.fullmatch(r"127(\.(0|[1-9][0-9]{0,7})){1,3}", name):  # a 0 before is octal
         return is_loopback(name)  # unless a number is too large
     return re.fullmatch(r"\[::1\]|([^.]+\.)*localhost\.?", name) is not None
@@ -2798,8 +2761,7 @@ def is_own_host(name: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
-    """Whether a peer or a URL's host, in brackets or not, can only be this machine. For a Host
-    field see is_own_host()."""
+    """Whether a peer or a URL's host can only be this machine; for a Host see is_own_host()."""
     host = host.lower().strip("[]").rstrip(".")
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -2826,8 +2788,8 @@ def signature(secret: str, body: bytes) -> str:
 
 
 class Route:
-    """One API: its path, the methods that it takes, and what it calls: `handler(request)` returns
-    a Response, or a JSON value. `open` are those that anybody may call."""
+    """An API: `handler(request)` returns a Response or a JSON value; an `open` one anybody may
+    call."""
 
     def __init__(self, path: str, methods: str, handler: Callable[[Request], Any],
                  open: bool = False) -> None:
@@ -2859,7 +2821,7 @@ class Metrics:
             self._sum_up()
 
     def _sum_up(self) -> List[Tuple[str, int, List[float]]]:
-        """All that was counted, sorted: path, status, and a row as in _rows."""
+        """All that was counted, sorted: path, status, row."""
         with self._lock:
             for _ in range(len(self._news)):
                 path, status, seconds = self._news.popleft()
@@ -2871,7 +2833,7 @@ class Metrics:
 
     def watch(self, name: str, kind: str, help: str,
               read: Callable[[], Mapping[str, float]]) -> None:
-        """Show what read() gives: the labels as text, empty for none -> the value."""
+        """Show what read() gives: labels as text, or empty -> value."""
         self._sources.append(("openqq_" + name, kind, help, read))
 
     def show(self, request: Request) -> Response:
@@ -2900,8 +2862,8 @@ class Metrics:
 
 
 class App:
-    """What a server serves: routes by path, behind a gate. `fallback(request)` answers what no
-    route takes (None: ApiNotFound); /metrics counts the routes and the paths `known`."""
+    """What a server serves, behind a gate; `fallback(request)` answers what no route takes.
+    /metrics counts the routes and the paths `known`."""
 
     def __init__(self, gate: Gate, log: Log, routes: Iterable[Route],
                  fallback: Optional[Callable[[Request], Any]] = None,
@@ -2915,10 +2877,11 @@ class App:
         self._refused: Dict[str, Set[str]] = {}  # rule -> what was logged of it
 
     def answer(self, request: Request) -> Response:
-        """The response to a request, whatever happens; only Hangup gets out."""
+        """The response to a request; Hangup, and nothing else."""
         route = self.routes.get(request.path)
         try:
-            if MEDIA_MARK in request.fields and not PICTURES.fullmatch(request.path):
+            if (MEDIA_MARK in request.fields
+                    and request.path not in ("/openqq/get_media", "/openwx/get_media")):
                 raise NotAllowed("a picture's address that leads to this program not allowed")
             if request.method != "OPTIONS" and not (route and route.open):
                 self.gate.check(request)
@@ -2928,7 +2891,7 @@ class App:
                 value = self.fallback(request)
             else:
                 raise ApiNotFound()
-            return value if isinstance(value, Response) else json_response(value)
+            return value if isinstance(value, Response) else Response(to_bytes(value))
         except Hangup:
             raise
         except OpenQQError as error:
@@ -2942,8 +2905,7 @@ class App:
             return error_response(BadRequest(500, "a fault of this program; its log says more"))
 
     def _tell(self, reason: Optional[str]) -> None:
-        """Log why somebody was refused: each cause once. Callers make causes up, so there is a
-        limit; each rule has its own, or one would silence the others."""
+        """Log each cause of a refusal once: so many of each rule, since callers make them up."""
         if not reason:
             return
         with self._lock:
@@ -2956,34 +2918,36 @@ class App:
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One connection to a Server. Of the base class it keeps the life cycle: the parser there lets
-    several ways of smuggling pass, and spends ten times as long."""
+    """One connection to a Server. Of the base class it keeps handle(): the parser there lets
+    smuggled requests pass, and takes ten times as long."""
 
     server: Server
 
-    def setup(self) -> None:
-        """One write per answer must not wait for an ACK: without this 44 ms each (measured)."""
-        self.connection = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.stream = Stream(self.connection)
-
-    def finish(self) -> None:
-        """Nothing is buffered that would have to be flushed."""
-        REAPER.remove(self.stream)
+    def __init__(self, sock: socket.socket, address: Any, server: Server) -> None:
+        """All of its life, as a job of the server's thread pool."""
+        self.connection, self.client_address, self.server = sock, address, server
+        self.stream = Stream(sock)
+        try:
+            # One write per answer must not wait for an ACK: without this 44 ms each (measured).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.handle()
+        except (OpenQQError, EOFError, OSError):
+            pass  # the caller went away, or what was passed on to it broke off
+        except Exception:
+            server.log.failure("a connection")
+        finally:
+            REAPER.remove(self.stream)
+            server.connections.discard(sock)
+            sock.close()
 
     def handle_one_request(self) -> None:
-        """Read a request, answer it, and say whether it was the last: `close_connection`.
-
-        OpenQQError, EOFError or OSError if the caller goes away, or what is passed on breaks off.
-        """
+        """Read a request, answer it, and say whether it was the last: `close_connection`."""
         self.close_connection = True
         server = self.server
         try:
             request, keep = self._read()
         except BadRequest as error:
             return self._refuse(error)
-        if request is None:
-            return
         began = time.monotonic()
         response = server.app.answer(request)
         server.app.metrics.count(request.path, response.status, time.monotonic() - began)
@@ -3004,16 +2968,16 @@ class Connection(BaseHTTPRequestHandler):
                 self._send(b"0\r\n\r\n")
         self.close_connection = not keep
 
-    def _read(self) -> Tuple[Optional[Request], bool]:
-        """The next request, None if there is none, and whether another may follow. BadRequest."""
+    def _read(self) -> Tuple[Request, bool]:
+        """The next request, and whether another may follow; BadRequest, EOFError, OSError."""
         stream, server = self.stream, self.server
         if not stream.buffer:  # the wait for its first byte and the time for the rest are two
             server.idle.add(stream)
             stream.allow(IDLE_SECONDS)
             try:
-                stream.buffer = b"" if server.ending else stream.more()
-            except TimeoutError:
-                return None, False
+                if server.ending:
+                    raise EOFError
+                stream.buffer = stream.more()
             finally:
                 server.idle.discard(stream)
         if b"\r\n\r\n" not in stream.buffer:
@@ -3021,16 +2985,9 @@ class Connection(BaseHTTPRequestHandler):
         if stream.buffer.startswith(b"\r\n"):
             stream.buffer = stream.buffer[2:]  # RFC 9112 2.2: old clients' extra line
         try:
-            head = stream.head()
+            line, block = stream.head()
         except TimeoutError:
             raise BadRequest(408, f"request head took over {HEAD_SECONDS:g} s") from None
-        if not head:
-            return None, False
-        line, _, block = head.partition(b"\r\n")
-        if len(line) > LINE_LIMIT:
-            raise BadRequest(414, f"request line over {LINE_LIMIT} bytes")
-        if len(block) > HEAD_LIMIT:
-            raise BadRequest(431, f"header fields over {HEAD_LIMIT} bytes")
         found = REQUEST_LINE.fullmatch(line)
         if not found:
             if re.fullmatch(rb"\S+ \S+ HTTP/(?!1)[0-9]\.[0-9]", line):
@@ -3041,16 +2998,17 @@ class Connection(BaseHTTPRequestHandler):
         # Only HTTP/1.1 must have a Host (RFC 9112 3.2); health checks by HTTP/1.0 leave it out.
         if ("host" in fields or not old) and not host_name(fields.get("host", "")):
             raise BadRequest(400, "no host field, or a broken one")
-        whole = ABSOLUTE.fullmatch(target) if target[:1] != b"/" else None
+        whole = None if target[:1] == b"/" else re.fullmatch(
+            rb"[A-Za-z]+://([^/?]*)/?(.*)", target)
         if whole:  # its authority counts, whatever Host says (RFC 9112 3.2.2)
             fields = {**fields, "host": whole.group(1).decode("latin-1")}
             if not host_name(fields["host"]):
                 raise BadRequest(400, "broken host in the request line")
-            target = whole.group(2)
-            target = target if target[:1] == b"/" else b"/" + target
+            target = b"/" + whole.group(2)
         elif target == b"*" and method != b"OPTIONS":
             raise BadRequest(400, "only OPTIONS takes *")
-        body = self._read_body(fields, old)
+        has_body = "content-length" in fields or "transfer-encoding" in fields
+        body = self._read_body(fields, old) if has_body else b""
         stream.until = math.inf
         wish = fields.get("connection", "").lower()
         return Request(method.decode(), target.decode("utf-8", "surrogateescape"), fields, body,
@@ -3061,7 +3019,7 @@ class Connection(BaseHTTPRequestHandler):
         length, limit = body_length(fields), self.server.body_limit
         if length == 0:
             return b""
-        if length < 0 and old:
+        if length == CHUNKED and old:
             raise BadRequest(400, "transfer-encoding in HTTP/1.0")
         if length > limit:
             raise BadRequest(413, f"body over {limit} bytes")
@@ -3071,10 +3029,8 @@ class Connection(BaseHTTPRequestHandler):
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.stream.allow(BODY_SECONDS)
         try:
-            if length > 0:
-                return self.stream.exactly(length)
             pieces, size = [], 0
-            for piece in self.stream.chunks():
+            for piece in self.stream.body(length):
                 pieces.append(piece)
                 size += len(piece)
                 if size > limit:
@@ -3094,7 +3050,7 @@ class Connection(BaseHTTPRequestHandler):
 
     def _send(self, data: bytes) -> None:
         self.stream.allow(WRITE_SECONDS)
-        self.stream.send(data)
+        self.connection.sendall(data)
         self.stream.until = math.inf
 
     def _refuse(self, error: BadRequest) -> None:
@@ -3102,20 +3058,16 @@ class Connection(BaseHTTPRequestHandler):
         response = error_response(error)
         self.server.app.metrics.count("", response.status)
         self.stream.allow(1.0)
-        self.stream.send(response.head("close") + response.body)
+        self.connection.sendall(response.head("close") + response.body)
         self.stream.shut(socket.SHUT_WR)
         for _ in range(256):
-            if not self.stream.more():
-                return
+            self.stream.more()
 
 
 class Server(ThreadingHTTPServer):
-    """The HTTP server: a thread per connection, taken from a crew that lingers a moment.
-
-    `listener` is an open listening socket, which it takes over. serve_forever() sleeps until a
-    connection comes or shutdown() is called; the stock one looks twice a second, which makes a
-    hundred idle processes use 1.5 % of a core.
-    """
+    """The HTTP server, with a thread per connection on a listening socket, which it takes over.
+    serve_forever() sleeps until a connection comes or shutdown() is called; the stock one looks
+    twice a second, which makes a hundred idle processes use 1.5 % of a core."""
 
     def __init__(self, listener: socket.socket, app: App, log: Log, max_connections: int,
                  body_limit: int = BODY_LIMIT) -> None:
@@ -3123,10 +3075,8 @@ class Server(ThreadingHTTPServer):
         self.socket.close()
         self.socket = listener
         self.socket.setblocking(False)
-        self.app, self.log = app, log
+        self.app, self.log, self.body_limit, self.ending = app, log, body_limit, False
         self.debug: Optional[Callable[[str], None]] = None
-        self.body_limit = body_limit
-        self.ending = False
         self.waiting: Set[Future[Any]] = set()  # of callers who wait long; add and discard only
         self.idle: Set[Stream] = set()         # between two requests; add and discard only
         self._max = min(max_connections, room_for_connections())
@@ -3134,7 +3084,7 @@ class Server(ThreadingHTTPServer):
             log.warn(f"{self._max} connections at once instead of {max_connections}: the system "
                      "allows no more open files (ulimit -n)")
         self._crew = ThreadPool(self._max, "http", log, linger=3.0)
-        self._open: Set[socket.socket] = set()  # all connections; add and discard only
+        self.connections: Set[socket.socket] = set()  # add and discard only
         self._ear, self._mouth = socket_pair()
         self._mouth.setblocking(False)
 
@@ -3146,8 +3096,16 @@ class Server(ThreadingHTTPServer):
             while not self.ending:
                 try:
                     sock, address = self.socket.accept()
-                    sock.setblocking(True)  # macOS hands the listener's mode down
-                    self.process_request(sock, address)
+                    if len(self.connections) < self._max:
+                        sock.setblocking(True)  # macOS hands the listener's mode down
+                        self.connections.add(sock)
+                        self._crew.submit(Connection, sock, address, self)
+                        continue
+                    busy = error_response(BadRequest(503, "too many connections"))
+                    self.app.metrics.count("", busy.status)
+                    sock.setblocking(False)
+                    with sock, contextlib.suppress(OSError):
+                        sock.send(busy.head("close") + busy.body)
                 except BlockingIOError:
                     with contextlib.suppress(OSError):  # the listener was closed just now
                         selector.select()
@@ -3158,33 +3116,9 @@ class Server(ThreadingHTTPServer):
                         self.log.warn(f"a connection could not be taken: {error.strerror}")
                         time.sleep(0.1)  # out of descriptors: the loop would spin
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand a new connection to a thread, or turn it away when there are too many."""
-        if len(self._open) < self._max:
-            self._open.add(request)
-            self._crew.submit(self._serve, request, client_address)
-            return
-        busy = error_response(BadRequest(503, "too many connections"))
-        self.app.metrics.count("", busy.status)
-        request.setblocking(False)
-        with contextlib.suppress(OSError):
-            request.send(busy.head("close") + busy.body)
-        request.close()
-
-    def _serve(self, request: socket.socket, client_address: Any) -> None:
-        try:
-            Connection(request, client_address, self)
-        except (OpenQQError, EOFError, OSError):
-            pass  # the caller went away, or what was passed on to it broke off
-        except Exception:
-            self.log.failure("a connection")
-        finally:
-            self._open.discard(request)
-            request.close()
-
     def close_down(self) -> bool:
         """shutdown(); whether there is somebody who is still to read an answer."""
-        busy = len(self._open) > len(self.idle)
+        busy = len(self.connections) > len(self.idle)
         self.shutdown()
         return busy
 
@@ -3199,9 +3133,8 @@ class Server(ThreadingHTTPServer):
             stream.shut(socket.SHUT_RD)
 
 
-def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
-    """A listening socket; OSError if the address is taken or not ours. With a backlog of 128, a
-    thousand callers who come at once would wait 7 s."""
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; OSError if the address is taken or not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -3210,7 +3143,7 @@ def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET,
                         getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
         sock.bind((host.strip("[]"), port))
-        sock.listen(backlog)
+        sock.listen(1024)  # with 128, a thousand callers who come at once would wait 7 s
     except BaseException:
         sock.close()
         raise
@@ -3221,7 +3154,6 @@ def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
 # 8. HTTP out
 # ------------------------------------------------------------------------------------------------
 
-IDLE_LINES = 64                  # kept connections per host
 LINE_SECONDS = 5.0               # how long; a new one on this machine costs 0.1 ms
 CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 1.0           # before a proxied call watches its caller as well
@@ -3295,16 +3227,15 @@ class Call(urllib.request.Request):
     """One request out, with the words of fetch(). ValueError for what is no http(s) URL."""
 
     SAFE = "!#$%&'()*+,/:;=?@[]~|^`{}\"<>"
-    ORIGIN = re.compile("[A-Za-z]+://[^/?#]*")
+    PARTS = re.compile("([A-Za-z]+://[^/?#]*|)([^#]*)")  # origin, target
     PLAIN = re.compile(r"[\x21-\x7e]*")
     timeout: float                # set by the opener
     _tunnel_host: Optional[str]   # by urllib, for a proxy's sake
 
     def __init__(self, url: str, method: str, fields: Mapping[str, str], body: Optional[bytes],
                  caller: Optional[socket.socket], repeat: bool, patience: float) -> None:
-        found = self.ORIGIN.match(url)
-        scheme, self.own_host, secret = split_origin(found.group() if found else "")
-        target = url[found.end() if found else 0:].partition("#")[0]
+        origin, target = self.PARTS.findall(url)[0]
+        scheme, self.own_host, secret = split_origin(origin)
         if not self.PLAIN.fullmatch(target):
             target = urllib.parse.quote(target, safe=self.SAFE, errors="surrogateescape")
         # All that Request.__init__ would set, which parses again: 6 of a proxied call's 40 µs.
@@ -3320,13 +3251,13 @@ class Call(urllib.request.Request):
         self.caller, self.repeat, self.patience = caller, repeat, patience
 
     def to_bytes(self) -> bytes:
-        """Head and body as they go out; Unreachable if a field would become two."""
+        """Head and body; Unreachable if a field would become two."""
         body = self._data or b""
         lines = [f"{self.method} {self.selector} HTTP/1.1",
                  f"Host: {self._tunnel_host or self.own_host}"]
         # What urllib put into the headers is for a proxy: through a tunnel it would go too far.
         fields = self.fields if self._tunnel_host else {**self.headers, **self.fields}
-        lines += [f"{name}: {value}" for name, value in fields.items()]
+        lines += map(": ".join, fields.items())
         if body or self.method not in ("GET", "HEAD", "OPTIONS"):
             lines.append(f"Content-Length: {len(body)}")
         text = "\r\n".join(lines)
@@ -3365,14 +3296,14 @@ class Pool:
             sock.close()
 
     def give(self, key: Tuple[Any, ...], sock: socket.socket) -> None:
-        """Take back a connection whose answer was read to its end."""
+        """Keep a connection whose answer was read to its end."""
         now, oldest = time.monotonic(), None
         with self._lock:
             self._idle.setdefault(key, []).append((now, sock))
             self._count += 1
             # A sixth of the connections that there may be: what callers cause has its own room.
             self._most = self._most or max(1, room_for_connections() // 6)
-            if len(self._idle[key]) > IDLE_LINES:
+            if len(self._idle[key]) > 64:
                 oldest = self._remove(key, 0)[1]
             elif self._count > self._most:
                 oldest = self._remove(min(self._idle, key=lambda key: self._idle[key][0][0]), 0)[1]
@@ -3405,43 +3336,31 @@ class Pool:
 
 
 class Reply(Stream):
-    """An answer as it comes in: status, fields, and a body that is read once; `length` if it is
-    told. Its `caller` is watched as soon as it takes longer than `patience`: not each is worth
-    that."""
+    """An answer, whose body is read once. The caller is watched when it takes longer than the
+    call's patience: not each is worth that."""
 
-    def __init__(self, sock: socket.socket, key: Tuple[Any, ...], pool: Pool, call: Call) -> None:
+    status: int
+    fields: Fields
+
+    def __init__(self, sock: socket.socket, key: Tuple[Any, ...], call: Call) -> None:
         super().__init__(sock)
-        self._key, self._pool, self._call, self._seconds = key, pool, call, 0.0
-        self._caller, self._watched = call.caller, False
+        self._key, self._call = key, call
+        self._patience = call.patience if call.caller else math.inf  # inf as well: it is watched
         self._idle: Optional[Tuple[float, Callable[[], None]]] = None  # see pieces()
-        self._is_chunked = self._keep = self._is_finished = False
-        self.status = 0
-        self.fields: Fields = {}
-        self.length: Optional[int] = None
-
-    def allow(self, seconds: float) -> None:
-        self._seconds = seconds
-        unwatched = self._caller is not None and not self._watched
-        super().allow(self._call.patience if unwatched else seconds)
+        self._told: Optional[int] = None  # length as body() wants it
+        self._keep = self._is_read = self._is_closed = False
 
     def expire(self) -> None:
-        if self._caller is None or self._watched:
+        caller = self._call.caller
+        if caller is None or self._patience == math.inf:
             return super().expire()
-        self._watched = True
-        self.until += self._seconds
-        REAPER.watch(self._caller, self._leave)
+        self._patience = math.inf
+        self.until += self._call.timeout
+        REAPER.watch(caller, self._leave)
 
     def _leave(self) -> None:
         self.cause = self.cause or Hangup()
         self.shut()
-
-    def _release(self) -> None:
-        """The answer is there, or will not be: nobody waits for it any more."""
-        with REAPER.lock:
-            self.until = math.inf
-            if self._caller is not None and self._watched:
-                REAPER.unwatch(self._caller)
-            self._caller = None
 
     def more(self) -> bytes:
         if self._idle:
@@ -3455,14 +3374,11 @@ class Reply(Stream):
     def ask(self, data: bytes) -> "Reply":
         """Send the call, and return when the answer's head is there."""
         try:
-            self.allow(self._call.timeout)
+            self.allow(min(self._call.timeout, self._patience))
             self.send(data)
             while True:  # 100 Continue and its like announce another head
-                head = self.head()
-                if not head:
-                    raise EOFError
-                first, _, block = head.partition(b"\r\n")
-                found = STATUS_LINE.fullmatch(first)
+                line, block = self.head()
+                found = STATUS_LINE.fullmatch(line)
                 if not found:
                     raise BadRequest(400, "the answer is not HTTP")
                 self.status = int(found.group(2))
@@ -3471,22 +3387,27 @@ class Reply(Stream):
             self.fields = parse_fields(block)
             # Without a length, and not chunked, it lasts as long as the connection (RFC 9112 6.3).
             if self._call.method == "HEAD" or self.status in (204, 304):
-                self.length = 0
+                self._told = 0
             elif self.status != 101 and ("content-length" in self.fields
                                          or "transfer-encoding" in self.fields):
-                length = body_length(self.fields)
-                self._is_chunked = length < 0
-                self.length = None if self._is_chunked else length
+                self._told = body_length(self.fields)
             wish = self.fields.get("connection", "").lower()
-            self._keep = (found.group(1) == b"1" or "keep-alive" in wish) and "close" not in wish
-            if self.length == 0:
-                self._finish()
+            self._keep = (self._told is not None and "close" not in wish
+                          and (found.group(1) == b"1" or "keep-alive" in wish))
+            if self._told == 0:
+                self._is_read = True
+                self.close()
             return self
         except BaseException as error:
             self.close()
             if isinstance(error, (EOFError, OSError, BadRequest)):
                 raise _out_error(error, True) from None
             raise
+
+    @property
+    def length(self) -> Optional[int]:
+        """The body's, if it was told."""
+        return None if self._told == CHUNKED else self._told
 
     @property
     def kind(self) -> str:
@@ -3506,60 +3427,38 @@ class Reply(Stream):
 
     def pieces(self, seconds: Optional[float] = None,
                idle: Optional[Callable[[], None]] = None) -> Iterator[bytes]:
-        """The body as it comes; with `seconds` each piece may take so long, else all together.
-
-        With `idle` silence is no failure: it is called after each so many seconds of that, and may
-        raise. Unreachable, TooSlow, Hangup.
-        """
+        """The body as it comes; with `seconds` each piece may take so long, else all together, and
+        with idle() that is called after so much silence, and may raise. Unreachable, TooSlow,
+        Hangup."""
         self._idle = (seconds, idle) if seconds and idle else None
         try:
-            for piece in self._raw_pieces():
+            for piece in self.body(self._told):
                 yield piece
                 if seconds is not None:
-                    self.allow(seconds)
+                    self.allow(min(seconds, self._patience))
+            self._is_read = True
         except (EOFError, OSError, BadRequest) as error:
             raise _out_error(error, True) from None
         finally:
-            self.close()  # nobody wants the rest, or there is none
-
-    def _raw_pieces(self) -> Iterator[bytes]:
-        if self._is_chunked:
-            yield from self.chunks()
-        elif self.length is None:
-            yield self.buffer
-            yield from iter(self.more, b"")
-            return
-        left = self.length or 0
-        while left > 0:
-            data = self.buffer or self.more()
-            if not data:
-                raise EOFError
-            self.buffer = data[left:]
-            yield data[:left]
-            left -= len(data[:left])
-        if not self._is_finished:
-            self._finish()
-
-    def _finish(self) -> None:
-        """All has been read: the connection is for the next call, if the server keeps it."""
-        if self._keep and not self.buffer:
-            self._is_finished = True
-            self._release()
-            REAPER.remove(self)
-            self._pool.give(self._key, self.sock)
-        else:
             self.close()
-            self._is_finished = True
 
     def close(self) -> None:
-        """Hang up on what is not wanted to its end. From any thread."""
-        if not self._is_finished:
-            self._release()
+        """Hang up on what is not wanted to its end; after that the connection is for the next
+        call, if the server keeps it. From any thread."""
+        with REAPER.lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            REAPER.remove(self)
+            if self._call.caller is not None and self._patience == math.inf:
+                REAPER.unwatch(self._call.caller)
+        if self._is_read and self._keep and not self.buffer:
+            TRANSPORT.pool.give(self._key, self.sock)
+        else:
             super().close()
 
 
 def _out_error(error: Exception, sent: bool) -> Unreachable:
-    """What went wrong on the way out, in words for a log."""
     if isinstance(error, Unreachable):
         return error
     if isinstance(error, TimeoutError):
@@ -3580,14 +3479,14 @@ class Transport(urllib.request.BaseHandler):
         self._tls: Any = None
 
     def http_open(self, call: Call) -> Reply:
-        """The answer to a call; Unreachable, TooSlow, or Hangup when its caller went away. If a
-        kept connection turns out dead, only a read is repeated on a fresh one, and only if not a
-        byte of an answer came: of a send it is not known whether it was done."""
+        """The answer to a call; Unreachable, TooSlow, Hangup. If a kept connection turns out dead,
+        only a read is repeated on a fresh one, and only if not a byte of an answer came: of a send
+        it is not known whether it was done."""
         key = (call.type, call.host, call._tunnel_host)
         data = call.to_bytes()
         sock = self.pool.take(key, call.repeat)
         if sock is not None:
-            reply = Reply(sock, key, self.pool, call)
+            reply = Reply(sock, key, call)
             try:
                 return reply.ask(data)
             except TooSlow:
@@ -3595,28 +3494,28 @@ class Transport(urllib.request.BaseHandler):
             except Unreachable:
                 if not call.repeat or reply.buffer:
                     raise
-        try:
-            sock = self._connect(call)
-        except OSError as error:
-            raise _out_error(error, False) from None
-        return Reply(sock, key, self.pool, call).ask(data)
-
-    https_open = http_open
-
-    def _connect(self, call: Call) -> socket.socket:
         until = time.monotonic() + min(CONNECT_SECONDS, call.timeout)
         parts = urllib.parse.urlsplit("//" + call.host)
         if not parts.hostname:
             raise Unreachable("a URL without a host")
         port = parts.port or (443 if call.type == "https" else 80)
         try:
-            sock = connect(parts.hostname, port, until)
+            try:
+                sock = connect(parts.hostname, port, until)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self.pool.drop():
+                    raise
+                sock = connect(parts.hostname, port, until)  # what waits must not cost a call
+            if call.type == "https":
+                sock = self._secure(sock, call, until)
         except OSError as error:
-            if error.errno != errno.EMFILE or not self.pool.drop():
-                raise
-            sock = connect(parts.hostname, port, until)  # what waits must not cost a call
-        if call.type != "https":
-            return sock
+            raise _out_error(error, False) from None
+        return Reply(sock, key, call).ask(data)
+
+    https_open = http_open
+
+    def _secure(self, sock: socket.socket, call: Call, until: float) -> socket.socket:
+        """TLS on a connection, through a proxy's tunnel where there is one. OSError, Unreachable."""
         import ssl
         target = call._tunnel_host or call.host
         try:
@@ -3643,8 +3542,8 @@ class Transport(urllib.request.BaseHandler):
 
 
 def connect(host: str, port: int, until: float) -> socket.socket:
-    """A connected socket to the first address that answers; never to a forbidden one: what was
-    looked up is checked, and no second look-up can give another answer. OSError, Unreachable."""
+    """A socket connected to the first address that answers and is not forbidden; no second look-up
+    can give another answer than the one checked. OSError, Unreachable."""
     failure: Exception = Unreachable("unknown host")
     for family, kind, protocol, _, address in socket.getaddrinfo(host.encode(), port, 0,
                                                                  socket.SOCK_STREAM):
@@ -3666,7 +3565,7 @@ def connect(host: str, port: int, until: float) -> socket.socket:
 
 
 def addresses_of(host: str) -> List[str]:
-    """The numeric addresses of a name or address, in whatever spelling; none for an unknown one."""
+    """The numeric addresses of a name or address; none for an unknown one."""
     try:
         name = host.encode() if host.isascii() else host.encode("idna")
         return [str(row[4][0]) for row in socket.getaddrinfo(name, 0, 0, socket.SOCK_STREAM)]
@@ -3677,12 +3576,10 @@ def addresses_of(host: str) -> List[str]:
 def is_own(address: str) -> bool:
     """Whether a numeric address is one of this machine's: only those can be bound."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.bind((address, 0))
         return True
-    except OSError:
-        return False
+    return False
 
 
 class Proxies(urllib.request.ProxyHandler):
@@ -3691,11 +3588,10 @@ class Proxies(urllib.request.ProxyHandler):
     def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> None:
         """None, so that Transport goes on with what was set in the request."""
         host = urllib.parse.urlsplit("//" + req.host).hostname or ""
-        try:
-            forbidden = is_forbidden(host)
-        except OSError:
-            forbidden = False  # a name: the proxy looks it up
-        if not forbidden and not is_loopback(host):
+        with contextlib.suppress(OSError):  # a name: the proxy looks it up
+            if is_forbidden(host):
+                return
+        if not is_loopback(host):
             super().proxy_open(req, proxy, type)
 
 
@@ -3709,12 +3605,12 @@ def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = N
           body: Optional[bytes] = None, seconds: float = 30.0,
           caller: Optional[socket.socket] = None, repeat: bool = False,
           patience: float = PATIENCE_SECONDS) -> Reply:
-    """Call a URL and give its answer, whatever its status; redirects are the asker's affair.
+    """Call a URL and give its answer, whatever its status; redirects are not followed. Unreachable,
+    with `sent` telling whether the server may have acted; TooSlow.
 
-    `seconds` bounds all of it, the body included; with `caller` only the wait for each piece, and
-    Hangup is raised when that socket's peer goes away, which is looked for after `patience`
-    seconds. `repeat` is for reads: asking twice is asking once. Unreachable, with `sent` telling
-    whether the server may have acted; TooSlow.
+    `seconds` bounds all of it, the body included. Hangup is raised when the peer of the socket
+    `caller` goes away, which is looked for after `patience` seconds. `repeat` is for reads: to
+    ask twice does no harm.
     """
     try:
         call = Call(url, method, fields or {}, body, caller, repeat, patience)
@@ -3725,12 +3621,11 @@ def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = N
 
 
 class WebSocket:
-    """A WebSocket to a server (RFC 6455). run() gives each message to heard(data), answers pings,
-    asks for a pong in a silence, calls silence(), which may raise, and ends with Unreachable, in
-    words for a log, at the latest after four silent LOOK_SECONDS."""
+    """A WebSocket to a server (RFC 6455). run() gives each message to heard(data). In a silence it
+    asks for a pong and calls silence(), which may raise; after four LOOK_SECONDS of it it ends."""
 
     LOOK_SECONDS = BRIDGE_SECONDS / 2  # a connection that a router forgot looks like a silent one
-    PART, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+    PART, TEXT, CLOSE, PING, PONG = 0, 1, 8, 9, 10
 
     def __init__(self, url: str, fields: Mapping[str, str], heard: Callable[[bytes], None],
                  silence: Callable[[], None] = lambda: None) -> None:
@@ -3743,35 +3638,52 @@ class WebSocket:
         reply = fetch("http" + url[2:], "GET", {
             **fields, "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": key,
             "Sec-WebSocket-Version": "13"}, seconds=CONNECT_SECONDS, repeat=True)
-        if reply.status in (401, 403):
-            reply.close()
-            raise AuthFailure()
         import hashlib
         digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
         proof = reply.fields.get("sec-websocket-accept", "")
         if reply.status != 101 or proof != base64.b64encode(digest).decode():
             reply.close()
-            raise Unreachable(f"no WebSocket there (it answers {reply.status})")
+            raise (AuthFailure() if reply.status in (401, 403) else
+                   Unreachable(f"no WebSocket there (it answers {reply.status})"))
         reply.until = math.inf
         self._line, self._buffer = reply, bytearray(reply.buffer)
         self._look, self._silent = 0.0, 0  # when to look again, and how often all was silent
 
     def run(self) -> None:
-        """Work until the connection ends; always raises Unreachable."""
-        farewell = 1000
+        """Work until the connection ends; always raises Unreachable, in words for a log."""
+        farewell, parts, kind = 1000, bytearray(), self.PART
         self._look = time.monotonic() + self.LOOK_SECONDS
         try:
-            for code, payload in self._messages():
-                self._silent = 0
-                if code in (self.TEXT, self.BINARY):
-                    self._heard(payload)
-                elif code == self.PING:
-                    self.send(payload, self.PONG)
-                elif code == self.CLOSE:
+            while True:
+                first, length = self._exactly(2)
+                is_last, code = first & 0x80, first & 0x0f
+                if first & 0x70 or length & 0x80 or code not in (0, 1, 2, 8, 9, 10):
+                    raise BadRequest(400, "not a WebSocket frame of a server")
+                if length >= 126:
+                    length = int.from_bytes(self._exactly(2 if length == 126 else 8), "big")
+                if code >= self.CLOSE and (length > 125 or not is_last):
+                    raise BadRequest(400, "a control frame that is too long or in parts")
+                if length + len(parts) > BRIDGE_LIMIT:
+                    raise BadRequest(413, f"a message of over {BRIDGE_LIMIT} bytes")
+                payload = self._exactly(length)
+                if code == self.CLOSE:
                     why = " ".join(CONTROLS.sub(
                         " ", payload[2:].decode("utf-8", "replace")).split())
                     raise Unreachable("the other side closed the connection"
                                       + (f": {why}" if why else ""))
+                if code > self.CLOSE:  # it may stand between the parts of a message
+                    self._silent = 0
+                    if code == self.PING:
+                        self.send(payload, self.PONG)
+                    continue
+                if (code == self.PART) != (kind != self.PART):
+                    raise BadRequest(400, "parts of a message in the wrong order")
+                kind = kind or code
+                parts += payload
+                if is_last:
+                    self._silent = 0
+                    self._heard(bytes(parts))
+                    parts, kind = bytearray(), self.PART
         except BadRequest as error:
             farewell = 1009 if error.http == 413 else 1002
             raise Unreachable(error.status) from None
@@ -3779,33 +3691,6 @@ class WebSocket:
             with contextlib.suppress(Unreachable):  # it may be gone already
                 self.send(struct.pack("!H", farewell), self.CLOSE)
             self._line.close()
-
-    def _messages(self) -> Iterator[Tuple[int, bytes]]:
-        """Opcode and payload of each whole message and control frame; BadRequest, before too many
-        bytes are read."""
-        parts, kind = bytearray(), self.PART
-        while True:
-            first, length = self._exactly(2)
-            is_last, code = first & 0x80, first & 0x0f
-            if first & 0x70 or length & 0x80 or code not in (0, 1, 2, 8, 9, 10):
-                raise BadRequest(400, "not a WebSocket frame of a server")
-            if length >= 126:
-                length = int.from_bytes(self._exactly(2 if length == 126 else 8), "big")
-            if code >= self.CLOSE and (length > 125 or not is_last):
-                raise BadRequest(400, "a control frame that is too long or in parts")
-            if length + len(parts) > BRIDGE_LIMIT:
-                raise BadRequest(413, f"a message of over {BRIDGE_LIMIT} bytes")
-            payload = self._exactly(length)
-            if code >= self.CLOSE:
-                yield code, payload  # it may stand between the parts of a message
-                continue
-            if (code == self.PART) != (kind != self.PART):
-                raise BadRequest(400, "parts of a message in the wrong order")
-            kind = kind or code
-            parts += payload
-            if is_last:
-                yield kind, bytes(parts)
-                parts, kind = bytearray(), self.PART
 
     def _exactly(self, length: int) -> bytes:
         """So many bytes, however long that takes, while there are signs of life."""
@@ -3822,12 +3707,12 @@ class WebSocket:
                     try:
                         self._line.allow(BRIDGE_SECONDS)
                         data = self._line.more()
+                    except EOFError:
+                        raise Unreachable("the connection was closed" if self._closing else
+                                          "the connection was ended by the other side") from None
                     except OSError as error:
                         raise _out_error(error, True) from None
                     self._line.until = math.inf
-                if not data:
-                    raise Unreachable("the connection was closed" if self._closing else
-                                      "the connection was ended by the other side")
                 if len(data) > 127:
                     self._silent = 0  # a pong alone may vanish in half a frame: no sign of life
                 self._buffer += data

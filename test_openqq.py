@@ -12597,7 +12597,7 @@ def test_drips_are_gone_after_the_deadline_and_hold_up_nobody(impatient):
     took = drip(port, 40, lambda: caller("/healthz"), lambda: time.monotonic() > end)
     assert took
     caller.close()
-    assert eventually(lambda: not impatient._open)
+    assert eventually(lambda: not impatient.connections)
 
 
 @pytest.mark.skipif(not SOAK, reason="takes 15 seconds")
