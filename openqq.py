@@ -6858,12 +6858,15 @@ def changed(kind: str, group: str, uid: str, name: str, value: Json, **more: Any
 # -- the ways to a bridge
 
 class Bridge:
-    """One connection to a bridge: calls there, events back. One subclass per way."""
+    """One connection to a bridge: calls there, events back. One subclass per way.
 
-    open: Callable[[], None]               # connect. Unreachable
-    listen: Callable[[], None]             # hear() events until the bridge is lost: Unreachable
-    ask: Callable[[str, Row, float], Row]  # action, parameters, seconds -> the bridge's answer,
-                                           # whatever it says. Unreachable, Declined
+    open() connects. listen() hands events to `hear` until the bridge is lost. ask(action, params,
+    seconds) is the bridge's answer, whatever it says. Unreachable, and of ask() Declined.
+    """
+
+    open: Callable[[], None]
+    listen: Callable[[], None]
+    ask: Callable[[str, Row, float], Row]
     REFUSED = "the bridge refuses onebot_token"
 
     def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
@@ -7135,6 +7138,7 @@ class Intake:
         self._wanted = False
 
     def want(self, wanted: bool) -> None:
+        """Whether events are acted upon from now on, or wait."""
         with self._changed:
             if wanted and not self._wanted:
                 self._dealer.submit(self._deal)

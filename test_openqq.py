@@ -5619,7 +5619,8 @@ def test_a_section_uses_only_what_stands_above_it():
 
 
 def test_every_public_class_and_function_has_a_docstring():
-    """An override is documented by what it overrides, or where that class lists what it has."""
+    """An override is documented by what it overrides, or where that class lists what it has; what
+    does a call or reads a parameter of it by the row of VERBS that names it."""
     assert ast.get_docstring(TREE)
     bare = []
     for node in TREE.body:
@@ -5628,7 +5629,7 @@ def test_every_public_class_and_function_has_a_docstring():
         found = getattr(openqq, node.name)
         bare += [node.name] if not ast.get_docstring(node) else []
         bare += [f"{node.name}.{part.name}" for part in getattr(found, "__mro__", ()) and node.body
-                 if isinstance(part, DEFINITIONS) and not part.name.startswith("_")
+                 if isinstance(part, DEFINITIONS) and not re.match("_|do_|the_", part.name)
                  and not inspect.getdoc(inspect.getattr_static(found, part.name))
                  and not any(re.search(rf"\b{part.name}\(", base.__doc__ or "")
                              for base in found.__mro__)]
