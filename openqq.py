@@ -827,17 +827,6 @@ class ThreadPool:
                 self._free += 1
 
 
-class Timer:
-    """A call to come; cancel() takes it back."""
-
-    def __init__(self, job: Callable[[], Any]) -> None:
-        self.job: Optional[Callable[[], Any]] = job
-
-    def cancel(self) -> None:
-        """Let it not happen."""
-        self.job = None
-
-
 class Timers:
     """One thread for what is to happen later, for signals, and for sockets that say something. What
     it calls has the owner's `lock`, so that what was cancelled under the lock does not happen, and
@@ -845,7 +834,8 @@ class Timers:
 
     def __init__(self, lock: Any, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
         self.lock, self.log, self.clock = lock, log, clock
-        self._calls: List[Tuple[float, int, Timer]] = []  # a heap; guarded by the lock
+        # A heap of when, a count, and the job, or nothing if it was cancelled; guarded by the lock.
+        self._calls: List[Tuple[float, int, List[Callable[[], Any]]]] = []
         self._count = itertools.count()
         self._selector = selectors.DefaultSelector()
         self._ear, self._mouth = socket_pair()
@@ -856,15 +846,16 @@ class Timers:
         self._signals: Dict[int, Any] = {}  # those that are caught -> who had them before
         self._caught: Deque[Callable[[], None]] = collections.deque()
 
-    def later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Timer:
-        """Have function(*args) called in `seconds`, with the lock held. From any thread."""
-        timer = Timer(functools.partial(function, *args))
+    def later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Callable[[], None]:
+        """Have function(*args) called in `seconds`, with the lock held; what cancels that. From any
+        thread."""
+        job: List[Callable[[], Any]] = [functools.partial(function, *args)]
         with self.lock:
-            heapq.heappush(self._calls, (self.clock() + seconds, next(self._count), timer))
-            is_first = self._calls[0][2] is timer
+            heapq.heappush(self._calls, (self.clock() + seconds, next(self._count), job))
+            is_first = self._calls[0][2] is job
         if is_first:
             self._wake()
-        return timer
+        return job.clear
 
     def watch(self, sock: socket.socket, function: Callable[[], Any]) -> None:
         """Have function() called, with the lock held, whenever the socket can be read."""
@@ -916,8 +907,7 @@ class Timers:
             while self._caught:
                 self._call(self._caught.popleft())
             while self._calls and self._calls[0][0] <= self.clock():
-                job = heapq.heappop(self._calls)[2].job
-                if job is not None:
+                for job in heapq.heappop(self._calls)[2]:
                     self._call(job)
 
     def stop(self) -> None:
@@ -1709,8 +1699,7 @@ def flavour_named(name: Optional[str]) -> Type[Flavour]:
 
 class Thing:
     """A contact, a group or a message: attributes inside, a JSON object outside, with the members
-    that Flavour.fields lists for its `kind`; what is not known is None. Each kind is a class, since
-    objects of one class share the keys of their dicts: half the memory of a roster (measured)."""
+    that Flavour.fields lists for its `kind` (THINGS); what is not known is None."""
     kind = ""
 
     def __init__(self, values: Row) -> None:
@@ -1747,52 +1736,27 @@ class Thing:
         return self.to_json(fields)
 
 
-class User(Thing):
-    """Oneself."""
-    kind = "user"
-
-
-class Friend(Thing):
-    """Somebody on the friend list."""
-    kind = "friend"
-
-
-class GroupMember(Thing):
-    """Somebody in a group; role is owner, admin or member."""
-    kind = "group_member"
-
-
-class DiscussMember(Thing):
-    """Somebody in a discuss."""
-    kind = "discuss_member"
-
-
 class Circle(Thing):
     """A group or a discuss. `member` maps uids to its members; a link may leave them out until they
     are needed: then they are not `loaded`."""
-    member_class: Type[Thing]
 
     def __init__(self, values: Row) -> None:
         super().__init__(values)
         self.loaded = "member" in values
         self.member: Dict[str, Thing] = {
-            member.uid: member for member in map(self.member_class, values.get("member") or [])}
+            member.uid: member for member in map(THINGS[self.kind + "_member"],
+                                                 values.get("member") or [])}
 
     def full_json(self, fields: Mapping[str, Tuple[str, ...]]) -> Row:
         return dict(self.to_json(fields),
                     member=[member.to_json(fields) for member in self.member.values()])
 
 
-class Group(Circle):
-    """A group; role, one's own in it, is create, manage or attend."""
-    kind = "group"
-    member_class = GroupMember
-
-
-class Discuss(Circle):
-    """A discuss, QQ's light sort of group."""
-    kind = "discuss"
-    member_class = DiscussMember
+# kind -> its class. Each has one of its own, since objects of one class share the keys of their
+# dicts: that halves the memory of a roster (measured).
+THINGS: Dict[str, Type[Any]] = {
+    kind: type(kind, (Circle if kind in ("group", "discuss") else Thing,), {"kind": kind})
+    for kind in ("user", "friend", "group", "group_member", "discuss", "discuss_member")}
 
 
 class Message(Thing):
@@ -3515,7 +3479,7 @@ class Transport(urllib.request.BaseHandler):
     https_open = http_open
 
     def _secure(self, sock: socket.socket, call: Call, until: float) -> socket.socket:
-        """TLS on a connection, through a proxy's tunnel where there is one. OSError, Unreachable."""
+        """TLS on a connection, through a proxy's tunnel if there is one. OSError, Unreachable."""
         import ssl
         target = call._tunnel_host or call.host
         try:
@@ -8288,8 +8252,7 @@ def aes_128_ecb(key: bytes, data: bytes, encrypt: bool) -> bytes:
     return bytes(out[:len(out) - count])
 
 
-class LoginEnded(OpenQQError):
-    """WeChat's -14: the token is no good any more, and only a new code helps."""
+LoginEnded = answering(201)          # WeChat's -14: the token is no good, only a new code helps
 
 
 class ILinkLink(Link):
@@ -8720,8 +8683,6 @@ NEXT_STATES = {
 }
 LOGGING_IN = ("scaning", "confirming")
 CIRCLE_OF = {"group_message": "group", "discuss_message": "discuss"}  # a sess_message says `via`
-THINGS: Dict[str, Type[Thing]] = {cls.kind: cls for cls in (Friend, Group, Discuss, GroupMember,
-                                                          DiscussMember)}
 
 
 class Parent:
@@ -8887,10 +8848,10 @@ class Roster:
 
     def __init__(self, fields: Mapping[str, Tuple[str, ...]], lock: Any) -> None:
         self.fields, self.lock = fields, lock
-        self.user = User({})
-        self.friend: Dict[str, Friend] = {}
-        self.group: Dict[str, Group] = {}
-        self.discuss: Dict[str, Discuss] = {}
+        self.user = THINGS["user"]({})
+        self.friend: Dict[str, Thing] = {}
+        self.group: Dict[str, Circle] = {}
+        self.discuss: Dict[str, Circle] = {}
         self.changes = 0              # how many there were, by events
         self.touched: Dict[Tuple[str, str], int] = {}  # kind, uid -> the last one of it
 
@@ -8936,7 +8897,7 @@ class Roster:
         first `before` changes are newer."""
         for kind in kinds:
             if kind == "user":
-                self.user = User(row["user"])
+                self.user = THINGS["user"](row["user"])
                 continue
             new = {item["uid"]: THINGS[kind](item) for item in row[kind]
                    if not self.is_newer(kind, item["uid"], before)}
@@ -8994,7 +8955,7 @@ class Roster:
         if of and circle is None:
             if not item.get("unlisted"):
                 return None
-            circle = Group({name: item["circle"] for name in ("uid", "id", "name")})
+            circle = THINGS["group"]({name: item["circle"] for name in ("uid", "id", "name")})
         thing = THINGS[kind]({"role": "attend", **item["object"]} if event == "new_group"
                              else item["object"])
         if event.startswith("new_"):
@@ -9197,7 +9158,7 @@ class Details:
         client, listing = self._client, self.lists.get(kind)
         if listing is None or not client.link.real or not number_of(uid):
             return None
-        stranger = THINGS[kind]({"uid": uid, "id": uid, "name": uid})
+        stranger: Thing = THINGS[kind]({"uid": uid, "id": uid, "name": uid})
         if kind == "group" and listing.good:
             try:
                 row = client.link.find_group(uid)
@@ -9255,7 +9216,8 @@ class Details:
                 if not (members and group.loaded):
                     group.__dict__.update(row)
                     if told:  # if it lacks too many, nobody can say later who is new
-                        group.member = {uid: GroupMember(item) for uid, item in told.items()}
+                        group.member = {uid: THINGS["group_member"](item)
+                                        for uid, item in told.items()}
                         count = int(number_of(group.value("member_count")) or 0)
                         group.loaded = 3 * len(told) >= 2 * count
                 elif str(len(told)) != group.value("member_count") and self._doubted.setdefault(
@@ -9564,7 +9526,7 @@ class Talk:
         else:
             if thing is None and "sender" in item and (
                     circle and not circle.loaded or not client.is_certain("friend")):
-                thing = (GroupMember if circle else Friend)(item["sender"])
+                thing = THINGS["group_member" if circle else "friend"](item["sender"])
             if thing is None and client.settings.ignore_unknown_id:
                 return None
             message.__dict__.update({"class": "recv", "post_type": "receive_message"})
@@ -9838,10 +9800,10 @@ class Talk:
             settle(future, found[1][0])
         return True
 
-    def expect_group(self, uid: str) -> Future[Group]:
+    def expect_group(self, uid: str) -> Future[Circle]:
         """A group that was just founded, once the roster has it. From any thread."""
         with self._client.lock:
-            future: Future[Group] = self.expect("group/" + uid)
+            future: Future[Circle] = self.expect("group/" + uid)
             if uid in self._client.roster.group:
                 settle(future, self._client.roster.group[uid])
         return future
@@ -9899,7 +9861,7 @@ class Client:
         self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
         self._crew = ThreadPool(1, "callbacks", self.log)
         self._batches = 0                            # batch() within batch()
-        self._plans: Dict[str, Timer] = {}           # what is to come, by its name
+        self._plans: Dict[str, Callable[[], None]] = {}  # by their names, what cancels them
         self.details = Details(self)
         self.look_for, self.is_certain = self.details.look_for, self.details.is_certain
         self.talk = Talk(self)
@@ -9985,15 +9947,15 @@ class Client:
         """Drop the login and ask to be scanned anew."""
         self._login.anew()
 
-    def send_friend_message(self, friend: Friend, content: str, **more: Any) -> Future[Message]:
+    def send_friend_message(self, friend: Thing, content: str, **more: Any) -> Future[Message]:
         """Queue a message to a friend; `more` (reply_to, at, cq) as in Talk.send()."""
         return self.send("friend_message", content, friend.uid, origin="code", **more)
 
-    def send_group_message(self, group: Group, content: str, **more: Any) -> Future[Message]:
+    def send_group_message(self, group: Circle, content: str, **more: Any) -> Future[Message]:
         """Queue a message to a group."""
         return self.send("group_message", content, circle=group.uid, origin="code", **more)
 
-    def send_discuss_message(self, discuss: Discuss, content: str, **more: Any) -> Future[Message]:
+    def send_discuss_message(self, discuss: Circle, content: str, **more: Any) -> Future[Message]:
         """Queue a message to a discuss."""
         return self.send("discuss_message", content, circle=discuss.uid, origin="code", **more)
 
@@ -10023,7 +9985,7 @@ class Client:
         """Take plan()s back, as far as they have not begun."""
         for name in names:
             if name in self._plans:
-                self._plans.pop(name).cancel()
+                self._plans.pop(name)()
 
     def enter(self, state: str, error: str = "") -> None:
         """The one door for a change of state: the file first, then everybody hears of it."""
@@ -10482,7 +10444,7 @@ class Api:
             try:
                 uid = number_of(*keys.values())
                 row = link.find_member(circle.uid, uid) if uid else None
-                return [GroupMember(row)] if row else []
+                return [THINGS["group_member"](row)] if row else []
             except Unreachable as error:
                 self.client.log.debug(f"who {keys} is: {error.status}")
         return found
@@ -10613,7 +10575,7 @@ class Api:
         unlisted = group == client.link.any_group or (
             not circles[0].loaded if circles else not client.is_certain("group"))
         if client.link.real and kind == "group" and number_of(group) and uid and unlisted:
-            stranger = GroupMember({"uid": uid, "id": uid, "name": uid})
+            stranger = THINGS["group_member"]({"uid": uid, "id": uid, "name": uid})
             return self.send(request, "sess_message", stranger, uid, group, kind)
         return {"code": code, "id": None, "status": f"{kind} member not found"}
 
@@ -11115,8 +11077,9 @@ class Child:
         self.tries = 0                               # starts without reaching running
         self.running_since = 0.0
         self.trial = False                           # somebody waits whether it comes up (renew)
-        self.timer: Optional[Timer] = None           # for the end of a pause
-        self.waiting: Optional[Timer] = None         # for client_waiting
+        # What cancels the end of a pause, and client_waiting.
+        self.no_pause: Optional[Callable[[], None]] = None
+        self.no_waiting: Optional[Callable[[], None]] = None
 
     def alive(self) -> bool:
         """Whether it runs, or will in a moment."""
@@ -11201,7 +11164,7 @@ class Supervisor:
                            + (f" in {wait:g} s" if wait else ""))
             self.restarts += 1
             child.phase = "backoff"                  # starting, running -> backoff -> starting
-            child.timer = self._timers.later(wait, self._begin, child)
+            child.no_pause = self._timers.later(wait, self._begin, child)
 
     # -- what others want of it
 
@@ -11247,8 +11210,8 @@ class Supervisor:
     def stop(self, child: Child, phase: str = "stopping") -> None:
         """End a child: it is stopped now, or stopping until its process is gone."""
         busy, child.phase = child.busy(), phase
-        if child.timer:
-            child.timer.cancel()
+        if child.no_pause:
+            child.no_pause()
         if child.process:
             self._tell_to_end(child)                 # its end is heard of
         elif busy:
@@ -11421,11 +11384,12 @@ class Supervisor:
         old, child.state, child.since = child.state, state, time.time()
         self._owner.settled.notify_all()
         self._owner.tell(child, "state_change", [old, state])
-        if state in LOGGING_IN and child.waiting is None:  # somebody should know if nobody scans
-            child.waiting = self._timers.later(600, self._owner.report, child, "client_waiting")
-        elif state not in LOGGING_IN and child.waiting:
-            child.waiting.cancel()
-            child.waiting = None
+        if state in LOGGING_IN and child.no_waiting is None:  # somebody should know if nobody scans
+            child.no_waiting = self._timers.later(
+                600, self._owner.report, child, "client_waiting")
+        elif state not in LOGGING_IN and child.no_waiting:
+            child.no_waiting()
+            child.no_waiting = None
 
 
 def open_port(first: int, wish: int = 0) -> socket.socket:
