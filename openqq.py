@@ -1999,7 +1999,7 @@ class Journal:
                 self._file.seek(max(0, self._size - 1))
                 if self._file.read() not in (b"", b"\n"):
                     self._file.write(b"\n")  # what a kill tore off must not spoil the next line
-            data = b"".join(to_bytes(value) + b"\n" for value in values)
+            data = b"\n".join(map(to_bytes, values)) + b"\n"
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._size += len(data)
@@ -6377,7 +6377,7 @@ def check_quote(params: Params) -> Row:
     reply_to = params.get("reply_to", "").partition(":")[0] or None  # weixin's MSGID:TARGET
     if reply_to and not MESSAGE_ID.fullmatch(reply_to):
         raise BadRequest(400, "reply_to must be the id of a message, as an event tells it")
-    at = [uid.strip() for uid in params.get("at", "").split(",") if uid.strip()]
+    at = list(filter(None, map(str.strip, params.get("at", "").split(","))))
     if not all(uid == "all" or UID.fullmatch(uid) for uid in at):
         raise BadRequest(400, "at must be uids with commas between them, or all")
     return {"reply_to": reply_to, "at": at}
@@ -9694,7 +9694,7 @@ class Talk:
                         message.ttl -= 1
             with client.lock:
                 self.began, self._rests_until = 0.0, max(began + interval, pause)
-                again = [job for job in batch if pause and job[0].ttl > 0]
+                again = [job for job in batch if job[0].ttl > 0] if pause else []
                 jobs.extendleft(reversed(again))  # if they were given up meanwhile, nobody looks
                 try:
                     self._sent([(job, result) for job, result in zip(batch, results)
@@ -10158,8 +10158,7 @@ class Media:
             if row is None:
                 raise BadRequest(400, "media_id not found")
             return row
-        names = ("media_path", "media_data", "media_url")
-        name = next((name for name in names if params.get(name)), "")
+        name = next(filter(params.get, ("media_path", "media_data", "media_url")), "")
         if not name:
             return None
         given, path, title = params[name], None, "picture"
