@@ -7098,7 +7098,6 @@ class Intake:
         self._changed = threading.Condition()  # guards all below
         self._rows: Deque[Tuple[str, Row]] = collections.deque()  # (conversation, event)
         self._busy: Dict[str, List[Row]] = {}  # conversation that a worker is at -> what it has yet
-        self._size = 0                         # events in both
         self._wanted = False
 
     def want(self, wanted: bool) -> None:
@@ -7113,12 +7112,11 @@ class Intake:
         """Add one. The wait has an end: act() may itself wait for an answer that comes after."""
         with self._changed:
             if self._wanted:
-                self._changed.wait_for(lambda: self._size < self.LIMIT, LOOKUP_SECONDS)
+                self._changed.wait_for(lambda: self.LIMIT > len(self._rows) + sum(
+                    map(len, self._busy.values())), LOOKUP_SECONDS)
             elif len(self._rows) >= self.LIMIT:
                 self._rows.popleft()
-                self._size -= 1
             self._rows.append((conversation, row))
-            self._size += 1
             self._changed.notify_all()
 
     def _deal(self) -> None:
@@ -7133,17 +7131,16 @@ class Intake:
                     self._changed.wait_for(lambda: name not in self._busy, self.PATIENCE)
 
     def _work(self, name: str) -> None:
+        rows: List[Row] = []
         while True:
             with self._changed:
+                self._changed.notify_all()
+                del self._busy[name][:len(rows)]
                 rows = self._busy[name][:64]
                 if not rows:
                     del self._busy[name]
-                    return self._changed.notify_all()
+                    return
             self._act(rows)
-            with self._changed:
-                del self._busy[name][:len(rows)]
-                self._size -= len(rows)
-                self._changed.notify_all()
 
 
 class Recent:
@@ -7239,8 +7236,10 @@ class OneBotLink(Link):
                 bridge.open()
                 spawn(self._read, bridge, name="bridge")
                 while True:
-                    self._greet(bridge)
-                    bridge.news.wait()
+                    bridge.news.clear()
+                    if bridge.closed.is_set():
+                        raise Unreachable(bridge.complaint)
+                    bridge.news.wait(None if self._greet(bridge) else LOGIN_SECONDS)
             except Exception as error:  # whatever it was, an account must not go deaf
                 bridge.close(error)
             failures = 1 if self._greeted else failures + 1
@@ -7278,33 +7277,29 @@ class OneBotLink(Link):
                                  "code") + (f": {why}" if why else ""))
         return logged_in
 
-    def _greet(self, bridge: Bridge) -> None:
-        """Wait until the bridge is logged in, then say so. Unreachable when it is lost."""
-        while True:
-            bridge.news.clear()
-            if bridge.closed.is_set():
-                raise Unreachable(bridge.complaint)
-            row: Row = {}
-            with contextlib.suppress(Declined):
-                row = object_of(self._get("get_login_info"))
-            uid = number_of(row.get("user_id"))
-            if uid and self._look_up("get_status").get("online") is not False:  # it may not know
-                self.me, self._name = uid, scalar(row.get("nickname")) or uid
-                if not bridge.news.is_set():
-                    break
-                continue
+    def _greet(self, bridge: Bridge) -> bool:
+        """Whether the bridge is logged in, and there is no news since; what follows is said."""
+        row: Row = {}
+        with contextlib.suppress(Declined):
+            row = object_of(self._get("get_login_info"))
+        uid = number_of(row.get("user_id"))
+        if not uid or self._look_up("get_status").get("online") is False:  # it may not know
             try:
                 if self._logged_in() and not self._shown:
                     self._hooks.waiting(self._thrown_out or "the bridge is not logged in: scan the "
                                         "code that it shows")
             except Unreachable as error:
                 self._hooks.waiting(error.status)
-            bridge.news.wait(LOGIN_SECONDS)
+            return False
+        self.me, self._name = uid, scalar(row.get("nickname")) or uid
+        if bridge.news.is_set():
+            return False
         fresh, self._greeted = bool(self._shown), True
         self._shown = self._thrown_out = ""
         if fresh:
             self._hooks.scanned()
         self._hooks.confirmed("", fresh)
+        return True
 
     def _offline(self, why: str) -> None:
         self._greeted = False
@@ -8289,11 +8284,11 @@ class ILinkLink(Link):
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
         self._hooks, self._log = hooks, log
         self._api, self._cdn = settings.ilink_api.rstrip("/"), settings.ilink_cdn.rstrip("/")
-        self._news = threading.Condition()   # guards the next five
         self._login: Row = {}                # empty, where it needs a scan
         self._people: Dict[str, List[Any]] = {}
         self._former: Row = {}               # a login that was given up, which may still be good
-        self._turn = 0                       # of login(); the threads of former ones end
+        self._beginning = threading.Lock()   # guards _over, which login() replaces
+        self._over = threading.Event()       # by which the thread of the newest login() ends
         self._digits: Optional[str] = None   # that the phone shows; empty while they are asked for
         self._why = ""                       # why there is no login any more
         self._typists = ThreadPool(1, "typing", log)
@@ -8302,29 +8297,27 @@ class ILinkLink(Link):
 
     def login(self, cookie: str, mark: str) -> None:
         login = object_in(cookie.encode()) or {}
-        with self._news:
-            self._turn += 1
-            if login.get("token"):
-                self._people = object_of(login.pop("people", None))
-            self._login = login if login.get("token") else {}
-            turn = self._turn
+        with self._beginning:
+            self._over.set()
+            over = self._over = threading.Event()
+        if login.get("token"):
+            self._people = object_of(login.pop("people", None))
+        self._login = login if login.get("token") else {}
         if not self._cursor and mark:
             try:
                 self._cursor, seen = json.loads(base64.urlsafe_b64decode(mark.partition(":")[0]))
                 self._seen.extend(seen)
             except (ValueError, TypeError):
                 pass  # of another link
-        spawn(self._live, turn, name="link")
+        spawn(self._live, over, name="link")
 
     def account(self) -> str:
         return str(self._login.get("me", ""))
 
     def status(self) -> Row:
-        with self._news:
-            _, left, until = self._person(str(self._login.get("owner", "")))
-            shown: Row = {"sends_left": left if until > time.time() else 0,
-                          "sends_until": int(until)}
-            return {**shown, "verify_code": "wanted"} if self._digits == "" else shown
+        _, left, until = self._person(str(self._login.get("owner", "")))
+        return {"sends_left": left if until > time.time() else 0, "sends_until": int(until),
+                **({"verify_code": "wanted"} if self._digits == "" else {})}
 
     def roster(self) -> Row:
         me, owner = self._friend(self._login["me"]), self._friend(self._login["owner"])
@@ -8336,66 +8329,56 @@ class ILinkLink(Link):
                 "markname": None}
 
     def logout(self) -> None:
-        with self._news:
-            self._former, self._login, self._why = self._login, {}, ""
+        self._former, self._login, self._why = self._login, {}, ""
 
     def close(self) -> None:
-        with self._news:
-            self._turn += 1
-            self._news.notify_all()
+        self._over.set()
 
     def verify_code(self, code: str) -> bool:
-        with self._news:
-            if self._digits is None:
-                return False
+        asked = self._digits == ""
+        if asked:
             self._digits = code
-            self._news.notify_all()
-            return True
+        return asked
 
     # -- the thread
 
-    def _live(self, turn: int) -> None:
+    def _live(self, over: threading.Event) -> None:
         """Log in if need be, and poll; again after 2 s, or 30 s when it went wrong three times."""
         failures, confirmed = 0, False
-        while turn == self._turn:
+        while not over.is_set():
             try:
                 fresh = not self._login
                 if fresh:
                     confirmed = False
-                    self._scan(turn)
+                    self._scan(over)
                     if not self._login:
                         continue
                 elif not confirmed:
                     with contextlib.suppress(Declined, LoginEnded):
                         self._call("msg/notifystart", {})
                     self._call("getconfig", {"ilink_user_id": self._login["owner"]})
-                if turn == self._turn and not confirmed:
+                if not (confirmed or over.is_set()):
                     confirmed, self._why = True, ""
                     self._hooks.confirmed(self._cookie(), fresh)
-                self._poll(turn)
+                self._poll(over)
                 failures = 0
             except NotRunning:
                 return  # the client stops
             except LoginEnded as error:
                 self._why = f"the login at WeChat has ended ({error.status}): scan a new code"
                 self._log.warn(self._why)
-                with self._news:
-                    self._former, self._login = self._login, {}
+                self._former, self._login = self._login, {}
             except Exception as error:  # whatever it was, an account must not go deaf
                 if not isinstance(error, OpenQQError):
                     self._log.failure("the link to WeChat")
                 failures += 1
                 wait = 2.0 if failures < 3 else 30.0
-                if turn == self._turn and (failures >= 3 or not confirmed):
+                if not over.is_set() and (failures >= 3 or not confirmed):
                     confirmed = False
                     self._hooks.lost(f"WeChat: {error}; trying again in {wait:g} s")
-                self._rest(turn, wait)
+                over.wait(wait)
 
-    def _rest(self, turn: int, seconds: float) -> None:
-        with self._news:
-            self._news.wait_for(lambda: turn != self._turn, seconds)
-
-    def _scan(self, turn: int) -> None:
+    def _scan(self, over: threading.Event) -> None:
         """Show a code until it is confirmed, and _login is there, or until it came to nothing."""
         row = self._call("get_bot_qrcode?bot_type=3", {
             "local_token_list": [self._former["token"]] if self._former else []}, self._api)
@@ -8405,7 +8388,7 @@ class ILinkLink(Link):
             raise Unreachable("it tells no code that could be shown")
         self._hooks.qrcode(text, self.CODE_SECONDS, self._why)
         until = time.monotonic() + self.CODE_SECONDS
-        while turn == self._turn and time.monotonic() < until:
+        while not over.is_set() and time.monotonic() < until:
             try:
                 row = self._fetch(with_params(f"{base}/ilink/bot/get_qrcode_status", **params),
                                   self.APP, self.POLL_SECONDS)
@@ -8421,12 +8404,10 @@ class ILinkLink(Link):
                 base = self._allowed(url if is_url(url) else base)
                 if me != self._former.get("me"):
                     self._cursor = ""
-                with self._news:
-                    self._login = {"token": token, "me": me, "owner": owner, "base": base}
+                self._login = {"token": token, "me": me, "owner": owner, "base": base}
                 return
             if status == "binded_redirect":
-                with self._news:
-                    self._login = self._former
+                self._login = self._former
             if status in ("expired", "verify_code_blocked", "binded_redirect"):
                 return
             if status in ("scaned", "need_verifycode"):
@@ -8437,18 +8418,17 @@ class ILinkLink(Link):
                                f"verify_code?code=…{wrong}")
                 self._digits = ""
                 self._hooks.kept("")  # so that check_client tells it
-                with self._news:
-                    self._news.wait_for(lambda: self._digits or turn != self._turn,
-                                        until - time.monotonic())
-                    params["verify_code"], self._digits = self._digits or "", None
+                while not (self._digits or time.monotonic() >= until or over.wait(0.1)):
+                    pass
+                params["verify_code"], self._digits = self._digits or "", None
                 self._hooks.kept("")
                 continue
             host = scalar(row.get("redirect_host")) or ""
             if status == "scaned_but_redirect" and re.fullmatch("[A-Za-z0-9.-]+(:[0-9]+)?", host):
                 base = self._allowed("https://" + host)
-            self._rest(turn, 1.0)
+            over.wait(1.0)
 
-    def _poll(self, turn: int) -> None:
+    def _poll(self, over: threading.Event) -> None:
         """Ask for news, and hand it on; the next time acknowledges it."""
         began = time.monotonic()
         try:
@@ -8456,11 +8436,11 @@ class ILinkLink(Link):
                              seconds=self.POLL_SECONDS)
         except TooSlow:
             return
-        if turn != self._turn:
+        if over.is_set():
             return
         messages = rows_of(row.get("msgs"))
         if not messages and time.monotonic() - began < 1.0:
-            self._rest(turn, 1.0)  # it should have waited, not we
+            over.wait(1.0)  # it should have waited, not we
         items, cursor = [], scalar(row.get("get_updates_buf")) or self._cursor
         for message in messages:
             number = (scalar(message.get("message_id")) or scalar(message.get("client_id"))
@@ -8485,9 +8465,8 @@ class ILinkLink(Link):
 
     def _understand(self, message: Row, number: str) -> Row:
         uid = scalar(message.get("from_user_id")) or ""
-        with self._news:
-            token = scalar(message.get("context_token")) or self._person(uid)[0]
-            self._people[uid] = [token, 10, time.time() + 86_400]  # as RULE says
+        token = scalar(message.get("context_token")) or self._person(uid)[0]
+        self._people[uid] = [token, 10, time.time() + 86_400]  # as RULE says
         texts, reply_to = [], None
         media: Optional[Row] = None
         for part in rows_of(message.get("item_list")):
@@ -8549,8 +8528,7 @@ class ILinkLink(Link):
         try:
             if message["type"] != "friend_message":
                 raise Declined("not with this link")
-            with self._news:
-                token, left, until = self._person(uid)
+            token, left, until = self._person(uid)
             if not token or until < time.time() or left < len(texts) + bool(media):
                 raise Declined(self.RULE + (f"; {left} are left" if token else ""))
             items = [{"type": 1, "text_item": {"text": text}} for text in texts]
@@ -8561,8 +8539,7 @@ class ILinkLink(Link):
                     "from_user_id": "", "to_user_id": uid, "client_id": os.urandom(8).hex(),
                     "message_type": 2, "message_state": 2, "context_token": token,
                     "item_list": [item]}})
-                with self._news:
-                    self._person(uid)[1] -= 1
+                self._person(uid)[1] -= 1
                 number = scalar(row.get("message_id"))
         except Declined as error:
             return {"code": -3, "info": error.status}
