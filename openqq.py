@@ -6488,7 +6488,6 @@ class LocalLink(Link):
     send_interval = 0.0
     batch = 64
     echoes = True
-    FORWARDED = ("ready", "roster", "presence", "send", "logout", *Society.VERBS)
     lacks = ("call_action",)
 
     def __init__(self, host: Callable[..., Json], hooks: Hooks, password: bool,
@@ -6498,6 +6497,9 @@ class LocalLink(Link):
         self._closed = threading.Event()
         self._mark = ""
         self._pulling = False
+        self.renew = functools.partial(host, "ticket")
+        for verb in ("ready", "roster", "presence", "send", "logout", *Society.VERBS):
+            setattr(self, verb, functools.partial(host, verb))
 
     def login(self, cookie: str, mark: str) -> None:
         self._mark = mark
@@ -6509,14 +6511,6 @@ class LocalLink(Link):
             self._hooks.confirmed(answer["login"]["cookie"], False)
         else:
             self.renew()
-
-    def renew(self) -> None:
-        self._host("ticket")
-
-    def __getattr__(self, verb: str) -> Callable[..., Any]:
-        if verb in self.FORWARDED:
-            return functools.partial(self._host, verb)
-        return super().__getattr__(verb)
 
     def close(self) -> None:
         self._closed.set()  # the host notices by itself
@@ -6923,7 +6917,7 @@ class SocketBridge(Bridge):
     def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
         super().__init__(url, token, log, hear)
         self._count = itertools.count(1)
-        self._waiting: Dict[str, Future[Row]] = {}  # echo -> its answer; who takes one out sets it
+        self._waiting: Dict[str, Future[Row]] = {}  # echo -> its answer
 
     def open(self) -> None:
         try:
@@ -6936,10 +6930,8 @@ class SocketBridge(Bridge):
 
     def close(self, why: Union[str, Exception] = "the connection was closed") -> None:
         super().close(why)
-        for echo in list(self._waiting):
-            future = self._waiting.pop(echo, None)
-            if future:
-                future.set_exception(Unreachable("the connection to the bridge broke", True))
+        for future in list(self._waiting.values()):
+            settle(future, Unreachable("the connection to the bridge broke", True))
 
     def ask(self, action: str, params: Row, seconds: float) -> Row:
         echo = str(next(self._count))
@@ -6958,9 +6950,9 @@ class SocketBridge(Bridge):
 
     def _heard(self, data: bytes) -> None:
         row = self._read(data)
-        future = self._waiting.pop(str(row.get("echo")), None)
+        future = self._waiting.get(str(row.get("echo")))
         if future:
-            future.set_result(row)
+            settle(future, row)
         elif "post_type" in row:
             self._hear(row)
         elif row.get("status") == "failed" and row.get("echo") is None:  # as NapCat refuses a token
@@ -7393,35 +7385,32 @@ class OneBotLink(Link):
     # -- what it is to do
 
     def send(self, messages: List[Row]) -> List[Row]:
-        results = []
-        for message in messages:
-            content, media = message["content"], message.get("media")
-            segments = segments_of(content) if message.get("cq") else text_segments(content)
-            for uid in reversed(message["at"]):
-                segments[:0] = [{"type": "at", "data": {"qq": uid}}, *text_segments(" ")]
-            if message["reply_to"]:
-                segments.insert(0, {"type": "reply", "data": {"id": message["reply_to"]}})
-            file = {}
-            if media:
-                source = media["url"] or "base64://" + str(media["data"])
-                if media["path"] and not media["url"] and self._shares_files:
-                    source = "file://" + urllib.parse.quote(media["path"])
-                file = {"file": source, "name": media["name"]}
-                kind = SEGMENTS.get(media["mime"].partition("/")[0])
-                if kind:
-                    segments.append({"type": kind, "data": file})
-                    file = {}
-            to = "group" if message["type"] == "group_message" else "private"
-            place = filled({"user_id": message["uid"], "group_id": message.get("group")})
-            try:
-                data = self._get(f"send_{to}_msg", message=segments, **place) if segments else None
-                if file:  # neither picture, voice nor video
-                    self._get(f"upload_{to}_file", LIST_SECONDS, **file, **place)
-                results.append({"code": 0, "info": "发送正常",
-                                "id": message_number(object_of(data)) or None})
-            except Declined as error:
-                results.append({"code": -4, "info": error.status})
-        return results
+        [message] = messages  # `batch` is 1
+        content, media = message["content"], message.get("media")
+        segments = segments_of(content) if message.get("cq") else text_segments(content)
+        for uid in reversed(message["at"]):
+            segments[:0] = [{"type": "at", "data": {"qq": uid}}, *text_segments(" ")]
+        if message["reply_to"]:
+            segments.insert(0, {"type": "reply", "data": {"id": message["reply_to"]}})
+        file = {}
+        if media:
+            source = media["url"] or "base64://" + str(media["data"])
+            if media["path"] and not media["url"] and self._shares_files:
+                source = "file://" + urllib.parse.quote(media["path"])
+            file = {"file": source, "name": media["name"]}
+            kind = SEGMENTS.get(media["mime"].partition("/")[0])
+            if kind:
+                segments.append({"type": kind, "data": file})
+                file = {}
+        to = "group" if message["type"] == "group_message" else "private"
+        place = filled({"user_id": message["uid"], "group_id": message.get("group")})
+        try:
+            data = self._get(f"send_{to}_msg", message=segments, **place) if segments else None
+            if file:  # neither picture, voice nor video
+                self._get(f"upload_{to}_file", LIST_SECONDS, **file, **place)
+        except Declined as error:
+            return [{"code": -4, "info": error.status}]
+        return [{"code": 0, "info": "发送正常", "id": message_number(object_of(data)) or None}]
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:
         if verb not in self.ACTIONS:
@@ -8519,9 +8508,7 @@ class ILinkLink(Link):
     # -- what goes out
 
     def send(self, messages: List[Row]) -> List[Row]:
-        return [self._send(message) for message in messages]
-
-    def _send(self, message: Row) -> Row:
+        [message] = messages  # `batch` is 1
         uid = self._login["owner"] if message["uid"] == "filehelper" else message["uid"]
         media, texts = message.get("media"), self.PIECES.findall(message["content"])
         number = None
@@ -8542,9 +8529,9 @@ class ILinkLink(Link):
                 self._person(uid)[1] -= 1
                 number = scalar(row.get("message_id"))
         except Declined as error:
-            return {"code": -3, "info": error.status}
+            return [{"code": -3, "info": error.status}]
         self._hooks.kept(self._cookie())
-        return {"code": 0, "info": "发送正常", "id": number}
+        return [{"code": 0, "info": "发送正常", "id": number}]
 
     def _person(self, uid: str) -> List[Any]:
         return self._people.get(uid) or ["", 0, 0.0]
