@@ -8276,7 +8276,7 @@ class ILinkLink(Link):
         self._login: Row = {}                # empty, where it needs a scan
         self._people: Dict[str, List[Any]] = {}
         self._former: Row = {}               # a login that was given up, which may still be good
-        self._beginning = threading.Lock()   # guards _over, which login() replaces
+        self._beginning = threading.Lock()   # one login() at a time begins
         self._over = threading.Event()       # by which the thread of the newest login() ends
         self._digits: Optional[str] = None   # that the phone shows; empty while they are asked for
         self._why = ""                       # why there is no login any more
@@ -8289,9 +8289,9 @@ class ILinkLink(Link):
         with self._beginning:
             self._over.set()
             over = self._over = threading.Event()
-        if login.get("token"):
-            self._people = object_of(login.pop("people", None))
-        self._login = login if login.get("token") else {}
+            if login.get("token"):
+                self._people = object_of(login.pop("people", None))
+            self._login = login if login.get("token") else {}
         if not self._cursor and mark:
             try:
                 self._cursor, seen = json.loads(base64.urlsafe_b64decode(mark.partition(":")[0]))
