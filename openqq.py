@@ -8278,7 +8278,7 @@ class ILinkLink(Link):
         self._former: Row = {}               # a login that was given up, which may still be good
         self._beginning = threading.Lock()   # one login() at a time begins
         self._over = threading.Event()       # by which the thread of the newest login() ends
-        self._digits: Optional[str] = None   # that the phone shows; empty while they are asked for
+        self._digits: Optional[Future[str]] = None  # that the phone shows, while they are asked for
         self._why = ""                       # why there is no login any more
         self._typists = ThreadPool(1, "typing", log)
         self._cursor = ""
@@ -8287,7 +8287,7 @@ class ILinkLink(Link):
     def login(self, cookie: str, mark: str) -> None:
         login = object_in(cookie.encode()) or {}
         with self._beginning:
-            self._over.set()
+            self.close()
             over = self._over = threading.Event()
             if login.get("token"):
                 self._people = object_of(login.pop("people", None))
@@ -8306,7 +8306,7 @@ class ILinkLink(Link):
     def status(self) -> Row:
         _, left, until = self._person(str(self._login.get("owner", "")))
         return {"sends_left": left if until > time.time() else 0, "sends_until": int(until),
-                **({"verify_code": "wanted"} if self._digits == "" else {})}
+                **({"verify_code": "wanted"} if self._digits else {})}
 
     def roster(self) -> Row:
         me, owner = self._friend(self._login["me"]), self._friend(self._login["owner"])
@@ -8322,12 +8322,14 @@ class ILinkLink(Link):
 
     def close(self) -> None:
         self._over.set()
+        self.verify_code("")
 
     def verify_code(self, code: str) -> bool:
-        asked = self._digits == ""
-        if asked:
-            self._digits = code
-        return asked
+        digits = self._digits
+        if digits is None or digits.done():
+            return False
+        settle(digits, code)
+        return True
 
     # -- the thread
 
@@ -8405,11 +8407,13 @@ class ILinkLink(Link):
                 wrong = " (those before were wrong)" if "verify_code" in params else ""
                 self._log.warn("WeChat asks for the digits that the phone shows: give them to "
                                f"verify_code?code=…{wrong}")
-                self._digits = ""
+                digits = self._digits = Future()
                 self._hooks.kept("")  # so that check_client tells it
-                while not (self._digits or time.monotonic() >= until or over.wait(0.1)):
-                    pass
-                params["verify_code"], self._digits = self._digits or "", None
+                if over.is_set():
+                    break
+                with contextlib.suppress(TimeoutError):
+                    params["verify_code"] = result_of(digits, until - time.monotonic())
+                self._digits = None
                 self._hooks.kept("")
                 continue
             host = scalar(row.get("redirect_host")) or ""
