@@ -9029,19 +9029,18 @@ class Listing:
         self.began = 0.0             # since then
         self.answers = 0             # how often it told it, or did not
         self.failures = 0            # how often it did not, since it last was good
-        self._told: Set[str] = set()
-        self._since: Optional[float] = None
+        self._doubted: Optional[Tuple[Set[str], float]] = None  # what it told, and since when
 
     def doubt(self, known: Iterable[str], told: Iterable[str]) -> str:
         """Why the uids that the list told are not believed; empty if they are."""
         old, new, now = set(known), set(told), time.monotonic()
         missing = len(old - new)
         if not new or 3 * missing > len(old):
-            if self._since is None or new != self._told:
-                self._told, self._since = new, now
-            if now - self._since < DOUBT_SECONDS:
+            if not self._doubted or new != self._doubted[0]:
+                self._doubted = new, now
+            if now - self._doubted[1] < DOUBT_SECONDS:
                 return f"lacks {missing} of {len(old)}" if old else "is empty"
-        self._since = None
+        self._doubted = None
         return ""
 
 
@@ -9195,41 +9194,39 @@ class Details:
     def _load(self, uid: str, members: bool) -> None:
         """Ask the link, and once more if an event told of the group meanwhile."""
         client, roster = self._client, self._roster
-        while True:
-            row: Optional[Row] = None
-            before = roster.changes
-            try:
+        try:
+            while True:
+                before = roster.changes
                 row = client.link.details(uid, members)
-            except OpenQQError as error:
-                client.log.debug(f"group {uid}: {error.status}")
-            except Exception:  # whatever it was, those who wait must not wait for ever
-                client.log.failure(f"loading group {uid}")
+                with client.lock:
+                    if not roster.is_newer("group", uid, before):
+                        return self._learn(uid, members, row)
+        except OpenQQError as error:
+            client.log.debug(f"group {uid}: {error.status}")
+        finally:  # whatever it was, those who wait must not wait for ever
             with client.lock:
-                if row is not None and roster.is_newer("group", uid, before):
-                    continue
                 self._loading.discard((uid, members))
                 client.changed.notify_all()
-                group = roster.group.get(uid)
-                if row is None or group is None:
-                    return
-                told = {item["uid"]: item for item in row.pop("member", ())}
-                if not (members and group.loaded):
-                    group.__dict__.update(row)
-                    if told:  # if it lacks too many, nobody can say later who is new
-                        group.member = {uid: THINGS["group_member"](item)
-                                        for uid, item in told.items()}
-                        count = int(number_of(group.value("member_count")) or 0)
-                        group.loaded = 3 * len(told) >= 2 * count
-                elif str(len(told)) != group.value("member_count") and self._doubted.setdefault(
-                        uid, Listing()).doubt(group.member, told):
-                    client.timers.later(DOUBT_SECONDS / 4, self._workers.submit, self._load, uid,
-                                        True)
-                else:
-                    self._doubted.pop(uid, None)
-                    with client.batch():
-                        for event in changes_of("group_member", group.member, told, circle=uid):
-                            client.talk.happen(event)
-                return
+
+    def _learn(self, uid: str, members: bool, row: Row) -> None:
+        client, group = self._client, self._roster.group.get(uid)
+        told = {item["uid"]: item for item in row.pop("member", ())}
+        if group is None:
+            return
+        if not (members and group.loaded):
+            group.__dict__.update(row)
+            if told:  # if it lacks too many, nobody can say later who is new
+                group.member = {uid: THINGS["group_member"](item) for uid, item in told.items()}
+                count = int(number_of(group.value("member_count")) or 0)
+                group.loaded = 3 * len(told) >= 2 * count
+        elif str(len(told)) != group.value("member_count") and self._doubted.setdefault(
+                uid, Listing()).doubt(group.member, told):
+            client.timers.later(DOUBT_SECONDS / 4, self._workers.submit, self._load, uid, True)
+        else:
+            self._doubted.pop(uid, None)
+            with client.batch():
+                for event in changes_of("group_member", group.member, told, circle=uid):
+                    client.talk.happen(event)
 
 
 class Login:
@@ -9477,7 +9474,6 @@ class Talk:
         self._client, self._flavour = client, client.flavour
         self._jobs: Deque[Job] = collections.deque()
         self._sender = ThreadPool(1, "send", client.log)
-        self._working = False                     # the sender is at it
         self.began = 0.0                          # when the link was called; 0 while it is not
         self._rests_until = 0.0
         self._seen: Dict[str, bytes] = {}         # the newest messages by id, as JSON
@@ -9634,10 +9630,9 @@ class Talk:
             if not is_sendable(message.content):
                 self._sent([(job, {"code": -1, "info": "数据格式错误"})])
                 return future
-            self._jobs.append(job)
-            if not self._working:
-                self._working = True
+            if not self._jobs and not self.began:  # else the sender comes to it by itself
                 self._sender.submit(self._work)
+            self._jobs.append(job)
         return future
 
     def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None,
@@ -9679,7 +9674,6 @@ class Talk:
                         break
                     batch.append(jobs.popleft())
                 if not batch:
-                    self._working = False
                     return
                 self.began = began = clock()
             try:
@@ -9696,11 +9690,10 @@ class Talk:
                 self.began, self._rests_until = 0.0, max(began + interval, pause)
                 again = [job for job in batch if job[0].ttl > 0] if pause else []
                 jobs.extendleft(reversed(again))  # if they were given up meanwhile, nobody looks
+                outcomes = [(job, self.GIVEN_UP if job in again else result) for job, result
+                            in zip(batch, results) if job not in again or jobs is not self._jobs]
                 try:
-                    self._sent([(job, result) for job, result in zip(batch, results)
-                                if job not in again])
-                    if jobs is not self._jobs:
-                        self._sent([(job, self.GIVEN_UP) for job in again])
+                    self._sent(outcomes)
                 except Exception:
                     client.log.failure("the outcome of a message")
                 client.changed.notify_all()
