@@ -8908,9 +8908,8 @@ class Roster:
     def show_states(self, states: Mapping[str, str]) -> None:
         """Take over who is there now: no event tells of that."""
         with self.lock:
-            circles = [*self.group.values(), *self.discuss.values()]
-            tables: List[Dict[str, Any]] = [self.friend, *[c.member for c in circles]]
-            for table in tables:
+            circles = *self.group.values(), *self.discuss.values()
+            for table in (self.friend, *[circle.member for circle in circles]):
                 for uid in states.keys() & table.keys():
                     table[uid].state = states[uid]
 
@@ -8938,9 +8937,7 @@ class Roster:
         self.touched.pop(place, None)
         self.touched[place] = self.changes
         keep_newest(self.touched, POST_QUEUE_LIMIT)
-        table: Dict[str, Any] = {uid: self.user}
-        if kind != "user":
-            table = self.table(kind, item.get("circle") or "")
+        table = {uid: self.user} if kind == "user" else self.table(kind, item.get("circle") or "")
         if changes:
             thing, name, value = table.get(uid), item["property"], item["value"]
             if thing is None and "object" in item:  # of a group whose members are not loaded
@@ -9117,37 +9114,34 @@ class Details:
             self._askers.submit(self._fetch, kind, listing)
 
     def _fetch(self, kind: str, listing: Listing) -> None:
-        client, roster = self._client, self._roster
-        before, rows, why = roster.changes, [], ""  # type: int, List[Row], str
+        client, roster, before = self._client, self._roster, self._roster.changes
+        rows, failure = [], ""  # type: List[Row], str
         try:
             rows = client.link.list(kind)
         except Exception as error:  # whatever a link does, it is asked again
-            why = f"cannot be had: {getattr(error, 'status', repr(error))}"
+            failure = f"cannot be had: {getattr(error, 'status', repr(error))}"
         with client.lock:
             listing.asking = False
             if client.state == "stop" or listing is not self.lists[kind]:
                 return  # the latter is of another account
-            if why:
-                listing.failures += 1
-                wait = backoff(listing.failures + 1, LIST_SECONDS)
-            else:
-                why = listing.doubt(roster.table(kind), [row["uid"] for row in rows])
-                wait = DOUBT_SECONDS / 4
+            listing.answers += 1
+            client.changed.notify_all()
+            why = failure or listing.doubt(roster.table(kind), [row["uid"] for row in rows])
             listing.good = not why
             client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, "
                         "and it is asked again")
             if why:
-                client.plan(kind, wait, self.ask, kind)
+                listing.failures += bool(failure)
+                wait = backoff(listing.failures + 1, LIST_SECONDS)
+                client.plan(kind, wait if failure else DOUBT_SECONDS / 4, self.ask, kind)
+                return
+            if listing.loaded:
+                self.compare({kind: rows}, before)
             else:
-                if listing.loaded:
-                    self.compare({kind: rows}, before)
-                else:
-                    roster.load({kind: rows}, [kind], before)
-                    if client.state == "running":
-                        self.report([kind])
-                listing.loaded, listing.failures = True, 0
-            listing.answers += 1
-            client.changed.notify_all()
+                roster.load({kind: rows}, [kind], before)
+                if client.state == "running":
+                    self.report([kind])
+            listing.loaded, listing.failures = True, 0
 
     def look_for(self, kind: str, uid: str) -> Optional[Thing]:
         """Whom a message goes to that the roster lacks; None if there is nobody. From any thread.
@@ -9690,10 +9684,11 @@ class Talk:
                 self.began, self._rests_until = 0.0, max(began + interval, pause)
                 again = [job for job in batch if job[0].ttl > 0] if pause else []
                 jobs.extendleft(reversed(again))  # if they were given up meanwhile, nobody looks
-                outcomes = [(job, self.GIVEN_UP if job in again else result) for job, result
-                            in zip(batch, results) if job not in again or jobs is not self._jobs]
                 try:
-                    self._sent(outcomes)
+                    self._sent([(job, result) for job, result in zip(batch, results)
+                                if job not in again])
+                    if jobs is not self._jobs:
+                        self._sent([(job, self.GIVEN_UP) for job in again])
                 except Exception:
                     client.log.failure("the outcome of a message")
                 client.changed.notify_all()
@@ -10029,8 +10024,7 @@ class Client:
         sent and not answered it would come twice. The rest waits for the next start."""
         with self.lock:
             for outlet in self.outlets:
-                if outlet.waiting():
-                    outlet.drain(self.changed.notify_all)
+                outlet.drain(self.changed.notify_all)
             self.changed.wait_for(lambda: self._hurries or not any(
                 outlet.waiting() for outlet in self.outlets), STOP_SECONDS)
             for outlet in self.outlets:
