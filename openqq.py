@@ -9237,7 +9237,7 @@ class Login:
         self._workers = ThreadPool(3, "login", client.log)
         self._known = False                      # the roster is that of this login
         self._turn = 0                           # which login; the answers of former ones are void
-        self._claim: Optional[PidFile] = None    # on what the account is called outside
+        self._claim = PidFile("")                # on what the account is called outside
         self._codes = self._tries = 0
         self.network: Optional[LocalNetwork] = None  # of a client alone
         settings, log = client.settings, client.log
@@ -9395,9 +9395,6 @@ class Login:
                 self._known = False  # another account is logged in at the bridge
                 client.talk.give_up()
                 details.forget()
-                if self._claim:
-                    self._claim.drop()
-                    self._claim = None
             news = fresh or not self._known
             if news:
                 roster.load(row, ["user", *(kind for kind in wanted if kind in row)], before)
@@ -9428,14 +9425,16 @@ class Login:
     def _claim_account(self) -> None:
         """Warn while another client has this account: both would hear and answer everything."""
         client, name = self._client, self.link.account()
-        if self._claim or not name or client.state == "stop":
-            return
         claim = PidFile(client.papers.claim_path.format(name))
+        if not name or client.state == "stop" or claim.path == self._claim.path:
+            return
+        self._claim.drop()  # another account is logged in
+        self._claim = claim
         try:
             claim.take(f"another client of the account {name}")
-            self._claim = claim
             client.warn("claim", "")
         except Refusal as refusal:
+            self._claim = PidFile("")
             client.warn("claim", f"{refusal.status}: both hear and answer the same; stop one")
             client.plan("claim", LIST_SECONDS, self._claim_account)  # it may stop
 
@@ -9444,8 +9443,7 @@ class Login:
         with self._client.lock:
             self._cancel()
         self.link.close()
-        if self._claim:
-            self._claim.drop()
+        self._claim.drop()
         if self.network:
             self.network.stop()
 
@@ -9473,7 +9471,8 @@ class Talk:
         self._seen: Dict[str, bytes] = {}         # the newest messages by id, as JSON
         self._seen_size = 0
         self._own: List[Row] = []                 # perhaps what we are sending just now
-        self._answered: List[Tuple[str, Job]] = []  # sent; the answer comes with the item of a mark
+        # Sent, and answered by the item of a mark, which is still to come.
+        self._answered: List[Tuple[str, Future[Message], Message]] = []
         self._expected: Dict[str, List[Future[Any]]] = {}  # what for -> who waits
 
     # -- messages, as they are reported
@@ -9705,10 +9704,10 @@ class Talk:
                 self._report(message)
             if self._own and not self.began:
                 self._hear_own()
-        for job, result in outcomes:
-            (message, _, future), mark = job, result.get("mark", "")
+        for (message, _, future), result in outcomes:
+            mark = result.get("mark", "")
             if mark and not self._is_old(mark):
-                self._answered.append((mark, job))
+                self._answered.append((mark, future, message))
                 self._client.timers.later(ECHO_SECONDS, settle, future, message)
             else:
                 settle(future, message)
@@ -9746,10 +9745,10 @@ class Talk:
                     except Exception:  # one that cannot be understood must not stop all others
                         client.log.failure("an item of the link")
                         client.spool.advance(mark)
-            for mark, (message, _, future) in self._answered:
+            for mark, future, message in self._answered:
                 if self._is_old(mark):
                     settle(future, message)
-            self._answered = [entry for entry in self._answered if not entry[1][2].done()]
+            self._answered = [entry for entry in self._answered if not entry[1].done()]
             return str(client.spool.mark)
 
     def _is_old(self, mark: str) -> bool:
