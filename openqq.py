@@ -8876,9 +8876,8 @@ class Roster:
     def show_states(self, states: Mapping[str, str]) -> None:
         """Take over who is there now: no event tells of that."""
         with self.lock:
-            circles = [*self.group.values(), *self.discuss.values()]
-            tables: List[Dict[str, Any]] = [self.friend, *[c.member for c in circles]]
-            for table in tables:
+            circles = *self.group.values(), *self.discuss.values()
+            for table in (self.friend, *[circle.member for circle in circles]):
                 for uid in states.keys() & table.keys():
                     table[uid].state = states[uid]
 
@@ -8906,9 +8905,7 @@ class Roster:
         self.touched.pop(place, None)
         self.touched[place] = self.changes
         keep_newest(self.touched, POST_QUEUE_LIMIT)
-        table: Dict[str, Any] = {uid: self.user}
-        if kind != "user":
-            table = self.table(kind, item.get("circle") or "")
+        table = {uid: self.user} if kind == "user" else self.table(kind, item.get("circle") or "")
         if changes:
             thing, name, value = table.get(uid), item["property"], item["value"]
             if thing is None and "object" in item:  # of a group whose members are not loaded
@@ -8997,19 +8994,18 @@ class Listing:
         self.began = 0.0             # since then
         self.answers = 0             # how often it told it, or did not
         self.failures = 0            # how often it did not, since it last was good
-        self._told: Set[str] = set()
-        self._since: Optional[float] = None
+        self._doubted: Optional[Tuple[Set[str], float]] = None  # what it told, and since when
 
     def doubt(self, known: Iterable[str], told: Iterable[str]) -> str:
         """Why the uids that the list told are not believed; empty if they are."""
         old, new, now = set(known), set(told), time.monotonic()
         missing = len(old - new)
         if not new or 3 * missing > len(old):
-            if self._since is None or new != self._told:
-                self._told, self._since = new, now
-            if now - self._since < DOUBT_SECONDS:
+            if not self._doubted or new != self._doubted[0]:
+                self._doubted = new, now
+            if now - self._doubted[1] < DOUBT_SECONDS:
                 return f"lacks {missing} of {len(old)}" if old else "is empty"
-        self._since = None
+        self._doubted = None
         return ""
 
 
@@ -9086,37 +9082,34 @@ class Details:
             self._askers.submit(self._fetch, kind, listing)
 
     def _fetch(self, kind: str, listing: Listing) -> None:
-        client, roster = self._client, self._roster
-        before, rows, why = roster.changes, [], ""  # type: int, List[Row], str
+        client, roster, before = self._client, self._roster, self._roster.changes
+        rows, failure = [], ""  # type: List[Row], str
         try:
             rows = client.link.list(kind)
         except Exception as error:  # whatever a link does, it is asked again
-            why = f"cannot be had: {getattr(error, 'status', repr(error))}"
+            failure = f"cannot be had: {getattr(error, 'status', repr(error))}"
         with client.lock:
             listing.asking = False
             if client.state == "stop" or listing is not self.lists[kind]:
                 return  # the latter is of another account
-            if why:
-                listing.failures += 1
-                wait = backoff(listing.failures + 1, LIST_SECONDS)
-            else:
-                why = listing.doubt(roster.table(kind), [row["uid"] for row in rows])
-                wait = DOUBT_SECONDS / 4
+            listing.answers += 1
+            client.changed.notify_all()
+            why = failure or listing.doubt(roster.table(kind), [row["uid"] for row in rows])
             listing.good = not why
             client.warn(kind, why and f"the bridge's list of {kind}s {why}; what was known stays, "
                         "and it is asked again")
             if why:
-                client.plan(kind, wait, self.ask, kind)
+                listing.failures += bool(failure)
+                wait = backoff(listing.failures + 1, LIST_SECONDS)
+                client.plan(kind, wait if failure else DOUBT_SECONDS / 4, self.ask, kind)
+                return
+            if listing.loaded:
+                self.compare({kind: rows}, before)
             else:
-                if listing.loaded:
-                    self.compare({kind: rows}, before)
-                else:
-                    roster.load({kind: rows}, [kind], before)
-                    if client.state == "running":
-                        self.report([kind])
-                listing.loaded, listing.failures = True, 0
-            listing.answers += 1
-            client.changed.notify_all()
+                roster.load({kind: rows}, [kind], before)
+                if client.state == "running":
+                    self.report([kind])
+            listing.loaded, listing.failures = True, 0
 
     def look_for(self, kind: str, uid: str) -> Optional[Thing]:
         """Whom a message goes to that the roster lacks; None if there is nobody. From any thread.
@@ -9163,41 +9156,39 @@ class Details:
     def _load(self, uid: str, members: bool) -> None:
         """Ask the link, and once more if an event told of the group meanwhile."""
         client, roster = self._client, self._roster
-        while True:
-            row: Optional[Row] = None
-            before = roster.changes
-            try:
+        try:
+            while True:
+                before = roster.changes
                 row = client.link.details(uid, members)
-            except OpenQQError as error:
-                client.log.debug(f"group {uid}: {error.status}")
-            except Exception:  # whatever it was, those who wait must not wait for ever
-                client.log.failure(f"loading group {uid}")
+                with client.lock:
+                    if not roster.is_newer("group", uid, before):
+                        return self._learn(uid, members, row)
+        except OpenQQError as error:
+            client.log.debug(f"group {uid}: {error.status}")
+        finally:  # whatever it was, those who wait must not wait for ever
             with client.lock:
-                if row is not None and roster.is_newer("group", uid, before):
-                    continue
                 self._loading.discard((uid, members))
                 client.changed.notify_all()
-                group = roster.group.get(uid)
-                if row is None or group is None:
-                    return
-                told = {item["uid"]: item for item in row.pop("member", ())}
-                if not (members and group.loaded):
-                    group.__dict__.update(row)
-                    if told:  # if it lacks too many, nobody can say later who is new
-                        group.member = {uid: THINGS["group_member"](item)
-                                        for uid, item in told.items()}
-                        count = int(number_of(group.value("member_count")) or 0)
-                        group.loaded = 3 * len(told) >= 2 * count
-                elif str(len(told)) != group.value("member_count") and self._doubted.setdefault(
-                        uid, Listing()).doubt(group.member, told):
-                    client.timers.later(DOUBT_SECONDS / 4, self._workers.submit, self._load, uid,
-                                        True)
-                else:
-                    self._doubted.pop(uid, None)
-                    with client.batch():
-                        for event in changes_of("group_member", group.member, told, circle=uid):
-                            client.talk.happen(event)
-                return
+
+    def _learn(self, uid: str, members: bool, row: Row) -> None:
+        client, group = self._client, self._roster.group.get(uid)
+        told = {item["uid"]: item for item in row.pop("member", ())}
+        if group is None:
+            return
+        if not (members and group.loaded):
+            group.__dict__.update(row)
+            if told:  # if it lacks too many, nobody can say later who is new
+                group.member = {uid: THINGS["group_member"](item) for uid, item in told.items()}
+                count = int(number_of(group.value("member_count")) or 0)
+                group.loaded = 3 * len(told) >= 2 * count
+        elif str(len(told)) != group.value("member_count") and self._doubted.setdefault(
+                uid, Listing()).doubt(group.member, told):
+            client.timers.later(DOUBT_SECONDS / 4, self._workers.submit, self._load, uid, True)
+        else:
+            self._doubted.pop(uid, None)
+            with client.batch():
+                for event in changes_of("group_member", group.member, told, circle=uid):
+                    client.talk.happen(event)
 
 
 class Login:
@@ -9214,7 +9205,7 @@ class Login:
         self._workers = ThreadPool(3, "login", client.log)
         self._known = False                      # the roster is that of this login
         self._turn = 0                           # which login; the answers of former ones are void
-        self._claim: Optional[PidFile] = None    # on what the account is called outside
+        self._claim = PidFile("")                # on what the account is called outside
         self._codes = self._tries = 0
         self.network: Optional[LocalNetwork] = None  # of a client alone
         settings, log = client.settings, client.log
@@ -9372,9 +9363,6 @@ class Login:
                 self._known = False  # another account is logged in at the bridge
                 client.talk.give_up()
                 details.forget()
-                if self._claim:
-                    self._claim.drop()
-                    self._claim = None
             news = fresh or not self._known
             if news:
                 roster.load(row, ["user", *(kind for kind in wanted if kind in row)], before)
@@ -9405,14 +9393,16 @@ class Login:
     def _claim_account(self) -> None:
         """Warn while another client has this account: both would hear and answer everything."""
         client, name = self._client, self.link.account()
-        if self._claim or not name or client.state == "stop":
-            return
         claim = PidFile(client.papers.claim_path.format(name))
+        if not name or client.state == "stop" or claim.path == self._claim.path:
+            return
+        self._claim.drop()  # another account is logged in
+        self._claim = claim
         try:
             claim.take(f"another client of the account {name}")
-            self._claim = claim
             client.warn("claim", "")
         except Refusal as refusal:
+            self._claim = PidFile("")
             client.warn("claim", f"{refusal.status}: both hear and answer the same; stop one")
             client.plan("claim", LIST_SECONDS, self._claim_account)  # it may stop
 
@@ -9421,8 +9411,7 @@ class Login:
         with self._client.lock:
             self._cancel()
         self.link.close()
-        if self._claim:
-            self._claim.drop()
+        self._claim.drop()
         if self.network:
             self.network.stop()
 
@@ -9445,13 +9434,13 @@ class Talk:
         self._client, self._flavour = client, client.flavour
         self._jobs: Deque[Job] = collections.deque()
         self._sender = ThreadPool(1, "send", client.log)
-        self._working = False                     # the sender is at it
         self.began = 0.0                          # when the link was called; 0 while it is not
         self._rests_until = 0.0
         self._seen: Dict[str, bytes] = {}         # the newest messages by id, as JSON
         self._seen_size = 0
         self._own: List[Row] = []                 # perhaps what we are sending just now
-        self._answered: List[Tuple[str, Job]] = []  # sent; the answer comes with the item of a mark
+        # Sent, and answered by the item of a mark, which is still to come.
+        self._answered: List[Tuple[str, Future[Message], Message]] = []
         self._expected: Dict[str, List[Future[Any]]] = {}  # what for -> who waits
 
     # -- messages, as they are reported
@@ -9602,10 +9591,9 @@ class Talk:
             if not is_sendable(message.content):
                 self._sent([(job, {"code": -1, "info": "数据格式错误"})])
                 return future
-            self._jobs.append(job)
-            if not self._working:
-                self._working = True
+            if not self._jobs and not self.began:  # else the sender comes to it by itself
                 self._sender.submit(self._work)
+            self._jobs.append(job)
         return future
 
     def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None,
@@ -9647,7 +9635,6 @@ class Talk:
                         break
                     batch.append(jobs.popleft())
                 if not batch:
-                    self._working = False
                     return
                 self.began = began = clock()
             try:
@@ -9685,10 +9672,10 @@ class Talk:
                 self._report(message)
             if self._own and not self.began:
                 self._hear_own()
-        for job, result in outcomes:
-            (message, _, future), mark = job, result.get("mark", "")
+        for (message, _, future), result in outcomes:
+            mark = result.get("mark", "")
             if mark and not self._is_old(mark):
-                self._answered.append((mark, job))
+                self._answered.append((mark, future, message))
                 self._client.timers.later(ECHO_SECONDS, settle, future, message)
             else:
                 settle(future, message)
@@ -9726,10 +9713,10 @@ class Talk:
                     except Exception:  # one that cannot be understood must not stop all others
                         client.log.failure("an item of the link")
                         client.spool.advance(mark)
-            for mark, (message, _, future) in self._answered:
+            for mark, future, message in self._answered:
                 if self._is_old(mark):
                     settle(future, message)
-            self._answered = [entry for entry in self._answered if not entry[1][2].done()]
+            self._answered = [entry for entry in self._answered if not entry[1].done()]
             return str(client.spool.mark)
 
     def _is_old(self, mark: str) -> bool:
@@ -10004,8 +9991,7 @@ class Client:
         sent and not answered it would come twice. The rest waits for the next start."""
         with self.lock:
             for outlet in self.outlets:
-                if outlet.waiting():
-                    outlet.drain(self.changed.notify_all)
+                outlet.drain(self.changed.notify_all)
             self.changed.wait_for(lambda: self._hurries or not any(
                 outlet.waiting() for outlet in self.outlets), STOP_SECONDS)
             for outlet in self.outlets:
