@@ -8410,7 +8410,7 @@ class ILinkLink(Link):
                 digits = self._digits = Future()
                 self._hooks.kept("")  # so that check_client tells it
                 if over.is_set():
-                    break
+                    settle(digits, "")
                 with contextlib.suppress(TimeoutError):
                     params["verify_code"] = result_of(digits, until - time.monotonic())
                 self._digits = None
