@@ -11321,7 +11321,8 @@ class Supervisor:
 
         status = child.process.wait()
         TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
-        self._owner.detach(child.name)
+        network = self._owner.network
+        network.do(network.detach, child.name)
         with self._owner.lock:
             while self.listen(child):
                 pass
@@ -11793,10 +11794,6 @@ class Controller:
         self._reporter.add(self.tell(child, event, [child.name, *params]), "")
         self._reporter.flush()
 
-    def detach(self, name: str) -> None:
-        """A client's process is gone; called without the lock."""
-        self.network.do(self.network.detach, name)
-
     # -- ending
 
     def _stop(self, number: int) -> None:
@@ -11912,9 +11909,9 @@ class ControllerApi:
             row.update(account=child.name, pid=child.pid, port=child.port, link=link_of(given.get),
                        restarts=max(0, child.restarts), since=str(int(child.since)))
             if not lives:
-                state = child.seen()
-                row.update({"state": "stop", "failed": True} if state == "failed" else
-                           {"state": state})
+                row["state"] = child.seen()
+                if row["state"] == "failed":
+                    row.update(state="stop", failed=True)
                 if child.lines:
                     row["error"] = "\n".join(child.lines)
             rows.append(row)
