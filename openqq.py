@@ -10465,17 +10465,19 @@ class Api:
         seen = self.client.talk.remembered(id) or {}
         file = {str(place): file for place, file in enumerate(seen.get("media") or ())}.get(
             number, {})
-        url, row = None, self.client.papers.shelf.get(id)
         if file.get("file_id"):  # the bridge's URLs end, so it is asked now
-            row = None
             with contextlib.suppress(Declined):
                 url = self.client.link.file_url({**file, "group": seen.get("group_uid"),
                                                  "uid": seen.get("sender_uid")})
-        data = read_file(row["media_path"]) if row else None
-        if row and data is not None:
-            return Response(data, row["media_mime"], fields={
-                "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"})
-        return Response(b"", "", 302, {"Location": url}) if url else Response(b"", "", 404)
+                if url:
+                    return Response(b"", "", 302, {"Location": url})
+        else:
+            row = self.client.papers.shelf.get(id)
+            data = read_file(row["media_path"]) if row else None
+            if row and data is not None:
+                return Response(data, row["media_mime"], fields={
+                    "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"})
+        return Response(b"", "", 404)
 
     def do_get_avatar(self, request: Request) -> Json:
         params, roster = request.params, self.client.roster
@@ -11031,8 +11033,8 @@ class Child:
         self.running_since = 0.0
         self.trial = False                           # somebody waits whether it comes up (renew)
         # What cancels the end of a pause, and client_waiting.
-        self.no_pause: Optional[Callable[[], None]] = None
-        self.no_waiting: Optional[Callable[[], None]] = None
+        self.no_pause: Callable[[], None] = lambda: None
+        self.no_waiting: Callable[[], None] = lambda: None
 
     def alive(self) -> bool:
         """Whether it runs, or will in a moment."""
@@ -11163,8 +11165,7 @@ class Supervisor:
     def stop(self, child: Child, phase: str = "stopping") -> None:
         """End a child: it is stopped now, or stopping until its process is gone."""
         busy, child.phase = child.busy(), phase
-        if child.no_pause:
-            child.no_pause()
+        child.no_pause()
         if child.process:
             self._tell_to_end(child)                 # its end is heard of
         elif busy:
@@ -11274,7 +11275,8 @@ class Supervisor:
 
         status = child.process.wait()
         TRANSPORT.pool.drop(f"127.0.0.1:{child.port}")
-        self._owner.detach(child.name)
+        network = self._owner.network
+        network.do(network.detach, child.name)
         with self._owner.lock:
             while self.listen(child):
                 pass
@@ -11337,12 +11339,11 @@ class Supervisor:
         old, child.state, child.since = child.state, state, time.time()
         self._owner.settled.notify_all()
         self._owner.tell(child, "state_change", [old, state])
-        if state in LOGGING_IN and child.no_waiting is None:  # somebody should know if nobody scans
+        if state not in LOGGING_IN:
+            child.no_waiting()
+        elif old not in LOGGING_IN:                  # somebody should know if nobody scans
             child.no_waiting = self._timers.later(
                 600, self._owner.report, child, "client_waiting")
-        elif state not in LOGGING_IN and child.no_waiting:
-            child.no_waiting()
-            child.no_waiting = None
 
 
 def open_port(first: int, wish: int = 0) -> socket.socket:
@@ -11447,11 +11448,11 @@ def read_accounts(path: str, log: Log) -> Dict[str, Dict[str, str]]:
     """An accounts file: name -> settings as text. What is wrong is logged and left out."""
     try:
         with open(path, "rb") as file:
-            accounts, why = from_bytes(file.read()), "it holds no JSON object"
+            accounts = from_bytes(file.read())
+        if not isinstance(accounts, dict):
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
-        accounts, why = None, str(error)
-    if not isinstance(accounts, dict):
-        log.error(f"accounts file {path} cannot be used: {why}; it must look like "
+        log.error(f"accounts file {path} cannot be used: {error}; it must look like "
                   '{"alice": {"post_api": "http://…"}}')
         return {}
     found = {}
@@ -11534,8 +11535,7 @@ class Controller:
         try:
             self._open()
             self.timers.catch_signals(self._stop)
-            self._begin()  # before anybody is served: those to be resumed are known from the start
-            self._serve()
+            self._begin()
             self.timers.run()
         finally:
             for close in self._closing:
@@ -11572,16 +11572,17 @@ class Controller:
                               f"{error.strerror}") from None
 
     def _begin(self) -> None:
-        settings = self.settings
+        """Post, ask, start who is to run, then serve: the first caller finds them all known."""
+        settings, log = self.settings, self.log
         self._reporter.start()
         if settings.poll_api:
             port = self._listeners[0].getsockname()[1]
             heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, {port: self.url},
-                                  settings.token, self.log)
+                                  settings.token, log)
             heartbeat.start()
             self._closing.append(heartbeat.stop)
-        accounts = read_accounts(settings.accounts, self.log) if settings.accounts else {}
-        for name, row in read_json(settings.backend_path, self.log).items():
+        accounts = read_accounts(settings.accounts, log) if settings.accounts else {}
+        for name, row in read_json(settings.backend_path, log).items():
             if isinstance(row, dict):
                 self._recall(name, row, accounts.get(name, {}))
         for name, given in accounts.items():
@@ -11589,7 +11590,24 @@ class Controller:
                 if name not in self.supervisor.children:
                     self.start_client(name, given)
             except OpenQQError as error:
-                self.log.error(f"accounts file: {name} cannot be started: {error.status}")
+                log.error(f"accounts file: {name} cannot be started: {error.status}")
+        api = ControllerApi(self)
+        app = App(self.gate, log, api.routes, api.proxy,
+                  [prefix + path for prefix in PREFIXES for path in self.flavour.apis])
+        children = self.supervisor.children
+        app.metrics.watch("clients", "gauge", "Clients by state.", lambda: {
+            f'state="{state}"': [child.seen() for child in list(children.values())].count(state)
+            for state in (*NEXT_STATES, "failed") if state})
+        app.metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
+                          lambda: {"": self.supervisor.restarts})
+        watch_posting(app.metrics, self._reporter)
+        log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
+        self._servers += serve(app, self._listeners, settings, log)
+        for listener in self._listeners:
+            log.info("Listening at http://{}:{}".format(*listener.getsockname()))
+        log.info(gate_hint(settings))
+        log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
+                 "start_client?client=NAME")
 
     def _recall(self, name: str, row: Row, anew: Dict[str, str]) -> None:
         """Know again what a former controller remembered, and resume what ran; what the operator's
@@ -11612,26 +11630,6 @@ class Controller:
                     self.supervisor.resume(child, PidFile(self.path_of(child, "pid_path")))
         except (OpenQQError, ValueError) as error:
             self.log.warn(f"client {name} cannot be resumed: {error}")
-
-    def _serve(self) -> None:
-        settings, log = self.settings, self.log
-        api = ControllerApi(self)
-        app = App(self.gate, log, api.routes, api.proxy,
-                  [prefix + path for prefix in PREFIXES for path in self.flavour.apis])
-        children = self.supervisor.children
-        app.metrics.watch("clients", "gauge", "Clients by state.", lambda: {
-            f'state="{state}"': [child.seen() for child in list(children.values())].count(state)
-            for state in (*NEXT_STATES, "failed") if state})
-        app.metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
-                          lambda: {"": self.supervisor.restarts})
-        watch_posting(app.metrics, self._reporter)
-        log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
-        self._servers += serve(app, self._listeners, settings, log)
-        for listener in self._listeners:
-            log.info("Listening at http://{}:{}".format(*listener.getsockname()))
-        log.info(gate_hint(settings))
-        log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
-                 "start_client?client=NAME")
 
     # -- clients; whoever calls these has the client's turn, and no lock
 
@@ -11692,8 +11690,7 @@ class Controller:
             child.given.pop(name, None)
         self.former.pop(child.name, None)  # the newest stands last
         self.former[child.name] = child
-        if len(self.former) > MEMORY_LIMIT:
-            del self.former[next(iter(self.former))]
+        keep_newest(self.former, MEMORY_LIMIT)
 
     def check_start(self, alive: bool = False) -> None:
         """NotRunning, TooManyClients or ClientDied unless a process may be made."""
@@ -11750,10 +11747,6 @@ class Controller:
         """Post an event of ours besides: each begins with the client's name."""
         self._reporter.add(self.tell(child, event, [child.name, *params]), "")
         self._reporter.flush()
-
-    def detach(self, name: str) -> None:
-        """A client's process is gone; called without the lock."""
-        self.network.do(self.network.detach, name)
 
     # -- ending
 
@@ -11870,9 +11863,9 @@ class ControllerApi:
             row.update(account=child.name, pid=child.pid, port=child.port, link=link_of(given.get),
                        restarts=max(0, child.restarts), since=str(int(child.since)))
             if not lives:
-                state = child.seen()
-                row.update({"state": "stop", "failed": True} if state == "failed" else
-                           {"state": state})
+                row["state"] = child.seen()
+                if row["state"] == "failed":
+                    row.update(state="stop", failed=True)
                 if child.lines:
                     row["error"] = "\n".join(child.lines)
             rows.append(row)
@@ -12217,7 +12210,7 @@ class Terminal:
 
     def _table(self, accounts: List[Row]) -> str:
         """What check_client says of accounts; a column without anything in it is left out."""
-        rows: List[List[str]] = []
+        rows = [["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"]]
         for account in accounts:
             state = "failed" if account.get("failed") else account.get("state")
             since, up = number_of(account.get("start_time")), ""
@@ -12231,11 +12224,10 @@ class Terminal:
                 account.get("account"), state, account.get("port"),
                 is_alive and account.get("pid"), up, account.get("restarts"),
                 account.get("error"))])
-        if not rows:
+        if not accounts:
             return "no accounts; start NAME makes one"
-        head = ["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"]
-        filled = [place for place, cells in enumerate(zip(*rows)) if place < 2 or any(cells)]
-        rows = [[cells[place] for place in filled] for cells in [head, *rows]]
+        filled = [place for place, (_, *cells) in enumerate(zip(*rows)) if place < 2 or any(cells)]
+        rows = [[cells[place] for place in filled] for cells in rows]
         widths = [max(map(text_width, column)) for column in zip(*rows)]
         columns = os.get_terminal_size(sys.stdout.fileno()).columns if self._is_console else 0
         room = columns - sum(widths[:-1]) - 2 * len(widths)  # for the last column

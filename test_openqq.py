@@ -7223,7 +7223,8 @@ class Nursery:
         self.timers = openqq.Timers(self.lock, self.log, lambda: self.now)
         self.store = openqq.Store(10)
         self.key_for, self.tell = lambda name: "key", lambda *args: None
-        self.changed, self.detach, self.inherited = lambda: None, lambda name: None, {}
+        self.changed, self.inherited = lambda: None, {}
+        self.network = types.SimpleNamespace(do=lambda *args: None, detach=None)
         self.supervisor = openqq.Supervisor(self, self._spawn)
         self.child = openqq.Child("alice", {}, openqq.listen("127.0.0.1", 0))
         self.thread = threading.Thread(target=self.timers.run, daemon=True)
