@@ -5103,8 +5103,6 @@ class Reporter:
             if flight:
                 self._pool.submit(self._post, *flight)
 
-    start = flush  # going on with what a former process left
-
     def drain(self, landed: Callable[[], Any]) -> None:
         """Have landed() called, with the lock held, after each event that is done with."""
         self._landed = landed
@@ -5303,9 +5301,6 @@ class Outlet:
         self.store, self.reporter = store, reporter
         self._listed, self._stdout, self._numeric = set(listed), stdout, numeric
         self._bytes_too = bytes_too
-        self.start = self.flush = reporter.flush
-        self.drain, self.hold = reporter.drain, reporter.hold
-        self.waiting, self.flying = reporter.waiting, reporter.flying
 
     def put(self, event: str, row: Row, conversation: str, mark: str) -> bool:
         """Pass an event on; whether its mark went into the queue on disk with it."""
@@ -5499,9 +5494,8 @@ class World:
         for table, circles in ("group", "groups"), ("discuss", "discuss"):
             for circle in spec.get(circles, []) if table in self.flavour.fields else []:
                 uid, owner = str(circle["uid"]), str(circle.get("owner_uid"))
-                row = dict(circle)
-                members = row.pop("member")
-                put(row, table, uid)
+                members = circle.pop("member")
+                put(circle, table, uid)
                 for row in members:
                     row = dict(row) if isinstance(row, dict) else {"uid": str(row)}
                     check_properties(row)
@@ -9901,7 +9895,7 @@ class Client:
         with self.lock:
             if self.state != "stop":
                 for outlet in self.outlets:
-                    outlet.start()
+                    outlet.reporter.flush()  # what a former process left
                 self._login.begin()
         self.timers.run()
         return 0
@@ -10025,14 +10019,15 @@ class Client:
         """In a thread of its own: what waits to be posted gets a moment, then what is on its way:
         sent and not answered it would come twice. The rest waits for the next start."""
         with self.lock:
-            for outlet in self.outlets:
-                outlet.drain(self.changed.notify_all)
+            reporters = [outlet.reporter for outlet in self.outlets]
+            for reporter in reporters:
+                reporter.drain(self.changed.notify_all)
             self.changed.wait_for(lambda: self._hurries or not any(
-                outlet.waiting() for outlet in self.outlets), STOP_SECONDS)
-            for outlet in self.outlets:
-                outlet.hold()
+                reporter.waiting() for reporter in reporters), STOP_SECONDS)
+            for reporter in reporters:
+                reporter.hold()
             self.changed.wait_for(lambda: self._hurries or not any(
-                outlet.flying() for outlet in self.outlets), 1.5)  # else what flies comes twice
+                reporter.flying() for reporter in reporters), 1.5)  # else what flies comes twice
             self.ended = True
             self.spool.close()
         busy = [close() for close in self.closing]
@@ -10054,7 +10049,7 @@ class Client:
             if not self._batches:
                 self.spool.flush()
                 for outlet in self.outlets:
-                    outlet.flush()
+                    outlet.reporter.flush()
                 if self.parent:
                     self.parent.flush()
 
@@ -11608,7 +11603,7 @@ class Controller:
 
     def _begin(self) -> None:
         settings = self.settings
-        self._reporter.start()
+        self._reporter.flush()  # what a former process left
         if settings.poll_api:
             port = self._listeners[0].getsockname()[1]
             heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, {port: self.url},
