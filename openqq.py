@@ -1977,9 +1977,9 @@ class Journal:
         self._broken = False
         self._size = self._base = 0  # bytes: now, and of what lasts
 
-    def last_lines(self) -> Tuple[List[Json], int]:
-        """The lines that last, and how many bytes were put into another file besides. OSError."""
-        raise NotImplementedError
+    def last_lines(self) -> List[Json]:
+        """The lines that last."""
+        return []
 
     def read(self) -> Iterator[Json]:
         """The values, in order; lines that are not JSON are passed over."""
@@ -2014,11 +2014,10 @@ class Journal:
 
     def compact(self) -> None:
         """Replace all there is by what lasts. OSError."""
-        lines, elsewhere = self.last_lines()
-        data = b"".join(to_bytes(line) + b"\n" for line in lines)
+        data = b"".join(to_bytes(line) + b"\n" for line in self.last_lines())
         self.release()
         write_file(self.path, data)
-        self._size, self._base = len(data), len(data) + elsewhere
+        self._size = self._base = len(data)
 
     def release(self) -> None:
         """Give the descriptor back; a later write opens the file anew."""
@@ -2096,9 +2095,9 @@ class Spool(Journal):
         self.flush()
         self.release()
 
-    def last_lines(self) -> Tuple[List[Json], int]:
+    def last_lines(self) -> List[Json]:
         return [{"key": self.last, "mark": self.mark},
-                *({"key": key, "item": item} for key, item in self.pending.items())], 0
+                *({"key": key, "item": item} for key, item in self.pending.items())]
 
 
 class Ledger(Journal):
@@ -2151,12 +2150,13 @@ class Ledger(Journal):
         except OSError as error:
             self.log.warn(f"{self._whole} cannot be written: {error.strerror}")
 
-    def last_lines(self) -> Tuple[List[Json], int]:
+    def compact(self) -> None:
         # Not sorted: the order of lists is the order in which things came.
         text = json.dumps(self.root, ensure_ascii=False, separators=(",", ":"))
         data = text.encode("utf-8", "replace")
         write_file(self._whole, data)
-        return [], len(data)
+        super().compact()
+        self._base = len(data)
 
 # ------------------------------------------------------------------------------------------------
 # 7. HTTP in
@@ -5235,10 +5235,11 @@ class Reporter:
         """Whatever became of an event: the next of its conversation waits behind the others."""
         name = str(self._spool.pending[key]["in"])
         lane = self._lanes.pop(name)
-        first = lane.keys[0] == key
+        if lane.keys[0] == key:
+            lane = Lane(lane.keys)
         lane.keys.remove(key)
         if lane.keys:
-            self._lanes[name] = Lane(lane.keys) if first else lane
+            self._lanes[name] = lane
         self._spool.done(key)
 
     def _drop(self, key: int, why: str) -> None:
@@ -7825,8 +7826,8 @@ class MessageBook(Journal):
         with self._lock:
             super().flush()
 
-    def last_lines(self) -> Tuple[List[Json], int]:
-        return list(self._rows.values()), 0
+    def last_lines(self) -> List[Json]:
+        return list(self._rows.values())
 
 
 def is_true(value: Json) -> bool:
