@@ -5658,9 +5658,10 @@ class World:
 
     def wake(self, account: str) -> None:
         """Let an account's client look for news: when the lock is free, so all of it survives."""
-        pull = self.sessions[account].pull
-        if pull:
-            settle(pull, True)
+        session = self.sessions[account]
+        if session.pull:
+            settle(session.pull, True)
+            session.pull = None
 
     def take(self, account: str) -> List[Row]:
         """Notes and, once its client has loaded the roster, what waits, oldest first, each with the
