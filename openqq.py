@@ -1977,9 +1977,9 @@ class Journal:
         self._broken = False
         self._size = self._base = 0  # bytes: now, and of what lasts
 
-    def last_lines(self) -> Tuple[List[Json], int]:
-        """The lines that last, and how many bytes were put into another file besides. OSError."""
-        raise NotImplementedError
+    def last_lines(self) -> List[Json]:
+        """The lines that last."""
+        return []
 
     def read(self) -> Iterator[Json]:
         """The values, in order; lines that are not JSON are passed over."""
@@ -2014,11 +2014,10 @@ class Journal:
 
     def compact(self) -> None:
         """Replace all there is by what lasts. OSError."""
-        lines, elsewhere = self.last_lines()
-        data = b"".join(to_bytes(line) + b"\n" for line in lines)
+        data = b"".join(to_bytes(line) + b"\n" for line in self.last_lines())
         self.release()
         write_file(self.path, data)
-        self._size, self._base = len(data), len(data) + elsewhere
+        self._size = self._base = len(data)
 
     def release(self) -> None:
         """Give the descriptor back; a later write opens the file anew."""
@@ -2027,17 +2026,22 @@ class Journal:
             self._file = None
 
 
+def bulk_of(item: Json) -> int:
+    """How many bytes of a picture a queued event carries."""
+    event = item.get("event") if isinstance(item, dict) else None
+    return len(event.get("media_data") or "") if isinstance(event, dict) else 0
+
+
 class Spool(Journal):
     """A bounded queue on disk, and beside it a mark: how far its source has been read. For one
     thread at a time.
 
     `pending` maps keys that grow to items, the oldest first. An item and its mark are one line, so
-    that a kill neither loses nor doubles. `bulk(item)` are the bytes that count for POST_BYTES."""
+    that a kill neither loses nor doubles."""
 
-    def __init__(self, path: str, limit: int, log: Log,
-                 bulk: Callable[[Json], int] = lambda item: 0) -> None:
+    def __init__(self, path: str, limit: int, log: Log) -> None:
         super().__init__(path, log)
-        self._limit, self._bulk, self._bytes = limit, bulk, 0
+        self._limit, self._bytes = limit, 0
         self.pending: Dict[int, Json] = {}
         self.mark: Json = None
         self.last = 0            # the newest key ever given
@@ -2071,9 +2075,9 @@ class Spool(Journal):
             self.mark = line["mark"]
         if "item" in line:
             self.pending[line.get("key", 0)] = line["item"]
-            self._bytes += self._bulk(line["item"])
+            self._bytes += bulk_of(line["item"])
         if "done" in line and line["done"] in self.pending:
-            self._bytes -= self._bulk(self.pending.pop(line["done"]))
+            self._bytes -= bulk_of(self.pending.pop(line["done"]))
 
     def excess(self) -> List[int]:
         """The keys beyond the limit, oldest first: what their owner has to drop."""
@@ -2083,7 +2087,7 @@ class Spool(Journal):
             if len(keys) >= over and size <= 0:
                 break
             keys.append(key)
-            size -= self._bulk(item)
+            size -= bulk_of(item)
         return keys
 
     def close(self) -> None:
@@ -2091,9 +2095,9 @@ class Spool(Journal):
         self.flush()
         self.release()
 
-    def last_lines(self) -> Tuple[List[Json], int]:
+    def last_lines(self) -> List[Json]:
         return [{"key": self.last, "mark": self.mark},
-                *({"key": key, "item": item} for key, item in self.pending.items())], 0
+                *({"key": key, "item": item} for key, item in self.pending.items())]
 
 
 class Ledger(Journal):
@@ -2140,22 +2144,19 @@ class Ledger(Journal):
 
     def save(self) -> None:
         """Write everything into the one file and empty the journal."""
+        self._changes = []
         try:
             self.compact()
         except OSError as error:
             self.log.warn(f"{self._whole} cannot be written: {error.strerror}")
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.root, self._changes = {}, []
-        self.save()
-
-    def last_lines(self) -> Tuple[List[Json], int]:
+    def compact(self) -> None:
         # Not sorted: the order of lists is the order in which things came.
         text = json.dumps(self.root, ensure_ascii=False, separators=(",", ":"))
         data = text.encode("utf-8", "replace")
         write_file(self._whole, data)
-        return [], len(data)
+        super().compact()
+        self._base = len(data)
 
 # ------------------------------------------------------------------------------------------------
 # 7. HTTP in
@@ -2412,6 +2413,25 @@ class Stream:
         raise BadRequest(431, "trailer too long")
 
 
+def gather(pieces: Iterator[bytes], limit: int) -> bytes:
+    """All pieces as one, or as many as make it longer than `limit` bytes."""
+    found, size = [], 0
+    for piece in pieces:
+        found.append(piece)
+        size += len(piece)
+        if size > limit:
+            break
+    return b"".join(found)
+
+
+def head_of(lines: List[str]) -> bytes:
+    """A message's head; ValueError for a line break in a field."""
+    text = "\r\n".join(lines)
+    if not text.count("\n") == len(lines) - 1 == text.count("\r"):  # no assert: -O drops those
+        raise ValueError("a line break within a header field")
+    return text.encode("latin-1", "replace") + b"\r\n\r\n"
+
+
 @functools.lru_cache(maxsize=32)  # browsers repeat theirs; each may be of HEAD_LIMIT bytes
 def parse_fields(block: bytes) -> Fields:
     """Header fields of a block, to be read and not changed; BadRequest."""
@@ -2597,8 +2617,7 @@ class Response:
         self.pieces = pieces
 
     def head(self, connection: str, chunked: bool = False) -> bytes:
-        """Status line and fields, with a Connection field unless `connection` is empty; ValueError
-        for a line break in a field."""
+        """Status line and fields, with a Connection field unless `connection` is empty."""
         lines = [f"HTTP/1.1 {self.status} {http.client.responses.get(self.status, 'Status')}",
                  "Date: " + http_date(int(time.time()))]
         if self.kind:
@@ -2610,10 +2629,7 @@ class Response:
         lines += map(": ".join, self.fields.items())
         if connection:
             lines.append("Connection: " + connection)
-        text = "\r\n".join(lines)
-        if not text.count("\n") == len(lines) - 1 == text.count("\r"):  # no assert: -O drops those
-            raise ValueError("a line break within a header field")
-        return text.encode("latin-1", "replace") + b"\r\n\r\n"
+        return head_of(lines)
 
 
 @functools.lru_cache(maxsize=1)
@@ -2993,15 +3009,12 @@ class Connection(BaseHTTPRequestHandler):
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.stream.allow(BODY_SECONDS)
         try:
-            pieces, size = [], 0
-            for piece in self.stream.body(length):
-                pieces.append(piece)
-                size += len(piece)
-                if size > limit:
-                    raise BadRequest(413, f"body over {limit} bytes")
-            return b"".join(pieces)
+            body = gather(self.stream.body(length), limit)
         except TimeoutError:
             raise BadRequest(408, f"request body took over {BODY_SECONDS:g} s") from None
+        if len(body) > limit:
+            raise BadRequest(413, f"body over {limit} bytes")
+        return body
 
     def _wait(self, future: Future[Any], seconds: float) -> Any:
         REAPER.watch(self.connection, lambda: settle(future, Hangup()))
@@ -3215,7 +3228,7 @@ class Call(urllib.request.Request):
         self.caller, self.repeat, self.patience = caller, repeat, patience
 
     def to_bytes(self) -> bytes:
-        """Head and body; Unreachable if a field would become two."""
+        """Head and body; ValueError if a field would become two."""
         body = self._data or b""
         lines = [f"{self.method} {self.selector} HTTP/1.1",
                  f"Host: {self._tunnel_host or self.own_host}"]
@@ -3224,10 +3237,7 @@ class Call(urllib.request.Request):
         lines += map(": ".join, fields.items())
         if body or self.method not in ("GET", "HEAD", "OPTIONS"):
             lines.append(f"Content-Length: {len(body)}")
-        text = "\r\n".join(lines)
-        if not text.count("\n") == len(lines) - 1 == text.count("\r"):
-            raise Unreachable("a line break within a header field")
-        return text.encode("latin-1", "replace") + b"\r\n\r\n" + body
+        return head_of(lines) + body
 
 
 class Pool:
@@ -3380,14 +3390,7 @@ class Reply(Stream):
 
     def read(self, limit: int = ANSWER_LIMIT) -> bytes:
         """The body, at most `limit` bytes of it; Unreachable if it breaks off."""
-        pieces, size = [], 0
-        for piece in self.pieces():
-            pieces.append(piece)
-            size += len(piece)
-            if size > limit:
-                self.close()
-                break
-        return b"".join(pieces)[:limit]
+        return gather(self.pieces(), limit)[:limit]
 
     def pieces(self, seconds: Optional[float] = None,
                idle: Optional[Callable[[], None]] = None) -> Iterator[bytes]:
@@ -3578,10 +3581,10 @@ def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = N
     """
     try:
         call = Call(url, method, fields or {}, body, caller, repeat, patience)
+        reply: Reply = OPENER.open(call, timeout=seconds)
+        return reply
     except ValueError as error:
         raise Unreachable(str(error)) from None
-    reply: Reply = OPENER.open(call, timeout=seconds)
-    return reply
 
 
 class WebSocket:
@@ -5027,12 +5030,6 @@ def seq_of(text: Optional[str]) -> Optional[int]:
     return None if text is None else int(text)
 
 
-def bulk_of(item: Json) -> int:
-    """How many bytes of a picture a queued event carries."""
-    event = item.get("event") if isinstance(item, dict) else None
-    return len(event.get("media_data") or "") if isinstance(event, dict) else 0
-
-
 class Lane:
     """The events of one conversation that wait to be posted, or are on their way."""
 
@@ -5065,7 +5062,8 @@ class Reporter:
                  failed: Callable[[], None] = lambda: None,
                  clock: Callable[[], float] = time.time, numeric: bool = False,
                  asking: Callable[[Row, bool], None] = lambda event, on: None) -> None:
-        self._url, self._secret, self._spool, self._timers = url, secret, spool, timers
+        self._url = url                           # empty as well once the receiver is gone
+        self._secret, self._spool, self._timers = secret, spool, timers
         self._log, self._answered, self._fetch = log, answered, fetch
         self._failed, self._clock, self._numeric = failed, clock, numeric
         self._asking = asking
@@ -5074,12 +5072,10 @@ class Reporter:
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
         self._lanes: Dict[str, Lane] = {}         # by conversation; who comes first goes first
         self._flying: Dict[Lane, float] = {}      # when each post began that has no answer yet
-        self._pause_until = 0.0                   # nobody can be reached at all
+        self._pause_until = 0.0                   # nobody can be reached at all, or we end
         self._outage = 0                          # tries in a row that found nobody
-        self._gone = not url                      # the receiver said so
         self._redirected = False                  # it sent us elsewhere, to no avail
-        self._holding = False                     # the process is about to end
-        self._landed: Optional[Callable[[], Any]] = None
+        self._landed: Callable[[], Any] = lambda: None
         self._look_at = self._tell_at = 0.0       # when the timers do so next
         with timers.lock:
             for key, item in list(spool.pending.items() if url else ()):
@@ -5091,7 +5087,7 @@ class Reporter:
     def add(self, event: Row, conversation: str, mark: Json = None) -> None:
         """Queue an event, together with its source's mark (Spool)."""
         with self._timers.lock:
-            if self._gone:
+            if not self._url:
                 return self._spool.advance(mark) if mark is not None else None
             id = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
             key = self._spool.add({"id": id, "in": conversation, "event": event}, mark)
@@ -5107,17 +5103,14 @@ class Reporter:
             if flight:
                 self._pool.submit(self._post, *flight)
 
-    start = flush  # going on with what a former process left
-
     def drain(self, landed: Callable[[], Any]) -> None:
-        """Have landed() called, by the timers, after each event that is done with."""
+        """Have landed() called, with the lock held, after each event that is done with."""
         self._landed = landed
         self.flush()
 
-    def hold(self, landed: Callable[[], Any]) -> None:
-        """The same, and post no more."""
-        self._holding = True
-        self.drain(landed)
+    def hold(self) -> None:
+        """Begin no further post."""
+        self._pause_until = math.inf
 
     def waiting(self) -> int:
         """How many events are not delivered yet."""
@@ -5133,8 +5126,7 @@ class Reporter:
         self._spool.flush()
         found, now = None, self._timers.clock()
         wait = max(self._flying.values(), default=now - self.PATIENCE) + self.PATIENCE - now
-        if (wait <= 0 and len(self._flying) < POST_LANES and now >= self._pause_until
-                and not self._holding):
+        if wait <= 0 and len(self._flying) < POST_LANES and now >= self._pause_until:
             for lane in self._lanes.values():
                 if lane not in self._flying and lane.next <= now:
                     found = lane, self._spool.pending[lane.keys[0]]
@@ -5151,34 +5143,26 @@ class Reporter:
         flight: Optional[Tuple[Lane, Row]] = (lane, item)
         while flight:
             lane, item = flight
-            status, answer, failure = 0, None, None
+            status, failure = 0, None
             self._asking(item["event"], True)
             try:
-                status, answer = self._call(item)
-                if status in (408, 425, 429) or status >= 500:
-                    failure = Unreachable(f"answered {status}", True)
+                status = self._call(item)
             except Unreachable as error:
                 failure = error
             except Exception as error:  # without an outcome the conversation would stand still
                 self._log.failure("posting an event")
                 failure = Unreachable(repr(error), True)
-            if answer is not None and failure is None and status != 410:
-                try:
-                    self._answered(item["event"], answer)
-                except Exception:
-                    self._log.failure("what an answer of post_api wants")
             self._asking(item["event"], False)
             with self._timers.lock:
                 del self._flying[lane]
-                if not self._gone:  # else another answer said so meanwhile, and all is dropped
+                if self._url:  # else another answer said 410 meanwhile, and all is dropped
                     self._note(lane, status, failure)
-                if self._landed:
-                    self._timers.later(0.0, self._landed)
+                self._landed()
                 flight = self._next()
 
-    def _call(self, item: Row) -> Tuple[int, Optional[Row]]:
-        """Post an event, and follow redirects on the same server: the answer's status, and the
-        JSON object in it. Unreachable."""
+    def _call(self, item: Row) -> int:
+        """Post an event, following redirects on the same server, and do what the answer says: its
+        status. Unreachable, also for one that asks for another try."""
         event, queued = item["event"], re.match("[0-9a-f]{1,15}(?=-)", str(item["id"]))
         if self._numeric:            # which may have changed since it was queued
             event = numbered(event)
@@ -5196,10 +5180,18 @@ class Reporter:
             if not (target and same_origin(url, target)):
                 break
             url = target
-        if reply.kind in ("application/json", "text/json"):
+        if reply.status in (408, 425, 429) or reply.status >= 500:
+            raise Unreachable(f"answered {reply.status}", True)
+        answer = None
+        if reply.status != 410 and reply.kind in ("application/json", "text/json"):
             with contextlib.suppress(ValueError):  # no text in any encoding that we know
-                return reply.status, object_in(read_text(data).encode())
-        return reply.status, None
+                answer = object_in(read_text(data).encode())
+        if answer is not None:
+            try:
+                self._answered(item["event"], answer)
+            except Exception:
+                self._log.failure("what an answer of post_api wants")
+        return reply.status
 
     def _note(self, lane: Lane, status: int, failure: Optional[Unreachable]) -> None:
         """What became of a post decides when it, or the next one, is tried."""
@@ -5207,7 +5199,7 @@ class Reporter:
         lane.since = now if lane.since is None else lane.since
         if status == 410:
             self._log.warn(f"{self._shown} answered 410 Gone: nothing more is posted to it")
-            self._gone = True
+            self._url = ""
             for other in list(self._spool.pending):
                 self._drop(other, "the receiver is gone")
         elif failure is None:
@@ -5243,10 +5235,11 @@ class Reporter:
         """Whatever became of an event: the next of its conversation waits behind the others."""
         name = str(self._spool.pending[key]["in"])
         lane = self._lanes.pop(name)
-        first = lane.keys[0] == key
+        if lane.keys[0] == key:
+            lane = Lane(lane.keys)
         lane.keys.remove(key)
         if lane.keys:
-            self._lanes[name] = Lane(lane.keys) if first else lane
+            self._lanes[name] = lane
         self._spool.done(key)
 
     def _drop(self, key: int, why: str) -> None:
@@ -5309,9 +5302,6 @@ class Outlet:
         self.store, self.reporter = store, reporter
         self._listed, self._stdout, self._numeric = set(listed), stdout, numeric
         self._bytes_too = bytes_too
-        self.start = self.flush = reporter.flush
-        self.drain, self.hold = reporter.drain, reporter.hold
-        self.waiting, self.flying = reporter.waiting, reporter.flying
 
     def put(self, event: str, row: Row, conversation: str, mark: str) -> bool:
         """Pass an event on; whether its mark went into the queue on disk with it."""
@@ -5479,7 +5469,6 @@ class World:
         self.put, self.table = self.ledger.put, self.ledger.table
         self.sessions: Dict[str, Session] = collections.defaultdict(Session)  # by account
         self.sent: Dict[str, Row] = {}  # the newest messages, by id: uid, group, receivers
-        self._woken: Set[str] = set()   # accounts for which something came
         self._dropped = 0
         data = read_file(os.path.realpath(world_file)) if world_file else to_bytes(flavour.world)
         digest = f"{zlib.crc32(data):08x}" if world_file and data else ""
@@ -5495,31 +5484,29 @@ class World:
 
     def _begin(self, spec: Row, digest: str) -> None:
         """Start anew with what a world file holds, once all of it has been read."""
-        found: List[Tuple[Any, ...]] = [(os.urandom(4).hex(), "about", "era"),
-                                        (digest, "about", "world")]
+        put, self.ledger.root = self.put, {}
+        put(os.urandom(4).hex(), "about", "era")
+        put(digest, "about", "world")
         for person in [*self.fixtures(), *spec["people"]]:
             uid = str(person["uid"])
             person = {**person, "name": str(person.get("name") or uid)}
             check_properties(person)
-            found.append((person, "people", uid))
+            put(person, "people", uid)
         for table, circles in ("group", "groups"), ("discuss", "discuss"):
             for circle in spec.get(circles, []) if table in self.flavour.fields else []:
                 uid, owner = str(circle["uid"]), str(circle.get("owner_uid"))
-                row = dict(circle)
-                members = row.pop("member")
-                found.append((row, table, uid))
+                members = circle.pop("member")
+                put(circle, table, uid)
                 for row in members:
                     row = dict(row) if isinstance(row, dict) else {"uid": str(row)}
                     check_properties(row)
                     if str(row["uid"]) == owner:
                         row["role"] = "owner"
-                    found.append((row, table + "_member", uid, str(row["uid"])))
+                    put(row, table + "_member", uid, str(row["uid"]))
         for one, other in spec.get("friends", []):
-            found += ({}, "friend", str(one), str(other)), ({}, "friend", str(other), str(one))
-        self.ledger.clear()
-        for value, *place in found:
-            self.put(value, *place)
-        self.ledger.commit()
+            put({}, "friend", str(one), str(other))
+            put({}, "friend", str(other), str(one))
+        remove_file(self.ledger.path)  # else a kill just now would mix the old world into the new
         self.ledger.save()
 
     def fixtures(self) -> List[Row]:
@@ -5662,12 +5649,19 @@ class World:
             self._dropped += 1
             if is_news(self._dropped):
                 self.log.warn(f"{self._dropped} message(s) dropped: too many wait")
-        self._woken.add(account)
+        self.wake(account)
 
     def note(self, account: str, item: Row) -> None:
         """Tell an account's client something about its login."""
         self.sessions[account].notes.append(item)
-        self._woken.add(account)
+        self.wake(account)
+
+    def wake(self, account: str) -> None:
+        """Let an account's client look for news: when the lock is free, so all of it survives."""
+        session = self.sessions[account]
+        if session.pull:
+            settle(session.pull, True)
+            session.pull = None
 
     def take(self, account: str) -> List[Row]:
         """Notes and, once its client has loaded the roster, what waits, oldest first, each with the
@@ -5930,40 +5924,37 @@ class Society(World):
         circle = "group"
         if what.startswith("discuss") and "discuss" in self.flavour.fields:
             circle = "discuss"
-        # Where `uid` and `in` are looked for, and what is done once they are found.
-        changes: Dict[str, Tuple[str, str, Callable[[], Any]]] = {
-            "add person": ("", "", lambda: self._add("people", uid, row)),
-            "set person": ("people", "", lambda: self._set_person(uid, row)),
-            "remove person": ("people", "", lambda: self._remove_person(uid)),
-            "add friend": ("people", "people", lambda: self.befriend(uid, place, row)),
-            "set friend": ("people", "people", lambda: self._set(
-                row, "friend", [place], "friend", place, uid)),
-            "remove friend": ("people", "people", lambda: self.unfriend(uid, place)),
-            "add friend_request": ("people", "people", lambda: self.ask_friend(
-                uid, place, str(row.get("verify", "")))),
-            "add group_request": ("people", "group", lambda: self.ask_group(
+        changes: Dict[str, Callable[[], Any]] = {
+            "add person": lambda: self._add("people", uid, row),
+            "set person": lambda: self._set_person(uid, row),
+            "remove person": lambda: self._remove_person(uid),
+            "add friend": lambda: self.befriend(uid, place, row),
+            "set friend": lambda: self._set(row, "friend", [place], "friend", place, uid),
+            "remove friend": lambda: self.unfriend(uid, place),
+            "add friend_request": lambda: self.ask_friend(uid, place, str(row.get("verify", ""))),
+            "add group_request": lambda: self.ask_group(
                 uid, place, self.find("people", row["from"]) if row.get("from") else "",
-                str(row.get("comment", "")))),
-            "add poke": ("people", "group" if place else "", lambda: self.poke(
-                uid, self.find("people", str(row.get("to", ""))), place)),
-            f"add {circle}": ("", "", lambda: self._add(circle, uid, row)),
-            f"set {circle}": (circle, "", lambda: self._set(
-                row, circle, self.table(circle + "_member", uid), circle, uid)),
-            f"remove {circle}": (circle, "", lambda: self._remove_circle(circle, uid)),
-            f"add {circle}_member": ("people", circle, lambda: self.enter(
-                circle, place, uid, row)),
-            "set group_member": ("people", "group", lambda: self.set_member(place, uid, row)),
-            f"remove {circle}_member": ("people", circle, lambda: self.leave(circle, place, uid))}
+                str(row.get("comment", ""))),
+            "add poke": lambda: self.poke(uid, self.find("people", str(row.get("to", ""))), place),
+            f"add {circle}": lambda: self._add(circle, uid, row),
+            f"set {circle}": lambda: self._set(
+                row, circle, self.table(circle + "_member", uid), circle, uid),
+            f"remove {circle}": lambda: self._remove_circle(circle, uid),
+            f"add {circle}_member": lambda: self.enter(circle, place, uid, row),
+            "set group_member": lambda: self.set_member(place, uid, row),
+            f"remove {circle}_member": lambda: self.leave(circle, place, uid)}
         require(f"{do} {what}" in changes, f"do={do[:100]} what={what[:100]}")
         check_properties(row)
-        table, within, act = changes[f"{do} {what}"]
-        uid = self.find(table, uid) if table else uid
+        within = {"friend": "people", "friend_request": "people", "group_request": "group",
+                  circle + "_member": circle, "poke": "group" if place else ""}.get(what)
+        if do != "add" or what not in ("person", circle):
+            uid = self.find(circle if what == circle else "people", uid)
         place = self.find(within, place) if within else place
         if what.endswith("_member") or what == "friend" and do != "add":
             adds = do == "add"
             require(adds != (uid in self.table(what, place)), f"{uid} outside of {place}" if adds
                     else f"{what.rpartition('_')[2]} {uid}")
-        return {"uid": act() or uid}
+        return {"uid": changes[f"{do} {what}"]() or uid}
 
     def _add(self, table: str, uid: str, row: Row) -> str:
         """A person, or a group or discuss, with its owner in it if `owner_uid` names one. If only
@@ -6045,11 +6036,6 @@ class LocalNetwork(Society):
                 return function(*args, **named)
             finally:
                 self.ledger.commit()
-                while self._woken:
-                    session = self.sessions[self._woken.pop()]
-                    if session.pull:
-                        settle(session.pull, True)
-                        session.pull = None
 
     def call(self, account: str, verb: str, args: Sequence[Json], named: Row,
              wait: Wait = result_of) -> Json:
@@ -6149,10 +6135,10 @@ class LocalNetwork(Society):
         """An account's client is running."""
         session = self.sessions[account]
         session.running = True
-        self._woken.add(account)
-        hopes, session.hopes = session.hopes, set()
-        for future in hopes:
+        self.wake(account)
+        for future in session.hopes:
             settle(future, True)
+        session.hopes.clear()
 
     def detach(self, account: str) -> None:
         """An account's client is gone."""
@@ -7825,8 +7811,8 @@ class MessageBook(Journal):
         with self._lock:
             super().flush()
 
-    def last_lines(self) -> Tuple[List[Json], int]:
-        return list(self._rows.values()), 0
+    def last_lines(self) -> List[Json]:
+        return list(self._rows.values())
 
 
 def is_true(value: Json) -> bool:
@@ -9809,7 +9795,7 @@ class Client:
         self.port = 0                                # of the API, once it is there
         self.ended = self._hurries = False
         self.roster = Roster(self.flavour.fields, self.lock)
-        self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log, bulk_of)
+        self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log)
         self.outlets: List[Outlet] = []
         self.plugins: List[Plugin] = []
         self.closing: List[Callable[[], Any]] = []   # the plugins' ends; True: wait a moment
@@ -9866,7 +9852,7 @@ class Client:
         with self.lock:
             if self.state != "stop":
                 for outlet in self.outlets:
-                    outlet.start()
+                    outlet.reporter.flush()  # what a former process left
                 self._login.begin()
         self.timers.run()
         return 0
@@ -9990,14 +9976,15 @@ class Client:
         """In a thread of its own: what waits to be posted gets a moment, then what is on its way:
         sent and not answered it would come twice. The rest waits for the next start."""
         with self.lock:
-            for outlet in self.outlets:
-                outlet.drain(self.changed.notify_all)
+            reporters = [outlet.reporter for outlet in self.outlets]
+            for reporter in reporters:
+                reporter.drain(self.changed.notify_all)
             self.changed.wait_for(lambda: self._hurries or not any(
-                outlet.waiting() for outlet in self.outlets), STOP_SECONDS)
-            for outlet in self.outlets:
-                outlet.hold(self.changed.notify_all)
+                reporter.waiting() for reporter in reporters), STOP_SECONDS)
+            for reporter in reporters:
+                reporter.hold()
             self.changed.wait_for(lambda: self._hurries or not any(
-                outlet.flying() for outlet in self.outlets), 1.5)  # else what flies comes twice
+                reporter.flying() for reporter in reporters), 1.5)  # else what flies comes twice
             self.ended = True
             self.spool.close()
         busy = [close() for close in self.closing]
@@ -10019,7 +10006,7 @@ class Client:
             if not self._batches:
                 self.spool.flush()
                 for outlet in self.outlets:
-                    outlet.flush()
+                    outlet.reporter.flush()
                 if self.parent:
                     self.parent.flush()
 
@@ -11574,7 +11561,7 @@ class Controller:
     def _begin(self) -> None:
         """Post, ask, start who is to run, then serve: the first caller finds them all known."""
         settings, log = self.settings, self.log
-        self._reporter.start()
+        self._reporter.flush()  # what a former process left
         if settings.poll_api:
             port = self._listeners[0].getsockname()[1]
             heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, {port: self.url},

@@ -6791,7 +6791,7 @@ def test_what_is_posted_over_ten_minutes_late_says_so_and_is_signed_as_it_is_sen
         former.spool.close()  # and no flush: the process ends here
         again = Far(tmp_path / str(age), openqq.fetch, url=receiver.url, secret="s3cret")
         again.bench.now += age
-        again.reporter.start()
+        again.reporter.flush()
         again.end()
         _, headers, body, event = receiver.posts[-1]
         assert event == {"content": "a", **late}
@@ -6904,7 +6904,7 @@ def test_what_a_process_left_is_posted_by_the_next_in_order_under_the_same_ids(f
     far.add("a", "b", "c")
     far.settle(2)
     again = Far(tmp_path / "post.jsonl")
-    again.reporter.start()
+    again.reporter.flush()
     again.end()
     assert again.tried() == ["a", "b", "c"]
     assert again.posts[0][2] == far.posts[0][2]
