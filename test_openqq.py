@@ -5854,23 +5854,6 @@ def test_start_of_a_living_client_tells_of_it_and_starts_none(pair):
         assert pair.call(api, client="nobody") == {"code": 1, "status": "client not exists"}
 
 
-def test_stopped_client_keeps_cookie_and_state_and_starts_at_once_without_a_scan(house):
-    first, who = house.login("anna"), user(house, "anna")
-    assert left_files(house) >= {"pid_anna.pid", "cookie_anna.dat", "state_anna.json"}
-    stopped = house.call("stop_client", client="anna")
-    assert {key: stopped[key] for key in ("client", "code", "pid", "port", "status")} == {
-        "client": "anna", "code": 0, "pid": first["pid"], "port": first["port"],
-        "status": "success"}
-    assert left_files(house, "anna") - {"post_anna.jsonl"} == {"cookie_anna.dat",
-                                                               "state_anna.json"}
-    state = json.loads(content(house.path("state_anna.json")))
-    assert (state["state"], state["previous_state"]) == ("stop", "running")
-    second = house.call("start_client", client="anna")
-    assert (second["code"], second["status"]) == (0, "success")
-    assert second["pid"] != first["pid"] and user(house, "anna")["id"] == who["id"]
-    assert house.state("anna")["state"] == "running"
-
-
 def test_client_stopped_while_it_waits_for_a_scan_takes_its_qr_code_away(house, receive):
     receiver = receive()
     house.call("start_client", client="ben", post_api=receiver.url)
@@ -5939,7 +5922,12 @@ def test_a_stopped_client_comes_up_as_it_was_also_with_another_controller(start,
     controller.login("alice", post_api=receiver.url, post_secret="S3CRET", msg_ttl="5",
                      login_type="login", pwd="S3CRET-pwd")
     for end in None, signal.SIGTERM, signal.SIGKILL:
-        assert controller.call("stop_client", client="alice")["msg_ttl"] == "5"
+        before, stopped = controller.state("alice"), controller.call("stop_client", client="alice")
+        wanted = {"client": "alice", "code": 0, "status": "success", "msg_ttl": "5",
+                  "pid": before["pid"], "port": before["port"]}
+        assert {name: stopped[name] for name in wanted} == wanted
+        state = json.loads(content(controller.path("state_alice.json")))
+        assert (state["state"], state["previous_state"]) == ("stop", "running")
         assert controller.call("check_client", client="alice")["status"] == "client not exists"
         row = backend_of(controller)["alice"]
         assert row["run"] is False
@@ -6306,25 +6294,6 @@ def test_killed_client_comes_back_without_a_scan_on_its_old_port(house, receive)
     assert house.call("start_client", client="gina")["code"] == 0
 
 
-def test_killed_controller_takes_its_clients_along_and_a_new_one_brings_them_back(start, receive):
-    receiver = receive()
-    controller = start("controller")
-    pids = {name: controller.login(name, post_api=receiver.url, post_secret="s")["pid"]
-            for name in ("alice", "bob")}
-    ids = {name: user(controller, name)["id"] for name in pids}
-    controller.call("stop_client", client="bob")
-    controller.process.kill()
-    assert all_gone(controller.log), "a client outlived its controller"
-    second = start("controller")
-    assert user(second, "alice")["id"] == ids["alice"]
-    listed = second.call("check_client")["client"]
-    assert [(row["account"], row["state"]) for row in listed] == [("alice", "running")]
-    assert listed[0]["pid"] != pids["alice"]
-    receiver.next(lambda event: is_login(event) and event["params"] == [0])
-    for _, headers, body, _ in receiver.posts:
-        assert headers["X-Signature"] == "sha1=" + hmac_sha1("s", body)
-
-
 def test_new_controller_waits_for_the_clients_of_a_killed_one(start):
     """A stopped process stands for one that takes long to end: it keeps its pid file."""
     controller = start("controller")
@@ -6689,7 +6658,7 @@ class Bench:
 class Far:
     """A Reporter, and what its fetch finds: the test says when, and what it answers."""
 
-    def __init__(self, path, fetch=None, **more):
+    def __init__(self, path, fetch=None, url="http://127.0.0.1:1/x", secret=""):
         self.bench = Bench()
         self.posts = []          # (time, content, X-Event-ID) of every try
         self.said = {}           # content -> the statuses to come, or exceptions; then 200
@@ -6697,9 +6666,8 @@ class Far:
         self.told = []           # for each call of failed(): the error that is shown
         self.spool = openqq.Spool(str(path), 1000, self.bench.log)
         self.reporter = openqq.Reporter(
-            more.pop("url", "http://127.0.0.1:1/x"), more.pop("secret", ""), self.spool,
-            self.bench.loop, self.bench.log, lambda event, answer: None, fetch or self.fetch,
-            failed=lambda: self.told.append(dict(self.reporter.error)),
+            url, secret, self.spool, self.bench.loop, self.bench.log, lambda event, answer: None,
+            fetch or self.fetch, failed=lambda: self.told.append(dict(self.reporter.error)),
             clock=lambda: self.bench.now)
 
     def fetch(self, url, method, fields, body, seconds):
@@ -12800,10 +12768,9 @@ def test_a_clock_that_jumps_an_hour_restarts_and_floods_nothing(tmp_path, receiv
     put(tmpdir / "mojo_webqq_controller_template.py", begin + openqq.default_template(openqq.QQ))
     code = f"import sys\nsys.path.insert(0, {HERE!r})\n{begin}\nimport openqq\n" \
            f"sys.exit(openqq.Controller(tmpdir={str(tmpdir)!r}, poll_api={receiver.url!r}, " \
-           f"listen=[{{'host': '127.0.0.1', 'port': 0}}], post_api={receiver.url!r}, " \
-           "poll_interval=600).run())"
+           f"poll_interval=600, port=0, post_api={receiver.url!r}).run())"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log = Log(process.stderr)
     try:
         base = "http://127.0.0.1:" + log.wait(r"Listening at http://[0-9.]+:(\d+)").group(1)
@@ -14267,7 +14234,7 @@ def test_openapi_tells_of_every_route_but_a_clients_own_way():
     assert len(paths) > 9 and paths - told == {"/local/link"}
 
 
-def test_openapi_tells_how_the_token_is_given_and_that_a_client_must_be_named(office):
+def test_openapi_tells_what_needs_the_token_a_client_s_name_and_a_running_account(office):
     assert request(office.base, "/openqq/openapi.json")[0] == 403
     document = office.call("openapi.json")
     assert document["security"] == [{"bearer": []}, {"access_token": []}]
@@ -14282,10 +14249,6 @@ def test_openapi_tells_how_the_token_is_given_and_that_a_client_must_be_named(of
         "client"} == set(settings)
     group = document["components"]["schemas"]["group"]
     assert group["properties"]["member"]["items"] == {"$ref": "#/components/schemas/group_member"}
-
-
-def test_openapi_tells_which_calls_need_the_token_and_which_a_running_account(office):
-    document = office.call("openapi.json")
     office.call("start_client", client="idle")
     for path, operations in document["paths"].items():
         told = set(operations.get("get", {}).get("responses", {}))
