@@ -10364,8 +10364,8 @@ class Api:
         be known to the bridge all the same.
         """
         names, missing = names or self.flavour.keys[kind], missing or self.flavour.missing[kind]
-        given = {name: params[name] for name in names if params.get(name)}
-        said, found = set(given.values()), self.find(kind, params, names)
+        given = {name.replace(kind + "_", ""): params[name] for name in names if params.get(name)}
+        said, found = set(given.values()), self.client.roster.search(kind, given)
         if len(found) > 1:
             found = [thing for thing in found if thing.value("markname") in said] or found
         if len(found) > 1:
