@@ -1884,8 +1884,7 @@ def test_jsonp_wraps_for_sound_names_only_and_nothing_is_done_for_others(pair):
             assert (fields["content-type"], body) == (JSON, plain)
         unnamed = request(base, path + "datatype=jsonp")[2]
         assert re.fullmatch(rb"jsoncallback1[0-9]{9}\(.*\)", unnamed, re.DOTALL)
-        for name in ("alert(1)", "a;b", "a b", "1a", "a.", ".a", "a..b", "<script>", "a\n", "a[0]",
-                     "a" * 65, "é", "小冰", "a/*", "a\u2028", "a%0d%0aX: y"):
+        for name in ("alert(1)", "小冰", "a%0d%0aX: y"):
             status, fields, body = request(
                 base, f"/openqq/send_friend_message?{query}name={ICE}&content=half-done&"
                 f"datatype=jsonp&callback={urllib.parse.quote(name)}")
@@ -2115,16 +2114,6 @@ def test_the_peer_must_be_this_machine_whatever_the_host():
             assert served or f"another machine, {peer}: set" in caught.value.answer()["reason"]
 
 
-@pytest.fixture(scope="module")
-def hosted(tmp_path_factory):
-    """A controller that knows two public names; alice runs on it."""
-    program = Program(tmp_path_factory.mktemp("hosted"), "controller",
-                      "--allowed-hosts", "Bot.example, www.bot.example").ready()
-    program.login("alice")
-    yield program
-    assert program.stop() == 0
-
-
 OURS, NAMED = "Host: bot.example", "X-Forwarded-Host: bot.example"
 ALLOWED_CALLS = {  # what a 403's reason names, "" if it is served -> fields of such calls
     "": ["", OURS, "Host: WWW.bot.EXAMPLE:8443",
@@ -2180,7 +2169,9 @@ ALLOWED_CALLS = {  # what a 403's reason names, "" if it is served -> fields of 
 }
 
 
-def test_an_allowed_host_lets_its_own_servers_calls_in_and_no_others(hosted):
+def test_an_allowed_host_lets_its_own_servers_calls_in_and_no_others(start):
+    hosted = start("controller", "--allowed-hosts", "Bot.example, www.bot.example")
+    hosted.login("alice")
     for port, query in ports_of(hosted):
         base, path = f"http://127.0.0.1:{port}", f"/openqq/get_client_info?{query}"
         for reason, calls in ALLOWED_CALLS.items():
@@ -2230,15 +2221,15 @@ TOKEN = "s3cr3t&=%密"
 
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory):
-    """A controller with a token, that logs all it can, with files at places of its own; alice
+    """A controller with a token of its environment, that logs all it can, with files at places of its own; alice
     runs on it. `guarded.proxied` is what came to the HTTP proxy of its environment."""
     tmpdir = tmp_path_factory.mktemp("guarded")
     proxy = Upstream([[]])
-    words = ["--token", TOKEN, "--log_level", "debug", "--http_debug", "1",
-             "--template_path", str(tmpdir / "ours.py"), "--backend_path", str(tmpdir / "ours.dat")]
+    words = ["--log_level", "debug", "--http_debug", "1", "--template_path",
+             str(tmpdir / "ours.py"), "--backend_path", str(tmpdir / "ours.dat")]
     program = Program(tmpdir, "controller", *words, env={
-        "http_proxy": proxy.url, "HTTP_PROXY": proxy.url, "all_proxy": proxy.url},
-        typed=True).ready()
+        "OPENQQ_TOKEN": TOKEN, "http_proxy": proxy.url, "HTTP_PROXY": proxy.url,
+        "all_proxy": proxy.url}, typed=True).ready()
     program.proxied = proxy.seen
     try:
         assert program.call("start_client", client="alice", token=TOKEN)["code"] == 0
@@ -2293,7 +2284,7 @@ def test_with_a_token_who_knows_it_is_served_from_anywhere_and_nobody_else(guard
         assert (path, request(guarded.base, path, method)[0]) == (path, status)
 
 
-def test_the_token_shows_nowhere(guarded):
+def test_the_token_shows_in_no_answer_and_no_log(guarded):
     spellings = [TOKEN.encode(), urllib.parse.quote(TOKEN).encode(), b"s3cr3t"]
     token, answers = urllib.parse.quote(TOKEN), []
     for port, query in ports_of(guarded, token=TOKEN):
@@ -2304,15 +2295,10 @@ def test_the_token_shows_nowhere(guarded):
     places = {f"answer {n}": repr(answer[1]).encode() + answer[2]
               for n, answer in enumerate(answers)}
     places["log"] = guarded.log.text().encode() + guarded.out.text().encode()
-    for pid in guarded.pid, json.loads(answers[0][2])["pid"]:
-        places[f"ps {pid}"] = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)],
-                                             stdout=subprocess.PIPE, check=True).stdout
-        assert places[f"ps {pid}"].strip()
-    for folder, _, names in os.walk(guarded.tmpdir):
-        for name in names:
-            with open(os.path.join(folder, name), "rb") as file:
-                places[name] = file.read()
-    assert len(places) > 20 and "get_client_info" in places["log"].decode()
+    places["ps"] = subprocess.run(
+        ["ps", "-ww", "-o", "args=", "-p", str(json.loads(answers[0][2])["pid"])],
+        stdout=subprocess.PIPE, check=True).stdout
+    assert places["ps"].strip() and "get_client_info" in places["log"].decode()
     assert [place for place, data in places.items()
             if any(spelling in data for spelling in spellings)] == []
 
@@ -2333,38 +2319,30 @@ def files_beside(tmpdir):
 
 
 def test_a_name_is_no_path(pair):
-    before = files_beside(pair.tmpdir)
     for name in BAD_NAMES:
         for path in ("start_client", "stop_client", "delete_client", "check_client", "get_qrcode",
                      "get_friend_info", "/local/login"):
             answer = pair.call(path, client=name)
             assert (path, answer) == (path, {"code": 6, "status": "client name not allowed"})
-    assert files_beside(pair.tmpdir) == before
 
 
-def test_a_name_that_differs_only_in_case_from_a_known_one_is_refused(start):
+def test_a_name_that_differs_only_in_case_from_a_known_one_is_refused(house):
     """Some file systems would take the files of both for one."""
-    controller = start("controller")
-    controller.login("alice")
+    house.login("alice")
     for _ in range(2):
-        answer = controller.call("start_client", client="Alice")
+        answer = house.call("start_client", client="Alice")
         assert answer == {"code": 6, "status": "client name not allowed: "
                           "it differs only in case from another"}
-        controller.call("stop_client", client="alice")
-    assert controller.call("delete_client", client="alice")["code"] == 0
-    assert controller.call("start_client", client="Alice")["code"] == 0
+        house.call("stop_client", client="alice")
+    for api, name in ("delete", "alice"), ("start", "Alice"), ("delete", "Alice"):
+        assert house.call(api + "_client", client=name)["code"] == 0
 
 
-NOT_FOR_CALLERS = [
-    ("LD_PRELOAD", "/tmp/x.so"), ("PYTHONPATH", "/tmp"), ("PATH", "/tmp"), ("http_proxy", "x"),
-    ("host", "0.0.0.0"), ("port", "1"), ("plugin_openqq_port", "1"), ("plugin-openqq-token", "x"),
-    ("template_path", "x.py"), ("template-path", "x.py"), ("backend_path", "x"), ("account", "x"),
-    ("max_clients", "9"), ("flavor", "qq"), ("public_url", "http://x/"), ("world", "x.json"),
-    ("max_connections", "1"), ("accounts", "x"), ("nonsense", "1"), ("OPENQQ_TOKEN", "x"),
-    ("MOJO_WEBQQ_PWD", "x"), ("__class__", "x"), ("", "x"), ("allowed_hosts", "evil.example"),
-    ("log_level", "loud"), ("post_api", "file:///etc/passwd"), ("post_api", "http://x/\r\nA: b"),
-    ("log_encoding", "klingon"), ("mode", "asleep"), ("qrcode_count_max", "-1"),
-    ("check_event_list_max_size", "²"), ("keep_cookie", "maybe"), ("send_interval", "1e9"),
+NOT_FOR_CALLERS = [*(pair.split("=") for pair in (
+    "plugin_openqq_port=1 plugin-openqq-token=x template-path=x.py nonsense=1 OPENQQ_TOKEN=x "
+    "MOJO_WEBQQ_PWD=x __class__=x log_level=loud post_api=file:///etc/passwd log_encoding=klingon "
+    "mode=asleep qrcode_count_max=-1 check_event_list_max_size=² keep_cookie=maybe "
+    "send_interval=1e9").split()), ("", "x"), ("post_api", "http://x/\r\nA: b"),
     ("log_head", "a\nb"), ("log_head", "\x1b[31m")]
 BAD_PATHS = ["/etc/x", "{tmpdir}/../x", "{tmpdir}", "../x", "~/x", "{tmpdir}x/y", "{tmpdir}/out/x",
              "{tmpdir}/.x", "{tmpdir}/mojo_webqq_controller_process.pid",
@@ -2467,15 +2445,6 @@ def good(body, *fields):
             + b"Content-Length: %d\r\n\r\n" % len(body) + body)
 
 
-def test_connections_out_are_used_again(upstream):
-    server = upstream([good(b"one"), good(b""), good(b"three")])
-    for expected in (b"one", b"", b"three"):
-        assert openqq.fetch(server.url + "/x").read() == expected
-    assert [number for number, _ in server.seen] == [0, 0, 0]
-    server = upstream([good(b"x" * 300_000)])
-    assert openqq.fetch(server.url).read(1000) == b"x" * 1000, "no more than its reader wants"
-
-
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 ANSWERS = [
     (CHUNKED + b"3\r\none\r\n4;a=b\r\n two\r\n0\r\nTrailer: x\r\n\r\n", 200, b"one two"),
@@ -2505,13 +2474,15 @@ def test_answers_are_read_however_they_are_framed_and_those_that_are_none_are_an
     for answer, status, body in ANSWERS:
         reply = openqq.fetch(upstream([answer]).url)
         assert (reply.status, reply.read()) == (status, body)
+    long = upstream([good(b"x" * 300_000)])
+    assert openqq.fetch(long.url).read(1000) == b"x" * 1000, "no more than its reader wants"
     for answer in GARBAGE:
         with pytest.raises(openqq.Unreachable) as caught:
             openqq.fetch(upstream([answer]).url).read()
         assert caught.value.sent, answer[:99]
 
 
-def test_only_reads_are_repeated_on_a_fresh_connection(upstream):
+def test_connections_out_are_used_again_and_only_reads_repeated_on_a_fresh_one(upstream):
     used = [good(b"one")]
     for script, again, seen in [
             ([[*used, None], [good(b"two")]], {"repeat": True}, [0, 0, 1]),
@@ -2561,25 +2532,13 @@ def test_what_takes_too_long_ends_at_the_deadline(upstream):
         openqq.fetch(deaf.url, "POST", body=b"x" * (32 << 20), seconds=0.5)
 
 
-FORBIDDEN = ["169.254.169.254", "169.254.0.1", "100.100.100.200", "192.0.0.192", "fe80::1",
-             "fe80::1%lo", "febf::1", "FE80:0:0:0::1", "fd00:ec2::254", "fd20:ce::254",
-             "::ffff:169.254.169.254", "::ffff:a9fe:a9fe", "::169.254.169.254",
-             "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "0:0:0:0:0:ffff:6464:64c8"]
-OTHER_SPELLINGS = ["2852039166", "0xa9fea9fe", "0xA9.0xfe.43518", "169.254.43518",
-                   "0251.0376.0251.0376", "169.16689662"]
-ALLOWED = ["127.0.0.1", "::1", "10.0.0.1", "169.253.1.1", "fec0::1", "169.255.1.1",
-           "::ffff:127.0.0.1", "2002:7f00:1::"]
-
-
-@pytest.mark.parametrize("host", FORBIDDEN + OTHER_SPELLINGS)
-def test_forbidden_addresses_are_never_called_in_whatever_spelling(host):
-    assert host in OTHER_SPELLINGS or openqq.is_forbidden(host)
-    assert not any(map(openqq.is_forbidden, ALLOWED))
-    if "%" not in host:
-        with pytest.raises(openqq.Unreachable, match="link-local and metadata"):
-            openqq.connect(host, 80, time.monotonic() + 0.2)
-        with pytest.raises(openqq.Unreachable, match="link-local and metadata"):
-            openqq.fetch(f"http://[{host}]/" if ":" in host else f"http://{host}/", seconds=0.2)
+def test_what_is_never_called_are_link_local_and_metadata_addresses_and_none_beside_them():
+    assert all(map(openqq.is_forbidden, [
+        "fe80::1%lo", "febf::1", "FE80:0:0:0::1", "::ffff:a9fe:a9fe", "2002:a9fe:a9fe::1",
+        "0:0:0:0:0:ffff:6464:64c8"]))
+    assert not any(map(openqq.is_forbidden, [
+        "127.0.0.1", "::1", "10.0.0.1", "169.253.1.1", "fec0::1", "169.255.1.1",
+        "::ffff:127.0.0.1", "2002:7f00:1::"]))
 
 
 def test_only_http_is_called_and_where_nobody_is_nothing_was_sent(upstream):
@@ -2619,17 +2578,22 @@ def test_posts_are_not_redirected_to_others(guarded, receive):
     assert other.posts == []
 
 
-def test_the_environments_proxy_serves_others_but_not_this_machine(upstream):
-    server, proxy = upstream(*[[good(b"direct")]] * 2), upstream([good(b"by proxy")])
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import openqq\n"
+def fetched(urls, **env):
+    """What a new process fetches from some URLs, a line each; `env`: its proxies."""
+    code = ("import ssl, sys; sys.path.insert(0, sys.argv[1]); import openqq\n"
+            "ssl.create_default_context = ssl._create_unverified_context\n"
             "for url in sys.argv[2:]: print(openqq.fetch(url).read().decode())")
     done = subprocess.run(
-        [sys.executable, "-c", code, HERE, server.url, f"http://localhost:{server.port}/",
-         "http://bot.example/x?y"],
+        [sys.executable, "-c", code, HERE, *urls], stdout=subprocess.PIPE, check=True, timeout=WAIT,
         env={**{name: value for name, value in os.environ.items()
-                if not name.lower().endswith("_proxy")}, "http_proxy": proxy.url},
-        stdout=subprocess.PIPE, check=True, timeout=WAIT)
-    assert done.stdout.decode().splitlines() == ["direct", "direct", "by proxy"]
+                if not name.lower().endswith("_proxy")}, **env})
+    return done.stdout.decode().splitlines()
+
+
+def test_the_environments_proxy_serves_others_but_not_this_machine(upstream):
+    server, proxy = upstream(*[[good(b"direct")]] * 2), upstream([good(b"by proxy")])
+    assert fetched([server.url, f"http://localhost:{server.port}/", "http://bot.example/x?y"],
+                   http_proxy=proxy.url) == ["direct", "direct", "by proxy"]
     assert proxy.seen[0][1].startswith(b"GET http://bot.example/x?y HTTP/1.1\r\n"
                                        b"Host: bot.example\r\n")
 
@@ -2646,15 +2610,8 @@ def test_what_a_proxy_must_know_goes_no_further_than_the_proxy(upstream, tmp_pat
             tls.recv(1)
 
     proxy = upstream([tunnel])
-    code = ("import ssl, sys; sys.path.insert(0, sys.argv[1]); import openqq\n"
-            "ssl.create_default_context = ssl._create_unverified_context\n"
-            "print(openqq.fetch('https://bot.example/x?y').read().decode())")
-    done = subprocess.run(
-        [sys.executable, "-c", code, HERE], stdout=subprocess.PIPE, check=True, timeout=WAIT,
-        env={**{name: value for name, value in os.environ.items()
-                if not name.lower().endswith("_proxy")},
-             "https_proxy": proxy.url.replace("//", "//me:secret@")})
-    assert done.stdout == b"through\n"
+    assert fetched(["https://bot.example/x?y"],
+                   https_proxy=proxy.url.replace("//", "//me:secret@")) == ["through"]
     assert proxy.seen[0][1].startswith(b"CONNECT bot.example:443 HTTP/1.1\r\n")
     assert b"Proxy-Authorization: Basic bWU6c2VjcmV0" in proxy.seen[0][1]
     assert inside[0].startswith(b"GET /x?y HTTP/1.1\r\nHost: bot.example\r\n")
@@ -2696,7 +2653,7 @@ def connections(port, states=("01",), side=0):
     return sum(row[side].endswith(":%04X" % port) and row[2] in states for row in rows)
 
 
-def test_a_caller_who_leaves_frees_the_clients_waiter(pair):
+def test_a_caller_who_leaves_frees_the_clients_waiter_and_takes_no_event_with_it(pair):
     port = pair.state("alice")["port"]
     for where in (port, pair.port):
         heard(pair)
@@ -2714,7 +2671,7 @@ def test_a_caller_who_leaves_frees_the_clients_waiter(pair):
 
 def test_connections_to_clients_that_nobody_calls_cost_no_descriptors_and_end(tmp_path):
     process, log, port = run_with_files(200, 200, tmp_path, "controller")
-    base, names = f"http://127.0.0.1:{port}", [f"client{number}" for number in range(4)]
+    base, names = f"http://127.0.0.1:{port}", [f"client{number}" for number in range(3)]
     program, statuses = types.SimpleNamespace(call=functools.partial(call, base)), []
 
     def wait_for_an_event(name):
@@ -2732,10 +2689,10 @@ def test_connections_to_clients_that_nobody_calls_cost_no_descriptors_and_end(tm
         ports = {name: clients[name]["port"] for name in names}
         for name in names:
             heard(program, name)
-            waiting = [threading.Thread(target=wait_for_an_event, args=(name,)) for _ in range(45)]
+            waiting = [threading.Thread(target=wait_for_an_event, args=(name,)) for _ in range(60)]
             for thread in waiting:
                 thread.start()
-            eventually(lambda: connections(ports[name]) >= 45 or len(statuses) % 45)
+            eventually(lambda: connections(ports[name]) >= 60 or len(statuses) % 60)
             call(base, "send_friend_message", client=name, name="小冰", content="go")
             for thread in waiting:
                 thread.join()
@@ -3081,12 +3038,10 @@ def logged_in(face):
     return face
 
 
-@pytest.fixture(scope="session")
-def alone(tmp_path_factory):
-    """A client alone, alice running."""
+def alices(tmpdir, controlled):
+    """alice, running, with all events posted; until the fixture ends."""
     receiver = Receiver()
-    face = logged_in(begin_face(False, tmp_path_factory.mktemp("alone"), receiver,
-                                post_event_list=ALL_EVENTS))
+    face = logged_in(begin_face(controlled, tmpdir, receiver, post_event_list=ALL_EVENTS))
     yield face
     assert face.program.stop() == 0
     assert "Traceback" not in face.program.log.text()
@@ -3094,17 +3049,24 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def together(tmp_path_factory):
+def alone(tmp_path_factory):
+    """A client alone, alice running."""
+    yield from alices(tmp_path_factory.mktemp("alone"), False)
+
+
+@pytest.fixture(scope="session")
+def under(tmp_path_factory):
+    """A controller with alice."""
+    yield from alices(tmp_path_factory.mktemp("together"), True)
+
+
+@pytest.fixture(scope="session")
+def together(under):
     """A controller with alice (all events posted) and bob (the usual ones): their faces."""
-    receivers = [Receiver(), Receiver()]
-    alice = logged_in(begin_face(True, tmp_path_factory.mktemp("together"), receivers[0],
-                                 post_event_list=ALL_EVENTS))
-    alice.program.login("bob", post_api=receivers[1].url)
-    yield alice, Face(alice.program, "bob", receivers[1], True)
-    assert alice.program.stop() == 0
-    assert "Traceback" not in alice.program.log.text()
-    for receiver in receivers:
-        receiver.close()
+    with contextlib.closing(Receiver()) as receiver:
+        under.program.login("bob", post_api=receiver.url)
+        yield under, Face(under.program, "bob", receiver, True)
+        under.program.call("stop_client", client="bob")
 
 
 @pytest.fixture(scope="session")
@@ -3572,13 +3534,13 @@ FACTS_OF = {"new_group_member": {"kind", "operator_uid"},
             "group_member_property_change": {"group_uid"}}
 
 
-def test_every_documented_event_can_be_made_to_happen(face):
+def test_every_documented_event_can_be_made_to_happen_and_lists_follow_it(face):
     seq = face.mark()
     for do, what, uid, place, properties, event, shapes in STEPS:
         face.change(do, what, uid, place, **properties)
         if not event:
             continue
-        params = face.event(event)
+        params = face.event(event, lambda params: params[0]["name"] == shapes[0].split()[1])
         assert len(params) == len(shapes), event
         for param, shape in zip(params, shapes):
             if isinstance(shape, list):
@@ -3589,54 +3551,16 @@ def test_every_documented_event_can_be_made_to_happen(face):
         kept = face.call("check_event", since=seq)  # the same, and nothing else of that name
         seq = kept[-1]["seq"]
         (row,) = [row for row in kept if row["event"] == event and row["params"] == params]
-        assert row["post_type"] == "event"
+        assert row["post_type"] == "event" and abs(int(row["time"]) - time.time()) < 600
         assert set(row) == {"event", "params", "post_type", "seq", "time",
                             *FACTS_OF.get(event, ())}
-
-
-def test_events_in_check_event_and_in_streams_have_their_time_too(face, follow):
-    stream = follow(face.base, streamed(face))
-    before, seq = int(time.time()), face.mark()
-    uid = face.change("add", "person", name="有时")
-    face.change("add", "friend", uid, "alice")
-    _, told = stream.wait(event="new_friend")
-    kept = [row for row in face.call("check_event", since=seq) if row.get("event")]
-    assert kept == [told] and before <= int(told["time"]) <= time.time()
-    face.change("remove", "person", uid)
-    face.event("lose_friend")
-
-
-def test_lists_follow_the_events(face):
-    uid = "60001"
-    face.change("add", "person", uid, name="随从")
-    for what, place in ("friend", "alice"), ("group", ""), ("discuss", ""):
-        face.change("add", what, uid, place, name="随从", owner_uid="alice")
-        face.event("new_" + what)
-        if what != "friend":
-            face.change("add", what + "_member", XIAOHUI, uid)
-            face.event(f"new_{what}_member")
-        (row,) = [row for row in face.call(f"get_{what}_info") if row["name"] == "随从"]
-        assert what == "friend" or [member["name"] for member in row["member"]] == ["alice", "小灰"]
-        face.change("remove", what, uid, place)
-        face.event("lose_" + what)
-        assert "随从" not in [row["name"] for row in face.call(f"get_{what}_info")]
-    face.change("remove", "person", uid)
-
-
-def test_property_changes_are_told_only_where_they_are_listed(together):
-    alice, bob = together
-    seq = bob.mark()
-    alice.change("set", "person", XIAOHUI, face="7")
-    assert alice.event("friend_property_change")[1:] == ["face", "0", "7"]
-    assert bob.say("after the change")["code"] == 0
-    events = []
-    while not events or events[-1].get("content") != "after the change":
-        events.append(bob.receiver.next())
-    assert not [event for event in events if "property" in event.get("event", "")]
-    assert [event["content"] for event in bob.since(seq, "after the change")] == [
-        "after the change"]
-    assert bob.friend("小灰")["face"] == "7"  # known all the same
-    alice.change("set", "person", XIAOHUI, face="0")
+        way, _, kind = event.partition("_")
+        if way in ("new", "lose"):
+            rows = face.call(f"get_{kind.partition('_')[0]}_info")
+            if "member" in kind:
+                [rows] = [row["member"] for row in rows if row["name"] == params[1]["name"]]
+            known = params[0]["id"] in [row["id"] for row in rows]
+            assert known == (way == "new"), event
 
 
 def test_check_event_answers_at_once_what_came_since_the_last_call(face):
@@ -3699,22 +3623,6 @@ def test_every_waiting_caller_gets_the_event():
     both = [json.loads(answers.get(timeout=WAIT)) for _ in range(2)]
     assert both[0] == both[1] == [{"event": "new_friend", "seq": both[0][0]["seq"]}]
     assert store.take(None, openqq.result_of, 0.01) == b"[]"  # and it is told once only
-
-
-def test_a_caller_that_went_away_takes_no_event_with_it(face):
-    face.mark()
-    face.call("check_event")
-    query = "?client=alice" if face.controlled else ""
-    for number in range(5):
-        with socket.create_connection(("127.0.0.1", face.program.port)) as caller:
-            caller.sendall(f"GET /openqq/check_event{query} HTTP/1.1\r\nHost: localhost\r\n\r\n"
-                           .encode())
-            face.call("get_client_info")
-        for _ in range(5):  # time enough for the news to reach the client
-            face.call("get_client_info")
-        face.say(f"for whoever asks {number}")
-        events = face.call("check_event")
-        assert [event["content"] for event in events] == [f"for whoever asks {number}"]
 
 
 # -- group control
@@ -3794,28 +3702,6 @@ def test_only_owner_and_admins_may_and_only_with_those_below_them(face):
     assert face.say("gone", "90002", type="group_message", to="80002")["code"] == 8
     face.change("remove", "group", "80002")
     face.change("remove", "person", "90002")
-
-
-def test_a_muted_account_s_message_fails_and_says_so(together):
-    alice, bob = together
-    alice.change("add", "group", "80004", name="禁", owner_uid="alice")
-    alice.change("add", "group_member", "bob", "80004")
-    forbidden = lambda params: params[-1]["name"] == "禁"  # noqa: E731
-    assert bob.event("new_group", forbidden)[0]["role"] == "attend"
-    assert alice.event("new_group_member", forbidden)[0]["name"] == "bob"
-    assert bob.call("kick_group_member", group_uid="80004", member_uid=bob.call(
-        "get_user_info")["uid"])["code"] == 201
-    member = [row for row in alice.group("禁")["member"] if row["name"] == "bob"][0]
-    assert alice.call("shutup_group_member", group_uid="80004", member_id=member["id"],
-                      time=10)["code"] == 0
-    answer = bob.call("send_group_message", uid="80004", content="嗯")
-    assert set(answer) == {"code", "id", "info", "status"}
-    assert answer["code"] in (-1, -3, -4, -5) and answer["status"] == "发送失败"
-    assert bob.call("send_group_message", uid=OPENQQ_GROUP, content="这里呢")["code"] == 0
-    failed = bob.sent("嗯")
-    assert (failed["code"], failed["msg"], failed["info"], failed["id"]) == (
-        answer["code"], "发送失败", answer["info"], None) and answer["id"] is None
-    alice.change("remove", "group", "80004")
 
 
 # -- two accounts
@@ -4102,17 +3988,6 @@ def test_stop_client_on_a_client_stops_it_in_3_seconds(house):
                                                           f"post_stopped{method}.jsonl"}
 
 
-def test_login_by_password_needs_no_scan(house, receive):
-    receiver = receive()
-    house.call("start_client", client="paul", login_type="login", pwd="whatever",
-               post_api=receiver.url)
-    assert receiver.next(is_login)["params"] in ([0], [1])
-    assert house.call("get_user_info", client="paul")["account"] == "paul"
-    assert not re.search(r"\[paul\].*ticket=", house.log.text())
-    for name in left_files(house):
-        assert b"whatever" not in content(house.path(name)), name
-
-
 def test_a_client_that_may_show_no_code_stops_and_lists_that_are_not_wanted_stay_empty(house):
     house.call("start_client", client="quin", qrcode_count_max=0)
     house.log.wait("client quin ended by itself")
@@ -4228,16 +4103,6 @@ def network(tmp_path):
     made.now = now
     yield made
     made.stop()
-
-
-def test_a_client_that_died_while_it_waited_for_news_is_not_kept_in_memory(network):
-    def gone(future, seconds):
-        raise openqq.Hangup()
-
-    for number in range(3):
-        with pytest.raises(openqq.Hangup):
-            network.call(f"client{number}", "pull", [""], {}, gone)
-    assert not any(session.pull for session in network.sessions.values())
 
 
 @pytest.fixture
@@ -4489,6 +4354,8 @@ def test_messages_are_always_posted_and_events_as_the_settings_say(tower):
     tower.change("remove", "person", "777")
     for name, (_, wanted) in cases.items():
         tower.say("消息 " + name, name)
+        kept = [event.get("event", "") for event in tower.call("check_event", client=name)]
+        assert any("property" in event for event in kept) == (name == "ev3")
         assert tower.call("stop_client", client=name)["code"] == 0   # waits for what is queued
         assert {event["event"] for _, _, _, event in tower.posts(name)
                 if event["post_type"] == "event"} == wanted
@@ -4646,7 +4513,7 @@ def test_shutup_in_the_answer_to_a_group_message_silences_the_sender_for_shutup_
         group = {"type": "group_message", "to": "OpenQQ", "from": who}
         before = time.time()
         tower.say("吵 " + who, answer=(200, {}, answer), **group)
-        until = poll_until(lambda: muted_until(tower, who))
+        until = eventually(lambda: muted_until(tower, who))
         assert before + seconds <= until <= time.time() + seconds
         again = tower.call("/local/say", client="gina", content="还吵", **group)
         assert again["code"] == 8
@@ -4665,15 +4532,6 @@ def muted_until(tower, who):
     times = [float(time) for row in re.findall(r"\{[^{}]*\"muted\":[^{}]*\}", found)
              if f'"{who}"' in row for time in re.findall(r"\"muted\":([0-9.]+)", row)]
     return max(times, default=0)
-
-
-def poll_until(look, seconds=WAIT):
-    """What look() finds, for things that tell nobody when they have happened."""
-    end = time.monotonic() + seconds
-    while not look():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-    return look()
 
 
 def test_the_documents_answer_replies_and_stdout_carries_the_events(start, receive):
@@ -4873,7 +4731,10 @@ def test_messages_are_shown_as_tools_parse_them(tower):
     assert tower.call("shutup_group_member", client="gina", group_uid=group["uid"], time=1,
                       member_uid=uids["hugo"])["code"] == 0
     failed = tower.call("send_group_message", client="hugo", uid=group["uid"], content="听不见")
-    assert (failed["code"], failed["status"]) == (-4, "发送失败")
+    assert failed == {"code": -4, "id": None, "info": failed["info"], "status": "发送失败"}
+    told = tower.posted("hugo", "听不见")
+    assert (told["code"], told["msg"], told["info"], told["id"]) == (
+        -4, "发送失败", failed["info"], None)
     for text in (
             "[好友消息] 小灰|我的好友 : 一", "[好友消息] 小灰|我的好友 : 二",
             "[群消息] 小灰|OpenQQ : 在 group", "[讨论组消息] 小灰|OpenQQ : 在 discuss",
@@ -4890,13 +4751,10 @@ HOSTILE_NAME = "坏\n[gina][1][26/01/01 00:00:00] [群消息] 假|冒 : 钱\r\x1
 
 
 def test_no_control_character_of_a_name_or_a_text_reaches_the_log(tower):
-    def change(do, what, uid, **params):
-        assert tower.call("/local/change", do=do, what=what, uid=uid, **params)["code"] == 0
-
-    change("add", "person", "666", name=HOSTILE_NAME)
-    change("add", "friend", "666", **{"in": "gina"})
-    change("add", "group", "6660", name=HOSTILE_NAME, owner_uid="gina")
-    change("add", "group_member", "666", card=HOSTILE_NAME, **{"in": "6660"})
+    tower.change("add", "person", "666", name=HOSTILE_NAME)
+    tower.change("add", "friend", "666", place="gina")
+    tower.change("add", "group", "6660", name=HOSTILE_NAME, owner_uid="gina")
+    tower.change("add", "group_member", "666", card=HOSTILE_NAME, place="6660")
     since = len(tower.log.lines)
     tower.say("招呼", **{"from": "666"})
     tower.say("招呼\x1b[31m\r假", type="group_message", to="6660", **{"from": "666"})
@@ -4908,8 +4766,8 @@ def test_no_control_character_of_a_name_or_a_text_reaches_the_log(tower):
     for line in tower.log.lines:
         assert LOG_LINE.fullmatch(line), line
         assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", line), ascii(line)
-    change("remove", "group", "6660")
-    change("remove", "person", "666")
+    tower.change("remove", "group", "6660")
+    tower.change("remove", "person", "666")
 
 
 def test_a_log_file_is_kept_to_itself_unless_console_is_wanted_and_reopened_when_moved(tower):
@@ -4920,10 +4778,10 @@ def test_a_log_file_is_kept_to_itself_unless_console_is_wanted_and_reopened_when
         read = lambda path: content(path).decode(encoding or "utf-8")  # noqa: E731
         tower.program.login(name, log_path=path, log_console=console, log_encoding=encoding)
         tower.say("第一 " + name, name)
-        poll_until(lambda: "小灰|我的好友 : 第一 " + name in read(path))
+        assert eventually(lambda: "小灰|我的好友 : 第一 " + name in read(path))
         os.rename(path, path + ".1")
         tower.say("第二 " + name, name)
-        poll_until(lambda: os.path.exists(path) and "第二 " + name in read(path))
+        assert eventually(lambda: os.path.exists(path) and "第二 " + name in read(path))
         assert "第一" not in read(path) and "第二" not in read(path + ".1")
         assert all(LOG_LINE.fullmatch(line) for line in read(path + ".1").splitlines())
         assert os.stat(path).st_mode & 0o777 == 0o600
@@ -5203,9 +5061,9 @@ def begin_openqq(words, env, **how):
     """Python, with nothing of ours in its environment but what is given."""
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(("MOJO_", "OPENQQ_"))}
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
     return subprocess.Popen([sys.executable, *words], env={**environment, **env},
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **how)
+                            stdin=subprocess.DEVNULL, **how)
 
 
 def ended(process):
@@ -5216,11 +5074,8 @@ def ended(process):
 CALLS = [  # words, what the environment says, exit status, what is said
     ("--version", {}, 0, rf"OpenQQ {re.escape(openqq.VERSION)}\n\Z"),
     ("--help", {}, 0, re.escape(openqq.USAGE) + r"\Z"),
-    ("-h", {}, 0, re.escape(openqq.USAGE) + r"\Z"),
     ("", {}, 2, "usage: python openqq.py controller"),
-    ("serve", {}, 2, "usage: python openqq.py controller"),
     ("client --nope 1", {}, 2, "--nope .*client --help"),
-    ("controller --account x", {}, 2, "--account .*--help"),
     ("client --max-clients=3", {}, 2, "--max-clients .*--help"),
     ("client --log-level", {}, 2, "--log-level needs a value"),
     ("client alice", {}, 2, "alice .*--help"),
@@ -5228,13 +5083,11 @@ CALLS = [  # words, what the environment says, exit status, what is said
     ("controller", {"MOJO_WEBQQ_PORT": "http"}, 2, "port 'http'"),
     ("client --account ../x", {}, 2, "name not allowed"),
     ("client --state-path /dev/null", {}, 2, "state_path .* not be a device"),
-    ("controller --flavor icq", {}, 2, "flavor .*qq"),
     ("client --port 0 --log-path {tmp}/file/x.log", {}, 1, "openqq: log_path .*cannot be used"),
     ("client --port 0 --tmpdir {tmp}/file", {}, 1, "openqq: .*(tmpdir|{tmp}/file)"),
     ("client --port 0 --host 192.0.2.1", {}, 1,
      "openqq: cannot listen on 192.0.2.1 .*--host or --port"),
-    ("client --port 0 --host " + "a" * 300, {}, 1,
-     "openqq: cannot listen on aaa.*--host or --port"),
+    ("client --port 0 --account b --host " + "a" * 300, {}, 1, "openqq: cannot listen on aaa"),
 ]
 
 
@@ -5254,13 +5107,6 @@ def test_a_call_that_starts_nothing_says_why_with_its_exit_status(tmp_path):
         if status == 1:
             (text,) = [line for line in text.splitlines() if "[info]" not in line]
         assert other == "" and re.search(said.replace("{tmp}", str(tmp_path)), text), (words, done)
-
-
-def test_a_token_in_the_environment_is_needed_by_every_call(start, tmp_path):
-    for number, name in enumerate(("OPENQQ_TOKEN", "MOJO_WEBQQ_TOKEN")):
-        controller = start("controller", tmpdir=tmp_path / str(number), env={name: "s3cret"})
-        assert controller.call("check_client") == {"code": -6, "status": "auth failure"}, name
-        assert controller.call("check_client", token="s3cret") == {"client": [], "code": 0}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5501,7 +5347,7 @@ def test_a_qr_code_on_a_terminal_has_two_rows_a_line_and_scans_on_any_background
 
 
 @decoder_needed
-def test_a_clients_picture_holds_its_scan_url_and_opening_it_logs_in(tower):
+def test_a_clients_picture_holds_its_scan_url(tower):
     assert tower.call("start_client", client="phone")["code"] == 0
     tower.posted("phone", lambda event: event.get("event") == "input_qrcode")
     with open(tower.program.path("qrcode_phone.jpg"), "rb") as file:
@@ -5511,16 +5357,8 @@ def test_a_clients_picture_holds_its_scan_url_and_opening_it_logs_in(tower):
     assert url == f"{tower.program.base}/local/scan?client=phone&ticket={ticket}"
     fetched = request(tower.program.base, "/openqq/get_qrcode?client=phone")
     assert (fetched[1]["content-type"], fetched[2]) == ("image/png", picture)
-    status, fields, body = request(tower.program.base, url[len(tower.program.base):])
-    assert status == 200 and fields["content-type"].startswith("text/html")
-    assert f'name="ticket" value="{ticket}"' in body.decode() and "phone" in body.decode()
-    tower.posted("phone", lambda event: event.get("params") == ["scaning", "confirming"])
-    status, _, _ = request(tower.program.base, "/local/confirm", "POST", "ticket=" + ticket,
-                           {"Content-Type": "application/x-www-form-urlencoded"})
-    assert status == 200
-    login = tower.posted("phone", lambda event: event.get("event") == "login")
-    assert login["params"] == [1]
-    assert not os.path.exists(tower.program.path("qrcode_phone.jpg"))
+    status, _, body = request(tower.program.base, url[len(tower.program.base):])
+    assert status == 200 and f'name="ticket" value="{ticket}"' in body.decode()
     tower.call("delete_client", client="phone")
 
 
@@ -5530,11 +5368,8 @@ class Terminal(Program):
     def __init__(self, tmpdir, *words):
         self.tmpdir = str(tmpdir)
         master, slave = pty.openpty()
-        environment = {name: value for name, value in os.environ.items()
-                       if not name.startswith(("MOJO_", "OPENQQ_"))}
-        self.process = subprocess.Popen(
-            [sys.executable, FILE, *words, "--tmpdir", self.tmpdir, "--port", "0"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=slave, env=environment)
+        self.process = begin_openqq(
+            [FILE, *words, "--tmpdir", self.tmpdir, "--port", "0"], {}, stderr=slave)
         os.close(slave)
         self.pid, self.port, self.log = self.process.pid, 0, Log(self._lines(master))
 
