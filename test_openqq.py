@@ -3038,10 +3038,12 @@ def logged_in(face):
     return face
 
 
-def alices(tmpdir, controlled):
-    """alice, running, with all events posted; until the fixture ends."""
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """A client alone, alice running."""
     receiver = Receiver()
-    face = logged_in(begin_face(controlled, tmpdir, receiver, post_event_list=ALL_EVENTS))
+    face = logged_in(begin_face(False, tmp_path_factory.mktemp("alone"), receiver,
+                                post_event_list=ALL_EVENTS))
     yield face
     assert face.program.stop() == 0
     assert "Traceback" not in face.program.log.text()
@@ -3049,24 +3051,17 @@ def alices(tmpdir, controlled):
 
 
 @pytest.fixture(scope="session")
-def alone(tmp_path_factory):
-    """A client alone, alice running."""
-    yield from alices(tmp_path_factory.mktemp("alone"), False)
-
-
-@pytest.fixture(scope="session")
-def under(tmp_path_factory):
-    """A controller with alice."""
-    yield from alices(tmp_path_factory.mktemp("together"), True)
-
-
-@pytest.fixture(scope="session")
-def together(under):
+def together(tmp_path_factory):
     """A controller with alice (all events posted) and bob (the usual ones): their faces."""
-    with contextlib.closing(Receiver()) as receiver:
-        under.program.login("bob", post_api=receiver.url)
-        yield under, Face(under.program, "bob", receiver, True)
-        under.program.call("stop_client", client="bob")
+    receivers = [Receiver(), Receiver()]
+    alice = logged_in(begin_face(True, tmp_path_factory.mktemp("together"), receivers[0],
+                                 post_event_list=ALL_EVENTS))
+    alice.program.login("bob", post_api=receivers[1].url)
+    yield alice, Face(alice.program, "bob", receivers[1], True)
+    assert alice.program.stop() == 0
+    assert "Traceback" not in alice.program.log.text()
+    for receiver in receivers:
+        receiver.close()
 
 
 @pytest.fixture(scope="session")
@@ -5224,27 +5219,29 @@ def test_a_bot_hears_answers_and_sends_by_callbacks(script, tmp_path):
     assert len(re.findall("fault of this program", bot.log.text())) <= 2
 
 
-MISTAKES = [  # a line of a script, what is said of it
-    # 003's own script, without call_on_load, when the port is taken
-    ('client.load("Openqq", data={"listen": [{"host": "127.0.0.1", "port": %d}]}); client.run()',
-     "cannot listen on 127.0.0.1 port %d"),
+MISTAKES = [  # a line of a script, what is said of it; the last is 003's own script, without
+    # call_on_load, when the port is taken
     ('client.load("Nope")', "there is no plugin Nope"),
     ('client.load("+nope_nope")', r"plugin \+nope_nope cannot be loaded"),
     ('openqq.Client(account="b", no_such=1)', "no_such is not a setting of a client"),
     ('openqq.Controller(listen=[], port="x")', "port 'x' must be a whole number"),
     ('client.load("Openqq", data={"nope": 1}, call_on_load=True)', "nope is not a setting"),
-]
+    ('client.load("Openqq", data={"listen": [{"host": "127.0.0.1", "port": %d}]}); client.run()',
+     "cannot listen on 127.0.0.1 port %d")]
 
 
-@pytest.mark.parametrize("line, said", MISTAKES)
-def test_a_mistake_in_a_script_is_named(script, line, said):
+def test_a_mistake_in_a_script_is_named(script):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        program = script('client = openqq.Client(account="a", tmpdir="{tmpdir}")\n'
-                         + line.replace("%d", str(port)))
+        lines = [line.replace("%d", str(port)) for line, _ in MISTAKES]
+        program = script('client = openqq.Client(account="a", tmpdir="{tmpdir}")\n' + "".join(
+                             f"try: {line}\nexcept Exception as error: print(repr(error))\n"
+                             for line in lines[:-1]) + lines[-1])
         assert program.process.wait(WAIT) == 1
-        program.log.wait(said.replace("%d", str(port)))
-        assert "run()" not in line or not os.path.exists(program.path("pid_a.pid"))
+        for _, said in MISTAKES[:-1]:
+            program.out.wait(said)
+        program.log.wait(MISTAKES[-1][1].replace("%d", str(port)))
+        assert not os.path.exists(program.path("pid_a.pid"))
 
 
 # ------------------------------------------------------------------------------------------------
