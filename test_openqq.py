@@ -1614,9 +1614,6 @@ def eventually(check):
     return check()
 
 
-NEW_FACTS = ["kind", "operator_uid", "group_uid"]  # what events tell besides the documents' members
-
-
 def chunked(body):
     return asking(b"Transfer-Encoding: chunked", b"Content-Type: " + FORM.encode(),
                   line=line_of("/openqq/search_friend", "POST")) + body
@@ -1625,7 +1622,8 @@ def chunked(body):
 # Requests that could be read in two ways, or that are none, or too large, and how each is refused.
 HOSTILE = [(status, asking(*fields)) for status, fields in [
     *((400, [b"Content-Length:" + length]) for length in (
-        b" 5, 5| +4| -1| 1_0| 0x4|| \xb2| \xd9\xa4| 4.0| 5,| 0 5| \"0\"| " + b"9" * 20).split(b"|")),
+        b" 5, 5| +4| -1| 1_0| 0x4|| \xb2| \xd9\xa4| 4.0| 5,| 0 5| \"0\"|"
+        b" 99999999999999999999").split(b"|")),
     *((501, [b"Transfer-Encoding:" + coding]) for coding in (
         b" gzip, chunked| identity| chunked, chunked|| chunked,| ,chunked| chunked;q=1|"
         b" \"chunked\"| chunked, gzip| xchunked").split(b"|")),
@@ -2211,8 +2209,8 @@ TOKEN = "s3cr3t&=%密"
 
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory):
-    """A controller with a token of its environment, that logs all it can, with files at places of its own; alice
-    runs on it. `guarded.proxied` is what came to the HTTP proxy of its environment."""
+    """A controller with a token by its environment, that logs all it can, with files at places of
+    its own; alice runs on it. `guarded.proxied` is what came to the HTTP proxy that it was told."""
     tmpdir = tmp_path_factory.mktemp("guarded")
     proxy = Upstream([[]])
     words = ["--log_level", "debug", "--http_debug", "1", "--template_path",
@@ -2950,7 +2948,8 @@ class Face:
         """The params of the next event of that name that is posted, and wanted."""
         row = self.receiver.next(lambda event: event.get("event") == name
                                  and wanted(event["params"]))
-        assert set(row) - set(NEW_FACTS) == {"event", "params", "post_type", "time"}
+        assert set(row) - {"kind", "operator_uid", "group_uid"} == {
+            "event", "params", "post_type", "time"}
         assert row["post_type"] == "event" and abs(int(row["time"]) - time.time()) < 600
         return row["params"]
 
@@ -2959,7 +2958,7 @@ class Face:
                                   and event["post_type"] == "send_message")
 
     def both(self, content):
-        """A message as it was sent, and after it its echo as it was received, as they are posted."""
+        """A message as it was sent, then its echo as it was received, as they are posted."""
         found = [self.receiver.next(lambda event: event.get("content") == content) for _ in "12"]
         assert [event["class"] for event in found] == ["send", "recv"]
         return found
@@ -5355,9 +5354,8 @@ with open(FILE, encoding="utf-8") as source:
 LINES = SOURCE.split("\n")
 TREE = ast.parse(SOURCE)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-RULE = "# " + "-" * 96
 BANNERS = [(number, LINES[number - 1][2:]) for number in range(2, len(LINES))  # line, title
-           if LINES[number - 2] == LINES[number] == RULE]
+           if LINES[number - 2] == LINES[number] == "# " + "-" * 96]
 
 
 def test_the_list_of_sections_in_the_docstring_is_that_of_the_banners():
