@@ -351,7 +351,9 @@ class Receiver(Peer):
         self.posts.append((handler.requestline.split()[1], handler.headers, handler.body, event))
         said = self._answer(event)
         status, fields, data = said if isinstance(said, tuple) else (said or 200, {}, b"")
-        self.reply(handler, status, data, fields=None if isinstance(data, dict) else fields)
+        if isinstance(data, dict):
+            data, fields = json.dumps(data), {"Content-Type": "application/json"}
+        self.reply(handler, status, data, fields=fields)
         self.events.put(event)
 
     def next(self, wanted=lambda event: True, seconds=WAIT):
@@ -366,6 +368,11 @@ class Receiver(Peer):
         """The next received message with this content."""
         return self.next(lambda event: event.get("content") == content
                          and event["post_type"] == "receive_message")
+
+    def close(self):
+        """Take no more connections; those that there are get answers, so that programs end soon."""
+        self.server.shutdown()
+        self.server.server_close()
 
 
 def cq_string(segments):
@@ -500,41 +507,36 @@ class Channel:
 class Bridge(Peer):
     """A OneBot 11 bridge for one account: HTTP, SSE, webhook and WebSocket on one port.
 
-    What it knows stands in plain attributes that a test may change whenever it likes: uin,
-    nickname, friends, groups (a row's `members` is a list, or a callable that makes it), strangers,
-    logged_in, answers, hanging, and the quirks, which are the keywords:
-
-    token           what it demands; `refusal`: the (status, body) for whoever has another
-    late_refusal    a WebSocket is opened all the same and told so in JSON, then closed (NapCat)
-    ids             int or str: how ids are written; message_format: "array" or "string"
-    sse             True, False (404), or 1404 (200 with that retcode, NapCat without it)
-    post_to         the URL that events are posted to, `secret` signs them
-    unknown         404, or 200: how it answers to an action that it does not have
-    lifecycle       whether a WebSocket begins with the event that tells of it
-    pieces          WebSocket texts go out in fragments of so many bytes
-
-    A WebSocket at /api carries actions only, at any other path events too.
+    What it knows stands in plain attributes that a test may change whenever it likes: those that
+    keywords set, and friends, groups (a row's `members` is a list, or a callable that makes it),
+    strangers, logged_in, answers, hanging. A WebSocket at /api carries actions only, at any other
+    path events too.
 
     calls: (action, params) in the order of their coming. faults: what a client did against the
     protocol; tests end with `assert not bridge.faults`.
     """
 
+    uin, nickname = 10001, "阿猫"
+    token = ""                 # what it demands
+    refusal = (403, {"status": "failed", "retcode": 1403, "message": "token验证失败"})
+    late_refusal = False       # a WebSocket is opened all the same and told so in JSON (NapCat)
+    ids = int                  # or str: how ids are written
+    message_format = "array"   # or "string"
+    sse = True                 # or False (404), or 1404 (200 with that retcode, NapCat without it)
+    post_to = secret = ""      # the URL that events are posted to, and what signs them
+    unknown = 404              # or 200: how it answers to an action that it does not have
+    lifecycle = True           # whether a WebSocket begins with the event that tells of it
+    pieces = 0                 # WebSocket texts go out in fragments of so many bytes
     OK = {"status": "ok", "retcode": 0, "data": None, "message": "", "wording": ""}
     IDS = {"user_id", "group_id", "self_id", "target_id", "operator_id", "sender_id", "message_id"}
 
-    def __init__(self, uin=10001, nickname="阿猫", token="", port=0, ids=int, sse=True,
-                 message_format="array", post_to="", secret="", unknown=404,
-                 refusal=(403, {"status": "failed", "retcode": 1403, "message": "token验证失败"}),
-                 late_refusal=False, lifecycle=True, pieces=0):
-        self.uin, self.nickname, self.token, self.ids, self.sse = uin, nickname, token, ids, sse
-        self.message_format, self.post_to, self.secret = message_format, post_to, secret
-        self.unknown, self.refusal = unknown, refusal
-        self.late_refusal, self.lifecycle, self.pieces = late_refusal, lifecycle, pieces
+    def __init__(self, port=0, **quirks):
+        vars(self).update(quirks)
         self.friends = [{"user_id": 20001, "nickname": "小明", "remark": "老明"},
                         {"user_id": 20002, "nickname": "小红", "remark": ""}]
         self.strangers = []
         self.groups = [{"group_id": 30001, "group_name": "一家人", "members": [
-            self.member(uin, "owner"), self.member(20001, "member", nickname="小明", card="爸"),
+            self.member(self.uin, "owner"), self.member(20001, "member", nickname="小明", card="爸"),
             self.member(40001, "admin", nickname="路人")]}]
         self.logged_in = True
         self.answers = {}           # action: what is answered instead, see _answer
@@ -901,7 +903,7 @@ class MilkyBridge(Bridge):
         "recall_group_message": "group_id:n message_seq:n",
         "get_message": "message_scene:s peer_id:n message_seq:n",
         "get_history_messages": "message_scene:s peer_id:n start_message_seq:n* limit:n*",
-        "get_resource_temp_url": "resource_id:s", "get_forwarded_messages": "forward_id:s",
+        "get_resource_temp_url": "resource_id:s",
         "accept_friend_request": "initiator_uid:s is_filtered:b*",
         "reject_friend_request": "initiator_uid:s is_filtered:b* reason:s*",
         "set_group_member_mute": "group_id:n user_id:n duration:n*",
@@ -933,13 +935,13 @@ class MilkyBridge(Bridge):
                 MilkyBridge.misfit(MilkyBridge.SEGMENTS[row["type"]], row["data"]) is None
                 for row in value)}
 
-    def __init__(self, ws=True, own=False, fields="1.2", missing=(), nickname="阿猫", **more):
+    def __init__(self, ws=True, own=False, fields="1.2", missing=(), **more):
         self.has_ws, self.own, self.fields, self.missing = ws, own, fields, missing
         self.said = {}               # (scene, peer): its messages, the oldest first
         self.requests = []           # what get_group_notifications tells
         self.shown = set()           # the tokens that came
         self.seqs = {}               # (scene, peer): the last message_seq
-        super().__init__(nickname=nickname, lifecycle=False, **more)
+        super().__init__(lifecycle=False, **more)
 
     @classmethod
     def misfit(cls, schema, given):
@@ -1017,7 +1019,6 @@ class MilkyBridge(Bridge):
             "get_group_notifications": lambda: {"notifications": self.requests,
                                                 "next_notification_seq": None},
             "get_resource_temp_url": lambda: {"url": f"{self.url}/{params['resource_id']}"},
-            "get_forwarded_messages": lambda: {"messages": []},
             **dict.fromkeys(("upload_private_file", "upload_group_file"),
                             lambda: {"file_id": "/F1"}),
             **dict.fromkeys(("get_private_file_download_url", "get_group_file_download_url"),
@@ -1055,7 +1056,8 @@ class MilkyBridge(Bridge):
         if own is not None and not isinstance(own, dict):
             return 200, own
         if own is not None:
-            return 200, dict({"status": "failed" if own.get("retcode") else "ok", "retcode": 0}, **own)
+            status = "failed" if own.get("retcode") else "ok"
+            return 200, {"status": status, "retcode": 0, **own}
         if action not in self.SCHEMAS or action in self.missing:
             return 404, "404 Not Found"
         wrong = self.misfit(self.SCHEMAS[action], params)
@@ -1234,10 +1236,10 @@ class ILink(Peer):
     right: a row, a status, or "hang". A poll is answered when there is news, or after `hold` s.
     """
 
-    def __init__(self, port=0, hold=3.0, prefix=""):
+    def __init__(self, port=0, hold=3.0):
         self.owner, self.me = "o1@im.wechat", "b1@im.bot"
         self.status, self.code, self.token, self.digits = {"status": "wait"}, "", "", ""
-        self.hold, self.prefix, self.baseurl = hold, prefix, None
+        self.hold, self.baseurl = hold, None
         self.ill, self.media, self.left = {}, {}, 0
         self.messages = []               # all that were ever said, their cursor is the count
         self.sent = []                   # the msg of each sendmessage that was taken
@@ -7951,22 +7953,25 @@ def test_weixin_avatars_are_small_pictures(voices):
         assert alice.call("get_avatar", **keys) == LOST_WITH_ID
 
 
-def test_friend_requests_are_answered_in_qq_too(start, receive):
-    receiver, program = receive(), start("controller")
-    program.login("alice", post_api=receiver.url, post_event_list="friend_request,new_friend")
+def test_friend_requests_are_answered_in_qq_too(house, receive):
+    receiver = receive()
+    house.login("frieda", post_api=receiver.url, post_event_list="friend_request,new_friend")
+    face = Face(house, "frieda", receiver, True)
     for accept in "0", "1":
-        uid = program.call("/local/change", do="add", what="person", name="dora" + accept)["uid"]
-        assert program.call("/local/change", do="add", what="friend_request", uid=uid,
-                            verify="hello", **{"in": "alice"})["code"] == 0
-        [asked] = receiver.next(lambda event: event.get("event") == "friend_request")["params"]
+        uid = face.change("add", "person", name="dora" + accept)
+        face.change("add", "friend_request", uid, "frieda", verify="hello")
+        [asked] = face.event("friend_request")
         assert (set(asked), asked["name"], asked["verify"]) == (
             {"id", "name", "verify", "ticket"}, "dora" + accept, "hello")
-        answer = program.call("accept_friend_request", client="alice", accept=accept,
-                              ticket=asked["ticket"], markname="D", id=asked["id"])
-        assert answer == {**OK, "displayname": None, "id": asked["id"], "ticket": asked["ticket"]}
-    [friend] = receiver.next(lambda event: event.get("event") == "new_friend")["params"]
-    assert (friend["name"], friend["markname"], friend["id"]) == ("dora1", "D", asked["id"])
-    assert program.call("search_friend", client="alice", name="dora0")["code"] == 100
+        assert face.call("accept_friend_request", accept=accept, ticket=asked["ticket"],
+                         markname="D", id=asked["id"]) == {
+            **OK, "displayname": None, "id": asked["id"], "ticket": asked["ticket"]}
+    [friend] = face.event("new_friend", lambda params: params[0]["name"] == "dora1")
+    assert (friend["markname"], friend["id"]) == ("D", asked["id"])
+    assert face.call("search_friend", name="dora0")["code"] == 100
+    for name in "dora0", "dora1":
+        face.change("remove", "person", name)
+    house.call("delete_client", client="frieda")
 
 
 def test_messages_are_taken_back_once_by_their_sender(media_pair):
@@ -8337,22 +8342,6 @@ def test_too_many_pictures_that_wait_cost_no_text(network):
 # ------------------------------------------------------------------------------------------------
 # What an outsider found
 # ------------------------------------------------------------------------------------------------
-
-def test_whoever_starts_and_stops_one_name_leaves_one_client_or_none(start):
-    """A late stop must not take a newer client out of the table: its process would be nobody's."""
-    controller = start("controller")
-
-    def press(number):
-        for turn in range(4):
-            what = ("start_client", "stop_client", "delete_client")[(number + turn) % 3]
-            controller.call(what, client="alice")
-
-    with concurrent.futures.ThreadPoolExecutor(6) as crowd:
-        list(crowd.map(press, range(6)))
-    controller.call("stop_client", client="alice")
-    assert controller.login("alice")["status"] == "success"
-    assert "died" not in controller.log.text()
-
 
 def test_code_that_expires_is_followed_by_a_new_one_and_the_last_by_the_end(tmp_path, receive):
     """With codes of a second instead of two minutes; one is scanned, but never confirmed."""
@@ -9174,12 +9163,12 @@ QQ_CALLS = {
 
 def test_each_call_asks_the_bridge_for_the_action_of_the_table_which_may_decline(each_way):
     bridge = each_way.bridge
-    for path, params, action, wanted in QQ_CALLS.values():
+    for name, (path, params, action, wanted) in QQ_CALLS.items():
         if not action.startswith("send_"):
             bridge.answers[action] = {"retcode": 100, "wording": "没有权限"}
             assert each_way.call(path, **params)["code"] == (-1 if "ticket" in params else 201)
             del bridge.answers[action]
-        assert each_way.call(path, **params)["code"] == 0
+        assert each_way.call(path, **params)["code"] == 0, name
         bridge.wait_call(action, lambda got, wanted=wanted: got == wanted)
     each_way.events_of(comes(30001, 40001))  # who was kicked
 
@@ -9658,22 +9647,6 @@ def test_an_account_on_a_bridge_survives_its_controller_and_keeps_its_secrets_se
     bridge.say_private(20001, "谁")
     assert bridge.posted[-1] == 200  # said in JSON, like every code of the original
     assert "S3CRET" not in "".join(texts) + first.log.text() + second.log.text()
-
-
-def test_a_bridges_token_is_kept_for_that_bridge_and_shown_to_no_other(start, closing):
-    controller, bridges = start("controller"), [closing(Bridge(token="t")) for _ in "12"]
-    me = Bridged(controller, "ws", bridges[0]).running()
-    me.call("stop_client")
-    for bridge, state in (bridges[1], "scaning"), (bridges[0], "running"):
-        me.call("start_client", onebot_api=bridge.ws)
-        me.until(state, "refuses onebot_token" if state == "scaning" else "")
-        me.call("stop_client")
-        if state == "scaning":
-            controller.call("start_client", client="ws", onebot_api=bridges[0].ws,
-                            onebot_token="t")
-            me.until("running")
-            me.call("stop_client")
-    assert not bridges[0].refused and bridges[1].refused
 
 
 def test_settings_of_a_bridge_must_make_sense(pair):
@@ -10403,7 +10376,7 @@ def test_echoes_that_come_before_the_answers_make_no_second_messages(harried):
         return {"data": {"message_id": number}}
 
     bridge.answers["send_private_msg"] = send
-    for _ in range(12):
+    for _ in range(5):
         program.call(TO_FRIEND, uid="20001", content="echo")
     program.call(TO_FRIEND, uid="20001", content="late", **{"async": "1"})
     bridge.wait_call("send_private_msg", lambda got: got["message"] == text_of("late"))
@@ -10414,7 +10387,7 @@ def test_echoes_that_come_before_the_answers_make_no_second_messages(harried):
     bridge.say_private(20001, "end")
     program.receiver.message("end")
     assert [event["source"] for *_, event in program.receiver.posts
-            if event.get("class") == "send"] == ["local"] * 13
+            if event.get("class") == "send"] == ["local"] * 6
 
 
 def test_notices_count_before_the_group_list_is_there(harried):
@@ -10474,8 +10447,7 @@ def test_what_a_stop_leaves_unsent_is_told_as_failed(start, receive):
     controller.log.wait(r"2 message\(s\) waited to be sent, and were not")
 
 
-@pytest.mark.parametrize("way, ill", [("ws", 404), ("ws", "hang"), ("url", 500),
-                                      ("url", {"retcode": 1404})])
+@pytest.mark.parametrize("way, ill", [("ws", "hang"), ("url", 500), ("url", {"retcode": 1404})])
 def test_a_bridge_without_a_status_runs_and_stays(harried, way, ill):
     bridge = Bridge()
     bridge.answers["get_status"] = ill
@@ -10584,14 +10556,14 @@ def test_a_stop_waits_for_what_it_has_sent_so_that_nothing_comes_twice(start, re
     receiver = receive(slowly)
     controller = start("controller")
     controller.login("alice", post_api=receiver.url)
-    for number in range(60):
+    for number in range(40):
         controller.call("/local/say", client="alice", content=f"n{number}", **{"from": "小灰"})
         if number % 20 == 10:
             assert controller.call("update_client", client="alice",
                                    msg_ttl=str(3 + number))["code"] == 0
-    receiver.message("n59")
+    receiver.message("n39")
     said = [event["content"] for *_, event in receiver.posts if event.get("class") == "recv"]
-    assert said == [f"n{number}" for number in range(60)]
+    assert said == [f"n{number}" for number in range(40)]
 
 
 def test_what_a_kill_leaves_of_a_file_is_removed_with_it(start, tmp_path):
@@ -10722,8 +10694,6 @@ def test_a_bridges_ids_quotes_and_mentions_are_ours(qq):
         str(sent["id"]), ["10001", "all"], 1)
     assert "嗯@全体成员" in event["content"]
     assert qq.call("get_message", id=event["id"])["content"] == event["content"]
-    assert qq.call("revoke_message", id=event["id"])["status"] == "revoke success"
-    qq.bridge.wait_call("delete_msg", lambda got: str(got["message_id"]) == event["id"])
     [event] = qq.events_of(private(20001, "负", message_id=-2147483647))
     assert event["id"] == "-2147483647" and event["at_me"] == 0 and event["reply_to"] is None
     assert qq.call("revoke_message", id="-2147483647")["code"] == 0
@@ -10764,7 +10734,9 @@ def test_a_message_that_is_not_remembered_is_asked_of_the_bridge(qq):
 def test_an_answer_quotes_mentions_revokes_mutes_and_kicks(start, receive):
     wants = {}
     receiver = receive(lambda event: (200, {}, wants.get(event.get("content"), {}))
-                       if event.get("class") == "recv" else None)
+                       if event.get("class") == "recv" else
+                       (200, {}, {"approve": int(event["params"][0]["comment"] == "芝麻开门")})
+                       if event.get("event") == "group_request" else None)
     controller = start("controller")
     controller.login("alice", post_api=receiver.url)
 
@@ -10800,10 +10772,15 @@ def test_an_answer_quotes_mentions_revokes_mutes_and_kicks(start, receive):
     say("踢", kick=True)
     lost = event("lose_group_member")
     assert lost["params"][0]["uid"] == XIAOHUI and lost["kind"] == "kick"
+    for name, comment in ("甲", "让我进去"), ("乙", "芝麻开门"):
+        controller.call("/local/change", do="add", what="person", name=name)
+        assert controller.call("/local/change", do="add", what="group_request", uid=name,
+                               comment=comment, **{"in": OPENQQ_GROUP})["code"] == 0
+    assert event("new_group_member")["params"][0]["name"] == "乙"
     assert "Traceback" not in controller.log.text()
 
 
-def test_an_answer_does_on_a_bridge_what_it_wants(bridged, receive):
+def test_an_answer_does_on_a_bridge_what_it_wants(bridged, receive, closing):
     wants = {"引": {"reply": "[CQ:face,id=1]好", "cq": 1, "quote": 1, "at_sender": 1},
              "坏": {"reply": "[CQ:image,file=file:///etc/passwd]", "cq": 1},
              "删": {"delete": 1, "kick": 1, "ban": True, "ban_duration": 120}}
@@ -10811,27 +10788,24 @@ def test_an_answer_does_on_a_bridge_what_it_wants(bridged, receive):
                        if event.get("content") in wants and event["class"] == "recv" else
                        (200, {}, {"approve": "1", "reason": "好"})
                        if event.get("event", "").endswith("_request") else None)
-    bridge = Bridge(sse=False)
+    bridge = closing(Bridge(sse=False))
     bot = Bridged(bridged["webhook"].program, "bot2", bridge, post_api=receiver.url).running()
-    try:
-        in_group(30001, 40001, "引")(bridge)
-        message = bridge.wait_call("send_group_msg")["message"]
-        assert [row["type"] for row in message] == ["reply", "at", "text", "face", "text"]
-        in_group(30001, 40001, "坏")(bridge)
-        bot.program.log.wait("file in a CQ code not allowed")
-        event = bridge.say_group(30001, 40001, "删")
-        assert str(bridge.wait_call("delete_msg")["message_id"]) == str(event["message_id"])
-        assert bridge.wait_call("set_group_ban")["duration"] == 120
-        assert bridge.wait_call("set_group_kick")["user_id"] == "40001"
-        bridge.emit(request_type="group", sub_type="add", group_id=30001, user_id=50001, flag="f1",
-                    comment="芝麻开门")
-        assert bridge.wait_call("set_group_add_request") == {
-            "flag": "f1", "sub_type": "add", "approve": True, "reason": "好"}
-        bridge.emit(request_type="friend", user_id=50001, flag="f2", comment="")
-        assert bridge.wait_call("set_friend_add_request")["approve"] is True
-    finally:
-        bot.call("delete_client")
-        bridge.close()
+    in_group(30001, 40001, "引")(bridge)
+    message = bridge.wait_call("send_group_msg")["message"]
+    assert [row["type"] for row in message] == ["reply", "at", "text", "face", "text"]
+    in_group(30001, 40001, "坏")(bridge)
+    bot.program.log.wait("file in a CQ code not allowed")
+    event = bridge.say_group(30001, 40001, "删")
+    assert str(bridge.wait_call("delete_msg")["message_id"]) == str(event["message_id"])
+    assert bridge.wait_call("set_group_ban")["duration"] == 120
+    assert bridge.wait_call("set_group_kick")["user_id"] == "40001"
+    bridge.emit(request_type="group", sub_type="add", group_id=30001, user_id=50001, flag="f1",
+                comment="芝麻开门")
+    assert bridge.wait_call("set_group_add_request") == {
+        "flag": "f1", "sub_type": "add", "approve": True, "reason": "好"}
+    bridge.emit(request_type="friend", user_id=50001, flag="f2", comment="")
+    assert bridge.wait_call("set_friend_add_request")["approve"] is True
+    bot.call("delete_client")
 
 
 # -- requests to join a group, and invitations
@@ -10945,7 +10919,7 @@ def test_moderation_reaches_the_bridge(qq):
         assert qq.call(name)["code"] == 100
 
 
-def test_moderation_works_on_the_network_inside(together):
+def test_moderation_files_and_mentions_work_on_the_network_inside(together):
     alice, bob = together
     alice.forget(), bob.forget()
     uid = bob.call("get_user_info")["uid"]
@@ -10993,6 +10967,9 @@ def test_moderation_works_on_the_network_inside(together):
     who, file, where = bob.event("group_upload")
     assert (who["name"], where["name"]) == ("alice", "OpenQQ")
     assert file == {"name": "a.zip", "size": "4", "id": str(sent["id"])}
+    alice.call("send_group_message", uid=OPENQQ_GROUP, content="对吗", at=uid, reply_to=sent["id"])
+    heard = bob.receiver.message("@bob 对吗")
+    assert (heard["at"], heard["at_me"], heard["reply_to"]) == ([uid], 1, str(sent["id"]))
 
 
 def test_what_happens_in_groups_on_a_bridge_is_told(qq):
@@ -11105,84 +11082,6 @@ def test_any_other_action_is_handed_to_the_bridge_and_nothing_of_this_machine(qq
         assert act(action, params)["code"] == code, (action, params)
     assert len(qq.bridge.calls) == count
     assert qq.call("update_client", call_action_all=1)["code"] in (6, 400), "not for callers"
-
-
-# -- a bot, written from the README alone
-
-ROBOT = '''
-class Bot(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        event, answer = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), {}
-        if event.get("event") == "new_group_member":
-            member, group = event["params"]
-            call("send_group_message", uid=group["uid"], at=member["uid"],
-                 content="欢迎 " + member["name"])
-        elif event.get("event") == "group_request":
-            answer = {"approve": int(event["params"][0]["comment"] == "芝麻开门")}
-        elif event.get("class") == "recv" and event["type"] == "group_message":
-            if "脏话" in event["content"]:
-                answer = {"delete": 1, "ban": 1, "ban_duration": 600}
-            elif event["content"].startswith("解禁 "):
-                call("shutup_group_member", group_uid=event["group_uid"], time=0,
-                     member_uid=event["content"].split()[1])
-            elif event["at_me"]:
-                question = event["content"]
-                if event["reply_to"]:
-                    question += " / " + call("get_message", id=event["reply_to"])["content"]
-                answer = {"reply": "你问: " + question, "quote": 1, "at_sender": 1}
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-'''
-
-
-def test_a_bot_of_thirty_lines_greets_moderates_lets_in_and_answers(start, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    controller = start("controller")
-    script = put(tmp_path / "bot.py", (
-        "import http.server, json, urllib.parse, urllib.request\n\n"
-        "def call(name, **params):\n"
-        f"    url = '{controller.base}/openqq/' + name + '?' + urllib.parse.urlencode(\n"
-        "        {'client': 'robot', **params})\n"
-        "    return json.load(urllib.request.urlopen(url))\n" + ROBOT
-        + f"\nhttp.server.HTTPServer(('127.0.0.1', {port}), Bot).serve_forever()\n"))
-    bot = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
-    try:
-        controller.login("robot", post_api=f"http://127.0.0.1:{port}/")
-        controller.login("carol")
-        carol = Voice(controller, "carol", "/openqq/", True)
-        uid = {name: call(controller.base, "get_user_info", client=name)["uid"]
-               for name in ("robot", "carol")}
-
-        def say(content, **more):
-            return carol.call("send_group_message", uid=OPENQQ_GROUP, content=content, **more)
-
-        def comes(text):
-            return carol.next(lambda event: text in event.get("content", "")
-                              and event["class"] == "recv")
-
-        greeting = comes("欢迎 carol")
-        assert (greeting["content"], greeting["at_me"]) == ("@carol 欢迎 carol", 1)
-        first = say("今天星期五")
-        asked = say("对吗", at=uid["robot"], reply_to=first["id"])
-        answer = comes("你问")
-        assert (answer["reply_to"], answer["at_me"]) == (str(asked["id"]), 1)
-        assert answer["content"] == "@carol 你问: @robot 对吗 / 今天星期五"
-        assert say("说脏话")["code"] == 0
-        assert eventually(lambda: say("我错了")["code"] == -4)
-        assert controller.call("/local/say", **{"from": "小灰"}, client="robot", to="OpenQQ",
-                               type="group_message", content=f"解禁 {uid['carol']}")["code"] == 0
-        assert eventually(lambda: say("谢谢")["code"] == 0)
-        for name, comment in ("甲", "让我进去"), ("乙", "芝麻开门"):
-            controller.call("/local/change", do="add", what="person", name=name)
-            assert controller.call("/local/change", do="add", what="group_request", uid=name,
-                                   comment=comment, **{"in": OPENQQ_GROUP})["code"] == 0
-        assert eventually(lambda: "乙" in carol.members()) and "甲" not in carol.members()
-    finally:
-        bot.terminate()
-        bot.wait()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -11632,51 +11531,45 @@ def test_a_wrong_milky_token_is_said_in_words(on_milky):
     assert "0ther" not in me.program.log.text()
 
 
-def test_a_picture_of_the_bridges_with_its_code_is_shown_and_renewed(start, receive, tmp_path):
+def test_a_picture_of_the_bridges_with_its_code_is_shown_and_renewed(
+        start, receive, tmp_path, closing):
     """Also of a bridge that serves nobody before it is logged in."""
     png, jpeg, accounts = openqq.qr_png(openqq.qr_matrix("first")), b"\xff\xd8\xffsecond", {}
     for name in "open", "closed":
-        bridge, receiver = MilkyBridge(), receive()
+        bridge, receiver = closing(MilkyBridge()), receive()
         bridge.logged_in = False
         accounts[name] = bridge, receiver, put(tmp_path / name, png)
     accounts["closed"][0].stop()
     controller = start("controller", "--accounts", put(tmp_path / "accounts.json", json.dumps({
         name: {"milky_api": bridge.url, "qrcode_file": picture, "post_api": receiver.url}
         for name, (bridge, receiver, picture) in accounts.items()})))
-    try:
-        for data, kind in (png, "image/png"), (jpeg, "image/jpeg"):
-            for name, (_, receiver, picture) in accounts.items():
-                put(picture, data)
-                assert base64.b64decode(receiver.next(is_qrcode)["params"][1]) == data
-                path = "/openqq/get_qrcode?client=" + name
-                assert eventually(lambda path=path, data=data: request(
-                    controller.base, path)[2] == data)
-                assert request(controller.base, path)[1]["content-type"] == kind
-        for data in b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(1024 * 1024):
-            put(accounts["open"][2], data)
-            assert eventually(lambda: "is none of now" in controller.state("open").get("error", ""))
-        accounts["closed"][0].start()
-        for name, (bridge, _, _) in accounts.items():
-            bridge.logged_in = True
-            assert eventually(lambda name=name: controller.state(name)["state"] == "running")
-        said = controller.call("start_client", client="x", milky_api=bridge.url, qrcode_file="/x")
-        assert said["code"] == 6 and "qrcode_file" in said["status"]
-    finally:
-        for bridge, _, _ in accounts.values():
-            bridge.close()
+    for data, kind in (png, "image/png"), (jpeg, "image/jpeg"):
+        for name, (_, receiver, picture) in accounts.items():
+            put(picture, data)
+            assert base64.b64decode(receiver.next(is_qrcode)["params"][1]) == data
+            path = "/openqq/get_qrcode?client=" + name
+            assert eventually(lambda path=path, data=data: request(
+                controller.base, path)[2] == data)
+            assert request(controller.base, path)[1]["content-type"] == kind
+    for data in b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(1024 * 1024):
+        put(accounts["open"][2], data)
+        assert eventually(lambda: "is none of now" in controller.state("open").get("error", ""))
+    accounts["closed"][0].start()
+    for name, (bridge, _, _) in accounts.items():
+        bridge.logged_in = True
+        assert eventually(lambda name=name: controller.state(name)["state"] == "running")
+    said = controller.call("start_client", client="x", milky_api=bridge.url, qrcode_file="/x")
+    assert said["code"] == 6 and "qrcode_file" in said["status"]
 
 
-def test_llbots_page_shows_the_code_of_its_milky_too(on_milky, receive):
-    page, bridge, receiver = LLBotPage("llbot"), MilkyBridge(), receive()
+def test_llbots_page_shows_the_code_of_its_milky_too(on_milky, receive, closing):
+    page, bridge, receiver = closing(LLBotPage("llbot")), MilkyBridge(), receive()
     bridge.logged_in = False
     me = on_milky(bridge, post_api=receiver.url, post_event_list="input_qrcode",
                   onebot_login="llbot", onebot_login_api=page.url, onebot_login_token="llbot")
-    try:
-        shows(receiver, page.qrcode)
-        log_in(page, bridge)
-        me.running()
-    finally:
-        page.close()
+    shows(receiver, page.qrcode)
+    log_in(page, bridge)
+    me.running()
 
 
 # -- the webhook
@@ -11688,41 +11581,36 @@ MILKY_POSTS = [  # the account's milky_token, the Authorization shown, whether f
 
 
 @pytest.mark.parametrize("own_token", ["", "0penqq"])
-def test_a_milky_webhook_is_let_in_by_its_token_or_from_this_machine(start, own_token):
+def test_a_milky_webhook_is_let_in_by_its_token_or_from_this_machine(start, closing, own_token):
     """On the controller and on the client; and it knows no account on another link."""
     program = start("controller", env={"OPENQQ_TOKEN": own_token} if own_token else {})
-    bridges = {name: MilkyBridge(token=token, ws=False, sse=False)
+    bridges = {name: closing(MilkyBridge(token=token, ws=False, sse=False))
                for name, token in (("guarded", "s3cret"), ("open", ""))}
     show = {"access_token": own_token} if own_token else {}
     ports = {"inside": program.call("start_client", client="inside", **show)["port"]}
-    try:
-        for name, bridge in bridges.items():
-            ports[name] = program.call("start_client", client=name, milky_api=bridge.url,
-                                       milky_token=bridge.token, **show)["port"]
-        for name in ports:
-            wanted = "scaning" if name == "inside" else "running"
-            assert eventually(lambda name=name, wanted=wanted: program.call(
-                "check_client", client=name, **show)["client"][0]["state"] == wanted), name
-        event = {"time": 1, "self_id": 10001, "event_type": "peer_pin_change", "data": {}}
-        for token, shown, near, status in MILKY_POSTS:
-            name = "guarded" if token else "open"
-            headers = {"Content-Type": "application/json",
-                       **({"Authorization": shown} if shown else {}),
-                       **({} if near else {"X-Forwarded-For": "192.0.2.1"})}
-            for base in program.base, f"http://127.0.0.1:{ports[name]}":
-                got = [request(base, f"/milky?client={name}", "POST", body, headers)[0]
-                       for body in (json.dumps(event), "<html>")]
-                assert got == [status, 400 if status == 200 else 403], (base, token, shown, near)
-        for path, name in ("/milky", "inside"), ("/onebot", "open"):
-            for base in program.base, f"http://127.0.0.1:{ports[name]}":
-                got = request(base, f"{path}?client={name}&access_token=0penqq", "POST", "{}",
-                              {"Content-Type": "application/json"})
-                assert (got[0], json.loads(got[2])["status"]) == (403, "api not found"), path
-        assert "s3cret" not in program.log.text()
-    finally:
-        program.stop()
-        for bridge in bridges.values():
-            bridge.close()
+    for name, bridge in bridges.items():
+        ports[name] = program.call("start_client", client=name, milky_api=bridge.url,
+                                   milky_token=bridge.token, **show)["port"]
+    for name in ports:
+        wanted = "scaning" if name == "inside" else "running"
+        assert eventually(lambda name=name, wanted=wanted: program.call(
+            "check_client", client=name, **show)["client"][0]["state"] == wanted), name
+    event = {"time": 1, "self_id": 10001, "event_type": "peer_pin_change", "data": {}}
+    for token, shown, near, status in MILKY_POSTS:
+        name = "guarded" if token else "open"
+        headers = {"Content-Type": "application/json",
+                   **({"Authorization": shown} if shown else {}),
+                   **({} if near else {"X-Forwarded-For": "192.0.2.1"})}
+        for base in program.base, f"http://127.0.0.1:{ports[name]}":
+            got = [request(base, f"/milky?client={name}", "POST", body, headers)[0]
+                   for body in (json.dumps(event), "<html>")]
+            assert got == [status, 400 if status == 200 else 403], (base, token, shown, near)
+    for path, name in ("/milky", "inside"), ("/onebot", "open"):
+        for base in program.base, f"http://127.0.0.1:{ports[name]}":
+            got = request(base, f"{path}?client={name}&access_token=0penqq", "POST", "{}",
+                          {"Content-Type": "application/json"})
+            assert (got[0], json.loads(got[2])["status"]) == (403, "api not found"), path
+    assert "s3cret" not in program.log.text()
 
 
 # -- a bridge that lies
@@ -11802,8 +11690,8 @@ def test_numbers_of_milkys_that_come_as_text_are_numbers(milked):
     assert (event["content"], event["sender_uid"], event["time"]) == ("文", "20001", "1700000000")
 
 
-def test_what_one_bridge_is_told_no_other_is(on_milky):
-    first, second = MilkyBridge(token="s3cret"), MilkyBridge(token="")
+def test_what_one_bridge_is_told_no_other_is(on_milky, closing):
+    first, second = MilkyBridge(token="s3cret"), closing(MilkyBridge(token=""))
     me = on_milky(first).running()
     assert me.call("update_client", milky_api=second.url)["code"] == 0
     second.connected()
@@ -11811,7 +11699,6 @@ def test_what_one_bridge_is_told_no_other_is(on_milky):
     with open(f"/proc/{me.state()['pid']}/environ", "rb") as file:
         assert b"s3cret" not in file.read()
     assert "s3cret" not in second.shown
-    second.close()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -11863,9 +11750,12 @@ class OnWeChat:
 @pytest.fixture(scope="module")
 def weixin(tmp_path_factory):
     """A controller in the weixin flavour."""
-    words = "controller", "--flavor", "weixin"
-    with serving(tmp_path_factory.mktemp("weixin"), *words) as program:
-        yield program
+    program = Program(tmp_path_factory.mktemp("weixin"), "controller", "--flavor", "weixin")
+    try:
+        yield program.ready()
+    finally:
+        status = program.stop()
+    assert status == 0
 
 
 @pytest.fixture(scope="module")
@@ -11983,21 +11873,16 @@ def test_what_wechat_has_not_is_said(mine):
     assert (status, body) == (503, b"")
 
 
-def test_a_login_may_lead_to_another_server_by_tls(wechat, start, tmp_path, monkeypatch):
-    pem = put(tmp_path / "tls.pem", TEST_PEM)
-    monkeypatch.setenv("SSL_CERT_FILE", pem)
-    other = ILink()
+def test_a_login_may_lead_to_another_server_by_tls(wechat, start, tmp_path, closing):
+    pem, other = put(tmp_path / "tls.pem", TEST_PEM), closing(ILink())
     seal(other, pem)
-    try:
-        account = wechat(program=start("controller", "--flavor", "weixin"))
-        other.code, other.status = account.server.code, {"status": "wait"}
-        account.server.change(status="scaned_but_redirect", redirect_host=f"127.0.0.1:{other.port}")
-        other.wait_call("get_qrcode_status")
-        other.confirm(baseurl=account.server.url)
-        account.server.token = other.token
-        account.until("running")
-    finally:
-        other.stop()
+    account = wechat(program=start("controller", "--flavor", "weixin", env={"SSL_CERT_FILE": pem}))
+    other.code, other.status = account.server.code, {"status": "wait"}
+    account.server.change(status="scaned_but_redirect", redirect_host=f"127.0.0.1:{other.port}")
+    other.wait_call("get_qrcode_status")
+    other.confirm(baseurl=account.server.url)
+    account.server.token = other.token
+    account.until("running")
 
 
 def test_an_ended_login_shows_a_new_code_and_says_why(on_wechat):
