@@ -347,6 +347,8 @@ class Receiver(Peer):
         self.url += "/post_message"
 
     def handle(self, handler):
+        if handler.command == "GET":
+            return self.reply(handler, 501, "")
         event = json.loads(handler.body)
         self.posts.append((handler.requestline.split()[1], handler.headers, handler.body, event))
         said = self._answer(event)
