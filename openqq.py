@@ -8587,6 +8587,8 @@ class ILinkLink(Link):
                   "X-WECHAT-UIN": base64.b64encode(
                       str(int.from_bytes(os.urandom(4), "big")).encode()).decode()}
         if not base:
+            if not login:  # in a thread that has not heard of it
+                raise LoginEnded("it was given up")
             base, body = login["base"], {**body, "base_info": self.BASE_INFO}
             fields["Authorization"] = "Bearer " + login["token"]
         row = self._fetch(f"{base}/ilink/bot/{name}", fields, seconds, to_bytes(body))
