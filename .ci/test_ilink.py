@@ -110,6 +110,4 @@ def test_our_aes_is_that_of_others(size):
     key, data = os.urandom(16), os.urandom(size)
     wanted = AES.new(key, AES.MODE_ECB).encrypt(pad(data, 16))
     assert openqq.aes_128_ecb(key, data, True) == wanted
-    assert openqq.aes_by_tables(key, pad(data, 16), True) == wanted
-    assert openqq.aes_by_tables(key, wanted, False) == pad(data, 16)
     assert openqq.aes_128_ecb(key, wanted, False) == data
