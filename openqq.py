@@ -10355,10 +10355,10 @@ class Api:
         """An answer with ids as the setting numeric_ids wants them."""
         return numbered(value) if self.numeric else value
 
-    def find(self, kind: str, params: Params, names: Iterable[str]) -> List[Any]:
-        """The friends, groups or discusses that all the parameters of these names fit."""
-        return self.client.roster.search(kind, {
-            name.replace(kind + "_", ""): params[name] for name in names if params.get(name)})
+    def keys_of(self, kind: str, params: Params, names: Iterable[str] = ()) -> Dict[str, str]:
+        """What the parameters of these names (Flavour.keys) say of a thing, as for search()."""
+        return {name.replace(kind + "_", ""): params[name]
+                for name in names or self.flavour.keys[kind] if params.get(name)}
 
     def one(self, kind: str, params: Params, names: Sequence[str] = (),
             missing: Optional[Row] = None) -> Any:
@@ -10367,8 +10367,7 @@ class Api:
         Of two that a name fits the one wins whose remark it is. A number that is not listed may
         be known to the bridge all the same.
         """
-        names, missing = names or self.flavour.keys[kind], missing or self.flavour.missing[kind]
-        given = {name.replace(kind + "_", ""): params[name] for name in names if params.get(name)}
+        given, missing = self.keys_of(kind, params, names), missing or self.flavour.missing[kind]
         said, found = set(given.values()), self.client.roster.search(kind, given)
         if len(found) > 1:
             found = [thing for thing in found if thing.value("markname") in said] or found
@@ -10474,7 +10473,7 @@ class Api:
         params, roster = request.params, self.client.roster
         found: List[Any]
         if params.get("group_id"):
-            found = self.find("group", params, ("group_id",))
+            found = roster.search("group", self.keys_of("group", params, ["group_id"]))
             if found and params.get("id"):
                 found = roster.search(found[0], {"id": params["id"]})
         elif params.get("id") == roster.user.id:
@@ -10510,8 +10509,9 @@ class Api:
         else:
             return {"code": 105, "id": None,
                     "status": "discuss member or group member  not found"}
-        keys = {name: params[name] for name in ("id", "uid") if params.get(name)}
-        circles = self.find(kind, params, (kind + "_id", kind + "_uid"))
+        keys = self.keys_of("member", params, ["id", "uid"])
+        circles = client.roster.search(
+            kind, self.keys_of(kind, params, [kind + "_id", kind + "_uid"]))
         for circle in circles:
             client.details.wait([circle])
             for member in self.members(circle, keys):
@@ -10641,8 +10641,8 @@ class Api:
         """A friend, or with group_id somebody in a group."""
         if not params.get("group_id"):
             return self.one("friend", params, missing=self.NOT_FOUND)
-        return self.somebody_in(self.find("group", params, ("group_id",)), {
-            name: params[name] for name in self.flavour.keys["friend"] if params.get(name)})
+        return self.somebody_in(self.client.roster.search(
+            "group", self.keys_of("group", params, ["group_id"])), self.keys_of("friend", params))
 
     def the_stranger(self, params: Params, group: Any) -> Any:
         """Somebody, by id, whom one shares a group with and who is no friend yet."""
@@ -10730,8 +10730,9 @@ class Api:
         return {"code": 0, "group_id": group.id, "status": "success"}
 
     def do_stick(self, request: Request) -> Json:
-        params, keys = request.params, self.flavour.keys
-        if not any(self.find(kind, params, keys[kind]) for kind in ("friend", "group")):
+        params = request.params
+        if not any(self.client.roster.search(kind, self.keys_of(kind, params))
+                   for kind in ("friend", "group")):
             return self.NOT_FOUND
         return params.get("op", "1") in ("0", "1")
 
