@@ -42,7 +42,6 @@ CONTRACT joins them with what was measured on the wire, DESIGN is how this progr
 """
 from __future__ import annotations
 
-import argparse
 import base64
 import bisect
 import collections
@@ -11910,33 +11909,36 @@ class ControllerApi:
 # 15. Command line
 # ------------------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    """argparse that refuses on one line, with exit status 2. A flag begins with two dashes."""
+def read_words(words: Sequence[str], stranger: str, flags: Mapping[str, str],
+               plain: bool = False) -> Row:
+    """What the words of a command say, by the flags' names, each with its action (argparse);
+    `words` are those that are no flags, if it takes any. Refusal, on one line, which for a flag
+    that is not known ends with `stranger`."""
+    import argparse  # 0.3 MiB that no client of a controller needs
 
-    def __init__(self, stranger: str, **flags: str) -> None:
-        super().__init__(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        self._stranger = stranger  # what is said of a word that it does not know
-        for name, action in flags.items():
-            self.add_argument("--" + name, action=action)
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            flag = message.partition(":")[0].replace("argument ", "")
+            raise Refusal(
+                f"{flag} takes no value" if "ignored" in message else
+                f"{flag} needs a value; one that begins with -- is given as {flag}=VALUE", 2)
 
-    def error(self, message: str) -> NoReturn:
-        flag = message.partition(":")[0].replace("argument ", "")
-        raise Refusal(f"{flag} takes no value" if "ignored" in message else
-                      f"{flag} needs a value; one that begins with -- is given as {flag}=VALUE", 2)
-
-    def read(self, words: Sequence[str]) -> Row:
-        """What the words say, by the flags' names. Refusal."""
-        try:  # behind a NUL, which no word can hold, argparse takes one dash for no flag
-            texts = [re.sub("^-(?!-)", "\0-", typed_text(word)) for word in words]
-        except ValueError as error:
-            raise Refusal(f"a word is {error}", 2) from None
-        found, strange = self.parse_known_intermixed_args(texts)
-        if strange:
-            flag = strange[0].partition("=")[0].strip("\0")
-            raise Refusal(f"{flag} {self._stranger}", 2)
-        return {name: [word.strip("\0") for word in value] if isinstance(value, list) else
-                value.strip("\0") if isinstance(value, str) else value
-                for name, value in vars(found).items()}
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, action in flags.items():
+        parser.add_argument("--" + name, action=action)
+    if plain:
+        parser.add_argument("words", nargs="*", default=[])
+    try:  # behind a NUL, which no word can hold, argparse takes one dash for no flag
+        texts = [re.sub("^-(?!-)", "\0-", typed_text(word)) for word in words]
+    except ValueError as error:
+        raise Refusal(f"a word is {error}", 2) from None
+    found, strange = parser.parse_known_intermixed_args(texts)
+    if strange:
+        flag = strange[0].partition("=")[0].strip("\0")
+        raise Refusal(f"{flag} {stranger}", 2)
+    return {name: [word.strip("\0") for word in value] if isinstance(value, list) else
+            value.strip("\0") if isinstance(value, str) else value
+            for name, value in vars(found).items()}
 
 
 def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
@@ -11946,9 +11948,10 @@ def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
         return "--" + (setting.name.replace("_", "-") if setting in settings else found.group(1))
 
     settings = [row for row in SETTINGS.values() if row.whose in (whose, "both")]
-    parser = Parser(f"is not a setting of a {whose}; python openqq.py {whose} --help shows them",
-                    **{row.name.replace("_", "-"): "store" for row in settings})
-    return tokens_apart(parser.read([re.sub("^--([^=]+)", flag, word) for word in words]))
+    return tokens_apart(read_words(
+        [re.sub("^--([^=]+)", flag, word) for word in words],
+        f"is not a setting of a {whose}; python openqq.py {whose} --help shows them",
+        {row.name.replace("_", "-"): "store" for row in settings}))
 
 
 def help_text(whose: str) -> str:
@@ -12344,13 +12347,12 @@ Exit status: 0, 1 when the API says no, 2 for a wrong call, 3 when nobody answer
 def run_command(command: str, words: Sequence[str]) -> int:
     """A command that calls a server's API; its exit status. Refusal."""
     usage, least, most, _ = COMMANDS[command]
-    parser = Parser(f"is not a flag of {command}; a text that begins so stands behind --",
-                    url="store", token="store", json="store_true",
-                    **{"watch": "store_true"} if command == "status" else {})
-    parser.add_argument("words", nargs="*", default=[])
     url = os.environ.get("OPENQQ_URL") or f"http://127.0.0.1:{QQ.port}"
     try:
-        flags = parser.read(words)
+        flags = read_words(
+            words, f"is not a flag of {command}; a text that begins so stands behind --",
+            {"url": "store", "token": "store", "json": "store_true",
+             **({"watch": "store_true"} if command == "status" else {})}, plain=True)
         plain, url = flags["words"], flags.get("url") or url
         if not least <= len(plain) <= most:
             raise Refusal(f"usage: python openqq.py {command} {usage}", 2)
