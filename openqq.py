@@ -5530,7 +5530,7 @@ class World:
 
     # -- who is who
 
-    def me(self, account: str) -> str:
+    def own_uid(self, account: str) -> str:
         """The uid of an account that has logged in once."""
         return str(self.table("login", account)["uid"])
 
@@ -5582,7 +5582,7 @@ class World:
              members: bool = True) -> Row:
         """The documented fields of a thing as an account sees it; a member is one of a `circle`, a
         group or discuss comes with its members or without."""
-        me, is_circle = self.me(account), kind in ("group", "discuss")
+        me, is_circle = self.own_uid(account), kind in ("group", "discuss")
         row: Row = {**self.flavour.usual, "state": self.state_of(uid),
                     "account": self.account_of.get(uid, uid)}
         if is_circle:
@@ -5609,7 +5609,7 @@ class World:
 
     def roster(self, account: str) -> Row:
         """All that an account loads at login."""
-        me, table = self.me(account), self.table
+        me, table = self.own_uid(account), self.table
         return {"user": self.seen("user", account, me),
                 "friend": [self.seen("friend", account, uid) for uid in table("friend", me)],
                 **{what: [self.seen(what, account, uid) for uid in table(what)
@@ -6047,7 +6047,7 @@ class LocalNetwork(Society):
             return self.do(getattr(self, verb), account, *args, **named)
         require(verb in self.VERBS, verb)
         try:
-            done = self.do(lambda: getattr(self, verb)(self.me(account), *args, **named))
+            done = self.do(lambda: getattr(self, verb)(self.own_uid(account), *args, **named))
         except NotFound:
             return False
         return True if done is None else done
@@ -6194,7 +6194,7 @@ class LocalNetwork(Society):
         for message in messages:
             before = self.table("seq").get(account)
             try:
-                said = self.speak(self.me(account), message)[0]
+                said = self.speak(self.own_uid(account), message)[0]
                 results.append({"code": 0, "info": "发送正常", "id": said["id"]})
             except NotFound as error:
                 results.append({"code": -4, "info": f"响应未知: {error.status}"})
@@ -7516,25 +7516,25 @@ class OneBotLink(Link):
         if message_number(row) and "message_type" in row:
             key = [str(row.get(name)) for name in (
                 "post_type", "message_type", "group_id", "user_id", "message_id", "time")]
-        # a webhook is tried again, and may come beside a stream; kept is what is small
+        # a webhook is tried again, and may come beside a stream; what is kept is small
         if self._seen.note(hash(to_bytes(key)), True) is not None:
             return []
         post_type = str(row.get("post_type")).replace("_sent", "")
-        what = str(row.get(post_type + "_type"))
+        topic = str(row.get(post_type + "_type"))
         if post_type == "message":
-            what = "message group" if what == "group" else "message private"
+            topic = "message group" if topic == "group" else "message private"
         elif post_type != "notice":
-            what = f"{post_type} {what}"
-        elif what == "notify":
-            what = str(row.get("sub_type"))
-        if what not in self.NEEDS or post_type == "notice" and " " in what:
+            topic = f"{post_type} {topic}"
+        elif topic == "notify":
+            topic = str(row.get("sub_type"))
+        if topic not in self.NEEDS or post_type == "notice" and " " in topic:
             return [happened(self.UNKNOWN, params=[row])] if post_type == "notice" else []
-        for name in self.NEEDS[what].split():
+        for name in self.NEEDS[topic].split():
             if not number_of(row.get(name)):
                 self._log.debug(f"an event of the bridge without {name}")
                 return []
         items = self._said(row) if post_type == "message" else self._notice(
-            what, number_of(row.get("group_id")), number_of(row.get("user_id")), row)
+            topic, number_of(row.get("group_id")), number_of(row.get("user_id")), row)
         return [{"time": scalar(row.get("time")), **item} for item in items]
 
     def _was_told(self, seconds: float, what: str, *of: str) -> bool:
@@ -7665,19 +7665,19 @@ class OneBotLink(Link):
                        for name, value in make(self._person(uid, group)).items()
                        if value and name not in ("id", "uid", "name")])
 
-    def _notice(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
+    def _notice(self, topic: str, group: str, uid: str, row: Row) -> List[Row]:
         known, sub_type, me = self._hooks.known, row.get("sub_type"), self.me
         facts = {"kind": scalar(sub_type),
                  "operator_uid": number_of(row.get("operator_id")) or None}
-        if what == "group_increase":
+        if topic == "group_increase":
             # also of somebody who is listed: a notice of the leaving may have been missed
             found = self._meet_group(group, row, sure=uid == me)
             if uid != me and not self._was_told(REPEAT_SECONDS, "entry", group, uid):
                 found.append(self._of_member("new_group_member", group,
                                              member_row(self._person(uid, group)), **facts))
             return found
-        if what in ("group_dismiss", "group_decrease"):
-            lost = what == "group_dismiss" or uid == me or sub_type in ("kick_me", "disband")
+        if topic in ("group_dismiss", "group_decrease"):
+            lost = topic == "group_dismiss" or uid == me or sub_type in ("kick_me", "disband")
             who = me if lost else uid
             if not who or self._was_told(60.0, "loss", group, who):  # our own kick comes twice
                 return []
@@ -7685,11 +7685,11 @@ class OneBotLink(Link):
                 return [happened("lose_group", object={"uid": group, "id": group, "name": group})]
             return [self._of_member("lose_group_member", group, {"uid": uid} if known(
                 "group_member", uid, group) else member_row(self._person(uid)), **facts)]
-        if what == "friend_add":
+        if topic == "friend_add":
             if known("friend", uid, "") or self._was_told(REPEAT_SECONDS, "friend", uid):
                 return []
             return [happened("new_friend", object=friend_row(self._person(uid)))]
-        if what == "group_name":
+        if topic == "group_name":
             name = scalar(row.get("name_new")) or scalar(row.get("group_name"))
             return [changed("group", "", group, "name", name)] if name else []
         roles = ("admin", "member") if sub_type == "set" else ("member", "admin")
@@ -7697,25 +7697,25 @@ class OneBotLink(Link):
             "group_card": ("card", row.get("card_new"), row.get("card_old")),
             "title": ("title", row.get("title"), None),
             "group_admin": ("role", *roles)}
-        if what not in changes:
-            return self._telling(what, group, uid, row)
-        prop, new, old = changes[what]
+        if topic not in changes:
+            return self._telling(topic, group, uid, row)
+        prop, new, old = changes[topic]
         found = [changed("group_member", group, uid, prop, scalar(new) or None, object={
             **member_row({"user_id": uid}), prop: scalar(old) or None})]
         if prop == "role" and uid == me:
             found.insert(0, changed("group", "", group, "role", ROLES[new]))
         return found
 
-    def _telling(self, what: str, group: str, uid: str, row: Row) -> List[Row]:
+    def _telling(self, topic: str, group: str, uid: str, row: Row) -> List[Row]:
         """What tells of something, and changes nothing that is known."""
         operator, flag = number_of(row.get("operator_id")), scalar(row.get("flag"))
         place = {"kind": "group", "uid": group, "name": scalar(row.get("group_name")) or group}
-        if what.startswith("request "):
-            if what == "request group" and not flag or flag and self._was_told(
+        if topic.startswith("request "):
+            if topic == "request group" and not flag or flag and self._was_told(
                     COOKIE_SECONDS, "request", flag):
                 return []
             name, comment = friend_row(self._person(uid))["name"], scalar(row.get("comment")) or ""
-            if what == "request friend":
+            if topic == "request friend":
                 return [happened("friend_request", request={
                     "id": uid, "name": name, "displayname": name, "ticket": flag,
                     "verify": comment})]
@@ -7727,17 +7727,17 @@ class OneBotLink(Link):
                 "group_uid": group, "uid": uid, "name": name, "comment": comment,
                 "kind": "invite" if invited else "join",
                 "ticket": f"{'invite' if invited else 'add'}:{flag}"})]
-        if what.endswith("_recall"):
+        if topic.endswith("_recall"):
             message = scalar(row.get("message_id"))
             return [happened("revoke_message", params=[
                 message, uid or None, operator or uid or None, group or None])] if message else []
-        if what == "group_ban":
+        if topic == "group_ban":
             seconds = int(number_of(row.get("duration")) or 0) if uid else -1
             return [happened("group_shutup", params=[
                 member_of(group, uid) if uid else None,
                 member_of(group, operator) if operator else None,
                 0 if row.get("sub_type") == "lift_ban" else seconds, place])]
-        if what == "group_upload":
+        if topic == "group_upload":
             file = object_of(row.get("file"))
             return [happened("group_upload", params=[member_of(group, uid), {
                 name: scalar(file.get(name)) for name in ("name", "size", "id")}, place])]
@@ -9582,7 +9582,7 @@ class Talk:
             if not is_sendable(message.content):
                 self._sent([(job, {"code": -1, "info": "数据格式错误"})])
                 return future
-            if not self._jobs and not self.began:  # else the sender comes to it by itself
+            if not self.began:  # else the sender comes to it by itself; it may have had no thread
                 self._sender.submit(self._work)
             self._jobs.append(job)
         return future
