@@ -29,12 +29,13 @@ Map of this file (a section uses only what stands above it):
     14  controller
     15  command line
 
-Threads: an account (Client) and a controller have one RLock each; beside it stands what it guards.
-The threads of HTTP connections, the sender, the link's reader, the posters, and the one thread for
-timers and signals take it, change state, let go, and do their I/O without it. While one is held no
-other one is taken, nothing is waited for, and no network or process I/O is done; only files are
-written that must be there before the next step. The network inside has such a lock too. The reaper
-ends what takes too long. All threads of a process keep to one CPU (share_cpu tells why).
+Threads: each account (Client) and each controller has one RLock; a comment beside it lists what it
+guards. The threads of HTTP connections, the sender, the link's reader, the posters, and the one
+thread for timers and signals take the lock, change state, release it, and do their I/O without it.
+While a thread holds the lock it takes no other lock, waits for nothing, and does no network or
+process I/O; it only writes files that must be there before the next step. The local network has
+such a lock too. The reaper ends what takes too long. All threads of a process use one CPU
+(share_cpu tells why).
 
 Docstrings say where a behaviour comes from: 000 to 004 are the documents of the Perl programs (000,
 002 the controller of Mojo-Webqq, 003, 004 its single account, 001 the controller of Mojo-Weixin),
@@ -101,8 +102,8 @@ if TYPE_CHECKING:
     Wait = Callable[[Future[Any], float], Any]  # Request.wait
     Code = Union[str, bytes]     # a QR code: its text, or the picture that somebody else drew
 
-# One request, after RFC 9112. Without a bound on each part a caller fills the memory with one of
-# them, and without a total deadline it holds a thread for ever with a byte now and then.
+# Limits of a request (RFC 9112). Without a limit for each part a caller could fill the memory, and
+# without a total deadline it could hold a thread for ever by sending a byte now and then.
 LINE_LIMIT = 8 * 1024            # request line; 414 beyond it
 FIELD_LIMIT = 100                # header fields; 431
 HEAD_LIMIT = 32 * 1024           # all header fields together; 431
@@ -112,7 +113,7 @@ HEAD_SECONDS = 10.0              # from a head's first byte to its last
 BODY_SECONDS = 30.0
 IDLE_SECONDS = 60.0              # between two requests of a connection
 WRITE_SECONDS = 30.0
-REASON_LIMIT = 8                 # causes of each reason for a 403 that the log tells
+REASON_LIMIT = 8                 # different refusals (403) of each rule that the log shows
 
 SETTING_LIMIT = 4_096            # of a setting, or a property on the local network
 CONTENT_LIMIT = 64 * 1024        # bytes of a message's text; QQ itself takes far less
@@ -121,40 +122,40 @@ BATCH_LIMIT = 1024 * 1024        # bytes that are handed on at once; a larger on
 ANSWER_LIMIT = 8 * 1024 * 1024   # bytes of an answer of post_api, which may hold a picture
 PROXY_SECONDS = 120.0            # without a byte from a client (CONTRACT 2)
 EVENT_SECONDS = 30.0             # check_event's wait (000)
-STREAM_SECONDS = 15.0            # of silence before a stream of events says that it lives
-STREAM_LIMIT = 1_000             # events that its reader may be behind, or they are kept for
-STREAM_BYTES = 16 * 1024 * 1024  # and how much they may take
+STREAM_SECONDS = 15.0            # of silence before a stream of events sends a sign of life
+STREAM_LIMIT = 1_000             # events that a reader of a stream may be behind
+STREAM_BYTES = 16 * 1024 * 1024  # and their size
 
 POST_SECONDS = 30.0              # one try at post_api (DESIGN, "Nothing is lost")
 POST_QUEUE_LIMIT = 10_000
 POST_LANES = 4                   # conversations posted at once
 POST_TRIES = 5                   # of an event that was sent, and not taken
 POST_DAY = 86_400.0              # how long a receiver may be away
-ECHO_SECONDS = 1.0               # how long a send waits for what it was answered on the spot
+ECHO_SECONDS = 1.0               # how long a send waits for an answer that comes at once
 READ_SECONDS = 0.1               # for callers to get their last answers before the process ends
-SEND_SECONDS = 50.0              # a caller waits so long for a send; nginx itself waits 60
-STOP_SECONDS = 3.0               # what stop_client promises, and what the queue gets on a stop
+SEND_SECONDS = 50.0              # how long a caller waits for a send; nginx waits 60
+STOP_SECONDS = 3.0               # what stop_client promises, and time for the queue at a stop
 KILL_SECONDS = 10.0              # between TERM and KILL
-REPLACE_SECONDS = 10.0           # before a state file that was not to be had is tried again
-ORPHAN_SECONDS = 5.0             # a client whose controller is gone ends within
+REPLACE_SECONDS = 10.0           # before a file that another program had open is written again
+ORPHAN_SECONDS = 5.0             # within which a client ends when its controller is gone
 START_TRIES = 7                  # starts without reaching running
-TRIAL_SECONDS = 10.0             # a client that has not died by then has taken its new settings
+TRIAL_SECONDS = 10.0             # a client that lives so long has accepted its new settings
 SEEN_BYTES = 8 * 1024 * 1024     # of the newest messages, WAIT_LIMIT at most, for get_message
 MEMORY_LIMIT = 1_000             # stopped clients whose settings are remembered
 
 BRIDGE_LIMIT = 16 * 1024 * 1024  # bytes of one message of a OneBot bridge
 BRIDGE_SECONDS = 30.0            # for an answer of it; silence before a sign of life is asked for
-LOOKUP_SECONDS = 5.0             # a conversation waits so long for who is meant in it
+LOOKUP_SECONDS = 5.0             # how long a conversation waits for names that are looked up
 LIST_SECONDS = 60.0              # for a list: NapCat asks for each friend's details in that call
-DOUBT_SECONDS = 60.0             # how long a list that lost many must say the same
-REPEAT_SECONDS = 10.0            # within which a bridge that tells of an entry again repeats itself
+DOUBT_SECONDS = 60.0             # how long a list that lost many must stay the same to be believed
+REPEAT_SECONDS = 10.0            # within which a second notice of an entry is a repetition
 LOGIN_SECONDS = 2.0              # between two looks at whether a bridge is logged in
 DETAIL_SECONDS = 10.0            # get_group_info waits so long for members
 
 TICKET_SECONDS = 120.0           # a login's QR code
 COOKIE_SECONDS = 3 * 86_400.0
 WAIT_LIMIT = 1_000               # messages that wait for one account on the local network
-WAIT_BYTES = 64 * 1024 * 1024    # and how much they may take, pictures included
+WAIT_BYTES = 64 * 1024 * 1024    # and their size, pictures included
 POST_BYTES = 256 * 1024 * 1024   # of pictures in events that wait to be posted
 
 
@@ -188,12 +189,12 @@ NoPort = answering(2, "no available port")        # nothing is free above backen
 StartFailure = answering(3)                       # start_client: no process came of it
 ClientDied = answering(4, "client pid not ok")    # … or died at once, or no template compiles
 TooManyClients = answering(5, "max clients exceed")   # max_clients are alive
-NotAllowed = answering(6, "not allowed", 400)     # what callers may not give
+NotAllowed = answering(6, "not allowed", 400)     # a value that callers may not give
 NotFound = answering(8, "not found", 404)         # /local/*: nothing of that name
-QueueFull = answering(9, "send queue full", 503)  # a message more would go out far too late
-Declined = answering(201)                         # a bridge understood, and did not do it
-NotRunning = answering(300, "client not running", 503)  # what needs the state running
-NoRoom = answering(507, "no room on the disk", 507)     # what was to be kept cannot be written
+QueueFull = answering(9, "send queue full", 503)  # one more message would be sent far too late
+Declined = answering(201)                         # a bridge understood, and refused
+NotRunning = answering(300, "client not running", 503)  # the call needs the state running
+NoRoom = answering(507, "no room on the disk", 507)     # a file cannot be written
 Hangup = answering(1)                             # the caller is gone: there is nobody to answer
 
 
@@ -213,7 +214,7 @@ class TooSlow(Unreachable):
 
 
 class BadRequest(OpenQQError):
-    """What came is not a request, or not one that is taken; code and http are one number."""
+    """No valid request, or one that is not accepted; code and http are the same number."""
 
     def __init__(self, http: int, status: str) -> None:
         super().__init__(status)
@@ -221,7 +222,7 @@ class BadRequest(OpenQQError):
 
 
 class Answer(OpenQQError):
-    """A documented answer that ends a call from within; its members are given."""
+    """A documented answer that ends a call; `row` has its members."""
 
     def __init__(self, row: Row) -> None:
         super().__init__(**row)
@@ -229,7 +230,7 @@ class Answer(OpenQQError):
 
 
 class Refusal(OpenQQError):
-    """Why the program does not start; its text says what to do. Exit status 1, or `exit`."""
+    """Why the program does not start; the text says what to do. `exit` is the exit status."""
 
     def __init__(self, status: str, exit_status: int = 1) -> None:
         super().__init__(status)
@@ -241,16 +242,16 @@ class Refusal(OpenQQError):
 # ------------------------------------------------------------------------------------------------
 
 SYSTEM = {"win32": "MSWin32"}.get(sys.platform, sys.platform)  # as Perl calls it (000)
-# What asks a process to end, as far as the system has it: its second one hurries. BREAK is what
-# service wrappers of Windows send.
+# The signals that ask a process to end, as far as the system has them; a second one makes it hurry.
+# Service wrappers on Windows send BREAK.
 END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")
                if hasattr(signal, name)]
-# Sockets that a selector takes: select() of Windows, all that it has, is made for 512.
+# How many sockets a selector can watch: Windows has only select(), with a limit of 512.
 MOST_WATCHED = 480 if sys.platform == "win32" else 1_000_000
-SHARE_SIZE = 628                 # bytes of what hands a socket to a process of Windows at most
+SHARE_SIZE = 628                 # largest result of socket.share() on Windows, in bytes
 
-# What a client's environment takes over from the controller's; all else would be a way in. Without
-# the second half Windows has no sockets, no temporary directory and no home.
+# The variables that a client gets from the controller's environment; others could change a client.
+# Without the second half Windows has no sockets, no temporary directory and no home.
 KEPT_ENVIRONMENT = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|TERM|VIRTUAL_ENV|LD_LIBRARY_PATH|"
     r"SSL_CERT_(FILE|DIR)|PYTHONDONTWRITEBYTECODE|(https?|no|all)_proxy|(HTTPS?|NO|ALL)_PROXY|"
@@ -276,19 +277,19 @@ def patiently(function: Callable[..., Any], *args: Any,
 
 
 def is_held(error: OSError) -> bool:
-    """Whether a file could not be replaced since somebody has it open: that passes by itself."""
+    """Whether a file could not be replaced because another program has it open (Windows)."""
     return sys.platform == "win32" and isinstance(error, PermissionError)
 
 
 def is_own_file(found: os.stat_result) -> bool:
-    """Whether it is a plain file of ours (or root's) with one name; on Windows all owners are 0."""
+    """Whether it is a regular file of ours (or root's) with one name; Windows has owner 0 only."""
     owner = getattr(os, "geteuid", int)()
     return stat.S_ISREG(found.st_mode) and found.st_uid in (0, owner) and found.st_nlink == 1
 
 
 def own_opener(path: str, flags: int) -> int:
-    """open()'s opener for files where others may write, as in /tmp. A new one gets mode 0600;
-    OSError for a symlink, a FIFO, a device, a second link or somebody else's file."""
+    """open()'s opener for directories where others may write, as /tmp. A new file gets mode 0600;
+    OSError for a symlink, a FIFO, a device, a second link or another user's file."""
     for name in "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC":  # the second: no FIFO is waited for
         flags |= getattr(os, name, 0)
     handle: int = patiently(os.open, path, flags, 0o600)
@@ -314,7 +315,7 @@ def lock_file(file: IO[Any]) -> bool:
 
 
 class PidFile:
-    """A pid file that is a lock besides, which ends with its process."""
+    """A pid file, which is also a lock that ends with its process."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -365,8 +366,8 @@ class PidFile:
 
 def start_process(spawn_process: Callable[..., Any], title: str, words: Sequence[str],
                   environment: Mapping[str, str], **sockets: socket.socket) -> Any:
-    """A Python process, called `title` where the system shows that, which a terminal's signals do
-    not reach. After receive_sockets() it has the sockets' numbers in its environment. OSError,
+    """Start a Python process that ps shows as `title`, and that signals of the terminal do not
+    reach. After receive_sockets() it finds the sockets' numbers in its environment. OSError,
     ValueError."""
     import subprocess
     python = os.environ.get("OPENQQ_PYTHON", sys.executable)
@@ -396,7 +397,7 @@ def start_process(spawn_process: Callable[..., Any], title: str, words: Sequence
 
 
 def receive_sockets() -> None:
-    """Take what start_process() hands on."""
+    """Take the sockets that start_process() hands on."""
     if sys.platform == "win32":
         for name in os.environ.pop("OPENQQ_SOCKETS", "").split(","):
             data = sys.stdin.buffer.read(SHARE_SIZE)
@@ -404,7 +405,7 @@ def receive_sockets() -> None:
 
 
 def tell_to_end(process: Any, life: socket.socket) -> None:
-    """Ask a process of ours to end: on Windows, which has no TERM, by ending its life line."""
+    """Ask a process of ours to end: by TERM, on Windows by closing the connection to it."""
     if sys.platform == "win32":
         with contextlib.suppress(OSError):
             life.shutdown(socket.SHUT_WR)
@@ -413,8 +414,8 @@ def tell_to_end(process: Any, life: socket.socket) -> None:
 
 
 def begin_again(title: str, words: Sequence[str], **environment: str) -> None:
-    """Run this file once more, called `title`, with what other users must not see in the
-    environment. On Windows, which shows them no words and takes no names, it returns."""
+    """Run this file again as `title`, with secrets in the environment, where other users cannot see
+    them. On Windows, where they cannot see a command line either, it returns."""
     if sys.platform != "win32":
         spelt: Dict[str, Any] = {name: value.encode("utf-8", "surrogateescape")
                                  for name, value in environment.items()}
@@ -422,12 +423,12 @@ def begin_again(title: str, words: Sequence[str], **environment: str) -> None:
                                    for word in (title, *words)], {**os.environ, **spelt})
 
 
-CONSOLE_HANDLERS: List[Any] = []  # what Windows calls must not be collected
+CONSOLE_HANDLERS: List[Any] = []  # what Windows calls must not be garbage-collected
 
 
 def on_closed_console(act: Callable[[], None]) -> None:
-    """Have act() called when the window of a console is closed, or its user leaves: Windows ends
-    the process when the handler returns, and after five seconds in any case."""
+    """Have act() called when the console window is closed, or its user logs off: Windows ends the
+    process when the handler returns, and after five seconds in any case."""
     if sys.platform == "win32":
         import ctypes
 
@@ -435,7 +436,7 @@ def on_closed_console(act: Callable[[], None]) -> None:
             if event < 2:
                 return False  # Ctrl-C and Ctrl-Break come as signals
             act()
-            time.sleep(2 * ORPHAN_SECONDS)  # for those who end the process in order
+            time.sleep(2 * ORPHAN_SECONDS)  # until other threads have ended the process
             return True
 
         CONSOLE_HANDLERS.append(ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint)(handle))
@@ -456,7 +457,7 @@ def interrupt_reading(sock: socket.socket) -> None:
 
 
 def keep_alive(sock: socket.socket) -> None:
-    """Notice within minutes that a machine is gone whose answer is waited for."""
+    """Notice within minutes that the other machine is gone, though nothing is sent."""
     if sys.platform == "win32":
         sock.ioctl(socket.SIO_KEEPALIVE_VALS, (1, 60_000, 10_000))
     else:
@@ -466,8 +467,8 @@ def keep_alive(sock: socket.socket) -> None:
 
 
 def socket_pair() -> Tuple[socket.socket, socket.socket]:
-    """Two sockets that are connected with each other: Python of Windows, until 3.12, may come to
-    another program's on the loopback, and does not look."""
+    """Two connected sockets. Python before 3.12 on Windows does not check whether another program
+    on this machine connected in between; this does."""
     while True:
         ours, theirs = socket.socketpair()
         if sys.platform != "win32" or (ours.getsockname() == theirs.getpeername()
@@ -478,8 +479,8 @@ def socket_pair() -> Tuple[socket.socket, socket.socket]:
 
 
 def room_for_connections() -> int:
-    """How many there may be at once, each with one that it causes, within the limit of open files
-    (Windows has none for sockets); a quarter is left for files and clients."""
+    """How many connections there may be at once, if each causes another one, within the limit of
+    open files (Windows has none for sockets); a quarter is left for files and clients."""
     wanted = 65_536
     if sys.platform != "win32":
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -495,22 +496,22 @@ def room_for_connections() -> int:
     return wanted
 
 
-CPUS: List[int] = []  # those that a process may choose from, where there is a choice and a use
+CPUS: List[int] = []  # those that share_cpu() chooses from
 if hasattr(os, "sched_getaffinity") and getattr(sys, "_is_gil_enabled", lambda: True)():
     with contextlib.suppress(OSError):  # the system need not tell us
         CPUS = sorted(os.sched_getaffinity(0))
 
 
 def share_cpu(number: int, pid: int = 0) -> None:
-    """Keep a process that has no threads yet to one of the CPUS. Its threads run one at a time in
-    any case, and to wake each other on another CPU took most of the time (measured)."""
+    """Let a process that has no threads yet use only one of the CPUS. With the GIL its threads run
+    one at a time anyway, and waking them on another CPU took most of the time (measured)."""
     if len(CPUS) > 1:
         with contextlib.suppress(OSError):  # it has just ended, or the system does not let us
             getattr(os, "sched_setaffinity")(pid, [CPUS[number % len(CPUS)]])
 
 
 def is_console(file: Any) -> bool:
-    """Whether a standard stream is shown to somebody; Windows takes its null device for that."""
+    """Whether a standard stream is a terminal; Windows says so of its null device as well."""
     try:
         return bool(file.isatty()) and os.get_terminal_size(file.fileno()) is not None
     except (AttributeError, OSError, ValueError):
@@ -524,7 +525,7 @@ def write_stderr(data: bytes) -> None:
 
 
 def prepare_console() -> None:
-    """On Windows output is UTF-8 whatever the code page, and a console draws colours if asked."""
+    """On Windows let output be UTF-8 whatever the code page, and the console understand colours."""
     if sys.platform == "win32":
         import ctypes
         for stream in sys.stdout, sys.stderr:
@@ -537,7 +538,7 @@ def prepare_console() -> None:
 
 
 def has_own_window() -> bool:
-    """Whether somebody has double-clicked this file, so that the console ends with us."""
+    """Whether this file was double-clicked, so that the console window closes when we end."""
     if sys.platform == "win32":
         import ctypes
         count: int = kernel32().GetConsoleProcessList((ctypes.c_uint * 8)(), 8)
@@ -571,7 +572,7 @@ def to_bytes(value: Json) -> bytes:
 
 
 def from_bytes(data: bytes) -> Json:
-    """JSON read; ValueError for anything else, also for nesting too deep to read."""
+    """Parse JSON; ValueError, also for nesting that is too deep."""
     try:
         return json.loads(data.decode("utf-8-sig").strip())
     except RecursionError:
@@ -579,7 +580,7 @@ def from_bytes(data: bytes) -> Json:
 
 
 def object_in(data: bytes) -> Optional[Row]:
-    """The JSON object that bytes hold; None for anything else."""
+    """The JSON object in bytes; None if they hold anything else."""
     try:
         value = from_bytes(data)
     except ValueError:
@@ -588,8 +589,8 @@ def object_in(data: bytes) -> Optional[Row]:
 
 
 def read_text(data: bytes, charset: str = "") -> str:
-    """Text as UTF-8, else as GB18030, which Chinese consoles and old scripts write; the other way
-    round, or only as UTF-8, where a `charset` says so. ValueError."""
+    """Decode text as UTF-8, else as GB18030, which Chinese consoles and old scripts write; with a
+    `charset` in the other order, or as UTF-8 only. ValueError."""
     encodings = ["utf-8", "gb18030"]
     if charset.lower() in ("gb18030", "gbk", "gb2312", "cp936", "x-gbk"):
         encodings.reverse()
@@ -603,25 +604,26 @@ def read_text(data: bytes, charset: str = "") -> str:
 
 
 def typed_text(word: str) -> str:
-    """A word from the system; bytes in it that are no UTF-8 (PEP 383) are GB18030. ValueError."""
+    """A word of the command line or environment; bytes that are not UTF-8 (PEP 383) are read as
+    GB18030. ValueError."""
     return read_text(os.fsencode(word)) if re.search("[\ud800-\udfff]", word) else word
 
 
 def check_name(name: str) -> str:
-    """An account's name, if it can be a part of file names on all systems; else NotAllowed."""
+    """The name of an account, if it can be part of a file name on all systems; else NotAllowed."""
     if not NAME.fullmatch(name) or FORBIDDEN.fullmatch(name):
         raise NotAllowed("client name not allowed")
     return name
 
 
 def new_secret() -> str:
-    """Something that nobody can guess: 32 hex digits."""
+    """A random text that nobody can guess: 32 hex digits."""
     return os.urandom(16).hex()
 
 
 class MessageIds:
-    """Ids of messages where the other side gives none: growing by one, the first one by the clock,
-    and from 2^30 to below 2^31, since typed clients keep them in 31 bits."""
+    """Ids for messages that the network gives none: each one higher than the last, the first from
+    the clock, between 2^30 and 2^31, since clients in typed languages keep them in 31 bits."""
     LEAST = 2 ** 30
 
     def __init__(self, clock: Callable[[], float] = time.time,
@@ -629,7 +631,7 @@ class MessageIds:
         self._last, self._taken = self.LEAST + int(clock()) % 100_000 * 10_000, taken
 
     def next(self) -> int:
-        """One that is not taken; after the last of all comes the first."""
+        """The next id that is not taken; after the highest comes the lowest."""
         while True:
             self._last = self.LEAST + (self._last - self.LEAST) % (self.LEAST - 1) + 1
             if not self._taken(self._last):
@@ -653,25 +655,24 @@ def backoff(tries: int, most: float = 60.0) -> float:
 
 
 def is_news(count: int) -> bool:
-    """Whether to tell of what happens again and again: the 1st time, the 2nd, 4th, 8th …"""
+    """Whether to log what happens again and again: the 1st time, the 2nd, 4th, 8th …"""
     return count & (count - 1) == 0
 
 
 def keep_newest(table: Dict[Any, Any], limit: int) -> None:
-    """Drop from a dict what came first, until it holds no more than `limit`."""
+    """Remove the oldest entries of a dict, until it holds no more than `limit`."""
     while len(table) > limit:
         del table[next(iter(table))]
 
 
 def python_words(*words: str) -> List[str]:
-    """The words behind `python` that run this file once more, as a module: as a script it would be
-    compiled each time."""
+    """The words after `python` that run this file again, as a module: a script is compiled anew."""
     directory, name = os.path.split(os.path.abspath(__file__))
     module = name[:-3] if name.endswith(".py") else ""
     if not module.isidentifier():
         return ["-X", "utf8", os.path.join(directory, name), *words]
-    # In the place of the current directory, where others may have put modules; Python's embeddable
-    # package for Windows does not have that on its path.
+    # It replaces the current directory in sys.path, where others may have put modules; Python's
+    # embeddable package for Windows does not have that there.
     code = (f"import sys; sys.path[:sys.path[0] == ''] = [{directory!r}]; import {module}; "
             f"{module}.command_line()")
     return ["-X", "utf8", "-c", code, *words]
@@ -689,9 +690,9 @@ COLORS = {10: "34", 25: "32", 30: "33", 40: "31", 50: "35"}
 
 
 class LogHandler(logging.Handler):
-    """A log file that is opened again when it was moved away, and never through a symlink; without
-    a path stderr. A record is one write, so that lines stay whole; its form is the documents'
-    (CONTRACT 9). Logging's own WatchedFileHandler would take each client 0.5 MiB."""
+    """Writes to a log file, which is opened again when it was moved away, never through a symlink;
+    without a path to stderr. A record is one write, so that lines stay whole (form: CONTRACT 9).
+    The WatchedFileHandler of logging.handlers would cost each client 0.5 MiB."""
 
     def __init__(self, path: str, encoding: str, head: str, colored: bool, level: int) -> None:
         super().__init__(level)
@@ -699,7 +700,7 @@ class LogHandler(logging.Handler):
         self._file: Any = open(path, "ab", 0, opener=own_opener) if path else None
 
     def format(self, record: logging.LogRecord) -> str:
-        """`HEAD[yy/mm/dd HH:MM:SS] [level] ` before each line, and no control characters."""
+        """Put `HEAD[yy/mm/dd HH:MM:SS] [level] ` before each line; escape control characters."""
         title, who = getattr(record, "message_of", ("", ""))
         level = next(name for name, number in LEVELS.items() if number >= record.levelno)
         when = time.strftime("%y/%m/%d %H:%M:%S", time.localtime(record.created))
@@ -710,9 +711,9 @@ class LogHandler(logging.Handler):
         return f"\x1b[{color}m{lines}\x1b[0m\n" if color else lines + "\n"
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Neither a full disk nor a reader who is gone stops what the log tells about."""
+        """A full disk or a closed stderr must not stop the program."""
         data = self.format(record).encode(self._encoding, "replace")
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # the next is tried again
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             if self._file is None:
                 return write_stderr(data)
             try:
@@ -726,9 +727,9 @@ class LogHandler(logging.Handler):
 
 
 class Log(logging.Logger):
-    """The log of one controller or client, in the documents' levels (CONTRACT 9). `keep` gets the
-    text of each warning or worse, also of those that are not written."""
-    warn = logging.Logger.warning  # the documents' word for it; logging is about to give it up
+    """The log of a controller or client, with the levels of the documents (CONTRACT 9). `keep` gets
+    the text of each warning or error, even if the level hides it."""
+    warn = logging.Logger.warning  # as the documents call it; logging has deprecated the name
 
     def __init__(self, head: str = "", level: str = "info", path: Optional[str] = None,
                  encoding: str = "utf-8", console: bool = True, colored: bool = False) -> None:
@@ -746,11 +747,11 @@ class Log(logging.Logger):
             self.keep(record.getMessage())
 
     def msg(self, title: str, who: str, text: str) -> None:
-        """Show a chat message: its title stands where the level would (CONTRACT 9)."""
+        """Log a chat message: its title takes the place of the level (CONTRACT 9)."""
         self.log(LEVELS["msg"], text, extra={"message_of": (title, who)})
 
     def failure(self, doing: str) -> None:
-        """Report the exception being handled, with its place: a fault of this program."""
+        """Log the exception being handled, with its traceback: a fault of this program."""
         self.error(f"{doing} failed, which is a fault of this program:\n"
                    + traceback.format_exc().rstrip())
 
@@ -763,7 +764,7 @@ def spawn(function: Callable[..., None], *args: Any, name: str = "openqq") -> th
 
 
 def settle(future: Future[Any], value: Any) -> None:
-    """Set a future's result, or an exception that it raises, unless something else was quicker."""
+    """Set a future's result, or its exception, unless it is done already."""
     with contextlib.suppress(InvalidStateError):
         if isinstance(value, Exception):
             future.set_exception(value)
@@ -772,7 +773,7 @@ def settle(future: Future[Any], value: Any) -> None:
 
 
 def result_of(future: Future[Any], seconds: float) -> Any:
-    """What a future brings; TimeoutError, which until Python 3.10 is not the one that it raises."""
+    """The result of a future; the built-in TimeoutError, which until 3.10 futures do not raise."""
     try:
         return future.result(seconds)
     except FutureTimeout:
@@ -780,14 +781,14 @@ def result_of(future: Future[Any], seconds: float) -> Any:
 
 
 class ThreadPool:
-    """At most `size` threads; one that is idle for `linger` seconds leaves. Those of
-    concurrent.futures never leave, and a process that ends waits for what they do."""
+    """At most `size` threads; one that is idle for `linger` seconds ends. The threads of
+    concurrent.futures never end, and the process waits for their jobs when it ends."""
 
     def __init__(self, size: int, name: str, log: Log, linger: float = 10.0) -> None:
         self.size, self.name, self.log, self.linger = size, name, log, linger
         self._lock = threading.Lock()  # guards _free, _threads
         self._jobs: Any = queue.SimpleQueue()
-        self._free = self._threads = 0  # threads that wait, less the jobs that do
+        self._free = self._threads = 0  # _free: idle threads, less the jobs that wait
 
     def submit(self, function: Callable[..., Any], *args: Any) -> None:
         """Have function(*args) run by one of the threads, in the order of the calls."""
@@ -799,7 +800,7 @@ class ThreadPool:
         if grow:
             try:
                 spawn(self._work, name=self.name)
-            except RuntimeError as error:  # the job waits for another thread, or the next call
+            except RuntimeError as error:  # the job waits for another thread, or the next submit()
                 with self._lock:
                     self._threads -= 1
                 self.log.warn(f"no thread for {self.name}: {error}")
@@ -821,19 +822,19 @@ class ThreadPool:
                 function(*args)
             except Exception:
                 self.log.failure(f"a job of {self.name}")
-            del function, args  # an idle thread must not keep what it worked on alive
+            del function, args  # an idle thread must not keep their memory
             with self._lock:
                 self._free += 1
 
 
 class Timers:
-    """One thread for what is to happen later, for signals, and for sockets that say something. What
-    it calls has the owner's `lock`, so that what was cancelled under the lock does not happen, and
-    must not block."""
+    """One thread for timers, for signals, and for sockets that become readable. What it calls runs
+    with the owner's `lock` held, so that a timer cancelled under the lock never runs. It must not
+    block."""
 
     def __init__(self, lock: Any, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
         self.lock, self.log, self.clock = lock, log, clock
-        # A heap of when, a count, and the job, or nothing if it was cancelled; guarded by the lock.
+        # A heap of (when, count, [job]); the list is empty if it was cancelled. The lock guards it.
         self._calls: List[Tuple[float, int, List[Callable[[], Any]]]] = []
         self._count = itertools.count()
         self._selector = selectors.DefaultSelector()
@@ -842,12 +843,12 @@ class Timers:
             sock.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ, lambda: self._ear.recv(4096))
         self._ended = False
-        self._signals: Dict[int, Any] = {}  # those that are caught -> who had them before
+        self._signals: Dict[int, Any] = {}  # signals that are caught -> their former handlers
         self._caught: Deque[Callable[[], None]] = collections.deque()
 
     def later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Callable[[], None]:
-        """Have function(*args) called in `seconds`, with the lock held; what cancels that. From any
-        thread."""
+        """Have function(*args) called in `seconds`, with the lock held; returns what cancels it.
+        From any thread."""
         job: List[Callable[[], Any]] = [functools.partial(function, *args)]
         with self.lock:
             heapq.heappush(self._calls, (self.clock() + seconds, next(self._count), job))
@@ -862,20 +863,20 @@ class Timers:
         self._wake()  # some systems' selectors take no notice while they wait
 
     def unwatch(self, sock: socket.socket) -> None:
-        """Take a watch() back."""
+        """End a watch()."""
         self._selector.unregister(sock)
 
     def catch_signals(self, act: Callable[[int], None]) -> None:
-        """In the main thread, which has to run() too: have act(number) called, with the lock held,
-        for END_SIGNALS, but for those that were ignored at the start (nohup)."""
+        """Have act(number) called for END_SIGNALS, with the lock held, except for those that were
+        ignored at the start (nohup). Only in the main thread, which has to call run()."""
         if threading.current_thread() is not threading.main_thread():
             return
 
-        def catch(number: int, frame: Any = None) -> None:  # only notes it: the lock may be held
+        def catch(number: int, frame: Any = None) -> None:  # takes no lock: we may hold it
             self._caught.append(functools.partial(act, number))
             self._wake()
 
-        # Else a signal that comes just before the selector waits would be noticed much later.
+        # Without it a signal that comes just before the selector waits would be noticed much later.
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         for number in END_SIGNALS:
             former = signal.getsignal(number)
@@ -895,7 +896,7 @@ class Timers:
             closable.close()
 
     def step(self) -> None:
-        """Wait until there is something to do, and do that."""
+        """Wait until there is something to do, and do it."""
         with self.lock:
             wait = self._calls[0][0] - self.clock() if self._calls else POST_DAY
             wait = 0.0 if self._caught else min(POST_DAY, max(0.0, wait))  # epoll: 24 days
@@ -910,7 +911,7 @@ class Timers:
                     self._call(job)
 
     def stop(self) -> None:
-        """Let run() return after what it is doing. From any thread."""
+        """Let run() return after its present job. From any thread."""
         self._ended = True
         self._wake()
 
@@ -918,7 +919,7 @@ class Timers:
         try:
             job()
         except Exception:
-            self.log.failure("what was to happen now")
+            self.log.failure("a timer")
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # full, so it will wake; or closed
@@ -977,7 +978,7 @@ def _words(text: str) -> List[str]:
 
 
 def _hosts(text: str) -> List[str]:
-    """Names as browsers send them. No address: browsers say less of who asks one (Gate)."""
+    """Host names as browsers send them. No addresses: see Gate."""
     found = _words(text.lower())
     label = "[0-9a-z_](?:[0-9a-z_-]*[0-9a-z_])?"
     name = rf"(?=.{{1,253}}\Z)(?:{label}\.)*(?![0-9]+\Z|0x[0-9a-f]*\Z){label}"
@@ -988,7 +989,7 @@ def _hosts(text: str) -> List[str]:
 
 
 def _encoding(text: str) -> str:
-    """A codec for lines of any text: not idna or rot13, nor one that begins each with a mark."""
+    """A codec that can encode lines of any text: not idna, rot13, or one that writes a BOM."""
     with contextlib.suppress(LookupError, ValueError):
         if not text or ("[x] 1\n".encode(text) == b"[x] 1\n"
                         and "ä好😀\ud800\0".encode(text, "replace")):
@@ -1010,7 +1011,7 @@ def _url(text: str, schemes: Sequence[str] = ("http", "https")) -> str:
     if parts.scheme not in schemes or not parts.netloc:
         words = " or ".join(f"{scheme}://" for scheme in schemes)
         raise ValueError(f"must be an {words} URL")
-    # User and password; a name, an IPv4 or IPv6 address (RFC 6874: with a zone); a port.
+    # User and password; a name, an IPv4 or an IPv6 address (with a zone: RFC 6874); a port.
     found = re.fullmatch(r"(?:[^@\\]*@)?(?:\[([0-9A-Fa-f:.]+)(?:%[\w.%~-]+)?\]|([\w.-]+))"
                          r"(?::([0-9]*))?", parts.netloc)
     address, name, port = found.groups() if found else ("", "", "")
@@ -1027,7 +1028,7 @@ def _url(text: str, schemes: Sequence[str] = ("http", "https")) -> str:
 
 def _bridge_url(text: str) -> str:
     url = _url(text, ("http", "https", "ws", "wss"))
-    if "@" in urllib.parse.urlsplit(url).netloc:  # it would be shown like any other URL
+    if "@" in urllib.parse.urlsplit(url).netloc:  # the URL is shown, passwords must not be
         raise ValueError("must not hold a password; a bridge's token has a setting of its own")
     return url
 
@@ -1041,11 +1042,11 @@ def _choice(*words: str) -> Callable[[str], str]:
 
 
 class Setting:
-    """One row of the settings table. `whose` is "controller", "client" or "both", `default` None
-    where the help tells more, `read` makes a value of a text or raises ValueError, `caller`:
-    start_client takes it, `plugin`: it reaches a client under the API plugin's name (000),
-    `between` are a number's bounds, `token` of a URL is the parameter in it that is a secret, and
-    the setting where that belongs. Without `help` it is `idle`: it has no effect any more."""
+    """One row of the settings table. `whose` is "controller", "client" or "both"; `default` is None
+    where the help text tells it; `read` parses a text or raises ValueError; `caller`: start_client
+    accepts it; `plugin`: a client gets it under the API plugin's name (000); `between`: bounds of a
+    number; `token`: the parameter of a URL that is a secret, and the setting that it belongs to.
+    Without `help` it is `idle`: it has no effect any more."""
 
     def __init__(self, whose: str, name: str, default: Json, help: str = "", chinese: str = "",
                  read: Optional[Callable[[str], Json]] = None, *, caller: bool = True,
@@ -1073,7 +1074,7 @@ class Setting:
             raise ValueError(f"{self.name}{shown} {error}") from None
 
     def text(self, value: Json) -> str:
-        """The text that parse() takes for a value, be it one from JSON or Python."""
+        """A value of JSON or Python as the text that parse() takes."""
         if value is None:
             return ""
         if isinstance(value, (list, tuple)):
@@ -1081,7 +1082,7 @@ class Setting:
         return str(int(value) if isinstance(value, bool) else value)
 
     def shown(self) -> str:
-        """The default as help shows it."""
+        """The default, as help shows it."""
         is_float = isinstance(self.default, float)
         return f"{self.default:g}" if is_float else self.text(self.default)
 
@@ -1214,25 +1215,25 @@ SETTINGS = {setting.name: setting for setting in [
 
 
 def setting_named(name: str) -> Optional[Setting]:
-    """The row for a name as flags, the environment and callers spell it, or None:
+    """The setting with a name as flags, the environment or callers spell it, or None:
     `plugin_openqq_post_event` is `post_event` everywhere (002)."""
     return SETTINGS.get(re.sub(r"^plugin_open(qq|wx)_", "", name.replace("-", "_")))
 
 
-# The setting that leads to a network -> how the names of all that is for it begin.
+# The setting with the address of a network -> how the names of all its settings begin.
 NETWORKS: Dict[str, Tuple[str, ...]] = {
     "onebot_api": ("onebot_",), "milky_api": ("milky_", "onebot_login"), "ilink_api": ("ilink_",)}
-UNKEPT = ("pwd", "token")        # the secrets that nothing remembers (DESIGN)
+UNKEPT = ("pwd", "token")        # the secrets that no file keeps (DESIGN)
 
 
 def link_of(given: Callable[[str], Json]) -> str:
-    """Where an account's messages come from, by the settings that were given."""
+    """Which link an account has, by the settings that were given."""
     return str(given("link") or next((url[:-4] for url in NETWORKS if given(url)), "local"))
 
 
 def tokens_apart(given: Mapping[str, str]) -> Dict[str, str]:
-    """Settings with each token that came within a URL where it belongs, so that it is treated as a
-    secret. One that is given by itself is stronger."""
+    """Settings in which a token that came within a URL is moved to its own setting, so that it is
+    treated as a secret. A token that is given by itself has priority."""
     found = dict(given)
     for name, text in given.items():
         parameter, owner = SETTINGS[name].token
@@ -1254,9 +1255,8 @@ def tokens_apart(given: Mapping[str, str]) -> Dict[str, str]:
 
 def texts_of(given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], str]
              ) -> Dict[str, str]:
-    """What somebody gives, by the settings' own names, as texts that parse() takes, or empty ones.
-    ValueError for a bad value, and for one that `why_not(setting)` objects to; None is no setting
-    at all."""
+    """Given settings by their own names, as texts that parse() takes, or empty ones. ValueError for
+    a bad value, and for a setting that `why_not(setting)` objects to (None: it is no setting)."""
     found = {}
     for name, value in given.items():
         setting = setting_named(name)
@@ -1272,14 +1272,14 @@ def texts_of(given: Mapping[str, Json], why_not: Callable[[Optional[Setting]], s
 
 
 def urls_of(name: str) -> List[str]:
-    """The settings with the URLs that a secret is for, which others must not be told."""
+    """The settings with the URLs that a secret is for; no other server may get it."""
     return [url for url, setting in SETTINGS.items() if setting.token[1] == name or (
         SETTINGS[name].secret and name.startswith(NETWORKS.get(url, "\0")))]
 
 
 def renewed(former: Mapping[str, str], given: Mapping[str, str]) -> Dict[str, str]:
-    """What holds after some settings are given anew: those win, an empty one clears, and a new
-    network clears what was said of any (its names, its secrets are for no other)."""
+    """The settings after some were given anew: new ones win, an empty one removes, and another
+    network removes the settings of all networks (names and secrets are for one server only)."""
     def value(name: str, settings: Mapping[str, str]) -> Json:
         return SETTINGS[name].parse(settings[name]) if settings.get(name) else None
 
@@ -1325,20 +1325,20 @@ class Settings:
         return copy
 
     def fill(self, **values: Json) -> None:
-        """Set what nobody gave, for defaults that are known only while running."""
+        """Set what nobody gave: defaults that are known only while running."""
         for name, value in values.items():
             if self._given.get(name) in (None, ""):
                 self._given[name] = value
 
     def secrets(self) -> Row:
-        """The secrets that outlive the process: in the cookie file only (DESIGN)."""
+        """The secrets that are kept after the process: in the cookie file only (DESIGN)."""
         return {name: value for name, value in self._given.items()
                 if SETTINGS[name].secret and name not in UNKEPT}
 
 
 def from_environment(environ: Mapping[str, str], prefix: str) -> Dict[str, str]:
-    """Settings in an environment: MOJO_WEBQQ_X and, stronger, MOJO_WEBQQ_PLUGIN_OPENQQ_X. Other
-    names are left to whom they belong; an empty value counts as none."""
+    """Settings in an environment: MOJO_WEBQQ_X and, with priority, MOJO_WEBQQ_PLUGIN_OPENQQ_X.
+    Other names are ignored; an empty value counts as none."""
     found = {}
     for key in sorted(environ, key=lambda key: (key.startswith(prefix + "PLUGIN_"), key)):
         setting = setting_named(key[len(prefix):].lower()) if key.startswith(prefix) else None
@@ -1376,16 +1376,16 @@ PREFIXES = ("/openqq/", "/openwx/")  # of the API's paths; each server answers t
 
 
 class Verb:
-    """One call of the API. Routes, their handlers, and the document at openapi.json follow from it.
+    """One call of the API. Its route, its handler and its part of openapi.json are made from it.
 
-    `takes` are its parameters (PARAMS): ! is required, + a set of them, as Flavour.keys. `gives` is
-    the answer's shape (SHAPES, Flavour.fields; * is a list); `codes` those besides 0, and HTTP
-    statuses after =; `example` parameters that work on the network inside. `on` is who serves it:
-    client (a controller passes it on), controller, both, or nothing for a path whose section
-    declares the route; `flavour` the one that alone has it.
-    `link` is a method of Link, and its arguments by name: what Api.do_act() makes of a word, in
-    the order of the checks; `yes` and `no` are the answers' code and status, after what is told
-    again (`echo`). Without `link` the method `do_NAME` of the API does it, or what `does` names."""
+    `takes` lists its parameters (PARAMS): ! is required, + a set of them (Flavour.keys). `gives` is
+    the shape of the answer (SHAPES, Flavour.fields; * is a list); `codes` are the codes besides 0,
+    and HTTP statuses after =; `example` has parameters that work on the local network. `on` is who
+    serves it: client (a controller passes it on), controller, both, or nothing for a path whose
+    section declares the route; `flavour` is the only one that has it, if not both. `link` is a
+    method of Link and its arguments by name, in the order of the checks: Api.do_act() makes their
+    values. `yes` and `no` are code and status of the answer, which repeats the parameters in
+    `echo`. Without `link` a method of Api does it: `do_NAME`, or what `does` names."""
 
     def __init__(self, name: str, methods: str, about: str, takes: str = "",
                  gives: str = "answer", codes: str = "", example: str = "", link: str = "",
@@ -1398,8 +1398,8 @@ class Verb:
         self.yes, self.no = yes, no
 
 
-# What can be done. A new call is a row here, and a method of Link or of the API.
 BRIDGES = ("/onebot", "/milky")  # where they post their events
+# What can be done. A new call is a row here, and a method of Link or of Api.
 VERBS = [
     Verb("start_client", ACT, "Start a client; answers before it has logged in.", "+settings",
          "child", "1 2 3 4 5", "log_level=info", on="controller"),
@@ -1549,8 +1549,8 @@ def _rows(**lists: str) -> Dict[str, Tuple[str, ...]]:
 
 
 class QQ:
-    """What Mojo-Webqq calls things: data only, all that flavours may differ in (000, 002, 003, 004;
-    fields as CONTRACT 3 has them)."""
+    """The names of Mojo-Webqq: data only, all that flavours may differ in (000, 002 to 004,
+    CONTRACT 3)."""
 
     name = "qq"
     prefix = "/openqq/"          # of the API's paths
@@ -1581,22 +1581,22 @@ class QQ:
         friend_request="id name verify ticket",
         group_request="group group_uid uid name comment kind ticket",
         media="type url name size file_id")
-    # What a search may call members besides (AUTOLOAD in Group.pm, Friend.pm).
+    # Other names that a search may use for members (AUTOLOAD in Group.pm, Friend.pm).
     other_names: Dict[str, Dict[str, str]] = {
         "friend": {"qq": "uid", "nick": "name"},
         "group": {"gnumber": "uid", "number": "uid", "gtype": "role", "gname": "name",
                   "gid": "id", "gcode": "code"}}
-    # Kind of thing -> what send_* finds it by; and what control of groups finds them by.
+    # Kind of thing -> the parameters that name it: for send_*; for the calls that manage groups.
     keys = _rows(
         friend="id uid name displayname", group="id uid name displayname", discuss="id name",
         place="group_id group_uid", members="member_id member_uid")
-    unknown = "member {name} not found"  # the status when control of groups does not find somebody
+    unknown = "member {name} not found"  # the status when nobody of that name is in the group
     # Kind of thing -> the answer when send_* does not find it.
     missing: Dict[str, Row] = {
         "friend": {"code": 100, "id": None, "status": "friend not found"},
         "group": {"code": 101, "id": None, "status": "group not found"},
         "discuss": {"code": 102, "id": None, "status": "discuss not found"}}
-    # Role in a message -> what it tells of it (sender_id …).
+    # Role in a message -> the members that tell of it (sender_id …).
     parts = _rows(
         sender="id uid", receiver="id uid", group="id uid", discuss="id")
     # Type of a message -> what ShowMsg calls it.
@@ -1607,8 +1607,8 @@ class QQ:
     not_sent = "发送失败"         # the status of a send that failed
     sent_id = "{id}"             # the id in the answer to one
     everybody = ""               # the id that means all friends
-    text_format: Row = {}        # what a message of plain text has besides
-    media_members: Tuple[str, ...] = ("media",)  # what one with a picture has besides
+    text_format: Row = {}        # further members of a message of plain text
+    media_members: Tuple[str, ...] = ("media",)  # further members of one with a picture
     media_content = "{content}{label}"           # and its content: or {either}
     ids = {"people": "{number}", "group": "{number}", "discuss": "{number}"}  # their shapes
     usual: Row = {               # members of things on the local network
@@ -1682,7 +1682,7 @@ class Weixin(QQ):
         "groups": QQ.world["groups"], "discuss": [], "friends": QQ.world["friends"]}
 
 
-Flavour = QQ                     # how annotations call either of them
+Flavour = QQ                     # the type of both, in annotations
 FLAVOURS: Dict[str, Type[Flavour]] = {flavour.name: flavour for flavour in (QQ, Weixin)}
 
 
@@ -1699,8 +1699,8 @@ def flavour_named(name: Optional[str]) -> Type[Flavour]:
 # ------------------------------------------------------------------------------------------------
 
 class Thing:
-    """A contact, a group or a message: attributes inside, a JSON object outside, with the members
-    that Flavour.fields lists for its `kind` (THINGS); what is not known is None."""
+    """A contact, a group or a message: attributes here, outside a JSON object with the members that
+    Flavour.fields lists for its `kind` (THINGS); what is not known is None."""
     kind = ""
 
     def __init__(self, values: Row) -> None:
@@ -1738,8 +1738,8 @@ class Thing:
 
 
 class Circle(Thing):
-    """A group or a discuss. `member` maps uids to its members; a link may leave them out until they
-    are needed: then they are not `loaded`."""
+    """A group or a discuss. `member` maps uids to its members. A link may tell them only when they
+    are needed; until then the group is not `loaded`."""
 
     def __init__(self, values: Row) -> None:
         super().__init__(values)
@@ -1753,8 +1753,8 @@ class Circle(Thing):
                     member=[member.to_json(fields) for member in self.member.values()])
 
 
-# kind -> its class. Each has one of its own, since objects of one class share the keys of their
-# dicts: that halves the memory of a roster (measured).
+# kind -> its class. Each kind has its own class, since the objects of one class share the keys of
+# their dicts: that halves the memory of a roster (measured).
 THINGS: Dict[str, Type[Any]] = {
     kind: type(kind, (Circle if kind in ("group", "discuss") else Thing,), {"kind": kind})
     for kind in ("user", "friend", "group", "group_member", "discuss", "discuss_member")}
@@ -1767,16 +1767,16 @@ class Message(Thing):
     HIDDEN = ("answer", "sender_thing", "receiver_thing", "circle", "peer_uid")
 
     def to_json(self, fields: Mapping[str, Tuple[str, ...]]) -> Row:
-        """The documented JSON object; `fields` plays no part, all messages have their own."""
+        """The documented JSON object; `fields` is not used, each message has its own members."""
         return {name: value for name, value in self.__dict__.items()
                 if name not in self.HIDDEN}
 
     def conversation(self) -> str:
-        """Where its order counts: the friend, group or discuss that it belongs to."""
+        """The friend, group or discuss that it belongs to: within it messages keep their order."""
         return f"{self.type}/{self.circle.uid if self.circle else ''}/{self.peer_uid or ''}"
 
     def reply(self, text: str, **more: Any) -> None:
-        """Send text to where the message came from, without waiting; `more` as in Talk.send()."""
+        """Send text to where the message came from; does not wait. `more` as in Talk.send()."""
         self.answer(self, text, **more)
 
 
@@ -1785,7 +1785,7 @@ class Message(Thing):
 # ------------------------------------------------------------------------------------------------
 
 def read_file(path: str, limit: Optional[int] = None) -> Optional[bytes]:
-    """A file's bytes, or None where there is no plain file of ours; OSError if it is too large."""
+    """A file's bytes; None if there is no regular file of ours; OSError if it is too large."""
     try:
         with open(path, "rb", opener=own_opener) as file:
             data = file.read() if limit is None else file.read(limit + 1)
@@ -1797,8 +1797,8 @@ def read_file(path: str, limit: Optional[int] = None) -> Optional[bytes]:
 
 
 def read_json(path: str, log: Log) -> Row:
-    """A state file's JSON object; {} where there is none. What cannot be read (the Perl programs
-    wrote Storable) is set aside as `<path>.old`: it is the user's, and must not stop a start."""
+    """A state file's JSON object; {} if there is none. A file that cannot be read (the Perl
+    programs wrote Storable) is renamed to `<path>.old`, and does not stop a start."""
     data = read_file(path)
     value = object_in(data) if data else {}
     if value is not None:
@@ -1812,8 +1812,8 @@ def read_json(path: str, log: Log) -> Row:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Replace a file at once: others see the old bytes or the new, never a part. It is 0600 from
-    the start; a symlink at `path` is replaced, not followed. OSError."""
+    """Replace a file atomically: others see the old bytes or the new ones, never a part. Its mode
+    is 0600 from the start; a symlink at `path` is replaced, not followed. OSError."""
     directory, name = os.path.split(path)
     handle, temporary = tempfile.mkstemp("", f".openqq_{name}_", directory)
     try:
@@ -1828,7 +1828,7 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def keep_file(path: str, data: bytes, log: Log) -> bool:
-    """write_file() that only warns where that fails. False if it is worth another try."""
+    """write_file(), with a warning if that fails. False if it should be tried again."""
     try:
         write_file(path, data)
     except OSError as error:
@@ -1844,7 +1844,7 @@ def remove_file(path: str) -> None:
 
 
 def files_in(directory: str, pattern: str) -> List[str]:
-    """The paths of the files in a directory whose whole names fit; none where it is not there."""
+    """The paths of the files in a directory whose names match; none if there is no directory."""
     with contextlib.suppress(OSError):
         return [os.path.join(directory, name) for name in os.listdir(directory)
                 if re.fullmatch(pattern, name)]
@@ -1852,14 +1852,14 @@ def files_in(directory: str, pattern: str) -> List[str]:
 
 
 def remove_leftovers(path: str) -> None:
-    """Remove what a process that was killed in write_file() left of a file: it may hold secrets."""
+    """Remove what a process that was killed in write_file() left behind: it may hold secrets."""
     directory, name = os.path.split(path)
     for left in files_in(directory, re.escape(f".openqq_{name}_") + "([0-9a-z_]{8}|[0-9a-f]{32})"):
         remove_file(left)
 
 
 def check_tmpdir(path: str) -> str:
-    """The directory that all files go to, made if need be; Refusal if it cannot be used."""
+    """The directory for all files, made if needed; Refusal if it cannot be used."""
     path = path or tempfile.gettempdir()
     try:
         os.makedirs(path, exist_ok=True)
@@ -1872,22 +1872,22 @@ def check_tmpdir(path: str) -> str:
 
 
 def check_path(name: str, path: str, tmpdir: str, own_files: str, taken: Iterable[str]) -> None:
-    """NotAllowed unless a caller's path stays in the controller's tmpdir, is none of `taken` (empty
-    ones do not count), and no file of this program but one whose name `own_files` matches."""
+    """NotAllowed unless a caller's path is in the controller's tmpdir, is none of `taken` (empty
+    ones do not count), and is no file of this program, except one that `own_files` matches."""
     real, room = [os.path.normcase(os.path.realpath(each)) for each in (path, tmpdir)]
-    base = os.path.basename(os.path.realpath(path))  # as symlinks lead to, and it is spelt
+    base = os.path.basename(os.path.realpath(path))  # the name that symlinks lead to
     foreign = (re.match("mojo_|[.]", base, re.I) or ":" in base) and not re.fullmatch(
         own_files, base)
     good = name == "tmpdir" and real == room or (
         real.startswith(os.path.join(room, "")) and not foreign and not FORBIDDEN.fullmatch(base))
-    # Some file systems tell no case apart.
+    # Some file systems ignore case.
     if not good or real.lower() in {os.path.realpath(other).lower() for other in taken if other}:
         raise NotAllowed(f"{name} not allowed")
 
 
 def check_usable(name: str, path: str, tmpdir: str) -> None:
-    """NotAllowed unless a client could write there: to a plain file of ours or a new one, in a
-    directory that is there or will be (`tmpdir`); as for a `tmpdir` itself, a directory or none."""
+    """NotAllowed unless a client could write there: a regular file of ours or a new one, in a
+    directory that exists or will be made (`tmpdir`); a `tmpdir` itself is a directory or new."""
     is_tmpdir = name == "tmpdir"
     try:
         found = os.lstat(path)
@@ -1896,14 +1896,14 @@ def check_usable(name: str, path: str, tmpdir: str) -> None:
         good = error.errno == errno.ENOENT
     place = path if is_tmpdir else os.path.dirname(path)
     while is_tmpdir and not os.path.lexists(place):
-        place = os.path.dirname(place)  # all of them are made
+        place = os.path.dirname(place)  # missing directories are made
     if not good or place != tmpdir and not (os.path.isdir(place) and os.access(place, os.W_OK)):
         what = "a directory" if is_tmpdir else "a file in a directory that is there"
         raise NotAllowed(f"{name} not allowed: it must be {what}, which can be written")
 
 
 def media_type(data: bytes, name: str) -> str:
-    """The media type of bytes: by how pictures begin, else by the name's ending."""
+    """The media type: by the first bytes of pictures, else by the ending of the name."""
     for begin, kind in ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpeg"), (b"GIF8", "gif")):
         if data.startswith(begin):
             return "image/" + kind
@@ -1911,13 +1911,14 @@ def media_type(data: bytes, name: str) -> str:
 
 
 def unkept_media(data: bytes, name: str) -> Row:
-    """What a Shelf tells of media, for those that are not put there."""
+    """What a Shelf tells of media, for media that are not kept there."""
     return {**dict.fromkeys(("media_id", "media_path", "media_ext", "media_mtime", "media_code")),
             "media_name": name, "media_size": str(len(data)), "media_mime": media_type(data, name)}
 
 
 class Shelf:
-    """Media of an account: files, each with an id (CONTRACT 10). A start clears week-old ones."""
+    """The media of an account: files, each with an id (CONTRACT 10). A start removes week-old
+    ones."""
     NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
 
     def __init__(self, start: str) -> None:
@@ -1926,7 +1927,7 @@ class Shelf:
         self.clear(time.time() - 7 * 86_400)
 
     def clear(self, until: float = math.inf) -> None:
-        """Remove all, or what was put there before a time."""
+        """Remove all, or those from before a time."""
         for path in self._paths():
             with contextlib.suppress(OSError):  # somebody else was quicker
                 if os.lstat(path).st_mtime < until:
@@ -1963,33 +1964,33 @@ class Shelf:
 
 
 class Journal:
-    """A file that only grows: one JSON value per line, and a torn last line is no line.
+    """A file of lines of JSON that are only appended; a torn last line is ignored.
 
     flush() is one system call, so a kill loses nothing that was written before. There is no fsync
-    (36 µs against 0.5): a machine that loses power may lose the last moments. A file that has
-    grown to twice what lasted the last time is replaced by the lines that last.
+    (36 µs against 0.5): a machine that loses power may lose the last moments. compact() replaces
+    a file that has grown to twice the size of what last_lines() gave the last time.
     """
-    COMPACT = 4 * 1024 * 1024    # bytes below which it is left alone
+    COMPACT = 4 * 1024 * 1024    # a smaller file is not compacted
 
     def __init__(self, path: str, log: Log) -> None:
         self.path, self.log = path, log
         self.unwritten: List[Json] = []
         self._file: Any = None
         self._broken = False
-        self._size = self._base = 0  # bytes: now, and of what lasts
+        self._size = self._base = 0  # bytes: now, and after the last compact()
 
     def last_lines(self) -> List[Json]:
-        """The lines that last."""
+        """The lines that are still needed."""
         return []
 
     def read(self) -> Iterator[Json]:
-        """The values, in order; lines that are not JSON are passed over."""
+        """The values, in order; lines that are not JSON are ignored."""
         for line in (read_file(self.path) or b"").split(b"\n"):
             with contextlib.suppress(ValueError):
                 yield from_bytes(line)
 
     def flush(self) -> None:
-        """Append what is `unwritten`; a full disk costs a warning and its survival, no more."""
+        """Append what is `unwritten`; a full disk causes only a warning."""
         values, self.unwritten = self.unwritten, []
         if not values:
             return
@@ -1999,7 +2000,7 @@ class Journal:
                 self._size = os.fstat(self._file.fileno()).st_size
                 self._file.seek(max(0, self._size - 1))
                 if self._file.read() not in (b"", b"\n"):
-                    self._file.write(b"\n")  # what a kill tore off must not spoil the next line
+                    self._file.write(b"\n")  # after a line that a kill cut off
             data = b"\n".join(map(to_bytes, values)) + b"\n"
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -2014,31 +2015,30 @@ class Journal:
             self.release()
 
     def compact(self) -> None:
-        """Replace all there is by what lasts. OSError."""
+        """Replace the file by the lines that are still needed. OSError."""
         data = b"".join(to_bytes(line) + b"\n" for line in self.last_lines())
         self.release()
         write_file(self.path, data)
         self._size = self._base = len(data)
 
     def release(self) -> None:
-        """Give the descriptor back; a later write opens the file anew."""
+        """Close the file; a later write opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def bulk_of(item: Json) -> int:
-    """How many bytes of a picture a queued event carries."""
+    """The size of the picture in a queued event."""
     event = item.get("event") if isinstance(item, dict) else None
     return len(event.get("media_data") or "") if isinstance(event, dict) else 0
 
 
 class Spool(Journal):
-    """A bounded queue on disk, and beside it a mark: how far its source has been read. For one
-    thread at a time.
+    """A bounded queue on disk, with a mark: how far its source has been read. Not thread-safe.
 
-    `pending` maps keys that grow to items, the oldest first. An item and its mark are one line, so
-    that a kill neither loses nor doubles."""
+    `pending` maps increasing keys to items, the oldest first. An item and its mark are one line, so
+    that a kill neither loses nor doubles an item."""
 
     def __init__(self, path: str, limit: int, log: Log) -> None:
         super().__init__(path, log)
@@ -2052,7 +2052,7 @@ class Spool(Journal):
                 self._apply(row)
 
     def add(self, item: Json, mark: Json = None) -> int:
-        """Queue an item, with the mark after it if its source has one; its key."""
+        """Queue an item, with the mark after it if its source has one; returns its key."""
         line = {"key": self.last + 1, "item": item}
         self._note(line if mark is None else {**line, "mark": mark})
         return self.last
@@ -2062,7 +2062,7 @@ class Spool(Journal):
         self._note({"key": self.last, "mark": mark})
 
     def done(self, key: int) -> None:
-        """Take an item out."""
+        """Remove an item."""
         if key in self.pending:
             self._note({"done": key})
 
@@ -2081,7 +2081,7 @@ class Spool(Journal):
             self._bytes -= bulk_of(self.pending.pop(line["done"]))
 
     def excess(self) -> List[int]:
-        """The keys beyond the limit, oldest first: what their owner has to drop."""
+        """The keys that are over the limit, oldest first: their owner has to drop them."""
         over, size = len(self.pending) - self._limit, self._bytes - POST_BYTES
         keys: List[int] = []
         for key, item in self.pending.items():
@@ -2092,7 +2092,7 @@ class Spool(Journal):
         return keys
 
     def close(self) -> None:
-        """Flush, and give the descriptor back."""
+        """Flush, and close the file."""
         self.flush()
         self.release()
 
@@ -2102,8 +2102,8 @@ class Spool(Journal):
 
 
 class Ledger(Journal):
-    """A tree of JSON objects that survives: a file with all of it, and a journal of changes. For
-    one thread at a time. commit() writes all that put() changed as one line: all hold, or none."""
+    """A tree of JSON objects on disk: a file with all of it, and a journal of changes. Not
+    thread-safe. commit() writes all that put() changed as one line: all of it survives, or none."""
 
     def __init__(self, path: str, journal_path: str, log: Log) -> None:
         super().__init__(journal_path, log)
@@ -2119,7 +2119,7 @@ class Ledger(Journal):
         self._changes = []
 
     def put(self, value: Json, *path: str) -> None:
-        """Set the place that `path` leads to, making objects on the way; None removes it."""
+        """Set the value at a path, making objects on the way; None removes it."""
         node = self.root
         for step in path[:-1]:
             node = node.setdefault(step, {})
@@ -2130,7 +2130,7 @@ class Ledger(Journal):
         self._changes.append([value, *path])
 
     def table(self, *path: str) -> Row:
-        """The object at a place; an empty one where there is none. To be read, not changed."""
+        """The object at a path, only to be read; an empty one if there is none."""
         node = self.root
         for step in path:
             node = node.get(step) or {}
@@ -2178,7 +2178,7 @@ BROKEN_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 CALLBACK = re.compile(r"(?=.{1,64}\Z)[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)*", re.ASCII)
 SINGLE = ("host", "content-length", "transfer-encoding", "authorization", "content-type",
           "origin", "expect")
-# What a proxy says of how it was called, and how that reads if it was by https.
+# Fields in which a proxy says how it was called, and their values for https.
 SECURE = {"x-forwarded-proto": "https", "x-forwarded-protocol": "https", "x-scheme": "https",
           "x-forwarded-scheme": "https", "x-url-scheme": "https", "x-forwarded-ssl": "on",
           "front-end-https": "on", "cf-visitor": '{"scheme":"https"}'}
@@ -2187,33 +2187,33 @@ FORWARDED = frozenset((
     "x-forwarded-host", "x-forwarded-port", "x-forwarded-server", "x-forwarded-by",
     "x-original-host", "x-original-forwarded-for", "x-real-ip", "x-client-ip",
     "x-cluster-client-ip", "cf-connecting-ip", "true-client-ip", "fastly-client-ip"))
-# What a request for a picture carries, wherever its address leads: no server of this program
-# answers it, but with pictures. Callers on this machine are trusted; who gave the address is none.
+# A field of each request that fetches a picture: servers of this program answer it with pictures
+# only. Callers on this machine are trusted, but not whoever gave the address of the picture.
 MEDIA_MARK = "x-openqq-media"
 NOT_KEYS = ("client", "access_token", "token", "datatype", "callback", "_")
 
 
 class Reaper:
-    """One thread that ends what takes too long, and tells who waits that its caller has gone. So
-    reading and writing block plainly, and a deadline costs no lock and no system call."""
+    """One thread that ends what takes too long, and tells a waiting handler when its caller hangs
+    up. So reading and writing can block, and a deadline costs no lock and no system call."""
 
     def __init__(self) -> None:
-        # Guards _mortal, _selector's sockets and _started; no socket that one of them holds is
-        # closed without it, or a new connection with its number could be meant.
+        # Guards _mortal, _selector's sockets and _started. A socket of theirs is only closed while
+        # it is held: else the number could already belong to a new connection.
         self.lock = threading.RLock()
-        self._mortal: Set[Any] = set()  # whatever has `until`, and expire() for when it has come
+        self._mortal: Set[Any] = set()  # objects with `until`, and expire(), which is called then
         self._selector = selectors.DefaultSelector()
         self._ear, self._mouth = socket_pair()
         self._mouth.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ)
-        # select() and poll() take no notice of a socket that comes while they wait: they look
-        # often instead. To wake them for each would take seconds for 500 callers.
+        # select() and poll() do not notice a socket that is added while they wait: so they wait
+        # only for short. To wake them for each socket would take seconds for 500 callers.
         self._pause = math.inf if hasattr(self._selector, "fileno") else 0.25
         self._started = False
-        self._looks_at = math.inf    # when the thread looks at all `until` without being woken
+        self._looks_at = math.inf    # when the thread wakes by itself
 
     def add(self, mortal: Any) -> None:
-        """Let it expire() when it is time, with the lock held, until remove()."""
+        """Call its expire() when its `until` has come, with the lock held, until remove()."""
         with self.lock:
             self._mortal.add(mortal)
             if not self._started:
@@ -2222,35 +2222,35 @@ class Reaper:
                     self._started = True
 
     def remove(self, mortal: Any) -> None:
-        """Take an add() back, before its socket is closed."""
+        """End an add(), before its socket is closed."""
         with self.lock:
             self._mortal.discard(mortal)
 
     def watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
-        """Have gone() called, with the lock held, if the peer closes; it changes state only."""
+        """Have gone() called, with the lock held, if the peer closes; it must not block."""
         with self.lock:
             watched = len(self._selector.get_map())
             if watched >= MOST_WATCHED:
-                return  # more than this system can watch: nobody is told then
+                return  # the system cannot watch more: then nobody is told
             with contextlib.suppress(KeyError, ValueError, OSError):  # it is closed
                 self._selector.register(sock, selectors.EVENT_READ, gone)
         if watched == 1 and self._pause < math.inf:
             self.expect(0.0)
 
     def unwatch(self, sock: socket.socket) -> None:
-        """Take a watch() back."""
+        """End a watch()."""
         with self.lock, contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(sock)
 
     def expect(self, until: float) -> None:
-        """The `until` of one of them is that from now on."""
+        """Note that something has this `until` from now on."""
         if until < self._looks_at:
             with contextlib.suppress(OSError):  # full, so the thread wakes
                 self._mouth.send(b"!")
 
     def _run(self) -> None:
         while True:
-            self._looks_at = math.inf    # who sets its time from here on wakes us
+            self._looks_at = math.inf    # from here on expect() wakes us
             now = time.monotonic()
             with self.lock:
                 for mortal in [each for each in self._mortal if each.until <= now]:
@@ -2262,7 +2262,7 @@ class Reaper:
                 ready = self._selector.select(
                     min(POST_DAY, pause, max(0.0, first - time.monotonic())))
             except OSError:
-                continue  # where select() is all there is: one was closed meanwhile
+                continue  # on systems that have only select(): a socket was closed meanwhile
             for key, _ in ready:
                 sock: Any = key.fileobj
                 with self.lock, contextlib.suppress(KeyError, ValueError):  # it is closed by now
@@ -2270,7 +2270,7 @@ class Reaper:
                         self._ear.recv(4096)
                     elif self._selector.get_key(sock) == key:
                         self._selector.unregister(sock)
-                        if has_ended(sock):  # else its next request waits: no more to see
+                        if has_ended(sock):  # else its next request has come
                             key.data()
 
 
@@ -2278,9 +2278,9 @@ REAPER = Reaper()
 
 
 def is_readable(sock: socket.socket, seconds: float = 0.0) -> bool:
-    """Whether something comes within so many seconds, were it the end."""
+    """Whether data, or the end, comes within so many seconds."""
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
-        try:  # of the two neither takes a descriptor
+        try:  # neither of these selectors needs a descriptor
             selector.register(sock, selectors.EVENT_READ)
         except ValueError:
             return True  # another thread has closed it
@@ -2288,8 +2288,8 @@ def is_readable(sock: socket.socket, seconds: float = 0.0) -> bool:
 
 
 def has_ended(sock: socket.socket) -> bool:
-    """Whether the peer has closed its side. TLS cannot be peeked into: what comes there before
-    anything was asked is a farewell."""
+    """Whether the peer has closed its side. One cannot peek into TLS, but there data that nobody
+    asked for is the end as well."""
     try:
         return is_readable(sock) and (type(sock) is not socket.socket
                                       or not sock.recv(1, socket.MSG_PEEK))
@@ -2298,35 +2298,35 @@ def has_ended(sock: socket.socket) -> bool:
 
 
 class Stream:
-    """Bytes from and to a socket, with a buffer and a deadline; close() this, not the socket."""
+    """A socket with a buffer and a deadline; close() this, not the socket."""
 
     __slots__ = ("sock", "buffer", "until", "cause")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock, self.buffer, self.until = sock, b"", math.inf
-        self.cause: Optional[Exception] = None  # why we, not the peer, ended it
+        self.cause: Optional[Exception] = None  # why we ended it, if the peer did not
         REAPER.add(self)
 
     def allow(self, seconds: float) -> None:
-        """All reading and writing from now on may take so long (TimeoutError)."""
+        """Set the deadline: all reading and writing from now on may take so long (TimeoutError)."""
         self.until = until = time.monotonic() + seconds
         REAPER.expect(until)
 
     def expire(self) -> None:
-        """By the reaper: reading ends, and a second later, when that has been said, writing."""
+        """Called by the reaper: end reading now, and writing a second later, after an answer."""
         first, self.cause = self.cause is None, self.cause or TimeoutError()
         self.until = self.until + 1.0 if first else math.inf
         self.shut(socket.SHUT_RD if first else socket.SHUT_RDWR)
 
     def shut(self, how: int = socket.SHUT_RDWR) -> None:
-        """Let a thread that reads (or writes) here stop that. From any thread."""
+        """Make a thread that reads (or writes) here stop. From any thread."""
         with contextlib.suppress(OSError):  # the other side was first
             self.sock.shutdown(how)
         if how != socket.SHUT_WR:
             interrupt_reading(self.sock)
 
     def close(self) -> None:
-        """Hang up; a thread that reads here hears of that."""
+        """Hang up; a thread that reads here notices it."""
         REAPER.remove(self)
         self.shut()
         self.sock.close()
@@ -2349,8 +2349,7 @@ class Stream:
             raise self.cause or error from None
 
     def head(self) -> Tuple[bytes, bytes]:
-        """A message's first line, and its fields; EOFError, and BadRequest as soon as it is too
-        long or cannot become right."""
+        """A message's first line, and its fields; EOFError; BadRequest as soon as it is wrong."""
         while True:
             head, is_whole, rest = self.buffer.partition(b"\r\n\r\n")
             line, has_fields, block = head.partition(b"\r\n")
@@ -2366,7 +2365,7 @@ class Stream:
             self.buffer += self.more()
 
     def line(self) -> bytes:
-        """A line of the chunked coding, without its CR LF."""
+        """A line of the chunked coding, without CR LF."""
         while b"\r\n" not in self.buffer:
             if len(self.buffer) > 256:
                 raise BadRequest(400, "chunk line too long")
@@ -2375,8 +2374,8 @@ class Stream:
         return line
 
     def body(self, length: Optional[int]) -> Iterator[bytes]:
-        """The pieces of a body of that length; CHUNKED: with its trailer read and dropped (RFC
-        9112 7.1); None: what comes until the connection ends. EOFError, BadRequest."""
+        """The pieces of a body of that length; CHUNKED: the trailer is read and dropped (RFC 9112
+        7.1); None: all until the connection ends. EOFError, BadRequest."""
         left = sys.maxsize if length is None else length
         while left > 0:
             try:
@@ -2410,12 +2409,12 @@ class Stream:
             if not line:
                 return
             if not FIELD.fullmatch(line):
-                raise BadRequest(400, "broken trailer field")  # to others a request, maybe
+                raise BadRequest(400, "broken trailer field")  # others may take it for a request
         raise BadRequest(431, "trailer too long")
 
 
 def gather(pieces: Iterator[bytes], limit: int) -> bytes:
-    """All pieces as one, or as many as make it longer than `limit` bytes."""
+    """Join all pieces; stops when they are longer than `limit` bytes."""
     found, size = [], 0
     for piece in pieces:
         found.append(piece)
@@ -2426,7 +2425,7 @@ def gather(pieces: Iterator[bytes], limit: int) -> bytes:
 
 
 def head_of(lines: List[str]) -> bytes:
-    """A message's head; ValueError for a line break in a field."""
+    """A message's head as bytes; ValueError for a line break in a field."""
     text = "\r\n".join(lines)
     if not text.count("\n") == len(lines) - 1 == text.count("\r"):  # no assert: -O drops those
         raise ValueError("a line break within a header field")
@@ -2435,7 +2434,7 @@ def head_of(lines: List[str]) -> bytes:
 
 @functools.lru_cache(maxsize=32)  # browsers repeat theirs; each may be of HEAD_LIMIT bytes
 def parse_fields(block: bytes) -> Fields:
-    """Header fields of a block, to be read and not changed; BadRequest."""
+    """The header fields of a block, which must not be changed (cache); BadRequest."""
     fields: Fields = {}
     lines = block.split(b"\r\n") if block else []
     if len(lines) > FIELD_LIMIT:
@@ -2446,15 +2445,15 @@ def parse_fields(block: bytes) -> Fields:
             raise BadRequest(400, "broken header field")
         name = found.group(1).decode("ascii").lower()
         value = found.group(2).decode("latin-1").rstrip(" \t")
-        if name in fields and name in SINGLE:  # it could be read in two ways
+        if name in fields and name in SINGLE:  # two readers could take different ones
             raise BadRequest(400, f"two {name} fields")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
 
 
 def body_length(fields: Fields) -> int:
-    """A body's length by RFC 9112 6.3, or CHUNKED; BadRequest for whatever two readers could take
-    for two lengths: that is how a second request is smuggled past the first."""
+    """A body's length (RFC 9112 6.3), or CHUNKED; BadRequest if two readers could understand two
+    lengths: that is how a second request is smuggled behind the first."""
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     if coding is not None and length is not None:
         raise BadRequest(400, "both content-length and transfer-encoding")
@@ -2480,9 +2479,9 @@ def _legible(name: str, data: bytes, charset: str = "") -> str:
 
 
 def parse_form(text: str, charset: str = "") -> Params:
-    """Parameters of a query or form, whose bytes that are no UTF-8 are surrogates (PEP 383); the
-    last of a name counts. BadRequest. Each name and value is read for itself: a library may have
-    written one in UTF-8, and a console the other in GBK."""
+    """Parameters of a query or form; bytes that are not UTF-8 are surrogates (PEP 383). The last of
+    a name counts. BadRequest. Each name and value is decoded by itself: a library may have written
+    one in UTF-8, and a console another in GBK."""
     if text.count("&") > PARAM_LIMIT:
         raise BadRequest(400, f"over {PARAM_LIMIT} parameters")
     pairs = [pair.partition("=") for pair in text.split("&") if pair]
@@ -2550,7 +2549,7 @@ def parse_json_params(body: bytes, charset: str = "") -> Params:
 
 
 def _whole_text(name: str, text: str) -> str:
-    """Text that UTF-8 can hold: JSON can spell half a character, and nothing else can."""
+    """The text; BadRequest for half a character (surrogate), which JSON can spell."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -2560,10 +2559,10 @@ def _whole_text(name: str, text: str) -> str:
 
 
 class Request:
-    """One whole request; the path is decoded, the query is not, `old` means HTTP/1.0.
+    """A whole request; the path is decoded, the query is not; `old` means HTTP/1.0.
 
-    `wait(future, seconds)` is how a handler waits for what may take long: it raises Hangup when
-    the caller goes away and TimeoutError after `seconds`, and gives None when the server ends.
+    A handler calls `wait(future, seconds)` for a result that may take long: it raises Hangup when
+    the caller hangs up, TimeoutError after `seconds`, and returns None when the server ends.
     """
 
     def __init__(self, method: str, target: str, fields: Fields, body: bytes, peer: str,
@@ -2601,12 +2600,12 @@ class Request:
         self.params = parse_form(self.query) if self.query else {}
 
     def keys(self) -> Params:
-        """The parameters that say what is looked for."""
+        """The parameters without those that are not about the thing that is looked for."""
         return {name: value for name, value in self.params.items() if name not in NOT_KEYS}
 
 
 class Response:
-    """An answer: body bytes, or for a stream the pieces that it will consist of."""
+    """An answer: the bytes of its body, or for a stream an iterator of pieces."""
 
     __slots__ = ("status", "kind", "body", "fields", "pieces")
 
@@ -2635,7 +2634,7 @@ class Response:
 
 @functools.lru_cache(maxsize=1)
 def http_date(second: int) -> str:
-    """The Date field's value, made once a second (RFC 9110 5.6.7)."""
+    """The value of the Date field, made once a second (RFC 9110 5.6.7)."""
     return email.utils.formatdate(second, usegmt=True)
 
 
@@ -2645,21 +2644,21 @@ def error_response(error: OpenQQError) -> Response:
 
 
 class Gate:
-    """Who may call (DESIGN). Without a token that is who calls from this machine, and what a
-    server here passes on that is known by one of `hosts` (allowed_hosts): the name is what a page
-    of another site cannot have."""
+    """Who may call (DESIGN). Without a token: callers on this machine, and what a proxy on it
+    passes on that was called by one of the names in `hosts` (allowed_hosts), since a page of
+    another site cannot have that name."""
 
     def __init__(self, token: str = "", hosts: Iterable[str] = ()) -> None:
         self._token, self._hosts = token.encode(), frozenset(hosts)
 
     def check(self, request: Request) -> None:
-        """AuthFailure unless this caller may; it says which rule is against it, and what helps."""
+        """AuthFailure, which says why and what helps, unless this caller may call."""
         peer, fields = request.peer, request.fields
         if self._token:
             scheme, _, given = fields.get("authorization", "").partition(" ")
             bears = scheme.lower() == "bearer"
             offers = [given.strip().encode("latin-1", "replace")] if bears else []
-            with contextlib.suppress(BadRequest):  # what cannot be read holds no token
+            with contextlib.suppress(BadRequest):  # parameters that cannot be read hold no token
                 offers += [request.params[name].encode("utf-8", "replace")
                            for name in ("access_token", "token") if name in request.params]
             if not any([same_bytes(offer, self._token) for offer in offers]):
@@ -2703,7 +2702,7 @@ class Gate:
 
 
 def came_by_http(fields: Fields) -> bool:
-    """Whether proxy or browser says that the proxy was not called by https."""
+    """Whether the proxy, or the browser, says that the proxy was not called by https."""
     said = [(part, good) for name, good in SECURE.items() if name in fields
             for part in fields[name].split(",")]
     said += [(part, "https") for part in re.findall(  # RFC 7239
@@ -2713,36 +2712,36 @@ def came_by_http(fields: Fields) -> bool:
 
 
 def is_cross_site(fields: Fields, host: str) -> bool:
-    """Whether a browser says that a page of another site than this host made the request."""
+    """Whether the browser says that a page of another site made the request."""
     if fields.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         return True
     if "origin" not in fields:
         return False
     scheme, _, place = fields["origin"].lower().partition("://")
-    port = {"http": ":80", "https": ":443"}.get(scheme)  # which an origin leaves out
+    port = {"http": ":80", "https": ":443"}.get(scheme)  # default ports are left out
     return port is None or place not in (host.lower(), re.sub(port + r"\Z", "", host.lower()))
 
 
 @functools.lru_cache(maxsize=256)
 def host_name(host: str) -> str:
-    """The name or address in a Host field or an authority, in small letters; "" if broken."""
+    """The name or address in a Host field or an authority, in lower case; "" if it is broken."""
     found = HOST.fullmatch(host)
     return found.group(1).lower() if found and int(found.group(2) or 0) < 65_536 else ""
 
 
 @functools.lru_cache(maxsize=256)
 def is_own_host(name: str) -> bool:
-    """Whether a Host, in small letters and without port, can only mean this machine: 127.1, as the
-    documents' examples have it, but no other spelling. To 0.0.0.0, [::], [::ffff:7f00:1] and the
+    """Whether a Host, in lower case and without port, can only mean this machine. 127.1, which the
+    documents use, is accepted, other spellings are not: to 0.0.0.0, [::], [::ffff:7f00:1] and the
     like browsers send no Sec-Fetch fields (measured with Chromium and Firefox)."""
-    if re.fullmatch(r"127(\.(0|[1-9][0-9]{0,7})){1,3}", name):  # a 0 before is octal
-        return is_loopback(name)  # unless a number is too large
+    if re.fullmatch(r"127(\.(0|[1-9][0-9]{0,7})){1,3}", name):  # no octal numbers
+        return is_loopback(name)  # False if a number is too large
     return re.fullmatch(r"\[::1\]|([^.]+\.)*localhost\.?", name) is not None
 
 
 @functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
-    """Whether a peer or a URL's host can only be this machine; for a Host see is_own_host()."""
+    """Whether a peer, or the host of a URL, is this machine; for Host see is_own_host()."""
     host = host.lower().strip("[]").rstrip(".")
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -2755,22 +2754,22 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-same_bytes = hmac.compare_digest  # takes a time that does not tell where they differ
+same_bytes = hmac.compare_digest  # its time does not tell where they differ
 
 
 def bearer(token: str) -> str:
-    """The Authorization field that offers a token; fields carry bytes as latin-1."""
+    """The Authorization field with a token; fields carry bytes as latin-1."""
     return "Bearer " + token.encode().decode("latin-1")
 
 
 def signature(secret: str, body: bytes) -> str:
-    """What X-Signature says of a body: sha1=HEX, as OneBot has it (DESIGN)."""
+    """The X-Signature of a body: sha1=HEX, as in OneBot (DESIGN)."""
     return "sha1=" + hmac.new(secret.encode(), body, "sha1").hexdigest()
 
 
 class Route:
-    """An API: `handler(request)` returns a Response or a JSON value; an `open` one anybody may
-    call."""
+    """A path of the API: `handler(request)` returns a Response or JSON; anybody may call an `open`
+    one."""
 
     def __init__(self, path: str, methods: str, handler: Callable[[Request], Any],
                  open: bool = False) -> None:
@@ -2782,27 +2781,27 @@ HEALTH = Route("/healthz", READ, lambda request: {"code": 0, "status": "success"
 
 
 class Metrics:
-    """What GET /metrics tells, in the Prometheus text format 0.0.4."""
+    """The figures of GET /metrics, in the Prometheus text format 0.0.4."""
 
-    BOUNDS = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0)  # seconds; of each bucket but the last the most
+    BOUNDS = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0)  # seconds: the upper bounds of the buckets
 
     def __init__(self) -> None:
-        self.paths: Set[str] = set()   # others count as "other": callers must not make up labels
-        # What was counted last: a lock for each request would cost half as much as all the rest.
+        self.paths: Set[str] = set()   # others count as "other": callers must not invent labels
+        # Not summed up yet: a lock for each request would cost half as much as all the rest.
         self._news: Deque[Tuple[str, int, float]] = collections.deque()
         self._lock = threading.Lock()  # guards _rows
-        # (path, status) -> seconds in all, and answers in each bucket
+        # (path, status) -> sum of seconds, and number of answers in each bucket
         self._rows: Dict[Tuple[str, int], List[float]] = {}
         self._sources: List[Tuple[str, str, str, Callable[[], Mapping[str, float]]]] = []
 
     def count(self, path: str, status: int, seconds: float = 0.0) -> None:
-        """One more answer."""
+        """Count an answer."""
         self._news.append((path, status, seconds))
         if len(self._news) >= 256:
             self._sum_up()
 
     def _sum_up(self) -> List[Tuple[str, int, List[float]]]:
-        """All that was counted, sorted: path, status, row."""
+        """Everything counted, sorted: path, status, row."""
         with self._lock:
             for _ in range(len(self._news)):
                 path, status, seconds = self._news.popleft()
@@ -2814,7 +2813,7 @@ class Metrics:
 
     def watch(self, name: str, kind: str, help: str,
               read: Callable[[], Mapping[str, float]]) -> None:
-        """Show what read() gives: labels as text, or empty -> value."""
+        """Show what read() returns: labels as text, or "" -> value."""
         self._sources.append(("openqq_" + name, kind, help, read))
 
     def show(self, request: Request) -> Response:
@@ -2843,8 +2842,8 @@ class Metrics:
 
 
 class App:
-    """What a server serves, behind a gate; `fallback(request)` answers what no route takes.
-    /metrics counts the routes and the paths `known`."""
+    """The routes of a server, behind a gate; `fallback(request)` answers other requests. /metrics
+    counts the routes and the paths in `known`."""
 
     def __init__(self, gate: Gate, log: Log, routes: Iterable[Route],
                  fallback: Optional[Callable[[Request], Any]] = None,
@@ -2855,10 +2854,10 @@ class App:
                        [*routes, Route("/metrics", READ, self.metrics.show)]}
         self.metrics.paths.update(self.routes, known)
         self._lock = threading.Lock()    # guards _refused
-        self._refused: Dict[str, Set[str]] = {}  # rule -> what was logged of it
+        self._refused: Dict[str, Set[str]] = {}  # rule -> the reasons that were logged
 
     def answer(self, request: Request) -> Response:
-        """The response to a request; Hangup, and nothing else."""
+        """The response to a request; raises nothing but Hangup."""
         route = self.routes.get(request.path)
         try:
             if (MEDIA_MARK in request.fields
@@ -2886,7 +2885,7 @@ class App:
             return error_response(BadRequest(500, "a fault of this program; its log says more"))
 
     def _tell(self, reason: Optional[str]) -> None:
-        """Log each cause of a refusal once: so many of each rule, since callers make them up."""
+        """Log each reason of a refusal once, and only a few of each rule."""
         if not reason:
             return
         with self._lock:
@@ -2899,21 +2898,21 @@ class App:
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One connection to a Server. Of the base class it keeps handle(): the parser there lets
-    smuggled requests pass, and takes ten times as long."""
+    """A connection to a Server. Of the base class it uses handle() only: its parser lets smuggled
+    requests pass, and is ten times slower."""
 
     server: Server
 
     def __init__(self, sock: socket.socket, address: Any, server: Server) -> None:
-        """All of its life, as a job of the server's thread pool."""
+        """Serve the connection until it ends, as a job of the server's thread pool."""
         self.connection, self.client_address, self.server = sock, address, server
         self.stream = Stream(sock)
         try:
-            # One write per answer must not wait for an ACK: without this 44 ms each (measured).
+            # Without this each answer would wait 44 ms for an ACK (measured).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.handle()
         except (OpenQQError, EOFError, OSError):
-            pass  # the caller went away, or what was passed on to it broke off
+            pass  # the caller hung up, or the answer that is passed on broke off
         except Exception:
             server.log.failure("a connection")
         finally:
@@ -2922,7 +2921,7 @@ class Connection(BaseHTTPRequestHandler):
             sock.close()
 
     def handle_one_request(self) -> None:
-        """Read a request, answer it, and say whether it was the last: `close_connection`."""
+        """Read a request and answer it; `close_connection` says whether it was the last."""
         self.close_connection = True
         server = self.server
         try:
@@ -2952,7 +2951,7 @@ class Connection(BaseHTTPRequestHandler):
     def _read(self) -> Tuple[Request, bool]:
         """The next request, and whether another may follow; BadRequest, EOFError, OSError."""
         stream, server = self.stream, self.server
-        if not stream.buffer:  # the wait for its first byte and the time for the rest are two
+        if not stream.buffer:  # the first byte has a deadline of its own
             server.idle.add(stream)
             stream.allow(IDLE_SECONDS)
             try:
@@ -3032,7 +3031,7 @@ class Connection(BaseHTTPRequestHandler):
         self.stream.until = math.inf
 
     def _refuse(self, error: BadRequest) -> None:
-        """Answer what cannot be served, and let the caller read it before the connection ends."""
+        """Answer with an error, and let the caller read it before the connection ends."""
         response = error_response(error)
         self.server.app.metrics.count("", response.status)
         self.stream.allow(1.0)
@@ -3043,9 +3042,9 @@ class Connection(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """The HTTP server, with a thread per connection on a listening socket, which it takes over.
-    serve_forever() sleeps until a connection comes or shutdown() is called; the stock one looks
-    twice a second, which makes a hundred idle processes use 1.5 % of a core."""
+    """The HTTP server of a listening socket, which it owns, with a thread per connection.
+    serve_forever() sleeps until a connection comes or shutdown() is called; that of the base class
+    polls twice a second, which costs 1.5 % of a core for a hundred idle processes."""
 
     def __init__(self, listener: socket.socket, app: App, log: Log, max_connections: int,
                  body_limit: int = BODY_LIMIT) -> None:
@@ -3055,7 +3054,7 @@ class Server(ThreadingHTTPServer):
         self.socket.setblocking(False)
         self.app, self.log, self.body_limit, self.ending = app, log, body_limit, False
         self.debug: Optional[Callable[[str], None]] = None
-        self.waiting: Set[Future[Any]] = set()  # of callers who wait long; add and discard only
+        self.waiting: Set[Future[Any]] = set()  # callers wait for them; add and discard only
         self.idle: Set[Stream] = set()         # between two requests; add and discard only
         self._max = min(max_connections, room_for_connections())
         if self._max < max_connections:
@@ -3075,7 +3074,7 @@ class Server(ThreadingHTTPServer):
                 try:
                     sock, address = self.socket.accept()
                     if len(self.connections) < self._max:
-                        sock.setblocking(True)  # macOS hands the listener's mode down
+                        sock.setblocking(True)  # on macOS it inherits the listener's mode
                         self.connections.add(sock)
                         self._crew.submit(Connection, sock, address, self)
                         continue
@@ -3092,16 +3091,16 @@ class Server(ThreadingHTTPServer):
                 except OSError as error:
                     if not self.ending:
                         self.log.warn(f"a connection could not be taken: {error.strerror}")
-                        time.sleep(0.1)  # out of descriptors: the loop would spin
+                        time.sleep(0.1)  # no descriptors are left: the loop would spin
 
     def close_down(self) -> bool:
-        """shutdown(); whether there is somebody who is still to read an answer."""
+        """shutdown(); whether a caller is still to read an answer."""
         busy = len(self.connections) > len(self.idle)
         self.shutdown()
         return busy
 
     def shutdown(self) -> None:
-        """Take no more connections, answer those who wait for events, end the idle ones."""
+        """Accept no more connections, answer callers who wait for events, end idle connections."""
         self.ending = True
         self._mouth.send(b"!")
         self.socket.close()
@@ -3116,8 +3115,8 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # A port that is taken is refused, but not one whose last connections still fade: on Windows
-        # the same option means the contrary.
+        # Refuse a port that is taken, but not one with connections in TIME_WAIT; on Windows
+        # SO_REUSEADDR means something else.
         sock.setsockopt(socket.SOL_SOCKET,
                         getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR), 1)
         sock.bind((host.strip("[]"), port))
@@ -3135,7 +3134,7 @@ def listen(host: str, port: int) -> socket.socket:
 LINE_SECONDS = 5.0               # how long; a new one on this machine costs 0.1 ms
 CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 1.0           # before a proxied call watches its caller as well
-# Where a cloud tells a machine its secrets; link-local addresses besides (DESIGN).
+# Where clouds tell machines their secrets; link-local addresses are refused as well (DESIGN).
 METADATA = [socket.inet_aton("100.100.100.200"), socket.inet_aton("192.0.0.192"),
             socket.inet_aton("168.63.129.16"),
             socket.inet_pton(socket.AF_INET6, "fd00:42::42"),
@@ -3146,7 +3145,7 @@ V4_IN_V6 = [socket.inet_pton(socket.AF_INET6, prefix)[:12] for prefix in (
 
 
 def is_forbidden(address: str) -> bool:
-    """Whether a numeric address is link-local or a metadata service, in whatever spelling."""
+    """Whether a numeric address, in any spelling, is link-local or a metadata service."""
     if ":" in address:
         packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
         if packed[:12] in V4_IN_V6:
@@ -3182,12 +3181,12 @@ def origin_of(url: str) -> Tuple[str, str, int]:
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is meant as an http(s) URL."""
+    """Whether a text begins like an http(s) URL."""
     return re.match("(?i)https?://", text) is not None
 
 
 def with_params(url: str, **params: str) -> str:
-    """A URL with parameters merged into its query; one that is there already is replaced."""
+    """A URL with parameters added to its query; those with the same name are replaced."""
     parts = urllib.parse.urlsplit(url)
     kept = [pair for pair in parts.query.split("&")
             if pair and pair.partition("=")[0] not in params]
@@ -3196,13 +3195,13 @@ def with_params(url: str, **params: str) -> str:
 
 
 def beneath(url: str, path: str) -> str:
-    """The URL of a path below another URL, whose query stays."""
+    """The URL of a path below another URL; the query stays."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit(parts._replace(path=parts.path.rstrip("/") + path, fragment=""))
 
 
 class Call(urllib.request.Request):
-    """One request out, with the words of fetch(). ValueError for what is no http(s) URL."""
+    """An outgoing request; arguments as for fetch(). ValueError if it is not an http(s) URL."""
 
     SAFE = "!#$%&'()*+,/:;=?@[]~|^`{}\"<>"
     PARTS = re.compile("([A-Za-z]+://[^/?#]*|)([^#]*)")  # origin, target
@@ -3216,7 +3215,7 @@ class Call(urllib.request.Request):
         scheme, self.own_host, secret = split_origin(origin)
         if not self.PLAIN.fullmatch(target):
             target = urllib.parse.quote(target, safe=self.SAFE, errors="surrogateescape")
-        # All that Request.__init__ would set, which parses again: 6 of a proxied call's 40 µs.
+        # What Request.__init__ would set, which parses once more: 6 of a proxied call's 40 µs.
         self.type, self.host, self.origin_req_host = scheme, self.own_host, self.own_host
         self.selector = target if target.startswith("/") else "/" + target
         self._full_url = f"{scheme}://{self.own_host}{self.selector}"
@@ -3233,7 +3232,7 @@ class Call(urllib.request.Request):
         body = self._data or b""
         lines = [f"{self.method} {self.selector} HTTP/1.1",
                  f"Host: {self._tunnel_host or self.own_host}"]
-        # What urllib put into the headers is for a proxy: through a tunnel it would go too far.
+        # The headers that urllib added are for a proxy: they must not go through a tunnel.
         fields = self.fields if self._tunnel_host else {**self.headers, **self.fields}
         lines += map(": ".join, fields.items())
         if body or self.method not in ("GET", "HEAD", "OPTIONS"):
@@ -3242,15 +3241,15 @@ class Call(urllib.request.Request):
 
 
 class Pool:
-    """Connections that wait for the next request to the same server, the last used first; none
-    longer than LINE_SECONDS, or servers that went away would leave sockets in CLOSE-WAIT here."""
+    """Kept connections, for the next request to the same server; the last used one is taken first.
+    They are closed after LINE_SECONDS: servers that end would leave sockets in CLOSE-WAIT."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all below
         # By scheme, host and tunnel: since when, and the socket; the oldest first.
         self._idle: Dict[Tuple[Any, ...], List[Tuple[float, socket.socket]]] = {}
         self._count = self._most = 0
-        self.until = math.inf          # when the oldest has waited long enough
+        self.until = math.inf          # when the oldest is to be closed
 
     def _remove(self, key: Tuple[Any, ...], at: int) -> Tuple[float, socket.socket]:
         found = self._idle[key].pop(at)
@@ -3260,7 +3259,7 @@ class Pool:
         return found
 
     def take(self, key: Tuple[Any, ...], unseen: bool = False) -> Optional[socket.socket]:
-        """A connection that still seems alive, or None; `unseen` skips the look at it."""
+        """A connection that seems alive, or None; with `unseen` that is not checked."""
         while True:
             with self._lock:
                 if key not in self._idle:
@@ -3276,7 +3275,7 @@ class Pool:
         with self._lock:
             self._idle.setdefault(key, []).append((now, sock))
             self._count += 1
-            # A sixth of the connections that there may be: what callers cause has its own room.
+            # A sixth of all connections that there may be: the rest is for callers.
             self._most = self._most or max(1, room_for_connections() // 6)
             if len(self._idle[key]) > 64:
                 oldest = self._remove(key, 0)[1]
@@ -3292,8 +3291,8 @@ class Pool:
             oldest.close()
 
     def drop(self, host: str = "", due: float = math.inf) -> bool:
-        """Hang up on a server that has ended, or on all, where nothing was asked since `due`;
-        whether there was anything to close."""
+        """Close the connections to a server that has ended, or to all, that were last used before
+        `due`; whether there were any."""
         gone = []
         with self._lock:
             for key in [key for key in self._idle if not host or key[1] == host]:
@@ -3306,13 +3305,13 @@ class Pool:
         return bool(gone)
 
     def expire(self) -> None:
-        """By the reaper: some have waited long enough."""
+        """Called by the reaper."""
         self.drop(due=time.monotonic() - LINE_SECONDS)
 
 
 class Reply(Stream):
-    """An answer, whose body is read once. The caller is watched when it takes longer than the
-    call's patience: not each is worth that."""
+    """An incoming answer, whose body is read once. If it takes longer than the call's `patience`,
+    the caller is watched as well; that costs too much for each call."""
 
     status: int
     fields: Fields
@@ -3320,7 +3319,7 @@ class Reply(Stream):
     def __init__(self, sock: socket.socket, key: Tuple[Any, ...], call: Call) -> None:
         super().__init__(sock)
         self._key, self._call = key, call
-        self._patience = call.patience if call.caller else math.inf  # inf as well: it is watched
+        self._patience = call.patience if call.caller else math.inf  # inf: or is watched already
         self._idle: Optional[Tuple[float, Callable[[], None]]] = None  # see pieces()
         self._told: Optional[int] = None  # length as body() wants it
         self._keep = self._is_read = self._is_closed = False
@@ -3351,7 +3350,7 @@ class Reply(Stream):
         try:
             self.allow(min(self._call.timeout, self._patience))
             self.send(data)
-            while True:  # 100 Continue and its like announce another head
+            while True:  # after 1xx another head follows
                 line, block = self.head()
                 found = STATUS_LINE.fullmatch(line)
                 if not found:
@@ -3360,7 +3359,7 @@ class Reply(Stream):
                 if self.status >= 200 or (self.status == 101 and "Upgrade" in self._call.fields):
                     break
             self.fields = parse_fields(block)
-            # Without a length, and not chunked, it lasts as long as the connection (RFC 9112 6.3).
+            # Without a length, and not chunked, it ends with the connection (RFC 9112 6.3).
             if self._call.method == "HEAD" or self.status in (204, 304):
                 self._told = 0
             elif self.status != 101 and ("content-length" in self.fields
@@ -3395,9 +3394,8 @@ class Reply(Stream):
 
     def pieces(self, seconds: Optional[float] = None,
                idle: Optional[Callable[[], None]] = None) -> Iterator[bytes]:
-        """The body as it comes; with `seconds` each piece may take so long, else all together, and
-        with idle() that is called after so much silence, and may raise. Unreachable, TooSlow,
-        Hangup."""
+        """The body as it comes. With `seconds` each piece may take so long, else all together;
+        idle() is called after so much silence, and may raise. Unreachable, TooSlow, Hangup."""
         self._idle = (seconds, idle) if seconds and idle else None
         try:
             for piece in self.body(self._told):
@@ -3411,8 +3409,8 @@ class Reply(Stream):
             self.close()
 
     def close(self) -> None:
-        """Hang up on what is not wanted to its end; after that the connection is for the next
-        call, if the server keeps it. From any thread."""
+        """Keep the connection for the next call, if the answer was read to its end and the server
+        keeps it too; else hang up. From any thread."""
         with REAPER.lock:
             if self._is_closed:
                 return
@@ -3439,7 +3437,7 @@ def _out_error(error: Exception, sent: bool) -> Unreachable:
 
 
 class Transport(urllib.request.BaseHandler):
-    """How the opener reaches servers: kept connections, checked addresses, deadlines that hold.
+    """The opener's handler of http and https: kept connections, checked addresses, total deadlines.
     With urllib's own handler, which keeps none, 3,300 calls a second are proxied, not 15,400."""
 
     def __init__(self) -> None:
@@ -3447,9 +3445,9 @@ class Transport(urllib.request.BaseHandler):
         self._tls: Any = None
 
     def http_open(self, call: Call) -> Reply:
-        """The answer to a call; Unreachable, TooSlow, Hangup. If a kept connection turns out dead,
-        only a read is repeated on a fresh one, and only if not a byte of an answer came: of a send
-        it is not known whether it was done."""
+        """The answer to a call; Unreachable, TooSlow, Hangup. If a kept connection turns out to be
+        dead, the call is repeated on a new one only if it reads, and no byte of an answer came: of
+        others nobody knows whether they were done."""
         key = (call.type, call.host, call._tunnel_host)
         data = call.to_bytes()
         sock = self.pool.take(key, call.repeat)
@@ -3473,7 +3471,7 @@ class Transport(urllib.request.BaseHandler):
             except OSError as error:
                 if error.errno != errno.EMFILE or not self.pool.drop():
                     raise
-                sock = connect(parts.hostname, port, until)  # what waits must not cost a call
+                sock = connect(parts.hostname, port, until)  # without the kept connections
             if call.type == "https":
                 sock = self._secure(sock, call, until)
         except OSError as error:
@@ -3483,7 +3481,7 @@ class Transport(urllib.request.BaseHandler):
     https_open = http_open
 
     def _secure(self, sock: socket.socket, call: Call, until: float) -> socket.socket:
-        """TLS on a connection, through a proxy's tunnel if there is one. OSError, Unreachable."""
+        """Start TLS, through a proxy's tunnel if there is one. OSError, Unreachable."""
         import ssl
         target = call._tunnel_host or call.host
         try:
@@ -3510,8 +3508,8 @@ class Transport(urllib.request.BaseHandler):
 
 
 def connect(host: str, port: int, until: float) -> socket.socket:
-    """A socket connected to the first address that answers and is not forbidden; no second look-up
-    can give another answer than the one checked. OSError, Unreachable."""
+    """A socket connected to the first address that answers and is not forbidden. The name is looked
+    up once only, so that the address checked is the one used. OSError, Unreachable."""
     failure: Exception = Unreachable("unknown host")
     for family, kind, protocol, _, address in socket.getaddrinfo(host.encode(), port, 0,
                                                                  socket.SOCK_STREAM):
@@ -3524,7 +3522,7 @@ def connect(host: str, port: int, until: float) -> socket.socket:
             sock.connect(address)
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            keep_alive(sock)  # a heartbeat hangs long
+            keep_alive(sock)  # a heartbeat waits long
             return sock
         except OSError as error:
             sock.close()
@@ -3533,7 +3531,7 @@ def connect(host: str, port: int, until: float) -> socket.socket:
 
 
 def addresses_of(host: str) -> List[str]:
-    """The numeric addresses of a name or address; none for an unknown one."""
+    """The numeric addresses of a name; none if it is unknown."""
     try:
         name = host.encode() if host.isascii() else host.encode("idna")
         return [str(row[4][0]) for row in socket.getaddrinfo(name, 0, 0, socket.SOCK_STREAM)]
@@ -3542,7 +3540,7 @@ def addresses_of(host: str) -> List[str]:
 
 
 def is_own(address: str) -> bool:
-    """Whether a numeric address is one of this machine's: only those can be bound."""
+    """Whether a numeric address belongs to this machine: only then it can be bound."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.bind((address, 0))
@@ -3551,12 +3549,12 @@ def is_own(address: str) -> bool:
 
 
 class Proxies(urllib.request.ProxyHandler):
-    """The environment's proxies, but never on the way to this machine itself."""
+    """The proxies of the environment, but never for calls to this machine."""
 
     def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> None:
-        """None, so that Transport goes on with what was set in the request."""
+        """Set the proxy in the request; Transport does the rest."""
         host = urllib.parse.urlsplit("//" + req.host).hostname or ""
-        with contextlib.suppress(OSError):  # a name: the proxy looks it up
+        with contextlib.suppress(OSError):  # it is a name: the proxy looks it up
             if is_forbidden(host):
                 return
         if not is_loopback(host):
@@ -3573,12 +3571,12 @@ def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = N
           body: Optional[bytes] = None, seconds: float = 30.0,
           caller: Optional[socket.socket] = None, repeat: bool = False,
           patience: float = PATIENCE_SECONDS) -> Reply:
-    """Call a URL and give its answer, whatever its status; redirects are not followed. Unreachable,
-    with `sent` telling whether the server may have acted; TooSlow.
+    """Call a URL: the answer, whatever its status; redirects are not followed. Unreachable (`sent`:
+    the server may have acted); TooSlow.
 
-    `seconds` bounds all of it, the body included. Hangup is raised when the peer of the socket
-    `caller` goes away, which is looked for after `patience` seconds. `repeat` is for reads: to
-    ask twice does no harm.
+    `seconds` limits all of it, the body included. Hangup is raised when the peer of the socket
+    `caller` hangs up, which is noticed after `patience` seconds. `repeat`: the call only reads, and
+    may be sent twice.
     """
     try:
         call = Call(url, method, fields or {}, body, caller, repeat, patience)
@@ -3589,17 +3587,17 @@ def fetch(url: str, method: str = "GET", fields: Optional[Mapping[str, str]] = N
 
 
 class WebSocket:
-    """A WebSocket to a server (RFC 6455). run() gives each message to heard(data). In a silence it
-    asks for a pong and calls silence(), which may raise; after four LOOK_SECONDS of it it ends."""
+    """A WebSocket to a server (RFC 6455). run() gives each message to heard(data). When nothing
+    comes it sends a ping and calls silence(), which may raise; after three LOOK_SECONDS it ends."""
 
-    LOOK_SECONDS = BRIDGE_SECONDS / 2  # a connection that a router forgot looks like a silent one
+    LOOK_SECONDS = BRIDGE_SECONDS / 2  # a connection that a router has dropped is silent, too
     PART, TEXT, CLOSE, PING, PONG = 0, 1, 8, 9, 10
 
     def __init__(self, url: str, fields: Mapping[str, str], heard: Callable[[bytes], None],
                  silence: Callable[[], None] = lambda: None) -> None:
         """Shake hands (4.1); Unreachable, AuthFailure."""
         self._heard, self._silence = heard, silence
-        # Held while the connection is read from or written to: TLS bears no second thread.
+        # Held while the connection is read or written: TLS allows only one thread.
         self._lock = threading.Lock()
         self._closing = False
         key = base64.b64encode(os.urandom(16)).decode()
@@ -3615,10 +3613,10 @@ class WebSocket:
                    Unreachable(f"no WebSocket there (it answers {reply.status})"))
         reply.until = math.inf
         self._line, self._buffer = reply, bytearray(reply.buffer)
-        self._look, self._silent = 0.0, 0  # when to look again, and how often all was silent
+        self._look, self._silent = 0.0, 0  # when to check again; how often there was nothing
 
     def run(self) -> None:
-        """Work until the connection ends; always raises Unreachable, in words for a log."""
+        """Work until the connection ends; always raises Unreachable, which says why."""
         farewell, parts, kind = 1000, bytearray(), self.PART
         self._look = time.monotonic() + self.LOOK_SECONDS
         try:
@@ -3639,7 +3637,7 @@ class WebSocket:
                         " ", payload[2:].decode("utf-8", "replace")).split())
                     raise Unreachable("the other side closed the connection"
                                       + (f": {why}" if why else ""))
-                if code > self.CLOSE:  # it may stand between the parts of a message
+                if code > self.CLOSE:  # these may come between the parts of a message
                     self._silent = 0
                     if code == self.PING:
                         self.send(payload, self.PONG)
@@ -3656,12 +3654,12 @@ class WebSocket:
             farewell = 1009 if error.http == 413 else 1002
             raise Unreachable(error.status) from None
         finally:
-            with contextlib.suppress(Unreachable):  # it may be gone already
+            with contextlib.suppress(Unreachable):  # the connection may be gone
                 self.send(struct.pack("!H", farewell), self.CLOSE)
             self._line.close()
 
     def _exactly(self, length: int) -> bytes:
-        """So many bytes, however long that takes, while there are signs of life."""
+        """Read so many bytes, however long that takes, while there are signs of life."""
         while len(self._buffer) < length:
             if time.monotonic() >= self._look:
                 self._look, self._silent = self._look + self.LOOK_SECONDS, self._silent + 1
@@ -3682,7 +3680,7 @@ class WebSocket:
                         raise _out_error(error, True) from None
                     self._line.until = math.inf
                 if len(data) > 127:
-                    self._silent = 0  # a pong alone may vanish in half a frame: no sign of life
+                    self._silent = 0  # but half a frame may stand still: a pong is no sign of life
                 self._buffer += data
         taken = bytes(self._buffer[:length])
         del self._buffer[:length]
@@ -3710,7 +3708,7 @@ class WebSocket:
                 raise _out_error(error, True) from None
 
     def close(self) -> None:
-        """Let run() say farewell and end. From any thread."""
+        """Let run() send a close frame and end. From any thread."""
         self._closing = True
         self._line.shut(socket.SHUT_RD)
 
@@ -3951,14 +3949,14 @@ HTML_CODES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;
 
 
 def page(body: str, values: Mapping[str, str], status: int = 200) -> Response:
-    """An HTML page that may load nothing and run nothing; values are escaped into the body."""
+    """An HTML page that can load and run nothing; the values in its body are escaped."""
     safe = {name: value.translate(HTML_CODES) for name, value in values.items()}
     return html_response("zh", PAGE_STYLE, body.format(**safe), "form-action 'self'", status)
 
 
 def dashboard(config: Json) -> Response:
-    """The page to work with. It knows `config`, which is worth no token, and learns all else from
-    the API. What others wrote gets into it as text only, and Trusted Types see to that."""
+    """The dashboard. It contains `config`, which is no secret, and gets all else from the API.
+    Texts of others are only inserted as text; Trusted Types make sure of that."""
     data = to_bytes(config).decode().replace("<", "\\u003c")
     return html_response(
         "en", DASHBOARD_STYLE, f'{DASHBOARD_BODY}<script type="application/json" id="config">{data}'
@@ -3967,8 +3965,8 @@ def dashboard(config: Json) -> Response:
 
 
 def html_response(lang: str, style: str, body: str, policy: str, status: int = 200) -> Response:
-    """A page that nobody may frame, and that may do what the policy lists. What marks its own style
-    and script gets into each empty nonce; values have no bare quotes."""
+    """A page that nobody may frame, and that may only do what the policy lists. Each empty nonce
+    attribute is filled in; values must not contain quotes."""
     nonce = base64.b64encode(os.urandom(12)).decode()
     text = ('<!doctype html><html lang="' + lang + '"><meta charset="utf-8"><meta name="viewport" '
             'content="width=device-width,initial-scale=1"><title>OpenQQ</title>'
@@ -4615,8 +4613,8 @@ follow();
 # C. OpenAPI
 # ------------------------------------------------------------------------------------------------
 
-# What parameters mean where a name does not tell it all: perhaps int or the values there are, and
-# words. Settings have theirs in SETTINGS. Texts, which few processes are ever asked for.
+# What parameters mean where the name does not tell it: a type or the possible values, if any, and a
+# description. Those of settings are in SETTINGS. Texts, since few processes ever need them.
 PARAMS = """
 client | the account's name
 id gid | the id, which changes with every scan; of a message the one that its sending answered
@@ -4663,7 +4661,7 @@ card | somebody's name in a group
 signature | somebody's own words
 """
 
-# Answers: their members, with ! those that are always there, and after a colon what they are.
+# Answers: their members; ! marks those that are always there; the type comes after a colon.
 SHAPES = """
 answer | code! status! reason
 child | account client code! pid port status!
@@ -4701,7 +4699,7 @@ or the data is wrong; -3 not sent; -4 sent, perhaps; -5 not sent in time; -6 the
 200 nobody named; 201 it was not done, or it is "not with this link", which has no such thing; \
 300 the account does not run; 400 a parameter is missing or wrong."""
 
-# What a shape, or a word after a colon, is in JSON Schema; and answers that are no JSON.
+# The types in JSON Schema; and the answers that are not JSON.
 TYPES: Dict[str, Row] = {
     "any": {}, "object": {"type": "object"}, "flag": {"type": "boolean"},
     "int": {"type": "integer"}, "text": {"type": ["string", "null"]},
@@ -4713,27 +4711,27 @@ KINDS = {"image": "image/*", "bytes": "*/*", "html": "text/html", "metrics": "te
 
 @functools.lru_cache(maxsize=2)
 def cells_of(text: str) -> Dict[str, List[str]]:
-    """The cells of a text's lines by each word of the first; what begins with a blank goes on."""
+    """Word of a line's first cell -> its other cells; a line that begins with a blank goes on."""
     rows = [[cell.strip() for cell in line.split("|")]
             for line in text.replace("\n ", " ").strip().splitlines()]
     return {name: row[1:] for row in rows for name in row[0].split()}
 
 
 def schema_of(word: str) -> Row:
-    """A shape by its name; with * a list of them."""
+    """The schema of a shape by its name; with * of a list of them."""
     if word.endswith("*"):
         return {"type": "array", "items": schema_of(word[:-1])}
     return TYPES[word] if word in TYPES else {"$ref": "#/components/schemas/" + word}
 
 
 def object_schema(properties: Row, required: List[str]) -> Row:
-    """The schema of an object; an empty list of what is required is left out."""
+    """The schema of an object; an empty list of required members is left out."""
     row: Row = {"type": "object", "properties": properties}
     return {**row, "required": required} if required else row
 
 
 def shape_of(words: Iterable[str]) -> Row:
-    """An object with these members, by the rule for names (CONTRACT 1) where no type is given."""
+    """The schema of an object with these members; without a type the name decides (CONTRACT 1)."""
     properties = {}
     for name, _, kind in (word.rstrip("!").partition(":") for word in words):
         properties[name] = schema_of(kind or (
@@ -4743,7 +4741,7 @@ def shape_of(words: Iterable[str]) -> Row:
 
 
 def parameters_of(verb: Verb, flavour: Type[Flavour], is_controller: bool) -> List[Row]:
-    """What a call takes; of a set with one name that is required."""
+    """The parameters of a call; the only one of a set is required."""
     given = [row for row in SETTINGS.values() if row.caller and not row.idle]
     sets: Dict[str, Sequence[str]] = {
         "media": ("media_path", "media_data", "media_url", "media_id", "media_name"),
@@ -4778,7 +4776,7 @@ def parameters_of(verb: Verb, flavour: Type[Flavour], is_controller: bool) -> Li
 
 
 def responses_of(verb: Verb, flavour: Type[Flavour], is_passed: bool, statuses: Set[str]) -> Row:
-    """What a call answers, by HTTP statuses: these, and what every one may answer."""
+    """The answers of a call by HTTP status: the given ones, and its own."""
     codes = {0, int(is_passed), *(int(word) for word in verb.codes.split() if word[0] != "=")}
     statuses = statuses | {word[1:] for word in verb.codes.split() if word[0] == "="}
     rows: Row = {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
@@ -4800,8 +4798,8 @@ def responses_of(verb: Verb, flavour: Type[Flavour], is_passed: bool, statuses: 
 
 
 def operation(verb: Verb, route: Route, method: str, params: List[Row], responses: Row) -> Row:
-    """One method of a path. What is posted is a form or a JSON object, with a picture also a form
-    that holds its file."""
+    """One method of a path. A POST has a form or a JSON object, or a multipart form with a
+    picture."""
     word = re.sub(r"\W+", "_", verb.name).strip("_") or "index"
     row: Row = {"operationId": word if method == "GET" else f"{method.lower()}_{word}",
                 "summary": verb.about, "responses": responses}
@@ -4828,7 +4826,7 @@ def operation(verb: Verb, route: Route, method: str, params: List[Row], response
 
 
 def components(flavour: Type[Flavour]) -> Row:
-    """What the operations refer to: shapes, errors, and how a token is given."""
+    """What operations refer to: shapes, errors, and how to give the token."""
     schemas = {name: shape_of(cells[0].split()) for name, cells in cells_of(SHAPES).items()}
     for kind, names in flavour.fields.items():
         member = [f"member:{kind}_member*"] if kind + "_member" in flavour.fields else []
@@ -4848,8 +4846,8 @@ def components(flavour: Type[Flavour]) -> Row:
 
 def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
                    is_controller: bool) -> List[Route]:
-    """The routes of the document that describes the others, what a controller passes on, and
-    these; one that VERBS does not name is left out."""
+    """The routes of the document, which describes these routes, itself, and what a controller
+    passes on; routes that VERBS does not name are left out."""
     def openapi_json(request: Request) -> Row:
         own_paths = {route.path for route in routes}
         passed = [Route(flavour.prefix + verb.name, verb.methods, openapi_json)
@@ -4881,8 +4879,8 @@ def openapi_routes(flavour: Type[Flavour], has_token: bool, routes: List[Route],
 # ------------------------------------------------------------------------------------------------
 
 def as_stream(rows: List[Tuple[int, bytes]]) -> Iterator[bytes]:
-    """Rows (seq, JSON) as server-sent events, in pieces of about 8 KiB: only these are made anew
-    for each reader. Rows are gone once they are given out."""
+    """Rows (seq, JSON) as server-sent events, in pieces of about 8 KiB, which alone are copied for
+    each reader. Removes the rows."""
     rows.reverse()
     while rows:
         piece = bytearray()
@@ -4895,30 +4893,30 @@ def as_stream(rows: List[Tuple[int, bytes]]) -> Iterator[bytes]:
 
 
 class Feed:
-    """What one stream has still to send; guarded by its store's lock."""
+    """A reader of a stream, and what is still to be sent to it; the store's lock guards it."""
 
     def __init__(self, rows: List[Tuple[int, bytes]]) -> None:
-        self.rows, self.size = rows, 0   # a number of 0: not kept, so nothing to resume from
+        self.rows, self.size = rows, 0   # (seq, JSON); seq 0: not kept, so nobody can resume there
         self.more: Future[bool] = Future()  # set when there is more
 
 
 class Store:
-    """The ring of the newest events, for check_event and streams (CONTRACT 6); `room` bounds its
-    bytes. A `seq` starts at the clock's milliseconds, so that a number from before a restart is
-    older than all that is kept. Bare calls share one mark; `since` and streams only read."""
+    """The newest events, for check_event and streams (CONTRACT 6); `room` limits their bytes. `seq`
+    starts at the clock's milliseconds, so that a number from before a restart is older than all
+    that is kept. Calls without `since` share one mark; those with it, and streams, only read."""
 
     def __init__(self, size: int, clock: Callable[[], float] = time.time, room: int = 0) -> None:
         self._lock = threading.Lock()  # guards all below, and each Feed
         self._size, self._room = max(1, size), room
         self._ring: Deque[Tuple[int, bytes]] = collections.deque()
-        self._bytes = 0                # of what is in the ring
+        self._bytes = 0                # in the ring
         self._seq = self._mark = int(clock() * 1000)
         self._waiting: Set[Future[bool]] = set()  # calls of check_event
         self._feeds: Set[Feed] = set()
-        self.relay: Optional[Callable[[int, bytes], None]] = None  # gets all that a Feed gets
+        self.relay: Optional[Callable[[int, bytes], None]] = None  # gets what each Feed gets
 
     def add(self, event: Union[Row, bytes]) -> None:
-        """Keep an event, and wake who waits for one. One with a seq keeps that, as does JSON."""
+        """Keep an event, and wake who waits for one. It gets a seq, unless it is bytes."""
         with self._lock:
             self._seq += 1
             data = event if isinstance(event, bytes) else to_bytes({"seq": self._seq, **event})
@@ -4932,13 +4930,13 @@ class Store:
                 settle(future, True)
 
     def tell(self, event: Union[Row, bytes]) -> None:
-        """News for those who stream just now; nothing of it is kept."""
+        """Send an event to the streams only; it is not kept."""
         with self._lock:
             if self._feeds or self.relay:
                 self._feed(0, event if isinstance(event, bytes) else to_bytes(event))
 
     def _feed(self, seq: int, data: bytes) -> None:
-        """Who falls too far behind is cut off: it comes back, and says from where on."""
+        """A reader that is too far behind is disconnected: it reconnects, and says its last seq."""
         for feed in list(self._feeds):
             feed.rows.append((seq, data))
             feed.size += len(data)
@@ -4949,10 +4947,10 @@ class Store:
             self.relay(seq, data)
 
     def take(self, since: Optional[int], wait: Wait, seconds: float = EVENT_SECONDS) -> bytes:
-        """A JSON list of the events after `since`, or after the mark (None), which then moves.
+        """A JSON list of the events after `since`; without it after the mark, which is moved.
 
-        Waits up to `seconds` for the first one; Hangup, raised by `wait`, leaves all of them for
-        the next caller.
+        Waits up to `seconds` for the first one. After a Hangup, raised by `wait`, the next caller
+        gets them.
         """
         future: Future[bool] = Future()
         with self._lock:
@@ -4975,7 +4973,7 @@ class Store:
         return b"[" + b",".join([data for _, data in rows]) + b"]"
 
     def _after(self, seq: int) -> List[Tuple[int, bytes]]:
-        """What is kept from after a number; all, if the number was never given."""
+        """What is kept after a number; everything, if it is not one of ours."""
         found: List[Tuple[int, bytes]] = []
         for row in reversed(self._ring):
             if row[0] <= seq <= self._seq:
@@ -4984,9 +4982,9 @@ class Store:
         return found[::-1]
 
     def stream(self, request: Request) -> Response:
-        """Server-sent events: what is kept from after Last-Event-ID, or else after `since`; a
-        `retry` where the present begins; then, also with neither, all that comes, until the server
-        ends or, by Hangup, its reader. BadRequest."""
+        """Server-sent events: first what is kept after Last-Event-ID, or else after `since`, if
+        given; then a `retry` line; then new events, until the server ends or the reader hangs up.
+        BadRequest."""
         since = seq_of(request.fields.get("last-event-id") or request.params.get("since"))
         mark = self._seq if since is None else since
 
@@ -5018,42 +5016,41 @@ class Store:
 
 
 def event_row(event: str, params: List[Any], when: Optional[str] = None) -> Row:
-    """An event as it is told; `when` is its time in seconds, if its source tells that."""
+    """An event as JSON object; `when` is its time in seconds, if its source tells it."""
     known = re.fullmatch("[1-9][0-9]{0,11}", when or "")
     return {"event": event, "params": params, "post_type": "event",
             "time": when if known else str(int(time.time()))}
 
 
 def seq_of(text: Optional[str]) -> Optional[int]:
-    """An event's number as callers give it, or None; BadRequest."""
+    """The seq that a caller gives, or None; BadRequest."""
     if text is not None and not re.fullmatch("[0-9]{1,18}", text):
         raise BadRequest(400, "since must be a seq, a whole number")
     return None if text is None else int(text)
 
 
 class Lane:
-    """The events of one conversation that wait to be posted, or are on their way."""
+    """The events of one conversation that wait to be posted, or are being posted."""
 
     def __init__(self, keys: Iterable[int] = ()) -> None:
-        self.keys = collections.deque(keys)    # in the spool; only the first is tried
-        self.tries = 0                         # in vain, after it was sent
-        self.since: Optional[float] = None     # its first try
+        self.keys = collections.deque(keys)    # in the spool; the first is posted
+        self.tries = 0                         # how often it was sent without success
+        self.since: Optional[float] = None     # time of its first try
         self.next = 0.0                        # when it may be tried again
 
 
 class Reporter:
-    """Posts events to post_api, each conversation in order, through a queue that survives.
-    Without a URL nothing is posted.
+    """Posts events to post_api, through a queue on disk; the events of each conversation in their
+    order. Without a URL nothing is posted.
 
-    The threads of a pool post one event each, without a lock; the owner's, `timers.lock`, guards
-    the spool and all state here. A second conversation is posted beside the first once that has
-    taken PATIENCE: so a slow answer holds up one chat only, and a kill finds one event on its
-    way, not four, as long as the receiver is quick.
+    Each thread of a pool posts one event at a time, without a lock; the owner's `timers.lock`
+    guards the spool and all state here. Another conversation is posted at the same time only if
+    an answer takes longer than PATIENCE: so a slow answer delays one conversation only, and while
+    the receiver is quick a kill can double one event at most, not four.
 
-    `answered(event, answer)` gets each JSON object that a receiver answers, before the next event
-    of that conversation goes; `asking(event, True)` is called before a post, and with False once
-    its answer is there, or none will come; both without the lock. `failed()` is called after
-    `error` changed, by the timers, with the lock held.
+    `answered(event, answer)` gets each JSON object that the receiver answers, before the next event
+    of that conversation is posted; `asking(event, True)` is called before a post, and with False
+    after it; both without the lock. The timers call `failed()` when `error` has changed.
     """
 
     PATIENCE = 0.05
@@ -5063,27 +5060,27 @@ class Reporter:
                  failed: Callable[[], None] = lambda: None,
                  clock: Callable[[], float] = time.time, numeric: bool = False,
                  asking: Callable[[Row, bool], None] = lambda event, on: None) -> None:
-        self._url = url                           # empty as well once the receiver is gone
+        self._url = url                           # empty after 410 Gone, too
         self._secret, self._spool, self._timers = secret, spool, timers
         self._log, self._answered, self._fetch = log, answered, fetch
         self._failed, self._clock, self._numeric = failed, clock, numeric
         self._asking = asking
         self._shown, self._pool = shown_url(url), ThreadPool(POST_LANES, "post", log)
-        self.error: Row = {}                      # post_error: of the last one dropped
+        self.error: Row = {}                      # post_error: about the last event dropped
         self.counts = {"posted": 0, "retried": 0, "dropped": 0}
-        self._lanes: Dict[str, Lane] = {}         # by conversation; who comes first goes first
-        self._flying: Dict[Lane, float] = {}      # when each post began that has no answer yet
-        self._pause_until = 0.0                   # nobody can be reached at all, or we end
-        self._outage = 0                          # tries in a row that found nobody
-        self._redirected = False                  # it sent us elsewhere, to no avail
+        self._lanes: Dict[str, Lane] = {}         # by conversation, in the order of posting
+        self._flying: Dict[Lane, float] = {}      # those being posted -> when that began
+        self._pause_until = 0.0                   # the receiver cannot be reached, or we end
+        self._outage = 0                          # tries in a row that did not reach it
+        self._redirected = False                  # it answered with a redirect to another server
         self._landed: Callable[[], Any] = lambda: None
-        self._look_at = self._tell_at = 0.0       # when the timers do so next
+        self._look_at = self._tell_at = 0.0       # when the timers call flush() and failed() next
         with timers.lock:
             for key, item in list(spool.pending.items() if url else ()):
                 if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
                     self._lanes.setdefault(str(item["in"]), Lane()).keys.append(key)
                 else:
-                    spool.done(key)  # no event: whoever wrote that into the file
+                    spool.done(key)  # it is no event of ours
 
     def add(self, event: Row, conversation: str, mark: Json = None) -> None:
         """Queue an event, together with its source's mark (Spool)."""
@@ -5098,14 +5095,14 @@ class Reporter:
                     self._drop(old, "over the limit of the queue")
 
     def flush(self) -> None:
-        """Write what was added, then post it: in this order, or a kill could lose it."""
+        """Write what was added to disk, then post it."""
         with self._timers.lock:
             flight = self._next()
             if flight:
                 self._pool.submit(self._post, *flight)
 
     def drain(self, landed: Callable[[], Any]) -> None:
-        """Have landed() called, with the lock held, after each event that is done with."""
+        """Have landed() called, with the lock held, after each post."""
         self._landed = landed
         self.flush()
 
@@ -5118,12 +5115,12 @@ class Reporter:
         return len(self._spool.pending) if self._url else 0
 
     def flying(self) -> int:
-        """How many are on their way."""
+        """How many are being posted."""
         return len(self._flying)
 
     def _next(self) -> Optional[Tuple[Lane, Row]]:
-        """What is to be posted now; it counts as flying. One at most: its answer, or PATIENCE,
-        lets the next one go."""
+        """The next event to be posted now, if any, which counts as flying from now on; after its
+        answer, or PATIENCE, the next one follows."""
         self._spool.flush()
         found, now = None, self._timers.clock()
         wait = max(self._flying.values(), default=now - self.PATIENCE) + self.PATIENCE - now
@@ -5139,8 +5136,7 @@ class Reporter:
         return found
 
     def _post(self, lane: Lane, item: Row) -> None:
-        """In a thread of the pool: post one event after the other, until there is none that may be
-        posted now."""
+        """In a thread of the pool: post events until there is none that may be posted now."""
         flight: Optional[Tuple[Lane, Row]] = (lane, item)
         while flight:
             lane, item = flight
@@ -5150,7 +5146,7 @@ class Reporter:
                 status = self._call(item)
             except Unreachable as error:
                 failure = error
-            except Exception as error:  # without an outcome the conversation would stand still
+            except Exception as error:  # without an outcome the conversation would stop
                 self._log.failure("posting an event")
                 failure = Unreachable(repr(error), True)
             self._asking(item["event"], False)
@@ -5162,10 +5158,10 @@ class Reporter:
                 flight = self._next()
 
     def _call(self, item: Row) -> int:
-        """Post an event, following redirects on the same server, and do what the answer says: its
-        status. Unreachable, also for one that asks for another try."""
+        """Post an event, follow redirects on the same server, and do what the answer says; its
+        status. Unreachable, also for an answer that asks for another try."""
         event, queued = item["event"], re.match("[0-9a-f]{1,15}(?=-)", str(item["id"]))
-        if self._numeric:            # which may have changed since it was queued
+        if self._numeric:            # the setting may have changed since it was queued
             event = numbered(event)
         if queued and self._clock() - int(queued.group(), 16) / 1000 > 600:
             event = {**event, "late": 1}
@@ -5195,7 +5191,7 @@ class Reporter:
         return reply.status
 
     def _note(self, lane: Lane, status: int, failure: Optional[Unreachable]) -> None:
-        """What became of a post decides when it, or the next one, is tried."""
+        """Decide, by the outcome of a post, when this event or the next one is posted."""
         now, key = self._timers.clock(), lane.keys[0]
         lane.since = now if lane.since is None else lane.since
         if status == 410:
@@ -5216,12 +5212,12 @@ class Reporter:
             self._drop(key, f"{failure.status}, {POST_TRIES} times")
         elif not failure.sent and now - lane.since > POST_DAY:
             self._drop(key, "nobody there for a day")
-        elif failure.sent:  # what breaks its receiver is not to do so for a day
+        elif failure.sent:  # it may crash the receiver: only a few tries
             self.counts["retried"] += 1
             lane.next = now + 2.0 ** lane.tries
             self._timers.later(2.0 ** lane.tries, self.flush)
             lane.tries += 1
-        else:  # no connection: it would fare no better with the others, so all wait
+        else:  # no connection: all conversations wait
             self.counts["retried"] += 1
             if now >= self._pause_until:
                 if self._outage == 1:
@@ -5233,7 +5229,7 @@ class Reporter:
                 self._timers.later(pause, self.flush)
 
     def _forget(self, key: int) -> None:
-        """Whatever became of an event: the next of its conversation waits behind the others."""
+        """Remove an event; its conversation goes to the end of the line."""
         name = str(self._spool.pending[key]["in"])
         lane = self._lanes.pop(name)
         if lane.keys[0] == key:
@@ -5251,13 +5247,13 @@ class Reporter:
             self._log.warn(f"{dropped} event(s) dropped, not posted to {self._shown}: {why}")
         self.error = {"time": str(int(self._clock())), "error": why, "dropped": dropped}
         now = self._timers.clock()
-        if now >= self._tell_at:  # a file is written for it
+        if now >= self._tell_at:  # not each time: it writes a file
             self._tell_at = now + 1.0
             self._timers.later(1.0, self._failed)
 
 
 def watch_posting(metrics: Metrics, reporter: Reporter) -> None:
-    """Let /metrics tell of what is posted."""
+    """Add what is posted to /metrics."""
     metrics.watch("events_total", "counter", "Events for post_api by what became of them.",
                   lambda: {f'result="{name}"': count for name, count in reporter.counts.items()})
     metrics.watch("post_queue_length", "gauge", "Events that wait to be posted.",
@@ -5265,25 +5261,25 @@ def watch_posting(metrics: Metrics, reporter: Reporter) -> None:
 
 
 def shown_url(url: str) -> str:
-    """A URL for the log: a password or a token in it stays out."""
+    """A URL for the log, without a password or token in it."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2],
                                                   query="", fragment=""))
 
 
 def redirect_of(url: str, reply: Reply) -> str:
-    """Where a redirect leads, as an absolute URL; empty if it is none."""
+    """The target of a redirect as an absolute URL; empty if it is no redirect."""
     location = reply.fields.get("location", "")
     if reply.status not in (301, 302, 303, 307, 308) or not location:
         return ""
     try:
         return urllib.parse.urljoin(url, location)
     except ValueError:
-        return "nowhere:"  # what cannot be read leads to nobody's server
+        return "nowhere:"  # it cannot be read: a URL that is never followed
 
 
 def same_origin(url: str, other: str) -> bool:
-    """Whether two URLs lead to the same server."""
+    """Whether two URLs belong to the same server."""
     try:
         return origin_of(url) == origin_of(other)
     except ValueError:
@@ -5293,10 +5289,10 @@ def same_origin(url: str, other: str) -> bool:
 class Outlet:
     """Where an account's events go: the ring, post_api, stdout."""
 
-    KEPT = re.compile("(new|lose)_")  # in the ring whatever post_event_list says (CONTRACT 6)
+    KEPT = re.compile("(new|lose)_")  # kept whatever post_event_list says (CONTRACT 6)
     KEPT_IF_LISTED = re.compile(".*_property_change|(friend|group)_request|revoke_message|"
                                 "group_(shutup|upload)|poke|(onebot|milky)_event")
-    NEWS = ("login", "stop", "state_change", "input_qrcode")  # streams tell them, nothing keeps
+    NEWS = ("login", "stop", "state_change", "input_qrcode")  # for streams only, not kept
 
     def __init__(self, store: Store, reporter: Reporter, listed: Iterable[str],
                  stdout: bool, numeric: bool, bytes_too: bool) -> None:
@@ -5305,7 +5301,7 @@ class Outlet:
         self._bytes_too = bytes_too
 
     def put(self, event: str, row: Row, conversation: str, mark: str) -> bool:
-        """Pass an event on; whether its mark went into the queue on disk with it."""
+        """Pass an event on; whether it was queued on disk, together with its mark."""
         queued = row if self._bytes_too else {
             name: value for name, value in row.items() if name != "media_data"}
         row = numbered(queued) if self._numeric else queued
@@ -5327,8 +5323,8 @@ class Outlet:
 
 
 class Heartbeat:
-    """Asks poll_api again and again, and does what its redirects say (CONTRACT 7): so a server
-    outside can drive a program inside. `own` maps the ports of our servers to their URLs."""
+    """Calls poll_api again and again, and follows its redirects to our own API (CONTRACT 7): so a
+    server outside can control it. `own`: port of a server of ours -> its URL."""
 
     HOPS = 7
 
@@ -5339,7 +5335,7 @@ class Heartbeat:
         self._started, self._ended = False, threading.Event()
 
     def start(self) -> None:
-        """Beat until stop(); a second call changes nothing."""
+        """Call it until stop(); a second call does nothing."""
         if not self._started:
             self._started = True
             spawn(self._run, name="heartbeat")
@@ -5358,15 +5354,15 @@ class Heartbeat:
                 if not failed:
                     self._log.warn(f"{shown_url(self._url)} (poll_api): {error.status}")
                 failed = True
-            except Exception:  # the next beat may fare better
+            except Exception:  # it goes on
                 self._log.failure("a heartbeat")
-            self._ended.wait(max(self._interval, float(failed)))  # of 0 only while it works
+            self._ended.wait(max(self._interval, float(failed)))  # at least 1 s after a failure
 
     def _beat(self) -> None:
         """Ask once, and follow where the answer leads. Unreachable."""
         url = self._url
         for _ in range(self.HOPS + 1):
-            reply = self._fetch(url, seconds=86_400.0)  # it may let us hang
+            reply = self._fetch(url, seconds=86_400.0)  # a long poll
             reply.read()
             target = redirect_of(url, reply)
             if not target:
@@ -5378,7 +5374,7 @@ class Heartbeat:
             if port in self._own and is_loopback(host) and (
                     re.match("/open(qq|wx)/", parts.path)):
                 own = self._own[port] + urllib.parse.urlunsplit(
-                    parts._replace(scheme="", netloc="", fragment=""))  # whatever it called us
+                    parts._replace(scheme="", netloc="", fragment=""))  # under our own address
                 fields = {"Authorization": bearer(self._token)} if self._token else {}
                 reply = self._fetch(own, fields=fields, seconds=PROXY_SECONDS)
                 reply.read()
@@ -5394,29 +5390,29 @@ class Heartbeat:
 # 10. Local network
 # ------------------------------------------------------------------------------------------------
 
-ROLES = {"owner": "create", "admin": "manage", "member": "attend"}  # and what groups call them
+ROLES = {"owner": "create", "admin": "manage", "member": "attend"}  # member's role -> group's
 RANKS = {"owner": 3, "admin": 2, "member": 1}
 SEGMENTS = {"image": "image", "audio": "record", "video": "video"}  # half a media type -> segment
-UID = re.compile("[1-9][0-9]{0,17}")  # what a number of 64 bits holds, as typed clients keep it
+UID = re.compile("[1-9][0-9]{0,17}")  # fits into 64 bits
 PROPERTIES = {"role": "owner|admin|member", "echo": "[01]", "name": r"(?s)(?=.*\S).*",
               "muted": r"[0-9]{1,12}(\.[0-9]{1,9})?"}
 
 
 def weight(row: Row) -> int:
-    """About how many bytes a message or an event takes on its way."""
+    """About the size of a message or an event in bytes."""
     return len(to_bytes(row)) if "event" in row else (
         6 * len(row["content"]) + len((row.get("media") or {}).get("data", "")))
 
 
 def name_to_uid(name: str) -> str:
-    """An account's number: itself if it is all digits, else one made from its name."""
+    """A number for an account: its name if that is a number, else a hash of it."""
     if name.isascii() and name.isdigit():
         return name
     return str(1_000_000_000 + zlib.crc32(name.encode()))
 
 
 def typed(name: str, value: Json) -> Json:
-    """A property as CONTRACT 1 types it: text, or a number for the two that are numbers."""
+    """A property with its type by CONTRACT 1: text, or a number for the two that are numbers."""
     if value is None:
         return None
     text = str(int(value)) if isinstance(value, bool) else str(value)
@@ -5424,20 +5420,20 @@ def typed(name: str, value: Json) -> Json:
 
 
 def require(there: Any, what: str) -> None:
-    """NotFound for what is not there, or not for whoever asks."""
+    """NotFound unless `there` is true."""
     if not there:
         raise NotFound(f"{what} not found")
 
 
 def check_properties(row: Row) -> None:
-    """NotFound for a property that the network reads and could not, or too long a one."""
+    """NotFound for a property that is too long, or that the network could not use."""
     for name, value in row.items():
         good = re.fullmatch(PROPERTIES.get(name, "(?s).*"), str(value))
         require(good and len(str(value)) <= SETTING_LIMIT, f"{name[:100]} {str(value)[:100]}")
 
 
 def member_of(group: str, uid: str) -> Row:
-    """Whom an event speaks of."""
+    """A member of a group, in the params of an event."""
     return {"kind": "group_member", "uid": uid, "circle": group}
 
 
@@ -5445,22 +5441,22 @@ class Session:
     """What is known of an account only while the host runs."""
 
     def __init__(self) -> None:
-        self.mode = "online"         # the state that it wants to show
+        self.mode = "online"         # the state that others shall see
         self.online = False          # logged in
-        self.running = False         # its client has loaded the roster, too
-        self.notes: List[Row] = []   # for its client, about the login: neither numbered nor kept
-        self.pull: Optional[Future[bool]] = None  # of its client, which waits for news
-        self.hopes: Set[Future[bool]] = set()     # of callers who wait until it is running
+        self.running = False         # and its client has loaded the roster
+        self.notes: List[Row] = []   # for its client, about the login: without number, not kept
+        self.pull: Optional[Future[bool]] = None  # its client waits for news
+        self.hopes: Set[Future[bool]] = set()     # callers wait until it is running
 
 
 class World:
-    """Who and what there is on the local network, how each account sees it, and what waits for
-    each: tables in a ledger, by uid.
+    """The people, groups and discusses of the local network, how each account sees them, and what
+    waits for each account: tables in a ledger, by uid.
 
     people: uid -> row. friend: uid -> friend's uid -> how the first sees the second; mark: the
-    same of members of groups. group and discuss: uid -> row; group_member and discuss_member: uid
-    -> member's uid -> row. login: account -> uid, nonce, cookie, time. wait: account -> number ->
-    item; seq: account -> its last number.
+    same for members of groups. group and discuss: uid -> row; group_member and discuss_member:
+    uid -> member's uid -> row. login: account -> uid, nonce, cookie, time. wait: account ->
+    number -> item; seq: account -> its last number.
     """
 
     def __init__(self, path: str, world_file: str, flavour: Type[Flavour], log: Log,
@@ -5480,11 +5476,11 @@ class World:
             except (ValueError, KeyError, TypeError, AttributeError, NotFound):
                 raise Refusal(f"world file {world_file} cannot be read: there must be one, and it "
                               "must hold what /local/world shows") from None
-        self.era = str(self.table("about").get("era", ""))  # numbers of another one mean nothing
+        self.era = str(self.table("about").get("era", ""))  # numbers of another era do not count
         self.account_of = {row["uid"]: account for account, row in self.table("login").items()}
 
     def _begin(self, spec: Row, digest: str) -> None:
-        """Start anew with what a world file holds, once all of it has been read."""
+        """Begin with the content of a world file."""
         put, self.ledger.root = self.put, {}
         put(os.urandom(4).hex(), "about", "era")
         put(digest, "about", "world")
@@ -5507,15 +5503,15 @@ class World:
         for one, other in spec.get("friends", []):
             put({}, "friend", str(one), str(other))
             put({}, "friend", str(other), str(one))
-        remove_file(self.ledger.path)  # else a kill just now would mix the old world into the new
+        remove_file(self.ledger.path)  # else a kill now would mix the old world with the new
         self.ledger.save()
 
     def fixtures(self) -> List[Row]:
-        """Those who are in every world: they have an id of their own (filehelper)."""
+        """The people of every world: those with a fixed id (filehelper)."""
         return [person for person in self.flavour.world["people"] if "id" in person]
 
     def dump(self) -> Row:
-        """What a world file holds, and /local/world shows."""
+        """The content of a world file, and of /local/world."""
         table = self.table
         return {
             "people": list(table("people").values()),
@@ -5547,7 +5543,7 @@ class World:
         raise NotFound(f"{who[:100] or table} not found")
 
     def id_for(self, account: str, uid: str, table: str = "people") -> str:
-        """How an account's login calls a uid: another id than that, a new one after each scan."""
+        """The id of a uid for an account: it changes with each scan."""
         import hashlib
         fixed = self.table(table, uid).get("id")
         if fixed:
@@ -5558,12 +5554,12 @@ class World:
         return self.flavour.ids[table].format(number=number, hex=digest.hexdigest())
 
     def role(self, group: str, uid: str) -> str:
-        """owner, admin or member; empty for somebody who is not in the group."""
+        """owner, admin or member; empty if somebody is not in the group."""
         row = self.table("group_member", group).get(uid)
         return "" if row is None else str(row.get("role", "member"))
 
     def state_of(self, uid: str) -> str:
-        """Residents are always there, accounts while they are logged in and not hidden."""
+        """Residents are always online, accounts while they are logged in and not hidden."""
         account = self.account_of.get(uid)
         if account is None:
             return "online"
@@ -5573,15 +5569,15 @@ class World:
     # -- how an account sees it
 
     def presence(self, account: str) -> Dict[str, str]:
-        """How people look to others now, uid -> state: accounts, and who was given a state."""
+        """uid -> state of all accounts, and of people who were given a state."""
         return {uid: str(row.get("state") or self.state_of(uid))
                 for uid, row in self.table("people").items()
                 if uid in self.account_of or "state" in row}
 
     def seen(self, kind: str, account: str, uid: str, circle: str = "",
              members: bool = True) -> Row:
-        """The documented fields of a thing as an account sees it; a member is one of a `circle`, a
-        group or discuss comes with its members or without."""
+        """The documented fields of a thing as an account sees it; for a member, `circle` is its
+        group or discuss. A group or discuss comes with its members, or without."""
         me, is_circle = self.own_uid(account), kind in ("group", "discuss")
         row: Row = {**self.flavour.usual, "state": self.state_of(uid),
                     "account": self.account_of.get(uid, uid)}
@@ -5601,7 +5597,7 @@ class World:
         names = self.flavour.fields[kind] + (("title",) if row.get("title") else ())
         seen = {name: typed(name, row.get(name)) for name in names}
         if is_circle:
-            seen["uid"] = uid  # a discuss shows none, but its members are found by it
+            seen["uid"] = uid  # also for a discuss, where it is not documented
             if members:
                 seen["member"] = [self.seen(kind + "_member", account, member, uid)
                                   for member in everybody]
@@ -5620,8 +5616,8 @@ class World:
 
     def tell(self, uids: Iterable[str], event: str, parts: Row, of: Sequence[Any] = (),
              away: bool = False) -> None:
-        """Tell those of some people who are accounts and there, or with `away` all accounts. `of`
-        are the arguments of seen() for the event's object, as each of them sees it."""
+        """Send an event to those people who are accounts and online, or with `away` to all
+        accounts. `of` are the arguments of seen() for the event's object, as each sees it."""
         for uid in uids:
             account = self.account_of.get(uid)
             if account is not None and (away or self.sessions[account].online):
@@ -5631,7 +5627,8 @@ class World:
                 self.deliver(account, item)
 
     def deliver(self, account: str, item: Row) -> None:
-        """Let an item wait for an account; the oldest of too many, or of too heavy ones, go."""
+        """Queue an item for an account; drop the oldest if there are too many, or too large
+        ones."""
         number = int(self.table("seq").get(account, 0)) + 1
         self.put(number, "seq", account)
         self.put(item, "wait", account, str(number))
@@ -5658,15 +5655,15 @@ class World:
         self.wake(account)
 
     def wake(self, account: str) -> None:
-        """Let an account's client look for news: when the lock is free, so all of it survives."""
+        """Wake an account's client; it gets the news when the lock is free, so all is on disk."""
         session = self.sessions[account]
         if session.pull:
             settle(session.pull, True)
             session.pull = None
 
     def take(self, account: str) -> List[Row]:
-        """Notes and, once its client has loaded the roster, what waits, oldest first, each with the
-        mark that acknowledges it."""
+        """The notes and, once the client has loaded the roster, the queued items, oldest first,
+        each with the mark that acknowledges it."""
         session = self.sessions[account]
         items, session.notes = session.notes, []
         size, waiting = 0, self.table("wait", account) if session.running else {}
@@ -5678,7 +5675,7 @@ class World:
         return items
 
     def acknowledge(self, account: str, mark: str) -> None:
-        """Forget what an account has: all up to its mark, `ERA:NUMBER`."""
+        """Remove what an account has received: all up to its mark, `ERA:NUMBER`."""
         era, _, number = mark.partition(":")
         if era == self.era and number.isdigit():
             for key in list(self.table("wait", account)):
@@ -5688,12 +5685,11 @@ class World:
 
 
 class Society(World):
-    """What people do with each other besides talking, and what may be changed from outside: each
-    change of the world is told to those accounts that see it and are there.
+    """What people do with each other besides talking, and what may be changed from outside. Each
+    change is told to the accounts that see it and are online.
 
-    What an account may do by its link Link describes: delete_friend(), create_group(), rename(),
-    kick(), mute(), mute_all(), set_admin(), set_title(), leave_group() and the others in VERBS.
-    Each gets the account's uid, and is NotFound, with nothing done, for who has no right to it.
+    The methods in VERBS are those of Link, which describes them. Each gets the uid of the account
+    that acts (`me`), and raises NotFound, with nothing done, if it has no right to do so.
     """
 
     VERBS = ("revoke", "make_friend", "answer_request", "create_group", "invite", "rename",
@@ -5702,18 +5698,18 @@ class Society(World):
 
     def _tell_change(self, viewers: Iterable[str], kind: str, uid: str, row: Row,
                      **more: str) -> None:
-        """Tell of properties that have changed; `kind` is that of the thing."""
+        """Tell that properties of a thing of some kind have changed."""
         for name, value in row.items():
             self.tell(viewers, kind + "_property_change", {
                 "uid": uid, "property": name, "value": typed(name, value), **more})
 
     def _set(self, row: Row, kind: str, viewers: Iterable[str], *path: str, **more: str) -> None:
-        """Change properties of what is at a place in the ledger, which ends with its uid."""
+        """Change properties of the thing at a path in the ledger, which ends with its uid."""
         self.put({**self.table(*path), **row}, *path)
         self._tell_change(viewers, kind, path[-1], row, **more)
 
     def _keep_request(self, table: str, request: Row) -> str:
-        """The ticket by which a request will be answered."""
+        """Keep a request; returns the ticket by which it will be answered."""
         ticket, requests = new_secret(), self.table(table)
         if len(requests) >= WAIT_LIMIT:  # nobody answered the oldest
             self.put(None, table, next(iter(requests)))
@@ -5743,7 +5739,7 @@ class Society(World):
             "ticket": self._keep_request("request", {"from": me, "to": uid})}}, away=True)
 
     def make_friend(self, me: str, uid: str, verify: str) -> None:
-        """Ask somebody to be a friend; residents agree at once."""
+        """Ask somebody to be a friend; residents accept at once."""
         require(uid in self.table("people"), uid)
         if uid in self.account_of:
             self.ask_friend(me, uid, verify)
@@ -5751,7 +5747,7 @@ class Society(World):
             self.befriend(me, uid)
 
     def answer_request(self, me: str, ticket: str, accept: bool, markname: str) -> None:
-        """Agree to a friend_request, or not; a ticket is good for one answer."""
+        """Accept or decline a friend_request; a ticket is valid for one answer."""
         request = self.table("request", ticket)
         require(request.get("to") == me, "ticket")
         self.put(None, "request", ticket)
@@ -5763,7 +5759,7 @@ class Society(World):
         self.unfriend(uid, me)
 
     def set_markname(self, me: str, uid: str, markname: str) -> None:
-        """What one calls somebody, friend or member of a group; nobody else sees it."""
+        """Give a friend or a member of a group a markname, which nobody else sees."""
         if uid in self.table("friend", me):
             self._set({"markname": markname}, "friend", [me], "friend", me, uid)
         self.put({"markname": markname}, "mark", me, uid)
@@ -5772,7 +5768,7 @@ class Society(World):
                 self._tell_change([me], "group_member", uid, {"markname": markname}, circle=group)
 
     def poke(self, me: str, uid: str, group: str) -> None:
-        """Poke a friend, or a member of a group, who all see it there."""
+        """Poke a friend, or a member of a group, where all members see it."""
         members = self.table("group_member", group) if group else self.table("friend", me)
         require(uid in members, f"{uid} as a friend, or in the group,")
         pair = [member_of(group, one) if group else {"kind": "friend", "uid": one}
@@ -5781,8 +5777,8 @@ class Society(World):
             "params": [*pair, {"kind": "group", "uid": group} if group else None]})
 
     def revoke(self, me: str, id: str) -> None:
-        """Take one's own message back, or that of a member whom one may mute, once; its receivers
-        hear of it, unless it still waits for them."""
+        """Take back one's own message, or that of a member whom one may mute. Its receivers are
+        told; for those who are offline it is just removed from the queue."""
         found = self.sent.get(id) or {}
         require(found and (found["uid"] == me or found["group"] and self._may(
             me, found["group"], "admin", found["uid"])), id)
@@ -5798,13 +5794,13 @@ class Society(World):
     # -- groups and discusses: `table` is either
 
     def _may(self, me: str, group: str, role: str, *uids: str) -> bool:
-        """Whether somebody has this role in a group or a higher one, and one above that of some
-        other members: owners may with all, admins with plain members."""
+        """Whether somebody has this role in a group or a higher one, and one above the role of each
+        of some other members: so owners may act on all, admins on plain members."""
         mine, *others = [RANKS.get(self.role(group, uid), 0) for uid in (me, *uids)]
         return mine >= RANKS[role] and all(0 < other < mine for other in others)
 
     def enter(self, table: str, circle: str, uid: str, row: Row, **facts: Json) -> None:
-        """Let somebody into a group or discuss; its first account owns it. `facts` are kind
+        """Add somebody to a group or discuss; the first account becomes its owner. `facts` are kind
         (approve, invite) and operator_uid."""
         if not self.table(table, circle).get("owner_uid") and uid in self.account_of:
             self.put(dict(self.table(table, circle), owner_uid=uid), table, circle)
@@ -5814,7 +5810,7 @@ class Society(World):
         self._tell_move("new_", table, circle, uid, facts)
 
     def leave(self, table: str, circle: str, uid: str, **facts: Json) -> None:
-        """Take somebody out of a group or discuss; kind is leave or kick."""
+        """Remove somebody from a group or discuss; kind is leave or kick."""
         self._tell_move("lose_", table, circle, uid, facts)
         self.put(None, table + "_member", circle, uid)
 
@@ -5825,13 +5821,13 @@ class Society(World):
         self.tell(others, way + members, {**facts, "circle": circle}, (members, uid, circle))
 
     def set_member(self, group: str, uid: str, row: Row) -> None:
-        """A card or a role in a group; one's own role is the group's `role` as well."""
+        """Set card, role or title of a member; one's own role is the `role` of the group, too."""
         members = self.table("group_member", group)
         owner = str(self.table("group", group).get("owner_uid") or "")
         if row.get("role") == "owner" and owner != uid:
             self._set({"owner_uid": uid}, "group", members, "group", group)
             if owner in members:
-                self.set_member(group, owner, {"role": "member"})  # there is but one
+                self.set_member(group, owner, {"role": "member"})  # there is only one owner
         self._set(row, "group_member", members, "group_member", group, uid, circle=group)
         if "role" in row:
             self._tell_change([uid], "group", group, {"role": ROLES[row["role"]]})
@@ -5844,7 +5840,7 @@ class Society(World):
         return group
 
     def invite(self, me: str, group: str, uids: List[str]) -> None:
-        """Bring friends into a group; those who are there stay."""
+        """Add friends to a group; those who are in it already stay."""
         require(self._may(me, group, "member"), group)
         for uid in uids:
             if not self.role(group, uid):
@@ -5876,7 +5872,7 @@ class Society(World):
             who, member_of(group, me), seconds, {"kind": "group", "uid": group}]})
 
     def set_card(self, me: str, group: str, uid: str, card: str) -> None:
-        """What somebody is called in a group: oneself, or those whom one may mute."""
+        """Set the card of oneself, or of a member whom one may mute."""
         require(self._may(me, group, "member") if uid == me else
                 self._may(me, group, "admin", uid), group)
         self.set_member(group, uid, {"card": card or None})
@@ -5894,7 +5890,7 @@ class Society(World):
         self.leave("group", group, me, kind="leave", operator_uid=me)
 
     def ask_group(self, uid: str, group: str, inviter: str, comment: str) -> None:
-        """Let somebody ask to be let into a group, or be invited to it by a member."""
+        """Let somebody ask to join a group, or let a member invite somebody."""
         members, who = self.table("group_member", group), inviter or uid
         require(uid not in members and (not inviter or inviter in members),
                 f"{uid} outside of {group}, or {inviter} in it,")
@@ -5907,7 +5903,7 @@ class Society(World):
                   "group_request", {"request": told}, away=True)
 
     def answer_group_request(self, me: str, ticket: str, accept: bool, reason: str) -> None:
-        """Let somebody into a group who asked for it, or enter one that one was invited to."""
+        """Let somebody join who asked for it, or join a group that one was invited to."""
         request = self.table("group_request", ticket)
         group, uid, inviter = [request.get(name) or "" for name in ("group_uid", "uid", "from")]
         require(uid and (uid == me if inviter else self._may(me, group, "admin")), "ticket")
@@ -5919,7 +5915,7 @@ class Society(World):
     # -- what may be changed from outside
 
     def change(self, params: Params) -> Row:
-        """Do what /local/change says: {"uid": …}. NotFound for whatever is not there."""
+        """Do what /local/change says: {"uid": …}. NotFound."""
         row = dict(params)
         do, what, uid, place = [row.pop(name, "") for name in ("do", "what", "uid", "in")]
         circle = "group"
@@ -5958,8 +5954,8 @@ class Society(World):
         return {"uid": changes[f"{do} {what}"]() or uid}
 
     def _add(self, table: str, uid: str, row: Row) -> str:
-        """A person, or a group or discuss, with its owner in it if `owner_uid` names one. If only
-        one of name and uid is given, it makes the other."""
+        """Add a person, or a group or discuss, with the owner in it that `owner_uid` names, if any.
+        If only one of name and uid is given, the other is made from it."""
         name = str(row.get("name") or uid)
         uid = uid or (name_to_uid(("" if table == "people" else table) + name) if name else "")
         require(UID.fullmatch(uid), "uid as a number of 1 to 18 digits")
@@ -5999,23 +5995,23 @@ class Society(World):
 
 
 class LocalNetwork(Society):
-    """A small chat network inside the program (DESIGN): who is logged in, and what is said.
+    """A small chat network inside the program (DESIGN): logins and messages.
 
     `known(account)` tells whether there is a client of that name; `url()`, which takes no lock,
-    how a phone reaches the host.
+    returns how a phone reaches the host.
     """
 
-    # What a link may ask besides Society.VERBS; each gets the account.
+    # What a link may call besides Society.VERBS; each gets the account.
     CALLS = ("attach", "ticket", "ready", "logout", "roster", "presence", "send")
 
     def __init__(self, path: str, world_file: str, flavour: Type[Flavour], log: Log,
                  url: Callable[[], str], known: Callable[[str], bool] = lambda account: True,
                  clock: Callable[[], float] = time.time) -> None:
         super().__init__(path, world_file, flavour, log, clock)
-        self.lock = threading.RLock()  # guards all of it: who and what there is, what waits
+        self.lock = threading.RLock()  # guards all state of World, Society and this class
         self.known, self._url, self.ended = known, url, False
-        self.timer = time.monotonic    # of tickets: seconds that never go back
-        # Account -> ticket: what its QR code holds, and nobody can guess; end of life.
+        self.timer = time.monotonic    # the clock of tickets
+        # Account -> ticket, which is in its QR code, and nobody can guess; when it expires.
         self._tickets: Dict[str, Tuple[str, float]] = {}
         waiting = {item.get("id") for items in self.table("wait").values()
                    for item in items.values()}
@@ -6023,13 +6019,13 @@ class LocalNetwork(Society):
                                or str(number) in waiting)
 
     def stop(self) -> None:
-        """Let everything survive; from now on all calls are NotRunning."""
+        """Save everything; from now on all calls raise NotRunning."""
         with self.lock:
             self.ledger.save()
             self.ended = True
 
     def do(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """Call a function under the lock; what it changed survives before anybody hears of it."""
+        """Call a function under the lock; what it changed is on disk before the lock is free."""
         with self.lock:
             if self.ended:
                 raise NotRunning("stopping")
@@ -6040,7 +6036,7 @@ class LocalNetwork(Society):
 
     def call(self, account: str, verb: str, args: Sequence[Json], named: Row,
              wait: Wait = result_of) -> Json:
-        """What a link asks in the name of its account: a method of Link, with its arguments."""
+        """Do what the link of an account asks: a method of Link, with its arguments."""
         if verb == "pull":
             return self._pull(account, str(args[0]), wait)
         if verb in self.CALLS:
@@ -6053,7 +6049,7 @@ class LocalNetwork(Society):
         return True if done is None else done
 
     def _pull(self, account: str, mark: str, wait: Wait) -> List[Row]:
-        """What happened to an account, as soon as there is something; `mark` says what it has."""
+        """What happened to an account, as soon as there is something after `mark`."""
         with self.lock:
             self.do(self.acknowledge, account, mark)
             items = self.take(account)
@@ -6062,7 +6058,7 @@ class LocalNetwork(Society):
             session = self.sessions[account]
             future: Future[bool] = Future()
             if session.pull:
-                settle(session.pull, False)  # its client asks anew: that one has gone
+                settle(session.pull, False)  # a former call of its client, which has gone
             session.pull = future
         woken = True
         try:
@@ -6080,7 +6076,7 @@ class LocalNetwork(Society):
 
     def attach(self, account: str, mark: str, cookie: str, password: bool,
                mode: str = "online") -> Row:
-        """An account's client is there. {"login": …} if it is logged in by that, else {}."""
+        """An account's client has come. {"login": …} if it is logged in by that, else {}."""
         session = self.sessions[account]
         session.mode, session.notes = mode, []
         self.acknowledge(account, mark)
@@ -6093,11 +6089,11 @@ class LocalNetwork(Society):
         return {"login": self._log_in(account, row.get("nonce") or new_secret(), cookie)}
 
     def ticket(self, account: str) -> None:
-        """A new QR code; the former one is void. It goes to the client as a note, so that no later
-        note overtakes it."""
+        """Make a new QR code; the former one becomes invalid. The client gets it as a note, so that
+        it comes before later notes."""
         ticket = new_secret()
         self._tickets[account] = ticket, self.timer() + TICKET_SECONDS
-        # By `client` a proxy before many controllers finds the one that the ticket is of.
+        # A proxy in front of many controllers finds the right one by `client`.
         query = urllib.parse.urlencode({"client": account, "ticket": ticket})
         self.note(account, {"do": "qrcode", "seconds": TICKET_SECONDS,
                             "text": f"{self._url()}/local/scan?{query}"})
@@ -6105,7 +6101,7 @@ class LocalNetwork(Society):
             self.confirm(ticket)
 
     def scan(self, ticket: str) -> str:
-        """Somebody opened the code's URL: whose it is; NotFound if it is unknown, used or old."""
+        """Somebody opened the URL of the code: its account; NotFound if it is used or expired."""
         now = self.timer()
         account = {known: name for name, (known, end) in self._tickets.items() if now < end
                    }.get(ticket, "")
@@ -6114,7 +6110,7 @@ class LocalNetwork(Society):
         return account
 
     def confirm(self, ticket: str) -> str:
-        """Somebody pressed the button: whose it is, or NotFound."""
+        """Somebody pressed the button: its account, or NotFound."""
         account = self.scan(ticket)
         del self._tickets[account]
         self.note(account, {"do": "confirmed", "login": self._log_in(account, new_secret())})
@@ -6147,19 +6143,19 @@ class LocalNetwork(Society):
         self.sessions[account].running = self.sessions[account].online = False
 
     def logout(self, account: str) -> None:
-        """The account wants to be scanned anew."""
+        """The account is to be scanned again."""
         self.detach(account)
         row = self.table("login", account)
         if row:
             self.put(dict(row, cookie=""), "login", account)
 
     def delete(self, account: str) -> None:
-        """Forget an account's login and what waits for it; the person stays in the world."""
+        """Remove an account's login and its queue; the person stays in the world."""
         self.logout(account)
         self.put(None, "wait", account)
 
     def _log_in(self, account: str, nonce: str, cookie: str = "") -> Row:
-        """A login by cookie leaves that valid: a kill may come before a new one is written."""
+        """A login by cookie keeps the cookie valid: a kill may come before a new one is written."""
         people, row = self.table("people"), self.table("login", account)
         uid = row.get("uid") or next((
             uid for uid, person in people.items()
@@ -6170,7 +6166,7 @@ class LocalNetwork(Society):
         self.put({"uid": uid, "nonce": nonce, "cookie": cookie, "time": self.clock()},
                  "login", account)
         self.account_of[uid] = account
-        is_new = uid not in people  # one that no world file tells of becomes everybody's friend
+        is_new = uid not in people  # if no world file has it, it becomes everybody's friend
         friends = list(people) if is_new else []
         if is_new:
             self.put({"uid": uid, "name": account}, "people", uid)
@@ -6182,14 +6178,14 @@ class LocalNetwork(Society):
             for circle, about in list(self.table(table).items()):
                 if about.get("name") == "OpenQQ":
                     self.enter(table, circle, uid, {})
-        self.sessions[account].online = True  # only now: it hears of no friend that it will load
+        self.sessions[account].online = True  # only now: it will load these friends anyway
         return {"uid": uid, "cookie": cookie}
 
     # -- messages
 
     def send(self, account: str, messages: List[Row]) -> List[Row]:
-        """Deliver messages, in order; for each {"code", "info", "id"} as CONTRACT 4 has them, and
-        `mark` when somebody answered on the spot: what the answer is known by."""
+        """Deliver messages, in order; for each {"code", "info", "id"} (CONTRACT 4), and `mark`,
+        that of the answer, if somebody answered at once."""
         results: List[Row] = []
         for message in messages:
             before = self.table("seq").get(account)
@@ -6204,18 +6200,18 @@ class LocalNetwork(Society):
         return results
 
     def speak(self, uid: str, message: Row) -> List[Row]:
-        """Say something as anybody: a message has type, content, and uid, group, discuss. Gives
-        what was said, and behind it what residents answered on the spot, which none of them
-        answers again. NotFound for who has no business there."""
+        """Let somebody say something: a message has type, content, and uid, group or discuss.
+        Returns what was said, and after it the answers of residents, to which no resident answers
+        again. NotFound if somebody may not speak there."""
         receivers = self._receivers(uid, message)
         said = [self._hand_out(uid, message, receivers)]
         alone = message["type"] in ("friend_message", "sess_message")
         answer = dict(message, uid=uid if alone else None, reply_to=None, at=[])
-        for resident in receivers:  # now all have heard what they answer
+        for resident in receivers:  # only now, when all have received the message
             row = self.table("people", resident)
             if resident not in self.account_of and int(row.get("echo") or 0) and (
                     alone or row["name"] in message["content"]):  # called by its name
-                with contextlib.suppress(NotFound):  # muted: that is not the speaker's fault
+                with contextlib.suppress(NotFound):  # the resident is muted
                     said.append(self._hand_out(resident, answer,
                                                self._receivers(resident, answer)))
         return said
@@ -6248,7 +6244,7 @@ class LocalNetwork(Society):
                 "content": "".join([*names, message["content"]]),
                 "uid": uid, "name": people[uid]["name"], "reply_to": message.get("reply_to"),
                 "at": at, "group": group, "discuss": message.get("discuss"), "media": media}
-        # For revoking; who asks later than WAIT_LIMIT messages after it comes too late.
+        # For revoking: only the last WAIT_LIMIT messages.
         self.sent[id] = {"uid": uid, "group": group, "receivers": receivers}
         keep_newest(self.sent, WAIT_LIMIT)
         for receiver in receivers:
@@ -6264,14 +6260,14 @@ class LocalNetwork(Society):
 
 
 class LocalPages:
-    """What the network's host serves under /local/: for phones, for scripts, for clients."""
+    """What the host of the network serves under /local/: for phones, scripts and clients."""
 
     def __init__(self, network: LocalNetwork) -> None:
         self._network = network
         self._keys: Dict[str, str] = {}  # key -> account; written by key_for only
 
     def routes(self) -> List[Route]:
-        """The routes of /local/; a ticket or a key protects those that are open."""
+        """The routes under /local/; those that are open are protected by a ticket or a key."""
         network = self._network
         return [Route("/local/scan", "GET", self.scan, open=True),
                 Route("/local/confirm", "POST", self.scan, open=True),
@@ -6284,14 +6280,14 @@ class LocalPages:
                     **network.do(network.dump), "code": 0})]
 
     def key_for(self, account: str) -> str:
-        """What a client proves with that it speaks for its account."""
+        """A key by which a client proves that it speaks for its account."""
         key = new_secret()
         self._keys = {old: name for old, name in self._keys.items() if name != account}
         self._keys[key] = account
         return key
 
     def scan(self, request: Request) -> Response:
-        """The QR code's URL, opened by a phone: a page with a button; and what that leads to."""
+        """The URL of the QR code, opened by a phone: a page with a button; and what follows it."""
         network, ticket = self._network, request.params.get("ticket", "")
         confirms = request.path == "/local/confirm"
         try:
@@ -6306,7 +6302,7 @@ class LocalPages:
                                 "client": urllib.parse.quote_plus(account)})
 
     def link(self, request: Request) -> Json:
-        """A client's own calls, in the name of the account that its key stands for."""
+        """The calls of a client's link; its key says for which account."""
         account = self._keys.get(request.fields.get("x-openqq-key", ""))
         if account is None:
             raise AuthFailure()
@@ -6360,7 +6356,8 @@ MESSAGE_ID = re.compile("-?[0-9]{1,20}")
 
 
 def check_quote(params: Params) -> Row:
-    """What a call quotes and whom it mentions, {"reply_to": id or None, "at": uids}; BadRequest."""
+    """What a call quotes, and whom it mentions: {"reply_to": id or None, "at": uids};
+    BadRequest."""
     reply_to = params.get("reply_to", "").partition(":")[0] or None  # weixin's MSGID:TARGET
     if reply_to and not MESSAGE_ID.fullmatch(reply_to):
         raise BadRequest(400, "reply_to must be the id of a message, as an event tells it")
@@ -6371,12 +6368,12 @@ def check_quote(params: Params) -> Row:
 
 
 def is_sendable(content: str) -> bool:
-    """Whether a message's text is there and not too long."""
+    """Whether the text of a message is not empty and not too long."""
     return 0 < len(content) and len(content.encode("utf-8", "replace")) <= CONTENT_LIMIT
 
 
 def check_content(params: Params) -> str:
-    """A message's text; BadRequest when there is none, or too much."""
+    """The text of a message; BadRequest if there is none, or if it is too long."""
     content = params.get("content", "")
     if not is_sendable(content):
         raise BadRequest(400, f"content over {CONTENT_LIMIT} bytes" if content
@@ -6389,68 +6386,68 @@ def check_content(params: Params) -> str:
 # ------------------------------------------------------------------------------------------------
 
 class Hooks:
-    """What a link tells its client; each may be called from any thread."""
+    """The callbacks by which a link tells its client something; from any thread."""
 
-    qrcode: Callable[[Code, float, str], None]  # to be scanned; seconds that it holds; a complaint
-    waiting: Callable[[str], None]         # not logged in, and no code to show: why
+    qrcode: Callable[[Code, float, str], None]  # a QR code, the seconds that it is valid, an error
+    waiting: Callable[[str], None]         # not logged in, and there is no QR code: why
     scanned: Callable[[], None]
     confirmed: Callable[[str, bool], None]  # logged in: a cookie; whether ids may have changed
-    lost: Callable[[str], None]            # the connection is gone: why; confirmed() may follow
-    received: Callable[[List[Row]], str]   # what happened -> the mark of what is safe on disk
+    lost: Callable[[str], None]            # the connection is lost: why; confirmed() may follow
+    received: Callable[[List[Row]], str]   # new items -> the mark of the last one that is on disk
     known: Callable[[str, str, str], Any]  # kind, uid, circle -> a thing of the roster, or None
-    certain: Callable[[str], bool]         # whether who is not known of a kind is new: a list that
-                                           # was not told, or is doubted, says nothing about that
+    certain: Callable[[str], bool]         # whether the list of a kind is complete, so that
+                                           # somebody who is not on it must be new
     kept: Callable[[str], None]            # status() has changed; a cookie, unless it is empty
-    ids_path: str                          # a file for what a link must know of its messages
+    ids_path: str                          # a file where a link may keep ids of messages
 
     def __init__(self, **hooks: Any) -> None:
         vars(self).update(hooks)
 
 
 class Link:
-    """Where an account's messages come from and go to: the face that every link has.
+    """Where an account's messages come from and go to: the interface of all links.
 
-    All methods may block and are called with no lock held; they raise Unreachable. Those that do
-    something in a group, to a friend or with a request are False where there is no right to it.
+    All methods may block and are called without a lock; they raise Unreachable. Those that do
+    something in a group, to a friend or with a request return False if the account may not do so.
 
-    login(cookie, mark)   begin to log in, with a former login's cookie if there is one; hooks tell
+    login(cookie, mark)   begin to log in, with the cookie of a former login, if any; hooks tell
                           the rest. renew() shows a new QR code; ready(): the account is running
-    roster()              {"user": …, "friend": […], "group": […], "discuss": […]}; lists may be
-                          left to list(), and a group's `member` and role to details()
+    roster()              {"user": …, "friend": […], "group": […], "discuss": […]}; a link may
+                          tell lists by list() instead, and a group's `member`, role by details()
     list(kind)            the friends or groups. Declined
-    details(group, members)  a group's role, and with `members` owner_id, owner_uid, member.
-                          Declined if there are none to be had
-    find_group(uid), find_member(group, uid)  one that no list told of, or None
-    account()             what the account is called outside, where two clients may have the same
-    status()              what check_client tells of this link besides
+    details(group, members)  the role in a group; with `members` also owner_id, owner_uid, member.
+                          Declined if they cannot be had
+    find_group(uid), find_member(group, uid)  one that is on no list, or None
+    account()             the account's name on the network, by which two clients of it are noticed
+    status()              further members of check_client
     presence()            uid -> state of those whose state no event tells
     send(messages)        of {type, content, cq, uid, group, discuss, reply_to (an id or None), at
-                          (uids, or all), media}: for each {"code", "info"}, `id` from now on, and
-                          `mark`, if an answer came with it: that of an item that hooks.received()
-                          will get. `media` is {name, mime, data (base64), url, path}
-    hear(row)             take an event that was posted to us; False if this link knows none
-    find_message(id)      an item that tells of a message, or None
-    call(action, params)  the whole answer to an action of a bridge's own
-    file_url(item)        where a file is to be had now, of those in an item's links, or empty
+                          (uids, or all), media}: for each {"code", "info", "id"}, and, if somebody
+                          answered at once, `mark`: that of the answer, which hooks.received() will
+                          get. `media` is {name, mime, data (base64), url, path}
+    hear(row)             take an event that was posted to us; False if this link takes none
+    find_message(id)      the item of a message, or None
+    call(action, params)  the whole answer to any action of the bridge
+    file_url(item)        the present URL of a file in an item's links, or empty
     kick(group, uids), mute(group, uids, seconds), mute_all(group, on), set_card(group, uid, card),
     set_admin(group, uid, on), set_title(group, uid, title), rename(group, name),
     leave_group(group), invite(group, uids), create_group(uids, name): the new group's uid;
     delete_friend(uid), make_friend(uid, verify), set_markname(uid, markname), poke(uid, group),
     which is empty for a friend; revoke(id), answer_request(ticket, accept, markname),
     answer_group_request(ticket, accept, reason)
-    typing(uid, on)       show somebody that an answer is on its way, or is not any more
-    verify_code(code)     the digits that a phone shows; False when nobody asks for them
-    logout(), close()     end the login, so that the next one needs a scan; the client stops
+    typing(uid, on)       show somebody that an answer is being written, or no longer
+    verify_code(code)     the digits that a phone shows; False if nobody asks for them
+    logout(), close()     end the login, so that the next one needs a scan; end the link
     """
 
     send_interval = 3.0          # seconds between two messages unless settings say otherwise
     batch = 1                    # messages that send() takes at once where there is no interval
-    echoes = False               # what is sent may come back before send() has returned
-    fetches = False              # takes a picture as a URL, and fetches it by itself
-    real = False                 # a network outside: a login may take days, a list may fail
-    any_group = ""               # what stands for the unknown group of a temporary session
-    lacks: Sequence[str] = ()    # calls of the API (VERBS) that this network cannot do
-    # what a verb answers that a link does not have
+    echoes = False               # an answer may come before send() has returned
+    fetches = False              # takes the URL of a picture, and fetches it by itself
+    real = False                 # a real network: a login may take days, a list may fail
+    any_group = ""               # the number that means an unknown group, of temporary sessions
+    lacks: Sequence[str] = ()    # calls of the API (VERBS) that this network does not have
+    # What a link returns for the methods that it does not have.
     REFUSALS: Row = {
         **dict.fromkeys("ready find_group find_member find_message typing renew logout close"
                         .split()),
@@ -6468,7 +6465,7 @@ class Link:
 class LocalLink(Link):
     """An account on the local network; `host(verb, …)` is LocalNetwork.call, or call_host().
 
-    A thread asks for what happens, and is answered when something does; asking again acknowledges
+    A thread asks for news, and is answered when there is something; the next question acknowledges
     what was stored.
     """
 
@@ -6500,7 +6497,7 @@ class LocalLink(Link):
             self.renew()
 
     def close(self) -> None:
-        self._closed.set()  # the host notices by itself
+        self._closed.set()  # the host notices it
 
     def _pull(self) -> None:
         failures = 0
@@ -6520,7 +6517,7 @@ class LocalLink(Link):
                 failures = 0
             except NotRunning:
                 return  # we stop, or the host does
-            except Exception as error:  # whatever it was, an account must not go deaf
+            except Exception as error:  # the thread must go on
                 if failures == 2 and not self._closed.is_set():
                     self._log.warn(f"local network: {error}")
                 self._closed.wait(backoff(failures, 30.0))
@@ -6528,9 +6525,9 @@ class LocalLink(Link):
 
 
 def call_host(url: str, key: str, verb: str, *args: Json, **named: Json) -> Json:
-    """LocalNetwork.call in another process, for the account of the key. Unreachable, also for what
-    the host refuses."""
-    # pull: longer than one may wait; presence: a list is not worth more
+    """LocalNetwork.call in another process, for the account of the key. Unreachable, also for a
+    refusal."""
+    # pull waits long at the host; a list must not wait long for presence
     seconds = {"pull": 330.0, "presence": LOOKUP_SECONDS}.get(verb, 30.0)
     reply = fetch(url + "/local/link", "POST",
                   {"X-OpenQQ-Key": key, "Content-Type": "application/json"},
@@ -6549,8 +6546,8 @@ def call_host(url: str, key: str, verb: str, *args: Json, **named: Json) -> Json
 
 CQ_CODE = re.compile(r"\[CQ:([A-Za-z0-9_.\-]+)((?:,[^,\[\]]*)*)\]")
 CQ_ESCAPES = (("&", "&amp;"), ("[", "&#91;"), ("]", "&#93;"), (",", "&#44;"))
-# What segments read as, with members of their data (| or else) as far as they are there. What is
-# empty then, and what is not listed, reads [type].
+# Segments as text, with members of their data (|: or else) as far as there are any. What is empty
+# then, or not listed, becomes [type].
 LABELS = {"face": "[表情]", "bface": "[表情]", "sface": "[表情]",
           "image": "[图片]", "cardimage": "[图片]", "record": "[语音]", "video": "[视频]",
           "file": "[文件]{name|file_name|file}", "mface": "{summary}",
@@ -6560,8 +6557,8 @@ LABELS = {"face": "[表情]", "bface": "[表情]", "sface": "[表情]",
           "contact": "[名片]{id}", "poke": "[戳一戳]", "shake": "[窗口抖动]",
           "dice": "[骰子]{result}", "rps": "[猜拳]", "redbag": "[红包]{title}", "gift": "[礼物]",
           "tts": "{text}", "miniapp": "[小程序]", "onlinefile": "[文件]", "flashtransfer": "[文件]"}
-DETAIL_LIMIT = 500               # letters of one such member
-AT_LIMIT = 8                     # names of a message that are asked for: each may take seconds
+DETAIL_LIMIT = 500               # letters of such a member
+AT_LIMIT = 8                     # names in a message that are looked up: each may take seconds
 MEDIA = {**{segment: kind for kind, segment in SEGMENTS.items()}, "file": "file"}
 # Actions that hand out the account or the machine.
 SECRET_ACTION = re.compile("(?i)cookie|credential|csrf|key|token|exit|quit|restart|reboot|shutdown|"
@@ -6569,23 +6566,23 @@ SECRET_ACTION = re.compile("(?i)cookie|credential|csrf|key|token|exit|quit|resta
 
 
 def scalar(value: Json) -> Optional[str]:
-    """A scalar as text, since bridges write ids as numbers or strings; else None."""
+    """A scalar as text, else None: bridges write ids as numbers or as strings."""
     if value is None or isinstance(value, (dict, list)):
         return None
     if isinstance(value, float) and not abs(value) < 1e300:
-        return None                  # JSON's 1e999 is no number that int() takes
+        return None                  # 1e999, which is valid JSON
     whole = isinstance(value, (bool, float)) and value == int(value)
     return str(int(value)) if whole else str(value)
 
 
 def number_of(value: Json) -> str:
-    """A number of QQ's, as text; empty for what is none: null, 0, "0" and such come (ONEBOT.md)."""
+    """A QQ number as text; empty for null, 0, "0" and the like, which bridges send (ONEBOT.md)."""
     text = "" if isinstance(value, bool) else scalar(value) or ""
     return text if re.fullmatch("[1-9][0-9]{0,18}", text) else ""
 
 
 def message_number(row: Row) -> str:
-    """The bridge's number of a message, which may be negative; empty for what is none."""
+    """The bridge's number of a message, which may be negative; empty if there is none."""
     number = scalar(row.get("message_id")) or ""
     return "" if number in ("0", "None") else number
 
@@ -6598,22 +6595,22 @@ def detail(value: Json) -> str:
 
 
 def id_of(text: str) -> Json:
-    """A message's id as bridges and answers have it: a number, where one of JSON's can hold it."""
+    """The id of a message for bridges and answers: a number, if JSON numbers can hold it."""
     return int(text) if re.fullmatch("-?[0-9]{1,15}", text) else text
 
 
 def filled(row: Row) -> Row:
-    """The members that are not null or an empty text: those say nothing."""
+    """The members that are not null or empty texts."""
     return {name: value for name, value in row.items() if value not in (None, "")}
 
 
 def object_of(value: Json) -> Row:
-    """An object; an empty one for whatever else a bridge has put there."""
+    """The value if it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def rows_of(value: Json) -> List[Row]:
-    """The objects of a list, without whatever else a bridge has put there."""
+    """The objects in a list; none if it is no list."""
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
@@ -6625,19 +6622,19 @@ def cq_escape(text: str, value: bool = False) -> str:
 
 
 def cq_unescape(text: str) -> str:
-    """What cq_escape() was given; `&` comes last, or it would make new codes."""
+    """Undo cq_escape(); `&` comes last, else it could make new codes."""
     for plain, code in reversed(CQ_ESCAPES):
         text = text.replace(code, plain)
     return text
 
 
 def text_segments(text: str) -> List[Row]:
-    """A text as it is, no code in it acts."""
+    """A text as segments; CQ codes in it are just text."""
     return [{"type": "text", "data": {"text": text}}] if text else []
 
 
 def segments_of(message: Json) -> List[Row]:
-    """Any message of a bridge, with CQ codes or as a list, as [{"type": word, "data": object}]."""
+    """A message of a bridge, with CQ codes or a list, as [{"type": word, "data": object}]."""
     found: List[Row] = []
     if isinstance(message, str):
         parts = [*CQ_CODE.split(message), "", ""]  # text, type, values, text, type, values …
@@ -6682,8 +6679,8 @@ def cq_text(segments: Iterable[Row]) -> str:
 
 def check_sources(value: Json, check_url: Callable[[str], None], name: str = "",
                   in_code: bool = False) -> None:
-    """NotAllowed if a message with CQ codes, or an action's parameters, would have a bridge read a
-    file of its machine; check_url() gets each address that the bridge would fetch."""
+    """NotAllowed if a message with CQ codes, or the parameters of an action, would make a bridge
+    read a file of its machine; check_url() gets each URL that the bridge would fetch."""
     if isinstance(value, dict):
         for key, part in value.items():
             check_sources(part, check_url, str(key).strip(), in_code)
@@ -6692,7 +6689,7 @@ def check_sources(value: Json, check_url: Callable[[str], None], name: str = "",
             check_sources(part, check_url, name, in_code)
     elif isinstance(value, str):
         for segment in segments_of(value):
-            if segment["type"] != "text":  # a node's content holds codes of its own
+            if segment["type"] != "text":  # the content of a node has codes of its own
                 check_sources(segment["data"], check_url, in_code=True)
         fetched = re.fullmatch("(?i)file|url|image|path|audio|cover|thumb|icon|.*ur[il]", name)
         source = value.strip() if fetched else ""
@@ -6705,8 +6702,8 @@ def check_sources(value: Json, check_url: Callable[[str], None], name: str = "",
 
 
 def readable(kind: str, data: Row) -> str:
-    """A segment as somebody reads it; those that name somebody (at) are not known here."""
-    if kind in ("text", "markdown"):  # as it is, lines and all
+    """A segment as text for a reader; `at` is done elsewhere."""
+    if kind in ("text", "markdown"):  # unchanged, with its lines
         text = data.get("text" if kind == "text" else "content")
         return text if isinstance(text, str) else detail(text) or f"[{kind}]"
     if kind in ("json", "xml"):
@@ -6715,7 +6712,7 @@ def readable(kind: str, data: Row) -> str:
     if kind == "image" and re.fullmatch(r"\[[^\[\]]{1,20}\]", summary):  # NapCat: [动画表情]
         return summary
     if kind == "file" and re.search(r"[/\\]|^base64:", detail(data.get("file"))):
-        data = {**data, "file": None}    # where it lies; that is not its name
+        data = {**data, "file": None}    # a path is not its name
     if kind == "forward":
         news = " ".join(detail(row.get("text")) for row in rows_of(data.get("news")))
         return summary or detail(news) or detail(data.get("prompt")) or LABELS[kind]
@@ -6727,8 +6724,8 @@ def readable(kind: str, data: Row) -> str:
 
 
 def card_text(kind: str, card: Json) -> str:
-    """What the card in a json or xml segment says of itself, and where it leads."""
-    if kind == "xml":  # its first letters tell, and no parser is led astray by them
+    """The title and the link of the card in a json or xml segment."""
+    if kind == "xml":  # without an XML parser, which could be attacked
         import html
         text = card[:16_384] if isinstance(card, str) else ""
         *said, link = [detail(html.unescape(found.group(1))) if found else "" for found in (
@@ -6748,7 +6745,7 @@ def card_text(kind: str, card: Json) -> str:
 
 
 def media_link(kind: str, data: Row) -> Row:
-    """What an event tells of a picture or file that came."""
+    """The member `media` of an event with a picture or file."""
     url = scalar(data.get("url")) or scalar(data.get("file")) or ""
     link = {"type": MEDIA[kind], "url": url if re.match("https?://", url) else None,
             "name": scalar(data.get("name")) or scalar(data.get("file")),
@@ -6759,7 +6756,7 @@ def media_link(kind: str, data: Row) -> Row:
 
 
 def friend_row(row: Row) -> Row:
-    """A friend of a bridge's as ours; NapCat knows the category."""
+    """A friend as a bridge tells it -> our row; NapCat tells the category."""
     uid = number_of(row.get("user_id"))
     category = row.get("categoryName") or row.get("category_name") or row.get("categroyName")
     return {"uid": uid, "id": uid, "name": scalar(row.get("nickname")) or uid,
@@ -6768,7 +6765,7 @@ def friend_row(row: Row) -> Row:
 
 
 def group_row(row: Row) -> Row:
-    """A group of a bridge's as ours; member_count is for us alone."""
+    """A group as a bridge tells it -> our row; callers do not see member_count."""
     uid = number_of(row.get("group_id"))
     return {"uid": uid, "id": uid, "name": scalar(row.get("group_name")) or uid,
             "markname": scalar(row.get("group_remark") or row.get("remark_name")) or None,
@@ -6779,7 +6776,7 @@ def group_row(row: Row) -> Row:
 
 
 def member_row(row: Row) -> Row:
-    """A member of a group of a bridge's as ours; what is not known takes no memory."""
+    """A member as a bridge tells it -> our row, without what is not known, to save memory."""
     uid = number_of(row.get("user_id"))
     known = {"sex": row.get("sex"), "join_time": row.get("join_time"), "level": row.get("level"),
              "last_speak_time": row.get("last_sent_time"), "province": row.get("area"),
@@ -6790,23 +6787,24 @@ def member_row(row: Row) -> Row:
 
 
 def happened(event: str, **more: Any) -> Row:
-    """An item of a link (Hooks.received): an event of the documents."""
+    """An item for Hooks.received: an event."""
     return {"do": "event", "event": event, **more}
 
 
 def changed(kind: str, group: str, uid: str, name: str, value: Json, **more: Any) -> Row:
-    """An item of a link: a property has another value."""
+    """An item for Hooks.received: a property has changed."""
     return happened(kind + "_property_change", circle=group, uid=uid, property=name, value=value,
                     **more)
 
 
-# -- the ways to a bridge
+# -- the connections to a bridge
 
 class Bridge:
-    """One connection to a bridge: calls there, events back. One subclass per way.
+    """A connection to a bridge, for calls to it and events from it.
 
-    open() connects. listen() hands events to `hear` until the bridge is lost. ask(action, params,
-    seconds) is the bridge's answer, whatever it says. Unreachable, and of ask() Declined.
+    open() connects. listen() gives events to `hear` until the connection is lost. ask(action,
+    params, seconds) returns the bridge's answer, whatever it says. Unreachable; ask() also
+    Declined.
     """
 
     open: Callable[[], None]
@@ -6819,8 +6817,8 @@ class Bridge:
         self._fields = {"Authorization": bearer(token)} if token else {}
         self._line: Any = None       # what is to be closed: a Reply or a WebSocket
         self.closed = threading.Event()
-        self.complaint = ""          # why we, or the bridge in words of its own, end it
-        self.news = threading.Event()  # set when it is time to see whether it is logged in
+        self.complaint = ""          # why it ends, in our words or the bridge's
+        self.news = threading.Event()  # set when the login state must be checked
 
     def close(self, why: Union[str, Exception] = "the connection was closed") -> None:
         """End it, from any thread."""
@@ -6841,12 +6839,12 @@ class Bridge:
 
 
 class HttpBridge(Bridge):
-    """Calls by POST; events by SSE where the bridge has that, else it posts them to us."""
+    """Calls by POST; events by server-sent events if the bridge has them, else it posts them."""
 
     CALLS, EVENTS, ALIVE, HERE = "/", "/_events", "get_status", "/onebot"
 
     def open(self) -> None:
-        with contextlib.suppress(TooSlow):  # LLBot answers nothing at a path that it does not know
+        with contextlib.suppress(TooSlow):  # LLBot does not answer at a path that it does not know
             reply = self._fetch(self.EVENTS, LOOKUP_SECONDS)
             if reply.status == 200 and reply.kind == "text/event-stream":
                 self._line = reply
@@ -6866,13 +6864,13 @@ class HttpBridge(Bridge):
         raise Unreachable("the bridge ended its stream of events")
 
     def _check(self) -> None:
-        """NapCat's stream has no sign of life, so in a silence it is asked for one."""
+        """When nothing comes, call the bridge: NapCat's stream has no signs of life."""
         if self.closed.is_set():
             raise Unreachable("the connection was closed")
         status: Json = None
         try:
             status = self.ask(self.ALIVE, {}, BRIDGE_SECONDS).get("data")
-        except OpenQQError as error:  # an answer is a sign of life, whatever it says
+        except OpenQQError as error:  # any answer is a sign of life
             if isinstance(error, TooSlow) or not getattr(error, "sent", True):
                 raise
         self._hear({"post_type": "meta_event", "meta_event_type": "heartbeat", "status": status})
@@ -6899,7 +6897,7 @@ class HttpBridge(Bridge):
 
 
 class SocketBridge(Bridge):
-    """One forward WebSocket for all."""
+    """One forward WebSocket for calls and events."""
 
     def __init__(self, url: str, token: str, log: Log, hear: Callable[[Row], None]) -> None:
         super().__init__(url, token, log, hear)
@@ -6925,7 +6923,7 @@ class SocketBridge(Bridge):
         text = to_bytes({"action": action, "params": params, "echo": echo})
         future = self._waiting[echo] = Future()
         try:
-            if self.closed.is_set() or not self._line:  # looked at once close() would see ours
+            if self.closed.is_set() or not self._line:  # after that close() finds our future
                 raise Unreachable("the bridge is not connected")
             self._line.send(text)
             answer: Row = result_of(future, seconds)
@@ -6942,13 +6940,13 @@ class SocketBridge(Bridge):
             settle(future, row)
         elif "post_type" in row:
             self._hear(row)
-        elif row.get("status") == "failed" and row.get("echo") is None:  # as NapCat refuses a token
+        elif row.get("status") == "failed" and row.get("echo") is None:  # NapCat refuses the token
             refused = scalar(row.get("retcode")) in ("1401", "1403")
             self.complaint = (f"{self.REFUSED}: " if refused else "") + wording(row)
 
 
 def server_sent(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The data of server-sent events, as soon as they are whole. Unreachable if one is too long."""
+    """The data of server-sent events, as they come. Unreachable if one is too long."""
     rest = b""
     for piece in pieces:
         *events, rest = (rest + piece.replace(b"\r", b"")).split(b"\n\n")
@@ -6962,7 +6960,7 @@ def server_sent(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def is_refusal(row: Row) -> bool:
-    """Whether a bridge's answer says no; 1 is the retcode of what it does later."""
+    """Whether a bridge's answer says no; retcode 1 means that it does it later."""
     return row.get("status") == "failed" or scalar(row.get("retcode")) not in ("0", "1", None)
 
 
@@ -6972,11 +6970,11 @@ def wording(row: Row) -> str:
             or f"retcode {row.get('retcode')}")[:500]
 
 
-# -- where a bridge shows the QR code of its QQ
+# -- the web page where a bridge shows its QR code
 
 class LoginPage:
-    """The WebUI of NapCat or LLBot, with the QR code (ONEBOT.md, "Login QR"), by default on the
-    bridge's host. A token that was refused is not offered again: LLBot locks the page for that."""
+    """The web page of NapCat or LLBot with the QR code (ONEBOT.md, "Login QR"), by default on the
+    bridge's host. A token that was refused is not sent again, since LLBot would lock the page."""
 
     PORTS = {"napcat": 6099, "llbot": 3080}
 
@@ -6989,11 +6987,11 @@ class LoginPage:
         host = f"[{host}]" if ":" in host else host
         url = settings.onebot_login_api or f"http://{host}:{self.PORTS[self._kind]}"
         self._url = url.rstrip("/")
-        self._refused = self._credential = ""  # the latter is NapCat's, for an hour
+        self._refused = self._credential = ""  # NapCat's credential is valid for an hour
         self._rest_until = 0.0
 
     def look(self) -> Tuple[bool, Code, str]:
-        """Whether the bridge is logged in, the code to scan, what is wrong. Unreachable."""
+        """Whether the bridge is logged in, the code to scan, an error. Unreachable."""
         if self._kind == "llbot":
             if self._ask("login-info").get("online"):
                 return True, "", ""
@@ -7005,7 +7003,7 @@ class LoginPage:
         text = scalar(data.get("qrcodeurl")) or scalar(self._ask("GetQQLoginQrcode").get("qrcode"))
         if offline and not text and time.monotonic() > self._rest_until:
             self._rest_until = time.monotonic() + BRIDGE_SECONDS
-            # after a kick-off it has none before it is asked for one, and may tell it at once
+            # After QQ was kicked off there is none until we ask for it.
             text = scalar(self._ask("RefreshQRcode").get("qrcodeurl"))
         return False, text or "", scalar(data.get("loginError")) or ""
 
@@ -7021,7 +7019,7 @@ class LoginPage:
             data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
             if scalar(row.get("code")) == "0":
                 self._credential = scalar(data.get("Credential")) or ""
-            elif "rate limit" in why:  # says nothing about the token
+            elif "rate limit" in why:  # the token may be right
                 self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
                 raise Unreachable(f"the login page: {why}")
             if not self._credential:
@@ -7056,14 +7054,14 @@ class LoginPage:
         return Unreachable(self._refused)
 
 
-# -- a link through a bridge, in the words of OneBot
+# -- OneBot
 
 class Intake:
-    """Events on their way from the thread that reads them to act(rows), in order.
+    """A queue of events, from the thread that reads them to act(rows).
 
-    Until they are `wanted` they wait, the oldest dropped beyond LIMIT; then put() waits where too
-    many do. While act() looks somebody up, the events of that conversation wait, all others only
-    PATIENCE seconds, so that quick look-ups keep the order of all.
+    Until want(True) they wait, and beyond LIMIT the oldest are dropped; after it put() waits if too
+    many wait. While act() looks up names, the events of that conversation wait; all others wait for
+    PATIENCE seconds only. So quick look-ups do not change the order of events.
     """
 
     LIMIT = 10_000
@@ -7080,7 +7078,7 @@ class Intake:
         self._wanted = False
 
     def want(self, wanted: bool) -> None:
-        """Whether events are acted upon from now on, or wait."""
+        """Begin to act upon events, or stop it."""
         with self._changed:
             if wanted and not self._wanted:
                 self._dealer.submit(self._deal)
@@ -7088,7 +7086,8 @@ class Intake:
             self._changed.notify_all()
 
     def put(self, conversation: str, row: Row) -> None:
-        """Add one. The wait has an end: act() may itself wait for an answer that comes after."""
+        """Add an event. It waits for a limited time, since act() may need an answer of the bridge
+        that the calling thread has to read."""
         with self._changed:
             if self._wanted:
                 self._changed.wait_for(lambda: self.LIMIT > len(self._rows) + sum(
@@ -7123,7 +7122,7 @@ class Intake:
 
 
 class Recent:
-    """The newest notes."""
+    """A dict with the newest entries."""
 
     def __init__(self, limit: int = WAIT_LIMIT) -> None:
         self._limit = limit
@@ -7131,7 +7130,7 @@ class Recent:
         self.notes: Dict[Any, Any] = {}
 
     def note(self, key: Any, value: Any) -> Any:
-        """Note a value; the one that was noted before, or None."""
+        """Set a value; returns the former one, or None."""
         with self._lock:
             before = self.notes.pop(key, None)
             self.notes[key] = value
@@ -7140,17 +7139,17 @@ class Recent:
 
 
 class OneBotLink(Link):
-    """A QQ account, through a OneBot 11 bridge (ONEBOT.md): NapCatQQ, LLBot and their like.
+    """A QQ account through a OneBot 11 bridge (ONEBOT.md): NapCatQQ, LLBot and the like.
 
-    One thread reads from the connection and never waits for an answer; another greets the bridge,
-    those of Intake pass events on, `_curious` looks up what nobody waits for. A subclass for
-    another protocol translates from and to OneBot's words, in `_get` and `_items`.
+    One thread reads from the connection, and never waits for an answer; another one connects and
+    checks the login; those of Intake handle events; `_curious` looks up what nobody waits for. The
+    subclass for another protocol translates to and from OneBot's words, in `_get` and `_items`.
     """
 
     fetches = real = True
-    any_group = "284840486"      # NapCat's, for a temporary session whose group it does not know
+    any_group = "284840486"      # NapCat's, for a temporary session of an unknown group
     PROTOCOL, EXAMPLE, UNKNOWN = "OneBot", "ws://HOST:3001", "onebot_event"
-    # A verb of Link: the one action that does it, and ours=theirs of what it takes.
+    # A method of Link -> the action that does it, and its parameters, ours=theirs.
     ACTIONS = {
         "mute_all": "set_group_whole_ban group=group_id on=enable",
         "set_card": "set_group_card group=group_id uid=user_id card=card",
@@ -7160,7 +7159,7 @@ class OneBotLink(Link):
         "leave_group": "set_group_leave group=group_id",
         "delete_friend": "delete_friend uid=user_id",
         "answer_request": "set_friend_add_request ticket=flag accept=approve markname=remark"}
-    # What is told of, and what an event must have to tell of it.
+    # The topic of an event -> the numbers that it must have.
     NEEDS = {
         **dict.fromkeys(("message group", "request group", "group_increase", "group_card", "title",
                          "group_admin", "group_upload"), "group_id user_id"),
@@ -7181,17 +7180,17 @@ class OneBotLink(Link):
         self.me = self._name = ""            # the account's own uid and name, once it is logged in
         self._closed = threading.Event()
         self._living = self._greeted = False
-        self._shown: Code = ""               # the code that was shown since the last login
-        self._thrown_out = ""                # why there is no login any more
+        self._shown: Code = ""               # the QR code shown since the last login
+        self._thrown_out = ""                # why the login was lost
         self._intake = Intake(self._act, log)
         self._curious = ThreadPool(2, "later", log)
-        self._event = threading.local()      # until when the event at hand may be looked up for
-        self._slow: Dict[str, float] = {}    # action -> until when nothing waits for it
+        self._event = threading.local()      # `until`: the end of look-ups for the present event
+        self._slow: Dict[str, float] = {}    # action that was too slow -> when it is used again
         self._marks = itertools.count(time.time_ns())
-        self._ids = MessageIds()             # for messages that come without one
-        self._seen = Recent()                # events, by what tells them apart
-        self._told = Recent()                # what happened -> when it was told
-        self._names = Recent()               # (group, uid) -> how `at` shows them
+        self._ids = MessageIds()             # for messages without an id
+        self._seen = Recent()                # hashes of events
+        self._told = Recent()                # who -> what was told of them last, and when
+        self._names = Recent()               # (group, uid) -> their name in `at`
 
     # -- the connection
 
@@ -7206,7 +7205,7 @@ class OneBotLink(Link):
             spawn(self._live, name="link")
 
     def _live(self) -> None:
-        """Connect, wait for a login whenever there is none, and again 1 to 30 s after a loss."""
+        """Connect, and wait for a login when there is none; 1 to 30 s after a loss again."""
         failures = 0
         while not self._closed.is_set():
             bridge = self.bridge = self._connect()
@@ -7219,7 +7218,7 @@ class OneBotLink(Link):
                     if bridge.closed.is_set():
                         raise Unreachable(bridge.complaint)
                     bridge.news.wait(None if self._greet(bridge) else LOGIN_SECONDS)
-            except Exception as error:  # whatever it was, an account must not go deaf
+            except Exception as error:  # the thread must go on
                 bridge.close(error)
             failures = 1 if self._greeted else failures + 1
             self._greeted = False
@@ -7236,7 +7235,7 @@ class OneBotLink(Link):
             bridge.close(error)
 
     def _await_page(self) -> None:
-        """NapCat opens its OneBot ports only when QQ is logged in; its page is there before."""
+        """NapCat opens its OneBot ports only when QQ is logged in, but its web page before."""
         try:
             while not (self._closed.is_set() or self._logged_in()):
                 self._closed.wait(LOGIN_SECONDS)
@@ -7244,7 +7243,7 @@ class OneBotLink(Link):
             self._log.warn(f"the bridge's login page: {error.status}")
 
     def _logged_in(self) -> bool:
-        """Whether the login page, if there is one, says so; else its code is shown."""
+        """Whether the login page, if there is one, says so; if not, show its QR code."""
         if not self._look:
             return True
         logged_in, text, why = self._look()
@@ -7257,12 +7256,12 @@ class OneBotLink(Link):
         return logged_in
 
     def _greet(self, bridge: Bridge) -> bool:
-        """Whether the bridge is logged in, and there is no news since; what follows is said."""
+        """Whether the bridge is logged in; tells the hooks."""
         row: Row = {}
         with contextlib.suppress(Declined):
             row = object_of(self._get("get_login_info"))
         uid = number_of(row.get("user_id"))
-        if not uid or self._look_up("get_status").get("online") is False:  # it may not know
+        if not uid or self._look_up("get_status").get("online") is False:
             try:
                 if self._logged_in() and not self._shown:
                     self._hooks.waiting(self._thrown_out or "the bridge is not logged in: scan the "
@@ -7304,8 +7303,8 @@ class OneBotLink(Link):
         return row.get("data")
 
     def _look_up(self, action: str, **params: Json) -> Row:
-        """An object, or {}. All look-ups for one event together take LOOKUP_SECONDS, and what has
-        just kept one waiting in vain is not asked for another."""
+        """The object that an action answers, or {}. All look-ups for one event together take at
+        most LOOKUP_SECONDS, and an action that was just too slow is not used for another event."""
         now = time.monotonic()
         seconds = getattr(self._event, "until", now + LOOKUP_SECONDS) - now
         if seconds <= 0 or self._slow.get(action, 0.0) > now:
@@ -7319,7 +7318,7 @@ class OneBotLink(Link):
             return {}
 
     def _person(self, uid: str, group: str = "") -> Row:
-        """What the bridge says of somebody; at least the number."""
+        """What the bridge tells of somebody; at least the number."""
         return {**self._look_up("get_group_member_info" if group else "get_stranger_info",
                                 **filled({"group_id": group, "user_id": uid})), "user_id": uid}
 
@@ -7336,7 +7335,7 @@ class OneBotLink(Link):
         return [row for row in rows if row["uid"] != self.any_group]
 
     def _list(self, action: str, make: Callable[[Row], Row], **params: Json) -> List[Row]:
-        """The rows of a list. Declined for what is none, which would lose everybody."""
+        """The rows of a list. Declined if it is no list: it would mean that all are gone."""
         told = self._get(action, LIST_SECONDS, **params)
         rows = [row for row in map(make, rows_of(told)) if row["uid"]]
         if told not in (None, []) and not rows:
@@ -7420,7 +7419,7 @@ class OneBotLink(Link):
         for uid in uids:
             done.append(self._do("set_group_kick", group_id=group, user_id=uid,
                                  reject_add_request=False))
-            if done[-1]:  # told at once: the bridge's own notice is then a repetition
+            if done[-1]:  # told at once: the bridge's own notice comes later
                 self._act([{"post_type": "notice", "notice_type": "group_decrease",
                             "sub_type": "kick", "operator_id": self.me,
                             "group_id": group, "user_id": uid, "time": time.time()}])
@@ -7469,7 +7468,7 @@ class OneBotLink(Link):
         self._curious.submit(self._ask_for_requests)
 
     def _hear(self, row: Row) -> None:
-        """Take an event, in the thread that reads it, or is posted to."""
+        """Take an event, in the thread that reads it."""
         if row.get("post_type") == "meta_event":
             if object_of(row.get("status")).get("online") is False and self._greeted:
                 self._offline("it says so in its status")
@@ -7496,27 +7495,27 @@ class OneBotLink(Link):
             self._event.until = time.monotonic() + LOOKUP_SECONDS
             try:
                 items += self._items(row)
-            except Exception:  # one that cannot be understood must not stop all others
+            except Exception:  # the other events go on
                 self._log.failure("an event of the bridge")
             finally:
                 del self._event.until
             if row is rows[-1] or any(item["do"] == "event" for item in items):
-                self._hand_on(items)  # what changes the roster, before more is understood
+                self._hand_on(items)  # it may change the roster, which the next event needs
                 items = []
 
     def _hand_on(self, items: List[Row]) -> None:
         with contextlib.suppress(NotRunning):  # we stop
-            if items:  # each under a mark of its own: a bridge numbers nothing
+            if items:  # a bridge does not number them: each gets a mark here
                 self._hooks.received([{**item, "mark": f"{next(self._marks)}:0"}
                                       for item in items])
 
     def _items(self, row: Row) -> List[Row]:
-        """What an event tells, in order; nothing if it came before or means nothing."""
+        """The items of an event, in order; none if it came before, or tells nothing."""
         key: Json = row
         if message_number(row) and "message_type" in row:
             key = [str(row.get(name)) for name in (
                 "post_type", "message_type", "group_id", "user_id", "message_id", "time")]
-        # a webhook is tried again, and may come beside a stream; what is kept is small
+        # a webhook may be repeated, or come as well as a stream; only hashes are kept
         if self._seen.note(hash(to_bytes(key)), True) is not None:
             return []
         post_type = str(row.get("post_type")).replace("_sent", "")
@@ -7538,7 +7537,7 @@ class OneBotLink(Link):
         return [{"time": scalar(row.get("time")), **item} for item in items]
 
     def _was_told(self, seconds: float, what: str, *of: str) -> bool:
-        """Note what is told of somebody, and whether the same was told last, within the seconds."""
+        """Note what is told of somebody; whether it was told last, within some seconds."""
         now = time.monotonic()
         before, when = self._told.note(of, (what, now)) or ("", 0.0)
         return before == what and now - when <= seconds
@@ -7546,7 +7545,7 @@ class OneBotLink(Link):
     # -- messages
 
     def _said(self, row: Row) -> List[Row]:
-        """A message, after what it tells of who wrote it."""
+        """A message, and before it the changes that it tells of its sender."""
         known, sub_type = self._hooks.known, row.get("sub_type") or ""
         own = row.get("post_type") == "message_sent" or number_of(row.get("user_id")) == self.me
         if own and not self.echoes:
@@ -7558,14 +7557,14 @@ class OneBotLink(Link):
         found = self._meet_group(group, row) if group else []
         if not group and sub_type in ("", "friend") and self._hooks.certain(
                 "friend") and not known("friend", uid, ""):
-            # who writes as a friend is one; what else there is to know comes later
+            # whoever writes as a friend is one; more is looked up later
             found.append(happened("new_friend", object=item["sender"]))
             self._curious.submit(self._look_later, "", uid)
         if sub_type not in ("anonymous", "notice"):
             in_group = item["type"] == "group_message"
             circle = known("group", group, "") if in_group else None
             if circle is not None and circle.loaded and uid not in circle.member:
-                # only where all are known can one be new; elsewhere the message says who it is
+                # one can only be new where all members are known
                 self._was_told(0.0, "entry", group, uid)
                 found.append(self._of_member("new_group_member", group, item["sender"]))
                 self._curious.submit(self._look_later, group, uid)
@@ -7584,14 +7583,14 @@ class OneBotLink(Link):
         return [*found, item]
 
     def _message(self, row: Row) -> Row:
-        """The item that tells of a message."""
+        """The item of a message."""
         uid, group = number_of(row.get("user_id")), number_of(row.get("group_id"))
         who = {**object_of(row.get("sender")), "user_id": uid}
         if isinstance(row.get("anonymous"), dict):
             who.update(nickname=row["anonymous"].get("name"), card=None)
         kind = "group_message"
         if row.get("message_type") != "group":
-            # NapCat has a temporary session's group at the top, LLBot in sender
+            # the group of a temporary session: at the top (NapCat), or in sender (LLBot)
             group = (group or number_of(who.get("group_id"))) if (
                 row.get("sub_type") == "group") else ""
             kind = "sess_message" if group else "friend_message"
@@ -7616,7 +7615,7 @@ class OneBotLink(Link):
                 "sender": sender, "group_name": scalar(row.get("group_name"))}
 
     def _content(self, segments: List[Row], group: str) -> str:
-        """What a person reads, with one blank after a name."""
+        """The text for a reader, with one blank after a name."""
         parts: List[str] = []
         asked, after_name, room = 0, False, CONTENT_LIMIT // 4
         for kind, data in ((segment["type"], segment["data"]) for segment in segments):
@@ -7637,15 +7636,15 @@ class OneBotLink(Link):
                 text = f"@{name} " if name else text
             if kind != "text":
                 room -= len(text)
-                text = text if room > 0 else ""  # a text itself comes whole
+                text = text if room > 0 else ""  # but texts are never cut
             parts.append(text.lstrip(" ") if after_name else text)
             after_name = kind == "at" or after_name and not parts[-1]
         return "".join(parts)
 
-    # -- who is new, or gone, or has changed
+    # -- changes of the roster
 
     def _meet_group(self, uid: str, row: Row, sure: bool = False) -> List[Row]:
-        """A group that is not listed is new, if the list is good or a notice is `sure`."""
+        """A group that is not listed is new, if the list is complete or a notice is `sure`."""
         if uid == self.any_group or self._hooks.known("group", uid, "") or not (
                 sure or self._hooks.certain("group")):
             return []
@@ -7659,7 +7658,7 @@ class OneBotLink(Link):
                         unlisted=not self._hooks.certain("group"), **facts)
 
     def _look_later(self, group: str, uid: str) -> None:
-        """What there is to know of somebody new, quietly."""
+        """Look up somebody new; no event tells the result."""
         kind, make = ("group_member", member_row) if group else ("friend", friend_row)
         self._hand_on([changed(kind, group, uid, name, value, quiet=True)
                        for name, value in make(self._person(uid, group)).items()
@@ -7670,7 +7669,7 @@ class OneBotLink(Link):
         facts = {"kind": scalar(sub_type),
                  "operator_uid": number_of(row.get("operator_id")) or None}
         if topic == "group_increase":
-            # also of somebody who is listed: a notice of the leaving may have been missed
+            # also of somebody who is listed: the notice of leaving may have been lost
             found = self._meet_group(group, row, sure=uid == me)
             if uid != me and not self._was_told(REPEAT_SECONDS, "entry", group, uid):
                 found.append(self._of_member("new_group_member", group,
@@ -7679,7 +7678,7 @@ class OneBotLink(Link):
         if topic in ("group_dismiss", "group_decrease"):
             lost = topic == "group_dismiss" or uid == me or sub_type in ("kick_me", "disband")
             who = me if lost else uid
-            if not who or self._was_told(60.0, "loss", group, who):  # our own kick comes twice
+            if not who or self._was_told(60.0, "loss", group, who):  # kick() told it already
                 return []
             if lost:
                 return [happened("lose_group", object={"uid": group, "id": group, "name": group})]
@@ -7707,7 +7706,7 @@ class OneBotLink(Link):
         return found
 
     def _telling(self, topic: str, group: str, uid: str, row: Row) -> List[Row]:
-        """What tells of something, and changes nothing that is known."""
+        """The items of a notice that does not change the roster."""
         operator, flag = number_of(row.get("operator_id")), scalar(row.get("flag"))
         place = {"kind": "group", "uid": group, "name": scalar(row.get("group_name")) or group}
         if topic.startswith("request "):
@@ -7720,7 +7719,7 @@ class OneBotLink(Link):
                     "id": uid, "name": name, "displayname": name, "ticket": flag,
                     "verify": comment})]
             known, invited = self._hooks.known("group", group, ""), row.get("sub_type") == "invite"
-            # the ticket tells what it is, as the answer must
+            # the ticket contains the kind, which the answer needs
             return [happened("group_request", request={
                 "group": scalar(row.get("group_name")) or (known.displayname if known else scalar(
                     self._look_up("get_group_info", group_id=group).get("group_name")) or group),
@@ -7746,7 +7745,7 @@ class OneBotLink(Link):
               for one in (uid, number_of(row.get("target_id")))], place if group else None])]
 
     def _ask_for_requests(self) -> None:
-        """Those that came while we were away, where the bridge can tell them."""
+        """Ask for requests that came while we were away, if the bridge can tell them."""
         told = self._look_up("get_group_system_msg")
         for name, sub_type, who in (("join_requests", "add", "requester_uin"),
                                     ("invited_requests", "invite", "invitor_uin"),
@@ -7759,12 +7758,12 @@ class OneBotLink(Link):
                         "comment": row.get("message")}))
 
 
-# -- Milky (MILKY.md): the same QQ in other words, which MilkyLink translates from and to OneBot's
+# -- Milky (MILKY.md): MilkyLink translates it to and from OneBot
 
 class MessageBook(Journal):
-    """The newest messages of a bridge that numbers them within each conversation (`place`,
-    ACCOUNT/SCENE/PEER), with an id for each: a digest, as high as those of MessageIds. flush() is
-    for after an event was handed on: a kill in between may double it but loses nothing."""
+    """Ids for the newest messages of a bridge that numbers them within each conversation (`place`:
+    ACCOUNT/SCENE/PEER): a hash in the range of MessageIds. flush() is called after an event was
+    handed on: a kill in between may double it, but does not lose it."""
 
     COMPACT = 1024 * 1024
 
@@ -7778,8 +7777,8 @@ class MessageBook(Journal):
                 self._recent.note(line[0], line)
 
     def note(self, place: str, seq: int, when: float = 0.0) -> Tuple[int, bool]:
-        """The id of a message, and whether it was not noted before; `when` it was heard (negative:
-        we said it), or 0 if it is only talked of, which counts for nothing once it is heard."""
+        """The id of a message, and whether it is new; `when` it came (negative: we sent it), or 0
+        if it is only mentioned: it is still new when it comes."""
         least = MessageIds.LEAST
         number = least + zlib.crc32(f"{place}/{seq}".encode()) % least
         with self._lock:
@@ -7793,14 +7792,14 @@ class MessageBook(Journal):
             return number, True
 
     def find(self, number: Json) -> Tuple[str, int]:
-        """Which message an id means. Declined."""
+        """The place and number of a message by its id. Declined."""
         row = self._rows.get(int(number_of(number) or 0))
         if not row:
             raise Declined(f"nothing is known any more of the message {number}")
         return row[1], row[2]
 
     def heard(self, account: str, since: float) -> Dict[str, int]:
-        """The 50 places where an account heard something last -> the last seq there."""
+        """The last 50 places where an account received something -> the last number there."""
         newest: Dict[str, int] = {}
         with self._lock:
             for _, place, seq, when in self._rows.values():
@@ -7817,12 +7816,12 @@ class MessageBook(Journal):
 
 
 def is_true(value: Json) -> bool:
-    """A flag, however a bridge or a caller spells it."""
+    """A flag, in any spelling of bridges and callers."""
     return (scalar(value) or "").lower() not in ("", "0", "false", "no", "off")
 
 
 def renamed(row: Row, names: Sequence[str]) -> Row:
-    """Members of an object under other names, each given as `ours=theirs`."""
+    """Members of an object under other names, given as `ours=theirs`."""
     return {ours: row.get(theirs) for ours, theirs in (pair.split("=") for pair in names)}
 
 
@@ -7835,7 +7834,7 @@ class MilkyCalls(HttpBridge):
     FLAGS = re.compile("is_.*|no_cache|reject_add_request")
 
     def open(self) -> None:
-        # LLBot opens a WebSocket for everybody, and then closes it without a word about the token
+        # LLBot accepts a WebSocket without the right token, and then closes it: so ask before
         self.ask(self.ALIVE, {}, LOOKUP_SECONDS)
         try:
             self._line = WebSocket(beneath("ws" + self._url[4:], self.EVENTS), self._fields,
@@ -7857,7 +7856,7 @@ class MilkyLink(OneBotLink):
     """A QQ account, through a Milky bridge: Lagrange.Milky, Yogurt, LLBot."""
 
     PROTOCOL, EXAMPLE, UNKNOWN = "Milky", "http://HOST:3000", "milky_event"
-    # A OneBot action -> Milky's call, and theirs=ours for parameters; others are called as they are
+    # A OneBot action -> Milky's call, and its parameters, theirs=ours; others have the same name
     CALLS = {
         "get_stranger_info": "get_user_profile", "set_group_kick": "kick_group_member",
         "set_group_ban": "set_group_member_mute", "set_group_leave": "quit_group",
@@ -7915,12 +7914,12 @@ class MilkyLink(OneBotLink):
         self._intake.want(False)
         if self._look != self._look_at_picture:
             super()._await_page()
-        elif self._look_at_picture()[1]:     # the bridge may serve nobody before it is logged in
+        elif self._look_at_picture()[1]:     # the bridge may not serve before it is logged in
             self._logged_in()
 
     def _look_at_picture(self) -> Tuple[bool, Code, str]:
-        """As LoginPage.look(), of a picture that the bridge keeps where it works (Lagrange.Milky,
-        Yogurt). One that is older than any code is of a former login."""
+        """As LoginPage.look(), for the picture that the bridge writes into its directory
+        (Lagrange.Milky, Yogurt). An old one belongs to a former login."""
         path = self._picture
         with contextlib.suppress(OSError):   # there is none, or it is too large
             data = read_file(path, 2 ** 20) if time.time() - os.stat(path).st_mtime < 600 else None
@@ -7933,13 +7932,13 @@ class MilkyLink(OneBotLink):
         spawn(self._catch_up, self.bridge, name="history")
 
     def _catch_up(self, bridge: Bridge) -> None:
-        """Milky repeats no event: ask what was said after the last message in each place."""
+        """Milky does not repeat events: ask for the messages after the last one in each place."""
         until = time.monotonic() + LIST_SECONDS
         try:
             for place, seq in self._book.heard(self.me, time.time() - 86_400).items():
                 if not bridge.closed.is_set() and time.monotonic() < until:
                     self._act(self._missed(place, seq))
-        except Exception:  # whatever it was, an account must not go deaf
+        except Exception:  # the account must go on
             self._log.failure("asking for what was missed")
         if bridge is self.bridge and self._greeted:
             super().ready()
@@ -7986,14 +7985,14 @@ class MilkyLink(OneBotLink):
         raise Declined(f"its answer to {name} has no {member}")
 
     def _entity(self, row: Row) -> Row:
-        """A friend, group or member, also with OneBot's names."""
+        """A friend, group or member, with OneBot's names added."""
         return {**row, "group_remark": row.get("remark"),
                 "group_memo": scalar(row.get("announcement")) or row.get("description"),
                 "group_create_time": row.get("created_time"),
                 "category_name": object_of(row.get("category")).get("category_name")}
 
     def _place(self, data: Row) -> str:
-        """Where an event belongs, as MessageBook has it."""
+        """The place of an event (MessageBook)."""
         scene = scalar(data.get("message_scene"))
         peer = next(filter(None, (number_of(data.get(name)) for name in (
             "peer_id", "group_id", "user_id", "initiator_id"))), "")
@@ -8056,7 +8055,7 @@ class MilkyLink(OneBotLink):
                          reason=None if approve else reason)
 
     def _flag(self, kind: str, data: Row) -> str:
-        """What _answer() needs to know of a request of a group."""
+        """The ticket of a request of a group, for _answer()."""
         seq = number_of(data.get("invitation_seq")) or number_of(data.get("notification_seq"))
         return f"{kind}/{number_of(data.get('group_id'))}/{seq}/{is_true(data.get('is_filtered'))}"
 
@@ -8089,7 +8088,7 @@ class MilkyLink(OneBotLink):
         self._book.flush()
 
     def _items(self, row: Row) -> List[Row]:
-        """Also of one that is in OneBot's words already."""
+        """Also for an event in OneBot's words."""
         kind, data = scalar(row.get("event_type")) or "", object_of(row.get("data"))
         place, seq = self._place(data), int(number_of(data.get("message_seq")) or 0)
         if kind == "message_receive":
@@ -8097,7 +8096,7 @@ class MilkyLink(OneBotLink):
                 data.get("time")) or time.time())) if seq else (None, True)
             if not fresh:
                 return []
-            found = []  # what its entities say of a group or friend, besides a sender's names
+            found = []  # changes of the group or friend that it tells
             for circle, make, properties in (("group", group_row, ("name", "markname", "memo")),
                                              ("friend", friend_row, ("markname", "category"))):
                 new = make(self._entity(object_of(data.get(circle))))
@@ -8128,7 +8127,7 @@ class MilkyLink(OneBotLink):
         return super()._items(row)
 
     def _spoken(self, data: Row, number: Json) -> Row:
-        """A message as OneBot tells of it."""
+        """A message in OneBot's words."""
         place, group, segments = self._place(data), object_of(data.get("group")), []
         _, scene, peer = place.split("/")
         uid = number_of(data.get("sender_id"))
@@ -8153,7 +8152,7 @@ class MilkyLink(OneBotLink):
 
 @functools.lru_cache(maxsize=1)
 def _aes_tables() -> Tuple[bytes, bytes]:
-    """The S-box, and the doubles of all bytes in AES' field (FIPS 197, 4.2 and 5.1.1)."""
+    """The S-box of AES, and all bytes times 2 in its field (FIPS 197, 4.2 and 5.1.1)."""
     double = bytes(value << 1 & 0xff ^ (0x1b if value > 0x7f else 0) for value in range(256))
     power = [1]                          # of 3: all of the field but 0
     while len(power) < 255:
@@ -8167,8 +8166,8 @@ def _aes_tables() -> Tuple[bytes, bytes]:
 
 
 def aes_128_ecb(key: bytes, data: bytes, encrypt: bool) -> bytes:
-    """AES-128-ECB with PKCS7 padding, which the standard library has not. ValueError if what is to
-    be decrypted was not encrypted with this key. 1 MiB takes a tenth of a second."""
+    """AES-128-ECB with PKCS7 padding, which the standard library does not have. ValueError if the
+    data were not encrypted with this key. 1 MiB takes 0.1 s."""
     if encrypt:
         count = 16 - len(data) % 16
         data += bytes([count]) * count
@@ -8199,7 +8198,7 @@ def aes_128_ecb(key: bytes, data: bytes, encrypt: bool) -> bytes:
             found.append(xor(xor(a, b).translate(double), b, c, d))
         return found
 
-    # The state holds each of a block's 16 bytes for all blocks: so every step is one of C's.
+    # state[n] has byte n of all blocks, so that each step works on all blocks at once, in C.
     state = [data[number::16] for number in range(16)]
     if encrypt:
         state = with_key(state, 0)
@@ -8209,7 +8208,7 @@ def aes_128_ecb(key: bytes, data: bytes, encrypt: bool) -> bytes:
     else:
         for number in range(10, 0, -1):
             state = with_key(state, number)
-            if number < 10:              # mixing undoes itself together with this
+            if number < 10:              # with this before it, mixing undoes itself
                 state = mixed([xor(part, xor(part, state[place ^ 2]).translate(double).translate(
                     double)) for place, part in enumerate(state)])
             state = [state[13 * place % 16].translate(unbox) for place in range(16)]
@@ -8223,16 +8222,16 @@ def aes_128_ecb(key: bytes, data: bytes, encrypt: bool) -> bytes:
     return bytes(out[:len(out) - count])
 
 
-LoginEnded = answering(201)          # WeChat's -14: the token is no good, only a new code helps
+LoginEnded = answering(201)          # WeChat's -14: the token is invalid, a new scan is needed
 
 
 class ILinkLink(Link):
-    """A WeChat account, through Tencent's own bot API (WEIXIN): whoever scans it, and no one else.
+    """A WeChat account through Tencent's own bot API (WEIXIN.md), for the person who scans it only.
 
-    One thread logs in, by a code or the cookie, then asks for news again and again. The cookie is
-    JSON: token, base (the API's address after the login), me, owner (uids of account and person),
-    and `people`: uid -> [context token, sends left, until when]. The mark of an item tells from
-    where to ask after it, and which messages since then are known already.
+    One thread logs in, by a QR code or the cookie, then polls. The cookie is JSON: token, base (the
+    API's address after the login), me and owner (uids of account and person), and `people`: uid ->
+    [context token, sends left, until when]. The mark of an item tells where to continue after it,
+    and which messages since then are known already.
     """
 
     real = True
@@ -8244,29 +8243,29 @@ class ILinkLink(Link):
              "shutup_group_member", "stick")
     APP = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": "132105"}  # of Tencent's own 2.4.9
     BASE_INFO = {"channel_version": "2.4.9", "bot_agent": "OpenQQ/" + VERSION}
-    # An item's type -> its member with the data, what stands for it in a text, a file's ending.
+    # The type of an item -> the member with its data, its text, the ending of its file.
     PARTS: Dict[Optional[str], Tuple[str, str, str]] = {
         "1": ("text_item", "", ""), "2": ("image_item", "[图片]", ".jpg"),
         "3": ("voice_item", "[语音]", ".silk"), "4": ("file_item", "[文件]", ""),
         "5": ("video_item", "[视频]", ".mp4")}
-    # Texts in pieces of 4,000 characters at most, cut behind a line, a sentence or a blank.
+    # A text in pieces of at most 4,000 characters, cut after a line, a sentence or a blank.
     PIECES = re.compile(r"(?s).{1,4000}\Z|.{2000,3999}\n|.{2000,3999}[。！？!?]|"
                         r".{2000,3999}[ ，,]|.{4000}")
     RULE = ("WeChat's rule: the person has to write first, then 10 messages may be sent to him "
             "within 24 hours")
-    POLL_SECONDS = 40.0          # its own limit is 35
+    POLL_SECONDS = 40.0          # the server's own limit is 35
     CODE_SECONDS = 300.0         # a code that is not scanned is replaced
 
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
         self._hooks, self._log = hooks, log
         self._api, self._cdn = settings.ilink_api.rstrip("/"), settings.ilink_cdn.rstrip("/")
-        self._login: Row = {}                # empty, where it needs a scan
+        self._login: Row = {}                # empty if it needs a scan
         self._people: Dict[str, List[Any]] = {}
-        self._former: Row = {}               # a login that was given up, which may still be good
-        self._beginning = threading.Lock()   # one login() at a time begins
-        self._over = threading.Event()       # by which the thread of the newest login() ends
-        self._digits: Optional[Future[str]] = None  # that the phone shows, while they are asked for
-        self._why = ""                       # why there is no login any more
+        self._former: Row = {}               # a login that was given up, and may still be valid
+        self._beginning = threading.Lock()   # for one login() at a time
+        self._over = threading.Event()       # ends the thread of the newest login()
+        self._digits: Optional[Future[str]] = None  # the digits on the phone, while asked for
+        self._why = ""                       # why the login was lost
         self._typists = ThreadPool(1, "typing", log)
         self._cursor = ""
         self._seen: Deque[str] = collections.deque(maxlen=50)
@@ -8321,7 +8320,7 @@ class ILinkLink(Link):
     # -- the thread
 
     def _live(self, over: threading.Event) -> None:
-        """Log in if need be, and poll; again after 2 s, or 30 s when it went wrong three times."""
+        """Log in if needed, and poll; after a failure again in 2 s, from the third on in 30 s."""
         failures, confirmed = 0, False
         while not over.is_set():
             try:
@@ -8346,7 +8345,7 @@ class ILinkLink(Link):
                 self._why = f"the login at WeChat has ended ({error.status}): scan a new code"
                 self._log.warn(self._why)
                 self._former, self._login = self._login, {}
-            except Exception as error:  # whatever it was, an account must not go deaf
+            except Exception as error:  # the thread must go on
                 if not isinstance(error, OpenQQError):
                     self._log.failure("the link to WeChat")
                 failures += 1
@@ -8357,7 +8356,7 @@ class ILinkLink(Link):
                 over.wait(wait)
 
     def _scan(self, over: threading.Event) -> None:
-        """Show a code until it is confirmed, and _login is there, or until it came to nothing."""
+        """Show a QR code until it is confirmed, which sets _login, or becomes invalid."""
         row = self._call("get_bot_qrcode?bot_type=3", {
             "local_token_list": [self._former["token"]] if self._former else []}, self._api)
         params, base = {"qrcode": scalar(row.get("qrcode")) or ""}, self._api
@@ -8370,7 +8369,7 @@ class ILinkLink(Link):
             try:
                 row = self._fetch(with_params(f"{base}/ilink/bot/get_qrcode_status", **params),
                                   self.APP, self.POLL_SECONDS)
-            except Unreachable as error:  # also a long poll's end
+            except Unreachable as error:  # also at the end of a long poll
                 self._log.debug(f"WeChat, get_qrcode_status: {error.status}")
                 row = {}
             status = row.get("status")
@@ -8409,7 +8408,7 @@ class ILinkLink(Link):
             over.wait(1.0)
 
     def _poll(self, over: threading.Event) -> None:
-        """Ask for news, and hand it on; the next time acknowledges it."""
+        """Ask for news, and hand it on; the next call acknowledges it."""
         began = time.monotonic()
         try:
             row = self._call("getupdates", {"get_updates_buf": self._cursor},
@@ -8420,7 +8419,7 @@ class ILinkLink(Link):
             return
         messages = rows_of(row.get("msgs"))
         if not messages and time.monotonic() - began < 1.0:
-            over.wait(1.0)  # it should have waited, not we
+            over.wait(1.0)  # the server did not wait
         items, cursor = [], scalar(row.get("get_updates_buf")) or self._cursor
         for message in messages:
             number = (scalar(message.get("message_id")) or scalar(message.get("client_id"))
@@ -8431,11 +8430,11 @@ class ILinkLink(Link):
                 try:
                     items.append({**self._understand(message, number),
                                   "mark": self._mark(self._cursor)})
-                except Exception:  # one that cannot be understood must not stop all others
+                except Exception:  # the other messages go on
                     self._log.failure("a message from WeChat")
         if items:
             items[-1]["mark"] = self._mark(cursor)
-            self._hooks.kept(self._cookie())  # before anybody answers
+            self._hooks.kept(self._cookie())  # it is needed for answers
             self._hooks.received(items)
         self._cursor = cursor
 
@@ -8479,7 +8478,7 @@ class ILinkLink(Link):
             self._cdn + "/download",
             encrypted_query_param=scalar(media.get("encrypt_query_param")) or "")
         try:
-            reply = fetch(self._allowed(url), seconds=DETAIL_SECONDS)  # other messages wait
+            reply = fetch(self._allowed(url), seconds=DETAIL_SECONDS)  # messages wait for it
             body = reply.read(MEDIA_LIMIT + 16)
             if reply.status != 200:
                 raise Unreachable(f"its server answers {reply.status}")
@@ -8531,7 +8530,7 @@ class ILinkLink(Link):
         return to_bytes({**self._login, "people": self._people}).decode()
 
     def _upload(self, uid: str, media: Row) -> Row:
-        """Put a file on WeChat's server: the item that shows it."""
+        """Upload a file to WeChat; returns the item for the message."""
         import hashlib
         data, key, name = base64.b64decode(media["data"]), os.urandom(16), os.urandom(16).hex()
         body = aes_128_ecb(key, data, True)
@@ -8588,7 +8587,7 @@ class ILinkLink(Link):
                   "X-WECHAT-UIN": base64.b64encode(
                       str(int.from_bytes(os.urandom(4), "big")).encode()).decode()}
         if not base:
-            if not login:  # in a thread that has not heard of it
+            if not login:  # another thread has ended it
                 raise LoginEnded("it was given up")
             base, body = login["base"], {**body, "base_info": self.BASE_INFO}
             fields["Authorization"] = "Bearer " + login["token"]
@@ -8605,11 +8604,11 @@ class ILinkLink(Link):
         reply = fetch(url, "POST" if body else "GET", fields, body, seconds)
         row = object_in(reply.read())
         if reply.status != 200 or row is None:
-            raise Unreachable(f"it answers {reply.status}", True)  # so it may have acted
+            raise Unreachable(f"it answers {reply.status}", True)
         return row
 
     def _allowed(self, url: str) -> str:
-        """The address. Unreachable, if Tencent's own servers would lead us to others'."""
+        """The URL; Unreachable if Tencent's own server names one of somebody else."""
         parts = urllib.parse.urlsplit(url)
         under = ("." + (parts.hostname or "")).endswith(".weixin.qq.com")
         official = self._api == SETTINGS["ilink_api"].default
@@ -8618,7 +8617,7 @@ class ILinkLink(Link):
         return url.rstrip("/")
 
 
-# What each is where it is no account on the network inside.
+# The links to real networks.
 LINKS: Dict[str, Callable[[Settings, Hooks, Log], Link]] = {
     "onebot": OneBotLink, "milky": MilkyLink, "ilink": ILinkLink}
 
@@ -8627,7 +8626,7 @@ LINKS: Dict[str, Callable[[Settings, Hooks, Log], Link]] = {
 # 12. Client
 # ------------------------------------------------------------------------------------------------
 
-# The states of 002, each with those that may follow; `scaning` is how the documents spell it.
+# The states (002), each with those that may follow it; `scaning` is the documents' spelling.
 NEXT_STATES = {
     "": ("init",),
     "init": ("loading", "stop"),
@@ -8643,11 +8642,11 @@ CIRCLE_OF = {"group_message": "group", "discuss_message": "discuss"}  # a sess_m
 
 
 class Parent:
-    """What a controller gave to its client: a line that ends with it, a socket, a network.
+    """What a client gets from its controller: a connection, a listening socket, a network.
 
-    Up that line go the client's states and warnings, as lines of JSON, and its events: `+` and an
-    event that is kept, `-` and one that is news. The controller is never waited for: of what it
-    cannot take in time the events are dropped, and it hears how many.
+    Up the connection go the client's states and warnings, as lines of JSON, and its events: `+` and
+    an event that is kept, `-` and one for streams only. The client never waits for the controller:
+    if that is too slow events are dropped, and it is told how many.
     """
 
     def __init__(self, life: socket.socket, listener: Optional[socket.socket], local: str,
@@ -8656,19 +8655,19 @@ class Parent:
         life.setblocking(False)
         self._lock = threading.Lock()  # guards what follows
         self._unsent = bytearray()
-        self._lost = 0                 # events that were dropped since the last one that was not
-        self._waiting = False          # a thread does, until the line takes more
+        self._lost = 0                 # events dropped since the last one that was sent
+        self._waiting = False          # a thread waits until more can be sent
 
     @classmethod
     def find(cls) -> Optional[Parent]:
-        """That of this process, or None; what said so leaves the environment."""
+        """The parent of this process, or None; removes its variables from the environment."""
         life, listener, local, key = [os.environ.pop("OPENQQ_" + name, "")
                                       for name in ("LIFE", "LISTEN", "LOCAL", "KEY")]
         return cls(socket.socket(fileno=int(life)), socket.socket(fileno=int(listener)),
                    local, key) if life else None
 
     def tell(self, **news: str) -> None:
-        """Send a state or a warning, now."""
+        """Send a state or a warning at once."""
         with self._lock:
             self._unsent += to_bytes(news) + b"\n"
         self.flush()
@@ -8676,7 +8675,7 @@ class Parent:
     def add(self, seq: int, event: bytes) -> None:
         """Queue an event, as JSON, for the next flush(); its `seq` is 0 if it is not kept."""
         if event.startswith(b'{"event":"state_change"'):
-            return  # it tells those itself: also those of clients that cannot any more
+            return  # the controller tells these, also for clients that were killed
         with self._lock:
             if len(self._unsent) + len(event) > STREAM_BYTES:
                 self._lost += 1
@@ -8687,7 +8686,7 @@ class Parent:
             self._unsent += (b"+" if seq else b"-") + event + b"\n"
 
     def flush(self) -> None:
-        """Send what the line takes; a thread waits until it takes more."""
+        """Send what can be sent without waiting; a thread waits to send the rest."""
         with self._lock:
             try:
                 while self._unsent and not self._waiting:
@@ -8695,7 +8694,7 @@ class Parent:
                         sent = self.life.send(data[:262_144])
                     del self._unsent[:sent]
             except BlockingIOError:
-                with contextlib.suppress(RuntimeError):  # no thread: the next flush() does it
+                with contextlib.suppress(RuntimeError):  # no thread: the next flush() sends it
                     spawn(self._wait, name="life line")
                     self._waiting = True
             except OSError:  # there is no controller any more
@@ -8711,7 +8710,7 @@ class Parent:
 
 
 class Papers:
-    """A client's files (000): a failure to write one never stops the client."""
+    """The files of a client (000); a failure to write one does not stop the client."""
 
     def __init__(self, settings: Settings, flavour: Type[Flavour], log: Log) -> None:
         self.settings, self.log = settings, log
@@ -8755,20 +8754,20 @@ class Papers:
         return dict(row, error=client.error) if client.error else row
 
     def write_state(self, client: Client) -> None:
-        """Replace the state file, later if somebody holds it."""
+        """Write the state file; later if another program has it open."""
         data = to_bytes(self.state_row(client))
         if not keep_file(self.settings.state_path, data, self.log):
             client.plan("state file", REPLACE_SECONDS, self.write_state, client)
 
     def read_cookie(self) -> Row:
-        """The last login's cookie file; {} if there is none, or it is another account's."""
+        """The cookie file of the last login; {} if there is none, or it is of another account."""
         row = read_json(self.settings.cookie_path, self.log)
         return row if row.get("account") == self.settings.account else {}
 
     def write_cookie(self, cookie: Optional[str] = None) -> None:
-        """Keep a login, and the secrets of now, which a resumed client needs (DESIGN).
+        """Keep a login, and the present secrets, which a resumed client needs (DESIGN).
 
-        Without a `cookie`, or where none is to be kept, the one that is there stays.
+        Without a `cookie`, or if none is to be kept, the one in the file stays.
         """
         old, secrets = self.read_cookie(), self.settings.secrets()
         if cookie is None or not self.settings.keep_cookie:
@@ -8780,9 +8779,9 @@ class Papers:
             "secrets": secrets, "bridge": self._urls()}), self.log)
 
     def share_secrets(self) -> None:
-        """Take over the secrets of a former start, since a resumed client is given none, and keep
-        those of this one. Not those that the controller was told to forget, nor those of a bridge
-        at another address."""
+        """Take the secrets of the former start, since a resumed client is given none, and keep
+        those of this one. Not those that are to be forgotten, nor those for a bridge at another
+        address."""
         row, now = self.read_cookie(), self._urls()
         forget = os.environ.pop("OPENQQ_FORGET", "").split(",")
         then, secrets = row.get("bridge") or {}, row.get("secrets") or {}
@@ -8800,8 +8799,8 @@ class Papers:
 
 
 class Roster:
-    """Who the account knows; `lock`, the client's, guards all of it. What reads it with a lock of
-    its own may be called from any thread."""
+    """Whom the account knows; `lock`, the client's, guards it. Methods that take it may be called
+    from any thread."""
 
     def __init__(self, fields: Mapping[str, Tuple[str, ...]], lock: Any) -> None:
         self.fields, self.lock = fields, lock
@@ -8809,11 +8808,11 @@ class Roster:
         self.friend: Dict[str, Thing] = {}
         self.group: Dict[str, Circle] = {}
         self.discuss: Dict[str, Circle] = {}
-        self.changes = 0              # how many there were, by events
-        self.touched: Dict[Tuple[str, str], int] = {}  # kind, uid -> the last one of it
+        self.changes = 0              # number of changes by events
+        self.touched: Dict[Tuple[str, str], int] = {}  # kind, uid -> the number of the last one
 
     def table(self, kind: str, circle: str = "") -> Dict[str, Any]:
-        """The things of a kind by uid; the members of one group or discuss, if it is there."""
+        """The things of a kind by uid; for members those of one group or discuss."""
         if kind.endswith("_member"):
             place = self.table(kind[:-7]).get(circle)
             return place.member if place else {}
@@ -8821,8 +8820,8 @@ class Roster:
         return table
 
     def rows(self, kind: str, members: bool = True) -> Iterator[List[Row]]:
-        """The list of a kind, as documented, in parts: nobody has to wait for the lock until a
-        million members are told."""
+        """The list of a kind, as documented, in parts: other threads must not wait for the lock
+        until a million members are read."""
         with self.lock:
             things = list(self.table(kind).values())
         step = 1 if members and kind != "friend" else 64
@@ -8833,8 +8832,8 @@ class Roster:
             yield rows
 
     def search(self, where: Union[str, Circle], keys: Mapping[str, str]) -> List[Any]:
-        """The things of a kind, or the members of a group or discuss, whose attributes equal all
-        the keys, as text; none without keys."""
+        """The things of a kind, or the members of a group or discuss, whose attributes, as text,
+        are equal to all of the keys; none without keys."""
         with self.lock:
             things = (where.member if isinstance(where, Circle) else self.table(where)).values()
             found = list(things) if keys else []
@@ -8844,16 +8843,15 @@ class Roster:
             return found
 
     def find(self, kind: str, uid: str, circle: str) -> Optional[Any]:
-        """One thing by its uid, a member by that of its group or discuss too; or None."""
+        """A thing by its uid, and for a member that of its group or discuss; or None."""
         return self.table(kind, circle).get(uid)
 
     def is_newer(self, kind: str, uid: str, before: int) -> bool:
-        """Whether an event about it came after the first `before` changes."""
+        """Whether an event has changed it since change number `before`."""
         return self.touched.get((kind, uid), 0) > before
 
     def load(self, row: Row, kinds: Iterable[str], before: int) -> None:
-        """Take over what a link told of these kinds, except where events that came after the
-        first `before` changes are newer."""
+        """Take over what a link told of these kinds, except what events changed after `before`."""
         for kind in kinds:
             if kind == "user":
                 self.user = THINGS["user"](row["user"])
@@ -8865,7 +8863,7 @@ class Roster:
             setattr(self, kind, new)
 
     def show_states(self, states: Mapping[str, str]) -> None:
-        """Take over who is there now: no event tells of that."""
+        """Take over the present states, which no event tells."""
         with self.lock:
             circles = *self.group.values(), *self.discuss.values()
             for table in (self.friend, *[circle.member for circle in circles]):
@@ -8873,9 +8871,9 @@ class Roster:
                     table[uid].state = states[uid]
 
     def apply(self, item: Row) -> Optional[Tuple[str, List[Any]]]:
-        """Let an event of a link change the roster: its name and params, or None if it is void."""
+        """Apply an event of a link: its name and params, or None if nothing changed."""
         event = str(item["event"])
-        if "params" in item:  # it changes nothing; whom it speaks of is shown as he is known
+        if "params" in item:  # it changes nothing; people in it are replaced by those of the roster
             params: List[Any] = []
             for who in item["params"]:
                 if isinstance(who, dict) and "kind" in who:
@@ -8899,7 +8897,7 @@ class Roster:
         table = {uid: self.user} if kind == "user" else self.table(kind, item.get("circle") or "")
         if changes:
             thing, name, value = table.get(uid), item["property"], item["value"]
-            if thing is None and "object" in item:  # of a group whose members are not loaded
+            if thing is None and "object" in item:  # the members of the group are not loaded
                 thing = THINGS[kind](item["object"])
             if thing is None or name not in (*self.fields[kind], "title") or (
                     name == "displayname"):  # which follows from others
@@ -8923,9 +8921,9 @@ class Roster:
 
 def changes_of(kind: str, old: Mapping[str, Any], new: Mapping[str, Row], **place: str
                ) -> List[Row]:
-    """The new_, lose_ and property_change events that lead from what is known to what is told.
+    """The new_, lose_ and property_change events that lead from the known things to new rows.
 
-    Others' states make none: everybody would be told of everybody's coming and going.
+    There are none for states of others: everybody would be told whenever somebody comes or goes.
     """
     found: List[Row] = []
     for uid, row in new.items():
@@ -8947,8 +8945,8 @@ PLUGINS: Dict[str, Tuple[Callable[[Any, Row], None], int]] = {}  # name -> call,
 
 
 class Plugin:
-    """Something that a client runs, `call(client, data)`; those with a high priority first. Refusal
-    if there is none."""
+    """A plugin, which a client runs by `call(client, data)`, in the order of priority, the highest
+    first. Refusal if there is none of that name."""
 
     def __init__(self, name: Any, data: Row, call_on_load: bool) -> None:
         self.name = name if isinstance(name, str) else "+" + getattr(name, "__name__", "plugin")
@@ -8972,23 +8970,23 @@ class Plugin:
 
 
 class Listing:
-    """What is known of one list that a link tells apart from the roster.
+    """The state of a list (friends, groups, members) that a link tells apart from the roster.
 
-    One that is empty, or lacks more than a third of those known, is doubted: bridges tell such
-    while they begin, or are thrown out. What a list says for DOUBT_SECONDS is so.
+    A list that is empty, or lacks more than a third of those known, is doubted: bridges tell such
+    lists while they start, or lose their login. If it stays the same for DOUBT_SECONDS it is true.
     """
 
     def __init__(self) -> None:
-        self.loaded = False          # it was believed once
-        self.good = False            # and there is nothing to be said against it now
+        self.loaded = False          # it was loaded once
+        self.good = False            # and the last answer was good
         self.asking = False          # the link is being asked
         self.began = 0.0             # since then
-        self.answers = 0             # how often it told it, or did not
-        self.failures = 0            # how often it did not, since it last was good
-        self._doubted: Optional[Tuple[Set[str], float]] = None  # what it told, and since when
+        self.answers = 0             # number of answers and failures
+        self.failures = 0            # failures since the last good answer
+        self._doubted: Optional[Tuple[Set[str], float]] = None  # the doubted uids, since when
 
     def doubt(self, known: Iterable[str], told: Iterable[str]) -> str:
-        """Why the uids that the list told are not believed; empty if they are."""
+        """Why a list of uids is not believed; empty if it is."""
         old, new, now = set(known), set(told), time.monotonic()
         missing = len(old - new)
         if not new or 3 * missing > len(old):
@@ -9001,8 +8999,8 @@ class Listing:
 
 
 class Details:
-    """What a link does not tell at once: lists of friends and groups, who is in a group. Events
-    tell how it differs from what is known."""
+    """Loads what a link tells only when asked: lists of friends and groups, and members of groups.
+    Differences to what is known become events."""
 
     def __init__(self, client: Client) -> None:
         self._client, self._roster = client, client.roster
@@ -9013,18 +9011,18 @@ class Details:
         self.forget()
 
     def forget(self) -> None:
-        """Another account is logged in: it has other friends and groups."""
+        """Begin anew: another account, with other friends and groups, is logged in."""
         self.lists = {"friend": Listing(), "group": Listing()}
         self._roster.load({"friend": [], "group": []}, self.lists, self._roster.changes)
 
     def kinds(self, setting: str) -> List[str]:
-        """Which lists a setting (is_init_, is_update_) wants."""
+        """The lists that are to be loaded by the settings is_init_… or is_update_…."""
         return [kind for kind in ("friend", "group", "discuss")
                 if getattr(self._client.settings, setting + kind)]
 
     def compare(self, row: Row, before: int) -> None:
-        """Report what happened between the roster and what the link tells now of some kinds, except
-        where events that came after the first `before` changes are newer: it would be undone."""
+        """Turn the differences between the roster and what the link tells now into events, except
+        for what events have changed since change number `before`: that is newer."""
         client, roster = self._client, self._roster
         kinds = [kind for kind in self.kinds("is_update_") if kind in row]
         if client.settings.is_update_user and "user" in row:
@@ -9041,13 +9039,13 @@ class Details:
             for told in row["group"] if "group" in kinds else []:
                 group, count = roster.group.get(told["uid"]), told.get("member_count")
                 if group:
-                    group.member_count = count  # none of the documents' members: no event tells it
+                    group.member_count = count  # for us only: no event tells it
                     if group.loaded and count not in (None, str(len(group.member))):
-                        self._workers.submit(self._load, group.uid, True)  # a notice was missed
+                        self._workers.submit(self._load, group.uid, True)  # a notice was lost
             self.report(kinds)
 
     def report(self, kinds: Iterable[str]) -> None:
-        """Tell what has been loaded anew: update_friend and its like."""
+        """Emit update_friend and the like, for lists that were loaded."""
         for kind in kinds:
             if kind != "discuss":
                 self._client.emit("update_" + kind, [
@@ -9057,13 +9055,13 @@ class Details:
     # -- lists
 
     def is_certain(self, kind: str) -> bool:
-        """Whether who is not on the list of friends, or groups, is none."""
+        """Whether the list of friends, or groups, is complete."""
         return (not self._client.link.real or self.lists[kind].good
                 or kind not in self.kinds("is_init_"))
 
     def ask(self, kind: str, anew: bool = False) -> None:
-        """Have the link asked for a list, unless that is under way; `anew` after a new login, of
-        which nothing is known yet."""
+        """Have a worker ask the link for a list, unless one does so now; `anew`: after a new
+        login."""
         listing = self.lists[kind]
         self._client.unplan(kind)
         if anew:
@@ -9077,12 +9075,12 @@ class Details:
         rows, failure = [], ""  # type: List[Row], str
         try:
             rows = client.link.list(kind)
-        except Exception as error:  # whatever a link does, it is asked again
+        except Exception as error:  # it is asked again
             failure = f"cannot be had: {getattr(error, 'status', repr(error))}"
         with client.lock:
             listing.asking = False
             if client.state == "stop" or listing is not self.lists[kind]:
-                return  # the latter is of another account
+                return  # the latter: another account is logged in
             listing.answers += 1
             client.changed.notify_all()
             why = failure or listing.doubt(roster.table(kind), [row["uid"] for row in rows])
@@ -9103,9 +9101,11 @@ class Details:
             listing.loaded, listing.failures = True, 0
 
     def look_for(self, kind: str, uid: str) -> Optional[Thing]:
-        """Whom a message goes to that the roster lacks; None if there is nobody. From any thread.
+        """The receiver of a message who is not in the roster; None if there is none. From any
+        thread.
 
-        While the list is doubted anybody may be meant; a good one may be of before.
+        A good list may be old, so the link is asked; while a list is doubted any number is
+        accepted.
         """
         client, listing = self._client, self.lists.get(kind)
         if listing is None or not client.link.real or not number_of(uid):
@@ -9115,25 +9115,25 @@ class Details:
             try:
                 row = client.link.find_group(uid)
             except Unreachable:
-                return stranger  # it does not say
+                return stranger  # the bridge cannot tell
             if row:
                 with client.lock:
                     client.talk.happen({"event": "new_group", "object": row})
         elif listing.good:
             with client.lock:
                 answers = listing.answers
-                if not listing.asking:  # not for each: callers may come one by one
+                if not listing.asking:  # but not again for each caller
                     wait = listing.began + LOGIN_SECONDS - client.timers.clock()
                     client.plan(kind, max(0.0, wait), self.ask, kind)
                 if not client.changed.wait_for(lambda: listing.answers != answers, DETAIL_SECONDS):
-                    listing.good = False  # until it comes
+                    listing.good = False  # until the answer comes
         return self._roster.table(kind).get(uid) or (None if listing.good else stranger)
 
     # -- members
 
     def wait(self, groups: Iterable[Circle], members: bool = True) -> None:
-        """Have the members of groups loaded, or only one's role in them; after DETAIL_SECONDS it
-        returns all the same. From any thread."""
+        """Load the members of groups, or only one's role in them, within DETAIL_SECONDS. Without
+        lock."""
         wanted = {(str(group.uid), members) for group in groups
                   if not group.loaded and (members or group.value("role") is None)}
         with self._client.lock:
@@ -9145,7 +9145,7 @@ class Details:
                 self._client.log.warn("the bridge is slow to tell the members of groups")
 
     def _load(self, uid: str, members: bool) -> None:
-        """Ask the link, and once more if an event told of the group meanwhile."""
+        """Ask the link; again if an event changed the group meanwhile."""
         client, roster = self._client, self._roster
         try:
             while True:
@@ -9156,7 +9156,7 @@ class Details:
                         return self._learn(uid, members, row)
         except OpenQQError as error:
             client.log.debug(f"group {uid}: {error.status}")
-        finally:  # whatever it was, those who wait must not wait for ever
+        finally:  # wake those who wait
             with client.lock:
                 self._loading.discard((uid, members))
                 client.changed.notify_all()
@@ -9168,7 +9168,7 @@ class Details:
             return
         if not (members and group.loaded):
             group.__dict__.update(row)
-            if told:  # if it lacks too many, nobody can say later who is new
+            if told:  # it only counts as loaded if not too many are missing
                 group.member = {uid: THINGS["group_member"](item) for uid, item in told.items()}
                 count = int(number_of(group.value("member_count")) or 0)
                 group.loaded = 3 * len(told) >= 2 * count
@@ -9183,20 +9183,20 @@ class Details:
 
 
 class Login:
-    """How an account gets to running, and how what it knows stays true.
+    """Logs an account in, and keeps its roster up to date.
 
-    The link's threads call the hooks, each of which leads to a state: `_show` a code and `_wait`
-    to scaning, `_scanned` to confirming, `_confirmed` to updating, `_lost` back there. Workers ask
-    the link for a login, for the roster, after which the client runs, and for that again every
-    update_interval.
+    The link's threads call the hooks, each of which leads to a state: `_show` and `_wait` to
+    scaning, `_scanned` to confirming, `_confirmed` to updating, `_lost` back there. Workers ask the
+    link for a login, then for the roster, after which the client is running, and for the roster
+    again every update_interval.
     """
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._workers = ThreadPool(3, "login", client.log)
         self._known = False                      # the roster is that of this login
-        self._turn = 0                           # which login; the answers of former ones are void
-        self._claim = PidFile("")                # on what the account is called outside
+        self._turn = 0                           # number of the login; answers to others are void
+        self._claim = PidFile("")                # a lock for the account's name on the network
         self._codes = self._tries = 0
         self.network: Optional[LocalNetwork] = None  # of a client alone
         settings, log = client.settings, client.log
@@ -9230,13 +9230,13 @@ class Login:
         self.link = LocalLink(host, hooks, settings.login_type == "login", settings.mode, log)
 
     def _cancel(self) -> None:
-        """This login is over, or what it showed: nothing planned for it happens."""
+        """Cancel what is planned for this login or its QR code."""
         self._client.unplan("code", "refresh", "friend", "group")
         self._turn += 1
         self._client.changed.notify_all()
 
     def _submit(self, step: Callable[..., None], *args: Any) -> None:
-        """Have a worker do a step; if it fails all begins again, which the cookie makes short."""
+        """Have a worker do a step of the login; if it fails, log in again."""
         client = self._client
 
         def attempt() -> None:
@@ -9244,7 +9244,7 @@ class Login:
                 step(*args)
             except NotRunning:
                 pass  # we stop
-            except Exception as error:  # whatever a link does
+            except Exception as error:
                 why = str(error) or repr(error)
                 with client.lock:
                     if client.state != "stop":
@@ -9255,7 +9255,7 @@ class Login:
         self._workers.submit(attempt)
 
     def begin(self, anew: bool = False) -> None:
-        """Log in, by the cookie if there is one, or `anew`."""
+        """Log in, by the cookie if there is one, or `anew`: by a new scan."""
         def log_in() -> None:
             if anew:
                 self.link.logout()
@@ -9264,7 +9264,7 @@ class Login:
         self._submit(log_in)
 
     def anew(self) -> None:
-        """Drop the login, and begin with a new QR code."""
+        """Log out, and begin with a new QR code."""
         client = self._client
         with client.lock:
             if client.state != "stop":
@@ -9276,7 +9276,7 @@ class Login:
                 self.begin(anew=True)
 
     def _show(self, code: Code, seconds: float, error: str) -> None:
-        """A QR code: the file lies there before anybody hears of it."""
+        """Show a QR code: write the file, then tell it."""
         client, path = self._client, self._client.settings.qrcode_path
         self._codes += 1
         if self._codes > client.settings.qrcode_count_max and not self.link.real:
@@ -9299,7 +9299,7 @@ class Login:
             client.plan("code", seconds, self._submit, renew)
 
     def _wait(self, error: str) -> None:
-        """There is no login, and no code to scan."""
+        """Wait for a login without a QR code."""
         client = self._client
         if (client.state, client.error) != ("scaning", error):
             self._cancel()
@@ -9326,10 +9326,10 @@ class Login:
     def _keep(self, cookie: str) -> None:
         if cookie:
             self._client.papers.write_cookie(cookie)
-        self._client.papers.write_state(self._client)  # which tells what the link counts
+        self._client.papers.write_state(self._client)  # it contains link.status()
 
     def _lost(self, error: str) -> None:
-        """The link is down; what it does about that is its own affair."""
+        """The link has lost its connection; it tries again by itself."""
         client = self._client
         client.log.warn(error)
         state = {"running": "updating", "loading": "scaning"}.get(client.state, client.state)
@@ -9338,8 +9338,8 @@ class Login:
         client.enter(state, error)
 
     def _learn(self, fresh: bool, turn: int) -> None:
-        """Learn who the account is and whom it knows, then run, after LOOKUP_SECONDS without the
-        lists that the link tells apart; from then on look whether that is still so."""
+        """Load the roster, then be running, after LOOKUP_SECONDS even without the lists that the
+        link tells apart; when running already, compare the roster."""
         client, roster, details = self._client, self._client.roster, self._client.details
         before = roster.changes
         row = self.link.roster()
@@ -9382,7 +9382,7 @@ class Login:
             self.link.ready()
 
     def _claim_account(self) -> None:
-        """Warn while another client has this account: both would hear and answer everything."""
+        """Warn while another client has the same account: both would answer everything."""
         client, name = self._client, self.link.account()
         claim = PidFile(client.papers.claim_path.format(name))
         if not name or client.state == "stop" or claim.path == self._claim.path:
@@ -9407,15 +9407,15 @@ class Login:
             self.network.stop()
 
 
-if TYPE_CHECKING:  # a message to be sent, what the link gets of it, who waits for the outcome
+if TYPE_CHECKING:  # a message to be sent, its row for the link, the future of its outcome
     Job = Tuple[Message, Row, Future[Message]]
 
 
 class Talk:
-    """What an account says and hears. With the client's lock held, unless said otherwise; what it
-    says goes through one queue (CONTRACT 4), of which one thread hands batches to the link."""
+    """The messages that an account sends and receives. Methods need the client's lock, unless they
+    say otherwise. For sending there is one queue (CONTRACT 4), and one thread."""
 
-    # What events of the documents tell besides, as members, since callbacks count the params.
+    # Further members of documented events: not in `params`, since callbacks rely on their number.
     FACTS = {"new_group_member": ("kind", "operator_uid"),
              "lose_group_member": ("kind", "operator_uid"),
              "group_member_property_change": ("group_uid",)}
@@ -9429,17 +9429,17 @@ class Talk:
         self._rests_until = 0.0
         self._seen: Dict[str, bytes] = {}         # the newest messages by id, as JSON
         self._seen_size = 0
-        self._own: List[Row] = []                 # perhaps what we are sending just now
-        # Sent, and answered by the item of a mark, which is still to come.
+        self._own: List[Row] = []                 # items that may be the message being sent
+        # Sent messages whose answer, the item with this mark, is still to come.
         self._answered: List[Tuple[str, Future[Message], Message]] = []
-        self._expected: Dict[str, List[Future[Any]]] = {}  # what for -> who waits
+        self._expected: Dict[str, List[Future[Any]]] = {}  # uid -> those who wait for it
 
     # -- messages, as they are reported
 
     def compose(self, item: Row, origin: str = "", media: Optional[Row] = None
                 ) -> Optional[Message]:
-        """What an item of the link says, as a message, or None if that is not to be told of; or
-        what `origin` here is to send, perhaps with media of the shelf."""
+        """The message of an item of the link, or None if it is to be ignored; or, with `origin`, a
+        message that is to be sent, perhaps with media of the shelf."""
         client, flavour, roster = self._client, self._flavour, self._client.roster
         own, uid = item["do"] == "sent", item["uid"]
         kind = CIRCLE_OF.get(item["type"]) or (
@@ -9450,7 +9450,7 @@ class Talk:
                            "answer": lambda message, text, **more: self.reply(
                                message.to_json({}), text, "code", **more)})
         circle: Any = None
-        if kind:  # one that need not be listed, as where a bridge could not tell its groups
+        if kind:  # it may be unlisted, if the bridge could not tell its groups
             number = str(item.get(kind) or "")
             circle = roster.table(kind).get(number) or THINGS[kind](
                 {"uid": number, "id": number, "name": item.get("group_name") or number})
@@ -9461,7 +9461,7 @@ class Talk:
             message.via = kind
         thing: Any = roster.friend.get(uid)
         member = circle.member.get(uid) if circle else None
-        if member and not (thing and thing.markname):  # which counts before a card (CONTRACT 6)
+        if member and not (thing and thing.markname):  # it has priority over a card (CONTRACT 6)
             thing = member
         if own:
             self._name(message, "sender", roster.user, {})
@@ -9496,15 +9496,15 @@ class Talk:
         return message
 
     def _name(self, message: Message, role: str, thing: Optional[Thing], row: Row) -> None:
-        """Say who is sender or receiver; `row` tells of somebody unknown."""
+        """Set the members for sender or receiver; `row` has those of somebody unknown."""
         message.__dict__.update({
             role: thing.displayname if thing else row.get("name"), role + "_thing": thing,
             **{f"{role}_{part}": thing.value(part) if thing else row.get(part)
                for part in self._flavour.parts[role]}})
 
     def _add_media(self, message: Message, picture: Row, media: Optional[Row]) -> None:
-        """Give a message what its flavour tells of a picture: `media` of the shelf, or one that
-        came, which gets there if it is to be kept and can be."""
+        """Set the members for a picture: `media` of the shelf, or one that came, which may be put
+        there."""
         if media is None:
             data, name = base64.b64decode(picture["data"]), str(picture["name"])
             media = unkept_media(data, name)
@@ -9524,8 +9524,7 @@ class Talk:
         message.__dict__.update({name: shown[name] for name in self._flavour.media_members})
 
     def _report(self, message: Message, mark: str = "") -> None:
-        """Let everybody know of a message, and keep it, as it is reported, for get_message, except
-        a picture's bytes, which are on the shelf."""
+        """Tell a message to everybody, and keep it for get_message, but no bytes of pictures."""
         row = message.to_json({})
         if row["id"] is not None:
             data = to_bytes({**row, "media_data": None} if row.get("media_data") else row)
@@ -9582,21 +9581,21 @@ class Talk:
             if not is_sendable(message.content):
                 self._sent([(job, {"code": -1, "info": "数据格式错误"})])
                 return future
-            if not self.began:  # else the sender comes to it by itself; it may have had no thread
+            if not self.began:  # else the sender takes it by itself; it may have had no thread
                 self._sender.submit(self._work)
             self._jobs.append(job)
         return future
 
     def reply(self, row: Row, text: str, origin: str, media: Optional[Row] = None,
               **more: Any) -> None:
-        """Send text, or media, to where a message, as it was reported, came from or went to;
-        `more` as for send()."""
+        """Send text, or media, to where a message (as JSON) came from or went to; `more`:
+        send()."""
         if self.is_full():
             return self._client.log.warn("send queue full: a reply is not sent")
         uid = row.get("receiver_uid" if row["class"] == "send" else "sender_uid")
         kind = CIRCLE_OF.get(row["type"], str(row.get("via") or ""))
         circle = str(row["group_uid"]) if kind == "group" else ""
-        if kind == "discuss":  # shows no uid, and its id changes with a scan
+        if kind == "discuss":  # messages have no uid of it, but the id, which changes with a scan
             found = self._client.roster.search(kind, {"id": str(row["discuss_id"])})
             circle = str(found[0].uid) if found else ""
         alone = row["type"] in ("friend_message", "sess_message")
@@ -9604,7 +9603,7 @@ class Talk:
                   kind if alone else "", media, **more)
 
     def give_up(self) -> int:
-        """Call all that waits failed: it was surely not sent. How many that were."""
+        """Report all waiting messages as failed; returns their number."""
         jobs, self._jobs = self._jobs, collections.deque()
         self._sent([(job, self.GIVEN_UP) for job in jobs])
         return len(jobs)
@@ -9630,7 +9629,7 @@ class Talk:
                 self.began = began = clock()
             try:
                 results = link.send([row for _, row, _ in batch])
-            except Exception as error:  # the queue must go on whatever a link does
+            except Exception as error:  # the queue must go on
                 why = f"响应未知: {getattr(error, 'status', repr(error))}"
                 results = [{"code": -4, "info": why}] * len(batch)
                 if not getattr(error, "sent", True):  # until the tries are used up
@@ -9641,7 +9640,7 @@ class Talk:
             with client.lock:
                 self.began, self._rests_until = 0.0, max(began + interval, pause)
                 again = [job for job in batch if job[0].ttl > 0] if pause else []
-                jobs.extendleft(reversed(again))  # if they were given up meanwhile, nobody looks
+                jobs.extendleft(reversed(again))  # no effect if give_up() was called meanwhile
                 try:
                     self._sent([(job, result) for job, result in zip(batch, results)
                                 if job not in again])
@@ -9652,8 +9651,8 @@ class Talk:
                 client.changed.notify_all()
 
     def _sent(self, outcomes: List[Tuple[Job, Row]]) -> None:
-        """Report what became of messages. Who waits for it hears of it when what was answered on
-        the spot is there too, and everything has survived."""
+        """Report the outcome of messages. Those who wait for it get it when everything is on disk,
+        also an answer that came at once."""
         with self._client.batch():
             for (message, _, _), result in outcomes:
                 message.id, message.code = result.get("id"), result["code"]
@@ -9674,13 +9673,13 @@ class Talk:
     # -- hearing
 
     def receive(self, items: List[Row]) -> str:
-        """Take over what a link brought; the mark of what is safe on disk then. NotRunning. In the
-        link's thread: while a send is under way it waits for that, for nobody is to hear the echo
-        before the call."""
+        """Take items of the link; returns the mark of the last one that is on disk. NotRunning.
+        Called by the link's thread. While a message is being sent it waits for the outcome, so that
+        an answer is reported after the message that it answers."""
         client = self._client
         with client.lock:
             began = self.began
-            if began:  # it may be what we are sending: the answer tells its number
+            if began:  # an item "sent" may be this message: its id is known after the send
                 own = [item for item in items if item["do"] == "sent"]
                 items = [item for item in items if item["do"] != "sent"]
                 if own and not self._own:
@@ -9701,7 +9700,7 @@ class Talk:
                             self._hear(item, mark)
                         elif not self.happen(item, mark):
                             client.spool.advance(mark)
-                    except Exception:  # one that cannot be understood must not stop all others
+                    except Exception:  # the other items go on
                         client.log.failure("an item of the link")
                         client.spool.advance(mark)
             for mark, future, message in self._answered:
@@ -9711,13 +9710,13 @@ class Talk:
             return str(client.spool.mark)
 
     def _is_old(self, mark: str) -> bool:
-        """Whether it came before: our answer to that was lost with a connection."""
+        """Whether an item came before: its acknowledgement was lost with a connection."""
         era, _, number = mark.partition(":")
         old_era, _, old_number = str(self._client.spool.mark or "").partition(":")
         return era == old_era and int(number) <= int(old_number)
 
     def _hear_own(self) -> None:
-        """What came while a send was under way, and may be that."""
+        """Take the items that came while a message was being sent."""
         self._client.unplan("own")
         own, self._own = self._own, []
         with self._client.batch():
@@ -9725,7 +9724,7 @@ class Talk:
                 self._hear(item, "")
 
     def _hear(self, item: Row, mark: str) -> None:
-        """A message that came, or that the account sent, from another device unless it was we."""
+        """Take a message that came, or that the account sent from another device."""
         client, own = self._client, item["do"] == "sent"
         message = None if own and item["id"] in self._seen else self.compose(item)
         if message is None:
@@ -9735,7 +9734,7 @@ class Talk:
         self._report(message, mark)
 
     def happen(self, item: Row, mark: str = "") -> bool:
-        """Let an event of the link change the roster, and report it; False if it is void."""
+        """Apply an event of the link to the roster, and report it; False if nothing changed."""
         found = self._client.roster.apply(item)
         if item.get("quiet") or found is None:
             return False
@@ -9747,7 +9746,7 @@ class Talk:
         return True
 
     def expect_group(self, uid: str) -> Future[Circle]:
-        """A group that was just founded, once the roster has it. From any thread."""
+        """A future of a group that was just founded: when the roster has it. From any thread."""
         with self._client.lock:
             future: Future[Circle] = self.expect("group/" + uid)
             if uid in self._client.roster.group:
@@ -9755,7 +9754,7 @@ class Talk:
         return future
 
     def expect(self, uid: str) -> Future[Any]:
-        """What the next message from a friend says; who gives up cancels it. From any thread."""
+        """A future of the text of the next message from a friend. From any thread."""
         future: Future[Any] = Future()
         with self._client.lock:
             waiting = [one for one in self._expected.get(uid, []) if not one.cancelled()]
@@ -9764,10 +9763,10 @@ class Talk:
 
 
 class Client:
-    """One account: its states, its roster, its messages. The public face is that of Mojo::Webqq.
+    """One account: its states, its roster, its messages; with the public methods of Mojo::Webqq.
 
-    Settings are given as keyword arguments, else taken from the environment. run() keeps the thread
-    that calls it; the methods may be called from anywhere. Refusal if it cannot start.
+    Settings are given as keyword arguments, else taken from the environment. run() blocks; the
+    methods may be called from any thread. Refusal if it cannot start.
     """
 
     def __init__(self, **given: Any) -> None:
@@ -9788,14 +9787,14 @@ class Client:
             remove_leftovers(path)
         self.papers.share_secrets()
         self.start_time = int(time.time())
-        # The lock guards everything that changes from here on, and so all of the roster, the
-        # queues, the spool, the outlets' reporters, and what Login, Details and Talk know.
-        # Nobody who holds it waits for a network, or calls into the local one.
+        # The lock guards all fields that change from here on, the roster, the queues, the spool,
+        # the reporters of outlets, and the fields of Login, Details and Talk. Whoever holds it
+        # does not wait for a network, and does not call the local one.
         self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)  # what somebody waits for may have come
+        self.changed = threading.Condition(self.lock)  # notified when something may be waited for
         self.timers = Timers(self.lock, self.log)
         self.state = self.previous_state = self.error = self.qrcode_text = ""
-        self.warnings: Dict[str, str] = {}           # what about -> what does not stop the account
+        self.warnings: Dict[str, str] = {}           # subject -> present trouble
         self.since = 0.0                             # in this state
         self.port = 0                                # of the API, once it is there
         self.ended = self._hurries = False
@@ -9803,15 +9802,15 @@ class Client:
         self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log)
         self.outlets: List[Outlet] = []
         self.plugins: List[Plugin] = []
-        self.closing: List[Callable[[], Any]] = []   # the plugins' ends; True: wait a moment
+        self.closing: List[Callable[[], Any]] = []   # called at the end; True: wait a moment
         self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
         self._crew = ThreadPool(1, "callbacks", self.log)
         self._batches = 0                            # batch() within batch()
-        self._plans: Dict[str, Callable[[], None]] = {}  # by their names, what cancels them
+        self._plans: Dict[str, Callable[[], None]] = {}  # name of a plan() -> what cancels it
         self.details = Details(self)
         self.look_for, self.is_certain = self.details.look_for, self.details.is_certain
         self.talk = Talk(self)
-        self.send = self.talk.send                   # what the four below come to
+        self.send = self.talk.send                   # the four methods below call it
         self._login = Login(self)
         self.link = self._login.link
         self.enter("init")
@@ -9819,8 +9818,8 @@ class Client:
     # -- the public face
 
     def on(self, event: str, callback: Callable[..., Any]) -> None:
-        """Have callback(client, *params) called for an event, or (client, message) for
-        receive_message and send_message; one after the other, in a thread of their own."""
+        """Have callback(client, *params) called for an event, for receive_message and send_message
+        callback(client, message); all in one thread of their own."""
         self._callbacks.setdefault(event, []).append(callback)
 
     def load(self, names: Any, data: Optional[Row] = None, call_on_load: bool = False) -> None:
@@ -9844,7 +9843,7 @@ class Client:
             raise
 
     def run(self) -> int:
-        """Log in and work until somebody says stop; the process's exit status."""
+        """Log in and work until stop(); returns the exit status."""
         self.timers.catch_signals(self._signalled)
         if self.parent:
             self.timers.watch(self.parent.life, self._orphaned)
@@ -9863,18 +9862,18 @@ class Client:
         return 0
 
     def take_listener(self) -> Optional[socket.socket]:
-        """The listening socket that a controller handed down, once; else None."""
+        """The listening socket from the controller, once; else None."""
         if not self.parent:
             return None
         listener, self.parent.listener = self.parent.listener, None
         return listener
 
     def local_pages(self) -> Optional[LocalPages]:
-        """What /local/ serves here, if this client hosts its own network."""
+        """The pages under /local/, if this client hosts the network."""
         return LocalPages(self._login.network) if self._login.network else None
 
     def stop(self) -> None:
-        """End cleanly: report it, give the queue a moment, remove pid and QR code."""
+        """End: report it, give the queue some time, remove pid file and QR code."""
         with self.lock:
             if self.state == "stop":
                 return
@@ -9890,7 +9889,7 @@ class Client:
                 self._wind_up()
 
     def relogin(self) -> None:
-        """Drop the login and ask to be scanned anew."""
+        """Log out, and show a new QR code."""
         self._login.anew()
 
     def send_friend_message(self, friend: Thing, content: str, **more: Any) -> Future[Message]:
@@ -9910,11 +9909,11 @@ class Client:
         return self.send("sess_message", content, member.uid, circle.uid, "code", circle.kind)
 
     def public_url(self) -> str:
-        """How this server is reached from outside, or its controller."""
+        """The URL of this server, or of its controller, for others."""
         return self.settings.public_url or f"http://127.0.0.1:{self.port}"
 
     def api_url(self, api: str, **params: str) -> str:
-        """How an API of this account is reached from outside."""
+        """The URL of a call of the API for this account, for others."""
         if self.parent:
             params["client"] = self.account
         query = "?" + urllib.parse.urlencode(params) if params else ""
@@ -9923,18 +9922,18 @@ class Client:
     # -- the state, with the lock held
 
     def plan(self, what: str, seconds: float, act: Callable[..., None], *args: Any) -> None:
-        """Have something done later, instead of what was planned under the same name."""
+        """Call something later, instead of what was planned under the same name."""
         self.unplan(what)
         self._plans[what] = self.timers.later(seconds, act, *args)
 
     def unplan(self, *names: str) -> None:
-        """Take plan()s back, as far as they have not begun."""
+        """Cancel plans."""
         for name in names:
             if name in self._plans:
                 self._plans.pop(name)()
 
     def enter(self, state: str, error: str = "") -> None:
-        """The one door for a change of state: the file first, then everybody hears of it."""
+        """Change the state (only here): first in the file, then tell it."""
         if (state, error) == (self.state, self.error):
             return
         changes, self.error = state != self.state, error
@@ -9948,7 +9947,7 @@ class Client:
             self.emit("state_change", [self.previous_state, state])
 
     def warn(self, about: str, text: str) -> None:
-        """Have the log and check_client tell of a trouble, or with no text of none any more."""
+        """Show a trouble in the log and in check_client; without a text it is over."""
         if text == self.warnings.get(about, ""):
             return
         if text:
@@ -9978,8 +9977,8 @@ class Client:
             self.stop()
 
     def _wind_up(self) -> None:
-        """In a thread of its own: what waits to be posted gets a moment, then what is on its way:
-        sent and not answered it would come twice. The rest waits for the next start."""
+        """In a thread of its own: wait a moment for what is to be posted, then for what is being
+        posted, which would come twice without its answer. The rest waits for the next start."""
         with self.lock:
             reporters = [outlet.reporter for outlet in self.outlets]
             for reporter in reporters:
@@ -9989,7 +9988,7 @@ class Client:
             for reporter in reporters:
                 reporter.hold()
             self.changed.wait_for(lambda: self._hurries or not any(
-                reporter.flying() for reporter in reporters), 1.5)  # else what flies comes twice
+                reporter.flying() for reporter in reporters), 1.5)
             self.ended = True
             self.spool.close()
         busy = [close() for close in self.closing]
@@ -10002,7 +10001,7 @@ class Client:
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
-        """What is reported within it survives, and only then goes on its way, all at once."""
+        """All that is told within it is written to disk at its end, and then posted."""
         self._batches += 1
         try:
             yield
@@ -10017,8 +10016,7 @@ class Client:
 
     def emit(self, event: str, params: List[Any], mark: str = "",
              when: Optional[str] = None, facts: Mapping[str, Json] = {}) -> None:
-        """Let everybody know of an event; with the mark and the time that its source gave it, and
-        `facts` as members of its own."""
+        """Tell an event to everybody; with mark and time of its source, and `facts` as members."""
         fields = self.flavour.fields
         shown = [thing.to_json(fields) if isinstance(thing, Thing) else thing for thing in params]
         if params and isinstance(params[0], Circle):
@@ -10026,7 +10024,7 @@ class Client:
         self.tell(event, {**event_row(event, shown, when), **facts}, "", params, mark)
 
     def tell(self, event: str, row: Row, conversation: str, params: List[Any], mark: str) -> None:
-        """Let everybody know of what is shown as `row`, in order within a conversation."""
+        """Tell `row` to everybody, in order within a conversation."""
         with self.batch():
             taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
             if mark and not any(taken):
@@ -10040,7 +10038,7 @@ class Client:
 # ------------------------------------------------------------------------------------------------
 
 def show_msg(client: Client, data: Row) -> None:
-    """ShowMsg: every message in the log, in the form that tools parse (CONTRACT 9)."""
+    """ShowMsg: logs every message, in the form that tools parse (CONTRACT 9)."""
     def write(client: Client, message: Message) -> None:
         kind = message.type if message.value("via") != "discuss" else message.type + "/discuss"
         fields = message.to_json({})
@@ -10060,27 +10058,27 @@ def show_msg(client: Client, data: Row) -> None:
 
 
 def upload_qrcode(client: Client, data: Row) -> None:
-    """UploadQRcode: says where the picture is; it uploads nowhere, for nothing has to."""
+    """UploadQRcode: logs the URL of the picture; nothing needs to be uploaded."""
     client.on("input_qrcode", lambda client, path, picture, url: client.log.info(
         f"二维码图片地址[ {url} ]"))
 
 
 def show_qrcode(client: Client, data: Row) -> None:
-    """ShowQRcode: draws the code where somebody sees it, on a terminal."""
+    """ShowQRcode: draws the code on a terminal."""
     if is_console(sys.stderr):
         client.on("input_qrcode", lambda client, *params: write_stderr(
             qr_text(qr_matrix(client.qrcode_text)).encode()) if client.qrcode_text else None)
 
 
 def avatar(uid: str) -> bytes:
-    """A small PNG that is the same for the same uid: a pattern of 5 by 5, left like right."""
+    """A small PNG made from the uid: a symmetric pattern of 5 by 5."""
     bits = zlib.crc32(uid.encode())
     rows = [bytearray(bits >> (3 * y + min(x, 4 - x)) & 1 for x in range(5)) for y in range(5)]
     return qr_png(rows, scale=16, quiet=1)
 
 
 def wait_for(request: Request, future: Future[Any], seconds: float) -> Any:
-    """What a future brings; a caller is watched only after a moment. TimeoutError."""
+    """The result of a future; the caller is only watched after 1 s. TimeoutError."""
     try:
         return result_of(future, min(1.0, seconds))
     except TimeoutError:
@@ -10090,14 +10088,14 @@ def wait_for(request: Request, future: Future[Any], seconds: float) -> Any:
 
 
 class Media:
-    """The pictures that callers bring to a client: as a file, in base64, as an address."""
+    """The pictures that callers give: as a path, in base64, as a URL."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
 
     def take(self, params: Params, keep: bool = False) -> Optional[Row]:
-        """The shelf's row of the picture that parameters bring, or None; one that cannot be kept
-        comes in `data`, or, with `keep`, is NoRoom. BadRequest, NotAllowed."""
+        """The shelf's row of the picture in the parameters, or None. If it cannot be kept its bytes
+        are in `data`; with `keep` that is NoRoom. BadRequest, NotAllowed."""
         shelf = self.client.papers.shelf
         if params.get("media_id"):
             row = shelf.get(params["media_id"])
@@ -10114,7 +10112,7 @@ class Media:
                 data = base64.b64decode(re.sub(r"\s", "", given), validate=True)
             except ValueError:
                 raise BadRequest(400, "media_data is not base64") from None
-        elif name == "media_url" or is_url(given):  # 001 has addresses in media_path too
+        elif name == "media_url" or is_url(given):  # 001 has URLs in media_path, too
             try:
                 fetched = self.client.link.fetches and not self.leads_here(given)
                 data = b"" if fetched else self.read_url(given)
@@ -10142,16 +10140,17 @@ class Media:
                     "path": path}
 
     def leads_here(self, url: str) -> bool:
-        """Whether a bridge must not fetch a picture: its calls carry no mark. Unreachable."""
+        """Whether a URL leads to this machine, so that a bridge, whose requests have no MEDIA_MARK,
+        must not fetch it. Unreachable."""
         try:
             host = origin_of(url)[1].rstrip(".")
         except ValueError as error:
             raise Unreachable(str(error)) from None
-        # Others read a backslash, a blank, or a percent in the host another way than we do.
+        # Others may read a backslash, a blank, or a percent sign in the host in another way.
         if re.search(r"[\\\s\x00-\x1f\x7f]", url) or not re.fullmatch("[A-Za-z0-9_.:-]+", host):
             raise Unreachable("a URL that could be read in two ways (other letters as xn--)")
         addresses = addresses_of(host)
-        # To browsers and bridges what ends in a number is an address, whatever getaddrinfo says.
+        # For browsers and bridges a host that ends in a number is an address.
         if not addresses and re.fullmatch("[0-9]+|0[xX][0-9A-Fa-f]*", host.rpartition(".")[2]):
             raise Unreachable("a host that could be read in two ways")
         if any(map(is_forbidden, addresses)):
@@ -10159,15 +10158,15 @@ class Media:
         return is_loopback(host) or any(map(is_own, addresses))
 
     def check_address(self, url: str) -> None:
-        """BadRequest for an address that a bridge is to fetch and that leads to this program."""
+        """BadRequest for a URL that a bridge would fetch and that leads to this program."""
         try:
             if self.client.link.fetches and self.leads_here(url):
-                self.read_url(url)  # as it answers us, it will answer the bridge
+                self.read_url(url)  # an error for us is one for the bridge
         except Unreachable as error:
             raise BadRequest(400, f"an address in a CQ code: {error.status}") from None
 
     def read_path(self, path: str) -> bytes:
-        """A file in tmpdir, none of this program's own but media. NotAllowed, BadRequest."""
+        """A file in tmpdir; of this program's own files only media. NotAllowed, BadRequest."""
         settings = self.client.settings
         media = re.escape(f"{self.client.flavour.file_prefix}media_{self.client.account}_")
         try:
@@ -10185,7 +10184,7 @@ class Media:
         return data
 
     def read_url(self, url: str) -> bytes:
-        """A picture from anywhere but from this program (MEDIA_MARK). Unreachable."""
+        """A picture from a URL, but not from this program (MEDIA_MARK). Unreachable."""
         until = time.monotonic() + 30.0
         for _ in range(1 + 5):
             reply = fetch(url, fields={MEDIA_MARK: "1", "User-Agent": "openqq/" + VERSION},
@@ -10200,8 +10199,8 @@ class Media:
 
 
 class Answers:
-    """What a receiver of events wants done by its answer (003). A thread pool does what may take
-    long: pictures may come from far away."""
+    """Does what a receiver of events asks for in its answer (003). A thread pool does what may take
+    long, such as loading pictures."""
 
     MEDIA_LIMIT = 20             # pictures in one answer
 
@@ -10211,7 +10210,7 @@ class Answers:
         self._crew = ThreadPool(4, "media", client.log)
 
     def typing(self, row: Row, on: bool) -> None:
-        """Who wrote may see that an answer is awaited."""
+        """Show the writer of a message that an answer is being written, or no longer."""
         if row.get("class") == "recv" and row["type"] == "friend_message":
             self._client.link.typing(str(row["sender_uid"]), on)
 
@@ -10259,7 +10258,7 @@ class Answers:
         self._client.log.warn(f"{name} in an answer of post_api must be {wanted}")
 
     def _is_set(self, answer: Row, name: str) -> bool:
-        """1, "1" and true are alike."""
+        """Whether a flag is 1, "1" or true."""
         value = answer.get(name)
         if value not in (None, 0, 1, "0", "1"):  # True is 1
             self._warn(name, "0 or 1")
@@ -10274,7 +10273,7 @@ class Answers:
         return scalar(value) or ""
 
     def _do(self, verb: str, *args: Any) -> None:
-        """Have the link do something, in a thread: nobody waits for it."""
+        """Have a thread call the link; nobody waits for it."""
         def do() -> None:
             why = "no right to it, or it is too late"
             try:
@@ -10287,7 +10286,7 @@ class Answers:
         self._crew.submit(do)
 
     def _send_media(self, row: Row, media: Json) -> None:
-        """One after the other, each behind the reply."""
+        """Send media one after the other, after the reply."""
         items = media if isinstance(media, list) else [media]
         if len(items) > self.MEDIA_LIMIT:
             self._client.log.warn(f"{len(items)} media in an answer of post_api: the first "
@@ -10302,7 +10301,7 @@ class Answers:
                 self._client.log.warn(f"media in an answer of post_api: {error.status}")
 
     def _named(self, item: Json) -> Params:
-        """The parameter that a caller would give. BadRequest, NotAllowed."""
+        """An item as the parameter that a caller would give. BadRequest, NotAllowed."""
         if not isinstance(item, str):
             raise BadRequest(400, "it must be text, or a list of texts")
         if "\0" in _whole_text("media", item):
@@ -10318,10 +10317,10 @@ class Answers:
 
 
 class Api:
-    """The client server's API. A row NAME of VERBS is done by the method do_NAME, by the one that
-    `does` names, or, with `link`, by the link; of what was done or not the row says the answer."""
+    """The API of a client. A row NAME of VERBS is done by the method do_NAME, by the one that
+    `does` names, or, with `link`, by the link; the row has the answers for True and False."""
 
-    FLAGS = ("accept", "enable")  # words of a row's `link` that hold unless they are 0
+    FLAGS = ("accept", "enable")  # parameters that are true unless they are 0
     NOT_FOUND = {"code": 100, "status": "object not found"}
     FAILURE = {"code": 201, "status": "failure"}
 
@@ -10329,10 +10328,10 @@ class Api:
         self.client, self.store, self.numeric = client, store, numeric
         self.flavour, self.media = client.flavour, Media(client)
         self._looking = threading.Lock()     # guards _looked
-        self._looked = 0.0                   # until then it is known who is there
+        self._looked = 0.0                   # until then the present states are known
 
     def handler(self, verb: Verb) -> Callable[[Request], Any]:
-        """What a route calls for a row of VERBS."""
+        """The handler of the route for a row of VERBS."""
         name, *args = ["act", verb.link] if verb.link else verb.does.split() or [verb.name]
         act = functools.partial(getattr(self, "do_" + name), *args)
 
@@ -10353,20 +10352,21 @@ class Api:
     # -- who is meant
 
     def show(self, value: Json) -> Json:
-        """An answer with ids as the setting numeric_ids wants them."""
+        """An answer, with ids as numbers if numeric_ids is set."""
         return numbered(value) if self.numeric else value
 
     def keys_of(self, kind: str, params: Params, names: Iterable[str] = ()) -> Dict[str, str]:
-        """What the parameters of these names (Flavour.keys) say of a thing, as for search()."""
+        """The parameters with these names (Flavour.keys) as keys for search()."""
         return {name.replace(kind + "_", ""): params[name]
                 for name in names or self.flavour.keys[kind] if params.get(name)}
 
     def one(self, kind: str, params: Params, names: Sequence[str] = (),
             missing: Optional[Row] = None) -> Any:
-        """The friend, group or discuss that a call names. Answer, if there is none or more.
+        """The friend, group or discuss that a call names. Answer, if there is none, or more than
+        one.
 
-        Of two that a name fits the one wins whose remark it is. A number that is not listed may
-        be known to the bridge all the same.
+        If a name matches several, the one with that markname is meant. A number that is not listed
+        may be known to the bridge.
         """
         given, missing = self.keys_of(kind, params, names), missing or self.flavour.missing[kind]
         said, found = set(given.values()), self.client.roster.search(kind, given)
@@ -10381,7 +10381,7 @@ class Api:
         return found[0]
 
     def members(self, circle: Circle, keys: Mapping[str, str]) -> List[Any]:
-        """The members of a group or discuss that fit; a number may be known to the bridge only."""
+        """The members of a group or discuss that match; a bridge may know further ones."""
         link = self.client.link
         found = self.client.roster.search(circle, keys)
         if not found and len(keys) == 1 and link.real and circle.kind == "group":
@@ -10400,16 +10400,16 @@ class Api:
         return self.show(roster.user.to_json(roster.fields))
 
     def look_who_is_there(self) -> None:
-        """Let the lists show states as they are now; under load a moment ago is now."""
+        """Update the states of all people, unless that was done a moment ago."""
         if "state" not in self.flavour.fields["friend"]:
             return
-        # Those who come while another looks wait for it only if the last look is not of just now.
+        # Callers who come while another one looks wait for it only if the last look is too old.
         if not self._looking.acquire(time.monotonic() > self._looked + 0.02):
             return
         try:
             if time.monotonic() < self._looked:
                 return
-            wait = 0.002                 # nobody comes or goes and is seen to within that
+            wait = 0.002
             try:
                 self.client.roster.show_states(self.client.link.presence())
             except OpenQQError as error:
@@ -10421,11 +10421,11 @@ class Api:
 
     def do_list(self, kind: str, request: Request) -> Response:
         roster = self.client.roster
-        if kind == "group":  # those whose members are not known yet are loaded first
+        if kind == "group":  # load members that are not known yet
             self.client.details.wait(list(roster.group.values()))
         self.look_who_is_there()
         parts = [to_bytes(self.show(rows))[1:-1] for rows in roster.rows(kind)]
-        return Response(b"[%b]" % b",".join(parts))  # one dump of all would hold up all threads
+        return Response(b"[%b]" % b",".join(parts))  # encoding all at once would stop all threads
 
     def do_get_group_basic_info(self, request: Request) -> Json:
         self.client.details.wait(list(self.client.roster.group.values()), members=False)
@@ -10533,7 +10533,7 @@ class Api:
 
     def send(self, request: Request, type: str, target: Thing, uid: Optional[str],
              circle: str = "", via: str = "") -> Row:
-        """Queue a message, and wait for the outcome unless the caller does not want to."""
+        """Queue a message, and wait for the outcome, unless async=1."""
         content, media = self.what(request.params)
         cq = request.params.get("cq") == "1"
         if cq:
@@ -10546,7 +10546,7 @@ class Api:
             return {"code": 0, "status": "request already in execution"}
         try:
             message: Optional[Message] = wait_for(request, future, SEND_SECONDS)
-        except TimeoutError:  # it will be sent: a failure would have the caller send it again
+        except TimeoutError:  # it will be sent; after a failure the caller might send it again
             return {"code": 0, "id": None, "status": "request already in execution"}
         if message is None:
             raise NotRunning(state=self.client.state)
@@ -10560,7 +10560,7 @@ class Api:
         return row
 
     def what(self, params: Params) -> Tuple[str, Optional[Row]]:
-        """Text and picture that a call brings, one of them at least."""
+        """The text and the picture in a call, at least one of them."""
         media, content = self.media.take(params), params.get("content", "")
         return check_content(params) if content or not media else "", media
 
@@ -10588,12 +10588,12 @@ class Api:
         about = {name: value for name, value in row.items() if name.startswith("media_")}
         return {**about, "code": 0, "status": "success"}
 
-    # -- what the link does of itself (CONTRACT 5 and 10)
+    # -- what the link does (CONTRACT 5 and 10)
 
     def do_act(self, what: str, request: Request) -> bool:
-        """Have the link do what a row of VERBS says. A method the_WORD finds what the parameters
-        mean, and may end the call with an Answer; other words are parameters' names, with ! of
-        those that must not be empty."""
+        """Have the link do what a row of VERBS says. For a word WORD there is a method the_WORD,
+        which finds what the parameters mean, and may raise Answer; other words are names of
+        parameters, with ! if they must not be empty."""
         method, *pairs = what.split()
         params = request.params
         given: Row = {}
@@ -10612,7 +10612,7 @@ class Api:
         return self.one("group", params, self.flavour.keys["place"], self.NOT_FOUND)
 
     def the_members(self, params: Params, group: Any) -> List[str]:
-        """The uids of members of a group, who are named by id or uid."""
+        """The uids of the members of a group that are named by id or uid."""
         names = self.flavour.keys["members"]
         name = next((name for name in names if params.get(name)), "")
         if name:
@@ -10628,7 +10628,7 @@ class Api:
                          lambda person: self.client.roster.search("friend", {"id": person}))
 
     def uids(self, text: str, what: str, find: Callable[[str], List[Any]]) -> List[str]:
-        """The uids of all who are named; an Answer, if somebody is not found, or nobody named."""
+        """The uids of all who are named; Answer, if one is not found, or none is named."""
         uids = []
         for name in filter(None, text.split(",")):
             found = find(name)
@@ -10651,7 +10651,7 @@ class Api:
             "group", self.keys_of("group", params, ["group_id"])), self.keys_of("friend", params))
 
     def the_stranger(self, params: Params, group: Any) -> Any:
-        """Somebody, by id, whom one shares a group with and who is no friend yet."""
+        """Somebody, by id, in a group that one is in, who is no friend yet."""
         name, roster = params.get("id", ""), self.client.roster
         if name and name == roster.user.id:
             raise Answer({"code": 101, "status": "can not be yourself"})
@@ -10660,14 +10660,14 @@ class Api:
         return self.somebody_in(list(roster.group.values()), {"id": name})
 
     def somebody_in(self, groups: List[Any], keys: Mapping[str, str]) -> Any:
-        """The first member of these groups that fits; an Answer, if there is none."""
+        """The first member of these groups that matches; Answer, if there is none."""
         for group in groups:
             for member in self.client.roster.search(group, keys):
                 return member
         raise Answer(self.NOT_FOUND)
 
     def the_id(self, params: Params, group: Any) -> str:
-        """A message's id, as its sending or its event told it; a bridge may know more than we."""
+        """The id of a message; a bridge may know messages that we do not."""
         id = params.get("id", "").partition(":")[0]
         if not self.client.talk.remembered(id) and not (
                 self.client.link.real and MESSAGE_ID.fullmatch(id)):
@@ -10684,7 +10684,7 @@ class Api:
         group = self.the_group(params)
         if params.get("all") == "1" and not any(map(params.get, self.flavour.keys["members"])):
             return link.mute_all(group.uid, params.get("time") != "0")
-        minutes = params.get("time", "")  # 004 and the program; 003 erred; 0 lifts
+        minutes = params.get("time", "")  # 003 is wrong: not seconds; 0 unmutes
         if not re.fullmatch("[0-9]+", minutes):
             raise Answer({"code": 400, "status": "shutup time missing or error"})
         return link.mute(group.uid, self.the_members(params, group), int(minutes[:9]) * 60)
@@ -10752,7 +10752,7 @@ class Api:
         return self.store.stream(request)
 
     def check_name(self, request: Request) -> None:
-        """Nobody who means another account is to stop this one or to take it for that one."""
+        """ClientMissing if a call names another account: it must not stop this one."""
         if (request.params.get("client") or self.client.account) != self.client.account:
             raise ClientMissing("client not exists")
 
@@ -10773,7 +10773,7 @@ class Api:
         return self.soon(request, "relogin", self.client.relogin)
 
     def soon(self, request: Request, what: str, act: Callable[[], None]) -> Row:
-        """Have something done in 3 seconds, and the answer that says so."""
+        """Have something done in 3 seconds; the answer that says so."""
         self.check_name(request)
         self.client.timers.later(STOP_SECONDS, act)
         return {"account": self.client.account, "code": 0,
@@ -10781,7 +10781,7 @@ class Api:
 
 
 def qrcode_response(picture: Optional[bytes], flavour: Type[Flavour]) -> Response:
-    """get_qrcode's answer, on both servers (002)."""
+    """The answer of get_qrcode, on both servers (002)."""
     if picture is None:
         return Response(b"", "", 404)
     is_ours = media_type(picture, "") == "image/png"
@@ -10793,7 +10793,7 @@ def all_routes(flavour: Type[Flavour], settings: Settings, verbs: Iterable[Verb]
                handler: Callable[[Verb], Callable[[Request], Any]],
                index: Callable[[Request], Response], from_bridge: Callable[[Request], Any],
                pages: Optional[LocalPages], is_controller: bool) -> List[Route]:
-    """What a client or a controller serves: calls under both prefixes, and what stands besides."""
+    """The routes of a client or a controller: the API under both prefixes, and the others."""
     routes = [Route(prefix + verb.name, verb.methods, handler(verb))
               for prefix in PREFIXES for verb in verbs]
     routes += [HEALTH, Route("/", READ, index, open=True),
@@ -10803,16 +10803,16 @@ def all_routes(flavour: Type[Flavour], settings: Settings, verbs: Iterable[Verb]
 
 
 class ClientApp(App):
-    """A client server: CORS on every answer, JSONP where it is asked for (CONTRACT 1)."""
+    """The app of a client: CORS in every answer, JSONP if asked for (CONTRACT 1)."""
 
     def answer(self, request: Request) -> Response:
-        """As App.answer, wrapped; a bad callback is refused before anything is done."""
+        """As App.answer; a bad callback is refused before anything is done."""
         name, params = "", {}
         try:
             if "jsonp" in request.query or b"jsonp" in request.body:
                 try:
                     params = request.params
-                except BadRequest:  # a body may be anything, and merely hold the word
+                except BadRequest:  # a body of another kind that contains the word
                     if "jsonp" in request.query:
                         raise
             if params.get("datatype") == "jsonp":
@@ -10838,7 +10838,7 @@ OPTIONS_FIELDS = {
 
 
 def client_fallback(request: Request) -> Response:
-    """What a client server says to paths and methods that it has not."""
+    """The answer of a client to unknown paths and methods."""
     if request.method == "OPTIONS":
         return Response(b"", "", fields=OPTIONS_FIELDS)
     return Response(b"api not found", "text/html;charset=UTF-8", 403)
@@ -10848,8 +10848,8 @@ def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
     """/onebot and /milky, where a bridge posts its events (ONEBOT.md, MILKY.md). AuthFailure,
     BadRequest; ApiNotFound for an account on another link.
 
-    What lets it in is a signature (NapCat signs with its token), else the bridge's token or what
-    every other caller needs; for Milky, where there is no token, that it is on this machine.
+    A bridge needs a signature (NapCat signs with its token), or the bridge's token, or what other
+    callers need; a Milky bridge without a token must be on this machine.
     """
     request.read_url_only()
     settings, fields, is_milky = client.settings, request.fields, request.path == "/milky"
@@ -10868,7 +10868,7 @@ def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
         try:
             (Gate() if is_milky else gate).check(request)
         except AuthFailure:
-            raise AuthFailure() from None  # what helps other callers is no advice for a bridge
+            raise AuthFailure() from None  # the advice for other callers does not help a bridge
     row = object_in(request.body)
     if row is None:
         raise BadRequest(400, "an event must be a JSON object")
@@ -10878,10 +10878,11 @@ def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
 
 
 def openqq_plugin(client: Client, data: Row) -> None:
-    """Openqq: the HTTP API, and what is posted and asked of others.
+    """Openqq: the HTTP API, post_api and poll_api.
 
-    `data` may hold `listen`, a list of {"host", "port"}, which a controller's socket replaces, and
-    any setting (003: post_api …); the client's hold else. Refusal if an address cannot be had.
+    `data` may contain `listen`, a list of {"host", "port"}, which is replaced by the controller's
+    socket, if any, and settings (003: post_api …), which replace those of the client. Refusal if it
+    cannot listen there.
     """
     log, flavour, parent = client.log, client.flavour, client.parent
     settings = client.settings.with_(
@@ -10936,7 +10937,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
 
 def serve(app: App, listeners: Iterable[socket.socket], settings: Settings,
           log: Log) -> List[Server]:
-    """Answer at sockets from now on, each in a thread of its own."""
+    """Begin to serve at sockets, each in a thread of its own."""
     servers = [Server(listener, app, log, settings.max_connections,
                       settings.http_max_message_size) for listener in listeners]
     for server in servers:
@@ -10947,7 +10948,7 @@ def serve(app: App, listeners: Iterable[socket.socket], settings: Settings,
 
 
 def gate_hint(settings: Settings) -> str:
-    """Who is served, and how to change that: the first thing that an operator must know."""
+    """Who is served, and how to change that, for the log."""
     if settings.token:
         return "callers need the token"
     if settings.allowed_hosts:
@@ -10958,7 +10959,7 @@ def gate_hint(settings: Settings) -> str:
 
 
 def open_listener(address: Row, settings: Settings) -> socket.socket:
-    """A listening socket, where an item of `listen` says, else the settings. Refusal."""
+    """A listening socket, as an item of `listen` says, or else the settings. Refusal."""
     host, port = [getattr(settings, name) if address.get(name) in (None, "") else address[name]
                   for name in ("host", "port")]
     try:
@@ -10970,7 +10971,7 @@ def open_listener(address: Row, settings: Settings) -> socket.socket:
 
 
 def client_page(client: Client) -> Response:
-    """What a browser sees at / of a controller's client."""
+    """The page at / of a controller's client."""
     base = client.public_url() + client.flavour.prefix
     lines = "\n".join(base + call for call in (
         "get_client_info", "get_qrcode", "get_friend_info",
@@ -10980,7 +10981,7 @@ def client_page(client: Client) -> Response:
 
 
 def dashboard_for(flavour: Type[Flavour], settings: Settings, account: str) -> Response:
-    """The page to work with; `account` of a client alone, empty for a controller."""
+    """The dashboard; `account` is that of a client alone, empty for a controller."""
     return dashboard({
         "account": account, "controller": not account, "prefix": flavour.prefix,
         "guarded": bool(settings.token), "apis": list(flavour.apis),
@@ -11004,42 +11005,42 @@ ABOUT_THE_CALLER = re.compile("origin|authorization|cookie|forwarded|via|x-real-
                               "(sec-fetch|x-forwarded)-.*")
 READS = re.compile("/open(qq|wx)/(get|search)_")
 WAITS = re.compile("/open(qq|wx)/(check_event|consult)")
-# The controller's own settings that its clients have too.
+# The settings of the controller that its clients get, too.
 SHARED = ("log_level", "tmpdir", "log_encoding", "public_url", "allowed_hosts", "disable_color",
           "http_debug", "http_max_message_size")
 
 
 class Child:
-    """An account's client as its controller sees it, whose lock guards all of this. `phase` is what
-    the controller does with its process (Supervisor), `state` what the client says of itself
-    (CONTRACT 8). One that is merely remembered has no listener, and the port of the last time."""
+    """A client as its controller sees it; the controller's lock guards it. `phase` says what the
+    controller does with its process (Supervisor), `state` is what the client says (CONTRACT 8). One
+    that is only remembered has no listener, and the port of the last time."""
 
     def __init__(self, name: str, given: Dict[str, str],
                  listener: Optional[socket.socket] = None, port: int = 0) -> None:
         self.name, self.given = name, given          # settings as text, secrets included
         self.pid, self.port = 0, listener.getsockname()[1] if listener else port
-        self.listener: Any = listener                # ours too, so that the port stays taken
-        self.forget: Set[str] = set()                # secrets that its cookie file is to lose
+        self.listener: Any = listener                # also ours, so that nobody takes the port
+        self.forget: Set[str] = set()                # secrets to be removed from its cookie file
         self.phase, self.state = "stopped", "init"
         self.lines: Deque[str] = collections.deque(maxlen=5)  # the last warnings of its log
         self.since = time.time()                     # in this state
         self.process: Any = None                     # subprocess.Popen while it lives
-        self.life: Any = None                        # the socket to it
-        self.heard = bytearray()                     # of a line that is not complete yet
+        self.life: Any = None                        # the connection to it (Parent)
+        self.heard = bytearray()                     # the begin of a line that is not complete
         self.restarts = -1                           # starts after the first
         self.tries = 0                               # starts without reaching running
         self.running_since = 0.0
-        self.trial = False                           # somebody waits whether it comes up (renew)
+        self.trial = False                           # renew() waits whether it starts
         # What cancels the end of a pause, and client_waiting.
         self.no_pause: Callable[[], None] = lambda: None
         self.no_waiting: Callable[[], None] = lambda: None
 
     def alive(self) -> bool:
-        """Whether it runs, or will in a moment."""
+        """Whether it runs, or is being started."""
         return self.phase not in ("stopping", "stopped", "failed")
 
     def busy(self) -> bool:
-        """Whether it has a process, or one is just being made."""
+        """Whether it has a process, or one is being made."""
         return self.phase in ("starting", "running", "renewing", "stopping")
 
     def seen(self) -> str:
@@ -11048,20 +11049,20 @@ class Child:
             "failed" if self.phase == "failed" else "stop")
 
     def open_settings(self) -> Dict[str, str]:
-        """What it was given, without the secrets."""
+        """Its settings without secrets."""
         return {name: value for name, value in self.given.items() if not SETTINGS[name].secret}
 
     def shown(self) -> Row:
-        """What start_client and stop_client tell."""
+        """The answer of start_client and stop_client."""
         return {**self.open_settings(), "client": self.name, "code": 0, "pid": self.pid,
                 "port": self.port, "status": "success"}
 
 
 class Supervisor:
-    """Keeps the clients' processes alive: makes them, hears them, ends them. All methods are called
-    with the controller's lock held, but for make(), and _await_end() in a thread per process."""
+    """Starts, hears and ends the processes of clients. All methods need the controller's lock,
+    except make(), and _await_end(), which runs in a thread for each process."""
 
-    SILENT_SECONDS = 1.0         # a process may live on without its life line
+    SILENT_SECONDS = 1.0         # until a process that has closed its connection is killed
 
     def __init__(self, owner: Controller, spawn_process: Any = None) -> None:
         import subprocess
@@ -11070,13 +11071,13 @@ class Supervisor:
         self.children: Dict[str, Child] = {}
         self.ending = False
         self.restarts = 0                              # of clients that had died
-        self._turn = itertools.count(os.getpid() + 1)  # of the CPUs; the first is not ours
+        self._turn = itertools.count(os.getpid() + 1)  # numbers of CPUs; the first is not ours
         self._pool = ThreadPool(MOST_WATCHED, "children", self._log)
 
     # -- from one phase to the next
 
     def expect(self, child: Child) -> None:
-        """A child's process is about to be made: from now on it is alive."""
+        """Note that a child's process is about to be made."""
         self.children[child.name], child.phase = child, "starting"
         child.tries += 1
         child.restarts += 1
@@ -11090,7 +11091,7 @@ class Supervisor:
         self._pool.submit(self.make, child)
 
     def _ended(self, child: Child, status: int) -> None:
-        """All that becomes of a child whose process has ended, or could not be made."""
+        """Decide what to do with a child whose process has ended, or could not be made."""
         child.process = None
         self._owner.settled.notify_all()
         if child.phase == "stopping" or self.ending:
@@ -11122,7 +11123,7 @@ class Supervisor:
     # -- what others want of it
 
     def resume(self, child: Child, pid_file: PidFile) -> None:
-        """Start a child of a former controller, once its former process is gone."""
+        """Start a child of a former controller, when its former process has ended."""
         def begin() -> None:
             pid_file.await_end()
             with self._owner.lock:
@@ -11133,8 +11134,8 @@ class Supervisor:
         self._pool.submit(begin)
 
     def renew(self, child: Child, given: Dict[str, str], forget: Set[str]) -> None:
-        """Have a child begin anew with other settings, on its port, and return when it has; one
-        that dies of them goes on with what it had. ClientDied, NotRunning, TooSlow."""
+        """Restart a child with other settings on its port, and wait until it runs; if it dies of
+        them it is restarted with the former ones. ClientDied, NotRunning, TooSlow."""
         former, child.trial = (child.given, child.forget), True
         child.given, child.forget = given, forget
         self._log.info(f"client {child.name} begins anew with other settings")
@@ -11156,18 +11157,18 @@ class Supervisor:
             raise died
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """What ends a process takes no longer; TooSlow if the system does."""
+        """Wait for a condition, at most as long as the end of a process takes. TooSlow."""
         if not self._owner.settled.wait_for(condition, KILL_SECONDS + 5.0):
             raise TooSlow()
 
     def stop(self, child: Child, phase: str = "stopping") -> None:
-        """End a child: it is stopped now, or stopping until its process is gone."""
+        """End a child; it is stopping until its process has ended, then stopped."""
         busy, child.phase = child.busy(), phase
         child.no_pause()
         if child.process:
             self._tell_to_end(child)                 # its end is heard of
         elif busy:
-            pass                                     # what is just being made ends then (make)
+            pass                                     # make() ends it
         elif phase == "stopping":
             child.phase = "stopped"                  # waiting, backoff, failed -> stopped
             self._owner.settled.notify_all()
@@ -11181,7 +11182,7 @@ class Supervisor:
         self._timers.later(KILL_SECONDS, child.process.kill)
 
     def stop_all(self) -> None:
-        """End all children at once, KILL those that were told so before."""
+        """End all children at the same time; the second time kill them."""
         hurry, self.ending = self.ending, True
         for child in self.children.values():
             self.stop(child)
@@ -11189,7 +11190,7 @@ class Supervisor:
                 child.process.kill()
 
     def busy(self) -> bool:
-        """Whether there is a process, or will be in a moment."""
+        """Whether there is a process, or one is being made."""
         return any(child.busy() for child in self.children.values())
 
     def release(self, child: Child) -> None:
@@ -11206,8 +11207,8 @@ class Supervisor:
     # -- processes
 
     def make(self, child: Child, first: bool = False) -> None:
-        """Make a child's process, without the lock. StartFailure of the first one, the others are
-        tried again."""
+        """Make a child's process; without the lock. StartFailure for the `first`; others are tried
+        again."""
         owner = self._owner
         with owner.lock:
             environment = self._environment(child)
@@ -11234,11 +11235,11 @@ class Supervisor:
         with owner.lock:
             child.process, child.pid, child.life = process, process.pid, ours
             child.heard.clear()
-            self._hang_up_no_more(child)             # only now somebody takes its callers
+            self._hang_up_no_more(child)             # from now on the client serves callers
             self._timers.watch(ours, lambda: self.listen(child))
             self._log.info(f"client {child.name} started, pid {child.pid}, port {child.port}")
             if child.phase != "starting":
-                self._tell_to_end(child)             # somebody said so meanwhile
+                self._tell_to_end(child)             # it was stopped meanwhile
             owner.changed()
         self._pool.submit(self._await_end, child)
 
@@ -11264,8 +11265,8 @@ class Supervisor:
                 "OPENQQ_TEMPLATE": settings.template_path}
 
     def _await_end(self, child: Child) -> None:
-        """In a thread of its own: until a process has ended, and has said what it had to say."""
-        def hang_up() -> None:  # nobody takes its callers: they get 502 instead of waiting
+        """In a thread of its own: wait for the end of a process."""
+        def hang_up() -> None:  # nobody serves callers: they get 502 instead of waiting
             child.listener.setblocking(False)
             with contextlib.suppress(OSError):       # there is none any more
                 while child.process is None:
@@ -11278,7 +11279,7 @@ class Supervisor:
         with self._owner.lock:
             while self.listen(child):
                 pass
-            if child.life:                           # a child of its own has it too
+            if child.life:                           # a process of the client's still has it
                 self._let_go(child)
             self._enter(child, "stop")
             self._timers.watch(child.listener, hang_up)
@@ -11293,7 +11294,7 @@ class Supervisor:
     # -- what clients say
 
     def listen(self, child: Child) -> bool:
-        """Take what has come up a child's life line (Parent); whether there may be more."""
+        """Read from a child's connection (Parent); whether there may be more."""
         try:
             data = child.life.recv(262_144) if child.life else None
         except BlockingIOError:
@@ -11311,7 +11312,7 @@ class Supervisor:
         return bool(data)
 
     def _hear(self, child: Child, line: bytes) -> None:
-        """An event is passed on as it is: only its readers need to know what it says."""
+        """Take a line of a child; events are passed on without parsing them."""
         if line.startswith((b"+", b"-")):
             put = self._owner.store.add if line.startswith(b"+") else self._owner.store.tell
             return put(b'{"client":' + to_bytes(child.name) + b"," + line[2:])
@@ -11339,13 +11340,13 @@ class Supervisor:
         self._owner.tell(child, "state_change", [old, state])
         if state not in LOGGING_IN:
             child.no_waiting()
-        elif old not in LOGGING_IN:                  # somebody should know if nobody scans
+        elif old not in LOGGING_IN:                  # tell it if nobody scans
             child.no_waiting = self._timers.later(
                 600, self._owner.report, child, "client_waiting")
 
 
 def open_port(first: int, wish: int = 0) -> socket.socket:
-    """A listening socket at the port that is wished for, else at the first free one. NoPort."""
+    """A listening socket at the wished port, or else at the first free one. NoPort."""
     for port in itertools.chain([wish] if wish else [], range(first, 65_536)):
         try:
             return listen("127.0.0.1", port)
@@ -11357,15 +11358,15 @@ def open_port(first: int, wish: int = 0) -> socket.socket:
 
 @functools.lru_cache(maxsize=256)
 def is_passed_on(name: str) -> bool:
-    """Whether a field of a call goes on to the client."""
+    """Whether a field of a call is passed on to the client."""
     return (name not in HOP_BY_HOP and name not in FORWARDED
             and not ABOUT_THE_CALLER.fullmatch(name))
 
 
 def pass_on(request: Request, port: int, authorization: str = "", trusted: bool = True
             ) -> Response:
-    """A client's answer to a call, which is made anew from what was parsed; one that is not
-    trusted comes to the client as from another machine. Unreachable, TooSlow, Hangup."""
+    """A client's answer to a call, which is written anew from the parsed request. For the client a
+    call that is not `trusted` comes from another machine. Unreachable, TooSlow, Hangup."""
     fields = {name: value for name, value in request.fields.items() if is_passed_on(name)}
     if not trusted:
         fields["forwarded"] = "for=unknown"
@@ -11373,7 +11374,7 @@ def pass_on(request: Request, port: int, authorization: str = "", trusted: bool 
         fields["authorization"] = authorization
     reads = READS.match(request.path) is not None
     method = "GET" if request.method == "HEAD" and reads else request.method
-    target = request.target.replace("#", "%23")  # a fragment to us, a letter to its caller
+    target = request.target.replace("#", "%23")  # else the rest would be a fragment
     try:
         reply = fetch(f"http://127.0.0.1:{port}{target}", method, fields, request.body or None,
                       PROXY_SECONDS, request.sock, reads,
@@ -11409,14 +11410,14 @@ client.run()
 
 
 def default_template(flavour: Type[Flavour]) -> str:
-    """The template as it is written: it does what clients do without one."""
+    """The template as it is first written: it does what clients do without one."""
     return TEMPLATE.format(environ=flavour.environ, plugin=flavour.plugin,
                            PLUGIN=flavour.plugin.upper())
 
 
 def check_params(params: Params, paths: bool = True) -> Dict[str, str]:
-    """start_client's parameters as settings, an empty one clears what is remembered; NotAllowed
-    for what callers may not give."""
+    """The parameters of start_client as settings; an empty one removes a remembered one. NotAllowed
+    for those that callers may not give."""
     try:
         return texts_of(params, lambda setting: "" if setting and setting.caller and (
             paths or setting.read is not _path) else "not allowed")
@@ -11427,8 +11428,8 @@ def check_params(params: Params, paths: bool = True) -> Dict[str, str]:
 
 def check_paths(given: Mapping[str, str], tmpdir: str, own_files: str,
                 taken: Iterable[str]) -> None:
-    """NotAllowed for a caller's path that is no good, as one for two things; `taken` and, once the
-    kind of file is filled in, `own_files` are as check_path() has them."""
+    """NotAllowed for a path that callers may not give, or that is given twice; `taken` and
+    `own_files`, with the kind of file filled in, as for check_path()."""
     paths = {name: str(_path(value)) for name, value in given.items()
              if value and SETTINGS[name].read is _path}
     for name, path in paths.items():
@@ -11443,7 +11444,7 @@ def cleared(given: Mapping[str, str]) -> Set[str]:
 
 
 def read_accounts(path: str, log: Log) -> Dict[str, Dict[str, str]]:
-    """An accounts file: name -> settings as text. What is wrong is logged and left out."""
+    """Read an accounts file: name -> settings as text. Errors are logged, and left out."""
     try:
         with open(path, "rb") as file:
             accounts = from_bytes(file.read())
@@ -11480,7 +11481,7 @@ def account_settings(given: Json) -> Dict[str, str]:
 class Controller:
     """Many accounts, one process each, behind one API (002). Settings are given as keyword
     arguments, else taken from the environment. Refusal if it cannot start. The thread of run() is
-    that of the timers: signals, what is to happen later, what clients say."""
+    that of the timers: it handles signals, timers and what clients tell."""
 
     FILES = {"state_path": "state_{}.json", "qrcode_path": "qrcode_{}.jpg",
              "pid_path": "pid_{}.pid", "cookie_path": "cookie_{}.dat",
@@ -11493,7 +11494,7 @@ class Controller:
         except ValueError as error:
             raise Refusal(str(error), 2) from None
         template = settings.given("template_path")
-        if template:  # the operator may name a symlink; what merely lies in tmpdir may be none
+        if template:  # the operator may give a symlink; a file in tmpdir must not be one
             settings = settings.with_({"template_path": os.path.realpath(template)})
         settings.fill(tmpdir=check_tmpdir(settings.tmpdir), port=flavour.port,
                       backend_start_port=flavour.client_port)
@@ -11502,13 +11503,13 @@ class Controller:
                       backend_path=start + "controller_backend.dat",
                       template_path=start + "controller_template.py")
         self.settings, self._start = settings, start
-        self.inherited = {  # client settings in our environment: defaults for all clients
+        self.inherited = {  # settings of clients in our environment: defaults for all of them
             name: value for name, value in from_environment(os.environ, flavour.environ).items()
             if SETTINGS[name].whose == "client" and name != "account"}
         self._addresses = listen or [{}]
         self.log = open_log(settings, f"[{flavour.ps}c][{os.getpid()}]")
-        # Guards former, _turns, _dirty, the supervisor and its children. Those who wait for the
-        # end of a child, of a trial or of another one's turn are notified by `settled`.
+        # Guards former, _turns, _dirty, the supervisor and its children. `settled` notifies those
+        # who wait for the end of a child, of a trial, or of a turn().
         self.lock = threading.RLock()
         self.settled = threading.Condition(self.lock)
         self.timers = Timers(self.lock, self.log)
@@ -11516,9 +11517,9 @@ class Controller:
         self.gate = Gate(settings.token, settings.allowed_hosts)
         self.store = Store(STREAM_LIMIT, room=STREAM_BYTES)  # the events of all clients
         self.supervisor = Supervisor(self)
-        self.former: Dict[str, Child] = {}    # clients that do not run, for their next start
-        self._turns: Set[str] = set()         # names of clients that somebody starts, stops …
-        self._dirty = False                   # the backend file is to be written
+        self.former: Dict[str, Child] = {}    # remembered clients, which do not run
+        self._turns: Set[str] = set()         # names of clients being started, stopped …
+        self._dirty = False                   # the backend file must be written
         self._servers: List[Server] = []
         self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
         self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
@@ -11526,7 +11527,7 @@ class Controller:
         self._closing: List[Callable[[], None]] = []
 
     def run(self) -> int:
-        """Serve until somebody says stop; the process's exit status."""
+        """Serve until stop() or a signal; returns the exit status."""
         self.pid.take("controller")
         for path in self.settings.backend_path, self.settings.template_path:
             remove_leftovers(path)
@@ -11542,13 +11543,13 @@ class Controller:
         return 0
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """End the clients, then everything."""
+        """End the clients, then the controller."""
         self.timers.later(0.0, self._stop, number)
 
     # -- beginning
 
     def _open(self) -> None:
-        """Everything that a child needs, before there is one."""
+        """Make everything that clients need."""
         settings = self.settings
         self._listeners = [open_listener(address, settings) for address in self._addresses]
         host, port = self._listeners[0].getsockname()[:2]
@@ -11570,7 +11571,7 @@ class Controller:
                               f"{error.strerror}") from None
 
     def _begin(self) -> None:
-        """Post, ask, start who is to run, then serve: the first caller finds them all known."""
+        """Begin posting and polling, start the clients, then serve: so callers find all of them."""
         settings, log = self.settings, self.log
         self._reporter.flush()  # what a former process left
         if settings.poll_api:
@@ -11608,8 +11609,8 @@ class Controller:
                  "start_client?client=NAME")
 
     def _recall(self, name: str, row: Row, anew: Dict[str, str]) -> None:
-        """Know again what a former controller remembered, and resume what ran; what the operator's
-        file says is given `anew`."""
+        """Remember a client of a former controller, and resume it if it ran; `anew` are its
+        settings in the accounts file."""
         given: Dict[str, str] = {}
         for key, value in (row["given"] if isinstance(row.get("given"), dict) else {}).items():
             try:
@@ -11629,11 +11630,11 @@ class Controller:
         except (OpenQQError, ValueError) as error:
             self.log.warn(f"client {name} cannot be resumed: {error}")
 
-    # -- clients; whoever calls these has the client's turn, and no lock
+    # -- clients; called within the client's turn(), without the lock
 
     @contextlib.contextmanager
     def turn(self, name: str) -> Iterator[None]:
-        """Whoever starts, changes, stops or deletes a client is done before the next one begins."""
+        """Only one caller at a time starts, changes, stops or deletes a client."""
         with self.settled:
             self.settled.wait_for(lambda: name not in self._turns)
             self._turns.add(name)
@@ -11645,8 +11646,8 @@ class Controller:
                 self.settled.notify_all()
 
     def start_client(self, name: str, given: Dict[str, str]) -> Child:
-        """Start a client that is not alive, with what it is given and what is remembered of it;
-        TooManyClients, NoPort, StartFailure, ClientDied, TooSlow."""
+        """Start a client that is not alive, with given and remembered settings. TooManyClients,
+        NoPort, StartFailure, ClientDied, TooSlow."""
         supervisor = self.supervisor
         with self.lock:
             former = supervisor.children.get(name)
@@ -11668,8 +11669,8 @@ class Controller:
         return child
 
     def stop_client(self, child: Child, event: str = "client_stopped") -> None:
-        """End a client, if it runs, and tell those who read the events: check_client knows no more
-        of it. Its settings are remembered, unless it is deleted."""
+        """End a client, if it runs, and tell it to streams; check_client does not show it any more.
+        Its settings are remembered, unless it is deleted."""
         with self.lock:
             self.supervisor.stop(child)
             self.changed()
@@ -11681,7 +11682,7 @@ class Controller:
         self.tell(child, event, [child.name], settings=child.open_settings())
 
     def remember(self, child: Child) -> None:
-        """Keep what a stopped client was started with, until it is started again or deleted."""
+        """Keep the settings of a stopped client, until it is started again or deleted."""
         self.supervisor.children.pop(child.name, None)
         self.supervisor.release(child)
         for name in UNKEPT:
@@ -11691,7 +11692,7 @@ class Controller:
         keep_newest(self.former, MEMORY_LIMIT)
 
     def check_start(self, alive: bool = False) -> None:
-        """NotRunning, TooManyClients or ClientDied unless a process may be made."""
+        """NotRunning, TooManyClients or ClientDied, if no process may be made."""
         if self.supervisor.ending:
             raise NotRunning("stopping")
         children = self.supervisor.children
@@ -11706,26 +11707,26 @@ class Controller:
             raise ClientDied() from None
 
     def path_of(self, child: Child, setting: str) -> str:
-        """Where a client's state, QR code or pid file is, or how the names of its media begin."""
+        """The path of a client's file, or how the paths of its media begin."""
         given = child.given.get(setting)
         directory = _path(child.given.get("tmpdir", "")) or self.settings.tmpdir
         return str(_path(given)) if given else os.path.join(
             directory, self.flavour.file_prefix + self.FILES[setting].format(child.name))
 
-    # -- what others are told; with or without the lock
+    # -- telling others; with or without the lock
 
     def changed(self, seconds: float = 0.0) -> None:
-        """What the backend file says is no longer so; it is written in so many seconds."""
+        """Have the backend file written in so many seconds."""
         with self.lock:
             if not self._dirty:
                 self._dirty = True
                 self.timers.later(seconds, self._save)
 
     def _save(self) -> None:
-        """The backend file: what a later controller resumes or remembers, without secrets."""
+        """Write the backend file: what the next controller resumes or remembers; no secrets."""
         self._dirty = False
         if self.supervisor.ending:
-            return  # what ran when we were told to stop is to be resumed
+            return  # it says which clients ran when we were told to stop
         rows = {child.name: {"pid": child.pid, "port": child.port, "run": child.alive(),
                              "given": child.open_settings()}
                 for child in [*self.former.values(), *self.supervisor.children.values()]}
@@ -11733,7 +11734,7 @@ class Controller:
             self.changed(REPLACE_SECONDS)
 
     def tell(self, child: Child, event: str, params: List[Json], **more: Json) -> Row:
-        """Let those who read the events know of a client, with numbers where its own have them."""
+        """Tell streams an event of a client, with ids as numbers if the client has numeric_ids."""
         given = {**self.inherited, **child.given}
         row = event_row(event, params)
         if SETTINGS["numeric_ids"].parse(given.get("numeric_ids", "0")):
@@ -11742,7 +11743,7 @@ class Controller:
         return row
 
     def report(self, child: Child, event: str, *params: Json) -> None:
-        """Post an event of ours besides: each begins with the client's name."""
+        """Tell and post an event of a client; its first parameter is the client's name."""
         self._reporter.add(self.tell(child, event, [child.name, *params]), "")
         self._reporter.flush()
 
@@ -11760,13 +11761,13 @@ class Controller:
             self.log.info(f"stopping ({signal.Signals(number).name})")
             self._save()
             busy = any([server.close_down() for server in self._servers])
-            spawn(end, READ_SECONDS if busy else 0.0)  # callers are still to be answered
+            spawn(end, READ_SECONDS if busy else 0.0)  # callers must get their answers
         self.supervisor.stop_all()  # a second one hurries
 
 
 class ControllerApi:
-    """The controller's own API (CONTRACT 2), where do_NAME does what the row NAME of VERBS tells,
-    and the way to the clients' for all else."""
+    """The controller's own API (CONTRACT 2), where do_NAME does the row NAME of VERBS, and the
+    proxy to clients for all other calls."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller, self._children = controller, controller.supervisor.children
@@ -11791,7 +11792,7 @@ class ControllerApi:
         return child
 
     def _pass_on(self, request: Request, trusted: bool = True, own: bool = False) -> Response:
-        """A client's answer to a call with the token that it shares with us, or with its own."""
+        """A client's answer to a call, which is sent with our token, or with its `own` one."""
         child, token = self._child(request), self._settings.token
         if child.process is None:
             raise Unreachable()
@@ -11800,7 +11801,7 @@ class ControllerApi:
                        request.fields.get("authorization", "") if own else ours, trusted)
 
     def do_start_client(self, request: Request) -> Row:
-        """It answers with the parameters as they were spelt, but no secrets."""
+        """The answer contains the parameters as they were given, without secrets."""
         controller, name, settings = self._controller, self._name(request), self._settings
         given = check_params(request.keys())
         check_paths(given, settings.tmpdir,
@@ -11838,7 +11839,7 @@ class ControllerApi:
             return child.shown()
 
     def do_delete_client(self, request: Request) -> Row:
-        """Also one that was stopped before."""
+        """Also for a client that was stopped before."""
         controller, name = self._controller, self._name(request)
         with controller.turn(name):
             child = controller.former.get(name) or self._child(request)
@@ -11851,7 +11852,7 @@ class ControllerApi:
             return child.shown()
 
     def do_check_client(self, request: Request) -> Row:
-        """What state files say, but for the state of a process that is no more."""
+        """What the state files say, but the state of a process that has ended."""
         rows = []
         for child in ([self._child(request)] if request.params.get("client") else
                       sorted(list(self._children.values()), key=lambda child: child.name)):
@@ -11877,13 +11878,13 @@ class ControllerApi:
     def do_events(self, request: Request) -> Response:
         if request.params.get("client"):
             return self._pass_on(request)
-        with self._controller.lock:  # what clients have told by now comes before what is to come
+        with self._controller.lock:  # first take what clients have told so far
             for child in self._children.values():
                 self._controller.supervisor.listen(child)
         return self._controller.store.stream(request)
 
     def proxy(self, request: Request) -> Response:
-        """Everything else goes to the client that is named."""
+        """Pass all other calls on to the client that is named."""
         if request.method == "OPTIONS":
             return Response(b"", "", fields=OPTIONS_FIELDS)
         if not re.match("/open(qq|wx)/.", request.path) or request.path in self._own_paths:
@@ -11891,8 +11892,7 @@ class ControllerApi:
         return self._pass_on(request)
 
     def from_bridge(self, request: Request) -> Response:
-        """A bridge's event, for its client, who knows the signature or the token (ONEBOT.md,
-        MILKY.md)."""
+        """Pass a bridge's event on to its client, which checks it (ONEBOT.md, MILKY.md)."""
         request.read_url_only()
         child, is_milky = self._children.get(self._name(request)), request.path == "/milky"
         try:
@@ -11901,7 +11901,7 @@ class ControllerApi:
         except AuthFailure:
             trusted = False
             if child is None or child.process is None:
-                raise  # who is there is none of a stranger's business
+                raise  # strangers must not learn which clients there are
         return self._pass_on(request, trusted, own=is_milky or not trusted)
 
 
@@ -11911,10 +11911,10 @@ class ControllerApi:
 
 def read_words(words: Sequence[str], stranger: str, flags: Mapping[str, str],
                plain: bool = False) -> Row:
-    """What the words of a command say, by the flags' names, each with its action (argparse);
-    `words` are those that are no flags, if it takes any. Refusal, on one line, which for a flag
-    that is not known ends with `stranger`."""
-    import argparse  # 0.3 MiB that no client of a controller needs
+    """Parse the words of a command line: a dict by the names of the flags, each with its action for
+    argparse; with `plain`, `words` are the words that are no flags. Refusal on one line, which for
+    an unknown flag ends with `stranger`."""
+    import argparse  # 0.3 MiB that a controller's clients do not need
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -11928,7 +11928,7 @@ def read_words(words: Sequence[str], stranger: str, flags: Mapping[str, str],
         parser.add_argument("--" + name, action=action)
     if plain:
         parser.add_argument("words", nargs="*", default=[])
-    try:  # behind a NUL, which no word can hold, argparse takes one dash for no flag
+    try:  # with a NUL before it, a word with one dash is no flag for argparse
         texts = [re.sub("^-(?!-)", "\0-", typed_text(word)) for word in words]
     except ValueError as error:
         raise Refusal(f"a word is {error}", 2) from None
@@ -11942,7 +11942,7 @@ def read_words(words: Sequence[str], stranger: str, flags: Mapping[str, str],
 
 
 def parse_flags(whose: str, words: Sequence[str]) -> Dict[str, str]:
-    """The settings of a controller or client, each a flag under all of its names."""
+    """Parse the flags of a controller or client: settings, under all of their names."""
     def flag(found: re.Match[str]) -> str:
         setting = setting_named(found.group(1))
         return "--" + (setting.name.replace("_", "-") if setting in settings else found.group(1))
@@ -11970,17 +11970,17 @@ def help_text(whose: str) -> str:
 
 
 # For glibc: one heap instead of one for each thread, and large buffers outside of it, so that
-# they go back to the system; else what a burst of callers needed is kept for good.
+# memory goes back to the system after many callers came at once.
 FRUGAL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
           "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def run_server(whose: str, given: Dict[str, str]) -> int:
-    """`controller`: many accounts; `client`: one account alone. Begins once more with the secrets
-    off the command line, under a name for ps.
+    """Run a `controller`, or one account alone (`client`). First runs this file again without
+    secrets in the command line, under a name for ps.
 
-    Only argv[0] makes one that all of ps's forms show; its directory must stay Python's own, or a
-    virtual environment would be lost.
+    All forms of ps show argv[0] only; it must keep the directory of Python, else a virtual
+    environment would be lost.
     """
     flavour = flavour_named(given.get("flavor"))
     python = os.environ.pop("OPENQQ_PYTHON", "")
@@ -12007,7 +12007,7 @@ def run_server(whose: str, given: Dict[str, str]) -> int:
 
 
 def run_client(**given: str) -> int:
-    """What the written template does, too."""
+    """Run a client as the default template does."""
     client = Client(**given)
     client.load(["ShowMsg", "UploadQRcode", "ShowQRcode"])
     client.load(client.flavour.plugin, call_on_load=True)
@@ -12015,12 +12015,12 @@ def run_client(**given: str) -> int:
 
 
 def run_child() -> int:
-    """`--client`: what a controller starts. Does what the template says; what the written one says
-    is built in, and so is quicker."""
+    """`--client`, which a controller starts: runs the template; the default one is built in, which
+    is faster."""
     sys.executable = os.environ.pop("OPENQQ_PYTHON", sys.executable)
     sys.modules.setdefault("openqq", sys.modules[__name__])
     receive_sockets()
-    life = os.environ.get("OPENQQ_LIFE", "")  # a descriptor of our own: a template may take it
+    life = os.environ.get("OPENQQ_LIFE", "")  # duplicated: the template may take the original
     line = socket.fromfd(int(life), socket.AF_INET, socket.SOCK_STREAM) if life else None
     path = os.environ.pop("OPENQQ_TEMPLATE", "")
     try:
@@ -12032,7 +12032,7 @@ def run_child() -> int:
         add_site_packages()
         exec(compile(text, path, "exec"), {"__name__": "__main__", "__file__": path})
         return 0
-    except Exception as error:  # why its client ends: check_client shows it
+    except Exception as error:  # check_client shows why the client ends
         why = error.status if isinstance(error, OpenQQError) else f"{type(error).__name__}: {error}"
         if line:
             with contextlib.suppress(OSError):  # there is no controller any more
@@ -12041,20 +12041,20 @@ def run_child() -> int:
 
 
 def end_with_controller(line: socket.socket) -> None:
-    """For a template that never comes to run(), where the controller's end would be seen."""
+    """End with the controller, even if the template never calls run()."""
     take_no_signals()
     with selectors.DefaultSelector() as selector:
         selector.register(line, selectors.EVENT_READ)
         selector.select()
-        time.sleep(ORPHAN_SECONDS - 1.0)  # what run() needs at most to end cleanly
+        time.sleep(ORPHAN_SECONDS - 1.0)  # run() needs less to end cleanly
         os._exit(1)
 
 
 # -- the commands that call a server's API
 
 def printable(text: str, is_json: bool = False) -> str:
-    """Text that does nothing to a terminal: names and messages come from anybody. Controls, and
-    what only steers the display, are spelt as Python does, in JSON as JSON does."""
+    """Text that is safe for a terminal, since names and messages come from anybody. Control and
+    formatting characters are escaped as in Python, in JSON as in JSON."""
     def spelt(sign: str) -> str:
         if sign.isprintable() or sign == ("\n" if is_json else "\u200d"):
             return sign
@@ -12068,14 +12068,14 @@ def printable(text: str, is_json: bool = False) -> str:
 
 
 def text_width(text: str) -> int:
-    """How many columns a terminal needs for a text: two for a Chinese letter."""
+    """The number of terminal columns of a text: two for a Chinese character."""
     import unicodedata  # 1 MiB that no server needs
     return sum(0 if unicodedata.category(sign) in ("Mn", "Me", "Cf") else
                2 if unicodedata.east_asian_width(sign) in ("W", "F") else 1 for sign in text)
 
 
 def event_line(event: Row) -> Tuple[str, str]:
-    """An event as one line for somebody who reads along, and its colour."""
+    """An event as one line of text, and its colour."""
     when = number_of(event.get("time"))
     clock = time.strftime("%H:%M:%S ", time.localtime(int(when))) if when else ""
     head = clock + str(event.get("client") or "")  # a client alone has but one account
@@ -12092,8 +12092,8 @@ def event_line(event: Row) -> Tuple[str, str]:
 
 
 class Said:
-    """What a server answered: `value` is its JSON, or None, `row` that if it is an object; `code`
-    the answer's own; `good` unless it said no."""
+    """An answer of the API: `value` is its JSON, or None, `row` the same if it is an object, `code`
+    its code; `good`: it was done."""
 
     def __init__(self, reply: Reply) -> None:
         if reply.kind == "text/event-stream":
@@ -12108,7 +12108,7 @@ class Said:
         self.good = self.status < 300 and self.code == 0
 
     def refusal(self) -> Refusal:
-        """Why it is no good: exit status 3 when a proxy found nobody, else 1."""
+        """The Refusal for an answer that is not good: exit status 3 for a proxy's error, else 1."""
         if self.value is None and self.status in (502, 503, 504):
             return Refusal(f"nobody behind that URL: HTTP {self.status}", 3)
         if not self.row:  # a client alone says so in plain text
@@ -12120,12 +12120,12 @@ class Said:
 
 
 class Terminal:
-    """The commands that COMMANDS lists, each a method of its name, given the words behind it.
-    Refusal for what goes wrong, Unreachable where nobody answers."""
+    """The commands in COMMANDS, each a method of that name, with the words of the command line as
+    arguments. Refusal for errors, Unreachable if nobody answers."""
 
     WATCH_SECONDS = 1.0
     STATES = {"running": "32", "stop": "2", "failed": "31"}  # their colours; the others' is yellow
-    # What only reads is asked for with GET; all else is posted, so that no log keeps it.
+    # Calls that only read use GET; others are posted, so that logs do not contain them.
     READS = re.compile(r"(?:/open(?:qq|wx)/)?(?:get_|check_client|openapi|events)|"
                        r"/local/(?:world|scan)|/healthz|/metrics|/$")
 
@@ -12141,7 +12141,7 @@ class Terminal:
         self._has_colors = self._can_move and not os.environ.get("NO_COLOR")
 
     def _open(self, api: str, params: Mapping[str, str]) -> Reply:
-        """Call an API. `client` is always in the query: a proxy before many looks for it there."""
+        """Call the API. `client` is always in the query, where proxies look for it."""
         url = self._url + (api if api.startswith("/") else "/openqq/" + api)
         reads, fields, body = self.READS.match(api) is not None, dict(self._fields), None
         query = {name: value for name, value in params.items() if reads or name == "client"}
@@ -12170,8 +12170,8 @@ class Terminal:
         return f"\x1b[{code}m{text}\x1b[0m" if self._has_colors and code else text
 
     def _finish(self, said: Said, is_json: bool = True) -> bool:
-        """Print what came, if that is all that is wanted; whether it is still to be shown. Refusal
-        if it says no, or if no server of ours can have said it."""
+        """Print the answer, with --json; else return True: it is still to be shown. Refusal if it
+        is not good, or not from a server of ours."""
         if self._is_raw:
             self._show_raw(said)
         if not said.good:
@@ -12181,20 +12181,20 @@ class Terminal:
         return not self._is_raw
 
     def _say(self, said: Said, *names: str) -> None:
-        """An answer's status, and those of its members that are of interest."""
+        """Print the status of an answer, and some of its members."""
         if self._finish(said):
             words = [f"{name} {said.row[name]}" for name in names if name in said.row]
             print(printable(", ".join([str(said.row.get("status")), *words])))
 
     def _check_account(self, name: str) -> None:
-        """Refusal where there is no such account: a client alone does not look at `client` with
-        these calls, for bots that name it as they please."""
+        """Refusal if there is no such account: a client alone ignores `client` in these calls,
+        since bots may give any name."""
         said = self._ask("check_client", client=name)
         if said.code == ClientMissing.code:
             self._finish(said)
 
     def status(self, *names: str) -> None:
-        """A table of the accounts; with --watch again and again, whatever becomes of them."""
+        """Print a table of the accounts; with --watch again and again, also after errors."""
         for turn in itertools.count():
             try:
                 said = self._ask("check_client", **{"client": name for name in names})
@@ -12208,10 +12208,10 @@ class Terminal:
                 print(f"openqq: {printable(error.status)}", file=sys.stderr)
             if not self._watch:
                 return
-            time.sleep(self.WATCH_SECONDS)  # nothing tells of states but asking for them
+            time.sleep(self.WATCH_SECONDS)
 
     def _table(self, accounts: List[Row]) -> str:
-        """What check_client says of accounts; a column without anything in it is left out."""
+        """The answer of check_client as a table; empty columns are left out."""
         rows = [["ACCOUNT", "STATE", "PORT", "PID", "UP", "RESTARTS", "ERROR"]]
         for account in accounts:
             state = "failed" if account.get("failed") else account.get("state")
@@ -12254,9 +12254,8 @@ class Terminal:
         self._say(self._ask("stop_client", client=name), "pid", "port")
 
     def qrcode(self, name: str) -> None:
-        """Draw the QR code that an account waits with; without colours light is what is written,
-        as on a dark screen. It is read out of the picture: its text lets in whoever has it, and so
-        is in no answer that scripts keep and logs show."""
+        """Draw the QR code of an account; without colours for a dark screen. It is read from the
+        picture: its text, which lets anybody log in, must not be in answers."""
         self._check_account(name)
         said = self._ask("get_qrcode", client=name)
         if said.status == 404:
@@ -12271,7 +12270,7 @@ class Terminal:
             print(text.rstrip("\n"))
 
     def send(self, name: str, kind: str, who: str, text: str) -> None:
-        """Send a message to whom the API finds, by uid, by id or by name."""
+        """Send a message to somebody by uid, id or name."""
         if kind not in ("friend", "group", "discuss"):
             raise Refusal(f"{kind!r} is not friend, group or discuss", 2)
         self._check_account(name)
@@ -12283,7 +12282,7 @@ class Terminal:
         self._say(said, "id")
 
     def events(self, *names: str) -> None:
-        """Events as they come, those that are kept first; of one account or of all."""
+        """Print the events of one account or of all as they come; first those that are kept."""
         client = {"client": name for name in names}
         reply = self._open("events", {"since": "0", **client})
         if reply.kind != "text/event-stream":
@@ -12299,7 +12298,7 @@ class Terminal:
         raise Refusal("the stream of events has ended")
 
     def call(self, api: str, *pairs: str) -> None:
-        """Any call of the API; its answer is laid out, unless --json wants it as it came."""
+        """Call the API, and print the answer: indented, or with --json as it came."""
         said = self._ask(api, **parse_pairs(pairs))
         if self._finish(said, False):
             if said.value is None:
@@ -12309,7 +12308,7 @@ class Terminal:
 
 
 def parse_pairs(words: Sequence[str]) -> Dict[str, str]:
-    """key=value words as parameters; Refusal with exit status 2."""
+    """Words key=value as parameters; Refusal with exit status 2."""
     for word in words:
         if not word.partition("=")[1] or word.startswith("="):
             raise Refusal(f"{word!r} must be key=value", 2)
@@ -12345,7 +12344,7 @@ Exit status: 0, 1 when the API says no, 2 for a wrong call, 3 when nobody answer
 
 
 def run_command(command: str, words: Sequence[str]) -> int:
-    """A command that calls a server's API; its exit status. Refusal."""
+    """Run a command that calls the API; its exit status. Refusal."""
     usage, least, most, _ = COMMANDS[command]
     url = os.environ.get("OPENQQ_URL") or f"http://127.0.0.1:{QQ.port}"
     try:
@@ -12365,7 +12364,7 @@ def run_command(command: str, words: Sequence[str]) -> int:
     except Unreachable as error:
         raise Refusal(printable(f"{url} is not reachable: {error.status}; does a controller run "
                                 "there, or is --url another one?"), 3) from None
-    except Refusal as refusal:  # it tells what others said
+    except Refusal as refusal:  # it contains text of others
         raise Refusal(printable(refusal.status), refusal.exit) from None
     except KeyboardInterrupt:
         return 130
@@ -12373,7 +12372,7 @@ def run_command(command: str, words: Sequence[str]) -> int:
 
 
 def written(write: Callable[[], Optional[int]]) -> int:
-    """The exit status of what writes to standard output. Refusal when that takes no more."""
+    """Run what writes to standard output; its exit status. Refusal if it cannot be written."""
     out: Any = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     out.reconfigure(errors="backslashreplace")
     sys.stdout = out
@@ -12381,16 +12380,16 @@ def written(write: Callable[[], Optional[int]]) -> int:
         status = write() or 0
         out.flush()
         return status
-    except OSError as error:  # of a server it is an Unreachable, and so a Refusal
-        # What is still in the buffer would be tried again at the end: it goes nowhere.
+    except OSError as error:  # of standard output: errors of servers are Unreachable
+        # Python would write the rest of the buffer at the end: it goes to the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if not isinstance(error, BrokenPipeError):
             raise Refusal(f"the output cannot be written: {error.strerror}") from None
-        return 0  # whoever read has read enough
+        return 0  # the reader has ended
 
 
 def main(words: Sequence[str]) -> int:
-    """The program; its exit status: 0, 1 for a refusal, 2 for a wrong call, 3: nobody answers."""
+    """The program; exit status 0, 1 for a refusal, 2 for a wrong call, 3 if nobody answers."""
     prepare_console()
     if not words and has_own_window():
         try:
@@ -12398,7 +12397,7 @@ def main(words: Sequence[str]) -> int:
                 return 0
         except Exception:
             traceback.print_exc()
-        input("[Enter]")  # else the window closes before anybody has read why
+        input("[Enter]")  # else the window would close at once
         return 1
     command, rest = words[0] if words else "", words[1:]
     is_server = command in ("controller", "client")
