@@ -5688,8 +5688,9 @@ class Society(World):
     """What people do with each other besides talking, and what may be changed from outside. Each
     change is told to the accounts that see it and are online.
 
-    The methods in VERBS are those of Link, which describes them. Each gets the uid of the account
-    that acts (`me`), and raises NotFound, with nothing done, if it has no right to do so.
+    The methods in VERBS are those of Link, which describes delete_friend(), create_group(),
+    rename(), kick(), mute(), mute_all(), set_admin(), set_title() and leave_group(). Each gets the
+    uid of the account that acts (`me`), and raises NotFound, with nothing done, if it may not.
     """
 
     VERBS = ("revoke", "make_friend", "answer_request", "create_group", "invite", "rename",
@@ -12208,7 +12209,7 @@ class Terminal:
                 print(f"openqq: {printable(error.status)}", file=sys.stderr)
             if not self._watch:
                 return
-            time.sleep(self.WATCH_SECONDS)
+            time.sleep(self.WATCH_SECONDS)  # nothing tells when states change
 
     def _table(self, accounts: List[Row]) -> str:
         """The answer of check_client as a table; empty columns are left out."""
