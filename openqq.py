@@ -2916,9 +2916,8 @@ class Connection(BaseHTTPRequestHandler):
         except Exception:
             server.log.failure("a connection")
         finally:
-            REAPER.remove(self.stream)
             server.connections.discard(sock)
-            sock.close()
+            self.stream.close()
 
     def handle_one_request(self) -> None:
         """Read a request and answer it; `close_connection` says whether it was the last."""
@@ -3954,10 +3953,16 @@ def page(body: str, values: Mapping[str, str], status: int = 200) -> Response:
     return html_response("zh", PAGE_STYLE, body.format(**safe), "form-action 'self'", status)
 
 
-def dashboard(config: Json) -> Response:
-    """The dashboard. It contains `config`, which is no secret, and gets all else from the API.
-    Texts of others are only inserted as text; Trusted Types make sure of that."""
-    data = to_bytes(config).decode().replace("<", "\\u003c")
+def dashboard(flavour: Type[Flavour], settings: Settings, account: str) -> Response:
+    """The dashboard; `account` is that of a client alone, empty for a controller. It contains no
+    secret, and gets all else from the API. Texts of others are only inserted as text; Trusted Types
+    make sure of that."""
+    config = to_bytes({
+        "account": account, "controller": not account, "prefix": flavour.prefix,
+        "guarded": bool(settings.token), "apis": list(flavour.apis),
+        "settings": [[setting.name, setting.help, setting.shown(), setting.secret, setting.chinese]
+                     for setting in SETTINGS.values() if setting.caller and not setting.idle]})
+    data = config.decode().replace("<", "\\u003c")
     return html_response(
         "en", DASHBOARD_STYLE, f'{DASHBOARD_BODY}<script type="application/json" id="config">{data}'
         f'</script><script nonce="">{DASHBOARD_SCRIPT}</script>', "script-src 'nonce-'; "
@@ -10907,7 +10912,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
     gate = Gate(settings.token, settings.allowed_hosts)
     app = ClientApp(gate, log, all_routes(
         flavour, settings, flavour.apis.values(), api.handler,
-        lambda request: client_page(client) if client.parent else dashboard_for(
+        lambda request: client_page(client) if client.parent else dashboard(
             flavour, settings, client.account),
         functools.partial(take_from_bridge, client, gate), client.local_pages(), False),
         client_fallback)
@@ -10979,15 +10984,6 @@ def client_page(client: Client) -> Response:
         "send_friend_message?uid=…&content=hello", "check_event"))
     return page(INDEX_BODY, {"what": f"This is the client of the account {client.account}.",
                              "lines": lines})
-
-
-def dashboard_for(flavour: Type[Flavour], settings: Settings, account: str) -> Response:
-    """The dashboard; `account` is that of a client alone, empty for a controller."""
-    return dashboard({
-        "account": account, "controller": not account, "prefix": flavour.prefix,
-        "guarded": bool(settings.token), "apis": list(flavour.apis),
-        "settings": [[setting.name, setting.help, setting.shown(), setting.secret, setting.chinese]
-                     for setting in SETTINGS.values() if setting.caller and not setting.idle]})
 
 
 PLUGINS.update({"ShowMsg": (show_msg, 100), "UploadQRcode": (upload_qrcode, 0),
@@ -11777,7 +11773,7 @@ class ControllerApi:
         self._own_paths = {prefix + verb.name for prefix in PREFIXES for verb in verbs}
         self.routes = all_routes(
             self._flavour, self._settings, verbs, lambda verb: getattr(self, "do_" + verb.name),
-            lambda request: dashboard_for(self._flavour, self._settings, ""),
+            lambda request: dashboard(self._flavour, self._settings, ""),
             self.from_bridge, controller.pages, True)
 
     def _name(self, request: Request) -> str:
