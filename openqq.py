@@ -4491,7 +4491,7 @@ function seenBy(person) {
 async function choosePeer() {
   const before = peer, asked = peer = chosen("peer");
   if (asked?.key !== before?.key) $("members").replaceChildren();  // ids are another's now
-  showTalk();
+  showTalk(asked?.key === before?.key);
   $("group").hidden = !peer || peer.kind !== "group";
   if ($("group").hidden) return;
   let members = peer.member || [];
