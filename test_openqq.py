@@ -181,21 +181,6 @@ def call(base, path, **params):
     return json.loads(request(base, path + ("?" + query if query else ""))[2])
 
 
-def exchange(port, data, seconds=WAIT):
-    """All bytes that a server answers to some bytes, until it closes or is silent."""
-    with socket.create_connection(("127.0.0.1", port), seconds) as sock:
-        sock.sendall(data)
-        answer = b""
-        while True:
-            try:
-                piece = sock.recv(65536)
-            except (socket.timeout, ConnectionResetError):
-                return answer
-            if not piece:
-                return answer
-            answer += piece
-
-
 class Heard:
     """What came in, as (name, value) in `rows`; wait(name) gives each row once, in its order."""
 
@@ -1621,7 +1606,7 @@ def test_connections_beyond_the_limit_are_told_so(start):
     [(status, _, body)] = split_answers(until_closed(client.port, b""))
     assert (status, json.loads(body)["status"]) == (503, "too many connections")
     kept[0].close()
-    assert eventually(lambda: b"HTTP/1.1 200" in exchange(
+    assert eventually(lambda: b"HTTP/1.1 200" in until_closed(
         client.port, asking(b"Connection: close")))
     kept[1].close()
 
@@ -3401,6 +3386,8 @@ CONTROL_REFUSED = [  # in the order in which they are checked
     (100, "member {friend[uid]} not found", ["group_id={group[id]} member_id={friend[uid]}"]),
     (201, "failure", ["group_uid={group[uid]} member_uid={user[uid]}"]),
 ]
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_group_control_checks_in_the_documented_order(face, method):
     known = those_known(face)
@@ -11878,7 +11865,7 @@ def test_the_limit_of_open_files_is_raised_and_what_it_forbids_is_told_at_once(t
             assert (status, json.loads(body)["status"]) == (503, "too many connections")
         for sock in socks:
             sock.close()
-        assert eventually(lambda: b"HTTP/1.1 200" in exchange(
+        assert eventually(lambda: b"HTTP/1.1 200" in until_closed(
             port, asking(b"Connection: close")))
         assert "could not be taken" not in log.text()
     finally:
