@@ -85,17 +85,17 @@ class Log:
             self._ended = True
             self._changed.notify_all()
 
-    def _find(self, pattern, count):
-        found = [match for line in self.lines for match in [re.search(pattern, line)] if match]
-        return found[count - 1] if len(found) >= count else None
-
     def wait(self, pattern, count=1, seconds=WAIT):
         """The count-th line that matches."""
+        def found():
+            matches = filter(None, (re.search(pattern, line) for line in self.lines))
+            return next(itertools.islice(matches, count - 1, None), None)
+
         with self._changed:
-            self._changed.wait_for(lambda: self._find(pattern, count) or self._ended, seconds)
-            found = self._find(pattern, count)
-        assert found, f"{pattern!r} did not come:\n" + "\n".join(self.lines[-40:])
-        return found
+            self._changed.wait_for(lambda: found() or self._ended, seconds)
+            match = found()
+        assert match, f"{pattern!r} did not come:\n" + "\n".join(self.lines[-40:])
+        return match
 
     def text(self):
         with self._changed:
@@ -181,21 +181,6 @@ def call(base, path, **params):
     return json.loads(request(base, path + ("?" + query if query else ""))[2])
 
 
-def exchange(port, data, seconds=WAIT):
-    """All bytes that a server answers to some bytes, until it closes or is silent."""
-    with socket.create_connection(("127.0.0.1", port), seconds) as sock:
-        sock.sendall(data)
-        answer = b""
-        while True:
-            try:
-                piece = sock.recv(65536)
-            except (socket.timeout, ConnectionResetError):
-                return answer
-            if not piece:
-                return answer
-            answer += piece
-
-
 class Heard:
     """What came in, as (name, value) in `rows`; wait(name) gives each row once, in its order."""
 
@@ -261,11 +246,12 @@ class PeerServer(http.server.ThreadingHTTPServer):
 
     def get_request(self):
         sock, address = super().get_request()
-        self.peer.came(sock)
+        self.peer.accepted += 1
+        self.peer.connections.add(sock)
         return sock, address
 
     def shutdown_request(self, sock):
-        self.peer.went(sock)
+        self.peer.connections.discard(sock)
         super().shutdown_request(sock)
 
     def handle_error(self, request, address):
@@ -280,10 +266,9 @@ class Peer:
 
     def __init__(self, port=0):
         self.port = port
-        self.accepted = 0           # connections that there have ever been; guarded by _lock
+        self.accepted = 0  # connections that there have ever been
         self.server = None
-        self._connections = set()   # guarded by _lock
-        self._lock = threading.Lock()
+        self.connections = set()
         self.start()
 
     def start(self):
@@ -293,22 +278,9 @@ class Peer:
         self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def came(self, sock):
-        """A connection begins."""
-        with self._lock:
-            self.accepted += 1
-            self._connections.add(sock)
-
-    def went(self, sock):
-        """A connection has ended."""
-        with self._lock:
-            self._connections.discard(sock)
-
     def drop(self):
         """Cut all connections at once; it goes on listening."""
-        with self._lock:
-            connections = list(self._connections)
-        for sock in connections:
+        for sock in list(self.connections):
             hang_up(sock)
 
     def stop(self):
@@ -377,16 +349,17 @@ class Receiver(Peer):
         self.server.server_close()
 
 
+CQ_CODES = {"&": "&amp;", "[": "&#91;", "]": "&#93;", ",": "&#44;"}
+
+
 def cq_string(segments):
     """Segments as a string of CQ codes."""
-    def escape(text, more=()):
-        for sign, code in (("&", "&amp;"), ("[", "&#91;"), ("]", "&#93;"), *more):
-            text = text.replace(sign, code)
-        return text
+    def escape(value, signs="[&\\[\\],]"):
+        return re.sub(signs, lambda sign: CQ_CODES[sign.group()], str(value))
 
     return "".join(
-        escape(row["data"]["text"]) if row["type"] == "text" else
-        "[CQ:" + ",".join([row["type"], *(f"{key}=" + escape(str(value), [(",", "&#44;")])
+        escape(row["data"]["text"], "[&\\[\\]]") if row["type"] == "text" else
+        "[CQ:" + ",".join([row["type"], *(f"{key}={escape(value)}"
                                           for key, value in row["data"].items())]) + "]"
         for row in segments)
 
@@ -394,7 +367,7 @@ def cq_string(segments):
 def cq_segments(text):
     """A string of CQ codes as segments."""
     def plain(text):
-        for sign, code in ((",", "&#44;"), ("[", "&#91;"), ("]", "&#93;"), ("&", "&amp;")):
+        for sign, code in reversed(CQ_CODES.items()):
             text = text.replace(code, sign)
         return text
 
@@ -581,9 +554,8 @@ class Bridge(Peer):
         return members() if callable(members) else members
 
     def _group_row(self, group):
-        count = group.get("member_count")
-        count = len(self._members(group)) if count is None else count
-        row = {"group_remark": "", "max_member_count": 2000, **group, "member_count": count}
+        row = {"group_remark": "", "max_member_count": 2000,
+               "member_count": len(self._members(group)), **group}
         row.pop("members", None)
         return row
 
@@ -637,22 +609,25 @@ class Bridge(Peer):
             "group_poke", "friend_poke", "upload_group_file",
             "upload_private_file"}   # done, with nothing to tell
 
+    def _own_answer(self, action, params):
+        own = self.answers.get(action)
+        return own(params) if callable(own) else own
+
     def _answer(self, action, params):
         """(status, row) of an action; answers[action] may be a row that is laid over the usual one
         ({"retcode": 100, "wording": "…"}, {"data": …}), an HTTP status, text or a list to be
         answered as it stands, or callable(params) giving one of these, after as long as it likes.
         """
-        own = self.answers.get(action)
-        own = own(params) if callable(own) else own
+        own = self._own_answer(action, params)
         if isinstance(own, int):
             return own, self.failed(1400, f"HTTP {own}")
-        if own is not None and not isinstance(own, dict):
-            return 200, own
-        if own is not None:
+        if isinstance(own, dict):
             code = own.get("retcode", 0)
             status = {0: "ok", 1: "async"}.get(code, "failed")
             row = dict(self.OK, status=status, message=own.get("wording", ""))
             return 200, self._written(dict(row, **own))
+        if own is not None:
+            return 200, own
         if not self.logged_in and action not in ("get_status", "get_version_info"):
             return 200, self.failed(1400, "未登录")
         if action in self.ACTS:
@@ -739,13 +714,6 @@ class Bridge(Peer):
             if self.lifecycle:
                 channel.send(self._event(meta_event_type="lifecycle", sub_type="connect"))
             self._open(channel)
-        self._read_ws(channel)
-
-    def _refuse_ws(self, channel):
-        channel.send(self.failed(1403, "token验证失败", echo=None))
-        channel.raw(ws_frame(struct.pack(">H", 1000), 8))
-
-    def _read_ws(self, channel):
         try:
             for text in channel.texts():
                 self._act(channel, text)
@@ -757,6 +725,10 @@ class Bridge(Peer):
         finally:
             self._shut(channel)
 
+    def _refuse_ws(self, channel):
+        channel.send(self.failed(1403, "token验证失败", echo=None))
+        channel.raw(ws_frame(struct.pack(">H", 1000), 8))
+
     def _act(self, channel, text):
         """Carry out an action that came on a WebSocket."""
         said = json.loads(text)
@@ -765,11 +737,12 @@ class Bridge(Peer):
 
         def answer():
             row = self._answer(action, params)[1]
+            if isinstance(row, dict):
+                row = {"echo": said.get("echo"), **row}
             if isinstance(row, str):
                 channel.raw(ws_frame(row))
             else:
-                channel.send(dict({"echo": said.get("echo")}, **row) if isinstance(row, dict)
-                             else row)
+                channel.send(row)
 
         if self.hanging & {action, "*"}:
             return
@@ -1051,15 +1024,14 @@ class MilkyBridge(Bridge):
 
     def _answer(self, action, params):
         """(status, row); answers[action] as in Bridge, but for `data` no `wording`: `message`."""
-        own = self.answers.get(action)
-        own = own(params) if callable(own) else own
+        own = self._own_answer(action, params)
         if isinstance(own, int):
             return own, "Internal Server Error"
-        if own is not None and not isinstance(own, dict):
-            return 200, own
-        if own is not None:
+        if isinstance(own, dict):
             status = "failed" if own.get("retcode") else "ok"
             return 200, {"status": status, "retcode": 0, **own}
+        if own is not None:
+            return 200, own
         if action not in self.SCHEMAS or action in self.missing:
             return 404, "404 Not Found"
         wrong = self.misfit(self.SCHEMAS[action], params)
@@ -1171,35 +1143,31 @@ class NapCatPage(Peer):
         """Answer with 200, whatever happened."""
         said = json.loads(handler.body or b"{}")
         self.calls.append((handler.path, said))
-        message, data = self._answer(handler, said)
-        row = {"code": -1 if message else 0, "message": message or "success", "data": data}
-        self.reply(handler, 200, row)
-
-    def _answer(self, handler, said):
-        """(what is wrong, data)"""
-        if handler.path == "/api/auth/login":
-            good = hashlib.sha256((self.token + ".napcat").encode()).hexdigest()
-            if said.get("hash") != good:
+        what, known = handler.path.rpartition("/")[2], handler.headers.get("Authorization", "")[7:]
+        message = data = None
+        if what == "login":
+            if said.get("hash") == hashlib.sha256((self.token + ".napcat").encode()).hexdigest():
+                data = {"Credential": base64.b64encode(os.urandom(24)).decode()}
+                self._credentials.add(data["Credential"])
+            else:
                 self.refused += 1
-                return "token is invalid", None
-            credential = base64.b64encode(os.urandom(24)).decode()
-            self._credentials.add(credential)
-            return "", {"Credential": credential}
-        if handler.headers.get("Authorization", "")[7:] not in self._credentials:
-            return "Unauthorized", None
-        if handler.path == "/api/QQLogin/CheckLoginStatus":
-            return "", {"isLogin": self.logged_in and not self.offline, "isOffline": self.offline,
-                        "qrcodeurl": self.qrcode, "loginError": ""}
-        if handler.path == "/api/QQLogin/GetQQLoginQrcode":
-            if self.logged_in:
-                return "QQ Is Logined", None
-            return ("", {"qrcode": self.qrcode}) if self.qrcode else ("QRCode Get Error", None)
-        if handler.path == "/api/QQLogin/RefreshQRcode":
-            if self.logged_in and not self.offline:
-                return "QQ Is Logined", None
+                message = "token is invalid"
+        elif known not in self._credentials:
+            message = "Unauthorized"
+        elif what == "CheckLoginStatus":
+            data = {"isLogin": self.logged_in and not self.offline, "isOffline": self.offline,
+                    "qrcodeurl": self.qrcode, "loginError": ""}
+        elif self.logged_in and not (self.offline and what == "RefreshQRcode"):
+            message = "QQ Is Logined"
+        elif what == "RefreshQRcode":
             self.qrcode = self.next_qrcode
-            return "", {"qrcodeurl": self.qrcode}
-        return "not found", None
+            data = {"qrcodeurl": self.qrcode}
+        elif self.qrcode:
+            data = {"qrcode": self.qrcode}
+        else:
+            message = "QRCode Get Error"
+        self.reply(handler, 200, {"code": -1 if message else 0, "message": message or "success",
+                                  "data": data})
 
 
 class LLBotPage(Peer):
@@ -1269,9 +1237,8 @@ class ILink(Peer):
 
     def end(self):
         """The token is worth nothing any more."""
-        with self._news:
-            self.token, self.status = "", {"status": "wait"}
-            self._news.notify_all()
+        self.token = ""
+        self.change(status="wait")
 
     def say(self, *items, uid=None, **more):
         """Somebody says a text, or items; the message's id."""
@@ -1292,17 +1259,17 @@ class ILink(Peer):
         """An item with a picture that is on the server, its key told in one of the known ways."""
         key, name = os.urandom(16), os.urandom(8).hex()
         self.media[name] = openqq.aes_128_ecb(key, data, True)
-        media = {"encrypt_query_param": name, "encrypt_type": 1}
+        item = {"media": {"encrypt_query_param": name, "encrypt_type": 1}}
         if way == "hex":
-            return {"type": 2, "image_item": {"media": media, "aeskey": key.hex()}}
-        if way == "plain":
+            item["aeskey"] = key.hex()
+        elif way == "plain":
             self.media[name] = data
-            return {"type": 2, "image_item": {"media": media}}
-        text = key.hex().encode() if way == "base64 of hex" else key
-        media["aes_key"] = base64.b64encode(text).decode()
+        else:
+            text = key.hex().encode() if way == "base64 of hex" else key
+            item["media"]["aes_key"] = base64.b64encode(text).decode()
         if way == "url":
-            media["full_url"] = f"{self.url}/download?encrypted_query_param={name}"
-        return {"type": 2, "image_item": {"media": media}}
+            item["media"]["full_url"] = f"{self.url}/download?encrypted_query_param={name}"
+        return {"type": 2, "image_item": item}
 
     def handle(self, handler):
         name = handler.path.rpartition("/bot/")[2] if "/ilink/bot/" in handler.path else (
@@ -1447,21 +1414,6 @@ def pair(tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------
-# The first minute
-# ------------------------------------------------------------------------------------------------
-
-def test_four_lines_of_curl_start_an_account_and_read_the_echo(start):
-    controller = start("controller", typed=True)
-    assert controller.call("start_client", client="alice")["code"] == 0
-    assert controller.call("/local/login", client="alice")["code"] == 0
-    sent = controller.call("send_friend_message", client="alice", name="小冰", content="你好")
-    assert (sent["code"], sent["status"], sent["info"]) == (0, "发送成功", "发送正常")
-    echo = controller.call("check_event", client="alice")[-1]
-    assert (echo["class"], echo["content"], echo["sender"]) == ("recv", "你好", "小冰")
-    assert controller.stop() == 0
-
-
-# ------------------------------------------------------------------------------------------------
 # HTTP in, HTTP out, who may call, bad input
 # ------------------------------------------------------------------------------------------------
 
@@ -1559,11 +1511,10 @@ def chunked(body):
 # Requests that could be read in two ways, or that are none, or too large, and how each is refused.
 HOSTILE = [(status, asking(*fields)) for status, fields in [
     *((400, [b"Content-Length:" + length]) for length in (
-        b" 5, 5| +4| -1| 1_0| 0x4|| \xb2| \xd9\xa4| 4.0| 5,| 0 5| \"0\"|"
-        b" 99999999999999999999").split(b"|")),
+        b" 5, 5| +4| -1| 1_0|| \xb2| 0 5| 99999999999999999999").split(b"|")),
     *((501, [b"Transfer-Encoding:" + coding]) for coding in (
-        b" gzip, chunked| identity| chunked, chunked|| chunked,| ,chunked| chunked;q=1|"
-        b" \"chunked\"| chunked, gzip| xchunked").split(b"|")),
+        b" gzip, chunked| chunked, chunked|| ,chunked| chunked;q=1| \"chunked\"| xchunked"
+    ).split(b"|")),
     *((400, [field]) for field in (
         b"Transfer-Encoding: \x0bchunked", b"Transfer-Encoding: chunked\0",
         b"X: a\rContent-Length: 5", b"X: a\nContent-Length: 5", b"Content-Length : 5",
@@ -1582,12 +1533,12 @@ HOSTILE = [(status, asking(*fields)) for status, fields in [
     *((505, line) for line in (b"GET / HTTP/0.9", b"GET / HTTP/2.0")),
     *((400, line) for line in (
         b"GET /\0 HTTP/1.1|GET / HTTP/1.10|GET / http/1.1|get / HTTP/1.1|GET * HTTP/1.1|"
-        b"OPTIONS *x HTTP/1.1|GET openqq HTTP/1.1|CONNECT localhost:80 HTTP/1.1|GET  / HTTP/1.1|"
-        b"GET /a b HTTP/1.1|GET\t/\tHTTP/1.1|GET / HTTP/1.1 | GET / HTTP/1.1").split(b"|")),
+        b"OPTIONS *x HTTP/1.1|CONNECT localhost:80 HTTP/1.1|GET  / HTTP/1.1|GET\t/\tHTTP/1.1|"
+        b"GET / HTTP/1.1 | GET / HTTP/1.1").split(b"|")),
     *((400, b"GET " + url + b" HTTP/1.1") for url in (
-        b"http://evil@localhost/ http://a:b@localhost/ http://localhost:65536/ http://localhost:/ "
-        b"http://localhost:x/ http:///openqq/ http:// http://localhost#/ http://a\\@localhost/ "
-        b"http://local%68ost/ http:/localhost/ ftp://localhost/").split()),
+        b"http://a:b@localhost/ http://localhost:65536/ http://localhost:/ http:///openqq/ "
+        b"http://localhost#/ http://a\\@localhost/ http://local%68ost/ http:/localhost/ "
+        b"ftp://localhost/").split()),
 ]] + [(400, line + head + b"\r\n") for line, head in [
     *((INFO, b"Host:" + host + b"\r\n") for host in (
         b"", b" localhost/x", b" evil@localhost", b" localhost, evil.example", b" localhost:65536",
@@ -1601,9 +1552,8 @@ HOSTILE = [(status, asking(*fields)) for status, fields in [
     (b"GET /openqq/get_client_info\r\n", b""),
     (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n", b""),
 ]] + [(400, chunked(line + b"\r\nname=\r\n0\r\n\r\n")) for line in (
-    b"+5", b"-5", b"0x5", b"0_5", b"5 ", b"", b"5g", b"000000005", b"5;", b"5; \t", b"5;;a",
-    b"5;a;", b"5;=a", b"5;a=", b"5;a b", b'5;a="b', b'5;a="b"c', b"5;a\rb", b"5;a\0", b"5;a ",
-    b"5;a\nb", b"4", b"6")
+    b"+5", b"0x5", b"0_5", b"5 ", b"", b"5g", b"000000005", b"5;", b"5;;a", b"5;=a", b"5;a=",
+    b"5;a b", b'5;a="b', b'5;a="b"c', b"5;a\rb", b"5;a\0", b"5;a\nb", b"4", b"6")
 ] + [(400, chunked(b"5\r\nname=\r\n0" + trailer + b"\r\n\r\n")) for trailer in (
     b";", b"\r\nX: a\nb", b"\r\nX: a\rb", b"\r\nX: a\0", b"\r\nX: a\r\n b",
     b"\r\nGET / HTTP/1.1")
@@ -1656,7 +1606,7 @@ def test_connections_beyond_the_limit_are_told_so(start):
     [(status, _, body)] = split_answers(until_closed(client.port, b""))
     assert (status, json.loads(body)["status"]) == (503, "too many connections")
     kept[0].close()
-    assert eventually(lambda: b"HTTP/1.1 200" in exchange(
+    assert eventually(lambda: b"HTTP/1.1 200" in until_closed(
         client.port, asking(b"Connection: close")))
     kept[1].close()
 
@@ -1673,8 +1623,8 @@ def test_a_body_that_waits_for_leave_gets_it(pair):
             sock.sendall(body)
             [(status, _, found)] = split_answers(b"".join(iter(lambda: sock.recv(65536), b"")))
         assert (status, json.loads(found)[0]["name"]) == (200, "小冰")
+        # RFC 9110 10.1.1: a caller of HTTP/1.0 takes a 100 for its answer
         for other, expected in [(head.replace(b"100-Continue", b"200-ok"), 417),
-                                # RFC 9110 10.1.1: such a caller takes a 100 for its answer
                                 (head.replace(b"HTTP/1.1", b"HTTP/1.0") + body, 200)]:
             assert [row[0] for row in split_answers(until_closed(port, other))] == [expected]
 
@@ -1695,21 +1645,17 @@ def test_a_body_may_come_in_chunks(pair):
         assert json.loads(found[0][2])[0]["name"] == json.loads(found[1][2])[0]["name"] == "小冰"
 
 
-ABSOLUTE = [  # target, Host, status
-    ("http://127.0.0.1:4000/healthz", "evil.example", 200),
-    ("http://evil.example/healthz", "127.0.0.1", 200),
-    ("HTTP://LocalHost/openqq/check_client", "evil.example", 200),
-    ("https://localhost/openqq/check_client", "localhost", 200),
-    ("http://[::1]:4000/openqq/check_client", "evil.example", 200),
-    ("http://evil.example/openqq/check_client", "127.0.0.1", 403),
-    ("https://evil.example/openqq/check_client", "127.0.0.1", 403),
-    ("http://[::ffff:7f00:1]:4000/openqq/check_client", "127.0.0.1", 403),
-    ("http://evil.example?/../openqq/check_client", "127.0.0.1", 200),
-    ("http://localhost", "localhost", 200), ("http://localhost?x=/y", "localhost", 200)]
-
-
 def test_a_whole_url_as_target_counts_and_its_host_instead_of_host(pair):
-    for target, host, expected in ABSOLUTE:
+    for target, host, expected in [
+            ("http://127.0.0.1:4000/healthz", "evil.example", 200),
+            ("http://evil.example/healthz", "127.0.0.1", 200),
+            ("HTTP://LocalHost/openqq/check_client", "evil.example", 200),
+            ("https://localhost/openqq/check_client", "localhost", 200),
+            ("http://[::1]:4000/openqq/check_client", "evil.example", 200),
+            ("https://evil.example/openqq/check_client", "127.0.0.1", 403),
+            ("http://[::ffff:7f00:1]:4000/openqq/check_client", "127.0.0.1", 403),
+            ("http://evil.example?/../openqq/check_client", "127.0.0.1", 200),
+            ("http://localhost", "localhost", 200), ("http://localhost?x=/y", "localhost", 200)]:
         for line, fields in [(line_of(target), f"Host: {host}\r\nConnection: close\r\n"),
                              (line_of(target, version="1.0"), "")]:
             [(status, _, body)] = split_answers(until_closed(
@@ -1719,12 +1665,12 @@ def test_a_whole_url_as_target_counts_and_its_host_instead_of_host(pair):
         base = f"http://localhost:{port}"
         for origin, expected in [(base, 200), ("http://localhost", 403)]:
             status, _, body = raw_call(port, f"{base}/openqq/search_friend?{query}name={ICE}",
-                                  b"Origin: " + origin.encode())
+                                       b"Origin: " + origin.encode())
             assert (origin, status) == (origin, expected)
             assert status == 403 or json.loads(body)[0]["name"] == "小冰"
-        answers = [raw_call(port, target, method="OPTIONS")
-                   for target in ("*", "/", "http://a.example")]
-        assert [row[0] for row in answers] == [200, 200, 200]
+        answers = [raw_call(port, target, method="OPTIONS")[:2] for target in (
+            "*", "/", "http://a.example")]
+        assert [status for status, _ in answers] == [200, 200, 200]
         assert answers[0][1].keys() == answers[1][1].keys()
         assert answers[0][1]["access-control-allow-origin"] == "*"
 
@@ -1732,15 +1678,17 @@ def test_a_whole_url_as_target_counts_and_its_host_instead_of_host(pair):
 def test_http_1_0_needs_no_host_for_what_is_open(pair, guarded):
     def old(program, target, method="GET", fields=b""):
         data = line_of(target, method, "1.0") + fields + b"\r\n"
-        return split_answers(until_closed(program.port, data))[0]
+        [(status, _, body)] = split_answers(until_closed(program.port, data))
+        return status, body
 
     for program in (pair, guarded):
-        for path, expected in [("/healthz", 200), ("/", 200), ("/openqq/check_client", 403),
-                               ("/openqq/nope", 403), ("/local/world", 403)]:
-            assert (path, old(program, path)[0]) == (path, expected)
-        for target in ("/", "*", "/openqq/check_client"):  # HAProxy's plain check asks for /
-            assert old(program, target, "OPTIONS")[0] == 200
-    assert "Host" in json.loads(old(pair, "/openqq/check_client")[2])["reason"]
+        for method, target, expected in [
+                ("GET", "/healthz", 200), ("GET", "/", 200), ("GET", "/openqq/check_client", 403),
+                ("GET", "/openqq/nope", 403), ("GET", "/local/world", 403),
+                # HAProxy's plain check asks for /
+                *(("OPTIONS", target, 200) for target in ("/", "*", "/openqq/check_client"))]:
+            assert (target, old(program, target, method)[0]) == (target, expected)
+    assert "Host" in json.loads(old(pair, "/openqq/check_client")[1])["reason"]
     for token, expected in [(TOKEN, 200), (TOKEN + "x", 403)]:
         fields = b"Authorization: Bearer %b\r\n" % token.encode()
         assert old(guarded, "/openqq/check_client", fields=fields)[0] == expected
@@ -1791,10 +1739,10 @@ def test_head_answers_as_get_without_the_body_and_carries_nothing_out(pair):
 
 def test_a_client_answers_cors(pair):
     base = f"http://127.0.0.1:{pair.state('alice')['port']}"
+    asked = {"Origin": "http://elsewhere.example", "Sec-Fetch-Site": "cross-site",
+             "Access-Control-Request-Method": "POST"}
     for path in ("/", "/openqq/send_friend_message", "/nowhere"):
-        status, fields, body = request(base, path, "OPTIONS", headers={
-            "Origin": "http://elsewhere.example", "Sec-Fetch-Site": "cross-site",
-            "Access-Control-Request-Method": "POST"})
+        status, fields, body = request(base, path, "OPTIONS", headers=asked)
         assert (status, body, fields["access-control-allow-origin"]) == (200, b"", "*")
         assert fields["access-control-allow-methods"] == "OPTIONS, HEAD, GET, POST"
         assert fields["access-control-allow-headers"] == (
@@ -1807,16 +1755,16 @@ def test_jsonp_wraps_for_sound_names_only_and_nothing_is_done_for_others(pair):
     for port, query in ports_of(pair):
         base, path = f"http://127.0.0.1:{port}", f"/openqq/search_friend?{query}name={ICE}&"
         plain = request(base, path)[2]
-        for name in ("show", "$", "_x1", "jQuery311.cb_2", "a" * 64):
+        for name in ("$", "_x1", "jQuery311.cb_2", "a" * 64):
             status, fields, body = request(base, f"{path}datatype=jsonp&callback={name}")
             assert (status, body) == (200, name.encode() + b"(" + plain + b")")
             assert fields["content-type"] == "application/javascript"
             assert fields["x-content-type-options"] == "nosniff"
-            status, fields, body = request(base, f"{path}callback={name}")
-            assert (fields["content-type"], body) == (JSON, plain)
+        _, fields, body = request(base, f"{path}callback=show")
+        assert (fields["content-type"], body) == (JSON, plain)
         unnamed = request(base, path + "datatype=jsonp")[2]
         assert re.fullmatch(rb"jsoncallback1[0-9]{9}\(.*\)", unnamed, re.DOTALL)
-        for name in ("alert(1)", "小冰", "a%0d%0aX: y"):
+        for name in ("alert(1)", "小冰", "a\r\nX: y"):
             status, fields, body = request(
                 base, f"/openqq/send_friend_message?{query}name={ICE}&content=half-done&"
                 f"datatype=jsonp&callback={urllib.parse.quote(name)}")
@@ -1868,7 +1816,7 @@ def test_parameters_are_read_however_they_come(pair):
 
 NESTED = '{"name":' + "[" * 500 + "]" * 500 + "}"
 PART = b'------x1\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n------x1--\r\n'
-NO_TEXT, MISSING = "neither UTF-8 nor GB18030", "missing"
+NO_TEXT = "neither UTF-8 nor GB18030"
 BAD_PARAMETERS = [  # query, type of the body, body, and what the answer says
     *((query, None, None, "") for query in (
         "name=%zz", "name=%", "name=%E5%B", "%2=a", "name=a%00", "na%00me=a")),
@@ -1889,7 +1837,6 @@ BAD_PARAMETERS = [  # query, type of the body, body, and what the answer says
     ("", JSON, '{"content":"x"}'.encode("utf-16"), NO_TEXT),
     *(("", JSON, body, "half a character") for body in (  # which UTF-8 cannot spell
         '{"content":"\\ud800"}', '{"content":["a","\\udfff"]}', '{"\\udc80":"a"}')),
-    ("", FORM, "", MISSING), ("", FORM, "content=", MISSING),
     ("", FORM, "content=" + "x" * (1 << 20), "over"),
     ("", FORM, "content=" + "小" * 30_000, "over")]
 
@@ -1903,7 +1850,7 @@ def test_parameters_that_cannot_be_read_or_are_too_much_are_refused(pair):
             status, fields, answer = raw_call(port, f"{path}&{query}", kind=kind, body=body)
             assert (status, fields["content-type"]) == (400, JSON), (query, str(body)[:99], answer)
             answer = json.loads(answer)
-            assert (answer["code"] == 400 or says == MISSING) and says in answer["status"], answer
+            assert answer["code"] == 400 and says in answer["status"], answer
         long = "小" * 20_000
         assert json.loads(raw_call(port, path, kind=FORM, body="content=" + long)[2])["code"] == 0
         assert heard(pair) == [long, long]
@@ -1940,19 +1887,18 @@ def test_bytes_that_are_no_utf_8_but_gb18030_are_read_as_that(pair):
         assert raw_call(port, b"/openqq/\xb0\xa1\xff?" + prefix.encode())[0] == 403
 
 
-UNKNOWN = [("GET", "nope"), ("POST", "nope"), ("GET", "/nope"), ("POST", "get_friend_info"),
-           ("PUT", "send_friend_message"), ("DELETE", "stop_client"), ("PATCH", "relogin"),
-           ("TRACE", "get_client_info"), ("GET", "get_friend_info/"), ("GET", "GET_friend_info"),
-           ("GET", "../openqq/get_friend_info"), ("GET", "%00")]
-
-
 def test_unknown_paths_and_methods_are_answered_as_ever(pair):
     unknown = {"code": -1, "status": "api not found"}
     for port, query in ports_of(pair):
-        for method, name in UNKNOWN:
-            path = name if name.startswith("/") else "/openqq/" + name
+        for method, path in [
+                ("GET", "/nope"), ("DELETE", "/openqq/stop_client"), ("GET", "/openqq/nope"),
+                ("POST", "/openqq/nope"), ("POST", "/openqq/get_friend_info"),
+                ("PUT", "/openqq/send_friend_message"), ("PATCH", "/openqq/relogin"),
+                ("TRACE", "/openqq/get_client_info"), ("GET", "/openqq/get_friend_info/"),
+                ("GET", "/openqq/GET_friend_info"), ("GET", "/openqq/../openqq/get_friend_info"),
+                ("GET", "/openqq/%00")]:
             status, fields, body = request(f"http://127.0.0.1:{port}", f"{path}?{query}", method)
-            if port == pair.port and (path == "/nope" or name == "stop_client"):
+            if port == pair.port and path in ("/nope", "/openqq/stop_client"):
                 assert (json.loads(body), fields["content-type"]) == (unknown, JSON)
             else:
                 assert (body, fields["content-type"]) == (
@@ -1968,19 +1914,16 @@ def test_unknown_paths_and_methods_are_answered_as_ever(pair):
 
 # -- who may call
 
-LOCAL_HOSTS = ["localhost", "LocalHost:4000", "localhost.", "127.0.0.1", "127.0.0.1:1", "127.1",
-               "127.0.1", "127.1:4000", "127.8.9.10", "127.1.65535", "127.16777215", "[::1]",
-               "[::1]:4000", "bot.localhost", "a.b.LOCALHOST:65535"]
-OTHER_HOSTS = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0",
-               "0", "[::]", "10.0.0.1", "[fe80::1]", "[::ffff:10.0.0.1]", "xn--localhost",
-               "128.0.0.1", "localhost.evil.example:4000", "evil.example.127", "mylocalhost",
+LOCAL_HOSTS = ["LocalHost:4000", "localhost.", "127.0.0.1:1", "127.1", "127.0.1", "127.8.9.10",
+               "127.1.65535", "127.16777215", "[::1]:4000", "a.b.LOCALHOST:65535"]
+OTHER_HOSTS = ["localhost.evil.example:4000", "127.0.0.1.evil.example", "0.0.0.0", "0", "[::]",
+               "10.0.0.1", "[fe80::1]", "[::ffff:10.0.0.1]", "128.0.0.1", "evil.example.127",
+               "mylocalhost", ".localhost", "localhost..",
                # spellings of this machine to which some browser says less of who asks
-               "[::ffff:127.0.0.1]", "[::ffff:7f00:1]:4000", "[::FFFF:7F00:0001]", "[::127.0.0.1]",
-               "[0:0:0:0:0:ffff:7f00:1]", "[::7f00:1]", "[64:ff9b::127.0.0.1]", "[64:ff9b::7f00:1]",
-               "[0:0:0:0:0:0:0:1]", "[::0001]", "0.0.0.0:4000", "0x7f.0.0.1", "0x7f000001",
-               "0177.0.0.1", "127.0.0.01", "127.0x1", "2130706433", "017700000001", "127", "127.",
-               "127.0.0.1.", "127.256.0.1", "127.0.0.256", "127.1.2.3.4", ".localhost",
-               "localhost.."]
+               "[::ffff:127.0.0.1]", "[::ffff:7f00:1]:4000", "[::127.0.0.1]",
+               "[0:0:0:0:0:ffff:7f00:1]", "[64:ff9b::7f00:1]", "[0:0:0:0:0:0:0:1]", "[::0001]",
+               "0x7f.0.0.1", "0x7f000001", "0177.0.0.1", "127.0.0.01", "127.0x1", "2130706433",
+               "017700000001", "127", "127.", "127.0.0.1.", "127.256.0.1", "127.1.2.3.4"]
 OUTSIDERS = [("Forwarded", "for=1.2.3.4"), ("X-Forwarded-For", "127.0.0.1"),
              ("x-forwarded-host", "localhost"), ("X-Real-IP", ""), ("VIA", "1.1 proxy"),
              ("X-Forwarded-Proto", "https"), ("X-Forwarded-Host", "127.0.0.1"),
@@ -2019,31 +1962,28 @@ def test_strangers_change_nothing_and_see_only_what_is_open(pair):
                      f"/openqq/stop_client?{query}", f"/openqq/nope?{query}", "/nope"):
             status, _, body = request(f"http://127.0.0.1:{port}", path, headers=alien)
             assert (path, status, without_reason(body)) == (path, 403, FAILURE)
-    for path, status in [
+    for path, status, *post in [
             ("/openqq/start_client?client=alien", 403), ("/local/login?client=alice", 403),
             ("/local/world", 403), (f"/local/say?client=alice&from={ICE}&content=alien", 403),
             ("/local/change?do=add&what=person&uid=77&name=alien", 403),
-            ("/", 200), ("/local/scan?ticket=0", 404)]:
-        assert (path, request(pair.base, path, headers=alien)[0]) == (path, status)
-    assert request(pair.base, "/local/confirm", "POST", "ticket=0",
-                   {**alien, "Content-Type": FORM})[0] == 404
-    assert request(pair.base, "/local/link", "POST", b"{}", alien)[0] == 403
+            ("/", 200), ("/local/scan?ticket=0", 404),
+            ("/local/confirm", 404, "POST", "ticket=0"), ("/local/link", 403, "POST", "{}")]:
+        got = request(pair.base, path, *post, headers={**alien, "Content-Type": FORM})[0]
+        assert (path, got) == (path, status)
     assert "alien" not in heard(pair)
     assert "alien" not in json.dumps([pair.call("check_client"), pair.call("/local/world")])
 
 
 def test_the_peer_must_be_this_machine_whatever_the_host():
-    for peer, served in [
-            ("127.0.0.1", True), ("127.3.2.1", True), ("::1", True), ("::ffff:127.0.0.1", True),
-            ("10.0.0.1", False), ("192.0.2.1", False), ("::ffff:10.0.0.1", False),
-            ("fe80::1%lo", False), ("2001:db8::1", False), ("", False)]:
-        for fields in ({"host": "bot.example"}, {"host": "localhost"},
-                       {"host": "bot.example", "x-forwarded-host": "bot.example"}):
-            asked = openqq.Request("GET", "/", fields, b"", peer)
-            refused = contextlib.nullcontext() if served else pytest.raises(openqq.AuthFailure)
-            with refused as caught:
-                openqq.Gate("", ["bot.example"]).check(asked)
-            assert served or f"another machine, {peer}: set" in caught.value.answer()["reason"]
+    gate = openqq.Gate("", ["bot.example"])
+    for fields in ({"host": "bot.example"}, {"host": "localhost"},
+                   {"host": "bot.example", "x-forwarded-host": "bot.example"}):
+        for peer in "127.0.0.1", "127.3.2.1", "::1", "::ffff:127.0.0.1":
+            gate.check(openqq.Request("GET", "/", fields, b"", peer))
+        for peer in ("10.0.0.1", "192.0.2.1", "::ffff:10.0.0.1", "fe80::1%lo", "2001:db8::1", ""):
+            with pytest.raises(openqq.AuthFailure) as caught:
+                gate.check(openqq.Request("GET", "/", fields, b"", peer))
+            assert f"another machine, {peer}: set" in caught.value.answer()["reason"]
 
 
 OURS, NAMED = "Host: bot.example", "X-Forwarded-Host: bot.example"
@@ -2062,8 +2002,7 @@ ALLOWED_CALLS = {  # what a 403's reason names, "" if it is served -> fields of 
          NAMED + "|Origin: https://bot.example", NAMED + "|Sec-Fetch-Site: same-origin",
          "X-Forwarded-Host: bot.example:443|Origin: https://bot.example"],
     **{f"Host, {host},": [f"Host: {host}", f"Host: {host}|{NAMED}"] for host in (
-        "bot.example.", "a.bot.example", "bot.example.evil.example", "[::]", "example",
-        "evil.example", "[::ffff:7f00:1]")},
+        "bot.example.", "a.bot.example", "bot.example.evil.example", "[::]", "[::ffff:7f00:1]")},
     "https://bot.example": ["Host: bot.example:80|Origin: https://bot.example"],
     "another site": [
         "Host: bot.example:8443|Origin: https://bot.example",
@@ -2077,16 +2016,12 @@ ALLOWED_CALLS = {  # what a 403's reason names, "" if it is served -> fields of 
         "X-Forwarded-For: 192.0.2.1", OURS + "|X-Forwarded-For: 192.0.2.1", "X-Forwarded-Host: ",
         OURS + "|Forwarded: host=bot.example;proto=https", OURS + "|X-Forwarded-Proto: https"],
     **{f"({name.lower()})": [f"{OURS}|{name}: 192.0.2.1"] for name in (
-        "Via", "X-Real-IP", "X-Client-IP", "CF-Connecting-IP", "Forwarded-For",
-        "X-Forwarded-Port")},
+        "Via", "X-Real-IP", "X-Client-IP", "CF-Connecting-IP", "X-Forwarded-Port")},
     **{f"'{name}'": [f"{OURS}|X-Forwarded-Host: {name}"] for name in (
-        "evil.example", "localhost", "127.0.0.1", "bot.example, evil.example",
-        "evil.example, bot.example", "bot.example, bot.example", "x@bot.example")},
+        "localhost", "bot.example, evil.example", "evil.example, bot.example", "x@bot.example")},
     "'\\x9b2J'": ["X-Forwarded-Host: \x9b2J"],
     "plain http": [f"{NAMED}|{said}" for said in (
-        "X-Forwarded-Proto: http", "X-Forwarded-Proto: https, http",
-        "X-Forwarded-Proto: http,https", "X-Forwarded-Proto: ",
-        "Forwarded: for=192.0.2.1;proto=http",
+        "X-Forwarded-Proto: https, http", "X-Forwarded-Proto: http,https", "X-Forwarded-Proto: ",
         'Forwarded: proto=https, for=x;PROTO = "http"',
         "Forwarded: proto=http|X-Forwarded-Proto: https", "X-Forwarded-Ssl: off", "X-Scheme: http",
         "X-Url-Scheme: http", "X-Forwarded-Scheme: http", "Front-End-Https: off",
@@ -2116,14 +2051,14 @@ def test_an_allowed_host_lets_its_own_servers_calls_in_and_no_others(start):
     hosted.log.wait("what a server on it passes on that is called bot.example or www.bot.example")
 
 
-@pytest.mark.parametrize("value", [
-    "*", "*.example", "bot.example:443", "http://bot.example", "bot.example/", "u@bot.example",
-    "a..b", ".example", "bot.example.", "-a.example", "a-.example", "127.0.0.1", "0.0.0.0", "0",
-    "0x7f.1", "0x7f000001", "192.0.2.1", "[::]", "::1", "机器人.example", "a" * 254, "a;b"])
-def test_allowed_hosts_are_names_and_nothing_else(value):
-    for text in (value, "bot.example, " + value):
-        with pytest.raises(ValueError, match="allowed_hosts .* must be host names such as"):
-            openqq.SETTINGS["allowed_hosts"].parse(text)
+def test_allowed_hosts_are_names_and_nothing_else():
+    for value in ("*", "*.example", "bot.example:443", "http://bot.example", "bot.example/",
+                  "u@bot.example", "a..b", ".example", "bot.example.", "-a.example", "a-.example",
+                  "127.0.0.1", "0", "0x7f.1", "0x7f000001", "[::]", "::1", "机器人.example",
+                  "a" * 254, "a;b"):
+        for text in (value, "bot.example, " + value):
+            with pytest.raises(ValueError, match="allowed_hosts .* must be host names such as"):
+                openqq.SETTINGS["allowed_hosts"].parse(text)
 
 
 def test_why_a_call_is_refused_is_logged_once_per_cause(start):
@@ -2154,7 +2089,7 @@ def guarded(tmp_path_factory):
              str(tmpdir / "ours.py"), "--backend_path", str(tmpdir / "ours.dat")]
     program = Program(tmpdir, "controller", *words, env={
         "OPENQQ_TOKEN": TOKEN, "http_proxy": proxy.url, "HTTP_PROXY": proxy.url,
-        "all_proxy": proxy.url}, typed=True).ready()
+        "all_proxy": proxy.url}).ready()
     program.proxied = proxy.seen
     try:
         assert program.call("start_client", client="alice", token=TOKEN)["code"] == 0
@@ -2210,30 +2145,23 @@ def test_with_a_token_who_knows_it_is_served_from_anywhere_and_nobody_else(guard
 
 
 def test_the_token_shows_in_no_answer_and_no_log(guarded):
-    spellings = [TOKEN.encode(), urllib.parse.quote(TOKEN).encode(), b"s3cr3t"]
-    token, answers = urllib.parse.quote(TOKEN), []
+    token, places = urllib.parse.quote(TOKEN), []
     for port, query in ports_of(guarded, token=TOKEN):
         for path in ("get_client_info?", "check_client?", "start_client?", "nope?",
                      "search_friend?", "send_friend_message?", "start_client?tokens=x&"):
-            answers.append(request(f"http://127.0.0.1:{port}",
-                                   f"/openqq/{path}{query}access_token={token}&token={token}"))
-    places = {f"answer {n}": repr(answer[1]).encode() + answer[2]
-              for n, answer in enumerate(answers)}
-    places["log"] = guarded.log.text().encode() + guarded.out.text().encode()
-    places["ps"] = subprocess.run(
-        ["ps", "-ww", "-o", "args=", "-p", str(json.loads(answers[0][2])["pid"])],
-        stdout=subprocess.PIPE, check=True).stdout
-    assert places["ps"].strip() and "get_client_info" in places["log"].decode()
-    assert [place for place, data in places.items()
-            if any(spelling in data for spelling in spellings)] == []
+            _, fields, body = request(f"http://127.0.0.1:{port}",
+                                      f"/openqq/{path}{query}access_token={token}&token={token}")
+            places += [repr(fields), body.decode()]
+    places += [guarded.log.text(), guarded.out.text(), subprocess.run(
+        ["ps", "-ww", "-o", "args=", "-p", str(json.loads(places[1])["pid"])],
+        stdout=subprocess.PIPE, check=True).stdout.decode()]
+    assert places[-1].strip() and "get_client_info" in places[-3]
+    for place in places:
+        for spelling in TOKEN, token, "s3cr3t":
+            assert spelling not in place
 
 
 # -- names and settings that callers may not give
-
-BAD_NAMES = ["..", ".", "../x", "../../x", "/etc/x", "a/b", "a\\b", ".hidden", "a b", "a\nb",
-             "a" * 65, "a:b", "a*", "é", "a\u202eb", "%2e%2e%2fx", "a;b", "$(id)", "a\x7f",
-             "con", "NUL", "aux.txt", "com1", "Lpt9.a.b", "bob."]
-
 
 def files_beside(tmpdir):
     """Files around a tmpdir, none of which may come or go but those of other test runs."""
@@ -2244,7 +2172,9 @@ def files_beside(tmpdir):
 
 
 def test_a_name_is_no_path(pair):
-    for name in BAD_NAMES:
+    for name in ("..", "../../x", "/etc/x", "a/b", "a\\b", ".hidden", "a b", "a\nb", "a" * 65,
+                 "a:b", "a*", "é", "a\u202eb", "%2e%2e%2fx", "a;b", "$(id)", "a\x7f", "con",
+                 "NUL", "aux.txt", "com1", "Lpt9.a.b", "bob."):
         for path in ("start_client", "stop_client", "delete_client", "check_client", "get_qrcode",
                      "get_friend_info", "/local/login"):
             answer = pair.call(path, client=name)
@@ -2270,11 +2200,9 @@ NOT_FOR_CALLERS = [*(pair.split("=") for pair in (
     "send_interval=1e9").split()), ("", "x"), ("post_api", "http://x/\r\nA: b"),
     ("log_head", "a\nb"), ("log_head", "\x1b[31m")]
 BAD_PATHS = ["/etc/x", "{tmpdir}/../x", "{tmpdir}", "../x", "~/x", "{tmpdir}x/y", "{tmpdir}/out/x",
-             "{tmpdir}/.x", "{tmpdir}/mojo_webqq_controller_process.pid",
-             "{tmpdir}/mojo_webqq_controller_backend.dat", "{tmpdir}/mojo_webqq_local.json",
+             "{tmpdir}/.x", "{tmpdir}/mojo_webqq_local.json",
              "{tmpdir}/mojo_webqq_controller_template.py", "{tmpdir}/mojo_webqq_cookie_alice.dat",
              "{tmpdir}/sub/../mojo_webqq_state_alice.json",
-             "{tmpdir}/mojo_webqq_post_mallory.jsonl",
              "{tmpdir}/mojo_webqq_cookie_mallory.dat/../../x", "{tmpdir}/ours.py",
              "{tmpdir}/ours.dat", "{tmpdir}/in", "{tmpdir}/OURS.py", "{tmpdir}/Mojo_webqq_x.dat",
              "{tmpdir}/nul.txt", "{tmpdir}/out:x"]
@@ -2283,9 +2211,12 @@ BAD_PATHS = ["/etc/x", "{tmpdir}/../x", "{tmpdir}", "../x", "~/x", "{tmpdir}x/y"
 def test_start_client_refuses_what_callers_may_not_set(guarded, tmp_path):
     os.symlink(str(tmp_path), os.path.join(guarded.tmpdir, "out"))
     os.symlink("ours.py", os.path.join(guarded.tmpdir, "in"))
-    with open(os.path.join(guarded.tmpdir, "ours.py"), "rb") as file:
-        template = file.read()
-    before = files_beside(guarded.tmpdir)
+
+    def template():
+        with open(os.path.join(guarded.tmpdir, "ours.py"), "rb") as file:
+            return file.read()
+
+    before = files_beside(guarded.tmpdir), template()
     for name, value in NOT_FOR_CALLERS + [
             (name, path.format(tmpdir=guarded.tmpdir)) for path in BAD_PATHS
             for name in ("log_path", "cookie_path", "state_path", "qrcode_path", "pid_path",
@@ -2293,9 +2224,7 @@ def test_start_client_refuses_what_callers_may_not_set(guarded, tmp_path):
         answer = guarded.call("start_client", token=TOKEN, client="mallory", **{name: value})
         assert (name, value, answer["code"]) == (name, value, 6)
         assert "not allowed" in answer["status"]
-    with open(os.path.join(guarded.tmpdir, "ours.py"), "rb") as file:
-        assert file.read() == template
-    assert files_beside(guarded.tmpdir) == before and os.listdir(str(tmp_path)) == []
+    assert (files_beside(guarded.tmpdir), template()) == before and not os.listdir(str(tmp_path))
     assert "mallory" not in [row["account"] for row in guarded.call(
         "check_client", token=TOKEN)["client"]]
 
@@ -2428,8 +2357,7 @@ def test_connections_out_are_used_again_and_only_reads_repeated_on_a_fresh_one(u
 def test_a_connection_that_the_server_has_ended_is_not_used(upstream):
     server = upstream([good(b"one")], [good(b"two")])
     assert openqq.fetch(server.url).read() == b"one"
-    assert eventually(lambda: openqq.has_ended(
-        openqq.TRANSPORT.pool._idle[("http", f"127.0.0.1:{server.port}", None)][0][1]))
+    assert eventually(lambda: connections(server.port, ("08",), side=1))
     assert openqq.fetch(server.url, "POST", body=b"x").read() == b"two"
 
 
@@ -2453,7 +2381,7 @@ def test_what_takes_too_long_ends_at_the_deadline(upstream):
                        b"x")))
     deaf = upstream([lambda sock: deaf.ended.wait(8.0)])
     with pytest.raises(openqq.TooSlow):
-        openqq.fetch(deaf.url, "POST", body=b"x" * (32 << 20), seconds=0.5)
+        openqq.fetch(deaf.url, "POST", body=b"x" * (16 << 20), seconds=0.4)
 
 
 def test_what_is_never_called_are_link_local_and_metadata_addresses_and_none_beside_them():
@@ -2502,27 +2430,8 @@ def test_posts_are_not_redirected_to_others(guarded, receive):
     assert other.posts == []
 
 
-def fetched(urls, **env):
-    """What a new process fetches from some URLs, a line each; `env`: its proxies."""
-    code = ("import ssl, sys; sys.path.insert(0, sys.argv[1]); import openqq\n"
-            "ssl.create_default_context = ssl._create_unverified_context\n"
-            "for url in sys.argv[2:]: print(openqq.fetch(url).read().decode())")
-    done = subprocess.run(
-        [sys.executable, "-c", code, HERE, *urls], stdout=subprocess.PIPE, check=True, timeout=WAIT,
-        env={**{name: value for name, value in os.environ.items()
-                if not name.lower().endswith("_proxy")}, **env})
-    return done.stdout.decode().splitlines()
-
-
-def test_the_environments_proxy_serves_others_but_not_this_machine(upstream):
-    server, proxy = upstream(*[[good(b"direct")]] * 2), upstream([good(b"by proxy")])
-    assert fetched([server.url, f"http://localhost:{server.port}/", "http://bot.example/x?y"],
-                   http_proxy=proxy.url) == ["direct", "direct", "by proxy"]
-    assert proxy.seen[0][1].startswith(b"GET http://bot.example/x?y HTTP/1.1\r\n"
-                                       b"Host: bot.example\r\n")
-
-
-def test_what_a_proxy_must_know_goes_no_further_than_the_proxy(upstream, tmp_path):
+def test_the_environments_proxy_serves_others_only_and_its_secret_goes_no_further(
+        upstream, tmp_path):
     context, inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), []
     context.load_cert_chain(put(tmp_path / "tls.pem", TEST_PEM))
 
@@ -2533,38 +2442,43 @@ def test_what_a_proxy_must_know_goes_no_further_than_the_proxy(upstream, tmp_pat
             tls.sendall(good(b"through"))
             tls.recv(1)
 
-    proxy = upstream([tunnel])
-    assert fetched(["https://bot.example/x?y"],
-                   https_proxy=proxy.url.replace("//", "//me:secret@")) == ["through"]
-    assert proxy.seen[0][1].startswith(b"CONNECT bot.example:443 HTTP/1.1\r\n")
-    assert b"Proxy-Authorization: Basic bWU6c2VjcmV0" in proxy.seen[0][1]
+    server, proxy = upstream(*[[good(b"direct")]] * 2), upstream([good(b"by proxy")], [tunnel])
+    code = ("import ssl, sys; sys.path.insert(0, sys.argv[1]); import openqq\n"
+            "ssl.create_default_context = ssl._create_unverified_context\n"
+            "for url in sys.argv[2:]: print(openqq.fetch(url).read().decode())")
+    env = {name: value for name, value in os.environ.items()
+           if not name.lower().endswith("_proxy")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, HERE, server.url, f"http://localhost:{server.port}/",
+         "http://bot.example/x?y", "https://bot.example/x?y"], stdout=subprocess.PIPE, check=True,
+        timeout=WAIT, env={**env, "http_proxy": proxy.url,
+                           "https_proxy": proxy.url.replace("//", "//me:secret@")})
+    assert done.stdout.decode().splitlines() == ["direct", "direct", "by proxy", "through"]
+    (_, plain), (_, secret) = proxy.seen
+    assert plain.startswith(b"GET http://bot.example/x?y HTTP/1.1\r\nHost: bot.example\r\n")
+    assert secret.startswith(b"CONNECT bot.example:443 HTTP/1.1\r\n")
+    assert b"Proxy-Authorization: Basic bWU6c2VjcmV0" in secret
     assert inside[0].startswith(b"GET /x?y HTTP/1.1\r\nHost: bot.example\r\n")
     assert b"proxy" not in inside[0].lower()
 
 
 # -- the proxy to the clients
 
-SAME = ["get_user_info", "get_friend_info", "get_group_info", "get_discuss_info", "nope",
-        "search_friend", f"search_friend?name={ICE}", f"search_friend?name={ICE}&datatype=jsonp"
-        "&callback=f", "search_friend?datatype=jsonp&callback=1", "search_group?name=OpenQQ",
-        "send_friend_message?name=nobody&content=x", f"send_friend_message?name={ICE}",
-        "kick_group_member", "shutup_group_member?group_id=1", "send_sess_message?content=x"]
-
-
 def test_the_controller_gives_a_clients_answers_byte_for_byte(pair):
     (direct, _), (through, query) = ports_of(pair)
-    for path in SAME:
-        for prefix, method in [("openqq", "GET"), ("openwx", "GET"), ("openqq", "POST"),
-                               ("openqq", "HEAD")]:
-            path = path + ("" if "?" in path else "?")
-            one = request(f"http://127.0.0.1:{direct}", f"/{prefix}/{path}", method)
-            two = request(f"http://127.0.0.1:{through}", f"/{prefix}/{path}&{query}", method)
-            assert one[0] == two[0] and one[2] == two[2], path
-            for fields in (one[1], two[1]):
-                fields.pop("date")
-                if method == "HEAD" and one[0] == 403:  # there is no GET to compare it with
-                    fields.pop("content-length")
-            assert one[1] == two[1], path
+    paths = ["get_user_info?", "get_group_info?", "nope?", "search_friend?",
+             f"search_friend?name={ICE}&datatype=jsonp&callback=f", "kick_group_member?",
+             "search_friend?datatype=jsonp&callback=1", "send_sess_message?content=x",
+             "send_friend_message?name=nobody&content=x", f"send_friend_message?name={ICE}"]
+    for path, (prefix, method) in itertools.product(paths, [
+            ("openqq", "GET"), ("openwx", "GET"), ("openqq", "POST"), ("openqq", "HEAD")]):
+        one = request(f"http://127.0.0.1:{direct}", f"/{prefix}/{path}", method)
+        two = request(f"http://127.0.0.1:{through}", f"/{prefix}/{path}&{query}", method)
+        for fields in one[1], two[1]:
+            fields.pop("date")
+            if method == "HEAD" and one[0] == 403:  # there is no GET to compare it with
+                fields.pop("content-length")
+        assert one == two, path
 
 
 def connections(port, states=("01",), side=0):
@@ -2596,56 +2510,59 @@ def test_a_caller_who_leaves_frees_the_clients_waiter_and_takes_no_event_with_it
 def test_connections_to_clients_that_nobody_calls_cost_no_descriptors_and_end(tmp_path):
     process, log, port = run_with_files(200, 200, tmp_path, "controller")
     base, names = f"http://127.0.0.1:{port}", [f"client{number}" for number in range(3)]
-    program, statuses = types.SimpleNamespace(call=functools.partial(call, base)), []
+    program = types.SimpleNamespace(call=functools.partial(call, base))
 
-    def wait_for_an_event(name):
-        statuses.append(request(base, f"/openqq/check_event?client={name}")[0])
+    def clients():
+        return {row["account"]: row for row in call(base, "check_client")["client"]}
 
     def open_to(name):
-        return connections(ports[name], ("01", "08"), side=1)
+        return connections(known[name]["port"], ("01", "08"), side=1)
 
     try:
         for name in names:
             assert call(base, "start_client", client=name, login_type="login", pwd="x")["code"] == 0
-        assert eventually(lambda: {row["state"] for row in call(base, "check_client")["client"]}
-                          == {"running"})
-        clients = {row["account"]: row for row in call(base, "check_client")["client"]}
-        ports = {name: clients[name]["port"] for name in names}
-        for name in names:
-            heard(program, name)
-            waiting = [threading.Thread(target=wait_for_an_event, args=(name,)) for _ in range(60)]
-            for thread in waiting:
-                thread.start()
-            eventually(lambda: connections(ports[name]) >= 60 or len(statuses) % 60)
-            call(base, "send_friend_message", client=name, name="小冰", content="go")
-            for thread in waiting:
-                thread.join()
-        assert statuses == [200] * 180
+        assert eventually(lambda: {row["state"] for row in clients().values()} == {"running"})
+        known = clients()
+        with concurrent.futures.ThreadPoolExecutor(60) as pool:
+            for name in names:
+                heard(program, name)
+                waiting = [pool.submit(request, base, f"/openqq/check_event?client={name}")
+                           for _ in range(60)]
+                assert eventually(lambda: connections(known[name]["port"]) >= 60)
+                left = waiting
+                while left:  # a request that came after one event is answered by the next
+                    call(base, "send_friend_message", client=name, name="小冰", content="go")
+                    left = concurrent.futures.wait(waiting, 1.0).not_done
+                assert {answer.result(WAIT)[0] for answer in waiting} == {200}
         assert "could not be taken" not in log.text()
 
-        assert open_to(names[-1])
-        os.kill(int(clients[names[-1]]["pid"]), signal.SIGKILL)
-        assert eventually(lambda: call(base, "check_client", client=names[-1])["client"][0]["pid"]
-                          != clients[names[-1]]["pid"])
-        assert not open_to(names[-1])
-        call(base, "get_friend_info", client=names[0])
-        call(base, "stop_client", client=names[0])
-        assert not open_to(names[0])
+        first, second, last = names
+        assert open_to(last)
+        os.kill(int(known[last]["pid"]), signal.SIGKILL)
+        assert eventually(lambda: clients()[last]["pid"] != known[last]["pid"])
+        assert not open_to(last)
+        call(base, "get_friend_info", client=first)
+        call(base, "stop_client", client=first)
+        assert not open_to(first)
         assert eventually(lambda: not any(map(open_to, names)))
-        assert call(base, "get_friend_info", client=names[1])
+        assert call(base, "get_friend_info", client=second)
     finally:
         process.terminate()
         assert process.wait(WAIT) == 0
 
 
 def test_idle_connections_out_are_closed(upstream, monkeypatch):
-    monkeypatch.setattr(openqq, "LINE_SECONDS", 1.0)
-    hung_up = []
-    servers = [upstream([good(b""), lambda sock: None]) for _ in range(3)]
-    for server in servers:
-        server._read = lambda sock, read=server._read: read(sock) or hung_up.append(1) or b""
-        openqq.fetch(server.url)
-    assert eventually(lambda: len(hung_up) == 3)
+    monkeypatch.setattr(openqq, "LINE_SECONDS", 0.4)
+    ended = threading.Semaphore(0)
+
+    def until_hung_up(sock):
+        sock.sendall(good(b""))
+        assert not sock.recv(1)
+        ended.release()
+
+    for _ in range(3):
+        openqq.fetch(upstream([until_hung_up]).url)
+    assert all(ended.acquire(timeout=WAIT) for _ in range(3))
 
 
 def test_a_dead_client_is_a_502(start):
@@ -2667,28 +2584,20 @@ def test_a_dead_client_is_a_502(start):
     assert "Traceback" not in controller.log.text()
 
 
-class Gateway:
-    """A server of the program's own that passes all on to an Upstream; `said` are its warnings."""
-
-    def __init__(self, port):
-        self.said = []
-        log = openqq.Log("", "fatal")
-        log.keep = self.said.append
-        app = openqq.App(openqq.Gate(""), log, [], lambda request: openqq.pass_on(request, port))
-        self.server = openqq.Server(openqq.listen("127.0.0.1", 0), app, log, 9)
-        self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
 @pytest.fixture
 def gateway(upstream):
-    """gateway(script …) makes an Upstream and a Gateway to it, which end with the test."""
+    """gateway(script …): an Upstream, and a server of ours that passes all on to it: its port,
+    and in `said` its warnings."""
     with contextlib.ExitStack() as ends:
         def begin(*script):
-            server = upstream(*script)
-            gate = Gateway(server.port)
-            ends.callback(gate.server.shutdown)
-            return server, gate
+            server, log, said = upstream(*script), openqq.Log("", "fatal"), []
+            log.keep = said.append
+            app = openqq.App(openqq.Gate(""), log, [],
+                             lambda request: openqq.pass_on(request, server.port))
+            gate = openqq.Server(openqq.listen("127.0.0.1", 0), app, log, 9)
+            threading.Thread(target=gate.serve_forever, daemon=True).start()
+            ends.callback(gate.shutdown)
+            return server, types.SimpleNamespace(port=gate.server_address[1], said=said)
 
         yield begin
 
@@ -2747,8 +2656,7 @@ def test_streams_are_passed_on_piece_by_piece(gateway):
 # -- whatever comes
 
 FUZZ_SEEDS = [
-    asking(), asking(line=line_of("/openqq/get_friend_info?client=alice", "HEAD", "1.0")),
-    asking(line=line_of(f"/openqq/search_friend?client=alice&name={ICE}")),
+    asking(line=line_of("/openqq/get_friend_info?client=alice", "HEAD", "1.0")),
     asking(b"Content-Length: 27", b"Content-Type: " + FORM.encode(),
            line=line_of("/openqq/search_group", "POST")) + b"client=alice&name=OpenQQ%20",
     asking(b"Transfer-Encoding: chunked", b"Content-Type: application/json",
@@ -2766,22 +2674,10 @@ SPICE = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"%", b"%00", b"\xff",
          b"\\ud800", b"A" * 300, b"\r\n\r\n", b"HTTP/1.0", b"OPTIONS", b"callback=("]
 
 
-def mutated(chance):
-    """A request with one to six small faults."""
-    data = chance.choice(FUZZ_SEEDS)
-    for _ in range(chance.randint(1, 6)):
-        where = chance.randrange(len(data) + 1)
-        much = chance.choice([0, 0, 1, 1, 4, 30])
-        put = chance.choice([b"", chance.choice(SPICE), bytes([chance.randrange(256)]),
-                             data[where:where + 9]])
-        data = data[:where] + put + data[where + much:]
-    return data * chance.choice([1, 1, 1, 2])
-
-
 def test_whatever_comes_the_servers_live_on(pair):
-    """A fixed seed, so that what fails once fails again; the seeds name nothing that stops."""
+    """Requests with small faults; a fixed seed, so that what fails once fails again."""
     chance = random.Random(4000)
-    [(client, _), (controller, _)] = ports_of(pair)
+    ports = [port for port, _ in ports_of(pair)]
     pids = [pair.pid, pair.state("alice")["pid"], pair.state("bob")["pid"]]
 
     def burden():
@@ -2790,9 +2686,15 @@ def test_whatever_comes_the_servers_live_on(pair):
     for name in ("alice", "bob"):
         heard(pair, name)
     before = burden()
-    for _ in range(much(200, 5000)):
-        for port in (client, controller):
-            answer = until_closed(port, mutated(chance), ending=True)
+    for _ in range(much(120, 5000)):
+        for port in ports:
+            data = chance.choice(FUZZ_SEEDS)
+            for _ in range(chance.randint(1, 6)):
+                where = chance.randrange(len(data) + 1)
+                put = chance.choice([b"", chance.choice(SPICE), bytes([chance.randrange(256)]),
+                                     data[where:where + 9]])
+                data = data[:where] + put + data[where + chance.choice([0, 0, 1, 1, 4, 30]):]
+            answer = until_closed(port, data * chance.choice([1, 1, 1, 2]), ending=True)
             assert not answer or re.match(rb"HTTP/1\.1 [1-5][0-9][0-9] ", answer)
             assert b"HTTP/1.1 500" not in answer
     for name in ("alice", "bob"):
@@ -2830,12 +2732,7 @@ STATES = ("online", "offline", "away", "hidden", "busy", "callme", "silent")
 CLIENT_TYPES = ("pc", "mobile", "iphone", "web", "unknown")
 NUMBERS = ("pid", "port", "runtime", "starttime", "max_member", "max_admin", "priority", "code",
            "call_on_load", "auto_call")
-ECHO_KEYS = "class content id post_type receiver receiver_id receiver_uid sender sender_id " \
-            "sender_uid time type"
-SENT_KEYS = "class code content from id info msg post_type sender sender_id sender_uid source " \
-            "time ttl type"
-PEER_KEYS = " receiver receiver_id receiver_uid"
-CIRCLE_KEYS = {"group": " group group_id group_uid", "discuss": " discuss discuss_id"}
+CIRCLE_KEYS = {"group": "group group_id group_uid", "discuss": "discuss discuss_id"}
 
 
 class Face:
@@ -2953,30 +2850,31 @@ def logged_in(face):
     return face
 
 
-@pytest.fixture(scope="session")
-def alone(tmp_path_factory):
-    """A client alone, alice running."""
-    receiver = Receiver()
-    face = logged_in(begin_face(False, tmp_path_factory.mktemp("alone"), receiver,
-                                post_event_list=ALL_EVENTS))
+@contextlib.contextmanager
+def faces_of(directory, controlled, receivers):
+    """alice, logged in and posting all events, of a program that ends well."""
+    face = logged_in(begin_face(controlled, directory, receivers[0], post_event_list=ALL_EVENTS))
     yield face
     assert face.program.stop() == 0
     assert "Traceback" not in face.program.log.text()
-    receiver.close()
+    for receiver in receivers:
+        receiver.close()
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """A client alone, alice running."""
+    with faces_of(tmp_path_factory.mktemp("alone"), False, [Receiver()]) as face:
+        yield face
 
 
 @pytest.fixture(scope="session")
 def together(tmp_path_factory):
     """A controller with alice (all events posted) and bob (the usual ones): their faces."""
     receivers = [Receiver(), Receiver()]
-    alice = logged_in(begin_face(True, tmp_path_factory.mktemp("together"), receivers[0],
-                                 post_event_list=ALL_EVENTS))
-    alice.program.login("bob", post_api=receivers[1].url)
-    yield alice, Face(alice.program, "bob", receivers[1], True)
-    assert alice.program.stop() == 0
-    assert "Traceback" not in alice.program.log.text()
-    for receiver in receivers:
-        receiver.close()
+    with faces_of(tmp_path_factory.mktemp("together"), True, receivers) as alice:
+        alice.program.login("bob", post_api=receivers[1].url)
+        yield alice, Face(alice.program, "bob", receivers[1], True)
 
 
 @pytest.fixture(scope="session")
@@ -3041,16 +2939,16 @@ def test_everything_that_is_read_has_the_documented_fields_and_types(face):
     user = face.call("get_user_info")
     assert_object(user, "user")
     assert (user["account"], user["name"], user["state"]) == ("alice", "alice", "online")
-    assert user["uid"] != user["id"]
     for api, kind, with_members in LISTS:
         rows = face.call(api)
         assert rows, api
         for row in rows:
             assert_object(row, kind)
             assert bool(row.get("member")) == bool(with_members), api
-    names = [row["name"] for row in face.call("get_friend_info")]
-    assert {"小冰", "小灰"} <= set(names) and "alice" not in names
-    assert all(row["uid"] != row["id"] for row in face.call("get_friend_info"))
+    friends = face.call("get_friend_info")
+    names = {row["name"] for row in friends}
+    assert {"小冰", "小灰"} <= names and "alice" not in names
+    assert all(row["uid"] != row["id"] for row in [user, *friends])
 
 
 def test_the_first_account_owns_the_group_openqq_and_the_second_attends(alone, together):
@@ -3118,12 +3016,11 @@ def test_get_client_info_tells_about_the_program(face):
 def test_numeric_ids_makes_numbers_of_all_ids_at_once(house, receive):
     face = Face(house, "ida", receive(), True)
     house.login("ida", numeric_ids=1, post_api=face.receiver.url)
-    assert_object(face.call("get_user_info"), "user", True)
-    for api, kind, _ in LISTS:
-        for row in face.call(api):
-            assert_object(row, kind, True)
     friend = face.friend("小冰")
-    assert_object(friend, "friend", True)
+    for kind, rows in [("user", [face.call("get_user_info")]), ("friend", [friend]),
+                       *((kind, face.call(api)) for api, kind, _ in LISTS)]:
+        for row in rows:
+            assert_object(row, kind, True)
     sent = face.call("send_friend_message", id=friend["id"], content="数")
     own, echo = face.both("数")
     for message in echo, own:
@@ -3241,51 +3138,32 @@ def test_messages_sent_and_their_echoes_after_them_have_exactly_the_documented_m
     known = those_known(face, "小冰")
     user, echo = known["user"], known["friend"]
     for number, (kind, keys) in enumerate(EACH_KIND):
-        via = {"group": "group", "discuss": "discuss"}.get(
-            kind, "" if kind == "friend" else "group" if "group_uid" in keys else "discuss")
+        via = next((via for via in ("group", "discuss") if via in keys), "")
         content, before = f"小冰 {number}", int(time.time())
         answer = face.call(f"send_{kind}_message", content=content, **filled(keys, known))
         sent, heard = face.both(content)
-        own = CIRCLE_KEYS.get(via, "") + (" via" if kind == "sess" else "")
-        peer = PEER_KEYS if kind in ("friend", "sess") else ""
-        assert set(sent) == set((SENT_KEYS + peer + own).split()), kind
-        new = {name: heard.pop(name) for name in ("at", "at_me", "reply_to")}
-        assert new == {"at": [], "at_me": 0, "reply_to": None}
-        assert set(heard) == set((ECHO_KEYS + own).split()), kind
-        wanted = {"class": "send", "code": 0, "content": content, "from": "api",
-                  "info": "发送正常", "msg": "发送成功", "source": "local", "sender": "alice",
-                  "sender_id": user["id"], "sender_uid": user["uid"], "id": str(answer["id"]),
-                  "type": kind + "_message", "post_type": "send_message"}
-        assert {name: sent[name] for name in wanted} == wanted
-        wanted = {"class": "recv", "content": content, "receiver": "alice", "sender": "小冰",
-                  "receiver_id": user["id"], "receiver_uid": user["uid"],
-                  "sender_id": echo["id"], "sender_uid": XIAOBING, "type": kind + "_message",
-                  "post_type": "receive_message"}
-        assert {name: heard[name] for name in wanted} == wanted
+        circle = dict.fromkeys(CIRCLE_KEYS.get(via, "").split())
+        for name in circle:
+            circle[name] = "OpenQQ" if name == via else known[via][name.partition("_")[2]]
+        if kind == "sess":
+            circle["via"] = via
+        own = {"sender": "alice", "sender_id": user["id"], "sender_uid": user["uid"]}
+        peer = {"receiver": "小冰", "receiver_id": echo["id"], "receiver_uid": XIAOBING}
+        assert sent == {
+            **own, **circle, **(peer if kind in ("friend", "sess") else {}), "class": "send",
+            "code": 0, "content": content, "from": "api", "info": "发送正常", "msg": "发送成功",
+            "source": "local", "id": str(answer["id"]), "type": kind + "_message",
+            "post_type": "send_message", "time": sent["time"], "ttl": sent["ttl"]}
+        assert heard == {
+            **circle, "class": "recv", "content": content, "receiver": "alice",
+            "receiver_id": user["id"], "receiver_uid": user["uid"], "sender": "小冰",
+            "sender_id": echo["id"], "sender_uid": XIAOBING, "type": kind + "_message",
+            "post_type": "receive_message", "at": [], "at_me": 0, "reply_to": None,
+            "time": heard["time"], "id": heard["id"]}
         for message in sent, heard:
             assert before <= int(message["time"]) <= time.time()
-            assert all(type(value) is (int if name in ("code", "ttl") else str)
-                       for name, value in message.items()), message
-            assert message.get("via") == (via if kind == "sess" else None)
-            if via:
-                assert message[via] == "OpenQQ" and message[via + "_id"] == known[via]["id"]
-                assert message.get("group_uid") == (OPENQQ_GROUP if via == "group" else None)
-            if peer and message is sent:
-                assert (message["receiver"], message["receiver_uid"]) == ("小冰", XIAOBING)
-
-
-def test_ids_of_messages_fit_into_31_bits_and_no_two_are_equal(face):
-    seq = face.mark()
-    sent = [face.call("send_friend_message", name="小冰", content="id")["id"] for _ in range(3)]
-    said = [face.say("id")["id"] for _ in range(3)]
-    answered = face.program.call("/local/say", **{"from": "小灰", "to": "小冰", "content": "id"})
-    face.say("the last id")
-    told = face.since(seq, "the last id")
-    heard = [int(event["id"]) for event in told if event.get("content") == "id"]
-    assert set(sent) | set(said) <= set(heard)
-    all_ids = {*heard, answered["id"], int(answered["answers"][0]["id"])}
-    assert len(all_ids) == 3 + 3 + 3 + 2 and all(0 < number < 2 ** 31 for number in all_ids)
-    assert sent == sorted(sent)
+            assert type(message["time"]) is type(message["id"]) is str
+        assert type(sent["ttl"]) is int
 
 
 def test_ids_stay_below_31_bits_whatever_the_clock_says_and_go_on_at_the_least():
@@ -3300,20 +3178,18 @@ def test_ids_stay_below_31_bits_whatever_the_clock_says_and_go_on_at_the_least()
 
 
 def test_an_id_that_waits_for_somebody_is_given_to_no_other_message(tmp_path):
-    ids = []
-    for _ in range(2):
+    ids = set()
+    for _ in "12":
         here = openqq.LocalNetwork(str(tmp_path / "local"), "", openqq.QQ, openqq.Log(),
                                    lambda: "http://x", clock=lambda: 1_764_000_000.0)
         for name in "alice", "bob":
             here.call(name, "attach", ["", "", True], {})
-        [bob] = [row["uid"] for row in here.table("people").values()
-                 if row["name"] == "bob"]
+        [bob] = [row["uid"] for row in here.table("people").values() if row["name"] == "bob"]
         here.do(here.detach, "bob")
-        [said] = here.call("alice", "send", [[
-            {"type": "friend_message", "content": "x", "uid": bob}]], {})
-        ids.append(said["id"])
+        message = {"type": "friend_message", "content": "x", "uid": bob}
+        ids.add(here.call("alice", "send", [[message]], {})[0]["id"])
         here.stop()
-    assert len(set(ids)) == 2
+    assert len(ids) == 2
 
 
 def test_the_echo_answers_friends_always_and_a_group_only_when_it_is_named(face):
@@ -3323,50 +3199,40 @@ def test_the_echo_answers_friends_always_and_a_group_only_when_it_is_named(face)
     face.call("send_group_message", uid=OPENQQ_GROUP, content="小冰在?")
     face.call("send_friend_message", uid=XIAOHUI, content="小冰在吗?")
     face.call("send_friend_message", uid=XIAOBING, content="在")
-    echoes = [(event["type"], event["content"]) for event in face.since(seq, "在")
+    face.say("that was all")
+    echoes = [(event["type"], event["content"]) for event in face.since(seq, "that was all")
               if event["class"] == "recv"]
-    if ("friend_message", "在") not in echoes:  # the call came between the message and its echo
-        echoes += [("friend_message", event["content"]) for event in face.call(
-            "check_event", since=seq) if event["class"] == "recv" and event["content"] == "在"]
-    assert echoes == [("group_message", "小冰在?"), ("friend_message", "在")]
+    assert echoes[:-1] == [("group_message", "小冰在?"), ("friend_message", "在")]
 
 
 def test_a_resident_speaks_in_every_kind_of_conversation(face):
-    group, discuss = face.group(), face.discuss()
-    for content, params, wanted in [
-            ("a", {}, ("friend_message", None, None)),
-            ("b", {"from": "小灰", "type": "friend_message"}, ("friend_message", None, None)),
-            ("c", {"type": "group_message", "to": OPENQQ_GROUP},
-             ("group_message", "OpenQQ", None)),
-            ("d", {"type": "group_message", "to": "OpenQQ"}, ("group_message", "OpenQQ", None)),
-            ("e", {"type": "group_message", "to": group["id"]},
-             ("group_message", "OpenQQ", None)),
-            ("f", {"type": "discuss_message", "to": discuss["id"]},
-             ("discuss_message", None, "OpenQQ")),
-            ("g", {"type": "sess_message", "to": "OpenQQ"}, ("sess_message", "OpenQQ", None))]:
-        answer = face.say("say " + content, **params)
-        assert answer["code"] == 0, (content, answer)
-        message = face.receiver.message("say " + content)
-        assert (message["type"], message.get("group"), message.get("discuss")) == wanted
-        assert (message["sender"], message["sender_uid"]) == ("小灰", XIAOHUI)
-
-
-LOCAL_MISSES = [
-    ("say", "client=nobody from=小灰 content=x", "nobody"),
-    ("say", "client=alice from=nobody content=x", "nobody"),
-    ("say", "client=alice from=小灰 content=x type=group_message to=nowhere", "nowhere"),
-    ("say", "client=alice from=小灰 content=x type=strange", "strange"),
-    ("change", "do=add what=nonsense", "nonsense"),
-    ("change", "do=set what=person uid=nobody name=x", "nobody"),
-    ("change", "do=remove what=group uid=nowhere", "nowhere"),
-    ("change", "do=remove what=group_member uid=小灰 in=nowhere", "nowhere"),
-    ("change", "do=remove what=friend uid=nobody in=alice", "nobody"),
-    ("login", "client=nobody", "nobody"),
-]
+    known = those_known(face)
+    for content, (kind, keys, *circle) in enumerate([
+            ("friend", ""), ("friend", "type=friend_message"),
+            ("group", "type=group_message to={group[uid]}", "group"),
+            ("group", "type=group_message to=OpenQQ", "group"),
+            ("group", "type=group_message to={group[id]}", "group"),
+            ("discuss", "type=discuss_message to={discuss[id]}", "discuss"),
+            ("sess", "type=sess_message to=OpenQQ", "group")]):
+        assert face.say(f"say {content}", "小灰", **filled(keys, known))["code"] == 0, keys
+        message = face.receiver.message(f"say {content}")
+        assert (message["type"], message["sender_uid"]) == (kind + "_message", XIAOHUI)
+        assert {name: message[name] for name in ("group", "discuss") if name in message} == (
+            dict.fromkeys(circle, "OpenQQ"))
 
 
 def test_what_the_network_does_not_know_is_code_8_with_its_name(face):
-    for api, params, name in LOCAL_MISSES:
+    for api, params, name in [
+            ("say", "client=nobody from=小灰 content=x", "nobody"),
+            ("say", "client=alice from=nobody content=x", "nobody"),
+            ("say", "client=alice from=小灰 content=x type=group_message to=nowhere", "nowhere"),
+            ("say", "client=alice from=小灰 content=x type=strange", "strange"),
+            ("change", "do=add what=nonsense", "nonsense"),
+            ("change", "do=set what=person uid=nobody name=x", "nobody"),
+            ("change", "do=remove what=group uid=nowhere", "nowhere"),
+            ("change", "do=remove what=group_member uid=小灰 in=nowhere", "nowhere"),
+            ("change", "do=remove what=friend uid=nobody in=alice", "nobody"),
+            ("login", "client=nobody", "nobody")]:
         status, _, body = face.raw("/local/" + api, **filled(params, {}))
         answer = json.loads(body)
         assert (status, answer["code"]) == (404, 8), (params, answer)
@@ -3494,36 +3360,19 @@ def test_check_event_keeps_the_newest_20(face):
     assert face.raw("check_event", since="x")[0] == 400
 
 
-def test_a_waiting_check_event_is_answered_by_the_next_event(face):
-    face.mark()
-    face.call("check_event")
-    answers = queue.Queue()
-    for _ in range(2):
-        threading.Thread(target=lambda: answers.put(face.call("check_event")),
-                         daemon=True).start()
-    got = []
-    while len(got) < 2:  # whoever began to wait is woken; nobody gets the original's [null]
-        face.say("wake")
-        try:
-            got.append(answers.get(timeout=0.3))
-        except queue.Empty:
-            pass
-    assert all(events and {event["content"] for event in events} == {"wake"} for events in got)
-
-
 def test_every_waiting_caller_gets_the_event():
-    store, waiting, answers = openqq.Store(20), threading.Barrier(3), queue.Queue()
+    store, waiting = openqq.Store(20), threading.Barrier(3)
 
     def wait(future, seconds):
         waiting.wait(WAIT)
         return openqq.result_of(future, seconds)
 
-    for _ in range(2):
-        threading.Thread(target=lambda: answers.put(store.take(None, wait)), daemon=True).start()
-    waiting.wait(WAIT)
-    store.add({"event": "new_friend"})
-    both = [json.loads(answers.get(timeout=WAIT)) for _ in range(2)]
-    assert both[0] == both[1] == [{"event": "new_friend", "seq": both[0][0]["seq"]}]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answers = [pool.submit(store.take, None, wait) for _ in "12"]
+        waiting.wait(WAIT)
+        store.add({"event": "new_friend"})
+        one, other = [json.loads(answer.result(WAIT)) for answer in answers]
+    assert one == other == [{"event": "new_friend", "seq": one[0]["seq"]}]
     assert store.take(None, openqq.result_of, 0.01) == b"[]"  # and it is told once only
 
 
@@ -3540,8 +3389,6 @@ CONTROL_REFUSED = [  # in the order in which they are checked
     (100, "member {friend[uid]} not found", ["group_id={group[id]} member_id={friend[uid]}"]),
     (201, "failure", ["group_uid={group[uid]} member_uid={user[uid]}"]),
 ]
-BAD_TIMES = [{}, {"time": ""}, {"time": "-1"}, {"time": "1.5"}, {"time": "x"},
-             {"time": "²"}]
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -3552,9 +3399,11 @@ def test_group_control_checks_in_the_documented_order(face, method):
         for params in [filled(params, known) for params in calls]:
             assert face.call("kick_group_member", method, **params) == wanted, params
             assert face.call("shutup_group_member", method, **{"time": "1", **params}) == wanted
-            for time_ in BAD_TIMES if status != "object not found" else ():  # before the members
-                assert face.call("shutup_group_member", method, **dict(params, **time_)) == {
-                    "code": 400, "status": "shutup time missing or error"}, (params, time_)
+            if code == 100 and status == "object not found":
+                continue  # that comes before the time, and the members after it
+            for bad in {}, *({"time": text} for text in ("", "-1", "1.5", "x", "²")):
+                assert face.call("shutup_group_member", method, **{**params, **bad}) == {
+                    "code": 400, "status": "shutup time missing or error"}, (params, bad)
     assert {"小冰", "小灰"} <= {row["name"] for row in face.group()["member"]}
 
 
@@ -3626,26 +3475,18 @@ def test_two_accounts_chat_in_every_kind_of_conversation(together):
 
 def test_what_is_sent_while_somebody_is_away_arrives_once_and_in_order(together):
     alice, bob = together
-    before = [row["id"] for row in bob.call("get_friend_info")]
+    known = those_known(alice, "bob")
     assert bob.call("stop_client")["code"] == 0
     bob.forget()
-    contents = [f"wait {number}" for number in range(12)]
-    known = those_known(alice, "bob")
+    contents = [f"wait {number}" for number in range(13)]
     for content, (kind, keys) in zip(contents, EACH_KIND * 3):
         assert alice.call(f"send_{kind}_message", content=content,
                           **filled(keys, known))["code"] == 0
-    started = bob.call("start_client", post_api=bob.receiver.url)
-    assert started["code"] == 0
-    alice.call("send_friend_message", name="bob", content="all now")
-    told = []  # conversations are posted side by side: in any order
-    while len([event for event in told if "content" in event]) <= len(contents):
-        told.append(bob.receiver.next())
-    assert [event["params"] for event in told if event.get("event") == "login"] == [[0]]
-    assert sorted(event["content"] for event in told if "content" in event) == sorted(
-        contents + ["all now"])
-    heard = [event["content"] for event in bob.since(0, "all now")]
-    assert heard == contents + ["all now"]
-    assert [row["id"] for row in bob.call("get_friend_info")] == before  # by its cookie: no scan
+    assert bob.call("start_client", post_api=bob.receiver.url)["code"] == 0
+    assert [event["content"] for event in bob.since(0, contents[-1])] == contents
+    told = [bob.receiver.next(lambda event: "content" in event) for _ in contents]
+    # conversations are posted side by side: in any order
+    assert sorted(event["content"] for event in told) == sorted(contents)
 
 
 def shown_states(face, name):
@@ -3663,15 +3504,9 @@ def test_lists_show_who_is_there_as_accounts_come_and_go_and_no_event_does(start
     alice = Face(controller, "alice", receive(), True)
     controller.login("alice", post_api=alice.receiver.url, post_event_list=ALL_EVENTS,
                      update_interval="1")
-    controller.login("bob")
-    assert eventually(lambda: shown_states(alice, "bob") == "online")
     assert eventually(lambda: shown_states(alice, "小冰") == "online")
-    controller.call("stop_client", client="bob")
-    assert eventually(lambda: shown_states(alice, "bob") == "offline")
-    assert alice.call("search_friend", name="bob", state="online")["code"] == 100
-    for mode, shown in ("away", "away"), ("hidden", "offline"), ("busy", "busy"):
-        controller.call("start_client", client="bob", mode=mode)
-        assert controller.call("/local/login", client="bob")["code"] == 0
+    for mode, shown in ("online", "online"), ("hidden", "offline"), ("busy", "busy"):
+        controller.login("bob", mode=mode)
         assert eventually(lambda: shown_states(alice, "bob") == shown)
         assert controller.call("get_user_info", client="bob")["state"] == mode
         if mode == "busy":
@@ -3680,6 +3515,7 @@ def test_lists_show_who_is_there_as_accounts_come_and_go_and_no_event_does(start
             assert eventually(lambda: shown_states(alice, "bob") == "busy")
         controller.call("stop_client", client="bob")
         assert eventually(lambda: shown_states(alice, "bob") == "offline")
+        assert alice.call("search_friend", name="bob", state="online")["code"] == 100
     alice.event("update_friend")
     alice.event("update_friend")  # a refresh comes after all of that, and tells nothing of it
     assert not [event for _, _, _, event in alice.receiver.posts if re.search(
@@ -3772,14 +3608,11 @@ def assert_waiting_for_a_scan(face):
     with open(path, "rb") as file:
         data = file.read()
     assert path == row["qrcode_path"] and data.startswith(b"\x89PNG\r\n\x1a\n")
-    assert base64.b64decode(picture) == data and picture.endswith("\n")
-    assert max(map(len, picture.split("\n"))) == 76
+    assert picture == base64.encodebytes(data).decode()
     status, headers, body = face.raw("get_qrcode")
     assert (status, body) == (200, data)
     assert (headers["content-type"], headers["cache-control"]) == ("image/png", "no-cache")
-    parts = urllib.parse.urlsplit(url)
-    assert request(face.base, f"{parts.path}?{parts.query}")[2] == data
-    assert f"{parts.scheme}://{parts.netloc}" == face.base
+    assert url.startswith(face.base + "/") and request(face.base, url[len(face.base):])[2] == data
 
 
 def confirm(face, ticket, method="POST"):
@@ -3824,7 +3657,9 @@ def test_a_whole_life_from_scan_to_stop_and_back_by_the_cookie(fresh):
     assert files(face) == {"pid", "cookie", "state"}
     status, _, body = face.raw("get_qrcode")
     assert (status, body) == (404, b"")
-    ids = [face.call("get_user_info")["id"]] + [row["id"] for row in face.call("get_friend_info")]
+    face.change("set", "friend", XIAOHUI, "alice", markname="记住")
+    assert eventually(lambda: face.friend("小灰")["markname"] == "记住")
+    ids = [face.call("get_user_info")["id"]] + face.call("get_friend_info")
 
     assert face.program.stop() == 0
     assert face.event("state_change") == ["running", "stop"]
@@ -3840,35 +3675,20 @@ def test_a_whole_life_from_scan_to_stop_and_back_by_the_cookie(fresh):
     assert again.event("login") == [0]
     assert files(again) == {"pid", "cookie", "state"}
     assert "ticket=" not in again.program.log.text()
-    assert ids == [again.call("get_user_info")["id"]] + [
-        row["id"] for row in again.call("get_friend_info")]
+    assert ids == [again.call("get_user_info")["id"]] + again.call("get_friend_info")
 
 
-def test_relogin_shows_a_new_code_and_changes_the_ids(alone, together):
-    faces = [alone, together[0]]
-    before = []
-    for face in faces:  # side by side, for it takes its 3 seconds
-        before.append([row["id"] for row in face.call("get_friend_info")])
+def test_relogin_and_stop_client_do_what_they_say_after_3_seconds(alone, together, house):
+    """Also the stop of a client that may show no code."""
+    house.call("start_client", client="quin", qrcode_count_max=0)
+    before, faces, ids, bases = time.time(), [alone, together[0]], [], {}
+    for face in faces:
+        ids.append({row["id"] for row in face.call("get_friend_info")})
         answer = face.call("relogin", "POST" if face.controlled else "GET")
         pid = face.call("get_client_info")["pid"]
         assert answer == {"account": "alice", "code": 0,
                           "status": f"success, client({pid}) will relogin in 3 seconds"}
         assert face.call("get_user_info")["name"] == "alice"  # until then it works
-    for face, ids in zip(faces, before):
-        face.event("state_change", lambda params: params == ["running", "scaning"])
-        assert not os.path.exists(face.path("cookie_alice.dat"))
-        assert face.raw("get_qrcode")[0] == 200
-        assert face.raw("get_friend_info")[0] == 503
-        logged_in(face)
-        assert face.event("login") == [1]
-        assert not set(ids) & {row["id"] for row in face.call("get_friend_info")}
-        assert face.say("back")["code"] == 0
-        assert face.receiver.message("back")["sender_id"] == face.friend("小灰")["id"]
-
-
-def test_a_client_stops_3_seconds_after_stop_client_or_when_it_may_show_no_code(house):
-    before, bases = time.time(), {}
-    house.call("start_client", client="quin", qrcode_count_max=0)
     for method in "GET", "POST":  # in any state: nobody has scanned yet
         started = house.call("start_client", client="stopped" + method)
         bases[method] = f"http://127.0.0.1:{started['port']}"
@@ -3879,6 +3699,17 @@ def test_a_client_stops_3_seconds_after_stop_client_or_when_it_may_show_no_code(
             "status": f"success, client({started['pid']}) will stop in 3 seconds"}
         assert type(answer["runtime"]) is int and before - 1 <= answer["starttime"] <= time.time()
     assert call(bases["POST"], "get_client_info")["code"] == 0  # until then it serves
+
+    for face, old in zip(faces, ids):
+        face.event("state_change", lambda params: params == ["running", "scaning"])
+        assert not os.path.exists(face.path("cookie_alice.dat"))
+        assert face.raw("get_qrcode")[0] == 200
+        assert face.raw("get_friend_info")[0] == 503
+        logged_in(face)
+        assert face.event("login") == [1]
+        assert not old & {row["id"] for row in face.call("get_friend_info")}
+        assert face.say("back")["code"] == 0
+        assert face.receiver.message("back")["sender_id"] == face.friend("小灰")["id"]
     for method in bases:
         house.log.wait(f"client stopped{method} ended by itself")
         assert left_files(house, f"_stopped{method}") == {f"state_stopped{method}.json",
@@ -3889,17 +3720,14 @@ def test_a_client_stops_3_seconds_after_stop_client_or_when_it_may_show_no_code(
 
 def test_lists_that_are_not_wanted_stay_empty(house):
     house.login("rosa", is_init_friend=0, is_init_group=0, is_init_discuss=0)
-    for api, _, _ in LISTS:
-        assert house.call(api, client="rosa") == []
+    assert [house.call(api, client="rosa") for api, _, _ in LISTS] == [[]] * 4
     assert house.call("get_user_info", client="rosa")["name"] == "rosa"
 
 
 # -- the world
 
 def everything(controller):
-    world = controller.call("/local/world")
-    assert world.pop("code") == 0
-    return world
+    return {name: rows for name, rows in controller.call("/local/world").items() if name != "code"}
 
 
 def in_any_order(value):
@@ -3909,11 +3737,14 @@ def in_any_order(value):
     return sorted(map(in_any_order, value), key=repr) if isinstance(value, list) else value
 
 
-def test_what_the_world_became_survives_a_restart_and_is_read_back_as_it_was_shown(start, tmp_path):
+def test_what_the_world_became_is_read_back_as_it_was_shown(start, tmp_path):
+    def faces(program):
+        return [Face(program, name, controlled=True) for name in ("alice", "bob")]
+
     first = start("controller")
+    alice, bob = faces(first)
     for name in "alice", "bob":
         first.login(name)
-    alice, bob = [Face(first, name, controlled=True) for name in ("alice", "bob")]
     uid = bob.call("get_user_info")["uid"]
     assert alice.call("kick_group_member", group_uid=OPENQQ_GROUP, member_uid=uid)["code"] == 0
     assert bob.call("check_event")[0]["event"] == "lose_group"
@@ -3921,33 +3752,21 @@ def test_what_the_world_became_survives_a_restart_and_is_read_back_as_it_was_sho
     alice.change("add", "group", "4712", name="棋", owner_uid="4711")
     alice.change("add", "group_member", "alice", "棋", card="马", role="admin")
     alice.change("add", "discuss", "4713", name="茶", owner_uid="alice")
-    alice.change("add", "friend", "4711", "alice", markname="记住")
-    friend_id, world = alice.friend("小冰")["id"], everything(first)
+    alice.change("add", "friend", "4711", "alice")
+    world = everything(first)
     path = put(tmp_path / "world.json", json.dumps(first.call("/local/world")))
-    assert first.stop() == 0
 
-    def check(program):
-        assert in_any_order(everything(program)) == in_any_order(world)
-        alice, bob = [Face(program, name, controlled=True) for name in ("alice", "bob")]
-        assert {row["name"] for row in alice.call("get_friend_info")} == {
-            "小冰", "小灰", "老王", "bob"}
-        group = alice.group("棋")
-        assert group["role"] == "manage"
-        assert {(row["name"], row["role"], row["card"]) for row in group["member"]} == {
-            ("老王", "owner", None), ("alice", "admin", "马")}
-        assert bob.call("get_group_info") == []
-        return alice
-
-    again = start("controller")
-    for name in "alice", "bob":  # started again by itself; waits until it runs
-        assert again.call("/local/login", client=name)["code"] == 0
-    alice = check(again)
-    assert alice.friend("小冰")["id"] == friend_id and alice.friend("老王")["markname"] == "记住"
     other = start("controller", "--world", path, tmpdir=tmp_path / "other")
     assert everything(other) == world
-    for name in "alice", "bob":
+    alice, bob = faces(other)
+    for name in "alice", "bob":  # somebody it knows joins nothing anew
         other.login(name)
-    alice = check(other)  # somebody it knows joins nothing anew
+    assert {row["name"] for row in alice.call("get_friend_info")} == {"小冰", "小灰", "老王", "bob"}
+    group = alice.group("棋")
+    assert group["role"] == "manage"
+    assert {(row["name"], row["role"], row["card"]) for row in group["member"]} == {
+        ("老王", "owner", None), ("alice", "admin", "马")}
+    assert bob.call("get_group_info") == []
     alice.call("send_friend_message", uid="4711", content="喂")
     assert alice.since(0, "喂") and [event for event in alice.call("check_event", since=0)
                                     if event["class"] == "recv"][:1]
@@ -3959,14 +3778,13 @@ def test_what_the_world_became_survives_a_restart_and_is_read_back_as_it_was_sho
 def test_a_group_of_2000_members_works_and_its_numbers_are_strings(start, tmp_path):
     people = [{"uid": 500_000 + number, "name": f"人{number}", "is_vip": 1, "qage": 9}
               for number in range(2_000)]
-    members = [{"uid": row["uid"]} for row in people] + [{"uid": "99077", "role": "admin"}]
     group = {"uid": 77, "name": "大群", "owner_uid": 500_000, "max_member": 2_000,
-             "createtime": 1_500_000_000, "member": members}
+             "createtime": 1_500_000_000, "member": [
+                 *({"uid": row["uid"]} for row in people), {"uid": "99077", "role": "admin"}]}
     path = put(tmp_path / "world.json", json.dumps({
         "people": [*people, {"uid": "99077", "name": "alice"}], "groups": [group], "discuss": [],
         "friends": [[500_000, "99077"]]}))
-    program = start("client", "--account", "alice", "--world", path)
-    face = logged_in(Face(program, "alice"))
+    face = logged_in(Face(start("client", "--account", "alice", "--world", path), "alice"))
     group = face.group("大群")
     assert len(group["member"]) == 2_001
     assert_object(group, "group")
@@ -3975,9 +3793,10 @@ def test_a_group_of_2000_members_works_and_its_numbers_are_strings(start, tmp_pa
     assert_object(face.call("get_friend_info")[0], "friend")
     assert face.call("send_group_message", name="大群", content="大家好")["code"] == 0
     assert face.say("好", "人1999", type="group_message", to="大群")["code"] == 0
-    assert face.since(0, "好")[-1]["sender"] == "人1999"
+    last = face.since(0, "好")[-1]
+    assert last["sender"] == "人1999"
     assert face.call("kick_group_member", group_uid=77, member_uid=500_001)["code"] == 0
-    event = face.call("check_event", since=face.since(0, "好")[-1]["seq"])[0]
+    [event] = face.call("check_event", since=last["seq"])
     assert event["event"] == "lose_group_member" and len(face.group("大群")["member"]) == 2_000
 
 
@@ -3998,10 +3817,10 @@ def enter(network):
     def log_in(account):
         assert network.call(account, "attach", ["", "", False], {}) == {}
         network.do(network.hope, account)
-        network.call(account, "ticket", [], {})
-        network.call(account, "ready", [], {})
-        return [item["login"] for item in network.call(account, "pull", [""], {})
-                if item["do"] == "confirmed"][0]
+        for verb in "ticket", "ready":
+            network.call(account, verb, [], {})
+        return next(item["login"] for item in network.call(account, "pull", [""], {})
+                    if item["do"] == "confirmed")
     return log_in
 
 
@@ -4017,14 +3836,17 @@ def test_a_cookie_spares_the_scan_for_3_days(network, enter):
 
 def test_a_muted_member_speaks_again_when_the_time_is_up(network, enter):
     enter("alice")
-    assert network.call("alice", "mute", [OPENQQ_GROUP, [XIAOHUI], 60], {}) is True
     message = {"type": "group_message", "content": "x", "group": OPENQQ_GROUP}
-    speak = lambda: network.do(network.speak, XIAOHUI, message)  # noqa: E731
+
+    def speak():
+        return [row["content"] for row in network.do(network.speak, XIAOHUI, message)]
+
+    assert network.call("alice", "mute", [OPENQQ_GROUP, [XIAOHUI], 60], {}) is True
     network.now[0] += 59
     with pytest.raises(openqq.NotFound):
         speak()
     network.now[0] += 2
-    assert [row["content"] for row in speak()] == ["x"]
+    assert speak() == ["x"]
     # what a muted resident would have answered fails nobody's message
     assert network.call("alice", "mute", [OPENQQ_GROUP, [XIAOBING], 60], {}) is True
     message["content"] = "小冰?"
@@ -4041,22 +3863,21 @@ def test_a_ticket_works_once_and_for_120_seconds(network):
         (item,) = network.call("alice", "pull", [""], {})
         return urllib.parse.parse_qs(urllib.parse.urlsplit(item["text"]).query)["ticket"][0]
 
-    def is_good(number):
-        try:
-            return network.scan(number) == "alice"
-        except openqq.NotFound:
-            return False
+    def assert_worthless(number):
+        with pytest.raises(openqq.NotFound):
+            network.scan(number)
 
     first, second = ticket(), ticket()
     assert first != second and len(second) >= 32
-    assert (is_good(first), is_good(second)) == (False, True)  # a new one ends the old one
-    now[0] = 119.9
-    assert is_good(second)
+    assert_worthless(first)  # a new one ends the old one
+    for now[0] in 0.0, 119.9:
+        assert network.scan(second) == "alice"
     now[0] = 120.0
-    assert not is_good(second)
+    assert_worthless(second)
     network.call("alice", "pull", [""], {})
     third = ticket()
-    assert network.confirm(third) == "alice" and not is_good(third)
+    assert network.confirm(third) == "alice"
+    assert_worthless(third)
 
 
 def test_a_thousand_messages_wait_for_somebody_who_is_away(network, enter):
@@ -9525,7 +9346,7 @@ def test_100_connections_that_failed_or_broke_leave_no_descriptor_behind(closing
             assert ended.exception(WAIT)
             bridge.token = "T"
             if before is None:
-                assert eventually(lambda: not bridge._connections)
+                assert eventually(lambda: not bridge.connections)
                 before = descriptors()
         assert eventually(lambda: descriptors() <= before)
     finally:
@@ -12047,7 +11868,7 @@ def test_the_limit_of_open_files_is_raised_and_what_it_forbids_is_told_at_once(t
             assert (status, json.loads(body)["status"]) == (503, "too many connections")
         for sock in socks:
             sock.close()
-        assert eventually(lambda: b"HTTP/1.1 200" in exchange(
+        assert eventually(lambda: b"HTTP/1.1 200" in until_closed(
             port, asking(b"Connection: close")))
         assert "could not be taken" not in log.text()
     finally:
