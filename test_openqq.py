@@ -4686,7 +4686,7 @@ CHOICES = {"flavor": "qq", "log_level": "fatal", "restart": "never", "login_type
 
 @pytest.mark.parametrize("whose", ["controller", "client"])
 def test_each_setting_can_be_given_in_every_way_helped_with_and_refused_by_name(whose):
-    done = run_openqq(whose, "--help")
+    done = run_quickly(whose, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     rows = [row for row in openqq.SETTINGS.values() if row.whose in (whose, "both")]
     assert len(rows) > 20
@@ -4718,30 +4718,23 @@ def test_each_setting_can_be_given_in_every_way_helped_with_and_refused_by_name(
 # What nobody means, for each way to read a setting; {tmpdir} has in it: file, dir, fifo, link (to
 # file), twice (a second name of it).
 LONG = "a" * 5_000
-ODD_TEXTS = ["a\0b", "a\nb", "\x1b[31m", "\ud800", LONG, "\x9b", "\u2028", "a\rb", "\x7f", "a\tb",
-             " ", "{}{0}%s", "$(id)", "';--", "\u202eabc", "ä" * 4_000, "😀", "a,,b", "=", "a\\"]
-ODD_NUMBERS = [" 1", "1 ", "9" * 5_000, *(
-    "nan inf -1 -0 1e9 1e-9 ² ٣ １２ +1 0x10 1_000 0 000 0007 0.0 0.5 .5 5. 1,5 999999999 "
-    "9999999999 100000000 2147483648 0.000000001 true one").split()]
-ODD_PATHS = ["a\0b", "\ud800", "{tmpdir}/" + LONG, "{tmpdir}/" + "ä" * 200, *(
-    "/dev/null /dev/full / ~nobody ~ x ../x {tmpdir} {tmpdir}/dir {tmpdir}/fifo {tmpdir}/link "
-    "{tmpdir}/twice {tmpdir}/file/x {tmpdir}/no/such {tmpdir}/./ {tmpdir}/good {tmpdir}/dir/good "
-    "{tmpdir}/mojo_webqq_cookie_odd.dat").split()]
-ODD_URLS = ["{s}://a b/", "{s}://a\u3000b/", "{s}://a\tb/", " {s}://h/", "{s}://h/ {s}://h/",
-            "{s}://h:1/\ud800", "{s}://" + "a" * 300 + "/", "{s}://" + "a." * 150 + "/",
-            "{s}://" + "ü" * 80 + ".example/", "{s}://a\u2024b/", "{s}://u:p%zz@h:1/",
-            *(r"""{s}://h:65536/ {s}://h:0/ {s}://h:99999999999/ {s}://h:x/ {s}://h:-1/ {s}://h:８０/
-    {s}://:80/ {s}://h:/ {s}://[::1 {s}://[::1]x/ {s}://[::g]/ {s}://[127.0.0.1]/ {s}://[::1]:1/
-    {s}://a..b/ {s}://a\b@h:1/ {s}://u@v@h:1/ {s}://h:1/,{s}://h:1/ {s}://h:1/;{S}://h:1/
-    {s}://a/|{S}://b/ {S}://h:1/ {s}:/h/ {s}:h //h/ h:80 file:///etc/passwd {s}:// {s}:///x
-    {s}://h:1/ä?ä#ä {s}://h:1?x {s}://h:1#x {s}://a|b/ {s}://a%00b/ {s}://169.254.169.254/
-    javascript:alert(1)""").replace("//h", "//127.0.0.1").split()]
-ODD_ENCODINGS = ["a\0b", " ", LONG, *(
-    "idna punycode undefined rot13 rot_13 base64 hex zip bz2 uu quopri mbcs oem utf-16 utf-32 "
-    "utf-8-sig utf-16-le unicode_escape raw_unicode_escape cp037 .. ../../x klingon aliases ascii "
-    "gbk gb18030 UTF8 latin-1 hz cp1252 big5").split()]
-ODD_FLAGS = [" 1", "\0", LONG, *(
-    "2 -1 01 maybe TRUE Yes oN no １ ² null None 0.0 1.0 f t 真 []").split()]
+ODD_TEXTS = ["a\0b", "a\nb", "\x1b[31m", "\ud800", LONG, "\x9b", "\u2028", "\x7f", " ", "{}{0}%s",
+             "';--", "\u202eabc", "ä" * 4_000, "😀", "a,,b", "=", "a\\"]
+ODD_NUMBERS = [" 1", "9" * 5_000, *("nan inf -1 -0 1e9 ² １２ +1 0x10 1_000 0 0007 0.5 5. 1,5 "
+                                    "9999999999 2147483648 0.000000001 true").split()]
+ODD_PATHS = ["a\0b", "\ud800", *("{tmpdir}/" + name for name in (
+    LONG, "ä" * 200, *"dir fifo link twice file/x no/such ./ good dir/good "
+    "mojo_webqq_cookie_odd.dat".split())), *"/dev/null /dev/full / ~nobody x ../x {tmpdir}".split()]
+ODD_URLS = ["{s}://a b/", "{s}://a\u3000b/", " {s}://h/", "{s}://h:1/\ud800", "javascript:alert(1)",
+            "{s}://" + "a" * 300 + "/", "{s}://" + "ü" * 80 + ".example/", "{s}://u:p%zz@h:1/",
+            *(r"""{s}://h:65536/ {s}://h:0/ {s}://h:x/ {s}://h:-1/ {s}://h:８０/ {s}://:80/ {s}://h:/
+    {s}://[::1 {s}://[::g]/ {s}://[::1]:1/ {s}://a..b/ {s}://a\b@h:1/ {s}://u@v@h:1/ {S}://h:1/
+    {s}://h:1/,{s}://h:1/ {s}://a/|{S}://b/ {s}:/h/ //h/ h:80 file:///etc/passwd {s}:///x
+    {s}://h:1/ä?ä#ä {s}://h:1?x {s}://h:1#x {s}://a|b/ {s}://a%00b/ {s}://169.254.169.254/"""
+              ).replace("//h", "//127.0.0.1").split()]
+ODD_ENCODINGS = ["a\0b", " ", LONG, *("idna undefined rot13 base64 mbcs utf-16 utf-8-sig cp037 "
+                                      "unicode_escape ../../x klingon gbk UTF8 big5").split()]
+ODD_FLAGS = [" 1", "\0", LONG, *"2 -1 01 maybe TRUE oN １ ² null 0.0 f [] no".split()]
 ODD = {"_flag": ODD_FLAGS, "_whole": ODD_NUMBERS, "_number": ODD_NUMBERS,
        "_text": ODD_TEXTS, "_words": ODD_TEXTS, "_encoding": ODD_ENCODINGS, "_path": ODD_PATHS,
        "choose": ODD_TEXTS + ["INFO", "info ", "QRLOGIN", "Online"],
@@ -4799,26 +4792,24 @@ def test_a_hostile_value_of_each_kind_is_refused_with_400_and_the_settings_name(
                 assert (status, answer["code"]) == (400, 400), answer
             else:
                 assert (status, answer["code"], row.name in answer["status"]) == (400, 6, True)
-    for row in CALLERS_ROWS:
+    for row in [row for row in CALLERS_ROWS if "url" in row.read.__name__]:
         for value in "http://h:65536/", "http://h:0/x", "http://a,http://b", "http://a/;HTTP://b":
-            if "url" in row.read.__name__:
-                with pytest.raises(openqq.NotAllowed, match="must (be one URL|have a port)"):
-                    openqq.check_params({row.name: value})
+            with pytest.raises(openqq.NotAllowed, match="must (be one URL|have a port)"):
+                openqq.check_params({row.name: value})
     assert not odd.call("check_client")["client"]
 
 
 def test_no_hostile_value_is_taken_that_later_fails(odd):
     taken = {row.name: sorted_out(row, odd)[0] for row in CALLERS_ROWS if row.name != "login_type"}
-    assert sum(map(len, taken.values())) > 500
+    assert sum(map(len, taken.values())) > 300
     paths = ["cookie_path", "log_path", "state_path", "qrcode_path", "pid_path"]
-    others = {"is_init_friend": "1", "onebot_api": "", "milky_api": "", "onebot_login": "",
-              "onebot_login_api": "", "qrcode_count_max": "9", "link": "", "ilink_api": "",
-              "ilink_cdn": ""}
+    others = {"is_init_friend": "1", "qrcode_count_max": "9", **dict.fromkeys((
+        "onebot_api", "milky_api", "onebot_login", "onebot_login_api", "link", "ilink_api",
+        "ilink_cdn"), "")}
 
     def live(number):
         """A client with the number-th value of each setting."""
-        name = f"odd{number}"
-        own = {path: f"{odd.tmpdir}/{path}{number}" for path in paths}
+        name, own = f"odd{number}", {path: f"{odd.tmpdir}/{path}{number}" for path in paths}
         given = {**{key: values[number % len(values)] for key, values in taken.items() if values},
                  **own, **others}
         status, answer = told(odd, "start_client", client=name, **given)
@@ -4839,7 +4830,7 @@ def test_no_hostile_value_is_taken_that_later_fails(odd):
 
 def test_a_bridges_url_that_is_taken_is_waited_for_in_words(odd):
     urls = dict(enumerate(sorted_out(openqq.SETTINGS["onebot_api"], odd)[0]))
-    assert len(urls) > 10
+    assert len(urls) > 5
     for number, url in urls.items():
         assert told(odd, "start_client", client=f"b{number}", onebot_api=url)[1]["code"] == 0, url
     for number, url in urls.items():
@@ -4849,31 +4840,25 @@ def test_a_bridges_url_that_is_taken_is_waited_for_in_words(odd):
     at_once(len(urls), lambda number: odd.call("delete_client", client=f"b{number}"))
 
 
-@pytest.mark.parametrize("text, url, token", [
-    ("ws://h:3001/?access_token=S3c", "ws://h:3001/", "S3c"),
-    ("HTTP://h/x?a=1&access_token=S%2B3+c&b=2#f", "HTTP://h/x?a=1&b=2#f", "S+3 c"),
-    ("http://h?access_token=one&access_token=two", "http://h", "two"),
-    ("http://h/?access_token=", "http://h/", ""),
-    ("http://h/?my_access_token=x", "http://h/?my_access_token=x", ""),
-    ("http://h/#?access_token=x", "http://h/#?access_token=x", ""),
-    ("gopher://h/?access_token=S3c", "gopher://h/", "S3c")])
-def test_a_token_in_a_bridges_url_is_taken_out_of_it(text, url, token):
-    if url.startswith("gopher"):
-        with pytest.raises(ValueError) as refused:
-            openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
-        assert "S3c" not in str(refused.value)
-        return
-    ways = [openqq.parse_flags("client", ["--onebot-api", text]),
-            openqq.from_environment({"MOJO_WEBQQ_ONEBOT_API": text}, "MOJO_WEBQQ_"),
-            openqq.account_settings({"onebot_api": text}),
-            openqq.check_params({"onebot-api": text})]
-    assert ways == [{"onebot_api": url, **({"onebot_token": token} if token else {})}] * len(ways)
-    found = openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
-    assert (found.onebot_api.lower(), found.onebot_token) == (url.lower(), token)
-    receivers = {"post_api": text}  # a token in that is its own affair
-    assert openqq.tokens_apart(receivers) == receivers
-    explicit = openqq.check_params({"onebot_api": text, "onebot-token": "mine"})
-    assert explicit == {"onebot_api": url, "onebot_token": "mine"}
+def test_a_token_in_a_bridges_url_is_taken_out_of_it():
+    for text, url, token in [
+            ("ws://h:3001/?access_token=S3c", "ws://h:3001/", "S3c"),
+            ("HTTP://h/x?a=1&access_token=S%2B3+c&b=2#f", "HTTP://h/x?a=1&b=2#f", "S+3 c"),
+            ("http://h?access_token=one&access_token=two", "http://h", "two"),
+            ("http://h/?access_token=", "http://h/", ""),
+            ("http://h/?my_access_token=x", "http://h/?my_access_token=x", ""),
+            ("http://h/#?access_token=x", "http://h/#?access_token=x", "")]:
+        wanted = {"onebot_api": url, **({"onebot_token": token} if token else {})}
+        assert openqq.parse_flags("client", ["--onebot-api", text]) == wanted
+        assert openqq.from_environment({"MOJO_WEBQQ_ONEBOT_API": text}, "MOJO_WEBQQ_") == wanted
+        assert openqq.account_settings({"onebot_api": text}) == wanted
+        assert openqq.check_params({"onebot-api": text}) == wanted
+        found = openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
+        assert (found.onebot_api.lower(), found.onebot_token) == (url.lower(), token)
+        # A token in a post_api is its own affair; one that is given besides wins.
+        assert openqq.tokens_apart({"post_api": text}) == {"post_api": text}
+        assert openqq.check_params({"onebot_api": text, "onebot-token": "mine"}) == {
+            "onebot_api": url, "onebot_token": "mine"}
 
 
 def test_the_plugins_name_is_stronger_than_the_plain_one_and_strangers_are_let_be():
@@ -4884,11 +4869,6 @@ def test_the_plugins_name_is_stronger_than_the_plain_one_and_strangers_are_let_b
     assert (found.post_api, found.log_level) == ("http://b/", "info")
     given = openqq.Settings("client", {"post_api": "http://c/"}, environ, "MOJO_WEBQQ_")
     assert given.post_api == "http://c/"
-
-
-def run_openqq(*words, **env):
-    """The program, as it is typed, run to its end; with returncode, stdout, stderr."""
-    return ended(begin_openqq([FILE, *words], env, encoding="utf-8"))
 
 
 def begin_openqq(words, env, **how):
@@ -4915,8 +4895,12 @@ CALLS = [  # words, what the environment says, exit status, what is said
     ("controller", {"MOJO_WEBQQ_PORT": "http"}, 2, "port 'http'"),
     ("client --account ../x", {}, 2, "name not allowed"),
     ("client --state-path /dev/null", {}, 2, "state_path .* not be a device"),
+    ("client --onebot-api gopher://h/?access_token=S3C", {}, 2,
+     r"\A(?!(.|\n)*S3C)(.|\n)*onebot_api"),
     ("client --port 0 --log-path {tmp}/file/x.log", {}, 1, "openqq: log_path .*cannot be used"),
-    ("client --port 0 --tmpdir {tmp}/file", {}, 1, "openqq: .*(tmpdir|{tmp}/file)"),
+    ("client --port 0 --tmpdir {tmp}/file/x", {}, 1, "openqq: .*{tmp}/file/x.*--tmpdir"),
+    ("controller --port 0 --tmpdir {tmp}/file/x", {}, 1, "openqq: .*{tmp}/file/x.*--tmpdir"),
+    ("controller --port 0 --world {tmp}/file", {}, 1, "world file .*cannot be read"),
     ("client --port 0 --host 192.0.2.1", {}, 1,
      "openqq: cannot listen on 192.0.2.1 .*--host or --port"),
     ("client --port 0 --account b --host " + "a" * 300, {}, 1, "openqq: cannot listen on aaa"),
@@ -4982,8 +4966,13 @@ print("ended")
     assert second != controller.base and "0.0.0.0" not in controller.log.text()
     controller.login("a1")
     assert call(second, "check_client")["client"][0]["account"] == "a1"
-    assert controller.call("start_client", client="a2")["code"] == 5
+    status, _, body = request(controller.base, "/openqq/start_client?client=a2")
+    assert (status, json.loads(body)["code"], json.loads(body)["status"]) == (
+        200, 5, "max clients exceed")
+    assert controller.call("start_client", client="a1")["status"] == "client already exists"
     assert controller.call("get_user_info", client="a1")["name"] == "a1"
+    controller.call("stop_client", client="a1")
+    assert controller.call("start_client", client="a2")["code"] == 0
     assert controller.stop() == 0
     controller.out.wait("^ended$")
 
@@ -5098,10 +5087,8 @@ QR_VERSIONS = {
     27: (1125, "6a51a585dcb5"), 32: (1538, "e32a0ba8bbc0"), 40: (2331, "98b76079b884")}
 
 QR_TEXTS = ["http://127.0.0.1:4000/local/scan?client=alice&ticket=3f2a91c07b",
-            "https://example.org/a%20b?x=1&y=%E4%B8%AD#top",
-            "http://127.0.0.1:4000/local/scan?ticket=" + "0123456789abcdef" * 8,
-            "请用手机扫描二维码登录", "http://127.0.0.1:4000/扫码?名=张三", "é ü ß Ångström", "登录😀🀄",
-            "a", "01234567", "HTTP://EXAMPLE.ORG/A", "\0tab\tline\nend\n", " "]
+            "https://example.org/a%20b?x=1&y=%E4%B8%AD#top", "http://127.0.0.1:4000/扫码?名=张三",
+            "é ü ß Ångström", "登录😀🀄", "01234567", "HTTP://EXAMPLE.ORG/A", "\0tab\tline\nend\n", " "]
 
 
 def read_file_by_zbar(data):
@@ -5135,13 +5122,13 @@ def test_every_text_is_read_back_from_its_qr_code():
         assert read_file_by_zbar(picture) == filler(version)
 
 
-@pytest.mark.parametrize("version", QR_VERSIONS)
-def test_qr_codes_are_drawn_as_the_standard_says_in_the_smallest_version(version):
-    rows = openqq.qr_matrix(filler(version))
-    assert hashlib.sha256(b"".join(rows)).hexdigest()[:12] == QR_VERSIONS[version][1]
-    assert len(rows) == 17 + 4 * version
-    if version < 40:
-        assert len(openqq.qr_matrix(filler(version) + "x")) == 17 + 4 * (version + 1)
+def test_qr_codes_are_drawn_as_the_standard_says_in_the_smallest_version():
+    for version, (_, wanted) in QR_VERSIONS.items():
+        rows = openqq.qr_matrix(filler(version))
+        assert (hashlib.sha256(b"".join(rows)).hexdigest()[:12], len(rows)) == (
+            wanted, 17 + 4 * version)
+        if version < 40:
+            assert len(openqq.qr_matrix(filler(version) + "x")) == 17 + 4 * (version + 1)
 
 
 def test_a_text_that_fits_into_no_qr_code_is_refused_with_the_remedy():
@@ -5182,16 +5169,15 @@ def test_a_qr_code_on_a_terminal_has_two_rows_a_line_and_scans_on_any_background
 
 @decoder_needed
 def test_a_clients_picture_holds_its_scan_url(tower):
-    assert tower.call("start_client", client="phone")["code"] == 0
-    tower.posted("phone", lambda event: event.get("event") == "input_qrcode")
-    with open(tower.program.path("qrcode_phone.jpg"), "rb") as file:
-        picture = file.read()
+    tower.call("start_client", client="phone")
+    tower.posted("phone", is_qrcode)
+    picture, base = content(tower.program.path("qrcode_phone.jpg")), tower.program.base
     url = read_file_by_zbar(picture)
     ticket = query_of(url)["ticket"][0]
-    assert url == f"{tower.program.base}/local/scan?client=phone&ticket={ticket}"
-    fetched = request(tower.program.base, "/openqq/get_qrcode?client=phone")
-    assert (fetched[1]["content-type"], fetched[2]) == ("image/png", picture)
-    status, _, body = request(tower.program.base, url[len(tower.program.base):])
+    assert url == f"{base}/local/scan?client=phone&ticket={ticket}"
+    _, fields, body = request(base, "/openqq/get_qrcode?client=phone")
+    assert (fields["content-type"], body) == ("image/png", picture)
+    status, _, body = request(base, url[len(base):])
     assert status == 200 and f'name="ticket" value="{ticket}"' in body.decode()
     tower.call("delete_client", client="phone")
 
@@ -5455,7 +5441,7 @@ def left_files(program, name=""):
 
 
 def run_quickly(*words, **how):
-    """As run_openqq(), but without compiling the file."""
+    """The program, run to its end; with returncode, stdout, stderr."""
     return ended(begin_openqq(["-S", *openqq.python_words(*words)],
                               {"OPENQQ_PYTHON": sys.executable}, encoding="utf-8", **how))
 
@@ -5489,23 +5475,22 @@ def listed_names(controller):
 
 def test_many_starts_in_the_same_moment_give_as_many_clients_and_one_term_ends_all(start, tmp_path):
     for turn in range(much(1, 20)):
-        controller, number = start("controller", tmpdir=tmp_path / str(turn)), much(20, 100)
+        controller, number = start("controller", tmpdir=tmp_path / str(turn)), much(12, 100)
         names = [f"c{index:02}" for index in range(number)]
         started = at_once(number, lambda index: controller.call(
             "start_client", client=names[index], login_type="login", pwd="x"))
         assert [row["code"] for row in started] == [0] * number
-        assert len({row["pid"] for row in started}) == number
         assert eventually(lambda: {row["state"] for row in controller.call(
             "check_client")["client"]} == {"running"})
         listed = controller.call("check_client")["client"]
-        assert [row["account"] for row in listed] == names
-        assert {row["pid"]: row["port"] for row in listed} == {
-            row["pid"]: row["port"] for row in started}
+        assert [(row["account"], row["pid"], row["port"]) for row in listed] == [
+            (name, row["pid"], row["port"]) for name, row in zip(names, started)]
+        assert len({row["pid"] for row in started}) == number
         for name, row in zip(names, started):
             direct = call(f"http://127.0.0.1:{row['port']}", "get_user_info")
             assert direct["account"] == name
         assert controller.stop() == 0 and all_gone(controller.log)
-        assert "KILL" not in controller.log.text() and "Traceback" not in controller.log.text()
+        assert not re.search("KILL|Traceback", controller.log.text())
 
 
 def test_start_of_a_living_client_tells_of_it_and_starts_none(pair):
@@ -5561,22 +5546,23 @@ def test_deleted_client_leaves_nothing_and_must_be_scanned_again(house):
 # -- what a client was started with
 
 def environment_of(pid):
-    """The environment of a client's process, which before its exec has its parent's; {} of one
-    that is gone."""
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            return dict(entry.split("=", 1) for entry in file.read().decode().split("\0") if entry)
-    except (FileNotFoundError, ProcessLookupError):
-        return {}
+    """The environment of the client whose process pid() tells, once it is a program of its own."""
+    def read():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found = dict(entry.split("=", 1) for entry in content(
+                f"/proc/{pid()}/environ").decode().split("\0") if entry)
+            return "OPENQQ_KEY" in found and found
+
+    return eventually(read)
 
 
 def settings_of(controller, name):
     """What the environment of a client's process says of the settings that tests give."""
-    environment = eventually(lambda: environment_of(controller.state(name)["pid"]))
-    return {name: value for name, value in openqq.from_environment(
-        environment, "MOJO_WEBQQ_").items()
-            if name in ("post_api", "post_secret", "msg_ttl", "pwd", "login_type", "keep_cookie",
-                        "post_event_list", "onebot_api", "onebot_token")}
+    found = openqq.from_environment(
+        environment_of(lambda: controller.state(name)["pid"]), "MOJO_WEBQQ_")
+    return {key: value for key, value in found.items() if key in (
+        "post_api", "post_secret", "msg_ttl", "pwd", "login_type", "keep_cookie",
+        "post_event_list", "onebot_api", "onebot_token")}
 
 
 def backend_of(controller):
@@ -5587,30 +5573,28 @@ def test_a_stopped_client_comes_up_as_it_was_also_with_another_controller(start,
     receiver, controller = receive(), start("controller")
     controller.login("alice", post_api=receiver.url, post_secret="S3CRET", msg_ttl="5",
                      login_type="login", pwd="S3CRET-pwd")
-    for end in None, signal.SIGTERM, signal.SIGKILL:
+    for is_killed in False, True:
         before, stopped = controller.state("alice"), controller.call("stop_client", client="alice")
-        wanted = {"client": "alice", "code": 0, "status": "success", "msg_ttl": "5",
-                  "pid": before["pid"], "port": before["port"]}
-        assert {name: stopped[name] for name in wanted} == wanted
+        assert {"client": "alice", "code": 0, "status": "success", "msg_ttl": "5",
+                "pid": before["pid"], "port": before["port"]}.items() <= stopped.items()
         state = json.loads(content(controller.path("state_alice.json")))
         assert (state["state"], state["previous_state"]) == ("stop", "running")
         assert controller.call("check_client", client="alice")["status"] == "client not exists"
         row = backend_of(controller)["alice"]
         assert row["run"] is False
         assert row["given"] == {"post_api": receiver.url, "msg_ttl": "5", "login_type": "login"}
-        if end:
-            controller.process.send_signal(end)
+        if is_killed:
+            controller.process.kill()
             assert all_gone(controller.log, WAIT)
             assert b"S3CRET" not in content(controller.path("controller_backend.dat"))
             controller = start("controller")
         assert controller.call("check_client") == {"client": [], "code": 0}
         answer = controller.call("start_client", client="alice")
-        assert {name: answer[name] for name in row["given"]} == row["given"]
-        assert "S3CRET" not in json.dumps(answer)
+        assert row["given"].items() <= answer.items() and "S3CRET" not in json.dumps(answer)
         assert controller.call("/local/login", client="alice")["code"] == 0
         del receiver.posts[:]
-        controller.call("/local/say", client="alice", content=f"again {end}", **{"from": "小灰"})
-        receiver.message(f"again {end}")
+        controller.call("/local/say", client="alice", content="again", **{"from": "小灰"})
+        receiver.message("again")
         _, headers, body, _ = receiver.posts[-1]
         assert headers["X-Signature"] == "sha1=" + hmac_sha1("S3CRET", body)
         assert "pwd" not in settings_of(controller, "alice")
@@ -5634,75 +5618,55 @@ def test_settings_given_anew_win_and_an_empty_one_clears(house, receive):
     house.call("stop_client", client="hans")
     house.call("start_client", client="hans", post_api="")
     assert settings_of(house, "hans")["post_api"] == house.receiver.url + "?client=hans"
-
-
-RENEWED = [  # what was, what is given anew, what holds then
-    ({"msg_ttl": "5", "mode": "busy"}, {"msg_ttl": ""}, {"mode": "busy"}),
-    ({"msg_ttl": "5"}, {"onebot_api": "ws://h"}, {"msg_ttl": "5", "onebot_api": "ws://h"}),
-    # another bridge
-    ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_login": "napcat",
-      "onebot_login_token": "u", "onebot_secret": "s", "msg_ttl": "5"},
-     {"onebot_api": "ws://g", "onebot_secret": "r"},
-     {"onebot_api": "ws://g", "onebot_secret": "r", "msg_ttl": "5"}),
-    # the same bridge
-    ({"onebot_api": "ws://h", "onebot_token": "t"}, {"onebot_api": "WS://h"},
-     {"onebot_api": "ws://h", "onebot_token": "t"}),
-    # another bridge, the same token
-    ({"onebot_api": "ws://h", "onebot_token": "t"}, {"onebot_api": "ws://g", "onebot_token": "t"},
-     {"onebot_api": "ws://g", "onebot_token": "t"}),
-    # no bridge
-    ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_secret": "s"}, {"onebot_api": ""}, {}),
-    # another page
-    ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_login_token": "u"},
-     {"onebot_login_api": "http://p"},
-     {"onebot_api": "ws://h", "onebot_token": "t", "onebot_login_api": "http://p"}),
-]
+    house.call("delete_client", client="hans")
 
 
 def test_what_holds_after_settings_are_given_anew():
-    for former, given, wanted in RENEWED:
+    """The secrets of a bridge, or of its page, go with it; another one's are not told to it."""
+    bridge = {"onebot_api": "ws://h", "onebot_token": "t"}
+    all_of_it = {**bridge, "onebot_login": "napcat", "onebot_login_token": "u",
+                 "onebot_secret": "s", "msg_ttl": "5"}
+    for former, given, wanted in [
+            ({"msg_ttl": "5", "mode": "busy"}, {"msg_ttl": ""}, {"mode": "busy"}),
+            ({"msg_ttl": "5"}, bridge, {"msg_ttl": "5", **bridge}),
+            (all_of_it, {"onebot_api": "ws://g", "onebot_secret": "r"},
+             {"onebot_api": "ws://g", "onebot_secret": "r", "msg_ttl": "5"}),
+            (bridge, {"onebot_api": "WS://h"}, bridge),
+            (bridge, {**bridge, "onebot_api": "ws://g"}, {**bridge, "onebot_api": "ws://g"}),
+            ({**bridge, "onebot_secret": "s"}, {"onebot_api": ""}, {}),
+            ({**bridge, "onebot_login_token": "u"}, {"onebot_login_api": "http://p"},
+             {**bridge, "onebot_login_api": "http://p"})]:
         assert openqq.renewed(former, given) == wanted, (former, given)
 
 
-def test_the_token_of_one_bridge_is_told_to_no_other_after_a_restart(closing, start):
-    """Of the controller, which has no secrets: they come from the cookie's file."""
-    first, second = closing(Bridge(token="S3CRET")), closing(Bridge())
-    controller = start("controller")
-    me = Bridged(controller, "ws", first, onebot_login_token="u").running()
-    controller.call("stop_client", client="ws")
-    controller.stop()
-    me.program = controller = start("controller")
-    assert controller.call("start_client", client="ws")["code"] == 0
-    me.running()
-    controller.call("stop_client", client="ws")
-    controller.call("start_client", client="ws", onebot_api=second.ws)
-    me.bridge = second
-    me.running()
-    assert b"S3CRET" not in content(controller.path("cookie_ws.dat"))
-    assert "S3CRET" not in controller.log.text() and not first.faults + second.faults
-
-
-def test_a_token_within_a_bridges_url_works_and_is_treated_as_a_secret(closing, start):
-    """It stands in no answer, file or log, but for the cookie's; over HTTP as over WebSocket."""
-    bridge = closing(Bridge(token="S3CRET"))
-    controller = start("controller", "--http-debug", "1", "--log-level", "debug")
-    answers = []
-    for name, url in ("ws", bridge.ws + "/?access_token=S3CRET"), (
-            "sse", bridge.url.replace("http", "HTTP") + "/?a=b&access_token=S3CRET"):
+def test_a_token_within_a_bridges_url_works_and_is_told_to_nobody_else(closing, start):
+    """It stands in no answer, file or log, but for the cookie's; over HTTP as over WebSocket. After
+    a restart it comes from there, and no other bridge hears it."""
+    bridge, other = closing(Bridge(token="S3CRET")), closing(Bridge())
+    words = "controller", "--http-debug", "1", "--log-level", "debug"
+    controller, answers = start(*words), []
+    for name, url in ("sse", bridge.url.replace("http", "HTTP") + "/?a=b&access_token=S3CRET"), (
+            "ws", bridge.ws + "/?access_token=S3CRET"):
         me = Bridged(controller, name, bridge, onebot_api=url, onebot_token="")
         me.running()
-        answers += [me.started, me.state(), controller.call("start_client", client=name),
-                    controller.call("update_client", client=name, onebot_api=url),
-                    controller.call("stop_client", client=name),
-                    controller.call("start_client", client=name)]
+        answers += [me.started, me.state(), me.call("start_client"),
+                    me.call("update_client", onebot_api=url), me.call("stop_client"),
+                    me.call("start_client")]
         assert me.started["onebot_api"] == url.partition("access_token")[0].rstrip("?&")
         me.running()
     assert "S3CRET" not in json.dumps(answers)
     for name in left_files(controller) - {"cookie_ws.dat", "cookie_sse.dat"}:
         assert b"S3CRET" not in content(controller.path(name)), name
-    assert "S3CRET" not in controller.log.text()
-    done = run_quickly("client", "--onebot-api", "gopher://h/?access_token=S3CRET")
-    assert done.returncode == 2 and "S3CRET" not in done.stderr
+    controller.stop()
+    me.program = start(*words)
+    me.running()
+    me.call("stop_client")
+    me.call("start_client", onebot_api=other.ws)
+    me.bridge = other
+    me.running()
+    assert b"S3CRET" not in content(controller.path("cookie_ws.dat"))
+    assert "S3CRET" not in controller.log.text() + me.program.log.text()
+    assert not bridge.faults + other.faults
 
 
 def test_the_accounts_file_wins_over_what_is_remembered(start, tmp_path):
@@ -5897,7 +5861,7 @@ def test_a_send_that_waits_gets_an_answer_when_settings_change(house):
 
 def test_calls_of_one_name_at_once_neither_block_nor_leave_two_processes(start):
     controller = start("controller")
-    for number in range(much(3, 30)):
+    for number in range(much(2, 30)):
         calls = ["start_client", "stop_client", "update_client", "delete_client"] * 4
         random.Random(number).shuffle(calls)
         answers = at_once(len(calls), lambda number: controller.call(
@@ -5908,20 +5872,9 @@ def test_calls_of_one_name_at_once_neither_block_nor_leave_two_processes(start):
         assert controller.call("/local/login", client="alice")["code"] == 0
         row = controller.state("alice")
         assert (row["state"], row["restarts"]) == ("running", 0)
-        alive = subprocess.run(["pgrep", "-P", str(controller.pid)], stdout=subprocess.PIPE)
-        assert alive.stdout.split() == [str(row["pid"]).encode()]
+        alive = subprocess.check_output(["pgrep", "-P", str(controller.pid)])
+        assert alive.split() == [str(row["pid"]).encode()]
     assert not re.search("Traceback|fault of this program", controller.log.text())
-
-
-def test_no_more_clients_than_max_clients(start):
-    controller = start("controller", "--max-clients", "1")
-    assert controller.call("start_client", client="alice")["code"] == 0
-    status, _, body = request(controller.base, "/openqq/start_client?client=bob")
-    answer = json.loads(body)
-    assert (status, answer["code"], answer["status"]) == (200, 5, "max clients exceed")
-    assert controller.call("start_client", client="alice")["status"] == "client already exists"
-    controller.call("stop_client", client="alice")
-    assert controller.call("start_client", client="bob")["code"] == 0
 
 
 def test_no_port_left_is_code_2(start):
@@ -5958,6 +5911,7 @@ def test_killed_client_comes_back_without_a_scan_on_its_old_port(house, receive)
     assert house.state("gina")["state"] == "stop"
     assert house.log.text().count("client gina died") == 1
     assert house.call("start_client", client="gina")["code"] == 0
+    house.call("delete_client", client="gina")
 
 
 def test_new_controller_waits_for_the_clients_of_a_killed_one(start):
@@ -6095,28 +6049,19 @@ def test_what_others_left_in_the_place_of_files_stops_nobody(start, receive, tmp
     assert "fault of this program" not in controller.log.text() + second.log.text()
 
 
-def test_clients_have_the_documented_names_in_ps(pair):
-    for pid, name in [(pair.pid, "wqcontroller"), (pair.state("alice")["pid"], "wqclient(alice)")]:
-        shown = subprocess.check_output(["ps", "-o", "args=", "-p", str(pid)]).decode()
-        assert os.path.basename(shown.split()[0]) == name
-
-
 def test_clients_environment_is_built_from_scratch(start):
     controller = start("controller", env={
         "PYTHONSTARTUP": "/x", "LD_PRELOAD": "", "BASH_ENV": "/x", "AWS_SECRET_ACCESS_KEY": "s",
         "OPENQQ_TOKEN": "t0ken", "MOJO_WEBQQ_MSG_TTL": "7", "MOJO_WEBQQ_ACCOUNT": "mallory"})
     body = request(controller.base, "/openqq/start_client?client=alice&mode=away",
                    headers={"Authorization": "Bearer t0ken"})[2]
-    pid = json.loads(body)["pid"]
-    assert eventually(lambda: "AWS_SECRET_ACCESS_KEY" not in environment_of(pid))
-    environment = environment_of(pid)
-    foreign = {name for name in environment if not name.startswith(("MOJO_WEBQQ_", "OPENQQ_"))}
-    assert foreign <= {"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "TERM",
-                       "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR",
-                       "PYTHONDONTWRITEBYTECODE", "MALLOC_ARENA_MAX"} | {
-        name for name in foreign if name.startswith("LC_") or name.lower().endswith("_proxy")}
-    assert environment["MOJO_WEBQQ_ACCOUNT"] == "alice"
-    assert (environment["MOJO_WEBQQ_MODE"], environment["MOJO_WEBQQ_MSG_TTL"]) == ("away", "7")
+    environment = environment_of(lambda: json.loads(body)["pid"])
+    assert not [name for name in environment if not re.match(
+        "MOJO_WEBQQ_|OPENQQ_|LC_|(?i:.*_proxy$)|(PATH|HOME|USER|LOGNAME|LANG|TZ|TMPDIR|TERM|"
+        "VIRTUAL_ENV|LD_LIBRARY_PATH|SSL_CERT_(FILE|DIR)|PYTHONDONTWRITEBYTECODE|"
+        "MALLOC_ARENA_MAX)$", name)]
+    assert [environment["MOJO_WEBQQ_" + name] for name in ("ACCOUNT", "MODE", "MSG_TTL")] == [
+        "alice", "away", "7"]
 
 
 def test_secrets_stand_in_no_file_answer_or_log_but_the_cookie(start, receive):
@@ -6158,20 +6103,21 @@ def test_secrets_stand_in_no_file_answer_or_log_but_the_cookie(start, receive):
 
 
 def test_chinese_names_and_texts_work_in_the_c_locale(start, receive):
+    """Also in ps, where each process has its documented name."""
     receiver, locale = receive(), {"LANG": "C", "LC_ALL": "C"}
-    controller = start("controller", env=locale)
+    controller = start("controller", env=locale, typed=True)
     started = controller.login("小明", post_api=receiver.url)
-    shown = subprocess.check_output(["ps", "-ww", "-o", "args=", "-p", str(started["pid"])],
-                                    env={**os.environ, "LC_ALL": "C.UTF-8"}).decode()
-    assert os.path.basename(shown.split()[0]) == "wqclient(小明)"
+    for pid, name in (controller.pid, "wqcontroller"), (started["pid"], "wqclient(小明)"):
+        shown = subprocess.check_output(["ps", "-ww", "-o", "args=", "-p", str(pid)],
+                                        env={**os.environ, "LC_ALL": "C.UTF-8"}).decode()
+        assert os.path.basename(shown.split()[0]) == name
     sent = controller.call("send_friend_message", client="小明", name="小冰", content="你好🐧")
     assert sent["code"] == 0
     assert receiver.message("你好🐧")["receiver"] == "小明"
     controller.log.wait(r"\[好友消息\] 小冰\|我的好友 : 你好🐧")
     assert {"state_小明.json", "cookie_小明.dat"} <= left_files(controller)
     assert controller.stop() == 0
-    again = start("controller", env=locale)
-    assert user(again, "小明")["account"] == "小明"
+    assert user(start("controller", env=locale), "小明")["account"] == "小明"
 
 
 MEDIA_ID = "0" * 32
@@ -6227,28 +6173,26 @@ def test_fifo_in_the_place_of_a_file_holds_nobody_up(start, tmp_path):
 
 
 def test_what_stands_in_the_way_of_a_start_is_a_clear_refusal(tmp_path):
-    """A planted link at a pid or log file, a tmpdir that cannot be written, a port that is taken:
-    exit status 1, with the remedy, and no pid file is left."""
+    """A planted link at a pid or log file, a port that is taken: exit status 1, with the remedy,
+    and no pid file is left."""
     precious = put(tmp_path / "precious", "1\n")
-    blocked = os.path.join(precious, "below")
     with reserve() as sock:
         sock.listen(1)
         port = str(sock.getsockname()[1])
         for number, (words, said, name, plant) in enumerate([
-                (["controller"], "{path}", "controller_process.pid", os.symlink),
-                (["client", "--account", "alice"], "{path}", "pid_alice.pid", os.link),
-                (["client", "--log-path", "{path}"], "{path}", "log", os.symlink),
-                (["controller", "--tmpdir", blocked], blocked + ".*--tmpdir", "", None),
-                (["client", "--tmpdir", blocked], blocked + ".*--tmpdir", "", None),
-                (["controller", "--port", port], port + ".*--port", "", None),
-                (["client", "--port", port], port + ".*--port", "", None)]):
+                ("controller", "{path}", "controller_process.pid", os.symlink),
+                ("client --account alice", "{path}", "pid_alice.pid", os.link),
+                ("client --log-path {path}", "{path}", "log", os.symlink),
+                ("controller --port " + port, port + ".*--port", "", None),
+                ("client --port " + port, port + ".*--port", "", None)]):
             tmpdir = tmp_path / str(number)
             tmpdir.mkdir()
             path = str(tmpdir / ("mojo_webqq_" + name))
             if plant:
                 plant(precious, path)
-            done = run_quickly(words[0], "--tmpdir", str(tmpdir), "--port", "0", "--host",
-                               "127.0.0.1", *[word.format(path=path) for word in words[1:]])
+            whose, *words = words.format(path=path).split()
+            done = run_quickly(whose, "--tmpdir", str(tmpdir), "--port", "0", "--host",
+                               "127.0.0.1", *words)
             assert done.returncode == 1, words
             assert re.search(said.format(path=re.escape(path)), done.stderr, re.DOTALL), words
             assert "Traceback" not in done.stderr and content(precious) == b"1\n"
@@ -6256,7 +6200,7 @@ def test_what_stands_in_the_way_of_a_start_is_a_clear_refusal(tmp_path):
 
 
 @pytest.mark.skipif(len(openqq.CPUS) < 2, reason="needs a choice of CPUs")
-def test_each_process_keeps_to_one_cpu_and_clients_take_turns(start):
+def test_each_process_keeps_to_one_cpu_and_clients_take_turns(pair, alone, start):
     """All threads of it, once it runs; on all CPUs where the operator says so."""
     def cpus(pid):
         found = set()
@@ -6265,13 +6209,11 @@ def test_each_process_keeps_to_one_cpu_and_clients_take_turns(start):
                 found |= os.sched_getaffinity(int(task))
         return found
 
-    controller = start("controller")
-    pids = [controller.pid, *[controller.login(name)["pid"] for name in ("alice", "bob")]]
-    assert eventually(lambda: [len(cpus(pid)) for pid in pids] == [1, 1, 1])
-    assert cpus(pids[1]) != cpus(pids[2])
-    controller.stop()
-    assert len(cpus(start("client", "--account", "alone").pid)) == 1
-    free = start("controller", "--one-cpu", "0", "--resume", "0")
+    alice, bob = [pair.state(name)["pid"] for name in ("alice", "bob")]
+    assert eventually(lambda: [len(cpus(pid)) for pid in (
+        pair.pid, alice, bob, alone.program.pid)] == [1] * 4)
+    assert cpus(alice) != cpus(bob)
+    free = start("controller", "--one-cpu", "0")
     for pid in free.pid, free.login("carol")["pid"]:
         assert cpus(pid) == set(openqq.CPUS)
 
@@ -6864,8 +6806,8 @@ def test_client_that_was_running_for_a_while_starts_again_at_once_any_number_of_
 
 def test_client_that_nobody_scans_for_ten_minutes_is_reported_once(nursery):
     for is_scanned in False, True:
-        home = nursery("signal.signal(signal.SIGUSR1, lambda *_: say('{\"state\":\"running\"}\\n'))\n"
-                       "say('{\"state\":\"scaning\"}\\n')\nwhile 1: signal.pause()")
+        home = nursery("signal.signal(signal.SIGUSR1, lambda *_: say('{\"state\":\"running\"}\\n'))"
+                       "\nsay('{\"state\":\"scaning\"}\\n')\nwhile 1: signal.pause()")
         home.start("scaning")
         home.move(599.9)
         assert not home.reports
@@ -8012,7 +7954,7 @@ def test_post_api_over_tls_gets_one_event_after_the_other_on_one_connection(
 
 
 def test_a_links_calls_need_its_key_and_sense(pair):
-    key = {"X-OpenQQ-Key": environment_of(pair.state("alice")["pid"])["OPENQQ_KEY"]}
+    key = {"X-OpenQQ-Key": environment_of(lambda: pair.state("alice")["pid"])["OPENQQ_KEY"]}
     good = b'{"verb":"ready","args":[],"named":{}}'
     for body, fields, status in [
             (good, {}, 403), (good, {"X-OpenQQ-Key": "0" * 32}, 403), (good, key, 200),
