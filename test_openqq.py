@@ -4352,27 +4352,27 @@ def test_a_path_in_an_answer_counts_only_where_the_receiver_is_on_this_machine()
         assert answers._named("HTTPS://h/x.png") == {"media_url": "HTTPS://h/x.png"}
 
 
-def test_events_that_wait_follow_numeric_ids_when_it_is_switched(start, receive):
+def test_events_that_wait_follow_numeric_ids_when_it_is_switched(workshop, receive):
     """The receiver is away while the accounts talk, and there when they are started anew."""
+    cases = {"nina": ("0", "1", int), "nick": ("1", "0", str)}
+    edit_template(workshop, TEMPLATE.format("openqq.STOP_SECONDS = 0.0", ""))
     with reserve() as taken:
         port = taken.getsockname()[1]
         url = f"http://127.0.0.1:{port}/post_message"
-        controller, cases = start("controller"), {"alice": ("0", "1", int), "bob": ("1", "0", str)}
-        edit_template(controller, TEMPLATE.format("openqq.STOP_SECONDS = 0.0", ""))
         for name, (first, _, _) in cases.items():
-            controller.login(name, post_api=url, numeric_ids=first)
-            controller.call("send_friend_message", client=name, name="小冰", content="它等着")
-            controller.call("stop_client", client=name)
+            workshop.login(name, post_api=url, numeric_ids=first)
+            workshop.call("send_friend_message", client=name, name="小冰", content="它等着")
+            workshop.call("stop_client", client=name)
         receiver = receive(port=port)
     for name, (_, second, kind) in cases.items():
-        controller.call("start_client", client=name, post_api=url, numeric_ids=second)
+        workshop.call("start_client", client=name, post_api=url, numeric_ids=second)
         posted = lambda: [event for path, _, _, event in receiver.posts  # noqa: E731
                           if query_of(path)["client"] == [name]]
         assert eventually(lambda: {"login", "state_change", None} <= {
             event.get("event") for event in posted()})
         for event in posted():
-            ids = [value for name, value in event.items()
-                   if re.fullmatch("(.*_)?u?id|time", name) and value is not None]
+            ids = [value for key, value in event.items()
+                   if re.fullmatch("(.*_)?u?id|time", key) and value is not None]
             assert ids and {type(value) for value in ids} == {kind}, event
 
 
@@ -4607,23 +4607,19 @@ def test_no_control_character_of_a_name_or_a_text_reaches_the_log(tower):
     tower.change("remove", "person", "666")
 
 
-def test_a_log_file_is_kept_to_itself_unless_console_is_wanted_and_reopened_when_moved(tower):
+def test_a_log_file_is_kept_to_itself_unless_console_is_wanted(tower):
     for name, console, encoding in ("quiet", "0", "gbk"), ("loud", "1", ""):
         path = os.path.join(tower.program.tmpdir, name + ".log")
-        read = lambda path: content(path).decode(encoding or "utf-8")  # noqa: E731
         tower.program.login(name, log_path=path, log_console=console, log_encoding=encoding)
         tower.say("第一 " + name, name)
-        assert eventually(lambda: "小灰|我的好友 : 第一 " + name in read(path))
-        os.rename(path, path + ".1")
-        tower.say("第二 " + name, name)
-        assert eventually(lambda: os.path.exists(path) and "第二 " + name in read(path))
-        assert "第一" not in read(path) and "第二" not in read(path + ".1")
-        assert all(LOG_LINE.fullmatch(line) for line in read(path + ".1").splitlines())
+        read = lambda: content(path).decode(encoding or "utf-8")  # noqa: E731
+        assert eventually(lambda: "小灰|我的好友 : 第一 " + name in read())
+        assert all(LOG_LINE.fullmatch(line) for line in read().splitlines())
         assert os.stat(path).st_mode & 0o777 == 0o600
         info = tower.call("get_client_info", client=name)
         assert (info["log_path"], info["log_encoding"]) == (path, encoding or None)
         tower.call("delete_client", client=name)
-    tower.log.wait(r"^\[loud\]\[\d+\].* \[好友消息\] 小灰\|我的好友 : 第二 loud$")
+    tower.log.wait(r"^\[loud\]\[\d+\].* \[好友消息\] 小灰\|我的好友 : 第一 loud$")
     assert "第一 quiet" not in tower.log.text() and "[quiet]" not in tower.log.text()
 
 
@@ -5728,16 +5724,6 @@ def test_a_memory_that_is_no_good_stops_no_start(start, tmp_path):
     assert "fault of this program" not in controller.log.text() + again.log.text()
 
 
-def test_a_thousand_stopped_clients_are_remembered_not_more(tmp_path):
-    controller = openqq.Controller(tmpdir=str(tmp_path), port=0)
-    for number in range(openqq.MEMORY_LIMIT + 5):
-        controller.remember(openqq.Child(f"c{number}", {"msg_ttl": "5", "pwd": "x"}))
-    assert len(controller.former) == openqq.MEMORY_LIMIT and "c4" not in controller.former
-    assert controller.former["c5"].given == {"msg_ttl": "5"}
-    controller.timers.stop()
-    assert controller.timers.run() is None  # and closes what it has open
-
-
 # -- update_client
 
 def test_settings_of_a_running_client_are_changed_without_a_scan_and_nothing_is_lost(
@@ -5815,28 +5801,27 @@ def test_update_client_takes_all_or_nothing(house):
         403, b"api not found")
 
 
-def test_a_client_that_dies_of_its_new_settings_goes_on_with_those_of_before(start):
+def test_a_client_that_dies_of_its_new_settings_goes_on_with_those_of_before(workshop):
     """One that failed is put right by update_client."""
-    controller = start("controller", "--restart", "never")
-    edit_template(controller, TEMPLATE.format(
+    edit_template(workshop, TEMPLATE.format(
         "assert os.environ.get('MOJO_WEBQQ_MSG_TTL') != '13', 'unlucky'", ""))
-    before = controller.login("alice", msg_ttl="5")
-    answer = controller.call("update_client", client="alice", msg_ttl="13", mode="busy")
+    before = workshop.login("anna", msg_ttl="5")
+    answer = workshop.call("update_client", client="anna", msg_ttl="13", mode="busy")
     assert (answer["code"], answer["status"]) == (4, "client pid not ok")
     assert "unlucky" in answer["reason"]
-    assert controller.call("/local/login", client="alice")["code"] == 0
-    row = controller.state("alice")
-    assert (row["state"], row["mode"], row["restarts"]) == ("running", "online", 0)
-    assert row["port"] == before["port"]
-    assert settings_of(controller, "alice") == {"msg_ttl": "5"}
-    assert backend_of(controller)["alice"]["given"] == {"msg_ttl": "5"}
-    assert controller.call("update_client", client="alice", msg_ttl="6")["msg_ttl"] == "6"
+    assert workshop.call("/local/login", client="anna")["code"] == 0
+    row = workshop.state("anna")
+    assert (row["state"], row["mode"], row["restarts"], row["port"]) == (
+        "running", "online", 0, before["port"])
+    assert settings_of(workshop, "anna") == {"msg_ttl": "5"}
+    assert backend_of(workshop)["anna"]["given"] == {"msg_ttl": "5"}
+    assert workshop.call("update_client", client="anna", msg_ttl="6")["msg_ttl"] == "6"
 
-    assert controller.call("start_client", client="bob", msg_ttl="13")["code"] == 0
-    assert eventually(lambda: controller.state("bob").get("failed"))
-    assert controller.call("update_client", client="bob", msg_ttl="5")["code"] == 0
-    assert controller.call("/local/login", client="bob")["code"] == 0
-    row = controller.state("bob")
+    assert workshop.call("start_client", client="bert", msg_ttl="13")["code"] == 0
+    assert eventually(lambda: workshop.state("bert").get("failed"))
+    assert workshop.call("update_client", client="bert", msg_ttl="5")["code"] == 0
+    assert workshop.call("/local/login", client="bert")["code"] == 0
+    row = workshop.state("bert")
     assert (row["state"], row.get("failed")) == ("running", None)
 
 
@@ -6912,26 +6897,36 @@ client.run()
 """
 
 
-def test_edited_template_is_what_new_clients_run_and_one_that_does_not_compile_is_code_4(start):
-    controller = start("controller")
-    controller.login("alice")
-    written = content(controller.path("controller_template.py"))
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A controller for tests that write a template and have accounts of their own there."""
+    program = Program(tmp_path_factory.mktemp("workshop"), "controller", "--restart", "never",
+                      "--check-interval", "1")
+    yield program.ready()
+    assert program.stop() == 0
+
+
+def test_edited_template_is_what_new_clients_run_and_one_that_does_not_compile_is_code_4(
+        workshop, house):
+    written = content(house.path("controller_template.py"))
     assert written.decode() == openqq.default_template(openqq.QQ)
-    edit_template(controller, TEMPLATE.format("", "client.log.info('edited')"))
-    controller.login("bob")
-    assert [row["name"] for row in controller.state("bob")["plugin"]] == [
+    edit_template(workshop, written)
+    workshop.login("plain")
+    edit_template(workshop, TEMPLATE.format("", "client.log.info('edited')"))
+    workshop.login("other")
+    assert [row["name"] for row in workshop.state("other")["plugin"]] == [
         "Mojo::Webqq::Plugin::Openqq", "Mojo::Webqq::Plugin::ShowMsg"]
-    controller.log.wait(r"^\[bob\].*edited")
-    assert len(controller.state("alice")["plugin"]) > 2, "alice is as she was"
-    assert controller.call("get_user_info", client="bob")["account"] == "bob"
+    workshop.log.wait(r"^\[other\].*edited")
+    assert len(workshop.state("plain")["plugin"]) > 2, "it is as it was"
+    assert workshop.call("get_user_info", client="other")["account"] == "other"
     for bad in "def (:\n", "\0", "print('", "# coding: nonsense\n":
-        edit_template(controller, bad)
-        answer = controller.call("start_client", client="carol")
+        edit_template(workshop, bad)
+        answer = workshop.call("start_client", client="carol")
         assert (answer["code"], answer["status"]) == (4, "client pid not ok"), bad
-    controller.log.wait(r"\[error\].*template")
-    assert [row["account"] for row in controller.call("check_client")["client"]] == ["alice", "bob"]
-    put(controller.path("controller_template.py"), written)
-    assert controller.call("start_client", client="carol")["code"] == 0
+    workshop.log.wait(r"\[error\].*template")
+    assert "carol" not in listed_names(workshop)
+    edit_template(workshop, written)
+    assert workshop.call("start_client", client="carol")["code"] == 0
 
 
 def test_template_that_fails_is_told_by_log_check_client_metrics_and_post_api(start, receive):
@@ -6956,27 +6951,24 @@ def test_template_that_fails_is_told_by_log_check_client_metrics_and_post_api(st
     assert not controller.state("alice").get("failed")
 
 
-def test_second_term_hurries_a_client_that_still_has_something_to_post(start):
+def test_second_term_hurries_a_client_that_still_has_something_to_post(workshop):
     """By the template the client would wait an hour for its receiver."""
+    edit_template(workshop, TEMPLATE.format("openqq.STOP_SECONDS = 3600.0", ""))
     with reserve() as sock:
-        controller = start("controller", "--post-api",
-                           f"http://127.0.0.1:{sock.getsockname()[1]}/")
-        edit_template(controller, TEMPLATE.format("openqq.STOP_SECONDS = 3600.0", ""))
-        pid = controller.login("alice")["pid"]
+        pid = workshop.login(
+            "hasty", post_api=f"http://127.0.0.1:{sock.getsockname()[1]}/")["pid"]
         os.kill(pid, signal.SIGTERM)
-        controller.log.wait(r"停止信号\[TERM\]")
+        workshop.log.wait(r"^\[hasty\].*停止信号\[TERM\]")
         os.kill(pid, signal.SIGTERM)
-        controller.log.wait("client alice ended by itself")
-        assert controller.state("alice")["state"] == "stop"
-    posts = [line for line in content(controller.path("post_alice.jsonl")).splitlines()]
+        workshop.log.wait("client hasty ended by itself")
+        assert workshop.state("hasty")["state"] == "stop"
+    posts = content(workshop.path("post_hasty.jsonl")).splitlines()
     assert b'"stop"' in posts[-1], "and what was not posted waits for the next start"
 
 
-def test_signal_that_another_thread_gets_ends_a_client_too(start, receive):
+def test_signal_that_another_thread_gets_ends_a_client_too(workshop):
     """As one does that comes just before the main thread falls asleep: nothing interrupts that."""
-    receiver = receive()
-    controller = start("controller", "--post-api", receiver.url)
-    edit_template(controller, TEMPLATE.format("""
+    edit_template(workshop, TEMPLATE.format("""
 import signal, threading
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 def relay():
@@ -6984,11 +6976,10 @@ def relay():
     signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 threading.Thread(target=relay, daemon=True).start()
 """, ""))
-    pid = controller.login("alice")["pid"]
-    receiver.next(is_login)
-    controller.call("get_client_info", client="alice")
+    pid = workshop.login("relayed")["pid"]
+    workshop.call("get_client_info", client="relayed")
     os.kill(pid, signal.SIGUSR1)
-    controller.log.wait("client alice ended by itself")
+    workshop.log.wait("client relayed ended by itself")
 
 
 IMPORTS = """
@@ -7009,12 +7000,11 @@ assert urllib.request.getproxies() is not None
 """
 
 
-def test_template_imports_what_is_installed_and_what_clients_put_off(start):
+def test_template_imports_what_is_installed_and_what_clients_put_off(workshop):
     """Clients run without site-packages, and with stand-ins for what they seldom need."""
-    controller = start("controller")
-    edit_template(controller, IMPORTS + openqq.default_template(openqq.QQ))
-    controller.login("alice")
-    assert controller.state("alice")["state"] == "running"
+    edit_template(workshop, IMPORTS + openqq.default_template(openqq.QQ))
+    workshop.login("learned")
+    assert workshop.state("learned")["state"] == "running"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -8062,10 +8052,9 @@ def test_weixin_has_no_discuss_to_change_or_to_speak_in(start, tmp_path):
         assert (status, json.loads(body)["code"]) == (404, 8)
 
 
-def test_client_whose_own_child_holds_its_life_line_is_seen_to_die(start):
+def test_client_whose_own_child_holds_its_life_line_is_seen_to_die(workshop):
     """A plugin may fork: then the end of the line does not tell of the process's end."""
-    controller = start("controller", "--check-interval", "1")
-    edit_template(controller, TEMPLATE.format("""
+    edit_template(workshop, TEMPLATE.format("""
 import time
 fork = os.fork()
 if fork == 0:
@@ -8073,12 +8062,11 @@ if fork == 0:
     os._exit(0)
 print("fork", fork, flush=True)
 """, ""))
-    os.kill(controller.login("alice")["pid"], signal.SIGKILL)
+    os.kill(workshop.login("parent")["pid"], signal.SIGKILL)
     try:
-        controller.log.wait(r"client alice died \(signal 9\)")
+        workshop.log.wait(r"client parent died \(signal 9\)")
     finally:
-        os.kill(int(controller.out.wait(r"fork (\d+)").group(1)), signal.SIGKILL)
-        controller.call("stop_client", client="alice")
+        os.kill(int(workshop.out.wait(r"fork (\d+)").group(1)), signal.SIGKILL)
 
 
 def test_client_that_never_comes_to_run_ends_with_its_controller(start):
