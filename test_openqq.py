@@ -6654,26 +6654,17 @@ def test_what_surely_was_not_sent_is_tried_msg_ttl_times_and_what_may_have_been_
 # Clients that die, and the template
 # ------------------------------------------------------------------------------------------------
 
-class Nursery:
-    """A Supervisor with real but cheap processes instead of clients, and a clock of its own; it
-    stands for the controller besides."""
+class Nursery(openqq.Controller):
+    """A controller that serves nobody and has one client: a real but cheap process instead, and a
+    clock of its own."""
 
-    def __init__(self, tmp_path, program, restart="on-failure"):
+    def __init__(self, tmp_path, program):
+        super().__init__(tmpdir=str(tmp_path), log_level="fatal")
         self.now, self.program = 1000.0, program
         self.starts, self.reports, self.processes, self.warnings = [], [], [], []
-        self.log, self.flavour = openqq.Log(level="fatal"), openqq.QQ
-        self.url = "http://127.0.0.1:1"
-        self.log.keep = self.warnings.append
-        self.settings = openqq.Settings("controller", {"tmpdir": str(tmp_path), "restart": restart},
-                                        {}, "MOJO_WEBQQ_")
-        self.settings.fill(public_url=self.url, template_path="")
-        self.lock = threading.RLock()
-        self.settled = threading.Condition(self.lock)
-        self.timers = openqq.Timers(self.lock, self.log, lambda: self.now)
-        self.store = openqq.Store(10)
-        self.key_for, self.tell = lambda name: "key", lambda *args: None
-        self.changed, self.inherited = lambda: None, {}
+        self.url, self.log.keep, self.timers.clock = "", self.warnings.append, lambda: self.now
         self.network = types.SimpleNamespace(do=lambda *args: None, detach=None)
+        self.key_for, self.tell = lambda name: "key", lambda *args: None
         self.supervisor = openqq.Supervisor(self, self._spawn)
         self.child = openqq.Child("alice", {}, openqq.listen("127.0.0.1", 0))
         self.thread = threading.Thread(target=self.timers.run, daemon=True)
@@ -6691,10 +6682,9 @@ class Nursery:
         self.starts.append(began)
         return self.processes[-1]
 
-    def start(self, state=""):
+    def begin(self, state=""):
         """Start the child, and wait until it says that it is in this state."""
-        with self.lock:
-            self.supervisor.expect(self.child)
+        self.call("expect", self.child)
         self.supervisor.make(self.child, first=True)
         self.until(lambda: not state or self.child.state == state)
         return self
@@ -6706,15 +6696,9 @@ class Nursery:
 
     def renew(self, mode):
         """Begin a change of settings: a future with why it was refused, or None."""
-        def work():
-            try:
-                future.set_result(self.call("renew", self.child, {"mode": mode}, set()))
-            except openqq.OpenQQError as error:
-                future.set_result(error)
-
-        future = concurrent.futures.Future()
-        threading.Thread(target=work, daemon=True).start()
-        self.until(lambda: self.child.phase == "renewing")
+        future = concurrent.futures.ThreadPoolExecutor(1).submit(
+            self.call, "renew", self.child, {"mode": mode}, set())
+        self.until(lambda: self.child.phase == "renewing" or future.done())
         return future
 
     def until(self, condition, pace=0.0):
@@ -6739,27 +6723,19 @@ class Nursery:
         self.timers.stop()
         self.thread.join(WAIT)
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
             process.wait()
         self.child.listener.close()
 
 
 @pytest.fixture
 def nursery(tmp_path):
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Nursery(tmp_path, *args, **kwargs))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
+    with contextlib.ExitStack() as stack:
+        yield lambda program: stack.enter_context(contextlib.closing(Nursery(tmp_path, program)))
 
 
 def test_client_that_dies_at_once_is_started_seven_times_ever_later_then_reported(nursery):
-    home = nursery("say('{\"log\":\"the reason\"}\\n'); sys.exit(3)").start()
+    home = nursery("say('{\"log\":\"the reason\"}\\n'); sys.exit(3)").begin()
     for starts, wait in enumerate([1, 2, 4, 8, 16], 2):
         home.until(lambda: len(home.starts) == starts and home.child.phase == "backoff")
         assert home.child.alive()
@@ -6775,7 +6751,7 @@ def test_client_that_dies_at_once_is_started_seven_times_ever_later_then_reporte
 
 
 def test_client_that_was_running_for_a_while_starts_again_at_once_any_number_of_times(nursery):
-    home = nursery("say('{\"state\":\"running\"}\\n'); time.sleep(60)").start()
+    home = nursery("say('{\"state\":\"running\"}\\n'); time.sleep(60)").begin()
     for number in range(1, 10):
         home.until(lambda: home.child.state == "running")
         home.move(100)
@@ -6789,7 +6765,7 @@ def test_client_that_nobody_scans_for_ten_minutes_is_reported_once(nursery):
     for is_scanned in False, True:
         home = nursery("signal.signal(signal.SIGUSR1, lambda *_: say('{\"state\":\"running\"}\\n'))"
                        "\nsay('{\"state\":\"scaning\"}\\n')\nwhile 1: signal.pause()")
-        home.start("scaning")
+        home.begin("scaning")
         home.move(599.9)
         assert not home.reports
         if is_scanned:
@@ -6805,14 +6781,15 @@ def test_client_with_new_settings_begins_when_the_former_process_is_gone_and_is_
                    "if os.environ['MOJO_WEBQQ_MODE'] == 'busy': sys.exit(1)\n"
                    "say('{\"state\":\"loading\"}\\n')\nwhile 1: signal.pause()")
     home.child.given = {"mode": "online"}
-    home.start()
+    home.begin()
     for mode, wanted in ("away", "away"), ("busy", "away"), ("hidden", "hidden"):
         home.until(lambda: home.child.state == "loading")
         starts, refused = len(home.starts), home.renew(mode)
         home.move(openqq.KILL_SECONDS - 0.1)
         assert len(home.starts) == starts, "the former process lives"
         home.move(0.1)
-        assert isinstance(refused.result(WAIT), type(None) if mode == wanted else openqq.ClientDied)
+        assert isinstance(refused.exception(WAIT), type(None) if mode == wanted
+                          else openqq.ClientDied)
         assert home.child.given == {"mode": wanted}
     home.until(lambda: home.child.state == "loading")
     assert home.child.restarts == 0 and home.supervisor.restarts == 0 and not home.reports
@@ -6821,8 +6798,8 @@ def test_client_with_new_settings_begins_when_the_former_process_is_gone_and_is_
 def test_client_that_says_nothing_has_taken_its_new_settings_after_a_while(nursery, monkeypatch):
     """A template may not come to run(); its end is one like any other then."""
     monkeypatch.setattr(openqq, "TRIAL_SECONDS", 0.1)
-    home = nursery("time.sleep(60)").start()
-    assert home.renew("busy").result(WAIT) is None and len(home.starts) == 2
+    home = nursery("time.sleep(60)").begin()
+    assert home.renew("busy").exception(WAIT) is None and len(home.starts) == 2
     home.processes[-1].kill()
     home.until(lambda: len(home.starts) == 3, pace=0.5)
     assert home.child.given == {"mode": "busy"} and home.supervisor.restarts == 1
@@ -6830,18 +6807,18 @@ def test_client_that_says_nothing_has_taken_its_new_settings_after_a_while(nurse
 
 def test_a_stop_ends_a_change_of_settings_too_and_a_second_one_kills_at_once(nursery):
     home = nursery("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-                   "say('{\"state\":\"running\"}\\n')\nwhile 1: signal.pause()").start("running")
+                   "say('{\"state\":\"running\"}\\n')\nwhile 1: signal.pause()").begin("running")
     refused = home.renew("busy")
     home.call("stop_all")
     home.call("stop_all")
-    assert isinstance(refused.result(WAIT), openqq.NotRunning)
+    assert isinstance(refused.exception(WAIT), openqq.NotRunning)
     home.until(lambda: not home.supervisor.busy())
     assert home.processes[0].returncode == -signal.SIGKILL
     assert len(home.starts) == 1 and home.now == 1000.0
 
 
 def test_client_that_lets_go_of_its_life_line_is_killed(nursery):
-    home = nursery("os.close(int(os.environ['OPENQQ_LIFE']))\nwhile 1: signal.pause()").start()
+    home = nursery("os.close(int(os.environ['OPENQQ_LIFE']))\nwhile 1: signal.pause()").begin()
     home.until(lambda: home.child.life is None)
     home.move(home.supervisor.SILENT_SECONDS)
     home.until(lambda: len(home.starts) > 1)
@@ -6855,7 +6832,7 @@ time.sleep(0.2)
 say('tent":"b"}\\n{"state":"running"}\\n+{"content":"tor'); os._exit(1)""")
     pieces = home.store.stream(openqq.Request("GET", "/", {}, b"", "127.0.0.1")).pieces
     next(pieces)
-    home.start()
+    home.begin()
     home.until(lambda: home.child.phase == "backoff")
     told = [json.loads(row) for row in re.findall(rb"^data: (.*)$", next(pieces), re.MULTILINE)]
     assert told == [{"client": "alice", "content": "a", "seq": 7},
