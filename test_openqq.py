@@ -4536,18 +4536,6 @@ LOG_LINE = re.compile(r"\[(wqc|[\w.@-]+)\]\[(\d+)\]" + STAMP + r" \[(debug|info|
                       "好友消息|群消息|讨论组消息|群临时消息|讨论组临时消息)\\] .+")
 
 
-def test_every_line_has_head_time_and_level(tower):
-    tower.log.wait(r"\[gina\].*帐号\(gina\)登录成功")
-    pids = {row["account"]: row["pid"] for row in tower.call("check_client")["client"]}
-    lines = tower.log.text().split("\n")
-    assert len(lines) > 10
-    for line in lines:
-        found = LOG_LINE.fullmatch(line)
-        assert found, line
-        head, pid = found.group(1), int(found.group(2))
-        assert pid == pids.get(head, pid) and (head != "wqc" or pid == tower.program.pid)
-
-
 def test_messages_are_shown_as_tools_parse_them(tower):
     """The kinds, `sender|category or group`, `我->receiver`; a prefix on each line of the text; a
     mark where a send failed: gina silences hugo."""
@@ -4587,7 +4575,7 @@ def test_messages_are_shown_as_tools_parse_them(tower):
 HOSTILE_NAME = "坏\n[gina][1][26/01/01 00:00:00] [群消息] 假|冒 : 钱\r\x1b[2J\x07\x9b31m\u2028尾"
 
 
-def test_no_control_character_of_a_name_or_a_text_reaches_the_log(tower):
+def test_every_line_has_head_time_and_level_and_no_control_character_of_a_name_or_a_text(tower):
     tower.change("add", "person", "666", name=HOSTILE_NAME)
     tower.change("add", "friend", "666", place="gina")
     tower.change("add", "group", "6660", name=HOSTILE_NAME, owner_uid="gina")
@@ -4600,8 +4588,11 @@ def test_no_control_character_of_a_name_or_a_text_reaches_the_log(tower):
     tower.log.wait("我->坏.*回群")
     lines = [line for line in tower.log.lines[since:] if line.startswith("[gina]")]
     assert len(lines) == 4, "one line each, though the names hold line breaks"
+    pids = {row["account"]: row["pid"] for row in tower.call("check_client")["client"]}
+    pids["wqc"] = tower.program.pid
     for line in tower.log.lines:
-        assert LOG_LINE.fullmatch(line), line
+        found = LOG_LINE.fullmatch(line)
+        assert found and int(found.group(2)) == pids.get(found.group(1), int(found.group(2))), line
         assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", line), ascii(line)
     tower.change("remove", "group", "6660")
     tower.change("remove", "person", "666")
@@ -7659,42 +7650,48 @@ def test_no_pictures_address_leads_to_a_port_of_this_program(media_pair, gallery
     assert set(states) == {"running"}
 
 
-def test_what_media_a_caller_names_is_never_a_secret_of_another_place(start):
+@pytest.fixture(scope="module")
+def weixin_house(tmp_path_factory):
+    """A weixin controller for tests that have accounts of their own there."""
+    with serving(tmp_path_factory.mktemp("weixin_house"), "controller", "--flavor",
+                 "weixin") as program:
+        yield program
+
+
+def test_what_media_a_caller_names_is_never_a_secret_of_another_place(weixin_house):
     """cookie_path and its like may lie in tmpdir under any name (start_client takes them)."""
-    program = start("controller", "--flavor", "weixin")
-    paths = {name: os.path.join(program.tmpdir, name + ".png")
+    paths = {name: os.path.join(weixin_house.tmpdir, name + ".png")
              for name in ("cookie_path", "state_path")}
-    program.login("alice", post_secret="hush", **paths)
-    program.login("alice_b")
-    alice, other = [Voice(program, name, "/openwx/", True) for name in ("alice", "alice_b")]
+    weixin_house.login("anna", post_secret="hush", **paths)
+    weixin_house.login("anna_b")
+    anna, other = [Voice(weixin_house, name, "/openwx/", True) for name in ("anna", "anna_b")]
     theirs = other.post("upload_media", media_data=PNG_TEXT)["media_path"]
     for path in [*paths.values(), theirs]:
         assert os.path.exists(path)
-        assert alice.raw("upload_media", media_path=path)[0] == 400, path
+        assert anna.raw("upload_media", media_path=path)[0] == 400, path
 
 
-def test_post_media_data_0_leaves_the_bytes_out(start, receive):
-    receiver, program = receive(), start("controller", "--flavor", "weixin")
-    program.login("alice")
-    program.login("bob", post_api=receiver.url, post_media_data=0)
-    program.login("carol", download_media=0)
-    alice, bob, carol = [Voice(program, name, "/openwx/", True)
+def test_post_media_data_0_leaves_the_bytes_out(weixin_house, receive):
+    receiver = receive()
+    for name, settings in (("alice", {}), ("bob", {"post_api": receiver.url, "post_media_data": 0}),
+                           ("carol", {"download_media": 0})):
+        weixin_house.login(name, **settings)
+    alice, bob, carol = [Voice(weixin_house, name, "/openwx/", True)
                          for name in ("alice", "bob", "carol")]
-    assert program.state("carol")["download_media"] == "0"
+    assert weixin_house.state("carol")["download_media"] == "0"
     assert alice.post("send_group_message", displayname="OpenQQ", media_data=PNG_TEXT,
                       content="look")["code"] == 0
     for event in receiver.message("look"), bob.heard("look"):
         assert "media_data" not in event and event["media_size"] == str(len(PNG))
-        with open(event["media_path"], "rb") as file:
-            assert file.read() == PNG
+        assert content(event["media_path"]) == PNG
         status, fields, body = bob.raw("get_media", id=event["media_id"])
         assert (status, fields["content-type"], body) == (200, "image/png", PNG)
     got = carol.heard("look")
     assert (got["media_path"], got["media_id"]) == (None, None)
     assert base64.b64decode(got["media_data"]) == PNG
-    assert call(program.base, "delete_client", client="bob")["code"] == 0
-    left = [name for name in os.listdir(program.tmpdir) if "media_carol" in name or "_bob" in name]
-    assert not left, "of a deleted account stays nothing, its pictures least of all"
+    assert bob.call("delete_client")["code"] == 0
+    assert not re.search("media_carol|_bob", " ".join(os.listdir(weixin_house.tmpdir))), (
+        "of a deleted account stays nothing, its pictures least of all")
 
 
 # -- large ones
@@ -7787,24 +7784,26 @@ def test_too_many_pictures_that_wait_cost_no_text(network, tmp_path):
     assert found[:3] == [0, 1, 2] and found[-1] == 14 and found == sorted(found)
 
 
-def test_weixin_lists_are_compared_again_and_again_and_displaynames_follow(start, receive):
+def test_weixin_lists_are_compared_again_and_again_and_displaynames_follow(weixin_house, receive):
     """A displayname is made of others: neither a refresh nor /local/change sets it."""
-    controller, receiver = start("controller", "--flavor", "weixin"), receive()
-    controller.login("alice", update_interval=1, post_api=receiver.url, is_update_friend=1,
-                     post_event_list="update_friend")
-    change = functools.partial(controller.call, "/local/change", do="set", uid="2854196301")
+    receiver = receive()
+    weixin_house.login("walt", update_interval=1, post_api=receiver.url, is_update_friend=1,
+                       post_event_list="update_friend")
+    walt = Voice(weixin_house, "walt", "/openwx/", True)
     for name in "displayname", "__class__", "__dict__", "to_json", "kind":
-        assert change(what="person", **{name: "changed"})["code"] == 0
+        walt.change("set", "person", "2854196301", **{name: "changed"})
 
     def names():
-        return [row["displayname"] for row in controller.call("get_friend_info", client="alice")]
+        return [row["displayname"] for row in walt.call("get_friend_info")]
 
     assert "小冰" in names() and "changed" not in names()
     for _ in range(2):
         assert receiver.events.get(timeout=WAIT)["event"] == "update_friend"
-    assert change(what="person", name="小雪")["code"] == 0
+    walt.change("set", "person", "2854196301", name="小雪")
     assert eventually(lambda: "小雪" in names())
-    assert "fault of this program" not in controller.log.text()
+    walt.call("delete_client")
+    walt.change("set", "person", "2854196301", name="小冰")
+    assert "fault of this program" not in weixin_house.log.text()
 
 
 # ------------------------------------------------------------------------------------------------
