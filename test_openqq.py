@@ -6455,8 +6455,8 @@ def test_a_world_file_that_cannot_be_read_leaves_the_world_as_it_was(tmp_path):
 def test_disk_that_takes_no_more_is_a_warning_and_the_api_goes_on(start, receive):
     """And costs no descriptors."""
     def open_files(pid):
-        shown = subprocess.check_output(["ls", "-l", f"/proc/{pid}/fd"]).decode()
-        return shown.count(controller.tmpdir)
+        shown = subprocess.run(["ls", "-l", f"/proc/{pid}/fd"], stdout=subprocess.PIPE)
+        return shown.stdout.decode().count(controller.tmpdir)
 
     receiver = receive()
     controller = start("controller", "--post-api", receiver.url)
