@@ -33,7 +33,6 @@ import struct
 import subprocess
 import symtable
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -3901,10 +3900,8 @@ def test_a_thousand_messages_wait_for_somebody_who_is_away(network, enter):
 # ------------------------------------------------------------------------------------------------
 
 class Poll(Peer):
-    """A poll_api: lets each GET hang until the test says what it gets, by reply().
-
-    With several askers, `?for=WHO` in their URLs tells them apart.
-    """
+    """A poll_api: lets each GET hang until the test says what it gets, by answer(). With several
+    askers, `?for=WHO` in their URLs tells them apart."""
 
     def __init__(self):
         self.asked = queue.Queue()     # (path, headers) of each GET
@@ -3916,12 +3913,8 @@ class Poll(Peer):
         status, location = self._answers[handler.query.get("for", "")].get()
         handler.close_connection = True
         if status:
-            handler.send_response(status)
-            handler.send_header("Connection", "close")
-            if location:
-                handler.send_header("Location", location)
-            handler.send_header("Content-Length", "0")
-            handler.end_headers()
+            self.reply(handler, status, "", fields={
+                "Connection": "close", **({"Location": location} if location else {})})
 
     def ask(self):
         """The path of the next GET, when it has come."""
@@ -4024,9 +4017,8 @@ def test_each_post_is_one_json_event_with_the_clients_name_in_the_url(tower):
 
 
 def test_client_is_merged_into_a_clients_own_post_api_and_a_post_secret_signs(tower, receive):
-    cases = {"ivan": ("", {}), "ines": ("?a=1&b=%26", {"a": ["1"], "b": ["&"]}),
-             "ilja": ("?client=old&a=1", {"a": ["1"]})}
-    for name, (query, wanted) in cases.items():
+    for name, query, wanted in (("ines", "?a=1&b=%26", {"a": ["1"], "b": ["&"]}),
+                                ("ilja", "?client=old&a=1", {"a": ["1"]})):
         receiver = receive()
         started = tower.call("start_client", client=name, post_api=receiver.url + query,
                              post_secret="k3y")
@@ -4034,7 +4026,7 @@ def test_client_is_merged_into_a_clients_own_post_api_and_a_post_secret_signs(to
         tower.call("delete_client", client=name)
         path, headers, body, _ = receiver.posts[0]
         assert query_of(path) == {"client": [name], **wanted}
-        assert headers["X-Signature"] == "sha1=" + hmac.new(b"k3y", body, "sha1").hexdigest()
+        assert headers["X-Signature"] == "sha1=" + hmac_sha1("k3y", body)
         assert "k3y" not in str(started) + tower.log.text()
 
 
@@ -4106,23 +4098,21 @@ def test_a_reply_goes_to_where_the_message_came_from_or_went(tower):
     for type, where in (("friend", {"receiver": "小灰"}), ("group", {"group": "OpenQQ"}),
                         ("discuss", {"discuss": "OpenQQ"}),
                         ("sess", {"receiver": "小灰", "group": "OpenQQ", "via": "group"})):
-        place = {} if type == "friend" else {"to": "OpenQQ"}
         tower.say("来自 " + type, type=type + "_message", answer=(200, {}, {"reply": "致 " + type}),
-                  **place)
-        sent = tower.posted("gina", "致 " + type)
+                  **({} if type == "friend" else {"to": "OpenQQ"}))
         wanted = {"type": type + "_message", "class": "send", "code": 0, **where}
-        assert {name: sent[name] for name in wanted} == wanted
+        assert wanted.items() <= tower.posted("gina", "致 " + type).items()
     [discuss] = tower.call("get_discuss_info", client="hugo")[:1]
     [gina] = [row for row in discuss["member"] if row["name"] == "gina"]
     tower.says["gina", "recv", "悄悄话"] = (200, {}, {"reply": "悄悄的回答"})
     tower.call("send_sess_message", client="hugo", discuss_id=discuss["id"], id=gina["id"],
                content="悄悄话")
-    heard = tower.posted("hugo", "悄悄的回答")
-    assert (heard["type"], heard["via"], heard["sender"]) == ("sess_message", "discuss", "gina")
+    assert {"type": "sess_message", "via": "discuss", "sender": "gina"}.items() <= tower.posted(
+        "hugo", "悄悄的回答").items()
     tower.says["gina", "send", "第一句"] = (200, {}, {"reply": "第二句"})
     tower.call("send_friend_message", client="gina", name="小灰", content="第一句")
-    sent = tower.posted("gina", "第二句")
-    assert (sent["receiver"], sent["type"]) == ("小灰", "friend_message")
+    assert {"type": "friend_message", "receiver": "小灰"}.items() <= tower.posted(
+        "gina", "第二句").items()
 
 
 def test_media_in_the_answer_is_sent_after_the_reply_to_the_same_place(tower, gallery):
@@ -4132,18 +4122,16 @@ def test_media_in_the_answer_is_sent_after_the_reply_to_the_same_place(tower, ga
                              and event.get("media") and event["id"] not in seen)
         seen.add(event["id"])
         url = urllib.parse.urlsplit(event["media"][0]["url"])
-        status, _, body = request(tower.program.base, f"{url.path}?{url.query}")
-        assert status == 200
-        where = event.get("group") or event.get("discuss") or event["receiver"]
-        return int(event["id"]), where, body
+        return (int(event["id"]), event.get("group") or event.get("discuss") or event["receiver"],
+                request(tower.program.base, f"{url.path}?{url.query}")[2])
 
     url, path, seen = gallery.url + "/cat.png", os.path.join(tower.program.tmpdir, "狗.png"), set()
     put(path, PNG)
     other = PNG + b"other"
     spelt = "base64://" + base64.b64encode(other).decode()
-    cases = [(url, [PNG], "friend"), (spelt, [other], "group"), (path, [PNG], "friend"),
+    cases = [(url, [PNG], "friend"), (path, [PNG], "friend"), (gallery.to(url), [PNG], "discuss"),
              ([spelt, url, "http://127.0.0.1:1/", 7, None, path], [other, PNG, PNG], "group"),
-             (gallery.to(url), [PNG], "discuss"), (spelt, [other], "sess")]
+             (spelt, [other], "sess")]
     for number, (media, pictures, type) in enumerate(cases):
         params, place = ({}, "小灰") if type == "friend" else ({"to": "OpenQQ"}, "OpenQQ")
         tower.say(f"要图{number}", type=type + "_message", **params,
@@ -4174,47 +4162,45 @@ def test_media_in_the_answer_leads_to_no_port_of_this_program_and_to_no_foreign_
 
 
 def test_a_path_in_an_answer_counts_only_where_the_receiver_is_on_this_machine():
-    for post_api in ("http://127.0.0.1:9/", "http://localhost/x", "http://[::1]:9/",
-                     "http://bot.example/", "http://192.0.2.9:80/", ""):
-        client = type("Client", (), {"log": openqq.Log()})()
-        answers = openqq.Answers(client, lambda params: None, post_api)
-        if re.search("127|localhost|::1", post_api):
+    for host in "127.0.0.1:9", "localhost", "[::1]:9", "bot.example", "192.0.2.9:80", "":
+        client = types.SimpleNamespace(log=openqq.Log())
+        answers = openqq.Answers(client, lambda params: None, host and f"http://{host}/x")
+        if re.search("127|localhost|::1", host):
             assert answers._named("/tmp/x.png") == {"media_path": "/tmp/x.png"}
         else:
             with pytest.raises(openqq.NotAllowed, match="give http://"):
                 answers._named("/tmp/x.png")
         assert answers._named("HTTPS://h/x.png") == {"media_url": "HTTPS://h/x.png"}
-        assert answers._named("base64://QUI=") == {"media_data": "QUI="}
 
 
-def test_events_that_wait_follow_numeric_ids_when_it_is_switched(start, receive):
+def test_events_that_wait_follow_numeric_ids_when_it_is_switched(workshop, receive):
     """The receiver is away while the accounts talk, and there when they are started anew."""
+    cases = {"nina": ("0", "1", int), "nick": ("1", "0", str)}
+    edit_template(workshop, TEMPLATE.format("openqq.STOP_SECONDS = 0.0", ""))
     with reserve() as taken:
         port = taken.getsockname()[1]
         url = f"http://127.0.0.1:{port}/post_message"
-        controller, cases = start("controller"), {"alice": ("0", "1", int), "bob": ("1", "0", str)}
         for name, (first, _, _) in cases.items():
-            controller.login(name, post_api=url, numeric_ids=first)
-            controller.call("send_friend_message", client=name, name="小冰", content="它等着")
-        at_once(2, lambda index: controller.call("stop_client", client=[*cases][index]))
+            workshop.login(name, post_api=url, numeric_ids=first)
+            workshop.call("send_friend_message", client=name, name="小冰", content="它等着")
+            workshop.call("stop_client", client=name)
         receiver = receive(port=port)
     for name, (_, second, kind) in cases.items():
-        controller.call("start_client", client=name, post_api=url, numeric_ids=second)
+        workshop.call("start_client", client=name, post_api=url, numeric_ids=second)
         posted = lambda: [event for path, _, _, event in receiver.posts  # noqa: E731
                           if query_of(path)["client"] == [name]]
         assert eventually(lambda: {"login", "state_change", None} <= {
             event.get("event") for event in posted()})
         for event in posted():
-            ids = [value for name, value in event.items()
-                   if re.fullmatch("(.*_)?u?id|time", name) and value is not None]
+            ids = [value for key, value in event.items()
+                   if re.fullmatch("(.*_)?u?id|time", key) and value is not None]
             assert ids and {type(value) for value in ids} == {kind}, event
 
 
 def test_shutup_in_the_answer_to_a_group_message_silences_the_sender_for_shutup_time(tower):
     for number, (answer, seconds) in enumerate([
             ({"shutup": 1}, 60), ({"shutup": 1, "shutup_time": 1}, 60),  # at least
-            ({"shutup": 1, "shutup_time": 3600, "reply": "安静"}, 3600),
-            ({"shutup": "1", "shutup_time": "600"}, 600)]):
+            ({"shutup": "1", "shutup_time": "600", "reply": "安静"}, 600)]):
         who = str(1_000_000 + number)
         tower.change("add", "person", who)
         tower.change("add", "group_member", who, place="OpenQQ")
@@ -4223,8 +4209,7 @@ def test_shutup_in_the_answer_to_a_group_message_silences_the_sender_for_shutup_
         told = tower.posted("gina", lambda event: event.get("event") == "group_shutup"
                             and event["params"][0]["uid"] == who)
         assert told["params"][2] == seconds
-        again = tower.call("/local/say", client="gina", content="还吵", **group)
-        assert again["code"] == 8
+        assert tower.call("/local/say", client="gina", content="还吵", **group)["code"] == 8
         tower.change("remove", "person", who)
     tower.say("私下", answer=(200, {}, {"shutup": 1}))
     group["from"] = "小灰"
@@ -4241,14 +4226,13 @@ def test_the_documents_answer_replies_and_stdout_carries_the_events(start, recei
     client = start("client", "--account", "solo", "--post_api", receiver.url,
                    "--post-stdout", "1", "--login_type", "login", "--pwd", "x")
     client.out.wait('"login"')
-    said = client.call("/local/say", client="solo", content="问", **{"from": "小灰"})
-    assert said["code"] == 0
+    client.call("/local/say", client="solo", content="问", **{"from": "小灰"})
     client.out.wait('"post_type":"send_message"')
     assert client.stop() == 0
     client.out.wait('"event":"stop"')
     lines = [json.loads(line) for line in client.out.lines]
-    posted = [event for _, _, _, event in receiver.posts]
-    assert sorted(lines, key=str) == sorted(posted, key=str)  # lanes keep no one order
+    assert sorted(lines, key=str) == sorted(  # lanes keep no one order
+        [event for _, _, _, event in receiver.posts], key=str)
     [reply] = [event for event in lines if event["post_type"] == "send_message"]
     assert (reply["content"], reply["receiver"], reply["from"]) == ("你好", "小灰", "api")
 
@@ -4277,39 +4261,27 @@ def beater(tmp_path_factory):
     assert "Traceback" not in client.log.text() and "s3cret" not in client.log.text()
 
 
-@pytest.fixture
-def beating(beater):
-    """The same for one test: it begins and ends with a request that hangs."""
-    client, poll = beater
-    assert poll.ask() == "/beat"
-    yield client, poll
-    poll.answer()
-
-
 def test_poll_api_is_asked_once_running_and_again_whatever_came_of_it(beater):
     client, poll = beater
     assert client.early == 0
     path, headers = poll.asked.get(timeout=WAIT)
     assert path == "/beat" and poll.asked.empty(), "one request hangs, a second is not made"
     assert "Authorization" not in headers, "the token is for our own API only"
-    for answer in [(200, ""), (500, ""), (0, ""), (404, ""), (302, "")]:
-        poll.answer(*answer)
+    for status in 200, 500, 0, 404, 302:
+        poll.answer(status)
         assert poll.ask() == "/beat"
     poll.answer()
 
 
-def test_a_redirect_to_its_own_api_is_called_with_its_own_token(beating):
-    client, poll = beating
+def test_redirects_to_its_own_api_and_up_to_seven_within_a_server_are_followed(beater):
+    """Its own API is called with its own token."""
+    client, poll = beater
+    assert poll.ask() == "/beat"
     for host in ("127.0.0.1", "localhost"):
-        base = f"http://{host}:{client.port}"
-        poll.answer(302, send_url(base, name="小冰", content="隧道 " + host))
-        client.log.wait(f"小冰.* : 隧道 {host}")
+        poll.answer(302, send_url(f"http://{host}:{client.port}", name="小冰", content="至" + host))
+        client.log.wait("小冰.* : 至" + host)
         client.log.wait("poll_api had us call http://.*/openqq/send_friend_message: 200")
         assert poll.ask() == "/beat"
-
-
-def test_redirects_within_its_own_server_are_followed_up_to_seven_times(beating):
-    client, poll = beating
     for end in send_url(client.base, name="小冰", content="七步"), "/hop8":
         for hop in range(1, 8):
             poll.answer(302, f"/hop{hop}" if hop % 2 else f"{poll.url}/hop{hop}?x=%20")
@@ -4318,42 +4290,37 @@ def test_redirects_within_its_own_server_are_followed_up_to_seven_times(beating)
         assert poll.ask() == "/beat"
     client.log.wait("小冰.* : 七步")
     client.log.wait("after 7 redirects: given up")
+    poll.answer()
 
 
-def test_other_locations_are_logged_and_dropped(beating):
-    client, poll = beating
-    other = Poll()
-    targets = [other.url + "/elsewhere", other.url + "/openqq/get_user_info",
-               f"http://127.0.0.1:{client.port}/local/login?client=tom",
-               f"http://127.0.0.1:{client.port}/", f"http://example.invalid:{client.port}/openqq/x",
-               f"https://127.0.0.1:{poll.port}/beat", "file:///etc/passwd",
-               f"http://127.0.0.1@example.invalid:{client.port}/openqq/get_user_info",
-               "http://169.254.169.254/latest/meta-data", "http://[bad", "http://127.0.0.1:x/"]
+def test_other_locations_are_logged_and_dropped(beater, closing):
+    (client, poll), other = beater, closing(Poll())
+    assert poll.ask() == "/beat"
     before = len(re.findall(r"\[warn\] .*poll_api", client.log.text()))
-    for count, target in enumerate(targets, before + 1):
+    for count, target in enumerate([
+            other.url + "/elsewhere", other.url + "/openqq/get_user_info",
+            f"http://127.0.0.1:{client.port}/local/login?client=tom",
+            f"http://127.0.0.1:{client.port}/",
+            f"http://example.invalid:{client.port}/openqq/x",
+            f"https://127.0.0.1:{poll.port}/beat", "file:///etc/passwd",
+            f"http://127.0.0.1@example.invalid:{client.port}/openqq/get_user_info",
+            "http://[bad", "http://127.0.0.1:x/"], before + 1):
         poll.answer(302, target)
         client.log.wait(r"\[warn\] .*poll_api", count)
         assert poll.ask() == "/beat", target
     assert other.asked.empty()
-    other.close()
+    poll.answer()
 
 
-def test_after_an_answer_it_waits_for_poll_interval():
-    times, done = [], threading.Event()
-    answer = types.SimpleNamespace(status=200, fields={},
-                                   read=lambda: times.append(time.monotonic()))
-
-    def fetch(url, seconds):
-        times.append(time.monotonic())
-        if len(times) > 3:
-            heart.stop()
-            done.set()
-        return answer
-
-    heart = openqq.Heartbeat("http://127.0.0.1:9/", 0.3, {}, "", openqq.Log(), fetch=fetch)
-    heart.start()
-    assert done.wait(WAIT)
-    assert times[2] - times[1] >= 0.29
+def test_after_an_answer_it_waits_for_poll_interval(tower, closing):
+    poll = closing(Poll())
+    tower.program.login("ida", poll_api=poll.url, poll_interval="0.3")
+    poll.ask()
+    answered = time.monotonic()
+    poll.answer()
+    poll.ask()
+    assert time.monotonic() - answered >= 0.29
+    tower.call("delete_client", client="ida")
 
 
 def test_a_client_under_a_controller_asks_in_its_name_and_calls_the_controllers_api(tower):
@@ -4390,64 +4357,46 @@ LOG_LINE = re.compile(r"\[(wqc|[\w.@-]+)\]\[(\d+)\]" + STAMP + r" \[(debug|info|
                       "好友消息|群消息|讨论组消息|群临时消息|讨论组临时消息)\\] .+")
 
 
-def shown(tower, name, text):
-    """Wait until a client has logged a line with just this text after head and time."""
-    tower.log.wait(rf"^\[{name}\]\[\d+\]{STAMP} {re.escape(text)}$")
-
-
-def test_every_line_has_head_time_and_level(tower):
-    tower.log.wait(r"\[gina\].*帐号\(gina\)登录成功")
-    pids = {row["account"]: row["pid"] for row in tower.call("check_client")["client"]}
-    lines = tower.log.text().split("\n")
-    assert len(lines) > 10
-    for line in lines:
-        found = LOG_LINE.fullmatch(line)
-        assert found, line
-        head, pid = found.group(1), int(found.group(2))
-        assert pid == pids.get(head, pid) and (head != "wqc" or pid == tower.program.pid)
-
-
 def test_messages_are_shown_as_tools_parse_them(tower):
     """The kinds, `sender|category or group`, `我->receiver`; a prefix on each line of the text; a
     mark where a send failed: gina silences hugo."""
     discuss = tower.call("get_discuss_info", client="hugo")[0]
     group = tower.call("search_group", client="gina", name="OpenQQ")[0]
-    ids = {row["name"]: row["id"] for row in group["member"]}
-    uids = {row["name"]: row["uid"] for row in group["member"]}
+    rows = {row["name"]: row for row in group["member"]}
     tower.say("一\n二")
     for kind in "group", "discuss", "sess":
         tower.say("在 " + kind, type=kind + "_message", to="OpenQQ")
     for api, sender, params in (
-            ("discuss_sess", "hugo", {"discuss_id": discuss["id"], "uid": uids["gina"]}),
+            ("discuss_sess", "hugo", {"discuss_id": discuss["id"], "uid": rows["gina"]["uid"]}),
             ("friend", "gina", {"name": "小灰"}), ("group", "gina", {"name": "OpenQQ"}),
             ("discuss", "gina", {"name": "OpenQQ"}),
-            ("sess", "gina", {"group_id": group["id"], "id": ids["小灰"]})):
+            ("sess", "gina", {"group_id": group["id"], "id": rows["小灰"]["id"]})):
         sent = tower.call(f"send_{api.split('_')[-1]}_message", client=sender,
                           content=f"发出\n{api}", **params)
         assert sent["code"] == 0, (api, sent)
     assert tower.call("shutup_group_member", client="gina", group_uid=group["uid"], time=1,
-                      member_uid=uids["hugo"])["code"] == 0
+                      member_uid=rows["hugo"]["uid"])["code"] == 0
     failed = tower.call("send_group_message", client="hugo", uid=group["uid"], content="听不见")
     assert failed == {"code": -4, "id": None, "info": failed["info"], "status": "发送失败"}
     told = tower.posted("hugo", "听不见")
     assert (told["code"], told["msg"], told["info"], told["id"]) == (
         -4, "发送失败", failed["info"], None)
-    for text in (
+    for name, text in [("gina", text) for text in (
             "[好友消息] 小灰|我的好友 : 一", "[好友消息] 小灰|我的好友 : 二",
             "[群消息] 小灰|OpenQQ : 在 group", "[讨论组消息] 小灰|OpenQQ : 在 discuss",
             "[群临时消息] 小灰|OpenQQ : 在 sess", "[讨论组临时消息] hugo|OpenQQ : discuss_sess",
             "[好友消息] 我->小灰 : 发出", "[好友消息] 我->小灰 : friend",
             "[群消息] 我->OpenQQ : group", "[讨论组消息] 我->OpenQQ : discuss",
-            "[群临时消息] 我->小灰 : sess"):
-        shown(tower, "gina", text)
-    shown(tower, "hugo", "[讨论组临时消息] 我->gina : discuss_sess")
-    shown(tower, "hugo", f"[群消息] 我->OpenQQ : 听不见[发送失败({failed['info']})]")
+            "[群临时消息] 我->小灰 : sess")] + [
+            ("hugo", "[讨论组临时消息] 我->gina : discuss_sess"),
+            ("hugo", f"[群消息] 我->OpenQQ : 听不见[发送失败({failed['info']})]")]:
+        tower.log.wait(rf"^\[{name}\]\[\d+\]{STAMP} {re.escape(text)}$")
 
 
 HOSTILE_NAME = "坏\n[gina][1][26/01/01 00:00:00] [群消息] 假|冒 : 钱\r\x1b[2J\x07\x9b31m\u2028尾"
 
 
-def test_no_control_character_of_a_name_or_a_text_reaches_the_log(tower):
+def test_every_line_has_head_time_and_level_and_no_control_character_of_a_name_or_a_text(tower):
     tower.change("add", "person", "666", name=HOSTILE_NAME)
     tower.change("add", "friend", "666", place="gina")
     tower.change("add", "group", "6660", name=HOSTILE_NAME, owner_uid="gina")
@@ -4460,32 +4409,29 @@ def test_no_control_character_of_a_name_or_a_text_reaches_the_log(tower):
     tower.log.wait("我->坏.*回群")
     lines = [line for line in tower.log.lines[since:] if line.startswith("[gina]")]
     assert len(lines) == 4, "one line each, though the names hold line breaks"
+    pids = {row["account"]: row["pid"] for row in tower.call("check_client")["client"]}
+    pids["wqc"] = tower.program.pid
     for line in tower.log.lines:
-        assert LOG_LINE.fullmatch(line), line
+        found = LOG_LINE.fullmatch(line)
+        assert found and int(found.group(2)) == pids.get(found.group(1), int(found.group(2))), line
         assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", line), ascii(line)
     tower.change("remove", "group", "6660")
     tower.change("remove", "person", "666")
 
 
-def test_a_log_file_is_kept_to_itself_unless_console_is_wanted_and_reopened_when_moved(tower):
-    where = os.path.join(tower.program.tmpdir, "logs")
-    os.mkdir(where)
+def test_a_log_file_is_kept_to_itself_unless_console_is_wanted(tower):
     for name, console, encoding in ("quiet", "0", "gbk"), ("loud", "1", ""):
-        path = os.path.join(where, name + ".log")
-        read = lambda path: content(path).decode(encoding or "utf-8")  # noqa: E731
+        path = os.path.join(tower.program.tmpdir, name + ".log")
         tower.program.login(name, log_path=path, log_console=console, log_encoding=encoding)
         tower.say("第一 " + name, name)
-        assert eventually(lambda: "小灰|我的好友 : 第一 " + name in read(path))
-        os.rename(path, path + ".1")
-        tower.say("第二 " + name, name)
-        assert eventually(lambda: os.path.exists(path) and "第二 " + name in read(path))
-        assert "第一" not in read(path) and "第二" not in read(path + ".1")
-        assert all(LOG_LINE.fullmatch(line) for line in read(path + ".1").splitlines())
+        read = lambda: content(path).decode(encoding or "utf-8")  # noqa: E731
+        assert eventually(lambda: "小灰|我的好友 : 第一 " + name in read())
+        assert all(LOG_LINE.fullmatch(line) for line in read().splitlines())
         assert os.stat(path).st_mode & 0o777 == 0o600
         info = tower.call("get_client_info", client=name)
         assert (info["log_path"], info["log_encoding"]) == (path, encoding or None)
         tower.call("delete_client", client=name)
-    shown(tower, "loud", "[好友消息] 小灰|我的好友 : 第二 loud")
+    tower.log.wait(r"^\[loud\]\[\d+\].* \[好友消息\] 小灰\|我的好友 : 第一 loud$")
     assert "第一 quiet" not in tower.log.text() and "[quiet]" not in tower.log.text()
 
 
@@ -4496,7 +4442,7 @@ def test_a_callers_log_level_wins_over_the_controllers(tower):
         assert tower.call("get_client_info", client=name)["log_level"] == level
         tower.call("delete_client", client=name)
     tower.log.wait(rf"^\[wordy\]\[\d+\]{STAMP} \[debug\] .*GET /openqq/get_client_info 200")
-    shown(tower, "wordy", "[好友消息] 小灰|我的好友 : 级别")
+    tower.log.wait(rf"^\[wordy\]\[\d+\]{STAMP} \[好友消息\] 小灰\|我的好友 : 级别$")
     assert not re.search(r"^\[curt\].*\] \[(debug|info|好友消息)\]", tower.log.text(), re.M)
 
 
@@ -4548,7 +4494,7 @@ CHOICES = {"flavor": "qq", "log_level": "fatal", "restart": "never", "login_type
 
 @pytest.mark.parametrize("whose", ["controller", "client"])
 def test_each_setting_can_be_given_in_every_way_helped_with_and_refused_by_name(whose):
-    done = run_openqq(whose, "--help")
+    done = run_quickly(whose, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     rows = [row for row in openqq.SETTINGS.values() if row.whose in (whose, "both")]
     assert len(rows) > 20
@@ -4580,36 +4526,29 @@ def test_each_setting_can_be_given_in_every_way_helped_with_and_refused_by_name(
 # What nobody means, for each way to read a setting; {tmpdir} has in it: file, dir, fifo, link (to
 # file), twice (a second name of it).
 LONG = "a" * 5_000
-ODD_TEXTS = ["a\0b", "a\nb", "\x1b[31m", "\ud800", LONG, "\x9b", "\u2028", "a\rb", "\x7f", "a\tb",
-             " ", "{}{0}%s", "$(id)", "';--", "\u202eabc", "ä" * 4_000, "😀", "a,,b", "=", "a\\"]
-ODD_NUMBERS = [" 1", "1 ", "9" * 5_000, *(
-    "nan inf -1 -0 1e9 1e-9 ² ٣ １２ +1 0x10 1_000 0 000 0007 0.0 0.5 .5 5. 1,5 999999999 "
-    "9999999999 100000000 2147483648 0.000000001 true one").split()]
-ODD_PATHS = ["a\0b", "\ud800", "{tmpdir}/" + LONG, "{tmpdir}/" + "ä" * 200, *(
-    "/dev/null /dev/full / ~nobody ~ x ../x {tmpdir} {tmpdir}/dir {tmpdir}/fifo {tmpdir}/link "
-    "{tmpdir}/twice {tmpdir}/file/x {tmpdir}/no/such {tmpdir}/./ {tmpdir}/good {tmpdir}/dir/good "
-    "{tmpdir}/mojo_webqq_cookie_odd.dat").split()]
-ODD_URLS = ["{s}://a b/", "{s}://a\u3000b/", "{s}://a\tb/", " {s}://h/", "{s}://h/ {s}://h/",
-            "{s}://h:1/\ud800", "{s}://" + "a" * 300 + "/", "{s}://" + "a." * 150 + "/",
-            "{s}://" + "ü" * 80 + ".example/", "{s}://a\u2024b/", "{s}://u:p%zz@h:1/",
-            *(r"""{s}://h:65536/ {s}://h:0/ {s}://h:99999999999/ {s}://h:x/ {s}://h:-1/ {s}://h:８０/
-    {s}://:80/ {s}://h:/ {s}://[::1 {s}://[::1]x/ {s}://[::g]/ {s}://[127.0.0.1]/ {s}://[::1]:1/
-    {s}://a..b/ {s}://a\b@h:1/ {s}://u@v@h:1/ {s}://h:1/,{s}://h:1/ {s}://h:1/;{S}://h:1/
-    {s}://a/|{S}://b/ {S}://h:1/ {s}:/h/ {s}:h //h/ h:80 file:///etc/passwd {s}:// {s}:///x
-    {s}://h:1/ä?ä#ä {s}://h:1?x {s}://h:1#x {s}://a|b/ {s}://a%00b/ {s}://169.254.169.254/
-    javascript:alert(1)""").replace("//h", "//127.0.0.1").split()]
-ODD_ENCODINGS = ["a\0b", " ", LONG, *(
-    "idna punycode undefined rot13 rot_13 base64 hex zip bz2 uu quopri mbcs oem utf-16 utf-32 "
-    "utf-8-sig utf-16-le unicode_escape raw_unicode_escape cp037 .. ../../x klingon aliases ascii "
-    "gbk gb18030 UTF8 latin-1 hz cp1252 big5").split()]
-ODD_FLAGS = [" 1", "\0", LONG, *(
-    "2 -1 01 maybe TRUE Yes oN no １ ² null None 0.0 1.0 f t 真 []").split()]
+ODD_TEXTS = ["a\0b", "a\nb", "\x1b[31m", "\ud800", LONG, "\x9b", "\u2028", "\x7f", " ", "{}{0}%s",
+             "';--", "\u202eabc", "ä" * 4_000, "😀", "a,,b", "=", "a\\"]
+ODD_NUMBERS = [" 1", "9" * 5_000, *("nan inf -1 -0 1e9 ² １２ +1 0x10 1_000 0 0007 0.5 5. 1,5 "
+                                    "9999999999 2147483648 0.000000001 true").split()]
+ODD_PATHS = ["a\0b", "\ud800", *("{tmpdir}/" + name for name in (
+    LONG, "ä" * 200, *"dir fifo link twice file/x no/such ./ good dir/good "
+    "mojo_webqq_cookie_odd.dat".split())), *"/dev/null /dev/full / ~nobody x ../x {tmpdir}".split()]
+ODD_URLS = ["{s}://a b/", "{s}://a\u3000b/", " {s}://h/", "{s}://h:1/\ud800", "javascript:alert(1)",
+            "{s}://" + "a" * 300 + "/", "{s}://" + "ü" * 80 + ".example/", "{s}://u:p%zz@h:1/",
+            *(r"""{s}://h:65536/ {s}://h:0/ {s}://h:x/ {s}://h:-1/ {s}://h:８０/ {s}://:80/ {s}://h:/
+    {s}://[::1 {s}://[::g]/ {s}://[::1]:1/ {s}://a..b/ {s}://a\b@h:1/ {s}://u@v@h:1/ {S}://h:1/
+    {s}://h:1/,{s}://h:1/ {s}://a/|{S}://b/ {s}:/h/ //h/ h:80 file:///etc/passwd {s}:///x
+    {s}://h:1/ä?ä#ä {s}://h:1?x {s}://h:1#x {s}://a|b/ {s}://a%00b/ {s}://169.254.169.254/"""
+              ).replace("//h", "//127.0.0.1").split()]
+ODD_ENCODINGS = ["a\0b", " ", LONG, *("idna undefined rot13 base64 mbcs utf-16 utf-8-sig cp037 "
+                                      "unicode_escape ../../x klingon gbk UTF8 big5").split()]
+ODD_FLAGS = [" 1", "\0", LONG, *"2 -1 01 maybe TRUE oN １ ² null 0.0 f [] no".split()]
 ODD = {"_flag": ODD_FLAGS, "_whole": ODD_NUMBERS, "_number": ODD_NUMBERS,
        "_text": ODD_TEXTS, "_words": ODD_TEXTS, "_encoding": ODD_ENCODINGS, "_path": ODD_PATHS,
        "choose": ODD_TEXTS + ["INFO", "info ", "QRLOGIN", "Online"],
        "_url": [url.replace("{s}", "http").replace("{S}", "HTTPS") for url in ODD_URLS],
        "_bridge_url": [url.replace("{s}", scheme).replace("{S}", scheme.upper())
-                       for scheme in ("ws", "http") for url in ODD_URLS]}
+                       for url, scheme in zip(ODD_URLS, itertools.cycle(["ws", "http"]))]}
 CALLERS_ROWS = [row for row in openqq.SETTINGS.values() if row.caller]
 
 
@@ -4661,26 +4600,24 @@ def test_a_hostile_value_of_each_kind_is_refused_with_400_and_the_settings_name(
                 assert (status, answer["code"]) == (400, 400), answer
             else:
                 assert (status, answer["code"], row.name in answer["status"]) == (400, 6, True)
-    for row in CALLERS_ROWS:
+    for row in [row for row in CALLERS_ROWS if "url" in row.read.__name__]:
         for value in "http://h:65536/", "http://h:0/x", "http://a,http://b", "http://a/;HTTP://b":
-            if "url" in row.read.__name__:
-                with pytest.raises(openqq.NotAllowed, match="must (be one URL|have a port)"):
-                    openqq.check_params({row.name: value})
+            with pytest.raises(openqq.NotAllowed, match="must (be one URL|have a port)"):
+                openqq.check_params({row.name: value})
     assert not odd.call("check_client")["client"]
 
 
 def test_no_hostile_value_is_taken_that_later_fails(odd):
     taken = {row.name: sorted_out(row, odd)[0] for row in CALLERS_ROWS if row.name != "login_type"}
-    assert sum(map(len, taken.values())) > 500
+    assert sum(map(len, taken.values())) > 300
     paths = ["cookie_path", "log_path", "state_path", "qrcode_path", "pid_path"]
-    others = {"is_init_friend": "1", "onebot_api": "", "milky_api": "", "onebot_login": "",
-              "onebot_login_api": "", "qrcode_count_max": "9", "link": "", "ilink_api": "",
-              "ilink_cdn": ""}
+    others = {"is_init_friend": "1", "qrcode_count_max": "9", **dict.fromkeys((
+        "onebot_api", "milky_api", "onebot_login", "onebot_login_api", "link", "ilink_api",
+        "ilink_cdn"), "")}
 
     def live(number):
         """A client with the number-th value of each setting."""
-        name = f"odd{number}"
-        own = {path: f"{odd.tmpdir}/{path}{number}" for path in paths}
+        name, own = f"odd{number}", {path: f"{odd.tmpdir}/{path}{number}" for path in paths}
         given = {**{key: values[number % len(values)] for key, values in taken.items() if values},
                  **own, **others}
         status, answer = told(odd, "start_client", client=name, **given)
@@ -4701,7 +4638,7 @@ def test_no_hostile_value_is_taken_that_later_fails(odd):
 
 def test_a_bridges_url_that_is_taken_is_waited_for_in_words(odd):
     urls = dict(enumerate(sorted_out(openqq.SETTINGS["onebot_api"], odd)[0]))
-    assert len(urls) > 10
+    assert len(urls) > 5
     for number, url in urls.items():
         assert told(odd, "start_client", client=f"b{number}", onebot_api=url)[1]["code"] == 0, url
     for number, url in urls.items():
@@ -4711,31 +4648,25 @@ def test_a_bridges_url_that_is_taken_is_waited_for_in_words(odd):
     at_once(len(urls), lambda number: odd.call("delete_client", client=f"b{number}"))
 
 
-@pytest.mark.parametrize("text, url, token", [
-    ("ws://h:3001/?access_token=S3c", "ws://h:3001/", "S3c"),
-    ("HTTP://h/x?a=1&access_token=S%2B3+c&b=2#f", "HTTP://h/x?a=1&b=2#f", "S+3 c"),
-    ("http://h?access_token=one&access_token=two", "http://h", "two"),
-    ("http://h/?access_token=", "http://h/", ""),
-    ("http://h/?my_access_token=x", "http://h/?my_access_token=x", ""),
-    ("http://h/#?access_token=x", "http://h/#?access_token=x", ""),
-    ("gopher://h/?access_token=S3c", "gopher://h/", "S3c")])
-def test_a_token_in_a_bridges_url_is_taken_out_of_it(text, url, token):
-    if url.startswith("gopher"):
-        with pytest.raises(ValueError) as refused:
-            openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
-        assert "S3c" not in str(refused.value)
-        return
-    ways = [openqq.parse_flags("client", ["--onebot-api", text]),
-            openqq.from_environment({"MOJO_WEBQQ_ONEBOT_API": text}, "MOJO_WEBQQ_"),
-            openqq.account_settings({"onebot_api": text}),
-            openqq.check_params({"onebot-api": text})]
-    assert ways == [{"onebot_api": url, **({"onebot_token": token} if token else {})}] * len(ways)
-    found = openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
-    assert (found.onebot_api.lower(), found.onebot_token) == (url.lower(), token)
-    receivers = {"post_api": text}  # a token in that is its own affair
-    assert openqq.tokens_apart(receivers) == receivers
-    explicit = openqq.check_params({"onebot_api": text, "onebot-token": "mine"})
-    assert explicit == {"onebot_api": url, "onebot_token": "mine"}
+def test_a_token_in_a_bridges_url_is_taken_out_of_it():
+    for text, url, token in [
+            ("ws://h:3001/?access_token=S3c", "ws://h:3001/", "S3c"),
+            ("HTTP://h/x?a=1&access_token=S%2B3+c&b=2#f", "HTTP://h/x?a=1&b=2#f", "S+3 c"),
+            ("http://h?access_token=one&access_token=two", "http://h", "two"),
+            ("http://h/?access_token=", "http://h/", ""),
+            ("http://h/?my_access_token=x", "http://h/?my_access_token=x", ""),
+            ("http://h/#?access_token=x", "http://h/#?access_token=x", "")]:
+        wanted = {"onebot_api": url, **({"onebot_token": token} if token else {})}
+        assert openqq.parse_flags("client", ["--onebot-api", text]) == wanted
+        assert openqq.from_environment({"MOJO_WEBQQ_ONEBOT_API": text}, "MOJO_WEBQQ_") == wanted
+        assert openqq.account_settings({"onebot_api": text}) == wanted
+        assert openqq.check_params({"onebot-api": text}) == wanted
+        found = openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
+        assert (found.onebot_api.lower(), found.onebot_token) == (url.lower(), token)
+        # A token in a post_api is its own affair; one that is given besides wins.
+        assert openqq.tokens_apart({"post_api": text}) == {"post_api": text}
+        assert openqq.check_params({"onebot_api": text, "onebot-token": "mine"}) == {
+            "onebot_api": url, "onebot_token": "mine"}
 
 
 def test_the_plugins_name_is_stronger_than_the_plain_one_and_strangers_are_let_be():
@@ -4746,11 +4677,6 @@ def test_the_plugins_name_is_stronger_than_the_plain_one_and_strangers_are_let_b
     assert (found.post_api, found.log_level) == ("http://b/", "info")
     given = openqq.Settings("client", {"post_api": "http://c/"}, environ, "MOJO_WEBQQ_")
     assert given.post_api == "http://c/"
-
-
-def run_openqq(*words, **env):
-    """The program, as it is typed, run to its end; with returncode, stdout, stderr."""
-    return ended(begin_openqq([FILE, *words], env, encoding="utf-8"))
 
 
 def begin_openqq(words, env, **how):
@@ -4777,8 +4703,12 @@ CALLS = [  # words, what the environment says, exit status, what is said
     ("controller", {"MOJO_WEBQQ_PORT": "http"}, 2, "port 'http'"),
     ("client --account ../x", {}, 2, "name not allowed"),
     ("client --state-path /dev/null", {}, 2, "state_path .* not be a device"),
+    ("client --onebot-api gopher://h/?access_token=S3C", {}, 2,
+     r"\A(?!(.|\n)*S3C)(.|\n)*onebot_api"),
     ("client --port 0 --log-path {tmp}/file/x.log", {}, 1, "openqq: log_path .*cannot be used"),
-    ("client --port 0 --tmpdir {tmp}/file", {}, 1, "openqq: .*(tmpdir|{tmp}/file)"),
+    ("client --port 0 --tmpdir {tmp}/file/x", {}, 1, "openqq: .*{tmp}/file/x.*--tmpdir"),
+    ("controller --port 0 --tmpdir {tmp}/file/x", {}, 1, "openqq: .*{tmp}/file/x.*--tmpdir"),
+    ("controller --port 0 --world {tmp}/file", {}, 1, "world file .*cannot be read"),
     ("client --port 0 --host 192.0.2.1", {}, 1,
      "openqq: cannot listen on 192.0.2.1 .*--host or --port"),
     ("client --port 0 --account b --host " + "a" * 300, {}, 1, "openqq: cannot listen on aaa"),
@@ -4844,8 +4774,13 @@ print("ended")
     assert second != controller.base and "0.0.0.0" not in controller.log.text()
     controller.login("a1")
     assert call(second, "check_client")["client"][0]["account"] == "a1"
-    assert controller.call("start_client", client="a2")["code"] == 5
+    status, _, body = request(controller.base, "/openqq/start_client?client=a2")
+    assert (status, json.loads(body)["code"], json.loads(body)["status"]) == (
+        200, 5, "max clients exceed")
+    assert controller.call("start_client", client="a1")["status"] == "client already exists"
     assert controller.call("get_user_info", client="a1")["name"] == "a1"
+    controller.call("stop_client", client="a1")
+    assert controller.call("start_client", client="a2")["code"] == 0
     assert controller.stop() == 0
     controller.out.wait("^ended$")
 
@@ -4857,9 +4792,6 @@ client.load("Openqq", data={"listen": [{"host": "127.0.0.1", "port": 0}],
                             "check_event_list_max_size": 3}, call_on_load=True)
 client.load("+shout", data={"loud": 2})
 
-def change(client, old, new):
-    print("state", client.account, old, new)
-
 def login(client, fresh):
     print("login", client.account, fresh)
     for friend in client.roster.search("friend", {"name": "小灰"}):
@@ -4870,12 +4802,9 @@ def receive(client, message):
           message.post_type, message.id.isdigit())
     message.reply("你说：" + message.content)
 
-def fail(client, message):
-    raise ValueError("of a bot")
-
-client.on("state_change", change)
+client.on("state_change", lambda client, old, new: print("state", client.account, old, new))
 client.on("login", login)
-client.on("receive_message", fail)
+client.on("receive_message", lambda client, message: 1 / 0)
 client.on("receive_message", receive)
 client.on("send_message", lambda client, message: print(
     "told", message.type, message.content, message.info, getattr(message, "group", None)))
@@ -4912,7 +4841,7 @@ def test_a_bot_hears_answers_and_sends_by_callbacks(script, tmp_path):
     bot.call("/local/change", do="add", what="friend", uid="321", **{"in": "bot"})
     bot.out.wait("^SHOUTSHOUT 新人$")
     assert len(bot.call("check_event")) == 3, "check_event_list_max_size came by data"
-    bot.log.wait("ValueError: of a bot")   # and the next callback was called all the same
+    bot.log.wait("ZeroDivisionError")   # and the next callback was called all the same
     assert bot.stop() == 0
     bot.out.wait("^ended 0$")
     assert len(re.findall("fault of this program", bot.log.text())) <= 2
@@ -4960,10 +4889,8 @@ QR_VERSIONS = {
     27: (1125, "6a51a585dcb5"), 32: (1538, "e32a0ba8bbc0"), 40: (2331, "98b76079b884")}
 
 QR_TEXTS = ["http://127.0.0.1:4000/local/scan?client=alice&ticket=3f2a91c07b",
-            "https://example.org/a%20b?x=1&y=%E4%B8%AD#top",
-            "http://127.0.0.1:4000/local/scan?ticket=" + "0123456789abcdef" * 8,
-            "请用手机扫描二维码登录", "http://127.0.0.1:4000/扫码?名=张三", "é ü ß Ångström", "登录😀🀄",
-            "a", "01234567", "HTTP://EXAMPLE.ORG/A", "\0tab\tline\nend\n", " "]
+            "https://example.org/a%20b?x=1&y=%E4%B8%AD#top", "http://127.0.0.1:4000/扫码?名=张三",
+            "é ü ß Ångström", "登录😀🀄", "01234567", "HTTP://EXAMPLE.ORG/A", "\0tab\tline\nend\n", " "]
 
 
 def read_file_by_zbar(data):
@@ -4997,13 +4924,13 @@ def test_every_text_is_read_back_from_its_qr_code():
         assert read_file_by_zbar(picture) == filler(version)
 
 
-@pytest.mark.parametrize("version", QR_VERSIONS)
-def test_qr_codes_are_drawn_as_the_standard_says_in_the_smallest_version(version):
-    rows = openqq.qr_matrix(filler(version))
-    assert hashlib.sha256(b"".join(rows)).hexdigest()[:12] == QR_VERSIONS[version][1]
-    assert len(rows) == 17 + 4 * version
-    if version < 40:
-        assert len(openqq.qr_matrix(filler(version) + "x")) == 17 + 4 * (version + 1)
+def test_qr_codes_are_drawn_as_the_standard_says_in_the_smallest_version():
+    for version, (_, wanted) in QR_VERSIONS.items():
+        rows = openqq.qr_matrix(filler(version))
+        assert (hashlib.sha256(b"".join(rows)).hexdigest()[:12], len(rows)) == (
+            wanted, 17 + 4 * version)
+        if version < 20:
+            assert len(openqq.qr_matrix(filler(version) + "x")) == 17 + 4 * (version + 1)
 
 
 def test_a_text_that_fits_into_no_qr_code_is_refused_with_the_remedy():
@@ -5044,16 +4971,15 @@ def test_a_qr_code_on_a_terminal_has_two_rows_a_line_and_scans_on_any_background
 
 @decoder_needed
 def test_a_clients_picture_holds_its_scan_url(tower):
-    assert tower.call("start_client", client="phone")["code"] == 0
-    tower.posted("phone", lambda event: event.get("event") == "input_qrcode")
-    with open(tower.program.path("qrcode_phone.jpg"), "rb") as file:
-        picture = file.read()
+    tower.call("start_client", client="phone")
+    tower.posted("phone", is_qrcode)
+    picture, base = content(tower.program.path("qrcode_phone.jpg")), tower.program.base
     url = read_file_by_zbar(picture)
     ticket = query_of(url)["ticket"][0]
-    assert url == f"{tower.program.base}/local/scan?client=phone&ticket={ticket}"
-    fetched = request(tower.program.base, "/openqq/get_qrcode?client=phone")
-    assert (fetched[1]["content-type"], fetched[2]) == ("image/png", picture)
-    status, _, body = request(tower.program.base, url[len(tower.program.base):])
+    assert url == f"{base}/local/scan?client=phone&ticket={ticket}"
+    _, fields, body = request(base, "/openqq/get_qrcode?client=phone")
+    assert (fields["content-type"], body) == ("image/png", picture)
+    status, _, body = request(base, url[len(base):])
     assert status == 200 and f'name="ticket" value="{ticket}"' in body.decode()
     tower.call("delete_client", client="phone")
 
@@ -5061,13 +4987,15 @@ def test_a_clients_picture_holds_its_scan_url(tower):
 class Terminal(Program):
     """The program with a terminal as its stderr."""
 
-    def __init__(self, tmpdir, *words):
-        self.tmpdir = str(tmpdir)
+    def __init__(self, tmpdir, *words, typed=True):
+        self.tmpdir, self.port = str(tmpdir), 0
         master, slave = pty.openpty()
+        file, env = ([FILE], {}) if typed else (
+            ["-S", *openqq.python_words()], {"OPENQQ_PYTHON": sys.executable})
         self.process = begin_openqq(
-            [FILE, *words, "--tmpdir", self.tmpdir, "--port", "0"], {}, stderr=slave)
+            [*file, *words, "--tmpdir", self.tmpdir, "--port", "0"], env, stderr=slave)
         os.close(slave)
-        self.pid, self.port, self.log = self.process.pid, 0, Log(self._lines(master))
+        self.pid, self.log = self.process.pid, Log(self._lines(master))
 
     @staticmethod
     def _lines(master):
@@ -5078,23 +5006,22 @@ class Terminal(Program):
                 return  # a terminal whose other side is closed says EIO
 
 
-@pytest.mark.parametrize("setting", ["0", "1"], ids=["colours", "none"])
-def test_on_a_terminal_the_qr_code_is_drawn_and_the_levels_have_colours(tmp_path, setting):
-    terminal = Terminal(tmp_path, "client", "--account", "eye", "--disable-color", setting)
-    try:
-        terminal.ready()
-        url = terminal.log.wait(r"二维码\.\.\. \(waiting for a scan: "
-                                r"(http://[^)]*/local/scan\?[^)]*)\)").group(1)
-        drawn = openqq.qr_text(openqq.qr_matrix(url)).replace("\n", "\r\n")
-        height = drawn.count("\n")
-        terminal.log.wait("\x1b\\[30;47m", height)
-        assert drawn.rstrip() in terminal.log.text()
-        terminal.call("/local/login", client="eye")
-        terminal.call("send_friend_message", name="小灰", content="绿")
-        line = terminal.log.wait("^.*我->小灰 : 绿").group()
-        assert line.startswith("\x1b[32m[eye]" if setting == "0" else "[eye]")
-    finally:
-        assert terminal.stop() == 0
+def test_on_a_terminal_the_qr_code_is_drawn_and_the_levels_have_colours(tmp_path):
+    for setting, begins in ("0", "\x1b[32m[eye]"), ("1", "[eye]"):
+        terminal = Terminal(tmp_path / setting, "client", "--account", "eye", "--disable-color",
+                            setting, typed=False)
+        try:
+            terminal.ready()
+            url = terminal.log.wait(r"二维码\.\.\. \(waiting for a scan: "
+                                    r"(http://[^)]*/local/scan\?[^)]*)\)").group(1)
+            drawn = openqq.qr_text(openqq.qr_matrix(url)).replace("\n", "\r\n")
+            terminal.log.wait("\x1b\\[30;47m", drawn.count("\n"))
+            assert drawn.rstrip() in terminal.log.text()
+            terminal.call("/local/login", client="eye")
+            terminal.call("send_friend_message", name="小灰", content="绿")
+            assert terminal.log.wait("^.*我->小灰 : 绿").group().startswith(begins)
+        finally:
+            assert terminal.stop() == 0
 
 
 def test_without_a_terminal_neither_qr_code_nor_colour_is_written(beater):
@@ -5317,7 +5244,7 @@ def left_files(program, name=""):
 
 
 def run_quickly(*words, **how):
-    """As run_openqq(), but without compiling the file."""
+    """The program, run to its end; with returncode, stdout, stderr."""
     return ended(begin_openqq(["-S", *openqq.python_words(*words)],
                               {"OPENQQ_PYTHON": sys.executable}, encoding="utf-8", **how))
 
@@ -5351,23 +5278,22 @@ def listed_names(controller):
 
 def test_many_starts_in_the_same_moment_give_as_many_clients_and_one_term_ends_all(start, tmp_path):
     for turn in range(much(1, 20)):
-        controller, number = start("controller", tmpdir=tmp_path / str(turn)), much(20, 100)
+        controller, number = start("controller", tmpdir=tmp_path / str(turn)), much(12, 100)
         names = [f"c{index:02}" for index in range(number)]
         started = at_once(number, lambda index: controller.call(
             "start_client", client=names[index], login_type="login", pwd="x"))
         assert [row["code"] for row in started] == [0] * number
-        assert len({row["pid"] for row in started}) == number
         assert eventually(lambda: {row["state"] for row in controller.call(
             "check_client")["client"]} == {"running"})
         listed = controller.call("check_client")["client"]
-        assert [row["account"] for row in listed] == names
-        assert {row["pid"]: row["port"] for row in listed} == {
-            row["pid"]: row["port"] for row in started}
+        assert [(row["account"], row["pid"], row["port"]) for row in listed] == [
+            (name, row["pid"], row["port"]) for name, row in zip(names, started)]
+        assert len({row["pid"] for row in started}) == number
         for name, row in zip(names, started):
             direct = call(f"http://127.0.0.1:{row['port']}", "get_user_info")
             assert direct["account"] == name
         assert controller.stop() == 0 and all_gone(controller.log)
-        assert "KILL" not in controller.log.text() and "Traceback" not in controller.log.text()
+        assert not re.search("KILL|Traceback", controller.log.text())
 
 
 def test_start_of_a_living_client_tells_of_it_and_starts_none(pair):
@@ -5382,19 +5308,9 @@ def test_start_of_a_living_client_tells_of_it_and_starts_none(pair):
         assert pair.call(api, client="nobody") == {"code": 1, "status": "client not exists"}
 
 
-def test_client_stopped_while_it_waits_for_a_scan_takes_its_qr_code_away(house, receive):
-    receiver = receive()
-    house.call("start_client", client="ben", post_api=receiver.url)
-    receiver.next(is_qrcode)
-    assert content(house.path("qrcode_ben.jpg")).startswith(b"\x89PNG")
-    assert json.loads(content(house.path("state_ben.json")))["state"] == "scaning"
-    assert house.call("stop_client", client="ben")["code"] == 0
-    assert not {"qrcode_ben.jpg", "pid_ben.pid"} & left_files(house)
-    assert house.call("get_qrcode", client="ben")["status"] == "client not exists"
-
-
 def test_deleted_client_leaves_nothing_and_must_be_scanned_again(house):
-    """Also one that was stopped before, and one whose tmpdir is gone, or not yet there."""
+    """Also one that was stopped before, when it takes its QR code away, and one whose tmpdir is
+    gone, or not yet there."""
     for running in True, False:
         house.login("cora", msg_ttl="5", post_secret="S3CRET")
         who = user(house, "cora")
@@ -5406,7 +5322,12 @@ def test_deleted_client_leaves_nothing_and_must_be_scanned_again(house):
         assert house.call("delete_client", client="cora")["status"] == "client not exists"
         assert "msg_ttl" not in house.call("start_client", client="cora")
         assert settings_of(house, "cora") == {"post_api": house.receiver.url + "?client=cora"}
-        house.log.wait(r"^\[cora\].*等待手机QQ扫描二维码", count=4 - 2 * running)
+        assert eventually(lambda: house.state("cora")["state"] == "scaning")
+        assert content(house.path("qrcode_cora.jpg")).startswith(b"\x89PNG")
+        assert house.call("stop_client", client="cora")["code"] == 0
+        assert not {"qrcode_cora.jpg", "pid_cora.pid"} & left_files(house)
+        assert house.call("get_qrcode", client="cora")["status"] == "client not exists"
+        house.call("start_client", client="cora")
         again = user(house, "cora")
         assert again["uid"] == who["uid"] and again["id"] != who["id"]
         house.call("delete_client", client="cora")
@@ -5423,22 +5344,23 @@ def test_deleted_client_leaves_nothing_and_must_be_scanned_again(house):
 # -- what a client was started with
 
 def environment_of(pid):
-    """The environment of a client's process, which before its exec has its parent's; {} of one
-    that is gone."""
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            return dict(entry.split("=", 1) for entry in file.read().decode().split("\0") if entry)
-    except (FileNotFoundError, ProcessLookupError):
-        return {}
+    """The environment of the client whose process pid() tells, once it is a program of its own."""
+    def read():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found = dict(entry.split("=", 1) for entry in content(
+                f"/proc/{pid()}/environ").decode().split("\0") if entry)
+            return "OPENQQ_KEY" in found and found
+
+    return eventually(read)
 
 
 def settings_of(controller, name):
     """What the environment of a client's process says of the settings that tests give."""
-    environment = eventually(lambda: environment_of(controller.state(name)["pid"]))
-    return {name: value for name, value in openqq.from_environment(
-        environment, "MOJO_WEBQQ_").items()
-            if name in ("post_api", "post_secret", "msg_ttl", "pwd", "login_type", "keep_cookie",
-                        "post_event_list", "onebot_api", "onebot_token")}
+    found = openqq.from_environment(
+        environment_of(lambda: controller.state(name)["pid"]), "MOJO_WEBQQ_")
+    return {key: value for key, value in found.items() if key in (
+        "post_api", "post_secret", "msg_ttl", "pwd", "login_type", "keep_cookie",
+        "post_event_list", "onebot_api", "onebot_token")}
 
 
 def backend_of(controller):
@@ -5449,30 +5371,28 @@ def test_a_stopped_client_comes_up_as_it_was_also_with_another_controller(start,
     receiver, controller = receive(), start("controller")
     controller.login("alice", post_api=receiver.url, post_secret="S3CRET", msg_ttl="5",
                      login_type="login", pwd="S3CRET-pwd")
-    for end in None, signal.SIGTERM, signal.SIGKILL:
+    for is_killed in False, True:
         before, stopped = controller.state("alice"), controller.call("stop_client", client="alice")
-        wanted = {"client": "alice", "code": 0, "status": "success", "msg_ttl": "5",
-                  "pid": before["pid"], "port": before["port"]}
-        assert {name: stopped[name] for name in wanted} == wanted
+        assert {"client": "alice", "code": 0, "status": "success", "msg_ttl": "5",
+                "pid": before["pid"], "port": before["port"]}.items() <= stopped.items()
         state = json.loads(content(controller.path("state_alice.json")))
         assert (state["state"], state["previous_state"]) == ("stop", "running")
         assert controller.call("check_client", client="alice")["status"] == "client not exists"
         row = backend_of(controller)["alice"]
         assert row["run"] is False
         assert row["given"] == {"post_api": receiver.url, "msg_ttl": "5", "login_type": "login"}
-        if end:
-            controller.process.send_signal(end)
+        if is_killed:
+            controller.process.kill()
             assert all_gone(controller.log, WAIT)
             assert b"S3CRET" not in content(controller.path("controller_backend.dat"))
             controller = start("controller")
         assert controller.call("check_client") == {"client": [], "code": 0}
         answer = controller.call("start_client", client="alice")
-        assert {name: answer[name] for name in row["given"]} == row["given"]
-        assert "S3CRET" not in json.dumps(answer)
+        assert row["given"].items() <= answer.items() and "S3CRET" not in json.dumps(answer)
         assert controller.call("/local/login", client="alice")["code"] == 0
         del receiver.posts[:]
-        controller.call("/local/say", client="alice", content=f"again {end}", **{"from": "小灰"})
-        receiver.message(f"again {end}")
+        controller.call("/local/say", client="alice", content="again", **{"from": "小灰"})
+        receiver.message("again")
         _, headers, body, _ = receiver.posts[-1]
         assert headers["X-Signature"] == "sha1=" + hmac_sha1("S3CRET", body)
         assert "pwd" not in settings_of(controller, "alice")
@@ -5496,75 +5416,55 @@ def test_settings_given_anew_win_and_an_empty_one_clears(house, receive):
     house.call("stop_client", client="hans")
     house.call("start_client", client="hans", post_api="")
     assert settings_of(house, "hans")["post_api"] == house.receiver.url + "?client=hans"
-
-
-RENEWED = [  # what was, what is given anew, what holds then
-    ({"msg_ttl": "5", "mode": "busy"}, {"msg_ttl": ""}, {"mode": "busy"}),
-    ({"msg_ttl": "5"}, {"onebot_api": "ws://h"}, {"msg_ttl": "5", "onebot_api": "ws://h"}),
-    # another bridge
-    ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_login": "napcat",
-      "onebot_login_token": "u", "onebot_secret": "s", "msg_ttl": "5"},
-     {"onebot_api": "ws://g", "onebot_secret": "r"},
-     {"onebot_api": "ws://g", "onebot_secret": "r", "msg_ttl": "5"}),
-    # the same bridge
-    ({"onebot_api": "ws://h", "onebot_token": "t"}, {"onebot_api": "WS://h"},
-     {"onebot_api": "ws://h", "onebot_token": "t"}),
-    # another bridge, the same token
-    ({"onebot_api": "ws://h", "onebot_token": "t"}, {"onebot_api": "ws://g", "onebot_token": "t"},
-     {"onebot_api": "ws://g", "onebot_token": "t"}),
-    # no bridge
-    ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_secret": "s"}, {"onebot_api": ""}, {}),
-    # another page
-    ({"onebot_api": "ws://h", "onebot_token": "t", "onebot_login_token": "u"},
-     {"onebot_login_api": "http://p"},
-     {"onebot_api": "ws://h", "onebot_token": "t", "onebot_login_api": "http://p"}),
-]
+    house.call("delete_client", client="hans")
 
 
 def test_what_holds_after_settings_are_given_anew():
-    for former, given, wanted in RENEWED:
+    """The secrets of a bridge, or of its page, go with it; another one's are not told to it."""
+    bridge = {"onebot_api": "ws://h", "onebot_token": "t"}
+    all_of_it = {**bridge, "onebot_login": "napcat", "onebot_login_token": "u",
+                 "onebot_secret": "s", "msg_ttl": "5"}
+    for former, given, wanted in [
+            ({"msg_ttl": "5", "mode": "busy"}, {"msg_ttl": ""}, {"mode": "busy"}),
+            ({"msg_ttl": "5"}, bridge, {"msg_ttl": "5", **bridge}),
+            (all_of_it, {"onebot_api": "ws://g", "onebot_secret": "r"},
+             {"onebot_api": "ws://g", "onebot_secret": "r", "msg_ttl": "5"}),
+            (bridge, {"onebot_api": "WS://h"}, bridge),
+            (bridge, {**bridge, "onebot_api": "ws://g"}, {**bridge, "onebot_api": "ws://g"}),
+            ({**bridge, "onebot_secret": "s"}, {"onebot_api": ""}, {}),
+            ({**bridge, "onebot_login_token": "u"}, {"onebot_login_api": "http://p"},
+             {**bridge, "onebot_login_api": "http://p"})]:
         assert openqq.renewed(former, given) == wanted, (former, given)
 
 
-def test_the_token_of_one_bridge_is_told_to_no_other_after_a_restart(closing, start):
-    """Of the controller, which has no secrets: they come from the cookie's file."""
-    first, second = closing(Bridge(token="S3CRET")), closing(Bridge())
-    controller = start("controller")
-    me = Bridged(controller, "ws", first, onebot_login_token="u").running()
-    controller.call("stop_client", client="ws")
-    controller.stop()
-    me.program = controller = start("controller")
-    assert controller.call("start_client", client="ws")["code"] == 0
-    me.running()
-    controller.call("stop_client", client="ws")
-    controller.call("start_client", client="ws", onebot_api=second.ws)
-    me.bridge = second
-    me.running()
-    assert b"S3CRET" not in content(controller.path("cookie_ws.dat"))
-    assert "S3CRET" not in controller.log.text() and not first.faults + second.faults
-
-
-def test_a_token_within_a_bridges_url_works_and_is_treated_as_a_secret(closing, start):
-    """It stands in no answer, file or log, but for the cookie's; over HTTP as over WebSocket."""
-    bridge = closing(Bridge(token="S3CRET"))
-    controller = start("controller", "--http-debug", "1", "--log-level", "debug")
-    answers = []
-    for name, url in ("ws", bridge.ws + "/?access_token=S3CRET"), (
-            "sse", bridge.url.replace("http", "HTTP") + "/?a=b&access_token=S3CRET"):
+def test_a_token_within_a_bridges_url_works_and_is_told_to_nobody_else(closing, start):
+    """It stands in no answer, file or log, but for the cookie's; over HTTP as over WebSocket. After
+    a restart it comes from there, and no other bridge hears it."""
+    bridge, other = closing(Bridge(token="S3CRET")), closing(Bridge())
+    words = "controller", "--http-debug", "1", "--log-level", "debug"
+    controller, answers = start(*words), []
+    for name, url in ("sse", bridge.url.replace("http", "HTTP") + "/?a=b&access_token=S3CRET"), (
+            "ws", bridge.ws + "/?access_token=S3CRET"):
         me = Bridged(controller, name, bridge, onebot_api=url, onebot_token="")
         me.running()
-        answers += [me.started, me.state(), controller.call("start_client", client=name),
-                    controller.call("update_client", client=name, onebot_api=url),
-                    controller.call("stop_client", client=name),
-                    controller.call("start_client", client=name)]
+        answers += [me.started, me.state(), me.call("start_client"),
+                    me.call("update_client", onebot_api=url), me.call("stop_client"),
+                    me.call("start_client")]
         assert me.started["onebot_api"] == url.partition("access_token")[0].rstrip("?&")
         me.running()
     assert "S3CRET" not in json.dumps(answers)
     for name in left_files(controller) - {"cookie_ws.dat", "cookie_sse.dat"}:
         assert b"S3CRET" not in content(controller.path(name)), name
-    assert "S3CRET" not in controller.log.text()
-    done = run_quickly("client", "--onebot-api", "gopher://h/?access_token=S3CRET")
-    assert done.returncode == 2 and "S3CRET" not in done.stderr
+    controller.stop()
+    me.program = start(*words)
+    me.running()
+    me.call("stop_client")
+    me.call("start_client", onebot_api=other.ws)
+    me.bridge = other
+    me.running()
+    assert b"S3CRET" not in content(controller.path("cookie_ws.dat"))
+    assert "S3CRET" not in controller.log.text() + me.program.log.text()
+    assert not bridge.faults + other.faults
 
 
 def test_the_accounts_file_wins_over_what_is_remembered(start, tmp_path):
@@ -5626,16 +5526,6 @@ def test_a_memory_that_is_no_good_stops_no_start(start, tmp_path):
     assert "fault of this program" not in controller.log.text() + again.log.text()
 
 
-def test_a_thousand_stopped_clients_are_remembered_not_more(tmp_path):
-    controller = openqq.Controller(tmpdir=str(tmp_path), port=0)
-    for number in range(openqq.MEMORY_LIMIT + 5):
-        controller.remember(openqq.Child(f"c{number}", {"msg_ttl": "5", "pwd": "x"}))
-    assert len(controller.former) == openqq.MEMORY_LIMIT and "c4" not in controller.former
-    assert controller.former["c5"].given == {"msg_ttl": "5"}
-    controller.timers.stop()
-    assert controller.timers.run() is None  # and closes what it has open
-
-
 # -- update_client
 
 def test_settings_of_a_running_client_are_changed_without_a_scan_and_nothing_is_lost(
@@ -5647,7 +5537,7 @@ def test_settings_of_a_running_client_are_changed_without_a_scan_and_nothing_is_
     words, changed = [], threading.Event()
 
     def speak():
-        while len(words) < 1000 and not changed.is_set():
+        while len(words) < 300 and not changed.is_set():
             words.append(f"m{len(words)}")
             assert controller.call("/local/say", client="alice", content=words[-1],
                                    **{"from": "小灰"})["code"] == 0
@@ -5677,11 +5567,6 @@ def test_settings_of_a_running_client_are_changed_without_a_scan_and_nothing_is_
                                                         "login_type": "login"}
     os.kill(row["pid"], signal.SIGKILL)  # and those are what it has from now on
     second.next(is_login)
-    assert settings_of(controller, "alice")["post_api"] == second.url + "?client=alice"
-    controller.process.kill()
-    assert all_gone(controller.log, WAIT)
-    controller = start("controller")
-    assert controller.call("/local/login", client="alice")["code"] == 0
     assert settings_of(controller, "alice")["post_api"] == second.url + "?client=alice"
     again = controller.call("update_client", client="alice", post_secret="")
     assert controller.call("/local/login", client="alice")["code"] == 0
@@ -5713,28 +5598,27 @@ def test_update_client_takes_all_or_nothing(house):
         403, b"api not found")
 
 
-def test_a_client_that_dies_of_its_new_settings_goes_on_with_those_of_before(start):
+def test_a_client_that_dies_of_its_new_settings_goes_on_with_those_of_before(workshop):
     """One that failed is put right by update_client."""
-    controller = start("controller", "--restart", "never")
-    edit_template(controller, TEMPLATE.format(
+    edit_template(workshop, TEMPLATE.format(
         "assert os.environ.get('MOJO_WEBQQ_MSG_TTL') != '13', 'unlucky'", ""))
-    before = controller.login("alice", msg_ttl="5")
-    answer = controller.call("update_client", client="alice", msg_ttl="13", mode="busy")
+    before = workshop.login("anna", msg_ttl="5")
+    answer = workshop.call("update_client", client="anna", msg_ttl="13", mode="busy")
     assert (answer["code"], answer["status"]) == (4, "client pid not ok")
     assert "unlucky" in answer["reason"]
-    assert controller.call("/local/login", client="alice")["code"] == 0
-    row = controller.state("alice")
-    assert (row["state"], row["mode"], row["restarts"]) == ("running", "online", 0)
-    assert row["port"] == before["port"]
-    assert settings_of(controller, "alice") == {"msg_ttl": "5"}
-    assert backend_of(controller)["alice"]["given"] == {"msg_ttl": "5"}
-    assert controller.call("update_client", client="alice", msg_ttl="6")["msg_ttl"] == "6"
+    assert workshop.call("/local/login", client="anna")["code"] == 0
+    row = workshop.state("anna")
+    assert (row["state"], row["mode"], row["restarts"], row["port"]) == (
+        "running", "online", 0, before["port"])
+    assert settings_of(workshop, "anna") == {"msg_ttl": "5"}
+    assert backend_of(workshop)["anna"]["given"] == {"msg_ttl": "5"}
+    assert workshop.call("update_client", client="anna", msg_ttl="6")["msg_ttl"] == "6"
 
-    assert controller.call("start_client", client="bob", msg_ttl="13")["code"] == 0
-    assert eventually(lambda: controller.state("bob").get("failed"))
-    assert controller.call("update_client", client="bob", msg_ttl="5")["code"] == 0
-    assert controller.call("/local/login", client="bob")["code"] == 0
-    row = controller.state("bob")
+    assert workshop.call("start_client", client="bert", msg_ttl="13")["code"] == 0
+    assert eventually(lambda: workshop.state("bert").get("failed"))
+    assert workshop.call("update_client", client="bert", msg_ttl="5")["code"] == 0
+    assert workshop.call("/local/login", client="bert")["code"] == 0
+    row = workshop.state("bert")
     assert (row["state"], row.get("failed")) == ("running", None)
 
 
@@ -5759,7 +5643,7 @@ def test_a_send_that_waits_gets_an_answer_when_settings_change(house):
 
 def test_calls_of_one_name_at_once_neither_block_nor_leave_two_processes(start):
     controller = start("controller")
-    for number in range(much(3, 30)):
+    for number in range(much(2, 30)):
         calls = ["start_client", "stop_client", "update_client", "delete_client"] * 4
         random.Random(number).shuffle(calls)
         answers = at_once(len(calls), lambda number: controller.call(
@@ -5770,33 +5654,16 @@ def test_calls_of_one_name_at_once_neither_block_nor_leave_two_processes(start):
         assert controller.call("/local/login", client="alice")["code"] == 0
         row = controller.state("alice")
         assert (row["state"], row["restarts"]) == ("running", 0)
-        alive = subprocess.run(["pgrep", "-P", str(controller.pid)], stdout=subprocess.PIPE)
-        assert alive.stdout.split() == [str(row["pid"]).encode()]
+        alive = subprocess.check_output(["pgrep", "-P", str(controller.pid)])
+        assert alive.split() == [str(row["pid"]).encode()]
     assert not re.search("Traceback|fault of this program", controller.log.text())
 
 
-def test_no_more_clients_than_max_clients(start):
-    controller = start("controller", "--max-clients", "1")
-    assert controller.call("start_client", client="alice")["code"] == 0
-    status, _, body = request(controller.base, "/openqq/start_client?client=bob")
-    answer = json.loads(body)
-    assert (status, answer["code"], answer["status"]) == (200, 5, "max clients exceed")
-    assert controller.call("start_client", client="alice")["status"] == "client already exists"
-    controller.call("stop_client", client="alice")
-    assert controller.call("start_client", client="bob")["code"] == 0
-
-
 def test_no_port_left_is_code_2(start):
-    def take():
-        try:
+    with socket.socket() as sock:
+        with contextlib.suppress(OSError):  # somebody else who has it is as good
             sock.bind(("127.0.0.1", 65535))
             sock.listen(1)
-        except OSError:
-            return False
-        return True
-
-    with socket.socket() as sock:
-        eventually(take)  # another run of this test has it for a moment; somebody else: as good
         controller = start("controller", "--backend-start-port", "65535")
         answer = controller.call("start_client", client="alice")
         assert (answer["code"], answer["status"]) == (2, "no available port")
@@ -5820,6 +5687,7 @@ def test_killed_client_comes_back_without_a_scan_on_its_old_port(house, receive)
     assert house.state("gina")["state"] == "stop"
     assert house.log.text().count("client gina died") == 1
     assert house.call("start_client", client="gina")["code"] == 0
+    house.call("delete_client", client="gina")
 
 
 def test_new_controller_waits_for_the_clients_of_a_killed_one(start):
@@ -5902,15 +5770,13 @@ def test_a_signal_right_after_the_first_line_ends_a_program_but_not_an_ignored_h
     assert not [name for name in left_files(program) if name.endswith(".pid")]
 
 
-def test_second_controller_and_second_client_name_the_holder_and_harm_nothing(pair):
-    for words, holder in [(["controller"], pair.pid),
-                          (["client", "--account", "alice"], pair.state("alice")["pid"])]:
-        before = pair.state("alice"), left_files(pair), content(pair.path("controller_backend.dat"))
-        done = run_quickly(*words, "--tmpdir", pair.tmpdir, "--port", "0")
-        assert done.returncode == 1
-        assert re.search(rf"\b{holder}\b", done.stderr) and "Traceback" not in done.stderr
-        assert before == (pair.state("alice"), left_files(pair),
-                          content(pair.path("controller_backend.dat")))
+def test_second_client_names_the_holder_and_harms_nothing(pair):
+    before = pair.state("alice"), left_files(pair), content(pair.path("controller_backend.dat"))
+    done = run_quickly("client", "--account", "alice", "--tmpdir", pair.tmpdir, "--port", "0")
+    assert done.returncode == 1
+    assert re.search(rf"\b{before[0]['pid']}\b", done.stderr) and "Traceback" not in done.stderr
+    assert before == (pair.state("alice"), left_files(pair),
+                      content(pair.path("controller_backend.dat")))
     assert pair.call("get_user_info", client="alice")["account"] == "alice"
 
 
@@ -5957,28 +5823,19 @@ def test_what_others_left_in_the_place_of_files_stops_nobody(start, receive, tmp
     assert "fault of this program" not in controller.log.text() + second.log.text()
 
 
-def test_clients_have_the_documented_names_in_ps(pair):
-    for pid, name in [(pair.pid, "wqcontroller"), (pair.state("alice")["pid"], "wqclient(alice)")]:
-        shown = subprocess.check_output(["ps", "-o", "args=", "-p", str(pid)]).decode()
-        assert os.path.basename(shown.split()[0]) == name
-
-
 def test_clients_environment_is_built_from_scratch(start):
     controller = start("controller", env={
         "PYTHONSTARTUP": "/x", "LD_PRELOAD": "", "BASH_ENV": "/x", "AWS_SECRET_ACCESS_KEY": "s",
         "OPENQQ_TOKEN": "t0ken", "MOJO_WEBQQ_MSG_TTL": "7", "MOJO_WEBQQ_ACCOUNT": "mallory"})
     body = request(controller.base, "/openqq/start_client?client=alice&mode=away",
                    headers={"Authorization": "Bearer t0ken"})[2]
-    pid = json.loads(body)["pid"]
-    assert eventually(lambda: "AWS_SECRET_ACCESS_KEY" not in environment_of(pid))
-    environment = environment_of(pid)
-    foreign = {name for name in environment if not name.startswith(("MOJO_WEBQQ_", "OPENQQ_"))}
-    assert foreign <= {"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "TERM",
-                       "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR",
-                       "PYTHONDONTWRITEBYTECODE", "MALLOC_ARENA_MAX"} | {
-        name for name in foreign if name.startswith("LC_") or name.lower().endswith("_proxy")}
-    assert environment["MOJO_WEBQQ_ACCOUNT"] == "alice"
-    assert (environment["MOJO_WEBQQ_MODE"], environment["MOJO_WEBQQ_MSG_TTL"]) == ("away", "7")
+    environment = environment_of(lambda: json.loads(body)["pid"])
+    assert not [name for name in environment if not re.match(
+        "MOJO_WEBQQ_|OPENQQ_|LC_|(?i:.*_proxy$)|(PATH|HOME|USER|LOGNAME|LANG|TZ|TMPDIR|TERM|"
+        "VIRTUAL_ENV|LD_LIBRARY_PATH|SSL_CERT_(FILE|DIR)|PYTHONDONTWRITEBYTECODE|"
+        "MALLOC_ARENA_MAX)$", name)]
+    assert [environment["MOJO_WEBQQ_" + name] for name in ("ACCOUNT", "MODE", "MSG_TTL")] == [
+        "alice", "away", "7"]
 
 
 def test_secrets_stand_in_no_file_answer_or_log_but_the_cookie(start, receive):
@@ -6019,21 +5876,22 @@ def test_secrets_stand_in_no_file_answer_or_log_but_the_cookie(start, receive):
     assert b"S3CRET" not in b"".join(answers) + shown and "S3CRET" not in controller.log.text()
 
 
-def test_chinese_names_and_texts_work_in_the_c_locale(start, receive):
+def test_chinese_names_and_texts_work_in_the_c_locale(start, receive, pair):
+    """Also in ps, where each process has its documented name."""
     receiver, locale = receive(), {"LANG": "C", "LC_ALL": "C"}
     controller = start("controller", env=locale)
     started = controller.login("小明", post_api=receiver.url)
-    shown = subprocess.check_output(["ps", "-ww", "-o", "args=", "-p", str(started["pid"])],
-                                    env={**os.environ, "LC_ALL": "C.UTF-8"}).decode()
-    assert os.path.basename(shown.split()[0]) == "wqclient(小明)"
+    for pid, name in (pair.pid, "wqcontroller"), (started["pid"], "wqclient(小明)"):
+        shown = subprocess.check_output(["ps", "-ww", "-o", "args=", "-p", str(pid)],
+                                        env={**os.environ, "LC_ALL": "C.UTF-8"}).decode()
+        assert os.path.basename(shown.split()[0]) == name
     sent = controller.call("send_friend_message", client="小明", name="小冰", content="你好🐧")
     assert sent["code"] == 0
     assert receiver.message("你好🐧")["receiver"] == "小明"
     controller.log.wait(r"\[好友消息\] 小冰\|我的好友 : 你好🐧")
     assert {"state_小明.json", "cookie_小明.dat"} <= left_files(controller)
     assert controller.stop() == 0
-    again = start("controller", env=locale)
-    assert user(again, "小明")["account"] == "小明"
+    assert user(start("controller", env=locale), "小明")["account"] == "小明"
 
 
 MEDIA_ID = "0" * 32
@@ -6044,9 +5902,10 @@ PLANTED = {"controller": ["controller_backend.dat", "controller_template.py", "l
                       f"media_alice_{MEDIA_ID}.png", *OWN_FILES]}
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["to a file", "to nothing"])
+@pytest.mark.parametrize("there", ["link to a file", "link to nothing", "fifo"])
 @pytest.mark.parametrize("whose", PLANTED)
-def test_planted_symlinks_lead_nowhere(start, receive, tmp_path, whose, there):
+def test_planted_links_lead_nowhere_and_fifos_hold_nobody_up(
+        start, receive, tmp_path, whose, there):
     outside, tmpdir, receiver = tmp_path / "outside", tmp_path / "tmp", receive()
     outside.mkdir()
     tmpdir.mkdir()
@@ -6055,9 +5914,13 @@ def test_planted_symlinks_lead_nowhere(start, receive, tmp_path, whose, there):
         "mallory": {"run": True, "port": 0, "given": {}}, "account": "alice", "precious": "MINE",
         "cookie": "MINE", "people": {"1": {"name": "MINE"}}})
     for name in PLANTED[whose]:
-        if there:
+        path = str(tmpdir / ("mojo_webqq_" + name))
+        if there == "link to a file":
             put(outside / name, precious)
-        os.symlink(str(outside / name), str(tmpdir / ("mojo_webqq_" + name)))
+        if there == "fifo":
+            os.mkfifo(path)
+        else:
+            os.symlink(str(outside / name), path)
     words = ["--account", "alice"] if whose == "client" else []
     program = start(whose, *words, "--post-api", receiver.url, tmpdir=tmpdir)
     if whose == "controller":
@@ -6075,42 +5938,33 @@ def test_planted_symlinks_lead_nowhere(start, receive, tmp_path, whose, there):
     assert program.stop() == 0
     assert b"MINE" not in b"".join(answers + [body for _, _, body, _ in receiver.posts])
     assert "mallory" not in program.log.text()
-    assert sorted(os.listdir(str(outside))) == (sorted(PLANTED[whose]) if there else [])
+    assert sorted(os.listdir(str(outside))) == (
+        sorted(PLANTED[whose]) if there == "link to a file" else [])
     for name in os.listdir(str(outside)):
         assert content(outside / name).decode() == precious, name
 
 
-def test_fifo_in_the_place_of_a_file_holds_nobody_up(start, tmp_path):
-    for name in PLANTED["controller"]:
-        os.mkfifo(str(tmp_path / ("mojo_webqq_" + name)))
-    controller = start("controller")
-    controller.login("alice")
-    assert controller.state("alice")["state"] == "running"
-
-
 def test_what_stands_in_the_way_of_a_start_is_a_clear_refusal(tmp_path):
-    """A planted link at a pid or log file, a tmpdir that cannot be written, a port that is taken:
-    exit status 1, with the remedy, and no pid file is left."""
+    """A planted link at a pid or log file, a port that is taken: exit status 1, with the remedy,
+    and no pid file is left."""
     precious = put(tmp_path / "precious", "1\n")
-    blocked = os.path.join(precious, "below")
     with reserve() as sock:
         sock.listen(1)
         port = str(sock.getsockname()[1])
         for number, (words, said, name, plant) in enumerate([
-                (["controller"], "{path}", "controller_process.pid", os.symlink),
-                (["client", "--account", "alice"], "{path}", "pid_alice.pid", os.link),
-                (["client", "--log-path", "{path}"], "{path}", "log", os.symlink),
-                (["controller", "--tmpdir", blocked], blocked + ".*--tmpdir", "", None),
-                (["client", "--tmpdir", blocked], blocked + ".*--tmpdir", "", None),
-                (["controller", "--port", port], port + ".*--port", "", None),
-                (["client", "--port", port], port + ".*--port", "", None)]):
+                ("controller", "{path}", "controller_process.pid", os.symlink),
+                ("client --account alice", "{path}", "pid_alice.pid", os.link),
+                ("client --log-path {path}", "{path}", "log", os.symlink),
+                ("controller --port " + port, port + ".*--port", "", None),
+                ("client --port " + port, port + ".*--port", "", None)]):
             tmpdir = tmp_path / str(number)
             tmpdir.mkdir()
             path = str(tmpdir / ("mojo_webqq_" + name))
             if plant:
                 plant(precious, path)
-            done = run_quickly(words[0], "--tmpdir", str(tmpdir), "--port", "0", "--host",
-                               "127.0.0.1", *[word.format(path=path) for word in words[1:]])
+            whose, *words = words.format(path=path).split()
+            done = run_quickly(whose, "--tmpdir", str(tmpdir), "--port", "0", "--host",
+                               "127.0.0.1", *words)
             assert done.returncode == 1, words
             assert re.search(said.format(path=re.escape(path)), done.stderr, re.DOTALL), words
             assert "Traceback" not in done.stderr and content(precious) == b"1\n"
@@ -6118,7 +5972,7 @@ def test_what_stands_in_the_way_of_a_start_is_a_clear_refusal(tmp_path):
 
 
 @pytest.mark.skipif(len(openqq.CPUS) < 2, reason="needs a choice of CPUs")
-def test_each_process_keeps_to_one_cpu_and_clients_take_turns(start):
+def test_each_process_keeps_to_one_cpu_and_clients_take_turns(pair, alone, start):
     """All threads of it, once it runs; on all CPUs where the operator says so."""
     def cpus(pid):
         found = set()
@@ -6127,13 +5981,11 @@ def test_each_process_keeps_to_one_cpu_and_clients_take_turns(start):
                 found |= os.sched_getaffinity(int(task))
         return found
 
-    controller = start("controller")
-    pids = [controller.pid, *[controller.login(name)["pid"] for name in ("alice", "bob")]]
-    assert eventually(lambda: [len(cpus(pid)) for pid in pids] == [1, 1, 1])
-    assert cpus(pids[1]) != cpus(pids[2])
-    controller.stop()
-    assert len(cpus(start("client", "--account", "alone").pid)) == 1
-    free = start("controller", "--one-cpu", "0", "--resume", "0")
+    alice, bob = [pair.state(name)["pid"] for name in ("alice", "bob")]
+    assert eventually(lambda: [len(cpus(pid)) for pid in (
+        pair.pid, alice, bob, alone.program.pid)] == [1] * 4)
+    assert cpus(alice) != cpus(bob)
+    free = start("controller", "--one-cpu", "0")
     for pid in free.pid, free.login("carol")["pid"]:
         assert cpus(pid) == set(openqq.CPUS)
 
@@ -6286,21 +6138,21 @@ def test_what_is_posted_over_ten_minutes_late_says_so_and_is_signed_as_it_is_sen
         assert not Far(tmp_path / str(age)).spool.pending
 
 
-def test_check_client_names_what_could_not_be_posted(start, receive):
+def test_check_client_names_what_could_not_be_posted(house, start, receive):
     """post_error: when, what, how many; by the controller and by a client alone."""
     receiver = receive(lambda event: 410 if event.get("content") == "x" else 200)
-    controller = start("controller")
-    controller.login("alice", post_api=receiver.url)
-    alone = start("client", "--account", "bob", "--post-api", receiver.url,
-                  tmpdir=controller.tmpdir + "/alone")
-    assert alone.call("/local/login", client="bob")["code"] == 0
-    for program, name in (controller, "alice"), (alone, "bob"):
-        assert "post_error" not in program.state(name)
-        program.call("/local/say", client=name, content="x", **{"from": "小灰"})
-        found = eventually(lambda: program.state(name).get("post_error"))
+    house.login("nora", post_api=receiver.url)
+    alone = start("client", "--account", "nora", "--post-api", receiver.url)
+    alone.call("/local/login", client="nora")
+    for program in house, alone:
+        assert "post_error" not in program.state("nora")
+        program.call("/local/say", client="nora", content="x", **{"from": "小灰"})
+    for program in house, alone:
+        found = eventually(lambda: program.state("nora").get("post_error"))
         assert set(found) == {"time", "error", "dropped"}
         assert abs(int(found["time"]) - time.time()) < WAIT and found["dropped"] >= 1
         assert found["error"] == "the receiver is gone"
+    house.call("delete_client", client="nora")
 
 
 def test_any_other_answer_is_a_delivery(far):
@@ -6392,40 +6244,16 @@ def test_messages_for_a_receiver_that_is_away_come_all_in_order_whatever_is_kill
         port = sock.getsockname()[1]
         controller = start("controller", "--post-api", f"http://127.0.0.1:{port}/")
         pid = controller.login("alice")["pid"]
-        expected = [f"m{number}" for number in range(200)]
-        for number, what in enumerate(expected):
-            said = controller.call("/local/say", client="alice", content=what, **{"from": "小灰"})
-            assert said["code"] == 0
-            if number == 190:
+        expected = [f"m{number}" for number in range(much(50, 500))]
+        for what in expected:
+            if what == expected[-10]:
                 os.kill(pid, signal.SIGKILL)
+            assert controller.call("/local/say", client="alice", content=what,
+                                   **{"from": "小灰"})["code"] == 0
         receiver = receive(port=port)
         receiver.message(expected[-1])
-        got = [event["content"] for _, _, _, event in receiver.posts if "content" in event]
-        assert got == expected
-
-
-def test_host_that_starts_again_keeps_the_world_the_logins_and_what_waits(start):
-    controller = start("controller")
-    for name in "alice", "bob":
-        controller.call("start_client", client=name)
-    for number in signal.SIGTERM, signal.SIGKILL:
-        ids = {name: user(controller, name)["id"] for name in ("alice", "bob")}
-        controller.call("/local/change", do="add", what="person", uid=f"77{number}", name="小红")
-        controller.call("stop_client", client="bob")
-        sent = controller.call("send_friend_message", client="alice", name="bob",
-                               content=f"waits {number}")
-        assert sent["code"] == 0
-        world = in_any_order(everything(controller))
-        controller.process.send_signal(number)
-        assert all_gone(controller.log, WAIT)
-        controller = start("controller")
-        assert in_any_order(everything(controller)) == world
-        controller.call("start_client", client="bob")
-        assert {name: user(controller, name)["id"] for name in ("alice", "bob")} == ids
-        kept = []
-        while f"waits {number}" not in kept:
-            kept += [event.get("content") for event in controller.call("check_event", client="bob")]
-        assert kept.count(f"waits {number}") == 1
+        assert [event["content"] for _, _, _, event in receiver.posts
+                if "content" in event] == expected
 
 
 def test_a_world_file_that_cannot_be_read_leaves_the_world_as_it_was(tmp_path):
@@ -6436,35 +6264,44 @@ def test_a_world_file_that_cannot_be_read_leaves_the_world_as_it_was(tmp_path):
     first = network("")
     first.do(first.change, {"do": "add", "what": "person", "name": "老王"})
     first.stop()
-    for wrong in "no JSON", "{}", '{"people": [{"uid": 1, "role": "king"}]}':
+    member = ('{"people": [{"uid": "7", "name": "x"}], "groups": [{"uid": "8", "name": "g", '
+              '"owner_uid": "", "member": [{"uid": "7", %s}]}]}')
+    for wrong in ("no JSON", "{}", '{"people": [{"uid": 1, "role": "king"}]}',
+                  member % '"role": "king"', member % '"muted": "1.2.3"'):
         with pytest.raises(openqq.Refusal, match="cannot be read"):
             network(put(tmp_path / "world", wrong))
     assert network("").dump() == first.dump()
 
 
 def test_disk_that_takes_no_more_is_a_warning_and_the_api_goes_on(start, receive):
+    """And costs no descriptors."""
+    def open_files(pid):
+        shown = subprocess.run(["ls", "-l", f"/proc/{pid}/fd"], stdout=subprocess.PIPE)
+        return shown.stdout.decode().count(controller.tmpdir)
+
     receiver = receive()
     controller = start("controller", "--post-api", receiver.url)
     pids = [controller.pid, controller.login("alice")["pid"]]
     receiver.next(is_login)
+    before = list(map(open_files, pids))
     for pid in pids:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-    for what in "one", "two":
+    for what in "one", "two", "three":
         controller.call("/local/say", client="alice", content=what, **{"from": "小灰"})
         assert receiver.message(what)["sender"] == "小灰"
     assert controller.call("send_friend_message", client="alice", name="小冰",
                            content="x")["code"] == 0
-    assert controller.call("check_client")["client"][0]["state"] == "running"
-    controller.log.wait(r"^\[alice\].*\[warn\].*post_alice.jsonl cannot be written")
-    controller.log.wait(r"^\[wqc\].*\[warn\].*local.jsonl cannot be written")
+    assert controller.state("alice")["state"] == "running"
+    for name, wanted in (r"\[alice\]", "post_alice.jsonl"), (r"\[wqc\]", "local.jsonl"):
+        controller.log.wait(rf"^{name}.*\[warn\].*{wanted} cannot be written")
     controller.call("start_client", client="bob")
     controller.log.wait(r"\[warn\].*controller_backend.dat cannot be written")
-    for pid in pids:
-        resource.prlimit(pid, resource.RLIMIT_FSIZE,
-                         (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    controller.call("/local/say", client="alice", content="three", **{"from": "小灰"})
-    receiver.message("three")
-    assert b"three" in content(controller.path("local.jsonl"))
+    for pid, files in zip(pids, before):
+        assert open_files(pid) <= files
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    controller.call("/local/say", client="alice", content="four", **{"from": "小灰"})
+    receiver.message("four")
+    assert b"four" in content(controller.path("local.jsonl"))
     assert controller.stop() == 0
     assert not [name for name in os.listdir(controller.tmpdir) if name.startswith(".")]
     assert "Traceback" not in controller.log.text()
@@ -6508,21 +6345,17 @@ def test_spool_grows_no_longer_than_what_it_holds(tmp_path):
 
 
 def test_what_somebody_holds_is_tried_again_and_given_up_after_a_while():
-    tries = []
-
     def held(times, error):
         tries.append(times)
         if len(tries) < times:
             raise error
-        return "done"
 
-    assert openqq.patiently(held, 3, PermissionError("held"), tries=5) == "done"
-    assert len(tries) == 3
-    for error, times in (PermissionError("held"), 5), (FileNotFoundError("gone"), 1):
-        tries.clear()
-        with pytest.raises(type(error)):
-            openqq.patiently(held, 99, error, tries=5)
-        assert len(tries) == times
+    for error, needed, tried in ((PermissionError("held"), 3, 3), (PermissionError("held"), 99, 5),
+                                 (FileNotFoundError("gone"), 99, 1)):
+        tries = []
+        with pytest.raises(type(error)) if needed > 5 else contextlib.suppress():
+            openqq.patiently(held, needed, error, tries=5)
+        assert len(tries) == tried
 
 
 def test_the_reaper_survives_a_socket_that_is_closed_while_it_is_told_of_it():
@@ -6530,11 +6363,11 @@ def test_the_reaper_survives_a_socket_that_is_closed_while_it_is_told_of_it():
     pairs = [socket.socketpair() for _ in range(2)]
     stream = openqq.Stream(pairs[1][0])
     reaper.add(stream)                     # so that it runs; for ever, as far as this one goes
-    time.sleep(0.3)                        # it waits for its sockets
+    time.sleep(0.1)                        # it waits for its sockets
     with reaper.lock:
         reaper.watch(pairs[0][0], lambda: None)
         pairs[0][1].close()
-        time.sleep(0.3)                    # it has heard of that, and waits for the lock
+        time.sleep(0.1)                    # it has heard of that, and waits for the lock
         reaper.unwatch(pairs[0][0])
         pairs[0][0].close()
     reaper.watch(pairs[1][0], gone.set)
@@ -6544,105 +6377,81 @@ def test_the_reaper_survives_a_socket_that_is_closed_while_it_is_told_of_it():
 
 
 class Outgoing:
-    """A client whose clock the test moves; `results` are what the link says, 0 or an exception.
-    """
+    """A client whose clock the test moves; `results` are what the link says, 0 or an exception."""
 
-    def __init__(self, interval=0.0, ttl=3):
-        self.now, self.sends, self.outcomes, self.results = 1000.0, [], [], []
-        self._tmpdir = tempfile.TemporaryDirectory()
-        self.client = openqq.Client(tmpdir=self._tmpdir.name, log_level="fatal",
-                                    send_interval=interval, msg_ttl=ttl)
+    def __init__(self, tmpdir, **settings):
+        self.now, self.sends, self.results = 0.0, [], []
+        self.client = openqq.Client(tmpdir=str(tmpdir), log_level="fatal", **settings)
         self.client.timers.clock = lambda: self.now
         self.client.link.send, self.client.link.batch = self._send, 1
         self.client.state = "running"
 
     def _send(self, rows):
-        self.sends.append((self.now - 1000.0, [int(row["content"]) for row in rows]))
+        self.sends.append((round(self.now, 3), *[row["content"] for row in rows]))
         result = self.results.pop(0) if self.results else 0
         if isinstance(result, Exception):
             raise result
         return [{"code": result, "info": ""} for _ in rows]
 
-    def _sent(self, future):
-        message = future.result()
-        self.outcomes.append((int(message.content), message.code, message.info))
-
-    def put(self, *numbers):
+    def put(self, *contents):
+        """The future of each message."""
         with self.client.lock:
-            for number in numbers:
-                self.client.send("friend_message", str(number), XIAOBING).add_done_callback(
-                    self._sent)
+            return [self.client.send("friend_message", what, XIAOBING) for what in contents]
 
-    def move(self, seconds):
-        """Let time go by, and the queue do what is due then."""
+    def move(self, seconds, sends):
+        """Let time go by, until so many sends were made in all."""
         with self.client.lock:
             self.now += seconds
             self.client.changed.notify_all()
-        time.sleep(0.05)
-
-    def settle(self, sends):
         assert eventually(lambda: len(self.sends) >= sends and not self.client.talk.began)
 
 
-def test_messages_go_send_interval_apart_and_the_first_at_once():
-    out = Outgoing(interval=3.0)
-    out.put(1, 2, 3)
-    out.settle(1)
+def test_messages_go_send_interval_apart_and_the_first_at_once(tmp_path):
+    out = Outgoing(tmp_path, send_interval=3.0)
+    out.put("1", "2", "3")
+    out.move(0, 1)
     for sends in 2, 3:
-        out.move(2.99)
-        assert len(out.sends) == sends - 1, "too early"
-        out.move(0.01)
-        out.settle(sends)
-    assert [(round(when, 3), rows) for when, rows in out.sends] == [(0, [1]), (3, [2]), (6, [3])]
-    out.move(60)
-    out.put(4)
-    out.settle(4)
-    assert out.sends[-1] == (66, [4]), "at once again"
+        out.move(2.99, sends - 1)
+        time.sleep(0.05)  # what would come too early has the time to
+        out.move(0.01, sends)
+    out.move(60, 3)
+    out.put("4")
+    out.move(0, 4)
+    assert out.sends == [(0, "1"), (3, "2"), (6, "3"), (66, "4")]
 
 
 @pytest.mark.parametrize("ttl, errors, outcome", [
     (1, [openqq.Unreachable("refused")], (-5, "TTL失效")),
     (3, [openqq.Unreachable("refused")] * 3, (-5, "TTL失效")),
     (3, [openqq.Unreachable("reset", sent=True)], (-4, "响应未知: reset")),
-    (3, [openqq.OpenQQError("what?")], (-4, "响应未知: what?")),
     (3, [ValueError("what??")], (-4, "响应未知: ValueError('what??')"))])
 def test_what_surely_was_not_sent_is_tried_msg_ttl_times_and_what_may_have_been_ends_as_minus_4(
-        ttl, errors, outcome):
-    out, tries = Outgoing(ttl=ttl), len(errors)
+        tmp_path, ttl, errors, outcome):
+    out, tries = Outgoing(tmp_path, send_interval=0, msg_ttl=ttl), len(errors)
     out.results = list(errors)
-    out.put(1, 2)
+    futures = out.put("1", "2")
     for sends in range(1, tries + 2):
-        out.settle(sends)
-        out.move(60)
-    assert eventually(lambda: len(out.outcomes) == 2)
-    assert [rows for _, rows in out.sends] == [[1]] * tries + [[2]]
-    assert out.outcomes == [(1, *outcome), (2, 0, "")]
+        out.move(60, sends)
+    assert [(row.code, row.info) for row in (future.result(WAIT) for future in futures)] == [
+        outcome, (0, "")]
+    assert [what for _, what in out.sends] == ["1"] * tries + ["2"]
 
 
 # ------------------------------------------------------------------------------------------------
 # Clients that die, and the template
 # ------------------------------------------------------------------------------------------------
 
-class Nursery:
-    """A Supervisor with real but cheap processes instead of clients, and a clock of its own; it
-    stands for the controller besides."""
+class Nursery(openqq.Controller):
+    """A controller that serves nobody and has one client: a real but cheap process instead, and a
+    clock of its own."""
 
-    def __init__(self, tmp_path, program, restart="on-failure"):
+    def __init__(self, tmp_path, program):
+        super().__init__(tmpdir=str(tmp_path), log_level="fatal")
         self.now, self.program = 1000.0, program
         self.starts, self.reports, self.processes, self.warnings = [], [], [], []
-        self.log, self.flavour = openqq.Log(level="fatal"), openqq.QQ
-        self.url = "http://127.0.0.1:1"
-        self.log.keep = self.warnings.append
-        self.settings = openqq.Settings("controller", {"tmpdir": str(tmp_path), "restart": restart},
-                                        {}, "MOJO_WEBQQ_")
-        self.settings.fill(public_url=self.url, template_path="")
-        self.lock = threading.RLock()
-        self.settled = threading.Condition(self.lock)
-        self.timers = openqq.Timers(self.lock, self.log, lambda: self.now)
-        self.store = openqq.Store(10)
-        self.key_for, self.tell = lambda name: "key", lambda *args: None
-        self.changed, self.inherited = lambda: None, {}
+        self.url, self.log.keep, self.timers.clock = "", self.warnings.append, lambda: self.now
         self.network = types.SimpleNamespace(do=lambda *args: None, detach=None)
+        self.key_for, self.tell = lambda name: "key", lambda *args: None
         self.supervisor = openqq.Supervisor(self, self._spawn)
         self.child = openqq.Child("alice", {}, openqq.listen("127.0.0.1", 0))
         self.thread = threading.Thread(target=self.timers.run, daemon=True)
@@ -6660,10 +6469,9 @@ class Nursery:
         self.starts.append(began)
         return self.processes[-1]
 
-    def start(self, state=""):
+    def begin(self, state=""):
         """Start the child, and wait until it says that it is in this state."""
-        with self.lock:
-            self.supervisor.expect(self.child)
+        self.call("expect", self.child)
         self.supervisor.make(self.child, first=True)
         self.until(lambda: not state or self.child.state == state)
         return self
@@ -6675,15 +6483,9 @@ class Nursery:
 
     def renew(self, mode):
         """Begin a change of settings: a future with why it was refused, or None."""
-        def work():
-            try:
-                future.set_result(self.call("renew", self.child, {"mode": mode}, set()))
-            except openqq.OpenQQError as error:
-                future.set_result(error)
-
-        future = concurrent.futures.Future()
-        threading.Thread(target=work, daemon=True).start()
-        self.until(lambda: self.child.phase == "renewing")
+        future = concurrent.futures.ThreadPoolExecutor(1).submit(
+            self.call, "renew", self.child, {"mode": mode}, set())
+        self.until(lambda: self.child.phase == "renewing" or future.done())
         return future
 
     def until(self, condition, pace=0.0):
@@ -6708,44 +6510,35 @@ class Nursery:
         self.timers.stop()
         self.thread.join(WAIT)
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
             process.wait()
         self.child.listener.close()
 
 
 @pytest.fixture
 def nursery(tmp_path):
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Nursery(tmp_path, *args, **kwargs))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
+    with contextlib.ExitStack() as stack:
+        yield lambda program: stack.enter_context(contextlib.closing(Nursery(tmp_path, program)))
 
 
 def test_client_that_dies_at_once_is_started_seven_times_ever_later_then_reported(nursery):
-    home = nursery("say('{\"log\":\"the reason\"}\\n'); sys.exit(3)").start()
+    home = nursery("say('{\"log\":\"the reason\"}\\n'); sys.exit(3)").begin()
     for starts, wait in enumerate([1, 2, 4, 8, 16], 2):
         home.until(lambda: len(home.starts) == starts and home.child.phase == "backoff")
-        assert home.child.alive() and home.child.phase != "failed"
+        assert home.child.alive()
         home.move(wait - 0.01)
-        assert len(home.starts) == starts, "too early"
         home.move(0.01)
         home.until(lambda: len(home.starts) == starts + 1)
     home.until(lambda: home.child.phase == "failed")
     assert [round(when, 3) for when in home.starts] == [0, 0, 1, 3, 7, 15, 31]
     assert not home.child.alive()
-    (when, event, name, error), = home.reports
+    (_, event, name, error), = home.reports
     assert (event, name) == ("client_failed", "alice")
     assert "the reason" in error and "exit status 3" in error
 
 
 def test_client_that_was_running_for_a_while_starts_again_at_once_any_number_of_times(nursery):
-    home = nursery("say('{\"state\":\"running\"}\\n'); time.sleep(60)").start()
+    home = nursery("say('{\"state\":\"running\"}\\n'); time.sleep(60)").begin()
     for number in range(1, 10):
         home.until(lambda: home.child.state == "running")
         home.move(100)
@@ -6756,20 +6549,17 @@ def test_client_that_was_running_for_a_while_starts_again_at_once_any_number_of_
 
 
 def test_client_that_nobody_scans_for_ten_minutes_is_reported_once(nursery):
-    program = ("signal.signal(signal.SIGUSR1, lambda *_: say('{\"state\":\"running\"}\\n'))\n"
-               "say('{\"state\":\"scaning\"}\\n')\nwhile 1: signal.pause()")
-    home = nursery(program).start("scaning")
-    home.move(599.9)
-    assert not home.reports
-    home.move(0.1)
-    assert home.reports == [(1600.0, "client_waiting", "alice")]
-
-    home = nursery(program).start("scaning")
-    home.move(599)
-    home.processes[0].send_signal(signal.SIGUSR1)
-    home.until(lambda: home.child.state == "running")
-    home.move(600)
-    assert not home.reports, "it was scanned in time"
+    for is_scanned in False, True:
+        home = nursery("signal.signal(signal.SIGUSR1, lambda *_: say('{\"state\":\"running\"}\\n'))"
+                       "\nsay('{\"state\":\"scaning\"}\\n')\nwhile 1: signal.pause()")
+        home.begin("scaning")
+        home.move(599.9)
+        assert not home.reports
+        if is_scanned:
+            home.processes[0].send_signal(signal.SIGUSR1)
+            home.until(lambda: home.child.state == "running")
+        home.move(600)
+        assert home.reports == ([] if is_scanned else [(2199.9, "client_waiting", "alice")])
 
 
 def test_client_with_new_settings_begins_when_the_former_process_is_gone_and_is_no_restart(nursery):
@@ -6778,14 +6568,15 @@ def test_client_with_new_settings_begins_when_the_former_process_is_gone_and_is_
                    "if os.environ['MOJO_WEBQQ_MODE'] == 'busy': sys.exit(1)\n"
                    "say('{\"state\":\"loading\"}\\n')\nwhile 1: signal.pause()")
     home.child.given = {"mode": "online"}
-    home.start()
+    home.begin()
     for mode, wanted in ("away", "away"), ("busy", "away"), ("hidden", "hidden"):
         home.until(lambda: home.child.state == "loading")
         starts, refused = len(home.starts), home.renew(mode)
         home.move(openqq.KILL_SECONDS - 0.1)
         assert len(home.starts) == starts, "the former process lives"
         home.move(0.1)
-        assert isinstance(refused.result(WAIT), type(None) if mode == wanted else openqq.ClientDied)
+        assert isinstance(refused.exception(WAIT), type(None) if mode == wanted
+                          else openqq.ClientDied)
         assert home.child.given == {"mode": wanted}
     home.until(lambda: home.child.state == "loading")
     assert home.child.restarts == 0 and home.supervisor.restarts == 0 and not home.reports
@@ -6794,40 +6585,27 @@ def test_client_with_new_settings_begins_when_the_former_process_is_gone_and_is_
 def test_client_that_says_nothing_has_taken_its_new_settings_after_a_while(nursery, monkeypatch):
     """A template may not come to run(); its end is one like any other then."""
     monkeypatch.setattr(openqq, "TRIAL_SECONDS", 0.1)
-    home = nursery("time.sleep(60)").start()
-    assert home.renew("busy").result(WAIT) is None and len(home.starts) == 2
+    home = nursery("time.sleep(60)").begin()
+    assert home.renew("busy").exception(WAIT) is None and len(home.starts) == 2
     home.processes[-1].kill()
     home.until(lambda: len(home.starts) == 3, pace=0.5)
     assert home.child.given == {"mode": "busy"} and home.supervisor.restarts == 1
 
 
-STUBBORN = ("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-            "say('{\"state\":\"running\"}\\n')\nwhile 1: signal.pause()")
-
-
 def test_a_stop_ends_a_change_of_settings_too_and_a_second_one_kills_at_once(nursery):
-    home = nursery(STUBBORN).start("running")
+    home = nursery("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+                   "say('{\"state\":\"running\"}\\n')\nwhile 1: signal.pause()").begin("running")
     refused = home.renew("busy")
     home.call("stop_all")
     home.call("stop_all")
-    assert isinstance(refused.result(WAIT), openqq.NotRunning)
+    assert isinstance(refused.exception(WAIT), openqq.NotRunning)
     home.until(lambda: not home.supervisor.busy())
     assert home.processes[0].returncode == -signal.SIGKILL
     assert len(home.starts) == 1 and home.now == 1000.0
 
 
-def test_client_that_does_not_heed_term_is_killed_after_a_while(nursery):
-    home = nursery(STUBBORN).start("running")
-    home.call("stop", home.child)
-    home.move(openqq.KILL_SECONDS - 0.1)
-    assert home.processes[0].poll() is None and home.child.phase == "stopping"
-    home.move(0.1)
-    home.until(lambda: home.child.phase == "stopped")
-    assert home.processes[0].returncode == -signal.SIGKILL
-
-
 def test_client_that_lets_go_of_its_life_line_is_killed(nursery):
-    home = nursery("os.close(int(os.environ['OPENQQ_LIFE']))\nwhile 1: signal.pause()").start()
+    home = nursery("os.close(int(os.environ['OPENQQ_LIFE']))\nwhile 1: signal.pause()").begin()
     home.until(lambda: home.child.life is None)
     home.move(home.supervisor.SILENT_SECONDS)
     home.until(lambda: len(home.starts) > 1)
@@ -6841,7 +6619,7 @@ time.sleep(0.2)
 say('tent":"b"}\\n{"state":"running"}\\n+{"content":"tor'); os._exit(1)""")
     pieces = home.store.stream(openqq.Request("GET", "/", {}, b"", "127.0.0.1")).pieces
     next(pieces)
-    home.start()
+    home.begin()
     home.until(lambda: home.child.phase == "backoff")
     told = [json.loads(row) for row in re.findall(rb"^data: (.*)$", next(pieces), re.MULTILINE)]
     assert told == [{"client": "alice", "content": "a", "seq": 7},
@@ -6866,26 +6644,36 @@ client.run()
 """
 
 
-def test_edited_template_is_what_new_clients_run_and_one_that_does_not_compile_is_code_4(start):
-    controller = start("controller")
-    controller.login("alice")
-    written = content(controller.path("controller_template.py"))
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A controller for tests that write a template and have accounts of their own there."""
+    program = Program(tmp_path_factory.mktemp("workshop"), "controller", "--restart", "never",
+                      "--check-interval", "1")
+    yield program.ready()
+    assert program.stop() == 0
+
+
+def test_edited_template_is_what_new_clients_run_and_one_that_does_not_compile_is_code_4(
+        workshop, house):
+    written = content(house.path("controller_template.py"))
     assert written.decode() == openqq.default_template(openqq.QQ)
-    edit_template(controller, TEMPLATE.format("", "client.log.info('edited')"))
-    controller.login("bob")
-    assert [row["name"] for row in controller.state("bob")["plugin"]] == [
+    edit_template(workshop, written)
+    workshop.login("plain")
+    edit_template(workshop, TEMPLATE.format("", "client.log.info('edited')"))
+    workshop.login("other")
+    assert [row["name"] for row in workshop.state("other")["plugin"]] == [
         "Mojo::Webqq::Plugin::Openqq", "Mojo::Webqq::Plugin::ShowMsg"]
-    controller.log.wait(r"^\[bob\].*edited")
-    assert len(controller.state("alice")["plugin"]) > 2, "alice is as she was"
-    assert controller.call("get_user_info", client="bob")["account"] == "bob"
+    workshop.log.wait(r"^\[other\].*edited")
+    assert len(workshop.state("plain")["plugin"]) > 2, "it is as it was"
+    assert workshop.call("get_user_info", client="other")["account"] == "other"
     for bad in "def (:\n", "\0", "print('", "# coding: nonsense\n":
-        edit_template(controller, bad)
-        answer = controller.call("start_client", client="carol")
+        edit_template(workshop, bad)
+        answer = workshop.call("start_client", client="carol")
         assert (answer["code"], answer["status"]) == (4, "client pid not ok"), bad
-    controller.log.wait(r"\[error\].*template")
-    assert [row["account"] for row in controller.call("check_client")["client"]] == ["alice", "bob"]
-    put(controller.path("controller_template.py"), written)
-    assert controller.call("start_client", client="carol")["code"] == 0
+    workshop.log.wait(r"\[error\].*template")
+    assert "carol" not in listed_names(workshop)
+    edit_template(workshop, written)
+    assert workshop.call("start_client", client="carol")["code"] == 0
 
 
 def test_template_that_fails_is_told_by_log_check_client_metrics_and_post_api(start, receive):
@@ -6910,27 +6698,24 @@ def test_template_that_fails_is_told_by_log_check_client_metrics_and_post_api(st
     assert not controller.state("alice").get("failed")
 
 
-def test_second_term_hurries_a_client_that_still_has_something_to_post(start):
+def test_second_term_hurries_a_client_that_still_has_something_to_post(workshop):
     """By the template the client would wait an hour for its receiver."""
+    edit_template(workshop, TEMPLATE.format("openqq.STOP_SECONDS = 3600.0", ""))
     with reserve() as sock:
-        controller = start("controller", "--post-api",
-                           f"http://127.0.0.1:{sock.getsockname()[1]}/")
-        edit_template(controller, TEMPLATE.format("openqq.STOP_SECONDS = 3600.0", ""))
-        pid = controller.login("alice")["pid"]
+        pid = workshop.login(
+            "hasty", post_api=f"http://127.0.0.1:{sock.getsockname()[1]}/")["pid"]
         os.kill(pid, signal.SIGTERM)
-        controller.log.wait(r"停止信号\[TERM\]")
+        workshop.log.wait(r"^\[hasty\].*停止信号\[TERM\]")
         os.kill(pid, signal.SIGTERM)
-        controller.log.wait("client alice ended by itself")
-        assert controller.state("alice")["state"] == "stop"
-    posts = [line for line in content(controller.path("post_alice.jsonl")).splitlines()]
+        workshop.log.wait("client hasty ended by itself")
+        assert workshop.state("hasty")["state"] == "stop"
+    posts = content(workshop.path("post_hasty.jsonl")).splitlines()
     assert b'"stop"' in posts[-1], "and what was not posted waits for the next start"
 
 
-def test_signal_that_another_thread_gets_ends_a_client_too(start, receive):
+def test_signal_that_another_thread_gets_ends_a_client_too(workshop):
     """As one does that comes just before the main thread falls asleep: nothing interrupts that."""
-    receiver = receive()
-    controller = start("controller", "--post-api", receiver.url)
-    edit_template(controller, TEMPLATE.format("""
+    edit_template(workshop, TEMPLATE.format("""
 import signal, threading
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 def relay():
@@ -6938,11 +6723,10 @@ def relay():
     signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 threading.Thread(target=relay, daemon=True).start()
 """, ""))
-    pid = controller.login("alice")["pid"]
-    receiver.next(is_login)
-    controller.call("get_client_info", client="alice")
+    pid = workshop.login("relayed")["pid"]
+    workshop.call("get_client_info", client="relayed")
     os.kill(pid, signal.SIGUSR1)
-    controller.log.wait("client alice ended by itself")
+    workshop.log.wait("client relayed ended by itself")
 
 
 IMPORTS = """
@@ -6963,12 +6747,11 @@ assert urllib.request.getproxies() is not None
 """
 
 
-def test_template_imports_what_is_installed_and_what_clients_put_off(start):
+def test_template_imports_what_is_installed_and_what_clients_put_off(workshop):
     """Clients run without site-packages, and with stand-ins for what they seldom need."""
-    controller = start("controller")
-    edit_template(controller, IMPORTS + openqq.default_template(openqq.QQ))
-    controller.login("alice")
-    assert controller.state("alice")["state"] == "running"
+    edit_template(workshop, IMPORTS + openqq.default_template(openqq.QQ))
+    workshop.login("learned")
+    assert workshop.state("learned")["state"] == "running"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6986,15 +6769,15 @@ PNG_TEXT = base64.b64encode(PNG).decode()
 ALICE, BOB = openqq.name_to_uid("alice"), openqq.name_to_uid("bob")
 
 
-class Voice:
-    """One account's API, on its own port or through the controller, and what it hears."""
+class Voice(Face):
+    """The same in either flavour, on its own port or through the controller, and what it hears."""
 
     def __init__(self, program, name, prefix, by_controller=False):
-        self.program, self.name, self.prefix, self.seq = program, name, prefix, 0
-        self.base, self.about = program.base, {"client": name}
+        super().__init__(program, name, controlled=by_controller)
+        self.prefix, self.seq, self.about = prefix, 0, {"client": name} if by_controller else {}
         if not by_controller:
             port = call(program.base, "check_client", client=name)["client"][0]["port"]
-            self.base, self.about = f"http://127.0.0.1:{port}", {}
+            self.base = f"http://127.0.0.1:{port}"
 
     def now(self):
         """Itself, deaf to all that came before."""
@@ -7003,17 +6786,14 @@ class Voice:
         self.next(lambda event: event.get("content") == mark)
         return self
 
-    def path(self, api, **params):
+    def target(self, api, **params):
         return f"{self.prefix}{api}?" + urllib.parse.urlencode({**self.about, **params})
 
-    def call(self, api, **params):
-        return json.loads(self.raw(api, **params)[2])
-
-    def raw(self, api, **params):
-        return request(self.base, self.path(api, **params))
+    def raw(self, api, method="GET", **params):
+        return request(self.base, self.target(api, **params), method)
 
     def post(self, api, **params):
-        """The same as a form, where bytes are a file: for what is too long for a request line."""
+        """As a form, where bytes are a file: for what is too long for a request line."""
         parts = {**self.about, **params}
         kind, body = FORM, urllib.parse.urlencode(parts)
         if any(isinstance(value, bytes) for value in parts.values()):
@@ -7034,7 +6814,7 @@ class Voice:
                 self.seq = event["seq"]
                 if wanted(event):
                     return event
-        raise AssertionError(f"{self.name} heard nothing of it")
+        raise AssertionError(f"{self.account} heard nothing of it")
 
     def heard(self, content):
         return self.next(lambda event: event.get("content") == content
@@ -7043,14 +6823,6 @@ class Voice:
     def event(self, name, wanted=lambda params: True):
         return self.next(lambda event: event.get("event") == name
                          and wanted(event["params"]))["params"]
-
-    def friend(self, name):
-        [found] = self.call("search_friend", name=name)
-        return found
-
-    def group(self, name="OpenQQ"):
-        [found] = self.call("search_group", name=name)
-        return found
 
     def members(self, group="OpenQQ"):
         return {member["name"]: member for member in self.group(group)["member"]}
@@ -7085,25 +6857,22 @@ def media_pair(request, pair, weixin_pair):
 # -- one table, nothing else
 
 def test_no_code_outside_the_flavour_table_asks_which_flavour_it_is():
-    with open(FILE, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
-    asked = [ast.dump(node) for node in ast.walk(tree) if isinstance(node, ast.Compare) or (
+    asked = [ast.dump(node) for node in ast.walk(TREE) if isinstance(node, ast.Compare) or (
         getattr(getattr(node, "func", None), "id", "") in ("isinstance", "issubclass"))]
     assert not [text for text in asked if re.search(
         r"value='(qq|weixin)'|id='(QQ|Weixin)'|flavour', ctx=Load\(\)\), attr='name'", text)]
 
 
 def test_weixin_is_the_system_of_its_document(start):
-    program = start("controller", "--flavor", "weixin", typed=True)
+    program, name = start("controller", "--flavor", "weixin", typed=True), "weixin_client_01"
     assert (openqq.Weixin.port, openqq.Weixin.client_port) == (2000, 3000)
-    started = call(program.base, "/openwx/start_client", client="weixin_client_01",
-                   log_level="debug", post_media_data=0)
+    ask = functools.partial(call, program.base, client=name)
+    started = ask("/openwx/start_client", log_level="debug", post_media_data=0)
     assert {**started, "pid": 0, "port": 0} == {
-        "account": "weixin_client_01", "client": "weixin_client_01", "code": 0,
+        "account": name, "client": name, "code": 0,
         "log_level": "debug", "pid": 0, "port": 0, "post_media_data": "0", "status": "success"}
     assert 3000 <= started["port"] < 4000
-    ask = functools.partial(call, program.base, client="weixin_client_01")
-    path = "/openwx/get_qrcode?client=weixin_client_01"
+    path = "/openwx/get_qrcode?client=" + name
     assert eventually(lambda: request(program.base, path)[0] == 200)
     for base in program.base, f"http://127.0.0.1:{started['port']}":
         status, fields, body = request(base, path)
@@ -7111,33 +6880,28 @@ def test_weixin_is_the_system_of_its_document(start):
             200, "image/jpg", "no-cache", b"\x89PNG")
     [row] = ask("/openwx/check_client")["client"]
     start_of = os.path.join(os.path.realpath(program.tmpdir), "mojo_weixin_")
-    wanted = {"state": "scaning", "tmpdir": os.path.realpath(program.tmpdir),
-              "cookie_path": start_of + "cookie_weixin_client_01.dat",
-              "pid_path": start_of + "pid_weixin_client_01.pid",
-              "qrcode_path": start_of + "qrcode_weixin_client_01.jpg",
-              "state_path": start_of + "state_weixin_client_01.json",
-              "download_media": "1", "http_debug": "0", "log_encoding": None,
-              "log_level": "debug", "os": sys.platform}
-    assert {name: row[name] for name in wanted} == wanted
+    assert {"state": "scaning", "tmpdir": os.path.realpath(program.tmpdir), "download_media": "1",
+            "http_debug": "0", "log_encoding": None, "log_level": "debug", "os": sys.platform,
+            **{f"{what}_path": f"{start_of}{what}_{name}{end}" for what, end in (
+                ("cookie", ".dat"), ("pid", ".pid"), ("qrcode", ".jpg"), ("state", ".json"))}
+            }.items() <= row.items()
     assert [plugin for plugin in row["plugin"] if plugin["priority"] in (98, 100)] == [
         {"auto_call": None, "call_on_load": 1, "name": "Mojo::Weixin::Plugin::Openwx",
          "priority": 98},
         {"auto_call": 1, "call_on_load": 0, "name": "Mojo::Weixin::Plugin::ShowMsg",
          "priority": 100}]
     assert ask("/local/login")["code"] == 0
-    names = [subprocess.run(["ps", "-o", "args=", "-p", str(pid)], stdout=subprocess.PIPE,
-                            check=True).stdout.decode() for pid in (program.pid, started["pid"])]
-    assert "wxcontroller" in names[0] and "wxclient(weixin_client_01)" in names[1]
-    stopped = ask("/openwx/stop_client")
-    assert stopped == {name: started[name] for name in started if name != "account"}
+    for pid, shown in (program.pid, "wxcontroller"), (started["pid"], f"wxclient({name})"):
+        assert shown in subprocess.check_output(["ps", "-o", "args=", "-p", str(pid)]).decode()
+    assert ask("/openwx/stop_client") == {
+        key: started[key] for key in started if key != "account"}
     left = os.listdir(program.tmpdir)
-    assert all(name.startswith(("mojo_weixin_", ".openqq_mojo_weixin_")) for name in left), left
-    assert {"mojo_weixin_controller_process.pid", "mojo_weixin_controller_backend.dat",
-            "mojo_weixin_cookie_weixin_client_01.dat",
-            "mojo_weixin_state_weixin_client_01.json"} <= set(left)
-    with open(start_of + "controller_template.py", encoding="utf-8") as file:
-        template = file.read()
-    assert "MOJO_WEIXIN_PLUGIN_OPENWX_POST_API" in template and "WEBQQ" not in template
+    assert all(each.startswith(("mojo_weixin_", ".openqq_mojo_weixin_")) for each in left), left
+    assert {"mojo_weixin_" + each for each in (
+        "controller_process.pid", "controller_backend.dat", f"cookie_{name}.dat",
+        f"state_{name}.json")} <= set(left)
+    template = content(start_of + "controller_template.py")
+    assert b"MOJO_WEIXIN_PLUGIN_OPENWX_POST_API" in template and b"WEBQQ" not in template
 
 
 def test_weixin_settings_come_from_its_own_environment_and_every_world_has_filehelper(
@@ -7150,18 +6914,15 @@ def test_weixin_settings_come_from_its_own_environment_and_every_world_has_fileh
         "MOJO_WEIXIN_WORLD": put(tmp_path / "world", json.dumps(world)),
         "MOJO_WEIXIN_LOGIN_TYPE": "login", "MOJO_WEIXIN_PWD": "x",
         "MOJO_WEIXIN_PLUGIN_OPENWX_POST_API": receiver.url})
-    event = receiver.next(lambda event: event.get("event") == "login")
-    assert event["params"] == [0]
-    assert call(client.base, "/openwx/get_client_info")["account"] == "alone"
-    assert call(client.base, "/openwx/get_user_info")["name"] == "alone"
-    friends = call(client.base, "/openwx/get_friend_info")
-    assert {friend["name"] for friend in friends} == {"dora", "文件传输助手"}
+    assert receiver.next(is_login)["params"] == [0]
+    assert client.call("/openwx/get_client_info")["account"] == "alone"
+    assert {friend["name"] for friend in client.call("/openwx/get_friend_info")} == {
+        "dora", "文件传输助手"}
     for key in "id", "account":
-        sent = call(client.base, "/openwx/send_friend_message", content="hello",
-                    **{key: "filehelper"})
+        sent = client.call("/openwx/send_friend_message", content="hello", **{key: "filehelper"})
         assert (sent["code"], sent["id"].partition(":")[2]) == (0, "filehelper")
     assert client.stop() == 0
-    assert os.path.exists(os.path.join(client.tmpdir, "mojo_weixin_state_alone.json"))
+    assert "mojo_weixin_state_alone.json" in os.listdir(client.tmpdir)
 
 
 def test_both_flavours_share_a_tmpdir_and_nothing_else(start):
@@ -7180,10 +6941,7 @@ def test_both_flavours_share_a_tmpdir_and_nothing_else(start):
                 if "content" in event} == {voice.prefix}
     assert voices[0].program.stop() == 0
     assert voices[1].friend("小冰")
-    voices[1].program.stop()
-    again = start("controller")
-    assert eventually(lambda: again.state("alice")["state"] == "running")
-    listed = [name for name in os.listdir(again.tmpdir) if "weixin" not in name]
+    listed = [name for name in os.listdir(program.tmpdir) if "weixin" not in name]
     assert listed and all(name.startswith("mojo_webqq_") for name in listed)
 
 
@@ -7230,7 +6988,7 @@ def test_what_a_flavour_lacks_is_an_unknown_path(media_pair):
         for voice in alice, own:
             for prefix in "/openqq/", "/openwx/":
                 status, fields, body = request(
-                    voice.base, voice.path(api, id="1").replace(voice.prefix, prefix))
+                    voice.base, voice.target(api, id="1").replace(voice.prefix, prefix))
                 assert (api, status, body) == (api, 403, b"api not found")
                 assert fields["content-type"] == "text/html;charset=UTF-8"
     if not weixin:
@@ -7250,13 +7008,13 @@ def test_weixin_friends_and_groups_are_found_by_any_key_and_tell_who_they_are(vo
         assert sent == {"code": 0, "id": sent["id"], "status": "success"}
         assert re.fullmatch(r"[0-9]+:" + target["id"], sent["id"])
         got = bob.heard(text)
-        wanted = {"class": "recv", "format": "text", "post_type": "receive_message",
-                  "receiver": "bob", "receiver_account": "bob", "receiver_name": "bob",
-                  "receiver_uid": BOB, "receiver_id": bob.call("get_user_info")["id"],
-                  "sender": "alice", "sender_account": "alice", "sender_category": "好友",
-                  "sender_markname": None, "sender_name": "alice", "sender_uid": ALICE,
-                  "sender_id": bob.friend("alice")["id"], "type": "friend_message"}
-        assert {name: got[name] for name in wanted} == wanted
+        assert {"class": "recv", "format": "text", "post_type": "receive_message",
+                "receiver": "bob", "receiver_account": "bob", "receiver_name": "bob",
+                "receiver_uid": BOB, "receiver_id": bob.call("get_user_info")["id"],
+                "sender": "alice", "sender_account": "alice", "sender_category": "好友",
+                "sender_markname": None, "sender_name": "alice", "sender_uid": ALICE,
+                "sender_id": bob.friend("alice")["id"], "type": "friend_message"
+                }.items() <= got.items()
         report = alice.next(lambda event: event.get("content") == text)
         assert (report["class"], report["receiver_account"], report["format"]) == (
             "send", "bob", "text")
@@ -7374,9 +7132,9 @@ def test_a_weixin_group_is_made_renamed_and_left(voices):
     assert alice.call("invite_friend", displayname=name, friends=ids["小灰"]) == OK
     assert bob.event("new_group_member", lambda params: params[0]["name"] == "小灰")
 
-    assert alice.call("set_group_displayname", id="@@no", new_displayname="x") == LOST
-    assert alice.call("set_group_displayname", id=group["id"]) == FAILED
-    assert alice.call("set_group_displayname", id=group["id"], new_displayname=name + "!") == OK
+    for id, new, answer in (("@@no", {"new_displayname": "x"}, LOST), (group["id"], {}, FAILED),
+                            (group["id"], {"new_displayname": name + "!"}, OK)):
+        assert alice.call("set_group_displayname", id=id, **new) == answer
     assert bob.event("group_property_change")[1:] == ["name", name, name + "!"]
     name += "!"
     assert bob.group(name)["displayname"] == name
@@ -7524,42 +7282,46 @@ def arrives(bob, weixin, content, data=PNG):
             assert file.read() == data
     else:
         [medium] = got["media"]
-        assert (medium["type"], medium["size"]) == ("image", str(len(data)))
-        assert set(medium) == {"type", "url", "name", "size"}
-        base = "http://" + urllib.parse.urlsplit(medium["url"]).netloc
-        status, fields, body = request(base, medium["url"][len(base):])
+        assert {**medium, "url": "", "name": ""} == {
+            "type": "image", "url": "", "name": "", "size": str(len(data))}
+        status, fields, body = request(medium["url"], medium["url"][medium["url"].index("/", 7):])
         assert (status, fields["content-type"], body) == (200, "image/png", data)
     return got
 
 
-def test_a_picture_reaches_the_other_whichever_way_it_is_given(media_pair):
+def test_a_picture_reaches_the_other_whichever_way_it_is_given(media_pair, gallery):
+    """An address may stand in media_path, too, and may lead elsewhere; what was fetched has an id
+    by which it is sent again."""
     alice, bob, weixin = media_pair
-    path, mark = os.path.join(alice.program.tmpdir, "cat.png"), os.urandom(3).hex()
-    with open(path, "wb") as file:
-        file.write(PNG)
+    path, url = os.path.join(alice.program.tmpdir, "cat.png"), gallery.url + "/cat.png"
+    put(path, PNG)
 
-    def send(text, **given):
-        """The event, after a picture that goes to bob with a text, as a form."""
-        assert alice.post("send_friend_message", displayname="bob", content=text,
-                          **given)["code"] == 0
-        return arrives(bob, weixin, text)
+    def send(given, api="send_friend_message", where="bob"):
+        """The answer, and the event, of a picture that is sent as a form."""
+        text = os.urandom(4).hex()
+        answer = alice.post(api, displayname=where, content=text, **given)
+        assert answer["code"] == 0
+        return answer, arrives(bob, weixin, text)
 
-    first = send(mark + " data", media_data=PNG_TEXT)
-    got = send(mark + " path", media_path=path)
+    _, first = send({"media_data": PNG_TEXT})
+    _, got = send({"media_path": path})
     assert (got["media_name"] if weixin else got["media"][0]["name"]) == "cat.png"
-    send(mark + " part", media_data=PNG)
-    send(mark + " url", media_url=alice.program.base + (
-        bob.path("get_media", id=first["media_id"]) if weixin else urllib.parse.urlsplit(
-            first["media"][0]["url"])._replace(scheme="", netloc="").geturl()))
-    body = json.dumps({"client": "alice", "media_data": PNG_TEXT, "content": mark + " json",
-                       "displayname": "bob"}).encode()
-    answer = request(alice.base, alice.prefix + "send_friend_message", "POST", body,
-                     {"Content-Type": "application/json"})
-    assert json.loads(answer[2])["code"] == 0
-    arrives(bob, weixin, mark + " json")
-    assert alice.post("send_group_message", displayname="OpenQQ", media_data=PNG_TEXT,
-                      content=mark + " group")["code"] == 0
-    assert arrives(bob, weixin, mark + " group")["group"] == "OpenQQ"
+    send({"media_data": PNG})
+    send({"media_url": alice.program.base + (
+        bob.target("get_media", id=first["media_id"]) if weixin else urllib.parse.urlsplit(
+            first["media"][0]["url"])._replace(scheme="", netloc="").geturl())})
+    for api, where in ("send_friend_message", "bob"), ("send_group_message", "OpenQQ"):
+        for given in ({"media_path": url}, {"media_path": url.replace("http", "HTTP")},
+                      {"media_url": url}, {"media_path": gallery.to(gallery.to(url))},
+                      {"media_url": gallery.to("/cat.png")}):
+            id = send(given, api, where)[0]["media_id"]
+            answer, got = send({"media_id": id}, api, where)
+            assert (answer["media_id"], got.get("group", "bob")) == (id, where)
+            status, fields, body = alice.raw("get_media", id=id)
+            assert (status, fields["content-type"], body) == (200, "image/png", PNG)
+    for more in {}, {"media_path": url, "async": 1}:
+        assert "media_id" not in alice.call("send_friend_message", displayname="bob",
+                                            content="x", **more)
     os.remove(path)
     alice.now(), bob.now()
     assert alice.post("send_friend_message", displayname="bob", media_data=PNG_TEXT)["code"] == 0
@@ -7569,26 +7331,21 @@ def test_a_picture_reaches_the_other_whichever_way_it_is_given(media_pair):
     assert report["content"].startswith("[media](" if weixin else "[图片]")
 
 
-def test_uploaded_media_is_sent_by_its_id(voices):
+def test_uploaded_media_is_sent_by_its_id_and_harmless_whatever_it_is(voices, gallery):
     alice, bob = voices
-    for data in PNG_TEXT, PNG:
-        row = alice.post("upload_media", media_data=data)
+    for given in {"media_data": PNG_TEXT}, {"media_data": PNG}, {
+            "media_path": gallery.url + "/cat.png"}:
+        row = alice.post("upload_media", **given)
         assert {"code", "status", *MEDIA} == set(row)
         assert (row["code"], row["media_ext"], row["media_mime"], row["media_size"]) == (
             0, "png", "image/png", str(len(PNG)))
-        assert row["media_name"] == "cat.png" or data == PNG_TEXT
-        for api, given in (
-                ("send_friend_message", {"displayname": "bob", "media_id": row["media_id"]}),
-                ("send_group_message", {"displayname": "OpenQQ", "media_id": row["media_id"]}),
-                ("send_friend_message", {"displayname": "bob", "media_path": row["media_path"]})):
+        assert row["media_name"] == "cat.png" or given == {"media_data": PNG_TEXT}
+        for key in "media_id", "media_path":
             text = os.urandom(4).hex()
-            assert alice.call(api, content=text, **given)["code"] == 0
+            assert alice.call("send_friend_message", content=text, displayname="bob",
+                              **{key: row[key]})["code"] == 0
             arrives(bob, True, text)
     assert alice.raw("upload_media")[0] == 400
-
-
-def test_uploaded_media_is_harmless_whatever_it_is(voices):
-    alice, _ = voices
     page = b"<script>alert(1)</script>"
     start_of = os.path.join(os.path.realpath(alice.program.tmpdir), "mojo_weixin_media_alice_")
     for name in "page.html", "../../etc/page.html", "\npage.html\"":
@@ -7597,9 +7354,8 @@ def test_uploaded_media_is_harmless_whatever_it_is(voices):
         assert re.fullmatch(re.escape(start_of) + r"[0-9a-f]{32}\.[a-z]+", row["media_path"])
         assert os.stat(row["media_path"]).st_mode & 0o777 == 0o600
         status, fields, body = alice.raw("get_media", id=row["media_id"])
-        assert (status, body) == (200, page)
-        assert (fields["content-security-policy"], fields["x-content-type-options"]) == (
-            "sandbox", "nosniff")
+        assert (status, body, fields["content-security-policy"],
+                fields["x-content-type-options"]) == (200, page, "sandbox", "nosniff")
 
 
 def test_bad_media_is_refused_and_nothing_is_sent(media_pair, tmp_path):
@@ -7673,31 +7429,6 @@ def gallery():
     found.close()
 
 
-def test_a_pictures_address_may_stand_in_media_path_too_and_may_lead_elsewhere(
-        media_pair, gallery):
-    alice, bob, weixin = media_pair
-    url = gallery.url + "/cat.png"
-    for api, keys in (("send_friend_message", {"displayname": "bob"}),
-                      ("send_group_message", {"displayname": "OpenQQ"})):
-        for given in ({"media_path": url}, {"media_path": url.replace("http", "HTTP")},
-                      {"media_url": url}, {"media_path": gallery.to(gallery.to(url))},
-                      {"media_url": gallery.to("/cat.png")}):
-            text = os.urandom(4).hex()
-            id = alice.call(api, content=text, **keys, **given)["media_id"]
-            arrives(bob, weixin, text)
-            again = alice.call(api, content=text + "2", media_id=id, **keys)
-            assert (again["code"], again["media_id"]) == (0, id)
-            arrives(bob, weixin, text + "2")
-            status, fields, body = alice.raw("get_media", id=id)
-            assert (status, fields["content-type"], body) == (200, "image/png", PNG)
-    for more in {}, {"media_path": url, "async": 1}:
-        assert "media_id" not in alice.call("send_friend_message", displayname="bob",
-                                            content="x", **more)
-    if weixin:
-        row = alice.call("upload_media", media_path=url)
-        assert (row["code"], row["media_name"], row["media_size"]) == (0, "cat.png", str(len(PNG)))
-
-
 def ways_into(program, port):
     """Addresses of a server of this program, by all the names that lead to it."""
     names = ["localhost", "127.1", "2130706433", "0x7f.1", "0", "0.0.0.0"]
@@ -7730,42 +7461,48 @@ def test_no_pictures_address_leads_to_a_port_of_this_program(media_pair, gallery
     assert set(states) == {"running"}
 
 
-def test_what_media_a_caller_names_is_never_a_secret_of_another_place(start):
+@pytest.fixture(scope="module")
+def weixin_house(tmp_path_factory):
+    """A weixin controller for tests that have accounts of their own there."""
+    with serving(tmp_path_factory.mktemp("weixin_house"), "controller", "--flavor",
+                 "weixin") as program:
+        yield program
+
+
+def test_what_media_a_caller_names_is_never_a_secret_of_another_place(weixin_house):
     """cookie_path and its like may lie in tmpdir under any name (start_client takes them)."""
-    program = start("controller", "--flavor", "weixin")
-    paths = {name: os.path.join(program.tmpdir, name + ".png")
+    paths = {name: os.path.join(weixin_house.tmpdir, name + ".png")
              for name in ("cookie_path", "state_path")}
-    program.login("alice", post_secret="hush", **paths)
-    program.login("alice_b")
-    alice, other = [Voice(program, name, "/openwx/", True) for name in ("alice", "alice_b")]
+    weixin_house.login("anna", post_secret="hush", **paths)
+    weixin_house.login("anna_b")
+    anna, other = [Voice(weixin_house, name, "/openwx/", True) for name in ("anna", "anna_b")]
     theirs = other.post("upload_media", media_data=PNG_TEXT)["media_path"]
     for path in [*paths.values(), theirs]:
         assert os.path.exists(path)
-        assert alice.raw("upload_media", media_path=path)[0] == 400, path
+        assert anna.raw("upload_media", media_path=path)[0] == 400, path
 
 
-def test_post_media_data_0_leaves_the_bytes_out(start, receive):
-    receiver, program = receive(), start("controller", "--flavor", "weixin")
-    program.login("alice")
-    program.login("bob", post_api=receiver.url, post_media_data=0)
-    program.login("carol", download_media=0)
-    alice, bob, carol = [Voice(program, name, "/openwx/", True)
+def test_post_media_data_0_leaves_the_bytes_out(weixin_house, receive):
+    receiver = receive()
+    for name, settings in (("alice", {}), ("bob", {"post_api": receiver.url, "post_media_data": 0}),
+                           ("carol", {"download_media": 0})):
+        weixin_house.login(name, **settings)
+    alice, bob, carol = [Voice(weixin_house, name, "/openwx/", True)
                          for name in ("alice", "bob", "carol")]
-    assert program.state("carol")["download_media"] == "0"
+    assert weixin_house.state("carol")["download_media"] == "0"
     assert alice.post("send_group_message", displayname="OpenQQ", media_data=PNG_TEXT,
                       content="look")["code"] == 0
     for event in receiver.message("look"), bob.heard("look"):
         assert "media_data" not in event and event["media_size"] == str(len(PNG))
-        with open(event["media_path"], "rb") as file:
-            assert file.read() == PNG
+        assert content(event["media_path"]) == PNG
         status, fields, body = bob.raw("get_media", id=event["media_id"])
         assert (status, fields["content-type"], body) == (200, "image/png", PNG)
     got = carol.heard("look")
     assert (got["media_path"], got["media_id"]) == (None, None)
     assert base64.b64decode(got["media_data"]) == PNG
-    assert call(program.base, "delete_client", client="bob")["code"] == 0
-    left = [name for name in os.listdir(program.tmpdir) if "media_carol" in name or "_bob" in name]
-    assert not left, "of a deleted account stays nothing, its pictures least of all"
+    assert bob.call("delete_client")["code"] == 0
+    assert not re.search("media_carol|_bob", " ".join(os.listdir(weixin_house.tmpdir))), (
+        "of a deleted account stays nothing, its pictures least of all")
 
 
 # -- large ones
@@ -7777,7 +7514,7 @@ def large(number):
 
 def test_large_pictures_arrive_whole_several_at_once(media_pair):
     alice, bob, weixin = media_pair
-    pictures = {f"large {n} {os.urandom(2).hex()}": large(n) for n in range(2)}
+    pictures = {os.urandom(2).hex(): data for data in (large(0), large(1)[:1 << 20])}
     give = functools.partial(alice.post, "send_friend_message", displayname="bob")
     with concurrent.futures.ThreadPoolExecutor(2) as crew:
         answers = crew.map(lambda text: give(content=text, media_data=pictures[text]), pictures)
@@ -7800,111 +7537,114 @@ def test_large_pictures_arrive_whole_several_at_once(media_pair):
                                       content="flush")["code"] == 0
 
 
-def test_pictures_wait_for_an_account_that_is_away_and_survive_the_host(start, receive):
+def test_pictures_wait_for_an_account_that_is_away_and_survive_a_kill_of_the_host(start, receive):
+    """As the world and the login do."""
     receiver, program = receive(), start("controller", "--flavor", "weixin")
     program.login("alice")
     program.login("bob", post_api=receiver.url)
-    assert call(program.base, "/openwx/stop_client", client="bob")["code"] == 0
-    alice = Voice(program, "alice", "/openwx/", True)
+    alice, bob = [Voice(program, name, "/openwx/", True) for name in ("alice", "bob")]
+    ids = [voice.call("get_user_info")["id"] for voice in (alice, bob)]
+    assert bob.call("stop_client")["code"] == 0
     pictures = {f"waits {n}": large(n) if n < 1 else PNG for n in range(3)}
     for text, data in pictures.items():
         assert alice.post("send_friend_message", displayname="bob", content=text,
                           media_data=base64.b64encode(data).decode())["code"] == 0
-    assert program.stop() == 0
-    again = start("controller", "--flavor", "weixin")
-    assert call(again.base, "/openwx/start_client", client="bob",
-                post_api=receiver.url)["code"] == 0
+    alice.change("add", "person", "77", name="小红")
+    world = in_any_order(everything(program))
+    program.process.kill()
+    assert all_gone(program.log, WAIT)
+    program = start("controller", "--flavor", "weixin")
+    assert in_any_order(everything(program)) == world
+    alice, bob = [Voice(program, name, "/openwx/", True) for name in ("alice", "bob")]
+    assert bob.call("start_client", post_api=receiver.url)["code"] == 0
     for text, data in pictures.items():
         got = receiver.next(lambda event: event.get("class") == "recv")
-        assert got["content"] == text, "in their order"
+        assert got["content"] == text, "once, and in their order"
         assert base64.b64decode(got["media_data"]) == data
+    user(program, "alice")
+    assert [voice.call("get_user_info")["id"] for voice in (alice, bob)] == ids
 
 
-def test_more_pictures_than_64_mib_wait_without_harm(tmp_path):
-    """Ten large pictures that wait are more than a state file is ever to hold."""
-    log, text = openqq.Log("", "info", None, "utf-8", False, False), "a" * 7_000_000
-    ledger, spool = [lambda: openqq.Ledger(str(tmp_path / "a.json"), str(tmp_path / "b"), log),
-                     lambda: openqq.Spool(str(tmp_path / "c"), 10_000, log)]
-    book, waiting = ledger(), spool()
+def test_more_pictures_than_64_mib_wait_to_be_posted_without_harm(tmp_path):
+    make = lambda: openqq.Spool(str(tmp_path / "c"), 10_000, openqq.Log())  # noqa: E731
+    waiting, text = make(), "a" * 7_000_000
     for number in range(10):
-        book.put(text, "wait", str(number))
         waiting.add({"event": text})
-    book.commit()
     waiting.close()
-    assert len(ledger().table("wait")) == len(spool().pending) == 10
+    assert len(make().pending) == 10
 
 
-def test_too_many_pictures_that_wait_cost_no_text(network):
-    """1,000 messages wait (DESIGN); pictures that are too much for that go, texts stay."""
+def test_too_many_pictures_that_wait_cost_no_text(network, tmp_path):
+    """1,000 messages wait (DESIGN); pictures that are too much for that go, texts stay; also when
+    the host starts again."""
     network.ready("bob")
     picture = {"name": "cat.png", "data": "a" * 7_000_000}
     for number in range(15):
         network.deliver("bob", {"do": "message", "content": str(number),
                                 "media": picture if number >= 3 else None})
+    network.stop()
+    again = openqq.LocalNetwork(str(tmp_path / "net"), "", openqq.QQ, openqq.Log(),
+                                lambda: "http://x", clock=lambda: network.now[0])
+    again.ready("bob")
     found = []
     for _ in range(20):
-        items = network.take("bob")
+        items = again.take("bob")
         found += [int(item["content"]) for item in items]
         if items:
-            network.acknowledge("bob", items[-1]["mark"])
+            again.acknowledge("bob", items[-1]["mark"])
     assert found[:3] == [0, 1, 2] and found[-1] == 14 and found == sorted(found)
 
 
-def test_weixin_lists_are_compared_again_and_again_and_displaynames_follow(start, receive):
+def test_weixin_lists_are_compared_again_and_again_and_displaynames_follow(weixin_house, receive):
     """A displayname is made of others: neither a refresh nor /local/change sets it."""
-    controller, receiver = start("controller", "--flavor", "weixin"), receive()
-    controller.login("alice", update_interval=1, post_api=receiver.url, is_update_friend=1,
-                     post_event_list="update_friend")
-    change = functools.partial(controller.call, "/local/change", do="set", uid="2854196301")
+    receiver = receive()
+    weixin_house.login("walt", update_interval=1, post_api=receiver.url, is_update_friend=1,
+                       post_event_list="update_friend")
+    walt = Voice(weixin_house, "walt", "/openwx/", True)
     for name in "displayname", "__class__", "__dict__", "to_json", "kind":
-        assert change(what="person", **{name: "changed"})["code"] == 0
+        walt.change("set", "person", "2854196301", **{name: "changed"})
 
     def names():
-        return [row["displayname"] for row in controller.call("get_friend_info", client="alice")]
+        return [row["displayname"] for row in walt.call("get_friend_info")]
 
     assert "小冰" in names() and "changed" not in names()
     for _ in range(2):
         assert receiver.events.get(timeout=WAIT)["event"] == "update_friend"
-    assert change(what="person", name="小雪")["code"] == 0
+    walt.change("set", "person", "2854196301", name="小雪")
     assert eventually(lambda: "小雪" in names())
-    assert "fault of this program" not in controller.log.text()
+    walt.call("delete_client")
+    walt.change("set", "person", "2854196301", name="小冰")
+    assert "fault of this program" not in weixin_house.log.text()
 
 
 # ------------------------------------------------------------------------------------------------
 # What an outsider found
 # ------------------------------------------------------------------------------------------------
 
-def test_code_that_expires_is_followed_by_a_new_one_and_the_last_by_the_end(tmp_path, receive):
-    """With codes of a second instead of two minutes; one is scanned, but never confirmed."""
+def test_code_that_expires_is_followed_by_a_new_one_and_the_last_by_the_end(script, receive):
+    """With codes of half a second; one is scanned, but never confirmed."""
     receiver = receive()
-    script = put(tmp_path / "quick.py", f"""
-import sys, openqq
-openqq.TICKET_SECONDS = 1.0
-client = openqq.Client(account="alice", tmpdir={str(tmp_path)!r}, qrcode_count_max=3,
+    client = script(f"""
+openqq.TICKET_SECONDS = 0.5
+client = openqq.Client(account="alice", tmpdir="{{tmpdir}}", qrcode_count_max=3,
                        post_api={receiver.url!r})
 client.load("Openqq", data={{"listen": [{{"host": "127.0.0.1", "port": 0}}]}}, call_on_load=True)
-sys.exit(client.run())
+raise SystemExit(client.run())
 """)
-    process = subprocess.Popen([sys.executable, script], stdin=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=HERE))
-    log, scanned = Log(process.stderr), False
-    while not scanned and process.poll() is None:  # a code may expire before it is scanned
-        time.sleep(0.02)
-        for url in re.findall(r"http://[^ ]*/local/scan[^ )]*", log.text()):
-            with contextlib.suppress(urllib.error.URLError):
-                scanned = urllib.request.urlopen(url).status == 200
-    assert process.wait(WAIT) == 0
-    states, codes = [], []
-    while states[-1:] != ["stop"]:
-        event = receiver.next()
-        if event["event"] == "state_change":
-            states.append(event["params"][1])
-        elif event["event"] == "input_qrcode":
-            codes.append(event["params"][1])
-    assert len(set(codes)) == 3
+    for count in 1, 2, 3:  # a code may expire before it is scanned
+        url = client.log.wait(r"http://[^ ]*/local/scan[^ )]*", count).group()
+        with contextlib.suppress(urllib.error.URLError):
+            if urllib.request.urlopen(url).status == 200:
+                break
+    assert client.process.wait(WAIT) == 0
+    told = [receiver.next()]
+    while told[-1].get("params", [""])[-1] != "stop":
+        told.append(receiver.next())
+    assert len({event["params"][1] for event in told if is_qrcode(event)}) == 3
+    states = [event["params"][1] for event in told if event["event"] == "state_change"]
     assert [state for state in states if state != "scaning"] == ["loading", "confirming", "stop"]
-    log.wait(r"\[error\] nobody scanned 3 QR codes")
-    assert not os.path.exists(str(tmp_path / "mojo_webqq_qrcode_alice.jpg"))
+    client.log.wait(r"\[error\] nobody scanned 3 QR codes")
+    assert not os.path.exists(client.path("qrcode_alice.jpg"))
 
 
 # A key and a certificate for 127.0.0.1 that nobody else trusts, good for a hundred years.
@@ -7953,16 +7693,13 @@ def test_post_api_over_tls_gets_one_event_after_the_other_on_one_connection(
 
 
 def test_a_links_calls_need_its_key_and_sense(pair):
-    with open(f"/proc/{pair.state('alice')['pid']}/environ", "rb") as file:
-        key = re.search(rb"OPENQQ_KEY=([0-9a-f]+)", file.read()).group(1).decode()
+    key = {"X-OpenQQ-Key": environment_of(lambda: pair.state("alice")["pid"])["OPENQQ_KEY"]}
     good = b'{"verb":"ready","args":[],"named":{}}'
-    cases = [(good, {}, 403), (good, {"X-OpenQQ-Key": "0" * 32}, 403), (good, key, 200),
-             (b'{"verb":"settle","args":[],"named":{}}', key, 404)]
-    cases += [(bad, key, 400) for bad in (
-        b"", b"{", b"[]", b"5", b'{"verb":"ready"}', b'{"args":[]}', b"\xff",
-        b'{"verb":"ready","args":5,"named":{}}', b'{"verb":"ready","args":[]}')]
-    for body, fields, status in cases:
-        fields = {"X-OpenQQ-Key": key} if fields == key else fields
+    for body, fields, status in [
+            (good, {}, 403), (good, {"X-OpenQQ-Key": "0" * 32}, 403), (good, key, 200),
+            (b'{"verb":"settle","args":[],"named":{}}', key, 404)] + [(bad, key, 400) for bad in (
+                b"", b"{", b"[]", b"5", b'{"verb":"ready"}', b'{"args":[]}', b"\xff",
+                b'{"verb":"ready","args":5,"named":{}}', b'{"verb":"ready","args":[]}')]:
         assert (body, request(pair.base, "/local/link", "POST", body, fields)[0]) == (body, status)
 
 
@@ -7971,33 +7708,30 @@ ODD_WORDS = ["", " ", "0", "00", "-1", "²", "１２", "1" * 30, "x" * 100_000, 
              "discuss_message", "sess_message", "person", "friend_request", "null", "__class__"]
 
 
+LOCAL_WORDS = {  # what each parameter means, or nothing that makes sense
+    "do": ["add", "set", "remove"], "in": ["OpenQQ", "alice", "小灰"], "from": ["小灰", "alice"],
+    "what": ["person", "friend", "friend_request", "group", "discuss", "group_member",
+             "discuss_member"], "uid": ["alice", "小灰", "77"], "to": ["OpenQQ", "小灰"],
+    "type": ["group_message", "discuss_message", "sess_message"], "client": ["alice"],
+    "content": ["hello"], "muted": ["1.2.3", ".", "1e5"], "role": ["owner"], "echo": ["1"],
+    **dict.fromkeys("name card owner_uid verify id account join_time ticket".split(), [])}
+
+
 @pytest.mark.parametrize("flavor", ["qq", "weixin"])
 def test_whatever_local_calls_are_given_is_answered_and_breaks_no_later_one(start, flavor):
     """8 or 400 for nonsense, never 500; all that worked before works afterwards."""
     program = start("controller", "--flavor", flavor)
     program.login("alice", numeric_ids="1", check_event_list_max_size="5")
     spin = random.Random(12)
-    names = {"/local/change": ["do", "what", "uid", "in", "name", "role", "echo", "muted", "card",
-                               "owner_uid", "verify", "id", "account", "join_time"],
-             "/local/say": ["client", "from", "to", "type", "content"],
-             "/local/login": ["client"], "/local/scan": ["ticket"], "/local/world": ["uid"],
-             "/local/confirm": ["ticket"]}
-    good = {"do": ["add", "set", "remove"], "content": ["hello"], "from": ["小灰", "alice"],
-            "client": ["alice"], "type": ["group_message", "discuss_message", "sess_message"],
-            "what": ["person", "friend", "friend_request", "group", "discuss", "group_member",
-                     "discuss_member"],
-            "in": ["OpenQQ", "alice", "小灰"], "to": ["OpenQQ", "小灰"], "uid": ["alice", "小灰", "77"],
-            "muted": ["1.2.3", ".", "1e5"], "role": ["owner"], "echo": ["1"]}
     spare = {"小冰", "小灰", "alice"}  # who are needed below are not removed, nor called otherwise
-    for _ in range(much(1_200, 20_000)):
-        path = spin.choice(["/local/change"] * 6 + ["/local/say"] * 4 + sorted(names))
-        given = {name: spin.choice(good.get(name, []) if spin.random() < 0.8 and name in good
-                                   else ODD_WORDS)
-                 for name in names[path] if spin.random() < (0.9 if name in good else 0.2)}
-        if path == "/local/login" and given.get("client") != "alice" or (
+    for _ in range(much(1_000, 20_000)):
+        path = spin.choice(["change"] * 6 + ["say"] * 4 + ["login", "scan", "world", "confirm"])
+        given = {name: spin.choice(good if good and spin.random() < 0.8 else ODD_WORDS)
+                 for name, good in LOCAL_WORDS.items() if spin.random() < (0.9 if good else 0.2)}
+        if path == "login" and given.get("client") != "alice" or (
                 given.get("do") in ("remove", "set") and spare & set(given.values())):
             given.pop("client", given.pop("do", None))
-        status, _, body = request(program.base, path, "POST", json.dumps(given),
+        status, _, body = request(program.base, "/local/" + path, "POST", json.dumps(given),
                                   {"Content-Type": "application/json"})
         assert status in (200, 400, 403, 404), (path, given, body)
     for table in "people", "groups", "discuss":
@@ -8028,7 +7762,7 @@ NO_CHANGE = [
         ("role", "king"), ("echo", "yes"), ("muted", "soon"), ("muted", "1.2.3")))]
 
 
-def test_what_the_network_cannot_read_changes_nothing_and_hits_nobody(start, tmp_path):
+def test_what_the_network_cannot_read_changes_nothing_and_hits_nobody(start):
     program = start("controller")
     for given in NO_CHANGE:
         answer = program.call("/local/change", **given)
@@ -8038,13 +7772,6 @@ def test_what_the_network_cannot_read_changes_nothing_and_hits_nobody(start, tmp
     world = program.call("/local/world")
     assert [row["name"] for row in world["people"]] == ["小冰", "小灰"]
     assert [row["name"] for row in world["groups"]] == ["OpenQQ"]
-    for name, value in ("role", "king"), ("muted", "1.2.3"):
-        path = put(tmp_path / "world.json", json.dumps({
-            "people": [{"uid": "7", "name": "x"}], "groups": [{
-                "uid": "8", "name": "g", "owner_uid": "", "member": [{"uid": "7", name: value}]}]}))
-        done = run_openqq("controller", "--port", "0", "--tmpdir", str(tmp_path / "t"),
-                          "--world", str(path))
-        assert done.returncode == 1 and "world file" in done.stderr
     program.login("alice")
     uid = program.call("get_user_info", client="alice")["uid"]
     assert program.call("/local/change", do="remove", what="person", uid=uid)["code"] == 0
@@ -8071,10 +7798,9 @@ def test_weixin_has_no_discuss_to_change_or_to_speak_in(start, tmp_path):
         assert (status, json.loads(body)["code"]) == (404, 8)
 
 
-def test_client_whose_own_child_holds_its_life_line_is_seen_to_die(start):
+def test_client_whose_own_child_holds_its_life_line_is_seen_to_die(workshop):
     """A plugin may fork: then the end of the line does not tell of the process's end."""
-    controller = start("controller", "--check-interval", "1")
-    edit_template(controller, TEMPLATE.format("""
+    edit_template(workshop, TEMPLATE.format("""
 import time
 fork = os.fork()
 if fork == 0:
@@ -8082,39 +7808,21 @@ if fork == 0:
     os._exit(0)
 print("fork", fork, flush=True)
 """, ""))
-    os.kill(controller.login("alice")["pid"], signal.SIGKILL)
+    os.kill(workshop.login("parent")["pid"], signal.SIGKILL)
     try:
-        controller.log.wait(r"client alice died \(signal 9\)")
+        workshop.log.wait(r"client parent died \(signal 9\)")
     finally:
-        os.kill(int(controller.out.wait(r"fork (\d+)").group(1)), signal.SIGKILL)
-        controller.call("stop_client", client="alice")
+        os.kill(int(workshop.out.wait(r"fork (\d+)").group(1)), signal.SIGKILL)
 
 
 def test_client_that_never_comes_to_run_ends_with_its_controller(start):
     controller = start("controller")
-    edit_template(controller, "import time\nprint('caught', flush=True)\ntime.sleep(600)\n")
+    edit_template(controller, "import openqq, time\nopenqq.ORPHAN_SECONDS = 1.5\n"
+                              "print('caught', flush=True)\ntime.sleep(600)\n")
     assert controller.call("start_client", client="alice")["code"] == 0
     controller.out.wait("caught")
     controller.process.kill()
     assert all_gone(controller.out), "it outlived its controller"
-
-
-def test_full_disk_costs_no_descriptors(tmp_path):
-    path, log = put(tmp_path / "spool", '{"torn'), Bench().log
-    spool = openqq.Spool(path, 100, log)
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path), former[1]))
-    try:
-        before = len(os.listdir("/proc/self/fd"))
-        for _ in range(5):
-            spool.add(1)
-            spool.flush()
-        assert len(os.listdir("/proc/self/fd")) == before
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    spool.add(2)
-    spool.close()
-    assert list(openqq.Spool(path, 100, log).pending.values()) == [2]
 
 
 # ------------------------------------------------------------------------------------------------
