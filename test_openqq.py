@@ -12143,46 +12143,32 @@ def test_a_full_disk_at_the_start_is_a_clear_refusal(tmp_path, whose):
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
 
 
-CLOCK = """
-import os, sys, time
-_time = time.time
-time.time = lambda: _time() + float(open({path!r}).read())
-sys.path.insert(0, {here!r})
-"""
-
-
-def test_a_clock_that_jumps_an_hour_restarts_and_floods_nothing(tmp_path, receive):
+def test_a_clock_that_jumps_an_hour_restarts_and_floods_nothing(tmp_path, script, receive):
     """The processes see the clock of a file that the test writes."""
-    receiver, path, tmpdir = receive(), put(tmp_path / "offset", "0"), tmp_path / "tmp"
-    tmpdir.mkdir()
-    begin = CLOCK.format(path=path, here=HERE)
-    put(tmpdir / "mojo_webqq_controller_template.py", begin + openqq.default_template(openqq.QQ))
-    code = begin + f"import openqq; sys.exit(openqq.Controller(tmpdir={str(tmpdir)!r}, port=0, " \
-                   f"poll_api={receiver.url!r}, poll_interval=600, post_api={receiver.url!r}).run())"
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    log = Log(process.stderr)
-    try:
-        base = "http://127.0.0.1:" + log.wait(r"Listening at http://[0-9.]+:(\d+)").group(1)
-        ask = functools.partial(call, base, client="alice")
-        assert ask("start_client")["code"] == ask("/local/login")["code"] == 0
-        first, seqs, ids = ask("get_client_info"), [], []
-        for number, offset in enumerate([0, 3600, 0, -3600, 0]):
-            os.replace(put(path + ".new", str(offset)), path)
-            ask("/local/say", content=f"m{number}", **{"from": "小灰"})
-            receiver.message(f"m{number}")
-            ids.append(ask("send_friend_message", name="小冰", content="x")["id"])
-            seqs += [event["seq"] for event in ask("check_event")]
-            info = ask("get_client_info")
-            assert (info["pid"], info["status"]) == (first["pid"], first["status"])
-        assert seqs == sorted(set(seqs)) and ids == sorted(set(ids))
-        assert ask("check_client")["client"][0]["state"] == "running"
-        assert len(log.lines) < 60 and "[warn]" not in log.text(), log.text()
-        events = [headers["X-Event-ID"] for _, headers, _, _ in receiver.posts]
-        assert len(events) == len(set(events)) < 40
-    finally:
-        process.terminate()
-        assert process.wait(WAIT) == 0
+    receiver, path = receive(), put(tmp_path / "offset", "0")
+    clock = "import time\n_time = time.time\n" \
+            f"time.time = lambda: _time() + float(open({path!r}).read())\n"
+    put(tmp_path / "mojo_webqq_controller_template.py", clock + openqq.default_template(openqq.QQ))
+    program = script(clock + f"""
+openqq.Controller(tmpdir="{{tmpdir}}", port=0, poll_api={receiver.url!r}, poll_interval=600,
+                  post_api={receiver.url!r}).run()""").ready()
+    ask = functools.partial(program.call, client="alice")
+    assert ask("start_client")["code"] == ask("/local/login")["code"] == 0
+    first, seqs, ids = ask("get_client_info"), [], []
+    for number, offset in enumerate([0, 3600, 0, -3600, 0]):
+        os.replace(put(path + ".new", str(offset)), path)
+        ask("/local/say", content=f"m{number}", **{"from": "小灰"})
+        receiver.message(f"m{number}")
+        ids.append(ask("send_friend_message", name="小冰", content="x")["id"])
+        seqs += [event["seq"] for event in ask("check_event")]
+        info = ask("get_client_info")
+        assert (info["pid"], info["status"]) == (first["pid"], first["status"])
+    assert seqs == sorted(set(seqs)) and ids == sorted(set(ids))
+    assert ask("check_client")["client"][0]["state"] == "running"
+    assert len(program.log.lines) < 60 and "[warn]" not in program.log.text(), program.log.text()
+    events = [headers["X-Event-ID"] for _, headers, _, _ in receiver.posts]
+    assert len(events) == len(set(events)) < 40
+    assert program.stop() == 0
 
 
 def test_of_many_controllers_started_at_once_one_runs(tmp_path):
@@ -13434,18 +13420,16 @@ def test_openapi_describes_what_is_there_and_every_example_works(start, words, p
         if name == "events":  # has no end
             assert "text/event-stream" in responses["200"]["content"]
             continue
-        query = urllib.parse.urlencode({row["name"]: row["example"] for row in operation.get(
-            "parameters", []) if "example" in row})
-        kinds = operation.get("requestBody", {"content": {"": {"example": {}}}})["content"]
-        for kind, row in kinds.items():
-            body = "" if not kind or "example" not in row else json.dumps(
-                row["example"]) if "json" in kind else urllib.parse.urlencode(row["example"])
-            if kind and not body:
-                continue
-            status, fields, data = request(
-                server.base, f"{path}?{query}", method.upper(), body or None,
-                {"Content-Type": kind} if kind else {})
-            where = f"{method} {path}?{query} {body}: {status} {data[:200]}"
+        target = path + "?" + urllib.parse.urlencode({
+            row["name"]: row["example"] for row in operation.get("parameters", [])
+            if "example" in row})
+        calls = [({}, None)] if "requestBody" not in operation else [
+            ({"Content-Type": kind},
+             (json.dumps if "json" in kind else urllib.parse.urlencode)(row["example"]))
+            for kind, row in operation["requestBody"]["content"].items() if "example" in row]
+        for fields, body in calls:
+            status, fields, data = request(server.base, target, method.upper(), body, fields)
+            where = f"{method} {target} {body}: {status} {data[:200]}"
             told = resolve(document, responses[str(status)]).get("content", {})
             kind = fields.get("content-type", "").partition(";")[0]
             value = json.loads(data) if kind == "application/json" else None
@@ -13544,7 +13528,7 @@ def type_in(line, ports):
                           check=True).stdout.decode()
 
 
-def test_readme_commands_do_what_the_readme_says(start, tmp_path):
+def test_readme_commands_do_what_the_readme_says(script, start):
     """The program, the first four lines, the bot's four lines."""
     (program, first_minute, *_), (bot_lines,) = blocks("sh", ENGLISH), blocks("sh", REFERENCE)
     assert program == "python openqq.py controller\n"
@@ -13559,17 +13543,12 @@ def test_readme_commands_do_what_the_readme_says(start, tmp_path):
         return lambda: [event.get("content") for event in json.loads(type_in(events, ports))]
 
     assert typed(first_minute)()[-1] == "hello"
-    code = next(block for block in blocks("python") if "class Bot" in block)
-    bot = subprocess.Popen([sys.executable, put(
-        tmp_path / "bot.py", code.replace("8000", str(ports[8000])))], stderr=subprocess.DEVNULL)
-    try:
-        events = typed(bot_lines)
-        while "pong" not in events():
-            pass
-        controller.stop()  # while there is somebody who takes its last events
-    finally:
-        bot.terminate()
-        bot.wait()
+    script(next(block for block in blocks("python") if "class Bot" in block).replace(
+        "8000", str(ports[8000])))
+    events = typed(bot_lines)
+    while "pong" not in events():
+        pass
+    controller.stop()  # while there is somebody who takes its last events
 
 
 def test_readme_three_steps_bring_a_real_account(closing, start, tmp_path):
@@ -13608,21 +13587,14 @@ def test_readme_two_steps_bring_a_real_wechat_account(closing, start):
         "/openwx/check_event", client="wx", since=0) if isinstance(event, dict)])
 
 
-def test_readme_library_example_runs(tmp_path):
+def test_readme_library_example_runs(script):
     code = next(block for block in blocks("python") if "openqq.Client" in block)
-    script = put(tmp_path / "example.py", code.replace("5000", "0").replace(
-        'account="alice"', f"account=\"alice\", tmpdir={str(tmp_path)!r}"))
-    process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE,
-                               stdin=subprocess.DEVNULL, env=dict(os.environ, PYTHONPATH=HERE))
-    log = Log(process.stderr)
-    try:
-        base = log.wait(r"监听地址: \[ (http://[0-9.:]+)").group(1)
-        for path, more in ("login", {}), ("say", {"from": "小灰", "content": "hi"}):
-            assert call(base, "/local/" + path, client="alice", **more)["code"] == 0
-        log.wait(r"\[好友消息\] 我->小灰 : you said hi")
-    finally:
-        process.terminate()
-        assert process.wait(WAIT) == 0
+    program = script(code.replace("5000", "0").replace(
+        'account="alice"', 'account="alice", tmpdir="{tmpdir}"')).ready()
+    for path, more in ("login", {}), ("say", {"from": "小灰", "content": "hi"}):
+        assert program.call("/local/" + path, client="alice", **more)["code"] == 0
+    program.log.wait(r"\[好友消息\] 我->小灰 : you said hi")
+    assert program.stop() == 0
 
 
 def test_readme_commands_for_the_terminal_do_their_work(start):
