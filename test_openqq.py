@@ -13360,33 +13360,28 @@ def resolve(document, schema):
 
 
 JSON_TYPES = {str: "string", bool: "boolean", dict: "object", list: "array", int: "integer",
-              type(None): "null"}
+              float: "number", type(None): "null"}
 
 
-def misfit(document, schema, value, where="answer"):
-    """What in a value is not as its JSON Schema says, or nothing: as much of it as is used."""
-    schema = resolve(document, schema)
+def misfits(document, schema, value, where="answer"):
+    """What in a value is not as its JSON Schema says: as much of it as is used."""
+    schema, kind = resolve(document, schema), JSON_TYPES[type(value)]
     assert set(schema) <= {"type", "properties", "required", "items", "anyOf", "enum", "minimum",
                            "description"}, schema
-    if "anyOf" in schema:
-        found = [misfit(document, part, value, where) for part in schema["anyOf"]]
-        return "" if "" in found else found[0]
-    types = schema.get("type", [])
-    types = [types] if isinstance(types, str) else types
-    if types and JSON_TYPES[type(value)] not in types:
-        return f"{where} is {value!r:.60} and not {types}"
+    variants = [list(misfits(document, part, value, where)) for part in schema.get("anyOf", [])]
+    yield from variants[0] if all(variants) and variants else []
+    types = schema.get("type", kind)
+    if kind not in ([types] if isinstance(types, str) else types):
+        yield f"{where} is {value!r:.60} and not {types}"
     if value not in schema.get("enum", [value]):
-        return f"{where} is {value!r} and not one of {schema['enum']}"
-    parts = [("[]", schema.get("items", {}), part) for part in value] if isinstance(
-        value, list) else []
-    if isinstance(value, dict):
-        missing = set(schema.get("required", [])) - set(value)
-        if missing:
-            return f"{where} has no {missing}"
-        parts = [("." + name, schema.get("properties", {}).get(name, {}), part)
-                 for name, part in value.items()]
-    return next(filter(None, (misfit(document, part, item, where + place)
-                              for place, part, item in parts)), "")
+        yield f"{where} is {value!r} and not one of {schema['enum']}"
+    for part in value if kind == "array" else []:
+        yield from misfits(document, schema.get("items", {}), part, where + "[]")
+    for name, part in value.items() if kind == "object" else []:
+        yield from misfits(document, schema.get("properties", {}).get(name, {}), part,
+                           f"{where}.{name}")
+    if kind == "object" and set(schema.get("required", [])) - set(value):
+        yield f"{where} has not all of {schema['required']}"
 
 
 LATE = ["kick_group_member", "leave_group", "delete_friend", "relogin", "stop_client",
@@ -13440,7 +13435,8 @@ def test_openapi_describes_what_is_there_and_every_example_works(start, words, p
             kind = fields.get("content-type", "").partition(";")[0]
             value = json.loads(data) if kind == "application/json" else None
             if kind in told:
-                assert not misfit(document, told[kind].get("schema", {}), value), where
+                found = list(misfits(document, told[kind].get("schema", {}), value))
+                assert not found, (where, found)
             else:
                 assert not data or not told or {"*/*", kind.partition("/")[0] + "/*"} & set(told)
             code = value.get("code", 0) if isinstance(value, dict) else None if status > 299 else 0
