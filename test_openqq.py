@@ -13077,6 +13077,7 @@ def office(tmp_path_factory):
         program.login("alice")
         program.login("小明")
         program.call("start_client", client="waits")
+        assert eventually(lambda: program.state("waits")["state"] == "scaning")
         yield program
 
 
@@ -13216,7 +13217,8 @@ def test_the_table_has_straight_columns_though_chinese_letters_take_two(ask):
     assert places[1:] == places[:1] * 2
 
 
-def test_a_terminal_gets_colours_if_it_wants_them_codes_to_scan_and_no_bytes(office, ask):
+def test_a_terminal_gets_colours_if_it_wants_them_codes_to_scan_tables_anew_and_no_bytes(
+        office, ask):
     for env, colored in (({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True),
                          ({"TERM": "dumb"}, False)):
         text = Session(office.base, "status", **GEHEIM, **env).text()
@@ -13230,6 +13232,9 @@ def test_a_terminal_gets_colours_if_it_wants_them_codes_to_scan_and_no_bytes(off
     assert "bytes of image/png: not for a terminal" in text
     with begin_command(office.base, *words, **GEHEIM) as process:
         assert process.communicate(timeout=WAIT) == (picture, b"")
+    session = Session(office.base, "status", "--watch", **GEHEIM)
+    session.log.wait(r"\x1b\[H\x1b\[J.*ACCOUNT", count=2)
+    assert session.interrupt() == 130
 
 
 STEERING = "\x1b]0;mine\x07\x1b[2J\x9b31m\u202egnp\u2066\x7f\x00\x85 \u3000客"
@@ -13286,12 +13291,6 @@ def test_commands_name_the_client_in_the_query_and_nothing_secret(closing):
     assert seen == [(method, "/under/openqq/" + name, hushed) for method, name, hushed in (
         ("POST", "start_client", 1), ("POST", "stop_client", 0), ("GET", "check_client", 0),
         ("POST", "send_friend_message", 1), ("GET", "check_client", 0), ("POST", "consult", 1))]
-
-
-def test_watch_shows_the_table_again_in_its_place_until_it_is_interrupted(office):
-    session = Session(office.base, "status", "--watch", **GEHEIM)
-    session.log.wait(r"\x1b\[H\x1b\[J.*ACCOUNT", count=2)
-    assert session.interrupt() == 130
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
