@@ -427,10 +427,8 @@ class Channel:
     """Where a Bridge's events go out: a WebSocket, or a stream of server-sent events."""
 
     def __init__(self, bridge, handler, sse=False):
-        self.bridge = bridge
-        self.sock = handler.connection
-        self.stream = handler.rfile
-        self.sse = sse
+        self.bridge, self.sse = bridge, sse
+        self.sock, self.stream = handler.connection, handler.rfile
         self._sending = threading.Lock()
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 20, 0))
 
@@ -448,7 +446,7 @@ class Channel:
         """Send JSON as an event or an answer."""
         text = json.dumps(row, ensure_ascii=False).encode()
         if self.sse:
-            return self.raw(b"data: " + text + b"\n\n")
+            return self.raw(self.bridge.event_name + b"data: " + text + b"\n\n")
         size = self.bridge.pieces or len(text)
         places = range(0, len(text), size)
         return self.raw(b"".join(
@@ -457,11 +455,9 @@ class Channel:
 
     def until_closed(self):
         """Wait until a stream of events is hung up on."""
-        try:
+        with contextlib.suppress(OSError):
             while self.stream.read(1):
                 pass
-        except OSError:
-            pass
 
     def read(self):
         """(opcode, payload, fin) of the client's next frame; an error when there is no more."""
@@ -475,10 +471,8 @@ class Channel:
         length = second & 127
         if length > 125:
             length = int.from_bytes(exactly(2 if length == 126 else 8), "big")
-        if not second & 128:
-            raise ValueError("a frame that is not masked")
-        if first & 0x70:
-            raise ValueError("reserved bits without an extension")
+        if not second & 128 or first & 0x70:
+            raise ValueError("a frame that is not masked, or has reserved bits")
         mask, data = exactly(4), exactly(length)
         data = bytes(byte ^ key for byte, key in zip(data, itertools.cycle(mask)))
         return first & 15, data, bool(first & 128)
@@ -529,6 +523,7 @@ class Bridge(Peer):
     unknown = 404              # or 200: how it answers to an action that it does not have
     handshake = b""            # more fields of its answer to a WebSocket's
     lifecycle = True           # whether a WebSocket begins with the event that tells of it
+    event_name = b""           # what stands before an event of a stream
     pieces = 0                 # WebSocket texts go out in fragments of so many bytes
     OK = {"status": "ok", "retcode": 0, "data": None, "message": "", "wording": ""}
     IDS = {"user_id", "group_id", "self_id", "target_id", "operator_id", "sender_id", "message_id"}
@@ -639,21 +634,23 @@ class Bridge(Peer):
             "upload_private_file"}   # done, with nothing to tell
 
     def _answer(self, action, params):
-        """(status, row) of an action; answers[action] may be a row that is laid over the usual one
-        ({"retcode": 100, "wording": "…"}, {"data": …}), an HTTP status, text or a list to be
+        """(status, row) of an action; answers[action] may be a row that is laid over one that says
+        yes ({"retcode": 100, "wording": "…"}, {"data": …}), an HTTP status, text or a list to be
         answered as it stands, or callable(params) giving one of these, after as long as it likes.
         """
         own = self.answers.get(action)
         own = own(params) if callable(own) else own
+        if own is None:
+            return self._usual(action, params)
         if isinstance(own, int):
             return own, self.failed(1400, f"HTTP {own}")
-        if own is not None and not isinstance(own, dict):
+        if not isinstance(own, dict):
             return 200, own
-        if own is not None:
-            code = own.get("retcode", 0)
-            status = {0: "ok", 1: "async"}.get(code, "failed")
-            row = dict(self.OK, status=status, message=own.get("wording", ""))
-            return 200, self._written(dict(row, **own))
+        status = {0: "ok", 1: "async"}.get(own.get("retcode", 0), "failed")
+        return 200, self._written({**self.OK, "status": status, "message": own.get("wording", ""),
+                                   **own})
+
+    def _usual(self, action, params):
         if not self.logged_in and action not in ("get_status", "get_version_info"):
             return 200, self.failed(1400, "未登录")
         if action in self.ACTS:
@@ -699,14 +696,11 @@ class Bridge(Peer):
             assert isinstance(params, dict) and kind == "application/json"
         except (ValueError, AssertionError):
             self.faults.append(f"{action}: {kind} {handler.body!r}")
-            self.reply(handler, 400, self.failed(1400, "no JSON object"))
-            return
+            return self.reply(handler, 400, self.failed(1400, "no JSON object"))
         self._heard.add(action, params)
         if self.hanging & {action, "*"}:
-            Channel(self, handler).until_closed()
-            return
-        status, row = self._answer(action, params)
-        self.reply(handler, status, row)
+            return Channel(self, handler).until_closed()
+        self.reply(handler, *self._answer(action, params))
 
     def _serve_sse(self, handler):
         if "_events" in self.hanging:
@@ -736,18 +730,13 @@ class Bridge(Peer):
             + self.handshake + b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n")
         channel = Channel(self, handler)
         if not known:
-            return self._refuse_ws(channel)
+            if self.refusal:  # Milky's has none to say
+                channel.send(self.failed(1403, "token验证失败", echo=None))
+            return channel.raw(ws_frame(struct.pack(">H", 1000 if self.refusal else 1008), 8))
         if handler.path.rstrip("/") != "/api":
             if self.lifecycle:
                 channel.send(self._event(meta_event_type="lifecycle", sub_type="connect"))
             self._open(channel)
-        self._read_ws(channel)
-
-    def _refuse_ws(self, channel):
-        channel.send(self.failed(1403, "token验证失败", echo=None))
-        channel.raw(ws_frame(struct.pack(">H", 1000), 8))
-
-    def _read_ws(self, channel):
         try:
             for text in channel.texts():
                 self._act(channel, text)
@@ -813,9 +802,7 @@ class Bridge(Peer):
     def send_raw(self, data):
         """Send bytes as they are on each WebSocket (see ws_frame; text as a text frame), on SSE as
         a chunk."""
-        with self._opened:
-            channels = list(self._channels)
-        for channel in channels:
+        for channel in list(self._channels):
             channel.raw(ws_frame(data) if isinstance(data, str) and not channel.sse else
                         data.encode() if isinstance(data, str) else data)
 
@@ -827,10 +814,11 @@ class Bridge(Peer):
 
     def emit(self, **event):
         """Send an event on all channels, with what every event has filled in; returns it."""
-        event = self._event(**event)
-        with self._opened:
-            channels = list(self._channels)
-        for channel in channels:
+        return self.tell(self._event(**event))
+
+    def tell(self, event):
+        """Send an event as it is on all channels; returns it."""
+        for channel in list(self._channels):
             channel.send(event)
         if self.post_to:
             self.post(event)
@@ -843,18 +831,12 @@ class Bridge(Peer):
         if self.secret:
             sign = hmac.new(self.secret.encode(), body, "sha1").hexdigest()
             headers.setdefault("X-Signature", "sha1=" + sign)
-        parts = urllib.parse.urlsplit(self.post_to)
-        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=WAIT)
-        target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        base, path = re.match("(http://[^/]+)(/.*)", self.post_to).groups()
         pieces = iter([body[:7], body[7:]])  # of no length known before, so it goes in chunks
         try:
-            connection.request("POST", target, pieces, headers)
-            self.posted.append(connection.getresponse().status)
+            self.posted.append(request(base, path, "POST", pieces, headers, WAIT)[0])
         except (OSError, http.client.HTTPException):
             self.posted.append(None)
-        finally:
-            connection.close()
-        return self.posted[-1]
 
     def _message(self, message, **event):
         """A message event; the message may be a string of CQ codes or a list of segments."""
@@ -938,6 +920,8 @@ class MilkyBridge(Bridge):
             value, list), "m": lambda value: isinstance(value, list) and all(
                 MilkyBridge.misfit(MilkyBridge.SEGMENTS[row["type"]], row["data"]) is None
                 for row in value)}
+
+    OK, refusal, event_name = {"status": "ok", "retcode": 0}, None, b"event: milky_event\n"
 
     def __init__(self, ws=True, own=False, fields="1.2", missing=(), **more):
         self.has_ws, self.own, self.fields, self.missing = ws, own, fields, missing
@@ -1051,17 +1035,7 @@ class MilkyBridge(Bridge):
         """An answer that says no."""
         return {"status": "failed", "retcode": retcode, "message": message}
 
-    def _answer(self, action, params):
-        """(status, row); answers[action] as in Bridge, but for `data` no `wording`: `message`."""
-        own = self.answers.get(action)
-        own = own(params) if callable(own) else own
-        if isinstance(own, int):
-            return own, "Internal Server Error"
-        if own is not None and not isinstance(own, dict):
-            return 200, own
-        if own is not None:
-            status = "failed" if own.get("retcode") else "ok"
-            return 200, {"status": status, "retcode": 0, **own}
+    def _usual(self, action, params):
         if action not in self.SCHEMAS or action in self.missing:
             return 404, "404 Not Found"
         wrong = self.misfit(self.SCHEMAS[action], params)
@@ -1073,7 +1047,7 @@ class MilkyBridge(Bridge):
         data = self._data(action, params)
         if data is None:
             return 200, self.failed(-404, "not found")
-        return 200, {"status": "ok", "retcode": 0, "data": data}
+        return 200, {**self.OK, "data": data}
 
     def handle(self, handler):
         shown = handler.headers.get("Authorization", "").partition("Bearer ")[2]
@@ -1099,30 +1073,15 @@ class MilkyBridge(Bridge):
         else:
             self.reply(handler, 404, "404 Not Found", "text/plain")
 
-    def _refuse_ws(self, channel):
-        channel.raw(ws_frame(struct.pack(">H", 1008) + b"Unauthorized", 8))
-
     # Events
 
     def emit(self, kind, **data):
         """Send an event on all channels; returns it."""
-        event = {"time": int(time.time()), "self_id": self.uin, "event_type": kind, "data": data}
-        with self._opened:
-            channels = list(self._channels)
-        for channel in channels:
-            if channel.sse:
-                text = json.dumps(event, ensure_ascii=False).encode()
-                channel.raw(b"event: milky_event\ndata: " + text + b"\n\n")
-            else:
-                channel.send(event)
-        if self.post_to:
-            self.post(event)
-        return event
+        return self.tell({"time": int(time.time()), "self_id": self.uin, "event_type": kind,
+                          "data": data})
 
-    def post(self, event, **headers):
-        if self.token:
-            headers.setdefault("Authorization", "Bearer " + self.token)
-        return super().post(event, **headers)
+    def post(self, event):
+        super().post(event, **({"Authorization": "Bearer " + self.token} if self.token else {}))
 
     def say(self, scene, peer, sender, segments, tell=True, **more):
         """Somebody speaks; `tell`: whether an event tells of it, or only the history."""
@@ -1153,15 +1112,14 @@ class NapCatPage(Peer):
 
     calls: (path, JSON) in their order. refused: how often a wrong token came. next_qrcode: what a
     refresh puts in the place of qrcode. Kicked off line, it still takes itself for logged in and
-    will not show a QR without a refresh.
+    will not show a QR without a refresh. Its answers are all 200, whatever happened.
     """
 
     def __init__(self, token="napcat"):
         self.token = token
         self.logged_in = self.offline = False
         self.qrcode = self.next_qrcode = "https://txz.qq.com/p?k=one&f=1600001604"
-        self.refused = 0
-        self.calls = []
+        self.refused, self.calls = 0, []
         self._credentials = set()
         super().__init__()
 
@@ -1170,18 +1128,17 @@ class NapCatPage(Peer):
         self._credentials.clear()
 
     def handle(self, handler):
-        """Answer with 200, whatever happened."""
         said = json.loads(handler.body or b"{}")
         self.calls.append((handler.path, said))
         message, data = self._answer(handler, said)
-        row = {"code": -1 if message else 0, "message": message or "success", "data": data}
-        self.reply(handler, 200, row)
+        self.reply(handler, 200, {"code": -1 if message else 0, "message": message or "success",
+                                  "data": data})
 
     def _answer(self, handler, said):
         """(what is wrong, data)"""
-        if handler.path == "/api/auth/login":
-            good = hashlib.sha256((self.token + ".napcat").encode()).hexdigest()
-            if said.get("hash") != good:
+        call = handler.path.rpartition("/")[2]
+        if call == "login":
+            if said.get("hash") != hashlib.sha256((self.token + ".napcat").encode()).hexdigest():
                 self.refused += 1
                 return "token is invalid", None
             credential = base64.b64encode(os.urandom(24)).decode()
@@ -1189,19 +1146,15 @@ class NapCatPage(Peer):
             return "", {"Credential": credential}
         if handler.headers.get("Authorization", "")[7:] not in self._credentials:
             return "Unauthorized", None
-        if handler.path == "/api/QQLogin/CheckLoginStatus":
+        if call == "CheckLoginStatus":
             return "", {"isLogin": self.logged_in and not self.offline, "isOffline": self.offline,
                         "qrcodeurl": self.qrcode, "loginError": ""}
-        if handler.path == "/api/QQLogin/GetQQLoginQrcode":
-            if self.logged_in:
-                return "QQ Is Logined", None
-            return ("", {"qrcode": self.qrcode}) if self.qrcode else ("QRCode Get Error", None)
-        if handler.path == "/api/QQLogin/RefreshQRcode":
-            if self.logged_in and not self.offline:
-                return "QQ Is Logined", None
+        if self.logged_in and not (call == "RefreshQRcode" and self.offline):
+            return "QQ Is Logined", None
+        if call == "RefreshQRcode":
             self.qrcode = self.next_qrcode
             return "", {"qrcodeurl": self.qrcode}
-        return "not found", None
+        return ("", {"qrcode": self.qrcode}) if self.qrcode else ("QRCode Get Error", None)
 
 
 class LLBotPage(Peer):
@@ -1218,13 +1171,12 @@ class LLBotPage(Peer):
         super().__init__()
 
     def handle(self, handler):
-        good = hashlib.sha256(self.password.encode()).hexdigest()
         data = {"/api/login-qrcode": {"qrcodeUrl": self.qrcode, "expireTime": 120,
                                       "pngBase64QrcodeData": "data:image/png;base64,"},
-                "/api/login-info": {"uin": "10001" if self.logged_in else "",
-                                    "nick": "阿猫" if self.logged_in else "",
+                "/api/login-info": {"uin": "10001" if self.logged_in else "", "nick": "阿猫",
                                     "online": self.logged_in}}.get(handler.path)
-        if handler.headers.get("X-Webui-Token") != good:
+        if handler.headers.get("X-Webui-Token") != hashlib.sha256(
+                self.password.encode()).hexdigest():
             self.refused += 1
             self.reply(handler, 403, {"success": False, "message": "Token校验失败",
                                       "remainingAttempts": 4 - self.refused})
