@@ -8632,12 +8632,13 @@ def notice(**event):
 
 
 def asked(event):
-    """An event as (name, what tells of each of its params)."""
+    """An event as (name, what tells of each of its params), a message as (sender, content)."""
     def short(value):
         if isinstance(value, dict) and "ticket" in value:
             return tuple(value[name] for name in ("id", "name", "verify", "ticket"))
         return value["uid"] if isinstance(value, dict) else value
-    return (event["event"], *map(short, event["params"]))
+    return ((event["event"], *map(short, event["params"])) if "event" in event else
+            (event["sender"], event["content"]))
 
 
 def comes(group_id, user_id, **more):
@@ -8725,8 +8726,7 @@ def test_who_is_new_is_told_once_and_before_what_was_written(qq):
     added = notice(notice_type="friend_add", user_id=50006)
     events = qq.events_of(added, added, private(50006, "在吗"), *twice(private, 50005),
                           *twice(in_group, 30003, 50004), *twice(in_group, 30008, 50004))
-    assert [asked(event) if "event" in event else (event["sender"], event["content"])
-            for event in events] == [
+    assert [asked(event) for event in events] == [
         ("new_friend", "50006"), ("小强", "在吗"),
         ("new_friend", "50005"), ("小刚", "0"), ("小刚", "1"),
         ("new_group_member", "50004", "30003"), ("新人", "0"), ("新人", "1"),
@@ -8745,8 +8745,7 @@ def test_before_members_are_loaded_events_tell_who_it_is_and_load_none(another):
     events = me.events_of(
         *two, card("新", "过客"), comes(30001, 50001), goes(30001, 20001, "leave"),
         admin(30001, 40001, "unset"), private(40001, sub_type="group", group_id=30001))
-    assert [asked(event) if "event" in event else (event["sender"], event["content"])
-            for event in events] == [
+    assert [asked(event) for event in events] == [
         ("过客", "@爸 1"), ("过客", "@爸 2"),
         ("group_member_property_change", "40001", "card", "过客", "新"),
         ("new_group_member", "50001", "30001"), ("lose_group_member", "20001", "30001"),
@@ -9089,15 +9088,14 @@ def test_a_bridge_behind_tls_is_reached_and_its_certificate_is_checked(
 
 
 def test_an_event_that_comes_by_stream_and_webhook_is_told_once(bridged):
-    qq = bridged["sse"]
-    qq.bridge.post_to = f"{qq.program.base}/onebot?client=sse"
-    try:
-        acts = private(20002, "一"), notice(notice_type="friend_recall", user_id=20001, message_id=5)
-        assert [event.get("content", event.get("event")) for event in qq.events_of(*acts)] == [
-            "一", "revoke_message"]
-        assert qq.bridge.posted[-3:] == [200, 200, 200]
-    finally:
-        qq.bridge.post_to = ""
+    bridge, acts = bridged["sse"].bridge, [private(20002, "一"), notice(
+        notice_type="friend_recall", user_id=20001, message_id=5)]
+    bridge.post_to = f"{bridged['sse'].program.base}/onebot?client=sse"
+    events = bridged["sse"].events_of(*acts)
+    bridge.post_to = ""
+    assert [event.get("content", event.get("event")) for event in events] == [
+        "一", "revoke_message"]
+    assert bridge.posted[-3:] == [200, 200, 200]
 
 
 def test_a_bridge_that_shares_this_machines_files_is_given_a_path(harried, tmp_path):
@@ -9522,19 +9520,19 @@ def test_a_storm_is_told_whole_once_and_in_order_while_a_send_and_members_wait(h
     assert numbers == [str(number) for number in range(count)]
 
 
-STRANGE = [{"user_id": None}, {"user_id": {}}, {"user_id": ""}, {"message": None}, {"message": 5},
-           {"message": [5, None, {"type": []}, {"type": "text", "data": {"text": []}}]},
-           {"sender": "x"}, {"sender": {"nickname": {}, "card": []}}, {"time": []},
-           {"time": "soon"}, {"message_id": []}, {"message_id": None}, {"message_type": 5},
-           {"sub_type": {}}, {"post_type": []}, {"raw_message": 7}, {"self_id": {}},
-           {"message_type": "group", "group_id": None}, {"message_type": "group", "group_id": []},
-           {"anonymous": 5, "message_type": "group", "group_id": 30001},
-           {"post_type": "notice", "notice_type": "group_increase"},
-           {"post_type": "notice", "notice_type": []}, {"post_type": "request"},
-           {"post_type": "notice", "notice_type": "group_decrease", "group_id": []},
-           {"post_type": "notice", "notice_type": "notify", "sub_type": "group_name"},
-           {"post_type": "meta_event", "status": 5}, {"time": 1e999}, {"user_id": 1e999},
-           {"message_type": "group", "group_id": 30001, "sender": {"user_id": 20001, "role": []}}]
+STRANGE = [{name: odd} for odd in (None, [], {}, "", "x", 1e999) for name in (
+    "user_id", "message", "sender", "time", "message_id", "message_type", "sub_type", "post_type",
+    "raw_message", "self_id")] + [
+    {"message": [5, None, {"type": []}, {"type": "text", "data": {"text": []}}]}, {"message": 5},
+    {"sender": {"nickname": {}, "card": []}},
+    *({"message_type": "group", "group_id": odd} for odd in (None, [], 1e999)),
+    {"anonymous": 5, "message_type": "group", "group_id": 30001},
+    {"message_type": "group", "group_id": 30001, "sender": {"user_id": 20001, "role": []}},
+    {"post_type": "notice", "notice_type": "group_increase"}, {"post_type": "meta_event"},
+    {"post_type": "notice", "notice_type": []}, {"post_type": "request"},
+    {"post_type": "notice", "notice_type": "group_decrease", "group_id": []},
+    {"post_type": "notice", "notice_type": "notify", "sub_type": "group_name"},
+    {"post_type": "meta_event", "status": 5}]
 NOBODIES = [None, 0, "0", "", -5, True, "abc", 1.5, [], {}, "12 3"]
 
 
