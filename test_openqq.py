@@ -8426,39 +8426,35 @@ def in_group(group_id, user_id, text="好", **more):
 IN_FAMILY = {"type": "group_message", "group": "一家人", "group_id": "30001", "group_uid": "30001"}
 BY_PASSER = {"sender": "路人", "sender_id": "40001", "sender_uid": "40001"}
 SESSION = dict(IN_FAMILY, **BY_PASSER, type="sess_message", via="group")
-QQ_MESSAGES = {
-    "of a friend": (private(20001), {"type": "friend_message", "sender": "老明",
-                                     "sender_id": "20001", "sender_uid": "20001"}),
-    "of a friend without remark": (private(20002), {"sender": "小红"}),
-    "of a stranger": (private(50009, sub_type="other", sender={"user_id": 50009, "nickname": "谁"}),
-                      {"type": "friend_message", "sender": "谁", "sender_id": "50009"}),
-    "with a sender who says nothing": (private(50008, sub_type="other", sender={}),
-                                       {"sender": "50008", "sender_uid": "50008"}),
-    "in a group": (in_group(30001, 40001), {**IN_FAMILY, **BY_PASSER}),
-    "in a group, of somebody with a card": (in_group(30002, 40002), {
-        "group": "备注", "group_id": "30002", "sender": "群主"}),
-    "in a group, of a friend with remark": (in_group(30001, 20001), {**IN_FAMILY,
-                                                                     "sender": "老明"}),
-    "in a group, of nobody": (in_group(
-        30001, 80000000, sub_type="anonymous",
-        anonymous={"id": 7, "name": "大力", "flag": "f"}), {**IN_FAMILY, "sender": "大力"}),
-    "in a temporary session, NapCat": (private(40001, sub_type="group", group_id=30001), SESSION),
-    "in a temporary session, LLBot": (private(40001, sub_type="group", sender={
-        "user_id": 40001, "nickname": "路人", "group_id": 30001}), SESSION),
-    "of a friend with a group of 0": (private(20001, group_id=0), {"type": "friend_message"}),
-}
+QQ_MESSAGES = [  # and what tells of them
+    (private(20001), {"type": "friend_message", "sender": "老明", "sender_id": "20001",
+                      "sender_uid": "20001"}),
+    (private(20002), {"sender": "小红"}),
+    (private(50009, sub_type="other", sender={"user_id": 50009, "nickname": "谁"}),
+     {"type": "friend_message", "sender": "谁", "sender_id": "50009"}),
+    (private(50008, sub_type="other", sender={}), {"sender": "50008", "sender_uid": "50008"}),
+    (in_group(30001, 40001), {**IN_FAMILY, **BY_PASSER}),
+    (in_group(30002, 40002), {"group": "备注", "group_id": "30002", "sender": "群主"}),
+    (in_group(30001, 20001), {**IN_FAMILY, "sender": "老明"}),
+    (in_group(30001, 80000000, sub_type="anonymous", anonymous={
+        "id": 7, "name": "大力", "flag": "f"}), {**IN_FAMILY, "sender": "大力"}),
+    # temporary sessions, of NapCat's and of LLBot's
+    (private(40001, sub_type="group", group_id=30001), SESSION),
+    (private(40001, sub_type="group", sender={"user_id": 40001, "nickname": "路人",
+                                              "group_id": 30001}), SESSION),
+    (private(20001, group_id=0), {"type": "friend_message"})]
 
 
 def test_messages_on_qq_say_where_they_come_from_and_who_wrote_them(each_way):
     each_way.call("get_group_info")
-    for name, (act, wanted) in QQ_MESSAGES.items():
+    for act, wanted in QQ_MESSAGES:
         [event] = each_way.events_of(act)
         shown = {"post_type": "receive_message", "class": "recv", "receiver": "阿猫",
                  "content": "好", "receiver_id": "10001", "receiver_uid": "10001",
                  "raw_message": "好", **wanted}
-        assert {name: event.get(name) for name in shown} == shown, name
+        assert {name: event.get(name) for name in shown} == shown
         assert ("group" in event, "via" in event) == (
-            event["type"] != "friend_message", event["type"] == "sess_message"), name
+            event["type"] != "friend_message", event["type"] == "sess_message"), wanted
         assert re.fullmatch("[0-9]+", event["id"]) and abs(int(event["time"]) - time.time()) < WAIT
 
 
@@ -8757,59 +8753,43 @@ def test_before_members_are_loaded_events_tell_who_it_is_and_load_none(another):
 # -- what is asked of the bridge
 
 TO_FRIEND, TO_GROUP = "send_friend_message", "send_group_message"
-FRIEND, GROUP = {"id": "20001"}, {"id": "30001"}
-
-
-def sending(path, to, message, **given):
-    """What a call to send asks for: (path, params, action, its params)."""
-    place = {"user_id": "20001"} if path == TO_FRIEND else {"group_id": "30001"}
-    if path == "send_sess_message":
-        place["user_id"] = "40001"
-    return (path, {**to, **given}, "send_group_msg" if path == TO_GROUP else "send_private_msg",
-            {**place, "message": message})
-
-
-QQ_CALLS = {
-    "a friend by id": sending(TO_FRIEND, FRIEND, text_of("hi"), content="hi"),
-    "a friend by name": sending(TO_FRIEND, {"displayname": "老明"}, text_of("hi"), content="hi"),
-    "codes that do not act": sending(TO_FRIEND, FRIEND, text_of("[CQ:at,qq=all]&amp;<>"),
-                                     content="[CQ:at,qq=all]&amp;<>"),
-    "a group": sending(TO_GROUP, {"uid": "30001"}, text_of("hi"), content="hi"),
-    "codes that act": sending(
-        TO_GROUP, GROUP, [*text_of("a"), segment("at", qq="20001"), *text_of("["),
-                          segment("image", file="http://h/p.png?a&b,c")], cq="1",
-        content="a[CQ:at,qq=20001]&#91;[CQ:image,file=http://h/p.png?a&amp;b&#44;c]"),
-    "a temporary session": sending("send_sess_message", {"group_id": "30001", "id": "40001"},
-                                   text_of("hi"), content="hi"),
-    **{f"a picture by URL as {name}": sending(TO_FRIEND, FRIEND, [
-        segment("image", file="http://h/p.png", name="p.png")], **{name: "http://h/p.png"})
-       for name in ("media_url", "media_path")},
-    "a picture's bytes and a text": sending(TO_GROUP, GROUP, [
-        *text_of("看"), segment("image", file="base64://" + PNG_TEXT, name="猫.png")],
-        content="看", media_data=PNG_TEXT, media_name="猫.png"),
-    "silence": ("shutup_group_member", {"group_id": "30001", "member_id": "40001", "time": "2"},
-                "set_group_ban", {"group_id": "30001", "user_id": "40001", "duration": 120}),
-    "silence for several": ("shutup_group_member", {
-        "group_id": "30001", "member_id": "20001,40001", "time": "1"}, "set_group_ban", {
-            "group_id": "30001", "user_id": "40001", "duration": 60}),
-    "a kick": ("kick_group_member", {"group_uid": "30001", "member_uid": "40001"},
-               "set_group_kick", {"group_id": "30001", "user_id": "40001",
-                                  "reject_add_request": False}),
-    **{f"{accept} to a request": (
-        "accept_friend_request", {"ticket": "F-" + accept, "accept": accept, "markname": "老友"},
-        "set_friend_add_request", {"flag": "F-" + accept, "approve": accept == "1",
-                                   "remark": "老友"}) for accept in "10"},
-}
+PERSON_THERE, GROUP_THERE = {"user_id": "20001"}, {"group_id": "30001"}
+QQ_CALLS = [  # a call and its params, the action that it asks for and the action's
+    (TO_FRIEND, {"displayname": "老明", "content": "[CQ:at,qq=all]&amp;<>"}, "send_private_msg",
+     {**PERSON_THERE, "message": text_of("[CQ:at,qq=all]&amp;<>")}),
+    (TO_GROUP, {"uid": "30001", "content": "hi"}, "send_group_msg",
+     {**GROUP_THERE, "message": text_of("hi")}),
+    (TO_GROUP, {"id": "30001", "cq": "1", "content":
+                "a[CQ:at,qq=20001]&#91;[CQ:image,file=http://h/p.png?a&amp;b&#44;c]"},
+     "send_group_msg", {**GROUP_THERE, "message": [
+         *text_of("a"), segment("at", qq="20001"), *text_of("["),
+         segment("image", file="http://h/p.png?a&b,c")]}),
+    ("send_sess_message", {"group_id": "30001", "id": "40001", "content": "hi"},
+     "send_private_msg", {**GROUP_THERE, "user_id": "40001", "message": text_of("hi")}),
+    *((TO_FRIEND, {"id": "20001", name: "http://h/p.png"}, "send_private_msg", {
+        **PERSON_THERE, "message": [segment("image", file="http://h/p.png", name="p.png")]})
+      for name in ("media_url", "media_path")),
+    (TO_GROUP, {"id": "30001", "content": "看", "media_data": PNG_TEXT, "media_name": "猫.png"},
+     "send_group_msg", {**GROUP_THERE, "message": [
+         *text_of("看"), segment("image", file="base64://" + PNG_TEXT, name="猫.png")]}),
+    *(("shutup_group_member", {"group_id": "30001", "member_id": members, "time": "2"},
+       "set_group_ban", {**GROUP_THERE, "user_id": "40001", "duration": 120})
+      for members in ("40001", "20001,40001")),
+    ("kick_group_member", {"group_uid": "30001", "member_uid": "40001"}, "set_group_kick",
+     {**GROUP_THERE, "user_id": "40001", "reject_add_request": False}),
+    *(("accept_friend_request", {"ticket": "F-" + accept, "accept": accept, "markname": "老友"},
+       "set_friend_add_request", {"flag": "F-" + accept, "approve": accept == "1",
+                                  "remark": "老友"}) for accept in "10")]
 
 
 def test_each_call_asks_the_bridge_for_the_action_of_the_table_which_may_decline(each_way):
     bridge = each_way.bridge
-    for name, (path, params, action, wanted) in QQ_CALLS.items():
+    for path, params, action, wanted in QQ_CALLS:
         if not action.startswith("send_"):
             bridge.answers[action] = {"retcode": 100, "wording": "没有权限"}
             assert each_way.call(path, **params)["code"] == (-1 if "ticket" in params else 201)
             del bridge.answers[action]
-        assert each_way.call(path, **params)["code"] == 0, name
+        assert each_way.call(path, **params)["code"] == 0, params
         bridge.wait_call(action, lambda got, wanted=wanted: got == wanted)
     each_way.events_of(comes(30001, 40001))  # who was kicked
 
