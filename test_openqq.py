@@ -825,7 +825,7 @@ class Bridge(Peer):
         return event
 
     def post(self, event, **headers):
-        """Post an event as a webhook, in chunks; the status of the answer, None for no answer."""
+        """Post an event as a webhook, in chunks."""
         body = json.dumps(event, ensure_ascii=False).encode()
         headers = {"Content-Type": "application/json", "X-Self-ID": str(self.uin), **headers}
         if self.secret:
@@ -9319,10 +9319,11 @@ def until_running(program):
     assert reached, link_state(program)
 
 
-def told_before(program, text):
-    """The events that were posted until this message came."""
-    found = []
-    program.receiver.next(lambda event: event.get("content") == text or found.append(event))
+def told_before(bridge, program):
+    """The events that were posted until a message that comes now."""
+    word, found = os.urandom(6).hex(), []
+    bridge.say_private(20001, word)
+    program.receiver.next(lambda event: event.get("content") == word or found.append(event))
     return found
 
 
@@ -9585,8 +9586,7 @@ def test_a_list_that_a_bridge_cannot_tell_keeps_no_account_from_running(
         bridge.answers = {}
     assert eventually(lambda: lists_of(program) == (["20001", "20002"], ["30001"]))
     assert eventually(lambda: not warning(program))
-    bridge.say_private(20001, "last")
-    assert not moves(told_before(program, "last"))
+    assert not moves(told_before(bridge, program))
     assert program.call(TO_FRIEND, uid="99999", content="x")["code"] == 100
 
 
@@ -9601,8 +9601,7 @@ def test_a_list_that_shrinks_is_believed_once_it_has_said_the_same_for_a_while(h
     assert program.call(TO_FRIEND, uid="20001", content="x")["code"] == 0
     bridge.friends[:] = everybody
     assert eventually(lambda: not warning(program))
-    bridge.say_private(20001, "end")
-    assert not moves(told_before(program, "end"))
+    assert not moves(told_before(bridge, program))
     bridge.friends[:] = everybody[:3]
     assert next_moves(program, 3) == [("lose_friend", f"2000{number}") for number in (4, 5, 6)]
     assert lists_of(program)[0] == ["20001", "20002", "20003"]
@@ -9628,8 +9627,7 @@ def test_members_and_groups_that_a_list_suddenly_lacks_stay_but_what_a_notice_sa
         bridge.emit(notice_type="group_decrease", group_id=30002, time=1000 + again,
                     sub_type="kick_me", user_id=10001)
         bridge.emit(notice_type="group_dismiss", group_id=30003, time=1000 + again, user_id=40001)
-    bridge.say_private(20001, "end")
-    found = told_before(program, "end")
+    found = told_before(bridge, program)
     while len(moves(found)) < 2:
         found.append(program.receiver.next())
     assert moves(found) == [("lose_group", "30002"), ("lose_group", "30003")]
@@ -9645,8 +9643,7 @@ def test_a_busy_account_is_refreshed_and_learns_what_no_notice_told(harried):
     bridge.groups[0]["member_count"] = 9
     for _ in "123":
         bridge.wait_call("get_friend_list")
-    bridge.say_private(20001, "ill")
-    assert not moves(told_before(program, "ill")), "an answer that is none loses nobody"
+    assert not moves(told_before(bridge, program)), "an answer that is none loses nobody"
     bridge.answers = {}
     del bridge.groups[0]["member_count"]
     bridge.groups[0]["members"][2:] = [bridge.member(50001), bridge.member(50002)]
