@@ -9028,8 +9028,9 @@ def test_a_controllers_token_in_the_url_lets_a_webhook_in(start, closing):
     """That of a Milky bridge may do without it: there, who shows the bridge's is let in."""
     controller, key = start("controller", env={"OPENQQ_TOKEN": TOKEN}), {"access_token": TOKEN}
     body, shown = '{"event_type":"peer_pin_change","self_id":10001,"data":{}}', "access_token="
+    known = shown + urllib.parse.quote(TOKEN)
     for name, link, posts in (
-            ("open", "onebot", [(shown + urllib.parse.quote(TOKEN), 200), ("", 403), (shown + "x", 403)]),
+            ("open", "onebot", [(known, 200), ("", 403), (shown + "x", 403)]),
             ("milky", "milky", [("", 200)]), ("milky-token", "milky", [("", 403)])):
         bridge = closing(hook(name))
         port = controller.call("start_client", client=name, **key, **{
@@ -9255,6 +9256,13 @@ def test_an_account_on_a_bridge_survives_its_controller_and_keeps_its_secrets_se
     bridge.say_private(20001, "谁")
     assert bridge.posted[-1] == 200  # said in JSON, like every code of the original
     assert "S3CRET" not in "".join(texts) + first.log.text() + second.log.text()
+
+
+def test_settings_of_a_bridge_must_make_sense(pair):
+    for name, value in {"onebot_api": "ftp://h/", "onebot_login": "lagrange",
+                        "onebot_login_api": "ws://h/"}.items():
+        answer = pair.call("start_client", client="bad", **{name: value})
+        assert (answer["code"], "not allowed" in answer["status"]) == (6, True), answer
 
 
 # -- hostile bridges, hostile callers, big rosters
@@ -11174,7 +11182,8 @@ NO_LOGINS = [  # what is answered instead of a confirmation, and how many codes 
      ({"status": "thinking"}, 0)],
     [({"status": "confirmed"}, 1),
      ({"status": "confirmed", "bot_token": None, "ilink_bot_id": {}, "ilink_user_id": 5}, 1),
-     ({"status": "confirmed", "bot_token": "x\r\ny", "ilink_bot_id": "b", "ilink_user_id": "o"}, 1)]]
+     ({"status": "confirmed", "bot_token": "x\r\ny", "ilink_bot_id": "b",
+       "ilink_user_id": "o"}, 1)]]
 
 
 @pytest.mark.parametrize("rows", NO_LOGINS, ids=["no confirmation", "no sound token"])
