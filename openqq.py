@@ -903,7 +903,9 @@ class Timers:
         ready = self._selector.select(wait)
         with self.lock:
             for key, _ in ready:
-                self._call(key.data)
+                with contextlib.suppress(KeyError, ValueError):  # it is watched no more, or closed
+                    if self._selector.get_key(key.fileobj) == key:
+                        self._call(key.data)
             while self._caught:
                 self._call(self._caught.popleft())
             while self._calls and self._calls[0][0] <= self.clock():
@@ -1803,12 +1805,17 @@ def read_json(path: str, log: Log) -> Row:
     value = object_in(data) if data else {}
     if value is not None:
         return value
+    set_aside(path, log)
+    return {}
+
+
+def set_aside(path: str, log: Log) -> None:
+    """Rename a file that is not of this program to `<path>.old`, with a warning."""
     log.warn(f"{path} is not a file of this program; it is kept as {path}.old")
     try:
         os.replace(path, path + ".old")
     except OSError as error:
         log.warn(f"{path} could not be set aside: {error.strerror}")
-    return {}
 
 
 def write_file(path: str, data: bytes) -> None:
@@ -5474,7 +5481,10 @@ class World:
         self._dropped = 0
         data = read_file(os.path.realpath(world_file)) if world_file else to_bytes(flavour.world)
         digest = f"{zlib.crc32(data):08x}" if world_file and data else ""
-        about = self.table("about")
+        about: Any = self.table("about")
+        if self.ledger.root and not (isinstance(about, dict) and about):
+            set_aside(path + ".json", log)
+            about = {}
         if not about or digest not in ("", about.get("world")):
             try:
                 self._begin(from_bytes(data or b""), digest)
@@ -7025,7 +7035,7 @@ class LoginPage:
             data, why = object_of(row.get("data")), scalar(row.get("message")) or ""
             if scalar(row.get("code")) == "0":
                 self._credential = scalar(data.get("Credential")) or ""
-            elif "rate limit" in why:  # the token may be right
+            if not self._credential and "rate limit" in why:  # the token may be right
                 self._rest_until = time.monotonic() + 2 * BRIDGE_SECONDS
                 raise Unreachable(f"the login page: {why}")
             if not self._credential:
@@ -7167,11 +7177,12 @@ class OneBotLink(Link):
         "answer_request": "set_friend_add_request ticket=flag accept=approve markname=remark"}
     # The topic of an event -> the numbers that it must have.
     NEEDS = {
-        **dict.fromkeys(("message group", "request group", "group_increase", "group_card", "title",
-                         "group_admin", "group_upload"), "group_id user_id"),
-        **dict.fromkeys(("group_decrease", "group_dismiss", "group_name", "group_ban"), "group_id"),
+        **dict.fromkeys(("message group", "request group", "group_increase", "group_card",
+                         "group_admin", "group_upload", "notify title"), "group_id user_id"),
+        **dict.fromkeys(("group_decrease", "group_dismiss", "group_ban", "notify group_name"),
+                        "group_id"),
         **dict.fromkeys(("message private", "request friend", "friend_add"), "user_id"),
-        "poke": "user_id target_id", "group_recall": "", "friend_recall": ""}
+        "notify poke": "user_id target_id", "group_recall": "", "friend_recall": ""}
 
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
         name = self.PROTOCOL.lower()
@@ -7253,6 +7264,8 @@ class OneBotLink(Link):
         if not self._look:
             return True
         logged_in, text, why = self._look()
+        if isinstance(text, str) and len(text.encode()) > QR_ROOM[-1]:
+            raise Unreachable("the bridge tells a code that is too long to be shown")
         if not logged_in and text and text != self._shown:
             self._shown = text
             self._hooks.qrcode(text, TICKET_SECONDS, self._thrown_out)
@@ -7337,13 +7350,15 @@ class OneBotLink(Link):
                 "discuss": []}
 
     def list(self, kind: str) -> List[Row]:
-        rows = self._list(f"get_{kind}_list", friend_row if kind == "friend" else group_row)
-        return [row for row in rows if row["uid"] != self.any_group]
+        return self._list(f"get_{kind}_list", friend_row if kind == "friend" else group_row,
+                          self.any_group)
 
-    def _list(self, action: str, make: Callable[[Row], Row], **params: Json) -> List[Row]:
-        """The rows of a list. Declined if it is no list: it would mean that all are gone."""
+    def _list(self, action: str, make: Callable[[Row], Row], hidden: str = "", **params: Json
+              ) -> List[Row]:
+        """The rows of a list, but for a number that means nobody. Declined if it is no list: it
+        would mean that all are gone."""
         told = self._get(action, LIST_SECONDS, **params)
-        rows = [row for row in map(make, rows_of(told)) if row["uid"]]
+        rows = [row for row in map(make, rows_of(told)) if row["uid"] not in ("", hidden)]
         if told not in (None, []) and not rows:
             raise Declined(f"its answer to {action} is no list, or names nobody")
         return rows
@@ -7531,8 +7546,10 @@ class OneBotLink(Link):
         elif post_type != "notice":
             topic = f"{post_type} {topic}"
         elif topic == "notify":
-            topic = str(row.get("sub_type"))
-        if topic not in self.NEEDS or post_type == "notice" and " " in topic:
+            topic = f"notify {row.get('sub_type')}"
+        elif " " in topic:
+            topic = ""  # no notice_type is called so
+        if topic not in self.NEEDS:
             return [happened(self.UNKNOWN, params=[row])] if post_type == "notice" else []
         for name in self.NEEDS[topic].split():
             if not number_of(row.get(name)):
@@ -7666,9 +7683,11 @@ class OneBotLink(Link):
     def _look_later(self, group: str, uid: str) -> None:
         """Look up somebody new; no event tells the result."""
         kind, make = ("group_member", member_row) if group else ("friend", friend_row)
+        told = self._person(uid, group)
         self._hand_on([changed(kind, group, uid, name, value, quiet=True)
-                       for name, value in make(self._person(uid, group)).items()
-                       if value and name not in ("id", "uid", "name")])
+                       for name, value in make(told).items()
+                       if value and name not in ("id", "uid", "name")
+                       and (name != "role" or "role" in told)])
 
     def _notice(self, topic: str, group: str, uid: str, row: Row) -> List[Row]:
         known, sub_type, me = self._hooks.known, row.get("sub_type"), self.me
@@ -7694,13 +7713,13 @@ class OneBotLink(Link):
             if known("friend", uid, "") or self._was_told(REPEAT_SECONDS, "friend", uid):
                 return []
             return [happened("new_friend", object=friend_row(self._person(uid)))]
-        if topic == "group_name":
+        if topic == "notify group_name":
             name = scalar(row.get("name_new")) or scalar(row.get("group_name"))
             return [changed("group", "", group, "name", name)] if name else []
         roles = ("admin", "member") if sub_type == "set" else ("member", "admin")
         changes: Dict[str, Tuple[str, Json, Json]] = {
             "group_card": ("card", row.get("card_new"), row.get("card_old")),
-            "title": ("title", row.get("title"), None),
+            "notify title": ("title", row.get("title"), None),
             "group_admin": ("role", *roles)}
         if topic not in changes:
             return self._telling(topic, group, uid, row)
@@ -7717,7 +7736,7 @@ class OneBotLink(Link):
         place = {"kind": "group", "uid": group, "name": scalar(row.get("group_name")) or group}
         if topic.startswith("request "):
             if topic == "request group" and not flag or flag and self._was_told(
-                    COOKIE_SECONDS, "request", flag):
+                    COOKIE_SECONDS, "request", "request", flag):
                 return []
             name, comment = friend_row(self._person(uid))["name"], scalar(row.get("comment")) or ""
             if topic == "request friend":
@@ -8100,8 +8119,6 @@ class MilkyLink(OneBotLink):
         if kind == "message_receive":
             number, fresh = self._book.note(place, seq, int(number_of(
                 data.get("time")) or time.time())) if seq else (None, True)
-            if not fresh:
-                return []
             found = []  # changes of the group or friend that it tells
             for circle, make, properties in (("group", group_row, ("name", "markname", "memo")),
                                              ("friend", friend_row, ("markname", "category"))):
@@ -8109,7 +8126,7 @@ class MilkyLink(OneBotLink):
                 thing = self._hooks.known(circle, new["uid"], "")
                 found += [changed(circle, "", new["uid"], name, new[name]) for name in properties
                           if thing and "remark" in data[circle] and thing.value(name) != new[name]]
-            return found + super()._items(self._spoken(data, number))
+            return found + (super()._items(self._spoken(data, number)) if fresh else [])
         self._hashes.note(scalar(data.get("file_id")), scalar(data.get("file_hash")))
         if kind in self.NOTICES:
             what, sub_type, names = self.NOTICES[kind]
@@ -8351,6 +8368,7 @@ class ILinkLink(Link):
                 self._why = f"the login at WeChat has ended ({error.status}): scan a new code"
                 self._log.warn(self._why)
                 self._former, self._login = self._login, {}
+                over.wait(1.0)  # a server that ends each login at once must not keep us busy
             except Exception as error:  # the thread must go on
                 if not isinstance(error, OpenQQError):
                     self._log.failure("the link to WeChat")
@@ -8367,7 +8385,7 @@ class ILinkLink(Link):
             "local_token_list": [self._former["token"]] if self._former else []}, self._api)
         params, base = {"qrcode": scalar(row.get("qrcode")) or ""}, self._api
         text = scalar(row.get("qrcode_img_content")) or ""
-        if not 0 < len(text.encode()) < 2000:
+        if not 0 < len(text.encode()) <= QR_ROOM[-1]:
             raise Unreachable("it tells no code that could be shown")
         self._hooks.qrcode(text, self.CODE_SECONDS, self._why)
         until = time.monotonic() + self.CODE_SECONDS
@@ -8387,6 +8405,8 @@ class ILinkLink(Link):
                 base = self._allowed(url if is_url(url) else base)
                 if me != self._former.get("me"):
                     self._cursor = ""
+                if owner != self._former.get("owner"):
+                    self._people = {}
                 self._login = {"token": token, "me": me, "owner": owner, "base": base}
                 return
             if status == "binded_redirect":
@@ -10036,7 +10056,13 @@ class Client:
             if mark and not any(taken):
                 self.spool.advance(mark)
             for callback in self._callbacks.get(event, ()):
-                self._crew.submit(callback, self, *params)
+                self._crew.submit(self._call_back, event, callback, params)
+
+    def _call_back(self, event: str, callback: Callable[..., Any], params: List[Any]) -> None:
+        try:
+            callback(self, *params)
+        except Exception:
+            self.log.error(f"a callback of {event} failed:\n" + traceback.format_exc().rstrip())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -12412,12 +12438,13 @@ def main(words: Sequence[str]) -> int:
             return run_server(command, parse_flags(command, rest))
         if command in COMMANDS:
             return written(lambda: run_command(command, rest))
+        status, text = 2, f"openqq: there is no command {command!r}\n" if command else ""
+        text += USAGE
     except Refusal as refusal:
-        print(f"openqq: {refusal.status}", file=sys.stderr)
-        return refusal.exit
-    wrong = f"openqq: there is no command {command!r}\n" if command else ""
-    print(wrong + USAGE, end="", file=sys.stderr)
-    return 2
+        status, text = refusal.exit, f"openqq: {refusal.status}\n"
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # the exit status says it, too
+        write_stderr(text.encode("utf-8", "backslashreplace"))
+    return status
 
 
 def command_line() -> None:
