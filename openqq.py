@@ -980,7 +980,7 @@ def _words(text: str) -> List[str]:
 
 
 def _hosts(text: str) -> List[str]:
-    """Host names as browsers send them. No addresses: see Gate."""
+    """Host names as browsers send them. No addresses: see Auth."""
     found = _words(text.lower())
     label = "[0-9a-z_](?:[0-9a-z_-]*[0-9a-z_])?"
     name = rf"(?=.{{1,253}}\Z)(?:{label}\.)*(?![0-9]+\Z|0x[0-9a-f]*\Z){label}"
@@ -1918,12 +1918,12 @@ def media_type(data: bytes, name: str) -> str:
 
 
 def unkept_media(data: bytes, name: str) -> Row:
-    """What a Shelf tells of media, for media that are not kept there."""
+    """What a MediaStore tells of media, for media that are not kept there."""
     return {**dict.fromkeys(("media_id", "media_path", "media_ext", "media_mtime", "media_code")),
             "media_name": name, "media_size": str(len(data)), "media_mime": media_type(data, name)}
 
 
-class Shelf:
+class MediaStore:
     """The media of an account: files, each with an id (CONTRACT 10). A start removes week-old
     ones."""
     NAME = re.compile(r"[0-9a-f]{32}\.[a-z0-9]{1,8}")
@@ -2041,7 +2041,7 @@ def bulk_of(item: Json) -> int:
     return len(event.get("media_data") or "") if isinstance(event, dict) else 0
 
 
-class Spool(Journal):
+class DiskQueue(Journal):
     """A bounded queue on disk, with a mark: how far its source has been read. Not thread-safe.
 
     `pending` maps increasing keys to items, the oldest first. An item and its mark are one line, so
@@ -2650,7 +2650,7 @@ def error_response(error: OpenQQError) -> Response:
     return Response(to_bytes(error.answer()), status=error.http)
 
 
-class Gate:
+class Auth:
     """Who may call (DESIGN). Without a token: callers on this machine, and what a proxy on it
     passes on that was called by one of the names in `hosts` (allowed_hosts), since a page of
     another site cannot have that name."""
@@ -2849,13 +2849,13 @@ class Metrics:
 
 
 class App:
-    """The routes of a server, behind a gate; `fallback(request)` answers other requests. /metrics
+    """The routes of a server, after auth; `fallback(request)` answers other requests. /metrics
     counts the routes and the paths in `known`."""
 
-    def __init__(self, gate: Gate, log: Log, routes: Iterable[Route],
+    def __init__(self, auth: Auth, log: Log, routes: Iterable[Route],
                  fallback: Optional[Callable[[Request], Any]] = None,
                  known: Iterable[str] = ()) -> None:
-        self.gate, self.log, self.fallback = gate, log, fallback
+        self.auth, self.log, self.fallback = auth, log, fallback
         self.metrics = Metrics()
         self.routes = {route.path: route for route in
                        [*routes, Route("/metrics", READ, self.metrics.show)]}
@@ -2871,7 +2871,7 @@ class App:
                     and request.path not in ("/openqq/get_media", "/openwx/get_media")):
                 raise NotAllowed("a picture's address that leads to this program not allowed")
             if request.method != "OPTIONS" and not (route and route.open):
-                self.gate.check(request)
+                self.auth.check(request)
             if route and request.method in route.methods:
                 value = route.handler(request)
             elif self.fallback:
@@ -3066,7 +3066,7 @@ class Server(ThreadingHTTPServer):
         if self._max < max_connections:
             log.warn(f"{self._max} connections at once instead of {max_connections}: the system "
                      "allows no more open files (ulimit -n)")
-        self._crew = ThreadPool(self._max, "http", log, linger=3.0)
+        self._pool = ThreadPool(self._max, "http", log, linger=3.0)
         self.connections: Set[socket.socket] = set()  # add and discard only
         self._ear, self._mouth = socket_pair()
         self._mouth.setblocking(False)
@@ -3082,7 +3082,7 @@ class Server(ThreadingHTTPServer):
                     if len(self.connections) < self._max:
                         sock.setblocking(True)  # on macOS it inherits the listener's mode
                         self.connections.add(sock)
-                        self._crew.submit(Connection, sock, address, self)
+                        self._pool.submit(Connection, sock, address, self)
                         continue
                     busy = error_response(BadRequest(503, "too many connections"))
                     self.app.metrics.count("", busy.status)
@@ -3246,7 +3246,7 @@ class Call(urllib.request.Request):
         return head_of(lines) + body
 
 
-class Pool:
+class ConnectionPool:
     """Kept connections, for the next request to the same server; the last used one is taken first.
     They are closed after LINE_SECONDS: servers that end would leave sockets in CLOSE-WAIT."""
 
@@ -3447,7 +3447,7 @@ class Transport(urllib.request.BaseHandler):
     With urllib's own handler, which keeps none, 3,300 calls a second are proxied, not 15,400."""
 
     def __init__(self) -> None:
-        self.pool = Pool()
+        self.pool = ConnectionPool()
         self._tls: Any = None
 
     def http_open(self, call: Call) -> Reply:
@@ -4904,7 +4904,7 @@ def as_stream(rows: List[Tuple[int, bytes]]) -> Iterator[bytes]:
         yield bytes(piece)
 
 
-class Feed:
+class Subscriber:
     """A reader of a stream, and what is still to be sent to it; the store's lock guards it."""
 
     def __init__(self, rows: List[Tuple[int, bytes]]) -> None:
@@ -4912,20 +4912,20 @@ class Feed:
         self.more: Future[bool] = Future()  # set when there is more
 
 
-class Store:
+class EventStore:
     """The newest events, for check_event and streams (CONTRACT 6); `room` limits their bytes. `seq`
     starts at the clock's milliseconds, so that a number from before a restart is older than all
     that is kept. Calls without `since` share one mark; those with it, and streams, only read."""
 
     def __init__(self, size: int, clock: Callable[[], float] = time.time, room: int = 0) -> None:
-        self._lock = threading.Lock()  # guards all below, and each Feed
+        self._lock = threading.Lock()  # guards all below, and each Subscriber
         self._size, self._room = max(1, size), room
         self._ring: Deque[Tuple[int, bytes]] = collections.deque()
         self._bytes = 0                # in the ring
         self._seq = self._mark = int(clock() * 1000)
         self._waiting: Set[Future[bool]] = set()  # calls of check_event
-        self._feeds: Set[Feed] = set()
-        self.relay: Optional[Callable[[int, bytes], None]] = None  # gets what each Feed gets
+        self._subscribers: Set[Subscriber] = set()
+        self.relay: Optional[Callable[[int, bytes], None]] = None  # gets what each Subscriber gets
 
     def add(self, event: Union[Row, bytes]) -> None:
         """Keep an event, and wake who waits for one. It gets a seq, unless it is bytes."""
@@ -4937,24 +4937,24 @@ class Store:
             while len(self._ring) > self._size or (
                     0 < self._room < self._bytes and len(self._ring) > 1):
                 self._bytes -= len(self._ring.popleft()[1])
-            self._feed(self._seq, data)
+            self._publish(self._seq, data)
             for future in self._waiting:
                 settle(future, True)
 
     def tell(self, event: Union[Row, bytes]) -> None:
         """Send an event to the streams only; it is not kept."""
         with self._lock:
-            if self._feeds or self.relay:
-                self._feed(0, event if isinstance(event, bytes) else to_bytes(event))
+            if self._subscribers or self.relay:
+                self._publish(0, event if isinstance(event, bytes) else to_bytes(event))
 
-    def _feed(self, seq: int, data: bytes) -> None:
+    def _publish(self, seq: int, data: bytes) -> None:
         """A reader that is too far behind is disconnected: it reconnects, and says its last seq."""
-        for feed in list(self._feeds):
-            feed.rows.append((seq, data))
-            feed.size += len(data)
-            settle(feed.more, True)
-            if len(feed.rows) > STREAM_LIMIT or feed.size > STREAM_BYTES:
-                self._feeds.discard(feed)
+        for subscriber in list(self._subscribers):
+            subscriber.rows.append((seq, data))
+            subscriber.size += len(data)
+            settle(subscriber.more, True)
+            if len(subscriber.rows) > STREAM_LIMIT or subscriber.size > STREAM_BYTES:
+                self._subscribers.discard(subscriber)
         if self.relay:
             self.relay(seq, data)
 
@@ -5002,26 +5002,27 @@ class Store:
 
         def pieces() -> Iterator[bytes]:
             with self._lock:
-                feed = Feed(self._after(mark))
-                self._feeds.add(feed)
+                subscriber = Subscriber(self._after(mark))
+                self._subscribers.add(subscriber)
             sign, ended = b"retry: 1000\n\n", False
             try:
                 while True:
                     with self._lock:
-                        ended = ended or feed not in self._feeds
-                        rows, feed.rows, feed.size, feed.more = feed.rows, [], 0, Future()
+                        ended = ended or subscriber not in self._subscribers
+                        rows, subscriber.rows, subscriber.size = subscriber.rows, [], 0
+                        subscriber.more = Future()
                     yield from as_stream(rows)
                     yield sign
                     if ended:
                         return
                     sign = b""
                     try:
-                        ended = request.wait(feed.more, STREAM_SECONDS) is None
+                        ended = request.wait(subscriber.more, STREAM_SECONDS) is None
                     except TimeoutError:
                         sign = b":\n\n"
             finally:
                 with self._lock:
-                    self._feeds.discard(feed)
+                    self._subscribers.discard(subscriber)
 
         return Response(b"", "text/event-stream", pieces=pieces(), fields={
             "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -5045,18 +5046,18 @@ class Lane:
     """The events of one conversation that wait to be posted, or are being posted."""
 
     def __init__(self, keys: Iterable[int] = ()) -> None:
-        self.keys = collections.deque(keys)    # in the spool; the first is posted
+        self.keys = collections.deque(keys)    # in the queue on disk; the first is posted
         self.tries = 0                         # how often it was sent without success
         self.since: Optional[float] = None     # time of its first try
         self.next = 0.0                        # when it may be tried again
 
 
-class Reporter:
+class Poster:
     """Posts events to post_api, through a queue on disk; the events of each conversation in their
     order. Without a URL nothing is posted.
 
     Each thread of a pool posts one event at a time, without a lock; the owner's `timers.lock`
-    guards the spool and all state here. Another conversation is posted at the same time only if
+    guards that queue and all state here. Another conversation is posted at the same time only if
     an answer takes longer than PATIENCE: so a slow answer delays one conversation only, and while
     the receiver is quick a kill can double one event at most, not four.
 
@@ -5067,13 +5068,13 @@ class Reporter:
 
     PATIENCE = 0.05
 
-    def __init__(self, url: str, secret: str, spool: Spool, timers: Any, log: Log,
+    def __init__(self, url: str, secret: str, disk_queue: DiskQueue, timers: Any, log: Log,
                  answered: Callable[[Row, Row], None], fetch: Callable[..., Reply] = fetch,
                  failed: Callable[[], None] = lambda: None,
                  clock: Callable[[], float] = time.time, numeric: bool = False,
                  asking: Callable[[Row, bool], None] = lambda event, on: None) -> None:
         self._url = url                           # empty after 410 Gone, too
-        self._secret, self._spool, self._timers = secret, spool, timers
+        self._secret, self._disk_queue, self._timers = secret, disk_queue, timers
         self._log, self._answered, self._fetch = log, answered, fetch
         self._failed, self._clock, self._numeric = failed, clock, numeric
         self._asking = asking
@@ -5088,21 +5089,21 @@ class Reporter:
         self._landed: Callable[[], Any] = lambda: None
         self._look_at = self._tell_at = 0.0       # when the timers call flush() and failed() next
         with timers.lock:
-            for key, item in list(spool.pending.items() if url else ()):
+            for key, item in list(disk_queue.pending.items() if url else ()):
                 if isinstance(item, dict) and {"id", "in", "event"} <= item.keys():
                     self._lanes.setdefault(str(item["in"]), Lane()).keys.append(key)
                 else:
-                    spool.done(key)  # it is no event of ours
+                    disk_queue.done(key)  # it is no event of ours
 
     def add(self, event: Row, conversation: str, mark: Json = None) -> None:
-        """Queue an event, together with its source's mark (Spool)."""
+        """Queue an event, together with its source's mark (DiskQueue)."""
         with self._timers.lock:
             if not self._url:
-                return self._spool.advance(mark) if mark is not None else None
-            id = f"{int(self._clock() * 1000):x}-{self._spool.last + 1:x}"
-            key = self._spool.add({"id": id, "in": conversation, "event": event}, mark)
+                return self._disk_queue.advance(mark) if mark is not None else None
+            id = f"{int(self._clock() * 1000):x}-{self._disk_queue.last + 1:x}"
+            key = self._disk_queue.add({"id": id, "in": conversation, "event": event}, mark)
             self._lanes.setdefault(conversation, Lane()).keys.append(key)
-            for old in self._spool.excess():
+            for old in self._disk_queue.excess():
                 if old not in [lane.keys[0] for lane in self._flying]:
                     self._drop(old, "over the limit of the queue")
 
@@ -5124,7 +5125,7 @@ class Reporter:
 
     def waiting(self) -> int:
         """How many events are not delivered yet."""
-        return len(self._spool.pending) if self._url else 0
+        return len(self._disk_queue.pending) if self._url else 0
 
     def flying(self) -> int:
         """How many are being posted."""
@@ -5133,13 +5134,13 @@ class Reporter:
     def _next(self) -> Optional[Tuple[Lane, Row]]:
         """The next event to be posted now, if any, which counts as flying from now on; after its
         answer, or PATIENCE, the next one follows."""
-        self._spool.flush()
+        self._disk_queue.flush()
         found, now = None, self._timers.clock()
         wait = max(self._flying.values(), default=now - self.PATIENCE) + self.PATIENCE - now
         if wait <= 0 and len(self._flying) < POST_LANES and now >= self._pause_until:
             for lane in self._lanes.values():
                 if lane not in self._flying and lane.next <= now:
-                    found = lane, self._spool.pending[lane.keys[0]]
+                    found = lane, self._disk_queue.pending[lane.keys[0]]
                     self._flying[lane], wait = now, self.PATIENCE
                     break
         if wait > 0 and now >= self._look_at and len(self._lanes) > len(self._flying):
@@ -5209,7 +5210,7 @@ class Reporter:
         if status == 410:
             self._log.warn(f"{self._shown} answered 410 Gone: nothing more is posted to it")
             self._url = ""
-            for other in list(self._spool.pending):
+            for other in list(self._disk_queue.pending):
                 self._drop(other, "the receiver is gone")
         elif failure is None:
             if self._outage > 1:
@@ -5242,14 +5243,14 @@ class Reporter:
 
     def _forget(self, key: int) -> None:
         """Remove an event; its conversation goes to the end of the line."""
-        name = str(self._spool.pending[key]["in"])
+        name = str(self._disk_queue.pending[key]["in"])
         lane = self._lanes.pop(name)
         if lane.keys[0] == key:
             lane = Lane(lane.keys)
         lane.keys.remove(key)
         if lane.keys:
             self._lanes[name] = lane
-        self._spool.done(key)
+        self._disk_queue.done(key)
 
     def _drop(self, key: int, why: str) -> None:
         self._forget(key)
@@ -5264,12 +5265,12 @@ class Reporter:
             self._timers.later(1.0, self._failed)
 
 
-def watch_posting(metrics: Metrics, reporter: Reporter) -> None:
+def watch_posting(metrics: Metrics, poster: Poster) -> None:
     """Add what is posted to /metrics."""
     metrics.watch("events_total", "counter", "Events for post_api by what became of them.",
-                  lambda: {f'result="{name}"': count for name, count in reporter.counts.items()})
+                  lambda: {f'result="{name}"': count for name, count in poster.counts.items()})
     metrics.watch("post_queue_length", "gauge", "Events that wait to be posted.",
-                  lambda: {"": reporter.waiting()})
+                  lambda: {"": poster.waiting()})
 
 
 def shown_url(url: str) -> str:
@@ -5306,9 +5307,9 @@ class Outlet:
                                 "group_(shutup|upload)|poke|(onebot|milky)_event")
     NEWS = ("login", "stop", "state_change", "input_qrcode")  # for streams only, not kept
 
-    def __init__(self, store: Store, reporter: Reporter, listed: Iterable[str],
+    def __init__(self, store: EventStore, poster: Poster, listed: Iterable[str],
                  stdout: bool, numeric: bool, bytes_too: bool) -> None:
-        self.store, self.reporter = store, reporter
+        self.store, self.poster = store, poster
         self._listed, self._stdout, self._numeric = set(listed), stdout, numeric
         self._bytes_too = bytes_too
 
@@ -5330,7 +5331,7 @@ class Outlet:
                 os.write(1, to_bytes(row) + b"\n")
             except OSError:
                 self._stdout = False  # nobody reads it any more
-        self.reporter.add(queued, conversation, mark or None)
+        self.poster.add(queued, conversation, mark or None)
         return True
 
 
@@ -7072,7 +7073,7 @@ class LoginPage:
 
 # -- OneBot
 
-class Intake:
+class EventQueue:
     """A queue of events, from the thread that reads them to act(rows).
 
     Until want(True) they wait, and beyond LIMIT the oldest are dropped; after it put() waits if too
@@ -7086,7 +7087,7 @@ class Intake:
 
     def __init__(self, act: Callable[[List[Row]], None], log: Log) -> None:
         self._act = act
-        self._dealer = ThreadPool(1, "events", log)
+        self._dispatcher = ThreadPool(1, "events", log)
         self._workers = ThreadPool(self.WORKERS, "events", log)
         self._changed = threading.Condition()  # guards all below
         self._rows: Deque[Tuple[str, Row]] = collections.deque()  # (conversation, event)
@@ -7097,7 +7098,7 @@ class Intake:
         """Begin to act upon events, or stop it."""
         with self._changed:
             if wanted and not self._wanted:
-                self._dealer.submit(self._deal)
+                self._dispatcher.submit(self._dispatch)
             self._wanted = wanted
             self._changed.notify_all()
 
@@ -7113,7 +7114,7 @@ class Intake:
             self._rows.append((conversation, row))
             self._changed.notify_all()
 
-    def _deal(self) -> None:
+    def _dispatch(self) -> None:
         with self._changed:
             while self._changed.wait_for(lambda: self._rows or not self._wanted) and self._wanted:
                 name = self._rows[0][0]
@@ -7137,7 +7138,7 @@ class Intake:
             self._act(rows)
 
 
-class Recent:
+class BoundedDict:
     """A dict with the newest entries."""
 
     def __init__(self, limit: int = WAIT_LIMIT) -> None:
@@ -7158,8 +7159,9 @@ class OneBotLink(Link):
     """A QQ account through a OneBot 11 bridge (ONEBOT.md): NapCatQQ, LLBot and the like.
 
     One thread reads from the connection, and never waits for an answer; another one connects and
-    checks the login; those of Intake handle events; `_curious` looks up what nobody waits for. The
-    subclass for another protocol translates to and from OneBot's words, in `_get` and `_items`.
+    checks the login; those of EventQueue handle events; `_background` looks up what nobody waits
+    for. The subclass for another protocol translates to and from OneBot's words, in `_get` and
+    `_items`.
     """
 
     fetches = real = True
@@ -7199,15 +7201,15 @@ class OneBotLink(Link):
         self._living = self._greeted = False
         self._shown: Code = ""               # the QR code shown since the last login
         self._thrown_out = ""                # why the login was lost
-        self._intake = Intake(self._act, log)
-        self._curious = ThreadPool(2, "later", log)
+        self._queue = EventQueue(self._act, log)
+        self._background = ThreadPool(2, "later", log)
         self._event = threading.local()      # `until`: the end of look-ups for the present event
         self._slow: Dict[str, float] = {}    # action that was too slow -> when it is used again
         self._marks = itertools.count(time.time_ns())
         self._ids = MessageIds()             # for messages without an id
-        self._seen = Recent()                # hashes of events
-        self._told = Recent()                # who -> what was told of them last, and when
-        self._names = Recent()               # (group, uid) -> their name in `at`
+        self._seen = BoundedDict()           # hashes of events
+        self._told = BoundedDict()           # who -> what was told of them last, and when
+        self._names = BoundedDict()          # (group, uid) -> their name in `at`
 
     # -- the connection
 
@@ -7309,7 +7311,7 @@ class OneBotLink(Link):
 
     def close(self) -> None:
         self._closed.set()
-        self._intake.want(False)
+        self._queue.want(False)
         self.bridge.close()
 
     # -- who is there
@@ -7485,8 +7487,8 @@ class OneBotLink(Link):
     # -- what it tells
 
     def ready(self) -> None:
-        self._intake.want(True)
-        self._curious.submit(self._ask_for_requests)
+        self._queue.want(True)
+        self._background.submit(self._ask_for_requests)
 
     def _hear(self, row: Row) -> None:
         """Take an event, in the thread that reads it."""
@@ -7497,7 +7499,7 @@ class OneBotLink(Link):
             self._offline(scalar(row.get("message")) or "the account was logged out")
         else:
             who = row.get("user_id") or row.get("target_id")
-            self._intake.put(number_of(row.get("group_id")) or f"/{scalar(who)}", row)
+            self._queue.put(number_of(row.get("group_id")) or f"/{scalar(who)}", row)
 
     def hear(self, row: Row) -> bool:
         me, uid = self.me, scalar(row.get("self_id"))
@@ -7505,7 +7507,7 @@ class OneBotLink(Link):
             self._log.warn(f"an event for {uid} was posted to us, who are {me}")
             if scalar(self._look_up("get_login_info").get("user_id")) != uid:
                 return True
-            self._intake.want(False)
+            self._queue.want(False)
             self._offline(f"another account, {uid}, is logged in there")
         self._hear(row)
         return True
@@ -7582,7 +7584,7 @@ class OneBotLink(Link):
                 "friend") and not known("friend", uid, ""):
             # whoever writes as a friend is one; more is looked up later
             found.append(happened("new_friend", object=item["sender"]))
-            self._curious.submit(self._look_later, "", uid)
+            self._background.submit(self._look_later, "", uid)
         if sub_type not in ("anonymous", "notice"):
             in_group = item["type"] == "group_message"
             circle = known("group", group, "") if in_group else None
@@ -7590,7 +7592,7 @@ class OneBotLink(Link):
                 # one can only be new where all members are known
                 self._was_told(0.0, "entry", group, uid)
                 found.append(self._of_member("new_group_member", group, item["sender"]))
-                self._curious.submit(self._look_later, group, uid)
+                self._background.submit(self._look_later, group, uid)
                 in_group = False
             told = object_of(row.get("sender"))
             name = filled({"name": scalar(told.get("nickname"))})
@@ -7795,7 +7797,7 @@ class MessageBook(Journal):
     def __init__(self, path: str, log: Log) -> None:
         super().__init__(path, log)
         self._lock = threading.Lock()        # guards both below, and the file
-        self._recent = Recent(10_000)        # id -> id, place, seq, when
+        self._recent = BoundedDict(10_000)   # id -> id, place, seq, when
         self._rows: Dict[int, List[Any]] = self._recent.notes
         for line in self.read():
             if isinstance(line, list) and list(map(type, line)) == [int, str, int, int]:
@@ -7927,7 +7929,7 @@ class MilkyLink(OneBotLink):
     def __init__(self, settings: Settings, hooks: Hooks, log: Log) -> None:
         super().__init__(settings, hooks, log)
         self._book = MessageBook(hooks.ids_path, log)
-        self._hashes = Recent()              # a private file's id -> its hash, which its URL needs
+        self._hashes = BoundedDict()         # a private file's id -> its hash, for its URL
         self._picture = settings.qrcode_file
         self._look = self._look or self._look_at_picture
 
@@ -7936,7 +7938,7 @@ class MilkyLink(OneBotLink):
         return MilkyCalls(self._url, self._token, self._log, self._hear)
 
     def _await_page(self) -> None:
-        self._intake.want(False)
+        self._queue.want(False)
         if self._look != self._look_at_picture:
             super()._await_page()
         elif self._look_at_picture()[1]:     # the bridge may not serve before it is logged in
@@ -8103,9 +8105,9 @@ class MilkyLink(OneBotLink):
     def _hear(self, row: Row) -> None:
         if row.get("event_type") != "bot_offline":
             if "event_type" in row:
-                self._intake.put(self._place(object_of(row.get("data"))), row)
+                self._queue.put(self._place(object_of(row.get("data"))), row)
         elif self._greeted:
-            self._intake.want(False)
+            self._queue.want(False)
             self._offline(scalar(object_of(row.get("data")).get("reason")) or "it was logged out")
 
     def _act(self, rows: List[Row]) -> None:
@@ -8289,7 +8291,7 @@ class ILinkLink(Link):
         self._over = threading.Event()       # ends the thread of the newest login()
         self._digits: Optional[Future[str]] = None  # the digits on the phone, while asked for
         self._why = ""                       # why the login was lost
-        self._typists = ThreadPool(1, "typing", log)
+        self._pool = ThreadPool(1, "typing", log)
         self._cursor = ""
         self._seen: Deque[str] = collections.deque(maxlen=50)
 
@@ -8603,7 +8605,7 @@ class ILinkLink(Link):
             except OpenQQError as error:
                 self._log.debug(f"WeChat, typing: {error.status}")
 
-        self._typists.submit(show)
+        self._pool.submit(show)
 
     def _call(self, name: str, body: Row, base: str = "", seconds: float = 15.0) -> Row:
         """The answer to a call. Unreachable; Declined with what WeChat says; LoginEnded."""
@@ -8735,7 +8737,7 @@ class Parent:
         self.flush()
 
 
-class Papers:
+class ClientFiles:
     """The files of a client (000); a failure to write one does not stop the client."""
 
     def __init__(self, settings: Settings, flavour: Type[Flavour], log: Log) -> None:
@@ -8747,7 +8749,7 @@ class Papers:
                       state_path=f"{start}state_{account}.json",
                       pid_path=f"{start}pid_{account}.pid")
         self.pid = PidFile(settings.pid_path)
-        self.shelf = Shelf(f"{start}media_{account}_")
+        self.media_store = MediaStore(f"{start}media_{account}_")
         self.spool_path = f"{start}post_{account}.jsonl"
         self.ids_path = f"{start}ids_{account}.jsonl"
         self.claim_path = start + "account_{}.pid"
@@ -8775,8 +8777,8 @@ class Papers:
         if client.warnings:
             row["warning"] = "; ".join(client.warnings.values())
         for outlet in client.outlets:
-            if outlet.reporter.error:
-                row["post_error"] = outlet.reporter.error
+            if outlet.poster.error:
+                row["post_error"] = outlet.poster.error
         return dict(row, error=client.error) if client.error else row
 
     def write_state(self, client: Client) -> None:
@@ -9030,7 +9032,7 @@ class Details:
 
     def __init__(self, client: Client) -> None:
         self._client, self._roster = client, client.roster
-        self._askers = ThreadPool(2, "lists", client.log)
+        self._list_pool = ThreadPool(2, "lists", client.log)
         self._workers = ThreadPool(4, "details", client.log)
         self._loading: Set[Tuple[str, bool]] = set()  # group, with members?
         self._doubted: Dict[str, Listing] = {}        # group -> its members, as they were told
@@ -9094,7 +9096,7 @@ class Details:
             listing.loaded = listing.good = False
         if not listing.asking:
             listing.asking, listing.began = True, self._client.timers.clock()
-            self._askers.submit(self._fetch, kind, listing)
+            self._list_pool.submit(self._fetch, kind, listing)
 
     def _fetch(self, kind: str, listing: Listing) -> None:
         client, roster, before = self._client, self._roster, self._roster.changes
@@ -9238,7 +9240,7 @@ class Login:
                       scanned=hook(self._scanned), confirmed=hook(self._confirmed),
                       lost=hook(self._lost), received=client.talk.receive,
                       known=client.roster.find, certain=client.details.is_certain,
-                      kept=hook(self._keep), ids_path=client.papers.ids_path)
+                      kept=hook(self._keep), ids_path=client.files.ids_path)
         self.link: Link
         kind = link_of(settings.given)
         if kind in LINKS:
@@ -9249,7 +9251,7 @@ class Login:
                                                           client.parent.key)
         else:
             network = self.network = LocalNetwork(
-                client.papers.local_path, settings.world, client.flavour, log,
+                client.files.local_path, settings.world, client.flavour, log,
                 client.public_url, lambda account: account == client.account)
             host = lambda verb, *args, **named: network.call(  # noqa: E731
                 client.account, verb, args, named)
@@ -9285,8 +9287,8 @@ class Login:
         def log_in() -> None:
             if anew:
                 self.link.logout()
-            cookie = self._client.papers.read_cookie().get("cookie", "")
-            self.link.login(str(cookie), str(self._client.spool.mark or ""))
+            cookie = self._client.files.read_cookie().get("cookie", "")
+            self.link.login(str(cookie), str(self._client.disk_queue.mark or ""))
         self._submit(log_in)
 
     def anew(self) -> None:
@@ -9295,7 +9297,7 @@ class Login:
         with client.lock:
             if client.state != "stop":
                 remove_file(client.settings.cookie_path)
-                client.papers.write_cookie()  # its secrets stay
+                client.files.write_cookie()  # its secrets stay
                 self._codes = 0
                 self._known = False
                 self._cancel()
@@ -9344,15 +9346,15 @@ class Login:
         client = self._client
         self._cancel()
         self._codes = 0
-        client.papers.write_cookie(cookie)
+        client.files.write_cookie(cookie)
         client.enter("updating")
         remove_file(client.settings.qrcode_path)
         self._submit(self._learn, fresh, self._turn)
 
     def _keep(self, cookie: str) -> None:
         if cookie:
-            self._client.papers.write_cookie(cookie)
-        self._client.papers.write_state(self._client)  # it contains link.status()
+            self._client.files.write_cookie(cookie)
+        self._client.files.write_state(self._client)  # it contains link.status()
 
     def _lost(self, error: str) -> None:
         """The link has lost its connection; it tries again by itself."""
@@ -9410,7 +9412,7 @@ class Login:
     def _claim_account(self) -> None:
         """Warn while another client has the same account: both would answer everything."""
         client, name = self._client, self.link.account()
-        claim = PidFile(client.papers.claim_path.format(name))
+        claim = PidFile(client.files.claim_path.format(name))
         if not name or client.state == "stop" or claim.path == self._claim.path:
             return
         self._claim.drop()  # another account is logged in
@@ -9465,7 +9467,7 @@ class Talk:
     def compose(self, item: Row, origin: str = "", media: Optional[Row] = None
                 ) -> Optional[Message]:
         """The message of an item of the link, or None if it is to be ignored; or, with `origin`, a
-        message that is to be sent, perhaps with media of the shelf."""
+        message that is to be sent, perhaps with media that are kept."""
         client, flavour, roster = self._client, self._flavour, self._client.roster
         own, uid = item["do"] == "sent", item["uid"]
         kind = CIRCLE_OF.get(item["type"]) or (
@@ -9529,14 +9531,14 @@ class Talk:
                for part in self._flavour.parts[role]}})
 
     def _add_media(self, message: Message, picture: Row, media: Optional[Row]) -> None:
-        """Set the members for a picture: `media` of the shelf, or one that came, which may be put
+        """Set the members for a picture: `media` that are kept, or one that came, which may be put
         there."""
         if media is None:
             data, name = base64.b64decode(picture["data"]), str(picture["name"])
             media = unkept_media(data, name)
             if self._client.settings.download_media:
                 try:
-                    media = self._client.papers.shelf.put(data, name)
+                    media = self._client.files.media_store.put(data, name)
                 except OSError as error:
                     self._client.log.warn(f"a picture could not be kept: {error}")
         kind, key = media["media_mime"].partition("/")[0], media["media_id"]
@@ -9583,9 +9585,9 @@ class Talk:
         """Queue a message to a uid, or to a group or discuss (`circle`, its uid). From any thread.
 
         `type` is a message's type, `via` group or discuss for a sess_message, `media` a row of the
-        client's shelf; with `cq` a bridge reads CQ codes in `content`; `reply_to` is the id of a
-        message that is quoted, `at` the uids of those who are mentioned, or all. The future brings
-        the Message, with id, code, info and msg set; a failed one has no id.
+        client's media store; with `cq` a bridge reads CQ codes in `content`; `reply_to` is the id
+        of a message that is quoted, `at` the uids of those who are mentioned, or all. The future
+        brings the Message, with id, code, info and msg set; a failed one has no id.
         """
         client, future = self._client, Future()  # type: Client, Future[Message]
         kind = CIRCLE_OF.get(type, via)
@@ -9725,20 +9727,20 @@ class Talk:
                         if item["do"] != "event":
                             self._hear(item, mark)
                         elif not self.happen(item, mark):
-                            client.spool.advance(mark)
+                            client.disk_queue.advance(mark)
                     except Exception:  # the other items go on
                         client.log.failure("an item of the link")
-                        client.spool.advance(mark)
+                        client.disk_queue.advance(mark)
             for mark, future, message in self._answered:
                 if self._is_old(mark):
                     settle(future, message)
             self._answered = [entry for entry in self._answered if not entry[1].done()]
-            return str(client.spool.mark)
+            return str(client.disk_queue.mark)
 
     def _is_old(self, mark: str) -> bool:
         """Whether an item came before: its acknowledgement was lost with a connection."""
         era, _, number = mark.partition(":")
-        old_era, _, old_number = str(self._client.spool.mark or "").partition(":")
+        old_era, _, old_number = str(self._client.disk_queue.mark or "").partition(":")
         return era == old_era and int(number) <= int(old_number)
 
     def _hear_own(self) -> None:
@@ -9754,7 +9756,7 @@ class Talk:
         client, own = self._client, item["do"] == "sent"
         message = None if own and item["id"] in self._seen else self.compose(item)
         if message is None:
-            return client.spool.advance(mark or None)
+            return client.disk_queue.advance(mark or None)
         for future in self._expected.pop(item["uid"], []) if not own and not message.circle else []:
             settle(future, message.content)
         self._report(message, mark)
@@ -9807,15 +9809,15 @@ class Client:
         self.log = open_log(self.settings, f"[{self.account}][{os.getpid()}]")
         if parent:  # check_client shows the last warnings of a client that died
             self.log.keep = lambda text: parent.tell(log=text[-1000:])
-        self.papers = Papers(self.settings, self.flavour, self.log)
-        self.papers.pid.take(f"client {self.account}")
+        self.files = ClientFiles(self.settings, self.flavour, self.log)
+        self.files.pid.take(f"client {self.account}")
         for path in self.settings.cookie_path, self.settings.state_path, self.settings.qrcode_path:
             remove_leftovers(path)
-        self.papers.share_secrets()
+        self.files.share_secrets()
         self.start_time = int(time.time())
-        # The lock guards all fields that change from here on, the roster, the queues, the spool,
-        # the reporters of outlets, and the fields of Login, Details and Talk. Whoever holds it
-        # does not wait for a network, and does not call the local one.
+        # The lock guards all fields that change from here on, the roster, the queues, the posters
+        # of outlets, and the fields of Login, Details and Talk. Whoever holds it does not wait for
+        # a network, and does not call the local one.
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)  # notified when something may be waited for
         self.timers = Timers(self.lock, self.log)
@@ -9825,12 +9827,12 @@ class Client:
         self.port = 0                                # of the API, once it is there
         self.ended = self._hurries = False
         self.roster = Roster(self.flavour.fields, self.lock)
-        self.spool = Spool(self.papers.spool_path, POST_QUEUE_LIMIT, self.log)
+        self.disk_queue = DiskQueue(self.files.spool_path, POST_QUEUE_LIMIT, self.log)
         self.outlets: List[Outlet] = []
         self.plugins: List[Plugin] = []
         self.closing: List[Callable[[], Any]] = []   # called at the end; True: wait a moment
         self._callbacks: Dict[str, List[Callable[..., Any]]] = {}
-        self._crew = ThreadPool(1, "callbacks", self.log)
+        self._pool = ThreadPool(1, "callbacks", self.log)
         self._batches = 0                            # batch() within batch()
         self._plans: Dict[str, Callable[[], None]] = {}  # name of a plan() -> what cancels it
         self.details = Details(self)
@@ -9865,7 +9867,7 @@ class Client:
         try:
             plugin.call(self, plugin.data)
         except BaseException:
-            self.papers.pid.drop()
+            self.files.pid.drop()
             raise
 
     def run(self) -> int:
@@ -9882,7 +9884,7 @@ class Client:
         with self.lock:
             if self.state != "stop":
                 for outlet in self.outlets:
-                    outlet.reporter.flush()  # what a former process left
+                    outlet.poster.flush()  # what a former process left
                 self._login.begin()
         self.timers.run()
         return 0
@@ -9966,7 +9968,7 @@ class Client:
         if changes:
             assert state in NEXT_STATES[self.state], f"{self.state} -> {state}"
             self.previous_state, self.state, self.since = self.state, state, time.time()
-        self.papers.write_state(self)
+        self.files.write_state(self)
         if changes and self.parent:
             self.parent.tell(state=state)
         if changes and self.previous_state:
@@ -9981,7 +9983,7 @@ class Client:
             self.log.warn(text)
         else:
             del self.warnings[about]
-        self.papers.write_state(self)
+        self.files.write_state(self)
 
     def _signalled(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -10006,21 +10008,21 @@ class Client:
         """In a thread of its own: wait a moment for what is to be posted, then for what is being
         posted, which would come twice without its answer. The rest waits for the next start."""
         with self.lock:
-            reporters = [outlet.reporter for outlet in self.outlets]
-            for reporter in reporters:
-                reporter.drain(self.changed.notify_all)
+            posters = [outlet.poster for outlet in self.outlets]
+            for poster in posters:
+                poster.drain(self.changed.notify_all)
             self.changed.wait_for(lambda: self._hurries or not any(
-                reporter.waiting() for reporter in reporters), STOP_SECONDS)
-            for reporter in reporters:
-                reporter.hold()
+                poster.waiting() for poster in posters), STOP_SECONDS)
+            for poster in posters:
+                poster.hold()
             self.changed.wait_for(lambda: self._hurries or not any(
-                reporter.flying() for reporter in reporters), 1.5)
+                poster.flying() for poster in posters), 1.5)
             self.ended = True
-            self.spool.close()
+            self.disk_queue.close()
         busy = [close() for close in self.closing]
         self._login.end()
         remove_file(self.settings.qrcode_path)
-        self.papers.pid.drop()
+        self.files.pid.drop()
         self.timers.later(READ_SECONDS if any(busy) else 0.0, self.timers.stop)
 
     # -- events, with the lock held
@@ -10034,9 +10036,9 @@ class Client:
         finally:
             self._batches -= 1
             if not self._batches:
-                self.spool.flush()
+                self.disk_queue.flush()
                 for outlet in self.outlets:
-                    outlet.reporter.flush()
+                    outlet.poster.flush()
                 if self.parent:
                     self.parent.flush()
 
@@ -10054,9 +10056,9 @@ class Client:
         with self.batch():
             taken = [outlet.put(event, row, conversation, mark) for outlet in self.outlets]
             if mark and not any(taken):
-                self.spool.advance(mark)
+                self.disk_queue.advance(mark)
             for callback in self._callbacks.get(event, ()):
-                self._crew.submit(self._call_back, event, callback, params)
+                self._pool.submit(self._call_back, event, callback, params)
 
     def _call_back(self, event: str, callback: Callable[..., Any], params: List[Any]) -> None:
         try:
@@ -10126,11 +10128,11 @@ class Media:
         self.client = client
 
     def take(self, params: Params, keep: bool = False) -> Optional[Row]:
-        """The shelf's row of the picture in the parameters, or None. If it cannot be kept its bytes
-        are in `data`; with `keep` that is NoRoom. BadRequest, NotAllowed."""
-        shelf = self.client.papers.shelf
+        """The media store's row of the picture in the parameters, or None. If it cannot be kept its
+        bytes are in `data`; with `keep` that is NoRoom. BadRequest, NotAllowed."""
+        media_store = self.client.files.media_store
         if params.get("media_id"):
-            row = shelf.get(params["media_id"])
+            row = media_store.get(params["media_id"])
             if row is None:
                 raise BadRequest(400, "media_id not found")
             return row
@@ -10163,7 +10165,7 @@ class Media:
             raise BadRequest(400, f"{name} over {MEDIA_LIMIT} bytes")
         title = chosen or params.get(name + ".filename") or title
         try:
-            return {**shelf.put(data, title), "path": path}
+            return {**media_store.put(data, title), "path": path}
         except OSError as error:
             self.client.log.warn(f"a picture could not be kept: {error}")
             if keep:
@@ -10202,7 +10204,7 @@ class Media:
         settings = self.client.settings
         media = re.escape(f"{self.client.flavour.file_prefix}media_{self.client.account}_")
         try:
-            check_path("media_path", path, settings.tmpdir, media + Shelf.NAME.pattern,
+            check_path("media_path", path, settings.tmpdir, media + MediaStore.NAME.pattern,
                        (settings.cookie_path, settings.state_path, settings.pid_path,
                         settings.log_path))
             data = read_file(path, MEDIA_LIMIT)
@@ -10239,7 +10241,7 @@ class Answers:
     def __init__(self, client: Client, media: Media, post_api: str) -> None:
         self._client, self._media = client, media
         self._shares_files = is_loopback(urllib.parse.urlsplit(post_api).hostname or "")
-        self._crew = ThreadPool(4, "media", client.log)
+        self._pool = ThreadPool(4, "media", client.log)
 
     def typing(self, row: Row, on: bool) -> None:
         """Show the writer of a message that an answer is being written, or no longer."""
@@ -10272,7 +10274,7 @@ class Answers:
             except OpenQQError as error:
                 self._client.log.warn(f"reply in an answer of post_api: {error.status}")
         if answer.get("media"):
-            self._crew.submit(self._send_media, row, answer["media"])
+            self._pool.submit(self._send_media, row, answer["media"])
         if received and self._is_set(answer, "delete"):
             self._do("revoke", row["id"])
         if received and row["type"] == "group_message" and sender:
@@ -10315,7 +10317,7 @@ class Answers:
             if not done:
                 self._client.log.warn(f"{verb} {args[0]}, as an answer of post_api wants it, "
                                       f"failed: {why}")
-        self._crew.submit(do)
+        self._pool.submit(do)
 
     def _send_media(self, row: Row, media: Json) -> None:
         """Send media one after the other, after the reply."""
@@ -10356,7 +10358,7 @@ class Api:
     NOT_FOUND = {"code": 100, "status": "object not found"}
     FAILURE = {"code": 201, "status": "failure"}
 
-    def __init__(self, client: Client, store: Store, numeric: bool) -> None:
+    def __init__(self, client: Client, store: EventStore, numeric: bool) -> None:
         self.client, self.store, self.numeric = client, store, numeric
         self.flavour, self.media = client.flavour, Media(client)
         self._looking = threading.Lock()     # guards _looked
@@ -10479,7 +10481,7 @@ class Api:
                          ) if found else self.NOT_FOUND
 
     def do_get_client_info(self, request: Request) -> Json:
-        row = self.client.papers.state_row(self.client)
+        row = self.client.files.state_row(self.client)
         return {**{name: row[name] for name in ("account", "http_debug", "log_encoding",
                                                 "log_level", "log_path", "os", "pid", "version")},
                 "code": 0, "status": "success", "starttime": self.client.start_time,
@@ -10500,7 +10502,7 @@ class Api:
                 if url:
                     return Response(b"", "", 302, {"Location": url})
         else:
-            row = self.client.papers.shelf.get(id)
+            row = self.client.files.media_store.get(id)
             data = read_file(row["media_path"]) if row else None
             if row and data is not None:
                 return Response(data, row["media_mime"], fields={
@@ -10792,7 +10794,7 @@ class Api:
         self.check_name(request)
         client = self.client
         return {"code": 0, "client": [{
-            **client.papers.state_row(client), "port": client.port, "restarts": 0,
+            **client.files.state_row(client), "port": client.port, "restarts": 0,
             "since": str(int(client.since)),
             "link": link_of(client.settings.given)}]}
 
@@ -10876,7 +10878,7 @@ def client_fallback(request: Request) -> Response:
     return Response(b"api not found", "text/html;charset=UTF-8", 403)
 
 
-def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
+def take_from_bridge(client: Client, auth: Auth, request: Request) -> Json:
     """/onebot and /milky, where a bridge posts its events (ONEBOT.md, MILKY.md). AuthFailure,
     BadRequest; ApiNotFound for an account on another link.
 
@@ -10898,7 +10900,7 @@ def take_from_bridge(client: Client, gate: Gate, request: Request) -> Json:
         if token if is_milky else secret and not settings.token:
             raise AuthFailure()
         try:
-            (Gate() if is_milky else gate).check(request)
+            (Auth() if is_milky else auth).check(request)
         except AuthFailure:
             raise AuthFailure() from None  # the advice for other callers does not help a bridge
     row = object_in(request.body)
@@ -10920,34 +10922,34 @@ def openqq_plugin(client: Client, data: Row) -> None:
     settings = client.settings.with_(
         {name: value for name, value in data.items() if name != "listen"})
     settings.fill(port=flavour.client_port)
-    store = Store(settings.check_event_list_max_size)
+    store = EventStore(settings.check_event_list_max_size)
     if parent and not client.outlets:
         store.relay = parent.add
     api = Api(client, store, settings.numeric_ids)
     answers = Answers(client, api.media, settings.post_api)
-    reporter = Reporter(
-        settings.post_api, settings.post_secret, client.spool, client.timers, log,
+    poster = Poster(
+        settings.post_api, settings.post_secret, client.disk_queue, client.timers, log,
         answers.answered, asking=answers.typing, numeric=settings.numeric_ids,
-        failed=lambda: client.papers.write_state(client))
+        failed=lambda: client.files.write_state(client))
     listed = (flavour.post_event_list if settings.post_event_list is None
               else settings.post_event_list)
-    client.outlets.append(Outlet(store, reporter, listed if settings.post_event else [],
+    client.outlets.append(Outlet(store, poster, listed if settings.post_event else [],
                                  settings.post_stdout, settings.numeric_ids,
                                  settings.post_media_data))
 
-    gate = Gate(settings.token, settings.allowed_hosts)
-    app = ClientApp(gate, log, all_routes(
+    auth = Auth(settings.token, settings.allowed_hosts)
+    app = ClientApp(auth, log, all_routes(
         flavour, settings, flavour.apis.values(), api.handler,
         lambda request: client_page(client) if client.parent else dashboard(
             flavour, settings, client.account),
-        functools.partial(take_from_bridge, client, gate), client.local_pages(), False),
+        functools.partial(take_from_bridge, client, auth), client.local_pages(), False),
         client_fallback)
     app.metrics.watch("clients", "gauge", "Clients by state.",
                       lambda: {f'state="{state}"': state == client.state
                                for state in NEXT_STATES if state})
     app.metrics.watch("send_queue_length", "gauge", "Messages that wait to be sent.",
                       lambda: {"": client.talk.waiting()})
-    watch_posting(app.metrics, reporter)
+    watch_posting(app.metrics, poster)
     listeners = [client.take_listener() or open_listener(address, settings)
                  for address in data.get("listen") or [{}]]
     client.port = client.port or listeners[0].getsockname()[1]
@@ -10956,7 +10958,7 @@ def openqq_plugin(client: Client, data: Row) -> None:
         log.info(f"插件[{flavour.program}::Plugin::{flavour.plugin}]监听地址: "
                  f"[ http://{listener.getsockname()[0]}:{listener.getsockname()[1]} ]")
     if not parent:
-        log.info(gate_hint(settings))
+        log.info(auth_hint(settings))
 
     if settings.poll_api:
         own = {client.port: f"http://127.0.0.1:{client.port}"}
@@ -10979,7 +10981,7 @@ def serve(app: App, listeners: Iterable[socket.socket], settings: Settings,
     return servers
 
 
-def gate_hint(settings: Settings) -> str:
+def auth_hint(settings: Settings) -> str:
     """Who is served, and how to change that, for the log."""
     if settings.token:
         return "callers need the token"
@@ -11537,15 +11539,15 @@ class Controller:
         self.settled = threading.Condition(self.lock)
         self.timers = Timers(self.lock, self.log)
         self.pid = PidFile(settings.pid_path)
-        self.gate = Gate(settings.token, settings.allowed_hosts)
-        self.store = Store(STREAM_LIMIT, room=STREAM_BYTES)  # the events of all clients
+        self.auth = Auth(settings.token, settings.allowed_hosts)
+        self.store = EventStore(STREAM_LIMIT, room=STREAM_BYTES)  # the events of all clients
         self.supervisor = Supervisor(self)
         self.former: Dict[str, Child] = {}    # remembered clients, which do not run
         self._turns: Set[str] = set()         # names of clients being started, stopped …
         self._dirty = False                   # the backend file must be written
         self._servers: List[Server] = []
-        self._spool = Spool(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
-        self._reporter = Reporter(settings.post_api, settings.post_secret, self._spool,
+        self._disk_queue = DiskQueue(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
+        self._poster = Poster(settings.post_api, settings.post_secret, self._disk_queue,
                                   self.timers, self.log, lambda event, answer: None)
         self._closing: List[Callable[[], None]] = []
 
@@ -11596,7 +11598,7 @@ class Controller:
     def _begin(self) -> None:
         """Begin posting and polling, start the clients, then serve: so callers find all of them."""
         settings, log = self.settings, self.log
-        self._reporter.flush()  # what a former process left
+        self._poster.flush()  # what a former process left
         if settings.poll_api:
             port = self._listeners[0].getsockname()[1]
             heartbeat = Heartbeat(settings.poll_api, settings.poll_interval, {port: self.url},
@@ -11614,7 +11616,7 @@ class Controller:
             except OpenQQError as error:
                 log.error(f"accounts file: {name} cannot be started: {error.status}")
         api = ControllerApi(self)
-        app = App(self.gate, log, api.routes, api.proxy,
+        app = App(self.auth, log, api.routes, api.proxy,
                   [prefix + path for prefix in PREFIXES for path in self.flavour.apis])
         children = self.supervisor.children
         app.metrics.watch("clients", "gauge", "Clients by state.", lambda: {
@@ -11622,12 +11624,12 @@ class Controller:
             for state in (*NEXT_STATES, "failed") if state})
         app.metrics.watch("client_restarts_total", "counter", "Restarts of clients that had died.",
                           lambda: {"": self.supervisor.restarts})
-        watch_posting(app.metrics, self._reporter)
+        watch_posting(app.metrics, self._poster)
         log.info(f"OpenQQ {VERSION}, files in {settings.tmpdir}")
         self._servers += serve(app, self._listeners, settings, log)
         for listener in self._listeners:
             log.info("Listening at http://{}:{}".format(*listener.getsockname()))
-        log.info(gate_hint(settings))
+        log.info(auth_hint(settings))
         log.info(f"start an account: {settings.public_url}{self.flavour.prefix}"
                  "start_client?client=NAME")
 
@@ -11767,8 +11769,8 @@ class Controller:
 
     def report(self, child: Child, event: str, *params: Json) -> None:
         """Tell and post an event of a client; its first parameter is the client's name."""
-        self._reporter.add(self.tell(child, event, [child.name, *params]), "")
-        self._reporter.flush()
+        self._poster.add(self.tell(child, event, [child.name, *params]), "")
+        self._poster.flush()
 
     # -- ending
 
@@ -11777,7 +11779,7 @@ class Controller:
             with self.settled:
                 self.settled.wait_for(lambda: not self.supervisor.busy())
                 self.log.info("stopped")
-                self._spool.close()
+                self._disk_queue.close()
                 self.timers.later(seconds, self.timers.stop)
 
         if not self.supervisor.ending:
@@ -11871,7 +11873,7 @@ class ControllerApi:
             for setting in "cookie_path", "state_path", "spool_path", "qrcode_path", "ids_path":
                 remove_file(controller.path_of(child, setting))
                 remove_leftovers(controller.path_of(child, setting))
-            Shelf(controller.path_of(child, "media")).clear()
+            MediaStore(controller.path_of(child, "media")).clear()
             return child.shown()
 
     def do_check_client(self, request: Request) -> Row:
@@ -11919,7 +11921,7 @@ class ControllerApi:
         request.read_url_only()
         child, is_milky = self._children.get(self._name(request)), request.path == "/milky"
         try:
-            (Gate() if is_milky else self._controller.gate).check(request)
+            (Auth() if is_milky else self._controller.auth).check(request)
             trusted = True
         except AuthFailure:
             trusted = False
@@ -12114,7 +12116,7 @@ def event_line(event: Row) -> Tuple[str, str]:
     return f"{head} ← {event.get('sender')}{f'@{place}' if place else ''}: {content}", ""
 
 
-class Said:
+class ApiAnswer:
     """An answer of the API: `value` is its JSON, or None, `row` the same if it is an object, `code`
     its code; `good`: it was done."""
 
@@ -12176,10 +12178,10 @@ class Terminal:
                      "GET" if reads else "POST", fields, body, PROXY_SECONDS + KILL_SECONDS,
                      repeat=reads)
 
-    def _ask(self, api: str, **params: str) -> Said:
-        return Said(self._open(api, params))
+    def _ask(self, api: str, **params: str) -> ApiAnswer:
+        return ApiAnswer(self._open(api, params))
 
-    def _show_raw(self, said: Said) -> None:
+    def _show_raw(self, said: ApiAnswer) -> None:
         is_json = said.kind == "application/json"
         if not self._is_console:
             sys.stdout.buffer.write(said.body + (b"\n" if is_json else b""))
@@ -12192,7 +12194,7 @@ class Terminal:
     def _color(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self._has_colors and code else text
 
-    def _finish(self, said: Said, is_json: bool = True) -> bool:
+    def _finish(self, said: ApiAnswer, is_json: bool = True) -> bool:
         """Print the answer, with --json; else return True: it is still to be shown. Refusal if it
         is not good, or not from a server of ours."""
         if self._is_raw:
@@ -12203,7 +12205,7 @@ class Terminal:
             raise Refusal("what answers at that URL does not speak this API", 3)
         return not self._is_raw
 
-    def _say(self, said: Said, *names: str) -> None:
+    def _say(self, said: ApiAnswer, *names: str) -> None:
         """Print the status of an answer, and some of its members."""
         if self._finish(said):
             words = [f"{name} {said.row[name]}" for name in names if name in said.row]
@@ -12309,7 +12311,7 @@ class Terminal:
         client = {"client": name for name in names}
         reply = self._open("events", {"since": "0", **client})
         if reply.kind != "text/event-stream":
-            raise Said(reply).refusal()
+            raise ApiAnswer(reply).refusal()
         for data in server_sent(reply.pieces(PROXY_SECONDS)):
             event = {**client, **(object_in(data) or {})}
             if self._is_raw:

@@ -1922,7 +1922,7 @@ def test_strangers_change_nothing_and_see_only_what_is_open(pair):
 
 
 def test_the_peer_must_be_this_machine_whatever_the_host():
-    gate = openqq.Gate("", ["bot.example"])
+    gate = openqq.Auth("", ["bot.example"])
     for fields in ({"host": "bot.example"}, {"host": "localhost"},
                    {"host": "bot.example", "x-forwarded-host": "bot.example"}):
         for peer in "127.0.0.1", "127.3.2.1", "::1", "::ffff:127.0.0.1":
@@ -2539,7 +2539,7 @@ def gateway(upstream):
         def begin(*script):
             server, log, said = upstream(*script), openqq.Log("", "fatal"), []
             log.keep = said.append
-            app = openqq.App(openqq.Gate(""), log, [],
+            app = openqq.App(openqq.Auth(""), log, [],
                              lambda request: openqq.pass_on(request, server.port))
             gate = openqq.Server(openqq.listen("127.0.0.1", 0), app, log, 9)
             threading.Thread(target=gate.serve_forever, daemon=True).start()
@@ -3320,7 +3320,7 @@ def test_check_event_keeps_the_newest_20(face):
 
 
 def test_every_waiting_caller_gets_the_event():
-    store, waiting = openqq.Store(20), threading.Barrier(3)
+    store, waiting = openqq.EventStore(20), threading.Barrier(3)
 
     def wait(future, seconds):
         waiting.wait(WAIT)
@@ -6025,8 +6025,8 @@ class Far:
         self.said = {}           # content -> the statuses to come, or exceptions; then 200
         self.gates = {}          # content -> Event to wait for
         self.told = []           # for each call of failed(): the error that is shown
-        self.spool = openqq.Spool(str(path), 1000, self.bench.log)
-        self.reporter = openqq.Reporter(
+        self.spool = openqq.DiskQueue(str(path), 1000, self.bench.log)
+        self.reporter = openqq.Poster(
             url, secret, self.spool, self.bench.loop, self.bench.log, lambda event, answer: None,
             fetch or self.fetch, failed=lambda: self.told.append(dict(self.reporter.error)),
             clock=lambda: self.bench.now)
@@ -6291,7 +6291,7 @@ def test_disk_that_takes_no_more_is_a_warning_and_the_api_goes_on(start, receive
 def test_spool_survives_a_kill_at_any_byte(tmp_path):
     """Cut off anywhere, what was written before is there, and the mark fits to it."""
     path, log = str(tmp_path / "spool"), Bench().log
-    spool = openqq.Spool(path, 100, log)
+    spool = openqq.DiskQueue(path, 100, log)
     for number in range(1, 6):
         spool.add(f"item {number}", f"era:{number}")
         spool.flush()
@@ -6300,7 +6300,7 @@ def test_spool_survives_a_kill_at_any_byte(tmp_path):
     whole = content(path)
     for end in range(len(whole) + 1):
         put(path, whole[:end])
-        cut = openqq.Spool(path, 100, log)
+        cut = openqq.DiskQueue(path, 100, log)
         lines = whole[:end + 1 if whole[end:end + 1] == b"\n" else end].count(b"\n")
         items = [f"item {number}" for number in range(1, min(lines, 5) + 1)
                  if number != 2 or lines < 6]
@@ -6308,12 +6308,12 @@ def test_spool_survives_a_kill_at_any_byte(tmp_path):
         assert cut.mark == (f"era:{min(lines, 5)}" if lines else None)
         cut.add("next", "era:9")
         cut.close()
-        assert list(openqq.Spool(path, 100, log).pending.values()) == items + ["next"]
+        assert list(openqq.DiskQueue(path, 100, log).pending.values()) == items + ["next"]
 
 
 def test_spool_grows_no_longer_than_what_it_holds(tmp_path):
     path, log = str(tmp_path / "spool"), Bench().log
-    spool = openqq.Spool(path, 100, log)
+    spool = openqq.DiskQueue(path, 100, log)
     for number in range(5000):
         key = spool.add("x" * 2000, f"era:{number}")
         if number != 7:
@@ -6321,7 +6321,7 @@ def test_spool_grows_no_longer_than_what_it_holds(tmp_path):
         spool.flush()
     spool.close()
     assert os.path.getsize(path) < openqq.Journal.COMPACT + 5000
-    again = openqq.Spool(path, 100, log)
+    again = openqq.DiskQueue(path, 100, log)
     assert (len(again.pending), again.mark, again.last) == (1, "era:4999", 5000)
 
 
@@ -7547,7 +7547,7 @@ def test_pictures_wait_for_an_account_that_is_away_and_survive_a_kill_of_the_hos
 
 
 def test_more_pictures_than_64_mib_wait_to_be_posted_without_harm(tmp_path):
-    make = lambda: openqq.Spool(str(tmp_path / "c"), 10_000, openqq.Log())  # noqa: E731
+    make = lambda: openqq.DiskQueue(str(tmp_path / "c"), 10_000, openqq.Log())  # noqa: E731
     waiting, text = make(), "a" * 7_000_000
     for number in range(10):
         waiting.add({"event": text})
@@ -9408,7 +9408,7 @@ def test_look_ups_in_vain_hold_up_no_queue_of_others(harried):
     bridge.say_private(20002, "still?")
     program.receiver.message("still?")
     asked = [params for action, params in bridge.calls if action == "get_stranger_info"]
-    assert len(asked) <= openqq.Intake.WORKERS
+    assert len(asked) <= openqq.EventQueue.WORKERS
 
 
 SAID_OF_SOMEBODY = [  # what a sender's block says now -> what he is called, the property changes
@@ -11173,7 +11173,7 @@ def impatient(monkeypatch):
     for name in "HEAD_SECONDS", "BODY_SECONDS", "IDLE_SECONDS":
         monkeypatch.setattr(openqq, name, 0.7)
     log = openqq.Log("", "fatal")
-    app = openqq.App(openqq.Gate(""), log, [openqq.HEALTH])
+    app = openqq.App(openqq.Auth(""), log, [openqq.HEALTH])
     server = openqq.Server(openqq.listen("127.0.0.1", 0), app, log, 2048)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -11694,7 +11694,7 @@ def test_a_silent_stream_says_that_it_lives_and_one_too_far_behind_ends_with_wha
 
     def begin():
         """A store, and a stream from it."""
-        store = openqq.Store(2000)
+        store = openqq.EventStore(2000)
         asked = openqq.Request("GET", "/openqq/events", {"host": "localhost"}, b"", "127.0.0.1")
         asked.wait = silence
         pieces = store.stream(asked).pieces
@@ -11712,7 +11712,7 @@ def test_a_silent_stream_says_that_it_lives_and_one_too_far_behind_ends_with_wha
 
 
 def test_what_is_kept_of_events_has_a_bound():
-    store = openqq.Store(2000, room=1000)
+    store = openqq.EventStore(2000, room=1000)
     for _ in range(50):
         store.add({"picture": "x" * 100})
     assert 100 < len(store.take(0, None)) <= 1000 + 10
