@@ -6361,14 +6361,14 @@ class Outgoing:
     """A client whose clock the test moves; `results` are what the link says, 0 or an exception."""
 
     def __init__(self, tmpdir, **settings):
-        self.now, self.sends, self.results = 0.0, [], []
+        self.now, self.sends, self.results = 1000.0, [], []
         self.client = openqq.Client(tmpdir=str(tmpdir), log_level="fatal", **settings)
         self.client.timers.clock = lambda: self.now
         self.client.link.send, self.client.link.batch = self._send, 1
         self.client.state = "running"
 
     def _send(self, rows):
-        self.sends.append((round(self.now, 3), *[row["content"] for row in rows]))
+        self.sends.append((round(self.now - 1000.0, 3), *[row["content"] for row in rows]))
         result = self.results.pop(0) if self.results else 0
         if isinstance(result, Exception):
             raise result
