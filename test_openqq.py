@@ -3360,7 +3360,7 @@ def test_group_control_checks_in_the_documented_order(face, method):
             assert face.call("shutup_group_member", method, **{"time": "1", **params}) == wanted
             if code == 100 and status == "object not found":
                 continue  # that comes before the time, and the members after it
-            for bad in {}, *({"time": text} for text in ("", "-1", "1.5", "x", "²")):
+            for bad in ({}, *({"time": text} for text in ("", "-1", "1.5", "x", "²"))):
                 assert face.call("shutup_group_member", method, **{**params, **bad}) == {
                     "code": 400, "status": "shutup time missing or error"}, (params, bad)
     assert {"小冰", "小灰"} <= {row["name"] for row in face.group()["member"]}
