@@ -2923,8 +2923,9 @@ class Connection(BaseHTTPRequestHandler):
         except Exception:
             server.log.failure("a connection")
         finally:
+            REAPER.remove(self.stream)
             server.connections.discard(sock)
-            self.stream.close()
+            sock.close()
 
     def handle_one_request(self) -> None:
         """Read a request and answer it; `close_connection` says whether it was the last."""
