@@ -10384,6 +10384,15 @@ def test_each_event_of_milkys_is_told_once_and_in_the_documented_words(milky):
     assert not bridge.faults
 
 
+def test_a_groups_new_name_that_comes_with_ones_own_message_counts(another):
+    """The event of it (Yogurt) may come before the answer to the call, or after it."""
+    me = another(MilkyBridge(own=True), "milky-echo").running()
+    for number in range(8):
+        me.bridge.groups[0]["group_name"] = f"名{number}"
+        assert me.call("send_group_message", id=30001, content="x")["code"] == 0
+        assert eventually(lambda: me.call("search_group", id=30001)[0]["name"] == f"名{number}")
+
+
 def test_requests_of_before_are_told_by_milky_too(another):
     bridge = MilkyBridge()
     row = {"type": "join_request", "group_id": 30001, "notification_seq": 5, "is_filtered": True,
