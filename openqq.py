@@ -2166,6 +2166,7 @@ class Ledger(Journal):
         super().compact()
         self._base = len(data)
 
+
 # ------------------------------------------------------------------------------------------------
 # 7. HTTP in
 # ------------------------------------------------------------------------------------------------
@@ -6837,6 +6838,7 @@ class Bridge:
         self.closed = threading.Event()
         self.complaint = ""          # why it ends, in our words or the bridge's
         self.news = threading.Event()  # set when the login state must be checked
+        self._odd = 0                # messages that were passed over
 
     def close(self, why: Union[str, Exception] = "the connection was closed") -> None:
         """End it, from any thread."""
@@ -6849,11 +6851,17 @@ class Bridge:
         if self._line:
             self._line.close()
 
-    def _read(self, data: bytes) -> Row:
+    def _heard(self, data: bytes) -> None:
+        """Take a message. One that is no JSON object, such as a gateway's "ping", is passed over."""
         row = object_in(data)
-        if row is None:
-            raise Unreachable("the bridge sends what is no JSON object", True)
-        return row
+        if row is not None:
+            return self._take(row)
+        self._odd += 1
+        if is_news(self._odd):
+            self._log.warn(f"{self._odd} message(s) of the bridge passed over: no JSON object")
+
+    def _take(self, row: Row) -> None:
+        self._hear(row)
 
 
 class HttpBridge(Bridge):
@@ -6878,7 +6886,7 @@ class HttpBridge(Bridge):
             self._check()
         with contextlib.closing(self._line):
             for data in server_sent(self._line.pieces(BRIDGE_SECONDS, self._check)):
-                self._hear(self._read(data))
+                self._heard(data)
         raise Unreachable("the bridge ended its stream of events")
 
     def _check(self) -> None:
@@ -6901,7 +6909,10 @@ class HttpBridge(Bridge):
             raise Declined(f"the bridge knows no {action}")
         if reply.status != 200:
             raise Unreachable(f"the bridge answers {reply.status}", True)
-        return self._read(data)
+        row = object_in(data)
+        if row is None:
+            raise Unreachable("the bridge answers what is no JSON object", True)
+        return row
 
     def _fetch(self, path: str, seconds: float, body: Optional[bytes] = None,
                repeat: bool = True) -> Reply:
@@ -6951,8 +6962,7 @@ class SocketBridge(Bridge):
         finally:
             self._waiting.pop(echo, None)
 
-    def _heard(self, data: bytes) -> None:
-        row = self._read(data)
+    def _take(self, row: Row) -> None:
         future = self._waiting.get(str(row.get("echo")))
         if future:
             settle(future, row)
@@ -7087,7 +7097,7 @@ class EventQueue:
     PATIENCE = 0.25
 
     def __init__(self, act: Callable[[List[Row]], None], log: Log) -> None:
-        self._act = act
+        self._act, self._log = act, log
         self._dispatcher = ThreadPool(1, "events", log)
         self._workers = ThreadPool(self.WORKERS, "events", log)
         self._changed = threading.Condition()  # guards all below
@@ -7136,7 +7146,10 @@ class EventQueue:
                 if not rows:
                     del self._busy[name]
                     return
-            self._act(rows)
+            try:
+                self._act(rows)
+            except Exception:  # else nothing more would be heard of this conversation
+                self._log.failure("events of the bridge")
 
 
 class BoundedDict:
@@ -7414,12 +7427,17 @@ class OneBotLink(Link):
                 file = {}
         to = "group" if message["type"] == "group_message" else "private"
         place = filled({"user_id": message["uid"], "group_id": message.get("group")})
+        data: Json = None
         try:
-            data = self._get(f"send_{to}_msg", message=segments, **place) if segments else None
+            if segments:
+                data = self._get(f"send_{to}_msg", message=segments, **place) or {}
             if file:  # neither picture, voice nor video
                 self._get(f"upload_{to}_file", LIST_SECONDS, **file, **place)
         except Declined as error:
             return [{"code": -4, "info": error.status}]
+        except Unreachable as error:
+            error.sent = error.sent or data is not None  # another try would double the text
+            raise
         return [{"code": 0, "info": "发送正常", "id": message_number(object_of(data)) or None}]
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:
@@ -7866,7 +7884,7 @@ class MilkyCalls(HttpBridge):
         self.ask(self.ALIVE, {}, LOOKUP_SECONDS)
         try:
             self._line = WebSocket(beneath("ws" + self._url[4:], self.EVENTS), self._fields,
-                                   lambda data: self._hear(self._read(data)), self._check)
+                                   self._heard, self._check)
         except (Unreachable, AuthFailure):
             super().open()
 
@@ -8530,7 +8548,7 @@ class ILinkLink(Link):
         [message] = messages  # `batch` is 1
         uid = self._login["owner"] if message["uid"] == "filehelper" else message["uid"]
         media, texts = message.get("media"), self.PIECES.findall(message["content"])
-        number = None
+        number, sent = None, False
         try:
             if message["type"] != "friend_message":
                 raise Declined("not with this link")
@@ -8546,9 +8564,12 @@ class ILinkLink(Link):
                     "message_type": 2, "message_state": 2, "context_token": token,
                     "item_list": [item]}})
                 self._person(uid)[1] -= 1
-                number = scalar(row.get("message_id"))
+                number, sent = scalar(row.get("message_id")), True
         except Declined as error:
             return [{"code": -3, "info": error.status}]
+        except Unreachable as error:
+            error.sent = error.sent or sent  # another try would double the first pieces
+            raise
         self._hooks.kept(self._cookie())
         return [{"code": 0, "info": "发送正常", "id": number}]
 
@@ -11549,7 +11570,7 @@ class Controller:
         self._servers: List[Server] = []
         self._disk_queue = DiskQueue(start + "controller_post.jsonl", POST_QUEUE_LIMIT, self.log)
         self._poster = Poster(settings.post_api, settings.post_secret, self._disk_queue,
-                                  self.timers, self.log, lambda event, answer: None)
+                              self.timers, self.log, lambda event, answer: None)
         self._closing: List[Callable[[], None]] = []
 
     def run(self) -> int:

@@ -292,6 +292,22 @@ class Peer:
 
     close = stop
 
+    def be_gone_after(self, call):
+        """Answer this call once, and then be gone."""
+        usual = self.handle
+
+        def handle(handler):
+            if handler.path.endswith(call):
+                handler.protocol_version = "HTTP/1.0"  # nothing follows on this connection
+                self.server.shutdown()
+                self.server.server_close()
+                self.server = None
+                self.connections.discard(handler.connection)
+                self.drop()
+            usual(handler)
+
+        self.handle = handle
+
     @staticmethod
     def reply(handler, status, body, kind="application/json", fields=None):
         """Answer once: text as it is, anything else as JSON; `fields` instead of its kind."""
@@ -9058,17 +9074,15 @@ def test_a_bridge_without_a_status_runs_and_stays(hurried):
     assert program.log.text().count("trying again") == before
 
 
-def test_what_ends_a_connection_is_told_and_the_account_goes_on(hurried):
+def test_what_is_no_json_object_is_passed_over_and_what_ends_a_connection_is_told(hurried):
     bridge, program = hurried
-    bridge.send_raw("hello" if program.way == "ws" else "data: hello\n\n")
-    program.log.wait("bridge sends what is no JSON object; trying again in 1 s")
-    assert eventually(lambda: (link_state(program)["state"] == "updating"
-                               and "no JSON object" in link_state(program)["error"]))
-    bridge.connected()
-    until_running(program)
-    assert "error" not in link_state(program)
+    connections = bridge.accepted
+    for word in "ping", "", "[1]":
+        bridge.send_raw(word if program.way == "ws" else f"data: {word}\n\n")
     bridge.say_private(20001, "again")
     program.receiver.message("again")
+    program.log.wait(r"\[warn\] 2 message\(s\) of the bridge passed over: no JSON object")
+    assert program.way != "ws" or bridge.accepted == connections
     bridge.hanging |= {"*"}
     if program.way == "ws":
         bridge.drop()
@@ -9076,6 +9090,16 @@ def test_what_ends_a_connection_is_told_and_the_account_goes_on(hurried):
     assert eventually(lambda: link_state(program).get("error"))
     bridge.hanging.clear()
     until_running(program)
+
+
+def test_a_message_that_went_out_in_part_is_not_sent_again(harried):
+    bridge, program = harried(way="url")
+    bridge.be_gone_after("send_group_msg")
+    answer = json.loads(request(program.base, "/openqq/send_group_message", "POST", json.dumps({
+        "uid": 30001, "content": "看", "media_name": "a.zip", "media_data": "UEsDBA=="}),
+        {"Content-Type": "application/json"})[2])
+    assert answer["code"] == -4
+    assert [name for name, _ in bridge.calls].count("send_group_msg") == 1
 
 
 def test_a_storm_is_told_whole_once_and_in_order_while_a_send_and_members_wait(harried):
@@ -10930,6 +10954,16 @@ def test_what_is_sent_arrives_on_wechat_in_pieces_that_it_takes(mine):
     assert mine.find(lambda event: "not today" in event.get("info", ""))
     assert mine.call("revoke_message", id=answer["id"]) == {
         "code": 0, "status": "revoke failure"}
+
+
+def test_a_text_whose_first_piece_went_out_is_not_sent_to_wechat_again(wechat):
+    account = wechat().log_in()
+    account.hear("在")
+    account.server.be_gone_after("sendmessage")
+    body = json.dumps({"client": account.name, "id": account.server.owner, "content": "一" * 5_000})
+    answer = json.loads(request(account.program.base, "/openwx/send_friend_message", "POST", body,
+                                {"Content-Type": "application/json"})[2])
+    assert answer["code"] == -4 and len(account.server.sent) == 1
 
 
 def test_wechats_rule_is_counted_and_said(wechat):
