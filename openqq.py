@@ -6537,7 +6537,7 @@ class LocalLink(Link):
             except NotRunning:
                 return  # we stop, or the host does
             except Exception as error:  # the thread must go on
-                if failures == 2 and not self._closed.is_set():
+                if failures == 4 and not self._closed.is_set():  # after 7 s: a stop takes less
                     self._log.warn(f"local network: {error}")
                 self._closed.wait(backoff(failures, 30.0))
                 failures += 1

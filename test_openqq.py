@@ -9745,6 +9745,15 @@ def test_a_stop_waits_for_what_it_has_sent_so_that_nothing_comes_twice(start, re
     assert said == [f"n{number}" for number in range(20)]
 
 
+def test_a_stop_of_all_while_events_wait_is_nothing_to_warn_of(start, receive):
+    answers = threading.Event()
+    receiver, controller = receive(lambda event: answers.wait(WAIT) and None), start("controller")
+    controller.login("alice", post_api=receiver.url)
+    assert controller.stop() == 0
+    answers.set()
+    assert "[warn]" not in controller.log.text()
+
+
 def test_what_a_kill_leaves_of_a_file_is_removed_with_it(start, tmp_path):
     left = [put(os.path.join(str(tmp_path), f".openqq_mojo_webqq_{name}_{'0' * 32}"), b"S3CRET")
             for name in ("cookie_alice.dat", "state_alice.json", "controller_backend.dat")]
