@@ -838,10 +838,11 @@ class Timers:
         self._calls: List[Tuple[float, int, List[Callable[[], Any]]]] = []
         self._count = itertools.count()
         self._selector = selectors.DefaultSelector()
-        self._ear, self._mouth = socket_pair()
-        for sock in self._ear, self._mouth:
+        self._wake_reader, self._wake_writer = socket_pair()
+        for sock in self._wake_reader, self._wake_writer:
             sock.setblocking(False)
-        self._selector.register(self._ear, selectors.EVENT_READ, lambda: self._ear.recv(4096))
+        self._selector.register(self._wake_reader, selectors.EVENT_READ,
+                                lambda: self._wake_reader.recv(4096))
         self._ended = False
         self._signals: Dict[int, Any] = {}  # signals that are caught -> their former handlers
         self._caught: Deque[Callable[[], None]] = collections.deque()
@@ -877,7 +878,7 @@ class Timers:
             self._wake()
 
         # Without it a signal that comes just before the selector waits would be noticed much later.
-        signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         for number in END_SIGNALS:
             former = signal.getsignal(number)
             if former is not signal.SIG_IGN:
@@ -892,7 +893,7 @@ class Timers:
         for number, former in self._signals.items():
             signal.set_wakeup_fd(-1)
             signal.signal(number, former)
-        for closable in self._selector, self._ear, self._mouth:
+        for closable in self._selector, self._wake_reader, self._wake_writer:
             closable.close()
 
     def step(self) -> None:
@@ -925,7 +926,7 @@ class Timers:
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # full, so it will wake; or closed
-            self._mouth.send(b"!")
+            self._wake_writer.send(b"!")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2206,33 +2207,33 @@ class Reaper:
     up. So reading and writing can block, and a deadline costs no lock and no system call."""
 
     def __init__(self) -> None:
-        # Guards _mortal, _selector's sockets and _started. A socket of theirs is only closed while
+        # Guards _timed, _selector's sockets and _started. A socket of theirs is only closed while
         # it is held: else the number could already belong to a new connection.
         self.lock = threading.RLock()
-        self._mortal: Set[Any] = set()  # objects with `until`, and expire(), which is called then
+        self._timed: Set[Any] = set()  # objects with `until`, and expire(), which is called then
         self._selector = selectors.DefaultSelector()
-        self._ear, self._mouth = socket_pair()
-        self._mouth.setblocking(False)
-        self._selector.register(self._ear, selectors.EVENT_READ)
+        self._wake_reader, self._wake_writer = socket_pair()
+        self._wake_writer.setblocking(False)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
         # select() and poll() do not notice a socket that is added while they wait: so they wait
         # only for short. To wake them for each socket would take seconds for 500 callers.
         self._pause = math.inf if hasattr(self._selector, "fileno") else 0.25
         self._started = False
         self._looks_at = math.inf    # when the thread wakes by itself
 
-    def add(self, mortal: Any) -> None:
+    def add(self, timed: Any) -> None:
         """Call its expire() when its `until` has come, with the lock held, until remove()."""
         with self.lock:
-            self._mortal.add(mortal)
+            self._timed.add(timed)
             if not self._started:
                 with contextlib.suppress(RuntimeError):  # no thread to be had: the next one tries
                     spawn(self._run, name="reaper")
                     self._started = True
 
-    def remove(self, mortal: Any) -> None:
+    def remove(self, timed: Any) -> None:
         """End an add(), before its socket is closed."""
         with self.lock:
-            self._mortal.discard(mortal)
+            self._timed.discard(timed)
 
     def watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
         """Have gone() called, with the lock held, if the peer closes; it must not block."""
@@ -2254,16 +2255,16 @@ class Reaper:
         """Note that something has this `until` from now on."""
         if until < self._looks_at:
             with contextlib.suppress(OSError):  # full, so the thread wakes
-                self._mouth.send(b"!")
+                self._wake_writer.send(b"!")
 
     def _run(self) -> None:
         while True:
             self._looks_at = math.inf    # from here on expect() wakes us
             now = time.monotonic()
             with self.lock:
-                for mortal in [each for each in self._mortal if each.until <= now]:
-                    mortal.expire()
-                first = min([each.until for each in self._mortal], default=math.inf)
+                for timed in [each for each in self._timed if each.until <= now]:
+                    timed.expire()
+                first = min([each.until for each in self._timed], default=math.inf)
                 pause = self._pause if len(self._selector.get_map()) > 1 else math.inf
             self._looks_at = first
             try:
@@ -2275,7 +2276,7 @@ class Reaper:
                 sock: Any = key.fileobj
                 with self.lock, contextlib.suppress(KeyError, ValueError):  # it is closed by now
                     if key.data is None:
-                        self._ear.recv(4096)
+                        self._wake_reader.recv(4096)
                     elif self._selector.get_key(sock) == key:
                         self._selector.unregister(sock)
                         if has_ended(sock):  # else its next request has come
@@ -3070,14 +3071,14 @@ class Server(ThreadingHTTPServer):
                      "allows no more open files (ulimit -n)")
         self._pool = ThreadPool(self._max, "http", log, linger=3.0)
         self.connections: Set[socket.socket] = set()  # add and discard only
-        self._ear, self._mouth = socket_pair()
-        self._mouth.setblocking(False)
+        self._wake_reader, self._wake_writer = socket_pair()
+        self._wake_writer.setblocking(False)
 
     def serve_forever(self, poll_interval: float = 0.0) -> None:
         """Take connections until shutdown(); `poll_interval` is of no use here."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.socket, selectors.EVENT_READ)
-            selector.register(self._ear, selectors.EVENT_READ)
+            selector.register(self._wake_reader, selectors.EVENT_READ)
             while not self.ending:
                 try:
                     sock, address = self.socket.accept()
@@ -3110,7 +3111,7 @@ class Server(ThreadingHTTPServer):
     def shutdown(self) -> None:
         """Accept no more connections, answer callers who wait for events, end idle connections."""
         self.ending = True
-        self._mouth.send(b"!")
+        self._wake_writer.send(b"!")
         self.socket.close()
         for future in list(self.waiting):
             settle(future, None)
@@ -5461,7 +5462,7 @@ class Session:
         self.running = False         # and its client has loaded the roster
         self.notes: List[Row] = []   # for its client, about the login: without number, not kept
         self.pull: Optional[Future[bool]] = None  # its client waits for news
-        self.hopes: Set[Future[bool]] = set()     # callers wait until it is running
+        self.waiters: Set[Future[bool]] = set()   # of callers, until it is running
 
 
 class World:
@@ -6116,7 +6117,7 @@ class LocalNetwork(Society):
         query = urllib.parse.urlencode({"client": account, "ticket": ticket})
         self.note(account, {"do": "qrcode", "seconds": TICKET_SECONDS,
                             "text": f"{self._url()}/local/scan?{query}"})
-        if self.sessions[account].hopes:
+        if self.sessions[account].waiters:
             self.confirm(ticket)
 
     def scan(self, ticket: str) -> str:
@@ -6135,13 +6136,13 @@ class LocalNetwork(Society):
         self.note(account, {"do": "confirmed", "login": self._log_in(account, new_secret())})
         return account
 
-    def hope(self, account: str) -> Future[bool]:
+    def force_login(self, account: str) -> Future[bool]:
         """Log an account in, now or as soon as it shows a code; True when it is running."""
         future: Future[bool] = Future()
         if self.sessions[account].running:
             settle(future, True)
             return future
-        self.sessions[account].hopes.add(future)
+        self.sessions[account].waiters.add(future)
         ticket, end = self._tickets.get(account, ("", 0.0))
         if self.timer() < end:
             self.confirm(ticket)
@@ -6152,9 +6153,9 @@ class LocalNetwork(Society):
         session = self.sessions[account]
         session.running = True
         self.wake(account)
-        for future in session.hopes:
+        for future in session.waiters:
             settle(future, True)
-        session.hopes.clear()
+        session.waiters.clear()
 
     def detach(self, account: str) -> None:
         """An account's client is gone."""
@@ -6336,14 +6337,14 @@ class LocalPages:
         """Log an account in as if somebody had scanned and pressed; answers when it runs."""
         network, account = self._network, check_name(request.params.get("client", ""))
         require(network.known(account), account)
-        future = network.do(network.hope, account)
+        future = network.do(network.force_login, account)
         try:
             request.wait(future, 15.0)  # a client that was just started needs a moment
         except TimeoutError:
             raise NotFound(f"{account} not found waiting for a scan; "
                            "check_client says what it does") from None
         finally:
-            network.do(network.sessions[account].hopes.discard, future)
+            network.do(network.sessions[account].waiters.discard, future)
         return {"account": account, "code": 0, "status": "success"}
 
     def say(self, request: Request) -> Row:

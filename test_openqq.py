@@ -3791,7 +3791,7 @@ def enter(network):
     """enter(account) logs it in by a code: its row of the login."""
     def log_in(account):
         assert network.call(account, "attach", ["", "", False], {}) == {}
-        network.do(network.hope, account)
+        network.do(network.force_login, account)
         for verb in "ticket", "ready":
             network.call(account, verb, [], {})
         return next(item["login"] for item in network.call(account, "pull", [""], {})
