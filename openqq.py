@@ -2855,8 +2855,7 @@ class App:
     counts the routes and the paths in `known`."""
 
     def __init__(self, auth: Auth, log: Log, routes: Iterable[Route],
-                 fallback: Optional[Callable[[Request], Any]] = None,
-                 known: Iterable[str] = ()) -> None:
+                 fallback: Callable[[Request], Any], known: Iterable[str] = ()) -> None:
         self.auth, self.log, self.fallback = auth, log, fallback
         self.metrics = Metrics()
         self.routes = {route.path: route for route in
@@ -2876,10 +2875,8 @@ class App:
                 self.auth.check(request)
             if route and request.method in route.methods:
                 value = route.handler(request)
-            elif self.fallback:
-                value = self.fallback(request)
             else:
-                raise ApiNotFound()
+                value = self.fallback(request)
             return value if isinstance(value, Response) else Response(to_bytes(value))
         except Hangup:
             raise
@@ -3434,8 +3431,6 @@ class Reply(Stream):
 
 
 def _out_error(error: Exception, sent: bool) -> Unreachable:
-    if isinstance(error, Unreachable):
-        return error
     if isinstance(error, TimeoutError):
         return TooSlow("no answer in time", sent)
     if isinstance(error, EOFError):

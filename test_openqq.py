@@ -4682,6 +4682,8 @@ CALLS = [  # words, what the environment says, exit status, what is said
     ("client --onebot-api gopher://h/?access_token=S3C", {}, 2,
      r"\A(?!(.|\n)*S3C)(.|\n)*onebot_api"),
     ("client --port 0 --log-path {tmp}/file/x.log", {}, 1, "openqq: log_path .*cannot be used"),
+    ("controller --port 0 --template-path {tmp}/file/x.py", {}, 1,
+     "openqq: the template .* cannot be written"),
     ("client --port 0 --tmpdir {tmp}/file/x", {}, 1, "openqq: .*{tmp}/file/x.*--tmpdir"),
     ("controller --port 0 --tmpdir {tmp}/file/x", {}, 1, "openqq: .*{tmp}/file/x.*--tmpdir"),
     ("controller --port 0 --world {tmp}/file", {}, 1, "world file .*cannot be read"),
@@ -5821,7 +5823,7 @@ def test_secrets_stand_in_no_file_answer_or_log_but_the_cookie(start, receive):
     """And all files that there are are documented, and nobody else's to read."""
     receiver, other = receive(), receive()
     controller = start("controller", "--token", "S3CRET-token", "--post-api", receiver.url,
-                       "--post-secret", "S3CRET-own")
+                       "--post-secret", "S3CRET-own", typed=True)
     query = urllib.parse.urlencode({"client": "alice", "pwd": "S3CRET-pwd", "login_type": "login",
                                     "post_secret": "S3CRET-post", "post_api": receiver.url})
     token = {"Authorization": "Bearer S3CRET-token"}
@@ -7820,6 +7822,124 @@ def test_client_that_never_comes_to_run_ends_with_its_controller(start):
     controller.out.wait("caught")
     controller.process.kill()
     assert all_gone(controller.out), "it outlived its controller"
+
+
+# ------------------------------------------------------------------------------------------------
+# What only few ever do
+# ------------------------------------------------------------------------------------------------
+
+SENDER = """
+client = openqq.Client(account="bot", tmpdir="{tmpdir}", login_type="login", pwd="x")
+client.load("Openqq", data={"listen": [{"host": "127.0.0.1", "port": 0}]}, call_on_load=True)
+
+def send(client, fresh):
+    [group] = client.roster.search("group", {"name": "OpenQQ"})
+    [discuss] = client.roster.search("discuss", {"name": "OpenQQ"})
+    [member] = client.roster.search(group, {"name": "小灰"})
+    for sent in (client.send_group_message(group, "a"), client.send_discuss_message(discuss, "b"),
+                 client.send_sess_message(member, group, "c"),
+                 client.send_group_message(group, "x" * 65537)):
+        message = sent.result(10)
+        print("sent", message.type, message.code, message.info)
+
+client.on("login", send)
+client.run()
+"""
+
+
+def test_a_script_sends_to_groups_discusses_and_strangers(script):
+    bot = script(SENDER)
+    for line in ("group_message 0 发送正常", "discuss_message 0 发送正常", "sess_message 0 发送正常",
+                 "group_message -1 数据格式错误"):
+        bot.out.wait(f"^sent {line}$")
+
+
+def test_messages_of_strangers_can_be_ignored(harried):
+    bridge, program = harried("--ignore-unknown-id", "1")
+    bridge.say_private(50009, "谁", sub_type="other")
+    bridge.say_private(20001, "我")
+    assert program.receiver.next(lambda event: "content" in event)["content"] == "我"
+
+
+def test_a_group_has_one_owner_also_when_that_changes(house):
+    house.login("first")
+    me = house.call("get_user_info", client="first")["uid"]
+    place = {"in": "777001"}
+    for change in ({"do": "add", "what": "group", "uid": "777001", "owner_uid": me},
+                   {"do": "add", "what": "group_member", "uid": "2854196302", **place},
+                   {"do": "set", "what": "group_member", "uid": "2854196302", "role": "owner",
+                    **place}):
+        assert house.call("/local/change", **change)["code"] == 0
+    [group] = house.call("search_group", client="first", uid="777001")
+    assert (group["owner_uid"], group["role"]) == ("2854196302", "attend")
+    assert {row["uid"]: row["role"] for row in group["member"]} == {
+        me: "member", "2854196302": "owner"}
+
+
+def test_what_is_taken_back_while_its_receiver_is_away_never_comes(house):
+    for name in "here", "away":
+        house.login(name)
+    house.call("stop_client", client="away")
+    first, _ = [house.call("send_friend_message", client="here", name="away", content=text)
+                for text in ("gone", "there")]
+    assert house.call("revoke_message", client="here", id=first["id"])["code"] == 0
+    house.call("start_client", client="away")
+    event = house.receiver.next(lambda event: event.get("class") == "recv"
+                                and event["sender"] == "here")
+    assert event["content"] == "there"
+
+
+def test_a_resident_in_ones_group_becomes_a_friend_when_asked(weixin_pair):
+    change = functools.partial(weixin_pair.call, "/local/change", uid="321")
+    change(do="add", what="person", name="新人")
+    change(do="add", what="group_member", **{"in": "OpenQQ"})
+    ask = functools.partial(weixin_pair.call, client="alice")
+    [group] = ask("/openwx/search_group", displayname="OpenQQ")
+    [id] = [row["id"] for row in group["member"] if row["uid"] == "321"]
+    assert ask("/openwx/make_friend", id=id)["code"] == 0
+    assert ask("/openwx/search_friend", uid="321")[0]["name"] == "新人"
+    change(do="remove", what="person")
+
+
+def test_a_full_queue_takes_no_reply_and_nothing_for_all(start, receive):
+    receiver = receive(lambda event: (200, {}, {"reply": "ja"}))
+    controller = start("controller", "--flavor", "weixin")
+    controller.login("alice", post_api=receiver.url, send_interval=600, send_queue_max_size=1)
+    for text in "ab":
+        controller.call(TO_FRIEND, client="alice", id="filehelper", content=text, **{"async": "1"})
+    eventually(lambda: any(event.get("content") == "a" for *_, event in receiver.posts))
+    assert controller.call(TO_FRIEND, client="alice", id="@all", content="c")["code"] == 9
+    controller.log.wait("send queue full: a reply is not sent")
+
+
+def test_what_an_answer_wants_and_cannot_have_is_said_in_the_log(start, receive):
+    wish = {"ban": 1, "ban_duration": "x", "kick": "1", "media": ["base64://!"] * 21}
+    receiver = receive(lambda event: (200, {}, wish) if event.get("content") == "!" else None)
+    controller = start("controller")
+    controller.login("owner")
+    controller.login("alice", post_api=receiver.url)
+    controller.call("/local/say", client="alice", type="group_message", to="OpenQQ", content="!",
+                    **{"from": "小灰"})
+    for said in ("ban_duration in an answer of post_api must be a number of seconds",
+                 "mute 20260001, .* failed: no right to it", "kick 20260001, .* failed",
+                 "21 media in an answer of post_api: the first 20 are sent",
+                 "media in an answer of post_api: media_data is not base64"):
+        controller.log.wait(said)
+
+
+def test_a_picture_and_a_query_may_not_be_too_large(pair):
+    path = put(os.path.join(pair.tmpdir, "large.png"), b"x" * (5 * 1024 * 1024 + 1))
+    for params, said in (({"media_path": path}, "media_path over 5242880 bytes"),
+                         ({f"p{number}": "" for number in range(1_001)}, "over 1000 parameters")):
+        answer = pair.call(TO_FRIEND, client="alice", name="小冰", **params)
+        assert (answer["code"], answer["status"]) == (400, said)
+
+
+def test_the_page_of_a_controllers_client_says_whose_it_is(pair):
+    port = pair.state("alice")["port"]
+    status, _, body = request(f"http://127.0.0.1:{port}", "/")
+    assert status == 200 and "account alice" in body.decode()
+    assert raw_call(port, "/openqq/get_client_info", kind=JSON, body='["jsonp"]')[0] == 200
 
 
 # ------------------------------------------------------------------------------------------------
@@ -10350,6 +10470,16 @@ def test_quotes_lead_to_the_message_that_they_quote(milked):
     assert (found["content"], found["sender_uid"]) == ("先", "40001"), found
 
 
+def test_a_quoted_message_that_never_came_is_had_from_milky(milked):
+    milky = milked["lagrange"]
+    said = milky.bridge.say("group", 30001, 40001, "早", tell=False)
+    [event] = milky.events_of(in_group(30001, 20001, [segment(
+        "reply", message_seq=said["message_seq"], sender_id=40001, time=said["time"],
+        segments=[])]))
+    found = milky.call("get_message", id=event["reply_to"])
+    assert (found["content"], found["sender_uid"]) == ("早", "40001"), found
+
+
 NUDGE = {"display_action": "", "display_suffix": "", "display_action_img_url": ""}
 MILKY_TOLD = {
     "message_recall": (dict(message_scene="group", peer_id=30001, message_seq=7, sender_id=40001,
@@ -11225,7 +11355,7 @@ def impatient(monkeypatch):
     for name in "HEAD_SECONDS", "BODY_SECONDS", "IDLE_SECONDS":
         monkeypatch.setattr(openqq, name, 0.7)
     log = openqq.Log("", "fatal")
-    app = openqq.App(openqq.Auth(""), log, [openqq.HEALTH])
+    app = openqq.App(openqq.Auth(""), log, [openqq.HEALTH], openqq.client_fallback)
     server = openqq.Server(openqq.listen("127.0.0.1", 0), app, log, 2048)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
