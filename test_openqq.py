@@ -4682,7 +4682,7 @@ CALLS = [  # words, what the environment says, exit status, what is said
     ("client --onebot-api gopher://h/?access_token=S3C", {}, 2,
      r"\A(?!(.|\n)*S3C)(.|\n)*onebot_api"),
     ("client --port 0 --log-path {tmp}/file/x.log", {}, 1, "openqq: log_path .*cannot be used"),
-    ("controller --port 0 --template-path {tmp}/file/x.py", {}, 1,
+    ("controller --port 0 --tmpdir {tmp}/own --template-path {tmp}/file/x.py", {}, 1,
      "openqq: the template .* cannot be written"),
     ("client --port 0 --tmpdir {tmp}/file/x", {}, 1, "openqq: .*{tmp}/file/x.*--tmpdir"),
     ("controller --port 0 --tmpdir {tmp}/file/x", {}, 1, "openqq: .*{tmp}/file/x.*--tmpdir"),
