@@ -8830,9 +8830,7 @@ class ClientFiles:
         address."""
         row, now = self.read_cookie(), self._urls()
         forget = os.environ.pop("OPENQQ_FORGET", "").split(",")
-        then, secrets = row.get("bridge") or {}, row.get("secrets") or {}
-        if isinstance(then, list):
-            then = dict(zip(now, then))  # as former versions wrote it
+        then, secrets = object_of(row.get("bridge")), object_of(row.get("secrets"))
         self.settings.fill(**{
             name: str(value) for name, value in secrets.items()
             if name in SETTINGS and name not in forget

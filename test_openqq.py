@@ -7935,6 +7935,20 @@ def test_a_picture_and_a_query_may_not_be_too_large(pair):
         assert (answer["code"], answer["status"]) == (400, said)
 
 
+def test_a_table_that_is_watched_outlives_its_server(closing):
+    peer = closing(Peer())
+    peer.handle = lambda handler: peer.reply(handler, 200, {"code": 0, "client": []})
+    with begin_command(peer.url, "status", "--watch") as process:
+        out, error = Log(process.stdout), Log(process.stderr)
+        out.wait("no accounts")
+        peer.stop()
+        error.wait("^openqq: ")
+        before = out.text().count("no accounts")
+        peer.start()
+        out.wait("no accounts", before + 1)
+        process.terminate()
+
+
 def test_the_page_of_a_controllers_client_says_whose_it_is(pair):
     port = pair.state("alice")["port"]
     status, _, body = request(f"http://127.0.0.1:{port}", "/")
