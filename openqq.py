@@ -7487,7 +7487,7 @@ class OneBotLink(Link):
         place = {"group_id": group} if group else {"user_id": item["uid"]}
         row = object_of(self._get(f"get_{'group' if group else 'private'}_file_url",
                                   LOOKUP_SECONDS, file_id=item["file_id"], **place))
-        url = scalar(row.get("url")) or ""
+        url = urllib.parse.quote(scalar(row.get("url")) or "", Call.SAFE, errors="replace")
         return url if is_url(url) else ""
 
     def find_message(self, id: str) -> Optional[Row]:

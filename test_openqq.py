@@ -10284,6 +10284,8 @@ def test_a_file_goes_out_as_a_file_and_one_that_comes_is_had_when_it_is_wanted(q
     assert (file["type"], file["name"], file["size"]) == ("file", "b.zip", "9")
     path = "/openqq/" + file["url"].partition("/openqq/")[2]
     for told, answer in (({"data": {"url": gallery.url + "/b.zip"}}, (302, gallery.url + "/b.zip")),
+                         ({"data": {"url": gallery.url + "/b\r\nX: y"}},
+                          (302, gallery.url + "/b%0D%0AX:%20y")),
                          ({"data": {"url": "file:///etc/passwd"}}, (404, None)),
                          ({"data": None}, (404, None)), ({"retcode": 100}, (404, None))):
         qq.bridge.answers["get_group_file_url"] = told
