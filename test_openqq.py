@@ -11,7 +11,6 @@ import base64
 import concurrent.futures
 import contextlib
 import functools
-import gc
 import hashlib
 import hmac
 import http.client
@@ -8735,7 +8734,7 @@ def test_an_account_logged_off_by_qq_is_scaning_again_with_a_code_and_comes_back
 
 
 NO_CODES = [  # a name, the kind of the login page, and what is said
-    ("ws-none", "", "the bridge is not logged in"), ("http-none", "", "the bridge is not logged in"),
+    *((way + "-none", "", "the bridge is not logged in") for way in ("ws", "http")),
     ("ws-napcat", "napcat", "the login page refuses onebot_login_token"),
     ("ws-llbot", "llbot", "the login page refuses onebot_login_token"),
     ("ws-rest", "napcat", "wants to be left alone for a while"),
@@ -8911,28 +8910,19 @@ FATAL_FRAMES = [
 
 def test_frames_that_cannot_be_end_a_websocket_in_plain_words(closing):
     """Nothing is left of it then, nor is it ever anybody else's connection."""
-    bridge, counts = closing(Bridge(handshake=b"Content-Length: 0\r\n")), []
-    gc.disable()
-    try:
-        for data, why in FATAL_FRAMES:
-            texts, ended = ear(bridge.ws)
-            bridge.connected()
-            assert openqq.TRANSPORT.pool.take(("http", f"127.0.0.1:{bridge.port}", None)) is None
-            bridge.send_raw(ws_frame('{"n":1}'))
-            bridge.send_raw(data)
-            assert str(ended.exception(WAIT)) == why
-            assert texts[1:] == [b'{"n":1}']
-            bridge.left()
-            bridge.token = "T"
-            with pytest.raises(openqq.AuthFailure):
-                openqq.WebSocket(bridge.ws, {}, print)
-            bridge.token = ""
-            if os.path.isdir("/proc/self/fd"):
-                assert eventually(lambda: not bridge.connections)
-                counts.append(len(os.listdir("/proc/self/fd")))
-        assert not counts or counts[-1] <= counts[2]
-    finally:
-        gc.enable()
+    bridge = closing(Bridge(handshake=b"Content-Length: 0\r\n"))
+    for data, why in FATAL_FRAMES:
+        texts, ended = ear(bridge.ws)
+        bridge.connected()
+        assert openqq.TRANSPORT.pool.take(("http", f"127.0.0.1:{bridge.port}", None)) is None
+        bridge.send_raw(ws_frame('{"n":1}') + data)
+        assert str(ended.exception(WAIT)) == why
+        assert texts[1:] == [b'{"n":1}']
+        bridge.left()
+    bridge.token = "T"
+    with pytest.raises(openqq.AuthFailure):
+        openqq.WebSocket(bridge.ws, {}, print)
+    assert eventually(lambda: not bridge.connections)
 
 
 def test_frames_that_may_be_are_put_together_and_pings_answered(closing):
@@ -9033,31 +9023,25 @@ def test_a_storm_is_told_whole_once_and_in_order_while_a_send_and_members_wait(h
 STRANGE = [{name: odd} for odd in (None, [], {}, "", "x", 1e999) for name in (
     "user_id", "message", "sender", "time", "message_id", "message_type", "sub_type", "post_type",
     "raw_message", "self_id")] + [
-    {"message": [5, None, {"type": []}, {"type": "text", "data": {"text": []}}]}, {"message": 5},
-    {"sender": {"nickname": {}, "card": []}},
+    {"sender": {"nickname": {}, "card": []}}, {"post_type": "meta_event", "status": 5},
     *({"message_type": "group", "group_id": odd} for odd in (None, [], 1e999)),
     {"anonymous": 5, "message_type": "group", "group_id": 30001},
     {"message_type": "group", "group_id": 30001, "sender": {"user_id": 20001, "role": []}},
-    {"post_type": "notice", "notice_type": "group_increase"}, {"post_type": "meta_event"},
     {"post_type": "notice", "notice_type": []}, {"post_type": "request"},
     {"post_type": "notice", "notice_type": "group_decrease", "group_id": []},
-    {"post_type": "notice", "notice_type": "notify", "sub_type": "group_name"},
-    {"post_type": "meta_event", "status": 5}]
+    {"post_type": "notice", "notice_type": "notify", "sub_type": "group_name"}]
 NOBODIES = [None, 0, "0", "", -5, True, "abc", 1.5, [], {}, "12 3"]
 
 
 def test_what_is_no_number_is_nobody_and_strange_events_harm_no_other(harried):
     bridge = Bridge()
-    bridge.friends += [{"user_id": value, "nickname": "x"} for value in NOBODIES]
-    bridge.friends.append({"nickname": "without"})
-    bridge.groups += [{"group_id": value, "group_name": "x", "members": []} for value in NOBODIES]
-    bridge.groups.append({"group_id": 284840486, "group_name": "临时", "members": []})
+    bridge.friends += [{"nickname": "without"}, *({"user_id": value} for value in NOBODIES)]
+    bridge.groups += [{"group_id": value, "members": []} for value in (284840486, *NOBODIES)]
     bridge.groups[0]["members"] += [dict(bridge.member(1), user_id=value) for value in NOBODIES]
     bridge.answers["get_stranger_info"] = {"data": {"user_id": None, "nickname": None}}
     _, program = harried(bridge=bridge)
     bridge.connected()
-    known = (["20001", "20002"], ["30001"])
-    assert lists_of(program) == known
+    assert lists_of(program) == (["20001", "20002"], ["30001"])
     assert [row["uid"] for row in program.call("get_group_info")[0]["member"]] == [
         "10001", "20001", "40001"]
     for number, strange in enumerate(STRANGE):
@@ -9083,10 +9067,10 @@ def test_what_is_no_number_is_nobody_and_strange_events_harm_no_other(harried):
         elif event.get("event", "").startswith(("new_", "lose_", "friend_", "group_")):
             moved.append((event["event"], event["params"][0]["uid"]))
     assert moved == [("new_friend", "50001")]
-    assert len(set(ids.values())) == 6
-    assert all(re.fullmatch("[1-9][0-9]*", name) for name in ids.values())
+    assert len(set(ids.values())) == 6 and all(
+        re.fullmatch("[1-9][0-9]*", name) for name in ids.values())
     until_running(program)
-    assert lists_of(program) == (known[0] + ["50001"], known[1])
+    assert lists_of(program) == (["20001", "20002", "50001"], ["30001"])
     assert "fault of this program" not in program.log.text()
 
 
@@ -9134,6 +9118,9 @@ def test_a_list_that_a_bridge_cannot_tell_keeps_no_account_from_running(
         assert program.receiver.message("heard")["sender"] == "小明"
         bridge.say_group(30001, 40001, "in the group")
         assert program.receiver.message("in the group")["group_uid"] == "30001"
+        for kind in "increase", "decrease":  # notices count before the list is there
+            bridge.emit(notice_type="group_" + kind, group_id=30005, user_id=10001)
+        assert next_moves(program, 2) == [("lose_group", "30005"), ("new_group", "30005")]
         for path, uid in (TO_FRIEND, "20001"), (TO_FRIEND, "99999"), (TO_GROUP, "30001"):
             assert program.call(path, uid=uid, content="x")["code"] == 0
         if ill != "late":
@@ -9157,7 +9144,6 @@ def test_a_list_that_shrinks_is_believed_once_it_has_said_the_same_for_a_while(h
     bridge.friends[:] = []
     assert eventually(lambda: "lacks 6 of 6" in warning(program))
     assert len(program.call("get_friend_info")) == 6
-    assert program.call(TO_FRIEND, uid="20001", content="x")["code"] == 0
     bridge.friends[:] = everybody
     assert eventually(lambda: not warning(program))
     assert not moves(told_before(bridge, program))
@@ -9171,25 +9157,24 @@ def test_members_and_groups_that_a_list_suddenly_lacks_stay_but_what_a_notice_sa
     bridge = Bridge()
     bridge.groups += [{"group_id": 30002 + number, "group_name": "x", "members": []}
                       for number in range(3)]
-    bridge.groups[0]["members"] += [bridge.member(50001 + number) for number in range(6)]
+    groups, members = list(bridge.groups), bridge.groups[0]["members"]
+    members += [bridge.member(50001 + number) for number in range(6)]
     _, program = harried("--update-interval", "1", bridge=bridge, DOUBT_SECONDS=600.0)
-    assert len(program.call("search_group", uid="30001")[0]["member"]) == 9
-    bridge.groups[0]["member_count"] = 10
-    bridge.groups[0]["members"][1:] = []
-    for _ in "123":
-        bridge.wait_call("get_group_member_list", lambda got: got["group_id"] == "30001")
-        bridge.wait_call("get_group_list")
-    assert len(program.call("search_group", uid="30001")[0]["member"]) == 9
-    groups, bridge.groups[:] = list(bridge.groups), []
+    for _ in "12":
+        assert len(program.call("search_group", uid="30001")[0]["member"]) == 9
+        members[1:] = []
+        groups[0]["member_count"] = 10
+        for _ in "123":
+            bridge.wait_call("get_group_member_list", lambda got: got["group_id"] == "30001")
+            bridge.wait_call("get_group_list")
+    bridge.groups[:] = []
     assert eventually(lambda: "groups" in warning(program))
     for again in range(2):  # told twice, it is one event
         bridge.emit(notice_type="group_decrease", group_id=30002, time=1000 + again,
                     sub_type="kick_me", user_id=10001)
         bridge.emit(notice_type="group_dismiss", group_id=30003, time=1000 + again, user_id=40001)
-    found = told_before(bridge, program)
-    while len(moves(found)) < 2:
-        found.append(program.receiver.next())
-    assert moves(found) == [("lose_group", "30002"), ("lose_group", "30003")]
+    assert next_moves(program, 2) == [("lose_group", "30002"), ("lose_group", "30003")]
+    assert not moves(told_before(bridge, program))
     assert lists_of(program)[1] == ["30001", "30004"]
     bridge.groups[:] = [groups[0], groups[3]]
     assert eventually(lambda: not warning(program))
@@ -9228,15 +9213,6 @@ def test_what_happens_while_a_bridge_is_asked_is_not_undone_by_its_answer(harrie
     """The friends that it tells after a reconnect may be those of a moment before."""
     bridge, program = harried(DETAIL_SECONDS=15.0)
 
-    def ids_of_members():
-        [group] = program.call("get_group_info")
-        return [row["id"] for row in group["member"]]
-
-    bridge.answers["get_group_member_list"] = {"data": [
-        {"user_id": 1e999}, 5, {"user_id": 40001, "join_time": 1e999, "nickname": []}]}
-    for _ in "12":  # a list that is rubbish holds up a caller once only
-        assert "40001" in ids_of_members()
-
     def members(params):
         rows = list(bridge.groups[0]["members"])
         bridge.answers = {}
@@ -9248,7 +9224,8 @@ def test_what_happens_while_a_bridge_is_asked_is_not_undone_by_its_answer(harrie
         return {"data": rows}
 
     bridge.answers["get_group_member_list"] = members
-    assert ids_of_members() == ["10001", "20001", "50001"]
+    [group] = program.call("get_group_info")
+    assert [row["id"] for row in group["member"]] == ["10001", "20001", "50001"]
     before, told = list(bridge.friends), threading.Event()
 
     def friends(params):
@@ -9322,13 +9299,11 @@ def test_look_ups_that_a_bridge_does_not_answer_hold_up_their_own_conversation_o
     program.receiver.message("behind it")
     program.call("get_group_info")
     bridge.hanging |= {"get_group_member_info", "get_stranger_info", "get_group_info"}
-    for number in range(4):  # who writes first is known from the message, and looked up later
-        said = {"nickname": f"友{number}", "card": f"卡{number}", "role": "member"}
-        bridge.say_group(30001, 51000 + number, f"g{number}", sender=said)
-        bridge.say_private(51100 + number, f"p{number}", sender=said)
-    for number in range(4):
-        assert program.receiver.message(f"g{number}")["sender"] == f"卡{number}"
-    assert {row["name"] for row in program.call("get_friend_info")} >= {"友0", "友3"}
+    said = {"nickname": "友", "card": "卡"}  # who writes first is known from that, looked up later
+    bridge.say_private(51100, "p", sender=said)
+    bridge.say_group(30001, 51000, "g", sender=said)
+    assert program.receiver.message("g")["sender"] == "卡"
+    assert "友" in [row["name"] for row in program.call("get_friend_info")]
 
 
 def test_look_ups_in_vain_hold_up_no_queue_of_others(harried):
@@ -9469,9 +9444,10 @@ def test_of_two_that_a_name_fits_the_remark_wins_and_equal_ones_are_refused(harr
 def test_the_bridges_other_account_is_noticed_and_has_friends_of_its_own(harried, way):
     """Also where nothing but events tells of it, and a list of the former one is still to come."""
     free = threading.Event()
-    bridge, program = harried("--update-interval", "1", bridge=Bridge(sse=way != "webhook"),
-                              way="url" if way == "webhook" else "ws", LIST_SECONDS=WAIT,
-                              DOUBT_SECONDS=600.0)
+    bridge = Bridge()
+    bridge.hanging.add("_events")  # it never answers for a stream, which is asked for by HTTP only
+    _, program = harried("--update-interval", "1", bridge=bridge, LIST_SECONDS=WAIT,
+                         way="url" if way == "webhook" else "ws", DOUBT_SECONDS=600.0)
     bridge.post_to = f"{program.base}/onebot" if way == "webhook" else ""
     if way != "webhook":
         former = list(bridge.friends)
@@ -9516,7 +9492,6 @@ def test_echoes_that_come_before_the_answers_make_no_second_messages(harried):
                         target_id=20001, sender={"user_id": 10001}, message_id=number)
         if params["message"] == text_of("late"):
             free.wait(WAIT)
-        time.sleep(0.2)  # the bridge takes its time, as real ones do
         return {"data": {"message_id": number}}
 
     bridge.answers["send_private_msg"] = send
@@ -9527,32 +9502,9 @@ def test_echoes_that_come_before_the_answers_make_no_second_messages(harried):
         bridge.say_private(20001, text)
         program.receiver.message(text)
         free.set()
-        if text == "meanwhile":
-            sent = program.receiver.next(lambda event: event.get("class") == "send")
-            assert sent["source"] == "local"
-    assert [event["source"] for *_, event in program.receiver.posts
-            if event.get("class") == "send"] == ["local"] * 3
-
-
-def test_notices_count_before_the_group_list_is_there(harried):
-    bridge = Bridge()
-    bridge.hanging |= {"get_group_list"}
-    _, program = harried(bridge=bridge, LIST_SECONDS=WAIT)
-    bridge.emit(notice_type="group_increase", group_id=30001, user_id=44444, sub_type="approve")
-    bridge.emit(notice_type="group_decrease", group_id=30001, user_id=20001, sub_type="leave")
-    bridge.emit(notice_type="group_increase", group_id=30005, user_id=10001, sub_type="invite")
-    assert next_moves(program, 3) == [
-        ("lose_group_member", "20001"), ("new_group", "30005"), ("new_group_member", "44444")]
-    bridge.hanging.clear()
-
-
-def test_a_bridge_that_never_answers_for_a_stream_is_heard_by_its_webhook(harried):
-    bridge = Bridge()
-    bridge.hanging.add("_events")
-    _, program = harried(bridge=bridge, way="url")
-    bridge.post_to = f"{program.base}/onebot"
-    bridge.say_private(20002, "da")
-    program.receiver.message("da")
+    assert eventually(lambda: [
+        event["source"] for *_, event in list(program.receiver.posts)
+        if event.get("class") == "send"] == ["local"] * 3)
 
 
 def test_what_a_stop_leaves_unsent_is_told_as_failed(start, receive):
@@ -9569,81 +9521,32 @@ def test_what_a_stop_leaves_unsent_is_told_as_failed(start, receive):
     controller.log.wait(r"2 message\(s\) waited to be sent, and were not")
 
 
-ODD_ANSWERS = [({"media": ["x\0y", "\ud800", "base64://", "", 5, None, "base64://" + PNG_TEXT]}, 1),
-               ({"media": "base64://"}, 0), ({"reply": float("nan")}, 0),
-               ({"reply": float("inf")}, 0), ({"reply": True}, 0), ({"reply": 12.0}, 1)]
-
-
-def test_one_odd_thing_in_an_answer_costs_nothing_else_of_it(start, receive):
-    wants = {f"say {number}": answer for number, (answer, _) in enumerate(ODD_ANSWERS)}
-    receiver = receive(lambda event: (200, {}, wants[event["content"]])
-                       if event.get("content") in wants else None)
-    controller, expected = start("controller"), 0
-    controller.login("alice", post_api=receiver.url)
-
-    def sent():
-        return [event["code"] for *_, event in list(receiver.posts) if event.get("class") == "send"]
-
-    for said, (_, count) in zip(wants, ODD_ANSWERS):
-        assert controller.call("/local/say", content=said, client="alice",
-                               **{"from": "小灰"})["code"] == 0
-        receiver.message(said)
-        assert eventually(lambda: len(sent()) == expected + count)
-        assert controller.call(TO_FRIEND, client="alice", name="小灰",
-                               content="last of " + said)["code"] == 0
-        receiver.next(lambda event: event.get("content") == "last of " + said)
-        expected += count + 1
-        assert sent() == [0] * expected
-    assert "fault of this program" not in controller.log.text()
-
-
 def test_bodies_are_read_as_they_say_and_numbers_stay_as_they_were_written(pair):
-    path, said = "/openqq/send_friend_message?client=alice", "一模".encode("gbk")
-
     def part(about, value, kind=b""):
         return b"--X\r\nContent-Disposition: form-data; %b\r\n%b\r\n%b\r\n" % (about, kind, value)
 
-    uid = part(b"name=uid", b"2854196301")
-    form = "application/x-www-form-urlencoded"
-    parts = "multipart/form-data; xboundary=Q; boundary=X"
-    for kind, body, status, text in [
-            *[("application/json", b'{"name":"x","content":%b}' % value, 400, "")
-              for value in (b"NaN", b"-Infinity", b'["a",NaN]')],
-            *[("application/json", ('{"name":"小冰","content":%s}' % value).encode(), 200, value)
-              for value in ("1e22", "1e999", "12345678901234567890.5")],
-            (parts, uid + part(b'name="content"', b"a\r\n--X--more\r\n--Xmore"), 200,
-             "a\r\n--X--more\r\n--Xmore"),
+    uid, said = part(b"name=uid", b"2854196301"), "一模".encode("gbk")  # which is UTF-8, too
+    parts, edge = "multipart/form-data; xboundary=Q; boundary=X", "a\r\n--X--more\r\n--Xmore"
+    for kind, body, text in [
+            (JSON, '{"name":"x","content":["a",NaN]}', "NaN"),
+            *[(JSON, '{"name":"小冰","content":%s}' % value, value)
+              for value in ("1e999", "12345678901234567890.5")],
+            (parts, uid + part(b'name="content"', edge.encode()), edge),
             (parts, part(b'filename="a; name=z"; name="media_data"', PNG) + uid
-             + part(b"name=content", b"b"), 200, "b[图片]"),
-            # bytes that are UTF-8 too, of other letters
+             + part(b"name=content", b"b"), "b[图片]"),
             (parts, uid + part(b"name=content", said, b"Content-Type: text/plain; charset=gbk\r\n"),
-             200, "一模"),
-            (form + "; charset=gbk", b"uid=2854196301&content=" + urllib.parse.quote(
-                said).encode(), 200, "一模"),
-            (form + "; charset=big5", urllib.parse.urlencode(
-                {"uid": "2854196301", "content": "你好".encode("big5")}).encode(), 400, "")]:
+             "一模"),
+            (FORM + "; charset=gbk", "uid=2854196301&content=" + urllib.parse.quote(said), "一模"),
+            (FORM + "; charset=big5", "uid=2854196301&content=%A7A%A6n", "big5")]:
         heard(pair)
-        answer = request(pair.base, path, "POST", body + b"--X--\r\n" * (kind == parts),
-                         {"Content-Type": kind})
-        row = json.loads(answer[2])
-        assert (answer[0], row["code"]) == (status, 0 if status == 200 else 400), (body, answer)
-        if text:
-            assert text in [event["content"] for event in pair.call("check_event", client="alice")]
-        elif "big5" in kind:
-            assert "big5" in row["status"]
-
-
-def test_a_stop_waits_for_what_it_has_sent_so_that_nothing_comes_twice(start, receive):
-    # a receiver that takes its time: something is always on its way
-    receiver, controller = receive(lambda event: time.sleep(0.05)), start("controller")
-    controller.login("alice", post_api=receiver.url)
-    for number in range(20):
-        controller.call("/local/say", client="alice", content=f"n{number}", **{"from": "小灰"})
-        if number == 10:
-            assert controller.call("update_client", client="alice", msg_ttl="3")["code"] == 0
-    receiver.message("n19")
-    said = [event["content"] for *_, event in receiver.posts if event.get("class") == "recv"]
-    assert said == [f"n{number}" for number in range(20)]
+        body = body + b"--X--\r\n" if kind == parts else body
+        status, _, answer = raw_call(
+            pair.port, "/openqq/send_friend_message?client=alice", kind=kind, body=body)
+        if text in ("NaN", "big5"):
+            assert status == json.loads(answer)["code"] == 400, answer
+            assert text == "NaN" or text in json.loads(answer)["status"]
+        else:
+            assert (status, heard(pair)[0]) == (200, text), answer
 
 
 def test_what_a_kill_leaves_of_a_file_is_removed_with_it(start, tmp_path):
@@ -9665,14 +9568,6 @@ def test_an_accounts_file_does_not_decide_for_the_controller(start, tmp_path):
     assert [row["account"] for row in controller.call("check_client")["client"]] == ["good"]
     for name in bad:
         controller.log.wait(f"{name} is the controller's to decide")
-
-
-def test_no_metadata_service_is_taken_for_a_bridge(exchanged):
-    for number, url in enumerate(("ws://169.254.169.254", "http://169.254.169.254/latest",
-                                  "ws://[::ffff:169.254.169.254]:80", "http://100.100.100.200")):
-        exchanged.call("start_client", client=f"bad{number}", onebot_api=url)
-        exchanged.log.wait(rf"\[bad{number}\].*link-local and metadata addresses are not called")
-        exchanged.call("delete_client", client=f"bad{number}")
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
@@ -9796,7 +9691,13 @@ def test_an_answer_quotes_and_mentions_where_it_says_so(tower):
                                                "nonsense": {"a": 1}})):
         _, sent = answered(f"平{number}", **more)
         assert "reply_to" not in sent and "at" not in sent
-    tower.say("没词", answer=(200, {}, {"reply": True}))
+    for number, reply in enumerate((True, float("nan"), float("inf"))):
+        tower.say(f"没词{number}", answer=(200, {}, {"reply": reply}))
+    tower.say("怪图", answer=(200, {}, {"reply": 12.0, "media": [
+        "x\0y", "\ud800", "base64://", "", 5, None, "base64://" + PNG_TEXT]}))
+    for said in "12.0", "[图片]":
+        assert tower.posted("gina", said)["code"] == 0
+    assert "fault of this program" not in tower.log.text()
     for said in "quote .*must be 0 or 1", "at_sender .*must be 0 or 1", "reply .*must be text":
         tower.log.wait(said.replace(" ", " in an answer of post_api ", 1))
 
@@ -10002,7 +9903,7 @@ def test_what_happens_in_groups_on_a_bridge_is_told(qq):
     [[row], _, _] = told("onebot_event", notice_type="essence", group_id=30001, message_id=5,
                          sub_type="add", strange={"deep": [1]})
     assert (row["notice_type"], row["strange"]) == ("essence", {"deep": [1]})
-    for sub_type in "group_card", "group_decrease", "friend_recall":  # these are no notices of notify
+    for sub_type in "group_card", "group_decrease", "friend_recall":  # no notices of notify
         told("onebot_event", notice_type="notify", sub_type=sub_type, group_id=30001, user_id=40001,
              message_id=5)
     for notice_type in "title", "group_name", "poke", "notify poke":  # and these only of notify
