@@ -9702,19 +9702,19 @@ def test_an_answer_quotes_and_mentions_where_it_says_so(tower):
         tower.log.wait(said.replace(" ", " in an answer of post_api ", 1))
 
 
-def test_an_answer_does_on_a_bridge_what_it_wants(bridged, receive, closing):
+def test_an_answer_does_on_a_bridge_what_it_wants(another, receive):
     wants = {"引": {"reply": "[CQ:face,id=1]好", "cq": 1, "quote": 1, "at_sender": 1},
              "坏": {"reply": "[CQ:image,file=file:///etc/passwd]", "cq": 1},
              "删": {"delete": 1, "kick": "1", "ban": True, "ban_duration": 120},
              "group": {"approve": "1", "reason": "好"}, "friend": {"approve": 0}}
     receiver = receive(lambda event: (200, {}, wants.get(
         event.get("content") or event.get("event", "").partition("_request")[0], {})))
-    bridge = closing(Bridge(sse=False))
-    bot = Bridged(bridged["webhook"].program, "bot2", bridge, post_api=receiver.url).running()
-    in_group(30001, 40001, "引")(bridge)
+    bridge = Bridge(sse=False)
+    bot = another(bridge, post_api=receiver.url).running()
+    bridge.say_group(30001, 40001, "引")
     message = bridge.wait_call("send_group_msg")["message"]
     assert [row["type"] for row in message] == ["reply", "at", "text", "face", "text"]
-    in_group(30001, 40001, "坏")(bridge)
+    bridge.say_group(30001, 40001, "坏")
     bot.program.log.wait("file in a CQ code not allowed")
     event = bridge.say_group(30001, 40001, "删")
     assert str(bridge.wait_call("delete_msg")["message_id"]) == str(event["message_id"])
@@ -9726,7 +9726,6 @@ def test_an_answer_does_on_a_bridge_what_it_wants(bridged, receive, closing):
         "flag": "f1", "sub_type": "add", "approve": True, "reason": "好"}
     bridge.emit(request_type="friend", user_id=50001, flag="f2", comment="")
     assert bridge.wait_call("set_friend_add_request")["approve"] is False
-    bot.call("delete_client")
 
 
 # -- requests to join a group, and invitations
@@ -9756,7 +9755,6 @@ def test_somebody_who_asks_to_join_a_group_is_let_in_or_not_and_an_invitation_le
     assert alice.event("new_group")[0]["uid"] == group
     assert alice.call("leave_group", group_uid=group) == OK
     assert alice.event("lose_group")[0]["uid"] == group
-    assert alice.call("leave_group", group_uid=group)["code"] == 100
     alice.change("remove", "group", group)
 
 
@@ -9778,10 +9776,9 @@ def test_requests_on_a_bridge_are_told_and_answered_also_those_of_before(bridged
         "InvitedRequest": [{"request_id": 73, "invitor_uin": 20001, "group_id": 39999,
                             "group_name": "外群", "checked": False}]}
     for told in [], waiting:
-        asked = threading.Event()
-        qq.bridge.answers["get_group_system_msg"] = lambda params: asked.set() or {"data": told}
+        qq.bridge.answers["get_group_system_msg"] = {"data": told}
         qq.bridge.drop()
-        assert asked.wait(WAIT)
+        qq.bridge.wait_call("get_group_system_msg")
     found = []
     while len(found) < 2:
         found = [event["params"][0] for event in qq.call("check_event", since=qq.seq)
@@ -10080,11 +10077,15 @@ def test_messages_come_by_each_way_once_and_say_where_they_come_from(milky):
     events = milky.events_of(
         private(20001, "一"), in_group(30001, 40001, "二"),
         lambda bridge: bridge.say("temp", 40001, 40001, "三", group=bridge.group(30001)),
-        lambda bridge: bridge.say("temp", 50001, 50001, "四", group=None))
+        lambda bridge: bridge.say("temp", 50001, 50001, "四", group=None),
+        lambda bridge: bridge.emit(
+            "message_receive", message_scene="friend", peer_id="20001", message_seq="90001",
+            sender_id="20001", time="1700000000", segments=text_of("五")))  # numbers as text
     assert [(event["content"], event["type"], event.get("group"), event["sender_uid"])
             for event in events] == [
         ("一", "friend_message", None, "20001"), ("二", "group_message", "一家人", "40001"),
-        ("三", "sess_message", "一家人", "40001"), ("四", "friend_message", None, "50001")]
+        ("三", "sess_message", "一家人", "40001"), ("四", "friend_message", None, "50001"),
+        ("五", "friend_message", None, "20001")]
     again = milky.bridge.said["friend", 20001][-1]
     assert milky.events_of(lambda bridge: bridge.emit("message_receive", **again)) == []
 
@@ -10113,6 +10114,11 @@ def test_codes_and_pictures_go_out_in_milkys_segments(milked):
     milky = milked["yogurt"]
     [event] = milky.events_of(in_group(30001, 40001, "引用我"))
     row = milky.bridge.said["group", 30001][-1]
+    [quote] = milky.events_of(in_group(30001, 20001, [segment(
+        "reply", message_seq=row["message_seq"], sender_id=40001, time=row["time"], segments=[]),
+        *text_of("后")]))
+    assert (quote["reply_to"], quote["content"]) == (event["id"], "后")
+    assert milky.call("get_message", id=event["id"])["content"] == "引用我"
     sent = milky.call(TO_GROUP, uid="30001", reply_to=event["id"], at="40001,all", cq="1",
                       content="看[CQ:face,id=14][CQ:image,file=http://h.example/a]",
                       media_data=PNG_TEXT)
@@ -10129,18 +10135,6 @@ def test_codes_and_pictures_go_out_in_milkys_segments(milked):
         sent = milky.call(TO_FRIEND, uid="20001", **more)
         assert sent["code"] != 0 and said in json.dumps(sent), sent
     milky.up_to_a_word()
-
-
-def test_quotes_lead_to_the_message_that_they_quote(milked):
-    milky = milked["lagrange"]
-    [first] = milky.events_of(in_group(30001, 40001, "先"))
-    said = milky.bridge.said["group", 30001][-1]
-    [second] = milky.events_of(in_group(30001, 20001, [segment(
-        "reply", message_seq=said["message_seq"], sender_id=40001, time=said["time"],
-        segments=[]), *text_of("后")]))
-    assert (second["reply_to"], second["content"]) == (first["id"], "后")
-    found = milky.call("get_message", id=second["reply_to"])
-    assert (found["content"], found["sender_uid"]) == ("先", "40001"), found
 
 
 NUDGE = {"display_action": "", "display_suffix": "", "display_action_img_url": ""}
@@ -10226,14 +10220,12 @@ def test_requests_of_before_are_told_by_milky_too(another):
     bridge.requests = [row, {**row, "notification_seq": 6, "state": "accepted"}, {
         "type": "quit", "group_id": 30001, "notification_seq": 7, "target_user_id": 40001}]
     me = another(bridge).running()
-    [asked_for] = eventually(lambda: [
-        event["params"][0] for event in me.call("check_event", since=0)
-        if event.get("event") == "group_request"])
-    assert (asked_for["uid"], asked_for["comment"]) == ("50001", "我")
-    assert me.call("accept_group_request", ticket=asked_for["ticket"])["code"] == 0
-    assert bridge.wait_call("accept_group_request") == {
-        "group_id": 30001, "notification_seq": 5, "notification_type": "join_request",
-        "is_filtered": True}
+    [told] = eventually(lambda: [event["params"][0] for event in me.call("check_event", since=0)
+                                 if event.get("event") == "group_request"])
+    assert (told["uid"], told["comment"]) == ("50001", "我")
+    assert me.call("accept_group_request", ticket=told["ticket"])["code"] == 0
+    assert bridge.wait_call("accept_group_request").items() <= row.items() | {
+        "notification_type": "join_request"}.items()
     assert not bridge.faults
 
 
@@ -10414,7 +10406,7 @@ def test_a_picture_of_the_bridges_with_its_code_is_shown_and_renewed(
 # -- a bridge that lies
 
 MILKY_LIES = [
-    "<html>busy</html>", [1], "null", 500, {}, {"data": "x"}, {"data": [[1]]}, {"retcode": "x"},
+    "<html>busy</html>", "null", 500, {"data": "x"},
     {"data": {"friends": "x", "groups": 7, "members": {}, "messages": "x"}},
     {"data": {"friends": [None, 7, {}], "groups": [[], {"group_id": {}}],
               "members": [{"user_id": "x"}], "messages": [3, {"message_seq": []}]}},
@@ -10422,26 +10414,22 @@ MILKY_LIES = [
 
 
 def test_a_milky_bridge_that_lies_harms_nothing(another):
-    """Three of them at once."""
-    accounts = [another(MilkyBridge()).running() for _ in range(3)]
     names = [name for name in MilkyBridge.SCHEMAS if re.match("get_(?!login)|send_private", name)]
-    for me in accounts:
-        me.up_to_a_word()
-    for first in range(0, len(MILKY_LIES), 3):
-        lies = list(zip(accounts, MILKY_LIES[first:]))
-        for me, lie in lies:
-            me.bridge.answers = dict.fromkeys(names, lie)
-            me.bridge.drop()
-        for me, lie in lies:
-            me.bridge.connected()
-            me.until("running")
-            me.bridge.say_private(20001, f"中{first}")
-            assert f"中{first}" in me.said(), lie
-            me.call(TO_FRIEND, uid="20001", content="x")
-            me.call("get_group_info")
-            assert {row["uid"] for row in me.call("get_friend_info")} >= {"20001", "20002"}, lie
-            me.bridge.answers = {}
-            assert me.call(TO_FRIEND, uid="20001", content="y")["code"] == 0, lie
+    accounts = [(another(MilkyBridge()), lie) for lie in MILKY_LIES]
+    for me, lie in accounts:
+        me.running().up_to_a_word()
+        me.bridge.answers = dict.fromkeys(names, lie)
+        me.bridge.drop()
+    for me, lie in accounts:
+        me.bridge.connected()
+        me.until("running")
+        me.bridge.say_private(20001, "中")
+        assert "中" in me.said(), lie
+        me.call(TO_FRIEND, uid="20001", content="x")
+        me.call("get_group_info")
+        assert {row["uid"] for row in me.call("get_friend_info")} >= {"20001", "20002"}, lie
+        me.bridge.answers = {}
+        assert me.call(TO_FRIEND, uid="20001", content="y")["code"] == 0, lie
     assert not re.search("Traceback|fault of this program", me.program.log.text())
 
 
@@ -10467,25 +10455,6 @@ def test_rubbish_among_milkys_events_harms_no_other(milky):
     assert "好" in milky.said()
     assert milky.state()["state"] == "running"
     assert not re.search("Traceback|fault of this program", milky.program.log.text())
-
-
-def test_numbers_of_milkys_that_come_as_text_are_numbers(milked):
-    [event] = milked["llbot"].events_of(lambda bridge: bridge.emit(
-        "message_receive", message_scene="friend", peer_id="20001", message_seq="90001",
-        sender_id="20001", time="1700000000", segments=text_of("文"),
-        friend={**bridge.friend(20001), "user_id": "20001"}))
-    assert (event["content"], event["sender_uid"], event["time"]) == ("文", "20001", "1700000000")
-
-
-def test_what_one_bridge_is_told_no_other_is(another, closing):
-    first, second = MilkyBridge(token="s3cret"), closing(MilkyBridge(token=""))
-    me = another(first).running()
-    assert me.call("update_client", milky_api=second.url)["code"] == 0
-    second.connected()
-    me.until("running")
-    with open(f"/proc/{me.state()['pid']}/environ", "rb") as file:
-        assert b"s3cret" not in file.read()
-    assert "s3cret" not in second.shown
 
 
 # ------------------------------------------------------------------------------------------------
@@ -10585,30 +10554,25 @@ def test_a_scan_leads_to_a_running_wechat_account_and_a_restart_needs_none(wecha
 
 
 NO_LOGINS = [  # what is answered instead of a confirmation, and how many codes are shown after that
-    [({"status": "expired"}, 1), ({"status": "verify_code_blocked"}, 1), (500, 0),
-     ({"status": "thinking"}, 0)],
-    [({"status": "confirmed"}, 1),
-     ({"status": "confirmed", "bot_token": None, "ilink_bot_id": {}, "ilink_user_id": 5}, 1),
-     ({"status": "confirmed", "bot_token": "x\r\ny", "ilink_bot_id": "b",
-       "ilink_user_id": "o"}, 1)]]
+    ({"status": "expired"}, 1), ({"status": "verify_code_blocked"}, 1), (500, 0),
+    ({"status": "thinking"}, 0), ({"status": "confirmed"}, 1),
+    ({"status": "confirmed", "bot_token": "x\r\ny", "ilink_bot_id": "b", "ilink_user_id": "o"}, 1)]
 
 
-@pytest.mark.parametrize("rows", NO_LOGINS, ids=["no confirmation", "no sound token"])
-def test_a_code_that_came_to_nothing_is_followed_by_another(wechat, rows):
-    accounts = [(wechat(), ill, codes) for ill, codes in rows]
+def test_a_code_that_came_to_nothing_is_followed_by_another(wechat):
+    accounts = [(wechat(), ill, codes) for ill, codes in NO_LOGINS]
     for account, ill, _ in accounts:
         account.server.wait_call("get_bot_qrcode")
         account.server.ill["get_qrcode_status"] = ill
         account.server.change(status="wait")
-    for account, _, codes in accounts:
+    for account, ill, codes in accounts:
         account.server.wait_call("get_qrcode_status")
         for _ in range(codes):
             account.server.wait_call("get_bot_qrcode")
-        if rows is NO_LOGINS[1]:
+        if ill == {"status": "confirmed"}:
             account.program.log.wait(rf"\[{account.name}\].*without a token")
         account.server.ill.clear()
-        # file: is no address: the one of before serves
-        account.server.confirm(**{"baseurl": "file:///etc/passwd"} if rows is NO_LOGINS[1] else {})
+        account.server.confirm(baseurl="file:///etc/passwd")  # no address: that of before serves
     for account, _, _ in accounts:
         account.until("running")
 
@@ -10660,33 +10624,25 @@ def test_a_login_may_lead_to_another_server_by_tls(wechat, start, tmp_path, clos
     account.until("running")
 
 
-def test_an_ended_login_shows_a_new_code_and_says_why(wechat):
+def test_an_ended_login_shows_a_new_code_says_why_and_who_scans_it_has_to_write_first(wechat):
     account = wechat().log_in()
-    account.server.end()
-    account.until("scaning", "-14")
-    account.server.confirm()
-    assert "error" not in account.until("running")
-    token = account.server.token
-    account.server.end()
-    account.server.wait_call("get_bot_qrcode", lambda row: row["local_token_list"] == [token])
-    account.until("scaning")
-    account.server.token = token  # it was good after all
-    account.server.change(status="binded_redirect")
-    account.until("running")
-
-
-def test_who_scans_after_somebody_else_has_to_write_first(wechat):
-    account = wechat().log_in()
+    server = account.server
     account.hear("在")
     assert account.state()["sends_left"] == 10
-    for owner in "o2@im.wechat", "o1@im.wechat":
-        account.server.end()
+    for server.owner in "o2@im.wechat", "o1@im.wechat":
+        server.end()
         account.until("scaning", "-14")
-        account.server.owner = owner
-        account.server.confirm()
-        account.until("running")
-        assert account.state()["sends_left"] == 0, owner
-    assert account.send(content="答")["code"] == -3 and not account.server.sent
+        server.confirm()
+        assert "error" not in account.until("running")
+        assert account.state()["sends_left"] == 0, server.owner
+    assert account.send(content="答")["code"] == -3 and not server.sent
+    token = server.token
+    server.end()
+    server.wait_call("get_bot_qrcode", lambda row: row["local_token_list"] == [token])
+    account.until("scaning")
+    server.token = token  # it was good after all
+    server.change(status="binded_redirect")
+    account.until("running")
 
 
 SPOKEN = [  # what the person sends, and what the account reports
@@ -10797,15 +10753,11 @@ def test_a_receivers_answer_and_its_picture_go_out_on_wechat(wechat, receive):
 
 def test_aes_is_that_of_fips_197():
     key, plain = bytes(range(16)), bytes.fromhex("00112233445566778899aabbccddeeff")
-    closed = openqq.aes_128_ecb(key, plain, True)
-    assert closed[:16].hex() == "69c4e0d86a7b0430d8cdb78070b4c55a"
-    for data in [plain, *(os.urandom(size) for size in (0, 1, 15, 17, 5000))]:
+    assert openqq.aes_128_ecb(key, plain, True)[:16].hex() == "69c4e0d86a7b0430d8cdb78070b4c55a"
+    for data in [os.urandom(size) for size in (0, 15, 16, 5000)]:
         closed = openqq.aes_128_ecb(key, data, True)
         assert len(closed) == (len(data) // 16 + 1) * 16
         assert openqq.aes_128_ecb(key, closed, False) == data
-    for wrong, data in (key, b""), (key, bytes(16)), (key, closed[:-1]), (b"", closed):
-        with pytest.raises(ValueError):
-            openqq.aes_128_ecb(wrong, data, False)
 
 
 LYING_UPDATES = [
@@ -10853,23 +10805,20 @@ def test_kills_lose_and_double_nothing_that_is_said_on_wechat(wechat, receive):
     said, over = [], threading.Event()
 
     def speak():
-        while not over.is_set():
+        while not over.wait(0.02):  # a person who is in a hurry
             said.append(f"m{len(said)}")
             account.server.say(said[-1])
-            over.wait(0.02)  # a person who is in a hurry
 
-    speaker = threading.Thread(target=speak)
-    speaker.start()
-    for _ in range(much(2, 100)):
-        receiver.message(said[-1])
-        pid = account.state()["pid"]
-        os.kill(pid, signal.SIGKILL)
-        assert eventually(lambda: account.state()["pid"] != pid)
-        account.until("running")
-    over.set()
-    speaker.join()
-    said.append("the last")
-    account.server.say(said[-1])
+    with concurrent.futures.ThreadPoolExecutor() as speaker:
+        speaker.submit(speak)
+        for _ in range(much(2, 100)):
+            assert eventually(lambda: said)
+            receiver.message(said[-1])
+            pid = account.state()["pid"]
+            os.kill(pid, signal.SIGKILL)
+            assert eventually(lambda: account.state()["pid"] != pid)
+            account.until("running")
+        over.set()
     receiver.message(said[-1])
     posts = {headers["X-Event-ID"]: event["content"] for _, headers, _, event in receiver.posts
              if event.get("class") == "recv"}
