@@ -8051,11 +8051,9 @@ CARD_OF_XML = ('<?xml version="1.0"?><msg brief="[分享] 甲 &amp; 乙" '
                'url="http://h.example/?a=1&amp;b=2"><title>题</title></msg>')
 QQ_SEGMENTS = [  # codes or segments, and how they read
     ("a&amp;b&#91;c&#93;,d=e", "a&b[c],d=e"),
-    ("&#91;CQ:at,qq=1&#93;&amp;amp;&amp;#91;", "[CQ:at,qq=1]&amp;&#91;"), ("一\n二", "一\n二"),
-    ("[CQ:at,qq=40001]来", "@路人 来"), ("[CQ:at,qq=20001]", "@爸 "),
-    ("[CQ:at,qq=10001]", "@网友10001 "), ("[CQ:at,qq=99999]", "@99999 "),
-    ("[CQ:at,qq=99998,name=老友]", "@老友 "), ([segment("at", qq=40001)], "@路人 "),
-    ("[CQ:at,qq=40001]\n来", "@路人 \n来"),
+    ("&#91;CQ:at,qq=1&#93;&amp;amp;&amp;#91;", "[CQ:at,qq=1]&amp;&#91;"),
+    ("[CQ:at,qq=40001]来", "@路人 来"), ("[CQ:at,qq=20001][CQ:at,qq=99999]", "@爸 @99999 "),
+    ("[CQ:at,qq=99998,name=老友]", "@老友 "), ("[CQ:at,qq=40001]\n来", "@路人 \n来"),
     ([segment("at", qq="all"), *text_of("  "), *text_of(" 来 吗")], "@全体成员 来 吗"),
     ("[CQ:at,qq=40001][CQ:at,qq=20001] 来", "@路人 @爸 来"),
     ([*text_of("看"), segment("image", file="A.png", url=PICTURE)], "看[图片]"),
@@ -8063,7 +8061,6 @@ QQ_SEGMENTS = [  # codes or segments, and how they read
     ("[CQ:file,file=A.doc]", "[文件]A.doc"), ("[CQ:reply,id=-7]对", "对"),
     (card_of(prompt="[分享]标题", meta={"news": NEWS_CARD}),
      "[分享]标题 https://h.example/a?b=1&c=2"),
-    (card_of(prompt="", meta={"news": NEWS_CARD}), "标题 https://h.example/a?b=1&c=2"),
     (card_of(meta={"x": {"desc": "说明", "url": "m.qq.com/a"}}), "说明"),
     (card_of(prompt="[QQ小程序]视频", meta={"detail_1": {
         "url": "m.q.qq.com/a", "qqdocurl": "https://b23.example/x"}}),
@@ -8071,14 +8068,12 @@ QQ_SEGMENTS = [  # codes or segments, and how they read
     (card_of(meta=[1], prompt=5, title=None) + card_of(prompt=None)
      + [segment("json", data="{"), segment("json", data="[1]")], "5[json][json][json]"),
     ([segment("xml", data=CARD_OF_XML)], "[分享] 甲 & 乙 http://h.example/?a=1&b=2"),
-    ("[CQ:xml,data=<msg><title size='3'>题</title></msg>]", "题"),
-    (f"[CQ:xml,data={'<title' * 9}]", "[xml]"),
+    ("[CQ:xml,data=<msg><title size='3'>题</title></msg>][CQ:xml,data=<title<title]", "题[xml]"),
     ("[CQ:forward,id=F1,summary=查看3条转发消息][CQ:markdown,content=# 一\n二]",
      "查看3条转发消息# 一\n二"),
     ("[CQ:mface,summary=&#91;汪汪&#93;,emoji_id=1][CQ:image,file=A,summary=&#91;动画表情&#93;]",
      "[汪汪][动画表情]"),
     ("[CQ:image,file=A,summary=][CQ:file,name=甲\n乙.doc,file_id=1]", "[图片][文件]甲 乙.doc"),
-    ("[CQ:file,file=/tmp/x.doc,file_id=1]", "[文件]"),
     ("[CQ:share,title=题,url=http://h][CQ:music,type=qq,id=1][CQ:location,lat=1,lon=2,title=家]"
      "[CQ:contact,type=qq,id=5][CQ:poke,type=1,id=1][CQ:dice,result=4]",
      "[分享]题 http://h[音乐][位置]家[名片]5[戳一戳][骰子]4"),
@@ -8112,7 +8107,6 @@ ODD_MESSAGES = [
     (None, ""), (5, "5"), (True, "[?]"), ({"type": "at", "data": {"qq": "all"}}, "@全体成员 "),
     ([["一", [text_of("二")]], 3, None, False, {"type": "text"}], "一二3[?][?][text]"),
     ([{"type": "at", "data": data} for data in (None, [1], "x", True)], "[at]" * 4),
-    ([{"type": "text", "data": "直接"}], "直接"),
     ([segment("text", text=text) for text in (5, None, True, [1], {"a": 1})], "5" + "[text]" * 4),
     ([segment("at", qq=qq) for qq in (None, 0, True, [1], {"a": None})], "[at]" * 5),
     ([segment("at", qq=99997.0)], "@99997 "),
@@ -8123,8 +8117,7 @@ ODD_MESSAGES = [
       segment("json", data={"prompt": "对象"}), segment("json", data=None),
       segment("xml", data=5), segment("share", title={"a": 1}, url=None)],
      "[文件][文件][mface]甲: 乙对象[json][xml][分享]"),
-    ("[CQ:at][CQ:at,qq][CQ:at,qq=]好[CQ:file,file=甲.doc][CQ:strange,a=1][CQ:at,qq=40001] 来",
-     "[at][at][at]好[文件]甲.doc[strange]@路人 来"),
+    ("[CQ:at][CQ:at,qq][CQ:at,qq=]好[CQ:strange,a=1]", "[at][at][at]好[strange]"),
     ([segment("file", name="\x1b[2J\r\n甲")], "[文件][2J 甲"),
     ([segment("strange", deep=json.loads("[" * 200 + "]" * 200))], "[strange]")]
 
@@ -8312,8 +8305,6 @@ def test_before_members_are_loaded_events_tell_who_it_is_and_load_none(another):
     assert actions.count("get_group_member_info") == 2  # for the name after @, for who came
 
 
-# -- what is asked of the bridge
-
 TO_FRIEND, TO_GROUP = "send_friend_message", "send_group_message"
 PERSON_THERE, GROUP_THERE = {"user_id": "20001"}, {"group_id": "30001"}
 QQ_CALLS = [  # a call and its params, the action that it asks for and the action's
@@ -8375,11 +8366,10 @@ def cq_value(text):
     return openqq.cq_escape(text, True)
 
 
-LOCAL_FILES = ["[CQ:image,file=file:///etc/passwd]", "[CQ:image,file=/etc/passwd]",
-               "[CQ:image,file=\\\\host\\share\\x.png]", "[CQ:record,file=FILE:///etc/passwd]",
-               "[CQ:image,file=x.png,url=file:///etc/passwd]", "[CQ:video,thumb=../x,file=x]",
-               "[CQ:image,file=C:\\x.png]", "hi [CQ:file,path=/etc/passwd]",
-               "[CQ:video,cover=..\\x]", "[CQ:image,file=FILE:x]", "[CQ:image,url=ftp://h/x]",
+LOCAL_FILES = ["[CQ:image,file=/etc/passwd]", "[CQ:image,file=\\\\host\\share\\x.png]",
+               "[CQ:record,file=FILE:///etc/passwd]", "[CQ:image,file=C:\\x.png]",
+               "[CQ:image,file=x.png,url=file:///etc/passwd]", "[CQ:image,url=ftp://h/x]",
+               "hi [CQ:file,path=/etc/passwd]", "[CQ:video,cover=..\\x]", "[CQ:image,file=FILE:x]",
                "[CQ:node,name=a,uin=1,content=&#91;CQ:image&#44;file=file:///etc/passwd&#93;]"]
 
 
@@ -8443,8 +8433,6 @@ def test_messages_sent_and_received_are_taken_back_by_their_numbers(qq):
     assert qq.call("revoke_message", id=sent["id"]) == {"code": 0, "status": "revoke failure"}
     del qq.bridge.answers["delete_msg"]
 
-
-# -- ways in
 
 def test_no_answer_but_a_hang_up_ends_a_message_once_and_the_account_comes_back(qq):
     qq.bridge.hanging |= {"send_private_msg"}
@@ -8536,7 +8524,6 @@ def hook(name):
 
 
 def test_a_webhook_is_let_in_by_its_signature_or_the_token(exchanged):
-    """On the client as on the controller; without both, from this machine."""
     with on_bridges(exchanged, {name.replace(" ", "-"): hook(name) for name in WEBHOOKS}) as hooks:
         for account, posts in zip(hooks.values(), WEBHOOKS.values()):
             milky, account.bridge.post_to = account.name.startswith("milky"), ""
@@ -8791,8 +8778,6 @@ def test_a_real_account_shows_codes_as_its_bridge_has_them_and_never_ends(harrie
     until_running(program)
 
 
-# -- under a controller
-
 def test_an_account_on_a_bridge_survives_its_controller_and_keeps_its_secrets_secret(
         start, closing):
     """What a caller gave is shown again, but not what is secret; a resumed account has it all."""
@@ -9019,7 +9004,10 @@ STRANGE = [{name: odd} for odd in (None, [], {}, "", "x", 1e999) for name in (
     {"message_type": "group", "group_id": 30001, "sender": {"user_id": 20001, "role": []}},
     {"post_type": "notice", "notice_type": []}, {"post_type": "request"},
     {"post_type": "notice", "notice_type": "group_decrease", "group_id": []},
-    {"post_type": "notice", "notice_type": "notify", "sub_type": "group_name"}]
+    {"post_type": "notice", "notice_type": "notify", "sub_type": "group_name"},
+    {"post_type": "notice", "notice_type": "group_ban", "group_id": 30001, "duration": "x"},
+    {"post_type": "notice", "notice_type": "group_upload", "group_id": 30001, "file": []},
+    {"post_type": "request", "request_type": "group", "group_id": 30001, "flag": {}}]
 NOBODIES = [None, 0, "0", "", -5, True, "abc", 1.5, [], {}, "12 3"]
 
 
@@ -9150,13 +9138,12 @@ def test_members_and_groups_that_a_list_suddenly_lacks_stay_but_what_a_notice_sa
     groups, members = list(bridge.groups), bridge.groups[0]["members"]
     members += [bridge.member(50001 + number) for number in range(6)]
     _, program = harried("--update-interval", "1", bridge=bridge, DOUBT_SECONDS=600.0)
-    for _ in "12":
-        assert len(program.call("search_group", uid="30001")[0]["member"]) == 9
-        members[1:] = []
-        groups[0]["member_count"] = 10
-        for _ in "123":
-            bridge.wait_call("get_group_member_list", lambda got: got["group_id"] == "30001")
-            bridge.wait_call("get_group_list")
+    assert len(program.call("search_group", uid="30001")[0]["member"]) == 9
+    members[1:], groups[0]["member_count"] = [], 10
+    for _ in "123":
+        bridge.wait_call("get_group_member_list", lambda got: got["group_id"] == "30001")
+        bridge.wait_call("get_group_list")
+    assert len(program.call("search_group", uid="30001")[0]["member"]) == 9
     bridge.groups[:] = []
     assert eventually(lambda: "groups" in warning(program))
     for again in range(2):  # told twice, it is one event
@@ -9200,7 +9187,6 @@ def test_a_busy_account_is_refreshed_and_learns_what_no_notice_told(harried):
 
 
 def test_what_happens_while_a_bridge_is_asked_is_not_undone_by_its_answer(harried):
-    """The friends that it tells after a reconnect may be those of a moment before."""
     bridge, program = harried(DETAIL_SECONDS=15.0)
 
     def members(params):
@@ -9293,18 +9279,6 @@ def test_look_ups_that_a_bridge_does_not_answer_hold_up_their_own_conversation_o
     assert "友" in [row["name"] for row in program.call("get_friend_info")]
 
 
-def test_look_ups_in_vain_hold_up_no_queue_of_others(harried):
-    bridge, program = harried(LOOKUP_SECONDS=2.0)
-    bridge.hanging |= {"get_stranger_info", "get_group_member_info"}
-    for number in range(64):
-        bridge.emit(request_type="friend", user_id=51000 + number, flag=f"F{number}", comment="x")
-    bridge.say_group(30001, 40001, [segment("at", qq=str(52000 + number)) for number in range(8)])
-    bridge.say_private(20002, "still?")
-    program.receiver.message("still?")
-    asked = [params for action, params in bridge.calls if action == "get_stranger_info"]
-    assert len(asked) <= openqq.EventQueue.WORKERS
-
-
 SAID_OF_SOMEBODY = [  # what a sender's block says now -> what he is called, the property changes
     ({"nickname": "路人", "card": "新卡", "role": "admin"}, "新卡", [("card", None, "新卡")]),
     ({"nickname": "路人乙", "card": "", "role": "member", "title": "元老"}, "路人乙", [
@@ -9362,7 +9336,6 @@ def test_a_temporary_session_of_an_unknown_group_can_be_answered(qq):
 
 
 def test_messages_that_wait_long_are_not_called_failed_and_a_full_queue_refuses_at_once(harried):
-    """But none goes out under another account."""
     bridge, program = harried("--send-queue-max-size", "3", SEND_SECONDS=0.3, BRIDGE_SECONDS=WAIT)
     free = threading.Event()
     bridge.answers["send_private_msg"] = lambda params: free.wait(WAIT) and None
@@ -9417,24 +9390,19 @@ def test_of_two_that_a_name_fits_the_remark_wins_and_equal_ones_are_refused(harr
     assert program.call(TO_FRIEND, name="丙", uid="20004", content="x")["code"] == 0
 
 
-@pytest.mark.parametrize("way", ["webhook", "late list"])
-def test_the_bridges_other_account_is_noticed_and_has_friends_of_its_own(harried, way):
-    """Also where nothing but events tells of it, and a list of the former one is still to come."""
-    free = threading.Event()
-    bridge = Bridge()
-    bridge.hanging.add("_events")  # it never answers for a stream, which is asked for by HTTP only
-    _, program = harried("--update-interval", "1", bridge=bridge, LIST_SECONDS=WAIT,
-                         way="url" if way == "webhook" else "ws", DOUBT_SECONDS=600.0)
-    bridge.post_to = f"{program.base}/onebot" if way == "webhook" else ""
-    if way != "webhook":
-        former = list(bridge.friends)
-        bridge.answers["get_friend_list"] = lambda params: free.wait(WAIT) and {"data": former}
-        bridge.wait_call("get_friend_list", seconds=WAIT)
-        bridge.wait_call("get_friend_list", seconds=WAIT)
-        bridge.answers = {}
+def test_the_bridges_other_account_is_noticed_and_has_friends_of_its_own(harried):
+    """By events that a webhook brings, while a list of the former one is still to come; there is
+    no stream, nor an answer to the question for one."""
+    bridge, free = Bridge(), threading.Event()
+    bridge.hanging.add("_events")
+    _, program = harried("--update-interval", "1", bridge=bridge, way="url", LIST_SECONDS=WAIT,
+                         DOUBT_SECONDS=600.0)
+    bridge.post_to, former = f"{program.base}/onebot", list(bridge.friends)
+    bridge.answers["get_friend_list"] = lambda params: free.wait(WAIT) and {"data": former}
+    for _ in "12":
+        bridge.wait_call("get_friend_list")
+    bridge.answers = {}
     bridge.uin, bridge.friends = 10009, [{"user_id": 20101, "nickname": "新", "remark": ""}]
-    if way != "webhook":
-        bridge.emit(notice_type="bot_offline", message="weg")
     bridge.say_private(20101, "who")
     program.receiver.message("who")
     assert eventually(lambda: program.call("get_user_info").get("uid") == "10009")
@@ -9443,7 +9411,6 @@ def test_the_bridges_other_account_is_noticed_and_has_friends_of_its_own(harried
 
 
 def test_echoes_that_come_before_the_answers_make_no_second_messages(harried):
-    """One right before the answer, and one that comes long before."""
     bridge, program = harried("--allow-message-sync", "1", BRIDGE_SECONDS=WAIT)
     numbers, free = itertools.count(7800), threading.Event()
 
@@ -9486,28 +9453,23 @@ def test_bodies_are_read_as_they_say_and_numbers_stay_as_they_were_written(pair)
     def part(about, value, kind=b""):
         return b"--X\r\nContent-Disposition: form-data; %b\r\n%b\r\n%b\r\n" % (about, kind, value)
 
-    uid, said = part(b"name=uid", b"2854196301"), "一模".encode("gbk")  # which is UTF-8, too
-    parts, edge = "multipart/form-data; xboundary=Q; boundary=X", "a\r\n--X--more\r\n--Xmore"
-    for kind, body, text in [
-            (JSON, '{"name":"x","content":["a",NaN]}', "NaN"),
-            *[(JSON, '{"name":"小冰","content":%s}' % value, value)
-              for value in ("1e999", "12345678901234567890.5")],
-            (parts, uid + part(b'name="content"', edge.encode()), edge),
-            (parts, part(b'filename="a; name=z"; name="media_data"', PNG) + uid
+    path, uid = "/openqq/send_friend_message?client=alice", part(b"name=uid", b"2854196301")
+    edge, said = "a\r\n--X--more\r\n--Xmore", "一模".encode("gbk")  # which is UTF-8, too
+    for body, text in [
+            (uid + part(b'name="content"', edge.encode()), edge),
+            (part(b'filename="a; name=z"; name="media_data"', PNG) + uid
              + part(b"name=content", b"b"), "b[图片]"),
-            (parts, uid + part(b"name=content", said, b"Content-Type: text/plain; charset=gbk\r\n"),
-             "一模"),
-            (FORM + "; charset=gbk", "uid=2854196301&content=" + urllib.parse.quote(said), "一模"),
-            (FORM + "; charset=big5", "uid=2854196301&content=%A7A%A6n", "big5")]:
+            (uid + part(b"name=content", said, b"Content-Type: text/plain; charset=gbk\r\n"),
+             "一模"), ('{"name":"小冰","content":1e999}', "1e999")]:
         heard(pair)
-        body = body + b"--X--\r\n" if kind == parts else body
-        status, _, answer = raw_call(
-            pair.port, "/openqq/send_friend_message?client=alice", kind=kind, body=body)
-        if text in ("NaN", "big5"):
-            assert status == json.loads(answer)["code"] == 400, answer
-            assert text == "NaN" or text in json.loads(answer)["status"]
-        else:
-            assert (status, heard(pair)[0]) == (200, text), answer
+        body, kind = (body, JSON) if isinstance(body, str) else (
+            body + b"--X--\r\n", "multipart/form-data; xboundary=Q; boundary=X")
+        assert raw_call(pair.port, path, kind=kind, body=body)[0] == 200
+        assert heard(pair)[0] == text
+    for kind, body, said in ((JSON, '{"name":"x","content":["a",NaN]}', ""),
+                             (FORM + "; charset=big5", "uid=2854196301&content=%A7A%A6n", "big5")):
+        status, _, answer = raw_call(pair.port, path, kind=kind, body=body)
+        assert status == json.loads(answer)["code"] == 400 and said in answer.decode()
 
 
 def test_what_a_kill_leaves_of_a_file_is_removed_with_it(start, tmp_path):
@@ -9606,8 +9568,6 @@ def test_a_message_that_is_not_remembered_is_asked_of_the_bridge(qq):
     assert not qq.events_of()
 
 
-# -- what an answer of post_api may want
-
 def test_an_answer_quotes_and_mentions_where_it_says_so(tower):
     def answered(reply, **answer):
         """A message and the answer to it, as they were posted."""
@@ -9659,8 +9619,6 @@ def test_an_answer_does_on_a_bridge_what_it_wants(another, receive):
     bridge.emit(request_type="friend", user_id=50001, flag="f2", comment="")
     assert bridge.wait_call("set_friend_add_request")["approve"] is False
 
-
-# -- requests to join a group, and invitations
 
 def test_somebody_who_asks_to_join_a_group_is_let_in_or_not_and_an_invitation_leads_in(together):
     alice, bob = together
@@ -9720,8 +9678,6 @@ def test_requests_on_a_bridge_are_told_and_answered_also_those_of_before(bridged
         ("join", "50002", "一家人", "add:71"), ("invite", "20001", "外群", "invite:73")]
     qq.running()
 
-
-# -- moderation
 
 BRIDGE_ACTS = [  # whether of a member, what is called, what the bridge gets besides the place
     (1, "shutup_group_member", {"time": 0}, "set_group_ban", {"duration": 0}),
@@ -9835,9 +9791,7 @@ def test_what_happens_in_groups_on_a_bridge_is_told(qq):
     for sub_type in "group_card", "group_decrease", "friend_recall":  # no notices of notify
         told("onebot_event", notice_type="notify", sub_type=sub_type, group_id=30001, user_id=40001,
              message_id=5)
-    for notice_type in "title", "group_name", "poke", "notify poke":  # and these only of notify
-        told("onebot_event", notice_type=notice_type, group_id=30001, user_id=40001, name_new="x",
-             target_id=10001)
+    told("onebot_event", notice_type="poke", user_id=40001, target_id=10001)  # only of notify
     for kind in "invite", "approve":
         event = qq.events_of(notice(notice_type="group_increase", sub_type=kind, group_id=30001,
                                     user_id=50077, operator_id=40001))[-1]
@@ -9845,15 +9799,7 @@ def test_what_happens_in_groups_on_a_bridge_is_told(qq):
             "new_group_member", kind, "40001")
         assert told("lose_group_member", notice_type="group_decrease", sub_type="leave",
                     group_id=30001, user_id=50077, operator_id=50077)[1] == "leave"
-    for rubbish in ({"notice_type": "group_ban", "group_id": 30001, "duration": "x"},
-                    {"notice_type": "group_upload", "group_id": 30001, "user_id": 1, "file": []},
-                    {**poke, "user_id": 1, "target_id": {}},
-                    {"request_type": "group", "group_id": 30001, "user_id": [1], "flag": {}}):
-        qq.events_of(lambda bridge, row=rubbish: bridge.emit(**row))
-    assert "Traceback" not in qq.program.log.text()
 
-
-# -- files, and everything else
 
 def test_a_file_goes_out_as_a_file_and_one_that_comes_is_had_when_it_is_wanted(qq, gallery):
     data = {"media_data": base64.b64encode(b"PK\3\4").decode(), "media_name": "a.zip"}
@@ -10137,7 +10083,6 @@ def test_each_event_of_milkys_is_told_once_and_in_the_documented_words(milky):
 
 
 def test_a_groups_new_name_that_comes_with_ones_own_message_counts(another):
-    """The event of it (Yogurt) may come before the answer to the call, or after it."""
     me = another(MilkyBridge(own=True), "milky-echo").running()
     for number in range(8):
         me.bridge.groups[0]["group_name"] = f"名{number}"
@@ -10175,8 +10120,6 @@ def test_groups_are_governed_in_milkys_words(milked):
         said = milky.call(path, **params)
         assert said["code"] == 0, said
         assert milky.bridge.wait_call(call) == wanted
-    assert all(spelt.split()[0] in MilkyBridge.SCHEMAS
-               for spelt in openqq.MilkyLink.CALLS.values())
     assert not milky.bridge.faults
 
 
@@ -10224,8 +10167,6 @@ def test_media_come_with_where_they_are_and_files_go_up(milked):
     assert not milky.bridge.faults
 
 
-# -- loss and return
-
 @pytest.mark.parametrize("way", ["llbot", "lagrange"])
 def test_what_was_said_while_the_stream_was_lost_is_told_once_and_in_order(milked, way):
     me = milked[way]
@@ -10266,23 +10207,6 @@ def test_ids_are_turned_back_after_a_restart_and_what_was_said_meanwhile_comes(m
         "reply", message_seq=row["message_seq"]))
 
 
-def test_ids_of_milkys_messages_are_kept_for_the_last_10000(tmp_path):
-    path, log = str(tmp_path / "ids"), Bench().log
-    book = openqq.MessageBook(path, log)
-    ids = [book.note("1/group/2", seq, 5.0)[0] for seq in range(1, 12_001)]
-    book.flush()
-    assert len(set(ids)) == 12_000 and 2 ** 30 <= min(ids) <= max(ids) < 2 ** 31
-    put(path, content(path) + b'[1, "x"]\nrubbish\n{"torn')
-    book = openqq.MessageBook(path, log)
-    assert [book.find(str(number)) for number in ids[-10_000:]] == [
-        ("1/group/2", seq) for seq in range(2_001, 12_001)]
-    with pytest.raises(openqq.Declined):
-        book.find(ids[0])
-    assert book.note("1/group/2", 1, 5.0)[0] == ids[0]
-
-
-# -- logging in
-
 def test_a_bridge_that_is_not_logged_in_says_where_to_look_and_runs_afterwards(another):
     bridge = MilkyBridge()
     bridge.logged_in = False
@@ -10303,35 +10227,25 @@ def test_a_bridge_that_is_not_logged_in_says_where_to_look_and_runs_afterwards(a
 def test_a_picture_of_the_bridges_with_its_code_is_shown_and_renewed(
         start, receive, tmp_path, closing):
     """Also of a bridge that serves nobody before it is logged in."""
-    png, jpeg, accounts = openqq.qr_png(openqq.qr_matrix("first")), b"\xff\xd8\xffsecond", {}
-    for name in "open", "closed":
-        bridge, receiver = closing(MilkyBridge()), receive()
-        bridge.logged_in = False
-        accounts[name] = bridge, receiver, put(tmp_path / name, png)
-    accounts["closed"][0].stop()
+    png, jpeg = openqq.qr_png(openqq.qr_matrix("first")), b"\xff\xd8\xffsecond"
+    bridge, receiver, picture = closing(MilkyBridge()), receive(), put(tmp_path / "picture", png)
+    bridge.stop()
     controller = start("controller", "--accounts", put(tmp_path / "accounts.json", json.dumps({
-        name: {"milky_api": bridge.url, "qrcode_file": picture, "post_api": receiver.url}
-        for name, (bridge, receiver, picture) in accounts.items()})))
+        "me": {"milky_api": bridge.url, "qrcode_file": picture, "post_api": receiver.url}})))
     for data, kind in (png, "image/png"), (jpeg, "image/jpeg"):
-        for name, (_, receiver, picture) in accounts.items():
-            put(picture, data)
-            assert base64.b64decode(receiver.next(is_qrcode)["params"][1]) == data
-            path = "/openqq/get_qrcode?client=" + name
-            assert eventually(lambda path=path, data=data: request(
-                controller.base, path)[2] == data)
-            assert request(controller.base, path)[1]["content-type"] == kind
+        put(picture, data)
+        assert base64.b64decode(receiver.next(is_qrcode)["params"][1]) == data
+        path = "/openqq/get_qrcode?client=me"
+        assert eventually(lambda: request(controller.base, path)[2] == data)
+        assert request(controller.base, path)[1]["content-type"] == kind
     for data in b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(1024 * 1024):
-        put(accounts["open"][2], data)
-        assert eventually(lambda: "is none of now" in controller.state("open").get("error", ""))
-    accounts["closed"][0].start()
-    for name, (bridge, _, _) in accounts.items():
-        bridge.logged_in = True
-        assert eventually(lambda name=name: controller.state(name)["state"] == "running")
+        put(picture, data)
+        assert eventually(lambda: "is none of now" in controller.state("me").get("error", ""))
+    bridge.start()
+    assert eventually(lambda: controller.state("me")["state"] == "running")
     said = controller.call("start_client", client="x", milky_api=bridge.url, qrcode_file="/x")
     assert said["code"] == 6 and "qrcode_file" in said["status"]
 
-
-# -- a bridge that lies
 
 MILKY_LIES = [
     "<html>busy</html>", "null", 500, {"data": "x"},
@@ -10454,7 +10368,7 @@ def wechat(weixin):
 
 
 def test_a_scan_leads_to_a_running_wechat_account_and_a_restart_needs_none(wechat, start):
-    """Two accounts on one controller, each on a server of its own; the controller is killed."""
+    """Also after a kill, by which nothing that is said is lost or told twice."""
     controller = start("controller", "--flavor", "weixin")
     accounts = [wechat(program=controller) for _ in range(2)]
     for account in accounts:
@@ -10470,13 +10384,17 @@ def test_a_scan_leads_to_a_running_wechat_account_and_a_restart_needs_none(wecha
         cookie = os.path.join(controller.tmpdir, f"mojo_weixin_cookie_{account.name}.dat")
         assert os.stat(cookie).st_mode & 0o777 == 0o600
         assert account.hear(account.name)["content"] == account.name
+        server.wait_call("getupdates", lambda said: said["get_updates_buf"] == "1")
     controller.process.kill()
     assert all_gone(controller.log, WAIT)
+    for account in accounts:
+        account.server.say("早")
     controller = start("controller", "--flavor", "weixin")
     for account in accounts:
         account.program, server = controller, account.server
         account.until("running")
         assert [name for name, _ in server.calls].count("get_bot_qrcode") == 1
+        assert account.find(lambda event: "content" in event)["content"] == "早"
         assert account.send(content="晚")["code"] == 0
         assert server.sent[-1]["context_token"] == server.messages[-1]["context_token"]
 
@@ -10727,32 +10645,6 @@ def test_tencents_servers_lead_to_no_others():
             link._allowed(url)
 
 
-def test_kills_lose_and_double_nothing_that_is_said_on_wechat(wechat, receive):
-    receiver = receive()
-    account = wechat(post_api=receiver.url).log_in()
-    said, over = [], threading.Event()
-
-    def speak():
-        while not over.wait(0.02):  # a person who is in a hurry
-            said.append(f"m{len(said)}")
-            account.server.say(said[-1])
-
-    with concurrent.futures.ThreadPoolExecutor() as speaker:
-        speaker.submit(speak)
-        for _ in range(much(2, 100)):
-            assert eventually(lambda: said)
-            receiver.message(said[-1])
-            pid = account.state()["pid"]
-            os.kill(pid, signal.SIGKILL)
-            assert eventually(lambda: account.state()["pid"] != pid)
-            account.until("running")
-        over.set()
-    receiver.message(said[-1])
-    posts = {headers["X-Event-ID"]: event["content"] for _, headers, _, event in receiver.posts
-             if event.get("class") == "recv"}
-    assert list(posts.values()) == said
-
-
 # ------------------------------------------------------------------------------------------------
 # Hostile callers, dying processes, an ill machine
 # ------------------------------------------------------------------------------------------------
@@ -10783,8 +10675,6 @@ def test_the_setting_for_a_bodys_size_holds_on_both_servers(start):
             assert answer[0] == (200 if size == 1000 else 413), (port, length, answer)
 
 
-# -- GET /metrics
-
 def metrics_of(base, **headers):
     """What /metrics shows: name and labels -> value; each line must be one of its format."""
     status, fields, body = request(base, "/metrics", headers=headers)
@@ -10805,7 +10695,6 @@ def metrics_of(base, **headers):
 
 
 def test_metrics_count_requests_and_their_time_by_path_and_code_on_both_servers(pair):
-    """Also of many at once; and callers make up no labels."""
     for port, query in ports_of(pair):
         base = f"http://127.0.0.1:{port}"
         before = metrics_of(base)
@@ -10838,9 +10727,8 @@ def test_metrics_count_requests_and_their_time_by_path_and_code_on_both_servers(
 
 
 def test_metrics_tell_of_clients_restarts_and_events(start, receive):
-    answers = {"slow": [503]}
-    receiver = receive(lambda event: answers.get(event.get("content"), [200]).pop()
-                       if answers.get(event.get("content")) else 200)
+    tries = iter([503])
+    receiver = receive(lambda event: next(tries, 200) if event.get("content") == "slow" else 200)
     controller = start("controller", "--post-api", receiver.url)
 
     def shows(base=controller.base, **wanted):
@@ -10865,8 +10753,6 @@ def test_metrics_tell_of_clients_restarts_and_events(start, receive):
     assert shows(clients__scaning=0)
 
 
-# -- HTTP in
-
 @pytest.fixture
 def impatient(monkeypatch):
     """A server of this process whose deadlines are short, so that a test need not wait for them."""
@@ -10881,7 +10767,6 @@ def impatient(monkeypatch):
 
 
 def test_drips_and_idle_connections_end_at_the_deadline_and_hold_up_nobody(impatient):
-    """Heads and bodies that come byte by byte, and nothing at all, also after an answer."""
     line, address = line_of("/healthz", "POST"), impatient.server_address
     with contextlib.ExitStack() as stack:
         def connect(begin):
@@ -10968,8 +10853,6 @@ def test_what_may_have_been_done_is_not_repeated_through_a_controller_and_what_r
         caller.close()
 
 
-# -- HTTP out
-
 def test_no_url_spells_a_forbidden_address_so_that_it_is_connected():
     whole = int.from_bytes(socket.inet_aton("168.63.129.16"), "big")
     for host in ("168.63.129.16", whole, hex(whole), f"0{whole:o}", "0xa8.0x3f.0x8110",
@@ -10996,44 +10879,6 @@ def test_names_that_lead_to_forbidden_addresses_are_never_connected(monkeypatch,
     found = ["169.254.169.254", "127.0.0.1"]
     assert openqq.fetch(f"http://rebind.example:{server.port}/", seconds=5.0).read() == b"sound"
 
-
-BAD_RECEIVERS = {  # what each says, piece by piece
-    "silent": [b""] * 3000, "garbage": [b"\0\xff" * 5000], "ends": [],
-    "drips": [b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", *[b"x"] * 2000],
-    "endless": [b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n",
-                *[b"[" * 100_000] * 120]}
-
-
-def test_a_bad_receiver_holds_up_its_own_queue_only(upstream, start):
-    def answer(pieces, sock):
-        for piece in pieces:
-            sock.sendall(piece)
-            if ended.wait(0.02):
-                return
-
-    ended, controller = threading.Event(), start("controller")
-    bad = {name: upstream(*[[functools.partial(answer, pieces)]] * 99)
-           for name, pieces in BAD_RECEIVERS.items()}
-    for name, server in bad.items():
-        controller.call("start_client", client=name, login_type="login", pwd="x",
-                        post_api=server.url)
-    assert eventually(lambda: all(server.seen for server in bad.values()))
-    for name in bad:
-        assert user(controller, name)["account"] == name
-        for number in range(5):
-            assert controller.call("/local/say", client=name, content=f"m{number}",
-                                   **{"from": "小灰"})["code"] == 0
-        assert controller.call("send_friend_message", client=name, name="小冰",
-                               content="on")["code"] == 0
-    for name in "silent", "drips", "garbage":
-        base = f"http://127.0.0.1:{controller.state(name)['port']}"
-        assert metrics_of(base)["openqq_post_queue_length"] >= 5
-    assert "Traceback" not in controller.log.text()
-    controller.process.kill()  # a stop would give each queue its 3 seconds
-    ended.set()
-
-
-# -- faults
 
 
 def test_kills_at_random_moments_lose_nothing(start, receive):
@@ -11073,20 +10918,15 @@ def test_kills_at_random_moments_lose_nothing(start, receive):
 
 
 def test_of_many_controllers_started_at_once_one_runs(tmp_path):
-    path = tmp_path / "mojo_webqq_controller_process.pid"
     programs = [Program(tmp_path, "controller") for _ in range(much(6, 50))]
-    try:
-        assert eventually(lambda: sum(each.process.poll() is None for each in programs) == 1)
-        [winner] = [each for each in programs if each.process.poll() is None]
-        assert content(path) == f"{winner.ready().pid}\n".encode()
-        for each in programs:
-            if each is not winner:
-                assert each.process.returncode == 1
-                each.log.wait(f"with pid {winner.pid}")
-    finally:
-        for each in programs:
-            each.stop()
-    assert winner.process.returncode == 0 and not path.exists()
+    assert eventually(lambda: sum(each.process.poll() is None for each in programs) == 1)
+    [winner] = [each for each in programs if each.process.poll() is None]
+    assert content(winner.path("controller_process.pid")) == f"{winner.ready().pid}\n".encode()
+    for each in programs:
+        if each is not winner:
+            assert each.process.returncode == 1
+            each.log.wait(f"with pid {winner.pid}")
+    assert winner.stop() == 0 and not os.path.exists(winner.path("controller_process.pid"))
 
 
 def test_a_log_file_that_is_rotated_again_and_again_loses_no_line(start, tmp_path):
@@ -11473,8 +11313,6 @@ def test_an_account_is_started_scanned_spoken_with_and_stopped_on_the_page(board
 def test_residents_speak_to_each_other_and_the_owner_mutes_and_kicks_on_the_page(board, page):
     page.talk("小灰", "小冰", "one to another")
     page.reads("#talk", "小灰\none to another\n小冰\none to another")
-    page.talk("小冰", "小灰", "and back")
-    page.reads("#talk", "one to another\n小冰\none to another\n小冰\nand back")
     page.talk("小灰", "OpenQQ (group)", "小冰, whom nobody asked")
     page.reads("#talk", "小灰\n小冰, whom nobody asked\n小冰\n小冰, whom nobody asked")
     assert "one to another" not in page.text("#talk")
@@ -11484,9 +11322,6 @@ def test_residents_speak_to_each_other_and_the_owner_mutes_and_kicks_on_the_page
     for name in "小冰", "bob":
         page.click(f"[data-member={name}] button", "Mute")
         page.reads("#said", name + " is muted for 3 min.")
-    said = board.call("/local/say", client="alice", **{"from": "小冰"}, content="mm",
-                      type="group_message", to="OpenQQ")
-    assert said["code"] == 8
     page.talk("bob", "OpenQQ (group)", "muted")
     page.reads("#said", "It did not work: muted, not heard")
     page.click("[data-member=小灰] button", "Kick")
@@ -11515,18 +11350,10 @@ def test_what_others_do_with_accounts_is_seen_on_the_page_and_can_be_gone_on_wit
     os.kill(board.state("dave")["pid"], signal.SIGKILL)
     page.reads("[data-account=dave] .facts", " · restarts: 1")
     assert board.call("start_client", client="dave")["msg_ttl"] == "5"
-
-    change = functools.partial(board.call, "/local/change", uid="5100")
-    change(do="add", what="person", name="新人")
-    change(do="add", what="friend", **{"in": "alice"})
-    change(do="set", what="friend", markname="旧", **{"in": "alice"})
-    change(do="remove", what="person")
-    for words in "waiting for a scan → waiting for the button", "new friend", "account stopped":
+    for words in "waiting for a scan → waiting for the button", "account stopped":
         page.reads("#events", words)
-    text = page.text("body")
-    for word in ("scaning", "new_friend", "state_change", "client_stopped", "input_qrcode", "null",
-                 "undefined", "Invalid Date"):
-        assert word not in text, word
+    assert not re.search("scaning|state_change|client_stopped|input_qrcode|null|undefined|"
+                         "Invalid Date", page.text("body"))
     for name in "dave", "erin":
         board.call("delete_client", client=name)
     assert eventually(lambda: not page.run(
@@ -11587,10 +11414,9 @@ def test_a_real_wechat_account_is_started_on_the_page_with_the_digits_of_the_pho
 HOSTILE_TEXTS = [
     "<script>window.hurt=1</script>", "<img src=x onerror=window.hurt=1>", "${window.hurt=1}",
     "\"><svg onload=window.hurt=1>", "'-window.hurt=1-'", "</script><script>window.hurt=1",
-    "javascript:window.hurt=1", "{name}<b onclick=window.hurt=1>", "<style>*{display:none}</style>",
-    "<base href=//evil.example/>", "</title><script>window.hurt=1", "<plaintext>", "__proto__",
-    "&lt;script&gt;window.hurt=1", "\\u003cscript>window.hurt=1", "\u202ewindow.hurt=1",
-    "constructor", "hasOwnProperty", "$&$`$'", "id: 9\ndata: {}", "\u2028x", "W" * 300]
+    "{name}<b onclick=window.hurt=1>", "<style>*{display:none}</style>", "<plaintext>",
+    "__proto__", "&lt;script&gt;window.hurt=1", "\\u003cscript>window.hurt=1", "constructor",
+    "\u202ewindow.hurt=1", "$&$`$'", "id: 9\ndata: {}", "\u2028x", "W" * 300]
 
 
 def test_hostile_names_and_messages_run_nothing(board, page):
@@ -11718,20 +11544,20 @@ def test_messages_are_filtered_wait_while_the_page_is_paused_and_move_no_reader(
     assert page.run("return document.querySelector('#talk').scrollTop") == 9
 
 
-def test_the_page_shows_when_events_were_and_sorts_them_by_that(closing, board, browser):
-    """What was there before it was opened, of several accounts, and what comes late."""
-    me = Bridged(board, "ws-when", closing(Bridge())).running()
-    board.call("send_friend_message", client="alice", name="小灰", content="alice's own")
+def test_the_page_shows_when_events_were_and_sorts_them_by_that(closing, start, browser):
+    controller = start("controller")
+    controller.login("alice")
+    me = Bridged(controller, "ws-when", closing(Bridge())).running()
+    controller.call("send_friend_message", client="alice", name="小灰", content="alice's own")
     me.events_of(*[private(20001, text, time=when) for text, when in (
         ("of 2010", 1262304000), ("of the future", 4102444800), ("of long ago", 964000000))])
-    browser.open(board.base + "/")
+    browser.open(controller.base + "/")
     browser.reads("#events", "of the future", "alice's own", "of 2010", "of long ago")
     told = browser.run("return [...document.querySelectorAll('#events li')].find((one) => "
                        "one.innerText.includes('of 2010')).querySelector('time').textContent")
     assert re.search(r"\b(1|12|31)/(1|12|31)/(2010|2009)\b", told), told
     me.events_of(private(20001, "late", time=1262304000 + 86400))  # into its place
     browser.reads("#events", "alice's own", "late", "of 2010")
-    board.call("delete_client", client=me.name)
 
 
 def test_the_page_asks_once_for_the_token_and_keeps_it_for_the_tab(guarded, browser):
@@ -12004,7 +11830,6 @@ STEERING = "\x1b]0;mine\x07\x1b[2J\x9b31m\u202egnp\u2066\x7f\x00\x85 \u3000客"
 
 
 def test_no_name_or_message_of_the_network_steers_a_terminal(closing, office):
-    """Seen with everything: tables, events, laid out JSON, JSON as it came, refusals."""
     name = STEERING.replace("\x00", "")
     for what, more in ("person", {"name": name}), ("friend", {"in": "alice"}):
         office.call("/local/change", do="add", what=what, uid="666", **more)
@@ -12059,16 +11884,12 @@ def test_commands_name_the_client_in_the_query_and_nothing_secret(closing):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
 def test_a_full_output_is_told_on_one_line_and_a_reader_who_has_enough_ends_a_command(office):
     office.call("send_friend_message", client="alice", name="小冰", content="x")
-    for words in (["status", "--watch"], ["events", "alice"], ["call", "check_client"],
-                  ["controller", "--help"]):
+    for words in (["status", "--watch"], ["events", "alice"], ["controller", "--help"]):
         with open("/dev/full", "wb") as full, begin_command(
                 office.base, *words, out=full, **GEHEIM) as process:
             error = process.communicate(timeout=3 * WAIT)[1]
         assert process.returncode == 1, words
         assert re.fullmatch(b"openqq: the output cannot be written: .*\n", error), words
-    for status, *words in (3, "status", "--url", "http://127.0.0.1:1"), (2, "nonsense"):
-        with open("/dev/full", "wb") as full, begin_command("", *words, err=full) as process:
-            assert process.wait(3 * WAIT) == status, words
     with begin_command(office.base, "status", **GEHEIM) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait(WAIT)) == (b"", 0)
@@ -12157,7 +11978,6 @@ NEEDS_A_TICKET = {  # what the examples cannot know, and the answer is another o
     (["controller", "--flavor", "weixin"], "/openwx/")],
     ids=["controller", "client", "weixin"])
 def test_openapi_describes_what_is_there_and_every_example_works(start, words, prefix):
-    """Each example, with a body of each kind, is answered as the document says."""
     server = start(*words)
     if words[0] == "controller":
         assert server.call(prefix + "start_client", client="alice")["code"] == 0
@@ -12221,11 +12041,6 @@ def test_openapi_tells_what_needs_the_token_a_client_s_name_and_a_running_accoun
     for name, required in ("get_user_info", True), ("check_client", False):
         rows = paths["/openqq/" + name]["get"]["parameters"]
         assert [row["required"] for row in rows if row["name"] == "client"] == [required]
-    body = paths["/openqq/start_client"]["post"]["requestBody"]["content"]["application/json"]
-    assert {name for name, row in openqq.SETTINGS.items() if row.caller and not row.idle} | {
-        "client"} == set(body["schema"]["properties"])
-    assert components["schemas"]["group"]["properties"]["member"]["items"] == {
-        "$ref": "#/components/schemas/group_member"}
     office.call("start_client", client="idle")
     for path, operations in paths.items():
         told = set(operations.get("get", {}).get("responses", {}))
@@ -12282,7 +12097,6 @@ def type_in(line, ports):
 
 
 def test_readme_commands_do_what_the_readme_says(script, start):
-    """The program, the first four lines, the bot's four lines."""
     (program, first_minute, *_), (bot_lines,) = blocks("sh", ENGLISH), blocks("sh", REFERENCE)
     assert program == "python openqq.py controller\n"
     controller = start("controller", typed=True)
@@ -12305,7 +12119,6 @@ def test_readme_commands_do_what_the_readme_says(script, start):
 
 
 def test_readme_three_steps_bring_a_real_account(closing, start, tmp_path):
-    """The two commands, with a bridge and its page at other ports than theirs."""
     alone, again = [" ".join(re.search(r"`(python openqq.py client --account me [^`]+)`", half)
                              .group(1).split()) for half in (ENGLISH, CHINESE)]
     assert alone == again
@@ -12326,7 +12139,6 @@ def test_readme_three_steps_bring_a_real_account(closing, start, tmp_path):
 
 
 def test_readme_two_steps_bring_a_real_wechat_account(closing, start):
-    """The two lines, with a server of Tencent's at another address."""
     begin, account = blocks("sh", ENGLISH)[3].splitlines()
     server = closing(ILink())
     controller = start(*begin.split()[2:])
@@ -12351,7 +12163,6 @@ def test_readme_library_example_runs(script):
 
 
 def test_readme_commands_for_the_terminal_do_their_work(start):
-    """The lines in their order, on a terminal; those that do not end are interrupted."""
     controller = start("controller")
     lines = [line.split() for line in "".join(blocks("console")).splitlines()]
     shown = {"status": "^alice ", "events": r"alice ← 小冰: hello", "call": '"name": "小冰"',
@@ -12372,7 +12183,6 @@ def test_readme_commands_for_the_terminal_do_their_work(start):
 
 
 def test_every_line_of_how_do_i_does_what_it_says_and_every_file_is_named(start, receive):
-    """In their order. What has the id or ticket of nothing answers so."""
     controller = start("controller")
     controller.login("alice", post_api=receive().url)
     rows = re.findall(r"^\| (.+?) \| `(curl .+)` \|$", README, re.M)
