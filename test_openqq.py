@@ -8131,30 +8131,13 @@ def test_whatever_stands_in_a_message_reads_as_text_or_a_label_and_no_python(bri
         assert not re.search("None|True|False|{'", event["content"] + event["raw_message"]), message
 
 
-def test_ten_thousand_segments_are_read_at_once_and_ask_for_few_names(bridged):
-    me, found = bridged["ws"], []
-    me.up_to_a_word()
-    count = len(me.bridge.calls)
-    me.bridge.say_group(30001, 40001, [
-        segment("at", qq=str(900000 + number)) for number in range(10_000)])
-    # it takes longer than the word in another conversation
-    assert eventually(lambda: found.extend(me.up_to_a_word()) or found)
-    assert found[0]["content"].startswith("@900000 @900001 ")
-    assert len(found[0]["content"].encode()) <= openqq.CONTENT_LIMIT
-    assert [action for action, _ in me.bridge.calls[count:]].count(
-        "get_group_member_info") == openqq.AT_LIMIT
-
-
 def test_the_time_of_an_event_is_the_bridges_where_it_tells_one(bridged):
-    me = bridged["ws"]
+    before = int(time.time())
     for told, known in ((1600000123, "1600000123"), ("1600000124", "1600000124"),
                         (0, None), ("soon", None), (None, None), (1e999, None)):
-        before = int(time.time())
-        [event] = me.events_of(notice(notice_type="friend_recall", user_id=20001, time=told,
-                                      message_id=next(TIMES)))
-        assert event["event"] == "revoke_message"
-        assert event["time"] == known or known is None and (
-            before <= int(event["time"]) <= time.time())
+        [event] = bridged["ws"].events_of(notice(
+            notice_type="friend_recall", user_id=20001, time=told, message_id=next(TIMES)))
+        assert event["time"] == known or not known and before <= int(event["time"]) <= time.time()
 
 
 OWN_MESSAGES = [
@@ -8348,7 +8331,6 @@ def test_each_call_asks_the_bridge_for_the_action_of_the_table_which_may_decline
 
 
 def test_a_picture_on_this_machine_is_fetched_by_us_and_never_by_the_bridge(qq, gallery):
-    """A bridge follows redirects, and its calls are trusted here."""
     path = put(os.path.join(qq.program.tmpdir, f"图 片-{qq.name}.png"), PNG)
     for given in ({"media_path": path}, {"media_url": gallery.url + "/cat.png"},
                   {"media_path": gallery.url.replace("127.0.0.1", "localhost") + "/cat.png"}):
@@ -8375,11 +8357,9 @@ LOCAL_FILES = ["[CQ:image,file=/etc/passwd]", "[CQ:image,file=\\\\host\\share\\x
 
 # Addresses of this program, as others might read them.
 AMBIGUOUS = ["http://127.0.0.1.:{port}/x", "http://%31%32%37.0.0.1:{port}/x",
-             "http://127.0.0.1:{port}\\@h.invalid/x", "http://0177.0.0.1.:{port}/x",
-             "http://127.0.0.1:{port}\t@h.invalid/x", "http://localhost%2e:{port}/x",
-             "http://localhost.:{port}/x", "http://x.localhost:{port}/x",
-             "http://127.0x.1:{port}/x", "http://0x7f.0x.0x.1:{port}/x", "http://0x:{port}/x",
-             "http://l\u1d52calhost:{port}/x",
+             "http://127.0.0.1:{port}\\@h.invalid/x", "http://127.0.0.1:{port}\t@h.invalid/x",
+             "http://0177.0.0.1.:{port}/x", "http://localhost%2e:{port}/x", "http://0x:{port}/x",
+             "http://x.localhost:{port}/x", "http://127.0x.1:{port}/x",
              "http://\U0001fbf1\U0001fbf2\U0001fbf7.0.0.1:{port}/x"]
 
 
@@ -8403,8 +8383,7 @@ def test_nothing_makes_a_bridge_call_this_program_or_read_a_file_of_its_machine(
 
 QQ_OUTCOMES = [
     ({}, 0, "发送正常"), ({"retcode": 1}, 0, "发送正常"),
-    ({"retcode": 1404, "wording": "风控"}, -4, "风控"),
-    ({"retcode": "100", "wording": "不行"}, -4, "不行"),
+    ({"retcode": "1404", "wording": "风控"}, -4, "风控"),
     ({"retcode": 0, "status": "failed", "wording": "不"}, -4, "不"),
     ({"retcode": 100, "wording": "", "message": ""}, -4, "retcode 100"),
     ({"retcode": 100, "wording": "", "message": "消息"}, -4, "消息")]
@@ -8575,7 +8554,6 @@ def test_a_webhook_knows_no_account_without_a_bridge_and_tells_strangers_of_none
 
 
 def test_a_controllers_token_in_the_url_lets_a_webhook_in(start, closing):
-    """That of a Milky bridge may do without it: there, who shows the bridge's is let in."""
     controller, key = start("controller", env={"OPENQQ_TOKEN": TOKEN}), {"access_token": TOKEN}
     body, shown = '{"event_type":"peer_pin_change","self_id":10001,"data":{}}', "access_token="
     known = shown + urllib.parse.quote(TOKEN)
@@ -8615,17 +8593,6 @@ def test_a_bridge_behind_tls_is_reached_and_its_certificate_is_checked(
     wary = start(*words)
     wary.log.wait(r"\[warn\] .*certificate")
     assert wary.stop() == 0
-
-
-def test_an_event_that_comes_by_stream_and_webhook_is_told_once(bridged):
-    bridge, acts = bridged["sse"].bridge, [private(20002, "一"), notice(
-        notice_type="friend_recall", user_id=20001, message_id=5)]
-    bridge.post_to = f"{bridged['sse'].program.base}/onebot?client=sse"
-    events = bridged["sse"].events_of(*acts)
-    bridge.post_to = ""
-    assert [event.get("content", event.get("event")) for event in events] == [
-        "一", "revoke_message"]
-    assert bridge.posted[-3:] == [200, 200, 200]
 
 
 def test_a_bridge_that_shares_this_machines_files_is_given_a_path(harried, tmp_path):
@@ -8963,8 +8930,6 @@ def test_what_ends_a_connection_is_told_and_the_account_goes_on(hurried):
     bridge.connected()
     until_running(program)
     assert "error" not in link_state(program)
-    bridge.say_private(20001, "again")
-    program.receiver.message("again")
     bridge.hanging |= {"*"}
     if program.way == "ws":
         bridge.drop()
@@ -9037,16 +9002,13 @@ def test_what_is_no_number_is_nobody_and_strange_events_harm_no_other(harried):
     bridge.emit(notice_type="friend_add", user_id=50001)
     for number, value in enumerate([0, "0", "", None, [], 0]):  # messages without a number
         bridge.say_private(20001, f"n{number}", message_id=value)
-    ids, moved = {}, []
-    while len(ids) < 6 or not moved:
-        event = program.receiver.next()
-        if re.fullmatch("n[0-5]", event.get("content", "")):
-            ids[event["content"]] = event["id"]
-        elif event.get("event", "").startswith(("new_", "lose_", "friend_", "group_")):
-            moved.append((event["event"], event["params"][0]["uid"]))
-    assert moved == [("new_friend", "50001")]
-    assert len(set(ids.values())) == 6 and all(
-        re.fullmatch("[1-9][0-9]*", name) for name in ids.values())
+    ids = [event["id"] for event in told_before(bridge, program)
+           if re.fullmatch("n[0-5]", event.get("content", ""))]
+    assert len(ids) == len(set(ids)) == 6
+    assert all(re.fullmatch("[1-9][0-9]*", name) for name in ids)
+    assert eventually(lambda: [(event["event"], event["params"][0]["uid"])
+                               for *_, event in list(program.receiver.posts) if re.match(
+        "new_|lose_|.*_change", event.get("event", ""))]) == [("new_friend", "50001")]
     until_running(program)
     assert lists_of(program) == (["20001", "20002", "50001"], ["30001"])
     assert "fault of this program" not in program.log.text()
@@ -9074,9 +9036,8 @@ def next_moves(program, count):
 
 
 ILL_LISTS = [  # the way, and what is answered instead of the list of friends, and of groups
-    ("ws", {"retcode": 1200, "wording": "超时"},
-     {"data": [1, None, "x", {"user_id": None, "group_id": 0}]}), ("url", "hang", 500),
-    ("ws", "hang", {"data": {"list": []}}), ("ws", "late", "late")]
+    ("ws", {"retcode": 1200}, {"data": [1, None, "x", {"user_id": None, "group_id": 0}]}),
+    ("url", "hang", 500), ("ws", "late", "late")]
 
 
 @pytest.mark.parametrize("way, friends, groups", ILL_LISTS)
@@ -9305,7 +9266,6 @@ def test_what_a_sender_says_of_himself_is_told_as_a_change(qq):
 
 
 def test_what_a_bridge_repeats_or_tells_of_our_own_acts_is_one_event(qq):
-    """Also of who is listed: a notice of the leaving was missed."""
     qq.call("get_group_info")
     again = comes(30001, 20001)
     assert [asked(event) for event in qq.events_of(again, again)] == [
@@ -9316,6 +9276,8 @@ def test_what_a_bridge_repeats_or_tells_of_our_own_acts_is_one_event(qq):
         goes(30001, 50011, "kick"), goes(30001, 50011, "kick"))
     assert asked(event) == ("lose_group_member", "50011", "30001")
     assert "50011" not in [row["uid"] for row in qq.call("get_group_info")[0]["member"]]
+    assert [event["content"] for event in qq.events_of(
+        lambda bridge: bridge.tell(bridge.say_private(20002, "一")))] == ["一"]
     request = {"request_type": "friend", "user_id": 50031, "flag": "50031"}  # somebody's number
     assert [event["event"] for event in qq.events_of(
         notice(**request), notice(notice_type="friend_add", user_id=50031), notice(**request))] == [
@@ -9323,7 +9285,6 @@ def test_what_a_bridge_repeats_or_tells_of_our_own_acts_is_one_event(qq):
 
 
 def test_a_temporary_session_of_an_unknown_group_can_be_answered(qq):
-    """NapCat tells 284840486 where it does not know through which group somebody writes."""
     [event] = qq.events_of(private(50013, "在吗", sub_type="group", group_id=284840486,
                                    sender={"user_id": 50013, "nickname": "生人"}))
     assert (event["type"], event["group_uid"], event["sender_uid"], event["sender"]) == (
@@ -9926,7 +9887,6 @@ MILKY_SAID = [  # (a segment's type and data, what is read)
     ("face", {"face_id": "14", "is_large": False}, "[表情]"),
     ("image", {"resource_id": "R", "temp_url": "http://h.example/a", "width": 1, "height": 1,
                "summary": "[动画表情]", "sub_type": "sticker"}, "[动画表情]"),
-    ("record", {"resource_id": "R", "temp_url": "http://h.example/a", "duration": 1}, "[语音]"),
     ("forward", {"forward_id": "F", "title": "聊天", "preview": ["a"], "summary": "查看3条"},
      "查看3条"),
     ("market_face", {"emoji_package_id": 1, "emoji_id": "1", "key": "k", "summary": "[汪汪]",
@@ -10226,10 +10186,10 @@ def test_a_bridge_that_is_not_logged_in_says_where_to_look_and_runs_afterwards(a
 
 def test_a_picture_of_the_bridges_with_its_code_is_shown_and_renewed(
         start, receive, tmp_path, closing):
-    """Also of a bridge that serves nobody before it is logged in."""
     png, jpeg = openqq.qr_png(openqq.qr_matrix("first")), b"\xff\xd8\xffsecond"
     bridge, receiver, picture = closing(MilkyBridge()), receive(), put(tmp_path / "picture", png)
-    bridge.stop()
+    bridge.logged_in = False
+    bridge.stop()  # it serves nobody before that
     controller = start("controller", "--accounts", put(tmp_path / "accounts.json", json.dumps({
         "me": {"milky_api": bridge.url, "qrcode_file": picture, "post_api": receiver.url}})))
     for data, kind in (png, "image/png"), (jpeg, "image/jpeg"):
@@ -10238,10 +10198,11 @@ def test_a_picture_of_the_bridges_with_its_code_is_shown_and_renewed(
         path = "/openqq/get_qrcode?client=me"
         assert eventually(lambda: request(controller.base, path)[2] == data)
         assert request(controller.base, path)[1]["content-type"] == kind
+    bridge.start()
     for data in b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(1024 * 1024):
         put(picture, data)
         assert eventually(lambda: "is none of now" in controller.state("me").get("error", ""))
-    bridge.start()
+    bridge.logged_in = True
     assert eventually(lambda: controller.state("me")["state"] == "running")
     said = controller.call("start_client", client="x", milky_api=bridge.url, qrcode_file="/x")
     assert said["code"] == 6 and "qrcode_file" in said["status"]
@@ -10276,15 +10237,14 @@ def test_a_milky_bridge_that_lies_harms_nothing(another):
 
 
 MILKY_RUBBISH = [
-    {"event_type": "message_receive"}, {"event_type": "message_receive", "data": None},
-    {"event_type": 7, "data": {}}, {"event_type": ["x"], "data": {"peer_id": {}}},
+    {"event_type": "message_receive"}, {"event_type": 7, "data": {}},
+    {"event_type": ["x"], "data": {"peer_id": {}}},
     {"event_type": "message_receive", "data": {
         "message_scene": ["x"], "peer_id": "20001/x", "message_seq": 1e999, "sender_id": None,
         "segments": {"a": 1}, "time": "x", "group": 7, "friend": [], "group_member": "x"}},
     {"event_type": "message_receive", "self_id": "10001", "data": {
         "message_scene": "group", "peer_id": "30001", "message_seq": True, "sender_id": "40001",
-        "segments": [{"type": "reply", "data": {"message_seq": {}}}, {"type": "image", "data": {
-            "temp_url": 7}}], "group": {"remark": [1], "group_id": 30001}}},
+        "segments": [{"type": "reply", "data": {"message_seq": {}}}], "group": {"remark": [1]}}},
     *({"event_type": kind, "data": data} for kind in openqq.MilkyLink.NOTICES
       for data in ({}, [], {"group_id": "x", "user_id": [], "message_seq": "x", "file_size": {}},
                    {"group_id": 30001, "user_id": 40001.5, "is_set": "false", "duration": "∞"}))]
@@ -10607,16 +10567,13 @@ def test_aes_is_that_of_fips_197():
 
 
 LYING_UPDATES = [
-    {"msgs": {}}, {"get_updates_buf": {"a": 1}, "msgs": [
-        None, 5, {}, {"message_type": 1},
-        {"message_type": 1, "from_user_id": {"a": 1}, "message_id": [1]},
+    {"msgs": {}}, {"ret": -3}, {"errcode": "x"}, {"ret": {}}, {"get_updates_buf": {}, "msgs": [
+        None, 5, {}, {"message_type": 1, "from_user_id": {"a": 1}, "message_id": [1]},
         {"message_type": 1, "from_user_id": "x", "message_id": 1, "context_token": ["a"],
          "create_time_ms": "abc", "item_list": [{"type": 2, "image_item": {"media": {
              "full_url": "http://169.254.169.254/", "aes_key": "!!"}}}]},
         {"message_type": 1, "from_user_id": "x", "message_id": 2, "create_time_ms": -5,
-         "item_list": [{"type": ["a"], "ref_msg": 5}, {"type": 3, "voice_item": {
-             "text": {"b": 1}}}]}]},
-    {"ret": -3}, {"errcode": "x"}, {"ret": {}}]
+         "item_list": [{"type": ["a"], "ref_msg": 5}, {"type": 3, "voice_item": {"text": {}}}]}]}]
 
 
 def test_a_wechat_server_that_lies_harms_nothing(mine):
@@ -10702,16 +10659,13 @@ def test_metrics_count_requests_and_their_time_by_path_and_code_on_both_servers(
                             ("get_nothing/../../x?", 1), ("get_friend_info%22,x=%22?", 1)]:
             for _ in range(times):
                 request(base, f"/openqq/{path}{query}")
-        callers = [Caller(port) for _ in range(6)]  # what they counted is seen while they last
         at_once(6, lambda index: [
-            callers[index](f"/openqq/get_user_info?{query}") for _ in range(50)])
+            request(base, f"/openqq/get_user_info?{query}") for _ in range(20)])
         until_closed(port, b"nonsense\r\n\r\n")
         until_closed(port, asking(line=b"GET /openqq/get_user_info?a\x01b HTTP/1.1\r\n"))
         after = metrics_of(base)
-        for caller in callers:
-            caller.close()
         for path, code, times in (
-                ("/openqq/get_friend_info", 200, 3), ("/openqq/get_user_info", 200, 300),
+                ("/openqq/get_friend_info", 200, 3), ("/openqq/get_user_info", 200, 120),
                 ("/openqq/search_friend", 400, 1), ("other", 403, 4), ("other", 400, 2),
                 ("/metrics", 200, 1)):  # the one before
             name = f'openqq_requests_total{{path="{path}",code="{code}"}}'
@@ -10722,7 +10676,7 @@ def test_metrics_count_requests_and_their_time_by_path_and_code_on_both_servers(
         buckets = [value for name, value in after.items()
                    if name.startswith(f"openqq_request_seconds_bucket{{{label},")]
         count = after[f"openqq_request_seconds_count{{{label}}}"]
-        assert count >= 300 and buckets == sorted(buckets) and buckets[-1] == count
+        assert count >= 120 and buckets == sorted(buckets) and buckets[-1] == count
         assert 0 < after[f"openqq_request_seconds_sum{{{label}}}"] < WAIT * count
 
 
@@ -10860,14 +10814,12 @@ def test_no_url_spells_a_forbidden_address_so_that_it_is_connected():
                  "１６９.２５４.１６９.２５４", "169。254。169。254",  # IDNA makes digits and dots
                  "[fd00:ec2::23]", "[fd00:42::42]", "[2002:a9fe:a9fe::]",
                  "[64:ff9b:1::a9fe:a9fe]", "[::ffff:0:169.254.169.254]"):
-        for url in (f"http://{host}/latest/meta-data/", f"http://user@{host}:80/"):
-            with pytest.raises(openqq.Unreachable, match="link-local and metadata") as caught:
-                openqq.fetch(url, seconds=0.3)
-            assert not caught.value.sent, host
+        with pytest.raises(openqq.Unreachable, match="link-local and metadata") as caught:
+            openqq.fetch(f"http://user@{host}:80/latest/meta-data/", seconds=0.3)
+        assert not caught.value.sent, host
 
 
 def test_names_that_lead_to_forbidden_addresses_are_never_connected(monkeypatch, upstream):
-    """The look-up's answer is what is checked, and of several addresses each."""
     server, found = upstream([good(b"sound")]), []
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, *args: [
         (socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "",
@@ -11073,13 +11025,10 @@ def test_the_controllers_stream_joins_all_accounts_also_those_to_come(start, fol
         assert event["seq"] in [row["seq"] for row in controller.call(
             "check_event", client=name, since=0)]
     for name in "carol", "dave":
-        since = int(controller.login(name) and controller.state(name)["since"])
-        assert time.time() - WAIT < since <= time.time()
+        controller.login(name)
+        assert time.time() - WAIT < int(controller.state(name)["since"]) <= time.time()
         assert stream.news("state_change", client=name) == ["init", "loading"]
         stream.news("login", client=name)
-        stream.news("input_qrcode", client=name)
-    controller.call("/local/say", client="carol", **{"from": "小灰"}, content="to carol")
-    assert stream.wait(content="to carol")[1]["client"] == "carol"
     os.kill(controller.state("carol")["pid"], signal.SIGKILL)
     while stream.news("state_change", client="carol")[1] != "stop":
         pass  # a dead client cannot tell of it
@@ -11088,11 +11037,9 @@ def test_the_controllers_stream_joins_all_accounts_also_those_to_come(start, fol
     assert not stream.contents() & {"early alice", "early bob"}
     ids = [int(each) for each, _ in stream.rows if each]
     assert ids == sorted(set(ids))
-    stream.close()
     controller.call("send_friend_message", client="alice", name="小灰", content="while away")
     back = follow(controller.base, Last_Event_ID=number)
     back.wait(content="while away")
-    assert "to carol" in back.contents()
     assert not back.contents() & {"from alice", "from bob"}
     assert controller.stop() == 0
     assert True not in back.coming, "which ends"
@@ -11153,15 +11100,13 @@ class Browser:
         """What a function body returns on the page."""
         return self.do("POST", "/execute/sync", script=script, args=list(args))
 
-    def show(self, width=1280, height=900, language="en-US", scheme="light"):
+    def show(self, width=1280, height=900, language="en-US"):
         """The screen that it has, and what it would like, in words of the DevTools protocol."""
         for command, params in [
                 ("setDeviceMetricsOverride", {"width": width, "height": height,
                                               "deviceScaleFactor": 1, "mobile": width < 500}),
                 ("setUserAgentOverride", {"acceptLanguage": language,
-                                          "userAgent": self.run("return navigator.userAgent")}),
-                ("setEmulatedMedia", {"features": [{"name": "prefers-color-scheme",
-                                                    "value": scheme}]})]:
+                                          "userAgent": self.run("return navigator.userAgent")})]:
             self.do("POST", "/goog/cdp/execute", cmd="Emulation." + command, params=params)
 
     def act(self, css, text="", script="", *args):
@@ -11295,8 +11240,6 @@ def test_an_account_is_started_scanned_spoken_with_and_stopped_on_the_page(board
     page.talk("carol", "小冰", "hello from the page")
     page.reads("#talk", "carol\nhello from the page\n小冰\nhello from the page")
     page.reads("#events", "carol → 小冰\nhello from the page")
-    page.talk("小灰", "carol", "from a resident")
-    page.reads("#talk", "小灰\nfrom a resident")
     page.click("[data-account=carol] button", "Stop")
     page.reads("#said", "carol has stopped.")
     page.account("carol", "stop")
@@ -11305,19 +11248,15 @@ def test_an_account_is_started_scanned_spoken_with_and_stopped_on_the_page(board
     started = board.call("start_client", client="carol")
     assert (started["status"], started["check_event_list_max_size"]) == (
         "client already exists", "7")
-    page.click("[data-account=carol] button", "Log in again")
-    page.reads("#said", "carol shows a new QR code in a moment.")
     board.call("delete_client", client="carol")
 
 
 def test_residents_speak_to_each_other_and_the_owner_mutes_and_kicks_on_the_page(board, page):
     page.talk("小灰", "小冰", "one to another")
     page.reads("#talk", "小灰\none to another\n小冰\none to another")
-    page.talk("小灰", "OpenQQ (group)", "小冰, whom nobody asked")
-    page.reads("#talk", "小灰\n小冰, whom nobody asked\n小冰\n小冰, whom nobody asked")
-    assert "one to another" not in page.text("#talk")
     page.talk("alice", "OpenQQ (group)", "小冰, are you there?")
     page.reads("#talk", "小冰\n小冰, are you there?")
+    assert "one to another" not in page.text("#talk")
     page.type("#minutes", "3")
     for name in "小冰", "bob":
         page.click(f"[data-member={name}] button", "Mute")
@@ -11446,28 +11385,19 @@ def test_hostile_names_and_messages_run_nothing(board, page):
     assert page.run("return document.documentElement.scrollWidth") == 320
 
 
-def light(color):
-    """The relative luminance of a color as a page's styles tell it, by WCAG 2."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
-    red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
-                        for part in parts]
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05
-
-
-@pytest.mark.parametrize("language, scheme, said, words", [
-    ("en-US", "light", "It did not work: client name not allowed", {
+@pytest.mark.parametrize("language, said, words", [
+    ("en-US", "It did not work: client name not allowed", {
         "#begin": "Start an account", "[data-account=bob]": "running",
         "#settings": "tries to send one message"}),
-    ("zh-CN", "dark", "操作失败:名称或参数不可用(client name not allowed)", {
+    ("zh-CN", "操作失败:名称或参数不可用(client name not allowed)", {
         "#begin": "启动账号", "[data-account=bob]": "运行中", "#settings": "要上报的事件",
         "#bridge": "它的 access token",
         "[data-account=bob] .facts": r"自 \d{4}/\d+/\d+ \d+:\d+ · 端口"}),
-    ("fr", "light", "It did not work: client name not allowed", {"#begin": "Start an account"})])
-def test_the_page_fits_every_window_speaks_the_browsers_language_and_can_be_read_at_night_too(
-        board, browser, language, scheme, said, words):
-    """All text stands out against what is behind it as WCAG 2 (AA) has it."""
+    ("fr", "It did not work: client name not allowed", {"#begin": "Start an account"})])
+def test_the_page_fits_every_window_and_speaks_the_browsers_language(
+        board, browser, language, said, words):
     for width in 320, 1600:
-        browser.show(width, 600, language, scheme)
+        browser.show(width, 600, language)
         browser.open(board.base + "/")
         browser.account("bob", "running")
         browser.run("for (const one of document.querySelectorAll('details')) one.open = true")
@@ -11487,17 +11417,6 @@ def test_the_page_fits_every_window_speaks_the_browsers_language_and_can_be_read
                            "return one.top >= 0 && one.bottom <= innerHeight"), "wherever one is"
     assert browser.run("return document.documentElement.lang") == (
         "zh" if language == "zh-CN" else "en")
-    colors = browser.run("""
-        const behind = (node) => { for (; node; node = node.parentElement) {
-          const color = getComputedStyle(node).backgroundColor;
-          if (color !== "rgba(0, 0, 0, 0)") return color; } };
-        return [...document.querySelectorAll("h1, h2, h3, p, span, small, button, summary, label")]
-          .filter((one) => one.checkVisibility() && one.textContent.trim() && !one.disabled)
-          .map((one) => [getComputedStyle(one).color, behind(one), one.textContent])""")
-    assert len(colors) > 20 and (light(colors[0][1]) < 0.2) == (scheme == "dark")
-    for text, back, words in colors:
-        dim, bright = sorted([light(text), light(back)])
-        assert bright / dim >= 4.5, (words, text, back)
 
 
 def test_every_word_of_the_page_has_its_chinese():
@@ -11721,12 +11640,10 @@ REFUSED = [
      r"client not running, it is \w+ \(code 300\)"),
     (["call", "events", "client=alice"], {}, 2, "the command events"),
     (["send", "alice", "friend", "小冰"], {}, 2, "usage: .* send NAME friend"),
-    (["stop", "a", "b"], {}, 2, "usage: .* stop NAME"),
     (["send", "alice", "robot", "x", "y"], {}, 2, "'robot' is not friend"),
     (["start", "alice", "=1"], {}, 2, "'=1' must be key=value"),
     (["status", "--url"], {}, 2, "--url needs a value"),
     (["events", "--watch"], {}, 2, "--watch is not a flag of events"),
-    (["status", "--json=0"], {}, 2, "--json takes no value"),
     (["status", "--url", "4000"], {}, 2, "--url: .*http://127.0.0.1:4000"),
     (["send", "alice", "friend", "x", b"\xff\xfe"], {}, 2, "neither UTF-8 nor GB18030"),
     (["events", "--url=http://127.0.0.1:9"], {}, 3, "not reachable: .*refused"),
@@ -11768,7 +11685,6 @@ def test_json_prints_what_came_to_the_byte(ask, office):
     "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
     ids=["UTF-8", "as it was before UTF-8"])
 def test_words_of_a_gb18030_console_are_read_as_that(office, env):
-    """Also with the token on the command line, where the words go through a second start."""
     me, friend, text = (word.encode("gbk") for word in ("小明", "小冰", "一二三，国标"))
     for name, words, secret in (
             ("小明", ["send", me, "friend", friend, text], GEHEIM),
@@ -12034,9 +11950,8 @@ def test_openapi_tells_of_every_route_but_a_clients_own_way():
 
 def test_openapi_tells_what_needs_the_token_a_client_s_name_and_a_running_account(office):
     document = office.call("openapi.json")
-    paths, components = document["paths"], document["components"]
-    assert document["security"] == [{"bearer": []}, {"access_token": []}]
-    assert set(components["securitySchemes"]) == {"bearer", "access_token"}
+    paths, schemes = document["paths"], document["components"]["securitySchemes"]
+    assert document["security"] == [{name: []} for name in schemes] != []
     assert paths["/healthz"]["get"]["security"] == []
     for name, required in ("get_user_info", True), ("check_client", False):
         rows = paths["/openqq/" + name]["get"]["parameters"]
@@ -12070,7 +11985,6 @@ def blocks(kind, text=README):
 
 
 def test_readme_has_two_equal_halves():
-    """Chapter by chapter; what is typed stands in both, so that what runs one has run the other."""
     assert blocks("sh", ENGLISH) == blocks("sh", CHINESE) != []
     for part in r"^#+ ", r"^- ", r"^\d\. ":
         counts = [len(re.findall(part, half, re.M)) for half in (ENGLISH, CHINESE)]
