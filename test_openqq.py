@@ -718,10 +718,6 @@ class Bridge(Peer):
         finally:
             self._shut(channel)
 
-    def _refuse_ws(self, channel):
-        channel.send(self.failed(1403, "token验证失败", echo=None))
-        channel.raw(ws_frame(struct.pack(">H", 1000), 8))
-
     def _act(self, channel, text):
         """Carry out an action that came on a WebSocket."""
         said = json.loads(text)
@@ -8002,7 +7998,6 @@ SESSION = dict(IN_FAMILY, **BY_PASSER, type="sess_message", via="group")
 QQ_MESSAGES = [  # and what tells of them
     (private(20001), {"type": "friend_message", "sender": "老明", "sender_id": "20001",
                       "sender_uid": "20001"}),
-    (private(20002), {"sender": "小红"}),
     (private(50009, sub_type="other", sender={"user_id": 50009, "nickname": "谁"}),
      {"type": "friend_message", "sender": "谁", "sender_id": "50009"}),
     (private(50008, sub_type="other", sender={}), {"sender": "50008", "sender_uid": "50008"}),
@@ -8266,6 +8261,8 @@ def test_who_is_new_is_told_once_and_before_what_was_written(qq):
     assert [params for action, params in qq.bridge.calls if action == "get_stranger_info"
             ].count({"user_id": "50006"}) == 1
     assert qq.call("search_friend", id="50006")[0]["name"] == "小强"
+    qq.bridge.wait_call("get_group_member_info", lambda got: got["user_id"] == "50004")
+    assert len(qq.events_of(twice(in_group, 30003, 50004)[0])) == 1  # who has this role still
     qq.bridge.answers.clear()
     qq.events_of(goes(30003, 50004, "leave"), goes(30008, 10001, "leave"))
 
@@ -9008,7 +9005,7 @@ def test_what_is_no_number_is_nobody_and_strange_events_harm_no_other(harried):
     assert all(re.fullmatch("[1-9][0-9]*", name) for name in ids)
     assert eventually(lambda: [(event["event"], event["params"][0]["uid"])
                                for *_, event in list(program.receiver.posts) if re.match(
-        "new_|lose_|.*_change", event.get("event", ""))]) == [("new_friend", "50001")]
+        "new_|lose_|.*_property", event.get("event", ""))]) == [("new_friend", "50001")]
     until_running(program)
     assert lists_of(program) == (["20001", "20002", "50001"], ["30001"])
     assert "fault of this program" not in program.log.text()
@@ -9124,8 +9121,7 @@ def test_a_busy_account_is_refreshed_and_learns_what_no_notice_told(harried):
     bridge.answers = {"get_friend_list": {"data": [{"user_id": 284840486}]},  # that is nobody
                       "get_group_member_list": {"data": []}}
     bridge.groups[0]["member_count"] = 9
-    for _ in "123":
-        bridge.wait_call("get_friend_list")
+    program.log.wait("list of friends cannot be had", 2)
     assert not moves(told_before(bridge, program)), "an answer that is none loses nobody"
     bridge.answers = {}
     del bridge.groups[0]["member_count"]
@@ -9587,7 +9583,6 @@ def test_somebody_who_asks_to_join_a_group_is_let_in_or_not_and_an_invitation_le
     for accept, reason in ("0", "满了"), ("1", ""):
         alice.change("add", "group_request", uid, OPENQQ_GROUP, comment="芝麻开门")
         [row] = alice.event("group_request", lambda params: params[0]["uid"] == uid)
-        assert [row] in [event.get("params") for event in alice.call("check_event", since=0)]
         asked = {"ticket": row.pop("ticket"), "accept": accept, "reason": reason}
         assert row == {"group": "OpenQQ", "group_uid": OPENQQ_GROUP, "uid": uid, "name": "求进",
                        "comment": "芝麻开门", "kind": "join"}
@@ -11313,7 +11308,6 @@ def test_while_the_controller_is_away_the_page_says_that_it_knows_nothing(start,
     browser.account("alice", "unknown")
     browser.reads("[data-account=alice]", "unknown")
     assert not sees("[data-account=bob] img")  # its code lets nobody in now
-    assert "running" not in browser.text("#accounts")
     browser.reads("#away", "The server does not answer")
     start("controller", port=controller.port)
     browser.account("alice", "running")
@@ -11675,10 +11669,6 @@ def test_json_prints_what_came_to_the_byte(ask, office):
         body = request(office.base, f"/openqq/{path}token=geheim")[2].decode()
         assert ask(*words, "--json")[:2] == (code, body + "\n")
     assert json.loads(ask(*words)[1]) == json.loads(body)
-    with begin_command(office.base, "events", "alice", "--json", **GEHEIM) as process:
-        assert json.loads(process.stdout.readline())["client"] == "alice"
-        process.send_signal(signal.SIGINT)
-        assert (process.wait(WAIT), process.stderr.read()) == (130, b"")
 
 
 @pytest.mark.parametrize("env", [{"LC_ALL": "C.UTF-8"}, {
@@ -11771,7 +11761,7 @@ def test_no_name_or_message_of_the_network_steers_a_terminal(closing, office):
 
 def test_a_token_on_the_command_line_is_gone_before_anybody_is_called(office):
     with begin_command(office.base, "events", "alice", "--token", "geheim", "--json") as process:
-        assert process.stdout.readline()
+        assert json.loads(process.stdout.readline())["client"] == "alice"
         shown = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(process.pid)],
                                stdout=subprocess.PIPE, check=True).stdout
         assert b"events" in shown and b"alice" in shown and b"geheim" not in shown
@@ -11951,7 +11941,8 @@ def test_openapi_tells_of_every_route_but_a_clients_own_way():
 def test_openapi_tells_what_needs_the_token_a_client_s_name_and_a_running_account(office):
     document = office.call("openapi.json")
     paths, schemes = document["paths"], document["components"]["securitySchemes"]
-    assert document["security"] == [{name: []} for name in schemes] != []
+    assert {name for row in document["security"] for name in row} == set(schemes) == {
+        "bearer", "access_token"}
     assert paths["/healthz"]["get"]["security"] == []
     for name, required in ("get_user_info", True), ("check_client", False):
         rows = paths["/openqq/" + name]["get"]["parameters"]
