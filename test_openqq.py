@@ -10601,19 +10601,6 @@ def test_tencents_servers_lead_to_no_others():
 # Hostile callers, dying processes, an ill machine
 # ------------------------------------------------------------------------------------------------
 
-class Caller:
-    """Calls on one kept connection, which is much quicker than request()."""
-
-    def __init__(self, port):
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
-        self.close = self._connection.close
-
-    def __call__(self, path, method="GET"):
-        self._connection.request(method, path)
-        reply = self._connection.getresponse()
-        return reply.status, reply.read()
-
-
 def test_the_setting_for_a_bodys_size_holds_on_both_servers(start):
     controller = start("controller", "--http-max-message-size", "1000")
     controller.login("alice")
@@ -10627,9 +10614,9 @@ def test_the_setting_for_a_bodys_size_holds_on_both_servers(start):
             assert answer[0] == (200 if size == 1000 else 413), (port, length, answer)
 
 
-def metrics_of(base, **headers):
+def metrics_of(base):
     """What /metrics shows: name and labels -> value; each line must be one of its format."""
-    status, fields, body = request(base, "/metrics", headers=headers)
+    status, fields, body = request(base, "/metrics")
     assert (status, fields["content-type"]) == (200, "text/plain; version=0.0.4"), body
     found, typed = {}, set()
     for line in re.findall("(.*)\n", body.decode()):
@@ -10729,7 +10716,6 @@ def test_drips_and_idle_connections_end_at_the_deadline_and_hold_up_nobody(impat
             (asking(b"Transfer-Encoding: chunked", line=line), b"1\r\na\r\n" * 3000)]]
         mute, served = connect(b""), connect(asking(line=line_of("/healthz")))
         assert served.recv(65536).startswith(b"HTTP/1.1 200")
-        caller = stack.enter_context(contextlib.closing(Caller(address[1])))
         end = time.monotonic() + WAIT
         while left:
             assert time.monotonic() < end, f"{len(left)} are still there"
@@ -10741,7 +10727,7 @@ def test_drips_and_idle_connections_end_at_the_deadline_and_hold_up_nobody(impat
                     ended = True
                 if ended:
                     left.remove((sock, drip))
-            assert caller("/healthz")[0] == 200
+            assert request("http://127.0.0.1:%d" % address[1], "/healthz")[0] == 200
         assert mute.recv(1) == served.recv(1) == b""
     assert eventually(lambda: not impatient.connections)
 
@@ -10795,11 +10781,10 @@ def test_what_may_have_been_done_is_not_repeated_through_a_controller_and_what_r
                                       ("send_friend_message", "GET", 502, [0, 0]),
                                       ("send_friend_message", "POST", 502, [0, 0])]:
         server, gate = gateway([good(b"one"), None], [good(b"two")])
-        caller = Caller(gate.port)
-        assert caller("/openqq/get_user_info")[1] == b"one"
-        assert caller("/openqq/" + api, method)[0] == status
+        base = f"http://127.0.0.1:{gate.port}"
+        assert request(base, "/openqq/get_user_info")[2] == b"one"
+        assert request(base, "/openqq/" + api, method)[0] == status
         assert [number for number, _ in server.seen] == seen
-        caller.close()
 
 
 def test_no_url_spells_a_forbidden_address_so_that_it_is_connected():
