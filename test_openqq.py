@@ -9624,15 +9624,18 @@ def test_requests_on_a_bridge_are_told_and_answered_also_those_of_before(bridged
         "InvitedRequest": [{"request_id": 73, "invitor_uin": 20001, "group_id": 39999,
                             "group_name": "外群", "checked": False}]}
     for told in [], waiting:
-        qq.bridge.answers["get_group_system_msg"] = {"data": told}
+        asked = threading.Event()
+        qq.bridge.answers["get_group_system_msg"] = lambda params: asked.set() or {"data": told}
         qq.bridge.drop()
-        qq.bridge.wait_call("get_group_system_msg")
-    found = []
-    while len(found) < 2:
-        found = [event["params"][0] for event in qq.call("check_event", since=qq.seq)
-                 if event.get("event") == "group_request"]
+        assert asked.wait(WAIT)
+
+    def requests():
+        return [event["params"][0] for event in qq.call("check_event", since=qq.seq)
+                if event.get("event") == "group_request"]
+
+    assert eventually(lambda: len(requests()) == 2)
     del qq.bridge.answers["get_group_system_msg"]
-    assert [(row["kind"], row["uid"], row["group"], row["ticket"]) for row in found] == [
+    assert [(row["kind"], row["uid"], row["group"], row["ticket"]) for row in requests()] == [
         ("join", "50002", "一家人", "add:71"), ("invite", "20001", "外群", "invite:73")]
     qq.running()
 
