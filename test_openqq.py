@@ -8423,7 +8423,7 @@ def test_no_answer_but_a_hang_up_ends_a_message_once_and_the_account_comes_back(
     assert (answer["code"], answer["info"][:5]) == (-4, "响应未知:")
     qq.until("updating", "the OneBot bridge .*127.0.0.1")
     qq.running()
-    assert "error" not in qq.state()
+    assert "error" not in qq.state() and qq.state()["link"] == "onebot"
     assert [params for _, params in qq.bridge.calls].count(wanted) == 1
     events = qq.events_of(in_group(30001, 40001, "好了"))
     assert [event["content"] for event in events if event.get("class") == "recv"] == ["好了"]
@@ -11010,7 +11010,8 @@ def test_the_controllers_stream_joins_all_accounts_also_those_to_come(start, fol
             "check_event", client=name, since=0)]
     for name in "carol", "dave":
         controller.login(name)
-        assert time.time() - WAIT < int(controller.state(name)["since"]) <= time.time()
+        row = controller.state(name)
+        assert time.time() - WAIT < int(row["since"]) <= time.time() and row["link"] == "local"
         assert stream.news("state_change", client=name) == ["init", "loading"]
         stream.news("login", client=name)
     os.kill(controller.state("carol")["pid"], signal.SIGKILL)
