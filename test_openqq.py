@@ -11,7 +11,6 @@ import base64
 import concurrent.futures
 import contextlib
 import functools
-import gc
 import hashlib
 import hmac
 import http.client
@@ -734,10 +733,6 @@ class Bridge(Peer):
             channel.raw(ws_frame(struct.pack(">H", 1002), 8))
         finally:
             self._shut(channel)
-
-    def _refuse_ws(self, channel):
-        channel.send(self.failed(1403, "token验证失败", echo=None))
-        channel.raw(ws_frame(struct.pack(">H", 1000), 8))
 
     def _act(self, channel, text):
         """Carry out an action that came on a WebSocket."""
@@ -7976,8 +7971,12 @@ class Bridged:
     """An account of a controller on a bridge of its own; on OneBot by a WebSocket where its name
     begins with ws, and sync is on for those only."""
 
-    def __init__(self, program, name, bridge, **settings):
+    def __init__(self, program, name, bridge, page=None, **settings):
         self.program, self.name, self.bridge, self.seq = program, name, bridge, 0
+        if page:  # that logs it in
+            kind = "napcat" if isinstance(page, NapCatPage) else "llbot"
+            settings = {"onebot_login": kind, "onebot_login_api": page.url,
+                        "onebot_login_token": kind, **settings}
         link, ws = "milky" if isinstance(bridge, MilkyBridge) else "onebot", name.startswith("ws")
         self.hears = bridge.has_ws or bridge.sse if link == "milky" else ws or bridge.sse is True
         self.sync = link == "milky" or ws
@@ -8133,8 +8132,6 @@ def test_who_is_there_on_qq_is_told_in_the_documented_words(each_way):
         ("20001", "20001", "小明", "爸", "member", "1500000000", "1600000000"),
         ("40001", "40001", "路人", None, "admin", "1500000000", "1600000000")]
     assert qq.call("get_discuss_info") == []
-    assert [row["name"] for row in qq.call("search_group", role="manage")] == ["二群"]
-    assert [row["id"] for row in qq.call("search_friend", markname="老明")] == ["20001"]
 
 
 def private(user_id, text="好", **more):
@@ -8151,7 +8148,6 @@ SESSION = dict(IN_FAMILY, **BY_PASSER, type="sess_message", via="group")
 QQ_MESSAGES = [  # and what tells of them
     (private(20001), {"type": "friend_message", "sender": "老明", "sender_id": "20001",
                       "sender_uid": "20001"}),
-    (private(20002), {"sender": "小红"}),
     (private(50009, sub_type="other", sender={"user_id": 50009, "nickname": "谁"}),
      {"type": "friend_message", "sender": "谁", "sender_id": "50009"}),
     (private(50008, sub_type="other", sender={}), {"sender": "50008", "sender_uid": "50008"}),
@@ -8200,11 +8196,9 @@ CARD_OF_XML = ('<?xml version="1.0"?><msg brief="[分享] 甲 &amp; 乙" '
                'url="http://h.example/?a=1&amp;b=2"><title>题</title></msg>')
 QQ_SEGMENTS = [  # codes or segments, and how they read
     ("a&amp;b&#91;c&#93;,d=e", "a&b[c],d=e"),
-    ("&#91;CQ:at,qq=1&#93;&amp;amp;&amp;#91;", "[CQ:at,qq=1]&amp;&#91;"), ("一\n二", "一\n二"),
-    ("[CQ:at,qq=40001]来", "@路人 来"), ("[CQ:at,qq=20001]", "@爸 "),
-    ("[CQ:at,qq=10001]", "@网友10001 "), ("[CQ:at,qq=99999]", "@99999 "),
-    ("[CQ:at,qq=99998,name=老友]", "@老友 "), ([segment("at", qq=40001)], "@路人 "),
-    ("[CQ:at,qq=40001]\n来", "@路人 \n来"),
+    ("&#91;CQ:at,qq=1&#93;&amp;amp;&amp;#91;", "[CQ:at,qq=1]&amp;&#91;"),
+    ("[CQ:at,qq=40001]来", "@路人 来"), ("[CQ:at,qq=20001][CQ:at,qq=99999]", "@爸 @99999 "),
+    ("[CQ:at,qq=99998,name=老友]", "@老友 "), ("[CQ:at,qq=40001]\n来", "@路人 \n来"),
     ([segment("at", qq="all"), *text_of("  "), *text_of(" 来 吗")], "@全体成员 来 吗"),
     ("[CQ:at,qq=40001][CQ:at,qq=20001] 来", "@路人 @爸 来"),
     ([*text_of("看"), segment("image", file="A.png", url=PICTURE)], "看[图片]"),
@@ -8212,7 +8206,6 @@ QQ_SEGMENTS = [  # codes or segments, and how they read
     ("[CQ:file,file=A.doc]", "[文件]A.doc"), ("[CQ:reply,id=-7]对", "对"),
     (card_of(prompt="[分享]标题", meta={"news": NEWS_CARD}),
      "[分享]标题 https://h.example/a?b=1&c=2"),
-    (card_of(prompt="", meta={"news": NEWS_CARD}), "标题 https://h.example/a?b=1&c=2"),
     (card_of(meta={"x": {"desc": "说明", "url": "m.qq.com/a"}}), "说明"),
     (card_of(prompt="[QQ小程序]视频", meta={"detail_1": {
         "url": "m.q.qq.com/a", "qqdocurl": "https://b23.example/x"}}),
@@ -8220,14 +8213,12 @@ QQ_SEGMENTS = [  # codes or segments, and how they read
     (card_of(meta=[1], prompt=5, title=None) + card_of(prompt=None)
      + [segment("json", data="{"), segment("json", data="[1]")], "5[json][json][json]"),
     ([segment("xml", data=CARD_OF_XML)], "[分享] 甲 & 乙 http://h.example/?a=1&b=2"),
-    ("[CQ:xml,data=<msg><title size='3'>题</title></msg>]", "题"),
-    (f"[CQ:xml,data={'<title' * 9}]", "[xml]"),
+    ("[CQ:xml,data=<msg><title size='3'>题</title></msg>][CQ:xml,data=<title<title]", "题[xml]"),
     ("[CQ:forward,id=F1,summary=查看3条转发消息][CQ:markdown,content=# 一\n二]",
      "查看3条转发消息# 一\n二"),
     ("[CQ:mface,summary=&#91;汪汪&#93;,emoji_id=1][CQ:image,file=A,summary=&#91;动画表情&#93;]",
      "[汪汪][动画表情]"),
     ("[CQ:image,file=A,summary=][CQ:file,name=甲\n乙.doc,file_id=1]", "[图片][文件]甲 乙.doc"),
-    ("[CQ:file,file=/tmp/x.doc,file_id=1]", "[文件]"),
     ("[CQ:share,title=题,url=http://h][CQ:music,type=qq,id=1][CQ:location,lat=1,lon=2,title=家]"
      "[CQ:contact,type=qq,id=5][CQ:poke,type=1,id=1][CQ:dice,result=4]",
      "[分享]题 http://h[音乐][位置]家[名片]5[戳一戳][骰子]4"),
@@ -8258,12 +8249,9 @@ def test_pictures_that_come_are_told_with_the_bridges_url_and_raw_message_is_mad
 
 
 ODD_MESSAGES = [
-    (None, ""), (5, "5"), (True, "[?]"), ([], ""),
-    ({"type": "at", "data": {"qq": "all"}}, "@全体成员 "),
-    ([["一", [text_of("二")]], 3, None, False], "一二3[?][?]"),
-    ([{"type": "at"}, {"type": "face", "data": None}, {"type": "text"}], "[at][表情][text]"),
+    (None, ""), (5, "5"), (True, "[?]"), ({"type": "at", "data": {"qq": "all"}}, "@全体成员 "),
+    ([["一", [text_of("二")]], 3, None, False, {"type": "text"}], "一二3[?][?][text]"),
     ([{"type": "at", "data": data} for data in (None, [1], "x", True)], "[at]" * 4),
-    ([{"type": "text", "data": "直接"}], "直接"),
     ([segment("text", text=text) for text in (5, None, True, [1], {"a": 1})], "5" + "[text]" * 4),
     ([segment("at", qq=qq) for qq in (None, 0, True, [1], {"a": None})], "[at]" * 5),
     ([segment("at", qq=99997.0)], "@99997 "),
@@ -8274,9 +8262,9 @@ ODD_MESSAGES = [
       segment("json", data={"prompt": "对象"}), segment("json", data=None),
       segment("xml", data=5), segment("share", title={"a": 1}, url=None)],
      "[文件][文件][mface]甲: 乙对象[json][xml][分享]"),
-    ("[CQ:at][CQ:at,qq][CQ:at,qq=]好[CQ:file,file=甲.doc][CQ:strange,a=1][CQ:at,qq=40001] 来",
-     "[at][at][at]好[文件]甲.doc[strange]@路人 来"),
-    ([segment("file", name="\x1b[2J\r\n甲")], "[文件][2J 甲")]
+    ("[CQ:at][CQ:at,qq][CQ:at,qq=]好[CQ:strange,a=1]", "[at][at][at]好[strange]"),
+    ([segment("file", name="\x1b[2J\r\n甲")], "[文件][2J 甲"),
+    ([segment("strange", deep=json.loads("[" * 200 + "]" * 200))], "[strange]")]
 
 
 def test_whatever_stands_in_a_message_reads_as_text_or_a_label_and_no_python(bridged):
@@ -8288,36 +8276,13 @@ def test_whatever_stands_in_a_message_reads_as_text_or_a_label_and_no_python(bri
         assert not re.search("None|True|False|{'", event["content"] + event["raw_message"]), message
 
 
-def test_ten_thousand_segments_are_read_at_once_and_ask_for_few_names(bridged):
-    me = bridged["ws"]
-    count = len(me.bridge.calls)
-    rows = [segment("at", qq=str(900000 + number)) for number in range(10_000)]
-    me.up_to_a_word()
-    me.bridge.say_group(30001, 40001, rows)
-    found = []  # it takes longer than the word in another conversation
-    assert eventually(lambda: found.extend(me.up_to_a_word()) or found)
-    [event] = found
-    assert event["content"].startswith("@900000 @900001 ")
-    assert len(event["content"].encode()) <= openqq.CONTENT_LIMIT
-    asked_for = [action for action, _ in me.bridge.calls[count:]]
-    assert asked_for.count("get_group_member_info") == openqq.AT_LIMIT
-    nested = {}
-    for _ in range(200):
-        nested = {"deep": nested}
-    [event] = me.events_of(private(20001, [segment("strange", deep=nested)], raw_message=None))
-    assert event["content"] == "[strange]"
-
-
 def test_the_time_of_an_event_is_the_bridges_where_it_tells_one(bridged):
-    me = bridged["ws"]
+    before = int(time.time())
     for told, known in ((1600000123, "1600000123"), ("1600000124", "1600000124"),
                         (0, None), ("soon", None), (None, None), (1e999, None)):
-        before = int(time.time())
-        [event] = me.events_of(notice(notice_type="friend_recall", user_id=20001, time=told,
-                                      message_id=next(TIMES)))
-        assert event["event"] == "revoke_message"
-        assert event["time"] == known or known is None and (
-            before <= int(event["time"]) <= time.time())
+        [event] = bridged["ws"].events_of(notice(
+            notice_type="friend_recall", user_id=20001, time=told, message_id=next(TIMES)))
+        assert event["time"] == known or not known and before <= int(event["time"]) <= time.time()
 
 
 OWN_MESSAGES = [
@@ -8384,30 +8349,24 @@ def admin(group_id, user_id, sub_type):
 
 MEMBER_MOVES = [("new_group_member", "50001", "30001"), ("lose_group_member", "50001", "30001")]
 GROUP_MOVES = [("new_group", "30009"), ("lose_group", "30009")]
-def undone(act, undo, wanted):
-    """Notices that change something, and one that changes it back; what they are told as."""
-    return [act, undo], wanted
-
-
-QQ_NOTICES = [  # and what they are told as
-    undone(comes(30001, 50001), goes(30001, 50001, "leave"), MEMBER_MOVES),
-    undone(comes(30001, 50001, sub_type="invite"), goes(30001, 50001, "kick"), MEMBER_MOVES),
-    undone(comes(30009, 10001), goes(30009, 10001, "leave"), GROUP_MOVES),
-    undone(comes(30009, 10001), goes(30009, 10001, "kick_me"), GROUP_MOVES),
-    undone(comes(30009, 10001), goes(30009, 40001, "disband"), GROUP_MOVES),
-    undone(card("新", ""), card("", "新"), [
+QQ_NOTICES = [  # each changes something and changes it back; and what they are told as
+    ([comes(30001, 50001), goes(30001, 50001, "leave")], MEMBER_MOVES),
+    ([comes(30001, 50001, sub_type="invite"), goes(30001, 50001, "kick")], MEMBER_MOVES),
+    *(([comes(30009, 10001), goes(30009, who, how)], GROUP_MOVES) for who, how in (
+        (10001, "leave"), (10001, "kick_me"), (40001, "disband"))),
+    ([card("新", ""), card("", "新")], [
         ("group_member_property_change", "40001", "card", None, "新"),
         ("group_member_property_change", "40001", "card", "新", None)]),
-    undone(admin(30001, 20001, "set"), admin(30001, 20001, "unset"), [
+    ([admin(30001, 20001, "set"), admin(30001, 20001, "unset")], [
         ("group_member_property_change", "20001", "role", "member", "admin"),
         ("group_member_property_change", "20001", "role", "admin", "member")]),
-    undone(admin(30003, 10001, "set"), admin(30003, 10001, "unset"), [
+    ([admin(30003, 10001, "set"), admin(30003, 10001, "unset")], [
         ("group_property_change", "30003", "role", "attend", "manage"),
         ("group_member_property_change", "10001", "role", "member", "admin"),
         ("group_property_change", "30003", "role", "manage", "attend"),
         ("group_member_property_change", "10001", "role", "admin", "member")]),
-    undone(*[notice(notice_type="notify", sub_type="group_name", group_id=30003, user_id=40002,
-                    name_new=name) for name in ("新名", "三群")], [
+    ([notice(notice_type="notify", sub_type="group_name", group_id=30003, user_id=40002,
+             name_new=name) for name in ("新名", "三群")], [
         ("group_property_change", "30003", "name", "三群", "新名"),
         ("group_property_change", "30003", "name", "新名", "三群")]),
     ([notice(request_type="friend", user_id=50007, comment="我是", flag="F-1")],
@@ -8434,10 +8393,11 @@ def test_notices_and_requests_become_the_documented_events(each_way):
 def test_who_is_new_is_told_once_and_before_what_was_written(qq):
     names = {50006: "小强", 50005: "小刚", 50004: "新人"}
     qq.bridge.strangers = [{"user_id": uid, "nickname": name} for uid, name in names.items()]
+    qq.bridge.answers["get_group_member_info"] = {"retcode": 1200}  # so the message counts
     qq.call("get_group_info")
 
     def twice(act, *place):
-        said = {"user_id": place[-1], "nickname": names[place[-1]]}
+        said = {"user_id": place[-1], "nickname": names[place[-1]], "role": "admin"}
         return [act(*place, str(number), sender=said) for number in range(2)]
 
     added = notice(notice_type="friend_add", user_id=50006)
@@ -8451,37 +8411,10 @@ def test_who_is_new_is_told_once_and_before_what_was_written(qq):
     assert [params for action, params in qq.bridge.calls if action == "get_stranger_info"
             ].count({"user_id": "50006"}) == 1
     assert qq.call("search_friend", id="50006")[0]["name"] == "小强"
+    qq.bridge.wait_call("get_group_member_info", lambda got: got["user_id"] == "50004")
+    assert len(qq.events_of(twice(in_group, 30003, 50004)[0])) == 1  # who has this role still
+    qq.bridge.answers.clear()
     qq.events_of(goes(30003, 50004, "leave"), goes(30008, 10001, "leave"))
-
-
-def test_a_request_is_told_once_though_its_flag_is_the_number_of_somebody_else_told_of(qq):
-    request = {"request_type": "friend", "user_id": 50031, "flag": "50031"}
-    events = qq.events_of(notice(**request, time=1700000001),
-                          notice(notice_type="friend_add", user_id=50031),
-                          notice(**request, time=1700000003))
-    assert [event["event"] for event in events] == ["friend_request", "new_friend"]
-
-
-def test_a_new_member_of_whom_the_bridge_tells_no_more_keeps_the_role_in_the_message(another):
-    me = another(Bridge(ids=str), "ws-role").running()
-    me.call("get_group_info")
-    me.bridge.answers["get_group_member_info"] = {"retcode": 1200, "wording": "failed"}
-    writes = in_group(30001, 50009, sender={"user_id": 50009, "nickname": "新", "role": "admin"})
-    assert [event.get("event") for event in me.events_of(writes)] == ["new_group_member", None]
-    me.bridge.wait_call("get_group_member_info")
-    assert [event.get("event") for event in me.events_of(in_group(
-        30001, 50009, "again", sender={"user_id": 50009, "nickname": "新", "role": "admin"}
-    ))] == [None]
-
-
-def test_a_list_of_nobody_but_a_number_that_means_nobody_makes_nobody_leave(harried):
-    bridge, program = harried("--update-interval", "1", DOUBT_SECONDS=0.2)
-    for kind in "friend", "group":
-        key = {"friend": "user_id", "group": "group_id"}[kind]
-        bridge.answers[f"get_{kind}_list"] = {"data": [{key: 284840486}]}
-        program.log.wait(f"list of {kind}s cannot be had")
-    assert not [event for *_, event in program.receiver.posts
-                if str(event.get("event")).startswith("lose_")]
 
 
 def test_before_members_are_loaded_events_tell_who_it_is_and_load_none(another):
@@ -8501,8 +8434,6 @@ def test_before_members_are_loaded_events_tell_who_it_is_and_load_none(another):
     assert "get_group_member_list" not in actions
     assert actions.count("get_group_member_info") == 2  # for the name after @, for who came
 
-
-# -- what is asked of the bridge
 
 TO_FRIEND, TO_GROUP = "send_friend_message", "send_group_message"
 PERSON_THERE, GROUP_THERE = {"user_id": "20001"}, {"group_id": "30001"}
@@ -8547,7 +8478,6 @@ def test_each_call_asks_the_bridge_for_the_action_of_the_table_which_may_decline
 
 
 def test_a_picture_on_this_machine_is_fetched_by_us_and_never_by_the_bridge(qq, gallery):
-    """A bridge follows redirects, and its calls are trusted here."""
     path = put(os.path.join(qq.program.tmpdir, f"图 片-{qq.name}.png"), PNG)
     for given in ({"media_path": path}, {"media_url": gallery.url + "/cat.png"},
                   {"media_path": gallery.url.replace("127.0.0.1", "localhost") + "/cat.png"}):
@@ -8565,21 +8495,18 @@ def cq_value(text):
     return openqq.cq_escape(text, True)
 
 
-LOCAL_FILES = ["[CQ:image,file=file:///etc/passwd]", "[CQ:image,file=/etc/passwd]",
-               "[CQ:image,file=\\\\host\\share\\x.png]", "[CQ:record,file=FILE:///etc/passwd]",
-               "[CQ:image,file=x.png,url=file:///etc/passwd]", "[CQ:video,thumb=../x,file=x]",
-               "[CQ:image,file=C:\\x.png]", "hi [CQ:file,path=/etc/passwd]",
-               "[CQ:video,cover=..\\x]", "[CQ:image,file=FILE:x]", "[CQ:image,url=ftp://h/x]",
+LOCAL_FILES = ["[CQ:image,file=/etc/passwd]", "[CQ:image,file=\\\\host\\share\\x.png]",
+               "[CQ:record,file=FILE:///etc/passwd]", "[CQ:image,file=C:\\x.png]",
+               "[CQ:image,file=x.png,url=file:///etc/passwd]", "[CQ:image,url=ftp://h/x]",
+               "hi [CQ:file,path=/etc/passwd]", "[CQ:video,cover=..\\x]", "[CQ:image,file=FILE:x]",
                "[CQ:node,name=a,uin=1,content=&#91;CQ:image&#44;file=file:///etc/passwd&#93;]"]
 
 
 # Addresses of this program, as others might read them.
 AMBIGUOUS = ["http://127.0.0.1.:{port}/x", "http://%31%32%37.0.0.1:{port}/x",
-             "http://127.0.0.1:{port}\\@h.invalid/x", "http://0177.0.0.1.:{port}/x",
-             "http://127.0.0.1:{port}\t@h.invalid/x", "http://localhost%2e:{port}/x",
-             "http://localhost.:{port}/x", "http://x.localhost:{port}/x",
-             "http://127.0x.1:{port}/x", "http://0x7f.0x.0x.1:{port}/x", "http://0x:{port}/x",
-             "http://l\u1d52calhost:{port}/x",
+             "http://127.0.0.1:{port}\\@h.invalid/x", "http://127.0.0.1:{port}\t@h.invalid/x",
+             "http://0177.0.0.1.:{port}/x", "http://localhost%2e:{port}/x", "http://0x:{port}/x",
+             "http://x.localhost:{port}/x", "http://127.0x.1:{port}/x",
              "http://\U0001fbf1\U0001fbf2\U0001fbf7.0.0.1:{port}/x"]
 
 
@@ -8603,8 +8530,7 @@ def test_nothing_makes_a_bridge_call_this_program_or_read_a_file_of_its_machine(
 
 QQ_OUTCOMES = [
     ({}, 0, "发送正常"), ({"retcode": 1}, 0, "发送正常"),
-    ({"retcode": 1404, "wording": "风控"}, -4, "风控"),
-    ({"retcode": "100", "wording": "不行"}, -4, "不行"),
+    ({"retcode": "1404", "wording": "风控"}, -4, "风控"),
     ({"retcode": 0, "status": "failed", "wording": "不"}, -4, "不"),
     ({"retcode": 100, "wording": "", "message": ""}, -4, "retcode 100"),
     ({"retcode": 100, "wording": "", "message": "消息"}, -4, "消息")]
@@ -8634,8 +8560,6 @@ def test_messages_sent_and_received_are_taken_back_by_their_numbers(qq):
     del qq.bridge.answers["delete_msg"]
 
 
-# -- ways in
-
 def test_no_answer_but_a_hang_up_ends_a_message_once_and_the_account_comes_back(qq):
     qq.bridge.hanging |= {"send_private_msg"}
     outcome = queue.Queue()
@@ -8647,10 +8571,9 @@ def test_no_answer_but_a_hang_up_ends_a_message_once_and_the_account_comes_back(
     qq.bridge.hanging.clear()
     answer = outcome.get(timeout=WAIT)
     assert (answer["code"], answer["info"][:5]) == (-4, "响应未知:")
-    if qq.name != "webhook":
-        qq.until("updating", "the OneBot bridge .*127.0.0.1")
+    qq.until("updating", "the OneBot bridge .*127.0.0.1")
     qq.running()
-    assert "error" not in qq.state()
+    assert "error" not in qq.state() and qq.state()["link"] == "onebot"
     assert [params for _, params in qq.bridge.calls].count(wanted) == 1
     events = qq.events_of(in_group(30001, 40001, "好了"))
     assert [event["content"] for event in events if event.get("class") == "recv"] == ["好了"]
@@ -8724,8 +8647,9 @@ def hook(name):
     kind, more = (MilkyBridge, {"ws": False}) if "milky" in name else (Bridge, {})
     return kind(sse=False, token="t0ken" if "token" in name else "",
                 secret="s" if "secret" in name else "", **more)
+
+
 def test_a_webhook_is_let_in_by_its_signature_or_the_token(exchanged):
-    """On the client as on the controller; without both, from this machine."""
     with on_bridges(exchanged, {name.replace(" ", "-"): hook(name) for name in WEBHOOKS}) as hooks:
         for account, posts in zip(hooks.values(), WEBHOOKS.values()):
             milky, account.bridge.post_to = account.name.startswith("milky"), ""
@@ -8777,7 +8701,6 @@ def test_a_webhook_knows_no_account_without_a_bridge_and_tells_strangers_of_none
 
 
 def test_a_controllers_token_in_the_url_lets_a_webhook_in(start, closing):
-    """That of a Milky bridge may do without it: there, who shows the bridge's is let in."""
     controller, key = start("controller", env={"OPENQQ_TOKEN": TOKEN}), {"access_token": TOKEN}
     body, shown = '{"event_type":"peer_pin_change","self_id":10001,"data":{}}', "access_token="
     known = shown + urllib.parse.quote(TOKEN)
@@ -8819,17 +8742,6 @@ def test_a_bridge_behind_tls_is_reached_and_its_certificate_is_checked(
     assert wary.stop() == 0
 
 
-def test_an_event_that_comes_by_stream_and_webhook_is_told_once(bridged):
-    bridge, acts = bridged["sse"].bridge, [private(20002, "一"), notice(
-        notice_type="friend_recall", user_id=20001, message_id=5)]
-    bridge.post_to = f"{bridged['sse'].program.base}/onebot?client=sse"
-    events = bridged["sse"].events_of(*acts)
-    bridge.post_to = ""
-    assert [event.get("content", event.get("event")) for event in events] == [
-        "一", "revoke_message"]
-    assert bridge.posted[-3:] == [200, 200, 200]
-
-
 def test_a_bridge_that_shares_this_machines_files_is_given_a_path(harried, tmp_path):
     bridge, program = harried("--onebot-local", "1")
     path = put(tmp_path / "a b.png", PNG)
@@ -8867,9 +8779,8 @@ def test_the_code_of_a_login_page_is_shown_everywhere_and_the_states_follow(
     for kind, name in ("napcat", "ws-n"), ("llbot", "ws-l"), ("llbot", "milky"):
         page, bridge = map(closing, login_page(kind, name))
         receiver = receive()
-        rows.append((page, receiver, another(
-            bridge, name, post_api=receiver.url, onebot_login=kind, onebot_login_api=page.url,
-            onebot_login_token=kind, post_event_list="")))
+        rows.append((page, receiver, another(bridge, name, page=page, post_api=receiver.url,
+                                             post_event_list="")))
     for page, receiver, me in rows:
         picture = shows(receiver, page.qrcode)
         path = f"/openqq/get_qrcode?client={me.name}"
@@ -8896,9 +8807,7 @@ def test_an_account_logged_off_by_qq_is_scaning_again_with_a_code_and_comes_back
         another, receive, closing):
     receiver, page, bridge = receive(), closing(NapCatPage()), Bridge()
     page.logged_in = True
-    me = another(bridge, "ws-off", post_api=receiver.url, onebot_login="napcat",
-                 onebot_login_api=page.url, onebot_login_token="napcat", post_event_list="")
-    me.running()
+    me = another(bridge, "ws-off", page=page, post_api=receiver.url, post_event_list="").running()
     assert receiver.next(is_login)["params"] == [0]
     page.offline, page.qrcode, page.next_qrcode = True, "", "https://txz.qq.com/p?k=again"
     bridge.logged_in = False
@@ -8925,48 +8834,39 @@ def test_an_account_logged_off_by_qq_is_scaning_again_with_a_code_and_comes_back
     assert me.running().events_of(private(20002, "还在"))[-1]["content"] == "还在"
 
 
+NO_CODES = [  # a name, the kind of the login page, and what is said
+    *((way + "-none", "", "the bridge is not logged in") for way in ("ws", "http")),
+    ("ws-napcat", "napcat", "the login page refuses onebot_login_token"),
+    ("ws-llbot", "llbot", "the login page refuses onebot_login_token"),
+    ("ws-rest", "napcat", "wants to be left alone for a while"),
+    ("ws-long", "llbot", "too long to be shown")]
+
+
 def test_without_a_code_to_show_an_account_waits_until_the_bridge_is_logged_in(another, closing):
-    """There is no login page, or it refuses the token, which is said and not repeated; one that is
-    off is not needed."""
+    """A token that a login page refuses is not repeated; a page that is off is not needed."""
     gone, rows = NapCatPage(), []
     gone.close()
-    another(Bridge(), "ws-gone", onebot_login="napcat", onebot_login_api=gone.url,
-            onebot_login_token="x").running()
-    for name, kind in ("ws", ""), ("http", ""), ("ws-napcat", "napcat"), ("ws-llbot", "llbot"):
+    another(Bridge(), "ws-gone", page=gone).running()
+    for name, kind, said in NO_CODES:
         page, bridge = map(closing, login_page(kind or "napcat"))
-        given = {"onebot_login": kind, "onebot_login_api": page.url,
-                 "onebot_login_token": "wr0ng"} if kind else {}
-        rows.append((page, another(bridge, name + "-in-vain", **given), bool(kind)))
-    for page, me, refused in rows:
-        me.until("scaning", "the login page refuses onebot_login_token" if refused
-                 else "the bridge is not logged in")
+        given = {"onebot_login_token": "wr0ng"} if "refuses" in said else {}
+        if name == "ws-rest":
+            page.handle = lambda handler, page=page: page.reply(
+                handler, 200, {"code": 0, "message": "login rate limit", "data": {}})
+        elif name == "ws-long":
+            page.qrcode = "x" * 5000
+        rows.append((page, another(bridge, name, page=kind and page, **given), said))
+    for page, me, said in rows:
+        me.until("scaning", said)
         assert request(me.program.base, f"/openqq/get_qrcode?client={me.name}")[0] == 404
     for bridge, count in [(me.bridge, len(me.bridge.calls)) for _, me, _ in rows]:
         assert eventually(lambda: len(bridge.calls) > count)  # it is asked on and on
-    for _, me, _ in rows:
-        me.bridge.logged_in = True
-    for page, me, refused in rows:
+    for page, me, _ in rows:
+        log_in(page, me.bridge)
+    for page, me, said in rows:
         assert "error" not in me.until("running")
-        assert page.refused == int(refused)
-    assert "wr0ng" not in me.program.log.text()
-
-
-def test_a_login_page_that_wants_rest_or_tells_what_is_no_code_is_asked_again(another, closing):
-    page, bridge = login_page("napcat")
-    closing(page).handle = lambda handler: page.reply(
-        handler, 200, {"code": 0, "message": "login rate limit", "data": {}})
-    me = another(bridge, "ws-rest", onebot_login="napcat", onebot_login_api=page.url,
-                 onebot_login_token="napcat")
-    me.until("scaning", "wants to be left alone for a while")
-    page, bridge = login_page("llbot")
-    closing(page).qrcode = "x" * 5000
-    me = another(bridge, "ws-long", onebot_login="llbot", onebot_login_api=page.url,
-                 onebot_login_token="llbot")
-    me.until("scaning", "too long to be shown")
-    page.qrcode = "https://txz.qq.com/p?k=short"
-    log_in(page, bridge)
-    assert "error" not in me.until("running")
-    assert "Traceback" not in me.program.log.text()
+        assert page.refused == int("refuses" in said)
+    assert not re.search("wr0ng|Traceback", me.program.log.text())
 
 
 def test_a_real_account_shows_codes_as_its_bridge_has_them_and_never_ends(harried, closing):
@@ -8992,47 +8892,26 @@ def test_a_real_account_shows_codes_as_its_bridge_has_them_and_never_ends(harrie
     until_running(program)
 
 
-# -- under a controller
-
 def test_an_account_on_a_bridge_survives_its_controller_and_keeps_its_secrets_secret(
         start, closing):
     """What a caller gave is shown again, but not what is secret; a resumed account has it all."""
     bridge = closing(Bridge(token="S3CRET-t", secret="S3CRET-s", sse=False))
     page = closing(NapCatPage("S3CRET-l"))
-    page.logged_in = True
-    first = start("controller")
-    me = Bridged(first, "http", bridge, onebot_login="napcat", onebot_login_api=page.url,
-                 onebot_login_token="S3CRET-l")
-    shown = {"onebot_api": bridge.url, "onebot_login": "napcat", "onebot_login_api": page.url}
-    again = me.call("start_client", onebot_api=bridge.url, onebot_token="S3CRET-t")
-    assert again["status"] == "client already exists"
-    for row in me.started, again:
-        assert {name: row.get(name) for name in row if name.startswith("onebot_")} == shown
-    me.running()
+    page.logged_in, first = True, start("controller")
+    me = Bridged(first, "http", bridge, page, onebot_login_token="S3CRET-l").running()
+    again = me.call("start_client")
+    assert (again["status"], again["onebot_api"]) == ("client already exists", bridge.url)
     texts = [json.dumps([me.started, again, me.state(), me.call("get_client_info")])]
     assert first.stop() == 0
-    for name in left_files(first):
-        if name != "cookie_http.dat":
-            texts.append(content(first.path(name)).decode())
-    assert os.stat(first.path("cookie_http.dat")).st_mode & 0o777 == 0o600
-    second = start("controller")
-    me.program, bridge.post_to = second, f"{second.base}/onebot?client=http"
-    me.running()
-    assert me.events_of(private(20002, "回来"))[-1]["content"] == "回来"
+    texts += [content(first.path(name)).decode() for name in left_files(first)
+              if name != "cookie_http.dat"]
+    me.program = start("controller")
+    bridge.post_to = f"{me.program.base}/onebot?client=http"
+    assert me.running().events_of(private(20002, "回来"))[-1]["content"] == "回来"
     assert bridge.refused == page.refused == 0
     assert me.call("delete_client")["code"] == 0
-    assert not [name for name in left_files(second) if "_http." in name]
-    assert me.call("check_client") == {"code": 1, "status": "client not exists"}
-    bridge.say_private(20001, "谁")
-    assert bridge.posted[-1] == 200  # said in JSON, like every code of the original
-    assert "S3CRET" not in "".join(texts) + first.log.text() + second.log.text()
-
-
-def test_settings_of_a_bridge_must_make_sense(pair):
-    for name, value in {"onebot_api": "ftp://h/", "onebot_login": "lagrange",
-                        "onebot_login_api": "ws://h/"}.items():
-        answer = pair.call("start_client", client="bad", **{name: value})
-        assert (answer["code"], "not allowed" in answer["status"]) == (6, True), answer
+    assert not [name for name in left_files(me.program) if "_http." in name]
+    assert "S3CRET" not in "".join(texts) + first.log.text() + me.program.log.text()
 
 
 # -- hostile bridges, hostile callers, big rosters
@@ -9130,28 +9009,19 @@ FATAL_FRAMES = [
 
 def test_frames_that_cannot_be_end_a_websocket_in_plain_words(closing):
     """Nothing is left of it then, nor is it ever anybody else's connection."""
-    bridge, counts = closing(Bridge(handshake=b"Content-Length: 0\r\n")), []
-    gc.disable()
-    try:
-        for data, why in FATAL_FRAMES:
-            texts, ended = ear(bridge.ws)
-            bridge.connected()
-            assert openqq.TRANSPORT.pool.take(("http", f"127.0.0.1:{bridge.port}", None)) is None
-            bridge.send_raw(ws_frame('{"n":1}'))
-            bridge.send_raw(data)
-            assert str(ended.exception(WAIT)) == why
-            assert texts[1:] == [b'{"n":1}']
-            bridge.left()
-            bridge.token = "T"
-            with pytest.raises(openqq.AuthFailure):
-                openqq.WebSocket(bridge.ws, {}, print)
-            bridge.token = ""
-            if os.path.isdir("/proc/self/fd"):
-                assert eventually(lambda: not bridge.connections)
-                counts.append(len(os.listdir("/proc/self/fd")))
-        assert not counts or counts[-1] <= counts[2]
-    finally:
-        gc.enable()
+    bridge = closing(Bridge(handshake=b"Content-Length: 0\r\n"))
+    for data, why in FATAL_FRAMES:
+        texts, ended = ear(bridge.ws)
+        bridge.connected()
+        assert openqq.TRANSPORT.pool.take(("http", f"127.0.0.1:{bridge.port}", None)) is None
+        bridge.send_raw(ws_frame('{"n":1}') + data)
+        assert str(ended.exception(WAIT)) == why
+        assert texts[1:] == [b'{"n":1}']
+        bridge.left()
+    bridge.token = "T"
+    with pytest.raises(openqq.AuthFailure):
+        openqq.WebSocket(bridge.ws, {}, print)
+    assert eventually(lambda: not bridge.connections)
 
 
 def test_frames_that_may_be_are_put_together_and_pings_answered(closing):
@@ -9173,39 +9043,29 @@ def test_frames_that_may_be_are_put_together_and_pings_answered(closing):
     assert str(ended.exception(WAIT)) == "no sign of life", "half a frame is none"
 
 
-RUBBISH = [("get_login_info", [1]), ("get_login_info", "text"), ("get_login_info", {"user_id": []}),
-           ("get_login_info", {"user_id": float("inf")}), ("get_status", 5), ("get_status", [None])]
+ILL_LOGINS = [
+    *(("get_login_info", {"data": data}) for data in (
+        [1], "text", {"user_id": []}, {"user_id": float("inf")})), ("get_status", {"data": 5}),
+    ("get_status", {"data": [None]}), ("get_status", 500), ("get_status", {"retcode": 1404})]
 
 
-def test_rubbish_at_login_only_delays_it(hurried):
-    bridge, program = hurried
-    for action, data in RUBBISH:
-        count, bridge.answers = len(bridge.calls), {action: {"data": data}}
-        bridge.emit(notice_type="bot_offline", message="weg")
-        assert eventually(lambda: (action, {}) in bridge.calls[count:])
-        bridge.answers = {}
-        program.receiver.next(is_login)
-    assert "fault of this program" not in program.log.text()
-    assert not bridge.faults
-
-
-def test_a_bridge_without_a_status_runs_and_stays(hurried):
+def test_rubbish_at_login_only_delays_it_and_no_status_is_needed(hurried):
     bridge, program = hurried
     before = program.log.text().count("trying again")
-    for ill in 500, {"retcode": 1404}, "hang":
-        bridge.answers["get_status"] = ill
-        bridge.hanging = {"get_status"} if ill == "hang" and program.way == "ws" else set()
-        count = len(bridge.calls)
+    for action, ill in ILL_LOGINS:
+        count, bridge.answers = len(bridge.calls), {action: ill}
         bridge.emit(notice_type="bot_offline", message="weg")
+        assert eventually(lambda: (action, {}) in bridge.calls[count:])
+        if action == "get_login_info":
+            bridge.answers = {}
         program.receiver.next(is_login)
-        for _ in "123" if program.way == "url" else "":
-            bridge.wait_call("get_status")
         bridge.connected()
         bridge.say_private(20001, "end")
         program.receiver.message("end")
-        assert ("get_status", {}) in bridge.calls[count:]
-    bridge.answers, bridge.hanging = {}, set()
+    bridge.answers = {}
     assert program.log.text().count("trying again") == before
+    assert "fault of this program" not in program.log.text()
+    assert not bridge.faults
 
 
 def test_what_is_no_json_object_is_passed_over_and_what_ends_a_connection_is_told(hurried):
@@ -9260,31 +9120,28 @@ def test_a_storm_is_told_whole_once_and_in_order_while_a_send_and_members_wait(h
 STRANGE = [{name: odd} for odd in (None, [], {}, "", "x", 1e999) for name in (
     "user_id", "message", "sender", "time", "message_id", "message_type", "sub_type", "post_type",
     "raw_message", "self_id")] + [
-    {"message": [5, None, {"type": []}, {"type": "text", "data": {"text": []}}]}, {"message": 5},
-    {"sender": {"nickname": {}, "card": []}},
+    {"sender": {"nickname": {}, "card": []}}, {"post_type": "meta_event", "status": 5},
     *({"message_type": "group", "group_id": odd} for odd in (None, [], 1e999)),
     {"anonymous": 5, "message_type": "group", "group_id": 30001},
     {"message_type": "group", "group_id": 30001, "sender": {"user_id": 20001, "role": []}},
-    {"post_type": "notice", "notice_type": "group_increase"}, {"post_type": "meta_event"},
     {"post_type": "notice", "notice_type": []}, {"post_type": "request"},
     {"post_type": "notice", "notice_type": "group_decrease", "group_id": []},
     {"post_type": "notice", "notice_type": "notify", "sub_type": "group_name"},
-    {"post_type": "meta_event", "status": 5}]
+    {"post_type": "notice", "notice_type": "group_ban", "group_id": 30001, "duration": "x"},
+    {"post_type": "notice", "notice_type": "group_upload", "group_id": 30001, "file": []},
+    {"post_type": "request", "request_type": "group", "group_id": 30001, "flag": {}}]
 NOBODIES = [None, 0, "0", "", -5, True, "abc", 1.5, [], {}, "12 3"]
 
 
 def test_what_is_no_number_is_nobody_and_strange_events_harm_no_other(harried):
     bridge = Bridge()
-    bridge.friends += [{"user_id": value, "nickname": "x"} for value in NOBODIES]
-    bridge.friends.append({"nickname": "without"})
-    bridge.groups += [{"group_id": value, "group_name": "x", "members": []} for value in NOBODIES]
-    bridge.groups.append({"group_id": 284840486, "group_name": "临时", "members": []})
+    bridge.friends += [{"nickname": "without"}, *({"user_id": value} for value in NOBODIES)]
+    bridge.groups += [{"group_id": value, "members": []} for value in (284840486, *NOBODIES)]
     bridge.groups[0]["members"] += [dict(bridge.member(1), user_id=value) for value in NOBODIES]
     bridge.answers["get_stranger_info"] = {"data": {"user_id": None, "nickname": None}}
     _, program = harried(bridge=bridge)
     bridge.connected()
-    known = (["20001", "20002"], ["30001"])
-    assert lists_of(program) == known
+    assert lists_of(program) == (["20001", "20002"], ["30001"])
     assert [row["uid"] for row in program.call("get_group_info")[0]["member"]] == [
         "10001", "20001", "40001"]
     for number, strange in enumerate(STRANGE):
@@ -9302,18 +9159,15 @@ def test_what_is_no_number_is_nobody_and_strange_events_harm_no_other(harried):
     bridge.emit(notice_type="friend_add", user_id=50001)
     for number, value in enumerate([0, "0", "", None, [], 0]):  # messages without a number
         bridge.say_private(20001, f"n{number}", message_id=value)
-    ids, moved = {}, []
-    while len(ids) < 6 or not moved:
-        event = program.receiver.next()
-        if re.fullmatch("n[0-5]", event.get("content", "")):
-            ids[event["content"]] = event["id"]
-        elif event.get("event", "").startswith(("new_", "lose_", "friend_", "group_")):
-            moved.append((event["event"], event["params"][0]["uid"]))
-    assert moved == [("new_friend", "50001")]
-    assert len(set(ids.values())) == 6
-    assert all(re.fullmatch("[1-9][0-9]*", name) for name in ids.values())
+    ids = [event["id"] for event in told_before(bridge, program)
+           if re.fullmatch("n[0-5]", event.get("content", ""))]
+    assert len(ids) == len(set(ids)) == 6
+    assert all(re.fullmatch("[1-9][0-9]*", name) for name in ids)
+    assert eventually(lambda: [(event["event"], event["params"][0]["uid"])
+                               for *_, event in list(program.receiver.posts) if re.match(
+        "new_|lose_|.*_property", event.get("event", ""))]) == [("new_friend", "50001")]
     until_running(program)
-    assert lists_of(program) == (known[0] + ["50001"], known[1])
+    assert lists_of(program) == (["20001", "20002", "50001"], ["30001"])
     assert "fault of this program" not in program.log.text()
 
 
@@ -9339,9 +9193,8 @@ def next_moves(program, count):
 
 
 ILL_LISTS = [  # the way, and what is answered instead of the list of friends, and of groups
-    ("ws", {"retcode": 1200, "wording": "超时"},
-     {"data": [1, None, "x", {"user_id": None, "group_id": 0}]}), ("url", "hang", 500),
-    ("ws", "hang", {"data": {"list": []}}), ("ws", "late", "late")]
+    ("ws", {"retcode": 1200}, {"data": [1, None, "x", {"user_id": None, "group_id": 0}]}),
+    ("url", "hang", 500), ("ws", "late", "late")]
 
 
 @pytest.mark.parametrize("way, friends, groups", ILL_LISTS)
@@ -9361,6 +9214,9 @@ def test_a_list_that_a_bridge_cannot_tell_keeps_no_account_from_running(
         assert program.receiver.message("heard")["sender"] == "小明"
         bridge.say_group(30001, 40001, "in the group")
         assert program.receiver.message("in the group")["group_uid"] == "30001"
+        for kind in "increase", "decrease":  # notices count before the list is there
+            bridge.emit(notice_type="group_" + kind, group_id=30005, user_id=10001)
+        assert next_moves(program, 2) == [("lose_group", "30005"), ("new_group", "30005")]
         for path, uid in (TO_FRIEND, "20001"), (TO_FRIEND, "99999"), (TO_GROUP, "30001"):
             assert program.call(path, uid=uid, content="x")["code"] == 0
         if ill != "late":
@@ -9384,7 +9240,6 @@ def test_a_list_that_shrinks_is_believed_once_it_has_said_the_same_for_a_while(h
     bridge.friends[:] = []
     assert eventually(lambda: "lacks 6 of 6" in warning(program))
     assert len(program.call("get_friend_info")) == 6
-    assert program.call(TO_FRIEND, uid="20001", content="x")["code"] == 0
     bridge.friends[:] = everybody
     assert eventually(lambda: not warning(program))
     assert not moves(told_before(bridge, program))
@@ -9398,25 +9253,23 @@ def test_members_and_groups_that_a_list_suddenly_lacks_stay_but_what_a_notice_sa
     bridge = Bridge()
     bridge.groups += [{"group_id": 30002 + number, "group_name": "x", "members": []}
                       for number in range(3)]
-    bridge.groups[0]["members"] += [bridge.member(50001 + number) for number in range(6)]
+    groups, members = list(bridge.groups), bridge.groups[0]["members"]
+    members += [bridge.member(50001 + number) for number in range(6)]
     _, program = harried("--update-interval", "1", bridge=bridge, DOUBT_SECONDS=600.0)
     assert len(program.call("search_group", uid="30001")[0]["member"]) == 9
-    bridge.groups[0]["member_count"] = 10
-    bridge.groups[0]["members"][1:] = []
+    members[1:], groups[0]["member_count"] = [], 10
     for _ in "123":
         bridge.wait_call("get_group_member_list", lambda got: got["group_id"] == "30001")
         bridge.wait_call("get_group_list")
     assert len(program.call("search_group", uid="30001")[0]["member"]) == 9
-    groups, bridge.groups[:] = list(bridge.groups), []
+    bridge.groups[:] = []
     assert eventually(lambda: "groups" in warning(program))
     for again in range(2):  # told twice, it is one event
         bridge.emit(notice_type="group_decrease", group_id=30002, time=1000 + again,
                     sub_type="kick_me", user_id=10001)
         bridge.emit(notice_type="group_dismiss", group_id=30003, time=1000 + again, user_id=40001)
-    found = told_before(bridge, program)
-    while len(moves(found)) < 2:
-        found.append(program.receiver.next())
-    assert moves(found) == [("lose_group", "30002"), ("lose_group", "30003")]
+    assert next_moves(program, 2) == [("lose_group", "30002"), ("lose_group", "30003")]
+    assert not moves(told_before(bridge, program))
     assert lists_of(program)[1] == ["30001", "30004"]
     bridge.groups[:] = [groups[0], groups[3]]
     assert eventually(lambda: not warning(program))
@@ -9425,10 +9278,12 @@ def test_members_and_groups_that_a_list_suddenly_lacks_stay_but_what_a_notice_sa
 def test_a_busy_account_is_refreshed_and_learns_what_no_notice_told(harried):
     bridge, program = harried("--update-interval", "1")
     assert len(program.call("get_group_info")[0]["member"]) == 3
-    bridge.answers = {"get_friend_list": {"data": "text"}, "get_group_member_list": {"data": []}}
+    bridge.answers = {"get_friend_list": {"data": [{"user_id": 284840486}]},  # that is nobody
+                      "get_group_member_list": {"data": []}}
     bridge.groups[0]["member_count"] = 9
     for _ in "123":
         bridge.wait_call("get_friend_list")
+    program.log.wait("list of friends cannot be had")
     assert not moves(told_before(bridge, program)), "an answer that is none loses nobody"
     bridge.answers = {}
     del bridge.groups[0]["member_count"]
@@ -9451,17 +9306,7 @@ def test_a_busy_account_is_refreshed_and_learns_what_no_notice_told(harried):
 
 
 def test_what_happens_while_a_bridge_is_asked_is_not_undone_by_its_answer(harried):
-    """The friends that it tells after a reconnect may be those of a moment before."""
     bridge, program = harried(DETAIL_SECONDS=15.0)
-
-    def ids_of_members():
-        [group] = program.call("get_group_info")
-        return [row["id"] for row in group["member"]]
-
-    bridge.answers["get_group_member_list"] = {"data": [
-        {"user_id": 1e999}, 5, {"user_id": 40001, "join_time": 1e999, "nickname": []}]}
-    for _ in "12":  # a list that is rubbish holds up a caller once only
-        assert "40001" in ids_of_members()
 
     def members(params):
         rows = list(bridge.groups[0]["members"])
@@ -9474,7 +9319,8 @@ def test_what_happens_while_a_bridge_is_asked_is_not_undone_by_its_answer(harrie
         return {"data": rows}
 
     bridge.answers["get_group_member_list"] = members
-    assert ids_of_members() == ["10001", "20001", "50001"]
+    [group] = program.call("get_group_info")
+    assert [row["id"] for row in group["member"]] == ["10001", "20001", "50001"]
     before, told = list(bridge.friends), threading.Event()
 
     def friends(params):
@@ -9504,25 +9350,22 @@ def test_a_number_that_no_list_told_is_asked_for_before_a_call_for_it_fails(hurr
     def code(path, **params):
         return program.call(path, **params)["code"]
 
+    def sent():
+        return code(TO_FRIEND, uid="20009", content="x"), code(TO_GROUP, id="30009", content="x")
+
     program.call("get_group_info")
-    assert code(TO_FRIEND, uid="20009", content="x") == 100
-    assert code(TO_GROUP, uid="30009", content="x") == 101
+    assert sent() == (100, 101)
     bridge.friends.append({"user_id": 20009, "nickname": "新友", "remark": ""})
     bridge.groups.append({"group_id": 30009, "group_name": "新群", "members": [
         bridge.member(10001, "owner"), bridge.member(40013)]})
     bridge.groups[0]["members"].append(bridge.member(40011))
-    assert code(TO_FRIEND, uid="20009", content="x") == 0
-    assert code(TO_GROUP, id="30009", content="x") == 0
-    assert bridge.wait_call("send_private_msg")["user_id"] == "20009"
-    assert bridge.wait_call("send_group_msg")["group_id"] == "30009"
+    assert sent() == (0, 0)
     assert next_moves(program, 2) == [("new_friend", "20009"), ("new_group", "30009")]
-    assert code(TO_FRIEND, displayname="nobody", content="x") == 100
     mute = {"path": "shutup_group_member", "time": "1", "group_uid": "30001"}
     assert code(**mute, member_uid="40011") == 0
     assert code("send_sess_message", group_uid="30001", uid="40011", content="x") == 0
     assert code(**mute, member_uid="49999") == 100
     assert code("kick_group_member", group_uid="30009", member_uid="40013") == 0
-    assert bridge.wait_call("set_group_kick")["user_id"] == "40013"
 
 
 def test_look_ups_that_a_bridge_does_not_answer_hold_up_their_own_conversation_only(harried):
@@ -9548,37 +9391,21 @@ def test_look_ups_that_a_bridge_does_not_answer_hold_up_their_own_conversation_o
     program.receiver.message("behind it")
     program.call("get_group_info")
     bridge.hanging |= {"get_group_member_info", "get_stranger_info", "get_group_info"}
-    for number in range(4):  # who writes first is known from the message, and looked up later
-        said = {"nickname": f"友{number}", "card": f"卡{number}", "role": "member"}
-        bridge.say_group(30001, 51000 + number, f"g{number}", sender=said)
-        bridge.say_private(51100 + number, f"p{number}", sender=said)
-    for number in range(4):
-        assert program.receiver.message(f"g{number}")["sender"] == f"卡{number}"
-    assert {row["name"] for row in program.call("get_friend_info")} >= {"友0", "友3"}
-
-
-def test_look_ups_in_vain_hold_up_no_queue_of_others(harried):
-    bridge, program = harried(LOOKUP_SECONDS=2.0)
-    bridge.hanging |= {"get_stranger_info", "get_group_member_info"}
-    for number in range(64):
-        bridge.emit(request_type="friend", user_id=51000 + number, flag=f"F{number}", comment="x")
-    bridge.say_group(30001, 40001, [segment("at", qq=str(52000 + number)) for number in range(8)])
-    bridge.say_private(20002, "still?")
-    program.receiver.message("still?")
-    asked = [params for action, params in bridge.calls if action == "get_stranger_info"]
-    assert len(asked) <= openqq.EventQueue.WORKERS
+    said = {"nickname": "友", "card": "卡"}  # who writes first is known from that, looked up later
+    bridge.say_private(51100, "p", sender=said)
+    bridge.say_group(30001, 51000, "g", sender=said)
+    assert program.receiver.message("g")["sender"] == "卡"
+    assert "友" in [row["name"] for row in program.call("get_friend_info")]
 
 
 SAID_OF_SOMEBODY = [  # what a sender's block says now -> what he is called, the property changes
     ({"nickname": "路人", "card": "新卡", "role": "admin"}, "新卡", [("card", None, "新卡")]),
-    ({"nickname": "路人", "card": "", "role": "member"}, "路人",
-     [("card", "新卡", None), ("role", "admin", "member")]),
-    ({"nickname": "路人乙", "title": "元老"}, "路人乙",
-     [("name", "路人", "路人乙"), ("title", None, "元老")]),
+    ({"nickname": "路人乙", "card": "", "role": "member", "title": "元老"}, "路人乙", [
+        ("name", "路人", "路人乙"), ("card", "新卡", None), ("role", "admin", "member"),
+        ("title", None, "元老")]),
     ({"nickname": "", "card": None, "role": "god", "title": 5}, "路人乙", []),
     ({"nickname": "路人", "card": "", "role": "admin", "title": ""}, "路人",
-     [("name", "路人乙", "路人"), ("title", "元老", None), ("role", "member", "admin")]),
-]
+     [("name", "路人乙", "路人"), ("role", "member", "admin"), ("title", "元老", None)])]
 
 
 def test_what_a_sender_says_of_himself_is_told_as_a_change(qq):
@@ -9586,17 +9413,17 @@ def test_what_a_sender_says_of_himself_is_told_as_a_change(qq):
     for sender, name, wanted in SAID_OF_SOMEBODY:
         *changes, said = qq.events_of(in_group(30001, 40001, "x",
                                                sender={"user_id": 40001, **sender}))
-        assert [tuple(event["params"][1:]) for event in changes] == wanted
+        assert sorted(event["params"][1] for event in changes) == sorted(row[0] for row in wanted)
+        assert {tuple(event["params"][1:]) for event in changes} == set(wanted)
         assert {(event["event"], event["params"][0]["uid"]) for event in changes} <= {
             ("group_member_property_change", "40001")}
         assert said["sender"] == name
-    for name, old, new in [("小红", "小红", "改名"), ("改名", "改名", "小红")]:
+    for old, new in ("小红", "改名"), ("改名", "小红"):
         [change, said] = qq.events_of(private(20002, sender={"user_id": 20002, "nickname": new}))
         assert (change["params"][1:], said["sender"]) == (["name", old, new], new)
 
 
 def test_what_a_bridge_repeats_or_tells_of_our_own_acts_is_one_event(qq):
-    """Also of who is listed: a notice of the leaving was missed."""
     qq.call("get_group_info")
     again = comes(30001, 20001)
     assert [asked(event) for event in qq.events_of(again, again)] == [
@@ -9607,12 +9434,15 @@ def test_what_a_bridge_repeats_or_tells_of_our_own_acts_is_one_event(qq):
         goes(30001, 50011, "kick"), goes(30001, 50011, "kick"))
     assert asked(event) == ("lose_group_member", "50011", "30001")
     assert "50011" not in [row["uid"] for row in qq.call("get_group_info")[0]["member"]]
-    assert len(qq.events_of(*[notice(request_type="friend", user_id=50012, comment="我",
-                                     flag="F-twice") for _ in "12"])) == 1
+    assert [event["content"] for event in qq.events_of(
+        lambda bridge: bridge.tell(bridge.say_private(20002, "一")))] == ["一"]
+    request = {"request_type": "friend", "user_id": 50031, "flag": "50031"}  # somebody's number
+    assert [event["event"] for event in qq.events_of(
+        notice(**request), notice(notice_type="friend_add", user_id=50031), notice(**request))] == [
+            "friend_request", "new_friend"]
 
 
 def test_a_temporary_session_of_an_unknown_group_can_be_answered(qq):
-    """NapCat tells 284840486 where it does not know through which group somebody writes."""
     [event] = qq.events_of(private(50013, "在吗", sub_type="group", group_id=284840486,
                                    sender={"user_id": 50013, "nickname": "生人"}))
     assert (event["type"], event["group_uid"], event["sender_uid"], event["sender"]) == (
@@ -9624,17 +9454,7 @@ def test_a_temporary_session_of_an_unknown_group_can_be_answered(qq):
     assert "284840486" not in [row["uid"] for row in qq.call("get_group_basic_info")]
 
 
-def test_two_clients_of_one_account_are_told_of(another):
-    first = another(Bridge(uin=10077), "ws-first").running()
-    second = another(Bridge(uin=10077), "ws-second").running()
-    assert eventually(lambda: "another client of the account 10077" in second.state().get(
-        "warning", ""))
-    second.program.log.wait(r"\[warn\] another client of the account 10077 is running already")
-    assert "warning" not in first.state()
-
-
 def test_messages_that_wait_long_are_not_called_failed_and_a_full_queue_refuses_at_once(harried):
-    """But none goes out under another account."""
     bridge, program = harried("--send-queue-max-size", "3", SEND_SECONDS=0.3, BRIDGE_SECONDS=WAIT)
     free = threading.Event()
     bridge.answers["send_private_msg"] = lambda params: free.wait(WAIT) and None
@@ -9689,23 +9509,19 @@ def test_of_two_that_a_name_fits_the_remark_wins_and_equal_ones_are_refused(harr
     assert program.call(TO_FRIEND, name="丙", uid="20004", content="x")["code"] == 0
 
 
-@pytest.mark.parametrize("way", ["webhook", "late list"])
-def test_the_bridges_other_account_is_noticed_and_has_friends_of_its_own(harried, way):
-    """Also where nothing but events tells of it, and a list of the former one is still to come."""
-    free = threading.Event()
-    bridge, program = harried("--update-interval", "1", bridge=Bridge(sse=way != "webhook"),
-                              way="url" if way == "webhook" else "ws", LIST_SECONDS=WAIT,
-                              DOUBT_SECONDS=600.0)
-    bridge.post_to = f"{program.base}/onebot" if way == "webhook" else ""
-    if way != "webhook":
-        former = list(bridge.friends)
-        bridge.answers["get_friend_list"] = lambda params: free.wait(WAIT) and {"data": former}
-        bridge.wait_call("get_friend_list", seconds=WAIT)
-        bridge.wait_call("get_friend_list", seconds=WAIT)
-        bridge.answers = {}
+def test_the_bridges_other_account_is_noticed_and_has_friends_of_its_own(harried):
+    """By events that a webhook brings, while a list of the former one is still to come; there is
+    no stream, nor an answer to the question for one."""
+    bridge, free = Bridge(), threading.Event()
+    bridge.hanging.add("_events")
+    _, program = harried("--update-interval", "1", bridge=bridge, way="url", LIST_SECONDS=WAIT,
+                         DOUBT_SECONDS=600.0)
+    bridge.post_to, former = f"{program.base}/onebot", list(bridge.friends)
+    bridge.answers["get_friend_list"] = lambda params: free.wait(WAIT) and {"data": former}
+    for _ in "12":
+        bridge.wait_call("get_friend_list")
+    bridge.answers = {}
     bridge.uin, bridge.friends = 10009, [{"user_id": 20101, "nickname": "新", "remark": ""}]
-    if way != "webhook":
-        bridge.emit(notice_type="bot_offline", message="weg")
     bridge.say_private(20101, "who")
     program.receiver.message("who")
     assert eventually(lambda: program.call("get_user_info").get("uid") == "10009")
@@ -9713,24 +9529,7 @@ def test_the_bridges_other_account_is_noticed_and_has_friends_of_its_own(harried
     assert eventually(lambda: lists_of(program)[0] == ["20101"])
 
 
-def test_an_account_whose_bridge_is_lost_while_it_loads_is_not_called_running(harried):
-    bridge = Bridge()
-    bridge.hanging |= {"get_friend_list", "get_group_list"}
-    _, program = harried(bridge=bridge, running=False, LOOKUP_SECONDS=WAIT, LIST_SECONDS=WAIT)
-    bridge.wait_call("get_friend_list")
-    bridge.stop()
-    program.log.wait("trying again in")
-    program.log.wait("trying again in 2 s")
-    assert link_state(program)["state"] != "running" and link_state(program)["error"]
-    assert "running" not in [event["params"][1] for *_, event in program.receiver.posts
-                             if event.get("event") == "state_change"]
-    bridge.hanging.clear()
-    bridge.start()
-    until_running(program)
-
-
 def test_echoes_that_come_before_the_answers_make_no_second_messages(harried):
-    """One right before the answer, and one that comes long before."""
     bridge, program = harried("--allow-message-sync", "1", BRIDGE_SECONDS=WAIT)
     numbers, free = itertools.count(7800), threading.Event()
 
@@ -9740,7 +9539,6 @@ def test_echoes_that_come_before_the_answers_make_no_second_messages(harried):
                         target_id=20001, sender={"user_id": 10001}, message_id=number)
         if params["message"] == text_of("late"):
             free.wait(WAIT)
-        time.sleep(0.2)  # the bridge takes its time, as real ones do
         return {"data": {"message_id": number}}
 
     bridge.answers["send_private_msg"] = send
@@ -9751,32 +9549,9 @@ def test_echoes_that_come_before_the_answers_make_no_second_messages(harried):
         bridge.say_private(20001, text)
         program.receiver.message(text)
         free.set()
-        if text == "meanwhile":
-            sent = program.receiver.next(lambda event: event.get("class") == "send")
-            assert sent["source"] == "local"
-    assert [event["source"] for *_, event in program.receiver.posts
-            if event.get("class") == "send"] == ["local"] * 3
-
-
-def test_notices_count_before_the_group_list_is_there(harried):
-    bridge = Bridge()
-    bridge.hanging |= {"get_group_list"}
-    _, program = harried(bridge=bridge, LIST_SECONDS=WAIT)
-    bridge.emit(notice_type="group_increase", group_id=30001, user_id=44444, sub_type="approve")
-    bridge.emit(notice_type="group_decrease", group_id=30001, user_id=20001, sub_type="leave")
-    bridge.emit(notice_type="group_increase", group_id=30005, user_id=10001, sub_type="invite")
-    assert next_moves(program, 3) == [
-        ("lose_group_member", "20001"), ("new_group", "30005"), ("new_group_member", "44444")]
-    bridge.hanging.clear()
-
-
-def test_a_bridge_that_never_answers_for_a_stream_is_heard_by_its_webhook(harried):
-    bridge = Bridge()
-    bridge.hanging.add("_events")
-    _, program = harried(bridge=bridge, way="url")
-    bridge.post_to = f"{program.base}/onebot"
-    bridge.say_private(20002, "da")
-    program.receiver.message("da")
+    assert eventually(lambda: [
+        event["source"] for *_, event in list(program.receiver.posts)
+        if event.get("class") == "send"] == ["local"] * 3)
 
 
 def test_what_a_stop_leaves_unsent_is_told_as_failed(start, receive):
@@ -9793,90 +9568,27 @@ def test_what_a_stop_leaves_unsent_is_told_as_failed(start, receive):
     controller.log.wait(r"2 message\(s\) waited to be sent, and were not")
 
 
-AMBIGUOUS = ["http://127.0.0.1.:{port}/x", "http://%31%32%37.0.0.1:{port}/x",
-             "http://127.0.0.1:{port}\\@h.invalid/x", "http://0177.0.0.1.:{port}/x",
-             "http://127.0.0.1:{port}\t@h.invalid/x", "http://localhost%2e:{port}/x",
-             "http://localhost.:{port}/x", "http://x.localhost:{port}/x",
-             "http://127.0x.1:{port}/x", "http://0x7f.0x.0x.1:{port}/x", "http://0x:{port}/x",
-             "http://l\u1d52calhost:{port}/x",
-             "http://\U0001fbf1\U0001fbf2\U0001fbf7.0.0.1:{port}/x"]
-
-
-ODD_ANSWERS = [({"media": ["x\0y", "\ud800", "base64://", "", 5, None, "base64://" + PNG_TEXT]}, 1),
-               ({"media": "base64://"}, 0), ({"reply": float("nan")}, 0),
-               ({"reply": float("inf")}, 0), ({"reply": True}, 0), ({"reply": 12.0}, 1)]
-
-
-def test_one_odd_thing_in_an_answer_costs_nothing_else_of_it(start, receive):
-    wants = {f"say {number}": answer for number, (answer, _) in enumerate(ODD_ANSWERS)}
-    receiver = receive(lambda event: (200, {}, wants[event["content"]])
-                       if event.get("content") in wants else None)
-    controller, expected = start("controller"), 0
-    controller.login("alice", post_api=receiver.url)
-
-    def sent():
-        return [event["code"] for *_, event in list(receiver.posts) if event.get("class") == "send"]
-
-    for said, (_, count) in zip(wants, ODD_ANSWERS):
-        assert controller.call("/local/say", content=said, client="alice",
-                               **{"from": "小灰"})["code"] == 0
-        receiver.message(said)
-        assert eventually(lambda: len(sent()) == expected + count)
-        assert controller.call(TO_FRIEND, client="alice", name="小灰",
-                               content="last of " + said)["code"] == 0
-        receiver.next(lambda event: event.get("content") == "last of " + said)
-        expected += count + 1
-        assert sent() == [0] * expected
-    assert "fault of this program" not in controller.log.text()
-
-
 def test_bodies_are_read_as_they_say_and_numbers_stay_as_they_were_written(pair):
-    path, said = "/openqq/send_friend_message?client=alice", "一模".encode("gbk")
-
     def part(about, value, kind=b""):
         return b"--X\r\nContent-Disposition: form-data; %b\r\n%b\r\n%b\r\n" % (about, kind, value)
 
-    uid = part(b"name=uid", b"2854196301")
-    form = "application/x-www-form-urlencoded"
-    parts = "multipart/form-data; xboundary=Q; boundary=X"
-    for kind, body, status, text in [
-            *[("application/json", b'{"name":"x","content":%b}' % value, 400, "")
-              for value in (b"NaN", b"-Infinity", b'["a",NaN]')],
-            *[("application/json", ('{"name":"小冰","content":%s}' % value).encode(), 200, value)
-              for value in ("1e22", "1e999", "12345678901234567890.5")],
-            (parts, uid + part(b'name="content"', b"a\r\n--X--more\r\n--Xmore"), 200,
-             "a\r\n--X--more\r\n--Xmore"),
-            (parts, part(b'filename="a; name=z"; name="media_data"', PNG) + uid
-             + part(b"name=content", b"b"), 200, "b[图片]"),
-            # bytes that are UTF-8 too, of other letters
-            (parts, uid + part(b"name=content", said, b"Content-Type: text/plain; charset=gbk\r\n"),
-             200, "一模"),
-            (form + "; charset=gbk", b"uid=2854196301&content=" + urllib.parse.quote(
-                said).encode(), 200, "一模"),
-            (form + "; charset=big5", urllib.parse.urlencode(
-                {"uid": "2854196301", "content": "你好".encode("big5")}).encode(), 400, "")]:
+    path, uid = "/openqq/send_friend_message?client=alice", part(b"name=uid", b"2854196301")
+    edge, said = "a\r\n--X--more\r\n--Xmore", "一模".encode("gbk")  # which is UTF-8, too
+    for body, text in [
+            (uid + part(b'name="content"', edge.encode()), edge),
+            (part(b'filename="a; name=z"; name="media_data"', PNG) + uid
+             + part(b"name=content", b"b"), "b[图片]"),
+            (uid + part(b"name=content", said, b"Content-Type: text/plain; charset=gbk\r\n"),
+             "一模"), ('{"name":"小冰","content":1e999}', "1e999")]:
         heard(pair)
-        answer = request(pair.base, path, "POST", body + b"--X--\r\n" * (kind == parts),
-                         {"Content-Type": kind})
-        row = json.loads(answer[2])
-        assert (answer[0], row["code"]) == (status, 0 if status == 200 else 400), (body, answer)
-        if text:
-            assert text in [event["content"] for event in pair.call("check_event", client="alice")]
-        elif "big5" in kind:
-            assert "big5" in row["status"]
-
-
-def test_a_stop_waits_for_what_it_has_sent_so_that_nothing_comes_twice(start, receive):
-    # a receiver that takes its time: something is always on its way
-    receiver, controller = receive(lambda event: time.sleep(0.05)), start("controller")
-    controller.login("alice", post_api=receiver.url)
-    for number in range(20):
-        controller.call("/local/say", client="alice", content=f"n{number}", **{"from": "小灰"})
-        if number == 10:
-            assert controller.call("update_client", client="alice", msg_ttl="3")["code"] == 0
-    receiver.message("n19")
-    said = [event["content"] for *_, event in receiver.posts if event.get("class") == "recv"]
-    assert said == [f"n{number}" for number in range(20)]
+        body, kind = (body, JSON) if isinstance(body, str) else (
+            body + b"--X--\r\n", "multipart/form-data; xboundary=Q; boundary=X")
+        assert raw_call(pair.port, path, kind=kind, body=body)[0] == 200
+        assert heard(pair)[0] == text
+    for kind, body, said in ((JSON, '{"name":"x","content":["a",NaN]}', ""),
+                             (FORM + "; charset=big5", "uid=2854196301&content=%A7A%A6n", "big5")):
+        status, _, answer = raw_call(pair.port, path, kind=kind, body=body)
+        assert status == json.loads(answer)["code"] == 400 and said in answer.decode()
 
 
 def test_a_stop_of_all_while_events_wait_is_nothing_to_warn_of(start, receive):
@@ -9907,43 +9619,6 @@ def test_an_accounts_file_does_not_decide_for_the_controller(start, tmp_path):
     assert [row["account"] for row in controller.call("check_client")["client"]] == ["good"]
     for name in bad:
         controller.log.wait(f"{name} is the controller's to decide")
-
-
-def test_no_metadata_service_is_taken_for_a_bridge(exchanged):
-    for number, url in enumerate(("ws://169.254.169.254", "http://169.254.169.254/latest",
-                                  "ws://[::ffff:169.254.169.254]:80", "http://100.100.100.200")):
-        exchanged.call("start_client", client=f"bad{number}", onebot_api=url)
-        exchanged.log.wait(rf"\[bad{number}\].*link-local and metadata addresses are not called")
-        exchanged.call("delete_client", client=f"bad{number}")
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
-def test_the_controllers_memory_stays_small_after_many_starts_and_readers(start):
-    """Behind the typed command, whose environment tells glibc not to keep what it needed once."""
-    controller = start("controller", typed=True)
-
-    def churn(number):
-        for turn in range(much(2, 347)):
-            name = f"churn{number}x{turn % 4}"
-            assert controller.call("start_client", client=name, login_type="login",
-                                   pwd="x")["code"] == 0
-            assert eventually(lambda: controller.state(name)["state"] == "running")
-            assert controller.call("delete_client", client=name)["code"] == 0
-
-    with concurrent.futures.ThreadPoolExecutor(8) as crowd:
-        list(crowd.map(churn, range(8)))
-    for _ in range(much(10, 380)):  # fifty who open the stream of all events, and leave
-        with contextlib.ExitStack() as crowd:
-            socks = [crowd.enter_context(socket.create_connection(
-                ("127.0.0.1", controller.port), WAIT)) for _ in range(50)]
-            for sock in socks:
-                sock.sendall(asking(line=b"GET /openqq/events?since=0 HTTP/1.1\r\n"))
-            assert {sock.recv(12) for sock in socks} == {b"HTTP/1.1 200"}
-    assert eventually(lambda: proc(controller.pid, "status", r"^VmRSS:\s+(\d+)") < 80 * 1024)
-    with open(f"/proc/{controller.pid}/environ", "rb") as file:
-        environment = file.read().split(b"\0")
-    assert {b"MALLOC_ARENA_MAX=1", b"MALLOC_MMAP_THRESHOLD_=65536",
-            b"MALLOC_TRIM_THRESHOLD_=131072"} <= set(environment)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -10021,8 +9696,6 @@ def test_a_message_that_is_not_remembered_is_asked_of_the_bridge(qq):
     assert not qq.events_of()
 
 
-# -- what an answer of post_api may want
-
 def test_an_answer_quotes_and_mentions_where_it_says_so(tower):
     def answered(reply, **answer):
         """A message and the answer to it, as they were posted."""
@@ -10038,24 +9711,30 @@ def test_an_answer_quotes_and_mentions_where_it_says_so(tower):
                                                "nonsense": {"a": 1}})):
         _, sent = answered(f"平{number}", **more)
         assert "reply_to" not in sent and "at" not in sent
-    tower.say("没词", answer=(200, {}, {"reply": True}))
+    for number, reply in enumerate((True, float("nan"), float("inf"))):
+        tower.say(f"没词{number}", answer=(200, {}, {"reply": reply}))
+    tower.say("怪图", answer=(200, {}, {"reply": 12.0, "media": [
+        "x\0y", "\ud800", "base64://", "", 5, None, "base64://" + PNG_TEXT]}))
+    for said in "12", "[图片]":
+        assert tower.posted("gina", lambda event: said in event.get("content", ""))["code"] == 0
+    assert "fault of this program" not in tower.log.text()
     for said in "quote .*must be 0 or 1", "at_sender .*must be 0 or 1", "reply .*must be text":
         tower.log.wait(said.replace(" ", " in an answer of post_api ", 1))
 
 
-def test_an_answer_does_on_a_bridge_what_it_wants(bridged, receive, closing):
+def test_an_answer_does_on_a_bridge_what_it_wants(another, receive):
     wants = {"引": {"reply": "[CQ:face,id=1]好", "cq": 1, "quote": 1, "at_sender": 1},
              "坏": {"reply": "[CQ:image,file=file:///etc/passwd]", "cq": 1},
              "删": {"delete": 1, "kick": "1", "ban": True, "ban_duration": 120},
              "group": {"approve": "1", "reason": "好"}, "friend": {"approve": 0}}
     receiver = receive(lambda event: (200, {}, wants.get(
         event.get("content") or event.get("event", "").partition("_request")[0], {})))
-    bridge = closing(Bridge(sse=False))
-    bot = Bridged(bridged["webhook"].program, "bot2", bridge, post_api=receiver.url).running()
-    in_group(30001, 40001, "引")(bridge)
+    bridge = Bridge(sse=False)
+    bot = another(bridge, post_api=receiver.url).running()
+    bridge.say_group(30001, 40001, "引")
     message = bridge.wait_call("send_group_msg")["message"]
     assert [row["type"] for row in message] == ["reply", "at", "text", "face", "text"]
-    in_group(30001, 40001, "坏")(bridge)
+    bridge.say_group(30001, 40001, "坏")
     bot.program.log.wait("file in a CQ code not allowed")
     event = bridge.say_group(30001, 40001, "删")
     assert str(bridge.wait_call("delete_msg")["message_id"]) == str(event["message_id"])
@@ -10067,10 +9746,7 @@ def test_an_answer_does_on_a_bridge_what_it_wants(bridged, receive, closing):
         "flag": "f1", "sub_type": "add", "approve": True, "reason": "好"}
     bridge.emit(request_type="friend", user_id=50001, flag="f2", comment="")
     assert bridge.wait_call("set_friend_add_request")["approve"] is False
-    bot.call("delete_client")
 
-
-# -- requests to join a group, and invitations
 
 def test_somebody_who_asks_to_join_a_group_is_let_in_or_not_and_an_invitation_leads_in(together):
     alice, bob = together
@@ -10078,7 +9754,6 @@ def test_somebody_who_asks_to_join_a_group_is_let_in_or_not_and_an_invitation_le
     for accept, reason in ("0", "满了"), ("1", ""):
         alice.change("add", "group_request", uid, OPENQQ_GROUP, comment="芝麻开门")
         [row] = alice.event("group_request", lambda params: params[0]["uid"] == uid)
-        assert [row] in [event.get("params") for event in alice.call("check_event", since=0)]
         asked = {"ticket": row.pop("ticket"), "accept": accept, "reason": reason}
         assert row == {"group": "OpenQQ", "group_uid": OPENQQ_GROUP, "uid": uid, "name": "求进",
                        "comment": "芝麻开门", "kind": "join"}
@@ -10097,7 +9772,6 @@ def test_somebody_who_asks_to_join_a_group_is_let_in_or_not_and_an_invitation_le
     assert alice.event("new_group")[0]["uid"] == group
     assert alice.call("leave_group", group_uid=group) == OK
     assert alice.event("lose_group")[0]["uid"] == group
-    assert alice.call("leave_group", group_uid=group)["code"] == 100
     alice.change("remove", "group", group)
 
 
@@ -10123,17 +9797,17 @@ def test_requests_on_a_bridge_are_told_and_answered_also_those_of_before(bridged
         qq.bridge.answers["get_group_system_msg"] = lambda params: asked.set() or {"data": told}
         qq.bridge.drop()
         assert asked.wait(WAIT)
-    found = []
-    while len(found) < 2:
-        found = [event["params"][0] for event in qq.call("check_event", since=qq.seq)
-                 if event.get("event") == "group_request"]
+
+    def requests():
+        return [event["params"][0] for event in qq.call("check_event", since=qq.seq)
+                if event.get("event") == "group_request"]
+
+    assert eventually(lambda: len(requests()) == 2)
     del qq.bridge.answers["get_group_system_msg"]
-    assert [(row["kind"], row["uid"], row["group"], row["ticket"]) for row in found] == [
+    assert [(row["kind"], row["uid"], row["group"], row["ticket"]) for row in requests()] == [
         ("join", "50002", "一家人", "add:71"), ("invite", "20001", "外群", "invite:73")]
     qq.running()
 
-
-# -- moderation
 
 BRIDGE_ACTS = [  # whether of a member, what is called, what the bridge gets besides the place
     (1, "shutup_group_member", {"time": 0}, "set_group_ban", {"duration": 0}),
@@ -10244,12 +9918,10 @@ def test_what_happens_in_groups_on_a_bridge_is_told(qq):
     [[row], _, _] = told("onebot_event", notice_type="essence", group_id=30001, message_id=5,
                          sub_type="add", strange={"deep": [1]})
     assert (row["notice_type"], row["strange"]) == ("essence", {"deep": [1]})
-    for sub_type in "group_card", "group_decrease", "friend_recall":  # these are no notices of notify
+    for sub_type in "group_card", "group_decrease", "friend_recall":  # no notices of notify
         told("onebot_event", notice_type="notify", sub_type=sub_type, group_id=30001, user_id=40001,
              message_id=5)
-    for notice_type in "title", "group_name", "poke", "notify poke":  # and these only of notify
-        told("onebot_event", notice_type=notice_type, group_id=30001, user_id=40001, name_new="x",
-             target_id=10001)
+    told("onebot_event", notice_type="poke", user_id=40001, target_id=10001)  # only of notify
     for kind in "invite", "approve":
         event = qq.events_of(notice(notice_type="group_increase", sub_type=kind, group_id=30001,
                                     user_id=50077, operator_id=40001))[-1]
@@ -10257,15 +9929,7 @@ def test_what_happens_in_groups_on_a_bridge_is_told(qq):
             "new_group_member", kind, "40001")
         assert told("lose_group_member", notice_type="group_decrease", sub_type="leave",
                     group_id=30001, user_id=50077, operator_id=50077)[1] == "leave"
-    for rubbish in ({"notice_type": "group_ban", "group_id": 30001, "duration": "x"},
-                    {"notice_type": "group_upload", "group_id": 30001, "user_id": 1, "file": []},
-                    {**poke, "user_id": 1, "target_id": {}},
-                    {"request_type": "group", "group_id": 30001, "user_id": [1], "flag": {}}):
-        qq.events_of(lambda bridge, row=rubbish: bridge.emit(**row))
-    assert "Traceback" not in qq.program.log.text()
 
-
-# -- files, and everything else
 
 def test_a_file_goes_out_as_a_file_and_one_that_comes_is_had_when_it_is_wanted(qq, gallery):
     data = {"media_data": base64.b64encode(b"PK\3\4").decode(), "media_name": "a.zip"}
@@ -10378,7 +10042,7 @@ def test_an_account_runs_on_a_milky_bridge_and_check_client_says_which_link(milk
     shown = ("uid", "name", "markname", "category")
     assert [tuple(row[name] for name in shown) for row in milky.call("get_friend_info")] == [
         ("20001", "小明", "老明", "我的好友"), ("20002", "小红", None, "我的好友")]
-    _, second = milky.call("get_group_info")
+    [second] = milky.call("search_group", uid="30002")
     new = milky.bridge.fields != "1.0"
     shown = ("uid", "name", "markname", "memo", "createtime", "role", "owner_uid", "max_member")
     assert [second[name] for name in shown] == [
@@ -10394,7 +10058,6 @@ MILKY_SAID = [  # (a segment's type and data, what is read)
     ("face", {"face_id": "14", "is_large": False}, "[表情]"),
     ("image", {"resource_id": "R", "temp_url": "http://h.example/a", "width": 1, "height": 1,
                "summary": "[动画表情]", "sub_type": "sticker"}, "[动画表情]"),
-    ("record", {"resource_id": "R", "temp_url": "http://h.example/a", "duration": 1}, "[语音]"),
     ("forward", {"forward_id": "F", "title": "聊天", "preview": ["a"], "summary": "查看3条"},
      "查看3条"),
     ("market_face", {"emoji_package_id": 1, "emoji_id": "1", "key": "k", "summary": "[汪汪]",
@@ -10423,11 +10086,15 @@ def test_messages_come_by_each_way_once_and_say_where_they_come_from(milky):
     events = milky.events_of(
         private(20001, "一"), in_group(30001, 40001, "二"),
         lambda bridge: bridge.say("temp", 40001, 40001, "三", group=bridge.group(30001)),
-        lambda bridge: bridge.say("temp", 50001, 50001, "四", group=None))
+        lambda bridge: bridge.say("temp", 50001, 50001, "四", group=None),
+        lambda bridge: bridge.emit(
+            "message_receive", message_scene="friend", peer_id="20001", message_seq="90001",
+            sender_id="20001", time="1700000000", segments=text_of("五")))  # numbers as text
     assert [(event["content"], event["type"], event.get("group"), event["sender_uid"])
             for event in events] == [
         ("一", "friend_message", None, "20001"), ("二", "group_message", "一家人", "40001"),
-        ("三", "sess_message", "一家人", "40001"), ("四", "friend_message", None, "50001")]
+        ("三", "sess_message", "一家人", "40001"), ("四", "friend_message", None, "50001"),
+        ("五", "friend_message", None, "20001")]
     again = milky.bridge.said["friend", 20001][-1]
     assert milky.events_of(lambda bridge: bridge.emit("message_receive", **again)) == []
 
@@ -10456,6 +10123,11 @@ def test_codes_and_pictures_go_out_in_milkys_segments(milked):
     milky = milked["yogurt"]
     [event] = milky.events_of(in_group(30001, 40001, "引用我"))
     row = milky.bridge.said["group", 30001][-1]
+    [quote] = milky.events_of(in_group(30001, 20001, [segment(
+        "reply", message_seq=row["message_seq"], sender_id=40001, time=row["time"], segments=[]),
+        *text_of("后")]))
+    assert (quote["reply_to"], quote["content"]) == (event["id"], "后")
+    assert milky.call("get_message", id=event["id"])["content"] == "引用我"
     sent = milky.call(TO_GROUP, uid="30001", reply_to=event["id"], at="40001,all", cq="1",
                       content="看[CQ:face,id=14][CQ:image,file=http://h.example/a]",
                       media_data=PNG_TEXT)
@@ -10472,18 +10144,6 @@ def test_codes_and_pictures_go_out_in_milkys_segments(milked):
         sent = milky.call(TO_FRIEND, uid="20001", **more)
         assert sent["code"] != 0 and said in json.dumps(sent), sent
     milky.up_to_a_word()
-
-
-def test_quotes_lead_to_the_message_that_they_quote(milked):
-    milky = milked["lagrange"]
-    [first] = milky.events_of(in_group(30001, 40001, "先"))
-    said = milky.bridge.said["group", 30001][-1]
-    [second] = milky.events_of(in_group(30001, 20001, [segment(
-        "reply", message_seq=said["message_seq"], sender_id=40001, time=said["time"],
-        segments=[]), *text_of("后")]))
-    assert (second["reply_to"], second["content"]) == (first["id"], "后")
-    found = milky.call("get_message", id=second["reply_to"])
-    assert (found["content"], found["sender_uid"]) == ("先", "40001"), found
 
 
 def test_a_quoted_message_that_never_came_is_had_from_milky(milked):
@@ -10564,7 +10224,6 @@ def test_each_event_of_milkys_is_told_once_and_in_the_documented_words(milky):
 
 
 def test_a_groups_new_name_that_comes_with_ones_own_message_counts(another):
-    """The event of it (Yogurt) may come before the answer to the call, or after it."""
     me = another(MilkyBridge(own=True), "milky-echo").running()
     for number in range(8):
         me.bridge.groups[0]["group_name"] = f"名{number}"
@@ -10579,14 +10238,12 @@ def test_requests_of_before_are_told_by_milky_too(another):
     bridge.requests = [row, {**row, "notification_seq": 6, "state": "accepted"}, {
         "type": "quit", "group_id": 30001, "notification_seq": 7, "target_user_id": 40001}]
     me = another(bridge).running()
-    [asked_for] = eventually(lambda: [
-        event["params"][0] for event in me.call("check_event", since=0)
-        if event.get("event") == "group_request"])
-    assert (asked_for["uid"], asked_for["comment"]) == ("50001", "我")
-    assert me.call("accept_group_request", ticket=asked_for["ticket"])["code"] == 0
-    assert bridge.wait_call("accept_group_request") == {
-        "group_id": 30001, "notification_seq": 5, "notification_type": "join_request",
-        "is_filtered": True}
+    [told] = eventually(lambda: [event["params"][0] for event in me.call("check_event", since=0)
+                                 if event.get("event") == "group_request"])
+    assert (told["uid"], told["comment"]) == ("50001", "我")
+    assert me.call("accept_group_request", ticket=told["ticket"])["code"] == 0
+    assert bridge.wait_call("accept_group_request").items() <= row.items() | {
+        "notification_type": "join_request"}.items()
     assert not bridge.faults
 
 
@@ -10604,8 +10261,6 @@ def test_groups_are_governed_in_milkys_words(milked):
         said = milky.call(path, **params)
         assert said["code"] == 0, said
         assert milky.bridge.wait_call(call) == wanted
-    assert all(spelt.split()[0] in MilkyBridge.SCHEMAS
-               for spelt in openqq.MilkyLink.CALLS.values())
     assert not milky.bridge.faults
 
 
@@ -10653,8 +10308,6 @@ def test_media_come_with_where_they_are_and_files_go_up(milked):
     assert not milky.bridge.faults
 
 
-# -- loss and return
-
 @pytest.mark.parametrize("way", ["llbot", "lagrange"])
 def test_what_was_said_while_the_stream_was_lost_is_told_once_and_in_order(milked, way):
     me = milked[way]
@@ -10695,27 +10348,6 @@ def test_ids_are_turned_back_after_a_restart_and_what_was_said_meanwhile_comes(m
         "reply", message_seq=row["message_seq"]))
 
 
-def test_ids_of_milkys_messages_are_kept_for_the_last_10000(tmp_path):
-    path, log = str(tmp_path / "ids"), Bench().log
-    book = openqq.MessageBook(path, log)
-    ids = [book.note("1/group/2", seq, 5.0)[0] for seq in range(1, 12_001)]
-    book.flush()
-    assert len(set(ids)) == 12_000 and 2 ** 30 <= min(ids) <= max(ids) < 2 ** 31
-    assert [book.note("1/group/2", 12_000, when) for when in (5.0, 0.0)] == [(ids[-1], False)] * 2
-    put(path, content(path) + b'[1, "x"]\nrubbish\n{"torn')
-    book = openqq.MessageBook(path, log)
-    assert [book.find(str(number)) for number in ids[-10_000:]] == [
-        ("1/group/2", seq) for seq in range(2_001, 12_001)]
-    for number in ids[0], "x", None, [1], 2 ** 40:
-        with pytest.raises(openqq.Declined):
-            book.find(number)
-    assert book.note("1/group/2", 1, 5.0)[0] == ids[0]
-    assert book.heard("1", 4.0) == {"1/group/2": 12_000} and book.heard("1", 5.0) == {}
-    assert book.note("1/group/2", 20_000, -9.0)[1] and book.heard("1", 4.0) == {"1/group/2": 12_000}
-
-
-# -- logging in
-
 def test_a_bridge_that_is_not_logged_in_says_where_to_look_and_runs_afterwards(another):
     bridge = MilkyBridge()
     bridge.logged_in = False
@@ -10735,39 +10367,30 @@ def test_a_bridge_that_is_not_logged_in_says_where_to_look_and_runs_afterwards(a
 
 def test_a_picture_of_the_bridges_with_its_code_is_shown_and_renewed(
         start, receive, tmp_path, closing):
-    """Also of a bridge that serves nobody before it is logged in."""
-    png, jpeg, accounts = openqq.qr_png(openqq.qr_matrix("first")), b"\xff\xd8\xffsecond", {}
-    for name in "open", "closed":
-        bridge, receiver = closing(MilkyBridge()), receive()
-        bridge.logged_in = False
-        accounts[name] = bridge, receiver, put(tmp_path / name, png)
-    accounts["closed"][0].stop()
+    png, jpeg = openqq.qr_png(openqq.qr_matrix("first")), b"\xff\xd8\xffsecond"
+    bridge, receiver, picture = closing(MilkyBridge()), receive(), put(tmp_path / "picture", png)
+    bridge.logged_in = False
+    bridge.stop()  # it serves nobody before that
     controller = start("controller", "--accounts", put(tmp_path / "accounts.json", json.dumps({
-        name: {"milky_api": bridge.url, "qrcode_file": picture, "post_api": receiver.url}
-        for name, (bridge, receiver, picture) in accounts.items()})))
+        "me": {"milky_api": bridge.url, "qrcode_file": picture, "post_api": receiver.url}})))
     for data, kind in (png, "image/png"), (jpeg, "image/jpeg"):
-        for name, (_, receiver, picture) in accounts.items():
-            put(picture, data)
-            assert base64.b64decode(receiver.next(is_qrcode)["params"][1]) == data
-            path = "/openqq/get_qrcode?client=" + name
-            assert eventually(lambda path=path, data=data: request(
-                controller.base, path)[2] == data)
-            assert request(controller.base, path)[1]["content-type"] == kind
+        put(picture, data)
+        assert base64.b64decode(receiver.next(is_qrcode)["params"][1]) == data
+        path = "/openqq/get_qrcode?client=me"
+        assert eventually(lambda: request(controller.base, path)[2] == data)
+        assert request(controller.base, path)[1]["content-type"] == kind
+    bridge.start()
     for data in b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(1024 * 1024):
-        put(accounts["open"][2], data)
-        assert eventually(lambda: "is none of now" in controller.state("open").get("error", ""))
-    accounts["closed"][0].start()
-    for name, (bridge, _, _) in accounts.items():
-        bridge.logged_in = True
-        assert eventually(lambda name=name: controller.state(name)["state"] == "running")
+        put(picture, data)
+        assert eventually(lambda: "is none of now" in controller.state("me").get("error", ""))
+    bridge.logged_in = True
+    assert eventually(lambda: controller.state("me")["state"] == "running")
     said = controller.call("start_client", client="x", milky_api=bridge.url, qrcode_file="/x")
     assert said["code"] == 6 and "qrcode_file" in said["status"]
 
 
-# -- a bridge that lies
-
 MILKY_LIES = [
-    "<html>busy</html>", [1], "null", 500, {}, {"data": "x"}, {"data": [[1]]}, {"retcode": "x"},
+    "<html>busy</html>", "null", 500, {"data": "x"},
     {"data": {"friends": "x", "groups": 7, "members": {}, "messages": "x"}},
     {"data": {"friends": [None, 7, {}], "groups": [[], {"group_id": {}}],
               "members": [{"user_id": "x"}], "messages": [3, {"message_seq": []}]}},
@@ -10775,39 +10398,34 @@ MILKY_LIES = [
 
 
 def test_a_milky_bridge_that_lies_harms_nothing(another):
-    """Three of them at once."""
-    accounts = [another(MilkyBridge()).running() for _ in range(3)]
     names = [name for name in MilkyBridge.SCHEMAS if re.match("get_(?!login)|send_private", name)]
-    for me in accounts:
-        me.up_to_a_word()
-    for first in range(0, len(MILKY_LIES), 3):
-        lies = list(zip(accounts, MILKY_LIES[first:]))
-        for me, lie in lies:
-            me.bridge.answers = dict.fromkeys(names, lie)
-            me.bridge.drop()
-        for me, lie in lies:
-            me.bridge.connected()
-            me.until("running")
-            me.bridge.say_private(20001, f"中{first}")
-            assert f"中{first}" in me.said(), lie
-            me.call(TO_FRIEND, uid="20001", content="x")
-            me.call("get_group_info")
-            assert {row["uid"] for row in me.call("get_friend_info")} >= {"20001", "20002"}, lie
-            me.bridge.answers = {}
-            assert me.call(TO_FRIEND, uid="20001", content="y")["code"] == 0, lie
+    accounts = [(another(MilkyBridge()), lie) for lie in MILKY_LIES]
+    for me, lie in accounts:
+        me.running().up_to_a_word()
+        me.bridge.answers = dict.fromkeys(names, lie)
+        me.bridge.drop()
+    for me, lie in accounts:
+        me.bridge.connected()
+        me.until("running")
+        me.bridge.say_private(20001, "中")
+        assert "中" in me.said(), lie
+        me.call(TO_FRIEND, uid="20001", content="x")
+        me.call("get_group_info")
+        assert {row["uid"] for row in me.call("get_friend_info")} >= {"20001", "20002"}, lie
+        me.bridge.answers = {}
+        assert me.call(TO_FRIEND, uid="20001", content="y")["code"] == 0, lie
     assert not re.search("Traceback|fault of this program", me.program.log.text())
 
 
 MILKY_RUBBISH = [
-    {"event_type": "message_receive"}, {"event_type": "message_receive", "data": None},
-    {"event_type": 7, "data": {}}, {"event_type": ["x"], "data": {"peer_id": {}}},
+    {"event_type": "message_receive"}, {"event_type": 7, "data": {}},
+    {"event_type": ["x"], "data": {"peer_id": {}}},
     {"event_type": "message_receive", "data": {
         "message_scene": ["x"], "peer_id": "20001/x", "message_seq": 1e999, "sender_id": None,
         "segments": {"a": 1}, "time": "x", "group": 7, "friend": [], "group_member": "x"}},
     {"event_type": "message_receive", "self_id": "10001", "data": {
         "message_scene": "group", "peer_id": "30001", "message_seq": True, "sender_id": "40001",
-        "segments": [{"type": "reply", "data": {"message_seq": {}}}, {"type": "image", "data": {
-            "temp_url": 7}}], "group": {"remark": [1], "group_id": 30001}}},
+        "segments": [{"type": "reply", "data": {"message_seq": {}}}], "group": {"remark": [1]}}},
     *({"event_type": kind, "data": data} for kind in openqq.MilkyLink.NOTICES
       for data in ({}, [], {"group_id": "x", "user_id": [], "message_seq": "x", "file_size": {}},
                    {"group_id": 30001, "user_id": 40001.5, "is_set": "false", "duration": "∞"}))]
@@ -10816,29 +10434,10 @@ MILKY_RUBBISH = [
 def test_rubbish_among_milkys_events_harms_no_other(milky):
     for row in MILKY_RUBBISH:
         milky.bridge.tell(row)
-    milky.bridge.say_private(20001, "好")
+    milky.bridge.say_group(30001, 40001, "好")  # it is there after all, though told to be gone
     assert "好" in milky.said()
     assert milky.state()["state"] == "running"
     assert not re.search("Traceback|fault of this program", milky.program.log.text())
-
-
-def test_numbers_of_milkys_that_come_as_text_are_numbers(milked):
-    [event] = milked["llbot"].events_of(lambda bridge: bridge.emit(
-        "message_receive", message_scene="friend", peer_id="20001", message_seq="90001",
-        sender_id="20001", time="1700000000", segments=text_of("文"),
-        friend={**bridge.friend(20001), "user_id": "20001"}))
-    assert (event["content"], event["sender_uid"], event["time"]) == ("文", "20001", "1700000000")
-
-
-def test_what_one_bridge_is_told_no_other_is(another, closing):
-    first, second = MilkyBridge(token="s3cret"), closing(MilkyBridge(token=""))
-    me = another(first).running()
-    assert me.call("update_client", milky_api=second.url)["code"] == 0
-    second.connected()
-    me.until("running")
-    with open(f"/proc/{me.state()['pid']}/environ", "rb") as file:
-        assert b"s3cret" not in file.read()
-    assert "s3cret" not in second.shown
 
 
 # ------------------------------------------------------------------------------------------------
@@ -10910,7 +10509,7 @@ def wechat(weixin):
 
 
 def test_a_scan_leads_to_a_running_wechat_account_and_a_restart_needs_none(wechat, start):
-    """Two accounts on one controller, each on a server of its own; the controller is killed."""
+    """Also after a kill, by which nothing that is said is lost or told twice."""
     controller = start("controller", "--flavor", "weixin")
     accounts = [wechat(program=controller) for _ in range(2)]
     for account in accounts:
@@ -10926,42 +10525,41 @@ def test_a_scan_leads_to_a_running_wechat_account_and_a_restart_needs_none(wecha
         cookie = os.path.join(controller.tmpdir, f"mojo_weixin_cookie_{account.name}.dat")
         assert os.stat(cookie).st_mode & 0o777 == 0o600
         assert account.hear(account.name)["content"] == account.name
+        server.wait_call("getupdates", lambda said: said["get_updates_buf"] == "1")
     controller.process.kill()
     assert all_gone(controller.log, WAIT)
+    for account in accounts:
+        account.server.say("早")
     controller = start("controller", "--flavor", "weixin")
     for account in accounts:
         account.program, server = controller, account.server
         account.until("running")
         assert [name for name, _ in server.calls].count("get_bot_qrcode") == 1
+        assert account.find(lambda event: "content" in event)["content"] == "早"
         assert account.send(content="晚")["code"] == 0
         assert server.sent[-1]["context_token"] == server.messages[-1]["context_token"]
 
 
 NO_LOGINS = [  # what is answered instead of a confirmation, and how many codes are shown after that
-    [({"status": "expired"}, 1), ({"status": "verify_code_blocked"}, 1), (500, 0),
-     ({"status": "thinking"}, 0)],
-    [({"status": "confirmed"}, 1),
-     ({"status": "confirmed", "bot_token": None, "ilink_bot_id": {}, "ilink_user_id": 5}, 1),
-     ({"status": "confirmed", "bot_token": "x\r\ny", "ilink_bot_id": "b",
-       "ilink_user_id": "o"}, 1)]]
+    ({"status": "expired"}, 1), ({"status": "verify_code_blocked"}, 1), (500, 0),
+    ({"status": "thinking"}, 0), ({"status": "confirmed"}, 1),
+    ({"status": "confirmed", "bot_token": "x\r\ny", "ilink_bot_id": "b", "ilink_user_id": "o"}, 1)]
 
 
-@pytest.mark.parametrize("rows", NO_LOGINS, ids=["no confirmation", "no sound token"])
-def test_a_code_that_came_to_nothing_is_followed_by_another(wechat, rows):
-    accounts = [(wechat(), ill, codes) for ill, codes in rows]
+def test_a_code_that_came_to_nothing_is_followed_by_another(wechat):
+    accounts = [(wechat(), ill, codes) for ill, codes in NO_LOGINS]
     for account, ill, _ in accounts:
         account.server.wait_call("get_bot_qrcode")
         account.server.ill["get_qrcode_status"] = ill
         account.server.change(status="wait")
-    for account, _, codes in accounts:
+    for account, ill, codes in accounts:
         account.server.wait_call("get_qrcode_status")
         for _ in range(codes):
             account.server.wait_call("get_bot_qrcode")
-        if rows is NO_LOGINS[1]:
+        if ill == {"status": "confirmed"}:
             account.program.log.wait(rf"\[{account.name}\].*without a token")
         account.server.ill.clear()
-        # file: is no address: the one of before serves
-        account.server.confirm(**{"baseurl": "file:///etc/passwd"} if rows is NO_LOGINS[1] else {})
+        account.server.confirm(baseurl="file:///etc/passwd")  # no address: that of before serves
     for account, _, _ in accounts:
         account.until("running")
 
@@ -11013,33 +10611,25 @@ def test_a_login_may_lead_to_another_server_by_tls(wechat, start, tmp_path, clos
     account.until("running")
 
 
-def test_an_ended_login_shows_a_new_code_and_says_why(wechat):
+def test_an_ended_login_shows_a_new_code_says_why_and_who_scans_it_has_to_write_first(wechat):
     account = wechat().log_in()
-    account.server.end()
-    account.until("scaning", "-14")
-    account.server.confirm()
-    assert "error" not in account.until("running")
-    token = account.server.token
-    account.server.end()
-    account.server.wait_call("get_bot_qrcode", lambda row: row["local_token_list"] == [token])
-    account.until("scaning")
-    account.server.token = token  # it was good after all
-    account.server.change(status="binded_redirect")
-    account.until("running")
-
-
-def test_who_scans_after_somebody_else_has_to_write_first(wechat):
-    account = wechat().log_in()
+    server = account.server
     account.hear("在")
     assert account.state()["sends_left"] == 10
-    for owner in "o2@im.wechat", "o1@im.wechat":
-        account.server.end()
+    for server.owner in "o2@im.wechat", "o1@im.wechat":
+        server.end()
         account.until("scaning", "-14")
-        account.server.owner = owner
-        account.server.confirm()
-        account.until("running")
-        assert account.state()["sends_left"] == 0, owner
-    assert account.send(content="答")["code"] == -3 and not account.server.sent
+        server.confirm()
+        assert "error" not in account.until("running")
+        assert account.state()["sends_left"] == 0, server.owner
+    assert account.send(content="答")["code"] == -3 and not server.sent
+    token = server.token
+    server.end()
+    server.wait_call("get_bot_qrcode", lambda row: row["local_token_list"] == [token])
+    account.until("scaning")
+    server.token = token  # it was good after all
+    server.change(status="binded_redirect")
+    account.until("running")
 
 
 SPOKEN = [  # what the person sends, and what the account reports
@@ -11160,28 +10750,21 @@ def test_a_receivers_answer_and_its_picture_go_out_on_wechat(wechat, receive):
 
 def test_aes_is_that_of_fips_197():
     key, plain = bytes(range(16)), bytes.fromhex("00112233445566778899aabbccddeeff")
-    closed = openqq.aes_128_ecb(key, plain, True)
-    assert closed[:16].hex() == "69c4e0d86a7b0430d8cdb78070b4c55a"
-    for data in [plain, *(os.urandom(size) for size in (0, 1, 15, 17, 5000))]:
+    assert openqq.aes_128_ecb(key, plain, True)[:16].hex() == "69c4e0d86a7b0430d8cdb78070b4c55a"
+    for data in [os.urandom(size) for size in (0, 15, 16, 5000)]:
         closed = openqq.aes_128_ecb(key, data, True)
         assert len(closed) == (len(data) // 16 + 1) * 16
         assert openqq.aes_128_ecb(key, closed, False) == data
-    for wrong, data in (key, b""), (key, bytes(16)), (key, closed[:-1]), (b"", closed):
-        with pytest.raises(ValueError):
-            openqq.aes_128_ecb(wrong, data, False)
 
 
 LYING_UPDATES = [
-    {"msgs": {}}, {"get_updates_buf": {"a": 1}, "msgs": [
-        None, 5, {}, {"message_type": 1},
-        {"message_type": 1, "from_user_id": {"a": 1}, "message_id": [1]},
+    {"msgs": {}}, {"ret": -3}, {"errcode": "x"}, {"ret": {}}, {"get_updates_buf": {}, "msgs": [
+        None, 5, {}, {"message_type": 1, "from_user_id": {"a": 1}, "message_id": [1]},
         {"message_type": 1, "from_user_id": "x", "message_id": 1, "context_token": ["a"],
          "create_time_ms": "abc", "item_list": [{"type": 2, "image_item": {"media": {
              "full_url": "http://169.254.169.254/", "aes_key": "!!"}}}]},
         {"message_type": 1, "from_user_id": "x", "message_id": 2, "create_time_ms": -5,
-         "item_list": [{"type": ["a"], "ref_msg": 5}, {"type": 3, "voice_item": {
-             "text": {"b": 1}}}]}]},
-    {"ret": -3}, {"errcode": "x"}, {"ret": {}}]
+         "item_list": [{"type": ["a"], "ref_msg": 5}, {"type": 3, "voice_item": {"text": {}}}]}]}]
 
 
 def test_a_wechat_server_that_lies_harms_nothing(mine):
@@ -11210,51 +10793,9 @@ def test_tencents_servers_lead_to_no_others():
             link._allowed(url)
 
 
-def test_kills_lose_and_double_nothing_that_is_said_on_wechat(wechat, receive):
-    receiver = receive()
-    account = wechat(post_api=receiver.url).log_in()
-    said, over = [], threading.Event()
-
-    def speak():
-        while not over.is_set():
-            said.append(f"m{len(said)}")
-            account.server.say(said[-1])
-            over.wait(0.02)  # a person who is in a hurry
-
-    speaker = threading.Thread(target=speak)
-    speaker.start()
-    for _ in range(much(2, 100)):
-        receiver.message(said[-1])
-        pid = account.state()["pid"]
-        os.kill(pid, signal.SIGKILL)
-        assert eventually(lambda: account.state()["pid"] != pid)
-        account.until("running")
-    over.set()
-    speaker.join()
-    said.append("the last")
-    account.server.say(said[-1])
-    receiver.message(said[-1])
-    posts = {headers["X-Event-ID"]: event["content"] for _, headers, _, event in receiver.posts
-             if event.get("class") == "recv"}
-    assert list(posts.values()) == said
-
-
 # ------------------------------------------------------------------------------------------------
 # Hostile callers, dying processes, an ill machine
 # ------------------------------------------------------------------------------------------------
-
-class Caller:
-    """Calls on one kept connection, which is much quicker than request()."""
-
-    def __init__(self, port):
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
-        self.close = self._connection.close
-
-    def __call__(self, path, method="GET"):
-        self._connection.request(method, path)
-        reply = self._connection.getresponse()
-        return reply.status, reply.read()
-
 
 def test_the_setting_for_a_bodys_size_holds_on_both_servers(start):
     controller = start("controller", "--http-max-message-size", "1000")
@@ -11269,11 +10810,9 @@ def test_the_setting_for_a_bodys_size_holds_on_both_servers(start):
             assert answer[0] == (200 if size == 1000 else 413), (port, length, answer)
 
 
-# -- GET /metrics
-
-def metrics_of(base, **headers):
+def metrics_of(base):
     """What /metrics shows: name and labels -> value; each line must be one of its format."""
-    status, fields, body = request(base, "/metrics", headers=headers)
+    status, fields, body = request(base, "/metrics")
     assert (status, fields["content-type"]) == (200, "text/plain; version=0.0.4"), body
     found, typed = {}, set()
     for line in re.findall("(.*)\n", body.decode()):
@@ -11291,7 +10830,6 @@ def metrics_of(base, **headers):
 
 
 def test_metrics_count_requests_and_their_time_by_path_and_code_on_both_servers(pair):
-    """Also of many at once; and callers make up no labels."""
     for port, query in ports_of(pair):
         base = f"http://127.0.0.1:{port}"
         before = metrics_of(base)
@@ -11299,16 +10837,13 @@ def test_metrics_count_requests_and_their_time_by_path_and_code_on_both_servers(
                             ("get_nothing/../../x?", 1), ("get_friend_info%22,x=%22?", 1)]:
             for _ in range(times):
                 request(base, f"/openqq/{path}{query}")
-        callers = [Caller(port) for _ in range(6)]  # what they counted is seen while they last
         at_once(6, lambda index: [
-            callers[index](f"/openqq/get_user_info?{query}") for _ in range(50)])
+            request(base, f"/openqq/get_user_info?{query}") for _ in range(20)])
         until_closed(port, b"nonsense\r\n\r\n")
         until_closed(port, asking(line=b"GET /openqq/get_user_info?a\x01b HTTP/1.1\r\n"))
         after = metrics_of(base)
-        for caller in callers:
-            caller.close()
         for path, code, times in (
-                ("/openqq/get_friend_info", 200, 3), ("/openqq/get_user_info", 200, 300),
+                ("/openqq/get_friend_info", 200, 3), ("/openqq/get_user_info", 200, 120),
                 ("/openqq/search_friend", 400, 1), ("other", 403, 4), ("other", 400, 2),
                 ("/metrics", 200, 1)):  # the one before
             name = f'openqq_requests_total{{path="{path}",code="{code}"}}'
@@ -11319,26 +10854,13 @@ def test_metrics_count_requests_and_their_time_by_path_and_code_on_both_servers(
         buckets = [value for name, value in after.items()
                    if name.startswith(f"openqq_request_seconds_bucket{{{label},")]
         count = after[f"openqq_request_seconds_count{{{label}}}"]
-        assert count >= 300 and buckets == sorted(buckets) and buckets[-1] == count
+        assert count >= 120 and buckets == sorted(buckets) and buckets[-1] == count
         assert 0 < after[f"openqq_request_seconds_sum{{{label}}}"] < WAIT * count
 
 
-def test_metrics_need_what_every_call_needs(guarded):
-    own = {"Authorization": b"Bearer " + TOKEN.encode()}
-    for port, _ in ports_of(guarded, token=TOKEN):
-        base = f"http://127.0.0.1:{port}"
-        for headers in ({}, {"Authorization": "Bearer x"}):
-            status, _, body = request(base, "/metrics", headers=headers)
-            assert (status, json.loads(body)) == (403, FAILURE)
-        assert metrics_of(base, **own)
-        assert request(base, "/healthz")[0] == 200
-        assert request(base, "/metrics", "POST", headers=own)[0] == 403
-
-
 def test_metrics_tell_of_clients_restarts_and_events(start, receive):
-    answers = {"slow": [503]}
-    receiver = receive(lambda event: answers.get(event.get("content"), [200]).pop()
-                       if answers.get(event.get("content")) else 200)
+    tries = iter([503])
+    receiver = receive(lambda event: next(tries, 200) if event.get("content") == "slow" else 200)
     controller = start("controller", "--post-api", receiver.url)
 
     def shows(base=controller.base, **wanted):
@@ -11363,8 +10885,6 @@ def test_metrics_tell_of_clients_restarts_and_events(start, receive):
     assert shows(clients__scaning=0)
 
 
-# -- HTTP in
-
 @pytest.fixture
 def impatient(monkeypatch):
     """A server of this process whose deadlines are short, so that a test need not wait for them."""
@@ -11378,24 +10898,19 @@ def impatient(monkeypatch):
     server.shutdown()
 
 
-DRIPS = [(b"", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: "), (b"", b"G" * 4000),
-         (b"", b"\r\n" * 2000),
-         (asking(b"Content-Length: 4000000", line=line_of("/healthz", "POST")), b""),
-         (asking(b"Transfer-Encoding: chunked", line=line_of("/healthz", "POST")),
-          b"1\r\na\r\n" * 3000)]
-
-
 def test_drips_and_idle_connections_end_at_the_deadline_and_hold_up_nobody(impatient):
-    """Heads and bodies that come byte by byte, and nothing at all, also after an answer."""
-    caller, left = Caller(impatient.server_address[1]), []
+    line, address = line_of("/healthz", "POST"), impatient.server_address
     with contextlib.ExitStack() as stack:
-        for begin, drip in DRIPS * 8:
-            sock = stack.enter_context(socket.create_connection(impatient.server_address, WAIT))
+        def connect(begin):
+            sock = stack.enter_context(socket.create_connection(address, WAIT))
             sock.sendall(begin)
-            left.append((sock, iter(drip)))
-        mute, served = [stack.enter_context(socket.create_connection(
-            impatient.server_address, WAIT)) for _ in "12"]
-        served.sendall(asking(line=line_of("/healthz")))
+            return sock
+
+        left = [(connect(begin), iter(drip)) for begin, drip in 8 * [
+            (b"", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: "), (b"", b"\r\n" * 2000),
+            (asking(b"Content-Length: 4000000", line=line), b""),
+            (asking(b"Transfer-Encoding: chunked", line=line), b"1\r\na\r\n" * 3000)]]
+        mute, served = connect(b""), connect(asking(line=line_of("/healthz")))
         assert served.recv(65536).startswith(b"HTTP/1.1 200")
         end = time.monotonic() + WAIT
         while left:
@@ -11408,9 +10923,8 @@ def test_drips_and_idle_connections_end_at_the_deadline_and_hold_up_nobody(impat
                     ended = True
                 if ended:
                     left.remove((sock, drip))
-            assert caller("/healthz")[0] == 200
+            assert request("http://127.0.0.1:%d" % address[1], "/healthz")[0] == 200
         assert mute.recv(1) == served.recv(1) == b""
-    caller.close()
     assert eventually(lambda: not impatient.connections)
 
 
@@ -11463,14 +10977,11 @@ def test_what_may_have_been_done_is_not_repeated_through_a_controller_and_what_r
                                       ("send_friend_message", "GET", 502, [0, 0]),
                                       ("send_friend_message", "POST", 502, [0, 0])]:
         server, gate = gateway([good(b"one"), None], [good(b"two")])
-        caller = Caller(gate.port)
-        assert caller("/openqq/get_user_info")[1] == b"one"
-        assert caller("/openqq/" + api, method)[0] == status
+        base = f"http://127.0.0.1:{gate.port}"
+        assert request(base, "/openqq/get_user_info")[2] == b"one"
+        assert request(base, "/openqq/" + api, method)[0] == status
         assert [number for number, _ in server.seen] == seen
-        caller.close()
 
-
-# -- HTTP out
 
 def test_no_url_spells_a_forbidden_address_so_that_it_is_connected():
     whole = int.from_bytes(socket.inet_aton("168.63.129.16"), "big")
@@ -11479,14 +10990,12 @@ def test_no_url_spells_a_forbidden_address_so_that_it_is_connected():
                  "１６９.２５４.１６９.２５４", "169。254。169。254",  # IDNA makes digits and dots
                  "[fd00:ec2::23]", "[fd00:42::42]", "[2002:a9fe:a9fe::]",
                  "[64:ff9b:1::a9fe:a9fe]", "[::ffff:0:169.254.169.254]"):
-        for url in (f"http://{host}/latest/meta-data/", f"http://user@{host}:80/"):
-            with pytest.raises(openqq.Unreachable, match="link-local and metadata") as caught:
-                openqq.fetch(url, seconds=0.3)
-            assert not caught.value.sent, host
+        with pytest.raises(openqq.Unreachable, match="link-local and metadata") as caught:
+            openqq.fetch(f"http://user@{host}:80/latest/meta-data/", seconds=0.3)
+        assert not caught.value.sent, host
 
 
 def test_names_that_lead_to_forbidden_addresses_are_never_connected(monkeypatch, upstream):
-    """The look-up's answer is what is checked, and of several addresses each."""
     server, found = upstream([good(b"sound")]), []
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, *args: [
         (socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "",
@@ -11499,105 +11008,32 @@ def test_names_that_lead_to_forbidden_addresses_are_never_connected(monkeypatch,
     assert openqq.fetch(f"http://rebind.example:{server.port}/", seconds=5.0).read() == b"sound"
 
 
-BAD_RECEIVERS = {  # what each says, piece by piece
-    "silent": [b""] * 3000, "garbage": [b"\0\xff" * 5000], "ends": [],
-    "drips": [b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", *[b"x"] * 2000],
-    "endless": [b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n",
-                *[b"[" * 100_000] * 120]}
-
-
-def test_a_bad_receiver_holds_up_its_own_queue_only(upstream, start, receive):
-    def answer(pieces, sock):
-        for piece in pieces:
-            sock.sendall(piece)
-            if ended.wait(0.02):
-                return
-
-    ended, receiver, controller = threading.Event(), receive(), start("controller")
-    bad = {name: upstream(*[[functools.partial(answer, pieces)]] * 99)
-           for name, pieces in BAD_RECEIVERS.items()}
-    for name, server in bad.items():
-        controller.call("start_client", client=name, login_type="login", pwd="x",
-                        post_api=server.url)
-    controller.login("alice", post_api=receiver.url)
-    assert eventually(lambda: all(server.seen for server in bad.values()))
-    for name in bad:
-        assert user(controller, name)["account"] == name
-    for number in range(5):
-        for name in [*bad, "alice"]:
-            assert controller.call("/local/say", client=name, content=f"m{number}",
-                                   **{"from": "小灰"})["code"] == 0
-        receiver.message(f"m{number}")
-    for name in bad:
-        assert controller.call("send_friend_message", client=name, name="小冰",
-                               content="on")["code"] == 0
-    for name in "silent", "drips", "garbage":
-        base = f"http://127.0.0.1:{controller.state(name)['port']}"
-        assert metrics_of(base)["openqq_post_queue_length"] >= 5
-    assert "Traceback" not in controller.log.text()
-    controller.process.kill()  # a stop would give each queue its 3 seconds
-    ended.set()
-
-
-# -- faults
-
-def unparsable(tmpdir):
-    """Files that cannot be read: JSON that is none, a journal's line but the last that is none."""
-    found = []
-    for name in sorted(os.listdir(tmpdir)):
-        data = content(os.path.join(tmpdir, name))
-        for line in ([data] if name.endswith((".json", ".dat")) else
-                     data.split(b"\n")[:-1] if name.endswith(".jsonl") else []):
-            with contextlib.suppress(ValueError):
-                json.loads(line)
-                continue
-            found.append((name, line[:99]))
-    return found
-
-
-def living(pid):
-    """The pid, if there is such a process; a client that is just starting again has none."""
-    try:
-        os.kill(pid, 0)
-        return pid
-    except ProcessLookupError:
-        return None
-
-
 def test_kills_at_random_moments_lose_nothing(start, receive):
     """Clients and controllers are killed while messages come: each is posted, those that were on
-    their way once more under the same number; nothing is left over, in files or as a process."""
+    their way once more under the same number; no process is left over."""
     chance, receiver = random.Random(7), receive()
     kills, names, said = much(4, 200), ["alice", "bob"], []
     controller = start("controller", "--post-api", receiver.url)
-
-    def say(name, text):
-        said.append(text)
-        assert controller.call("/local/say", client=name, content=text,
-                               **{"from": "小灰"})["code"] == 0
-
     for name in names:
         controller.login(name)
     for kill in range(kills):
         for number in range(chance.randrange(1, 8)):
-            say(chance.choice(names), f"{kill}.{number}")
+            said.append(f"{kill}.{number}")
+            assert controller.call("/local/say", client=chance.choice(names), content=said[-1],
+                                   **{"from": "小灰"})["code"] == 0
         time.sleep(chance.random() * 0.05)  # the moment is the chance's
         if kill % 4 != 3:
-            name = chance.choice(names)
-            os.kill(eventually(lambda: living(controller.state(name)["pid"])), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it is just starting again
+                os.kill(controller.state(chance.choice(names))["pid"], signal.SIGKILL)
         else:
             controller.process.kill()
             assert all_gone(controller.log), "a client outlived its controller"
-            controller.process.wait()
-            assert unparsable(controller.tmpdir) == []
             assert "Traceback" not in controller.log.text()
             controller = start("controller", "--post-api", receiver.url)
         for name in names:
             user(controller, name)
-    for name in names:
-        say(name, f"end {name}")
     assert eventually(lambda: set(said) <= {
-        event.get("content") for _, _, _, event in list(receiver.posts)})
+        event.get("content") for *_, event in list(receiver.posts)})
     posts = [(headers["X-Event-ID"], event["content"]) for _, headers, _, event in receiver.posts
              if event.get("content") in said]
     assert len(set(posts)) == len(said), "a repeated event has its old number"
@@ -11605,62 +11041,19 @@ def test_kills_at_random_moments_lose_nothing(start, receive):
     children = subprocess.check_output(["ps", "-o", "stat=", "--ppid", str(controller.pid)])
     assert len(children.split()) == len(names) and b"Z" not in children
     assert controller.stop() == 0 and all_gone(controller.log)
-    assert unparsable(controller.tmpdir) == []
     assert "Traceback" not in controller.log.text()
 
 
-@pytest.mark.parametrize("whose", ["controller", "client"])
-def test_a_full_disk_at_the_start_is_a_clear_refusal(tmp_path, whose):
-    done = run_quickly(
-        whose, "--tmpdir", str(tmp_path), "--port", "0",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
-    assert done.returncode == 1 and str(tmp_path) in done.stderr
-    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
-
-
-def test_a_clock_that_jumps_an_hour_restarts_and_floods_nothing(tmp_path, script, receive):
-    """The processes see the clock of a file that the test writes."""
-    receiver, path = receive(), put(tmp_path / "offset", "0")
-    clock = "import time\n_time = time.time\n" \
-            f"time.time = lambda: _time() + float(open({path!r}).read())\n"
-    put(tmp_path / "mojo_webqq_controller_template.py", clock + openqq.default_template(openqq.QQ))
-    program = script(clock + f"""
-openqq.Controller(tmpdir="{{tmpdir}}", port=0, poll_api={receiver.url!r}, poll_interval=600,
-                  post_api={receiver.url!r}).run()""").ready()
-    ask = functools.partial(program.call, client="alice")
-    assert ask("start_client")["code"] == ask("/local/login")["code"] == 0
-    first, seqs, ids = ask("get_client_info"), [], []
-    for number, offset in enumerate([0, 3600, 0, -3600, 0]):
-        os.replace(put(path + ".new", str(offset)), path)
-        ask("/local/say", content=f"m{number}", **{"from": "小灰"})
-        receiver.message(f"m{number}")
-        ids.append(ask("send_friend_message", name="小冰", content="x")["id"])
-        seqs += [event["seq"] for event in ask("check_event")]
-        info = ask("get_client_info")
-        assert (info["pid"], info["status"]) == (first["pid"], first["status"])
-    assert seqs == sorted(set(seqs)) and ids == sorted(set(ids))
-    assert ask("check_client")["client"][0]["state"] == "running"
-    assert len(program.log.lines) < 60 and "[warn]" not in program.log.text(), program.log.text()
-    events = [headers["X-Event-ID"] for _, headers, _, _ in receiver.posts]
-    assert len(events) == len(set(events)) < 40
-    assert program.stop() == 0
-
-
 def test_of_many_controllers_started_at_once_one_runs(tmp_path):
-    path = tmp_path / "mojo_webqq_controller_process.pid"
     programs = [Program(tmp_path, "controller") for _ in range(much(6, 50))]
-    try:
-        assert eventually(lambda: sum(each.process.poll() is None for each in programs) == 1)
-        [winner] = [each for each in programs if each.process.poll() is None]
-        assert content(path) == f"{winner.ready().pid}\n".encode()
-        for each in programs:
-            if each is not winner:
-                assert each.process.returncode == 1
-                each.log.wait(f"with pid {winner.pid}")
-    finally:
-        for each in programs:
-            each.stop()
-    assert winner.process.returncode == 0 and not path.exists()
+    assert eventually(lambda: sum(each.process.poll() is None for each in programs) == 1)
+    [winner] = [each for each in programs if each.process.poll() is None]
+    assert content(winner.path("controller_process.pid")) == f"{winner.ready().pid}\n".encode()
+    for each in programs:
+        if each is not winner:
+            assert each.process.returncode == 1
+            each.log.wait(f"with pid {winner.pid}")
+    assert winner.stop() == 0 and not os.path.exists(winner.path("controller_process.pid"))
 
 
 def test_a_log_file_that_is_rotated_again_and_again_loses_no_line(start, tmp_path):
@@ -11791,25 +11184,6 @@ def test_a_stream_answers_in_any_state_tells_each_change_and_ends_with_the_clien
     assert True not in stream.coming, "which ends"
 
 
-def test_the_controllers_own_events_have_their_time_as_the_accounts_have_it(start, follow, receive):
-    receiver, before = receive(), int(time.time())
-    controller = start("controller", "--post-api", receiver.url, "--restart", "never")
-    stream = follow(controller.base)
-    for numeric, kind in ("0", str), ("1", int):
-        pid = controller.login("alice", numeric_ids=numeric)["pid"]
-        os.kill(pid, signal.SIGKILL)
-        told = [receiver.next(lambda event: event.get("event") == "client_failed")]
-        controller.login("alice", numeric_ids=numeric)
-        for end in "stop_client", "delete_client":
-            assert controller.call(end, client="alice")["code"] == 0
-        for name in ("state_change", "login", "client_failed", "client_stopped",
-                     "client_deleted"):
-            told.append(stream.wait(event=name)[1])
-            assert type(told[-1]["time"]) is kind, name
-        assert all(before <= int(event["time"]) <= time.time() for event in told)
-        stream.given.update(range(len(stream.rows)))
-
-
 def test_the_controllers_stream_joins_all_accounts_also_those_to_come(start, follow):
     controller = start("controller")
     for name in "alice", "bob":
@@ -11827,49 +11201,24 @@ def test_the_controllers_stream_joins_all_accounts_also_those_to_come(start, fol
             "check_event", client=name, since=0)]
     for name in "carol", "dave":
         controller.login(name)
+        row = controller.state(name)
+        assert time.time() - WAIT < int(row["since"]) <= time.time() and row["link"] == "local"
         assert stream.news("state_change", client=name) == ["init", "loading"]
         stream.news("login", client=name)
-        stream.news("input_qrcode", client=name)
-    controller.call("/local/say", client="carol", **{"from": "小灰"}, content="to carol")
-    assert stream.wait(content="to carol")[1]["client"] == "carol"
     os.kill(controller.state("carol")["pid"], signal.SIGKILL)
     while stream.news("state_change", client="carol")[1] != "stop":
         pass  # a dead client cannot tell of it
+    controller.call("stop_client", client="dave")
+    assert re.fullmatch("[0-9]+", stream.wait(event="client_stopped", client="dave")[1]["time"])
     assert not stream.contents() & {"early alice", "early bob"}
     ids = [int(each) for each, _ in stream.rows if each]
     assert ids == sorted(set(ids))
-    stream.close()
     controller.call("send_friend_message", client="alice", name="小灰", content="while away")
     back = follow(controller.base, Last_Event_ID=number)
     back.wait(content="while away")
-    assert "to carol" in back.contents()
     assert not back.contents() & {"from alice", "from bob"}
     assert controller.stop() == 0
     assert True not in back.coming, "which ends"
-
-
-def test_a_controller_that_takes_nothing_holds_up_no_client_and_hears_what_it_missed():
-    """It gets all states, and each event whole or not at all; then it is as it was."""
-    ours, theirs = socket.socketpair()
-    parent = openqq.Parent(theirs, None, "", "")
-    event = json.dumps({"content": "x" * 100_000}).encode()
-    for number in range(500):
-        parent.add(number, event)
-        parent.flush()
-    parent.tell(state="running")
-    lines = ours.makefile("rb")
-    heard = list(iter(lambda: lines.readline().rstrip(), b'{"state":"running"}'))
-    assert heard == [b"-" + event] + [b"+" + event] * (len(heard) - 1)
-    assert len(event) * (len(heard) - 10) < openqq.STREAM_BYTES < len(event) * (len(heard) + 1)
-    parent.add(1, b'{"event":"state_change","params":["init","loading"]}')
-    parent.add(0, b'{"event":"login"}')
-    parent.flush()
-    assert json.loads(lines.readline()) == {"lost": 500 - len(heard)}
-    assert lines.readline() == b'-{"event":"login"}\n'
-    lines.close()
-    ours.close()
-    parent.tell(state="stop")
-    theirs.close()
 
 
 def test_who_leaves_a_stream_leaves_nothing_behind(pair, follow):
@@ -11883,55 +11232,6 @@ def test_who_leaves_a_stream_leaves_nothing_behind(pair, follow):
             stream.close()
     assert eventually(lambda: all(now <= then for now, then in zip(held(), before))), (
         before, held())
-
-
-def test_a_silent_stream_says_that_it_lives_and_one_too_far_behind_ends_with_what_it_has():
-    def silence(future, seconds):
-        assert seconds == openqq.STREAM_SECONDS <= 30
-        raise TimeoutError
-
-    def begin():
-        """A store, and a stream from it."""
-        store = openqq.EventStore(2000)
-        asked = openqq.Request("GET", "/openqq/events", {"host": "localhost"}, b"", "127.0.0.1")
-        asked.wait = silence
-        pieces = store.stream(asked).pieces
-        assert [next(pieces) for _ in "123"] == [b"retry: 1000\n\n", b":\n\n", b":\n\n"]
-        return store, pieces
-
-    (store, pieces), (wide, others) = begin(), begin()
-    for number in range(openqq.STREAM_LIMIT + 1):
-        store.add({"number": number})
-    for _ in range(17):
-        wide.add({"picture": "x" * 1024 * 1024})
-    for stream, counts in (pieces, [openqq.STREAM_LIMIT + 1]), (others, [16, 17]):
-        assert b"".join(itertools.islice(stream, 9999)).count(b"data: ") in counts
-        assert next(stream, None) is None, "it ends"
-
-
-def test_what_is_kept_of_events_has_a_bound():
-    store = openqq.EventStore(2000, room=1000)
-    for _ in range(50):
-        store.add({"picture": "x" * 100})
-    assert 100 < len(store.take(0, None)) <= 1000 + 10
-    store.add({"picture": "x" * 2000})
-    assert len(json.loads(store.take(0, None))) == 1  # the newest is always kept
-
-
-def test_check_client_tells_restarts_since_when_and_whence(pair, alone):
-    for prefix in "/openqq/", "/openwx/":  # a client alone tells of itself
-        [row] = alone.program.call(prefix + "check_client")["client"]
-        assert (row["account"], row["state"], row["port"], row["restarts"], row["link"]) == (
-            "alice", "running", alone.program.port, 0, "local")
-    before = int(time.time())
-    pair.call("start_client", client="me", onebot_api="ws://127.0.0.1:9")
-    row = pair.state("me")
-    assert (row["restarts"], row["link"], pair.state("alice")["link"]) == (0, "onebot", "local")
-    assert before <= int(row["since"]) <= time.time()
-    os.kill(row["pid"], signal.SIGKILL)
-    assert eventually(lambda: pair.state("me")["restarts"] == 1)
-    assert int(pair.state("me")["since"]) >= int(row["since"])
-    pair.call("delete_client", client="me")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -11955,8 +11255,7 @@ class Browser:
                 r"successfully on port (\d+)|port not available").group(1)
         self.base, self.session = f"http://127.0.0.1:{port}", ""
         words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 f"--user-data-dir={tmpdir}", "--lang=en",
-                 "--host-resolver-rules=MAP *.example 127.0.0.1"]
+                 f"--user-data-dir={tmpdir}", "--lang=en"]
         self.session = "/session/" + self.do("POST", "/session", capabilities={"alwaysMatch": {
             "browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL"},
             "goog:chromeOptions": {"binary": CHROMIUM, "args": words}}})["sessionId"]
@@ -11977,15 +11276,13 @@ class Browser:
         """What a function body returns on the page."""
         return self.do("POST", "/execute/sync", script=script, args=list(args))
 
-    def show(self, width=1280, height=900, language="en-US", scheme="light"):
+    def show(self, width=1280, height=900, language="en-US"):
         """The screen that it has, and what it would like, in words of the DevTools protocol."""
         for command, params in [
                 ("setDeviceMetricsOverride", {"width": width, "height": height,
                                               "deviceScaleFactor": 1, "mobile": width < 500}),
                 ("setUserAgentOverride", {"acceptLanguage": language,
-                                          "userAgent": self.run("return navigator.userAgent")}),
-                ("setEmulatedMedia", {"features": [{"name": "prefers-color-scheme",
-                                                    "value": scheme}]})]:
+                                          "userAgent": self.run("return navigator.userAgent")})]:
             self.do("POST", "/goog/cdp/execute", cmd="Emulation." + command, params=params)
 
     def act(self, css, text="", script="", *args):
@@ -12099,43 +11396,6 @@ def page(board, browser):
     return browser
 
 
-# What a browser turns into this machine, and a name whose owner says that it is here (rebinding).
-SELVES = ["127.0.0.1", "127.1", "127.8.9.10", "0x7f.0.0.1", "017700000001", "2130706433", "0",
-          "%31%32%37.0.0.1", "１２７.０.０.１", "127。0。0。1", "localhost", "LOCALHOST.", "a.b.localhost",
-          "ｌｏｃａｌｈｏｓｔ", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::FFFF:7F00:0001]",
-          "[::ffff:0.0.0.0]", "rebound.example"]
-ASK_AND_SAY = """const [hosts, port] = arguments;
-return Promise.all(hosts.flatMap((host, number) => [
-    new Promise((done) => {
-        const image = new Image();
-        image.onload = image.onerror = done;
-        image.src = `http://${host}:${port}/openqq/start_client?client=image${number}`; }),
-    fetch(`http://${host}:${port}/openqq/start_client`, {method: "POST", mode: "no-cors",
-          body: new URLSearchParams({client: "form" + number})}).catch(() => 0)]))
-    .then(() => true)"""
-
-
-def test_a_page_of_another_site_opens_no_door_however_it_spells_this_machine(browser, tmp_path,
-                                                                             upstream):
-    other = upstream(*[[good(b"", b"Content-Type: text/html")] * 20] * 20)
-    program = Program(tmp_path, "controller", "--host",
-                      "::" if socket.has_dualstack_ipv6() else "0.0.0.0")
-    program.port = program.log.wait(r"Listening at http://.*:(\d+)").group(1)
-    program.base = f"http://127.0.0.1:{program.port}"
-    for site in "evil.example", "rebound.example", "evil.localhost", "127.0.0.1", "localhost":
-        browser.open(f"http://{site}:{other.port}/")
-        assert browser.run(ASK_AND_SAY, SELVES, program.port)
-    shown = metrics_of(program.base)
-    start = 'openqq_requests_total{path="/openqq/start_client",code="%d"}'
-    assert shown[start % 403] >= 100, "few of these spellings have come here at all"
-    assert start % 200 not in shown
-    browser.open(program.base + "/")
-    assert browser.run("return fetch('/openqq/start_client', {method: 'POST', body: "
-                       "new URLSearchParams({client: 'own'})}).then(() => true)"), "its own may"
-    assert [row["account"] for row in program.call("check_client")["client"]] == ["own"]
-    assert program.stop() == 0
-
-
 def test_an_account_is_started_scanned_spoken_with_and_stopped_on_the_page(board, page):
     page.type("#name", "carol")
     page.click("#begin details:last-of-type summary")
@@ -12154,8 +11414,6 @@ def test_an_account_is_started_scanned_spoken_with_and_stopped_on_the_page(board
     page.talk("carol", "小冰", "hello from the page")
     page.reads("#talk", "carol\nhello from the page\n小冰\nhello from the page")
     page.reads("#events", "carol → 小冰\nhello from the page")
-    page.talk("小灰", "carol", "from a resident")
-    page.reads("#talk", "小灰\nfrom a resident")
     page.click("[data-account=carol] button", "Stop")
     page.reads("#said", "carol has stopped.")
     page.account("carol", "stop")
@@ -12164,28 +11422,19 @@ def test_an_account_is_started_scanned_spoken_with_and_stopped_on_the_page(board
     started = board.call("start_client", client="carol")
     assert (started["status"], started["check_event_list_max_size"]) == (
         "client already exists", "7")
-    page.click("[data-account=carol] button", "Log in again")
-    page.reads("#said", "carol shows a new QR code in a moment.")
     board.call("delete_client", client="carol")
 
 
 def test_residents_speak_to_each_other_and_the_owner_mutes_and_kicks_on_the_page(board, page):
     page.talk("小灰", "小冰", "one to another")
     page.reads("#talk", "小灰\none to another\n小冰\none to another")
-    page.talk("小冰", "小灰", "and back")
-    page.reads("#talk", "one to another\n小冰\none to another\n小冰\nand back")
-    page.talk("小灰", "OpenQQ (group)", "小冰, whom nobody asked")
-    page.reads("#talk", "小灰\n小冰, whom nobody asked\n小冰\n小冰, whom nobody asked")
-    assert "one to another" not in page.text("#talk")
     page.talk("alice", "OpenQQ (group)", "小冰, are you there?")
     page.reads("#talk", "小冰\n小冰, are you there?")
+    assert "one to another" not in page.text("#talk")
     page.type("#minutes", "3")
     for name in "小冰", "bob":
         page.click(f"[data-member={name}] button", "Mute")
         page.reads("#said", name + " is muted for 3 min.")
-    said = board.call("/local/say", client="alice", **{"from": "小冰"}, content="mm",
-                      type="group_message", to="OpenQQ")
-    assert said["code"] == 8
     page.talk("bob", "OpenQQ (group)", "muted")
     page.reads("#said", "It did not work: muted, not heard")
     page.click("[data-member=小灰] button", "Kick")
@@ -12214,18 +11463,10 @@ def test_what_others_do_with_accounts_is_seen_on_the_page_and_can_be_gone_on_wit
     os.kill(board.state("dave")["pid"], signal.SIGKILL)
     page.reads("[data-account=dave] .facts", " · restarts: 1")
     assert board.call("start_client", client="dave")["msg_ttl"] == "5"
-
-    change = functools.partial(board.call, "/local/change", uid="5100")
-    change(do="add", what="person", name="新人")
-    change(do="add", what="friend", **{"in": "alice"})
-    change(do="set", what="friend", markname="旧", **{"in": "alice"})
-    change(do="remove", what="person")
-    for words in "waiting for a scan → waiting for the button", "new friend", "account stopped":
+    for words in "waiting for a scan → waiting for the button", "account stopped":
         page.reads("#events", words)
-    text = page.text("body")
-    for word in ("scaning", "new_friend", "state_change", "client_stopped", "input_qrcode", "null",
-                 "undefined", "Invalid Date"):
-        assert word not in text, word
+    assert not re.search("scaning|state_change|client_stopped|input_qrcode|null|undefined|"
+                         "Invalid Date", page.text("body"))
     for name in "dave", "erin":
         board.call("delete_client", client=name)
     assert eventually(lambda: not page.run(
@@ -12246,7 +11487,6 @@ def test_while_the_controller_is_away_the_page_says_that_it_knows_nothing(start,
     browser.account("alice", "unknown")
     browser.reads("[data-account=alice]", "unknown")
     assert not sees("[data-account=bob] img")  # its code lets nobody in now
-    assert "running" not in browser.text("#accounts")
     browser.reads("#away", "The server does not answer")
     start("controller", port=controller.port)
     browser.account("alice", "running")
@@ -12256,8 +11496,7 @@ def test_while_the_controller_is_away_the_page_says_that_it_knows_nothing(start,
 
 def test_the_qr_code_on_the_page_is_renewed_by_itself(closing, board, page):
     web, bridge = map(closing, login_page("napcat"))
-    me = Bridged(board, "ws-code", bridge, onebot_login="napcat", onebot_login_api=web.url,
-                 onebot_login_token="napcat")
+    me = Bridged(board, "ws-code", bridge, web)
     for more in "", "&again":  # it lasts two minutes there
         web.qrcode += more
         page.shows_code(me.name, web.qrcode)
@@ -12287,10 +11526,9 @@ def test_a_real_wechat_account_is_started_on_the_page_with_the_digits_of_the_pho
 HOSTILE_TEXTS = [
     "<script>window.hurt=1</script>", "<img src=x onerror=window.hurt=1>", "${window.hurt=1}",
     "\"><svg onload=window.hurt=1>", "'-window.hurt=1-'", "</script><script>window.hurt=1",
-    "javascript:window.hurt=1", "{name}<b onclick=window.hurt=1>", "<style>*{display:none}</style>",
-    "<base href=//evil.example/>", "</title><script>window.hurt=1", "<plaintext>", "__proto__",
-    "&lt;script&gt;window.hurt=1", "\\u003cscript>window.hurt=1", "\u202ewindow.hurt=1",
-    "constructor", "hasOwnProperty", "$&$`$'", "id: 9\ndata: {}", "\u2028x", "W" * 300]
+    "{name}<b onclick=window.hurt=1>", "<style>*{display:none}</style>", "<plaintext>",
+    "__proto__", "&lt;script&gt;window.hurt=1", "\\u003cscript>window.hurt=1", "constructor",
+    "\u202ewindow.hurt=1", "$&$`$'", "id: 9\ndata: {}", "\u2028x", "W" * 300]
 
 
 def test_hostile_names_and_messages_run_nothing(board, page):
@@ -12320,28 +11558,19 @@ def test_hostile_names_and_messages_run_nothing(board, page):
     assert page.run("return document.documentElement.scrollWidth") == 320
 
 
-def light(color):
-    """The relative luminance of a color as a page's styles tell it, by WCAG 2."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
-    red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
-                        for part in parts]
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05
-
-
-@pytest.mark.parametrize("language, scheme, said, words", [
-    ("en-US", "light", "It did not work: client name not allowed", {
+@pytest.mark.parametrize("language, said, words", [
+    ("en-US", "It did not work: client name not allowed", {
         "#begin": "Start an account", "[data-account=bob]": "running",
         "#settings": "tries to send one message"}),
-    ("zh-CN", "dark", "操作失败:名称或参数不可用(client name not allowed)", {
+    ("zh-CN", "操作失败:名称或参数不可用(client name not allowed)", {
         "#begin": "启动账号", "[data-account=bob]": "运行中", "#settings": "要上报的事件",
         "#bridge": "它的 access token",
         "[data-account=bob] .facts": r"自 \d{4}/\d+/\d+ \d+:\d+ · 端口"}),
-    ("fr", "light", "It did not work: client name not allowed", {"#begin": "Start an account"})])
-def test_the_page_fits_every_window_speaks_the_browsers_language_and_can_be_read_at_night_too(
-        board, browser, language, scheme, said, words):
-    """All text stands out against what is behind it as WCAG 2 (AA) has it."""
+    ("fr", "It did not work: client name not allowed", {"#begin": "Start an account"})])
+def test_the_page_fits_every_window_and_speaks_the_browsers_language(
+        board, browser, language, said, words):
     for width in 320, 1600:
-        browser.show(width, 600, language, scheme)
+        browser.show(width, 600, language)
         browser.open(board.base + "/")
         browser.account("bob", "running")
         browser.run("for (const one of document.querySelectorAll('details')) one.open = true")
@@ -12361,17 +11590,6 @@ def test_the_page_fits_every_window_speaks_the_browsers_language_and_can_be_read
                            "return one.top >= 0 && one.bottom <= innerHeight"), "wherever one is"
     assert browser.run("return document.documentElement.lang") == (
         "zh" if language == "zh-CN" else "en")
-    colors = browser.run("""
-        const behind = (node) => { for (; node; node = node.parentElement) {
-          const color = getComputedStyle(node).backgroundColor;
-          if (color !== "rgba(0, 0, 0, 0)") return color; } };
-        return [...document.querySelectorAll("h1, h2, h3, p, span, small, button, summary, label")]
-          .filter((one) => one.checkVisibility() && one.textContent.trim() && !one.disabled)
-          .map((one) => [getComputedStyle(one).color, behind(one), one.textContent])""")
-    assert len(colors) > 20 and (light(colors[0][1]) < 0.2) == (scheme == "dark")
-    for text, back, words in colors:
-        dim, bright = sorted([light(text), light(back)])
-        assert bright / dim >= 4.5, (words, text, back)
 
 
 def test_every_word_of_the_page_has_its_chinese():
@@ -12407,14 +11625,10 @@ def test_messages_are_filtered_wait_while_the_page_is_paused_and_move_no_reader(
     assert "second" not in page.text("#events")
     page.click("#pause")
     page.reads("#events", "apple the second")
-    assert page.text("#pause") == "Pause"
-    for what, more in ("person", {"name": "末"}), ("friend", {"in": "alice"}):
-        board.call("/local/change", do="add", what=what, uid="5200", **more)
-    page.choose("#speaker", "末")  # so it has done with the events of before it was opened
-    page.talk("alice", "小冰", "before the many")
     for number in range(60):  # and as many echoes
         board.call("send_friend_message", client="alice", name="小冰", content=f"many {number}",
                    **{"async": 1})
+    page.talk("alice", "小冰", "so that it is seen")
     page.reads("#talk", "小冰\nmany 59")
     page.run("document.querySelector('#talk').scrollTop = 9")
     speak("one more")
@@ -12423,20 +11637,17 @@ def test_messages_are_filtered_wait_while_the_page_is_paused_and_move_no_reader(
 
 
 def test_the_page_shows_when_events_were_and_sorts_them_by_that(closing, start, browser):
-    """What was there before it was opened, of several accounts, and what comes late."""
-    controller, bridge = start("controller"), closing(Bridge())
+    controller = start("controller")
     controller.login("alice")
-    me = Bridged(controller, "ws-when", bridge).running()
+    me = Bridged(controller, "ws-when", closing(Bridge())).running()
     controller.call("send_friend_message", client="alice", name="小灰", content="alice's own")
     me.events_of(*[private(20001, text, time=when) for text, when in (
         ("of 2010", 1262304000), ("of the future", 4102444800), ("of long ago", 964000000))])
-    for _ in range(2):
-        browser.open(controller.base + "/")
-        browser.reads("#events", "of the future", "alice's own", "of 2010", "of long ago")
-        times = browser.run("return [...document.querySelectorAll('#events li')].map("
-                            "(one) => [one.querySelector('time').textContent, one.innerText])")
-        [told] = [time for time, text in times if "of 2010" in text]
-        assert re.search(r"\b(1|12|31)/(1|12|31)/(2010|2009)\b", told), told
+    browser.open(controller.base + "/")
+    browser.reads("#events", "of the future", "alice's own", "of 2010", "of long ago")
+    told = browser.run("return [...document.querySelectorAll('#events li')].find((one) => "
+                       "one.innerText.includes('of 2010')).querySelector('time').textContent")
+    assert re.search(r"\b(1|12|31)/(1|12|31)/(2010|2009)\b", told), told
     me.events_of(private(20001, "late", time=1262304000 + 86400))  # into its place
     browser.reads("#events", "alice's own", "late", "of 2010")
 
@@ -12484,7 +11695,7 @@ def test_the_page_loads_nothing_from_elsewhere_and_runs_only_its_own_script(pair
     assert len(seen) == 4
 
 
-def test_the_form_offers_exactly_what_callers_may_set_and_all_else_is_refused_by_name(pair):
+def test_the_form_offers_exactly_what_callers_may_set(pair):
     text = request(pair.base, "/")[2].decode()
     config = json.loads(re.search(r'id="config">(.*?)</script>', text).group(1))
     offered = {row[0]: row for row in config["settings"]}
@@ -12494,11 +11705,6 @@ def test_the_form_offers_exactly_what_callers_may_set_and_all_else_is_refused_by
         name for name in offered if openqq.SETTINGS[name].secret]
     assert offered["msg_ttl"][1:4] == ["tries to send one message", "3", False]
     assert all(re.search(r"[^\x00-\x7f]", row[4]) for row in offered.values()), "in Chinese too"
-    for name, setting in openqq.SETTINGS.items():
-        for spelled in [] if setting.caller or name in openqq.NOT_KEYS else [name, name.upper()]:
-            assert pair.call("start_client", client="mallory", **{spelled: "x"}) == {
-                "code": 6, "status": f"{spelled} not allowed"}
-    assert "mallory" not in pair.log.text()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -12607,12 +11813,10 @@ REFUSED = [
      r"client not running, it is \w+ \(code 300\)"),
     (["call", "events", "client=alice"], {}, 2, "the command events"),
     (["send", "alice", "friend", "小冰"], {}, 2, "usage: .* send NAME friend"),
-    (["stop", "a", "b"], {}, 2, "usage: .* stop NAME"),
     (["send", "alice", "robot", "x", "y"], {}, 2, "'robot' is not friend"),
     (["start", "alice", "=1"], {}, 2, "'=1' must be key=value"),
     (["status", "--url"], {}, 2, "--url needs a value"),
     (["events", "--watch"], {}, 2, "--watch is not a flag of events"),
-    (["status", "--json=0"], {}, 2, "--json takes no value"),
     (["status", "--url", "4000"], {}, 2, "--url: .*http://127.0.0.1:4000"),
     (["send", "alice", "friend", "x", b"\xff\xfe"], {}, 2, "neither UTF-8 nor GB18030"),
     (["events", "--url=http://127.0.0.1:9"], {}, 3, "not reachable: .*refused"),
@@ -12644,17 +11848,12 @@ def test_json_prints_what_came_to_the_byte(ask, office):
         body = request(office.base, f"/openqq/{path}token=geheim")[2].decode()
         assert ask(*words, "--json")[:2] == (code, body + "\n")
     assert json.loads(ask(*words)[1]) == json.loads(body)
-    with begin_command(office.base, "events", "alice", "--json", **GEHEIM) as process:
-        assert json.loads(process.stdout.readline())["client"] == "alice"
-        process.send_signal(signal.SIGINT)
-        assert (process.wait(WAIT), process.stderr.read()) == (130, b"")
 
 
 @pytest.mark.parametrize("env", [{"LC_ALL": "C.UTF-8"}, {
     "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
     ids=["UTF-8", "as it was before UTF-8"])
 def test_words_of_a_gb18030_console_are_read_as_that(office, env):
-    """Also with the token on the command line, where the words go through a second start."""
     me, friend, text = (word.encode("gbk") for word in ("小明", "小冰", "一二三，国标"))
     for name, words, secret in (
             ("小明", ["send", me, "friend", friend, text], GEHEIM),
@@ -12716,7 +11915,6 @@ STEERING = "\x1b]0;mine\x07\x1b[2J\x9b31m\u202egnp\u2066\x7f\x00\x85 \u3000客"
 
 
 def test_no_name_or_message_of_the_network_steers_a_terminal(closing, office):
-    """Seen with everything: tables, events, laid out JSON, JSON as it came, refusals."""
     name = STEERING.replace("\x00", "")
     for what, more in ("person", {"name": name}), ("friend", {"in": "alice"}):
         office.call("/local/change", do="add", what=what, uid="666", **more)
@@ -12742,7 +11940,7 @@ def test_no_name_or_message_of_the_network_steers_a_terminal(closing, office):
 
 def test_a_token_on_the_command_line_is_gone_before_anybody_is_called(office):
     with begin_command(office.base, "events", "alice", "--token", "geheim", "--json") as process:
-        assert process.stdout.readline()
+        assert json.loads(process.stdout.readline())["client"] == "alice"
         shown = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(process.pid)],
                                stdout=subprocess.PIPE, check=True).stdout
         assert b"events" in shown and b"alice" in shown and b"geheim" not in shown
@@ -12771,16 +11969,12 @@ def test_commands_name_the_client_in_the_query_and_nothing_secret(closing):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
 def test_a_full_output_is_told_on_one_line_and_a_reader_who_has_enough_ends_a_command(office):
     office.call("send_friend_message", client="alice", name="小冰", content="x")
-    for words in (["status", "--watch"], ["events", "alice"], ["call", "check_client"],
-                  ["controller", "--help"]):
+    for words in (["status", "--watch"], ["events", "alice"], ["controller", "--help"]):
         with open("/dev/full", "wb") as full, begin_command(
                 office.base, *words, out=full, **GEHEIM) as process:
             error = process.communicate(timeout=3 * WAIT)[1]
         assert process.returncode == 1, words
         assert re.fullmatch(b"openqq: the output cannot be written: .*\n", error), words
-    for status, *words in (3, "status", "--url", "http://127.0.0.1:1"), (2, "nonsense"):
-        with open("/dev/full", "wb") as full, begin_command("", *words, err=full) as process:
-            assert process.wait(3 * WAIT) == status, words
     with begin_command(office.base, "status", **GEHEIM) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait(WAIT)) == (b"", 0)
@@ -12809,19 +12003,12 @@ def test_commands_drive_one_account_alone_and_none_that_it_is_not(start):
 
 
 def test_a_qr_code_is_read_back_out_of_its_picture():
-    for text in "x", "汉" * 700:
-        rows = openqq.qr_matrix(text)
-        picture = openqq.qr_png(rows)
-        assert openqq.qr_unpng(picture) == rows
-    for other in (b"", b"\x89PNG", picture[:60], picture[:-40] + b"IEND", openqq.avatar("1"),
-                  openqq.qr_png(rows, 3, 1), picture.replace(b"IDAT", b"IDAX")):
+    rows = openqq.qr_matrix("汉" * 700)
+    picture = openqq.qr_png(rows)
+    assert openqq.qr_unpng(picture) == rows
+    for other in b"\x89PNG", picture[:60], openqq.avatar("1"), picture.replace(b"IDAT", b"IDAX"):
         with pytest.raises(ValueError):
             openqq.qr_unpng(other)
-
-
-def test_what_only_commands_need_is_not_loaded_before_they_run():
-    code = "import openqq, sys; sys.exit('unicodedata' in sys.modules)"
-    assert subprocess.run([sys.executable, "-S", "-c", code], cwd=HERE).returncode == 0
 
 
 # -- its description
@@ -12876,7 +12063,6 @@ NEEDS_A_TICKET = {  # what the examples cannot know, and the answer is another o
     (["controller", "--flavor", "weixin"], "/openwx/")],
     ids=["controller", "client", "weixin"])
 def test_openapi_describes_what_is_there_and_every_example_works(start, words, prefix):
-    """Each example, with a body of each kind, is answered as the document says."""
     server = start(*words)
     if words[0] == "controller":
         assert server.call(prefix + "start_client", client="alice")["code"] == 0
@@ -12933,18 +12119,13 @@ def test_openapi_tells_of_every_route_but_a_clients_own_way():
 
 def test_openapi_tells_what_needs_the_token_a_client_s_name_and_a_running_account(office):
     document = office.call("openapi.json")
-    paths, components = document["paths"], document["components"]
-    assert document["security"] == [{"bearer": []}, {"access_token": []}]
-    assert set(components["securitySchemes"]) == {"bearer", "access_token"}
+    paths, schemes = document["paths"], document["components"]["securitySchemes"]
+    assert {name for row in document["security"] for name in row} == set(schemes) == {
+        "bearer", "access_token"}
     assert paths["/healthz"]["get"]["security"] == []
     for name, required in ("get_user_info", True), ("check_client", False):
         rows = paths["/openqq/" + name]["get"]["parameters"]
         assert [row["required"] for row in rows if row["name"] == "client"] == [required]
-    body = paths["/openqq/start_client"]["post"]["requestBody"]["content"]["application/json"]
-    assert {name for name, row in openqq.SETTINGS.items() if row.caller and not row.idle} | {
-        "client"} == set(body["schema"]["properties"])
-    assert components["schemas"]["group"]["properties"]["member"]["items"] == {
-        "$ref": "#/components/schemas/group_member"}
     office.call("start_client", client="idle")
     for path, operations in paths.items():
         told = set(operations.get("get", {}).get("responses", {}))
@@ -12955,13 +12136,6 @@ def test_openapi_tells_what_needs_the_token_a_client_s_name_and_a_running_accoun
             status = request(office.base, path + "?client=idle&token=geheim")[0]
             assert (status == 503) == ("503" in told), path
     office.call("delete_client", client="idle")
-
-
-def test_an_answer_in_a_group_comes_after_what_it_answers_and_that_can_be_taken_back(together):
-    alice, bob = together
-    said = alice.call("send_group_message", uid=OPENQQ_GROUP, content="小冰?")
-    assert [bob.receiver.message("小冰?")["sender"] for _ in "12"] == ["alice", "小冰"]
-    assert alice.call("revoke_message", id=said["id"]) == {"code": 0, "status": "revoke success"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -12981,7 +12155,6 @@ def blocks(kind, text=README):
 
 
 def test_readme_has_two_equal_halves():
-    """Chapter by chapter; what is typed stands in both, so that what runs one has run the other."""
     assert blocks("sh", ENGLISH) == blocks("sh", CHINESE) != []
     for part in r"^#+ ", r"^- ", r"^\d\. ":
         counts = [len(re.findall(part, half, re.M)) for half in (ENGLISH, CHINESE)]
@@ -13008,7 +12181,6 @@ def type_in(line, ports):
 
 
 def test_readme_commands_do_what_the_readme_says(script, start):
-    """The program, the first four lines, the bot's four lines."""
     (program, first_minute, *_), (bot_lines,) = blocks("sh", ENGLISH), blocks("sh", REFERENCE)
     assert program == "python openqq.py controller\n"
     controller = start("controller", typed=True)
@@ -13031,7 +12203,6 @@ def test_readme_commands_do_what_the_readme_says(script, start):
 
 
 def test_readme_three_steps_bring_a_real_account(closing, start, tmp_path):
-    """The two commands, with a bridge and its page at other ports than theirs."""
     alone, again = [" ".join(re.search(r"`(python openqq.py client --account me [^`]+)`", half)
                              .group(1).split()) for half in (ENGLISH, CHINESE)]
     assert alone == again
@@ -13052,7 +12223,6 @@ def test_readme_three_steps_bring_a_real_account(closing, start, tmp_path):
 
 
 def test_readme_two_steps_bring_a_real_wechat_account(closing, start):
-    """The two lines, with a server of Tencent's at another address."""
     begin, account = blocks("sh", ENGLISH)[3].splitlines()
     server = closing(ILink())
     controller = start(*begin.split()[2:])
@@ -13077,7 +12247,6 @@ def test_readme_library_example_runs(script):
 
 
 def test_readme_commands_for_the_terminal_do_their_work(start):
-    """The lines in their order, on a terminal; those that do not end are interrupted."""
     controller = start("controller")
     lines = [line.split() for line in "".join(blocks("console")).splitlines()]
     shown = {"status": "^alice ", "events": r"alice ← 小冰: hello", "call": '"name": "小冰"',
@@ -13098,7 +12267,6 @@ def test_readme_commands_for_the_terminal_do_their_work(start):
 
 
 def test_every_line_of_how_do_i_does_what_it_says_and_every_file_is_named(start, receive):
-    """In their order. What has the id or ticket of nothing answers so."""
     controller = start("controller")
     controller.login("alice", post_api=receive().url)
     rows = re.findall(r"^\| (.+?) \| `(curl .+)` \|$", README, re.M)
