@@ -8276,6 +8276,26 @@ def test_whatever_stands_in_a_message_reads_as_text_or_a_label_and_no_python(bri
         assert not re.search("None|True|False|{'", event["content"] + event["raw_message"]), message
 
 
+def test_ten_thousand_segments_are_read_at_once_and_ask_for_few_names(bridged):
+    me = bridged["ws"]
+    count = len(me.bridge.calls)
+    rows = [segment("at", qq=str(900000 + number)) for number in range(10_000)]
+    me.up_to_a_word()
+    me.bridge.say_group(30001, 40001, rows)
+    found = []  # it takes longer than the word in another conversation
+    assert eventually(lambda: found.extend(me.up_to_a_word()) or found)
+    [event] = found
+    assert event["content"].startswith("@900000 @900001 ")
+    assert len(event["content"].encode()) <= openqq.CONTENT_LIMIT
+    asked_for = [action for action, _ in me.bridge.calls[count:]]
+    assert asked_for.count("get_group_member_info") == openqq.AT_LIMIT
+    nested = {}
+    for _ in range(200):
+        nested = {"deep": nested}
+    [event] = me.events_of(private(20001, [segment("strange", deep=nested)], raw_message=None))
+    assert event["content"] == "[strange]"
+
+
 def test_the_time_of_an_event_is_the_bridges_where_it_tells_one(bridged):
     before = int(time.time())
     for told, known in ((1600000123, "1600000123"), ("1600000124", "1600000124"),
@@ -9408,6 +9428,18 @@ SAID_OF_SOMEBODY = [  # what a sender's block says now -> what he is called, the
      [("name", "路人乙", "路人"), ("role", "member", "admin"), ("title", "元老", None)])]
 
 
+def test_look_ups_in_vain_hold_up_no_queue_of_others(harried):
+    bridge, program = harried(LOOKUP_SECONDS=2.0)
+    bridge.hanging |= {"get_stranger_info", "get_group_member_info"}
+    for number in range(64):
+        bridge.emit(request_type="friend", user_id=51000 + number, flag=f"F{number}", comment="x")
+    bridge.say_group(30001, 40001, [segment("at", qq=str(52000 + number)) for number in range(8)])
+    bridge.say_private(20002, "still?")
+    program.receiver.message("still?")
+    asked = [params for action, params in bridge.calls if action == "get_stranger_info"]
+    assert len(asked) <= openqq.EventQueue.WORKERS
+
+
 def test_what_a_sender_says_of_himself_is_told_as_a_change(qq):
     qq.call("get_group_info")
     for sender, name, wanted in SAID_OF_SOMEBODY:
@@ -9452,6 +9484,15 @@ def test_a_temporary_session_of_an_unknown_group_can_be_answered(qq):
     assert qq.bridge.wait_call("send_private_msg", lambda got: got["message"] == text_of("在"))[
         "user_id"] == "50013"
     assert "284840486" not in [row["uid"] for row in qq.call("get_group_basic_info")]
+
+
+def test_two_clients_of_one_account_are_told_of(another):
+    first = another(Bridge(uin=10077), "ws-first").running()
+    second = another(Bridge(uin=10077), "ws-second").running()
+    assert eventually(lambda: "another client of the account 10077" in second.state().get(
+        "warning", ""))
+    second.program.log.wait(r"\[warn\] another client of the account 10077 is running already")
+    assert "warning" not in first.state()
 
 
 def test_messages_that_wait_long_are_not_called_failed_and_a_full_queue_refuses_at_once(harried):
@@ -9529,6 +9570,22 @@ def test_the_bridges_other_account_is_noticed_and_has_friends_of_its_own(harried
     assert eventually(lambda: lists_of(program)[0] == ["20101"])
 
 
+def test_an_account_whose_bridge_is_lost_while_it_loads_is_not_called_running(harried):
+    bridge = Bridge()
+    bridge.hanging |= {"get_friend_list", "get_group_list"}
+    _, program = harried(bridge=bridge, running=False, LOOKUP_SECONDS=WAIT, LIST_SECONDS=WAIT)
+    bridge.wait_call("get_friend_list")
+    bridge.stop()
+    program.log.wait("trying again in")
+    program.log.wait("trying again in 2 s")
+    assert link_state(program)["state"] != "running" and link_state(program)["error"]
+    assert "running" not in [event["params"][1] for *_, event in program.receiver.posts
+                             if event.get("event") == "state_change"]
+    bridge.hanging.clear()
+    bridge.start()
+    until_running(program)
+
+
 def test_echoes_that_come_before_the_answers_make_no_second_messages(harried):
     bridge, program = harried("--allow-message-sync", "1", BRIDGE_SECONDS=WAIT)
     numbers, free = itertools.count(7800), threading.Event()
@@ -9591,6 +9648,19 @@ def test_bodies_are_read_as_they_say_and_numbers_stay_as_they_were_written(pair)
         assert status == json.loads(answer)["code"] == 400 and said in answer.decode()
 
 
+def test_a_stop_waits_for_what_it_has_sent_so_that_nothing_comes_twice(start, receive):
+    # a receiver that takes its time: something is always on its way
+    receiver, controller = receive(lambda event: time.sleep(0.05)), start("controller")
+    controller.login("alice", post_api=receiver.url)
+    for number in range(20):
+        controller.call("/local/say", client="alice", content=f"n{number}", **{"from": "小灰"})
+        if number == 10:
+            assert controller.call("update_client", client="alice", msg_ttl="3")["code"] == 0
+    receiver.message("n19")
+    said = [event["content"] for *_, event in receiver.posts if event.get("class") == "recv"]
+    assert said == [f"n{number}" for number in range(20)]
+
+
 def test_a_stop_of_all_while_events_wait_is_nothing_to_warn_of(start, receive):
     answers = threading.Event()
     receiver, controller = receive(lambda event: answers.wait(WAIT) and None), start("controller")
@@ -9624,6 +9694,43 @@ def test_an_accounts_file_does_not_decide_for_the_controller(start, tmp_path):
 # ------------------------------------------------------------------------------------------------
 # What a bot writer reaches for: on the network inside, and on a bridge
 # ------------------------------------------------------------------------------------------------
+
+def test_no_metadata_service_is_taken_for_a_bridge(exchanged):
+    for number, url in enumerate(("ws://169.254.169.254", "http://169.254.169.254/latest",
+                                  "ws://[::ffff:169.254.169.254]:80", "http://100.100.100.200")):
+        exchanged.call("start_client", client=f"bad{number}", onebot_api=url)
+        exchanged.log.wait(rf"\[bad{number}\].*link-local and metadata addresses are not called")
+        exchanged.call("delete_client", client=f"bad{number}")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_the_controllers_memory_stays_small_after_many_starts_and_readers(start):
+    """Behind the typed command, whose environment tells glibc not to keep what it needed once."""
+    controller = start("controller", typed=True)
+
+    def churn(number):
+        for turn in range(much(2, 347)):
+            name = f"churn{number}x{turn % 4}"
+            assert controller.call("start_client", client=name, login_type="login",
+                                   pwd="x")["code"] == 0
+            assert eventually(lambda: controller.state(name)["state"] == "running")
+            assert controller.call("delete_client", client=name)["code"] == 0
+
+    with concurrent.futures.ThreadPoolExecutor(8) as crowd:
+        list(crowd.map(churn, range(8)))
+    for _ in range(much(10, 380)):  # fifty who open the stream of all events, and leave
+        with contextlib.ExitStack() as crowd:
+            socks = [crowd.enter_context(socket.create_connection(
+                ("127.0.0.1", controller.port), WAIT)) for _ in range(50)]
+            for sock in socks:
+                sock.sendall(asking(line=b"GET /openqq/events?since=0 HTTP/1.1\r\n"))
+            assert {sock.recv(12) for sock in socks} == {b"HTTP/1.1 200"}
+    assert eventually(lambda: proc(controller.pid, "status", r"^VmRSS:\s+(\d+)") < 80 * 1024)
+    with open(f"/proc/{controller.pid}/environ", "rb") as file:
+        environment = file.read().split(b"\0")
+    assert {b"MALLOC_ARENA_MAX=1", b"MALLOC_MMAP_THRESHOLD_=65536",
+            b"MALLOC_TRIM_THRESHOLD_=131072"} <= set(environment)
+
 
 def test_an_answer_an_event_and_a_quote_name_a_message_by_one_id(face):
     uid, words = those_known(face)["user"]["uid"], os.urandom(4).hex()
@@ -10444,6 +10551,17 @@ def test_rubbish_among_milkys_events_harms_no_other(milky):
 # Real WeChat (WEIXIN.md)
 # ------------------------------------------------------------------------------------------------
 
+def test_what_one_bridge_is_told_no_other_is(another, closing):
+    first, second = MilkyBridge(token="s3cret"), closing(MilkyBridge(token=""))
+    me = another(first).running()
+    assert me.call("update_client", milky_api=second.url)["code"] == 0
+    second.connected()
+    me.until("running")
+    with open(f"/proc/{me.state()['pid']}/environ", "rb") as file:
+        assert b"s3cret" not in file.read()
+    assert "s3cret" not in second.shown
+
+
 class OnWeChat(Bridged):
     """An account of a controller, on a WeChat server of its own."""
 
@@ -10797,6 +10915,35 @@ def test_tencents_servers_lead_to_no_others():
 # Hostile callers, dying processes, an ill machine
 # ------------------------------------------------------------------------------------------------
 
+def test_kills_lose_and_double_nothing_that_is_said_on_wechat(wechat, receive):
+    receiver = receive()
+    account = wechat(post_api=receiver.url).log_in()
+    said, over = [], threading.Event()
+
+    def speak():
+        while not over.is_set():
+            said.append(f"m{len(said)}")
+            account.server.say(said[-1])
+            over.wait(0.02)  # a person who is in a hurry
+
+    speaker = threading.Thread(target=speak)
+    speaker.start()
+    for _ in range(much(2, 100)):
+        receiver.message(said[-1])
+        pid = account.state()["pid"]
+        os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: account.state()["pid"] != pid)
+        account.until("running")
+    over.set()
+    speaker.join()
+    said.append("the last")
+    account.server.say(said[-1])
+    receiver.message(said[-1])
+    posts = {headers["X-Event-ID"]: event["content"] for _, headers, _, event in receiver.posts
+             if event.get("class") == "recv"}
+    assert list(posts.values()) == said
+
+
 def test_the_setting_for_a_bodys_size_holds_on_both_servers(start):
     controller = start("controller", "--http-max-message-size", "1000")
     controller.login("alice")
@@ -11044,6 +11191,43 @@ def test_kills_at_random_moments_lose_nothing(start, receive):
     assert "Traceback" not in controller.log.text()
 
 
+@pytest.mark.parametrize("whose", ["controller", "client"])
+def test_a_full_disk_at_the_start_is_a_clear_refusal(tmp_path, whose):
+    done = run_quickly(
+        whose, "--tmpdir", str(tmp_path), "--port", "0",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert done.returncode == 1 and str(tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
+
+
+def test_a_clock_that_jumps_an_hour_restarts_and_floods_nothing(tmp_path, script, receive):
+    """The processes see the clock of a file that the test writes."""
+    receiver, path = receive(), put(tmp_path / "offset", "0")
+    clock = "import time\n_time = time.time\n" \
+            f"time.time = lambda: _time() + float(open({path!r}).read())\n"
+    put(tmp_path / "mojo_webqq_controller_template.py", clock + openqq.default_template(openqq.QQ))
+    program = script(clock + f"""
+openqq.Controller(tmpdir="{{tmpdir}}", port=0, poll_api={receiver.url!r}, poll_interval=600,
+                  post_api={receiver.url!r}).run()""").ready()
+    ask = functools.partial(program.call, client="alice")
+    assert ask("start_client")["code"] == ask("/local/login")["code"] == 0
+    first, seqs, ids = ask("get_client_info"), [], []
+    for number, offset in enumerate([0, 3600, 0, -3600, 0]):
+        os.replace(put(path + ".new", str(offset)), path)
+        ask("/local/say", content=f"m{number}", **{"from": "小灰"})
+        receiver.message(f"m{number}")
+        ids.append(ask("send_friend_message", name="小冰", content="x")["id"])
+        seqs += [event["seq"] for event in ask("check_event")]
+        info = ask("get_client_info")
+        assert (info["pid"], info["status"]) == (first["pid"], first["status"])
+    assert seqs == sorted(set(seqs)) and ids == sorted(set(ids))
+    assert ask("check_client")["client"][0]["state"] == "running"
+    assert len(program.log.lines) < 60 and "[warn]" not in program.log.text(), program.log.text()
+    events = [headers["X-Event-ID"] for _, headers, _, _ in receiver.posts]
+    assert len(events) == len(set(events)) < 40
+    assert program.stop() == 0
+
+
 def test_of_many_controllers_started_at_once_one_runs(tmp_path):
     programs = [Program(tmp_path, "controller") for _ in range(much(6, 50))]
     assert eventually(lambda: sum(each.process.poll() is None for each in programs) == 1)
@@ -11184,6 +11368,25 @@ def test_a_stream_answers_in_any_state_tells_each_change_and_ends_with_the_clien
     assert True not in stream.coming, "which ends"
 
 
+def test_the_controllers_own_events_have_their_time_as_the_accounts_have_it(start, follow, receive):
+    receiver, before = receive(), int(time.time())
+    controller = start("controller", "--post-api", receiver.url, "--restart", "never")
+    stream = follow(controller.base)
+    for numeric, kind in ("0", str), ("1", int):
+        pid = controller.login("alice", numeric_ids=numeric)["pid"]
+        os.kill(pid, signal.SIGKILL)
+        told = [receiver.next(lambda event: event.get("event") == "client_failed")]
+        controller.login("alice", numeric_ids=numeric)
+        for end in "stop_client", "delete_client":
+            assert controller.call(end, client="alice")["code"] == 0
+        for name in ("state_change", "login", "client_failed", "client_stopped",
+                     "client_deleted"):
+            told.append(stream.wait(event=name)[1])
+            assert type(told[-1]["time"]) is kind, name
+        assert all(before <= int(event["time"]) <= time.time() for event in told)
+        stream.given.update(range(len(stream.rows)))
+
+
 def test_the_controllers_stream_joins_all_accounts_also_those_to_come(start, follow):
     controller = start("controller")
     for name in "alice", "bob":
@@ -11243,6 +11446,30 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
     "google-chrome")
 
 
+def test_a_silent_stream_says_that_it_lives_and_one_too_far_behind_ends_with_what_it_has():
+    def silence(future, seconds):
+        assert seconds == openqq.STREAM_SECONDS <= 30
+        raise TimeoutError
+
+    def begin():
+        """A store, and a stream from it."""
+        store = openqq.EventStore(2000)
+        asked = openqq.Request("GET", "/openqq/events", {"host": "localhost"}, b"", "127.0.0.1")
+        asked.wait = silence
+        pieces = store.stream(asked).pieces
+        assert [next(pieces) for _ in "123"] == [b"retry: 1000\n\n", b":\n\n", b":\n\n"]
+        return store, pieces
+
+    (store, pieces), (wide, others) = begin(), begin()
+    for number in range(openqq.STREAM_LIMIT + 1):
+        store.add({"number": number})
+    for _ in range(17):
+        wide.add({"picture": "x" * 1024 * 1024})
+    for stream, counts in (pieces, [openqq.STREAM_LIMIT + 1]), (others, [16, 17]):
+        assert b"".join(itertools.islice(stream, 9999)).count(b"data: ") in counts
+        assert next(stream, None) is None, "it ends"
+
+
 class Browser:
     """Chromium without a window, through chromedriver's HTTP protocol (W3C WebDriver)."""
 
@@ -11255,7 +11482,8 @@ class Browser:
                 r"successfully on port (\d+)|port not available").group(1)
         self.base, self.session = f"http://127.0.0.1:{port}", ""
         words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 f"--user-data-dir={tmpdir}", "--lang=en"]
+                 f"--user-data-dir={tmpdir}", "--lang=en",
+                 "--host-resolver-rules=MAP *.example 127.0.0.1"]
         self.session = "/session/" + self.do("POST", "/session", capabilities={"alwaysMatch": {
             "browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL"},
             "goog:chromeOptions": {"binary": CHROMIUM, "args": words}}})["sessionId"]
@@ -11394,6 +11622,44 @@ def page(board, browser):
     browser.open(board.base + "/")
     browser.reads("#live", "live")
     return browser
+
+
+SELVES = ["127.0.0.1", "127.1", "127.8.9.10", "0x7f.0.0.1", "017700000001", "2130706433", "0",
+          "%31%32%37.0.0.1", "１２７.０.０.１", "127。0。0。1", "localhost", "LOCALHOST.", "a.b.localhost",
+          "ｌｏｃａｌｈｏｓｔ", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::FFFF:7F00:0001]",
+          "[::ffff:0.0.0.0]", "rebound.example"]
+
+
+ASK_AND_SAY = """const [hosts, port] = arguments;
+return Promise.all(hosts.flatMap((host, number) => [
+    new Promise((done) => {
+        const image = new Image();
+        image.onload = image.onerror = done;
+        image.src = `http://${host}:${port}/openqq/start_client?client=image${number}`; }),
+    fetch(`http://${host}:${port}/openqq/start_client`, {method: "POST", mode: "no-cors",
+          body: new URLSearchParams({client: "form" + number})}).catch(() => 0)]))
+    .then(() => true)"""
+
+
+def test_a_page_of_another_site_opens_no_door_however_it_spells_this_machine(browser, tmp_path,
+                                                                             upstream):
+    other = upstream(*[[good(b"", b"Content-Type: text/html")] * 20] * 20)
+    program = Program(tmp_path, "controller", "--host",
+                      "::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+    program.port = program.log.wait(r"Listening at http://.*:(\d+)").group(1)
+    program.base = f"http://127.0.0.1:{program.port}"
+    for site in "evil.example", "rebound.example", "evil.localhost", "127.0.0.1", "localhost":
+        browser.open(f"http://{site}:{other.port}/")
+        assert browser.run(ASK_AND_SAY, SELVES, program.port)
+    shown = metrics_of(program.base)
+    start = 'openqq_requests_total{path="/openqq/start_client",code="%d"}'
+    assert shown[start % 403] >= 100, "few of these spellings have come here at all"
+    assert start % 200 not in shown
+    browser.open(program.base + "/")
+    assert browser.run("return fetch('/openqq/start_client', {method: 'POST', body: "
+                       "new URLSearchParams({client: 'own'})}).then(() => true)"), "its own may"
+    assert [row["account"] for row in program.call("check_client")["client"]] == ["own"]
+    assert program.stop() == 0
 
 
 def test_an_account_is_started_scanned_spoken_with_and_stopped_on_the_page(board, page):
