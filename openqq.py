@@ -5280,7 +5280,8 @@ def shown_url(url: str) -> str:
 
 def redirect_of(url: str, reply: Reply) -> str:
     """The target of a redirect as an absolute URL; empty if it is no redirect."""
-    location = reply.fields.get("location", "")
+    location = reply.fields.get("location", "").encode("latin-1").decode(  # PHP writes UTF-8
+        "utf-8", "surrogateescape")
     if reply.status not in (301, 302, 303, 307, 308) or not location:
         return ""
     try:
@@ -5605,7 +5606,8 @@ class World:
             row.update({**self.table("people", uid), "role": "member",
                         **self.table(kind, circle, uid), **self.table("mark", me, uid)})
         else:
-            row.update({**self.table("people", uid), **self.table("friend", me, uid)})
+            row.update({**self.table("people", uid),
+                        **(self.table("friend", me, uid) if kind == "friend" else {})})
         row.update(uid=uid, id=self.id_for(account, uid, kind if is_circle else "people"),
                    display=row.get("card"))
         names = self.flavour.fields[kind] + (("title",) if row.get("title") else ())
@@ -5907,8 +5909,8 @@ class Society(World):
     def ask_group(self, uid: str, group: str, inviter: str, comment: str) -> None:
         """Let somebody ask to join a group, or let a member invite somebody."""
         members, who = self.table("group_member", group), inviter or uid
-        require(uid not in members and (not inviter or inviter in members),
-                f"{uid} outside of {group}, or {inviter} in it,")
+        require(uid not in members, f"{uid} outside of {group}")
+        require(not inviter or inviter in members, f"{inviter} in {group}")
         request = {"kind": "invite" if inviter else "join", "group_uid": group, "uid": uid,
                    "from": inviter}
         told = {**request, "ticket": self._keep_request("group_request", request), "uid": who,
@@ -5932,8 +5934,8 @@ class Society(World):
     def change(self, params: Params) -> Row:
         """Do what /local/change says: {"uid": …}. NotFound."""
         row = dict(params)
-        do, what, uid, place = [row.pop(name, "") for name in ("do", "what", "uid", "in")]
-        circle = "group"
+        do, what, who, where = [row.pop(name, "") for name in ("do", "what", "uid", "in")]
+        uid, place, circle = who, where, "group"
         if what.startswith("discuss") and "discuss" in self.flavour.fields:
             circle = "discuss"
         changes: Dict[str, Callable[[], Any]] = {
@@ -5949,23 +5951,26 @@ class Society(World):
                 str(row.get("comment", ""))),
             "add poke": lambda: self.poke(uid, self.find("people", str(row.get("to", ""))), place),
             f"add {circle}": lambda: self._add(circle, uid, row),
-            f"set {circle}": lambda: self._set(
-                row, circle, self.table(circle + "_member", uid), circle, uid),
+            f"set {circle}": lambda: self._set_circle(circle, uid, row),
             f"remove {circle}": lambda: self._remove_circle(circle, uid),
             f"add {circle}_member": lambda: self.enter(circle, place, uid, row),
             "set group_member": lambda: self.set_member(place, uid, row),
             f"remove {circle}_member": lambda: self.leave(circle, place, uid)}
-        require(f"{do} {what}" in changes, f"do={do[:100]} what={what[:100]}")
+        known = f"{do} {what}" in changes and (what != "group_request" or what in
+                                                self.flavour.fields)
+        require(known, f"do={do[:100]} what={what[:100]}")
         check_properties(row)
         within = {"friend": "people", "friend_request": "people", "group_request": "group",
                   circle + "_member": circle, "poke": "group" if place else ""}.get(what)
         if do != "add" or what not in ("person", circle):
             uid = self.find(circle if what == circle else "people", uid)
         place = self.find(within, place) if within else place
+        require(do != "add" or uid != place or what not in ("friend", "friend_request"),
+                "a friend other than oneself")
         if what.endswith("_member") or what == "friend" and do != "add":
             adds = do == "add"
-            require(adds != (uid in self.table(what, place)), f"{uid} outside of {place}" if adds
-                    else f"{what.rpartition('_')[2]} {uid}")
+            require(adds != (uid in self.table(what, place)), f"{who} outside of {where}" if adds
+                    else f"{what.rpartition('_')[2]} {who}")
         return {"uid": changes[f"{do} {what}"]() or uid}
 
     def _add(self, table: str, uid: str, row: Row) -> str:
@@ -5988,6 +5993,15 @@ class Society(World):
         """The groups and discusses that somebody is in: table and uid."""
         return [(table, circle) for table in ("group", "discuss") for circle in self.table(table)
                 if uid in self.table(table + "_member", circle)]
+
+    def _set_circle(self, table: str, uid: str, row: Row) -> None:
+        members = self.table(table + "_member", uid)
+        if "owner_uid" in row:
+            row["owner_uid"] = self.find("people", str(row["owner_uid"]))
+            require(row["owner_uid"] in members, "a member of that uid")
+            if table == "group":  # there is only one owner
+                self.set_member(uid, row.pop("owner_uid"), {"role": "owner"})
+        self._set(row, table, members, table, uid)
 
     def _set_person(self, uid: str, row: Row) -> None:
         self._set(row, "user", [uid], "people", uid)
