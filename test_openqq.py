@@ -69,20 +69,17 @@ class Log:
     """Lines of a process, as they come; wait() returns the match that a line holds."""
 
     def __init__(self, stream):
-        self.lines = []
+        self.lines, self._ended = [], False
         self._changed = threading.Condition()
-        self._stream = stream
-        self._ended = False
-        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._read, args=(stream,), daemon=True).start()
 
-    def _read(self):
-        for line in self._stream:
+    def _read(self, stream):
+        for line in itertools.chain(stream, [None]):
             with self._changed:
-                self.lines.append(line.decode("utf-8", "replace").rstrip("\n"))
+                self._ended = line is None
+                if not self._ended:
+                    self.lines.append(line.decode("utf-8", "replace").rstrip("\n"))
                 self._changed.notify_all()
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
 
     def wait(self, pattern, count=1, seconds=WAIT):
         """The count-th line that matches."""
@@ -119,13 +116,10 @@ class Program:
             file = ["-S", *openqq.python_words()]
             environment["OPENQQ_PYTHON"] = python
         self.process = subprocess.Popen(
-            [python, *file, *words, "--tmpdir", self.tmpdir, "--port", str(port)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=environment)
-        self.pid = self.process.pid
-        self.log = Log(self.process.stderr)
-        self.out = Log(self.process.stdout)
-        self.port = 0
+            [python, *file, *words, "--tmpdir", self.tmpdir, "--port", str(port)], env=environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.pid, self.port = self.process.pid, 0
+        self.log, self.out = Log(self.process.stderr), Log(self.process.stdout)
 
     def ready(self):
         """Wait until it serves."""
@@ -264,10 +258,8 @@ class Peer:
     """
 
     def __init__(self, port=0):
-        self.port = port
+        self.port, self.server, self.connections = port, None, set()
         self.accepted = 0  # connections that there have ever been
-        self.server = None
-        self.connections = set()
         self.start()
 
     def start(self):
@@ -311,9 +303,8 @@ class Receiver(Peer):
     None, a status, or (status, headers, body)."""
 
     def __init__(self, answer=lambda event: None, port=0):
-        self.events = queue.Queue()
+        self.events, self._answer = queue.Queue(), answer
         self.posts = []       # (path, headers, body, JSON) in the order of their coming
-        self._answer = answer
         super().__init__(port)
         self.url += "/post_message"
 
@@ -371,13 +362,10 @@ def cq_segments(text):
         return text
 
     rows = []
-    for part in re.split(r"(\[CQ:[^\[\]]+\])", text):
-        if re.match(r"\[CQ:[^\[\]]+\]\Z", part):
-            kind, *fields = part[4:-1].split(",")
-            data = {key: plain(value) for key, _, value in (f.partition("=") for f in fields)}
-            rows.append({"type": kind, "data": data})
-        elif part:
-            rows.append({"type": "text", "data": {"text": plain(part)}})
+    for words, code in re.findall(r"([^\[]+)|\[CQ:([^\[\]]+)\]", text):
+        kind, *fields = code.split(",") if code else ["text", "text=" + words]
+        rows.append({"type": kind, "data": {
+            key: plain(value) for key, _, value in (field.partition("=") for field in fields)}})
     return rows
 
 
@@ -385,13 +373,11 @@ def ws_frame(payload=b"", opcode=1, fin=True, mask=False, says=None):
     """One WebSocket frame, `says`: the length that it claims to have. A server does not mask."""
     data = payload.encode() if isinstance(payload, str) else payload
     length = len(data) if says is None else says
-    head = bytes([fin << 7 | opcode])
-    if length < 126:
-        head += bytes([mask << 7 | length])
-    elif length < 65536:
-        head += struct.pack(">BH", mask << 7 | 126, length)
-    else:
-        head += struct.pack(">BQ", mask << 7 | 127, length)
+    short, more = length, b""
+    if length > 125:
+        short, form = (126, ">H") if length < 65536 else (127, ">Q")
+        more = struct.pack(form, length)
+    head = bytes([fin << 7 | opcode, mask << 7 | short]) + more
     return head + (b"\0\0\0\0" if mask else b"") + data  # the mask of zeros leaves all as it is
 
 
@@ -516,7 +502,7 @@ class Bridge(Peer):
         self.posted = []            # what was answered to each event that was posted: a status
         self.controls = Heard()     # (opcode, payload) of the control frames that came
         self._heard = Heard()
-        self.calls = self._heard.rows
+        self.calls, self.wait_call = self._heard.rows, self._heard.wait
         self._channels = []         # guarded by _opened
         self._opened = threading.Condition()
         self._numbers = itertools.count(7000001)
@@ -634,10 +620,6 @@ class Bridge(Peer):
             return 200, self.failed(1200, "查无此人")
         return 200, dict(self.OK, data=self._written(data[0]))
 
-    def wait_call(self, action, wanted=lambda params: True, seconds=WAIT):
-        """The params of the next call of this action that was not yet returned here."""
-        return self._heard.wait(action, wanted, seconds)
-
     # Requests
 
     def handle(self, handler):
@@ -687,7 +669,7 @@ class Bridge(Peer):
         channel = Channel(self, handler, sse=True)
         self._open(channel)
         channel.until_closed()
-        self._shut(channel)
+        self._open(channel, False)
 
     def _serve_ws(self, handler, known):
         handler.close_connection = True
@@ -717,11 +699,7 @@ class Bridge(Peer):
             self.faults.append(repr(error))
             channel.raw(ws_frame(struct.pack(">H", 1002), 8))
         finally:
-            self._shut(channel)
-
-    def _refuse_ws(self, channel):
-        channel.send(self.failed(1403, "token验证失败", echo=None))
-        channel.raw(ws_frame(struct.pack(">H", 1000), 8))
+            self._open(channel, False)
 
     def _act(self, channel, text):
         """Carry out an action that came on a WebSocket."""
@@ -731,12 +709,10 @@ class Bridge(Peer):
 
         def answer():
             row = self._answer(action, params)[1]
-            if isinstance(row, dict):
-                row = {"echo": said.get("echo"), **row}
             if isinstance(row, str):
                 channel.raw(ws_frame(row))
             else:
-                channel.send(row)
+                channel.send({"echo": said.get("echo"), **row} if isinstance(row, dict) else row)
 
         if self.hanging & {action, "*"}:
             return
@@ -747,15 +723,10 @@ class Bridge(Peer):
 
     # Channels and events
 
-    def _open(self, channel):
+    def _open(self, channel, there=True):
         with self._opened:
-            self._channels.append(channel)
-            self._opened.notify_all()
-
-    def _shut(self, channel):
-        with self._opened:
-            if channel in self._channels:
-                self._channels.remove(channel)
+            self._channels[:] = [one for one in self._channels if one is not channel]
+            self._channels += [channel] * there
             self._opened.notify_all()
 
     def connected(self, count=1, seconds=WAIT):
@@ -778,9 +749,9 @@ class Bridge(Peer):
     def send_raw(self, data):
         """Send bytes as they are on each WebSocket (see ws_frame; text as a text frame), on SSE as
         a chunk."""
+        sse = data.encode() if isinstance(data, str) else data
         for channel in list(self._channels):
-            channel.raw(ws_frame(data) if isinstance(data, str) and not channel.sse else
-                        data.encode() if isinstance(data, str) else data)
+            channel.raw(ws_frame(data) if isinstance(data, str) and not channel.sse else sse)
 
     def _event(self, **event):
         kind = next((kind for kind in ("message", "notice", "request", "meta_event")
@@ -854,48 +825,42 @@ class MilkyBridge(Bridge):
     missing       calls that it has not: 404 (Lagrange.Milky)
     """
 
-    SCHEMAS = {  # call: what it takes; n a number, s a text, b true or false, * as one likes
-        "get_login_info": "", "get_impl_info": "", "get_user_profile": "user_id:n",
-        "get_friend_list": "no_cache:b*", "get_friend_info": "user_id:n no_cache:b*",
-        "get_group_list": "no_cache:b*", "get_group_info": "group_id:n no_cache:b*",
-        "get_group_member_list": "group_id:n no_cache:b*",
-        "get_group_member_info": "group_id:n user_id:n no_cache:b*",
-        "send_private_message": "user_id:n message:m", "send_group_message": "group_id:n message:m",
-        "recall_private_message": "user_id:n message_seq:n",
-        "recall_group_message": "group_id:n message_seq:n",
-        "get_message": "message_scene:s peer_id:n message_seq:n",
-        "get_history_messages": "message_scene:s peer_id:n start_message_seq:n* limit:n*",
-        "get_resource_temp_url": "resource_id:s",
-        "accept_friend_request": "initiator_uid:s is_filtered:b*",
-        "reject_friend_request": "initiator_uid:s is_filtered:b* reason:s*",
-        "set_group_member_mute": "group_id:n user_id:n duration:n*",
-        "kick_group_member": "group_id:n user_id:n reject_add_request:b*",
-        "set_group_whole_mute": "group_id:n is_mute:b*", "quit_group": "group_id:n",
-        "set_group_name": "group_id:n new_group_name:s",
-        "set_group_member_card": "group_id:n user_id:n card:s",
-        "set_group_member_special_title": "group_id:n user_id:n special_title:s",
-        "set_group_member_admin": "group_id:n user_id:n is_set:b*",
-        "accept_group_request": "notification_seq:n notification_type:s group_id:n is_filtered:b*",
-        "reject_group_request":
-            "notification_seq:n notification_type:s group_id:n is_filtered:b* reason:s*",
-        "accept_group_invitation": "group_id:n invitation_seq:n",
-        "reject_group_invitation": "group_id:n invitation_seq:n",
-        "get_group_notifications": "start_notification_seq:n* is_filtered:b* limit:n*",
-        "upload_private_file": "user_id:n file_uri:s file_name:s",
-        "upload_group_file": "group_id:n parent_folder_id:s* file_uri:s file_name:s",
-        "get_private_file_download_url": "user_id:n file_id:s file_hash:s",
-        "get_group_file_download_url": "group_id:n file_id:s", "delete_friend": "user_id:n",
-        "send_group_nudge": "group_id:n user_id:n", "send_friend_nudge": "user_id:n is_self:b*",
-        "send_profile_like": "user_id:n count:n*"}
-    SEGMENTS = {"text": "text:s", "mention": "user_id:n", "mention_all": "", "face":
-                "face_id:s is_large:b*", "reply": "message_seq:n", "image":
-                "uri:s sub_type:s* summary:s*", "record": "uri:s", "video": "uri:s thumb_uri:s*",
-                "forward": "messages:l", "light_app": "json_payload:s"}
-    TYPES = {"n": lambda value: type(value) is int and value >= 0, "s": lambda value: isinstance(
-        value, str), "b": lambda value: isinstance(value, bool), "l": lambda value: isinstance(
-            value, list), "m": lambda value: isinstance(value, list) and all(
-                MilkyBridge.misfit(MilkyBridge.SEGMENTS[row["type"]], row["data"]) is None
-                for row in value)}
+    CALLS = """get_login_info get_impl_info get_user_profile(user_id) get_friend_list(no_cache*)
+        get_friend_info(user_id,no_cache*) get_group_list(no_cache*)
+        get_group_info(group_id,no_cache*) get_group_member_list(group_id,no_cache*)
+        get_group_member_info(group_id,user_id,no_cache*) send_private_message(user_id,message)
+        send_group_message(group_id,message) recall_private_message(user_id,message_seq)
+        recall_group_message(group_id,message_seq) get_resource_temp_url(resource_id)
+        get_message(message_scene,peer_id,message_seq)
+        get_history_messages(message_scene,peer_id,start_message_seq*,limit*)
+        accept_friend_request(initiator_uid,is_filtered*) quit_group(group_id)
+        reject_friend_request(initiator_uid,is_filtered*,reason*) delete_friend(user_id)
+        set_group_member_mute(group_id,user_id,duration*) set_group_whole_mute(group_id,is_mute*)
+        kick_group_member(group_id,user_id,reject_add_request*)
+        set_group_name(group_id,new_group_name) set_group_member_card(group_id,user_id,card)
+        set_group_member_special_title(group_id,user_id,special_title)
+        set_group_member_admin(group_id,user_id,is_set*)
+        accept_group_request(notification_seq,notification_type,group_id,is_filtered*)
+        reject_group_request(notification_seq,notification_type,group_id,is_filtered*,reason*)
+        accept_group_invitation(group_id,invitation_seq) send_group_nudge(group_id,user_id)
+        reject_group_invitation(group_id,invitation_seq) send_friend_nudge(user_id,is_self*)
+        get_group_notifications(start_notification_seq*,is_filtered*,limit*)
+        upload_private_file(user_id,file_uri,file_name) send_profile_like(user_id,count*)
+        upload_group_file(group_id,parent_folder_id*,file_uri,file_name)
+        get_private_file_download_url(user_id,file_id,file_hash)
+        get_group_file_download_url(group_id,file_id)"""
+    SEGMENTS = """text(text) mention(user_id) mention_all face(face_id,is_large*) record(uri)
+        reply(message_seq) image(uri,sub_type*,summary*) video(uri,thumb_uri*) forward(messages)
+        light_app(json_payload)"""
+    SCHEMAS, SEGMENTS = [{  # name: what it takes, and whether it must have that
+        name: [(word.rstrip("*"), word[-1] != "*") for word in words.split(",") if word]
+        for name, words in re.findall(r"(\w+)(?:\((.*?)\))?", text)} for text in (CALLS, SEGMENTS)]
+    TYPES = {  # of what is no text
+        **dict.fromkeys("user_id group_id peer_id limit duration count".split(), int),
+        **dict.fromkeys("message_seq start_message_seq notification_seq invitation_seq "
+                        "start_notification_seq".split(), int),
+        **dict.fromkeys("no_cache is_filtered is_mute reject_add_request is_set is_self "
+                        "is_large".split(), bool), "message": list, "messages": list}
 
     OK, refusal, event_name = {"status": "ok", "retcode": 0}, None, b"event: milky_event\n"
 
@@ -910,15 +875,16 @@ class MilkyBridge(Bridge):
     @classmethod
     def misfit(cls, schema, given):
         """What is wrong with what a call, or a segment, was given; None if nothing is."""
-        rows = dict(word.split(":") for word in schema.split())
-        for name, kind in rows.items():
-            if name not in given and not kind.endswith("*"):
-                return f"{name} is missing"
-            if name in given and not cls.TYPES[kind[0]](given[name]):
-                return f"{name} is {given[name]!r}"
-            if name in ("user_id", "group_id", "peer_id") and not 10001 <= given[name] < 2 ** 32:
-                return f"{name} is no number of QQ's"
-        return None
+        for name, must in schema:
+            value = given.get(name)
+            if name not in given:
+                if must:
+                    return f"{name} is missing"
+            elif type(value) is not cls.TYPES.get(name, str) or (
+                    name in ("user_id", "group_id", "peer_id") and not 10001 <= value < 2 ** 32):
+                return f"{name} is {value!r}"
+        return next(filter(None, (cls.misfit(cls.SEGMENTS[row["type"]], row["data"])
+                                  for row in given.get("message", []))), None)
 
     # Who is there, in Milky's words
 
