@@ -1379,6 +1379,9 @@ def line_of(target, method="GET", version="1.1"):
     return b"%b %b HTTP/%b\r\n" % (method.encode(), target, version.encode())
 
 
+LAST = asking(b"Connection: close", line=line_of("/", "OPTIONS"))
+
+
 def raw_call(port, target, *fields, kind=None, body=None, method="GET"):
     """(status, fields, body) of one call, whose target and body are text, or bytes as they are;
     a POST where there is a `kind` of body."""
@@ -1424,59 +1427,43 @@ def chunked(body):
 # Requests that could be read in two ways, or that are none, or too large, and how each is refused.
 HOSTILE = [(status, asking(*fields)) for status, fields in [
     *((400, [b"Content-Length:" + length]) for length in (
-        b" 5, 5| +4| -1| 1_0|| \xb2| 0 5| 99999999999999999999").split(b"|")),
+        b" 5, 5| +4| -1| 1_0|| \xb2| 99999999999999999999").split(b"|")),
     *((501, [b"Transfer-Encoding:" + coding]) for coding in (
-        b" gzip, chunked| chunked, chunked|| ,chunked| chunked;q=1| \"chunked\"| xchunked"
-    ).split(b"|")),
+        b" gzip, chunked| chunked, chunked|| chunked;q=1| xchunked").split(b"|")),
     *((400, [field]) for field in (
-        b"Transfer-Encoding: \x0bchunked", b"Transfer-Encoding: chunked\0",
-        b"X: a\rContent-Length: 5", b"X: a\nContent-Length: 5", b"Content-Length : 5",
-        b"Content-Length\t: 5", b": 5", b"Content-Length 5", b"X(y): 5", b"X: a\0b", b"X\0: a")),
+        b"Transfer-Encoding: \x0bchunked", b"X: a\rContent-Length: 5", b"X: a\nContent-Length: 5",
+        b"Content-Length : 5", b": 5", b"Content-Length 5", b"X(y): 5", b"X: a\0b")),
     *((400, fields) for fields in (
-        [b"Content-Length: 0", b"Content-Length: 5"], [b"Content-Length: 0"] * 2,
+        [b"Content-Length: 0"] * 2, [b"Transfer-Encoding: chunked", b"Transfer-Encoding: x"],
         [b"Content-Length: 5", b"Transfer-Encoding: chunked", b"", b"0", b""],
-        [b"Transfer-Encoding: chunked", b"Content-Length: 5", b"", b"0", b""],
-        [b"Transfer-Encoding: chunked", b"Transfer-Encoding: x"],
-        [b"X: a", b" b"], [b"X: a", b"\tContent-Length: 5"])),
+        [b"X: a", b"\tContent-Length: 5"])),
     (431, [b"X-%d: 1" % n for n in range(100)]),
     (431, [b"X-%d: " % n + b"a" * 4000 for n in range(9)]),
-    (413, [b"Content-Length: 999999999999"]), (413, [b"Content-Length: 8388609"]),
+    (413, [b"Content-Length: 999999999999"]),
     (413, [b"Expect: 100-continue", b"Content-Length: 8388609"]),
-]] + [(status, asking(line=line + b"\r\n")) for status, line in [
-    *((505, line) for line in (b"GET / HTTP/0.9", b"GET / HTTP/2.0")),
-    *((400, line) for line in (
-        b"GET /\0 HTTP/1.1|GET / HTTP/1.10|GET / http/1.1|get / HTTP/1.1|GET * HTTP/1.1|"
-        b"OPTIONS *x HTTP/1.1|CONNECT localhost:80 HTTP/1.1|GET  / HTTP/1.1|GET\t/\tHTTP/1.1|"
-        b"GET / HTTP/1.1 | GET / HTTP/1.1").split(b"|")),
-    *((400, b"GET " + url + b" HTTP/1.1") for url in (
-        b"http://a:b@localhost/ http://localhost:65536/ http://localhost:/ http:///openqq/ "
-        b"http://localhost#/ http://a\\@localhost/ http://local%68ost/ http:/localhost/ "
-        b"ftp://localhost/").split()),
-]] + [(400, line + head + b"\r\n") for line, head in [
+]] + [(400, asking(line=line + b"\r\n")) for line in (
+    b"GET /\0 HTTP/1.1|GET / HTTP/1.10|get / HTTP/1.1|GET * HTTP/1.1|OPTIONS *x HTTP/1.1|"
+    b"CONNECT localhost:80 HTTP/1.1|GET  / HTTP/1.1|GET / HTTP/1.1 |GET ftp://localhost/ HTTP/1.1|"
+    b"GET http://a:b@localhost/ HTTP/1.1|GET http:///openqq/ HTTP/1.1|"
+    b"GET http://localhost#/ HTTP/1.1|GET http://localhost:65536/ HTTP/1.1").split(b"|")
+] + [(400, line + head + b"\r\n") for line, head in [
     *((INFO, b"Host:" + host + b"\r\n") for host in (
-        b"", b" localhost/x", b" evil@localhost", b" localhost, evil.example", b" localhost:65536",
-        b" localhost:004000", b" localhost:http", b" localhost:", b" :4000", b" http://localhost",
-        b" [::1%lo]", b" localhost\r\nHost: localhost", b" localhost\r\nHost: evil.example")),
-    *((line_of("/", version="1.0"), head) for head in (
-        b"Host: evil@localhost\r\n", b"Host:\r\n", HOST * 2,
-        HOST + b"Transfer-Encoding: chunked\r\n")),
-    (INFO, b""), (INFO, b" " + HOST), (INFO[:-2] + b"\r", HOST), (INFO[:-2] + b"\n", HOST),
-    (line_of("http://localhost/"), b""), (line_of("http://localhost/"), b"Host: a/b\r\n"),
-    (b"GET /openqq/get_client_info\r\n", b""),
+        b"| localhost/x| evil@localhost| localhost, evil.example| localhost:65536| localhost:http|"
+        b" :4000| [::1%lo]| localhost\r\nHost: localhost").split(b"|")),
+    (line_of("/", version="1.0"), b"Host: evil@localhost\r\n"),
+    (line_of("/", version="1.0"), HOST + b"Transfer-Encoding: chunked\r\n"),
+    (INFO, b""), (INFO[:-2] + b"\r", HOST), (INFO[:-2] + b"\n", HOST),
+    (line_of("http://localhost/"), b""), (b"GET /openqq/get_client_info\r\n", b""),
     (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n", b""),
 ]] + [(400, chunked(line + b"\r\nname=\r\n0\r\n\r\n")) for line in (
-    b"+5", b"0x5", b"0_5", b"5 ", b"", b"5g", b"000000005", b"5;", b"5;;a", b"5;=a", b"5;a=",
-    b"5;a b", b'5;a="b', b'5;a="b"c', b"5;a\rb", b"5;a\0", b"5;a\nb", b"4", b"6")
+    b"+5|0x5|5 ||5g|000000005|5;|5;=a|5;a=|5;a b|5;a=\"b|5;a\rb|5;a\nb|4|6").split(b"|")
 ] + [(400, chunked(b"5\r\nname=\r\n0" + trailer + b"\r\n\r\n")) for trailer in (
-    b";", b"\r\nX: a\nb", b"\r\nX: a\rb", b"\r\nX: a\0", b"\r\nX: a\r\n b",
-    b"\r\nGET / HTTP/1.1")
+    b";", b"\r\nX: a\nb", b"\r\nX: a\r\n b", b"\r\nGET / HTTP/1.1")
 ] + [
     (400, asking().replace(b"\r\n", b"\n")), (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
-    (400, chunked(b"5\r\nname=XX0\r\n\r\n")), (400, chunked(b"5\nname=\r\n0\r\n\r\n")),
-    (400, chunked(b"5;" + b"a" * 9000)),
+    (400, chunked(b"5\nname=\r\n0\r\n\r\n")), (400, chunked(b"5;" + b"a" * 9000)),
     (413, chunked(b"7fffffff\r\nname=")), (413, chunked(b"fffff\r\n%b\r\n" % (b"a" * 0xfffff) * 9)),
-    (414, asking(line=line_of(b"/" + b"a" * 8200))), (414, b"GET /" + b"a" * 20_000),
-    (431, INFO + HOST + b"X: " + b"a" * 60_000),
+    (414, asking(line=line_of(b"/" + b"a" * 8200))), (431, INFO + HOST + b"X: " + b"a" * 60_000),
 ]
 
 
@@ -1492,9 +1479,8 @@ def test_hostile_framing_is_refused_and_smuggles_nothing(pair):
         sized = asking(b"Content-Length: %d" % len(body)) + body
         pieces = asking(b"Transfer-Encoding: chunked") + b"%x\r\n%b\r\n0\r\nTrailer: x\r\n\r\n" % (
             len(body), body)
-        nope = asking(b"Content-Length: %d" % len(body), line=b"PUT /nope HTTP/1.1\r\n") + body
-        last = asking(b"Connection: close", line=b"OPTIONS / HTTP/1.1\r\n")
-        found = split_answers(until_closed(port, sized + pieces + nope + last))
+        nope = asking(b"Content-Length: %d" % len(body), line=line_of("/nope", "PUT")) + body
+        found = split_answers(until_closed(port, sized + pieces + nope + LAST))
         assert [status for status, _, _ in found] == [200, 200, 403, 200]
     assert "smuggled" not in heard(pair)
 
@@ -1524,68 +1510,56 @@ def test_connections_beyond_the_limit_are_told_so(start):
     kept[1].close()
 
 
-def test_a_body_that_waits_for_leave_gets_it(pair):
-    body = f"name={ICE}".encode()
+def test_a_body_that_waits_for_leave_gets_it_and_one_may_come_in_chunks(pair):
+    data = f"name={ICE}".encode()
+    exts = [b'', b';some="ext"', b";a", b" ; a = b\t;c=\"\\\"; d\"", b';a="";b=1']
+    pieces = [b"%X\r\n%b\r\n0\r\n\r\n" % (len(data), data), b"".join(
+        b"01%b\r\n%c\r\n" % (exts[number % len(exts)], byte) for number, byte in enumerate(data)
+    ) + b"000;last\r\nTrailer: one\r\nAnother: two\r\n\r\n"]
     for port, query in ports_of(pair):
-        head = asking(b"Expect: 100-Continue", b"Content-Length: %d" % len(body),
-                      b"Content-Type: " + FORM.encode(), b"Connection: close",
-                      line=line_of(f"/openqq/search_friend?{query}", "POST"))
+        def head(*fields, version="1.1"):
+            return asking(*fields, b"Content-Type: " + FORM.encode(), line=line_of(
+                f"/openqq/search_friend?{query}", "POST", version))
+
+        size = b"Content-Length: %d" % len(data)
         with socket.create_connection(("127.0.0.1", port), WAIT) as sock:
-            sock.sendall(head)
+            sock.sendall(head(b"Expect: 100-Continue", size, b"Connection: close"))
             assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
-            sock.sendall(body)
-            [(status, _, found)] = split_answers(b"".join(iter(lambda: sock.recv(65536), b"")))
-        assert (status, json.loads(found)[0]["name"]) == (200, "小冰")
+            sock.sendall(data)
+            found = b"".join(iter(lambda: sock.recv(65536), b""))
+        for piece in pieces:
+            found += until_closed(port, head(b"Transfer-Encoding: Chunked") + piece + LAST)
         # RFC 9110 10.1.1: a caller of HTTP/1.0 takes a 100 for its answer
-        for other, expected in [(head.replace(b"100-Continue", b"200-ok"), 417),
-                                (head.replace(b"HTTP/1.1", b"HTTP/1.0") + body, 200)]:
-            assert [row[0] for row in split_answers(until_closed(port, other))] == [expected]
-
-
-def test_a_body_may_come_in_chunks(pair):
-    for port, query in ports_of(pair):
-        head = asking(b"Transfer-Encoding: Chunked", b"Content-Type: " + FORM.encode(),
-                      line=line_of(f"/openqq/search_friend?{query}", "POST"))
-        data = f"name={ICE}".encode()
-        one = b"%X\r\n%b\r\n0\r\n\r\n" % (len(data), data)
-        exts = [b'', b';some="ext"', b";a", b" ; a = b\t;c=\"\\\"; d\"", b';a="";b=1']
-        each = b"".join(b"01%b\r\n%c\r\n" % (exts[number % len(exts)], byte)
-                        for number, byte in enumerate(data)) + (
-            b"000;last\r\nTrailer: one\r\nAnother: two\r\n\r\n")
-        found = split_answers(until_closed(port, head + one + head + each + asking(
-            b"Connection: close", line=b"OPTIONS / HTTP/1.1\r\n")))
-        assert [status for status, _, _ in found] == [200, 200, 200]
-        assert json.loads(found[0][2])[0]["name"] == json.loads(found[1][2])[0]["name"] == "小冰"
+        found += until_closed(port, head(b"Expect: 100-continue", size, version="1.0") + data)
+        found += until_closed(port, head(b"Expect: 200-ok", size))
+        found = [(status, body) for status, _, body in split_answers(found) if body]
+        assert [status for status, _ in found] == [200, 200, 200, 200, 417]
+        assert all(json.loads(body)[0]["name"] == "小冰" for _, body in found[:-1])
 
 
 def test_a_whole_url_as_target_counts_and_its_host_instead_of_host(pair):
     for target, host, expected in [
-            ("http://127.0.0.1:4000/healthz", "evil.example", 200),
             ("http://evil.example/healthz", "127.0.0.1", 200),
             ("HTTP://LocalHost/openqq/check_client", "evil.example", 200),
-            ("https://localhost/openqq/check_client", "localhost", 200),
-            ("http://[::1]:4000/openqq/check_client", "evil.example", 200),
+            ("https://[::1]:4000/openqq/check_client", "evil.example", 200),
             ("https://evil.example/openqq/check_client", "127.0.0.1", 403),
             ("http://[::ffff:7f00:1]:4000/openqq/check_client", "127.0.0.1", 403),
             ("http://evil.example?/../openqq/check_client", "127.0.0.1", 200),
-            ("http://localhost", "localhost", 200), ("http://localhost?x=/y", "localhost", 200)]:
-        for line, fields in [(line_of(target), f"Host: {host}\r\nConnection: close\r\n"),
-                             (line_of(target, version="1.0"), "")]:
-            [(status, _, body)] = split_answers(until_closed(
-                pair.port, line + fields.encode() + b"\r\n"))
+            ("http://localhost", "localhost", 200)]:
+        for data in (line_of(target) + f"Host: {host}\r\nConnection: close\r\n\r\n".encode(),
+                     line_of(target, version="1.0") + b"\r\n"):
+            [(status, _, body)] = split_answers(until_closed(pair.port, data))
             assert status == expected, (target, body)
     for port, query in ports_of(pair):
         base = f"http://localhost:{port}"
         for origin, expected in [(base, 200), ("http://localhost", 403)]:
             status, _, body = raw_call(port, f"{base}/openqq/search_friend?{query}name={ICE}",
                                        b"Origin: " + origin.encode())
-            assert (origin, status) == (origin, expected)
-            assert status == 403 or json.loads(body)[0]["name"] == "小冰"
+            assert (origin, status, b"\"name\"" in body) == (origin, expected, status == 200)
         answers = [raw_call(port, target, method="OPTIONS")[:2] for target in (
             "*", "/", "http://a.example")]
         assert [status for status, _ in answers] == [200, 200, 200]
         assert answers[0][1].keys() == answers[1][1].keys()
-        assert answers[0][1]["access-control-allow-origin"] == "*"
 
 
 def test_http_1_0_needs_no_host_for_what_is_open(pair, guarded):
@@ -1597,54 +1571,48 @@ def test_http_1_0_needs_no_host_for_what_is_open(pair, guarded):
     for program in (pair, guarded):
         for method, target, expected in [
                 ("GET", "/healthz", 200), ("GET", "/", 200), ("GET", "/openqq/check_client", 403),
-                ("GET", "/openqq/nope", 403), ("GET", "/local/world", 403),
-                # HAProxy's plain check asks for /
-                *(("OPTIONS", target, 200) for target in ("/", "*", "/openqq/check_client"))]:
+                ("GET", "/openqq/nope", 403), ("OPTIONS", "/", 200),  # HAProxy's plain check
+                ("OPTIONS", "*", 200)]:
             assert (target, old(program, target, method)[0]) == (target, expected)
     assert "Host" in json.loads(old(pair, "/openqq/check_client")[1])["reason"]
-    for token, expected in [(TOKEN, 200), (TOKEN + "x", 403)]:
-        fields = b"Authorization: Bearer %b\r\n" % token.encode()
-        assert old(guarded, "/openqq/check_client", fields=fields)[0] == expected
+    shown = b"Authorization: Bearer %b\r\n" % TOKEN.encode()
+    assert old(guarded, "/openqq/check_client", fields=shown)[0] == 200
 
 
 def test_requests_of_one_connection_are_answered_in_order_as_long_as_its_caller_wishes(pair):
-    names = ["小冰", "nobody", "bob", "nobody", "小冰", "bob"] * 3
+    names = ["小冰", "nobody", "bob", "nobody", "小冰"] * 3
     last = asking(b"Connection: close")
-    old = last.replace(b"HTTP/1.1", b"HTTP/1.0")
+    plain, kept = [asking(*more, line=INFO.replace(b"1.1", b"1.0")) for more in (
+        [], [b"Connection: Keep-Alive"])]
     for port, query in ports_of(pair):
-        data = b"\r\n".join(asking(line=line_of(
-            f"/openqq/search_friend?{query}name={urllib.parse.quote(name)}")) for name in names)
+        data = b"\r\n".join(asking(line=line_of(f"/openqq/search_friend?{query}name=" + (
+            urllib.parse.quote(name)))) for name in names)
         found = [json.loads(body) for _, _, body in split_answers(until_closed(port, data + last))]
-        assert [row[0]["name"] if isinstance(row, list) else "nobody"
-                for row in found[:-1]] == names
-        assert len(split_answers(until_closed(port, asking() + last + last))) == 2
-        plain = old.replace(b"Connection: close\r\n", b"")
-        assert len(split_answers(until_closed(port, plain + plain))) == 1
-        kept = old.replace(b"close", b"Keep-Alive")
-        found = split_answers(until_closed(port, kept + kept + old))
+        assert ["nobody" if "code" in row else row[0]["name"] for row in found[:-1]] == names
         # RFC 9112 C.2.2: else an HTTP/1.0 caller (ab -k) waits for the end of the connection
-        assert [fields.get("connection") for _, fields, _ in found] == [
-            "keep-alive", "keep-alive", "close"]
+        for data, ways in [(asking() + last + last, [None, "close"]), (plain + plain, ["close"]),
+                           (kept + kept + plain + plain, ["keep-alive", "keep-alive", "close"])]:
+            found = split_answers(until_closed(port, data))
+            assert [fields.get("connection") for _, fields, _ in found] == ways
 
 
 def test_head_answers_as_get_without_the_body_and_carries_nothing_out(pair):
+    doing = [(pair.port, path) for path in (
+        "/openqq/start_client?client=by-head", "/openqq/delete_client?client=alice",
+        "/local/login?client=alice", f"/local/say?client=alice&from={ICE}&content=by-head",
+        "/local/change?do=add&what=person&uid=77&name=by-head")]
     for port, query in ports_of(pair):
         for path in ("get_friend_info?", f"search_friend?name={ICE}&", "get_nothing?"):
-            line = line_of(f"/openqq/{path}{query}")
-            data = (asking(line=line.replace(b"GET", b"HEAD")) + asking(line=line)
-                    + asking(b"Connection: close", line=b"OPTIONS / HTTP/1.1\r\n"))
-            head, get, options = split_answers(until_closed(port, data), heads=[0])
-            head[1].pop("date"), get[1].pop("date")
-            assert head[:2] == get[:2] and get[2] and options[0] == 200
-        for path in (f"send_friend_message?name={ICE}&content=by-head&", "check_event?", "relogin?",
-                     "stop_client?"):
-            got = request(f"http://127.0.0.1:{port}", f"/openqq/{path}{query}", "HEAD")
-            assert (path, got[0]) == (path, 403)
-    for path in ("/openqq/start_client?client=by-head", "/openqq/stop_client?client=alice",
-                 "/openqq/delete_client?client=alice", "/local/login?client=alice",
-                 f"/local/say?client=alice&from={ICE}&content=by-head",
-                 "/local/change?do=add&what=person&uid=77&name=by-head"):
-        assert (path, request(pair.base, path, "HEAD")[0]) == (path, 403)
+            data = [asking(line=line_of(f"/openqq/{path}{query}", method))
+                    for method in ("HEAD", "GET")]
+            head, get, last = split_answers(until_closed(port, b"".join(data) + LAST), heads=[0])
+            assert {**head[1], "date": ""} == {**get[1], "date": ""}
+            assert head[0] == get[0] and get[2] and last[0] == 200
+        doing += [(port, f"/openqq/{path}{query}") for path in (
+            f"send_friend_message?name={ICE}&content=by-head&", "check_event?", "relogin?",
+            "stop_client?")]
+    for port, path in doing:
+        assert (path, request(f"http://127.0.0.1:{port}", path, "HEAD")[0]) == (path, 403)
     assert "by-head" not in heard(pair)
     assert "by-head" not in json.dumps([pair.call("check_client"), pair.call("/local/world")])
     assert pair.state("alice")["state"] == "running"
@@ -1652,34 +1620,33 @@ def test_head_answers_as_get_without_the_body_and_carries_nothing_out(pair):
 
 def test_a_client_answers_cors(pair):
     base = f"http://127.0.0.1:{pair.state('alice')['port']}"
-    asked = {"Origin": "http://elsewhere.example", "Sec-Fetch-Site": "cross-site",
-             "Access-Control-Request-Method": "POST"}
+    alien = {"Origin": "http://elsewhere.example", "Sec-Fetch-Site": "cross-site"}
     for path in ("/", "/openqq/send_friend_message", "/nowhere"):
-        status, fields, body = request(base, path, "OPTIONS", headers=asked)
-        assert (status, body, fields["access-control-allow-origin"]) == (200, b"", "*")
-        assert fields["access-control-allow-methods"] == "OPTIONS, HEAD, GET, POST"
-        assert fields["access-control-allow-headers"] == (
-            "X-Requested-With, X-Auth-Token, Content-Type, Content-Length, Authorization")
+        status, fields, body = request(base, path, "OPTIONS", headers=alien)
+        assert (status, body) == (200, b"")
+        assert [fields["access-control-allow-" + name] for name in (
+            "origin", "methods", "headers")] == [
+                "*", "OPTIONS, HEAD, GET, POST",
+                "X-Requested-With, X-Auth-Token, Content-Type, Content-Length, Authorization"]
     for path in ("/openqq/get_user_info", "/openqq/nope", "/openqq/send_friend_message?name=%zz"):
         assert request(base, path)[1]["access-control-allow-origin"] == "*"
 
 
 def test_jsonp_wraps_for_sound_names_only_and_nothing_is_done_for_others(pair):
     for port, query in ports_of(pair):
-        base, path = f"http://127.0.0.1:{port}", f"/openqq/search_friend?{query}name={ICE}&"
-        plain = request(base, path)[2]
-        for name in ("$", "_x1", "jQuery311.cb_2", "a" * 64):
-            status, fields, body = request(base, f"{path}datatype=jsonp&callback={name}")
-            assert (status, body) == (200, name.encode() + b"(" + plain + b")")
+        path = f"/openqq/search_friend?{query}name={ICE}&"
+        plain = raw_call(port, path + "callback=show")
+        assert plain[1]["content-type"] == JSON
+        for name, shown in [("&callback=" + name, re.escape(name)) for name in (
+                "$", "jQuery311.cb_2", "a" * 64)] + [("", "jsoncallback1[0-9]{9}")]:
+            status, fields, body = raw_call(port, f"{path}datatype=jsonp{name}")
+            assert re.fullmatch(shown, body.decode().partition("(")[0])
+            assert (status, body.partition(b"(")[2]) == (200, plain[2] + b")")
             assert fields["content-type"] == "application/javascript"
             assert fields["x-content-type-options"] == "nosniff"
-        _, fields, body = request(base, f"{path}callback=show")
-        assert (fields["content-type"], body) == (JSON, plain)
-        unnamed = request(base, path + "datatype=jsonp")[2]
-        assert re.fullmatch(rb"jsoncallback1[0-9]{9}\(.*\)", unnamed, re.DOTALL)
-        for name in ("alert(1)", "小冰", "a\r\nX: y"):
-            status, fields, body = request(
-                base, f"/openqq/send_friend_message?{query}name={ICE}&content=half-done&"
+        for name in ("alert(1)", "小冰", "a\r\nX: y", "a" * 65):
+            status, fields, body = raw_call(
+                port, f"/openqq/send_friend_message?{query}name={ICE}&content=half-done&"
                 f"datatype=jsonp&callback={urllib.parse.quote(name)}")
             assert (name, status, json.loads(body)["code"]) == (name, 400, 6)
             assert fields["content-type"] == JSON
@@ -1692,30 +1659,23 @@ def multipart(*parts, boundary="----x1"):
 
 
 SPELLINGS = [  # query, type of the body, body; each means name=小冰
-    (f"name={ICE}", None, None),
-    (f"name={ICE.lower()}", None, None),
-    ("name=小冰", None, None),
-    ("%6Eame=小" + ICE[9:], None, None),
-    (f"name=nobody&name={ICE}", None, None),
-    (f"_=1&callback=x&access_token=y&token=z&datatype=json&name={ICE}", None, None),
-    ("", FORM, f"name={ICE.lower()}"),
+    *((query, None, None) for query in (
+        f"name={ICE.lower()}", "%6Eame=小" + ICE[9:], f"name=nobody&name={ICE}",
+        f"_=1&callback=x&access_token=y&token=z&datatype=json&name={ICE}")),
     ("", FORM + "; charset=UTF-8", "name=小冰"),
-    ("", FORM.upper(), f"name=nobody&name={ICE}\r\n"),
-    ("name=nobody", FORM, f"name={ICE}"),
+    ("name=nobody", FORM.upper(), f"name=nobody&name={ICE.lower()}\r\n"),
     ("name=nobody", MULTIPART, multipart(("name", "小冰"))),
     ("", 'multipart/form-data; boundary="a:b"', multipart(("name", "x"), ("name", "小冰"),
                                                           boundary="a:b")),
-    ("name=nobody", JSON, '{"name": "小冰"}'),
     ("", JSON + "; charset=utf-8", '\ufeff {"name":"x","name":"\\u5c0f\\u51b0"} \n'),
-    ("", JSON, '{"name":"小冰","uid":2854196301,"sex":null}')]
+    ("name=nobody", JSON, '{"name":"小冰","uid":2854196301,"sex":null}')]
 
 
 def test_parameters_are_read_however_they_come(pair):
     for port, prefix in ports_of(pair):
         for query, kind, body in SPELLINGS:
-            status, _, found = raw_call(port, f"/openqq/search_friend?{prefix}{query}", kind=kind,
-                                   body=body)
-            assert status == 200 and json.loads(found)[0]["name"] == "小冰", (query, body)
+            answer = raw_call(port, f"/openqq/search_friend?{prefix}{query}", kind=kind, body=body)
+            assert json.loads(answer[2])[0]["name"] == "小冰", (query, body)
         # A hash in a target reaches the client as it came.
         raw_call(port, f"/openqq/send_friend_message?{prefix}name={ICE}&content=a#b")
     assert [content for content in heard(pair) if content.startswith("a")] == ["a#b"] * 4
@@ -1729,121 +1689,102 @@ def test_parameters_are_read_however_they_come(pair):
 
 NESTED = '{"name":' + "[" * 500 + "]" * 500 + "}"
 PART = b'------x1\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n------x1--\r\n'
-NO_TEXT = "neither UTF-8 nor GB18030"
-BAD_PARAMETERS = [  # query, type of the body, body, and what the answer says
-    *((query, None, None, "") for query in (
-        "name=%zz", "name=%", "name=%E5%B", "%2=a", "name=a%00", "na%00me=a")),
-    ("", FORM, "name=100%", ""), ("", FORM, "name=a\0", ""),
-    *(("", JSON, body, "") for body in (
-        '{"name":', "[1]", '"name"', b'{"name":"\xff"}', '{"name":{"a":1}}', '{"name":"\\u0000"}',
-        "[" * 100_000, NESTED, '{"name":%s}' % ("1" * 5000 + "x"))),
-    ("", "multipart/form-data", multipart(("name", "a")), ""),
-    ("", "multipart/form-data; boundary=other", multipart(("name", "a")), ""),
-    ("", MULTIPART, multipart(("name", "a"))[:-8], ""),
-    ("", MULTIPART, "------x1\r\n\r\na\r\n------x1--\r\n", ""),
-    ("content=%FF%FE", None, None, NO_TEXT), ("content=x&%FF=1", None, None, NO_TEXT),
-    ("", FORM, b"content=\xff\xfe", NO_TEXT), ("", FORM, b"content=%80", NO_TEXT),
-    ("", MULTIPART, PART % (b"content", b"\xff"), NO_TEXT),
-    ("", MULTIPART, PART % (b"\xff", b"x"), NO_TEXT),
-    ("", JSON, b'{"content":"\xff"}', NO_TEXT),
-    ("", JSON + "; charset=gbk", b'{"content":"\xff"}', NO_TEXT),
-    ("", JSON, '{"content":"x"}'.encode("utf-16"), NO_TEXT),
-    *(("", JSON, body, "half a character") for body in (  # which UTF-8 cannot spell
-        '{"content":"\\ud800"}', '{"content":["a","\\udfff"]}', '{"\\udc80":"a"}')),
-    ("", FORM, "content=" + "x" * (1 << 20), "over"),
-    ("", FORM, "content=" + "小" * 30_000, "over")]
+BAD_PARAMETERS = {  # what the answer says -> query, type of the body, body
+    "": [
+        *((query, None, None) for query in ("name=%zz", "name=%E5%B", "name=a%00", "na%00me=a")),
+        ("", FORM, "name=100%"), ("", FORM, "name=a\0"),
+        *(("", JSON, body) for body in (
+            '{"name":', "[1]", '{"name":{"a":1}}', '{"name":"\\u0000"}', "[" * 100_000, NESTED)),
+        ("", "multipart/form-data", multipart(("name", "a"))),
+        ("", "multipart/form-data; boundary=other", multipart(("name", "a"))),
+        ("", MULTIPART, multipart(("name", "a"))[:-8]),
+        ("", MULTIPART, "------x1\r\n\r\na\r\n------x1--\r\n")],
+    "neither UTF-8 nor GB18030": [
+        ("content=%FF%FE", None, None), ("content=x&%FF=1", None, None),
+        ("", FORM, b"content=\xff\xfe"), ("", MULTIPART, PART % (b"content", b"\xff")),
+        ("", MULTIPART, PART % (b"\xff", b"x")), ("", JSON, b'{"content":"\xff"}'),
+        ("", JSON + "; charset=gbk", b'{"content":"\xff"}'),
+        ("", JSON, '{"content":"x"}'.encode("utf-16"))],
+    "half a character": [("", JSON, body) for body in (  # which UTF-8 cannot spell
+        '{"content":["a","\\udfff"]}', '{"\\udc80":"a"}')],
+    "over": [("", FORM, "content=" + "小" * 30_000)]}
 
 
 def test_parameters_that_cannot_be_read_or_are_too_much_are_refused(pair):
     heard(pair)  # what other tests left
     for port, prefix in ports_of(pair):
         path = f"/openqq/send_friend_message?{prefix}name={ICE}"
-        for query, kind, body, says in BAD_PARAMETERS:
-            query = query if says else "content=read&" + query
-            status, fields, answer = raw_call(port, f"{path}&{query}", kind=kind, body=body)
-            assert (status, fields["content-type"]) == (400, JSON), (query, str(body)[:99], answer)
-            answer = json.loads(answer)
-            assert answer["code"] == 400 and says in answer["status"], answer
+        for says, calls in BAD_PARAMETERS.items():
+            for query, kind, body in calls:
+                query = query if says else "content=read&" + query
+                status, fields, answer = raw_call(port, f"{path}&{query}", kind=kind, body=body)
+                assert (status, fields["content-type"]) == (400, JSON), (query, str(body)[:99])
+                assert says in json.loads(answer)["status"] and b'"code":400' in answer, answer
         long = "小" * 20_000
         assert json.loads(raw_call(port, path, kind=FORM, body="content=" + long)[2])["code"] == 0
         assert heard(pair) == [long, long]
 
 
 GB_CALLS = [  # query, type and body: how Chinese consoles and old scripts spell a name and a text
-    ("name=%D0%A1%B1%F9&content=QUOTED", None, ""), ("name=小冰&content=TEXT", None, ""),
+    ("name=%D0%A1%B1%F9&content=QUOTED", None, ""),
     (f"name={ICE}&content=TEXT", None, ""),  # a name by a library, a text by hand
     ("", FORM, "name=小冰&content=TEXT"), ("", FORM, "name=%D0%A1%B1%F9&content=QUOTED"),
     ("", MULTIPART, multipart(("name", "小冰"), ("content", "TEXT"))),
-    ("", JSON, '{"name":"小冰","content":"TEXT"}'),
     ("", JSON + "; charset=GB2312", '{"name":"小冰","content":"TEXT"}')]
 
 
 def test_bytes_that_are_no_utf_8_but_gb18030_are_read_as_that(pair):
-    def spell(form, text):
-        quoted = urllib.parse.quote(text.encode("gb18030"))
-        return form.replace("TEXT", text).replace("QUOTED", quoted).encode("gb18030")
+    def spell(form, text, coding):
+        quoted = urllib.parse.quote(text.encode(coding))
+        return form.replace("TEXT", text).replace("QUOTED", quoted).encode(coding)
 
     heard(pair)  # what other tests left
+    calls = [(call, f"联通，你好{random.random()}😀", "gb18030") for call in GB_CALLS]
+    calls += [((f"name={ICE}&content=QUOTED", None, ""), text, "utf-8")
+              for text in ("һ", "Ñ", "ҫɫ", "中文")]  # some of it GB18030 as well
     for port, prefix in ports_of(pair):
-        for number, (query, kind, body) in enumerate(GB_CALLS):
-            text = f"联通，你好{random.random()}" + "😀" * (number % 2)  # that one has four bytes
-            path = f"/openqq/send_friend_message?{prefix}".encode() + spell(query, text)
-            answer = raw_call(port, path, kind=kind, body=spell(body, text))
+        for (query, kind, body), text, coding in calls:
+            path = f"/openqq/send_friend_message?{prefix}".encode() + spell(query, text, coding)
+            answer = raw_call(port, path, kind=kind, body=spell(body, text, coding))
             assert b'"code":0' in answer[2], answer
-            assert heard(pair) == [text, text]
-        for text in ("һ", "Ñ", "ҫɫ", "é", "中文", "😀"):  # UTF-8, and some of it GB18030 as well
-            content = urllib.parse.quote(text)
-            assert call(f"http://127.0.0.1:{port}",
-                        f"send_friend_message?{prefix}name={ICE}&content={content}")["code"] == 0
             assert heard(pair) == [text, text]
         # In a path, or a name that nobody reads, any byte is no fault.
         assert raw_call(port, b"/openqq/\xb0\xa1\xff?" + prefix.encode())[0] == 403
 
 
 def test_unknown_paths_and_methods_are_answered_as_ever(pair):
-    unknown = {"code": -1, "status": "api not found"}
+    unknown = b'{"code":-1,"status":"api not found"}'
     for port, query in ports_of(pair):
-        for method, path in [
-                ("GET", "/nope"), ("DELETE", "/openqq/stop_client"), ("GET", "/openqq/nope"),
-                ("POST", "/openqq/nope"), ("POST", "/openqq/get_friend_info"),
-                ("PUT", "/openqq/send_friend_message"), ("PATCH", "/openqq/relogin"),
-                ("TRACE", "/openqq/get_client_info"), ("GET", "/openqq/get_friend_info/"),
-                ("GET", "/openqq/GET_friend_info"), ("GET", "/openqq/../openqq/get_friend_info"),
-                ("GET", "/openqq/%00")]:
+        calls = [(method, path, b"api not found", "text/html;charset=UTF-8") for method, path in [
+            ("GET", "/openqq/nope"), ("POST", "/openqq/get_friend_info"),
+            ("PUT", "/openqq/send_friend_message"), ("GET", "/openqq/get_friend_info/"),
+            ("GET", "/openqq/GET_friend_info"), ("GET", "/openqq/../openqq/get_friend_info")]]
+        if port == pair.port:
+            calls += [(method, path, unknown, JSON) for method, path in [
+                ("GET", "/nope"), ("GET", "/openqq/"), ("DELETE", "/openqq/delete_client"),
+                ("POST", "/openqq/check_client")]]
+        for method, path, *wanted in calls:
             status, fields, body = request(f"http://127.0.0.1:{port}", f"{path}?{query}", method)
-            if port == pair.port and path in ("/nope", "/openqq/stop_client"):
-                assert (json.loads(body), fields["content-type"]) == (unknown, JSON)
-            else:
-                assert (body, fields["content-type"]) == (
-                    b"api not found", "text/html;charset=UTF-8"), (method, path)
-            assert status == 403
-    for method, path in [("POST", "check_client"), ("PUT", "start_client"), ("GET", ""),
-                         ("DELETE", "delete_client"), ("POST", "get_qrcode")]:
-        status, _, body = request(pair.base, f"/openqq/{path}?client=alice", method)
-        assert (status, json.loads(body)) == (403, unknown)
+            assert [path, status, body, fields["content-type"]] == [path, 403, *wanted]
     assert pair.call("nope") == {"code": 1, "status": "client not found"}
     assert pair.call("nope", client="nobody") == {"code": 1, "status": "client not exists"}
 
 
 # -- who may call
 
-LOCAL_HOSTS = ["LocalHost:4000", "localhost.", "127.0.0.1:1", "127.1", "127.0.1", "127.8.9.10",
-               "127.1.65535", "127.16777215", "[::1]:4000", "a.b.LOCALHOST:65535"]
-OTHER_HOSTS = ["localhost.evil.example:4000", "127.0.0.1.evil.example", "0.0.0.0", "0", "[::]",
-               "10.0.0.1", "[fe80::1]", "[::ffff:10.0.0.1]", "128.0.0.1", "evil.example.127",
-               "mylocalhost", ".localhost", "localhost..",
+LOCAL_HOSTS = ["LocalHost:4000", "localhost.", "127.1", "127.0.1:1", "127.8.9.10", "127.1.65535",
+               "127.16777215", "[::1]:4000", "a.b.LOCALHOST:65535"]
+OTHER_HOSTS = ["localhost.evil.example:4000", "127.0.0.1.evil.example", "0.0.0.0", "[::]",
+               "10.0.0.1", "[fe80::1]", "128.0.0.1", "mylocalhost", ".localhost", "localhost..",
                # spellings of this machine to which some browser says less of who asks
-               "[::ffff:127.0.0.1]", "[::ffff:7f00:1]:4000", "[::127.0.0.1]",
-               "[0:0:0:0:0:ffff:7f00:1]", "[64:ff9b::7f00:1]", "[0:0:0:0:0:0:0:1]", "[::0001]",
-               "0x7f.0.0.1", "0x7f000001", "0177.0.0.1", "127.0.0.01", "127.0x1", "2130706433",
-               "017700000001", "127", "127.", "127.0.0.1.", "127.256.0.1", "127.1.2.3.4"]
-OUTSIDERS = [("Forwarded", "for=1.2.3.4"), ("X-Forwarded-For", "127.0.0.1"),
-             ("x-forwarded-host", "localhost"), ("X-Real-IP", ""), ("VIA", "1.1 proxy"),
-             ("X-Forwarded-Proto", "https"), ("X-Forwarded-Host", "127.0.0.1"),
+               "[::ffff:127.0.0.1]", "[::ffff:7f00:1]:4000", "[0:0:0:0:0:0:0:1]", "[64:ff9b::7f00:1]",
+               "0x7f.0.0.1", "0177.0.0.1", "127.0.0.01", "2130706433", "127", "127.0.0.1.",
+               "127.256.0.1", "127.1.2.3.4"]
+OUTSIDERS = [("Forwarded", "for=1.2.3.4"), ("x-forwarded-host", "localhost"), ("X-Real-IP", ""),
+             ("VIA", "1.1 proxy"), ("X-Forwarded-Proto", "https"), ("X-Forwarded-For", "127.0.0.1"),
              ("Origin", "http://evil.example"), ("Origin", "null"), ("Origin", ""),
-             ("Origin", "http://127.0.0.1:1"), ("Origin", "http://127.0.0.1"),
-             ("Sec-Fetch-Site", "cross-site"), ("Sec-Fetch-Site", "same-site"),
-             ("Sec-Fetch-Site", "same-origin, cross-site")]
+             ("Origin", "http://127.0.0.1"), ("Sec-Fetch-Site", "cross-site"),
+             ("Sec-Fetch-Site", "same-site"), ("Sec-Fetch-Site", "same-origin, cross-site")]
 FAILURE = {"code": -6, "status": "auth failure"}
 
 
@@ -1868,77 +1809,71 @@ def test_without_a_token_only_this_machine_is_served(pair):
 
 
 def test_strangers_change_nothing_and_see_only_what_is_open(pair):
-    alien = {"Host": "evil.example", "Sec-Fetch-Site": "cross-site",
-             "Origin": "http://evil.example", "X-Forwarded-For": "9.9.9.9"}
+    calls = [(pair.port, 403, path) for path in (
+        "/openqq/start_client?client=alien", "/local/login?client=alice", "/local/world",
+        f"/local/say?client=alice&from={ICE}&content=alien", "/nope",
+        "/local/change?do=add&what=person&uid=77&name=alien")]
+    calls += [(pair.port, 200, "/"), (pair.port, 404, "/local/scan?ticket=0"),
+              (pair.port, 404, "/local/confirm", "POST", "ticket=0"),
+              (pair.port, 403, "/local/link", "POST", "{}")]
     for port, query in ports_of(pair):
-        for path in (f"/openqq/send_friend_message?{query}name={ICE}&content=alien",
-                     f"/openqq/stop_client?{query}", f"/openqq/nope?{query}", "/nope"):
-            status, _, body = request(f"http://127.0.0.1:{port}", path, headers=alien)
-            assert (path, status, without_reason(body)) == (path, 403, FAILURE)
-    for path, status, *post in [
-            ("/openqq/start_client?client=alien", 403), ("/local/login?client=alice", 403),
-            ("/local/world", 403), (f"/local/say?client=alice&from={ICE}&content=alien", 403),
-            ("/local/change?do=add&what=person&uid=77&name=alien", 403),
-            ("/", 200), ("/local/scan?ticket=0", 404),
-            ("/local/confirm", 404, "POST", "ticket=0"), ("/local/link", 403, "POST", "{}")]:
-        got = request(pair.base, path, *post, headers={**alien, "Content-Type": FORM})[0]
-        assert (path, got) == (path, status)
+        calls += [(port, 403, path) for path in (
+            f"/openqq/send_friend_message?{query}name={ICE}&content=alien",
+            f"/openqq/stop_client?{query}", f"/openqq/nope?{query}")]
+    for port, wanted, *asked in calls:
+        status, _, body = request(f"http://127.0.0.1:{port}", *asked, headers={
+            "Host": "evil.example", "Sec-Fetch-Site": "cross-site", "Content-Type": FORM,
+            "Origin": "http://evil.example", "X-Forwarded-For": "9.9.9.9"})
+        assert (asked, status, b'"code":-6' in body) == (asked, wanted, wanted == 403)
     assert "alien" not in heard(pair)
     assert "alien" not in json.dumps([pair.call("check_client"), pair.call("/local/world")])
 
 
 def test_the_peer_must_be_this_machine_whatever_the_host():
     gate = openqq.Auth("", ["bot.example"])
-    for fields in ({"host": "bot.example"}, {"host": "localhost"},
-                   {"host": "bot.example", "x-forwarded-host": "bot.example"}):
-        for peer in "127.0.0.1", "127.3.2.1", "::1", "::ffff:127.0.0.1":
-            gate.check(openqq.Request("GET", "/", fields, b"", peer))
-        for peer in ("10.0.0.1", "192.0.2.1", "::ffff:10.0.0.1", "fe80::1%lo", "2001:db8::1", ""):
+    for host in "localhost", "bot.example":
+        for peer in "127.3.2.1", "::1", "::ffff:127.0.0.1":
+            gate.check(openqq.Request("GET", "/", {"host": host}, b"", peer))
+        for peer in "10.0.0.1", "::ffff:10.0.0.1", "fe80::1%lo", "":
             with pytest.raises(openqq.AuthFailure) as caught:
-                gate.check(openqq.Request("GET", "/", fields, b"", peer))
+                gate.check(openqq.Request("GET", "/", {"host": host}, b"", peer))
             assert f"another machine, {peer}: set" in caught.value.answer()["reason"]
 
 
 OURS, NAMED = "Host: bot.example", "X-Forwarded-Host: bot.example"
 ALLOWED_CALLS = {  # what a 403's reason names, "" if it is served -> fields of such calls
-    "": ["", OURS, "Host: WWW.bot.EXAMPLE:8443",
+    "": ["", OURS,
          # what a page may say that the name's server serves
          OURS + "|Origin: https://bot.example", OURS + "|Sec-Fetch-Site: same-origin",
-         "Host: bot.example:8443|Origin: https://bot.example:8443",
-         "Host: bot.example:443|Origin: https://bot.example",
+         "Host: WWW.bot.EXAMPLE:8443|Origin: https://www.bot.example:8443",
          "Host: bot.example:80|Origin: http://bot.example",
          # what a proxy passes on
-         NAMED, f"{OURS}|{NAMED}", NAMED + "|X-Forwarded-For: 192.0.2.1|Via: 1.1 x",
-         "X-Forwarded-Host: BOT.example:443", NAMED + "|X-Forwarded-Proto: https",
-         NAMED + "|X-Forwarded-Proto: HTTPS", NAMED + "|X-Forwarded-Proto: https, https",
-         NAMED + '|Forwarded: for=192.0.2.1;Proto="https"', NAMED + "|Forwarded: for=192.0.2.1",
-         NAMED + "|Origin: https://bot.example", NAMED + "|Sec-Fetch-Site: same-origin",
-         "X-Forwarded-Host: bot.example:443|Origin: https://bot.example"],
+         f"{OURS}|{NAMED}", NAMED + "|X-Forwarded-For: 192.0.2.1|Via: 1.1 x",
+         NAMED + "|X-Forwarded-Proto: HTTPS, https", NAMED + "|Forwarded: for=192.0.2.1",
+         NAMED + '|Forwarded: for=192.0.2.1;Proto="https"',
+         NAMED + "|Sec-Fetch-Site: same-origin",
+         "X-Forwarded-Host: BOT.example:443|Origin: https://bot.example"],
     **{f"Host, {host},": [f"Host: {host}", f"Host: {host}|{NAMED}"] for host in (
-        "bot.example.", "a.bot.example", "bot.example.evil.example", "[::]", "[::ffff:7f00:1]")},
+        "bot.example.", "a.bot.example", "[::ffff:7f00:1]")},
     "https://bot.example": ["Host: bot.example:80|Origin: https://bot.example"],
     "another site": [
-        "Host: bot.example:8443|Origin: https://bot.example",
-        OURS + "|Origin: https://www.bot.example", "Origin: https://bot.example",
-        NAMED + "|Origin: http://127.0.0.1:4000",
-        f"Host: www.bot.example|{NAMED}|Origin: https://www.bot.example"],
-    "evil": [OURS + "|Origin: https://evil.example", NAMED + "|Origin: https://evil.example"],
+        "Host: bot.example:8443|Origin: https://bot.example", "Origin: https://bot.example",
+        OURS + "|Origin: https://www.bot.example", NAMED + "|Origin: http://127.0.0.1:4000"],
     "null": [OURS + "|Origin: null"], "cross-site": [OURS + "|Sec-Fetch-Site: cross-site"],
-    "same-site": [OURS + "|Sec-Fetch-Site: same-site", NAMED + "|Sec-Fetch-Site: same-site"],
-    "no X-Forwarded-Host": [
-        "X-Forwarded-For: 192.0.2.1", OURS + "|X-Forwarded-For: 192.0.2.1", "X-Forwarded-Host: ",
-        OURS + "|Forwarded: host=bot.example;proto=https", OURS + "|X-Forwarded-Proto: https"],
+    "same-site": [NAMED + "|Sec-Fetch-Site: same-site"],
+    "no X-Forwarded-Host": [OURS + "|" + field for field in (
+        "X-Forwarded-For: 192.0.2.1", "X-Forwarded-Host: ", "X-Forwarded-Proto: https",
+        "Forwarded: host=bot.example;proto=https")],
     **{f"({name.lower()})": [f"{OURS}|{name}: 192.0.2.1"] for name in (
         "Via", "X-Real-IP", "X-Client-IP", "CF-Connecting-IP", "X-Forwarded-Port")},
     **{f"'{name}'": [f"{OURS}|X-Forwarded-Host: {name}"] for name in (
-        "localhost", "bot.example, evil.example", "evil.example, bot.example", "x@bot.example")},
+        "localhost", "bot.example, evil.example", "x@bot.example")},
     "'\\x9b2J'": ["X-Forwarded-Host: \x9b2J"],
     "plain http": [f"{NAMED}|{said}" for said in (
-        "X-Forwarded-Proto: https, http", "X-Forwarded-Proto: http,https", "X-Forwarded-Proto: ",
-        'Forwarded: proto=https, for=x;PROTO = "http"',
-        "Forwarded: proto=http|X-Forwarded-Proto: https", "X-Forwarded-Ssl: off", "X-Scheme: http",
-        "X-Url-Scheme: http", "X-Forwarded-Scheme: http", "Front-End-Https: off",
-        'Cf-Visitor: {"scheme":"http"}', "Origin: http://bot.example")],
+        "X-Forwarded-Proto: https, http", "X-Forwarded-Proto: ", "X-Forwarded-Ssl: off",
+        'Forwarded: proto=https, for=x;PROTO = "http"', "X-Scheme: http", "X-Url-Scheme: http",
+        "Forwarded: proto=http|X-Forwarded-Proto: https", "X-Forwarded-Scheme: http",
+        "Front-End-Https: off", 'Cf-Visitor: {"scheme":"http"}', "Origin: http://bot.example")],
 }
 
 
@@ -1946,42 +1881,35 @@ def test_an_allowed_host_lets_its_own_servers_calls_in_and_no_others(start):
     hosted = start("controller", "--allowed-hosts", "Bot.example, www.bot.example")
     hosted.login("alice")
     for port, query in ports_of(hosted):
-        base, path = f"http://127.0.0.1:{port}", f"/openqq/get_client_info?{query}"
-        for reason, calls in ALLOWED_CALLS.items():
-            for text in calls:
-                fields = dict(field.split(": ", 1) for field in text.split("|") if field)
-                status, _, body = request(base, path, headers=fields)
-                if reason:
-                    assert (text, status, without_reason(body)) == (text, 403, FAILURE)
-                    assert reason in json.loads(body)["reason"], text
-                else:
-                    assert (text, status, json.loads(body).get("account")) == (text, 200, "alice")
         # Where the name leads here without the server in front, no browser says which site asks.
-        for host, status in [(f"bot.example:{port}", 403), ("bot.example:8443", 200),
-                             (f"localhost:{port}", 200)]:
-            assert request(base, path, headers={"Host": host})[0] == status
-        assert request(base, path, headers={"Origin": f"x://127.0.0.1:{port}"})[0] == 403
+        calls = [*ALLOWED_CALLS.items(), (f"port {port}", [f"Host: bot.example:{port}"]),
+                 ("", [f"Host: localhost:{port}"]), ("x://", [f"Origin: x://127.0.0.1:{port}"])]
+        for reason, text in [(reason, text) for reason, texts in calls for text in texts]:
+            status, _, body = request(
+                f"http://127.0.0.1:{port}", f"/openqq/get_client_info?{query}",
+                headers=dict(field.split(": ", 1) for field in text.split("|") if field))
+            if reason:
+                assert (text, status, without_reason(body)) == (text, 403, FAILURE)
+                assert reason in json.loads(body)["reason"], text
+            else:
+                assert (text, status, json.loads(body).get("account")) == (text, 200, "alice")
     hosted.log.wait("what a server on it passes on that is called bot.example or www.bot.example")
 
 
 def test_allowed_hosts_are_names_and_nothing_else():
-    for value in ("*", "*.example", "bot.example:443", "http://bot.example", "bot.example/",
-                  "u@bot.example", "a..b", ".example", "bot.example.", "-a.example", "a-.example",
-                  "127.0.0.1", "0", "0x7f.1", "0x7f000001", "[::]", "::1", "机器人.example",
-                  "a" * 254, "a;b"):
-        for text in (value, "bot.example, " + value):
-            with pytest.raises(ValueError, match="allowed_hosts .* must be host names such as"):
-                openqq.SETTINGS["allowed_hosts"].parse(text)
+    for value in ("* *.example bot.example:443 http://bot.example u@bot.example a..b bot.example. "
+                  "-a.example 127.0.0.1 0 0x7f.1 ::1 机器人.example a;b " + "a" * 254).split():
+        with pytest.raises(ValueError, match="allowed_hosts .* must be host names such as"):
+            openqq.SETTINGS["allowed_hosts"].parse("bot.example, " + value)
 
 
 def test_why_a_call_is_refused_is_logged_once_per_cause(start):
     program = start("controller", "--allowed-hosts", "bot.example")
-    hosts = [f"h{number}.example" for number in range(300)]
-    for host in ["evil.example"] * 5 + hosts:
-        assert request(program.base, "/local/world", headers={"Host": host})[0] == 403
+    for host in ["evil.example"] * 5 + [f"h{number}.example" for number in range(300)]:
+        request(program.base, "/local/world", headers={"Host": host})
     program.log.wait("others like it are not logged")
     for _ in "12":  # what callers made up uses up no other rule's place in the log
-        assert request(program.base, "/local/world", headers={"X-Real-IP": "192.0.2.1"})[0] == 403
+        request(program.base, "/local/world", headers={"X-Real-IP": "192.0.2.1"})
     assert program.stop() == 0
     refused = [line for line in program.log.lines if "a call was refused" in line]
     assert len(refused) == openqq.REASON_LIMIT + 1 == len(set(refused))
@@ -1995,24 +1923,18 @@ TOKEN = "s3cr3t&=%密"
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory):
     """A controller with a token by its environment, that logs all it can, with files at places of
-    its own; alice runs on it. `guarded.proxied` is what came to the HTTP proxy that it was told."""
+    its own; alice runs on it. To the HTTP proxy that it was told nothing comes."""
     tmpdir = tmp_path_factory.mktemp("guarded")
     proxy = Upstream([[]])
     words = ["--log_level", "debug", "--http_debug", "1", "--template_path",
              str(tmpdir / "ours.py"), "--backend_path", str(tmpdir / "ours.dat")]
-    program = Program(tmpdir, "controller", *words, env={
-        "OPENQQ_TOKEN": TOKEN, "http_proxy": proxy.url, "HTTP_PROXY": proxy.url,
-        "all_proxy": proxy.url}).ready()
-    program.proxied = proxy.seen
-    try:
+    with serving(tmpdir, "controller", *words, env={"OPENQQ_TOKEN": TOKEN, **dict.fromkeys(
+            ("http_proxy", "HTTP_PROXY", "all_proxy"), proxy.url)}) as program:
         assert program.call("start_client", client="alice", token=TOKEN)["code"] == 0
         assert program.call("/local/login", client="alice", token=TOKEN)["code"] == 0
         yield program
-    finally:
-        assert program.stop() == 0
-        proxy.close()
-    assert "Traceback" not in program.log.text()
-    assert program.proxied == []
+    proxy.close()
+    assert proxy.seen == []
 
 
 def ways_to_show(token):
@@ -2026,68 +1948,52 @@ def ways_to_show(token):
 
 
 def test_with_a_token_who_knows_it_is_served_from_anywhere_and_nobody_else(guarded):
-    quoted, raw = urllib.parse.quote(TOKEN, safe=""), TOKEN.encode()
+    raw, good = TOKEN.encode(), ways_to_show(TOKEN)
     alien = [b"Sec-Fetch-Site: cross-site", b"X-Real-IP: 9.9.9.9", b"Origin: http://evil.example",
              b"X-Forwarded-Host: evil.example", b"Via: 1.1 x"]
-    good = ways_to_show(TOKEN)
     bad = [("", [field], None, None) for field in (
         b"Authorization: " + raw, b"Authorization: Basic " + raw, b"X-Auth-Token: " + raw,
         b"Cookie: token=" + raw, b"Authorization: Bearer", b"X: y")]
-    bad += [("token=" + quoted + "%FF", [], None, None), ("tokens=" + quoted, [], None, None)]
-    bad += [("", [], kind, body) for kind, body in [
-        (JSON, NESTED), (JSON, "{"), (FORM, "%"), ("multipart/form-data", "x")]]
-    for token in ("", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "null", "s3cr3t"):
+    bad += [(good[3][0] + "%FF", [], None, None), ("tokens" + good[3][0][5:], [], None, None),
+            ("", [], JSON, NESTED), ("", [], FORM, "%"), ("", [], "multipart/form-data", "x")]
+    for token in "", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "null":
         bad += ways_to_show(token)
+    calls = [(guarded.port, path, [], ("", [], None, None), 403) for path in (
+        "/openqq/start_client?client=alien", "/openqq/check_client?", "/local/world?",
+        "/local/login?client=alice", "/openqq/nope?", "/nope?")]
     for port, prefix in ports_of(guarded, token=TOKEN):
-        for ways, more, origin, status in [(good, [], "", 200), (bad, [], "", 403),
-                                           (good, alien, "http://evil.example", 200)]:
-            for way in ways:
-                query, fields, kind, body = way
-                got, _, answer = raw_call(port, f"{origin}/openqq/get_client_info?{prefix}{query}",
-                                     *fields, *more, kind=kind, body=body)
-                assert (way, got) == (way, status)
-                answer = json.loads(answer)
-                assert answer["account"] == "alice" if status == 200 else answer == FAILURE
-    for path in ("/openqq/start_client?client=alien", "/openqq/check_client", "/local/world",
-                 "/local/login?client=alice", "/openqq/nope", "/nope"):
-        status, _, body = request(guarded.base, path)
-        assert (path, status, json.loads(body)) == (path, 403, FAILURE)
+        path = f"/openqq/get_client_info?{prefix}"
+        calls += [(port, path, [], way, 403) for way in bad]
+        calls += [(port, path, [], way, 200) for way in good]
+        calls += [(port, "http://evil.example" + path, alien, way, 200) for way in good]
+    for port, path, more, (query, fields, kind, body), wanted in calls:
+        status, _, answer = raw_call(port, path + query, *fields, *more, kind=kind, body=body)
+        assert (path, query, fields, body, status) == (path, query, fields, body, wanted)
+        answer = json.loads(answer)
+        assert answer["account"] == "alice" if status == 200 else answer == FAILURE
     for method, path, status in [("GET", "/", 200), ("OPTIONS", "/openqq/start_client", 200),
                                  ("GET", "/local/scan?ticket=0", 404)]:
         assert (path, request(guarded.base, path, method)[0]) == (path, status)
 
 
 def test_the_token_shows_in_no_answer_and_no_log(guarded):
-    token, places = urllib.parse.quote(TOKEN), []
+    quoted, places = urllib.parse.quote(TOKEN), []
     for port, query in ports_of(guarded, token=TOKEN):
         for path in ("get_client_info?", "check_client?", "start_client?", "nope?",
                      "search_friend?", "send_friend_message?", "start_client?tokens=x&"):
-            _, fields, body = request(f"http://127.0.0.1:{port}",
-                                      f"/openqq/{path}{query}access_token={token}&token={token}")
-            places += [repr(fields), body.decode()]
-    places += [guarded.log.text(), guarded.out.text(), subprocess.run(
-        ["ps", "-ww", "-o", "args=", "-p", str(json.loads(places[1])["pid"])],
-        stdout=subprocess.PIPE, check=True).stdout.decode()]
-    assert places[-1].strip() and "get_client_info" in places[-3]
-    for place in places:
-        for spelling in TOKEN, token, "s3cr3t":
-            assert spelling not in place
+            places += map(str, raw_call(
+                port, f"/openqq/{path}{query}access_token={quoted}&token={quoted}")[1:])
+    places.append(guarded.log.text() + guarded.out.text())
+    assert "get_client_info" in places[-1]
+    assert not [place for place in places for spelling in (TOKEN, quoted, "s3cr3t")
+                if spelling in place]
 
 
 # -- names and settings that callers may not give
 
-def files_beside(tmpdir):
-    """Files around a tmpdir, none of which may come or go but those of other test runs."""
-    above = os.path.dirname(tmpdir)
-    return sorted(os.listdir(above)), sorted(
-        name for name in os.listdir(os.path.dirname(above))
-        if not name.startswith(("pytest-", "garbage-")))
-
-
 def test_a_name_is_no_path(pair):
-    for name in ("..", "../../x", "/etc/x", "a/b", "a\\b", ".hidden", "a b", "a\nb", "a" * 65,
-                 "a:b", "a*", "é", "a\u202eb", "%2e%2e%2fx", "a;b", "$(id)", "a\x7f", "con",
-                 "NUL", "aux.txt", "com1", "Lpt9.a.b", "bob."):
+    for name in ("..", "../../x", "a/b", "a\\b", ".hidden", "a b", "a\nb", "a" * 65, "a*", "é",
+                 "a\u202eb", "%2e%2e%2fx", "a\x7f", "con", "NUL", "aux.txt", "Lpt9.a.b", "bob."):
         for path in ("start_client", "stop_client", "delete_client", "check_client", "get_qrcode",
                      "get_friend_info", "/local/login"):
             answer = pair.call(path, client=name)
@@ -2106,15 +2012,11 @@ def test_a_name_that_differs_only_in_case_from_a_known_one_is_refused(house):
         assert house.call(api + "_client", client=name)["code"] == 0
 
 
-NOT_FOR_CALLERS = [*(pair.split("=") for pair in (
-    "plugin_openqq_port=1 plugin-openqq-token=x template-path=x.py nonsense=1 OPENQQ_TOKEN=x "
-    "MOJO_WEBQQ_PWD=x __class__=x log_level=loud post_api=file:///etc/passwd log_encoding=klingon "
-    "mode=asleep qrcode_count_max=-1 check_event_list_max_size=² keep_cookie=maybe "
-    "send_interval=1e9").split()), ("", "x"), ("post_api", "http://x/\r\nA: b"),
-    ("log_head", "a\nb"), ("log_head", "\x1b[31m")]
-BAD_PATHS = ["/etc/x", "{tmpdir}/../x", "{tmpdir}", "../x", "~/x", "{tmpdir}x/y", "{tmpdir}/out/x",
-             "{tmpdir}/.x", "{tmpdir}/mojo_webqq_local.json",
-             "{tmpdir}/mojo_webqq_controller_template.py", "{tmpdir}/mojo_webqq_cookie_alice.dat",
+NOT_FOR_CALLERS = ["plugin_openqq_port=1", "plugin-openqq-token=x", "nonsense=1", "OPENQQ_TOKEN=x",
+                   "MOJO_WEBQQ_PWD=x", "__class__=x", "template-path=x.py", "=x",
+                   "post_api=http://x/\r\nA: b", "tmpdir={tmpdir}/../x", "tmpdir=/etc/x"]
+BAD_PATHS = ["/etc/x", "{tmpdir}/../x", "{tmpdir}x/y", "{tmpdir}/out/x", "{tmpdir}/.x",
+             "{tmpdir}/mojo_webqq_local.json", "{tmpdir}/mojo_webqq_cookie_alice.dat",
              "{tmpdir}/sub/../mojo_webqq_state_alice.json",
              "{tmpdir}/mojo_webqq_cookie_mallory.dat/../../x", "{tmpdir}/ours.py",
              "{tmpdir}/ours.dat", "{tmpdir}/in", "{tmpdir}/OURS.py", "{tmpdir}/Mojo_webqq_x.dat",
@@ -2124,22 +2026,17 @@ BAD_PATHS = ["/etc/x", "{tmpdir}/../x", "{tmpdir}", "../x", "~/x", "{tmpdir}x/y"
 def test_start_client_refuses_what_callers_may_not_set(guarded, tmp_path):
     os.symlink(str(tmp_path), os.path.join(guarded.tmpdir, "out"))
     os.symlink("ours.py", os.path.join(guarded.tmpdir, "in"))
-
-    def template():
-        with open(os.path.join(guarded.tmpdir, "ours.py"), "rb") as file:
-            return file.read()
-
-    before = files_beside(guarded.tmpdir), template()
-    for name, value in NOT_FOR_CALLERS + [
-            (name, path.format(tmpdir=guarded.tmpdir)) for path in BAD_PATHS
-            for name in ("log_path", "cookie_path", "state_path", "qrcode_path", "pid_path",
-                         "tmpdir") if (name, path) != ("tmpdir", "{tmpdir}")]:
+    template = os.stat(os.path.join(guarded.tmpdir, "ours.py"))
+    beside = sorted(os.listdir(os.path.dirname(guarded.tmpdir)))
+    for given in NOT_FOR_CALLERS + [f"{name}={path}" for path in BAD_PATHS for name in (
+            "log_path", "cookie_path", "state_path", "qrcode_path", "pid_path")]:
+        name, _, value = given.format(tmpdir=guarded.tmpdir).partition("=")
         answer = guarded.call("start_client", token=TOKEN, client="mallory", **{name: value})
-        assert (name, value, answer["code"]) == (name, value, 6)
-        assert "not allowed" in answer["status"]
-    assert (files_beside(guarded.tmpdir), template()) == before and not os.listdir(str(tmp_path))
-    assert "mallory" not in [row["account"] for row in guarded.call(
-        "check_client", token=TOKEN)["client"]]
+        assert (given, answer["code"]) == (given, 6) and "not allowed" in answer["status"]
+    assert sorted(os.listdir(os.path.dirname(guarded.tmpdir))) == beside
+    assert os.stat(os.path.join(guarded.tmpdir, "ours.py")).st_mtime == template.st_mtime
+    assert not os.listdir(str(tmp_path)) and "mallory" not in [
+        row["account"] for row in guarded.call("check_client", token=TOKEN)["client"]]
 
 
 # -- HTTP out
