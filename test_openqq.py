@@ -2049,8 +2049,7 @@ class Upstream:
     """
 
     def __init__(self, script):
-        self.seen = []
-        self.ended = threading.Event()
+        self.seen, self.ended = [], threading.Event()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -2059,34 +2058,22 @@ class Upstream:
     def _accept(self, script):
         with contextlib.suppress(OSError):
             for number, answers in enumerate(script):
-                sock, _ = self.listener.accept()
-                threading.Thread(target=self._serve, args=(number, sock, answers),
-                                 daemon=True).start()
+                threading.Thread(target=self._serve, daemon=True, args=(
+                    number, self.listener.accept()[0], answers)).start()
 
     def _serve(self, number, sock, answers):
-        with sock, contextlib.suppress(OSError):
+        with sock, sock.makefile("rb") as stream, contextlib.suppress(OSError):
             for answer in answers:
-                asked = self._read(sock)
+                asked = b"".join(itertools.takewhile(lambda line: line != b"\r\n", stream))
                 if not asked:
                     return
-                self.seen.append((number, asked))
+                length = re.search(rb"(?i)\r\ncontent-length: (\d+)", asked)
+                body = stream.read(min(int(length.group(1)), 65536)) if length else b""
+                self.seen.append((number, asked + b"\r\n" + body))
                 if callable(answer):
                     answer(sock)
                 elif answer:
                     sock.sendall(answer)
-
-    def _read(self, sock):
-        data = b""
-        while b"\r\n\r\n" not in data:
-            piece = sock.recv(65536)
-            if not piece:
-                return b""
-            data += piece
-        head, _, body = data.partition(b"\r\n\r\n")
-        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
-        while length and len(body) < min(int(length.group(1)), 65536):
-            body += sock.recv(65536)
-        return head + b"\r\n\r\n" + body
 
     def close(self):
         self.ended.set()
@@ -2111,26 +2098,21 @@ def good(body, *fields):
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 ANSWERS = [
     (CHUNKED + b"3\r\none\r\n4;a=b\r\n two\r\n0\r\nTrailer: x\r\n\r\n", 200, b"one two"),
-    (b"HTTP/1.1 201 Made\r\nContent-Length: 3\r\nConnection: close\r\n\r\none", 201, b"one"),
     (b"HTTP/1.1 200\r\n\r\nuntil the end", 200, b"until the end"),
-    (b"HTTP/1.0 200 OK\r\n\r\nuntil the end", 200, b"until the end"),
-    (b"HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\none", 200, b"one"),
+    (b"HTTP/1.0 201 Made\r\nContent-Length: 3\r\n\r\none", 201, b"one"),
     (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + good(b"one"),
      200, b"one"),
     (b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
     (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 3\r\n\r\n", 304, b""),
     (b"HTTP/1.1 500 \xe9\r\nContent-Length: 4\r\n\r\noops", 500, b"oops"),
     (b"HTTP/1.1 302 Found\r\nLocation: /y\r\nContent-Length: 0\r\n\r\n", 302, b"")]
-GARBAGE = [b"SSH-2.0-OpenSSH_9.6\r\n\r\n", b"HTTP/2 200\r\n\r\n", b"", b"HTTP/1.1 200 OK\r\n",
-           b"HTTP/1.1 20 OK\r\n\r\n", b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
-           b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
-           b"HTTP/1.1 200 OK\r\nContent-Length: +3\r\n\r\nabc",
-           b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nabc",
-           b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nabc",
+GARBAGE = [b"SSH-2.0-OpenSSH_9.6\r\n\r\n", b"HTTP/2 200\r\n\r\n", b"", b"HTTP/1.1 20 OK\r\n\r\n",
            CHUNKED + b"-3\r\nabc\r\n0\r\n\r\n", CHUNKED + b"3\r\nabcd\r\n0\r\n\r\n",
-           CHUNKED + b"3\r\nabc\r\n",
-           b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabc", b"\0" * 100_000,
-           b"HTTP/1.1 200 OK\r\nX: a\0b\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 9000]
+           CHUNKED + b"3\r\nabc\r\n", b"\0" * 100_000,
+           *(b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n\r\nabc" for fields in (
+               b"Content-Length: 3\r\nContent-Length: 4", b"Content-Length: +3",
+               b"Content-Length: 3\r\nTransfer-Encoding: chunked", b"Content-Length: 5",
+               b"X: a\0b", b"X: y\r\n" * 9000, b"X: a\nb"))]
 
 
 def test_answers_are_read_however_they_are_framed_and_those_that_are_none_are_an_error(upstream):
@@ -2145,26 +2127,14 @@ def test_answers_are_read_however_they_are_framed_and_those_that_are_none_are_an
         assert caught.value.sent, answer[:99]
 
 
-def test_connections_out_are_used_again_and_only_reads_repeated_on_a_fresh_one(upstream):
-    used = [good(b"one")]
-    for script, again, seen in [
-            ([[*used, None], [good(b"two")]], {"repeat": True}, [0, 0, 1]),
-            ([[*used, None], [good(b"two")]], {"method": "POST", "body": b"x"}, [0, 0]),
-            ([[*used, b"HTTP/1.1 200 OK\r\nCont"], [good(b"two")]], {"repeat": True}, [0, 0]),
-            ([[None], [good(b"two")]], {"repeat": True}, [0])]:
-        server = upstream(*script)
-        if len(script[0]) > 1:
+def test_what_has_begun_to_answer_is_not_asked_again_and_an_ended_connection_not_used(upstream):
+    for first, seen in [([good(b"one"), b"HTTP/1.1 200 OK\r\nCont"], [0, 0]), ([None], [0])]:
+        server = upstream(first, [good(b"two")])
+        for _ in first[1:]:
             assert openqq.fetch(server.url).read() == b"one"
-        if seen[-1]:
-            assert openqq.fetch(server.url, **again).read() == b"two"
-        else:
-            with pytest.raises(openqq.Unreachable) as caught:
-                openqq.fetch(server.url, **again)
-            assert caught.value.sent
-        assert [number for number, _ in server.seen] == seen
-
-
-def test_a_connection_that_the_server_has_ended_is_not_used(upstream):
+        with pytest.raises(openqq.Unreachable) as caught:
+            openqq.fetch(server.url, repeat=True)
+        assert caught.value.sent and [number for number, _ in server.seen] == seen
     server = upstream([good(b"one")], [good(b"two")])
     assert openqq.fetch(server.url).read() == b"one"
     assert eventually(lambda: connections(server.port, ("08",), side=1))
@@ -2172,43 +2142,29 @@ def test_a_connection_that_the_server_has_ended_is_not_used(upstream):
 
 
 def test_what_takes_too_long_ends_at_the_deadline(upstream):
-    def slow(begin, drip):
+    def slow(begin, drip, body=b""):
         def answer(sock):
             sock.sendall(begin)
-            for _ in range(99):  # less than a second's fields and more than 0.4 seconds' worth
+            while not server.ended.wait(0.05 if drip else 8.0):
                 sock.sendall(drip)
-                if server.ended.wait(0.05):
-                    return
 
         server = upstream([answer])
         with pytest.raises(openqq.TooSlow):
-            openqq.fetch(server.url, seconds=0.4).read()
+            openqq.fetch(server.url, "POST", body=body, seconds=0.4).read()
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(slow, (b"", b"HTTP/1.1 200 OK\r\n", CHUNKED, b"HTTP/1.1 200 OK\r\n\r\n", b"",
-                             b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n"),
-                      (b"H", b"X: y\r\n", b"1\r\nx\r\n", b"x", b"HTTP/1.1 100 Continue\r\n\r\n",
-                       b"x")))
-    deaf = upstream([lambda sock: deaf.ended.wait(8.0)])
-    with pytest.raises(openqq.TooSlow):
-        openqq.fetch(deaf.url, "POST", body=b"x" * (16 << 20), seconds=0.4)
-
-
-def test_what_is_never_called_are_link_local_and_metadata_addresses_and_none_beside_them():
-    assert all(map(openqq.is_forbidden, [
-        "fe80::1%lo", "febf::1", "FE80:0:0:0::1", "::ffff:a9fe:a9fe", "2002:a9fe:a9fe::1",
-        "0:0:0:0:0:ffff:6464:64c8"]))
-    assert not any(map(openqq.is_forbidden, [
-        "127.0.0.1", "::1", "10.0.0.1", "169.253.1.1", "fec0::1", "169.255.1.1",
-        "::ffff:127.0.0.1", "2002:7f00:1::"]))
+        for done in [pool.submit(slow, *row) for row in (
+                (b"", b"H"), (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), (CHUNKED, b"1\r\nx\r\n"),
+                (b"HTTP/1.1 200 OK\r\n\r\n", b"x"), (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+                (b"", b"", b"x" * (16 << 20)))]:
+            done.result(WAIT)
 
 
 def test_only_http_is_called_and_where_nobody_is_nothing_was_sent(upstream):
     gone = upstream()
     gone.close()
-    for url in ("file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x", "//127.0.0.1/", "127.0.0.1",
-                "", "http://", "http:///x", "http://127.0.0.1:99999/", "http://[::1/",
-                "gopher://x/", "http://" + "a" * 70 + ".example/", "jar:http://x/", gone.url):
+    for url in ("file:///etc/passwd", "data:,x", "//127.0.0.1/", "", "http:///x", "http://[::1/",
+                "http://127.0.0.1:99999/", "http://" + "a" * 70 + ".example/", gone.url):
         with pytest.raises(openqq.Unreachable) as caught:
             openqq.fetch(url, seconds=1.0)
         assert not caught.value.sent, url
@@ -2229,11 +2185,9 @@ def test_a_call_goes_out_as_its_url_says(upstream):
 
 def test_posts_are_not_redirected_to_others(guarded, receive):
     other = receive()
-    for location, followed in [(other.url, False), ("/moved", True),
-                               (f"http://localhost:{other.port}/x", False)]:
+    for location, followed in (other.url, False), ("/moved", True):
         first = receive(lambda event: (307, {"Location": location}, b""))
-        started = guarded.call("start_client", client="poster", token=TOKEN, post_api=first.url)
-        assert started["code"] == 0, started
+        guarded.call("start_client", client="poster", token=TOKEN, post_api=first.url)
         first.next(lambda event: event.get("event") == "input_qrcode")
         assert guarded.call("delete_client", client="poster", token=TOKEN)["code"] == 0
         assert any(post[0] == "/moved" for post in first.posts) is followed
@@ -2253,17 +2207,17 @@ def test_the_environments_proxy_serves_others_only_and_its_secret_goes_no_furthe
             tls.recv(1)
 
     server, proxy = upstream(*[[good(b"direct")]] * 2), upstream([good(b"by proxy")], [tunnel])
-    code = ("import ssl, sys; sys.path.insert(0, sys.argv[1]); import openqq\n"
+    code = ("import ssl, sys; import openqq\n"
             "ssl.create_default_context = ssl._create_unverified_context\n"
-            "for url in sys.argv[2:]: print(openqq.fetch(url).read().decode())")
+            "for url in sys.argv[1:]: print(openqq.fetch(url).read().decode())")
     env = {name: value for name, value in os.environ.items()
            if not name.lower().endswith("_proxy")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, HERE, server.url, f"http://localhost:{server.port}/",
-         "http://bot.example/x?y", "https://bot.example/x?y"], stdout=subprocess.PIPE, check=True,
-        timeout=WAIT, env={**env, "http_proxy": proxy.url,
-                           "https_proxy": proxy.url.replace("//", "//me:secret@")})
-    assert done.stdout.decode().splitlines() == ["direct", "direct", "by proxy", "through"]
+    done = subprocess.check_output(
+        [sys.executable, "-c", code, server.url, f"http://localhost:{server.port}/",
+         "http://bot.example/x?y", "https://bot.example/x?y"], cwd=HERE, timeout=WAIT, env={
+             **env, "http_proxy": proxy.url,
+             "https_proxy": proxy.url.replace("//", "//me:secret@")})
+    assert done.decode().splitlines() == ["direct", "direct", "by proxy", "through"]
     (_, plain), (_, secret) = proxy.seen
     assert plain.startswith(b"GET http://bot.example/x?y HTTP/1.1\r\nHost: bot.example\r\n")
     assert secret.startswith(b"CONNECT bot.example:443 HTTP/1.1\r\n")
@@ -2276,18 +2230,15 @@ def test_the_environments_proxy_serves_others_only_and_its_secret_goes_no_furthe
 
 def test_the_controller_gives_a_clients_answers_byte_for_byte(pair):
     (direct, _), (through, query) = ports_of(pair)
-    paths = ["get_user_info?", "get_group_info?", "nope?", "search_friend?",
-             f"search_friend?name={ICE}&datatype=jsonp&callback=f", "kick_group_member?",
+    for path, (prefix, method) in itertools.product(
+            ["get_group_info?", "nope?", f"search_friend?name={ICE}&datatype=jsonp&callback=f",
              "search_friend?datatype=jsonp&callback=1", "send_sess_message?content=x",
-             "send_friend_message?name=nobody&content=x", f"send_friend_message?name={ICE}"]
-    for path, (prefix, method) in itertools.product(paths, [
-            ("openqq", "GET"), ("openwx", "GET"), ("openqq", "POST"), ("openqq", "HEAD")]):
+             f"send_friend_message?name={ICE}"],
+            [("openqq", "GET"), ("openwx", "GET"), ("openqq", "POST")]):
         one = request(f"http://127.0.0.1:{direct}", f"/{prefix}/{path}", method)
         two = request(f"http://127.0.0.1:{through}", f"/{prefix}/{path}&{query}", method)
-        for fields in one[1], two[1]:
+        for _, fields, _ in one, two:
             fields.pop("date")
-            if method == "HEAD" and one[0] == 403:  # there is no GET to compare it with
-                fields.pop("content-length")
         assert one == two, path
 
 
@@ -2319,60 +2270,45 @@ def test_a_caller_who_leaves_frees_the_clients_waiter_and_takes_no_event_with_it
 
 def test_connections_to_clients_that_nobody_calls_cost_no_descriptors_and_end(tmp_path):
     process, log, port = run_with_files(200, 200, tmp_path, "controller")
-    base, names = f"http://127.0.0.1:{port}", [f"client{number}" for number in range(3)]
-    program = types.SimpleNamespace(call=functools.partial(call, base))
+    program = types.SimpleNamespace(call=functools.partial(call, f"http://127.0.0.1:{port}"))
 
     def clients():
-        return {row["account"]: row for row in call(base, "check_client")["client"]}
+        return program.call("check_client")["client"]
 
-    def open_to(name):
-        return connections(known[name]["port"], ("01", "08"), side=1)
+    def open_to(number):
+        return connections(known[number]["port"], ("01", "08"), side=1)
 
     try:
-        for name in names:
-            assert call(base, "start_client", client=name, login_type="login", pwd="x")["code"] == 0
-        assert eventually(lambda: {row["state"] for row in clients().values()} == {"running"})
+        for name in "abc":
+            program.call("start_client", client=name, login_type="login", pwd="x")
+        assert eventually(lambda: {row["state"] for row in clients()} == {"running"})
         known = clients()
         with concurrent.futures.ThreadPoolExecutor(60) as pool:
-            for name in names:
-                heard(program, name)
-                waiting = [pool.submit(request, base, f"/openqq/check_event?client={name}")
+            for row in known:
+                heard(program, row["account"])
+                waiting = [pool.submit(program.call, "check_event", client=row["account"])
                            for _ in range(60)]
-                assert eventually(lambda: connections(known[name]["port"]) >= 60)
+                assert eventually(lambda: connections(row["port"]) >= 60)
                 left = waiting
                 while left:  # a request that came after one event is answered by the next
-                    call(base, "send_friend_message", client=name, name="小冰", content="go")
+                    program.call("send_friend_message", client=row["account"], name="小冰",
+                                 content="go")
                     left = concurrent.futures.wait(waiting, 1.0).not_done
-                assert {answer.result(WAIT)[0] for answer in waiting} == {200}
+                assert all(answer.result() for answer in waiting)
         assert "could not be taken" not in log.text()
 
-        first, second, last = names
-        assert open_to(last)
-        os.kill(int(known[last]["pid"]), signal.SIGKILL)
-        assert eventually(lambda: clients()[last]["pid"] != known[last]["pid"])
-        assert not open_to(last)
-        call(base, "get_friend_info", client=first)
-        call(base, "stop_client", client=first)
-        assert not open_to(first)
-        assert eventually(lambda: not open_to(second) and not open_to(last))
-        assert call(base, "get_friend_info", client=second)
+        assert open_to(2)
+        os.kill(int(known[2]["pid"]), signal.SIGKILL)
+        assert eventually(lambda: clients()[2]["pid"] != known[2]["pid"])
+        assert not open_to(2)
+        program.call("get_friend_info", client="a")
+        program.call("stop_client", client="a")
+        assert not open_to(0)
+        assert eventually(lambda: not open_to(1) and not open_to(2))
+        assert program.call("get_friend_info", client="b")
     finally:
         process.terminate()
         assert process.wait(WAIT) == 0
-
-
-def test_idle_connections_out_are_closed(upstream, monkeypatch):
-    monkeypatch.setattr(openqq, "LINE_SECONDS", 0.4)
-    ended = threading.Semaphore(0)
-
-    def until_hung_up(sock):
-        sock.sendall(good(b""))
-        assert not sock.recv(1)
-        ended.release()
-
-    for _ in range(3):
-        openqq.fetch(upstream([until_hung_up]).url)
-    assert all(ended.acquire(timeout=WAIT) for _ in range(3))
 
 
 def test_a_dead_client_is_a_502(start):
@@ -2416,10 +2352,9 @@ def test_the_proxy_passes_on_what_belongs_to_the_call_only(gateway):
     server, gate = gateway([good(b"\0\xff", b"Content-Type: image/x", b"X-Own: 1",
                                  b"Keep-Alive: timeout=5")])
     body, path = b"\xff\0a=b", "/openqq/x?a=%2f&b=+&c=%"
-    asked = asking(b"Content-Length: %d" % len(body), b"Content-Type: text/odd", b"X-Mine: 2",
-                   b"TE: trailers", b"Connection: close, X-Mine", b"Cookie: c",
-                   b"Sec-Fetch-Site: same-origin", line=line_of(path, "POST")) + body
-    [(status, fields, answer)] = split_answers(until_closed(gate.port, asked))
+    status, fields, answer = raw_call(
+        gate.port, path, b"X-Mine: 2", b"TE: trailers", b"Cookie: c",
+        b"Sec-Fetch-Site: same-origin", kind="text/odd", body=body)
     assert (status, fields["content-type"], fields["x-own"], answer) == (
         200, "image/x", "1", b"\0\xff")
     assert "keep-alive" not in fields
@@ -2440,46 +2375,38 @@ def test_streams_are_passed_on_piece_by_piece(gateway):
         sock.sendall(b"6\r\nsecond\r\n0\r\n\r\n")
 
     whole, broken = CHUNKED + b"5\r\nfirst\r\n0\r\n\r\n", CHUNKED + b"5\r\nfirst\r\n"
-    server, gate = gateway([stream, good(b"next"), broken], [whole, whole, good(b"")])
-    connection = http.client.HTTPConnection("127.0.0.1", gate.port, timeout=WAIT)
-    connection.request("GET", "/openqq/stream")
-    reply = connection.getresponse()
-    assert reply.getheader("Content-Type") == "text/event-stream"
-    assert reply.read(5) == b"first"
-    go.set()
-    assert reply.read() == b"second"
-    connection.request("GET", "/openqq/x")
-    assert connection.getresponse().read() == b"next"
-    connection.request("GET", "/openqq/stream")
-    with pytest.raises(http.client.IncompleteRead):
-        connection.getresponse().read()
-    connection.close()
+    server, gate = gateway([stream, good(b"next"), broken], [whole, good(b"")])
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", gate.port, WAIT)) as caller:
+        caller.request("GET", "/openqq/stream")
+        reply = caller.getresponse()
+        assert reply.getheader("Content-Type") == "text/event-stream"
+        assert reply.read(5) == b"first"
+        go.set()
+        assert reply.read() == b"second"
+        caller.request("GET", "/openqq/x")
+        assert caller.getresponse().read() == b"next"
+        caller.request("GET", "/openqq/stream")
+        with pytest.raises(http.client.IncompleteRead):
+            caller.getresponse().read()
     assert [number for number, _ in server.seen] == [0, 0, 0]
-    # To an HTTP/1.0 caller it comes without chunks.
-    for fields in ([], [b"Connection: keep-alive"]):
-        came = until_closed(gate.port, asking(*fields, line=INFO.replace(b"1.1", b"1.0")))
-        assert came.partition(b"\r\n\r\n")[2] == b"first"
+    came = until_closed(gate.port, asking(b"Connection: keep-alive",
+                                          line=INFO.replace(b"1.1", b"1.0")))
+    assert came.partition(b"\r\n\r\n")[2] == b"first", "without chunks for an HTTP/1.0 caller"
     until_closed(gate.port, asking(b"Connection: close"))
     assert gate.said == []
 
 
 # -- whatever comes
 
-FUZZ_SEEDS = [
-    asking(line=line_of("/openqq/get_friend_info?client=alice", "HEAD", "1.0")),
-    asking(b"Content-Length: 27", b"Content-Type: " + FORM.encode(),
-           line=line_of("/openqq/search_group", "POST")) + b"client=alice&name=OpenQQ%20",
-    asking(b"Transfer-Encoding: chunked", b"Content-Type: application/json",
-           line=line_of("/openqq/send_group_message", "POST"))
-    + b'19\r\n{"client":"alice","name":1\r\nd\r\n,"content":1}\r\n0\r\n\r\n',
-    asking(b"Expect: 100-continue", b"Content-Length: 93", b"Content-Type: " + MULTIPART.encode(),
-           line=line_of("/openqq/search_friend?client=bob", "POST"))
-    + multipart(("name", "小冰"), ("client", "alice")).encode(),
-    asking(b"Authorization: Bearer x", b"Origin: http://localhost", b"Sec-Fetch-Site: same-origin",
-           line=line_of("/local/world?x=%E5%B0&datatype=jsonp&callback=f")),
-]
-SPICE = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"%", b"%00", b"\xff", b"0", b"-1", b"+",
-         b"/", b"?", b"&", b"=", b"#", b";", b'"', b"{", b"}", b"[", b",", b"\xe5\xb0\x8f",
+FUZZ_SEEDS = [asking(b"Content-Length: %d" % len(body), b"Content-Type: " + kind.encode(),
+                     line=line_of(f"/openqq/{api}?client=alice&{query}", "POST")) + body
+              for api in ("search_friend", "send_group_message")
+              for query, kind, body in [(query, kind or FORM, (body or "").encode())
+                                        for query, kind, body in SPELLINGS]]
+FUZZ_SEEDS += [chunked(b"1\r\nc\r\n10\r\nlient=alice&name\r\n2\r\n=x\r\n0\r\n\r\n"), asking(
+    b"Authorization: Bearer x", b"Origin: http://localhost", b"Sec-Fetch-Site: same-origin",
+    b"Expect: 100-continue", line=line_of("/local/world?datatype=jsonp&callback=f", "HEAD", "1.0"))]
+SPICE = [*map(str.encode, "\r\n\0 \t:%0+/?&=#;\"{}[,小"), b"%00", b"\xff", b"-1", b"\r\n",
          b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n",
          b"\\ud800", b"A" * 300, b"\r\n\r\n", b"HTTP/1.0", b"OPTIONS", b"callback=("]
 
