@@ -1485,17 +1485,6 @@ def test_hostile_framing_is_refused_and_smuggles_nothing(pair):
     assert "smuggled" not in heard(pair)
 
 
-def test_what_is_just_within_the_limits_is_served(pair):
-    body = b"_=" + b"a" * (8 * 1024 * 1024 - 2)
-    found = split_answers(until_closed(pair.state("alice")["port"], b"".join([
-        asking(line=INFO.replace(b"info ", b"info?" + b"a" * 8150 + b" ")),
-        asking(*[b"X-%d: 1" % n for n in range(99)]),
-        asking(*[b"X-%d: " % n + b"a" * 4000 for n in range(8)]),
-        asking(b"Content-Length: %d" % len(body), b"Content-Type: " + FORM.encode(),
-               b"Connection: close", line=INFO.replace(b"GET", b"POST")), body])))
-    assert [status for status, _, _ in found] == [200, 200, 200, 200]
-
-
 def test_connections_beyond_the_limit_are_told_so(start):
     client = start("client", "--account", "alone", "--max_connections", "2")
     kept = [http.client.HTTPConnection("127.0.0.1", client.port, timeout=WAIT) for _ in range(2)]
@@ -1545,9 +1534,13 @@ def test_a_whole_url_as_target_counts_and_its_host_instead_of_host(pair):
             ("https://evil.example/openqq/check_client", "127.0.0.1", 403),
             ("http://[::ffff:7f00:1]:4000/openqq/check_client", "127.0.0.1", 403),
             ("http://evil.example?/../openqq/check_client", "127.0.0.1", 200),
-            ("http://localhost", "localhost", 200)]:
-        for data in (line_of(target) + f"Host: {host}\r\nConnection: close\r\n\r\n".encode(),
-                     line_of(target, version="1.0") + b"\r\n"):
+            ("http://localhost", "localhost", 200),
+            # HTTP/1.0 needs neither for what is open
+            ("/healthz", "", 200), ("/", "", 200), ("/openqq/check_client", "", 403)]:
+        asked = [line_of(target, version="1.0") + b"\r\n"]
+        if host:
+            asked.append(line_of(target) + f"Host: {host}\r\nConnection: close\r\n\r\n".encode())
+        for data in asked:
             [(status, _, body)] = split_answers(until_closed(pair.port, data))
             assert status == expected, (target, body)
     for port, query in ports_of(pair):
@@ -1560,23 +1553,6 @@ def test_a_whole_url_as_target_counts_and_its_host_instead_of_host(pair):
             "*", "/", "http://a.example")]
         assert [status for status, _ in answers] == [200, 200, 200]
         assert answers[0][1].keys() == answers[1][1].keys()
-
-
-def test_http_1_0_needs_no_host_for_what_is_open(pair, guarded):
-    def old(program, target, method="GET", fields=b""):
-        data = line_of(target, method, "1.0") + fields + b"\r\n"
-        [(status, _, body)] = split_answers(until_closed(program.port, data))
-        return status, body
-
-    for program in (pair, guarded):
-        for method, target, expected in [
-                ("GET", "/healthz", 200), ("GET", "/", 200), ("GET", "/openqq/check_client", 403),
-                ("GET", "/openqq/nope", 403), ("OPTIONS", "/", 200),  # HAProxy's plain check
-                ("OPTIONS", "*", 200)]:
-            assert (target, old(program, target, method)[0]) == (target, expected)
-    assert "Host" in json.loads(old(pair, "/openqq/check_client")[1])["reason"]
-    shown = b"Authorization: Bearer %b\r\n" % TOKEN.encode()
-    assert old(guarded, "/openqq/check_client", fields=shown)[0] == 200
 
 
 def test_requests_of_one_connection_are_answered_in_order_as_long_as_its_caller_wishes(pair):
@@ -1903,20 +1879,6 @@ def test_allowed_hosts_are_names_and_nothing_else():
             openqq.SETTINGS["allowed_hosts"].parse("bot.example, " + value)
 
 
-def test_why_a_call_is_refused_is_logged_once_per_cause(start):
-    program = start("controller", "--allowed-hosts", "bot.example")
-    for host in ["evil.example"] * 5 + [f"h{number}.example" for number in range(300)]:
-        request(program.base, "/local/world", headers={"Host": host})
-    program.log.wait("others like it are not logged")
-    for _ in "12":  # what callers made up uses up no other rule's place in the log
-        request(program.base, "/local/world", headers={"X-Real-IP": "192.0.2.1"})
-    assert program.stop() == 0
-    refused = [line for line in program.log.lines if "a call was refused" in line]
-    assert len(refused) == openqq.REASON_LIMIT + 1 == len(set(refused))
-    assert sum("Host, evil.example, is no name" in line for line in refused) == 1
-    assert "x-real-ip" in refused[-1]
-
-
 TOKEN = "s3cr3t&=%密"
 
 
@@ -1998,18 +1960,9 @@ def test_a_name_is_no_path(pair):
                      "get_friend_info", "/local/login"):
             answer = pair.call(path, client=name)
             assert (path, answer) == (path, {"code": 6, "status": "client name not allowed"})
-
-
-def test_a_name_that_differs_only_in_case_from_a_known_one_is_refused(house):
-    """Some file systems would take the files of both for one."""
-    house.login("alice")
-    for _ in range(2):
-        answer = house.call("start_client", client="Alice")
-        assert answer == {"code": 6, "status": "client name not allowed: "
-                          "it differs only in case from another"}
-        house.call("stop_client", client="alice")
-    for api, name in ("delete", "alice"), ("start", "Alice"), ("delete", "Alice"):
-        assert house.call(api + "_client", client=name)["code"] == 0
+    # Some file systems would take the files of both for one.
+    assert pair.call("start_client", client="Alice") == {
+        "code": 6, "status": "client name not allowed: it differs only in case from another"}
 
 
 NOT_FOR_CALLERS = ["plugin_openqq_port=1", "plugin-openqq-token=x", "nonsense=1", "OPENQQ_TOKEN=x",
@@ -2272,47 +2225,21 @@ def test_every_waiting_caller_gets_the_event_and_one_who_leaves_takes_none_with_
             assert "after" in [row["content"] for row in pair.call("check_event", client="alice")]
 
 
-def test_connections_to_clients_that_nobody_calls_cost_no_descriptors_and_end(tmp_path):
-    process, log, port = run_with_files(200, 200, tmp_path, "controller")
-    program = types.SimpleNamespace(call=functools.partial(call, f"http://127.0.0.1:{port}"))
-
-    def clients():
-        return program.call("check_client")["client"]
-
-    def open_to(number):
-        return connections(known[number]["port"], ("01", "08"), side=1)
-
-    try:
-        for name in "abc":
-            program.call("start_client", client=name, login_type="login", pwd="x")
-        assert eventually(lambda: {row["state"] for row in clients()} == {"running"})
-        known = clients()
-        with concurrent.futures.ThreadPoolExecutor(60) as pool:
-            for row in known:
-                heard(program, row["account"])
-                waiting = [pool.submit(program.call, "check_event", client=row["account"])
-                           for _ in range(60)]
-                assert eventually(lambda: connections(row["port"]) >= 60)
-                left = waiting
-                while left:  # a request that came after one event is answered by the next
-                    program.call("send_friend_message", client=row["account"], name="小冰",
-                                 content="go")
-                    left = concurrent.futures.wait(waiting, 1.0).not_done
-                assert all(answer.result() for answer in waiting)
-        assert "could not be taken" not in log.text()
-
-        assert open_to(2)
-        os.kill(int(known[2]["pid"]), signal.SIGKILL)
-        assert eventually(lambda: clients()[2]["pid"] != known[2]["pid"])
-        assert not open_to(2)
-        program.call("get_friend_info", client="a")
-        program.call("stop_client", client="a")
-        assert not open_to(0)
-        assert eventually(lambda: not open_to(1) and not open_to(2))
-        assert program.call("get_friend_info", client="b")
-    finally:
-        process.terminate()
-        assert process.wait(WAIT) == 0
+def test_connections_to_clients_that_nobody_calls_and_to_those_that_ended_end(start):
+    controller = start("controller")
+    for name in "abc":
+        controller.login(name)
+        controller.call("get_friend_info", client=name)
+    rows = controller.call("check_client")["client"]
+    first, second, third = [functools.partial(connections, row["port"], ("01", "08"), side=1)
+                            for row in rows]
+    assert first() and second() and third()
+    controller.call("stop_client", client="a")
+    os.kill(rows[1]["pid"], signal.SIGKILL)
+    assert eventually(lambda: controller.state("b")["pid"] != rows[1]["pid"])
+    assert not first() and not second()
+    assert eventually(lambda: not third())
+    assert controller.call("get_friend_info", client="c")
 
 
 def test_a_dead_client_is_a_502(start):
@@ -2336,18 +2263,16 @@ def test_a_dead_client_is_a_502(start):
 
 @pytest.fixture
 def gateway(upstream):
-    """gateway(script …): an Upstream, and a server of ours that passes all on to it: its port,
-    and in `said` its warnings."""
+    """gateway(script …): an Upstream, and a server of ours that passes all on to it: its port."""
     with contextlib.ExitStack() as ends:
         def begin(*script):
-            server, log, said = upstream(*script), openqq.Log("", "fatal"), []
-            log.keep = said.append
+            server, log = upstream(*script), openqq.Log("", "fatal")
             app = openqq.App(openqq.Auth(""), log, [],
                              lambda request: openqq.pass_on(request, server.port))
             gate = openqq.Server(openqq.listen("127.0.0.1", 0), app, log, 9)
             threading.Thread(target=gate.serve_forever, daemon=True).start()
             ends.callback(gate.shutdown)
-            return server, types.SimpleNamespace(port=gate.server_address[1], said=said)
+            return server, types.SimpleNamespace(port=gate.server_address[1])
 
         yield begin
 
@@ -2369,37 +2294,6 @@ def test_the_proxy_passes_on_what_belongs_to_the_call_only(gateway):
     assert not [line for line in lines if re.match(b"te:|cookie|sec-|connection: close", line)]
 
 
-def test_streams_are_passed_on_piece_by_piece(gateway):
-    go = threading.Event()
-
-    def stream(sock):
-        sock.sendall(CHUNKED.replace(b"OK", b"OK\r\nContent-Type: text/event-stream")
-                     + b"5\r\nfirst\r\n")
-        assert go.wait(WAIT)
-        sock.sendall(b"6\r\nsecond\r\n0\r\n\r\n")
-
-    whole, broken = CHUNKED + b"5\r\nfirst\r\n0\r\n\r\n", CHUNKED + b"5\r\nfirst\r\n"
-    server, gate = gateway([stream, good(b"next"), broken], [whole, good(b"")])
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", gate.port, WAIT)) as caller:
-        caller.request("GET", "/openqq/stream")
-        reply = caller.getresponse()
-        assert reply.getheader("Content-Type") == "text/event-stream"
-        assert reply.read(5) == b"first"
-        go.set()
-        assert reply.read() == b"second"
-        caller.request("GET", "/openqq/x")
-        assert caller.getresponse().read() == b"next"
-        caller.request("GET", "/openqq/stream")
-        with pytest.raises(http.client.IncompleteRead):
-            caller.getresponse().read()
-    assert [number for number, _ in server.seen] == [0, 0, 0]
-    came = until_closed(gate.port, asking(b"Connection: keep-alive",
-                                          line=INFO.replace(b"1.1", b"1.0")))
-    assert came.partition(b"\r\n\r\n")[2] == b"first", "without chunks for an HTTP/1.0 caller"
-    until_closed(gate.port, asking(b"Connection: close"))
-    assert gate.said == []
-
-
 # -- whatever comes
 
 FUZZ_SEEDS = [asking(b"Content-Length: %d" % len(body), b"Content-Type: " + kind.encode(),
@@ -2419,29 +2313,23 @@ def test_whatever_comes_the_servers_live_on(pair):
     """Requests with small faults; a fixed seed, so that what fails once fails again."""
     chance = random.Random(4000)
     ports = [port for port, _ in ports_of(pair)]
-    pids = [pair.pid, pair.state("alice")["pid"], pair.state("bob")["pid"]]
+    pids = [pair.pid, pair.state("alice")["pid"]]
 
     def burden():
         return [len(os.listdir(f"/proc/{pid}/{what}")) for pid in pids for what in ("fd", "task")]
 
-    for name in ("alice", "bob"):
-        heard(pair, name)
+    heard(pair)
     before = burden()
-    for _ in range(much(120, 5000)):
-        for port in ports:
-            data = chance.choice(FUZZ_SEEDS)
-            for _ in range(chance.randint(1, 6)):
-                where = chance.randrange(len(data) + 1)
-                put = chance.choice([b"", chance.choice(SPICE), bytes([chance.randrange(256)]),
-                                     data[where:where + 9]])
-                data = data[:where] + put + data[where + chance.choice([0, 0, 1, 1, 4, 30]):]
-            answer = until_closed(port, data * chance.choice([1, 1, 1, 2]), ending=True)
-            assert not answer or re.match(rb"HTTP/1\.1 [1-5][0-9][0-9] ", answer)
-            assert b"HTTP/1.1 500" not in answer
-    for name in ("alice", "bob"):
-        heard(pair, name)
-    assert eventually(lambda: all(now <= then for now, then in zip(burden(), before))), (
-        before, burden())
+    for number in range(much(240, 10_000)):
+        data = chance.choice(FUZZ_SEEDS)
+        for _ in range(chance.randint(1, 6)):
+            where = chance.randrange(len(data) + 1)
+            put = chance.choice([b"", chance.choice(SPICE), data[where:where + 9]])
+            data = data[:where] + put + data[where + chance.choice([0, 0, 1, 1, 4, 30]):]
+        answer = until_closed(ports[number % 2], data * chance.choice([1, 1, 2]), ending=True)
+        assert re.match(rb"HTTP/1\.1 (?!500)[1-5][0-9][0-9] |\Z", answer)
+    heard(pair)
+    assert eventually(lambda: all(now <= then for now, then in zip(burden(), before))), before
     assert "Traceback" not in pair.log.text()
 
 
@@ -2901,20 +2789,6 @@ def test_ids_stay_below_31_bits_whatever_the_clock_says_and_go_on_at_the_least()
         assert least < numbers[0] and numbers[-1] < end
         ids._last, ids._taken = end - 2, {least + 1, least + 2}.__contains__
         assert [ids.next() for _ in range(3)] == [end - 1, least + 3, least + 4]
-
-
-def test_an_id_that_waits_for_somebody_is_given_to_no_other_message(tmp_path):
-    ids = set()
-    for _ in "12":
-        here = openqq.LocalNetwork(str(tmp_path / "local"), "", openqq.QQ, openqq.Log(),
-                                   lambda: "http://x", clock=lambda: 1_764_000_000.0)
-        bob, _ = [here.call(name, "attach", ["", "", True], {})["login"]["uid"]
-                  for name in ("bob", "alice")]
-        here.do(here.detach, "bob")
-        message = {"type": "friend_message", "content": "x", "uid": bob}
-        ids.add(here.call("alice", "send", [[message]], {})[0]["id"])
-        here.stop()
-    assert len(ids) == 2
 
 
 def test_the_echo_answers_friends_always_and_a_group_only_when_it_is_named(face):
