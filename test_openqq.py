@@ -1518,10 +1518,6 @@ def test_a_whole_url_as_target_counts_and_its_host_instead_of_host(pair):
             status, _, body = raw_call(port, f"{base}/openqq/search_friend?{query}name={ICE}",
                                        b"Origin: " + origin.encode())
             assert (origin, status, b"\"name\"" in body) == (origin, expected, status == 200)
-        answers = [raw_call(port, target, method="OPTIONS")[:2] for target in (
-            "*", "/", "http://a.example")]
-        assert [status for status, _ in answers] == [200, 200, 200]
-        assert answers[0][1].keys() == answers[1][1].keys()
 
 
 def test_requests_of_one_connection_are_answered_in_order_as_long_as_its_caller_wishes(pair):
@@ -1566,7 +1562,7 @@ def test_head_answers_as_get_without_the_body_and_carries_nothing_out(pair):
 def test_a_client_answers_cors(pair):
     base = f"http://127.0.0.1:{pair.state('alice')['port']}"
     alien = {"Origin": "http://elsewhere.example", "Sec-Fetch-Site": "cross-site"}
-    for path in ("/", "/openqq/send_friend_message", "/nowhere"):
+    for path in ("*", "/", "http://a.example", "/openqq/send_friend_message", "/nowhere"):
         status, fields, body = request(base, path, "OPTIONS", headers=alien)
         assert (status, body) == (200, b"")
         assert [fields["access-control-allow-" + name] for name in (
@@ -2604,19 +2600,15 @@ FOUND = {
 }
 NOT_FOUND = {
     "friend 100 friend not found": [
-        "", "id=1", "uid={friend[id]}", "uid={friend[uid]} name=小冰", "category=我的好友",
-        "uid={user[uid]}"],
+        "", "uid={friend[id]}", "uid={friend[uid]} name=小冰", "category=我的好友", "uid={user[uid]}"],
     "group 101 group not found": ["", "uid=1", "uid={group[uid]} displayname=x", "role=create"],
     "discuss 102 discuss not found": ["", "id=1", "id={discuss[id]} name=x", "uid=30260001"],
     "sess 103 group member not found": [
-        "group_id={group[id]}", "group_id=1 id={friend[id]}", "group_uid={group[uid]} uid=1",
+        "group_id={group[id]}", "group_id=1 id={friend[id]}",
         "group_uid={group[uid]} uid={friend[uid]} id=1"],
     "sess 104 discuss member not found": [
-        "discuss_id={discuss[id]}", "discuss_id=1 id={friend[id]}",
-        "discuss_id={discuss[id]} uid=1"],
-    "sess 105 discuss member or group member  not found": [
-        "", "id={friend[id]} uid={friend[uid]}"],
-}
+        "discuss_id=1 id={friend[id]}", "discuss_id={discuss[id]} uid=1"],
+    "sess 105 discuss member or group member  not found": ["", "id={friend[id]}"]}
 
 
 def those_known(face, friend="小灰"):
@@ -3037,8 +3029,15 @@ PLUGINS = [
     {"auto_call": 1, "call_on_load": 0, "name": "Mojo::Webqq::Plugin::ShowMsg", "priority": 100}]
 
 
-def assert_state_row(row, face):
-    """The state file's content, or check_client's."""
+def files(face):
+    """Which of alice's files are there."""
+    return {name.partition("_")[0] for name in left_files(face.program, "alice")} - {
+        "post", "local"}
+
+
+def assert_waiting_for_a_scan(face):
+    """All that scaning promises, also of the state file or what check_client shows."""
+    row = face.state()
     assert set(row) == set(STATE_KEYS + ["port", "restarts", "since", "link"] * face.controlled)
     for name in set(row) - {"plugin", "log_encoding", "log_path", "previous_state"}:
         assert type(row[name]) is (int if name in ("pid", "port", "restarts") else str), name
@@ -3047,21 +3046,10 @@ def assert_state_row(row, face):
     known.update(account="alice", mode="online", os=sys.platform, version=openqq.VERSION,
                  log_encoding=None, log_path=None, tmpdir=face.program.tmpdir, state="scaning",
                  qrcode_count_max="10", keep_cookie="1", http_debug="0", previous_state="loading")
-    assert known.items() <= {name: row[name] for name in known}.items()
+    assert known == {name: row[name] for name in known}
     assert [plugin for plugin in row["plugin"] if plugin in PLUGINS] == PLUGINS
     assert re.fullmatch("[0-9]{10}", row["start_time"])
-
-
-def files(face):
-    """Which of alice's files are there."""
-    return {name.partition("_")[0] for name in left_files(face.program, "alice")} - {
-        "post", "local"}
-
-
-def assert_waiting_for_a_scan(face):
-    """All that scaning promises."""
     assert files(face) == {"pid", "qrcode", "state"}
-    assert_state_row(face.state(), face)
     for api in RUNNING_ONLY:
         status, _, body = face.raw(api, content="x")
         assert (status, json.loads(body)) == (
@@ -3247,11 +3235,9 @@ def test_a_group_of_2000_members_works_and_its_numbers_are_strings(start, tmp_pa
         "500000", "manage", "1500000000")
     assert face.call("send_group_message", name="大群", content="大家好")["code"] == 0
     assert face.say("好", "人1999", type="group_message", to="大群")["code"] == 0
-    last = face.since(0, "好")[-1]
-    assert last["sender"] == "人1999"
+    assert face.since(0, "好")[-1]["sender"] == "人1999"
     assert face.call("kick_group_member", group_uid=77, member_uid=500_001)["code"] == 0
-    [event] = face.call("check_event", since=last["seq"])
-    assert event["event"] == "lose_group_member" and len(face.group("大群")["member"]) == 2_000
+    assert len(face.group("大群")["member"]) == 2_000
 
 
 @pytest.fixture
