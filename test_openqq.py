@@ -999,12 +999,8 @@ class MilkyBridge(Bridge):
         elif is_event and handler.command == "GET" and not ws:
             self._serve_sse(handler)
         elif handler.command == "POST" and handler.path.startswith("/api/"):
-            if handler.headers.get("Content-Type") != "application/json":
-                self.faults.append(f"{handler.path}: {handler.headers.get('Content-Type')}")
-                self.reply(handler, 415, "Unsupported Media Type", "text/plain")
-            else:
-                handler.path = handler.path[4:]
-                self._serve_action(handler)
+            handler.path = handler.path[4:]
+            self._serve_action(handler)
         else:
             self.reply(handler, 404, "404 Not Found", "text/plain")
 
@@ -2654,7 +2650,7 @@ def test_async_answers_at_once_and_messages_of_all_kinds_go_out_in_the_order_of_
         assert face.call(f"send_{kind}_message", content=contents[-1], **filled(
             keys + " async=1", known)) == {"code": 0, "status": "request already in execution"}
     events = face.since(seq, contents[-1])
-    assert [event["content"] for event in events] == contents
+    assert [event["content"] for event in events] == contents  # 小冰, who is not named, is silent
     assert {event["code"] for event in events} == {0}
     ids = [int(event["id"]) for event in events]
     assert ids == sorted(set(ids))
@@ -2708,19 +2704,6 @@ def test_ids_stay_below_31_bits_whatever_the_clock_says_and_go_on_at_the_least()
         assert least < numbers[0] and numbers[-1] < end
         ids._last, ids._taken = end - 2, {least + 1, least + 2}.__contains__
         assert [ids.next() for _ in range(3)] == [end - 1, least + 3, least + 4]
-
-
-def test_the_echo_answers_friends_always_and_a_group_only_when_it_is_named(face):
-    seq = face.mark()
-    face.call("send_group_message", uid=OPENQQ_GROUP, content="谁在?")
-    face.call("send_discuss_message", name="OpenQQ", content="谁在呢?")
-    face.call("send_group_message", uid=OPENQQ_GROUP, content="小冰在?")
-    face.call("send_friend_message", uid=XIAOHUI, content="小冰在吗?")
-    face.call("send_friend_message", uid=XIAOBING, content="在")
-    face.say("that was all")
-    echoes = [(event["type"], event["content"]) for event in face.since(seq, "that was all")
-              if event["class"] == "recv"]
-    assert echoes[:-1] == [("group_message", "小冰在?"), ("friend_message", "在")]
 
 
 def test_a_resident_speaks_in_every_kind_of_conversation(face):
