@@ -9424,6 +9424,9 @@ class Login:
             if begins:
                 client.changed.wait_for(lambda: turn != self._turn or not any(
                     listing.asking for listing in details.lists.values()), LOOKUP_SECONDS)
+                if any(listing.failures for listing in details.lists.values()):
+                    # the link may be lost, which it tells a moment after its lists have failed
+                    client.changed.wait_for(lambda: turn != self._turn, 1.0)
                 if client.state != "updating" or turn != self._turn:
                     return  # the link was lost meanwhile
                 if news:
@@ -11912,13 +11915,14 @@ class ControllerApi:
         for child in ([self._child(request)] if request.params.get("client") else
                       sorted(list(self._children.values()), key=lambda child: child.name)):
             row = read_json(self._controller.path_of(child, "state_path"), self._controller.log)
-            lives = child.process is not None and row.get("pid") == child.pid
+            with self._controller.lock:
+                lives, seen = child.process and row.get("pid") == child.pid, child.seen()
             given = {**self._controller.inherited, **child.given}
             row.update(account=child.name, pid=child.pid, port=child.port, link=link_of(given.get),
                        restarts=max(0, child.restarts), since=str(int(child.since)))
             if not lives:
-                row["state"] = child.seen()
-                if row["state"] == "failed":
+                row["state"] = seen
+                if seen == "failed":
                     row.update(state="stop", failed=True)
                 if child.lines:
                     row["error"] = "\n".join(child.lines)

@@ -1460,6 +1460,17 @@ def test_hostile_framing_is_refused_and_smuggles_nothing(pair):
     assert "smuggled" not in heard(pair)
 
 
+def test_what_is_just_within_the_limits_is_served(pair):
+    body = b"_=" + b"a" * (8 * 1024 * 1024 - 2)
+    found = split_answers(until_closed(pair.state("alice")["port"], b"".join([
+        asking(line=INFO.replace(b"info ", b"info?" + b"a" * 8150 + b" ")),
+        asking(*[b"X-%d: 1" % n for n in range(99)]),
+        asking(*[b"X-%d: " % n + b"a" * 4000 for n in range(8)]),
+        asking(b"Content-Length: %d" % len(body), b"Content-Type: " + FORM.encode(),
+               b"Connection: close", line=INFO.replace(b"GET", b"POST")), body])))
+    assert [status for status, _, _ in found] == [200, 200, 200, 200]
+
+
 def test_connections_beyond_the_limit_are_told_so(start):
     client = start("client", "--account", "alone", "--max_connections", "2")
     with contextlib.ExitStack() as stack:
@@ -1520,6 +1531,25 @@ def test_a_whole_url_as_target_counts_and_its_host_instead_of_host(pair):
             status, _, body = raw_call(port, f"{base}/openqq/search_friend?{query}name={ICE}",
                                        b"Origin: " + origin.encode())
             assert (origin, status, b"\"name\"" in body) == (origin, expected, status == 200)
+
+
+def test_http_1_0_needs_no_host_for_what_is_open(pair, guarded):
+    def old(program, target, method="GET", fields=b""):
+        data = line_of(target, method, "1.0") + fields + b"\r\n"
+        [(status, _, body)] = split_answers(until_closed(program.port, data))
+        return status, body
+
+    for program in (pair, guarded):
+        for method, target, expected in [
+                ("GET", "/healthz", 200), ("GET", "/", 200), ("GET", "/openqq/check_client", 403),
+                ("GET", "/openqq/nope", 403), ("GET", "/local/world", 403),
+                # HAProxy's plain check asks for /
+                *(("OPTIONS", target, 200) for target in ("/", "*", "/openqq/check_client"))]:
+            assert (target, old(program, target, method)[0]) == (target, expected)
+    assert "Host" in json.loads(old(pair, "/openqq/check_client")[1])["reason"]
+    for token, expected in [(TOKEN, 200), (TOKEN + "x", 403)]:
+        fields = b"Authorization: Bearer %b\r\n" % token.encode()
+        assert old(guarded, "/openqq/check_client", fields=fields)[0] == expected
 
 
 def test_requests_of_one_connection_are_answered_in_order_as_long_as_its_caller_wishes(pair):
@@ -1839,6 +1869,21 @@ def test_allowed_hosts_are_names_and_nothing_else():
 
 
 TOKEN = "s3cr3t&=%密"
+
+
+def test_why_a_call_is_refused_is_logged_once_per_cause(start):
+    program = start("controller", "--allowed-hosts", "bot.example")
+    hosts = [f"h{number}.example" for number in range(300)]
+    for host in ["evil.example"] * 5 + hosts:
+        assert request(program.base, "/local/world", headers={"Host": host})[0] == 403
+    program.log.wait("others like it are not logged")
+    for _ in "12":  # what callers made up uses up no other rule's place in the log
+        assert request(program.base, "/local/world", headers={"X-Real-IP": "192.0.2.1"})[0] == 403
+    assert program.stop() == 0
+    refused = [line for line in program.log.lines if "a call was refused" in line]
+    assert len(refused) == openqq.REASON_LIMIT + 1 == len(set(refused))
+    assert sum("Host, evil.example, is no name" in line for line in refused) == 1
+    assert "x-real-ip" in refused[-1]
 
 
 @pytest.fixture(scope="session")
