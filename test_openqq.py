@@ -3722,6 +3722,10 @@ def test_redirects_to_its_own_api_and_up_to_seven_within_a_server_are_followed(b
         client.log.wait("小冰.* : 至" + host)
         client.log.wait("poll_api had us call http://.*/openqq/send_friend_message: 200")
         assert poll.ask() == "/beat"
+    spelt = f"{client.base}/openqq/send_friend_message?name=小冰&content=中文"  # as PHP writes it
+    poll.answer(302, spelt.encode().decode("latin-1"))
+    client.log.wait("小冰.* : 中文")
+    assert poll.ask() == "/beat"
     for end in send_url(client.base, name="小冰", content="七步"), "/hop8":
         for hop in range(1, 8):
             poll.answer(302, f"/hop{hop}" if hop % 2 else f"{poll.url}/hop{hop}?x=%20")
