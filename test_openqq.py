@@ -5360,7 +5360,10 @@ def test_a_stopped_client_comes_up_as_it_was_also_with_another_controller(start,
     receiver.message("again")
     _, headers, body, _ = receiver.posts[-1]
     assert headers["X-Signature"] == "sha1=" + hmac_sha1("S3CRET", body)
-    assert "pwd" not in settings_of(controller, "alice")
+    controller.call("stop_client", client="alice")
+    controller.login("alice", post_secret="", msg_ttl="")  # what is empty is cleared
+    assert not {"pwd", "msg_ttl"} & settings_of(controller, "alice").keys()
+    assert b"S3CRET" not in content(controller.path("cookie_alice.dat"))
 
 
 def test_what_holds_after_settings_are_given_anew():
@@ -5627,7 +5630,7 @@ def test_a_signal_right_after_the_first_line_ends_a_program_but_not_an_ignored_h
 
 
 # What a crash, a full disk or another program may leave in a file that only grows.
-GARBAGE_LINES = (b'\n\x00\xff\xfe\n1\n"x"\nnull\n[]\n{}\n[[]]\n[1]\n[[1,2]]\n[[1,"a"],[1,"a","b"]]\n'
+GARBAGE_LINES = (b'\n\x00\xff\xfe\n1\n"x"\nnull\n[]\n{}\n[[]]\n[[1,2]]\n[[1,"a"],[1,"a","b"]]\n'
                  b'{"key":"x","item":1}\n{"done":[]}\n{"key":3,"item":{"id":"x","event":{}}}\n'
                  b'{"key":4,"item":{"id":"x-1","in":"","eve')
 
