@@ -6172,12 +6172,17 @@ def test_the_reaper_survives_a_socket_that_is_closed_while_it_is_told_of_it():
     assert gone.wait(WAIT)
 
 
-def test_messages_go_send_interval_apart_and_the_first_at_once(tmp_path):
-    client = openqq.Client(tmpdir=str(tmp_path), log_level="fatal", send_interval=3.0)
-    now, sends = [0.0], []
-    client.timers.clock, client.state = lambda: now[0], "running"
-    client.link.send = lambda rows: [sends.append((now[0], row["content"])) or {"code": 0}
-                                     for row in rows]
+def test_messages_go_send_interval_apart_and_the_unsent_are_tried_msg_ttl_times(tmp_path):
+    """The first goes at once."""
+    client = openqq.Client(tmpdir=str(tmp_path), log_level="fatal", send_interval=3.0, msg_ttl=2)
+    now, sends, failures = [0.0], [], {"2": openqq.Unreachable("refused"),
+                                       "3": openqq.Unreachable("reset", sent=True)}
+
+    def send(rows):
+        sends.append((now[0], rows[0]["content"]))
+        if rows[0]["content"] in failures:
+            raise failures[rows[0]["content"]]
+        return [{"code": 0, "info": ""}]
 
     def later(seconds, wanted):
         with client.lock:
@@ -6185,15 +6190,17 @@ def test_messages_go_send_interval_apart_and_the_first_at_once(tmp_path):
             client.changed.notify_all()
         assert eventually(lambda: len(sends) >= wanted and not client.talk.began)
 
+    client.timers.clock, client.link.send, client.state = lambda: now[0], send, "running"
     with client.lock:
-        for what in "123":
-            client.send("friend_message", what, XIAOBING)
+        futures = [client.send("friend_message", what, XIAOBING) for what in "123"]
     later(0, 1)
-    for wanted in 2, 3:
+    for wanted in 2, 3, 4:
         later(2.75, wanted - 1)
         time.sleep(0.05)  # what would come too early has the time to
         later(0.25, wanted)
-    assert sends == [(0, "1"), (3, "2"), (6, "3")]
+    assert sends == [(0, "1"), (3, "2"), (6, "2"), (9, "3")]
+    assert [(row.code, row.info) for row in (future.result(WAIT) for future in futures)] == [
+        (0, ""), (-5, "TTL失效"), (-4, "响应未知: reset")]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6320,6 +6327,7 @@ def test_new_settings_begin_when_the_former_process_is_gone_and_a_second_stop_ki
                    "say('{\"state\":\"running\"}\\n')\nwhile 1: signal.pause()").begin("running")
     refused = home.renew("busy")
     home.move(openqq.KILL_SECONDS - 0.1)
+    time.sleep(0.05)  # what would come too early has the time to
     assert len(home.starts) == 1, "the former process lives"
     home.move(0.1)
     assert refused.exception(WAIT) is None and home.child.given == {"mode": "busy"}
