@@ -4648,18 +4648,14 @@ exec '{sys.executable}' -X utf8 '{script}' "$@"
 
 def at_once(number, function):
     """What function(0) … function(number - 1) return, all called in the same moment."""
-    gate, results = threading.Barrier(number), [None] * number
+    gate = threading.Barrier(number)
 
     def work(index):
         gate.wait(WAIT)
-        results[index] = function(index)
+        return function(index)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT)
-    return results
+    with concurrent.futures.ThreadPoolExecutor(number) as pool:
+        return list(pool.map(work, range(number)))
 
 
 def user(program, name):
@@ -4726,65 +4722,59 @@ def listed_names(controller):
 def test_many_starts_in_the_same_moment_give_as_many_clients_and_one_term_ends_all(start, tmp_path):
     for turn in range(much(1, 20)):
         controller, number = start("controller", tmpdir=tmp_path / str(turn)), much(12, 100)
-        names = [f"c{index:02}" for index in range(number)]
         started = at_once(number, lambda index: controller.call(
-            "start_client", client=names[index], login_type="login", pwd="x"))
-        assert [row["code"] for row in started] == [0] * number
+            "start_client", client=f"c{index:02}", login_type="login", pwd="x"))
         assert eventually(lambda: {row["state"] for row in controller.call(
             "check_client")["client"]} == {"running"})
-        listed = controller.call("check_client")["client"]
-        assert [(row["account"], row["pid"], row["port"]) for row in listed] == [
-            (name, row["pid"], row["port"]) for name, row in zip(names, started)]
+        assert [(row["account"], row["pid"], row["port"]) for row in controller.call(
+            "check_client")["client"]] == [
+                (f"c{index:02}", row["pid"], row["port"]) for index, row in enumerate(started)]
         assert len({row["pid"] for row in started}) == number
-        for name, row in zip(names, started):
+        for index, row in enumerate(started):
             direct = call(f"http://127.0.0.1:{row['port']}", "get_user_info")
-            assert direct["account"] == name
+            assert (row["code"], direct["account"]) == (0, f"c{index:02}")
         assert controller.stop() == 0 and all_gone(controller.log)
         assert not re.search("KILL|Traceback", controller.log.text())
 
 
-def test_start_of_a_living_client_tells_of_it_and_starts_none(pair):
-    before = pair.state("alice")
+def test_a_client_that_lives_is_started_no_second_time_and_its_holder_is_named(pair):
+    before, files = pair.state("alice"), left_files(pair)
     again = pair.call("start_client", client="alice", log_level="debug")
-    assert (again["code"], again["status"]) == (0, "client already exists")
-    assert (again["pid"], again["port"]) == (before["pid"], before["port"])
-    assert pair.state("alice") == before
-    for api in "stop_client", "delete_client", "check_client", "get_qrcode", "update_client":
-        if api != "check_client":
-            assert pair.call(api) == {"code": 1, "status": "client not found"}
+    assert (again["code"], again["status"], again["pid"], again["port"]) == (
+        0, "client already exists", before["pid"], before["port"])
+    done = run_quickly("client", "--account", "alice", "--tmpdir", pair.tmpdir, "--port", "0")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(rf"\b{before['pid']}\b", done.stderr)
+    assert before == pair.state("alice") and files <= left_files(pair)
+    for api in "stop_client", "delete_client", "get_qrcode", "update_client":
+        assert pair.call(api) == {"code": 1, "status": "client not found"}
         assert pair.call(api, client="nobody") == {"code": 1, "status": "client not exists"}
 
 
 def test_deleted_client_leaves_nothing_and_must_be_scanned_again(house):
-    """Also one that was stopped before, when it takes its QR code away, and one whose tmpdir is
-    gone, or not yet there."""
-    for running in True, False:
-        house.login("cora", msg_ttl="5", post_secret="S3CRET")
-        who = user(house, "cora")
-        if not running:
-            house.call("stop_client", client="cora")
-        deleted = house.call("delete_client", client="cora")
-        assert (deleted["code"], deleted["client"], deleted["msg_ttl"]) == (0, "cora", "5")
-        assert not left_files(house, "cora") and "cora" not in listed_names(house)
-        assert house.call("delete_client", client="cora")["status"] == "client not exists"
-        assert "msg_ttl" not in house.call("start_client", client="cora")
-        assert settings_of(house, "cora") == {"post_api": house.receiver.url + "?client=cora"}
-        assert eventually(lambda: house.state("cora")["state"] == "scaning")
-        assert content(house.path("qrcode_cora.jpg")).startswith(b"\x89PNG")
-        assert house.call("stop_client", client="cora")["code"] == 0
-        assert not {"qrcode_cora.jpg", "pid_cora.pid"} & left_files(house)
-        assert house.call("get_qrcode", client="cora")["status"] == "client not exists"
-        house.call("start_client", client="cora")
-        again = user(house, "cora")
-        assert again["uid"] == who["uid"] and again["id"] != who["id"]
-        house.call("delete_client", client="cora")
+    """Also one that was stopped before, and one whose tmpdir is gone, or not yet there."""
+    house.login("cora", msg_ttl="5", post_secret="S3CRET")
+    who = user(house, "cora")
+    deleted = house.call("delete_client", client="cora")
+    assert (deleted["code"], deleted["client"], deleted["msg_ttl"]) == (0, "cora", "5")
+    assert not left_files(house, "cora") and "cora" not in listed_names(house)
+    assert "msg_ttl" not in house.call("start_client", client="cora")
+    assert settings_of(house, "cora") == {"post_api": house.receiver.url + "?client=cora"}
+    assert eventually(lambda: "qrcode_cora.jpg" in left_files(house))
+    assert house.call("stop_client", client="cora")["code"] == 0
+    assert not {"qrcode_cora.jpg", "pid_cora.pid"} & left_files(house)
+    assert house.call("get_qrcode", client="cora")["status"] == "client not exists"
+    house.login("cora")
+    again = user(house, "cora")
+    assert again["uid"] == who["uid"] and again["id"] != who["id"]
+    house.call("stop_client", client="cora")
+    assert house.call("delete_client", client="cora")["code"] == 0
+    assert not left_files(house, "cora")
     own = os.path.join(house.tmpdir, "own")
-    house.login("dora", tmpdir=own)
-    shutil.rmtree(own)
-    assert house.call("delete_client", client="dora")["code"] == 0
-    house.call("start_client", client="dora", tmpdir=own + "/not/yet")
-    assert house.call("delete_client", client="dora")["code"] == 0  # it may be made, or not
-    shutil.rmtree(own, ignore_errors=True)
+    for path in own, own + "/not/yet":
+        house.login("dora", tmpdir=path)
+        shutil.rmtree(own)
+        assert house.call("delete_client", client="dora")["code"] == 0
     assert "dora" not in listed_names(house)
 
 
@@ -4794,8 +4784,8 @@ def environment_of(pid):
     """The environment of the client whose process pid() tells, once it is a program of its own."""
     def read():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            found = dict(entry.split("=", 1) for entry in content(
-                f"/proc/{pid()}/environ").decode().split("\0") if entry)
+            found = dict(re.findall("([^=\0]+)=([^\0]*)", content(
+                f"/proc/{pid()}/environ").decode()))
             return "OPENQQ_KEY" in found and found
 
     return eventually(read)
@@ -4806,8 +4796,7 @@ def settings_of(controller, name):
     found = openqq.from_environment(
         environment_of(lambda: controller.state(name)["pid"]), "MOJO_WEBQQ_")
     return {key: value for key, value in found.items() if key in (
-        "post_api", "post_secret", "msg_ttl", "pwd", "login_type", "keep_cookie",
-        "post_event_list", "onebot_api", "onebot_token")}
+        "post_api", "post_secret", "msg_ttl", "pwd", "login_type", "post_event_list")}
 
 
 def backend_of(controller):
@@ -4816,101 +4805,68 @@ def backend_of(controller):
 
 def test_a_stopped_client_comes_up_as_it_was_also_with_another_controller(start, receive):
     receiver, controller = receive(), start("controller")
-    controller.login("alice", post_api=receiver.url, post_secret="S3CRET", msg_ttl="5",
-                     login_type="login", pwd="S3CRET-pwd")
-    for is_killed in False, True:
-        before, stopped = controller.state("alice"), controller.call("stop_client", client="alice")
-        assert {"client": "alice", "code": 0, "status": "success", "msg_ttl": "5",
-                "pid": before["pid"], "port": before["port"]}.items() <= stopped.items()
-        state = json.loads(content(controller.path("state_alice.json")))
-        assert (state["state"], state["previous_state"]) == ("stop", "running")
-        assert controller.call("check_client", client="alice")["status"] == "client not exists"
-        row = backend_of(controller)["alice"]
-        assert row["run"] is False
-        assert row["given"] == {"post_api": receiver.url, "msg_ttl": "5", "login_type": "login"}
-        if is_killed:
-            controller.process.kill()
-            assert all_gone(controller.log, WAIT)
-            assert b"S3CRET" not in content(controller.path("controller_backend.dat"))
-            controller = start("controller")
-        assert controller.call("check_client") == {"client": [], "code": 0}
-        answer = controller.call("start_client", client="alice")
-        assert row["given"].items() <= answer.items() and "S3CRET" not in json.dumps(answer)
-        assert controller.call("/local/login", client="alice")["code"] == 0
-        del receiver.posts[:]
-        controller.call("/local/say", client="alice", content="again", **{"from": "小灰"})
-        receiver.message("again")
-        _, headers, body, _ = receiver.posts[-1]
-        assert headers["X-Signature"] == "sha1=" + hmac_sha1("S3CRET", body)
-        assert "pwd" not in settings_of(controller, "alice")
-
-
-def test_settings_given_anew_win_and_an_empty_one_clears(house, receive):
-    receiver = receive()
-    house.login("hans", post_api=receiver.url, post_secret="S3CRET", msg_ttl="5",
-                post_event_list="login")
-    wanted = {"post_api": receiver.url + "?client=hans", "post_event_list": "login"}
-    for ttl in "", "6":
-        house.call("stop_client", client="hans")
-        answer = house.call("start_client", client="hans", msg_ttl=ttl, post_secret="")
-        assert answer["post_api"] == receiver.url and answer["code"] == 0
-        assert settings_of(house, "hans") == {**wanted, **({"msg_ttl": ttl} if ttl else {})}
-        assert house.call("/local/login", client="hans")["code"] == 0
-        house.call("/local/say", client="hans", content=f"m{ttl}", **{"from": "小灰"})
-        receiver.message(f"m{ttl}")
-        assert "X-Signature" not in receiver.posts[-1][1]
-        assert b"S3CRET" not in content(house.path("cookie_hans.dat"))
-    house.call("stop_client", client="hans")
-    house.call("start_client", client="hans", post_api="")
-    assert settings_of(house, "hans")["post_api"] == house.receiver.url + "?client=hans"
-    house.call("delete_client", client="hans")
+    given = {"post_api": receiver.url, "msg_ttl": "5", "login_type": "login"}
+    controller.login("alice", post_secret="S3CRET", pwd="S3CRET-pwd", **given)
+    before, stopped = controller.state("alice"), controller.call("stop_client", client="alice")
+    assert {"client": "alice", "code": 0, "status": "success", "msg_ttl": "5",
+            "pid": before["pid"], "port": before["port"]}.items() <= stopped.items()
+    state = json.loads(content(controller.path("state_alice.json")))
+    assert (state["state"], state["previous_state"]) == ("stop", "running")
+    assert controller.call("check_client", client="alice")["status"] == "client not exists"
+    row = backend_of(controller)["alice"]
+    assert row["run"] is False and row["given"] == given
+    controller.process.kill()
+    assert all_gone(controller.log, WAIT)
+    controller = start("controller")
+    assert controller.call("check_client") == {"client": [], "code": 0}
+    answer = controller.call("start_client", client="alice")
+    assert given.items() <= answer.items() and "S3CRET" not in json.dumps(answer)
+    assert controller.call("/local/login", client="alice")["code"] == 0
+    controller.call("/local/say", client="alice", content="again", **{"from": "小灰"})
+    receiver.message("again")
+    _, headers, body, _ = receiver.posts[-1]
+    assert headers["X-Signature"] == "sha1=" + hmac_sha1("S3CRET", body)
+    controller.call("stop_client", client="alice")
+    controller.login("alice", post_secret="", msg_ttl="")  # what is empty is cleared
+    assert not {"pwd", "msg_ttl"} & settings_of(controller, "alice").keys()
+    assert b"S3CRET" not in content(controller.path("cookie_alice.dat"))
 
 
 def test_what_holds_after_settings_are_given_anew():
     """The secrets of a bridge, or of its page, go with it; another one's are not told to it."""
     bridge = {"onebot_api": "ws://h", "onebot_token": "t"}
-    all_of_it = {**bridge, "onebot_login": "napcat", "onebot_login_token": "u",
-                 "onebot_secret": "s", "msg_ttl": "5"}
+    page = {**bridge, "onebot_login_token": "u"}
     for former, given, wanted in [
             ({"msg_ttl": "5", "mode": "busy"}, {"msg_ttl": ""}, {"mode": "busy"}),
+            ({"msg_ttl": "5", "post_secret": "s"}, {"msg_ttl": "6"},
+             {"msg_ttl": "6", "post_secret": "s"}),
             ({"msg_ttl": "5"}, bridge, {"msg_ttl": "5", **bridge}),
-            (all_of_it, {"onebot_api": "ws://g", "onebot_secret": "r"},
+            ({**page, "onebot_secret": "s", "msg_ttl": "5"},
+             {"onebot_api": "ws://g", "onebot_secret": "r"},
              {"onebot_api": "ws://g", "onebot_secret": "r", "msg_ttl": "5"}),
             (bridge, {"onebot_api": "WS://h"}, bridge),
             (bridge, {**bridge, "onebot_api": "ws://g"}, {**bridge, "onebot_api": "ws://g"}),
-            ({**bridge, "onebot_secret": "s"}, {"onebot_api": ""}, {}),
-            ({**bridge, "onebot_login_token": "u"}, {"onebot_login_api": "http://p"},
-             {**bridge, "onebot_login_api": "http://p"})]:
+            (bridge, {"onebot_api": ""}, {}),
+            (page, {"onebot_login_api": "http://p"}, {**bridge, "onebot_login_api": "http://p"})]:
         assert openqq.renewed(former, given) == wanted, (former, given)
 
 
-def test_a_token_within_a_bridges_url_works_and_is_told_to_nobody_else(closing, start):
-    """It stands in no answer, file or log, but for the cookie's; over HTTP as over WebSocket. After
-    a restart it comes from there, and no other bridge hears it."""
+def test_a_token_within_a_bridges_url_works_and_no_other_bridge_hears_it(closing, start):
+    """When the client starts again it comes from the cookie's file, and from nowhere else."""
     bridge, other = closing(Bridge(token="S3CRET")), closing(Bridge())
-    words = "controller", "--http-debug", "1", "--log-level", "debug"
-    controller, answers = start(*words), []
-    for name, url in ("sse", bridge.url.replace("http", "HTTP") + "/?a=b&access_token=S3CRET"), (
-            "ws", bridge.ws + "/?access_token=S3CRET"):
-        me = Bridged(controller, name, bridge, onebot_api=url, onebot_token="")
-        me.running()
-        answers += [me.started, me.state(), me.call("start_client"),
-                    me.call("update_client", onebot_api=url), me.call("stop_client"),
-                    me.call("start_client")]
-        assert me.started["onebot_api"] == url.partition("access_token")[0].rstrip("?&")
-        me.running()
-    assert "S3CRET" not in json.dumps(answers)
-    for name in left_files(controller) - {"cookie_ws.dat", "cookie_sse.dat"}:
-        assert b"S3CRET" not in content(controller.path(name)), name
-    controller.stop()
-    me.program = start(*words)
-    me.running()
+    controller = start("controller", "--http-debug", "1", "--log-level", "debug")
+    me = Bridged(controller, "ws", bridge, onebot_token="",
+                 onebot_api=bridge.ws + "/?access_token=S3CRET")
+    answers = [me.started, me.running().state(), me.call("stop_client"), me.call("start_client")]
+    assert me.started["onebot_api"] == bridge.ws + "/" and me.running()
+    for name in left_files(controller):
+        assert (b"S3CRET" in content(controller.path(name))) is (name == "cookie_ws.dat"), name
     me.call("stop_client")
-    me.call("start_client", onebot_api=other.ws)
+    answers.append(me.call("start_client", onebot_api=other.ws))
     me.bridge = other
     me.running()
     assert b"S3CRET" not in content(controller.path("cookie_ws.dat"))
-    assert "S3CRET" not in controller.log.text() + me.program.log.text()
+    assert "S3CRET" not in controller.log.text() + json.dumps(answers)
     assert not bridge.faults + other.faults
 
 
@@ -4918,103 +4874,71 @@ def test_the_accounts_file_wins_over_what_is_remembered(start, tmp_path):
     """For those that are resumed too; what it does not name stays, null clears. What is wrong
     with one account is said, and keeps none of the others away."""
     accounts = put(tmp_path / "accounts.json", json.dumps({
-        "alice": {"msg_ttl": 7, "mode": None}, "bob": {"msg_ttl": 8}, "../x": {},
-        "carol": ["post_api"], "dave": {"nonsense": 1},
+        "alice": {"msg_ttl": 7, "mode": None, "post_secret": None}, "bob": {"msg_ttl": 8},
+        "../x": {}, "carol": ["post_api"], "dave": {"nonsense": 1},
         "erin": {"login_type": "login", "pwd": "x", "numeric_ids": True, "post_api": None,
                  "post_event_list": ["login", "stop"]}}))
     first = start("controller", tmpdir=tmp_path / "t")
     for name in "alice", "bob":
-        first.login(name, msg_ttl="5", mode="busy", post_event_list="login")
+        first.login(name, msg_ttl="5", mode="busy", post_event_list="login", post_secret="S3")
     first.call("stop_client", client="bob")
     first.stop()
     second = start("controller", "--accounts", accounts, tmpdir=tmp_path / "t")
-    for name, ttl in ("alice", "7"), ("bob", "8"):
+    for name, ttl, mode in ("alice", "7", "online"), ("bob", "8", "busy"):
         assert second.call("/local/login", client=name)["code"] == 0
         assert settings_of(second, name) == {"msg_ttl": ttl, "post_event_list": "login"}
-    assert [second.state(name)["mode"] for name in ("alice", "bob")] == ["online", "busy"]
+        assert second.state(name)["mode"] == mode
+        assert (b"S3" in content(second.path(f"cookie_{name}.dat"))) is (name == "bob")
     for wrong in r"\.\./x", "carol", "dave.*nonsense":
         second.log.wait(r"\[error\] accounts file: .*" + wrong)
     assert isinstance(user(second, "erin")["uid"], int)
     assert listed_names(second) == ["alice", "bob", "erin"]
 
 
-def test_accounts_file_that_cannot_be_read_is_said_and_harms_nothing(tmp_path):
-    lines = []
-    log = openqq.Log(level="fatal")
-    log.keep = lines.append
-    for path in [put(tmp_path / f"{number}.json", text)
-                 for number, text in enumerate(["", "{", "[]", "5"])] + [str(tmp_path / "nothing")]:
-        assert openqq.read_accounts(path, log) == {}
-        assert re.search("accounts file .* cannot be used: .*must look like", lines[-1]), path
-
-
 def test_a_memory_that_is_no_good_stops_no_start(start, tmp_path):
+    """Nor does an accounts file that cannot be read."""
     path, good = tmp_path / "mojo_webqq_controller_backend.dat", {"msg_ttl": "5"}
     put(path, json.dumps({
         "alice": {"run": False, "port": 0, "given": {**good, "mode": "asleep", "gone": 1,
                                                      "max_clients": "3", "post_api": ["x"]}},
-        "bob": {"run": False, "port": 0, "given": "?"}, "carol": {"run": False, "given": good},
-        "dave": {"port": 0, "given": good}, "..": {"run": False, "port": 0, "given": good},
-        "frank": 1, "../x": {"run": True, "port": 5000, "given": {}},
+        "bob": {"run": False, "port": 0, "given": "?"}, "frank": 1,
+        "carol": {"port": 0, "given": good}, "../x": {"run": True, "port": 5000, "given": {}},
         "grace": {"run": True, "port": 99999999, "given": {}},
-        "heidi": {"run": True, "port": 0, "given": {"setting_of_another_version": "1"}},
-        "ivan": {"run": True, "port": 0, "given": {"log_level": 7}},
         "judy": {"run": True, "port": None, "given": []}}))
-    controller = start("controller")
-    for name, wanted in ("alice", good), ("bob", {}), ("carol", {}), ("dave", good):
-        assert controller.call("start_client", client=name)["code"] == 0
-        assert settings_of(controller, name) == wanted, name
-    assert {"alice", "bob", "carol", "dave"} <= set(listed_names(controller)) and not (
-        {"frank", "..", "../x"} & set(listed_names(controller)))
-    assert controller.stop() == 0 and backend_of(controller)["bob"]["run"]
-    put(path, "[]")
-    again = start("controller")
-    assert again.call("start_client", client="bob")["code"] == 0
-    assert "fault of this program" not in controller.log.text() + again.log.text()
+    for accounts in "[]", "{":
+        controller = start("controller", "--accounts", put(tmp_path / "accounts", accounts))
+        controller.log.wait("accounts file .* cannot be used: .*must look like")
+        for name, wanted in ("alice", good), ("bob", {}), ("carol", good):
+            assert controller.call("start_client", client=name)["code"] == 0
+            assert accounts == "{" or settings_of(controller, name) == wanted, name
+        assert not {"frank", "../x"} & set(listed_names(controller))
+        assert controller.stop() == 0 and backend_of(controller)["bob"]["run"]
+        assert "fault of this program" not in controller.log.text()
+        put(path, "[]")
 
 
 # -- update_client
 
-def test_settings_of_a_running_client_are_changed_without_a_scan_and_nothing_is_lost(
-        start, receive):
-    first, second = receive(), receive()
-    controller = start("controller")
-    before = controller.login("alice", post_api=first.url, post_secret="S3CRET", pwd="x",
-                              login_type="login", msg_ttl="5")
-    words, changed = [], threading.Event()
-
-    def speak():
-        while len(words) < 300 and not changed.is_set():
-            words.append(f"m{len(words)}")
-            assert controller.call("/local/say", client="alice", content=words[-1],
-                                   **{"from": "小灰"})["code"] == 0
-
-    speaker = threading.Thread(target=speak)
-    speaker.start()
-    first.message("m5")
+def test_settings_of_a_running_client_are_changed_without_a_scan_and_outlive_a_kill(start, receive):
+    first, second, controller = receive(), receive(), start("controller")
+    before = controller.login("alice", post_api=first.url, post_secret="S3CRET", msg_ttl="5",
+                              mode="busy")
+    who = user(controller, "alice")
     answer = controller.call("update_client", client="alice", post_api=second.url, msg_ttl="")
-    changed.set()
-    speaker.join(WAIT)
-    words.append("the last")
-    controller.call("/local/say", client="alice", content=words[-1], **{"from": "小灰"})
-    assert {name: answer[name] for name in answer if name != "pid"} == {
-        "account": "alice", "client": "alice", "code": 0, "port": before["port"],
-        "status": "success", "post_api": second.url, "login_type": "login"}
-    second.message(words[-1])
-    got = [event["content"] for receiver in (first, second) for _, _, _, event in receiver.posts
-           if event.get("class") == "recv"]
-    assert list(dict.fromkeys(got)) == words and len(got) <= len(words) + 1
-    row = controller.state("alice")
-    assert (row["state"], row["restarts"], row["port"]) == ("running", 0, before["port"])
-    assert row["pid"] == answer["pid"] != before["pid"]
-    assert eventually(lambda: [
-        event["params"] for _, _, _, event in second.posts if is_login(event)]) == [[0]]
-    assert second.posts[-1][1]["X-Signature"] == "sha1=" + hmac_sha1("S3CRET", second.posts[-1][2])
-    assert backend_of(controller)["alice"]["given"] == {"post_api": second.url,
-                                                        "login_type": "login"}
-    os.kill(row["pid"], signal.SIGKILL)  # and those are what it has from now on
-    second.next(is_login)
-    assert settings_of(controller, "alice")["post_api"] == second.url + "?client=alice"
+    assert answer == {"account": "alice", "client": "alice", "code": 0, "port": before["port"],
+                      "status": "success", "post_api": second.url, "mode": "busy",
+                      "pid": controller.state("alice")["pid"]}
+    for restarts in 0, 1:
+        controller.call("/local/say", client="alice", content=str(restarts), **{"from": "小灰"})
+        second.message(str(restarts))
+        _, headers, body, _ = second.posts[-1]
+        assert headers["X-Signature"] == "sha1=" + hmac_sha1("S3CRET", body)
+        row = controller.state("alice")
+        assert (row["state"], row["restarts"], row["port"]) == ("running", restarts, before["port"])
+        assert user(controller, "alice")["id"] == who["id"] and row["pid"] != before["pid"]
+        os.kill(row["pid"], signal.SIGKILL)
+        assert second.next(is_login)["params"] == [0]
+    assert backend_of(controller)["alice"]["given"] == {"post_api": second.url, "mode": "busy"}
     again = controller.call("update_client", client="alice", post_secret="")
     assert controller.call("/local/login", client="alice")["code"] == 0
     assert again["code"] == 0 and b"S3CRET" not in content(controller.path("cookie_alice.dat"))
@@ -5026,12 +4950,10 @@ def test_update_client_takes_all_or_nothing(house):
                   {"tmpdir": house.tmpdir}, {"log_path": house.tmpdir + "/x"},
                   {"cookie_path": ""}, {"state-path": "x"}, {"post_api": "http://a http://b"},
                   {"account": "bob"}, {"flavor": "weixin"}]:
-        for method in "GET", "POST":
-            code, _, body = Face(house, "emil", controlled=True).raw(
-                "update_client", method, post_secret="x", **wrong)
-            answer = json.loads(body)
-            assert (code, answer["code"]) == (400, 6), wrong
-            assert re.search(next(iter(wrong)), answer["status"])
+        code, _, body = Face(house, "emil", controlled=True).raw(
+            "update_client", "POST", post_secret="x", **wrong)
+        answer = json.loads(body)
+        assert (code, answer["code"]) == (400, 6) and next(iter(wrong)) in answer["status"], wrong
     for same in {}, {"msg_ttl": "5"}, {"msg_ttl": "05"}, {"mode": ""}:
         answer = house.call("update_client", client="emil", **same)
         assert (answer["code"], answer["pid"]) == (0, before["pid"]), same
@@ -5057,35 +4979,24 @@ def test_a_client_that_dies_of_its_new_settings_goes_on_with_those_of_before(wor
     row = workshop.state("anna")
     assert (row["state"], row["mode"], row["restarts"], row["port"]) == (
         "running", "online", 0, before["port"])
-    assert settings_of(workshop, "anna") == {"msg_ttl": "5"}
     assert backend_of(workshop)["anna"]["given"] == {"msg_ttl": "5"}
-    assert workshop.call("update_client", client="anna", msg_ttl="6")["msg_ttl"] == "6"
-
     assert workshop.call("start_client", client="bert", msg_ttl="13")["code"] == 0
     assert eventually(lambda: workshop.state("bert").get("failed"))
     assert workshop.call("update_client", client="bert", msg_ttl="5")["code"] == 0
     assert workshop.call("/local/login", client="bert")["code"] == 0
-    row = workshop.state("bert")
-    assert (row["state"], row.get("failed")) == ("running", None)
+    assert "failed" not in workshop.state("bert")
 
 
 def test_a_send_that_waits_gets_an_answer_when_settings_change(house):
     port = house.login("fred", send_interval="60")["port"]
-    sends = queue.Queue()
-
-    def send(number):
-        status, _, body = Face(house, "fred", controlled=True).raw(
-            "send_friend_message", name="小冰", content=str(number))
-        sends.put((number, status, json.loads(body)["code"]))
-
-    send(1)
-    assert sends.get(timeout=WAIT) == (1, 200, 0)
-    threading.Thread(target=send, args=(2,)).start()
-    assert eventually(lambda: b"openqq_send_queue_length 1" in request(
-        f"http://127.0.0.1:{port}", "/metrics")[2])
+    send = functools.partial(Face(house, "fred", controlled=True).raw, "send_friend_message",
+                             name="小冰", content="x")
+    assert send()[0] == 200
+    waiting = concurrent.futures.ThreadPoolExecutor(1).submit(send)
+    assert eventually(lambda: metrics_of(f"http://127.0.0.1:{port}")["openqq_send_queue_length"])
     assert house.call("update_client", client="fred", mode="busy")["code"] == 0
-    number, status, code = sends.get(timeout=WAIT)
-    assert number == 2 and (status, code) in ((200, -3), (503, 300), (502, 7)), (status, code)
+    status, _, body = waiting.result(WAIT)
+    assert (status, json.loads(body)["code"]) in ((200, -3), (503, 300), (502, 7))
 
 
 def test_calls_of_one_name_at_once_neither_block_nor_leave_two_processes(start):
@@ -5097,8 +5008,7 @@ def test_calls_of_one_name_at_once_neither_block_nor_leave_two_processes(start):
             calls[number], client="alice", **({"msg_ttl": str(number + 1)}
                                               if calls[number][0] in "su" else {})))
         assert all(answer and answer["code"] in (0, 1) for answer in answers), answers
-        controller.call("start_client", client="alice")
-        assert controller.call("/local/login", client="alice")["code"] == 0
+        controller.login("alice")
         row = controller.state("alice")
         assert (row["state"], row["restarts"]) == ("running", 0)
         alive = subprocess.check_output(["pgrep", "-P", str(controller.pid)])
@@ -5113,28 +5023,8 @@ def test_no_port_left_is_code_2(start):
             sock.listen(1)
         controller = start("controller", "--backend-start-port", "65535")
         answer = controller.call("start_client", client="alice")
-        assert (answer["code"], answer["status"]) == (2, "no available port")
-        assert listed_names(controller) == []
-
-
-def test_killed_client_comes_back_without_a_scan_on_its_old_port(house, receive):
-    """One that ended on purpose is not started again."""
-    receiver = receive()
-    first = house.login("gina", post_api=receiver.url)
-    who = user(house, "gina")
-    assert receiver.next(is_login)["params"] == [1]
-    os.kill(first["pid"], signal.SIGKILL)
-    receiver.next(lambda event: is_login(event) and event["params"] == [0])
-    state = house.state("gina")
-    assert (state["state"], state["port"]) == ("running", first["port"])
-    assert state["pid"] != first["pid"]
-    assert house.call("get_user_info", client="gina")["id"] == who["id"]
-    os.kill(state["pid"], signal.SIGTERM)
-    house.log.wait("client gina ended by itself")
-    assert house.state("gina")["state"] == "stop"
-    assert house.log.text().count("client gina died") == 1
-    assert house.call("start_client", client="gina")["code"] == 0
-    house.call("delete_client", client="gina")
+    assert (answer["code"], answer["status"]) == (2, "no available port")
+    assert listed_names(controller) == []
 
 
 def test_new_controller_waits_for_the_clients_of_a_killed_one(start):
@@ -5152,124 +5042,85 @@ def test_new_controller_waits_for_the_clients_of_a_killed_one(start):
         os.kill(pid, signal.SIGCONT)
     second.log.wait("client alice started")
     assert "running already" not in second.log.text()
-    assert user(second, "alice")["account"] == "alice"
 
 
-def test_controller_ends_cleanly_at_a_signal_and_resumes_unless_told_otherwise(start):
-    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
-        controller = start("controller")
-        if number == signal.SIGTERM:
-            controller.call("start_client", client="alice")
-        assert listed_names(controller) == ["alice"] and user(controller, "alice")
-        assert controller.stop(number) == 0
-        assert all_gone(controller.log)
-        assert not [name for name in left_files(controller) if "pid" in name or "qrcode" in name]
-        assert "cookie_alice.dat" in left_files(controller)
-        assert json.loads(content(controller.path("state_alice.json")))["state"] == "stop"
-        assert "Traceback" not in controller.log.text()
-    assert listed_names(start("controller", "--resume", "0")) == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_client_alone_ends_cleanly_at_a_signal(start, receive, number):
-    """INT without a terminal is none."""
-    receiver = receive()
-    client = start("client", "--account", "alice", "--post-api", receiver.url)
-    receiver.next(is_qrcode)
-    client.process.send_signal(signal.SIGINT)
-    client.log.wait(r"\[warn\] .*INT")
-    assert client.call("get_client_info")["account"] == "alice"
-    assert {"pid_alice.pid", "qrcode_alice.jpg"} <= left_files(client)
-    assert client.stop(number) == 0
-    assert not {"pid_alice.pid", "qrcode_alice.jpg"} & left_files(client)
-    assert json.loads(content(client.path("state_alice.json")))["state"] == "stop"
-    assert "Traceback" not in client.log.text()
+@pytest.mark.parametrize("whose", ["controller", "client"])
+def test_a_program_ends_cleanly_at_a_signal_and_resumes_unless_told_otherwise(start, whose):
+    """INT without a terminal is none for a client; HUP is none if it was ignored, as by nohup.
+    Also right after the first line; of two signals that came HUP would be seen first."""
+    for number in signal.SIGTERM, signal.SIGHUP, signal.SIGINT:
+        program = start(whose, *["--account", "alice"] * (whose == "client"))
+        if whose == "controller" and number == signal.SIGTERM:
+            program.call("start_client", client="alice")
+        assert eventually(lambda: {"pid_alice.pid", "qrcode_alice.jpg"} <= left_files(program))
+        if whose == "client" and number == signal.SIGINT:
+            program.process.send_signal(number)
+            program.log.wait(r"\[warn\] .*INT")
+            assert program.call("get_client_info")["account"] == "alice"
+            number = signal.SIGTERM
+        assert program.stop(number) == 0 and all_gone(program.log)
+        assert not [name for name in left_files(program) if "pid" in name or "qrcode" in name]
+        assert json.loads(content(program.path("state_alice.json")))["state"] == "stop"
+        assert "Traceback" not in program.log.text()
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        program = start(whose, *["--resume", "0"] * (whose == "controller"))
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    program.process.send_signal(signal.SIGHUP)
+    assert program.stop() == 0
+    assert not re.search("HUP|alice started", program.log.text())
 
 
 def test_int_at_a_terminal_ends_a_client(tmp_path):
     master, slave = os.openpty()
-    client = subprocess.Popen(
-        [sys.executable, *openqq.python_words("client", "--tmpdir", str(tmp_path), "--port", "0")],
-        stdin=slave, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        Log(client.stderr).wait("等待手机QQ扫描二维码")
-        client.send_signal(signal.SIGINT)
-        assert client.wait(WAIT) == 0
-    finally:
-        client.kill()
-        client.wait()
-        os.close(master)
+    with subprocess.Popen(
+            [sys.executable, *openqq.python_words("client", "--tmpdir", str(tmp_path), "--port=0")],
+            stdin=slave, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as client:
         os.close(slave)
-
-
-@pytest.mark.parametrize("whose", ["controller", "client"])
-def test_a_signal_right_after_the_first_line_ends_a_program_but_not_an_ignored_hup(start, whose):
-    """As nohup does. HUP has the smaller number: of two that came it would be seen first."""
-    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        program = start(whose)
-    finally:
-        signal.signal(signal.SIGHUP, former)
-    program.process.send_signal(signal.SIGHUP)
-    assert program.stop(signal.SIGTERM) == 0
-    assert re.search(r"stopping \(SIGTERM\)|停止信号\[TERM\]", program.log.text())
-    assert "HUP" not in program.log.text()
-    assert not [name for name in left_files(program) if name.endswith(".pid")]
-
-
-def test_second_client_names_the_holder_and_harms_nothing(pair):
-    before = pair.state("alice"), content(pair.path("controller_backend.dat"))
-    files = left_files(pair)
-    done = run_quickly("client", "--account", "alice", "--tmpdir", pair.tmpdir, "--port", "0")
-    assert done.returncode == 1
-    assert re.search(rf"\b{before[0]['pid']}\b", done.stderr) and "Traceback" not in done.stderr
-    assert before == (pair.state("alice"), content(pair.path("controller_backend.dat")))
-    assert files <= left_files(pair)
-    assert pair.call("get_user_info", client="alice")["account"] == "alice"
+        try:
+            Log(client.stderr).wait("等待手机QQ扫描二维码")
+            client.send_signal(signal.SIGINT)
+            assert client.wait(WAIT) == 0
+        finally:
+            client.kill()
+            os.close(master)
 
 
 # What a crash, a full disk or another program may leave in a file that only grows.
-GARBAGE_LINES = (b'\n\n\x00\xff\xfe\n1\n"x"\nnull\n[]\n{}\n[[]]\n[1]\n["x"]\n[[1]]\n[[1,2]]\n'
-           b'[[1,"a"],[1,"a","b"]]\n{"key":"x","item":1}\n{"key":3,"item":{}}\n{"done":[]}\n'
-           b'{"mark":{}}\n{"key":4,"item":{"id":"x","in":[],"event":{}}}\n'
-           b'{"key":5,"item":{"id":"x-1","in":"","eve')
+GARBAGE_LINES = (b'\n\x00\xff\xfe\n1\n"x"\nnull\n[]\n{}\n[[]]\n[[1,2]]\n[[1,"a"],[1,"a","b"]]\n'
+                 b'{"key":"x","item":1}\n{"done":[]}\n{"key":3,"item":{"id":"x","event":{}}}\n'
+                 b'{"key":4,"item":{"id":"x-1","in":"","eve')
 
 
 def test_what_others_left_in_the_place_of_files_stops_nobody(start, receive, tmp_path):
     """Garbage in queues and journals; pid files without a living holder; Storable files of the
     Perl programs, which are set aside."""
-    receiver, foreign = receive(), str(os.getpid())
-    for name in "post_alice.jsonl", "local.jsonl", "controller_post.jsonl":
-        put(tmp_path / ("mojo_webqq_" + name), GARBAGE_LINES)
-    pids = {"a": b"", "c": b"2147483647\n", "d": foreign.encode() + b"\n",
-            "e": b"\xff\xfe"}
-    for name in pids:
-        put(tmp_path / f"mojo_webqq_pid_{name}.pid", pids[name])
-    put(tmp_path / "mojo_webqq_controller_process.pid", foreign)
+    receiver = receive()
+    pids = {"pid_a": b"\xff\xfe", "pid_b": b"2147483647\n", "pid_c": b"%d\n" % os.getpid(),
+            "controller_process": b""}
     storable = b"pst0\x05\x0b\x0412345678\x04\x08\x08\x03\x00\x00\x00\xff\xfe"
-    olds = {"mojo_webqq_controller_backend.dat": storable, "mojo_webqq_cookie_alice.dat": storable,
-            "mojo_webqq_local.json": b'{"login":1,"about":5,"people":[]}'}
-    for name in olds:
-        put(tmp_path / name, olds[name])
+    olds = {"controller_backend.dat": storable, "cookie_alice.dat": storable,
+            "local.json": b'{"login":1,"about":5,"people":[]}'}
+    for name, data in {**olds, **{name + ".pid": pids[name] for name in pids},
+                       **dict.fromkeys(("post_alice.jsonl", "local.jsonl", "controller_post.jsonl"),
+                                       GARBAGE_LINES)}.items():
+        put(tmp_path / ("mojo_webqq_" + name), data)
     controller = start("controller", "--post-api", receiver.url)
     assert content(controller.path("controller_process.pid")) == f"{controller.pid}\n".encode()
     controller.login("alice")
-    who = user(controller, "alice")
     for name in olds:
         controller.log.wait(r"\[warn\].*" + re.escape(name))
-        assert content(tmp_path / (name + ".old")) == olds[name]
-        assert json.loads(content(tmp_path / name))
+        assert content(controller.path(name + ".old")) == olds[name]
+        assert json.loads(content(controller.path(name)))
     controller.call("/local/say", **{"from": "小灰", "client": "alice", "content": "hello"})
     assert receiver.message("hello")["sender"] == "小灰"
-    for name in pids:
+    for name in "abc":
         started = controller.call("start_client", client=name)
         receiver.next(is_qrcode)
         assert content(controller.path(f"pid_{name}.pid")) == f"{started['pid']}\n".encode()
-        controller.call("delete_client", client=name)
     assert controller.stop() == 0
-    second = start("controller", "--post-api", receiver.url)
-    assert user(second, "alice")["id"] == who["id"]
-    assert "fault of this program" not in controller.log.text() + second.log.text()
+    assert "fault of this program" not in controller.log.text()
 
 
 def test_clients_environment_is_built_from_scratch(start):
@@ -5292,12 +5143,12 @@ def test_secrets_stand_in_no_file_answer_or_log_but_the_cookie(start, receive):
     receiver, other = receive(), receive()
     controller = start("controller", "--token", "S3CRET-token", "--post-api", receiver.url,
                        "--post-secret", "S3CRET-own", typed=True)
-    query = urllib.parse.urlencode({"client": "alice", "pwd": "S3CRET-pwd", "login_type": "login",
-                                    "post_secret": "S3CRET-post", "post_api": receiver.url})
+    alice = "/openqq/start_client?" + urllib.parse.urlencode({
+        "client": "alice", "pwd": "S3CRET-pwd", "login_type": "login",
+        "post_secret": "S3CRET-post", "post_api": receiver.url})
     token = {"Authorization": "Bearer S3CRET-token"}
     answers = [request(controller.base, path, headers=token)[2] for path in (
-        "/openqq/start_client?" + query, "/local/login?client=alice",
-        "/openqq/start_client?client=bob", "/openqq/start_client?" + query,
+        alice, "/local/login?client=alice", "/openqq/start_client?client=bob", alice,
         "/openqq/start_client?client=carol&post_api=" + other.url, "/openqq/check_client",
         "/local/world", "/openqq/get_client_info?client=alice")]
     other.next(is_qrcode)
@@ -5308,34 +5159,31 @@ def test_secrets_stand_in_no_file_answer_or_log_but_the_cookie(start, receive):
         secret = {"client=alice": "S3CRET-post", "client=bob": "S3CRET-own"}.get(
             path.partition("?")[2])  # the controller's own goes to its own post_api only
         assert headers["X-Signature"] == (secret and "sha1=" + hmac_sha1(secret, body))
-    ends = {"cookie": ".dat", "pid": ".pid", "qrcode": ".jpg", "state": ".json", "post": ".jsonl"}
     found = left_files(controller)
-    assert found <= {f"{what}_{name}{end}" for name in ("alice", "bob", "carol")
-                     for what, end in ends.items()} | {
-        "controller_process.pid", "controller_backend.dat", "controller_template.py",
-        "controller_post.jsonl", "local.json", "local.jsonl"}
+    assert not [name for name in found if not re.fullmatch(
+        r"(cookie_N\.dat|pid_N\.pid|qrcode_N\.jpg|state_N\.json|post_N\.jsonl|controller_process"
+        r"\.pid|controller_backend\.dat|controller_template\.py|controller_post\.jsonl|"
+        r"local\.jsonl?)".replace("N", "(alice|bob|carol)"), name)]
     assert {"cookie_alice.dat", "qrcode_bob.jpg", "post_alice.jsonl", "local.json"} <= found
     for name in found:
         assert os.stat(controller.path(name)).st_mode & 0o777 == 0o600, name
         own = {"cookie_alice.dat": b"S3CRET-post", "cookie_bob.dat": b"S3CRET-own"}.get(name, b"-")
         answers.append(content(controller.path(name)).replace(own, b""))
-        assert b"S3CRET" not in answers[-1], name
-    shown = subprocess.check_output(["ps", "-o", "args=", "-p", str(controller.pid)])
+    answers.append(subprocess.check_output(["ps", "-o", "args=", "-p", str(controller.pid)]))
     answers.append(request(controller.base, "/openqq/stop_client?client=alice", headers=token)[2])
-    assert b"S3CRET" not in b"".join(answers) + shown and "S3CRET" not in controller.log.text()
+    assert b"S3CRET" not in b"".join(answers) and "S3CRET" not in controller.log.text()
 
 
-def test_chinese_names_and_texts_work_in_the_c_locale(start, receive, pair):
+def test_chinese_names_and_texts_work_in_the_c_locale(start, receive):
     """Also in ps, where each process has its documented name."""
     receiver, locale = receive(), {"LANG": "C", "LC_ALL": "C"}
-    controller = start("controller", env=locale)
+    controller = start("controller", env=locale, typed=True)
     started = controller.login("小明", post_api=receiver.url)
-    for pid, name in (pair.pid, "wqcontroller"), (started["pid"], "wqclient(小明)"):
+    for pid, name in (controller.pid, "wqcontroller"), (started["pid"], "wqclient(小明)"):
         shown = subprocess.check_output(["ps", "-ww", "-o", "args=", "-p", str(pid)],
                                         env={**os.environ, "LC_ALL": "C.UTF-8"}).decode()
         assert os.path.basename(shown.split()[0]) == name
-    sent = controller.call("send_friend_message", client="小明", name="小冰", content="你好🐧")
-    assert sent["code"] == 0
+    controller.call("send_friend_message", client="小明", name="小冰", content="你好🐧")
     assert receiver.message("你好🐧")["receiver"] == "小明"
     controller.log.wait(r"\[好友消息\] 小冰\|我的好友 : 你好🐧")
     assert {"state_小明.json", "cookie_小明.dat"} <= left_files(controller)
@@ -5370,27 +5218,24 @@ def test_planted_links_lead_nowhere_and_fifos_hold_nobody_up(
             os.mkfifo(path)
         else:
             os.symlink(str(outside / name), path)
-    words = ["--account", "alice"] if whose == "client" else []
-    program = start(whose, *words, "--post-api", receiver.url, tmpdir=tmpdir)
+    program = start(whose, *["--account", "alice"] * (whose == "client"), "--post-api",
+                    receiver.url, tmpdir=tmpdir)
     if whose == "controller":
         program.call("start_client", client="alice")
     receiver.next(is_qrcode)
-    answers = [request(program.base, "/openqq/" + path)[2] for path in (
-        "get_qrcode?client=alice", "check_client", "../local/world",
-        "get_client_info?client=alice", f"get_media?client=alice&id={MEDIA_ID}")]
-    user(program, "alice")
-    answers += [request(program.base, "/openqq/send_friend_message?" + urllib.parse.urlencode(
-        {"client": "alice", "name": "小冰", **what}))[2]
-        for what in ({"media_id": MEDIA_ID}, {"content": "x"})]
+    send = f"openqq/send_friend_message?client=alice&uid={XIAOBING}&"
+    answers = [request(program.base, "/" + path)[2] for path in (
+        "openqq/get_qrcode?client=alice", "openqq/check_client", "local/world",
+        "openqq/get_client_info?client=alice", "local/login?client=alice",
+        f"openqq/get_media?client=alice&id={MEDIA_ID}", f"{send}media_id={MEDIA_ID}",
+        send + "content=x")]
     receiver.message("x")
     assert program.call("stop_client", client="alice")["code"] == 0
     assert program.stop() == 0
     assert b"MINE" not in b"".join(answers + [body for _, _, body, _ in receiver.posts])
     assert "mallory" not in program.log.text()
-    assert sorted(os.listdir(str(outside))) == (
-        sorted(PLANTED[whose]) if there == "link to a file" else [])
-    for name in os.listdir(str(outside)):
-        assert content(outside / name).decode() == precious, name
+    assert {name: content(outside / name).decode() for name in os.listdir(str(outside))} == (
+        dict.fromkeys(PLANTED[whose], precious) if there == "link to a file" else {})
 
 
 def test_what_stands_in_the_way_of_a_start_is_a_clear_refusal(tmp_path):
@@ -5400,24 +5245,23 @@ def test_what_stands_in_the_way_of_a_start_is_a_clear_refusal(tmp_path):
     with reserve() as sock:
         sock.listen(1)
         port = str(sock.getsockname()[1])
-        for number, (words, said, name, plant) in enumerate([
+        for words, said, name, plant in [
                 ("controller", "{path}", "controller_process.pid", os.symlink),
                 ("client --account alice", "{path}", "pid_alice.pid", os.link),
                 ("client --log-path {path}", "{path}", "log", os.symlink),
                 ("controller --port " + port, port + ".*--port", "", None),
-                ("client --port " + port, port + ".*--port", "", None)]):
-            tmpdir = tmp_path / str(number)
-            tmpdir.mkdir()
-            path = str(tmpdir / ("mojo_webqq_" + name))
+                ("client --port " + port, port + ".*--port", "", None)]:
+            path = str(tmp_path / ("mojo_webqq_" + name))
             if plant:
                 plant(precious, path)
             whose, *words = words.format(path=path).split()
-            done = run_quickly(whose, "--tmpdir", str(tmpdir), "--port", "0", "--host",
+            done = run_quickly(whose, "--tmpdir", str(tmp_path), "--port", "0", "--host",
                                "127.0.0.1", *words)
-            assert done.returncode == 1, words
+            assert done.returncode == 1 and "Traceback" not in done.stderr, words
             assert re.search(said.format(path=re.escape(path)), done.stderr, re.DOTALL), words
-            assert "Traceback" not in done.stderr and content(precious) == b"1\n"
-            assert plant or not [name for name in os.listdir(str(tmpdir)) if name.endswith(".pid")]
+            if plant:
+                os.remove(path)
+            assert content(precious) == b"1\n" and not list(tmp_path.glob("*.pid"))
 
 
 @pytest.mark.skipif(len(openqq.CPUS) < 2, reason="needs a choice of CPUs")
@@ -5455,19 +5299,13 @@ def test_runs_where_the_system_tells_nothing_of_cpus():
 
 def test_a_socket_that_is_watched_no_more_is_not_told_of_though_it_was_ready():
     """As when a client is stopped while somebody calls at its port."""
-    timers, called = openqq.Timers(threading.RLock(), openqq.Log(level="fatal")), []
-    with contextlib.ExitStack() as stack:
-        ready, other = [openqq.socket_pair() for _ in range(2)]
-        for sock, away in (ready[0], other[0]), (other[0], ready[0]):
-            timers.watch(sock, lambda sock=sock, away=away: (
-                called.append(sock), timers.unwatch(sock), timers.unwatch(away)))
-        for sock in (*ready, *other):
-            stack.callback(sock.close)
-            sock.send(b"!")
-        while not called:
-            timers.step()
-        timers.stop()
-        timers.run()
+    bench, called, pairs = Bench(), [], [openqq.socket_pair() for _ in range(2)]
+    for (sock, peer), (away, _) in (pairs, pairs[::-1]):
+        bench.loop.watch(sock, lambda away=away: (called.append(away), bench.loop.unwatch(away)))
+        peer.send(b"!")
+    bench.move(0)
+    for sock in itertools.chain(*pairs):
+        sock.close()
     assert len(called) == 1
 
 
@@ -5475,51 +5313,45 @@ class Bench:
     """A loop that the test turns, with a clock that stands still unless the test moves it."""
 
     def __init__(self):
-        self.now = 1000.0
-        self.warnings = []
+        self.now, self.warnings = 1000.0, []
         self.log = openqq.Log(level="fatal")
         self.log.keep = self.warnings.append
         self.loop = openqq.Timers(threading.RLock(), self.log, lambda: self.now)
 
-    def turn(self):
-        """Do all that can be done now, without waiting."""
+    def move(self, seconds):
+        """Let time go by, and do all that can be done then, without waiting."""
+        self.now += seconds
         self.loop.later(0, int)
         self.loop.step()
 
     def until(self, condition, pace=0.0):
-        """Turn until something has come true by what other threads and processes do; each turn
-        lets `pace` seconds go by."""
+        """Turn until something has come true by what other threads do; each turn takes `pace`."""
         end = time.monotonic() + WAIT
         while not condition():
             assert time.monotonic() < end, self.warnings
-            self.turn()
+            self.move(0)
             time.sleep(0.002)
             self.now += pace
 
-    def move(self, seconds):
-        """Let time go by."""
-        self.now += seconds
-        self.turn()
 
+class Far(Bench):
+    """A Poster, and what its fetch finds: the test says when, and what it answers."""
 
-class Far:
-    """A Reporter, and what its fetch finds: the test says when, and what it answers."""
-
-    def __init__(self, path, fetch=None, url="http://127.0.0.1:1/x", secret=""):
-        self.bench = Bench()
-        self.posts = []          # (time, content, X-Event-ID) of every try
+    def __init__(self, path, secret=""):
+        super().__init__()
+        self.posts = []          # (content, X-Event-ID, header fields, body) of every try
         self.said = {}           # content -> the statuses to come, or exceptions; then 200
         self.gates = {}          # content -> Event to wait for
         self.told = []           # for each call of failed(): the error that is shown
-        self.spool = openqq.DiskQueue(str(path), 1000, self.bench.log)
-        self.reporter = openqq.Poster(
-            url, secret, self.spool, self.bench.loop, self.bench.log, lambda event, answer: None,
-            fetch or self.fetch, failed=lambda: self.told.append(dict(self.reporter.error)),
-            clock=lambda: self.bench.now)
+        self.spool = openqq.DiskQueue(str(path), 1000, self.log)
+        self.poster = openqq.Poster(
+            "http://127.0.0.1:1/x", secret, self.spool, self.loop, self.log,
+            lambda event, answer: None, self.fetch, clock=lambda: self.now,
+            failed=lambda: self.told.append(dict(self.poster.error)))
 
     def fetch(self, url, method, fields, body, seconds):
         what = json.loads(body)["content"]
-        self.posts.append((self.bench.now, what, fields["X-Event-ID"]))
+        self.posts.append((what, fields["X-Event-ID"], fields, body))
         if what in self.gates:
             self.gates[what].wait(WAIT)
         said = self.said.get(what) or [200]
@@ -5530,20 +5362,20 @@ class Far:
 
     def add(self, *contents, chat="c"):
         for what in contents:
-            self.reporter.add({"content": what}, chat)
-        self.reporter.flush()
+            self.poster.add({"content": what}, chat)
+        self.poster.flush()
 
     def tried(self):
-        return [what for _, what, _ in self.posts]
+        return [row[0] for row in self.posts]
 
     def settle(self, tries, pace=0.0):
         """Until so many tries were made, and their outcome is known."""
-        self.bench.until(lambda: len(self.posts) >= tries and not self.reporter.flying(), pace)
+        self.until(lambda: len(self.posts) >= tries and not self.poster.flying(), pace)
 
     def end(self, pace=0.0):
         """Until nothing waits any more: what came of it all."""
-        self.bench.until(lambda: not self.reporter.waiting(), pace)
-        return self.reporter.counts
+        self.until(lambda: not self.poster.waiting(), pace)
+        return self.poster.counts
 
 
 @pytest.fixture
@@ -5552,54 +5384,41 @@ def far(tmp_path):
 
 
 def test_answer_later_and_none_are_tried_five_times_under_one_id_and_dropped(tmp_path):
-    """None: too late, or a connection that its receiver breaks; others are not held up."""
-    for number, later in enumerate([408, 425, 429, 500, 503, 599, openqq.TooSlow("", sent=True),
+    """None: too late, or a connection that its receiver breaks; others are not held up. Any other
+    answer is a delivery."""
+    for number, later in enumerate([408, 425, 429, 500, 599, openqq.TooSlow("", sent=True),
                                     openqq.Unreachable("broken", sent=True)]):
         far = Far(tmp_path / str(number))
-        far.said["a"] = [later] * 9
+        far.said = {"a": [later] * 9, "b": [400], "other": [404]}
         far.add("a", "b")
         far.add("other", chat="d")
         far.settle(2)
         for tries, wait in enumerate([1, 2, 4, 8], 2):
-            far.bench.move(wait - 0.01)
+            far.move(wait - 0.01)
             assert far.tried().count("a") == tries - 1, "too early"
-            far.bench.move(0.01)
+            far.move(0.01)
             far.settle(tries + 1 if tries < 5 else 7)
         assert far.tried() == ["a", "other"] + ["a"] * 4 + ["b"]
-        assert len({id for _, _, id in far.posts}) == 3
+        assert len({row[1] for row in far.posts}) == 3
         assert far.end() == {"posted": 2, "retried": 4, "dropped": 1}
-        assert "dropped" in far.bench.warnings[0]
-        far.bench.move(1)
+        assert "dropped" in far.warnings[0]
+        far.move(1)
         [error] = far.told
         assert (error["dropped"], error["time"]) == (1, "1015") and "5 times" in error["error"]
 
 
-def test_many_drops_are_told_once_a_second(far):
-    far.spool._limit = 1
-    far.said["0"] = [openqq.Unreachable("refused")] * 99
-    for number in range(50):
-        far.add(str(number))
-    far.bench.move(0.9)
-    assert not far.told
-    far.bench.until(lambda: far.told, pace=0.1)
-    assert [row["dropped"] for row in far.told] == [far.reporter.counts["dropped"]]
-    assert far.told[0]["error"] == "over the limit of the queue"
-
-
-def test_what_is_posted_over_ten_minutes_late_says_so_and_is_signed_as_it_is_sent(
-        tmp_path, receive):
+def test_what_is_posted_over_ten_minutes_late_says_so_and_is_signed_as_it_is_sent(tmp_path):
     """Also what waited on disk for the next process; the clock is that of the queueing."""
-    receiver = receive()
-    for age, late in (0, {}), (600, {}), (601, {"late": 1}), (80_000, {"late": 1}):
-        former = Far(tmp_path / str(age), openqq.fetch, url=receiver.url, secret="s3cret")
-        former.reporter.add({"content": "a"}, "c")
+    for age, late in (600, {}), (601, {"late": 1}):
+        former = Far(tmp_path / str(age))
+        former.poster.add({"content": "a"}, "c")
         former.spool.close()  # and no flush: the process ends here
-        again = Far(tmp_path / str(age), openqq.fetch, url=receiver.url, secret="s3cret")
-        again.bench.now += age
-        again.reporter.flush()
+        again = Far(tmp_path / str(age), "s3cret")
+        again.now += age
+        again.add()
         again.end()
-        _, headers, body, event = receiver.posts[-1]
-        assert event == {"content": "a", **late}
+        [(_, _, headers, body)] = again.posts
+        assert json.loads(body) == {"content": "a", **late}
         assert headers["X-Signature"] == "sha1=" + hmac_sha1("s3cret", body)
         again.spool.close()
         assert not Far(tmp_path / str(age)).spool.pending
@@ -5614,21 +5433,9 @@ def test_check_client_names_what_could_not_be_posted(house, start, receive):
     for program in house, alone:
         assert "post_error" not in program.state("nora")
         program.call("/local/say", client="nora", content="x", **{"from": "小灰"})
-    for program in house, alone:
         found = eventually(lambda: program.state("nora").get("post_error"))
-        assert set(found) == {"time", "error", "dropped"}
-        assert abs(int(found["time"]) - time.time()) < WAIT and found["dropped"] >= 1
-        assert found["error"] == "the receiver is gone"
-    house.call("delete_client", client="nora")
-
-
-def test_any_other_answer_is_a_delivery(far):
-    statuses = [200, 204, 302, 400, 404, 413]
-    for status in statuses:
-        far.said[str(status)] = [status]
-    far.add(*map(str, statuses))
-    assert far.end() == {"posted": 6, "retried": 0, "dropped": 0}
-    assert far.tried() == list(map(str, statuses))
+        assert set(found) == {"time", "error", "dropped"} and found["dropped"] >= 1
+        assert abs(int(found["time"]) - time.time()) < WAIT and "is gone" in found["error"]
 
 
 def test_answer_410_ends_the_posting(far):
@@ -5638,12 +5445,11 @@ def test_answer_410_ends_the_posting(far):
     far.add("c", "d", chat="other")
     far.settle(2)
     far.add("e")
-    far.bench.move(100)
-    far.bench.move(100)
-    assert far.tried() == ["a", "c"]
-    assert far.reporter.waiting() == 0
-    assert "410" in " ".join(far.bench.warnings)
-    assert "fault of this program" not in " ".join(far.bench.warnings)
+    far.move(100)
+    far.move(100)
+    assert far.tried() == ["a", "c"] and far.poster.waiting() == 0
+    said = " ".join(far.warnings)
+    assert "410" in said and "fault of this program" not in said
 
 
 def test_without_connection_tries_come_after_0_1_2_4_to_15_seconds_for_a_day_and_cost_no_try(far):
@@ -5652,16 +5458,16 @@ def test_without_connection_tries_come_after_0_1_2_4_to_15_seconds_for_a_day_and
     far.said = {"a": nobody[:30] + [500] * 4, "b": nobody}
     far.add("a", "b")
     far.settle(2)
-    for wait in [1, 2, 4, 8, 15, 15, 15, 15]:
+    for wait in [1, 2, 4, 8, 15, 15]:
         tries = len(far.posts)
-        far.bench.move(wait - 0.01)
+        far.move(wait - 0.01)
         assert len(far.posts) == tries, "too early"
-        far.bench.move(0.01)
+        far.move(0.01)
         far.settle(tries + 1)
     far.settle(36, pace=15)
-    assert far.reporter.counts["posted"] == 1 and far.reporter.waiting() == 1
-    assert far.tried()[:35] == ["a"] * 35 and len({id for _, _, id in far.posts[:35]}) == 1
-    far.bench.move(openqq.POST_DAY)
+    assert far.poster.counts["posted"] == 1 and far.poster.waiting() == 1
+    assert far.tried()[:35] == ["a"] * 35 and len({row[1] for row in far.posts[:35]}) == 1
+    far.move(openqq.POST_DAY)
     assert far.end()["dropped"] == 1
 
 
@@ -5670,15 +5476,13 @@ def test_slow_answer_holds_up_its_own_conversation_only_and_four_go_at_once(far)
     for chat in "abcdef":
         far.add(chat + "1", chat + "2", chat=chat)
     for lanes in 1, 2, 3, 4:
-        far.bench.until(lambda: len(far.posts) == lanes)
-        far.bench.move(1)
-    far.bench.move(1)
+        far.until(lambda: len(far.posts) == lanes)
+        far.move(1)
+    far.move(1)
     assert sorted(far.tried()) == ["a1", "b1", "c1", "d1"], "four at once"
     far.gates["d1"].set()
-    far.bench.until(lambda: len(far.posts) == 9, pace=0.1)
+    far.until(lambda: len(far.posts) == 9, pace=0.1)
     assert sorted(far.tried()[4:]) == ["d2", "e1", "e2", "f1", "f2"]
-    far.add(*"0123456789", chat="quick")  # while others are slow these go on without a pause
-    far.bench.until(lambda: len(far.posts) == 19)
     for gate in far.gates.values():
         gate.set()
     far.end(pace=0.1)
@@ -5686,41 +5490,26 @@ def test_slow_answer_holds_up_its_own_conversation_only_and_four_go_at_once(far)
         assert [what for what in far.tried() if what[0] == chat] == [chat + "1", chat + "2"]
 
 
-def test_queue_over_its_limit_drops_the_oldest_and_counts_them(far):
+def test_queue_over_its_limit_drops_the_oldest_and_tells_of_them_once_a_second(far):
     far.spool._limit = 3
     far.said["a"] = [500]
     far.add("a", chat="x")
     far.settle(1)
     far.gates["b"] = threading.Event()
     far.add("b", chat="y")
-    far.bench.until(lambda: len(far.posts) == 2)
+    far.until(lambda: len(far.posts) == 2)
     for what in "cdef":
         far.add(what, chat="y")
     far.add("g", chat="x")
-    far.bench.move(10)  # when the first would have been tried again
+    far.move(0.9)
+    assert not far.told
+    far.move(10)  # when the first would have been tried again
     far.gates["b"].set()
     assert far.end(pace=0.1)["dropped"] == 3
     assert sorted(far.tried()) == ["a", "b", "e", "f", "g"]
-    assert "fault of this program" not in " ".join(far.bench.warnings)
-
-
-def test_messages_for_a_receiver_that_is_away_come_all_in_order_whatever_is_killed(
-        start, receive):
-    """The port is closed while they arrive, and before the last ten come the client is killed."""
-    with reserve() as sock:
-        port = sock.getsockname()[1]
-        controller = start("controller", "--post-api", f"http://127.0.0.1:{port}/")
-        pid = controller.login("alice")["pid"]
-        expected = [f"m{number}" for number in range(much(50, 500))]
-        for what in expected:
-            if what == expected[-10]:
-                os.kill(pid, signal.SIGKILL)
-            assert controller.call("/local/say", client="alice", content=what,
-                                   **{"from": "小灰"})["code"] == 0
-        receiver = receive(port=port)
-        receiver.message(expected[-1])
-        assert [event["content"] for _, _, _, event in receiver.posts
-                if "content" in event] == expected
+    assert [(row["dropped"], row["error"]) for row in far.told] == [
+        (3, "over the limit of the queue")]
+    assert "fault of this program" not in " ".join(far.warnings)
 
 
 def test_a_world_file_that_cannot_be_read_leaves_the_world_as_it_was(tmp_path):
@@ -5733,8 +5522,7 @@ def test_a_world_file_that_cannot_be_read_leaves_the_world_as_it_was(tmp_path):
     first.stop()
     member = ('{"people": [{"uid": "7", "name": "x"}], "groups": [{"uid": "8", "name": "g", '
               '"owner_uid": "", "member": [{"uid": "7", %s}]}]}')
-    for wrong in ("no JSON", "{}", '{"people": [{"uid": 1, "role": "king"}]}',
-                  member % '"role": "king"', member % '"muted": "1.2.3"'):
+    for wrong in "{}", member % '"role": "king"', member % '"muted": "1.2.3"':
         with pytest.raises(openqq.Refusal, match="cannot be read"):
             network(put(tmp_path / "world", wrong))
     assert network("").dump() == first.dump()
@@ -5743,8 +5531,12 @@ def test_a_world_file_that_cannot_be_read_leaves_the_world_as_it_was(tmp_path):
 def test_disk_that_takes_no_more_is_a_warning_and_the_api_goes_on(start, receive):
     """And costs no descriptors."""
     def open_files(pid):
-        shown = subprocess.run(["ls", "-l", f"/proc/{pid}/fd"], stdout=subprocess.PIPE)
-        return shown.stdout.decode().count(controller.tmpdir)
+        shown = subprocess.check_output(["ls", "-l", f"/proc/{pid}/fd"])
+        return shown.decode().count(controller.tmpdir)
+
+    def pass_on(what):
+        controller.call("/local/say", client="alice", content=what, **{"from": "小灰"})
+        assert receiver.message(what)["sender"] == "小灰"
 
     receiver = receive()
     controller = start("controller", "--post-api", receiver.url)
@@ -5754,20 +5546,16 @@ def test_disk_that_takes_no_more_is_a_warning_and_the_api_goes_on(start, receive
     for pid in pids:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     for what in "one", "two", "three":
-        controller.call("/local/say", client="alice", content=what, **{"from": "小灰"})
-        assert receiver.message(what)["sender"] == "小灰"
-    assert controller.call("send_friend_message", client="alice", name="小冰",
-                           content="x")["code"] == 0
-    assert controller.state("alice")["state"] == "running"
-    for name, wanted in (r"\[alice\]", "post_alice.jsonl"), (r"\[wqc\]", "local.jsonl"):
-        controller.log.wait(rf"^{name}.*\[warn\].*{wanted} cannot be written")
-    controller.call("start_client", client="bob")
-    controller.log.wait(r"\[warn\].*controller_backend.dat cannot be written")
+        pass_on(what)
+    sent = controller.call("send_friend_message", client="alice", name="小冰", content="x")
+    assert sent["code"] == controller.call("start_client", client="bob")["code"] == 0
+    for whose, name in ("alice", "post_alice.jsonl"), ("wqc", "local.jsonl"), (
+            "wqc", "controller_backend.dat"):
+        controller.log.wait(rf"^\[{whose}\].*\[warn\].*{name} cannot be written")
     for pid, files in zip(pids, before):
         assert open_files(pid) <= files
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    controller.call("/local/say", client="alice", content="four", **{"from": "小灰"})
-    receiver.message("four")
+    pass_on("four")
     assert b"four" in content(controller.path("local.jsonl"))
     assert controller.stop() == 0
     assert not [name for name in os.listdir(controller.tmpdir) if name.startswith(".")]
@@ -5787,9 +5575,8 @@ def test_spool_survives_a_kill_at_any_byte(tmp_path):
     for end in range(len(whole) + 1):
         put(path, whole[:end])
         cut = openqq.DiskQueue(path, 100, log)
-        lines = whole[:end + 1 if whole[end:end + 1] == b"\n" else end].count(b"\n")
-        items = [f"item {number}" for number in range(1, min(lines, 5) + 1)
-                 if number != 2 or lines < 6]
+        lines = whole[:end + (whole[end:end + 1] == b"\n")].count(b"\n")
+        items = [f"item {number}" for number in range(1, 6)[:lines] if (number, lines) != (2, 6)]
         assert list(cut.pending.values()) == items
         assert cut.mark == (f"era:{min(lines, 5)}" if lines else None)
         cut.add("next", "era:9")
@@ -5812,96 +5599,61 @@ def test_spool_grows_no_longer_than_what_it_holds(tmp_path):
 
 
 def test_what_somebody_holds_is_tried_again_and_given_up_after_a_while():
-    def held(times, error):
-        tries.append(times)
-        if len(tries) < times:
-            raise error
+    def held(tries):
+        if next(tries) < 3:
+            raise PermissionError("held")
+        return "free"
 
-    for error, needed, tried in ((PermissionError("held"), 3, 3), (PermissionError("held"), 99, 5),
-                                 (FileNotFoundError("gone"), 99, 1)):
-        tries = []
-        with pytest.raises(type(error)) if needed > 5 else contextlib.suppress():
-            openqq.patiently(held, needed, error, tries=5)
-        assert len(tries) == tried
+    assert openqq.patiently(held, itertools.count(), tries=4) == "free"
+    with pytest.raises(PermissionError):
+        openqq.patiently(held, itertools.count(), tries=3)
 
 
 def test_the_reaper_survives_a_socket_that_is_closed_while_it_is_told_of_it():
     reaper, gone = openqq.Reaper(), threading.Event()
-    pairs = [socket.socketpair() for _ in range(2)]
-    stream = openqq.Stream(pairs[1][0])
-    reaper.add(stream)                     # so that it runs; for ever, as far as this one goes
+    (closed, its_peer), (other, peer) = [socket.socketpair() for _ in range(2)]
+    reaper.add(openqq.Stream(other))       # so that it runs; for ever, as far as this one goes
     time.sleep(0.1)                        # it waits for its sockets
     with reaper.lock:
-        reaper.watch(pairs[0][0], lambda: None)
-        pairs[0][1].close()
+        reaper.watch(closed, lambda: None)
+        its_peer.close()
         time.sleep(0.1)                    # it has heard of that, and waits for the lock
-        reaper.unwatch(pairs[0][0])
-        pairs[0][0].close()
-    reaper.watch(pairs[1][0], gone.set)
-    pairs[1][1].close()
+        reaper.unwatch(closed)
+        closed.close()
+    reaper.watch(other, gone.set)
+    peer.close()
     assert gone.wait(WAIT)
-    stream.close()
 
 
-class Outgoing:
-    """A client whose clock the test moves; `results` are what the link says, 0 or an exception."""
+def test_messages_go_send_interval_apart_and_the_unsent_are_tried_msg_ttl_times(tmp_path):
+    """The first goes at once."""
+    client = openqq.Client(tmpdir=str(tmp_path), log_level="fatal", send_interval=3.0, msg_ttl=2)
+    now, sends, failures = [0.0], [], {"2": openqq.Unreachable("refused"),
+                                       "3": openqq.Unreachable("reset", sent=True)}
 
-    def __init__(self, tmpdir, **settings):
-        self.now, self.sends, self.results = 1000.0, [], []
-        self.client = openqq.Client(tmpdir=str(tmpdir), log_level="fatal", **settings)
-        self.client.timers.clock = lambda: self.now
-        self.client.link.send, self.client.link.batch = self._send, 1
-        self.client.state = "running"
+    def send(rows):
+        sends.append((now[0], rows[0]["content"]))
+        if rows[0]["content"] in failures:
+            raise failures[rows[0]["content"]]
+        return [{"code": 0, "info": ""}]
 
-    def _send(self, rows):
-        self.sends.append((round(self.now - 1000.0, 3), *[row["content"] for row in rows]))
-        result = self.results.pop(0) if self.results else 0
-        if isinstance(result, Exception):
-            raise result
-        return [{"code": result, "info": ""} for _ in rows]
+    def later(seconds, wanted):
+        with client.lock:
+            now[0] += seconds
+            client.changed.notify_all()
+        assert eventually(lambda: len(sends) >= wanted and not client.talk.began)
 
-    def put(self, *contents):
-        """The future of each message."""
-        with self.client.lock:
-            return [self.client.send("friend_message", what, XIAOBING) for what in contents]
-
-    def move(self, seconds, sends):
-        """Let time go by, until so many sends were made in all."""
-        with self.client.lock:
-            self.now += seconds
-            self.client.changed.notify_all()
-        assert eventually(lambda: len(self.sends) >= sends and not self.client.talk.began)
-
-
-def test_messages_go_send_interval_apart_and_the_first_at_once(tmp_path):
-    out = Outgoing(tmp_path, send_interval=3.0)
-    out.put("1", "2", "3")
-    out.move(0, 1)
-    for sends in 2, 3:
-        out.move(2.99, sends - 1)
+    client.timers.clock, client.link.send, client.state = lambda: now[0], send, "running"
+    with client.lock:
+        futures = [client.send("friend_message", what, XIAOBING) for what in "123"]
+    later(0, 1)
+    for wanted in 2, 3, 4:
+        later(2.75, wanted - 1)
         time.sleep(0.05)  # what would come too early has the time to
-        out.move(0.01, sends)
-    out.move(60, 3)
-    out.put("4")
-    out.move(0, 4)
-    assert out.sends == [(0, "1"), (3, "2"), (6, "3"), (66, "4")]
-
-
-@pytest.mark.parametrize("ttl, errors, outcome", [
-    (1, [openqq.Unreachable("refused")], (-5, "TTL失效")),
-    (3, [openqq.Unreachable("refused")] * 3, (-5, "TTL失效")),
-    (3, [openqq.Unreachable("reset", sent=True)], (-4, "响应未知: reset")),
-    (3, [ValueError("what??")], (-4, "响应未知: ValueError('what??')"))])
-def test_what_surely_was_not_sent_is_tried_msg_ttl_times_and_what_may_have_been_ends_as_minus_4(
-        tmp_path, ttl, errors, outcome):
-    out, tries = Outgoing(tmp_path, send_interval=0, msg_ttl=ttl), len(errors)
-    out.results = list(errors)
-    futures = out.put("1", "2")
-    for sends in range(1, tries + 2):
-        out.move(60, sends)
+        later(0.25, wanted)
+    assert sends == [(0, "1"), (3, "2"), (6, "2"), (9, "3")]
     assert [(row.code, row.info) for row in (future.result(WAIT) for future in futures)] == [
-        outcome, (0, "")]
-    assert [what for _, what in out.sends] == ["1"] * tries + ["2"]
+        (0, ""), (-5, "TTL失效"), (-4, "响应未知: reset")]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5919,21 +5671,18 @@ class Nursery(openqq.Controller):
         self.url, self.log.keep, self.timers.clock = "", self.warnings.append, lambda: self.now
         self.network = types.SimpleNamespace(do=lambda *args: None, detach=None)
         self.key_for, self.tell = lambda name: "key", lambda *args: None
+        self.report = lambda child, event, *params: self.reports.append((self.now, event, *params))
         self.supervisor = openqq.Supervisor(self, self._spawn)
         self.child = openqq.Child("alice", {}, openqq.listen("127.0.0.1", 0))
         self.thread = threading.Thread(target=self.timers.run, daemon=True)
         self.thread.start()
 
-    def report(self, child, event, *params):
-        self.reports.append((self.now, event, child.name, *params))
-
     def _spawn(self, words, executable, **kwargs):
-        began = self.now - 1000.0
         self.processes.append(subprocess.Popen(
             [sys.executable, "-ISc", "import os, signal, sys, time\n"
              "say = lambda text: os.write(int(os.environ['OPENQQ_LIFE']), text.encode())\n"
              + self.program], **kwargs))
-        self.starts.append(began)
+        self.starts.append(self.now - 1000.0)
         return self.processes[-1]
 
     def begin(self, state=""):
@@ -5957,12 +5706,11 @@ class Nursery(openqq.Controller):
 
     def until(self, condition, pace=0.0):
         """Wait for what other threads and processes do; meanwhile the clock runs at a `pace`."""
-        end = time.monotonic() + WAIT
-        while not condition():
-            assert time.monotonic() < end
-            time.sleep(0.005)
-            if pace:
-                self.move(pace)
+        def check():
+            self.move(pace)
+            return condition()
+
+        assert eventually(check)
 
     def move(self, seconds):
         """Let time go by, and what is due happen."""
@@ -5992,16 +5740,13 @@ def test_client_that_dies_at_once_is_started_seven_times_ever_later_then_reporte
     home = nursery("say('{\"log\":\"the reason\"}\\n'); sys.exit(3)").begin()
     for starts, wait in enumerate([1, 2, 4, 8, 16], 2):
         home.until(lambda: len(home.starts) == starts and home.child.phase == "backoff")
-        assert home.child.alive()
         home.move(wait - 0.01)
         home.move(0.01)
         home.until(lambda: len(home.starts) == starts + 1)
     home.until(lambda: home.child.phase == "failed")
     assert [round(when, 3) for when in home.starts] == [0, 0, 1, 3, 7, 15, 31]
-    assert not home.child.alive()
-    (_, event, name, error), = home.reports
-    assert (event, name) == ("client_failed", "alice")
-    assert "the reason" in error and "exit status 3" in error
+    (_, event, error), = home.reports
+    assert event == "client_failed" and re.search("the reason\n.*exit status 3", error)
 
 
 def test_client_that_was_running_for_a_while_starts_again_at_once_any_number_of_times(nursery):
@@ -6012,7 +5757,7 @@ def test_client_that_was_running_for_a_while_starts_again_at_once_any_number_of_
         home.processes[-1].kill()
         home.until(lambda: len(home.starts) == number + 1)
         assert home.starts[-1] == number * 100
-    assert not home.reports and home.child.phase != "failed"
+    assert not home.reports
 
 
 def test_client_that_nobody_scans_for_ten_minutes_is_reported_once(nursery):
@@ -6026,27 +5771,28 @@ def test_client_that_nobody_scans_for_ten_minutes_is_reported_once(nursery):
             home.processes[0].send_signal(signal.SIGUSR1)
             home.until(lambda: home.child.state == "running")
         home.move(600)
-        assert home.reports == ([] if is_scanned else [(2199.9, "client_waiting", "alice")])
+        assert home.reports == ([] if is_scanned else [(2199.9, "client_waiting")])
 
 
-def test_client_with_new_settings_begins_when_the_former_process_is_gone_and_is_no_restart(nursery):
-    """One that does not heed TERM is killed; what comes up is told from what dies of them."""
+def test_new_settings_begin_when_the_former_process_is_gone_and_a_second_stop_kills(nursery):
+    """One that does not heed TERM is killed after a while; it had not died, so it is no restart."""
     home = nursery("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-                   "if os.environ['MOJO_WEBQQ_MODE'] == 'busy': sys.exit(1)\n"
-                   "say('{\"state\":\"loading\"}\\n')\nwhile 1: signal.pause()")
-    home.child.given = {"mode": "online"}
-    home.begin()
-    for mode, wanted in ("away", "away"), ("busy", "away"), ("hidden", "hidden"):
-        home.until(lambda: home.child.state == "loading")
-        starts, refused = len(home.starts), home.renew(mode)
-        home.move(openqq.KILL_SECONDS - 0.1)
-        assert len(home.starts) == starts, "the former process lives"
-        home.move(0.1)
-        assert isinstance(refused.exception(WAIT), type(None) if mode == wanted
-                          else openqq.ClientDied)
-        assert home.child.given == {"mode": wanted}
-    home.until(lambda: home.child.state == "loading")
+                   "say('{\"state\":\"running\"}\\n')\nwhile 1: signal.pause()").begin("running")
+    refused = home.renew("busy")
+    home.move(openqq.KILL_SECONDS - 0.1)
+    time.sleep(0.05)  # what would come too early has the time to
+    assert len(home.starts) == 1, "the former process lives"
+    home.move(0.1)
+    assert refused.exception(WAIT) is None and home.child.given == {"mode": "busy"}
+    home.until(lambda: home.child.state == "running")
     assert home.child.restarts == 0 and home.supervisor.restarts == 0 and not home.reports
+    refused, now = home.renew("away"), home.now
+    home.call("stop_all")
+    home.call("stop_all")
+    assert isinstance(refused.exception(WAIT), openqq.NotRunning)
+    home.until(lambda: not home.supervisor.busy())
+    assert home.processes[1].returncode == -signal.SIGKILL
+    assert (len(home.starts), home.now) == (2, now)
 
 
 def test_client_that_says_nothing_has_taken_its_new_settings_after_a_while(nursery, monkeypatch):
@@ -6059,18 +5805,6 @@ def test_client_that_says_nothing_has_taken_its_new_settings_after_a_while(nurse
     assert home.child.given == {"mode": "busy"} and home.supervisor.restarts == 1
 
 
-def test_a_stop_ends_a_change_of_settings_too_and_a_second_one_kills_at_once(nursery):
-    home = nursery("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-                   "say('{\"state\":\"running\"}\\n')\nwhile 1: signal.pause()").begin("running")
-    refused = home.renew("busy")
-    home.call("stop_all")
-    home.call("stop_all")
-    assert isinstance(refused.exception(WAIT), openqq.NotRunning)
-    home.until(lambda: not home.supervisor.busy())
-    assert home.processes[0].returncode == -signal.SIGKILL
-    assert len(home.starts) == 1 and home.now == 1000.0
-
-
 def test_client_that_lets_go_of_its_life_line_is_killed(nursery):
     home = nursery("os.close(int(os.environ['OPENQQ_LIFE']))\nwhile 1: signal.pause()").begin()
     home.until(lambda: home.child.life is None)
@@ -6080,18 +5814,15 @@ def test_client_that_lets_go_of_its_life_line_is_killed(nursery):
 
 
 def test_events_of_a_client_are_passed_on_with_its_name_and_lost_ones_are_counted(nursery):
-    home = nursery("""say('+{"content":"a","seq":7}\\n-{"event":"login"}\\n{"lost":3}\\n')
-say('nonsense\\n+{"con')
-time.sleep(0.2)
-say('tent":"b"}\\n{"state":"running"}\\n+{"content":"tor'); os._exit(1)""")
+    home = nursery("""say('+{"content":"a","seq":7}\\n{"lost":3}\\n')
+say('nonsense\\n-{"event":"lo'); time.sleep(0.2)  # so that it is read in two pieces
+say('gin"}\\n{"state":"running"}\\n+{"content":"tor'); os._exit(1)""")
     pieces = home.store.stream(openqq.Request("GET", "/", {}, b"", "127.0.0.1")).pieces
     next(pieces)
-    home.begin()
-    home.until(lambda: home.child.phase == "backoff")
-    told = [json.loads(row) for row in re.findall(rb"^data: (.*)$", next(pieces), re.MULTILINE)]
-    assert told == [{"client": "alice", "content": "a", "seq": 7},
-                    {"client": "alice", "event": "login"}, {"client": "alice", "content": "b"}]
-    assert json.loads(home.store.take(0, None)) == [told[0], told[2]]
+    home.begin("stop")
+    assert re.findall(b"\ndata: (.*)", b"\n" + next(pieces)) == [
+        b'{"client":"alice","content":"a","seq":7}', b'{"client":"alice","event":"login"}']
+    assert [row["content"] for row in json.loads(home.store.take(0, None))] == ["a"]
     assert re.search(r"alice.*\b3 event", home.warnings[0])
 
 
@@ -6122,25 +5853,23 @@ def workshop(tmp_path_factory):
 
 def test_edited_template_is_what_new_clients_run_and_one_that_does_not_compile_is_code_4(
         workshop, house):
+    """It may import what is installed, though clients run without site-packages."""
     written = content(house.path("controller_template.py"))
     assert written.decode() == openqq.default_template(openqq.QQ)
     edit_template(workshop, written)
     workshop.login("plain")
-    edit_template(workshop, TEMPLATE.format("", "client.log.info('edited')"))
+    edit_template(workshop, TEMPLATE.format("import pytest", "client.log.info('edited')"))
     workshop.login("other")
     assert [row["name"] for row in workshop.state("other")["plugin"]] == [
         "Mojo::Webqq::Plugin::Openqq", "Mojo::Webqq::Plugin::ShowMsg"]
     workshop.log.wait(r"^\[other\].*edited")
     assert len(workshop.state("plain")["plugin"]) > 2, "it is as it was"
-    assert workshop.call("get_user_info", client="other")["account"] == "other"
-    for bad in "def (:\n", "\0", "print('", "# coding: nonsense\n":
+    for bad in "def (:\n", "\0":
         edit_template(workshop, bad)
         answer = workshop.call("start_client", client="carol")
         assert (answer["code"], answer["status"]) == (4, "client pid not ok"), bad
     workshop.log.wait(r"\[error\].*template")
     assert "carol" not in listed_names(workshop)
-    edit_template(workshop, written)
-    assert workshop.call("start_client", client="carol")["code"] == 0
 
 
 def test_template_that_fails_is_told_by_log_check_client_metrics_and_post_api(start, receive):
@@ -6157,12 +5886,11 @@ def test_template_that_fails_is_told_by_log_check_client_metrics_and_post_api(st
     said[0] = 200
     state = controller.state("alice")
     assert (state["state"], state["failed"]) == ("stop", True)
-    assert "no such thing" in state["error"] and "no such thing" in failed["params"][1]
-    assert "no such thing" in controller.log.text()
+    for text in state["error"], failed["params"][1], controller.log.text():
+        assert "no such thing" in text
     edit_template(controller, "")
-    assert controller.call("start_client", client="alice")["status"] == "success"
-    assert user(controller, "alice")["account"] == "alice"
-    assert not controller.state("alice").get("failed")
+    assert controller.login("alice")["status"] == "success"
+    assert "failed" not in controller.state("alice")
 
 
 def test_second_term_hurries_a_client_that_still_has_something_to_post(workshop):
@@ -6171,10 +5899,9 @@ def test_second_term_hurries_a_client_that_still_has_something_to_post(workshop)
     with reserve() as sock:
         pid = workshop.login(
             "hasty", post_api=f"http://127.0.0.1:{sock.getsockname()[1]}/")["pid"]
-        os.kill(pid, signal.SIGTERM)
-        workshop.log.wait(r"^\[hasty\].*停止信号\[TERM\]")
-        os.kill(pid, signal.SIGTERM)
-        workshop.log.wait("client hasty ended by itself")
+        for said in r"^\[hasty\].*停止信号\[TERM\]", "client hasty ended by itself":
+            os.kill(pid, signal.SIGTERM)
+            workshop.log.wait(said)
         assert workshop.state("hasty")["state"] == "stop"
     posts = content(workshop.path("post_hasty.jsonl")).splitlines()
     assert b'"stop"' in posts[-1], "and what was not posted waits for the next start"
@@ -6190,35 +5917,8 @@ def relay():
     signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 threading.Thread(target=relay, daemon=True).start()
 """, ""))
-    pid = workshop.login("relayed")["pid"]
-    workshop.call("get_client_info", client="relayed")
-    os.kill(pid, signal.SIGUSR1)
+    os.kill(workshop.login("relayed")["pid"], signal.SIGUSR1)
     workshop.log.wait("client relayed ended by itself")
-
-
-IMPORTS = """
-import pytest, ssl, html.entities, email.parser, http.client
-import email.charset, email.utils, random, weakref, urllib.request
-from datetime import datetime
-from email import encoders, iterators
-from email.mime.text import MIMEText
-class Dice(random.Random): pass
-assert ssl.create_default_context() and html.entities.html5 and pytest.raises
-assert email.parser.Parser and datetime.now() and ssl.SSLError
-assert Dice().random() < 1 and isinstance(weakref.ref(Dice), weakref.ref)
-mail = email.message_from_string(MIMEText("é", "plain", "utf-8").as_string())
-assert list(mail.walk()) == [mail] and encoders.encode_base64 and iterators
-assert email.charset.Charset("utf-8").header_encode("é") and mail.get_payload
-assert email.utils.parseaddr("a@b") and email.utils.make_msgid()
-assert urllib.request.getproxies() is not None
-"""
-
-
-def test_template_imports_what_is_installed_and_what_clients_put_off(workshop):
-    """Clients run without site-packages, and with stand-ins for what they seldom need."""
-    edit_template(workshop, IMPORTS + openqq.default_template(openqq.QQ))
-    workshop.login("learned")
-    assert workshop.state("learned")["state"] == "running"
 
 
 # ------------------------------------------------------------------------------------------------
