@@ -7719,30 +7719,29 @@ def test_messages_of_strangers_can_be_ignored(harried):
 
 def test_a_group_has_one_owner_also_when_that_changes(house):
     house.login("first")
-    me = house.call("get_user_info", client="first")["uid"]
-    place = {"in": "777001"}
-    for change in ({"do": "add", "what": "group", "uid": "777001", "owner_uid": me},
-                   {"do": "add", "what": "group_member", "uid": "2854196302", **place},
-                   {"do": "set", "what": "group_member", "uid": "2854196302", "role": "owner",
-                    **place}):
-        assert house.call("/local/change", **change)["code"] == 0
+    face = Face(house, "first", controlled=True)
+    me = face.call("get_user_info")["uid"]
+    face.change("add", "group", "777001", owner_uid=me)
+    face.change("add", "group_member", XIAOHUI, "777001")
+    face.change("set", "group_member", XIAOHUI, "777001", role="owner")
+    wanted = (XIAOHUI, "attend", {me: "member", XIAOHUI: "owner"})
 
     def roles():
-        [group] = house.call("search_group", client="first", uid="777001")
+        [group] = face.call("search_group", uid="777001")
         return (group["owner_uid"], group["role"],
                 {row["uid"]: row["role"] for row in group["member"]})
 
-    wanted = ("2854196302", "attend", {me: "member", "2854196302": "owner"})
     assert eventually(lambda: roles() == wanted), roles()
 
 
 def test_what_is_taken_back_while_its_receiver_is_away_never_comes(house):
     for name in "here", "away":
         house.login(name)
+    face = Face(house, "here", controlled=True)
     house.call("stop_client", client="away")
-    first, _ = [house.call("send_friend_message", client="here", name="away", content=text)
+    first, _ = [face.call("send_friend_message", name="away", content=text)
                 for text in ("gone", "there")]
-    assert house.call("revoke_message", client="here", id=first["id"])["code"] == 0
+    assert face.call("revoke_message", id=first["id"])["code"] == 0
     house.call("start_client", client="away")
     event = house.receiver.next(lambda event: event.get("class") == "recv"
                                 and event["sender"] == "here")
@@ -7767,8 +7766,7 @@ def test_what_an_answer_wants_and_cannot_have_is_said_in_the_log(start, receive)
     controller = start("controller")
     controller.login("owner")
     controller.login("alice", post_api=receiver.url)
-    controller.call("/local/say", client="alice", type="group_message", to="OpenQQ", content="!",
-                    **{"from": "小灰"})
+    Face(controller, "alice").say("!", type="group_message", to="OpenQQ")
     for said in ("ban_duration in an answer of post_api must be a number of seconds",
                  "mute 20260001, .* failed: no right to it", "kick 20260001, .* failed",
                  "21 media in an answer of post_api: the first 20 are sent",
