@@ -7464,6 +7464,15 @@ def test_pictures_wait_for_an_account_that_is_away_and_survive_a_kill_of_the_hos
     assert [voice.call("get_user_info")["id"] for voice in (alice, bob)] == ids
 
 
+def test_more_pictures_than_64_mib_wait_to_be_posted_without_harm(tmp_path):
+    begin = functools.partial(openqq.DiskQueue, str(tmp_path / "c"), 10_000, openqq.Log())
+    spool = begin()
+    for _ in range(10):
+        spool.add({"event": "a" * 7_000_000})
+    spool.close()
+    assert len(begin().pending) == 10
+
+
 def test_too_many_pictures_that_wait_cost_no_text(network, tmp_path):
     """1,000 messages wait (DESIGN); pictures that are too much for that go, texts stay; also when
     the host starts again."""
