@@ -8957,6 +8957,9 @@ class Roster:
             thing, name, value = table.get(uid), item["property"], item["value"]
             if thing is None and "object" in item:  # the members of the group are not loaded
                 thing = THINGS[kind](item["object"])
+            if name == "owner_uid" and thing is not None:  # whose id only the roster knows
+                owner = thing.member.get(value)
+                thing.owner_id = owner.id if owner else None
             if thing is None or name not in (*self.fields[kind], "title") or (
                     name == "displayname"):  # which follows from others
                 return None

@@ -5512,6 +5512,25 @@ def test_queue_over_its_limit_drops_the_oldest_and_tells_of_them_once_a_second(f
     assert "fault of this program" not in " ".join(far.warnings)
 
 
+def test_messages_for_a_receiver_that_is_away_come_all_in_order_whatever_is_killed(
+        start, receive):
+    """The port is closed while they arrive, and before the last ten come the client is killed."""
+    with reserve() as sock:
+        port = sock.getsockname()[1]
+        controller = start("controller", "--post-api", f"http://127.0.0.1:{port}/")
+        pid = controller.login("alice")["pid"]
+        expected = [f"m{number}" for number in range(much(50, 500))]
+        for what in expected:
+            if what == expected[-10]:
+                os.kill(pid, signal.SIGKILL)
+            assert controller.call("/local/say", client="alice", content=what,
+                                   **{"from": "小灰"})["code"] == 0
+        receiver = receive(port=port)
+        receiver.message(expected[-1])
+        assert [event["content"] for _, _, _, event in receiver.posts
+                if "content" in event] == expected
+
+
 def test_a_world_file_that_cannot_be_read_leaves_the_world_as_it_was(tmp_path):
     def network(world):
         return openqq.LocalNetwork(str(tmp_path / "net"), world, openqq.QQ,
@@ -6909,6 +6928,25 @@ def test_a_group_has_one_owner_also_when_that_changes(house):
                 {row["uid"]: row["role"] for row in group["member"]})
 
     assert eventually(lambda: roles() == wanted), roles()
+
+
+def test_what_cannot_be_so_is_refused_by_the_network_inside(house, weixin_pair):
+    house.login("self")
+    change = functools.partial(house.call, "/local/change")
+    for what in "friend", "friend_request":
+        assert change(do="add", what=what, uid="self", **{"in": "self"})["code"] == 8
+    answer = change(do="remove", what="group_member", uid="self", **{"in": change(
+        do="add", what="group", name="empty")["uid"]})
+    assert (answer["code"], answer["status"]) == (8, "member self not found")
+    assert weixin_pair.call("/local/change", do="add", what="group_request", uid="alice",
+                            **{"in": "OpenQQ"})["code"] == 8
+    for table in "group", "discuss":
+        assert change(do="set", what=table, uid="OpenQQ", owner_uid="")["code"] == 8
+        assert change(do="set", what=table, uid="OpenQQ", owner_uid="self")["code"] == 0
+        [row] = [row for row in house.call(f"get_{table}_info", client="self")
+                 if row["name"] == "OpenQQ"]
+        mine = house.call("get_user_info", client="self")
+        assert row.get("owner_uid", mine["uid"]) == mine["uid"] and row["owner_id"] == mine["id"]
 
 
 def test_what_is_taken_back_while_its_receiver_is_away_never_comes(house):
