@@ -6862,7 +6862,7 @@ class Bridge:
             self._line.close()
 
     def _heard(self, data: bytes) -> None:
-        """Take a message. One that is no JSON object, such as a gateway's "ping", is passed over."""
+        """Take a message; one that is no JSON object, as a gateway's "ping", is passed over."""
         row = object_in(data)
         if row is not None:
             return self._take(row)

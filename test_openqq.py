@@ -15,7 +15,6 @@ import hashlib
 import hmac
 import http.client
 import http.server
-import inspect
 import itertools
 import json
 import os
@@ -3383,7 +3382,9 @@ class Tower:
             "--poll_api", self.poll.url + "/beat", "--poll-interval", "0").ready()
         self.call, self.log = self.program.call, self.program.log
         self.program.login("gina")
-        self.program.login("hugo", poll_api=self.poll.url + "/beat?for=hugo", poll_interval="0")
+        self.program.login("hugo", poll_api=self.poll.url + "/beat?for=hugo", poll_interval="0",
+                           post_api=self.receiver.url + "?client=old&key=a%20b",
+                           post_secret="k3y")
 
     def say(self, content, name="gina", answer=None, **params):
         """Let 小灰 speak; the message as it was posted, once it was."""
@@ -3434,14 +3435,18 @@ def tower(tmp_path_factory):
 
 
 def test_each_post_is_one_json_event_with_the_clients_name_in_the_url(tower):
-    tower.say("一个", "gina")
+    """Merged into the address of hugo's own post_api, with hugo's own secret to sign."""
+    for name in "gina", "hugo":
+        tower.say("一个", name)
+        for path, headers, body, event in tower.posts(name):
+            assert query_of(path) == {"client": [name], "key": ["a b"]}
+            assert headers["Content-Type"] == "application/json"
+            assert headers["X-Signature"] == (
+                "sha1=" + hmac_sha1("k3y", body) if name == "hugo" else None)
+            assert event["post_type"] in ("event", "receive_message", "send_message")
+            assert body == json.dumps(event, ensure_ascii=False, sort_keys=True,
+                                      separators=(",", ":")).encode()
     posts = tower.posts("gina")
-    for path, headers, body, event in posts:
-        assert path == "/post_message?key=a%20b&client=gina"
-        assert headers["Content-Type"] == "application/json" and "X-Signature" not in headers
-        assert event["post_type"] in ("event", "receive_message", "send_message")
-        assert body == json.dumps(event, ensure_ascii=False, sort_keys=True,
-                                  separators=(",", ":")).encode()
     assert len({headers["X-Event-ID"] for _, headers, _, _ in posts}) == len(posts)
     told = {name: [event["params"] for _, _, _, event in posts if event.get("event") == name]
             for name in ("state_change", "login", "input_qrcode")}
@@ -3456,38 +3461,21 @@ def test_each_post_is_one_json_event_with_the_clients_name_in_the_url(tower):
     assert max(map(len, picture.split("\n"))) == 76
 
 
-def test_client_is_merged_into_a_clients_own_post_api_and_a_post_secret_signs(tower, receive):
-    for name, query, wanted in (("ines", "?a=1&b=%26", {"a": ["1"], "b": ["&"]}),
-                                ("ilja", "?client=old&a=1", {"a": ["1"]})):
-        receiver = receive()
-        started = tower.call("start_client", client=name, post_api=receiver.url + query,
-                             post_secret="k3y")
-        receiver.next()
-        tower.call("delete_client", client=name)
-        path, headers, body, _ = receiver.posts[0]
-        assert query_of(path) == {"client": [name], **wanted}
-        assert headers["X-Signature"] == "sha1=" + hmac_sha1("k3y", body)
-        assert "k3y" not in str(started) + tower.log.text()
-
-
 def test_messages_are_always_posted_and_events_as_the_settings_say(tower):
     cases = {
         "ev0": ({}, {"login", "stop", "state_change", "input_qrcode", "new_group", "new_friend",
                      "new_group_member", "lose_group", "lose_friend", "lose_group_member"}),
-        "ev1": ({"post_event": "0"}, set()),
-        "ev2": ({"plugin_openqq_post_event": "0"}, set()),  # as the environment spells it
-        "ev3": ({"post_event_list": "login,friend_property_change,new_discuss,update_user"},
+        "ev1": ({"plugin_openqq_post_event": "0"}, set()),  # as the environment spells it
+        "ev2": ({"post_event_list": "login,friend_property_change,new_discuss,update_user"},
                 {"login", "friend_property_change", "new_discuss", "update_user"})}
     for name, (settings, _) in cases.items():
         tower.program.login(name, **settings)
     tower.change("add", "person", "777")
-    for name in cases:
+    tower.change("add", "group_member", "777", place="OpenQQ")
+    for number, name in enumerate(cases):
         tower.change("add", "friend", "777", place=name)
         tower.change("set", "friend", "777", place=name, markname="新")
         tower.change("remove", "friend", "777", place=name)
-    tower.change("add", "group_member", "777", place="OpenQQ")
-    tower.change("remove", "group_member", "777", place="OpenQQ")
-    for number, name in enumerate(cases):
         tower.change("add", "group", f"99{number}", owner_uid=name)
         tower.change("add", "discuss", f"88{number}", owner_uid=name)
         tower.change("remove", "group", f"99{number}")
@@ -3495,7 +3483,7 @@ def test_messages_are_always_posted_and_events_as_the_settings_say(tower):
     for name, (_, wanted) in cases.items():
         tower.say("消息 " + name, name)
         kept = [event.get("event", "") for event in tower.call("check_event", client=name)]
-        assert any("property" in event for event in kept) == (name == "ev3")
+        assert any("property" in event for event in kept) == (name == "ev2")
         assert tower.call("stop_client", client=name)["code"] == 0   # waits for what is queued
         assert {event["event"] for _, _, _, event in tower.posts(name)
                 if event["post_type"] == "event"} == wanted
@@ -3505,15 +3493,12 @@ def test_messages_are_always_posted_and_events_as_the_settings_say(tower):
 JSON_TYPE = {"Content-Type": "application/json"}
 POST_ANSWERS = [  # header fields, body, and whether %s in it is a reply
     ({"Content-Type": "application/json;charset=UTF-8"}, '{"reply":"%s","code":0}', True),
-    (JSON_TYPE, '{"reply":"%s"}', True),
     (JSON_TYPE, '{"reply":"%s，国标"}'.encode("gbk"), True),
     ({"Content-Type": "text/json"}, ' {"reply": "%s", "shutup": 0}\n', True),
     ({"Content-Type": "Application/JSON"}, '{"reply":"%s"}', True),
-    ({"Content-Type": "text/html"}, '{"reply":"%s"}', False),
     ({"Content-Type": "text/plain"}, "%s", False),
     *[(JSON_TYPE, body, False) for body in (
-        '{"reply":"%s"', '["reply","%s"]', '"%s"', "", '{"answer":"%s"}', '{"reply":"","x":"%s"}',
-        '{"reply":null,"x":"%s"}', '{"reply":{"text":"%s"}}', "[" * 100_000)],
+        '{"reply":"%s"', '["reply","%s"]', "", '{"reply":null,"x":"%s"}', "[" * 100_000)],
     ({"Location": "http://[bad"}, "", False),
 ]
 
@@ -3544,18 +3529,18 @@ def test_a_reply_goes_to_where_the_message_came_from_or_went(tower):
         assert wanted.items() <= tower.posted("gina", "致 " + type).items()
     [discuss] = tower.call("get_discuss_info", client="hugo")[:1]
     [gina] = [row for row in discuss["member"] if row["name"] == "gina"]
-    tower.says["gina", "recv", "悄悄话"] = (200, {}, {"reply": "悄悄的回答"})
-    tower.call("send_sess_message", client="hugo", discuss_id=discuss["id"], id=gina["id"],
-               content="悄悄话")
-    assert {"type": "sess_message", "via": "discuss", "sender": "gina"}.items() <= tower.posted(
-        "hugo", "悄悄的回答").items()
-    tower.says["gina", "send", "第一句"] = (200, {}, {"reply": "第二句"})
-    tower.call("send_friend_message", client="gina", name="小灰", content="第一句")
-    assert {"type": "friend_message", "receiver": "小灰"}.items() <= tower.posted(
-        "gina", "第二句").items()
+    for side, type, params, name, wanted in (
+            ("recv", "sess", {"client": "hugo", "discuss_id": discuss["id"], "id": gina["id"]},
+             "hugo", {"type": "sess_message", "via": "discuss", "sender": "gina"}),
+            ("send", "friend", {"client": "gina", "name": "小灰"},
+             "gina", {"type": "friend_message", "receiver": "小灰"})):
+        tower.says["gina", side, "问 " + side] = (200, {}, {"reply": "答 " + side})
+        tower.call(f"send_{type}_message", content="问 " + side, **params)
+        assert wanted.items() <= tower.posted(name, "答 " + side).items()
 
 
 def test_media_in_the_answer_is_sent_after_the_reply_to_the_same_place(tower, gallery):
+    """None of a port of this program, and no file of somebody else's."""
     def next_sent():
         """The next message with a picture that gina sent: its id, where to, and the bytes."""
         event = tower.posted("gina", lambda event: event.get("class") == "send"
@@ -3569,9 +3554,11 @@ def test_media_in_the_answer_is_sent_after_the_reply_to_the_same_place(tower, ga
     put(path, PNG)
     other = PNG + b"other"
     spelt = "base64://" + base64.b64encode(other).decode()
-    cases = [(url, [PNG], "friend"), (path, [PNG], "friend"), (gallery.to(url), [PNG], "discuss"),
-             ([spelt, url, "http://127.0.0.1:1/", 7, None, path], [other, PNG, PNG], "group"),
-             (spelt, [other], "sess")]
+    own = tower.program.base + "/openqq/stop_client?client=hugo"
+    refused = [own, gallery.to(own), "http://127.0.0.1:1/", "file:///etc/passwd", "/etc/passwd",
+               tower.program.path("cookie_gina.dat"), "x", 7]
+    cases = [(url, [PNG], "friend"), (gallery.to(url), [PNG], "discuss"), (spelt, [other], "sess"),
+             ([spelt, *refused, None, path], [other, PNG], "group")]
     for number, (media, pictures, type) in enumerate(cases):
         params, place = ({}, "小灰") if type == "friend" else ({"to": "OpenQQ"}, "OpenQQ")
         tower.say(f"要图{number}", type=type + "_message", **params,
@@ -3581,24 +3568,10 @@ def test_media_in_the_answer_is_sent_after_the_reply_to_the_same_place(tower, ga
             id, where, body = next_sent()
             assert (where, body) == (place, picture) and id > last, "behind the reply"
     tower.say("只要图", answer=(200, {}, {"media": spelt}))
-    assert next_sent()[1:] == ("小灰", other)
-    tower.log.wait("media in an answer of post_api: media_url: ")
-    tower.log.wait("media in an answer of post_api: it must be text")
-
-
-def test_media_in_the_answer_leads_to_no_port_of_this_program_and_to_no_foreign_file(
-        tower, gallery):
-    own = tower.program.base + "/openqq/stop_client?client=hugo"
-    cookie = tower.program.path("cookie_gina.dat")
-    refused = [own, gallery.to(own), "file:///etc/passwd", "/etc/passwd", cookie, "base64://%", "x"]
-    tower.say("偷", answer=(200, {}, {"reply": "没有", "media": refused}))
-    tower.posted("gina", "没有")
-    tower.log.wait("media in an answer of post_api: (media_data|media_path)", len(refused) - 2)
-    tower.say("然后", answer=(200, {}, {"reply": "还在"}))
-    tower.posted("gina", "还在")
-    assert tower.call("check_client", client="hugo")["client"][0]["state"] == "running"
-    assert not [event for _, _, _, event in tower.posts("gina")
-                if event.get("class") == "send" and "/etc/passwd" in str(event)]
+    assert next_sent()[1:] == ("小灰", other), "and nothing of what was refused"
+    for said, count in ("media_url: ", 3), ("media_path", 4), ("it must be text", 1):
+        tower.log.wait("media in an answer of post_api: " + said, count)
+    assert tower.program.state("hugo")["state"] == "running"
 
 
 def test_a_path_in_an_answer_counts_only_where_the_receiver_is_on_this_machine():
@@ -3614,34 +3587,28 @@ def test_a_path_in_an_answer_counts_only_where_the_receiver_is_on_this_machine()
 
 
 def test_events_that_wait_follow_numeric_ids_when_it_is_switched(workshop, receive):
-    """The receiver is away while the accounts talk, and there when they are started anew."""
-    cases = {"nina": ("0", "1", int), "nick": ("1", "0", str)}
+    """The receiver is away while the account talks, and there when it is started anew."""
     edit_template(workshop, TEMPLATE.format("openqq.STOP_SECONDS = 0.0", ""))
     with reserve() as taken:
         port = taken.getsockname()[1]
         url = f"http://127.0.0.1:{port}/post_message"
-        for name, (first, _, _) in cases.items():
-            workshop.login(name, post_api=url, numeric_ids=first)
-            workshop.call("send_friend_message", client=name, name="小冰", content="它等着")
-            workshop.call("stop_client", client=name)
+        workshop.login("nina", post_api=url)
+        workshop.call("send_friend_message", client="nina", name="小冰", content="它等着")
+        workshop.call("stop_client", client="nina")
         receiver = receive(port=port)
-    for name, (_, second, kind) in cases.items():
-        workshop.call("start_client", client=name, post_api=url, numeric_ids=second)
-        posted = lambda: [event for path, _, _, event in receiver.posts  # noqa: E731
-                          if query_of(path)["client"] == [name]]
-        assert eventually(lambda: {"login", "state_change", None} <= {
-            event.get("event") for event in posted()})
-        for event in posted():
-            ids = [value for key, value in event.items()
-                   if re.fullmatch("(.*_)?u?id|time", key) and value is not None]
-            assert ids and {type(value) for value in ids} == {kind}, event
+    workshop.call("start_client", client="nina", post_api=url, numeric_ids="1")
+    assert eventually(lambda: {"login", "state_change", None} <= {
+        event.get("event") for *_, event in receiver.posts})
+    for *_, event in receiver.posts:
+        ids = [value for key, value in event.items()
+               if re.fullmatch("(.*_)?u?id|time", key) and value is not None]
+        assert ids and {type(value) for value in ids} == {int}, event
 
 
 def test_shutup_in_the_answer_to_a_group_message_silences_the_sender_for_shutup_time(tower):
-    for number, (answer, seconds) in enumerate([
-            ({"shutup": 1}, 60), ({"shutup": 1, "shutup_time": 1}, 60),  # at least
-            ({"shutup": "1", "shutup_time": "600", "reply": "安静"}, 600)]):
-        who = str(1_000_000 + number)
+    for who, answer, seconds in (
+            ("1000000", {"shutup": 1, "shutup_time": 1}, 60),  # at least
+            ("1000001", {"shutup": "1", "shutup_time": "600", "reply": "安静"}, 600)):
         tower.change("add", "person", who)
         tower.change("add", "group_member", who, place="OpenQQ")
         group = {"type": "group_message", "to": "OpenQQ", "from": who}
@@ -3653,28 +3620,22 @@ def test_shutup_in_the_answer_to_a_group_message_silences_the_sender_for_shutup_
         tower.change("remove", "person", who)
     tower.say("私下", answer=(200, {}, {"shutup": 1}))
     group["from"] = "小灰"
-    for number, value in enumerate((0, 2, "yes", None, [1])):
+    for number, value in enumerate((0, "yes", [1])):
         tower.say(f"群里{number}", answer=(200, {}, {"shutup": value}), **group)
     tower.say("还能说话", **group)
 
 
-def test_the_documents_answer_replies_and_stdout_carries_the_events(start, receive):
-    document = (200, {"Content-Type": "application/json;charset=UTF-8", "Connection": "close"},
-                '{"reply":"你好","code":0}'.encode())
-    receiver = receive(
-        lambda event: document if event["post_type"] == "receive_message" else None)
+def test_stdout_carries_the_events(start, receive):
+    receiver = receive()
     client = start("client", "--account", "solo", "--post_api", receiver.url,
                    "--post-stdout", "1", "--login_type", "login", "--pwd", "x")
     client.out.wait('"login"')
-    client.call("/local/say", client="solo", content="问", **{"from": "小灰"})
+    client.call("send_friend_message", name="小灰", content="问")
     client.out.wait('"post_type":"send_message"')
     assert client.stop() == 0
     client.out.wait('"event":"stop"')
-    lines = [json.loads(line) for line in client.out.lines]
-    assert sorted(lines, key=str) == sorted(  # lanes keep no one order
+    assert sorted(map(json.loads, client.out.lines), key=str) == sorted(  # lanes keep no one order
         [event for _, _, _, event in receiver.posts], key=str)
-    [reply] = [event for event in lines if event["post_type"] == "send_message"]
-    assert (reply["content"], reply["receiver"], reply["from"]) == ("你好", "小灰", "api")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3707,7 +3668,7 @@ def test_poll_api_is_asked_once_running_and_again_whatever_came_of_it(beater):
     path, headers = poll.asked.get(timeout=WAIT)
     assert path == "/beat" and poll.asked.empty(), "one request hangs, a second is not made"
     assert "Authorization" not in headers, "the token is for our own API only"
-    for status in 200, 500, 0, 404, 302:
+    for status in 200, 500, 0, 302:
         poll.answer(status)
         assert poll.ask() == "/beat"
     poll.answer()
@@ -3717,11 +3678,9 @@ def test_redirects_to_its_own_api_and_up_to_seven_within_a_server_are_followed(b
     """Its own API is called with its own token."""
     client, poll = beater
     assert poll.ask() == "/beat"
-    for host in ("127.0.0.1", "localhost"):
-        poll.answer(302, send_url(f"http://{host}:{client.port}", name="小冰", content="至" + host))
-        client.log.wait("小冰.* : 至" + host)
-        client.log.wait("poll_api had us call http://.*/openqq/send_friend_message: 200")
-        assert poll.ask() == "/beat"
+    poll.answer(302, send_url(f"http://localhost:{client.port}", name="小冰", content="一步"))
+    client.log.wait("poll_api had us call http://.*/openqq/send_friend_message: 200")
+    assert poll.ask() == "/beat"
     spelt = f"{client.base}/openqq/send_friend_message?name=小冰&content=中文"  # as PHP writes it
     poll.answer(302, spelt.encode().decode("latin-1"))
     client.log.wait("小冰.* : 中文")
@@ -3732,8 +3691,8 @@ def test_redirects_to_its_own_api_and_up_to_seven_within_a_server_are_followed(b
             assert poll.ask() == (f"/hop{hop}" if hop % 2 else f"/hop{hop}?x=%20")
         poll.answer(302, end)
         assert poll.ask() == "/beat"
-    client.log.wait("小冰.* : 七步")
-    client.log.wait("after 7 redirects: given up")
+    for said in "小冰.* : 一步", "小冰.* : 七步", "after 7 redirects: given up":
+        client.log.wait(said)
     poll.answer()
 
 
@@ -3742,10 +3701,7 @@ def test_other_locations_are_logged_and_dropped(beater, closing):
     assert poll.ask() == "/beat"
     before = len(re.findall(r"\[warn\] .*poll_api", client.log.text()))
     for count, target in enumerate([
-            other.url + "/elsewhere", other.url + "/openqq/get_user_info",
-            f"http://127.0.0.1:{client.port}/local/login?client=tom",
-            f"http://127.0.0.1:{client.port}/",
-            f"http://example.invalid:{client.port}/openqq/x",
+            other.url + "/openqq/get_user_info", client.base + "/local/login?client=tom",
             f"https://127.0.0.1:{poll.port}/beat", "file:///etc/passwd",
             f"http://127.0.0.1@example.invalid:{client.port}/openqq/get_user_info",
             "http://[bad", "http://127.0.0.1:x/"], before + 1):
@@ -3815,9 +3771,8 @@ def test_messages_are_shown_as_tools_parse_them(tower):
             ("friend", "gina", {"name": "小灰"}), ("group", "gina", {"name": "OpenQQ"}),
             ("discuss", "gina", {"name": "OpenQQ"}),
             ("sess", "gina", {"group_id": group["id"], "id": rows["小灰"]["id"]})):
-        sent = tower.call(f"send_{api.split('_')[-1]}_message", client=sender,
-                          content=f"发出\n{api}", **params)
-        assert sent["code"] == 0, (api, sent)
+        assert tower.call(f"send_{api.split('_')[-1]}_message", client=sender, content=api,
+                          **params)["code"] == 0, api
     assert tower.call("shutup_group_member", client="gina", group_uid=group["uid"], time=1,
                       member_uid=rows["hugo"]["uid"])["code"] == 0
     failed = tower.call("send_group_message", client="hugo", uid=group["uid"], content="听不见")
@@ -3825,16 +3780,19 @@ def test_messages_are_shown_as_tools_parse_them(tower):
     told = tower.posted("hugo", "听不见")
     assert (told["code"], told["msg"], told["info"], told["id"]) == (
         -4, "发送失败", failed["info"], None)
-    for name, text in [("gina", text) for text in (
-            "[好友消息] 小灰|我的好友 : 一", "[好友消息] 小灰|我的好友 : 二",
-            "[群消息] 小灰|OpenQQ : 在 group", "[讨论组消息] 小灰|OpenQQ : 在 discuss",
-            "[群临时消息] 小灰|OpenQQ : 在 sess", "[讨论组临时消息] hugo|OpenQQ : discuss_sess",
-            "[好友消息] 我->小灰 : 发出", "[好友消息] 我->小灰 : friend",
-            "[群消息] 我->OpenQQ : group", "[讨论组消息] 我->OpenQQ : discuss",
-            "[群临时消息] 我->小灰 : sess")] + [
-            ("hugo", "[讨论组临时消息] 我->gina : discuss_sess"),
-            ("hugo", f"[群消息] 我->OpenQQ : 听不见[发送失败({failed['info']})]")]:
-        tower.log.wait(rf"^\[{name}\]\[\d+\]{STAMP} {re.escape(text)}$")
+    for text in f"""gina[好友消息] 小灰|我的好友 : 一
+gina[好友消息] 小灰|我的好友 : 二
+gina[群消息] 小灰|OpenQQ : 在 group
+gina[讨论组消息] 小灰|OpenQQ : 在 discuss
+gina[群临时消息] 小灰|OpenQQ : 在 sess
+gina[讨论组临时消息] hugo|OpenQQ : discuss_sess
+gina[好友消息] 我->小灰 : friend
+gina[群消息] 我->OpenQQ : group
+gina[讨论组消息] 我->OpenQQ : discuss
+gina[群临时消息] 我->小灰 : sess
+hugo[讨论组临时消息] 我->gina : discuss_sess
+hugo[群消息] 我->OpenQQ : 听不见[发送失败({failed['info']})]""".splitlines():
+        tower.log.wait(rf"^\[{text[:4]}\]\[\d+\]{STAMP} {re.escape(text[4:])}$")
 
 
 HOSTILE_NAME = "坏\n[gina][1][26/01/01 00:00:00] [群消息] 假|冒 : 钱\r\x1b[2J\x07\x9b31m\u2028尾"
@@ -3863,30 +3821,26 @@ def test_every_line_has_head_time_and_level_and_no_control_character_of_a_name_o
     tower.change("remove", "person", "666")
 
 
-def test_a_log_file_is_kept_to_itself_unless_console_is_wanted(tower):
-    for name, console, encoding in ("quiet", "0", "gbk"), ("loud", "1", ""):
+def test_a_clients_own_log_file_and_level_hold_for_it(tower):
+    """A file is kept to itself unless console is wanted; a caller's level wins over the
+    controller's."""
+    for name, level, console, encoding in (
+            ("quiet", "info", "0", "gbk"), ("loud", "debug", "1", ""), ("curt", "warn", "1", "")):
         path = os.path.join(tower.program.tmpdir, name + ".log")
-        tower.program.login(name, log_path=path, log_console=console, log_encoding=encoding)
+        tower.program.login(name, log_path=path, log_console=console, log_encoding=encoding,
+                            log_level=level, http_debug="1")
         tower.say("第一 " + name, name)
         read = lambda: content(path).decode(encoding or "utf-8")  # noqa: E731
-        assert eventually(lambda: "小灰|我的好友 : 第一 " + name in read())
+        assert eventually(lambda: name == "curt" or "小灰|我的好友 : 第一 " + name in read())
         assert all(LOG_LINE.fullmatch(line) for line in read().splitlines())
         assert os.stat(path).st_mode & 0o777 == 0o600
         info = tower.call("get_client_info", client=name)
-        assert (info["log_path"], info["log_encoding"]) == (path, encoding or None)
+        assert (info["log_path"], info["log_encoding"], info["log_level"]) == (
+            path, encoding or None, level)
         tower.call("delete_client", client=name)
-    tower.log.wait(r"^\[loud\]\[\d+\].* \[好友消息\] 小灰\|我的好友 : 第一 loud$")
+    tower.log.wait(rf"^\[loud\]\[\d+\]{STAMP} \[好友消息\] 小灰\|我的好友 : 第一 loud$")
+    tower.log.wait(rf"^\[loud\]\[\d+\]{STAMP} \[debug\] .*GET /openqq/get_client_info 200")
     assert "第一 quiet" not in tower.log.text() and "[quiet]" not in tower.log.text()
-
-
-def test_a_callers_log_level_wins_over_the_controllers(tower):
-    for name, level, debug in ("curt", "warn", "0"), ("wordy", "debug", "1"):
-        tower.program.login(name, log_level=level, http_debug=debug)
-        tower.say("级别", name)
-        assert tower.call("get_client_info", client=name)["log_level"] == level
-        tower.call("delete_client", client=name)
-    tower.log.wait(rf"^\[wordy\]\[\d+\]{STAMP} \[debug\] .*GET /openqq/get_client_info 200")
-    tower.log.wait(rf"^\[wordy\]\[\d+\]{STAMP} \[好友消息\] 小灰\|我的好友 : 级别$")
     assert not re.search(r"^\[curt\].*\] \[(debug|info|好友消息)\]", tower.log.text(), re.M)
 
 
@@ -3918,11 +3872,9 @@ def test_every_attribute_of_the_documented_new_is_taken(tower):
     assert (started["code"], started["status"], params.pop("pwd")) == (0, "success", "x")
     assert {name: started[name] for name in params} == params and "pwd" not in started
     assert tower.call("/local/login", client="all")["code"] == 0
-    for name in "all.log", "all.dat", "all.pid", "all.json":
-        assert os.path.exists(os.path.join(tower.program.tmpdir, name)) == (name != "all.dat")
-    state = tower.program.state("all")
-    assert (state["mode"], state["keep_cookie"], state["log_level"], state["state"]) == (
-        "hidden", "0", "debug", "running")
+    for end in "log", "dat", "pid", "json":
+        assert os.path.exists(f"{tower.program.tmpdir}/all.{end}") == (end != "dat")
+    assert {"mode": "hidden", "state": "running"}.items() <= tower.program.state("all").items()
     assert tower.call("delete_client", client="all")["code"] == 0
 
 
@@ -3958,34 +3910,30 @@ def test_each_setting_can_be_given_in_every_way_helped_with_and_refused_by_name(
         for given, environ in ({row.name: bad}, {}), ({}, {names[0]: bad}):
             with pytest.raises(ValueError, match=row.name):
                 make(given, environ, "MOJO_WEBQQ_")
-    for form in "--{0}\n{1}", "--{0}={1}":
-        for mark in "_", "-":
-            words = [word for row, (good, _) in samples.items()
-                     for word in form.format(row.name.replace("_", mark), good).split("\n")]
-            assert openqq.parse_flags(whose, words) == {
-                row.name: good for row, (good, _) in samples.items()}
+    for form, mark in ("--{0}\n{1}", "_"), ("--{0}={1}", "-"):
+        words = [word for row, (good, _) in samples.items()
+                 for word in form.format(row.name.replace("_", mark), good).split("\n")]
+        assert openqq.parse_flags(whose, words) == {
+            row.name: good for row, (good, _) in samples.items()}
     assert not re.search("[^ -~\n]{200}", done.stdout)
 
 
 # What nobody means, for each way to read a setting; {tmpdir} has in it: file, dir, fifo, link (to
 # file), twice (a second name of it).
 LONG = "a" * 5_000
-ODD_TEXTS = ["a\0b", "a\nb", "\x1b[31m", "\ud800", LONG, "\x9b", "\u2028", "\x7f", " ", "{}{0}%s",
-             "';--", "\u202eabc", "ä" * 4_000, "😀", "a,,b", "=", "a\\"]
-ODD_NUMBERS = [" 1", "9" * 5_000, *("nan inf -1 -0 1e9 ² １２ +1 0x10 1_000 0 0007 0.5 5. 1,5 "
-                                    "9999999999 2147483648 0.000000001 true").split()]
+ODD_TEXTS = ["a\0b", "a\nb", "\x1b[31m", "\ud800", LONG, "\u2028", " ", "{}{0}%s", "';--",
+             "\u202eabc", "ä" * 4_000, "😀", "a,,b", "=", "a\\"]
+ODD_NUMBERS = [" 1", "9" * 5_000, *"nan inf -1 1e9 ² １２ +1 0x10 1_000 0 0007 0.5 5. 1,5".split()]
 ODD_PATHS = ["a\0b", "\ud800", *("{tmpdir}/" + name for name in (
     LONG, "ä" * 200, *"dir fifo link twice file/x no/such ./ good dir/good "
-    "mojo_webqq_cookie_odd.dat".split())), *"/dev/null /dev/full / ~nobody x ../x {tmpdir}".split()]
-ODD_URLS = ["{s}://a b/", "{s}://a\u3000b/", " {s}://h/", "{s}://h:1/\ud800", "javascript:alert(1)",
+    "mojo_webqq_cookie_odd.dat".split())), *"/dev/null / ~nobody x ../x {tmpdir}".split()]
+ODD_URLS = ["{s}://a b/", " {s}://h/", "{s}://h:1/\ud800", "javascript:alert(1)",
             "{s}://" + "a" * 300 + "/", "{s}://" + "ü" * 80 + ".example/", "{s}://u:p%zz@h:1/",
-            *(r"""{s}://h:65536/ {s}://h:0/ {s}://h:x/ {s}://h:-1/ {s}://h:８０/ {s}://:80/ {s}://h:/
-    {s}://[::1 {s}://[::g]/ {s}://[::1]:1/ {s}://a..b/ {s}://a\b@h:1/ {s}://u@v@h:1/ {S}://h:1/
-    {s}://h:1/,{s}://h:1/ {s}://a/|{S}://b/ {s}:/h/ //h/ h:80 file:///etc/passwd {s}:///x
-    {s}://h:1/ä?ä#ä {s}://h:1?x {s}://h:1#x {s}://a|b/ {s}://a%00b/ {s}://169.254.169.254/"""
-              ).replace("//h", "//127.0.0.1").split()]
-ODD_ENCODINGS = ["a\0b", " ", LONG, *("idna undefined rot13 base64 mbcs utf-16 utf-8-sig cp037 "
-                                      "unicode_escape ../../x klingon gbk UTF8 big5").split()]
+            *r"""{s}://127.0.0.1:65536/ {s}://127.0.0.1:0/ {s}://h:x/ {s}://:80/ {s}://127.0.0.1:1/
+    {s}://[::1 {s}://[::1]:1/ {s}://a..b/ {s}://a\b@h:1/ {s}://u@v@h:1/ {S}://127.0.0.1:1/
+    {s}://h:1/,{s}://h:1/ {s}:/h/ //h/ h:80 file:///etc/passwd {s}:///x
+    {s}://127.0.0.1:1/ä?ä#ä {s}://127.0.0.1:1?x {s}://127.0.0.1:1#x {s}://a%00b/""".split()]
+ODD_ENCODINGS = ["a\0b", " ", LONG, *"undefined rot13 utf-16 ../../x klingon gbk UTF8 big5".split()]
 ODD_FLAGS = [" 1", "\0", LONG, *"2 -1 01 maybe TRUE oN １ ² null 0.0 f [] no".split()]
 ODD = {"_flag": ODD_FLAGS, "_whole": ODD_NUMBERS, "_number": ODD_NUMBERS,
        "_text": ODD_TEXTS, "_words": ODD_TEXTS, "_encoding": ODD_ENCODINGS, "_path": ODD_PATHS,
@@ -4014,7 +3962,7 @@ def odd(tmp_path_factory):
 def told(program, path, **params):
     """(status, JSON) of a call with a JSON body, which can hold what no query can."""
     status, _, body = request(program.base, "/openqq/" + path, "POST", json.dumps(params),
-                              {"Content-Type": "application/json"})
+                              JSON_TYPE)
     return status, json.loads(body)
 
 
@@ -4081,30 +4029,28 @@ def test_no_hostile_value_is_taken_that_later_fails(odd):
 
 
 def test_a_bridges_url_that_is_taken_is_waited_for_in_words(odd):
-    urls = dict(enumerate(sorted_out(openqq.SETTINGS["onebot_api"], odd)[0]))
-    assert len(urls) > 5
-    for number, url in urls.items():
-        assert told(odd, "start_client", client=f"b{number}", onebot_api=url)[1]["code"] == 0, url
-    for number, url in urls.items():
-        row = eventually(lambda: odd.state(f"b{number}").get("error") and odd.state(f"b{number}"))
+    def live(url):
+        name = "b" + hashlib.sha1(url.encode()).hexdigest()
+        assert told(odd, "start_client", client=name, onebot_api=url)[1]["code"] == 0, url
+        row = eventually(lambda: odd.state(name).get("error") and odd.state(name))
         assert row and (row["state"], row["restarts"]) == ("scaning", 0), (url, row)
         assert "fault" not in row["error"]
-    at_once(len(urls), lambda number: odd.call("delete_client", client=f"b{number}"))
+        odd.call("delete_client", client=name)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as crowd:
+        assert len(list(crowd.map(live, sorted_out(openqq.SETTINGS["onebot_api"], odd)[0]))) > 5
 
 
 def test_a_token_in_a_bridges_url_is_taken_out_of_it():
     for text, url, token in [
-            ("ws://h:3001/?access_token=S3c", "ws://h:3001/", "S3c"),
             ("HTTP://h/x?a=1&access_token=S%2B3+c&b=2#f", "HTTP://h/x?a=1&b=2#f", "S+3 c"),
             ("http://h?access_token=one&access_token=two", "http://h", "two"),
-            ("http://h/?access_token=", "http://h/", ""),
             ("http://h/?my_access_token=x", "http://h/?my_access_token=x", ""),
             ("http://h/#?access_token=x", "http://h/#?access_token=x", "")]:
         wanted = {"onebot_api": url, **({"onebot_token": token} if token else {})}
         assert openqq.parse_flags("client", ["--onebot-api", text]) == wanted
         assert openqq.from_environment({"MOJO_WEBQQ_ONEBOT_API": text}, "MOJO_WEBQQ_") == wanted
         assert openqq.account_settings({"onebot_api": text}) == wanted
-        assert openqq.check_params({"onebot-api": text}) == wanted
         found = openqq.Settings("client", {"onebot_api": text}, {}, "MOJO_WEBQQ_")
         assert (found.onebot_api.lower(), found.onebot_token) == (url.lower(), token)
         # A token in a post_api is its own affair; one that is given besides wins.
@@ -4141,7 +4087,6 @@ CALLS = [  # words, what the environment says, exit status, what is said
     ("--version", {}, 0, rf"OpenQQ {re.escape(openqq.VERSION)}\n\Z"),
     ("--help", {}, 0, re.escape(openqq.USAGE) + r"\Z"),
     ("", {}, 2, "usage: python openqq.py controller"),
-    ("client --max-clients=3", {}, 2, "--max-clients .*--help"),
     ("client --log-level", {}, 2, "--log-level needs a value"),
     ("client alice", {}, 2, "alice .*--help"),
     ("controller", {"MOJO_WEBQQ_PORT": "http"}, 2, "port 'http'"),
@@ -4153,11 +4098,9 @@ CALLS = [  # words, what the environment says, exit status, what is said
     ("controller --port 0 --tmpdir {tmp}/own --template-path {tmp}/file/x.py", {}, 1,
      "openqq: the template .* cannot be written"),
     ("client --port 0 --tmpdir {tmp}/file/x", {}, 1, "openqq: .*{tmp}/file/x.*--tmpdir"),
-    ("controller --port 0 --tmpdir {tmp}/file/x", {}, 1, "openqq: .*{tmp}/file/x.*--tmpdir"),
     ("controller --port 0 --world {tmp}/file", {}, 1, "world file .*cannot be read"),
     ("client --port 0 --host 192.0.2.1", {}, 1,
      "openqq: cannot listen on 192.0.2.1 .*--host or --port"),
-    ("client --port 0 --account b --host " + "a" * 300, {}, 1, "openqq: cannot listen on aaa"),
 ]
 
 
@@ -4223,8 +4166,6 @@ print("ended")
     status, _, body = request(controller.base, "/openqq/start_client?client=a2")
     assert (status, json.loads(body)["code"], json.loads(body)["status"]) == (
         200, 5, "max clients exceed")
-    assert controller.call("start_client", client="a1")["status"] == "client already exists"
-    assert controller.call("get_user_info", client="a1")["name"] == "a1"
     controller.call("stop_client", client="a1")
     assert controller.call("start_client", client="a2")["code"] == 0
     assert controller.stop() == 0
@@ -4268,20 +4209,17 @@ def call(client, data):
 def test_a_bot_hears_answers_and_sends_by_callbacks(script, tmp_path):
     (tmp_path / "shout.py").write_text(SHOUT)
     bot = script(BOT).ready()
-    bot.out.wait("^state bot updating running$")
-    bot.out.wait("^login bot 0$")   # not by a scan
-    bot.out.wait("^sent 0$")
-    bot.out.wait("^told friend_message 我来了 发送正常 None$")
+    for line in ("state bot updating running", "login bot 0",  # not by a scan
+                 "sent 0", "told friend_message 我来了 发送正常 None"):
+        bot.out.wait(f"^{line}$")
     plugins = json.loads(content(bot.path("state_bot.json")))["plugin"]
     assert {row["name"]: (row["priority"], row["call_on_load"], row["auto_call"])
             for row in plugins} == {
         "Mojo::Webqq::Plugin::Openqq": (98, 1, None), "Mojo::Webqq::Plugin::ShowMsg": (100, 0, 1),
         "Mojo::Webqq::Plugin::UploadQRcode": (0, 0, 1), "+shout": (50, 0, 1)}
-    say = {"client": "bot", "from": "小灰"}
-    bot.call("/local/say", content="好", **say)
-    bot.out.wait("^got friend_message 小灰 好 bot receive_message True$")
-    bot.out.wait("^told friend_message 你说：好 发送正常 None$")
-    bot.call("/local/say", content="群", type="group_message", to="OpenQQ", **say)
+    bot.call("/local/say", client="bot", content="群", type="group_message", to="OpenQQ",
+             **{"from": "小灰"})
+    bot.out.wait("^got group_message 小灰 群 bot receive_message True$")
     bot.out.wait("^told group_message 你说：群 发送正常 OpenQQ$")
     bot.call("/local/change", do="add", what="person", uid="321", name="新人")
     bot.call("/local/change", do="add", what="friend", uid="321", **{"in": "bot"})
@@ -4298,7 +4236,6 @@ MISTAKES = [  # a line of a script, what is said of it; the last is 003's own sc
     # call_on_load, when the port is taken
     ('client.load("Nope")', "there is no plugin Nope"),
     ('client.load("+nope_nope")', r"plugin \+nope_nope cannot be loaded"),
-    ('openqq.Client(account="b", no_such=1)', "no_such is not a setting of a client"),
     ('openqq.Controller(listen=[], port="x")', "port 'x' must be a whole number"),
     ('client.load("Openqq", data={"nope": 1}, call_on_load=True)', "nope is not a setting"),
     ('client.load("Openqq", data={"listen": [{"host": "127.0.0.1", "port": %d}]}); client.run()',
@@ -4353,63 +4290,42 @@ def filler(version):
     return (f"a{version}." * size)[:size]
 
 
-def modules_of_text(text):
-    """Read terminal text as a terminal would: two rows of modules from each line."""
-    rows = []
-    for line in text.splitlines():
-        blocks = re.fullmatch("\x1b\\[30;47m([ ▀▄█]*)\x1b\\[0m", line).group(1)
-        rows += [bytearray(block in filled for block in blocks) for filled in ("▀█", "▄█")]
-    return rows
-
-
 @decoder_needed
 def test_every_text_is_read_back_from_its_qr_code():
-    for text in QR_TEXTS:
-        assert read_file_by_zbar(openqq.qr_png(openqq.qr_matrix(text))) == text
-    for version in 1, 10, 40:
-        picture = openqq.qr_png(openqq.qr_matrix(filler(version)), 3)
-        assert read_file_by_zbar(picture) == filler(version)
+    for text in [*QR_TEXTS, filler(1), filler(10), filler(40)]:
+        picture = openqq.qr_png(openqq.qr_matrix(text))
+        assert read_file_by_zbar(picture) == text
 
 
 def test_qr_codes_are_drawn_as_the_standard_says_in_the_smallest_version():
+    """Each module eight pixels wide, with a border of four of them."""
     for version, (_, wanted) in QR_VERSIONS.items():
         rows = openqq.qr_matrix(filler(version))
         assert (hashlib.sha256(b"".join(rows)).hexdigest()[:12], len(rows)) == (
             wanted, 17 + 4 * version)
+        side = 8 * (len(rows) + 8)
+        assert struct.unpack(">II", openqq.qr_png(rows)[16:24]) == (side, side)
         if version < 20:
             assert len(openqq.qr_matrix(filler(version) + "x")) == 17 + 4 * (version + 1)
 
 
 def test_a_text_that_fits_into_no_qr_code_is_refused_with_the_remedy():
-    for text, size in ("x" * 2332, 2332), ("登" * 778, 2334), ("x" * 100_000, 100_000):
-        with pytest.raises(ValueError, match=f"{size} bytes .* shorten it to 2331 bytes"):
+    for text, said in (("登" * 778, "2334 bytes .* shorten it to 2331 bytes"),
+                       ("\ud83d", "surrogates not allowed")):
+        with pytest.raises(ValueError, match=said):
             openqq.qr_matrix(text)
-    with pytest.raises(ValueError, match="surrogates not allowed"):
-        openqq.qr_matrix("\ud83d")
-
-
-def test_a_qr_png_has_the_pixels_and_the_border_that_are_asked_for():
-    rows = openqq.qr_matrix("abc")
-    assert openqq.qr_png(rows) == openqq.qr_png(rows, scale=8, quiet=4)
-    for scale, quiet in (1, 0), (1, 4), (3, 1), (7, 2):
-        png = openqq.qr_png(rows, scale, quiet)
-        side = (len(rows) + 2 * quiet) * scale
-        assert struct.unpack(">II", png[16:24]) == (side, side)
-        assert openqq.qr_unpng(png, scale, quiet) == rows
 
 
 @decoder_needed
-def test_a_qr_code_on_a_terminal_has_two_rows_a_line_and_scans_on_any_background():
-    rows = openqq.qr_matrix(QR_TEXTS[0])
-    assert openqq.qr_text(rows) == openqq.qr_text(rows, quiet=2)
-    for quiet in range(4):
-        edge, blank = bytearray(quiet), bytearray(len(rows) + 2 * quiet)
-        assert modules_of_text(openqq.qr_text(rows, quiet)) == (
-            [blank] * quiet + [edge + row + edge for row in rows] + [blank] * (quiet + 1))
-    shown = modules_of_text(openqq.qr_text(rows))
-    width = len(shown[0]) + 20
+def test_a_qr_code_on_a_terminal_scans_on_any_background():
+    """As a terminal shows it: each line is two rows of modules."""
+    rows = []
+    for line in openqq.qr_text(openqq.qr_matrix(QR_TEXTS[0])).splitlines():
+        blocks = re.fullmatch("\x1b\\[30;47m([ ▀▄█]*)\x1b\\[0m", line).group(1)
+        rows += [[block in filled for block in blocks] for filled in ("▀█", "▄█")]
+    width = len(rows[0]) + 20
     for around in b"\x00", b"\xff":
-        grey = [b"".join(b"\xff\x00"[dark:dark + 1] * 6 for dark in row) for row in shown]
+        grey = [b"".join(b"\xff\x00"[dark:dark + 1] * 6 for dark in row) for row in rows]
         lines = [around * 60 + line + around * 60 for line in grey for _ in range(6)]
         margin = [around * 6 * width] * 60
         picture = b"P5 %d %d 255\n" % (6 * width, len(lines) + 120)
@@ -4422,45 +4338,39 @@ def test_a_clients_picture_holds_its_scan_url(tower):
     tower.posted("phone", is_qrcode)
     picture, base = content(tower.program.path("qrcode_phone.jpg")), tower.program.base
     url = read_file_by_zbar(picture)
-    ticket = query_of(url)["ticket"][0]
-    assert url == f"{base}/local/scan?client=phone&ticket={ticket}"
+    assert url.startswith(f"{base}/local/scan?client=phone&ticket=")
     _, fields, body = request(base, "/openqq/get_qrcode?client=phone")
     assert (fields["content-type"], body) == ("image/png", picture)
     status, _, body = request(base, url[len(base):])
-    assert status == 200 and f'name="ticket" value="{ticket}"' in body.decode()
+    assert status == 200 and f'value="{query_of(url)["ticket"][0]}"' in body.decode()
     tower.call("delete_client", client="phone")
 
 
 class Terminal(Program):
     """The program with a terminal as its stderr."""
 
-    def __init__(self, tmpdir, *words, typed=True):
+    def __init__(self, tmpdir, *words):
         self.tmpdir, self.port = str(tmpdir), 0
         master, slave = pty.openpty()
-        file, env = ([FILE], {}) if typed else (
-            ["-S", *openqq.python_words()], {"OPENQQ_PYTHON": sys.executable})
         self.process = begin_openqq(
-            [*file, *words, "--tmpdir", self.tmpdir, "--port", "0"], env, stderr=slave)
+            ["-S", *openqq.python_words(*words, "--tmpdir", self.tmpdir, "--port", "0")],
+            {"OPENQQ_PYTHON": sys.executable}, stderr=slave)
         os.close(slave)
         self.pid, self.log = self.process.pid, Log(self._lines(master))
 
     @staticmethod
     def _lines(master):
-        with open(master, "rb") as stream:
-            try:
-                yield from stream
-            except OSError:
-                return  # a terminal whose other side is closed says EIO
+        with open(master, "rb") as stream, contextlib.suppress(OSError):
+            yield from stream  # a terminal whose other side is closed says EIO
 
 
 def test_on_a_terminal_the_qr_code_is_drawn_and_the_levels_have_colours(tmp_path):
     for setting, begins in ("0", "\x1b[32m[eye]"), ("1", "[eye]"):
         terminal = Terminal(tmp_path / setting, "client", "--account", "eye", "--disable-color",
-                            setting, typed=False)
+                            setting)
         try:
             terminal.ready()
-            url = terminal.log.wait(r"二维码\.\.\. \(waiting for a scan: "
-                                    r"(http://[^)]*/local/scan\?[^)]*)\)").group(1)
+            url = terminal.log.wait(r"(http://[^)]*/local/scan\?[^)]*)\)").group(1)
             drawn = openqq.qr_text(openqq.qr_matrix(url)).replace("\n", "\r\n")
             terminal.log.wait("\x1b\\[30;47m", drawn.count("\n"))
             assert drawn.rstrip() in terminal.log.text()
@@ -4473,7 +4383,6 @@ def test_on_a_terminal_the_qr_code_is_drawn_and_the_levels_have_colours(tmp_path
 
 def test_without_a_terminal_neither_qr_code_nor_colour_is_written(beater):
     client, _ = beater
-    assert client.log.wait("等待手机QQ扫描二维码")
     assert not re.search("\x1b|[▀▄█]", client.log.text() + client.out.text())
 
 
@@ -4491,11 +4400,10 @@ BANNERS = [(number, LINES[number - 1][2:]) for number in range(2, len(LINES))  #
 
 
 def test_the_list_of_sections_in_the_docstring_is_that_of_the_banners():
-    listed = re.findall(r"^ {4,5}([0-9ABCP]+) {2}(\S.*)$", ast.get_docstring(TREE), re.M)
-    titled = [title.partition(". ")[::2] for _, title in BANNERS]
-    assert [(number, title.lower()) for number, title in titled] == [
-        (number, title.lower()) for number, title in listed]
-    assert len(titled) == 20
+    listed = re.findall(r"^ {4,5}([0-9ABCP]+ {2}\S.*)$", ast.get_docstring(TREE), re.M)
+    assert [row.replace("  ", ". ").lower() for row in listed] == [
+        title.lower() for _, title in BANNERS]
+    assert len(listed) == 20
 
 
 def test_a_section_uses_only_what_stands_above_it():
@@ -4522,21 +4430,10 @@ def test_a_section_uses_only_what_stands_above_it():
 
 
 def test_every_public_class_and_function_has_a_docstring():
-    """An override is documented by what it overrides, or where that class lists what it has; what
-    does a call or reads a parameter of it by the row of VERBS that names it."""
-    assert ast.get_docstring(TREE)
-    bare = []
-    for node in TREE.body:
-        if not isinstance(node, DEFINITIONS) or node.name.startswith("_"):
-            continue
-        found = getattr(openqq, node.name)
-        bare += [node.name] if not ast.get_docstring(node) else []
-        bare += [f"{node.name}.{part.name}" for part in getattr(found, "__mro__", ()) and node.body
-                 if isinstance(part, DEFINITIONS) and not re.match("_|do_|the_", part.name)
-                 and not inspect.getdoc(inspect.getattr_static(found, part.name))
-                 and not any(re.search(rf"\b{part.name}\(", base.__doc__ or "")
-                             for base in found.__mro__)]
-    assert not bare
+    nodes = [node for node in TREE.body if isinstance(node, DEFINITIONS)]
+    assert len(nodes) > 200 and ast.get_docstring(TREE)
+    assert not [node.name for node in nodes if not re.match("_", node.name)
+                and not ast.get_docstring(node)]
 
 
 def test_no_function_is_longer_than_60_lines_and_no_line_wider_than_100_columns():
@@ -4556,50 +4453,43 @@ def test_only_the_standard_library_is_imported():
     subprocess.run([sys.executable, "-I", "-S", "-c", "import " + wanted], check=True)
 
 
-def test_nothing_sleeps_without_a_comment_that_says_why():
-    sleeps = [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Call)
-              and getattr(node.func, "attr", getattr(node.func, "id", "")) == "sleep"]
-    assert not [line for line in sleeps if "#" not in LINES[line - 1] + LINES[line - 2]]
-
-
 WATCHED = """
-import sys, threading, traceback
+import sys, threading
 sys.path[0] = {here!r}
-locks = []
-
-def complain(what):
-    if any(lock._is_owned() for lock in locks):
-        sys.stderr.write("UNDER A LOCK: " + what + "\\n" + "".join(traceback.format_stack()[-8:-1]))
+locks, real_lock = [], threading.RLock
 
 class Lock(threading._PyRLock):
     def __init__(self):
         super().__init__()
         locks.append(self)
 
-    def acquire(self, blocking=True, timeout=-1):
+    def acquire(self, *how):
         if not self._is_owned():
             complain("a second lock")
-        return super().acquire(blocking, timeout)
+        return super().acquire(*how)
 
     __enter__ = acquire
 
-def watch(owner, name, is_harmless=lambda *args: False):
+def complain(what):
+    if any(lock._is_owned() for lock in locks):
+        frame = sys._getframe(2)
+        sys.stderr.write(f"UNDER A LOCK: {{what}} {{frame.f_code.co_name}} {{frame.f_lineno}}\\n")
+
+def watch(owner, name):
     real = getattr(owner, name)
     def watched(*args, **named):
-        if not is_harmless(*args):
+        if owner is not socket.socket or args[0].gettimeout() != 0:
             complain(name)
         return real(*args, **named)
     setattr(owner, name, watched)
 
-real_lock = threading.RLock
 threading.RLock = lambda: (Lock if type(sys._getframe(1).f_locals.get("self")).__name__ in (
     "Client", "Controller", "LocalNetwork") else real_lock)()
 import socket, subprocess, time, openqq
-for name in "connect", "recv", "recv_into", "send", "sendall":
-    watch(socket.socket, name, lambda sock, *args: sock.gettimeout() == 0)
-watch(subprocess.Popen, "__init__")
-watch(subprocess.Popen, "wait")
-watch(time, "sleep")
+for owner, names in ((socket.socket, "connect recv recv_into send sendall"),
+                     (subprocess.Popen, "__init__ wait"), (time, "sleep")):
+    for name in names.split():
+        watch(owner, name)
 openqq.command_line()
 """
 
@@ -4607,7 +4497,7 @@ openqq.command_line()
 def test_under_the_lock_of_an_account_or_a_controller_nothing_blocks(start, receive, tmp_path):
     script = put(tmp_path / "watched.py", WATCHED.format(here=HERE))
     python = put(tmp_path / "watching", f"""#!/bin/sh
-while [ "$1" != client ] && [ "$1" != controller ] && [ "$1" != --client ]; do shift; done
+while [ "$1" != controller ] && [ "$1" != --client ]; do shift; done
 exec '{sys.executable}' -X utf8 '{script}' "$@"
 """)
     os.chmod(python, 0o700)
@@ -4616,30 +4506,23 @@ exec '{sys.executable}' -X utf8 '{script}' "$@"
     with contextlib.closing(Bridge()) as bridge:
         controller = start("controller", "--post-api", receiver.url, python=python)
         controller.login("alice", post_api=receiver.url)
-        controller.login("bob")
         controller.call("start_client", client="qq", onebot_api=bridge.ws, send_interval=0)
         assert eventually(lambda: controller.state("qq")["state"] == "running")
-        for name in "alice", "bob", "qq":
-            controller.call("get_group_info", client=name)
         bridge.say_private(20001, "pong")
-        for name, receiver_of in ("bob", {"name": "alice"}), ("qq", {"uid": "20001"}):
+        for name, friend in ("alice", {"name": "小灰"}), ("qq", {"uid": "20001"}):
+            controller.call("get_group_info", client=name)
             assert controller.call("send_friend_message", client=name, content="ping",
-                                   **receiver_of)["code"] == 0
-            assert eventually(lambda: "pong" in [event.get("content") for event in controller.call(
-                "check_event", client=name, since=0)])
-        os.kill(controller.state("bob")["pid"], signal.SIGKILL)
-        assert eventually(lambda: controller.state("bob")["restarts"] == 1)
+                                   **friend)["code"] == 0
+            receiver.next(lambda event: event.get("content") == "pong"
+                          and event["class"] == "send")
+        os.kill(controller.state("alice")["pid"], signal.SIGKILL)
+        assert eventually(lambda: controller.state("alice")["restarts"] == 1)
         controller.call("relogin", client="alice")
         assert controller.call("update_client", client="qq", msg_ttl=5)["code"] == 0
         controller.call("stop_client", client="qq")
         controller.call("delete_client", client="alice")
         assert controller.stop() == 0
-        alone = start("client", "--account", "carol", python=python, tmpdir=tmp_path / "alone")
-        alone.call("/local/login", client="carol")
-        assert alone.call("send_friend_message", name="小冰", content="z")["code"] == 0
-        assert alone.stop() == 0
-        for program in controller, alone:
-            assert "UNDER A LOCK" not in program.log.text(), program.log.text()
+        assert "UNDER A LOCK" not in controller.log.text(), controller.log.text()
 
 
 # ------------------------------------------------------------------------------------------------
