@@ -6260,7 +6260,8 @@ def test_friend_requests_are_answered_in_qq_too(house, receive):
     receiver = receive()
     house.login("frieda", post_api=receiver.url, post_event_list="friend_request,new_friend")
     face = Face(house, "frieda", receiver, True)
-    for accept, name in ("0", "dora"), ("1", "nora"):
+    names = [name + os.urandom(3).hex() for name in ("dora", "nora")]
+    for accept, name in zip("01", names):
         uid = face.change("add", "person", name=name)
         face.change("add", "friend_request", uid, "frieda", verify="hello")
         [asked] = face.event("friend_request")
@@ -6268,10 +6269,10 @@ def test_friend_requests_are_answered_in_qq_too(house, receive):
         assert asked == {"id": id, "name": name, "verify": "hello", "ticket": ticket}
         assert face.call("accept_friend_request", accept=accept, ticket=ticket, markname="D",
                          id=id) == {**OK, "displayname": None, "id": id, "ticket": ticket}
-    [friend] = face.event("new_friend", lambda params: params[0]["name"] == "nora")
+    [friend] = face.event("new_friend", lambda params: params[0]["name"] == names[1])
     assert (friend["markname"], friend["id"]) == ("D", id)
-    assert face.call("search_friend", name="dora")["code"] == 100
-    for name in "dora", "nora":
+    assert face.call("search_friend", name=names[0])["code"] == 100
+    for name in names:
         face.change("remove", "person", name)
     house.call("delete_client", client="frieda")
 
