@@ -378,10 +378,13 @@ def cq_segments(text):
         return text
 
     rows = []
-    for words, code in re.findall(r"([^\[]+)|\[CQ:([^\[\]]+)\]", text):
-        kind, *fields = code.split(",") if code else ["text", "text=" + words]
-        rows.append({"type": kind, "data": {
-            key: plain(value) for key, _, value in (field.partition("=") for field in fields)}})
+    for part in re.split(r"(\[CQ:[^\[\]]+\])", text):
+        if re.match(r"\[CQ:[^\[\]]+\]\Z", part):
+            kind, *fields = part[4:-1].split(",")
+            data = {key: plain(value) for key, _, value in (f.partition("=") for f in fields)}
+            rows.append({"type": kind, "data": data})
+        elif part:
+            rows.append({"type": "text", "data": {"text": plain(part)}})
     return rows
 
 

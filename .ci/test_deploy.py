@@ -19,8 +19,8 @@ import urllib.request
 import pytest
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from test_openqq import (FILE, WAIT, Log, blocks, command, eventually,  # noqa: E402
-                         start)  # noqa: F401
+from test_openqq import (FILE, WAIT, Log, blocks, closing, command,  # noqa: E402,F401
+                         eventually, start)
 
 TOKEN = {"OPENQQ_TOKEN": "geheim"}
 NAMES = ["小明", "e-f.g@h", *(f"account{number}" for number in range(40))]

@@ -14,7 +14,8 @@ import threading
 import pytest
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from test_openqq import MILKY_SAID, MILKY_TOLD, MilkyBridge, receive, start  # noqa: E402,F401
+from test_openqq import (MILKY_SAID, MILKY_TOLD, MilkyBridge, closing,  # noqa: E402,F401
+                         receive, start)
 
 JUDGE = """\
 import * as milky from "@saltify/milky-types";

@@ -15,7 +15,8 @@ import tempfile
 import pytest
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from test_openqq import Bridge, Log, cq_segments, cq_string, receive, start  # noqa: E402,F401
+from test_openqq import (Bridge, Log, closing, cq_segments, cq_string,  # noqa: E402,F401
+                         receive, start)
 
 MOCK = """\
 import asyncio, json, sys

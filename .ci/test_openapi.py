@@ -8,7 +8,7 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from test_openqq import call, start  # noqa: E402,F401
+from test_openqq import call, closing, start  # noqa: E402,F401
 
 
 @pytest.mark.parametrize("words", [
