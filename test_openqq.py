@@ -2215,7 +2215,8 @@ def test_a_caller_who_leaves_frees_the_clients_waiter_and_takes_no_event_with_it
 
 
 def test_connections_to_clients_that_nobody_calls_and_to_those_that_ended_end(start):
-    controller = start("controller")
+    # a port that is given back here must be taken by nobody else
+    controller = start("controller", "--backend-start-port", "28000")
     for name in "abc":
         controller.login(name)
     for name in "abc":
