@@ -10513,8 +10513,11 @@ class Api:
         found = client.roster.search(kind, keys)
         if kind == "group":
             client.details.wait(found)
-        return self.show([thing.full_json(client.roster.fields) for thing in found]
-                         ) if found else self.NOT_FOUND
+        rows: List[Row] = []
+        for thing in found:
+            with client.lock:  # else an event could change its members meanwhile
+                rows.append(thing.full_json(client.roster.fields))
+        return self.show(rows) if rows else self.NOT_FOUND
 
     def do_get_client_info(self, request: Request) -> Json:
         row = self.client.files.state_row(self.client)
