@@ -5280,12 +5280,12 @@ def shown_url(url: str) -> str:
 
 def redirect_of(url: str, reply: Reply) -> str:
     """The target of a redirect as an absolute URL; empty if it is no redirect."""
-    location = reply.fields.get("location", "").encode("latin-1").decode(  # PHP writes UTF-8
-        "utf-8", "surrogateescape")
+    location = reply.fields.get("location", "")
     if reply.status not in (301, 302, 303, 307, 308) or not location:
         return ""
-    try:
-        return urllib.parse.urljoin(url, location)
+    try:  # fields are bytes: PHP writes UTF-8
+        return urllib.parse.urljoin(url, location.encode("latin-1").decode(
+            "utf-8", "surrogateescape"))
     except ValueError:
         return "nowhere:"  # it cannot be read: a URL that is never followed
 
@@ -5956,9 +5956,9 @@ class Society(World):
             f"add {circle}_member": lambda: self.enter(circle, place, uid, row),
             "set group_member": lambda: self.set_member(place, uid, row),
             f"remove {circle}_member": lambda: self.leave(circle, place, uid)}
-        known = f"{do} {what}" in changes and (what != "group_request" or what in
-                                                self.flavour.fields)
-        require(known, f"do={do[:100]} what={what[:100]}")
+        if "group_request" not in self.flavour.fields:
+            del changes["add group_request"]
+        require(f"{do} {what}" in changes, f"do={do[:100]} what={what[:100]}")
         check_properties(row)
         within = {"friend": "people", "friend_request": "people", "group_request": "group",
                   circle + "_member": circle, "poke": "group" if place else ""}.get(what)
@@ -8877,11 +8877,13 @@ class Roster:
         table: Dict[str, Any] = getattr(self, kind)
         return table
 
-    def rows(self, kind: str, members: bool = True) -> Iterator[List[Row]]:
-        """The list of a kind, as documented, in parts: other threads must not wait for the lock
-        until a million members are read."""
-        with self.lock:
-            things = list(self.table(kind).values())
+    def rows(self, kind: str, members: bool = True, things: Optional[List[Any]] = None
+             ) -> Iterator[List[Row]]:
+        """The list of a kind, or of some `things` of it, as documented, in parts: other threads
+        must not wait for the lock until a million members are read."""
+        if things is None:
+            with self.lock:
+                things = list(self.table(kind).values())
         step = 1 if members and kind != "friend" else 64
         for at in range(0, len(things), step):
             with self.lock:
@@ -8957,7 +8959,7 @@ class Roster:
             thing, name, value = table.get(uid), item["property"], item["value"]
             if thing is None and "object" in item:  # the members of the group are not loaded
                 thing = THINGS[kind](item["object"])
-            if name == "owner_uid" and thing is not None:  # whose id only the roster knows
+            if name == "owner_uid" and isinstance(thing, Circle):  # the roster knows whose id
                 owner = thing.member.get(value)
                 thing.owner_id = owner.id if owner else None
             if thing is None or name not in (*self.fields[kind], "title") or (
@@ -10513,11 +10515,8 @@ class Api:
         found = client.roster.search(kind, keys)
         if kind == "group":
             client.details.wait(found)
-        rows: List[Row] = []
-        for thing in found:
-            with client.lock:  # else an event could change its members meanwhile
-                rows.append(thing.full_json(client.roster.fields))
-        return self.show(rows) if rows else self.NOT_FOUND
+        return self.show(list(itertools.chain(*client.roster.rows(kind, things=found)))
+                         ) if found else self.NOT_FOUND
 
     def do_get_client_info(self, request: Request) -> Json:
         row = self.client.files.state_row(self.client)

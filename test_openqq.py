@@ -291,11 +291,8 @@ class Peer:
         def handle(handler):
             if handler.path.endswith(call):
                 handler.protocol_version = "HTTP/1.0"  # nothing follows on this connection
-                self.server.shutdown()
-                self.server.server_close()
-                self.server = None
                 self.connections.discard(handler.connection)
-                self.drop()
+                self.stop()
             usual(handler)
 
         self.handle = handle
@@ -6829,6 +6826,7 @@ def test_what_cannot_be_so_is_refused_by_the_network_inside(house, weixin_pair):
     change = functools.partial(house.call, "/local/change")
     for what in "friend", "friend_request":
         assert change(do="add", what=what, uid="self", **{"in": "self"})["code"] == 8
+    assert change(do="set", what="person", uid="self", owner_uid="1")["code"] == 0
     answer = change(do="remove", what="group_member", uid="self", **{"in": change(
         do="add", what="group", name="empty")["uid"]})
     assert (answer["code"], answer["status"]) == (8, "member self not found")
